@@ -1,0 +1,38 @@
+"""ksparse: train, scale and judge k-sparse autoencoders on language-model activations.
+
+    sae  = ksparse.load("runs/demo")
+    lm   = ksparse.LM("gpt2", site="resid_post.8")
+    code = sae.encode(lm("The Eiffel Tower is in Paris."))     # Code(values[t, k], indices[t, k])
+    ksparse.evaluate(sae, lm, ["downstream", "stats"])
+    run  = ksparse.train(ksparse.Recipe(), "runs/mine")
+
+Names are imported when they are first used, so that `import ksparse` is free.
+"""
+
+from typing import Any
+
+_WHERE = {
+    "Code": "ksparse.sae.model",
+    "KsparseError": "ksparse.errors",
+    "LM": "ksparse.acts.lm",
+    "Recipe": "ksparse.recipe",
+    "SAE": "ksparse.sae.model",
+    "evaluate": "ksparse.evals",
+    "load": "ksparse.sae.store",
+    "open_run": "ksparse.runs",
+    "save": "ksparse.sae.store",
+    "train": "ksparse.training.loop",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ksparse' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

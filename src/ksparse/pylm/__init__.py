@@ -1,0 +1,12 @@
+"""The built-in subject: a small causal LM of Python source, with its text and its loss-compute table.
+
+    folder("7.6m")          the Hugging Face folder of one size, inside the package
+    SIZES                   the sizes there are, smallest first; DEFAULT is the largest
+    documents("held-out")   the standard library of the running interpreter, as (name, text)
+    loss_table(folder)      [(FLOPs, loss)] over its training, for the compute-equivalent of a loss
+"""
+
+from ksparse.pylm.model import DEFAULT, SIZES, folder, loss_table
+from ksparse.pylm.text import SPLITS, documents
+
+__all__ = ["DEFAULT", "SIZES", "SPLITS", "documents", "folder", "loss_table"]

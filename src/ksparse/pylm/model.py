@@ -1,0 +1,25 @@
+"""Where the built-in models lie, and how their loss fell with compute. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SIZES = ("0.3m", "1.9m", "7.6m")
+DEFAULT = SIZES[-1]
+
+
+def folder(size: str = DEFAULT) -> Path:
+    """Return the Hugging Face folder of the built-in model of that size."""
+    if size not in SIZES:
+        raise ValueError(f"built-in model {size!r} does not exist; there are {', '.join(SIZES)}")
+    return Path(__file__).parent / "models" / size
+
+
+def loss_table(model: Path) -> list[tuple[float, float]]:
+    """Read [(training FLOPs, held-out loss in nats per token)] from a folder's training.jsonl; [] if it has none."""
+    log = model / "training.jsonl"
+    if not log.is_file():
+        return []
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(row["flops"], row["loss"]) for row in rows if row["flops"] > 0]

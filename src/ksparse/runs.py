@@ -1,0 +1,138 @@
+"""Where a run's files are and how to read them. Needs no torch.
+
+    recipe.toml               what was asked
+    environment.json          versions, commit, hardware
+    metrics.jsonl             a line every few steps
+    checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors, state.json: to go on
+    evals/NAME.json           a result: values with standard errors, and the options they came from
+    report.html, figures/
+
+`docs/formats.md` has every field.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksparse import files, recipe
+from ksparse.errors import CorruptError, InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def exists(self) -> bool:
+        return self.recipe_file.is_file()
+
+    def recipe(self) -> recipe.Recipe:
+        if not self.exists():
+            raise InputError(f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out {self.path}` makes one")
+        return recipe.load(self.recipe_file)
+
+    def environment(self) -> dict[str, Any]:
+        file = self.path / "environment.json"
+        return files.read_json(file) if file.is_file() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics by step. After an interruption steps were run again; the last line of each counts."""
+        if not self.metrics_file.is_file():
+            return []
+        rows: dict[int, dict[str, Any]] = {}
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the line that a killed process was writing
+            rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with files.explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that will be run again, so that the file of a resumed run reads like any other."""
+        if self.metrics_file.is_file():
+            rows = [row for row in self.metrics() if row["step"] <= step]
+            files.write_text(self.metrics_file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+    # ---- checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints there are, oldest first; each was committed whole, which does not prove it intact."""
+        return sorted(path for path in (self.path / "checkpoints").glob("step-*") if path.is_dir())
+
+    def newest_intact(self) -> tuple[Path | None, list[str]]:
+        """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones."""
+        wrong = []
+        for path in reversed(self.checkpoints()):
+            try:
+                files.verify(path)
+                return path, wrong
+            except CorruptError as error:
+                wrong.append(str(error))
+        return None, wrong
+
+    # ---- evals
+
+    def eval_file(self, name: str) -> Path:
+        return self.path / "evals" / f"{name}.json"
+
+    def eval(self, name: str) -> dict[str, Any] | None:
+        """Return one result, or None if that evaluation has not been run."""
+        file = self.eval_file(name)
+        return files.read_json(file) if file.is_file() else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder. The system lets go of the lock when a process dies."""
+        with files.explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = (self.path / ".lock").open("a+")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                raise InputError(f"{self.path} is in use by process {holder}; wait for it, or give another --out") from None
+            stream.truncate(0)
+            stream.write(str(os.getpid()))
+            stream.flush()
+            yield
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """Return the run in a folder; raise InputError if there is none."""
+    run = RunFolder(Path(path))
+    run.recipe()
+    return run

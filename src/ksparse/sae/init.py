@@ -1,0 +1,57 @@
+"""How an autoencoder starts (Gao et al. 2024, appendix A.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksparse.recipe import SAE as Options
+from ksparse.sae.model import SAE
+
+
+@torch.no_grad()
+def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Generator) -> None:
+    """Set all weights, in place, from normalised activations sample[s, d].
+
+    Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and are free later.
+    With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the norm of their inputs,
+    b_pre taken off both. (The official code measures this on random unit vectors; the data are nearer to what counts.)
+    """
+    sae.b_pre.copy_(_b_pre(sample, options.b_pre_init))
+    sae.b_enc.zero_()
+    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
+    sae.normalize_decoder_()
+    if options.init == "tied":
+        sae.W_enc.copy_(sae.W_dec)
+    else:
+        rows = torch.randn(sae.W_enc.shape, generator=generator)
+        sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
+    if options.init_scale == "recon":
+        rows = sample[:1024]
+        centred = (rows - sae.b_pre).norm(dim=1).mean()
+        recon = sae.decoder(sae.code(rows, sae.pre_acts(rows))).norm(dim=1).mean()
+        if recon > 0:
+            sae.W_enc.mul_(centred / recon)
+
+
+def _b_pre(sample: Tensor, kind: str) -> Tensor:
+    if kind == "geometric_median":
+        return geometric_median(sample)
+    return sample.mean(0) if kind == "mean" else torch.zeros_like(sample[0])
+
+
+def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
+    """Return the point [d] with the least sum of distances to points[s, d], by Weiszfeld's iteration in float64.
+
+    A point that the iterate falls on is given a small distance instead of an infinite weight.
+    """
+    points64 = points.double()
+    median = points64.mean(0)
+    spread = (points64 - median).norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    for _ in range(iterations):
+        weights = 1 / (points64 - median).norm(dim=1).clamp_min(1e-12 * spread)
+        new = (weights @ points64) / weights.sum()
+        moved, median = (new - median).norm(), new
+        if moved <= tolerance * spread:
+            break
+    return median.to(points.dtype)

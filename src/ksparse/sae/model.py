@@ -1,0 +1,132 @@
+"""The k-sparse autoencoder as a plain nn.Module: no mesh, no files, no logging.
+
+Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ksparse import kernels
+from ksparse.errors import InputError
+from ksparse.sae.normalize import KINDS, Normalized, normalize
+
+
+class Code(NamedTuple):
+    """A sparse code: the activations values[..., k] >= 0 of the latents indices[..., k]. A value of 0 is no activation."""
+
+    values: Tensor
+    indices: Tensor
+
+    def dense(self, n_latents: int) -> Tensor:
+        """Return [..., n_latents], zero where nothing is active."""
+        zeros = self.values.new_zeros(*self.values.shape[:-1], n_latents)
+        return zeros.scatter_add(-1, self.indices, self.values)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an autoencoder is, apart from its weights."""
+
+    d_model: int
+    n_latents: int
+    k: int
+    normalize: str = "unit_norm"
+    factor: float = 1.0
+    """The constant of normalize = 'dataset'."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_latents", "k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} of an SAE is {value!r}; it must be a whole number of at least 1")
+        if self.k > self.n_latents:
+            raise InputError(f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k")
+        if self.normalize not in KINDS:
+            raise InputError(f"normalisation {self.normalize!r} is unknown; there are {', '.join(KINDS)}")
+
+
+class SAE(nn.Module):
+    """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al. 2024, eq. 2
+
+    Raw activations go in at `encode` and `forward`, which normalise them. `pre_acts`, `code`, `decode` and `decoder`
+    are the equation itself and speak of normalised activations.
+    `metadata` says what it was trained on; it is saved with the weights and may be empty.
+    """
+
+    def __init__(self, shape: Shape, metadata: dict[str, Any] | None = None):
+        super().__init__()
+        self.shape, self.metadata = shape, dict(metadata or {})
+        n, d = shape.n_latents, shape.d_model
+        self.W_enc = nn.Parameter(torch.zeros(n, d))
+        self.b_enc = nn.Parameter(torch.zeros(n))
+        self.W_dec = nn.Parameter(torch.zeros(n, d))
+        self.b_pre = nn.Parameter(torch.zeros(d))
+
+    # ---- for users: raw activations
+
+    def normalize(self, raw: Tensor) -> Normalized:
+        """Normalise raw activations [..., d], remembering what `restore` needs."""
+        if raw.shape[-1] != self.shape.d_model:
+            raise InputError(f"this SAE is for activations of width d_model = {self.shape.d_model}, got {raw.shape[-1]} "
+                             f"(shape {list(raw.shape)}); is it the right model and site?")
+        return normalize(raw.to(self.W_enc.dtype), self.shape.normalize, self.shape.factor)
+
+    def encode(self, raw: Tensor) -> Code:
+        """Return the code of raw activations [..., d], the largest values first."""
+        return self.encode_normalized(self.normalize(raw).x)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Return the reconstruction of raw activations [..., d], on their own scale."""
+        inputs = self.normalize(raw)
+        return inputs.restore(self.decode(self.encode_normalized(inputs.x)))
+
+    def encode_normalized(self, x: Tensor) -> Code:
+        """Return the code of normalised activations [..., d], the largest values first."""
+        rows = x.reshape(-1, x.shape[-1])
+        code = self.code(rows, self.pre_acts(rows))
+        values, order = code.values.sort(dim=-1, descending=True, stable=True)
+        lead = x.shape[:-1]
+        return Code(values.reshape(*lead, -1), code.indices.gather(-1, order).reshape(*lead, -1))
+
+    # ---- the equation: normalised activations
+
+    @torch.no_grad()
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no gradient."""
+        return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
+
+    def code(self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None) -> Code:
+        """Choose the k largest pre-activations, of the latents `among` if given, without gradient; value them with it.
+
+        k: the SAE's own if not given; fewer are chosen where `among` holds fewer.
+        """
+        k = self.shape.k if k is None else k
+        if among is None:
+            indices = kernels.topk(pre_acts, k)
+        else:
+            indices = among[kernels.topk(pre_acts[:, among], min(k, len(among)))]
+        values = kernels.selected(x, self.b_pre, self.W_enc, self.b_enc, indices, pre_acts)
+        return Code(torch.relu(values), indices)
+
+    def decoder(self, code: Code) -> Tensor:
+        """Return W_dec^T z, without bias: what AuxK needs, where a bias would count twice."""
+        values, indices = (part.reshape(-1, part.shape[-1]) for part in code)
+        return kernels.gather_sum(values, indices, self.W_dec).reshape(*code.values.shape[:-1], -1)
+
+    def decode(self, code: Code) -> Tensor:
+        """Return the reconstruction of normalised activations, [..., d]."""
+        return self.decoder(code) + self.b_pre
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Give every decoder row norm 1, in place. A zero row stays zero."""
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(torch.where(norms > 0, norms, 1.0))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in asdict(self.shape).items())

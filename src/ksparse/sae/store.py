@@ -1,0 +1,95 @@
+"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre) and sae.json (its shape and what it was trained on)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ksparse import files
+from ksparse.errors import CorruptError, InputError
+from ksparse.runs import RunFolder
+from ksparse.sae.model import SAE, Shape
+
+WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
+KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
+
+
+def save(sae: SAE, folder: Path | str) -> None:
+    """Write an autoencoder as a folder of its own."""
+    with files.committed(Path(folder)) as tmp:
+        write(sae, tmp)
+
+
+def write(sae: SAE, folder: Path) -> None:
+    """Write the two files into a folder that somebody else commits, such as a checkpoint."""
+    save_file({key: getattr(sae, key).detach().contiguous() for key in KEYS}, folder / WEIGHTS)
+    files.write_json(folder / CONFIG, {"format": FORMAT, **asdict(sae.shape), "metadata": sae.metadata})
+
+
+def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
+    """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with sae.safetensors, or a Hub
+    repository with such a folder."""
+    folder = Path(source)
+    if not folder.exists():
+        folder = _download(str(source), revision, subfolder)
+    folder = folder / subfolder
+    run = RunFolder(folder)
+    if run.exists():
+        checkpoint, wrong = run.newest_intact()
+        if checkpoint is None:
+            why = "; ".join(wrong) or "nothing has been saved yet"
+            raise InputError(f"run {folder} has no checkpoint to load: {why}")
+        return read(checkpoint)
+    if not (folder / CONFIG).is_file():
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; found {there}")
+    if (folder / files.MANIFEST).is_file():
+        files.verify(folder)
+    return read(folder)
+
+
+def read(folder: Path) -> SAE:
+    """Read the two files of a folder, naming whatever does not fit."""
+    config = files.read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder / CONFIG} has format {config.get('format')!r}; this version of ksparse reads {FORMAT}")
+    try:
+        shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__})
+    except KeyError as error:
+        raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
+    sae = SAE(shape, config.get("metadata"))
+    sae.load_state_dict(tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in KEYS}))
+    return sae
+
+
+def tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Read the tensors named in `shapes`, each of its shape; raise CorruptError for a file or tensor that is not so."""
+    try:
+        found = load_file(file)
+    except FileNotFoundError:
+        raise CorruptError(f"{file} is missing") from None
+    except SafetensorError as error:
+        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
+    for key, shape in shapes.items():
+        if key not in found:
+            raise CorruptError(f"{file} lacks the tensor {key!r}; it has {', '.join(sorted(found))}")
+        if tuple(found[key].shape) != shape:
+            raise CorruptError(f"{file}: tensor {key!r} has shape {list(found[key].shape)}, expected {list(shape)}")
+    return found
+
+
+def _download(repository: str, revision: str | None, subfolder: str) -> Path:
+    """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"{subfolder}/*" if subfolder else "*"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{repository} is neither a folder here nor a Hub repository that can be reached "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None

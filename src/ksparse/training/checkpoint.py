@@ -1,0 +1,88 @@
+"""Everything that the rest of a run depends on, in one folder that is there whole or not at all.
+
+    sae.safetensors, sae.json   the autoencoder to use: averaged weights, or the raw ones without an average
+    optim.safetensors           raw weights, Adam's moments, the average before correction, tokens since each latent fired
+    state.json                  step, tokens, the stream's cursor, threads, constants
+    manifest.json               SHA-256 sums of the others
+
+There is no random state: after initialisation nothing is drawn, and the data's order is a function of seed and cursor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ksparse import files
+from ksparse.errors import DiskError, InputError
+from ksparse.runs import RunFolder
+from ksparse.sae import store
+from ksparse.training.optim import Optimizer
+
+
+@dataclass
+class State:
+    """What changes during training besides the weights."""
+
+    since: torch.Tensor
+    """Tokens since each latent was last active, [n]."""
+    baseline: float
+    """Mean squared error per component of predicting the mean, on the initial sample; divides the loss."""
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    cursor: dict[str, Any] | None = None
+    seconds: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def save(run: RunFolder, state: State, optimizer: Optimizer, keep: int) -> Path:
+    """Commit a checkpoint of this step and remove all but the newest `keep`."""
+    path = run.checkpoint(state.step)
+    facts = {key: value for key, value in vars(state).items() if key != "since"}
+    sae = optimizer.averaged()
+    sae.metadata |= {"tokens": state.tokens, "step": state.step, "baseline": state.baseline}
+    with files.committed(path, step=state.step) as tmp:
+        store.write(sae, tmp)
+        tensors = {**optimizer.tensors(), "since": state.since}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / "optim.safetensors")
+        files.write_json(tmp / "state.json", {**facts, "updates": optimizer.updates})
+    for old in run.checkpoints()[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def load(path: Path, optimizer: Optimizer) -> State:
+    """Restore the optimiser from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
+    facts = files.read_json(path / "state.json")
+    sae = optimizer.sae
+    shapes = {f"{part}.{key}": tuple(getattr(sae, key).shape)
+              for part in (["raw", "average"] if optimizer.average else ["raw"]) for key in store.KEYS}
+    tensors = store.tensors(path / "optim.safetensors", shapes | {"since": (sae.shape.n_latents,)})
+    optimizer.restore(tensors, facts.pop("updates"))
+    return State(since=tensors["since"].to(sae.W_enc.device), **facts)
+
+
+def check_room(run: RunFolder, optimizer: Optimizer, keep: int) -> None:
+    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written."""
+    weights = sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4
+    needed = weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints())))
+    free = shutil.disk_usage(run.path).free
+    if free < needed:
+        raise DiskError(f"disk too small for {run.path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+                        "make room, lower --run.keep, or give another --out")
+
+
+def check_same(run: RunFolder, asked: Any) -> None:
+    """Raise InputError, naming the keys, if a run's recipe is not the one asked for."""
+    from ksparse.recipe import differences
+
+    changed = differences(run.recipe().identity(), asked.identity())
+    if changed:
+        raise InputError(f"{run.path} was begun with another recipe: {'; '.join(changed)}. "
+                         "Give another --out, or the recipe it was begun with (`ksparse resume` uses that)")

@@ -1,0 +1,101 @@
+"""How the weights move (Gao et al. 2024, appendices A.3-A.6).
+
+Order within a step: take the gradient's part along each decoder row off, clip, Adam, renormalise the decoder, average.
+The official code renormalises and averages *before* the step, so that it computes with a decoder that is off norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksparse.recipe import Recipe
+from ksparse.sae.model import SAE
+from ksparse.sae.normalize import input_rms
+from ksparse.sae.store import KEYS
+
+
+class Optimizer:
+    """Adam over one SAE's weights, float32 moments, and the exponential average of the weights."""
+
+    def __init__(self, sae: SAE, recipe: Recipe):
+        options = recipe.optim
+        self.sae, self.recipe = sae, recipe
+        # Adam's steps are absolute and biases live on the scale of the input, so their rate is in its unit: training is
+        # then the same whichever normalisation fixes that scale.
+        biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
+        sae.b_enc.requires_grad_(recipe.sae.b_enc)
+        groups = [{"params": [sae.W_enc, sae.W_dec], "lr": recipe.lr, "base": recipe.lr},
+                  {"params": [sae.b_enc, sae.b_pre], "lr": biases, "base": biases}]
+        self.adam = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
+        self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if options.ema else {}
+        self.updates = 0
+
+    def step(self, step: int) -> dict[str, float]:
+        """Apply the gradients of step number `step` (from 1) and forget them; return learning rate and gradient norm."""
+        share = rate_share(step, self.recipe)
+        if self.recipe.sae.unit_norm:
+            remove_parallel_(self.sae.W_dec.grad, self.sae.W_dec)
+        limit = self.recipe.optim.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base"] * share
+        self.adam.step()
+        self.adam.zero_grad()
+        if self.recipe.sae.unit_norm:
+            self.sae.normalize_decoder_()
+        self.updates += 1
+        for key, mean in self.average.items():
+            mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.optim.ema)
+        return {"lr": self.recipe.lr * share, "grad_norm": norm.item()}
+
+    @torch.no_grad()
+    def averaged(self) -> SAE:
+        """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1."""
+        copy = SAE(self.sae.shape, self.sae.metadata)
+        weight = 1 - self.recipe.optim.ema**self.updates if self.average else 1.0
+        source = self.average if self.average and self.updates else dict(self.sae.named_parameters())
+        for key in KEYS:
+            getattr(copy, key).copy_(source[key] / weight if source is self.average else source[key])
+        if self.recipe.sae.unit_norm:
+            copy.normalize_decoder_()
+        return copy
+
+    # ---- for checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name."""
+        out = {f"raw.{key}": getattr(self.sae, key).detach() for key in KEYS}
+        out |= {f"average.{key}": mean for key, mean in self.average.items()}
+        for key in KEYS:
+            for moment, value in self.adam.state.get(getattr(self.sae, key), {}).items():
+                out[f"{moment}.{key}"] = value
+        return out
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take back what `tensors` gave."""
+        self.updates = updates
+        for key in KEYS:
+            weight = getattr(self.sae, key)
+            weight.copy_(tensors[f"raw.{key}"])
+            if self.average:
+                self.average[key].copy_(tensors[f"average.{key}"])
+            moments = {name: tensors[f"{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+            if moments:
+                self.adam.state[weight] = {name: value.clone().to(weight.device) for name, value in moments.items()}
+
+
+def rate_share(step: int, recipe: Recipe) -> float:
+    """Return the learning rate of step `step` (from 1) as a share of its full value: a linear rise, a linear fall at the end."""
+    rise = min(1.0, step / recipe.optim.warmup) if recipe.optim.warmup else 1.0
+    falling = recipe.optim.decay * recipe.steps
+    fall = min(1.0, (recipe.steps - step + 1) / falling) if falling else 1.0
+    return min(rise, fall)
+
+
+@torch.no_grad()
+def remove_parallel_(grad: Tensor, weight: Tensor) -> None:
+    """Take off each gradient row its part along the weight row of norm 1, in place (Bricken et al. 2023)."""
+    along = (grad * weight).sum(1, keepdim=True)
+    grad.sub_(along * weight)
