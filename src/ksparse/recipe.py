@@ -118,6 +118,9 @@ class Optim:
     """Largest norm of the gradient; 0: no clipping (the paper's GPT-2 runs)."""
     ema: float = 0.999
     """Decay of the average of the weights, bias-corrected; 0 turns it off. The average is what is evaluated and used."""
+    ema_span: float = 0.1
+    """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span steps the decay is lower, because an
+    average over a short run's beginning is worse than no average. 1: the decay as given (the paper)."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,11 @@ class Recipe:
     def lr(self) -> float:
         """The learning rate: the given one, or the 1 / sqrt(n) law of section 3.2."""
         return self.optim.lr or self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
+
+    @property
+    def ema(self) -> float:
+        """The decay of the average of the weights: the given one, or less in a short run."""
+        return max(0.0, min(self.optim.ema, 1 - 1 / max(1.0, self.optim.ema_span * self.steps)))
 
     @property
     def dead_after(self) -> int:

@@ -1,0 +1,30 @@
+"""A run folder's files -> one page that needs no network, no script and no torch.
+
+    write(run)   run/report.html and run/figures/*.svg
+
+    source    the run's files, read once, with the numbers in them
+    tokens    the one place where text from data is made safe to show
+    numbers   results -> the table of numbers           (a Row per number)
+    figures   results -> SVG
+    latents   arrays -> cards with heat-maps
+    page      the sections in their order               (a Section per question)
+"""
+
+from pathlib import Path
+
+from ksparse.runs import RunFolder
+
+
+def write(run: RunFolder) -> Path:
+    """Write report.html and its figures from whatever files the run has; return the page's path."""
+    from ksparse import files
+    from ksparse.report import page
+
+    html, pictures = page.render(run)
+    for picture in pictures:
+        files.write_text(run.path / "figures" / f"{picture.name}.svg", picture.svg)
+    files.write_text(run.report_file, html)
+    return run.report_file
+
+
+__all__ = ["write"]

@@ -41,20 +41,27 @@ class State:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def save(run: RunFolder, state: State, optimizer: Optimizer, keep: int) -> Path:
-    """Commit a checkpoint of this step and remove all but the newest `keep`."""
+def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
+    """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
+    recipe = optimizer.recipe
     path = run.checkpoint(state.step)
     facts = {key: value for key, value in vars(state).items() if key != "since"}
     sae = optimizer.averaged()
-    sae.metadata |= {"tokens": state.tokens, "step": state.step, "baseline": state.baseline}
+    sae.metadata |= {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,
+                     "dead_fraction_training": dead_fraction(state, recipe.dead_after)}
     with files.committed(path, step=state.step) as tmp:
         store.write(sae, tmp)
         tensors = {**optimizer.tensors(), "since": state.since}
         save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / "optim.safetensors")
         files.write_json(tmp / "state.json", {**facts, "updates": optimizer.updates})
-    for old in run.checkpoints()[:-keep]:
+    for old in run.checkpoints()[:-recipe.run.keep]:
         shutil.rmtree(old)
     return path
+
+
+def dead_fraction(state: State, dead_after: int) -> float:
+    """Return the share of latents that have not been active for `dead_after` tokens."""
+    return (state.since >= dead_after).double().mean().item()
 
 
 def load(path: Path, optimizer: Optimizer) -> State:

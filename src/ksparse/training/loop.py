@@ -81,7 +81,7 @@ def train(recipe: Recipe, out: Path | str, *, observe: Observer = lambda row: No
                     each(row)
             if stop or state.step == recipe.steps or due(state.step, saved, recipe):
                 state.seconds = spent + time.monotonic() - began
-                checkpoint.save(run, state, optimizer, recipe.run.keep)
+                checkpoint.save(run, state, optimizer)
                 saved = time.monotonic()
             if stop and state.step < recipe.steps:
                 raise Interrupted(f"stopped at step {state.step:,} of {recipe.steps:,}; everything is saved. "
@@ -197,7 +197,7 @@ def metrics(part: Losses, moved: dict[str, float], state: State, recipe: Recipe,
         "step": state.step, "tokens": state.tokens,
         "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
         "l0": (part.code.values > 0).sum(1).double().mean().item(),
-        "dead": (state.since >= recipe.dead_after).double().mean().item(),
+        "dead": checkpoint.dead_fraction(state, recipe.dead_after),
         **moved, "skipped": state.skipped, "neighbours_in_batch": stream.mixing(),
     }
 

@@ -28,7 +28,7 @@ class Optimizer:
         groups = [{"params": [sae.W_enc, sae.W_dec], "lr": recipe.lr, "base": recipe.lr},
                   {"params": [sae.b_enc, sae.b_pre], "lr": biases, "base": biases}]
         self.adam = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
-        self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if options.ema else {}
+        self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if recipe.ema else {}
         self.updates = 0
 
     def step(self, step: int) -> dict[str, float]:
@@ -46,14 +46,14 @@ class Optimizer:
             self.sae.normalize_decoder_()
         self.updates += 1
         for key, mean in self.average.items():
-            mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.optim.ema)
+            mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)
         return {"lr": self.recipe.lr * share, "grad_norm": norm.item()}
 
     @torch.no_grad()
     def averaged(self) -> SAE:
         """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1."""
         copy = SAE(self.sae.shape, self.sae.metadata)
-        weight = 1 - self.recipe.optim.ema**self.updates if self.average else 1.0
+        weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
         source = self.average if self.average and self.updates else dict(self.sae.named_parameters())
         for key in KEYS:
             getattr(copy, key).copy_(source[key] / weight if source is self.average else source[key])

@@ -1,0 +1,250 @@
+"""Trained side by side on the same activations, in the same order, with the same n, k, tokens and batch: whose error is lowest?
+
+    python bench/quality.py                              ksparse, SAELens, dictionary_learning, sparsify
+    python bench/quality.py --ours-only --lr-sweep       ksparse alone, over learning rates
+
+Activations are computed once, with ksparse, normalised per activation to mean 0 and norm sqrt(d), and saved; every library
+reads that file. Each trains in a process and a virtual environment of its own, through its own training step and with its own
+defaults (peers/*.py). This file alone measures: errors, L0 and dead latents on held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent.parent / "shared" / "data"
+TORCH = "torch==2.13.0"
+HELD_OUT = 65_536
+RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where activations come from."""
+
+    lm: str
+    site: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all libraries have in common in one comparison."""
+
+    source: str
+    n: int
+    k: int
+    tokens: int = 1_000_000
+    batch: int = 2048
+
+    def name(self) -> str:
+        return f"{self.source} n={self.n} k={self.k} tokens={self.tokens / 1e6:g}M batch={self.batch}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A library: its adapter, its distribution on the package index, and a distribution that must not stay."""
+
+    name: str
+    adapter: str
+    package: str = ""
+    unwanted: str = ""
+
+
+OURS = Peer("ksparse", "ours.py")
+PEERS = (
+    Peer("SAELens", "sae_lens_topk.py", "sae-lens"),
+    Peer("dictionary_learning", "dictionary_learning_topk.py", "dictionary-learning", "torchvision"),
+    Peer("sparsify", "sparsify_topk.py", "eai-sparsify", "torchvision"),
+)
+SETTINGS = (Setting("stories260k", 1024, 16), Setting("stories260k", 4096, 32), Setting("pylm/0.3m", 1024, 16))
+
+
+def main() -> None:
+    args = arguments()
+    settings = [setting for setting in SETTINGS if setting.source in args.sources]
+    report = {"hardware": hardware(args), "rows": []}
+    if args.lr_sweep:
+        sweep(args, settings, report)
+    else:
+        compare(args, settings, report)
+    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/ksparse-bench").expanduser(), help="environments and activations")
+    parser.add_argument("--out", type=Path, default=Path("quality.json"), help="where the results go, as JSON")
+    parser.add_argument("--sources", nargs="+", default=["stories260k", "pylm/0.3m"], choices=["stories260k", "pylm/0.3m"])
+    parser.add_argument("--stories", default=str(SHARED / "models" / "stories260k"), help="folder of the stories260k model")
+    parser.add_argument("--text", default=str(SHARED / "text" / "tinystories.txt.xz"), help="text for it")
+    parser.add_argument("--skip-install", action="store_true", help="use the environments that are there")
+    parser.add_argument("--ours-only", action="store_true", help="leave the other libraries out")
+    parser.add_argument("--lr-sweep", action="store_true", help="ksparse alone, over optim.lr_at_32k")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--sweep-tokens", nargs="+", type=int, default=[250_000, 1_000_000, 4_000_000])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ours-options", type=json.loads, default={}, help='changes of the recipe, e.g. {"optim": {"ema": 0}}')
+    return parser.parse_args()
+
+
+# ---- activations -------------------------------------------------------------------------------------------------
+
+
+def prepare(setting: Setting, args: argparse.Namespace) -> Path:
+    """Write train.npy and held_out.npy for a setting unless they are there; return their folder.
+
+    Rows are in the order of training, so a shorter run with the same batch reads the beginning of a longer one's file.
+    """
+    folder = args.cache / "acts" / f"{setting.source.replace('/', '-')}-{setting.batch}"
+    rows = setting.tokens // setting.batch * setting.batch
+    if (folder / "train.npy").exists() and len(np.load(folder / "train.npy", mmap_mode="r")) >= rows:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"activations of {setting.source}", file=sys.stderr)
+    source = {"stories260k": Source(args.stories, "resid_post.3", args.text), "pylm/0.3m": Source("pylm/0.3m", "resid_post.2", "pylm")}
+    for split, count in (("held-out", HELD_OUT), ("train", rows)):
+        np.save(folder / f"{split.replace('-', '_')}.npy", inputs(source[setting.source], split, count, setting.batch))
+    return folder
+
+
+def inputs(source: Source, split: str, rows: int, batch: int) -> np.ndarray:
+    """Return x[rows, d] of a split in the order of a live stream: per activation mean 0 and norm sqrt(d).
+
+    That is unit_norm on the scale of layer_norm: the other libraries' defaults suppose inputs of unit variance.
+    """
+    from ksparse.acts.lm import LM
+    from ksparse.acts.stream import LiveStream
+    from ksparse.acts.text import Corpus
+    from ksparse.recipe import Acts
+    from ksparse.sae.normalize import normalize
+
+    acts = Acts(lm=source.lm, site=source.site, text=source.text)
+    lm = LM(acts=acts)
+    stream = LiveStream(lm, Corpus(acts, lm.tokenizer, split), batch=batch, seed=0)
+    x = np.empty((rows, lm.d_model), np.float32)
+    for at, raw in zip(range(0, rows, batch), stream.batches()):
+        x[at : at + batch] = normalize(raw.x, "unit_norm").x.mul(math.sqrt(lm.d_model)).numpy()[: rows - at]
+    return x
+
+
+# ---- libraries ---------------------------------------------------------------------------------------------------
+
+
+def python_of(peer: Peer, args: argparse.Namespace) -> str | None:
+    """Return the interpreter that has a library, after installing it if that is allowed; None, and one line, if not to be had."""
+    if not peer.package:
+        return sys.executable
+    folder = args.cache / peer.package
+    python = folder / "bin" / "python"
+    try:
+        if not args.skip_install and not (folder / "installed").exists():
+            install(peer, folder, python)
+        subprocess.run([python, "-m", "pip", "show", "-q", peer.package], check=True, capture_output=True, text=True)
+        return str(python)
+    except (subprocess.CalledProcessError, OSError) as error:
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        print(f"{peer.name} is left out: {lines[-1] if lines else error}")
+        return None
+
+
+def install(peer: Peer, folder: Path, python: Path) -> None:
+    print(f"installing {peer.package}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True, text=True)
+    # torch first and at our version: the requirement of the library is then met, and does not bring another build
+    for arguments in (["install", TORCH], ["install", peer.package, TORCH]):
+        subprocess.run([python, "-m", "pip", "-q", *arguments], check=True, capture_output=True, text=True)
+    if peer.unwanted:
+        # pulled in by a dependency, built for another torch, used by nobody here, and fatal on import
+        subprocess.run([python, "-m", "pip", "-q", "uninstall", "-y", peer.unwanted], check=True, capture_output=True, text=True)
+    (folder / "installed").touch()
+
+
+def train(peer: Peer, python: str, setting: Setting, seed: int, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Train one library's autoencoder in a process of its own; return what it says and what we measure."""
+    data, out = prepare(setting, args), args.cache / "out" / peer.name
+    values = dataclasses.asdict(setting) | {"data": data, "out": out, "seed": seed, "threads": args.threads, "options": json.dumps(options)}
+    del values["source"]
+    command = [python, str(HERE / "peers" / peer.adapter), *itertools.chain(*((f"--{key}", str(value)) for key, value in values.items()))]
+    limits = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    done = subprocess.run(command, env=os.environ | limits | quiet, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{peer.name} failed on {setting.name()}:\n{done.stderr[-4000:]}")
+    return {"library": peer.name, "setting": setting.name(), "seed": seed, **measure(data, out), **json.loads((out / "facts.json").read_text())}
+
+
+def measure(data: Path, out: Path) -> dict[str, float]:
+    """Return normalised MSE, L0 and dead share on the held-out rows: for all libraries alike, in float64."""
+    x = np.load(data / "held_out.npy").astype(np.float64)
+    made = np.load(out / "held_out.npz")
+    total = np.square(x - x.mean(0)).sum()
+    numbers = {"nmse": np.square(x - made["recon"]).sum() / total, "l0": made["active"].mean(), "dead": (made["fired"] == 0).mean()}
+    if "raw_recon" in made:
+        numbers["nmse_raw"] = np.square(x - made["raw_recon"]).sum() / total
+    return {key: float(value) for key, value in numbers.items()}
+
+
+# ---- the two questions -------------------------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace, settings: list[Setting], report: dict[str, Any]) -> None:
+    """Print one table: all libraries, all settings."""
+    found = [(peer, python_of(peer, args)) for peer in ((OURS,) if args.ours_only else (OURS, *PEERS))]
+    print("| setting | library | normalised MSE | L0 | dead | seconds |\n|---|---|---|---|---|---|")
+    for setting, seed, (peer, python) in itertools.product(settings, args.seeds, found):
+        if python is None:
+            continue
+        row = train(peer, python, setting, seed, args.ours_options if peer is OURS else {}, args)
+        report["rows"].append(row)
+        print(f"| {row['setting']} | {row['library']} {row['versions'].get(peer.package or 'ksparse')} | {row['nmse']:.4f} | {row['l0']:.1f} "
+              f"| {row['dead']:.1%} | {row['seconds']:.0f} |", flush=True)
+    if len(args.sources) and any(row["library"] != OURS.name for row in report["rows"]):
+        print(verdict(report["rows"]))
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Say in how many comparisons nobody's error is below ours."""
+    groups: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        groups.setdefault((row["setting"], row["seed"]), {})[row["library"]] = row["nmse"]
+    won = sum(group[OURS.name] <= min(group.values()) for group in groups.values())
+    return f"\nksparse has the lowest error in {won} of {len(groups)} comparisons."
+
+
+def sweep(args: argparse.Namespace, settings: list[Setting], report: dict[str, Any]) -> None:
+    """Print one table: normalised MSE, averaged weights / raw weights, by learning rate."""
+    print("| setting | " + " | ".join(f"{rate:g}" for rate in args.rates) + " |\n|---|" + "---|" * len(args.rates))
+    for tokens, setting in itertools.product(args.sweep_tokens, settings):
+        setting, cells = dataclasses.replace(setting, tokens=tokens), []
+        prepare(dataclasses.replace(setting, tokens=max(args.sweep_tokens)), args)  # once, for all lengths
+        for rate in args.rates:
+            options = args.ours_options | {"optim": args.ours_options.get("optim", {}) | {"lr_at_32k": rate}}
+            row = train(OURS, sys.executable, setting, args.seeds[0], options, args) | {"lr_at_32k": rate}
+            report["rows"].append(row)
+            cells.append(f"{row['nmse']:.4f} / {row['nmse_raw']:.4f} ({row['dead']:.0%})")
+        print(f"| {setting.name()} | " + " | ".join(cells) + " |", flush=True)
+
+
+def hardware(args: argparse.Namespace) -> dict[str, Any]:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "") \
+        if Path("/proc/cpuinfo").exists() else ""
+    return {"platform": platform.platform(), "processor": model or platform.processor(), "cores": os.cpu_count(), "threads": args.threads}
+
+
+if __name__ == "__main__":
+    main()

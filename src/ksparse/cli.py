@@ -1,0 +1,331 @@
+"""The verbs. The only file that prints or exits.
+
+Nothing heavy is imported before a verb runs, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ksparse import recipe as recipes
+from ksparse.errors import InputError, KsparseError
+from ksparse.recipe import Recipe
+from ksparse.runs import RunFolder, open_run
+
+EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 130 Ctrl-C · 143 SIGTERM (both after saving)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0)
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"ksparse {version('ksparse')}")
+        sys.exit(0)
+    verb, *rest = arguments
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ksparse").setLevel(logging.INFO)
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            raise InputError(f"there is no verb {verb!r}" + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`"))
+        VERBS[verb](rest)
+    except KsparseError as error:
+        print(f"ksparse {verb}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def usage() -> str:
+    lines = [f"  {name:<9}{(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(["ksparse: train, scale and judge k-sparse autoencoders on language-model activations", "",
+                      *lines, "", "`ksparse VERB --help` shows a verb's options.", f"Exit codes: {EXIT_CODES}"])
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainArgs(Recipe):
+    out: str = ""
+    """Folder of the run; runs/<name of the recipe> if not given."""
+
+
+@dataclass(frozen=True)
+class ShardArgs(Recipe):
+    out: str = "acts"
+    """Folder that gets a subfolder named by a hash of what the activations are."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Numbers on disk."""
+
+
+def train(arguments: list[str]) -> None:
+    """train [RECIPE.toml] [--key value …]   train an autoencoder; the same command again goes on"""
+    recipe, extra, name = _recipe(TrainArgs, "train", arguments)
+    run = RunFolder(Path(extra["out"] or f"runs/{name}"))
+    _train(recipe, run)
+    _say_next(run)
+
+
+def resume(arguments: list[str]) -> None:
+    """resume RUN [--run.key value …]        go on with an interrupted run"""
+    folder, rest = _folder("resume", arguments)
+    run = open_run(folder)
+    settings = _parse(recipes.Run, "resume RUN", rest, default=run.recipe().run, prefix="run")
+    _train(dataclasses.replace(run.recipe(), run=settings), run)
+    _say_next(run)
+
+
+def demo(arguments: list[str]) -> None:
+    """demo [--out DIR]                      train on the built-in LM, evaluate, report: minutes, no network"""
+
+    @dataclass(frozen=True)
+    class DemoArgs:
+        out: str = "runs/demo"
+        """Folder of the run."""
+
+    run = RunFolder(Path(_parse(DemoArgs, "demo", arguments).out))
+    recipe, began = Recipe(), time.monotonic()
+    _say(f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source")
+    _train(recipe, run)
+    _say("2/3 evaluating on held-out files")
+    results = _evaluate(run, [], {})
+    _say("3/3 writing the report")
+    _report(run)
+    stats, downstream = results["stats"], results["downstream"]
+    print(f"""
+{recipe.acts.lm} at {recipe.acts.site}: {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens, {time.monotonic() - began:.0f} s
+  normalised MSE          {_value(stats['nmse'])}   (1 = predicting the mean)
+  L0, dead latents        {_value(stats['l0'])}, {_value(stats['dead_fraction'])}
+  loss of the LM          {_value(downstream['ce_clean'])} -> {_value(downstream['ce_spliced'])} nats per token with the reconstruction spliced in
+  zero-ablation recovered {_value(downstream['recovered'])}
+  compute fraction        {_value(downstream['compute_fraction'])}   (a model of that share of the pre-training compute is as good)
+
+report   {run.report_file.resolve().as_uri()}
+next     ksparse train recipes/gpt2-small-32k.toml      (the same on GPT-2 small; `ksparse plan` first)""")
+
+
+def _train(recipe: Recipe, run: RunFolder) -> None:
+    _say("loading torch and the language model")
+    from ksparse.training.loop import train as train_
+
+    with Progress("training", recipe.steps * recipe.batch) as progress:
+        def observe(row: dict[str, Any]) -> None:
+            nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
+            progress(row["tokens"], f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s")
+
+        train_(recipe, run.path, observe=observe)
+
+
+def _say_next(run: RunFolder) -> None:
+    _report(run)
+    print(f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}")
+
+
+# ---- evaluating and showing --------------------------------------------------------------------------------------
+
+
+def evaluate(arguments: list[str]) -> None:
+    """eval RUN [NAME …] [--key value …]     evaluate on held-out text: downstream, stats (all if none is named)"""
+    from ksparse.evals.options import EvalOptions
+
+    folder, rest = _folder("eval", arguments)
+    names = []
+    while rest and not rest[0].startswith("-"):
+        names.append(rest.pop(0))
+    options = _parse(EvalOptions, "eval RUN [NAME …]", rest)
+    run = RunFolder(Path(folder))
+    results = _evaluate(run, names, {"options": options}, source=folder)
+    for name, result in results.items():
+        print(f"{name}" + (f"   {run.eval_file(name)}" if run.exists() else ""))
+        for key, value in result.items():
+            if isinstance(value, dict) and set(value) == {"value", "se"}:
+                print(f"  {key:<24}{_value(value)}")
+        for note in result["notes"]:
+            print(f"  note: {note}")
+    if run.exists():
+        _report(run)
+        print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def _evaluate(run: RunFolder, names: list[str], keywords: dict[str, Any], source: str | None = None) -> dict[str, Any]:
+    from ksparse import evals
+    from ksparse.sae.store import load
+
+    evals.check_names(names)
+    sae = load(source or run.path)
+    with Progress("evaluating", 0) as progress:
+        results = evals.evaluate(sae, None, names or list(evals.EVALS), **keywords,
+                                 observe=lambda done, total: progress(done, "activations", total))
+    if run.exists():
+        evals.write(run, results)
+    return results
+
+
+def report(arguments: list[str]) -> None:
+    """report RUN                            write report.html from what the run's folder holds"""
+    folder, rest = _folder("report", arguments)
+    if rest:
+        raise InputError(f"`ksparse report` takes one folder; got also {' '.join(rest)}")
+    run = open_run(folder)
+    _report(run)
+    print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def _report(run: RunFolder) -> None:
+    from ksparse.report import write
+
+    write(run)
+
+
+# ---- before training ---------------------------------------------------------------------------------------------
+
+
+def shard(arguments: list[str]) -> None:
+    """shard [RECIPE.toml] [--key value …]   write activations to disk once, for many runs"""
+    recipe, extra, _ = _recipe(ShardArgs, "shard", arguments)
+    import torch
+
+    from ksparse.acts import shards
+    from ksparse.acts.lm import LM
+    from ksparse.acts.text import Corpus
+    from ksparse.training.loop import resolve_device
+
+    lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device), trust_remote_code=recipe.run.trust_remote_code)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    with Progress("activations", recipe.tokens) as progress:
+        folder = shards.write(lm, Corpus(recipe.acts, lm.tokenizer, "train"), Path(extra["out"]), rows=recipe.tokens,
+                              dtype=extra["dtype"], progress=lambda done: progress(done, "activations"))
+    print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
+
+
+def plan(arguments: list[str]) -> None:
+    """plan [RECIPE.toml] [--key value …]    parameters, memory, FLOPs, disk and time, before anything runs"""
+    recipe, _, _ = _recipe(TrainArgs, "plan", arguments)
+    from ksparse.training.plan import plan as plan_
+
+    for line in plan_(recipe):
+        print(line)
+
+
+def doctor(arguments: list[str]) -> None:
+    """doctor                                say what of this machine is fit for ksparse, a line each"""
+    from ksparse.doctor import checks
+
+    failed = False
+    for name, verdict, what in checks():
+        failed |= verdict == "no"
+        print(f"{verdict:<5}{name:<14}{what}")
+    if failed:
+        sys.exit(1)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo, "train": train, "resume": resume, "eval": evaluate, "report": report,
+    "shard": shard, "plan": plan, "doctor": doctor,
+}
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _recipe(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[str, Any], str]:
+    """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own options; a name for it."""
+    given, name = Recipe(), "default"
+    if arguments and not arguments[0].startswith("-"):
+        file, *arguments = arguments
+        given, name = recipes.load(file), Path(file).stem
+    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
+    parsed = _parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
+    own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
+    return Recipe(**{key: own.pop(key) for key in fields}), own, name
+
+
+def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = "") -> Any:
+    import tyro
+
+    description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
+    if prefix:  # tyro names the flags of a bare dataclass without the section's name
+        arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
+    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff,),
+                    **({} if default is None else {"default": default}))
+
+
+def _folder(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
+    if arguments and arguments[0] in ("-h", "--help") and verb == "report":
+        print(f"usage: ksparse {report.__doc__}")
+        sys.exit(0)
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"`ksparse {verb}` needs the folder of a run first, such as runs/demo")
+    return arguments[0], list(arguments[1:])
+
+
+# ---- what is shown -----------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _value(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "-"
+    return f"{estimate['value']:.4f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.4f}")
+
+
+class Progress:
+    """How far, how fast, how long still: a bar on a terminal, a line every few seconds in a log."""
+
+    EVERY = 5.0
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.began, self.last, self.first = what, total, time.monotonic(), 0.0, None
+        self.bar = self.task = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                           TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self.task = self.bar.add_task(self.what, total=self.total or None, note="")
+            self.bar.start()
+        return self
+
+    def __call__(self, done: int, note: str, total: int = 0) -> None:
+        self.total = total or self.total
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=self.total, note=note)
+            return
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if now - self.last < self.EVERY and done < self.total:
+            return
+        self.last = now
+        spent, moved = now - self.began, done - self.first
+        left = f", about {spent / moved * (self.total - done):,.0f} s left" if moved and done < self.total else ""
+        _say(f"{self.what} {done:,} of {self.total:,}{left} · {note}")
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()

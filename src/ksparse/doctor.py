@@ -1,0 +1,105 @@
+"""Is this machine fit? One line for each thing that first runs fail on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+Check = tuple[str, str, str]  # name, "yes" | "note" | "no", what was found and what to do
+
+
+def checks() -> Iterator[Check]:
+    """Yield a verdict on everything that ksparse needs."""
+    fit = sys.version_info >= (3, 11)
+    yield "python", "yes" if fit else "no", f"{platform.python_version()}" + ("" if fit else "; ksparse needs 3.11 or newer")
+    if importlib.util.find_spec("torch") is None:
+        yield "torch", "no", "not installed: pip install torch"
+        return
+    yield from _torch()
+    yield _triton()
+    yield from _packages()
+    yield _disk()
+    yield _model()
+    yield _hub()
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    yield "torch", "yes", f"{torch.__version__}, {torch.get_num_threads()} threads"
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    yield "device", "yes" if device != "cpu" else "note", f"{device} ({name})" + ("" if device != "cpu" else "; no accelerator: small models only")
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            a = torch.ones(8, 8, dtype=kind, device=device)
+            right = bool(((a @ a) == 8).all())
+        except RuntimeError as error:
+            yield str(kind).removeprefix("torch."), "note", f"no product on {device}: {str(error).splitlines()[0]}"
+            continue
+        yield str(kind).removeprefix("torch."), "yes" if right else "no", f"products on {device}" + ("" if right else " are wrong")
+
+
+def _triton() -> Check:
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        needed = torch.cuda.is_available()
+        return "triton", "note", "not installed; " + ("pip install triton for the fast kernels" if needed else "not needed without a GPU")
+    from importlib.metadata import version
+
+    return "triton", "yes", version("triton")
+
+
+def _packages() -> Iterator[Check]:
+    for name in ("transformers", "tokenizers", "safetensors", "matplotlib"):
+        found = importlib.util.find_spec(name) is not None
+        from importlib.metadata import version
+
+        yield name, "yes" if found else "no", version(name) if found else f"not installed: pip install {name}"
+
+
+def _disk() -> Check:
+    """Write and sync a file where runs would go."""
+    here = Path.cwd()
+    try:
+        with tempfile.NamedTemporaryFile(dir=here) as file:
+            file.write(b"ksparse")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return "disk", "no", f"cannot write in {here}: {error.strerror}; use another folder or --out"
+    free = shutil.disk_usage(here).free
+    return "disk", "yes" if free > 5e9 else "note", f"{free / 1e9:,.0f} GB free in {here}"
+
+
+def _model() -> Check:
+    from ksparse import pylm
+
+    missing = [size for size in pylm.SIZES if not (pylm.folder(size) / "model.safetensors").is_file()]
+    if missing:
+        return "built-in LM", "no", f"{', '.join(missing)} missing from the package; install ksparse again"
+    files = sum(1 for _ in pylm.documents("held-out"))
+    if not files:
+        return "built-in LM", "no", "this Python has no standard library in source, so the built-in text is empty"
+    return "built-in LM", "yes", f"{', '.join(pylm.SIZES)}; {files:,} held-out files of the standard library"
+
+
+def _hub() -> Check:
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return "hub", "note", "HF_HUB_OFFLINE=1: only models that are on this machine"
+    from huggingface_hub import constants
+
+    host = constants.ENDPOINT.partition("://")[2].partition("/")[0]
+    try:
+        socket.create_connection((host.partition(":")[0], 443), timeout=3).close()
+    except OSError:
+        return "hub", "note", f"{host} cannot be reached; local folders and the built-in LM work"
+    return "hub", "yes", f"{host} answers"

@@ -1,0 +1,111 @@
+"""Does the LM still predict as well when it gets the reconstruction? Gao et al. 2024, section 4.1.
+
+Five runs on the same contexts: unchanged, and with the kept activations replaced by their reconstruction, by zero, by the
+mean activation. All replace the same positions, and all losses are taken at the same positions: those whose own
+activation is kept and whose next token is text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ksparse import pylm
+from ksparse.errors import InputError
+from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
+from ksparse.evals.held_out import HeldOut, Seen
+
+_FOR_MEAN = 16  # batches
+
+
+class Downstream:
+    """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the spliced loss."""
+
+    def __init__(self, data: HeldOut):
+        self.data, self.sums = data, DocumentSums()
+        batches = (seen.x.double() for seen, _ in zip(data, range(_FOR_MEAN)))
+        sums = [(x.sum(0), len(x)) for x in batches]
+        if not sum(count for _, count in sums):
+            raise InputError(f"text {data.acts.text!r} has nothing to evaluate on in its split {data.options.split!r}; "
+                             "give more text, or another with --text")
+        self.mean = (sum(x for x, _ in sums) / sum(count for _, count in sums)).float()
+
+    @torch.inference_mode()
+    def update(self, seen: Seen) -> None:
+        keep, targets = seen.keep, seen.contexts.tokens[:, 1:]
+        at = keep[:, :-1] & keep[:, 1:]
+        wanted = targets[at]
+        clean = seen.logits[:, :-1][at].float().log_softmax(-1)
+        spliced = self._predictions(seen, seen.sae(seen.x), at)
+        kl = (clean.exp() * (clean - spliced)).sum(-1)
+        columns = {"clean": clean, "spliced": spliced, "zero": self._predictions(seen, torch.zeros_like(self.mean), at),
+                   "mean": self._predictions(seen, self.mean, at)}
+        losses = {name: -log_p.gather(1, wanted[:, None]).squeeze(1) for name, log_p in columns.items()}
+        self.sums.add(seen.contexts.documents[:, :-1][at], **losses, kl=kl, tokens=torch.ones_like(kl))
+
+    def _predictions(self, seen: Seen, rows: Tensor, at: Tensor) -> Tensor:
+        return seen.spliced(rows)[:, :-1][at].float().log_softmax(-1)
+
+    def result(self) -> Result:
+        sums = self.sums
+        tokens = sums["tokens"]
+        values = {f"ce_{name}": ratio(sums[name], tokens) for name in ("clean", "spliced", "zero", "mean")}
+        delta = ratio(sums["spliced"] - sums["clean"], tokens)
+        table, note = loss_table(self.data)
+        shift = values["ce_clean"]["value"] - table[-1][1] if table else None
+        notes = [note] if note else []
+        if shift is not None and abs(shift) > 0.02:
+            notes.append(f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has {values['ce_clean']['value']:.3f} on this "
+                         "text; the table is shifted by the difference")
+        return Result({
+            **values, "ce_delta": delta, "kl": ratio(sums["kl"], tokens),
+            "recovered": ratio(sums["zero"] - sums["spliced"], sums["zero"] - sums["clean"]),
+            "compute_fraction": compute_fraction(table, delta),
+            "loss_table": {"points": table, "shift": shift}, "n_predictions": int(tokens.sum()), "notes": notes})
+
+
+def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
+    """Return the LM's [(FLOPs, loss)] with falling loss, from the option or its folder, and a note where there is none."""
+    if data.options.loss_table:
+        path = Path(data.options.loss_table)
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            points = [(float(row["flops"]), float(row["loss"])) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"loss table {path} is not lines of JSON with 'flops' and 'loss': {error!r}") from None
+    else:
+        points = pylm.loss_table(data.lm.folder) if data.lm.folder else []
+    falling: list[tuple[float, float]] = []
+    for flops, loss in sorted(points):
+        if not falling or loss < falling[-1][1]:
+            falling.append((flops, loss))
+    if len(falling) < 2:
+        return [], ("compute_fraction: no loss-compute table for this LM; give one with --loss-table FILE, lines of JSON "
+                    "{\"flops\": …, \"loss\": …} from its pre-training")
+    return falling, ""
+
+
+def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estimate:
+    """Return the share of the pre-training compute whose model is as bad as the spliced one.
+
+    The table's last loss stands for the clean LM, so it is read at last loss + delta, linearly between points in log compute. The
+    standard error is half the distance between the readings one standard error of delta to both sides.
+    """
+    if not table:
+        return {"value": None, "se": None}
+
+    def read(difference: float) -> float:
+        loss = table[-1][1] + difference
+        if loss <= table[-1][1]:
+            return 1.0
+        for (c0, l0), (c1, l1) in zip(table, table[1:]):
+            if l1 <= loss <= l0:
+                return math.exp(math.log(c0) + (l0 - loss) / (l0 - l1) * math.log(c1 / c0)) / table[-1][0]
+        return table[0][0] / table[-1][0]  # worse than the first point: at most its compute
+
+    se = delta["se"]
+    return {"value": read(delta["value"]), "se": None if se is None else (read(delta["value"] - se) - read(delta["value"] + se)) / 2}

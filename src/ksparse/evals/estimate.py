@@ -1,0 +1,70 @@
+"""Values with standard errors: ratios of float64 sums over documents, divided once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Estimate = dict[str, float | None]  # {"value": …, "se": …}
+
+
+class DocumentSums:
+    """Sums of named columns for each document."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, documents: Tensor, **columns: Tensor) -> None:
+        """Add columns [m] or [m, d] of tokens to the sums of their documents[m]."""
+        ids, inverse = documents.cpu().unique(return_inverse=True)
+        rows = torch.tensor([self._rows.setdefault(int(i), len(self._rows)) for i in ids])
+        for name, column in columns.items():
+            column = column.cpu().double()
+            sums = torch.zeros(len(ids), *column.shape[1:], dtype=torch.float64).index_add_(0, inverse, column)
+            self._grow(name, column.shape[1:])
+            self._sums[name][rows.numpy()] += sums.numpy()
+
+    def _grow(self, name: str, shape: tuple[int, ...]) -> None:
+        have = self._sums.get(name, np.zeros((0, *shape)))
+        if len(have) < len(self._rows):
+            have = np.concatenate([have, np.zeros((2 * len(self._rows) - len(have), *shape))])
+        self._sums[name] = have
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the sums [documents] or [documents, d] of a column."""
+        return self._sums[name][: len(self._rows)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
+    """Return sum / sum over documents, with the linearised standard error of a ratio of cluster totals (Cochran 1977, 6.3)."""
+    total = denominators.sum()
+    if not total:
+        return {"value": None, "se": None}
+    value = numerators.sum() / total
+    m = len(numerators)
+    spread = ((numerators - value * denominators) ** 2).sum()
+    se = math.sqrt(spread * m / (m - 1)) / abs(total) if m > 1 else None
+    return {"value": float(value), "se": se}
+
+
+def share(count: int, of: int) -> Estimate:
+    """Return a share of independent things, with its binomial standard error."""
+    value = count / of
+    return {"value": value, "se": math.sqrt(value * (1 - value) / of)}
+
+
+class Result(dict[str, Any]):
+    """A result as JSON; `arrays` holds what belongs into a safetensors file beside it, `files` other JSON files."""
+
+    def __init__(self, values: dict[str, Any], arrays: dict[str, Tensor] | None = None, files: dict[str, Any] | None = None):
+        super().__init__(values)
+        self.arrays = arrays or {}
+        self.files = files or {}

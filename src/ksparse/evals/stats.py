@@ -1,0 +1,140 @@
+"""How good is the reconstruction, how many latents live, and what does each of them fire on?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksparse.acts.text import token_strings
+from ksparse.evals.estimate import DocumentSums, Result, ratio, share
+from ksparse.evals.held_out import HeldOut, Seen
+
+BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
+_EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
+
+
+class Stats:
+    """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each latent."""
+
+    def __init__(self, data: HeldOut):
+        self.data, self.sums = data, DocumentSums()
+        n = data.sae.shape.n_latents
+        self.fired = torch.zeros(n, dtype=torch.long)
+        self.total = torch.zeros(n, dtype=torch.float64)
+        self.largest = torch.zeros(n)
+        self.tokens: list[Tensor] = []
+        self.codes: list[tuple[Tensor, Tensor]] = []
+
+    @torch.inference_mode()
+    def update(self, seen: Seen) -> None:
+        sae, raw = seen.sae, seen.x
+        inputs = sae.normalize(raw)
+        recon = sae.decode(seen.code)
+        x, x_raw = inputs.x.double(), raw.double()
+        self.sums.add(
+            seen.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
+            error=(x - recon.double()).square().sum(1), square=x.square().sum(1), sum=x,
+            raw_error=(x_raw - inputs.restore(recon).double()).square().sum(1), raw_square=x_raw.square().sum(1), raw_sum=x_raw)
+        active = seen.code.values > 0
+        indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
+        self.fired += torch.bincount(indices, minlength=len(self.fired))
+        self.total += torch.bincount(indices, values.double(), len(self.fired))
+        self.largest.scatter_reduce_(0, indices, values, "amax")
+        if sum(map(len, self.tokens)) * seen.keep.shape[1] < _EXAMPLE_TOKENS:
+            self._remember(seen)
+
+    def _remember(self, seen: Seen) -> None:
+        """Keep the codes of whole contexts, [b, t, k], empty where nothing is kept."""
+        shape = (*seen.keep.shape, seen.code.values.shape[1])
+        values, indices = torch.zeros(shape, device=raw_device(seen)), torch.full(shape, -1, dtype=torch.long, device=raw_device(seen))
+        values[seen.keep], indices[seen.keep] = seen.code.values, seen.code.indices
+        self.tokens.append(torch.where(seen.contexts.attention, seen.contexts.tokens, -1).cpu())
+        self.codes.append((values.half().cpu(), indices.int().cpu()))
+
+    def result(self) -> Result:
+        sae, sums = self.data.sae, self.sums
+        count = sums["count"]
+        nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
+        fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
+        n = sae.shape.n_latents
+        density = self.fired.double() / count.sum()
+        norms = sae.W_enc.norm(dim=1), sae.W_dec.norm(dim=1)
+        cosine = ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
+        live = density[density > 0].log10().numpy()
+        counts, edges = np.histogram(live, bins=40, range=(-6, 0))
+        values = {
+            "nmse": nmse,
+            "explained_variance": {"value": 1 - fvu["value"], "se": fvu["se"]} if fvu["value"] is not None else fvu,
+            "l0": ratio(sums["l0"], count),
+            "dead_fraction": share(int((self.fired == 0).sum()), n),
+            "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            "cosine": cosine.mean().item(),
+            "window": {"before": BEFORE, "after": AFTER},
+        }
+        if "dead_fraction_training" in sae.metadata:
+            values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
+        arrays = {"density": density.float(), "mean_act": (self.total / self.fired.clamp_min(1)).float(), "max_act": self.largest,
+                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, **self._examples()}
+        vocabulary = token_strings(self.data.lm.tokenizer, range(self.data.lm.vocab))
+        return Result(values, arrays, {"vocabulary": vocabulary})
+
+    def _examples(self) -> dict[str, Tensor]:
+        """Choose contexts for each latent: its strongest, and random ones in which it fires; one token of each context."""
+        if not self.tokens:
+            return {}
+        tokens = torch.cat(self.tokens)
+        values, indices = (torch.cat(part) for part in zip(*self.codes))
+        context, position, slot = (values > 0).nonzero(as_tuple=True)
+        value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
+        context, position = context.numpy(), position.numpy()
+        noise = np.random.default_rng(self.data.options.seed).random(len(value), np.float32)
+        m, n = self.data.options.examples, len(self.fired)
+        arrays: dict[str, Tensor] = {}
+        for kind, rank in (("top", value), ("random", noise)):
+            chosen, place = best_per_group(latent, context, rank, n, m)
+            for name, column in (("context", context), ("position", position), ("value", value)):
+                out = np.full((n, m), -1 if name != "value" else 0, np.int32 if name != "value" else np.float32)
+                out[latent[chosen], place] = column[chosen]
+                arrays[f"{kind}_{name}"] = torch.from_numpy(out)
+            arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
+        arrays["contexts"] = tokens.int()
+        return arrays
+
+
+def raw_device(seen: Seen) -> torch.device:
+    return seen.code.values.device
+
+
+def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return each document's squared distance to the mean over all documents, from sums: the error of predicting the mean."""
+    mean = total.sum(0) / max(1, count.sum())
+    return square - 2 * total @ mean + count * (mean @ mean)
+
+
+def best_per_group(latent: np.ndarray, context: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which entries are the m of highest rank of their latent, at most one of each context, and their place in 0..m-1."""
+    order = np.lexsort((-rank, context, latent))
+    first = np.ones(len(order), bool)
+    first[1:] = (latent[order][1:] != latent[order][:-1]) | (context[order][1:] != context[order][:-1])
+    order = order[first]
+    order = order[np.lexsort((-rank[order], latent[order]))]
+    starts = np.searchsorted(latent[order], np.arange(n))
+    place = np.arange(len(order)) - starts[latent[order]]
+    return order[place < m], place[place < m]
+
+
+def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) -> Tensor:
+    """Return each example's latent on the tokens around its own, [n, m, BEFORE + 1 + AFTER] as float16."""
+    n, m = context.shape
+    offsets = torch.arange(-BEFORE, AFTER + 1)
+    out = torch.zeros(n, m, len(offsets), dtype=torch.float16)
+    for first in range(0, n, 512):
+        part = slice(first, first + 512)
+        at = position[part, :, None].long() + offsets
+        inside = (at >= 0) & (at < values.shape[1]) & (context[part, :, None] >= 0)
+        rows, columns = context[part, :, None].long().clamp_min(0).expand_as(at), at.clamp(0, values.shape[1] - 1)
+        latents = torch.arange(first, min(first + 512, n)).view(-1, 1, 1, 1)
+        hit = indices[rows, columns] == latents
+        out[part] = ((values[rows, columns] * hit).sum(-1) * inside).half()
+    return out

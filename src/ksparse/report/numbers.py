@@ -1,0 +1,190 @@
+"""Results -> the table of numbers, a Row for each: how to show it, what to hold it against, how to read it.
+
+A new evaluation adds a Group to GROUPS, and nothing else here changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ksparse.report.source import Number, Source
+
+Kind = Literal["number", "percent"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of a result."""
+
+    label: str
+    key: str
+    kind: Kind
+    compare: str | Callable[[Source], str]
+    """What to hold it against: a sentence, or how to make one of the run's other numbers."""
+    reading: str
+    absent: str = "Not in this result."
+    """Why there is no value, if the result has none under this key."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The numbers of one evaluation."""
+
+    eval: str
+    title: str
+    rows: tuple[Row, ...]
+
+
+def _k(source: Source) -> str:
+    return f"k = {source.recipe.sae.k}: the most there can be"
+
+
+def _dead_in_training(source: Source) -> str:
+    seen = source.number("stats", "dead_fraction_training")
+    if seen is None:
+        return "0 %: every latent is of use"
+    return f"0 %; at the end of training {percent(seen.value)} had not fired for {source.recipe.dead_after:,} tokens"
+
+
+def _ablations(source: Source) -> str:
+    clean, zero, mean = (source.number("downstream", f"ce_{name}") for name in ("clean", "zero", "mean"))
+    if clean is None or zero is None or mean is None:
+        return "0: the LM as it was"
+    return f"0: the LM as it was; {mean.value - clean.value:.2f}: the mean activation; {zero.value - clean.value:.2f}: zeros"
+
+
+GROUPS = (
+    Group("stats", "What it reconstructs, and with how many latents", (
+        Row("Normalised MSE", "nmse", "number", "1: predicting the mean",
+            "Squared error over that of predicting the mean, on normalised activations. Lower is better."),
+        Row("Explained variance", "explained_variance", "percent", "0 %: predicting the mean",
+            "One less the same ratio, on activations as the LM has them: large ones weigh more. Higher is better."),
+        Row("L0", "l0", "number", _k,
+            "Values above zero per token. Less than k where a chosen latent has nothing to say."),
+        Row("Dead latents", "dead_fraction", "percent", _dead_in_training,
+            "Share that never fires on the evaluation's tokens. On few tokens rare latents count as dead too."),
+        Row("Encoder–decoder cosine", "cosine", "number", "1: a latent reads what it writes",
+            "Mean over latents. Low where latents read one direction and write another, as dead ones do."),
+    )),
+    Group("downstream", "What the LM makes of it", (
+        Row("Loss added (ΔCE)", "ce_delta", "number", _ablations,
+            "Nats per token that the LM's loss rises by when it goes on from the reconstruction. Lower is better."),
+        Row("KL from the LM", "kl", "number", "0: the same predictions",
+            "Nats per token between the two predictions. Counts every change, also those that happen to help."),
+        Row("Loss recovered", "recovered", "percent", "0 %: zeros; 100 %: the LM",
+            "Share of the damage of zeros that is avoided. Flattering, since zeros do much damage: read ΔCE first."),
+        Row("Compute fraction", "compute_fraction", "percent", "100 %: the LM",
+            "Share of its training compute after which the LM had the spliced loss. Higher is better.",
+            absent="Needs the LM's loss at earlier points of its training, which this LM comes without."),
+        Row("Loss, LM as it is", "ce_clean", "number", "The floor", "Cross-entropy in nats per token."),
+        Row("Loss, reconstruction spliced in", "ce_spliced", "number", "The line above", "The same, on reconstructions."),
+        Row("Loss, mean activation", "ce_mean", "number", "A stronger baseline than zeros",
+            "The same with the mean activation everywhere: the site tells nothing about the token."),
+        Row("Loss, zeros", "ce_zero", "number", "The usual baseline", "The same with zeros, which the LM has never seen."),
+    )),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row as the page shows it."""
+
+    row: Row
+    number: Number | None
+    value: str
+    se: str
+    compare: str
+
+
+def table(source: Source) -> list[dict[str, Any]]:
+    """Return the groups with their cells; a group whose evaluation is missing has the command that adds it."""
+    return [{"group": group, "result": source.result(group.eval), "command": source.command("eval", group.eval),
+             "cells": [_cell(source, group, row) for row in group.rows]} for group in GROUPS]
+
+
+def settings(source: Source) -> list[dict[str, Any]]:
+    """Return what each result was measured on."""
+    return [_settings(source, group, result) for group in GROUPS if (result := source.result(group.eval)) is not None]
+
+
+def _cell(source: Source, group: Group, row: Row) -> Cell:
+    number = source.number(group.eval, row.key)
+    compare = row.compare if isinstance(row.compare, str) else row.compare(source)
+    if number is None:
+        return Cell(row, None, "", "", compare)
+    value, se = written(number, row.kind)
+    return Cell(row, number, value, se, compare)
+
+
+def _settings(source: Source, group: Group, result: dict[str, Any]) -> dict[str, Any]:
+    facts = {"Text": result.get("text"), "Tokens": result.get("n_tokens"), "Documents": result.get("n_documents"),
+             "Checkpoint": _step(source, result.get("checkpoint")), "Positions": result.get("policy"),
+             "Options": result.get("options"), "Took": _seconds(result.get("seconds"))}
+    return {"title": group.title, "eval": group.eval, "notes": result.get("notes") or [],
+            "facts": {key: plain(value) for key, value in facts.items() if value not in (None, "", {}, [])}}
+
+
+def _step(source: Source, step: Any) -> str | None:
+    last = source.metrics[-1]["step"] if source.metrics else step
+    if step is None:
+        return None
+    return f"step {plain(step)}" if step == last else f"step {plain(step)}, though training went on to step {plain(last)}"
+
+
+def _seconds(value: Any) -> str | None:
+    return duration(value) if isinstance(value, (int, float)) else None
+
+
+# ---- how numbers are written
+
+
+def written(number: Number, kind: Kind) -> tuple[str, str]:
+    """Return a value and its standard error with as many digits as the standard error makes sense of."""
+    scale, unit = (100, " %") if kind == "percent" else (1, "")
+    value, se = number.value * scale, None if number.se is None else number.se * scale
+    digits = _digits(value, 4) if not se else min(6, _digits(se, 2))
+    digits = min(digits, 6)
+    text = f"{value:,.{digits}f}"
+    return (f"{float(0):.{digits}f}" if float(text.replace(",", "")) == 0 else text) + unit, "" if se is None else f"± {se:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """Return a share with two or three significant digits."""
+    return f"{100 * share:.{min(4, _digits(100 * share, 2))}f} %"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    return f"{value:,.{min(8, _digits(value, digits))}f}"
+
+
+def amount(count: float) -> str:
+    """Return a count in words of its size: 1.5 million."""
+    for size, word in ((1e9, " billion"), (1e6, " million")):
+        if count >= size:
+            return f"{count / size:.3g}{word}"
+    return f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plain(value: Any) -> str:
+    """Return any JSON value as a line of words."""
+    if isinstance(value, dict):
+        return " · ".join(f"{key} {plain(item)}" for key, item in value.items() if item is not None)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _digits(value: float, significant: int) -> int:
+    """Return how many digits after the point leave so many significant ones."""
+    return 0 if value == 0 else max(0, significant - 1 - math.floor(math.log10(abs(value))))

@@ -1,0 +1,107 @@
+"""A run's files, read once and only when a section asks for them."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ksparse import files
+from ksparse.errors import CorruptError
+from ksparse.recipe import Recipe
+from ksparse.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value of a result with its standard error, if it has one."""
+
+    value: float
+    se: float | None = None
+
+
+@dataclass
+class Source:
+    """What the sections read. A result that is not there is None, never an error."""
+
+    run: RunFolder
+    _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self.run.recipe()
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        return self.run.environment()
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return self.run.metrics()
+
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """Return the string of each token id, or nothing if no evaluation wrote it."""
+        file = self.run.eval_file("vocabulary")
+        strings = files.read_json(file) if file.is_file() else []
+        if not isinstance(strings, list):
+            raise CorruptError(f"{file} is not a list; {self.command('eval', 'stats')} writes it again")
+        return [string if isinstance(string, str) else str(string) for string in strings]
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """Return one evaluation's JSON, or None if it has not been run."""
+        if name not in self._results:
+            found = self.run.eval(name)
+            if found is not None and not isinstance(found, dict):
+                raise CorruptError(f"{self.run.eval_file(name)} is not a table; {self.command('eval', name)} writes it again")
+            self._results[name] = found
+        return self._results[name]
+
+    def number(self, name: str, key: str) -> Number | None:
+        """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
+        found = (self.result(name) or {}).get(key)
+        value, se = (found.get("value"), found.get("se")) if isinstance(found, dict) else (found, None)
+        return Number(value, se if is_number(se) else None) if is_number(value) else None
+
+    def arrays(self, name: str) -> Arrays | None:
+        """Return the arrays beside a result, or None if there are none."""
+        file = self.run.eval_file(name).with_suffix(".safetensors")
+        return Arrays(file) if file.is_file() else None
+
+    @property
+    def place(self) -> str:
+        """Return the run's folder as a command would name it: relative, so that a page tells nothing of a machine."""
+        return self.run.name if self.run.path.is_absolute() else str(self.run.path)
+
+    def command(self, verb: str, *words: str) -> str:
+        """Return a command line about this run, quoted for a shell."""
+        return shlex.join(["ksparse", verb, self.place, *words])
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A safetensors file, of which a section reads the rows it shows."""
+
+    file: Path
+
+    def whole(self, name: str) -> np.ndarray:
+        return self.rows(name, slice(None))
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Return some rows of a tensor; say which file is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="np") as tensors:
+                return tensors.get_slice(name)[rows]
+        except SafetensorError as error:
+            raise CorruptError(f"{self.file} has no readable '{name}': {error}; run the evaluation again") from None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,130 @@
+"""What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time.
+
+FLOPs count a multiplication and an addition as two. An SAE's step, per activation: the dense encoder product 2nd; reading
+the k chosen rows forward and backward, 4 kinds of 2kd (decode, its two gradients, the encoder's gradient); the same
+four for k_aux, once a latent is dead; Multi-TopK the same for 4k. The LM up to the site: twice its parameters there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ksparse.acts.lm import resolve, _source
+from ksparse.acts.shards import Shards
+from ksparse.acts.stream import memory_bytes
+from ksparse.errors import InputError
+from ksparse.recipe import Recipe, k_aux
+from ksparse.training.loop import PRE_ACTS, resolve_device
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the plan needs to know of the LM."""
+
+    d_model: int
+    parameters: int
+    before_site: int
+
+
+def plan(recipe: Recipe) -> list[str]:
+    """Return lines to show."""
+    subject = look(recipe)
+    d, n, tokens = subject.d_model, recipe.sae.n_latents, recipe.steps * recipe.batch
+    weights = 2 * n * d + n + d
+    aux = k_aux(recipe.sae, d)
+    sae_flops = {
+        "encoder product": 2 * n * d,
+        "sparse parts": 8 * recipe.sae.k * d * (5 if recipe.sae.multi_topk else 1),
+        "AuxK, if latents are dead": 8 * aux * d if recipe.sae.auxk_coef else 0,
+    }
+    lm_flops = 0 if recipe.acts.shards else 2 * subject.before_site
+    copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
+    rows = min(recipe.batch, max(1, PRE_ACTS // n))
+    memory = {
+        "weights, gradient, moments, average": 4 * weights * copies,
+        "pre-activations of a step": 4 * rows * n,
+        "LM": 0 if recipe.acts.shards else subject.parameters * (4 if recipe.acts.lm_dtype == "float32" else 2),
+        "block of activations": 0 if recipe.acts.shards else memory_bytes(recipe.acts.mix, recipe.batch, d),
+    }
+    checkpoint = 4 * weights * (copies + 1 - 1)
+    disk = checkpoint * (recipe.run.keep + 1)
+    free = shutil.disk_usage(next(p for p in [Path.cwd(), *Path.cwd().parents] if p.exists())).free
+    device = resolve_device(recipe.run.device)
+    rate = speed(device)
+    # The sparse parts read memory rather than multiply; they run at about a tenth of the product's rate.
+    seconds = tokens * (sae_flops["encoder product"] + 10 * sae_flops["sparse parts"] + lm_flops) / rate
+    return [
+        f"subject      {recipe.acts.lm} at {recipe.acts.site}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M parameters, "
+        f"{subject.before_site / 1e6:,.1f} M up to the site",
+        f"SAE          {n:,} latents, k = {recipe.sae.k}, k_aux = {aux}: {weights / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
+        f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
+        f"memory       {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size),
+        f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
+        + ", ".join(f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size),
+        f"disk         {_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {_bytes(free)} free here",
+        f"time         about {_duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
+        *(["warning      the disk is too small"] if disk > free else []),
+    ]
+
+
+def look(recipe: Recipe) -> Subject:
+    """Read the LM's shape without its weights."""
+    if recipe.acts.shards:
+        return Subject(Shards(recipe.acts.shards).d_model, 0, 0)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = _source(recipe.acts.lm)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.run.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    module, at = resolve(model, recipe.acts.site)
+    return Subject(_width(module, config), sum(p.numel() for p in model.parameters()), _before(model, module, at))
+
+
+def _before(model: torch.nn.Module, site: torch.nn.Module, at: str) -> int:
+    """Count the matrices' parameters that are used up to the site; modules are listed in the order of their use."""
+    inside = {id(module) for module in site.modules()} if at == "out" else set()
+    total, reached = 0, False
+    for module in model.modules():
+        reached |= module is site
+        if reached and id(module) not in inside:
+            break
+        if not isinstance(module, torch.nn.Embedding):
+            total += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
+    return total
+
+
+def _width(module: torch.nn.Module, config) -> int:
+    return getattr(module, "out_features", None) or config.get_text_config().hidden_size
+
+
+def speed(device: str, size: int = 2048) -> float:
+    """Measure a float32 product's FLOP/s, in a fraction of a second."""
+    a = torch.randn(size, size, device=device)
+    out = a @ a
+    float(out[0, 0])
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mm(a, a, out=out)
+        float(out[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,187 @@
+"""The fast copies agree with the definition, and both with autograd of dense code. Bugs T1, T2 of other libraries."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksparse import kernels
+from ksparse.kernels import fast, reference
+
+SHAPES = {  # b, k, n, d
+    "plain": (7, 3, 40, 8), "k_is_1": (5, 1, 33, 4), "k_is_n": (4, 6, 6, 5), "d_not_a_power_of_two": (9, 5, 50, 37),
+    "d_is_1": (3, 2, 10, 1), "one_row": (1, 4, 9, 3), "n_is_1": (6, 1, 1, 7), "empty_batch": (0, 3, 10, 4),
+    "more_tokens_than_latents": (70, 2, 5, 3), "more_rows_than_are_gathered_at_once": (2100, 2, 11, 3),
+}
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}
+
+
+def inputs(shape, dtype=torch.float64, seed=0, repeated=False):
+    b, k, n, d = shape
+    make = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(size, d, generator=make).to(dtype) for size in (b, n))
+    values = torch.rand(b, k, generator=make).to(dtype)
+    values[torch.rand(b, k, generator=make) < 0.3] = 0
+    if repeated:
+        indices = torch.randint(min(n, 2), (b, k), generator=make)
+    else:
+        indices = torch.stack([torch.randperm(n, generator=make)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.long)
+    return values, indices, x, weight
+
+
+def close(a, b, dtype):
+    assert a.dtype == b.dtype == dtype and a.shape == b.shape
+    torch.testing.assert_close(a.float(), b.float(), rtol=DTYPES[dtype], atol=DTYPES[dtype] * max(1.0, b.float().abs().max().item() if b.numel() else 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_fast_kernels_agree_with_the_definition(shape, repeated, dtype):
+    values, indices, x, weight = inputs(shape, dtype, repeated=repeated)
+    close(fast.gather_sum(values, indices, weight), reference.gather_sum(values, indices, weight), dtype)
+    close(fast.gather_dot(x, indices, weight), reference.gather_dot(x, indices, weight), dtype)
+    if dtype != torch.bfloat16:  # the definition adds up in bfloat16, which is worse than the fast copy
+        close(fast.scatter_outer(values, indices, x, len(weight)), reference.scatter_outer(values, indices, x, len(weight)), dtype)
+
+
+def test_fast_weight_gradient_in_bfloat16_is_near_that_in_float32():
+    values, indices, x, weight = inputs((9, 3, 12, 5), torch.bfloat16)
+    exact = reference.scatter_outer(values.float(), indices, x.float(), 12)
+    torch.testing.assert_close(fast.scatter_outer(values, indices, x, 12).float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_definition_agrees_with_dense_matrices(kernel, shape):
+    values, indices, x, weight = inputs(shape, repeated=True)
+    dense = torch.zeros(len(x), len(weight), dtype=torch.float64).scatter_add_(1, indices, values)
+    torch.testing.assert_close(kernel.gather_sum(values, indices, weight), dense @ weight)
+    torch.testing.assert_close(kernel.gather_dot(x, indices, weight), (x @ weight.T).gather(1, indices))
+    torch.testing.assert_close(kernel.scatter_outer(values, indices, x, len(weight)), dense.T @ x)
+
+
+@pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
+@given(b=st.integers(1, 9), k=st.integers(1, 6), n=st.integers(6, 40), d=st.integers(1, 9), seed=st.integers(0, 999))
+def test_gather_sum_and_gather_dot_are_adjoint(kernel, b, k, n, d, seed):
+    values, indices, x, weight = inputs((b, k, n, d), seed=seed)
+    forward = (kernel.gather_sum(values, indices, weight) * x).sum()
+    torch.testing.assert_close(forward, (values * kernel.gather_dot(x, indices, weight)).sum())
+    torch.testing.assert_close(forward, (kernel.scatter_outer(values, indices, x, n) * weight).sum())
+
+
+# ---- the selection
+
+
+@given(n=st.sampled_from([1, 5, 16, 17, 127, 128, 256, 257, 512, 1024]), k=st.integers(1, 6), seed=st.integers(0, 999),
+       levels=st.sampled_from([1, 2, 5, 0]))
+def test_topk_is_exact_with_ties_and_any_width(n, k, seed, levels):
+    k = min(k, n)
+    make = torch.Generator().manual_seed(seed)
+    pre = torch.randn(4, n, generator=make) if not levels else torch.randint(levels, (4, n), generator=make).float()
+    indices = fast.topk(pre, k)
+    assert indices.shape == (4, k) and indices.min() >= 0 and indices.max() < n
+    assert all(len(set(row)) == k for row in indices.tolist()), "an index was chosen twice"
+    torch.testing.assert_close(pre.gather(1, indices).sort(1).values, pre.topk(k, dim=1).values.sort(1).values, rtol=0, atol=0)
+
+
+def test_topk_by_groups_is_what_runs_on_wide_rows_and_agrees_with_the_definition(monkeypatch):
+    pre = torch.randn(50, 2048, generator=torch.Generator().manual_seed(0))
+    pre[:, 7 * 128 : 7 * 128 + 20] += 10  # the largest lie in the same sixteenth of the row
+    widths = []
+    whole = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, *a, **kw: widths.append(self.shape[-1]) or whole(self, *a, **kw))
+    indices = fast.topk(pre, 16)
+    assert max(widths) < 2048, "the two-stage selection was not used"
+    assert torch.equal(indices.sort(1).values, reference.topk(pre, 16).sort(1).values)
+
+
+def test_topk_of_an_empty_batch_is_empty():
+    for n in (10, 2048):
+        assert kernels.topk(torch.zeros(0, n), 3).shape == (0, 3)
+
+
+def test_topk_carries_no_gradient():
+    pre = torch.randn(3, 8, requires_grad=True)
+    assert not kernels.topk(pre, 2).requires_grad
+
+
+def test_using_reference_switches_and_switches_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(reference, "gather_sum", lambda *a: calls.append("reference") or torch.zeros(1, 1))
+    monkeypatch.setattr(fast, "gather_sum", lambda *a: calls.append("fast") or torch.zeros(1, 1))
+    one = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)
+    with pytest.raises(KeyError, match="stop"):
+        with kernels.using("reference"):
+            kernels.gather_sum(*one)
+            raise KeyError("stop")
+    kernels.gather_sum(*one)
+    assert calls == ["reference", "fast"]
+
+
+# ---- gradients
+
+
+def both(name):
+    return pytest.mark.parametrize("kernel", ["fast", "reference"], ids=str)(name)
+
+
+@both
+@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+@pytest.mark.parametrize("shape", [(4, 3, 9, 5), (3, 1, 5, 4), (2, 4, 4, 3)], ids=str)
+def test_gather_sum_passes_gradcheck_for_values_and_weight(kernel, shape, repeated):
+    values, indices, _, weight = inputs(shape, repeated=repeated)
+    values.requires_grad_(), weight.requires_grad_()
+    with kernels.using(kernel):
+        assert torch.autograd.gradcheck(lambda v, w: kernels.gather_sum(v, indices, w), (values, weight))
+
+
+@both
+@pytest.mark.parametrize("given_pre_acts", [False, True], ids=["computed", "given"])
+@pytest.mark.parametrize("shape", [(4, 3, 9, 5), (3, 1, 5, 4), (2, 4, 4, 3)], ids=str)
+def test_selected_passes_gradcheck_for_x_b_pre_W_enc_and_b_enc(kernel, shape, given_pre_acts):
+    _, indices, x, weight = inputs(shape)
+    b_pre, b_enc = torch.randn(shape[3], dtype=torch.float64), torch.randn(shape[2], dtype=torch.float64)
+    every = [x, b_pre, weight, b_enc]
+
+    def chosen(x, b_pre, W_enc, b_enc):
+        pre = ((x - b_pre) @ W_enc.T + b_enc).detach() if given_pre_acts else None
+        return kernels.selected(x, b_pre, W_enc, b_enc, indices, pre)
+
+    with kernels.using(kernel):
+        assert torch.autograd.gradcheck(chosen, [tensor.requires_grad_() for tensor in every])
+
+
+@both
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
+    """b_pre's too: it is there twice, before the encoder and after the decoder."""
+    b, k, n, d = shape
+    _, indices, x, W_enc = inputs(shape, seed=1)
+    make = torch.Generator().manual_seed(2)
+    W_dec, b_enc, b_pre = (torch.randn(*size, generator=make, dtype=torch.float64) for size in ((n, d), (n,), (d,)))
+    every = [tensor.requires_grad_() for tensor in (x, b_pre, W_enc, b_enc, W_dec)]
+    target = torch.randn(b, d, generator=make, dtype=torch.float64)
+
+    dense = (x - b_pre) @ W_enc.T + b_enc
+    mask = torch.zeros(b, n, dtype=torch.float64).scatter_(1, indices, 1.0)
+    expected = torch.autograd.grad(((torch.relu(dense) * mask) @ W_dec + b_pre - target).square().sum(), every)
+    with kernels.using(kernel):
+        values = torch.relu(kernels.selected(x, b_pre, W_enc, b_enc, indices, dense.detach()))
+        got = torch.autograd.grad((kernels.gather_sum(values, indices, W_dec) + b_pre - target).square().sum(), every)
+    for name, ours, theirs in zip(("x", "b_pre", "W_enc", "b_enc", "W_dec"), got, expected):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+def test_fast_gradients_are_the_same_bits_each_time():
+    values, indices, x, weight = inputs((200, 4, 16, 12), torch.float32)
+    first = fast.scatter_outer(values, indices, x, 16)
+    assert all(torch.equal(first, fast.scatter_outer(values, indices, x, 16)) for _ in range(5))
+
+
+def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fast, "scatter_outer", lambda *a: calls.append("weight"))
+    values, indices, _, weight = inputs((4, 3, 9, 5))
+    kernels.gather_sum(values.requires_grad_(), indices, weight).sum().backward()
+    assert values.grad is not None and not calls
