@@ -117,29 +117,56 @@ def prepare(setting: Setting, args: argparse.Namespace) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"activations of {setting.source}", file=sys.stderr)
     source = {"stories260k": Source(args.stories, "resid_post.3", args.text), "pylm/0.3m": Source("pylm/0.3m", "resid_post.2", "pylm")}
-    for split, count in (("held-out", HELD_OUT), ("train", rows)):
-        np.save(folder / f"{split.replace('-', '_')}.npy", inputs(source[setting.source], split, count, setting.batch))
+    lm, acts = open_lm(source[setting.source])
+    np.save(folder / "held_out.npy", scaled(held_out(lm, acts)))
+    np.save(folder / "train.npy", training(lm, acts, rows, setting.batch))
     return folder
 
 
-def inputs(source: Source, split: str, rows: int, batch: int) -> np.ndarray:
-    """Return x[rows, d] of a split in the order of a live stream: per activation mean 0 and norm sqrt(d).
+def open_lm(source: Source) -> tuple[Any, Any]:
+    """Return the LM and the options of its activations."""
+    from ksparse.acts.lm import LM
+    from ksparse.recipe import Acts
+
+    acts = Acts(lm=source.lm, site=source.site, text=source.text)
+    return LM(acts=acts), acts
+
+
+def scaled(raw: Any) -> np.ndarray:
+    """Return activations with mean 0 and norm sqrt(d) each.
 
     That is unit_norm on the scale of layer_norm: the other libraries' defaults suppose inputs of unit variance.
     """
-    from ksparse.acts.lm import LM
-    from ksparse.acts.stream import LiveStream
-    from ksparse.acts.text import Corpus
-    from ksparse.recipe import Acts
     from ksparse.sae.normalize import normalize
 
-    acts = Acts(lm=source.lm, site=source.site, text=source.text)
-    lm = LM(acts=acts)
-    stream = LiveStream(lm, Corpus(acts, lm.tokenizer, split), batch=batch, seed=0)
+    return normalize(raw, "unit_norm").x.mul(math.sqrt(raw.shape[-1])).numpy()
+
+
+def training(lm: Any, acts: Any, rows: int, batch: int) -> np.ndarray:
+    """Return x[rows, d] in the order of a live stream; a short text is repeated, in another order each time."""
+    from ksparse.acts.stream import LiveStream
+    from ksparse.acts.text import Corpus
+
+    stream = LiveStream(lm, Corpus(acts, lm.tokenizer, "train"), batch=batch, seed=0)
     x = np.empty((rows, lm.d_model), np.float32)
     for at, raw in zip(range(0, rows, batch), stream.batches()):
-        x[at : at + batch] = normalize(raw.x, "unit_norm").x.mul(math.sqrt(lm.d_model)).numpy()[: rows - at]
+        x[at : at + batch] = scaled(raw.x)
     return x
+
+
+def held_out(lm: Any, acts: Any) -> Any:
+    """Return raw activations [<= HELD_OUT, d] of text that is trained on by nobody, each once: it is not repeated."""
+    import torch
+    from ksparse.acts.text import Corpus
+
+    corpus = Corpus(acts, lm.tokenizer, "held-out")
+    contexts = itertools.takewhile(lambda context: context.start.epoch == 0, corpus.contexts())
+    parts, have = [], 0
+    while have < HELD_OUT and (group := list(itertools.islice(contexts, acts.lm_batch))):
+        batch = corpus.batch(group)
+        parts.append(lm.acts(batch.tokens, batch.attention)[batch.keep])
+        have += len(parts[-1])
+    return torch.cat(parts)[:HELD_OUT]
 
 
 # ---- libraries ---------------------------------------------------------------------------------------------------

@@ -202,9 +202,8 @@ def shard(arguments: list[str]) -> None:
     import torch
 
     from ksparse.acts import shards
-    from ksparse.acts.lm import LM
+    from ksparse.acts.lm import LM, resolve_device
     from ksparse.acts.text import Corpus
-    from ksparse.training.loop import resolve_device
 
     lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device), trust_remote_code=recipe.run.trust_remote_code)
     if recipe.threads:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ksparse import files
-from ksparse.acts.lm import LM
+from ksparse.acts.lm import LM, resolve_device
 from ksparse.errors import InputError
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
@@ -29,13 +29,12 @@ def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS)
              observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
-    lm: the LM with its site; the one that the SAE was trained on if not given.
+    lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to its device.
     observe: called with the activations seen and wanted.
     """
     check_names(names)
-    device = sae.W_enc.device
-    lm = lm or LM(acts=_acts(sae), device=str(device))
-    data = HeldOut(sae.eval(), lm, options)
+    lm = lm or LM(acts=_acts(sae), device=resolve_device(options.device))
+    data = HeldOut(sae.to(lm.device).eval(), lm, options)
     started = time.monotonic()
     running = {name: EVALS[name](data) for name in names}
     seen_tokens, contexts, documents = 0, 0, set()

@@ -27,12 +27,12 @@ class Downstream:
 
     def __init__(self, data: HeldOut):
         self.data, self.sums = data, DocumentSums()
-        batches = (seen.x.double() for seen, _ in zip(data, range(_FOR_MEAN)))
+        batches = (seen.x.cpu().double() for seen, _ in zip(data, range(_FOR_MEAN)))
         sums = [(x.sum(0), len(x)) for x in batches]
         if not sum(count for _, count in sums):
             raise InputError(f"text {data.acts.text!r} has nothing to evaluate on in its split {data.options.split!r}; "
                              "give more text, or another with --text")
-        self.mean = (sum(x for x, _ in sums) / sum(count for _, count in sums)).float()
+        self.mean = (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(data.lm.device)
 
     @torch.inference_mode()
     def update(self, seen: Seen) -> None:

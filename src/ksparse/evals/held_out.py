@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ksparse.acts.lm import LM
+from ksparse.acts.lm import LM, Watched
 from ksparse.acts.text import Contexts, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.evals.options import EvalOptions
@@ -29,24 +29,20 @@ class Seen:
         return self.contexts.keep
 
     @cached_property
-    def _clean(self) -> tuple[Tensor, Tensor]:
-        caught: list[Tensor] = []
-
-        def watch(x: Tensor) -> Tensor:
-            caught.append(x)
-            return x
-
-        return self.lm.logits(self.contexts.tokens, self.contexts.attention, watch), caught[0]
+    def watched(self) -> Watched:
+        """The unchanged LM's whole run."""
+        return self.lm.watch(self.contexts.tokens, self.contexts.attention)
 
     @property
     def logits(self) -> Tensor:
         """[b, t, v] of the unchanged LM."""
-        return self._clean[0]
+        return self.watched.logits
 
     @cached_property
     def x(self) -> Tensor:
         """Kept raw activations [m, d]."""
-        x = (self._clean[1] if "_clean" in self.__dict__ else self.lm.acts(self.contexts.tokens, self.contexts.attention))[self.keep]
+        whole = "watched" in self.__dict__  # the whole run has been asked for, so that the site need not be read again
+        x = (self.watched.x if whole else self.lm.acts(self.contexts.tokens, self.contexts.attention))[self.keep]
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
             document = self.documents[bad][0].item()
@@ -70,7 +66,7 @@ class Seen:
             x[self.keep] = rows.expand(int(self.keep.sum()), -1)
             return x
 
-        return self.lm.logits(self.contexts.tokens, self.contexts.attention, put)
+        return self.lm.replay(self.watched, put)
 
 
 class HeldOut:

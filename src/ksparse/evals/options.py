@@ -25,6 +25,8 @@ class EvalOptions:
     """Contexts kept of each latent, as many of its strongest as of random ones."""
     seed: int = 0
     """Draws the random examples."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "per_document", "examples"):

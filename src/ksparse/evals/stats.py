@@ -31,11 +31,11 @@ class Stats:
         sae, raw = seen.sae, seen.x
         inputs = sae.normalize(raw)
         recon = sae.decode(seen.code)
-        x, x_raw = inputs.x.double(), raw.double()
+        x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
         self.sums.add(
             seen.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
-            error=(x - recon.double()).square().sum(1), square=x.square().sum(1), sum=x,
-            raw_error=(x_raw - inputs.restore(recon).double()).square().sum(1), raw_square=x_raw.square().sum(1), raw_sum=x_raw)
+            error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x,
+            raw_error=(y - y_hat).square().sum(1), raw_square=y.square().sum(1), raw_sum=y)
         active = seen.code.values > 0
         indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
         self.fired += torch.bincount(indices, minlength=len(self.fired))
@@ -47,8 +47,8 @@ class Stats:
     def _remember(self, seen: Seen) -> None:
         """Keep the codes of whole contexts, [b, t, k], empty where nothing is kept."""
         shape = (*seen.keep.shape, seen.code.values.shape[1])
-        values, indices = torch.zeros(shape, device=raw_device(seen)), torch.full(shape, -1, dtype=torch.long, device=raw_device(seen))
-        values[seen.keep], indices[seen.keep] = seen.code.values, seen.code.indices
+        values, indices = seen.code.values.new_zeros(shape), seen.code.indices.new_full(shape, -1)
+        values[seen.keep], indices[seen.keep] = seen.code
         self.tokens.append(torch.where(seen.contexts.attention, seen.contexts.tokens, -1).cpu())
         self.codes.append((values.half().cpu(), indices.int().cpu()))
 
@@ -100,10 +100,6 @@ class Stats:
             arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
         arrays["contexts"] = tokens.int()
         return arrays
-
-
-def raw_device(seen: Seen) -> torch.device:
-    return seen.code.values.device
 
 
 def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:

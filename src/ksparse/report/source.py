@@ -78,6 +78,10 @@ class Source:
         """Return the run's folder as a command would name it: relative, so that a page tells nothing of a machine."""
         return self.run.name if self.run.path.is_absolute() else str(self.run.path)
 
+    def quoted(self, file: str) -> str:
+        """Return the path of one of the run's files, quoted for a shell."""
+        return shlex.quote(f"{self.place}/{file}")
+
     def command(self, verb: str, *words: str) -> str:
         """Return a command line about this run, quoted for a shell."""
         return shlex.join(["ksparse", verb, self.place, *words])

@@ -45,7 +45,7 @@ def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float 
 
     A point that the iterate falls on is given a small distance instead of an infinite weight.
     """
-    points64 = points.double()
+    points64 = points.cpu().double()
     median = points64.mean(0)
     spread = (points64 - median).norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
     for _ in range(iterations):
@@ -54,4 +54,4 @@ def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float 
         moved, median = (new - median).norm(), new
         if moved <= tolerance * spread:
             break
-    return median.to(points.dtype)
+    return median.to(points)

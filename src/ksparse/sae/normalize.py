@@ -50,7 +50,7 @@ def normalize(raw: Tensor, kind: str, factor: float = 1.0) -> Normalized:
 
 def dataset_factor(sample: Tensor) -> float:
     """Return the constant that makes the mean squared norm of raw activations d_model."""
-    mean_square = sample.double().square().mean().item()
+    mean_square = sample.cpu().double().square().mean().item()
     return mean_square**-0.5 if mean_square > 0 else 1.0
 
 

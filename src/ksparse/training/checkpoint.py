@@ -61,7 +61,7 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
 
 def dead_fraction(state: State, dead_after: int) -> float:
     """Return the share of latents that have not been active for `dead_after` tokens."""
-    return (state.since >= dead_after).double().mean().item()
+    return (state.since >= dead_after).float().mean().item()
 
 
 def load(path: Path, optimizer: Optimizer) -> State:

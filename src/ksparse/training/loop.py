@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ksparse import files
-from ksparse.acts.lm import LM
+from ksparse.acts.lm import LM, resolve_device
 from ksparse.acts.shards import Shards
 from ksparse.acts.stream import Batch, LiveStream, ShardStream, Stream
 from ksparse.acts.text import Corpus
@@ -42,12 +42,13 @@ PRE_ACTS = 2**26  # numbers in the [b, n] matrix; a larger batch is taken in par
 Observer = Callable[[dict[str, Any]], None]
 
 
-def train(recipe: Recipe, out: Path | str, *, observe: Observer = lambda row: None) -> RunFolder:
+def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = lambda row: None) -> RunFolder:
     """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go on with it.
 
+    out: runs/<a hash of the recipe> if not given.
     observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.
     """
-    run = RunFolder(Path(out))
+    run = RunFolder(Path(out or f"runs/{files.digest(recipe.identity())}"))
     with run.locked(), _signals() as stop, _memory_explained(recipe):
         checkpoint.check_same(run, recipe) if run.exists() else begin(run, recipe)
         device = torch.device(resolve_device(recipe.run.device))
@@ -121,7 +122,7 @@ def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Strea
     raw = stream.sample(SAMPLE)
     factor = dataset_factor(raw) if recipe.acts.normalize == "dataset" else 1.0
     sample = normalize(raw, recipe.acts.normalize, factor).x
-    baseline = (sample - sample.mean(0)).double().square().mean().item()
+    baseline = (sample - sample.mean(0)).cpu().double().square().mean().item()
     if not baseline > 0:
         raise InputError(f"all {len(raw):,} activations at {recipe.acts.site} are the same: there is nothing to learn")
     shape = Shape(stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, factor)
@@ -196,7 +197,7 @@ def metrics(part: Losses, moved: dict[str, float], state: State, recipe: Recipe,
     return {
         "step": state.step, "tokens": state.tokens,
         "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
-        "l0": (part.code.values > 0).sum(1).double().mean().item(),
+        "l0": (part.code.values > 0).sum(1).float().mean().item(),
         "dead": checkpoint.dead_fraction(state, recipe.dead_after),
         **moved, "skipped": state.skipped, "neighbours_in_batch": stream.mixing(),
     }
@@ -206,17 +207,6 @@ def due(step: int, saved: float, recipe: Recipe) -> bool:
     if recipe.run.save_every:
         return step % recipe.run.save_every == 0
     return time.monotonic() - saved >= 60 * recipe.run.save_minutes
-
-
-def resolve_device(name: str) -> str:
-    """Return the device that a recipe asks for; auto takes an accelerator if there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; --run.device cpu always is") from None
-    return name
 
 
 def threads(number: int) -> None:

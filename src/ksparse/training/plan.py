@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from ksparse.acts.lm import resolve, _source
+from ksparse.acts.lm import find_model, resolve, resolve_device
 from ksparse.acts.shards import Shards
 from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe, k_aux
-from ksparse.training.loop import PRE_ACTS, resolve_device
+from ksparse.training.loop import PRE_ACTS
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def look(recipe: Recipe) -> Subject:
         return Subject(Shards(recipe.acts.shards).d_model, 0, 0)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = _source(recipe.acts.lm)
+    source = find_model(recipe.acts.lm)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.run.trust_remote_code)
     except (OSError, ValueError) as error:

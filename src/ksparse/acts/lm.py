@@ -1,0 +1,295 @@
+"""A causal LM of the transformers library, read and changed at one site by plain forward hooks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ksparse import pylm
+from ksparse.acts.text import Contexts, token_strings
+from ksparse.errors import InputError
+from ksparse.recipe import Acts
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn")
+BEFORE_MLP = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm")
+ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+class Watched(NamedTuple):
+    """An unchanged run of the LM: logits[b, t, v], the site's x[b, t, d] as float32, and what `LM.replay` starts from."""
+
+    logits: Tensor
+    x: Tensor
+    tokens: Tensor
+    attention: Tensor
+    prefix: Tensor | None
+
+
+class LM:
+    """A causal LM and a site in it.
+
+    lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts` reads the site and stops
+    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other activations there.
+    """
+
+    def __init__(self, name: str = "pylm", site: str = "resid_post.6", *, acts: Acts | None = None, device: str = "cpu",
+                 trust_remote_code: bool = False):
+        """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given."""
+        self.options = acts or Acts(lm=name, site=site)
+        self.device = torch.device(device)
+        folder = find_model(self.options.lm)
+        common = {"revision": self.options.revision, "trust_remote_code": trust_remote_code} if not Path(folder).exists() else {
+            "trust_remote_code": trust_remote_code}
+        self.model = _load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
+        self.tokenizer = _load_tokenizer(self.options.tokenizer or folder, common)
+        self.folder = Path(folder) if Path(folder).exists() else None
+        self.vocab = self.model.get_input_embeddings().weight.shape[0]
+        self._check_tokenizer()
+        self.module, self.at = resolve(self.model, self.options.site)
+        self._before = _blocks_before(self.model, self.module, self.at)
+        self.d_model = self._width()
+
+    def __call__(self, text: str) -> Tensor:
+        """Return x[t, d], the raw activations of the text's tokens; BOS is put before it and its own row left out."""
+        tokens = self.tokenize(text)
+        lead = int(self._bos is not None)
+        return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, lead:]
+
+    def tokens(self, text: str) -> list[str]:
+        """Return the strings of the text's tokens, one for each row of lm(text)."""
+        return token_strings(self.tokenizer, self.tokenize(text)[0, int(self._bos is not None) :].tolist())
+
+    def tokenize(self, text: str) -> Tensor:
+        """Return ids [1, t] with BOS first, as in training."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids:
+            raise InputError(f"the text {text!r} has no token")
+        return torch.tensor([([] if self._bos is None else [self._bos]) + ids], device=self.device)
+
+    @property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id if self.options.bos == "auto" else None
+
+    @torch.inference_mode()
+    def acts(self, tokens: Tensor, attention: Tensor) -> Tensor:
+        """Return the raw activations x[b, t, d] at the site as float32; what comes after the site is not computed."""
+        seen: list[Tensor] = []
+
+        def take(x: Tensor) -> None:
+            seen.append(x)
+            raise _Stop
+
+        with self._hooked(take):
+            try:
+                self._forward(tokens, attention)
+            except _Stop:
+                pass
+        if not seen:
+            raise InputError(f"site {self.options.site!r} was not reached in a forward pass of {self.options.lm}; "
+                             f"choose another:\n{describe_sites(self.model)}")
+        return seen[0].float()
+
+    @torch.inference_mode()
+    def watch(self, tokens: Tensor, attention: Tensor) -> Watched:
+        """Run the LM unchanged."""
+        seen: list[Tensor] = []
+        prefix: list[Tensor] = []
+        with ExitStack() as hooks:
+            if self._before:
+                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(_first(output)))
+                hooks.callback(last.remove)
+            hooks.enter_context(self._hooked(seen.append))
+            logits = self._forward(tokens, attention).logits
+        return Watched(logits, seen[0].float(), tokens, attention, prefix[0] if prefix else None)
+
+    @torch.inference_mode()
+    def replay(self, watched: Watched, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return logits[b, t, v] with the site's x[b, t, d] (float32) mapped by `edit`; blocks before the site are not run again."""
+        with ExitStack() as changes:
+            for block in self._before if watched.prefix is not None else ():
+                changes.enter_context(_passing(block, watched.prefix))
+            changes.enter_context(self._hooked(lambda x: edit(x.float()).to(x.dtype)))
+            return self._forward(watched.tokens, watched.attention).logits
+
+    def on_device(self, contexts: Contexts) -> Contexts:
+        return Contexts(*(field.to(self.device) for field in contexts))
+
+    def _forward(self, tokens: Tensor, attention: Tensor) -> Any:
+        mask = None if bool(attention.all()) else attention.long()
+        return self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
+
+    @contextmanager
+    def _hooked(self, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+            rest = output[1:] if isinstance(output, tuple) else None
+            new = change(_first(output))
+            return None if new is None else new if rest is None else (new, *rest)
+
+        def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if args:
+                new = change(args[0])
+                return None if new is None else ((new, *args[1:]), kwargs)
+            new = change(kwargs["hidden_states"])
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+        handle = (self.module.register_forward_hook(on_output) if self.at == "out"
+                  else self.module.register_forward_pre_hook(on_input, with_kwargs=True))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _width(self) -> int:
+        tokens = torch.zeros(1, 1, dtype=torch.long)
+        return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool)).shape[-1]
+
+    def _check_tokenizer(self) -> None:
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        used = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if i is not None]
+        if max([largest, *used]) >= self.vocab:
+            raise InputError(f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
+                             f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer")
+
+
+class _Stop(Exception):
+    """Leaves the forward pass once the site has been seen."""
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _passing(block: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Make a block return `hidden` without computing anything."""
+    own = block.__dict__.get("forward")
+    block.forward = lambda *args, **kwargs: hidden
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+def _blocks_before(model: nn.Module, site: nn.Module, at: str) -> list[nn.Module]:
+    """Return the blocks whose work is done when the site is read: those before the site's own, and that one too if its output is the site."""
+    blocks = _blocks(model)
+    for i, block in enumerate(blocks):
+        if block is site:
+            return blocks[: i + 1] if at == "out" else blocks[:i]
+        if any(module is site for module in block.modules()):
+            return blocks[:i]
+    return []
+
+
+def resolve_device(name: str) -> str:
+    """Return the device that a recipe asks for; auto takes an accelerator if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; cpu always is") from None
+    return name
+
+
+# ---- sites -------------------------------------------------------------------------------------------------------
+
+
+def resolve(model: nn.Module, site: str) -> tuple[nn.Module, str]:
+    """Return (module, 'in' | 'out') of a site: an alias such as resid_post.8, or a module's name, or NAME:in."""
+    alias = re.fullmatch(rf"({'|'.join(ALIASES)})\.(-?\d+)", site)
+    if alias:
+        kind, number = alias[1], int(alias[2])
+        blocks = _blocks(model)
+        if -len(blocks) <= number < len(blocks):
+            found = _in_block(blocks[number], kind)
+            if found:
+                return found
+        raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
+    name, _, at = site.partition(":")
+    modules = dict(model.named_modules())
+    if not name or name not in modules or at not in ("", "in", "out"):
+        raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
+    return modules[name], at or "out"
+
+
+def describe_sites(model: nn.Module) -> str:
+    """List the sites of a model: the aliases that exist, and the modules' names with the block number as I."""
+    blocks = _blocks(model)
+    aliases = [f"{kind}.0 … {kind}.{len(blocks) - 1}" for kind in ALIASES if blocks and _in_block(blocks[0], kind)]
+    names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name)
+    return f"  {', '.join(aliases)}\n  {', '.join(names)}\n  (NAME is a module's output, NAME:in its input)"
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks: the longest list of modules of which each has attention and MLP."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [blocks for blocks in lists if _child(blocks[0], ATTENTION) is not None]
+    return max(lists, key=len, default=[])
+
+
+def _in_block(block: nn.Module, kind: str) -> tuple[nn.Module, str] | None:
+    if kind in ("resid_pre", "resid_post"):
+        return block, "in" if kind == "resid_pre" else "out"
+    if kind == "resid_mid":
+        parallel = getattr(block, "use_parallel_residual", False)
+        module = None if parallel else _child(block, BEFORE_MLP)
+        return None if module is None else (module, "in")
+    module = _child(block, ATTENTION if kind == "attn_out" else MLP)
+    return None if module is None else (module, "out")
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((child for name, child in module.named_children() if name in names), None)
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> str:
+    """Return a folder or a Hub name; raise InputError for a path that is not there."""
+    if name == "pylm" or name.startswith("pylm/"):
+        try:
+            return str(pylm.folder(name.partition("/")[2] or pylm.DEFAULT))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise InputError(f"model folder {name} does not exist; give a folder with config.json, a Hub name such as gpt2, or pylm")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")
+    return name
+
+
+def _load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {source!r} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in (
+            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"folder {source} has no tokenizer; name one with --acts.tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"tokenizer {source!r} cannot be loaded: {str(error).splitlines()[0]}; "
+                         "name another with --acts.tokenizer") from error

@@ -1,0 +1,168 @@
+"""Activations on disk: written once, read by many runs.
+
+    acts/<hash>/manifest.json        what they are (LM, site, text, policy), and the rows and SHA-256 sum of each shard
+    acts/<hash>/00000.safetensors    x[rows, d], document[rows], context[rows], position[rows]; in the order of the text
+    acts/<hash>/documents.json       the documents' names
+
+The hash is over what the activations are, so another LM or text lands in another folder. The manifest is replaced after
+each shard; a killed writer goes on after the last one. safetensors accepts almost any altered bit, hence the sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ksparse import files
+from ksparse.acts.lm import LM
+from ksparse.acts.text import Corpus, Place
+from ksparse.errors import CorruptError, InputError, NonFiniteError
+from ksparse.recipe import Acts
+
+FORMAT = 1
+NAMES = "documents.json"
+DTYPES = {"float32": ("F32", np.float32), "float16": ("F16", np.float16), "bfloat16": ("BF16", np.uint16)}
+
+
+def facts(acts: Acts, corpus: Corpus, dtype: str) -> dict[str, Any]:
+    """Return what the activations depend on."""
+    own = {key: value for key, value in asdict(acts).items() if key not in ("normalize", "mix", "shards", "lm_batch")}
+    return {"format": FORMAT, "acts": own, "policy": corpus.policy(), "dtype": dtype}
+
+
+def write(lm: LM, corpus: Corpus, parent: Path, *, rows: int, dtype: str = "float32", shard_rows: int = 0,
+          progress: Callable[[int], None] = lambda done: None) -> Path:
+    """Write `rows` activations as shards under `parent`; return their folder. Goes on where a killed writer stopped."""
+    about = facts(corpus.acts, corpus, dtype) | {"rows": rows, "d_model": lm.d_model}
+    folder = Path(parent) / files.digest(about)
+    shard_rows = shard_rows or max(1, 256_000_000 // (4 * lm.d_model))
+    manifest = files.read_json(folder / files.MANIFEST) if (folder / files.MANIFEST).is_file() else {
+        **about, "shards": [], "place": list(Place()), "contexts": 0, "complete": False}
+    corpus.names.update(enumerate(files.read_json(folder / NAMES)) if (folder / NAMES).is_file() else ())
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(folder)
+        while not manifest["complete"]:
+            done = sum(shard["rows"] for shard in manifest["shards"])
+            progress(done)
+            tensors, place, contexts = _shard(lm, corpus, manifest, min(shard_rows, rows - done), getattr(torch, dtype))
+            name = f"{len(manifest['shards']):05d}.safetensors"
+            tmp = folder / f".tmp-{name}"
+            save_file(tensors, tmp)
+            tmp.chmod(0o644)
+            entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
+            tmp.replace(folder / name)
+            last = max(corpus.names)
+            files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
+            manifest |= {"shards": [*manifest["shards"], entry], "place": list(place), "contexts": contexts,
+                         "complete": done + entry["rows"] >= rows, "names_sha256": files.sha256(folder / NAMES)}
+            files.write_json(folder / files.MANIFEST, manifest)
+        progress(rows)
+    return folder
+
+
+def _shard(lm: LM, corpus: Corpus, manifest: dict[str, Any], rows: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Place, int]:
+    """Compute whole contexts until there are at least `rows` activations."""
+    parts: list[tuple[Tensor, ...]] = []
+    have, number, group, place = 0, manifest["contexts"], [], Place(*manifest["place"])
+    for context in corpus.contexts(place):
+        group.append(context)
+        if len(group) < corpus.acts.lm_batch and have + len(group) * corpus.acts.context < rows:
+            continue
+        contexts = corpus.batch(group)
+        keep = contexts.keep
+        x = lm.acts(contexts.tokens, contexts.attention).cpu()[keep]
+        if not torch.isfinite(x).all():
+            bad = contexts.documents[keep][~torch.isfinite(x).all(1)][0].item()
+            raise NonFiniteError(f"activations at {lm.options.site} are NaN or infinite in document {corpus.names[bad]!r}")
+        numbers = torch.arange(number, number + len(group))[:, None].expand_as(keep)[keep]
+        positions = torch.arange(keep.shape[1]).expand_as(keep)[keep]
+        parts.append((x.to(dtype), contexts.documents[keep].int(), numbers.int(), positions.int()))
+        have, number, place, group = have + len(x), number + len(group), group[-1].next, []
+        if have >= rows:
+            break
+    x, document, context, position = (torch.cat(column) for column in zip(*parts))
+    return {"x": x, "document": document, "context": context, "position": position}, place, number
+
+
+class Shards:
+    """A folder of shards as one table of rows, memory-mapped. Sums are checked when it is opened."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"{folder} is no folder of shards; `ksparse shard` writes one")
+        self.manifest = files.read_json(self.folder / files.MANIFEST)
+        if self.manifest.get("format") != FORMAT or "shards" not in self.manifest:
+            raise InputError(f"{self.folder / files.MANIFEST} is not a manifest of shards of format {FORMAT}")
+        if not self.manifest["complete"]:
+            raise InputError(f"{folder} is not complete; run the same `ksparse shard` again to finish it")
+        files.check_file(self.folder, NAMES, self.manifest["names_sha256"])
+        self.names: list[str] = files.read_json(self.folder / NAMES)
+        self.d_model: int = self.manifest["d_model"]
+        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"])) for entry in self.manifest["shards"]]
+        self.ends = np.cumsum([len(part.document) for part in self.parts])
+        self.rows = int(self.ends[-1])
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Return activations x[len(rows), d] as float32."""
+        out = torch.empty(len(rows), self.d_model)
+        for part, at, local in self._located(rows):
+            taken = torch.from_numpy(np.ascontiguousarray(part.x[local]))
+            out[torch.from_numpy(at)] = (taken.view(torch.bfloat16) if taken.dtype == torch.uint16 else taken).float()
+        return out
+
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        return self._column(rows, "document")
+
+    def contexts(self, rows: np.ndarray) -> np.ndarray:
+        return self._column(rows, "context")
+
+    def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
+        out = np.empty(len(rows), np.int64)
+        for part, at, local in self._located(rows):
+            out[at] = getattr(part, name)[local]
+        return out
+
+    def _located(self, rows: np.ndarray):
+        which = np.searchsorted(self.ends, rows, side="right")
+        for i in np.unique(which):
+            at = np.flatnonzero(which == i)
+            yield self.parts[i], at, rows[at] - (self.ends[i] - len(self.parts[i].document))
+
+    def check_fits(self, acts: Acts) -> None:
+        """Raise InputError unless the shards hold what a recipe asks for."""
+        ours = {key: value for key, value in asdict(acts).items() if key in self.manifest["acts"]}
+        wrong = [f"acts.{key}: the shards have {theirs!r}, the recipe {ours[key]!r}"
+                 for key, theirs in self.manifest["acts"].items() if ours.get(key) != theirs]
+        if wrong:
+            raise InputError(f"the shards in {self.folder} are of other activations: {'; '.join(wrong)}")
+
+
+class _Part:
+    """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of offsets."""
+
+    def __init__(self, file: Path):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        kinds = {code: kind for code, kind in DTYPES.values()} | {"I32": np.int32}
+        for name in ("x", "document", "context", "position"):
+            entry = header.get(name)
+            if entry is None or entry["dtype"] not in kinds:
+                raise CorruptError(f"{file} lacks the column {name!r}, or has it in a type that is not known")
+            kind = np.dtype(kinds[entry["dtype"]])
+            size = math.prod(entry["shape"]) * kind.itemsize
+            offset = 8 + length + entry["data_offsets"][0]
+            if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
+                raise CorruptError(f"{file}: column {name!r} has the wrong size")
+            setattr(self, name, np.memmap(file, kind, "r", offset, tuple(entry["shape"])))

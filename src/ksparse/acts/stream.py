@@ -1,0 +1,222 @@
+"""Batches of raw activations in a mixed order, and a cursor from which to go on exactly.
+
+Live: the text is taken in blocks of `mix` kept activations. A block's activations are computed, permuted by a permutation that is
+a function of (seed, block), and dealt out as batches. The cursor is where the block's text begins and how many batches
+of it are out: to go on, the block is computed again. No buffer is saved, none is lost, and every kept activation
+of the text is used exactly once an epoch: a context that crosses the end of a block is computed in both.
+
+From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows, a new one each epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksparse.acts.lm import LM
+from ksparse.acts.order import permutation
+from ksparse.acts.shards import Shards
+from ksparse.acts.text import Context, Corpus, Place
+from ksparse.errors import InputError, NonFiniteError
+
+Cursor = dict[str, Any]  # JSON
+
+
+class Batch(NamedTuple):
+    """Raw activations x[b, d], the document of each [b], and the cursor after them."""
+
+    x: Tensor
+    documents: Tensor
+    cursor: Cursor
+
+
+class Stream(Protocol):
+    """What training reads from."""
+
+    d_model: int
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+        """Yield batches for ever, from the cursor on."""
+
+    def sample(self, rows: int) -> Tensor:
+        """Return some raw activations [<= rows, d] without moving any cursor."""
+
+    def document_names(self, documents: Tensor) -> list[str]:
+        """Name documents, for messages."""
+
+    def mixing(self) -> float | None:
+        """Return the share of neighbours in a context that came into the same batch, in the newest block."""
+
+
+class Block(NamedTuple):
+    """Kept activations x[rows, d] in the order of the text, their documents, their contexts, and where the text goes on."""
+
+    x: Tensor
+    documents: Tensor
+    contexts: Tensor
+    next: tuple[Place, int]
+
+
+class LiveStream:
+    """Activations of an LM on a text, as they are needed."""
+
+    def __init__(self, lm: LM, corpus: Corpus, *, batch: int, seed: int):
+        self.lm, self.corpus, self.batch, self.seed = lm, corpus, batch, seed
+        self.d_model = lm.d_model
+        self.per_block = max(1, corpus.acts.mix // batch)
+        self._mixing: float | None = None
+        self._newest: tuple[tuple[Place, int], Block] | None = None
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+        cursor = cursor or {"block": 0, "place": list(Place()), "skip": 0, "batch": 0}
+        number, start, done = cursor["block"], (Place(*cursor["place"]), cursor["skip"]), cursor["batch"]
+        while True:
+            block = self._block(start)
+            rows = len(block.x)
+            order = torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
+            self._measure_mixing(block, order)
+            for i in range(done, self.per_block):
+                chosen = order[i * self.batch : (i + 1) * self.batch]
+                after = {"block": number, "place": list(start[0]), "skip": start[1], "batch": i + 1}
+                if i + 1 == self.per_block:
+                    after = {"block": number + 1, "place": list(block.next[0]), "skip": block.next[1], "batch": 0}
+                yield Batch(block.x[chosen], block.documents[chosen], after)
+            number, start, done = number + 1, block.next, 0
+
+    def sample(self, rows: int) -> Tensor:
+        block = self._block((Place(), 0))
+        order = permutation(np.arange(min(rows, len(block.x))), len(block.x), (self.seed, 0))
+        return block.x[torch.from_numpy(order)]
+
+    def document_names(self, documents: Tensor) -> list[str]:
+        return [self.corpus.names.get(i, f"document {i}") for i in documents.unique().tolist()]
+
+    def mixing(self) -> float | None:
+        return self._mixing
+
+    def _block(self, start: tuple[Place, int]) -> Block:
+        """Compute the block that begins at a place of the text; the newest one is kept, since it is often asked for twice."""
+        if self._newest is None or self._newest[0] != start:
+            self._newest = None  # so that two blocks are never in memory
+            self._newest = (start, self._compute(*start))
+        return self._newest[1]
+
+    def _compute(self, place: Place, skip: int) -> Block:
+        wanted = self.batch * self.per_block
+        groups, following = self._gather(place, skip, wanted)
+        x = torch.empty(wanted, self.d_model, device=self.lm.device)
+        owners, numbers = torch.empty(wanted, dtype=torch.long), torch.empty(wanted, dtype=torch.long)
+        filled, seen = 0, 0
+        for group in groups:
+            contexts = self.corpus.batch(group)
+            acts = self.lm.acts(contexts.tokens, contexts.attention)
+            ids = torch.arange(seen, seen + len(group))[:, None].expand_as(contexts.keep)
+            seen += len(group)
+            rows, docs, ids = acts[contexts.keep], contexts.documents[contexts.keep], ids[contexts.keep]
+            first = skip if filled == 0 and group is groups[0] else 0
+            part = slice(first, first + wanted - filled)
+            rows, docs, ids = rows[part], docs[part], ids[part]
+            self._check_finite(rows, docs)
+            at = slice(filled, filled + len(rows))
+            x[at], owners[at], numbers[at] = rows, docs, ids
+            filled += len(rows)
+        return Block(x, owners, numbers, following)
+
+    def _gather(self, place: Place, skip: int, wanted: int) -> tuple[list[list[Context]], tuple[Place, int]]:
+        """Take contexts until `wanted` activations are kept; return them grouped for the LM, and where the rest begins."""
+        groups: list[list[Context]] = []
+        source = self.corpus.contexts(place)
+        have, barren, following = -skip, 0, (place, skip)
+        while have < wanted:
+            group = []
+            while len(group) < self.corpus.acts.lm_batch and have < wanted:
+                context = next(source)
+                kept = int(self.corpus.batch([context]).keep.sum())
+                barren = 0 if kept else barren + 1
+                if barren > 10_000:
+                    raise InputError(f"text {self.corpus.acts.text!r} has only special tokens and padding: nothing is kept")
+                group.append(context)
+                have += kept
+                if have > wanted:
+                    following = (context.start, kept - (have - wanted))
+                elif have == wanted:
+                    following = (context.next, 0)
+            groups.append(group)
+        return groups, following
+
+    def _check_finite(self, rows: Tensor, documents: Tensor) -> None:
+        bad = ~torch.isfinite(rows).all(1)
+        if bad.any():
+            name = self.document_names(documents[bad.cpu()][:1])[0]
+            raise NonFiniteError(
+                f"{int(bad.sum())} of {len(rows)} activations at {self.lm.options.site} are NaN or infinite, the first in document "
+                f"{name!r}; leave that document out, or try --acts.lm-dtype float32")
+
+    def _measure_mixing(self, block: Block, order: Tensor) -> None:
+        batch_of = torch.empty(len(order), dtype=torch.long)
+        batch_of[order] = torch.arange(len(order)) // self.batch
+        neighbours = block.contexts[1:] == block.contexts[:-1]
+        together = (batch_of[1:] == batch_of[:-1]) & neighbours
+        self._mixing = together.sum().item() / max(1, neighbours.sum().item())
+
+
+class ShardStream:
+    """Activations read back from disk."""
+
+    def __init__(self, shards: Shards, *, batch: int, seed: int, device: torch.device | str = "cpu"):
+        self.shards, self.batch, self.seed, self.device = shards, batch, seed, device
+        self.d_model = shards.d_model
+        self._mixing: float | None = None
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+        step = cursor["step"] if cursor else 0
+        while True:
+            rows = self.rows(step)
+            contexts = self.shards.contexts(rows)
+            self._mixing = _neighbours_in(rows, contexts) / len(rows)
+            x = self.shards.read(rows).to(self.device)
+            documents = torch.from_numpy(self.shards.documents(rows))
+            bad = ~torch.isfinite(x).all(1)
+            if bad.any():
+                raise NonFiniteError(f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, the first in "
+                                     f"document {self.document_names(documents[bad.cpu()][:1])[0]!r}")
+            yield Batch(x, documents, {"step": step + 1})
+            step += 1
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the rows [b] of one batch: a function of seed and step alone."""
+        index = np.arange(step * self.batch, (step + 1) * self.batch)
+        n = self.shards.rows
+        epochs = range(index[0] // n, index[-1] // n + 1)
+        return np.concatenate([permutation(index[index // n == epoch] % n, n, (self.seed, epoch)) for epoch in epochs])
+
+    def sample(self, rows: int) -> Tensor:
+        n = self.shards.rows
+        return self.shards.read(permutation(np.arange(min(rows, n)), n, (self.seed, 0))).to(self.device)
+
+    def document_names(self, documents: Tensor) -> list[str]:
+        return [self.shards.names[i] for i in documents.unique().tolist()]
+
+    def mixing(self) -> float | None:
+        return self._mixing
+
+
+def _neighbours_in(rows: np.ndarray, contexts: np.ndarray) -> int:
+    """Count the rows whose predecessor in the text, in the same context, is in the same batch."""
+    order = np.argsort(rows)
+    rows, contexts = rows[order], contexts[order]
+    return int(((rows[1:] - rows[:-1] == 1) & (contexts[1:] == contexts[:-1])).sum())
+
+
+def memory_bytes(mix: int, batch: int, d_model: int) -> int:
+    """Return what a live stream's block takes in memory."""
+    return max(1, mix // batch) * batch * (4 * d_model + 16)
+
+
+def blocks_for(tokens: int, batch: int, mix: int) -> int:
+    return math.ceil(tokens / (max(1, mix // batch) * batch))

@@ -1,0 +1,324 @@
+"""Text -> documents -> contexts of tokens.
+
+A *document* is a (name, text) pair. Documents longer than PIECE characters are cut at line ends into pieces that count
+as documents of their own, so that one long file can be split and has standard errors. A hash of the content decides on which side of
+the train / validation / held-out split a document lies (of the path, for the built-in text).
+
+A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another with a separator (BOS,
+else EOS, else nothing) between them; with 'split' each context belongs to one document and its end is padded. With
+bos = 'auto' position 0 is the tokenizer's BOS, if it has one. keep = 'text' leaves out position 0 whether or
+not it is BOS (in a model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ksparse import pylm
+from ksparse.errors import InputError
+from ksparse.pylm.text import SPLITS
+from ksparse.recipe import Acts
+
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+PIECE = 20_000
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+COMPRESSIONS = (".xz", ".gz", ".zst")
+
+
+class Document(NamedTuple):
+    """One document; `index` counts all documents of the source, whatever their split."""
+
+    index: int
+    name: str
+    text: str
+
+
+class Place(NamedTuple):
+    """Where the next context begins: the token `offset` (separator included) of document `index`, in pass `epoch`."""
+
+    epoch: int = 0
+    index: int = 0
+    offset: int = 0
+
+
+class Context(NamedTuple):
+    """One row: its tokens[t], the document of each (-1: padding), where it began, and where the next one begins."""
+
+    tokens: list[int]
+    documents: list[int]
+    start: Place
+    next: Place
+
+
+class Contexts(NamedTuple):
+    """A batch of contexts, each field [b, t]: tokens; is it a token at all; is its activation kept; its document."""
+
+    tokens: Tensor
+    attention: Tensor
+    keep: Tensor
+    documents: Tensor
+
+
+# ---- documents ---------------------------------------------------------------------------------------------------
+
+
+def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
+    """Yield one split's documents of a source, in its own order, from document number `start` on."""
+    if acts.text == "pylm":
+        pairs = pylm.documents(split)
+        for index, (name, text) in enumerate(itertools.islice(_pieces(pairs), start, None), start):
+            yield Document(index, name, text)
+        return
+    pairs = _local(Path(acts.text), acts.text_field) if _is_local(acts.text) else _hub(acts)
+    for index, (name, text) in enumerate(_pieces(pairs)):
+        if index >= start and _key(text) % 100 in SPLITS[split]:
+            yield Document(index, name, text)
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _pieces(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for name, text in pairs:
+        if len(text) <= PIECE:
+            yield name, text
+            continue
+        at, part = 0, 0
+        while at < len(text):
+            end = text.rfind("\n", at + PIECE // 2, at + PIECE) + 1 if at + PIECE < len(text) else len(text)
+            end = end or at + PIECE
+            yield f"{name}#{part}", text[at:end]
+            at, part = end, part + 1
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source)
+    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in (*SUFFIXES, *COMPRESSIONS)
+
+
+def _local(path: Path, field: str) -> Iterator[tuple[str, str]]:
+    if not path.exists():
+        raise InputError(f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'")
+    files = sorted(file for file in path.rglob("*") if _kind(file)) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)} "
+                         f"(also with {', '.join(COMPRESSIONS)})")
+    for file in files:
+        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+        kind = _kind(file)
+        if kind is None:
+            raise InputError(f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
+                             f"(also with {', '.join(COMPRESSIONS)})")
+        yield from readers[kind](file, field)
+
+
+def _kind(file: Path) -> str | None:
+    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
+    return suffixes[-1] if file.is_file() and suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def _open(file: Path) -> io.TextIOBase:
+    if file.suffix == ".xz":
+        return lzma.open(file, "rt", encoding="utf-8")
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    if file.suffix == ".zst":
+        zstandard = _extra("zstandard", "zstandard", f"reading {file}")
+        return zstandard.open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+def _read_txt(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    """Read documents between separators without holding the whole file."""
+    with _open(file) as stream:
+        rest, number = "", 0
+        try:
+            while chunk := stream.read(1 << 20):
+                *whole, rest = (rest + chunk).split(SEPARATOR)
+                for text in whole:
+                    if text.strip():
+                        yield f"{file.name}:{number}", text
+                        number += 1
+        except UnicodeDecodeError as error:
+            raise InputError(f"text {file} is not UTF-8: {error}; convert it first") from None
+        except (lzma.LZMAError, EOFError, OSError) as error:
+            raise InputError(f"text {file} cannot be read: {error}; it is truncated or not what its name says") from None
+        if rest.strip():
+            yield f"{file.name}:{number}", rest
+
+
+def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{file}, line {number + 1}: not JSON: {error}") from None
+                yield f"{file.name}:{number}", _text_of(row, field, f"{file}, line {number + 1}")
+
+
+def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, str]]:
+    parquet = _extra("pyarrow.parquet", "datasets", f"reading {file}")
+    number = 0
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            yield f"{file.name}:{number}", _text_of(row, field, f"{file}, row {number}")
+            number += 1
+
+
+def _hub(acts: Acts) -> Iterator[tuple[str, str]]:
+    datasets = _extra("datasets", "datasets", f"the data set {acts.text!r}")
+    try:
+        rows = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split, streaming=True)
+    except Exception as error:  # whatever it is, the user has named something that cannot be read
+        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be read "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    for number, row in enumerate(rows):
+        yield f"{acts.text}:{number}", _text_of(row, acts.text_field, f"{acts.text}, row {number}")
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"{where}: no text in the column {field!r}; there are {there}. Name it with --acts.text-field")
+    return row[field]
+
+
+def _extra(module: str, extra: str, purpose: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise InputError(f"{purpose} needs the package {module.split('.')[0]}: pip install 'ksparse[{extra}]'") from None
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------
+
+
+def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """Return how each token looks in a text, a leading space included; a part of a character is shown as its bytes."""
+    ids = list(ids)
+    known = len(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens([i if i < known else 0 for i in ids])
+    plain = tokenizer.batch_decode([[i] if i < known else [] for i in ids], clean_up_tokenization_spaces=False)
+    return [_shown(i, piece, text) if i < known else f"<id {i}>" for i, piece, text in zip(ids, pieces, plain)]
+
+
+def _shown(token: int, piece: str | None, text: str) -> str:
+    if piece is None:
+        return f"<id {token}>"
+    if piece.startswith("\u2581"):  # SentencePiece marks a leading space so, and decoding a single token drops it
+        return piece.replace("\u2581", " ")
+    return f"<{piece}>" if "\ufffd" in text else text
+
+
+# ---- contexts ----------------------------------------------------------------------------------------------------
+
+
+class Corpus:
+    """One split of a text as contexts of tokens, from any place on, again and again."""
+
+    def __init__(self, acts: Acts, tokenizer: Any, split: str, *, per_document: int | None = None):
+        """per_document: use only so many tokens of each document, so that a short evaluation sees many."""
+        if split not in SPLITS:
+            raise InputError(f"split {split!r} does not exist; there are {', '.join(SPLITS)}")
+        self.acts, self.split, self.per_document = acts, split, per_document
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos_token_id if acts.bos == "auto" else None
+        found = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]  # an id of 0 is an id
+        self.separator = found[0] if found else None
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
+        self.special = set(found)
+        self.names: dict[int, str] = {}
+
+    def policy(self) -> dict[str, Any]:
+        """Return what decides which activations are used, to be saved with every number that depends on it."""
+        return {"context": self.acts.context, "bos_token": self.bos, "separator_token": self.separator,
+                "borders": self.acts.borders, "keep": self.acts.keep, "split": self.split,
+                "tokens_per_document": self.per_document}
+
+    def contexts(self, start: Place = Place()) -> Iterator[Context]:
+        """Yield contexts for ever, beginning anew with the next epoch where the text ends."""
+        cut = self._packed if self.acts.borders == "pack" else self._split
+        while True:
+            found = False
+            for context in cut(start):
+                found = True
+                yield context
+            if not found and start == Place(epoch=start.epoch):
+                raise InputError(self._nothing())
+            start = Place(epoch=start.epoch + 1)
+
+    def _nothing(self) -> str:
+        total = sum(1 for split in SPLITS for _ in itertools.islice(documents(self.acts, split), 1000))
+        if not total:
+            return f"text {self.acts.text!r} is empty: no document in it"
+        return (f"text {self.acts.text!r} has no {self.acts.context}-token context in its split {self.split!r} "
+                f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 % train, "
+                "5 % validation, 10 % held-out); give more text, or a smaller --acts.context")
+
+    def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        source = documents(self.acts, self.split, start)
+        while group := list(itertools.islice(source, 32)):
+            rows = self.tokenizer([text for _, _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
+            for document, ids in zip(group, rows):
+                self.names[document.index] = document.name
+                yield document.index, ids[: self.per_document]
+
+    def _packed(self, start: Place) -> Iterator[Context]:
+        head = [] if self.bos is None else [self.bos]
+        tokens: list[int] = []
+        owners: list[int] = []
+        began = start
+        for index, ids in self._tokenized(start.index):
+            ids = ids if self.separator is None else [self.separator, *ids]
+            at = start.offset if index == start.index else 0
+            while at < len(ids):
+                if not tokens:
+                    began = Place(start.epoch, index, at)
+                    if head and at == 0 and ids[0] == self.separator:
+                        at = 1  # the context's own BOS does the separator's work
+                    tokens, owners = [*head], [index] * len(head)
+                taken = ids[at : at + self.acts.context - len(tokens)]
+                tokens, owners, at = tokens + taken, owners + [index] * len(taken), at + len(taken)
+                if len(tokens) == self.acts.context:
+                    yield Context(tokens, owners, began, Place(start.epoch, index, at))
+                    tokens, owners = [], []
+
+    def _split(self, start: Place) -> Iterator[Context]:
+        head = [] if self.bos is None else [self.bos]
+        room = self.acts.context - len(head)
+        for index, ids in self._tokenized(start.index):
+            for at in range(start.offset if index == start.index else 0, len(ids), room):
+                tokens = head + ids[at : at + room]
+                if len(tokens) >= 3:  # fewer predict nothing from text
+                    missing = self.acts.context - len(tokens)
+                    owners = [index] * len(tokens) + [-1] * missing
+                    yield Context(tokens + [self.pad] * missing, owners, Place(start.epoch, index, at),
+                                  Place(start.epoch, index, at + room))
+
+    def batch(self, contexts: list[Context]) -> Contexts:
+        """Stack contexts into tensors, with the mask of padding (by place, not by id) and of what is kept."""
+        tokens = torch.tensor([context.tokens for context in contexts])
+        owners = torch.tensor([context.documents for context in contexts])
+        attention = owners >= 0
+        keep = attention.clone()
+        if self.acts.keep == "text":
+            keep[:, 0] = False
+            for special in self.special:
+                keep &= tokens != special
+        return Contexts(tokens, attention, keep, owners)

@@ -1,0 +1,291 @@
+"""Data -> SVG. Each function returns a Picture, or None where the run has nothing to draw.
+
+matplotlib draws on its own Figure objects, without pyplot and with its default settings whatever the user's are. Colours
+are drawn as fixed values; on the page they become the page's variables, so that figures follow its light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from ksparse.report.numbers import amount, percent, significant
+from ksparse.report.source import is_number
+
+INK, GRID, FIRST, SECOND = "#1c1d22", "#dfe1e7", "#3a55c8", "#b4530a"
+_ON_PAGE = {INK: "currentColor", GRID: "var(--grid)", FIRST: "var(--first)", SECOND: "var(--second)"}
+_SETTINGS = {
+    "svg.fonttype": "none", "svg.hashsalt": "ksparse", "font.size": 9.5,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
+}
+_FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: the file as it stands alone, and the words that go with it."""
+
+    name: str
+    svg: str
+    title: str
+    caption: str
+    label: str
+    """What a reader who cannot see it should know."""
+
+    @property
+    def inline(self) -> Markup:
+        """Return the SVG for a page: ids of its own, colours of the page, no prologue and no namespaces."""
+        text = self.svg[self.svg.index("<svg"):]
+        root, rest = text.split(">", 1)  # only the root's attributes: clip paths and bars have a width of their own
+        text = re.sub(r'\s(?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", root) + ">" + rest
+        text = re.sub(r'((?:\sid="|href="#|url\(#))', rf"\g<1>{self.name}-", text)
+        for colour, variable in _ON_PAGE.items():
+            text = text.replace(colour, variable)
+        label = Markup.escape(f"{self.title}. {self.label}")
+        return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}" focusable="false"', 1))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def training(metrics: list[dict[str, Any]], k: int, held_out: float | None) -> list[Picture]:
+    """Return the curves of a run against the tokens it has seen; held_out: the normalised MSE of the evaluation."""
+    drawn = (error_curve(metrics, held_out), dead_curve(metrics), step_curves(metrics), l0_curve(metrics, k))
+    return [picture for picture in drawn if picture is not None]
+
+
+def error_curve(metrics: list[dict[str, Any]], held_out: float | None) -> Picture | None:
+    tokens, values = column(metrics, "nmse")
+    if not positive(values):
+        return None
+    with canvas() as (figure, axes):
+        curve(axes, tokens, values, log=True)
+        if held_out is not None and held_out > 0:
+            reference(axes, held_out, f"held-out text: {significant(held_out)}")
+        axes.set_ylabel("normalised MSE")
+        against_tokens(axes, tokens, log=True)
+        svg = save(figure)
+    return Picture("training-nmse", svg, "Normalised MSE",
+                   "Of each step's batch, before the step, with the raw weights; 1 is predicting the mean. Both axes logarithmic.",
+                   went(values, tokens, significant))
+
+
+def dead_curve(metrics: list[dict[str, Any]]) -> Picture | None:
+    tokens, values = column(metrics, "dead")
+    if not known(values):
+        return None
+    with canvas() as (figure, axes):
+        curve(axes, tokens, 100 * values)
+        axes.set_ylim(0, max(1.0, 1.1 * 100 * float(np.nanmax(values))))
+        axes.set_ylabel("dead latents, %")
+        against_tokens(axes, tokens)
+        svg = save(figure)
+    return Picture("training-dead", svg, "Dead latents",
+                   "Share of latents that have not fired for the recipe's number of tokens; before that many, none can be dead.",
+                   went(values, tokens, percent))
+
+
+def step_curves(metrics: list[dict[str, Any]]) -> Picture | None:
+    """Draw the learning rate and the norm of the gradient, one above the other."""
+    tokens, rates = column(metrics, "lr")
+    _, norms = column(metrics, "grad_norm")
+    if not known(rates) or not positive(norms):
+        return None
+    with canvas(rows=2) as (figure, (above, below)):
+        curve(above, tokens, rates)
+        above.set_ylim(0, 1.2 * float(np.nanmax(rates)) or 1)
+        above.set_ylabel("learning rate")
+        above.yaxis.set_major_formatter(lambda value, _: short(value))
+        above.tick_params(labelbottom=False)
+        curve(below, tokens, norms, log=True, colour=SECOND)
+        below.set_ylabel("gradient norm")
+        against_tokens(below, tokens)
+        above.sharex(below)
+        svg = save(figure)
+    return Picture("training-steps", svg, "Learning rate and gradient",
+                   "The norm is taken before clipping, without the part along decoder rows; logarithmic.",
+                   f"Learning rate: {went(rates, tokens, short)} Gradient norm: {went(norms, tokens, short)}")
+
+
+def l0_curve(metrics: list[dict[str, Any]], k: int) -> Picture | None:
+    tokens, values = column(metrics, "l0")
+    if not known(values):
+        return None
+    with canvas() as (figure, axes):
+        curve(axes, tokens, values)
+        reference(axes, k, f"k = {k}")
+        axes.set_ylim(0, 1.25 * max(k, float(np.nanmax(values))))
+        axes.set_ylabel("values above zero")
+        against_tokens(axes, tokens)
+        svg = save(figure)
+    return Picture("training-l0", svg, "L0",
+                   "Mean number of latents above zero per token. Below k where a chosen latent's value is not positive.",
+                   went(values, tokens, significant))
+
+
+# ---- latents -----------------------------------------------------------------------------------------------------
+
+
+def density(edges: list[float], counts: list[int], uniform: float) -> Picture | None:
+    """Draw how many latents fire how often; uniform: the density of each if all fired alike."""
+    if len(edges) != len(counts) + 1 or not all(map(is_number, [*edges, *counts])) or not sum(counts):
+        return None
+    first, last = _range(counts)
+    low, high = math.floor(edges[first]), math.ceil(edges[last + 1])
+    with canvas() as (figure, axes):
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=FIRST, linewidth=0)
+        axes.set_xlim(low, max(high, low + 1))
+        axes.set_xticks(range(low, max(high, low + 1) + 1))
+        axes.xaxis.set_major_formatter(lambda power, _: one_in(power))
+        axes.set_xlabel("share of tokens on which it fires")
+        axes.set_ylabel("latents")
+        axes.grid(axis="x", visible=False)
+        if low <= math.log10(uniform) <= max(high, low + 1):
+            reference(axes, math.log10(uniform), "all alike", vertical=True)
+        svg = save(figure)
+    peak = int(np.argmax(counts))
+    return Picture("latents-density", svg, "How often latents fire",
+                   "Live latents by density, on a logarithmic axis. The line is k / n, where all would be if they fired alike. "
+                   "A hump at the far left is latents that hardly live; one near 1 is latents that say little.",
+                   f"{sum(counts):,} live latents; the commonest density is about {percent(10 ** edges[peak])} of tokens.")
+
+
+def cosines(values: np.ndarray) -> Picture | None:
+    """Draw the cosine between what latents read and what they write."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    with canvas() as (figure, axes):
+        axes.hist(values, bins=40, range=(min(0.0, float(values.min())), 1), color=FIRST, linewidth=0)
+        axes.set_xlim(min(0.0, float(values.min())), 1)
+        axes.set_xlabel("cosine of encoder and decoder direction")
+        axes.set_ylabel("latents")
+        axes.grid(axis="x", visible=False)
+        svg = save(figure)
+    return Picture("latents-cosine", svg, "What they read and what they write",
+                   "Cosine between each live latent's encoder and decoder direction. They start equal; "
+                   "those of correlated latents part, so that each reads what the others do not.",
+                   f"Median {np.median(values):.2f}, from {values.min():.2f} to {values.max():.2f}.")
+
+
+# ---- parts of a figure -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def canvas(rows: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Yield a matplotlib figure and its axes, with our settings until it is saved."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained", facecolor="none")
+        yield figure, figure.subplots(rows, 1, subplot_kw={"facecolor": "none"})
+
+
+def save(figure: Any) -> str:
+    """Return a figure as SVG, the same bytes each time: no date, no name of a program, a fixed salt for ids."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(r"<style[^>]*>[^<]*</style>\s*", "", text)  # it styles everything on a page; the roots below inherit instead
+    text = text.replace("<svg ", f'<svg style="stroke-linejoin: round; stroke-linecap: butt; {_FONT}" ', 1)
+    return re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
+
+
+def curve(axes: Any, tokens: np.ndarray, values: np.ndarray, *, log: bool = False, colour: str = FIRST) -> None:
+    """Draw one curve; a few points are dots too, since a line needs two."""
+    if log:
+        values = np.where(values > 0, values, np.nan)
+        axes.set_yscale("log")
+        _plain_log(axes.yaxis)
+    axes.plot(tokens, values, color=colour, marker="o" if len(tokens) < 12 else None, markersize=3)
+
+
+def reference(axes: Any, at: float, text: str, *, vertical: bool = False) -> None:
+    """Draw a dashed line with its name on it."""
+    line = {"color": SECOND, "linewidth": 1.0, "linestyle": (0, (4, 3))}
+    if vertical:
+        axes.axvline(at, **line)
+        axes.annotate(text, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points",
+                      va="top", color=SECOND)
+    else:
+        axes.axhline(at, **line)
+        axes.annotate(text, (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 4), textcoords="offset points",
+                      ha="right", color=SECOND)
+
+
+def against_tokens(axes: Any, tokens: np.ndarray, *, log: bool = False) -> None:
+    axes.set_xlabel("training tokens")
+    if log and len(tokens) > 2 and tokens[0] > 0:
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+    axes.xaxis.set_major_formatter(lambda value, _: thousands(value))
+
+
+def _plain_log(axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.axis_name == "y" else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: short(value))
+
+
+def column(metrics: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and one value of each line of the metrics; NaN, a gap, where it is null."""
+    rows = [row for row in metrics if is_number(row.get("tokens"))]
+    values = [float(row[name]) if is_number(row.get(name)) else math.nan for row in rows]
+    return np.array([row["tokens"] for row in rows], float), np.array(values, float)
+
+
+def known(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).any())
+
+
+def positive(values: np.ndarray) -> bool:
+    return bool((values > 0).any())
+
+
+def went(values: np.ndarray, tokens: np.ndarray, written: Callable[[float], str]) -> str:
+    """Say in words where a curve began and where it ended."""
+    finite = values[np.isfinite(values)]
+    return f"From {written(finite[0])} to {written(finite[-1])} over {amount(tokens[-1])} tokens."
+
+
+def thousands(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def short(value: float) -> str:
+    """Return a number for an axis: 0.02, and 2e-5 once there would be many zeros."""
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    mantissa, power = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"
+
+
+def one_in(power: float) -> str:
+    """Return 10 ** power as a share."""
+    return {0: "all", -1: "10 %", -2: "1 %"}.get(round(power), f"1 in {thousands(10 ** -round(power))}")
+
+
+def _range(counts: list[int]) -> tuple[int, int]:
+    filled = [i for i, count in enumerate(counts) if count]
+    return filled[0], filled[-1]

@@ -1,0 +1,158 @@
+"""Arrays of `stats` -> cards of some latents, with the text that each fires on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ksparse.errors import CorruptError
+from ksparse.report import figures
+from ksparse.report.figures import Picture
+from ksparse.report.source import Arrays, Source
+from ksparse.report.tokens import is_right_to_left, safe_token
+
+DENSEST, RANDOM, RAREST = 4, 12, 4
+EXAMPLES = 6
+"""Examples of each kind on a card."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens that look alike: one that the latent fires on, or a stretch of text where it does not."""
+
+    text: str
+    value: float = 0.0
+    heat: float = 0.0
+    """Value over the latent's largest, from 0 to 1."""
+    peak: bool = False
+    apart: bool = False
+    """Written right to left, so it must be kept from reordering its neighbours."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A stretch of text around one token on which the latent fires."""
+
+    value: float
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One latent."""
+
+    number: int
+    density: float
+    mean: float
+    largest: float
+    cosine: float
+    top: list[Example]
+    random: list[Example]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some latents that were chosen alike."""
+
+    title: str
+    why: str
+    cards: list[Card]
+
+
+def pictures(source: Source) -> list[Picture]:
+    """Return the figures over all latents."""
+    stats, arrays = source.result("stats") or {}, source.arrays("stats")
+    recipe, histogram = source.recipe, stats.get("density_histogram") or {}
+    drawn = [figures.density(histogram.get("edges", []), histogram.get("counts", []), recipe.sae.k / recipe.sae.n_latents)]
+    if arrays is not None:
+        drawn.append(figures.cosines(arrays.whole("cosine")[arrays.whole("density") > 0]))
+    return [picture for picture in drawn if picture is not None]
+
+
+def samples(source: Source) -> list[Sample]:
+    """Return the densest, some random and the rarest live latents; nothing without the arrays of `stats`."""
+    arrays = source.arrays("stats")
+    if arrays is None or source.result("stats") is None:
+        return []
+    reader = _Reader(source, arrays)
+    densest, random, rarest = choose(arrays.whole("density"))
+    groups = (("The densest", "They fire on the most tokens; often they stand for something general.", densest),
+              ("At random", "Drawn from all other live latents, with a fixed seed and no regard to how they look.", random),
+              ("The rarest", "They fire on the fewest tokens, but on some.", rarest))
+    return [Sample(title, why, [reader.card(int(latent)) for latent in chosen]) for title, why, chosen in groups if len(chosen)]
+
+
+def choose(density: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the densest, random and rarest live latents, each latent once; never a dead one."""
+    live = np.flatnonzero(density > 0)
+    order = live[np.argsort(-density[live], kind="stable")]
+    densest, rest = order[:DENSEST], order[DENSEST:]
+    rarest, rest = (rest[-RAREST:], rest[:-RAREST]) if len(rest) > RAREST else (rest, rest[:0])
+    drawn = np.random.default_rng(0).permutation(len(rest))[:RANDOM]
+    return densest, np.sort(rest[drawn]), rarest
+
+
+class _Reader:
+    """Reads the rows of one latent and makes its card."""
+
+    def __init__(self, source: Source, arrays: Arrays):
+        window = (source.result("stats") or {}).get("window") or {}
+        self.arrays, self.vocabulary = arrays, source.vocabulary
+        self.after, self.before = int(window.get("after", 0)), int(window.get("before", 0))
+
+    def card(self, latent: int) -> Card:
+        density, mean, largest, cosine = (self._one(name, latent) for name in ("density", "mean_act", "max_act", "cosine"))
+        return Card(latent, density, mean, largest, cosine,
+                    self._examples("top", latent, largest), self._examples("random", latent, largest))
+
+    def _one(self, name: str, latent: int) -> float:
+        return float(np.nan_to_num(self.arrays.rows(name, slice(latent, latent + 1))[0]))
+
+    def _examples(self, kind: str, latent: int, largest: float) -> list[Example]:
+        row = slice(latent, latent + 1)
+        context, position, value, acts = (
+            self.arrays.rows(f"{kind}_{name}", row)[0][:EXAMPLES] for name in ("context", "position", "value", "acts"))
+        if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
+            raise CorruptError(f"{self.arrays.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says "
+                               f"{self.before + 1 + self.after}; run the evaluation again")
+        return [self._example(int(c), int(p), float(v), a, largest)
+                for c, p, v, a in zip(context, position, value, acts) if c >= 0]
+
+    def _example(self, context: int, position: int, value: float, acts: np.ndarray, largest: float) -> Example:
+        tokens = self.arrays.rows("contexts", slice(context, context + 1))[0]
+        shown = []
+        for offset, act in zip(range(position - self.before, position + self.after + 1), np.nan_to_num(acts.astype(float))):
+            if 0 <= offset < len(tokens) and tokens[offset] >= 0:
+                shown.append(self._piece(int(tokens[offset]), act, largest, offset == position))
+        return Example(value, join(shown))
+
+    def _piece(self, token: int, act: float, largest: float, peak: bool) -> Piece:
+        string = self.vocabulary[token] if token < len(self.vocabulary) else None
+        heat = min(1.0, act / largest) if act > 0 and largest > 0 else 0.0
+        text = f"⟨{token}⟩" if string is None else safe_token(string)
+        return Piece(text, act if heat else 0.0, round(heat, 2), peak, is_right_to_left(text))
+
+
+def join(pieces: list[Piece]) -> list[Piece]:
+    """Join neighbours on which the latent does not fire, so that a page has an element only where there is something to say."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and _quiet(piece) and _quiet(joined[-1]):
+            joined[-1] = Piece(joined[-1].text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def _quiet(piece: Piece) -> bool:
+    return not (piece.value or piece.peak or piece.apart)
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """Return what the section on latents shows."""
+    arrays = source.arrays("stats")
+    count = len(arrays.whole("density")) if arrays is not None else None
+    return {"pictures": pictures(source), "samples": samples(source), "count": count, "command": source.command("eval", "stats"),
+            "has_stats": source.result("stats") is not None, "has_vocabulary": bool(source.vocabulary)}

@@ -1,0 +1,154 @@
+"""The page: its sections in their order, and the templates that show them.
+
+A Section is a title, a template and the function that makes what the template shows; a new one is a line in SECTIONS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from ksparse import recipe as recipes
+from ksparse.recipe import Recipe
+from ksparse.report import figures, latents, numbers
+from ksparse.report.figures import Picture
+from ksparse.report.source import Source, is_number
+from ksparse.report.tokens import safe_text
+from ksparse.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question that the page answers."""
+
+    anchor: str
+    title: str
+    facts: Callable[[Source], dict[str, Any]]
+
+    @property
+    def template(self) -> str:
+        return f"{self.anchor}.html.jinja"
+
+
+def render(run: RunFolder) -> tuple[str, list[Picture]]:
+    """Return the page and the pictures on it."""
+    source = Source(run)
+    shown = [(section, section.facts(source)) for section in SECTIONS]
+    template = environment().get_template("report.html.jinja")
+    html = template.render(name=run.name, summary=summary(source), sections=shown)
+    return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
+
+
+def environment() -> jinja2.Environment:
+    """Return the templates' environment: every string is made safe to look at, then escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("ksparse.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        finalize=lambda value: safe_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value)
+    made.filters |= {"percent": numbers.percent, "significant": numbers.significant}
+    return made
+
+
+# ---- the top -----------------------------------------------------------------------------------------------------
+
+
+def summary(source: Source) -> str:
+    """Return what there is to say of a run in one sentence; what was not measured is left out."""
+    recipe = source.recipe
+    what = (f"A TopK autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.k} of them active at a time, "
+            f"trained on {numbers.amount(tokens_seen(source))} activations of {recipe.acts.lm} at {recipe.acts.site}")
+    explained, added, clean = (source.number(*which) for which in (
+        ("stats", "explained_variance"), ("downstream", "ce_delta"), ("downstream", "ce_clean")))
+    said = []
+    if explained:
+        said.append(f"it explains {numbers.percent(explained.value)} of their variance")
+    if added and clean:
+        said.append(f"with its reconstructions in their place the LM loses {numbers.significant(added.value, 2)} nats per token "
+                    f"on top of {numbers.significant(clean.value)}")
+    return what + (": " if said else "") + ", and ".join(said) + "."
+
+
+def tokens_seen(source: Source) -> int:
+    """Return the tokens of the last line of the metrics, or those asked for if there is none."""
+    last = source.metrics[-1].get("tokens") if source.metrics else None
+    return int(last) if is_number(last) else source.recipe.tokens
+
+
+# ---- the sections ------------------------------------------------------------------------------------------------
+
+
+def subject(source: Source) -> dict[str, Any]:
+    """Return what was trained on what, and on which machine."""
+    recipe = source.recipe
+    text = source.run.recipe_file.read_text(encoding="utf-8")
+    return {"what": what(recipe, source), "machine": machine(source), "recipe": text.splitlines(),
+            "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe))}
+
+
+def what(recipe: Recipe, source: Source) -> dict[str, str]:
+    acts, sae, seen = recipe.acts, recipe.sae, tokens_seen(source)
+    text = " · ".join(part for part in (acts.text, acts.text_config, acts.text_split) if part)
+    asked = recipe.steps * recipe.batch
+    return {
+        "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
+        "Site": acts.site,
+        "Text": text,
+        "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, kept positions: {acts.keep}",
+        "Latents": f"{sae.n_latents:,}",
+        "Active at a time": f"k = {sae.k}",
+        "Training": f"{seen:,} tokens in batches of {recipe.batch:,}" + (f"; {asked:,} were asked for" if seen < asked else ""),
+        "Normalisation": acts.normalize,
+        "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
+        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens" if sae.auxk_coef else "off",
+        "Weights": f"average with decay {recipe.optim.ema:g}" if recipe.optim.ema else "the last step's",
+        "Seed": str(recipe.seed),
+    }
+
+
+def machine(source: Source) -> dict[str, str]:
+    """Return the hardware, the versions and the time, as far as the run recorded them."""
+    found, last = source.environment, source.metrics[-1] if source.metrics else {}
+    facts = {"Hardware": hardware(found), "System": found.get("platform"),
+             "Versions": numbers.plain(found.get("versions") or {})}
+    if is_number(last.get("seconds")):
+        facts["Time"] = numbers.duration(last["seconds"])
+    if is_number(last.get("tokens_per_s")):
+        facts["Speed"] = f"{last['tokens_per_s']:,.0f} tokens per second"
+    return {key: str(value) for key, value in facts.items() if value}
+
+
+def hardware(found: dict[str, Any]) -> str:
+    threads = f"{found['threads']} CPU threads" if found.get("threads") else ""
+    parts = [numbers.plain(found.get("gpus") or ""), numbers.plain(found.get("processor") or ""), threads]
+    return ", ".join(part for part in parts if part)
+
+
+def quality(source: Source) -> dict[str, Any]:
+    return {"groups": numbers.table(source), "settings": numbers.settings(source)}
+
+
+def training(source: Source) -> dict[str, Any]:
+    held_out = source.number("stats", "nmse")
+    skipped = source.metrics[-1].get("skipped") if source.metrics else 0
+    return {"pictures": figures.training(source.metrics, source.recipe.sae.k, held_out.value if held_out else None),
+            "skipped": skipped or 0, "command": source.command("resume")}
+
+
+def again(source: Source) -> dict[str, Any]:
+    """Return the commands that make this run and this page again."""
+    names = [group.eval for group in numbers.GROUPS if source.result(group.eval) is not None]
+    return {"train": f"ksparse train {source.quoted('recipe.toml')} --out runs/again",
+            "evaluate": " ".join(["ksparse eval runs/again", *names]), "report": source.command("report"),
+            "version": (source.environment.get("versions") or {}).get("ksparse")}
+
+
+SECTIONS = (
+    Section("subject", "What was run", subject),
+    Section("quality", "Is it good?", quality),
+    Section("training", "How it trained", training),
+    Section("latents", "Its latents", latents.facts),
+    Section("again", "How to reproduce it", again),
+)

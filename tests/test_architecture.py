@@ -1,0 +1,131 @@
+"""Imports point one way, importing is free, only the command line speaks, and nothing is pickled."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "ksparse"
+LINES = [{"errors"}, {"files"}, {"recipe"}, {"runs", "kernels", "pylm"}, {"sae", "acts"}, {"evals", "training", "interop"},
+         {"scaling"}, {"report", "viewer", "doctor"}, {"cli"}, {"__main__"}]
+LEVEL = {station: level for level, line in enumerate(LINES) for station in line}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    return ".".join(["ksparse", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+MODULES = {name_of(file) for file in FILES}
+
+
+def station(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "ksparse" and len(parts) > 1 else None
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
+    """Return the modules that a module imports anywhere in it; `from ksparse import x` as ksparse.x."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*parts, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" if base == "ksparse" or f"{base}.{alias.name}" in MODULES else base for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+def upward(module: str, imported: set[str]) -> list[str]:
+    """Return the imports that break the order."""
+    own = station(module)
+    theirs = {name: station(name) for name in imported if name.split(".")[0] == "ksparse" and station(name) != own}
+    wrong = []
+    for name, other in sorted(theirs.items(), key=str):
+        allowed = other in LEVEL and (LEVEL[other] < LEVEL[own] or (own, other) in {("runs", "recipe"), ("acts", "pylm")})
+        if not allowed:
+            wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != SOURCE / "__init__.py"], ids=name_of)
+def test_imports_point_one_way(file):
+    module = name_of(file)
+    assert station(module) in LEVEL, f"{module} has no place in the order; give it one here"
+    found = imports(ast.parse(file.read_text(encoding="utf-8")), module, file.name == "__init__.py")
+    assert upward(module, found) == []
+
+
+@pytest.mark.parametrize("source, module", [
+    ("from ksparse.sae.model import SAE", "ksparse.files"), ("def f():\n    from ksparse import evals", "ksparse.training.loop"),
+    ("import ksparse.acts.lm", "ksparse.sae.model"), ("from ..training import loop", "ksparse.acts.lm"),
+    ("import_module('ksparse.cli')", "ksparse.runs")])
+def test_the_parser_sees_an_upward_import(source, module):
+    assert upward(module, imports(ast.parse(source), module, False))
+
+
+def test_no_module_is_imported_in_a_circle():
+    graph = {name_of(file): imports(ast.parse(file.read_text(encoding="utf-8")), name_of(file), file.name == "__init__.py")
+             for file in FILES if file != SOURCE / "__init__.py"}
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        if name in graph and name not in done:
+            for other in graph[name]:
+                walk(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def calls(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != SOURCE / "cli.py"], ids=name_of)
+def test_only_the_command_line_prints_or_exits(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert not calls(tree) & {"print", "input", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
+    assert not any(isinstance(node, ast.Name) and node.id == "SystemExit" for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_nothing_is_pickled_or_evaluated(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert not calls(tree) & {"torch.load", "torch.save", "eval", "exec", "np.load"}
+    roots = {name.split(".")[0] for name in imports(tree, name_of(file), file.name == "__init__.py")}
+    assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.recipe", "ksparse.runs", "ksparse.pylm",
+                                    "ksparse.cli"])
+def test_importing_is_free_of(module):
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'numpy', 'tokenizers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_importing_the_package_reads_no_file_of_its_own_stations():
+    code = "import sys, ksparse; print(*[name for name in sys.modules if name.startswith('ksparse.')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == ""
+
+
+def test_no_source_or_test_is_ignored_by_git():
+    """A pattern such as `acts/` would take src/ksparse/acts out of the repository and out of the wheel."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    files = [str(file.relative_to(ROOT)) for folder in ("src", "tests") for file in (ROOT / folder).rglob("*.py")]
+    done = subprocess.run(["git", "check-ignore", "--no-index", "--stdin"], input="\n".join(files), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.split() == []

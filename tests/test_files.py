@@ -1,0 +1,247 @@
+"""A folder is there whole or not at all, whatever fails and whenever; and no altered byte goes unnoticed."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksparse import files
+from ksparse.errors import CorruptError, DiskError
+
+OLD, NEW = {"a.txt": "old a", "b.txt": "old b"}, {"a.txt": "new a, longer", "c.txt": "new c"}
+
+
+def put(path: Path, content: dict[str, str], **facts) -> None:
+    with files.committed(path, **facts) as tmp:
+        for name, text in content.items():
+            (tmp / name).write_text(text)
+
+
+def content(path: Path) -> dict[str, str]:
+    sums = files.verify(path)["sha256"]
+    return {name: (path / name).read_text() for name in sums}
+
+
+def fail_at(monkeypatch, owner, name: str, number: int, error: OSError) -> list[int]:
+    """Let call `number` (from 1) of a function fail; return a list that grows with each call."""
+    calls: list[int] = []
+    real = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+def test_a_committed_folder_has_its_files_its_facts_and_their_sums(tmp_path):
+    put(tmp_path / "one", NEW, step=3)
+    assert files.verify(tmp_path / "one")["step"] == 3
+    assert content(tmp_path / "one") == NEW
+    assert {file.name for file in tmp_path.iterdir()} == {"one"}
+
+
+def test_a_committed_folder_replaces_the_old_one_and_none_of_its_files_stay(tmp_path):
+    put(tmp_path / "one", OLD)
+    put(tmp_path / "one", NEW)
+    assert content(tmp_path / "one") == NEW
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {"a.txt", "c.txt", files.MANIFEST}
+
+
+def test_committed_makes_the_folders_above(tmp_path):
+    put(tmp_path / "x" / "y" / "one", NEW)
+    assert content(tmp_path / "x" / "y" / "one") == NEW
+
+
+def test_committed_files_can_be_read_by_others(tmp_path):
+    with files.committed(tmp_path / "one") as tmp:
+        (tmp / "secret").write_text("")
+        (tmp / "secret").chmod(0o600)
+    assert (tmp_path / "one" / "secret").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["nothing_before", "an_old_folder_before"])
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "chmod")],
+                         ids=["fsync", "rename", "replace", "mkdir", "chmod"])
+def test_whichever_call_fails_the_old_or_the_new_folder_is_whole(tmp_path, owner, name, before):
+    number = 0
+    while True:
+        number += 1
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        if before is not None:
+            put(folder / "one", before)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = fail_at(patch, owner, name, number, OSError(errno.EIO, "Input/output error"))
+            try:
+                put(folder / "one", NEW)
+                failed = False
+            except OSError:
+                failed = True
+        if len(calls) < number:
+            break
+        assert failed, f"call {number} of {name} failed silently"
+        if (folder / "one").exists():
+            assert content(folder / "one") in ([NEW] if before is None else [before, NEW])
+        else:
+            assert before is None, f"after call {number} of {name} failed, the old folder is gone"
+        assert [file.name for file in folder.iterdir() if file.name != "one"] == [], "a temporary folder is left"
+    assert number > 1, f"{name} was never called"
+
+
+def test_an_error_in_the_body_leaves_what_was_there(tmp_path):
+    put(tmp_path / "one", OLD)
+    with pytest.raises(ZeroDivisionError):
+        with files.committed(tmp_path / "one") as tmp:
+            (tmp / "a.txt").write_text("half")
+            1 / 0
+    assert content(tmp_path / "one") == OLD
+    assert {file.name for file in tmp_path.iterdir()} == {"one"}
+
+
+@pytest.mark.parametrize("code, text", [(errno.ENOSPC, "disk full while writing .*one.* MB free"), (errno.EDQUOT, "disk full"), (errno.EFBIG, "disk full"),
+                                        (errno.EROFS, "cannot write .*one: Read-only.*--out"), (errno.EACCES, "cannot write"), (errno.EPERM, "cannot write")])
+def test_a_disk_error_says_what_to_do(tmp_path, monkeypatch, code, text):
+    fail_at(monkeypatch, os, "fsync", 1, OSError(code, os.strerror(code)))
+    with pytest.raises(DiskError, match=text):
+        put(tmp_path / "one", NEW)
+
+
+def test_a_full_disk_as_safetensors_reports_it_is_a_disk_error(tmp_path):
+    from safetensors import SafetensorError
+
+    with pytest.raises(DiskError, match="disk full"):
+        with files.committed(tmp_path / "one"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_another_systems_error_is_passed_on_as_it_is(tmp_path, monkeypatch):
+    fail_at(monkeypatch, os, "fsync", 1, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Input/output") as caught:
+        put(tmp_path / "one", NEW)
+    assert not isinstance(caught.value, DiskError)
+
+
+# ---- noticing damage
+
+
+def test_verify_notices_every_flipped_byte_of_every_file(tmp_path):
+    folder = tmp_path / "one"
+    put(folder, {"a": "0123456789", "empty": "", "b": "x\ny"})
+    for name in ("a", "b"):
+        whole = (folder / name).read_bytes()
+        for at in range(len(whole)):
+            (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(CorruptError, match=f"{name} is damaged: its SHA-256"):
+                files.verify(folder)
+        (folder / name).write_bytes(whole)
+    files.verify(folder)
+
+
+def test_verify_notices_every_flipped_byte_of_the_table_of_sums(tmp_path):
+    folder = tmp_path / "one"
+    put(folder, {"a": "0123456789"}, step=7)
+    whole = (folder / files.MANIFEST).read_bytes()
+    table = whole.index(b'"sha256"')
+    for at in range(table, whole.rindex(b'"') + 1):
+        if whole[at : at + 1].isspace():
+            continue
+        (folder / files.MANIFEST).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CorruptError):
+            files.verify(folder)
+
+
+@pytest.mark.parametrize("damage, text", [
+    (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing, though manifest.json lists it"),
+    (lambda folder: (folder / "a.txt").write_text(""), "a.txt is damaged.*0 bytes"),
+    (lambda folder: (folder / "a.txt").write_text("new a"), "a.txt is damaged"),
+    (lambda folder: (folder / files.MANIFEST).unlink(), "manifest.json is missing"),
+    (lambda folder: (folder / files.MANIFEST).write_text("{"), "manifest.json is not JSON.*truncated"),
+    (lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
+    (lambda folder: (folder / files.MANIFEST).write_text("{}"), "has no table 'sha256'"),
+    (lambda folder: (folder / files.MANIFEST).write_text("[]"), "has no table 'sha256'"),
+], ids=["deleted", "emptied", "truncated", "no_manifest", "half_a_manifest", "not_utf8", "no_sums", "a_list"])
+def test_verify_names_the_file_that_is_wrong(tmp_path, damage, text):
+    put(tmp_path / "one", NEW)
+    damage(tmp_path / "one")
+    with pytest.raises(CorruptError, match=text):
+        files.verify(tmp_path / "one")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "sub/file", "..", "."])
+def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path, name):
+    put(tmp_path / "one", NEW)
+    (tmp_path / "x").write_text("outside")
+    manifest = files.read_json(tmp_path / "one" / files.MANIFEST)
+    manifest["sha256"][name] = files.sha256(tmp_path / "x")
+    files.write_json(tmp_path / "one" / files.MANIFEST, manifest)
+    with pytest.raises(CorruptError):
+        files.verify(tmp_path / "one")
+
+
+# ---- leftovers
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    put(tmp_path / "one", OLD)
+    shutil.copytree(tmp_path / "one", tmp_path / ".tmp-two-123")
+    shutil.copytree(tmp_path / "one", tmp_path / ".tmp-old-one-123")
+    (tmp_path / ".tmp-metrics.jsonl-123").write_text("half a fi")
+    (tmp_path / "keep.txt").write_text("")
+    files.remove_leftovers(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"one", "keep.txt"}
+
+
+def test_an_old_folder_that_was_moved_away_comes_back(tmp_path):
+    """The process was killed between the two renames."""
+    put(tmp_path / "step-1", OLD)
+    (tmp_path / "step-1").rename(tmp_path / ".tmp-old-step-1-123")
+    shutil.copytree(tmp_path / ".tmp-old-step-1-123", tmp_path / ".tmp-step-1-123")
+    files.remove_leftovers(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"step-1"} and content(tmp_path / "step-1") == OLD
+
+
+def test_removing_leftovers_of_a_folder_that_is_not_there_does_nothing(tmp_path):
+    files.remove_leftovers(tmp_path / "nowhere")
+
+
+# ---- single files
+
+
+@given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+                          | st.text(st.characters(exclude_categories=["Cs"])),
+                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)))
+def test_json_comes_back_as_it_went(tmp_path_factory, value):
+    file = tmp_path_factory.getbasetemp() / "value.json"
+    files.write_json(file, value)
+    assert files.read_json(file) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")]], ids=str)
+def test_json_never_holds_nan_or_infinity(tmp_path, value):
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "x.json", value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, owner, name):
+    files.write_text(tmp_path / "x.txt", "old")
+    fail_at(monkeypatch, owner, name, 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(DiskError, match="disk full while writing .*x.txt"):
+        files.write_text(tmp_path / "x.txt", "new")
+    assert (tmp_path / "x.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_digest_depends_on_every_fact_and_not_on_their_order():
+    assert files.digest({"a": 1, "b": [2]}) == files.digest({"b": [2], "a": 1})
+    assert len({files.digest(facts) for facts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": 1, "b": None})}) == 5
+    assert json.loads(json.dumps(files.digest({}))) == files.digest({}) and len(files.digest({})) == 16

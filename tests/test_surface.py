@@ -1,0 +1,64 @@
+"""What users may rely on: a change here is a change of the interface, and goes into the change log."""
+
+import importlib
+
+import pytest
+
+import ksparse
+from ksparse import errors, recipe
+
+NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "evaluate", "load", "open_run", "save", "train"]
+KEYS = {
+    "acts.lm", "acts.revision", "acts.tokenizer", "acts.site", "acts.text", "acts.text_config", "acts.text_split", "acts.text_field",
+    "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype",
+    "acts.shards",
+    "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
+    "sae.init_scale", "sae.b_pre_init", "sae.unit_norm",
+    "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
+    "optim.ema_span",
+    "run.device", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
+    "run.trust_remote_code",
+    "tokens", "batch", "seed", "threads",
+}
+EXIT_CODES = {"KsparseError": 1, "InputError": 2, "CorruptError": 2, "NonFiniteError": 3, "OutOfMemoryError": 4, "DiskError": 5}
+
+
+def test_public_names_are_frozen():
+    assert ksparse.__all__ == NAMES
+    assert dir(ksparse) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(ksparse, name).__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_module_is_named_like_a_public_function(name):
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(f"ksparse.{name}")
+
+
+def test_a_mistyped_name_lists_those_there_are():
+    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Code, .* train"):
+        ksparse.trian
+
+
+def test_recipe_keys_are_frozen():
+    assert set(recipe.flat(recipe.to_dict(recipe.Recipe()))) == KEYS
+
+
+@pytest.mark.parametrize("name, code", EXIT_CODES.items())
+def test_exit_codes_are_frozen(name, code):
+    assert getattr(errors, name).exit_code == code
+
+
+def test_interruption_exits_like_the_signal():
+    assert errors.Interrupted("stopped", 15).exit_code == 143 and errors.Interrupted("stopped", 2).exit_code == 130
+
+
+def test_every_error_of_ours_is_a_ksparse_error_and_what_python_users_expect():
+    assert issubclass(errors.InputError, ValueError) and issubclass(errors.CorruptError, errors.InputError)
+    assert issubclass(errors.DiskError, OSError) and issubclass(errors.NonFiniteError, ArithmeticError)
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert all(issubclass(kind, errors.KsparseError) for kind in kinds)
