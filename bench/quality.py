@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ SETTINGS = (Setting("stories260k", 1024, 16), Setting("stories260k", 4096, 32), 
 
 def main() -> None:
     args = arguments()
-    settings = [setting for setting in SETTINGS if setting.source in args.sources]
+    # threads that wait asleep: on a machine that does other work too, those that spin take its cores from everybody
+    os.environ.update(OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE")
+    settings = [dataclasses.replace(setting, tokens=args.tokens or setting.tokens) for setting in SETTINGS if setting.source in args.sources]
     report = {"hardware": hardware(args), "rows": []}
     if args.lr_sweep:
         sweep(args, settings, report)
@@ -98,7 +101,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep-tokens", nargs="+", type=int, default=[250_000, 1_000_000, 4_000_000])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ours-options", type=json.loads, default={}, help='changes of the recipe, e.g. {"optim": {"ema": 0}}')
+    parser.add_argument("--tokens", type=int, help="tokens of each comparison, instead of 1,000,000")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON",
+                        help='changes of the defaults, to explain a difference: {"ksparse": {"optim": {"decay": 0.2}}, "SAELens": {"lr": 3e-3}}')
     return parser.parse_args()
 
 
@@ -118,9 +123,16 @@ def prepare(setting: Setting, args: argparse.Namespace) -> Path:
     print(f"activations of {setting.source}", file=sys.stderr)
     source = {"stories260k": Source(args.stories, "resid_post.3", args.text), "pylm/0.3m": Source("pylm/0.3m", "resid_post.2", "pylm")}
     lm, acts = open_lm(source[setting.source])
-    np.save(folder / "held_out.npy", scaled(held_out(lm, acts)))
-    np.save(folder / "train.npy", training(lm, acts, rows, setting.batch))
+    save(folder / "held_out.npy", scaled(held_out(lm, acts)))
+    save(folder / "train.npy", training(lm, acts, rows, setting.batch))
     return folder
+
+
+def save(path: Path, x: np.ndarray) -> None:
+    """Write an array under another name first, so that a run that is stopped leaves no half of a file behind."""
+    unfinished = path.with_suffix(".unfinished.npy")
+    np.save(unfinished, x)
+    unfinished.replace(path)
 
 
 def open_lm(source: Source) -> tuple[Any, Any]:
@@ -203,16 +215,23 @@ def install(peer: Peer, folder: Path, python: Path) -> None:
 
 def train(peer: Peer, python: str, setting: Setting, seed: int, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Train one library's autoencoder in a process of its own; return what it says and what we measure."""
-    data, out = prepare(setting, args), args.cache / "out" / peer.name
-    values = dataclasses.asdict(setting) | {"data": data, "out": out, "seed": seed, "threads": args.threads, "options": json.dumps(options)}
-    del values["source"]
-    command = [python, str(HERE / "peers" / peer.adapter), *itertools.chain(*((f"--{key}", str(value)) for key, value in values.items()))]
-    limits = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    data = prepare(setting, args)
+    with tempfile.TemporaryDirectory() as folder:
+        said = run_adapter(peer, python, data, Path(folder), dataclasses.asdict(setting) | {"seed": seed}, options, args)
+        return {"library": peer.name, "setting": setting.name(), "seed": seed, "changed": options, **measure(data, Path(folder)), **said}
+
+
+def run_adapter(peer: Peer, python: str, data: Path, out: Path, values: dict[str, Any], options: dict[str, Any],
+                args: argparse.Namespace) -> dict[str, Any]:
+    """Run one adapter; it leaves its reconstructions in `out`. Return what it says: seconds, defaults, versions."""
+    values = values | {"data": data, "out": out, "threads": args.threads, "options": json.dumps(options)}
+    flags = [f"--{key}={value}" for key, value in values.items() if key != "source"]
+    command = [python, str(HERE / "peers" / peer.adapter), *flags]
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
-    done = subprocess.run(command, env=os.environ | limits | quiet, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{peer.name} failed on {setting.name()}:\n{done.stderr[-4000:]}")
-    return {"library": peer.name, "setting": setting.name(), "seed": seed, **measure(data, out), **json.loads((out / "facts.json").read_text())}
+        raise SystemExit(f"{peer.name} failed:\n{done.stderr[-4000:]}")
+    return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
 
 def measure(data: Path, out: Path) -> dict[str, float]:
@@ -236,11 +255,12 @@ def compare(args: argparse.Namespace, settings: list[Setting], report: dict[str,
     for setting, seed, (peer, python) in itertools.product(settings, args.seeds, found):
         if python is None:
             continue
-        row = train(peer, python, setting, seed, args.ours_options if peer is OURS else {}, args)
+        row = train(peer, python, setting, seed, args.options.get(peer.name, {}), args)
         report["rows"].append(row)
-        print(f"| {row['setting']} | {row['library']} {row['versions'].get(peer.package or 'ksparse')} | {row['nmse']:.4f} | {row['l0']:.1f} "
+        name = f"{peer.name} {row['versions'][peer.package or 'ksparse']}" + (f" {row['changed']}" if row["changed"] else "")
+        print(f"| {row['setting']} | {name} | {row['nmse']:.4f} | {row['l0']:.1f} "
               f"| {row['dead']:.1%} | {row['seconds']:.0f} |", flush=True)
-    if len(args.sources) and any(row["library"] != OURS.name for row in report["rows"]):
+    if any(row["library"] != OURS.name for row in report["rows"]):
         print(verdict(report["rows"]))
 
 
@@ -260,11 +280,15 @@ def sweep(args: argparse.Namespace, settings: list[Setting], report: dict[str, A
         setting, cells = dataclasses.replace(setting, tokens=tokens), []
         prepare(dataclasses.replace(setting, tokens=max(args.sweep_tokens)), args)  # once, for all lengths
         for rate in args.rates:
-            options = args.ours_options | {"optim": args.ours_options.get("optim", {}) | {"lr_at_32k": rate}}
+            options = merged(args.options.get(OURS.name, {}), rate)
             row = train(OURS, sys.executable, setting, args.seeds[0], options, args) | {"lr_at_32k": rate}
             report["rows"].append(row)
             cells.append(f"{row['nmse']:.4f} / {row['nmse_raw']:.4f} ({row['dead']:.0%})")
         print(f"| {setting.name()} | " + " | ".join(cells) + " |", flush=True)
+
+
+def merged(options: dict[str, Any], rate: float) -> dict[str, Any]:
+    return options | {"optim": options.get("optim", {}) | {"lr_at_32k": rate}}
 
 
 def hardware(args: argparse.Namespace) -> dict[str, Any]:

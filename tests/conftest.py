@@ -75,7 +75,7 @@ def build_lm(folder: Path, kind: str, *, tokenizer: dict[str, Any] | None = None
     name, options = ARCHITECTURES[kind]
     config = getattr(transformers, f"{name}Config")(**_COMMON | options | changes)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

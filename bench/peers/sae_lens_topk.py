@@ -21,6 +21,7 @@ def main() -> None:
     source = iter([first, *source])
     shape = TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=args.n, k=args.k, **args.options.pop("sae", {}))
     config = SAETrainerConfig(total_training_samples=args.steps * args.batch, train_batch_size_samples=args.batch, **args.options)
+    config.lr_end = config.lr / 10  # as LanguageModelSAERunnerConfig sets it; the constant schedule does not read it
     sae = TopKTrainingSAE(shape)
     trainer = SAETrainer(config, sae, source)
     began = time.monotonic()

@@ -85,8 +85,8 @@ def train(arguments: list[str]) -> None:
 def resume(arguments: list[str]) -> None:
     """resume RUN [--run.key value …]        go on with an interrupted run"""
     folder, rest = _folder("resume", arguments)
-    run = open_run(folder)
-    settings = _parse(recipes.Run, "resume RUN", rest, default=run.recipe().run, prefix="run")
+    run = open_run(folder) if folder else None
+    settings = _parse(recipes.Run, "resume RUN", rest, default=run.recipe().run if run else recipes.Run(), prefix="run")
     _train(dataclasses.replace(run.recipe(), run=settings), run)
     _say_next(run)
 
@@ -180,8 +180,7 @@ def _evaluate(run: RunFolder, names: list[str], keywords: dict[str, Any], source
 def report(arguments: list[str]) -> None:
     """report RUN                            write report.html from what the run's folder holds"""
     folder, rest = _folder("report", arguments)
-    if rest:
-        raise InputError(f"`ksparse report` takes one folder; got also {' '.join(rest)}")
+    _no_options("report", rest)
     run = open_run(folder)
     _report(run)
     print(f"report   {run.report_file.resolve().as_uri()}")
@@ -225,6 +224,7 @@ def plan(arguments: list[str]) -> None:
 
 def doctor(arguments: list[str]) -> None:
     """doctor                                say what of this machine is fit for ksparse, a line each"""
+    _no_options("doctor", arguments)
     from ksparse.doctor import checks
 
     failed = False
@@ -267,14 +267,21 @@ def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, pre
 
 
 def _folder(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
-    if arguments and arguments[0] in ("-h", "--help") and verb == "report":
-        print(f"usage: ksparse {report.__doc__}")
-        sys.exit(0)
+    """Take the folder off the arguments; '' where only help is wanted."""
     if arguments and arguments[0] in ("-h", "--help"):
         return "", arguments
     if not arguments or arguments[0].startswith("-"):
         raise InputError(f"`ksparse {verb}` needs the folder of a run first, such as runs/demo")
     return arguments[0], list(arguments[1:])
+
+
+def _no_options(verb: str, rest: list[str]) -> None:
+    """Show help, or refuse arguments, for a verb without options."""
+    if rest and rest[0] in ("-h", "--help"):
+        print(f"usage: ksparse {VERBS[verb].__doc__}")
+        sys.exit(0)
+    if rest:
+        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(rest)}")
 
 
 # ---- what is shown -----------------------------------------------------------------------------------------------

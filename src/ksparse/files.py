@@ -57,7 +57,11 @@ def _replace(tmp: Path, path: Path) -> None:
         old = path.parent / f"{_PREFIX}old-{path.name}-{os.getpid()}"
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-        tmp.rename(path)
+        try:
+            tmp.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         shutil.rmtree(old)
     else:
         tmp.rename(path)
@@ -66,7 +70,7 @@ def _replace(tmp: Path, path: Path) -> None:
 def verify(path: Path) -> dict[str, Any]:
     """Return the manifest of a committed folder; raise CorruptError where a file is not what it says."""
     manifest = read_json(path / MANIFEST)
-    sums = manifest.get("sha256")
+    sums = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(sums, dict):
         raise CorruptError(f"{path / MANIFEST} has no table 'sha256'; the folder was not written by ksparse or is damaged")
     for name, expected in sums.items():
@@ -90,11 +94,13 @@ def check_file(folder: Path, name: str, expected: str) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders that a killed process left in `folder`; give back an old one that was moved away."""
+    """Remove temporary folders and files that a killed process left in `folder`; give back an old one that was moved away."""
     for tmp in Path(folder).glob(f"{_PREFIX}*"):
         name = tmp.name.removeprefix(f"{_PREFIX}old-").rpartition("-")[0]
         if tmp.name.startswith(f"{_PREFIX}old-") and not (tmp.parent / name).exists():
             tmp.rename(tmp.parent / name)
+        elif tmp.is_file():
+            tmp.unlink()
         else:
             shutil.rmtree(tmp, ignore_errors=True)
 

@@ -197,6 +197,9 @@ def k_aux(recipe: SAE, d_model: int) -> int:
 def check(recipe: Recipe) -> None:
     """Raise InputError for values that cannot be right whatever the model."""
     sae, acts = recipe.sae, recipe.acts
+    for key, value in flat(dataclasses.asdict(recipe)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key} is {value}; it must be a finite number")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
                 "run.keep": recipe.run.keep}
@@ -325,7 +328,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     return repr(value)

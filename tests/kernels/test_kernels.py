@@ -10,7 +10,7 @@ from ksparse.kernels import fast, reference
 
 SHAPES = {  # b, k, n, d
     "plain": (7, 3, 40, 8), "k_is_1": (5, 1, 33, 4), "k_is_n": (4, 6, 6, 5), "d_not_a_power_of_two": (9, 5, 50, 37),
-    "d_is_1": (3, 2, 10, 1), "one_row": (1, 4, 9, 3), "n_is_1": (6, 1, 1, 7), "empty_batch": (0, 3, 10, 4),
+    "d_is_1": (3, 2, 10, 1), "one_row": (1, 4, 9, 3), "n_is_1": (6, 1, 1, 7), "empty_batch": (0, 3, 10, 4), "k_is_0": (4, 0, 6, 3),
     "more_tokens_than_latents": (70, 2, 5, 3), "more_rows_than_are_gathered_at_once": (2100, 2, 11, 3),
 }
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}

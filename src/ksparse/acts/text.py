@@ -18,7 +18,9 @@ import io
 import itertools
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,27 +142,34 @@ def _open(file: Path) -> io.TextIOBase:
     return file.open(encoding="utf-8")
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[io.TextIOBase]:
+    """Open a text file; say which one is cut off, altered, or not UTF-8, whenever that shows."""
+    try:
+        with _open(file) as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        raise InputError(f"text {file} is not UTF-8: {error}; convert it first") from None
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise InputError(f"text {file} cannot be read: {error}; it is truncated or not what its name says") from None
+
+
 def _read_txt(file: Path, field: str) -> Iterator[tuple[str, str]]:
     """Read documents between separators without holding the whole file."""
-    with _open(file) as stream:
+    with _reading(file) as stream:
         rest, number = "", 0
-        try:
-            while chunk := stream.read(1 << 20):
-                *whole, rest = (rest + chunk).split(SEPARATOR)
-                for text in whole:
-                    if text.strip():
-                        yield f"{file.name}:{number}", text
-                        number += 1
-        except UnicodeDecodeError as error:
-            raise InputError(f"text {file} is not UTF-8: {error}; convert it first") from None
-        except (lzma.LZMAError, EOFError, OSError) as error:
-            raise InputError(f"text {file} cannot be read: {error}; it is truncated or not what its name says") from None
+        while chunk := stream.read(1 << 20):
+            *whole, rest = (rest + chunk).split(SEPARATOR)
+            for text in whole:
+                if text.strip():
+                    yield f"{file.name}:{number}", text
+                    number += 1
         if rest.strip():
             yield f"{file.name}:{number}", rest
 
 
 def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, str]]:
-    with _open(file) as stream:
+    with _reading(file) as stream:
         for number, line in enumerate(stream):
             if line.strip():
                 try:

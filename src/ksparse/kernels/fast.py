@@ -25,7 +25,7 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
     holds a value at least as large. Reads the matrix once instead of sorting in it.
     """
     n = pre_acts.shape[-1]
-    if n % _GROUP or n < 8 * _GROUP * k or pre_acts.device.type != "cpu":
+    if k == 0 or n % _GROUP or n < 8 * _GROUP * k or pre_acts.device.type != "cpu":
         return pre_acts.topk(k, dim=-1, sorted=False).indices
     grouped = pre_acts.view(-1, _GROUP, n // _GROUP)  # strided groups, so that the maximum is a vector operation
     groups = grouped.amax(1).topk(k, dim=-1, sorted=False).indices
@@ -35,6 +35,8 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
 
 
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    if indices.numel() == 0:
+        return weight.new_zeros(len(indices), weight.shape[1])
     return embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
 

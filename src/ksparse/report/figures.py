@@ -89,6 +89,7 @@ def dead_curve(metrics: list[dict[str, Any]]) -> Picture | None:
         curve(axes, tokens, 100 * values)
         axes.set_ylim(0, max(1.0, 1.1 * 100 * float(np.nanmax(values))))
         axes.set_ylabel("dead latents, %")
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         against_tokens(axes, tokens)
         svg = save(figure)
     return Picture("training-dead", svg, "Dead latents",
@@ -126,7 +127,9 @@ def l0_curve(metrics: list[dict[str, Any]], k: int) -> Picture | None:
         curve(axes, tokens, values)
         reference(axes, k, f"k = {k}")
         axes.set_ylim(0, 1.25 * max(k, float(np.nanmax(values))))
+        axes.locator_params(axis="y", integer=True)
         axes.set_ylabel("values above zero")
+        axes.yaxis.set_major_formatter(lambda value, _: short(value))
         against_tokens(axes, tokens)
         svg = save(figure)
     return Picture("training-l0", svg, "L0",
@@ -144,7 +147,7 @@ def density(edges: list[float], counts: list[int], uniform: float) -> Picture | 
     first, last = _range(counts)
     low, high = math.floor(edges[first]), math.ceil(edges[last + 1])
     with canvas() as (figure, axes):
-        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=FIRST, linewidth=0)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=FIRST, alpha=0.75, linewidth=0)
         axes.set_xlim(low, max(high, low + 1))
         axes.set_xticks(range(low, max(high, low + 1) + 1))
         axes.xaxis.set_major_formatter(lambda power, _: one_in(power))
@@ -167,7 +170,7 @@ def cosines(values: np.ndarray) -> Picture | None:
     if not len(values):
         return None
     with canvas() as (figure, axes):
-        axes.hist(values, bins=40, range=(min(0.0, float(values.min())), 1), color=FIRST, linewidth=0)
+        axes.hist(values, bins=40, range=(min(0.0, float(values.min())), 1), color=FIRST, alpha=0.75, linewidth=0)
         axes.set_xlim(min(0.0, float(values.min())), 1)
         axes.set_xlabel("cosine of encoder and decoder direction")
         axes.set_ylabel("latents")
@@ -201,8 +204,9 @@ def save(figure: Any) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>[^<]*</style>\s*", "", text)  # it styles everything on a page; the roots below inherit instead
-    text = text.replace("<svg ", f'<svg style="stroke-linejoin: round; stroke-linecap: butt; {_FONT}" ', 1)
-    return re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
+    return text.replace("<svg ", f'<svg style="stroke-linejoin: round; stroke-linecap: butt; {_FONT}" ', 1)
 
 
 def curve(axes: Any, tokens: np.ndarray, values: np.ndarray, *, log: bool = False, colour: str = FIRST) -> None:
@@ -216,15 +220,14 @@ def curve(axes: Any, tokens: np.ndarray, values: np.ndarray, *, log: bool = Fals
 
 def reference(axes: Any, at: float, text: str, *, vertical: bool = False) -> None:
     """Draw a dashed line with its name on it."""
-    line = {"color": SECOND, "linewidth": 1.0, "linestyle": (0, (4, 3))}
+    line = {"linewidth": 1.0, "linestyle": (0, (4, 3))}
     if vertical:
-        axes.axvline(at, **line)
+        axes.axvline(at, color=INK, **line)  # over bars, where the second colour would drown
         axes.annotate(text, (at, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points",
-                      va="top", color=SECOND)
+                      va="top")
     else:
-        axes.axhline(at, **line)
-        axes.annotate(text, (1, at), xycoords=("axes fraction", "data"), xytext=(-2, 4), textcoords="offset points",
-                      ha="right", color=SECOND)
+        axes.axhline(at, color=SECOND, **line)
+        axes.annotate(text, (0, at), xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", color=SECOND)
 
 
 def against_tokens(axes: Any, tokens: np.ndarray, *, log: bool = False) -> None:
@@ -238,7 +241,7 @@ def against_tokens(axes: Any, tokens: np.ndarray, *, log: bool = False) -> None:
 def _plain_log(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis.axis_name == "y" else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if axis.axis_name == "y" else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: short(value))
 

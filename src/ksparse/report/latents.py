@@ -10,6 +10,7 @@ import numpy as np
 from ksparse.errors import CorruptError
 from ksparse.report import figures
 from ksparse.report.figures import Picture
+from ksparse.report.numbers import decimals
 from ksparse.report.source import Arrays, Source
 from ksparse.report.tokens import is_right_to_left, safe_token
 
@@ -50,6 +51,10 @@ class Card:
     cosine: float
     top: list[Example]
     random: list[Example]
+
+    def written(self, value: float) -> str:
+        """Return one of its values with as many digits after the point as all on the card."""
+        return f"{value:,.{decimals(self.largest, 3)}f}"
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,11 @@ class _Reader:
                     self._examples("top", latent, largest), self._examples("random", latent, largest))
 
     def _one(self, name: str, latent: int) -> float:
-        return float(np.nan_to_num(self.arrays.rows(name, slice(latent, latent + 1))[0]))
+        return float(np.nan_to_num(self.arrays.row(name, latent)))
 
     def _examples(self, kind: str, latent: int, largest: float) -> list[Example]:
-        row = slice(latent, latent + 1)
         context, position, value, acts = (
-            self.arrays.rows(f"{kind}_{name}", row)[0][:EXAMPLES] for name in ("context", "position", "value", "acts"))
+            self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES] for name in ("context", "position", "value", "acts"))
         if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
             raise CorruptError(f"{self.arrays.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says "
                                f"{self.before + 1 + self.after}; run the evaluation again")
@@ -121,7 +125,7 @@ class _Reader:
                 for c, p, v, a in zip(context, position, value, acts) if c >= 0]
 
     def _example(self, context: int, position: int, value: float, acts: np.ndarray, largest: float) -> Example:
-        tokens = self.arrays.rows("contexts", slice(context, context + 1))[0]
+        tokens = self.arrays.row("contexts", context)
         shown = []
         for offset, act in zip(range(position - self.before, position + self.after + 1), np.nan_to_num(acts.astype(float))):
             if 0 <= offset < len(tokens) and tokens[offset] >= 0:

@@ -106,8 +106,19 @@ def table(source: Source) -> list[dict[str, Any]]:
 
 
 def settings(source: Source) -> list[dict[str, Any]]:
-    """Return what each result was measured on."""
-    return [_settings(source, group, result) for group in GROUPS if (result := source.result(group.eval)) is not None]
+    """Return what the results were measured on, once for all that were measured on the same."""
+    found: list[dict[str, Any]] = []
+    for group in GROUPS:
+        result = source.result(group.eval)
+        if result is None:
+            continue
+        facts = _settings(source, result)
+        same = next((entry for entry in found if entry["facts"] == facts), None)
+        if same is None:
+            found.append(same := {"titles": [], "facts": facts, "notes": []})
+        same["titles"].append(group.title)
+        same["notes"] += [note for note in result.get("notes") or [] if note not in same["notes"]]
+    return found
 
 
 def _cell(source: Source, group: Group, row: Row) -> Cell:
@@ -119,12 +130,11 @@ def _cell(source: Source, group: Group, row: Row) -> Cell:
     return Cell(row, number, value, se, compare)
 
 
-def _settings(source: Source, group: Group, result: dict[str, Any]) -> dict[str, Any]:
+def _settings(source: Source, result: dict[str, Any]) -> dict[str, str]:
     facts = {"Text": result.get("text"), "Tokens": result.get("n_tokens"), "Documents": result.get("n_documents"),
              "Checkpoint": _step(source, result.get("checkpoint")), "Positions": result.get("policy"),
-             "Options": result.get("options"), "Took": _seconds(result.get("seconds"))}
-    return {"title": group.title, "eval": group.eval, "notes": result.get("notes") or [],
-            "facts": {key: plain(value) for key, value in facts.items() if value not in (None, "", {}, [])}}
+             "Options": result.get("options")}
+    return {key: plain(value) for key, value in facts.items() if value not in (None, "", {}, [])}
 
 
 def _step(source: Source, step: Any) -> str | None:
@@ -134,30 +144,26 @@ def _step(source: Source, step: Any) -> str | None:
     return f"step {plain(step)}" if step == last else f"step {plain(step)}, though training went on to step {plain(last)}"
 
 
-def _seconds(value: Any) -> str | None:
-    return duration(value) if isinstance(value, (int, float)) else None
-
-
 # ---- how numbers are written
 
 
 def written(number: Number, kind: Kind) -> tuple[str, str]:
-    """Return a value and its standard error with as many digits as the standard error makes sense of."""
+    """Return a value and its standard error, with the digits that the standard error leaves a meaning."""
     scale, unit = (100, " %") if kind == "percent" else (1, "")
-    value, se = number.value * scale, None if number.se is None else number.se * scale
-    digits = _digits(value, 4) if not se else min(6, _digits(se, 2))
-    digits = min(digits, 6)
-    text = f"{value:,.{digits}f}"
-    return (f"{float(0):.{digits}f}" if float(text.replace(",", "")) == 0 else text) + unit, "" if se is None else f"± {se:.{digits}f}"
+    value, se = number.value * scale, (number.se or 0) * scale
+    if not se:
+        return f"{significant(value)}{unit}", "" if number.se is None else "± 0"
+    digits = decimals(se, 2 if f"{se:e}".startswith("1") else 1)
+    return f"{value:,.{digits}f}{unit}", f"± {se:.{digits}f}"
 
 
 def percent(share: float) -> str:
     """Return a share with two or three significant digits."""
-    return f"{100 * share:.{min(4, _digits(100 * share, 2))}f} %"
+    return f"{100 * share:.{min(4, decimals(100 * share, 2))}f} %"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    return f"{value:,.{min(8, _digits(value, digits))}f}"
+    return f"{value:,.{decimals(value, digits)}f}"
 
 
 def amount(count: float) -> str:
@@ -177,7 +183,7 @@ def duration(seconds: float) -> str:
 def plain(value: Any) -> str:
     """Return any JSON value as a line of words."""
     if isinstance(value, dict):
-        return " · ".join(f"{key} {plain(item)}" for key, item in value.items() if item is not None)
+        return " · ".join(f"{key} {plain(item)}" for key, item in value.items() if item not in (None, ""))
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
     if isinstance(value, int) and not isinstance(value, bool):
@@ -185,6 +191,6 @@ def plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _digits(value: float, significant: int) -> int:
-    """Return how many digits after the point leave so many significant ones."""
-    return 0 if value == 0 else max(0, significant - 1 - math.floor(math.log10(abs(value))))
+def decimals(value: float, digits: int) -> int:
+    """Return how many digits after the point leave so many significant ones, at most eight."""
+    return 0 if value == 0 else min(8, max(0, digits - 1 - math.floor(math.log10(abs(value)))))

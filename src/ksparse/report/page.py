@@ -5,6 +5,7 @@ A Section is a title, a template and the function that makes what the template s
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ksparse.report.figures import Picture
 from ksparse.report.source import Source, is_number
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
+
+AGAIN = "runs/again"
+"""Where the commands of the last section put the run's twin."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("ksparse.report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         finalize=lambda value: safe_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value)
-    made.filters |= {"percent": numbers.percent, "significant": numbers.significant}
+    made.filters |= {"percent": numbers.percent}
     return made
 
 
@@ -58,23 +62,30 @@ def environment() -> jinja2.Environment:
 def summary(source: Source) -> str:
     """Return what there is to say of a run in one sentence; what was not measured is left out."""
     recipe = source.recipe
+    seen = tokens_seen(source)
+    trained = f"trained on {numbers.amount(seen)}" if seen else f"to be trained on {numbers.amount(recipe.tokens)}"
     what = (f"A TopK autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.k} of them active at a time, "
-            f"trained on {numbers.amount(tokens_seen(source))} activations of {recipe.acts.lm} at {recipe.acts.site}")
-    explained, added, clean = (source.number(*which) for which in (
-        ("stats", "explained_variance"), ("downstream", "ce_delta"), ("downstream", "ce_clean")))
+            f"{trained} activations of {called(recipe.acts.lm)} at {recipe.acts.site}")
+    explained, added, clean, spliced = (source.number(*which) for which in (
+        ("stats", "explained_variance"), ("downstream", "ce_delta"), ("downstream", "ce_clean"), ("downstream", "ce_spliced")))
     said = []
     if explained:
         said.append(f"it explains {numbers.percent(explained.value)} of their variance")
-    if added and clean:
-        said.append(f"with its reconstructions in their place the LM loses {numbers.significant(added.value, 2)} nats per token "
-                    f"on top of {numbers.significant(clean.value)}")
+    if added and clean and spliced:
+        said.append(f"with its reconstructions in their place the LM's loss rises by {numbers.significant(added.value, 2)} nats per "
+                    f"token, from {clean.value:.2f} to {spliced.value:.2f}")
     return what + (": " if said else "") + ", and ".join(said) + "."
 
 
+def called(lm: str) -> str:
+    """Return a short name of an LM: the last part of a path, the whole name on the Hub."""
+    return lm.rstrip("/").rpartition("/")[2] if lm.startswith((".", "/", "~")) or lm.count("/") > 1 else lm
+
+
 def tokens_seen(source: Source) -> int:
-    """Return the tokens of the last line of the metrics, or those asked for if there is none."""
+    """Return the tokens that the metrics say were trained on."""
     last = source.metrics[-1].get("tokens") if source.metrics else None
-    return int(last) if is_number(last) else source.recipe.tokens
+    return int(last) if is_number(last) else 0
 
 
 # ---- the sections ------------------------------------------------------------------------------------------------
@@ -90,7 +101,7 @@ def subject(source: Source) -> dict[str, Any]:
 
 def what(recipe: Recipe, source: Source) -> dict[str, str]:
     acts, sae, seen = recipe.acts, recipe.sae, tokens_seen(source)
-    text = " · ".join(part for part in (acts.text, acts.text_config, acts.text_split) if part)
+    text = " · ".join(part for part in (acts.text, acts.text_config, acts.text_split) if part and part != "train")
     asked = recipe.steps * recipe.batch
     return {
         "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
@@ -139,10 +150,23 @@ def training(source: Source) -> dict[str, Any]:
 
 def again(source: Source) -> dict[str, Any]:
     """Return the commands that make this run and this page again."""
-    names = [group.eval for group in numbers.GROUPS if source.result(group.eval) is not None]
-    return {"train": f"ksparse train {source.quoted('recipe.toml')} --out runs/again",
-            "evaluate": " ".join(["ksparse eval runs/again", *names]), "report": source.command("report"),
+    train = ["ksparse", "train", f"{source.place}/recipe.toml", "--out", AGAIN]
+    if not source.recipe.threads and is_number(source.environment.get("threads")):
+        train += ["--threads", str(source.environment["threads"])]  # the recipe left it to the machine
+    return {"train": shlex.join(train), "evaluate": evaluations(source), "report": source.command("report"),
             "version": (source.environment.get("versions") or {}).get("ksparse")}
+
+
+def evaluations(source: Source) -> list[str]:
+    """Return the commands of the results that there are, one for all with the same options."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for group in numbers.GROUPS:
+        result = source.result(group.eval)
+        if result is not None:
+            options = (result.get("options") or {}).items()
+            flags = [word for key, value in options if value not in (None, "") for word in (f"--{key.replace('_', '-')}", str(value))]
+            names.setdefault(tuple(flags), []).append(group.eval)
+    return [shlex.join(["ksparse", "eval", AGAIN, *evals, *flags]) for flags, evals in names.items()] or [f"ksparse eval {AGAIN}"]
 
 
 SECTIONS = (

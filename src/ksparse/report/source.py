@@ -78,10 +78,6 @@ class Source:
         """Return the run's folder as a command would name it: relative, so that a page tells nothing of a machine."""
         return self.run.name if self.run.path.is_absolute() else str(self.run.path)
 
-    def quoted(self, file: str) -> str:
-        """Return the path of one of the run's files, quoted for a shell."""
-        return shlex.quote(f"{self.place}/{file}")
-
     def command(self, verb: str, *words: str) -> str:
         """Return a command line about this run, quoted for a shell."""
         return shlex.join(["ksparse", verb, self.place, *words])
@@ -94,16 +90,19 @@ class Arrays:
     file: Path
 
     def whole(self, name: str) -> np.ndarray:
-        return self.rows(name, slice(None))
+        return self._rows(name, slice(None))
 
-    def rows(self, name: str, rows: slice) -> np.ndarray:
-        """Return some rows of a tensor; say which file is damaged."""
+    def row(self, name: str, index: int) -> np.ndarray:
+        """Return one row of a tensor, without reading the others."""
+        return self._rows(name, slice(index, index + 1))[0]
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.file, framework="np") as tensors:
                 return tensors.get_slice(name)[rows]
-        except SafetensorError as error:
+        except (SafetensorError, IndexError) as error:
             raise CorruptError(f"{self.file} has no readable '{name}': {error}; run the evaluation again") from None
 
 

@@ -43,14 +43,20 @@ def _b_pre(sample: Tensor, kind: str) -> Tensor:
 def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
     """Return the point [d] with the least sum of distances to points[s, d], by Weiszfeld's iteration in float64.
 
-    A point that the iterate falls on is given a small distance instead of an infinite weight.
+    A point that the iterate falls on holds it unless the others pull harder (Vardi & Zhang 2000): an infinite weight
+    would hold it in any case.
     """
-    points64 = points.cpu().double()
+    points64 = points.cpu().double()  # not every device has float64
     median = points64.mean(0)
-    spread = (points64 - median).norm(dim=1).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    tiny = torch.finfo(torch.float64).tiny
+    spread = (points64 - median).norm(dim=1).mean().clamp_min(tiny)
     for _ in range(iterations):
-        weights = 1 / (points64 - median).norm(dim=1).clamp_min(1e-12 * spread)
-        new = (weights @ points64) / weights.sum()
+        away = (points64 - median).norm(dim=1)
+        here = away <= 1e-12 * spread
+        weights = torch.where(here, 0.0, 1 / away)
+        pull = (weights @ (points64 - median)).norm()
+        stay = (here.sum() / pull.clamp_min(tiny)).clamp_max(1.0)
+        new = stay * median + (1 - stay) * (weights @ points64) / weights.sum().clamp_min(tiny)
         moved, median = (new - median).norm(), new
         if moved <= tolerance * spread:
             break

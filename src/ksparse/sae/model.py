@@ -5,6 +5,7 @@ Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parame
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -87,11 +88,11 @@ class SAE(nn.Module):
 
     def encode_normalized(self, x: Tensor) -> Code:
         """Return the code of normalised activations [..., d], the largest values first."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         code = self.code(rows, self.pre_acts(rows))
         values, order = code.values.sort(dim=-1, descending=True, stable=True)
-        lead = x.shape[:-1]
-        return Code(values.reshape(*lead, -1), code.indices.gather(-1, order).reshape(*lead, -1))
+        shape = (*x.shape[:-1], self.shape.k)
+        return Code(values.reshape(shape), code.indices.gather(-1, order).reshape(shape))
 
     # ---- the equation: normalised activations
 
@@ -115,8 +116,9 @@ class SAE(nn.Module):
 
     def decoder(self, code: Code) -> Tensor:
         """Return W_dec^T z, without bias: what AuxK needs, where a bias would count twice."""
-        values, indices = (part.reshape(-1, part.shape[-1]) for part in code)
-        return kernels.gather_sum(values, indices, self.W_dec).reshape(*code.values.shape[:-1], -1)
+        *lead, k = code.values.shape
+        values, indices = (part.reshape(math.prod(lead), k) for part in code)
+        return kernels.gather_sum(values, indices, self.W_dec).reshape(*lead, self.shape.d_model)
 
     def decode(self, code: Code) -> Tensor:
         """Return the reconstruction of normalised activations, [..., d]."""

@@ -45,7 +45,7 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
             raise InputError(f"run {folder} has no checkpoint to load: {why}")
         return read(checkpoint)
     if not (folder / CONFIG).is_file():
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
         raise InputError(f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; found {there}")
     if (folder / files.MANIFEST).is_file():
         files.verify(folder)
@@ -62,7 +62,8 @@ def read(folder: Path) -> SAE:
     except KeyError as error:
         raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
     sae = SAE(shape, config.get("metadata"))
-    sae.load_state_dict(tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in KEYS}))
+    found = tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in KEYS})
+    sae.load_state_dict({key: found[key] for key in KEYS})
     return sae
 
 

@@ -1,0 +1,369 @@
+"""Text to documents to contexts: nothing lost, nothing twice, nothing on both sides; and what is wrong is named."""
+
+import gzip
+import importlib.util
+import itertools
+import json
+import lzma
+import random
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ksparse.acts import text
+from ksparse.acts.text import PIECE, SEPARATOR, Corpus, Place, documents
+from ksparse.errors import InputError
+from ksparse.recipe import Acts
+
+SPLITS = ("train", "validation", "held-out")
+
+
+def paragraphs(count, words=30, seed=0):
+    draw = random.Random(seed)
+    return [f"{i} " + " ".join(draw.choice(["old", "dog", "naïve", "cat", "runs"]) for _ in range(words)) + "\n" for i in range(count)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Return source(documents, name): the Acts of a .txt file."""
+
+    def make(texts, name="text.txt", **changes):
+        (tmp_path / name).write_text(SEPARATOR.join(texts), encoding="utf-8")
+        return Acts(text=str(tmp_path / name), **changes)
+
+    return make
+
+
+def every(acts, split="train", start=0):
+    return list(documents(acts, split, start))
+
+
+# ---- documents and splits
+
+
+def test_splits_are_disjoint_and_hold_everything(source):
+    texts = paragraphs(400)
+    found = {split: every(source(texts)) if split == "train" else every(source(texts), split) for split in SPLITS}
+    assert sorted(doc.text for docs in found.values() for doc in docs) == sorted(texts)
+    shares = [len(found[split]) / 400 for split in SPLITS]
+    assert 0.78 < shares[0] < 0.92 and 0.01 < shares[1] < 0.1 and 0.05 < shares[2] < 0.16
+    numbers = [doc.index for docs in found.values() for doc in docs]
+    assert sorted(numbers) == list(range(400))
+
+
+def test_a_document_is_always_on_the_same_side(source):
+    """T33: the held-out text stays so if the file grows, is sorted anew, or holds a document twice."""
+    texts = paragraphs(200)
+    before = {doc.text for doc in every(source(texts), "held-out")}
+    after = {doc.text for doc in every(source(sorted(texts + paragraphs(100, seed=1) + texts[:50]), "other.txt"), "held-out")}
+    assert before and {doc for doc in after if doc in texts} == before
+
+
+def test_documents_from_a_number_on_are_the_rest_of_all(source):
+    acts = source(paragraphs(100))
+    whole = every(acts)
+    for start in (0, 1, 37, 99, 100, 1000):
+        assert every(acts, start=start) == [doc for doc in whole if doc.index >= start]
+
+
+def test_long_documents_are_cut_at_line_ends_and_lose_nothing(source):
+    lines = "".join(f"line {i} of a long file\n" for i in range(5000))
+    acts = source([lines, "x" * (2 * PIECE + 5), "short\n"])
+    pieces = sorted((doc for split in SPLITS for doc in every(acts, split)), key=lambda doc: doc.index)
+    assert "".join(doc.text for doc in pieces) == lines + "x" * (2 * PIECE + 5) + "short\n"
+    assert all(0 < len(doc.text) <= PIECE for doc in pieces) and len({doc.name for doc in pieces}) == len(pieces)
+    assert all(doc.text.endswith("\n") and len(doc.text) >= PIECE // 2 for doc in pieces[:4])
+    assert pieces[-1].name == "text.txt:2" and pieces[0].name == "text.txt:0#0"
+
+
+def test_the_built_in_text_has_disjoint_splits():
+    names = {split: {doc.name.partition("#")[0] for doc in itertools.islice(documents(Acts(text="pylm"), split), 60)} for split in SPLITS}
+    assert all(names.values()) and not (names["train"] & names["held-out"] or names["train"] & names["validation"])
+
+
+# ---- readers
+
+
+def reader_files(folder):
+    texts = paragraphs(40)
+    joined = SEPARATOR.join(texts)
+    rows = "".join(json.dumps({"text": item, "label": 1}) + "\n" for item in texts)
+    (folder / "a.txt").write_text(joined, encoding="utf-8")
+    with lzma.open(folder / "b.txt.xz", "wt", encoding="utf-8") as stream:
+        stream.write(joined)
+    with gzip.open(folder / "c.txt.gz", "wt", encoding="utf-8") as stream:
+        stream.write(joined)
+    (folder / "d.jsonl").write_text(rows + "\n")
+    with gzip.open(folder / "e.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.write(rows)
+    with lzma.open(folder / "f.jsonl.xz", "wt", encoding="utf-8") as stream:
+        stream.write(rows)
+    return texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "f.jsonl.xz"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
+    texts = reader_files(tmp_path)
+    found = sorted((doc for split in SPLITS for doc in every(Acts(text=str(tmp_path / name)), split)), key=lambda doc: doc.index)
+    assert [doc.text for doc in found] == texts and all(doc.name == f"{name}:{doc.index}" for doc in found)
+
+
+def test_a_folder_gives_the_documents_of_its_files_by_name(tmp_path):
+    texts = reader_files(tmp_path)
+    (tmp_path / "notes.md").write_text("not text for us")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "z.txt").write_text("the last one")
+    found = sorted((doc for split in SPLITS for doc in every(Acts(text=str(tmp_path)), split)), key=lambda doc: doc.index)
+    assert [doc.text for doc in found] == texts * 6 + ["the last one"]
+
+
+def test_a_large_file_is_read_in_parts_with_separators_across_their_ends(tmp_path, monkeypatch):
+    texts = [("ab" * 9 + "\n") * 1000 + f"{i}" for i in range(120)]  # over 2 MB
+    (tmp_path / "big.txt").write_text(SEPARATOR.join(texts))
+    monkeypatch.setattr(text, "PIECE", 10**9)
+    found = sorted((doc for split in SPLITS for doc in every(Acts(text=str(tmp_path / "big.txt")), split)), key=lambda doc: doc.index)
+    assert [doc.text for doc in found] == texts
+
+
+def bad(tmp_path, kind):
+    file = tmp_path / {"missing": "no.txt", "not_utf8": "a.txt", "not_utf8_jsonl": "a.jsonl", "unknown_suffix": "a.docx", "no_suffix": "README",
+                       "truncated_xz": "a.txt.xz", "truncated_gz": "a.txt.gz", "altered_gz": "a.txt.gz", "not_xz": "a.txt.xz", "not_gz": "a.txt.gz",
+                       "truncated_jsonl_xz": "a.jsonl.xz", "not_json": "a.jsonl", "no_column": "a.jsonl", "not_a_table": "a.jsonl",
+                       "number_in_the_column": "a.jsonl", "empty_folder": "folder"}[kind]
+    whole = SEPARATOR.join(paragraphs(2000)).encode()
+    rows = "".join(json.dumps({"text": item}) + "\n" for item in paragraphs(2000)).encode()
+    squeezed = gzip.compress(whole)
+    content = {"not_utf8": b"good text " * 100 + b"\xff\xfe", "not_utf8_jsonl": b'{"text": "\xff"}\n', "unknown_suffix": b"x", "no_suffix": b"x",
+               "truncated_xz": lzma.compress(whole)[:-100], "truncated_gz": squeezed[:-100],
+               "altered_gz": squeezed[:2000] + b"\xff" * 200 + squeezed[2200:], "not_xz": whole, "not_gz": whole,
+               "truncated_jsonl_xz": lzma.compress(rows)[:-100], "not_json": b'{"text": "a"}\n{"text": \n', "no_column": b'{"content": "a", "id": 1}\n',
+               "not_a_table": b'["a"]\n', "number_in_the_column": b'{"text": 3}\n'}
+    if kind == "empty_folder":
+        file.mkdir()
+        (file / "notes.md").write_text("x")
+    elif kind in content:
+        file.write_bytes(content[kind])
+    return file
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", r"text .*no\.txt does not exist; give a file or folder of \.txt"),
+    ("not_utf8", r"text .*a\.txt is not UTF-8: .*; convert it first"),
+    ("not_utf8_jsonl", r"text .*a\.jsonl is not UTF-8: .*; convert it first"),
+    ("unknown_suffix", r"text .*a\.docx is of no known kind; expected a name ending in \.txt"),
+    ("no_suffix", r"text .*README is of no known kind"),
+    ("truncated_xz", r"text .*a\.txt\.xz cannot be read: .*truncated"),
+    ("truncated_gz", r"text .*a\.txt\.gz cannot be read: .*truncated"),
+    ("altered_gz", r"text .*a\.txt\.gz (cannot be read: .*truncated|is not UTF-8)"),
+    ("not_xz", r"text .*a\.txt\.xz cannot be read: .*not what its name says"),
+    ("not_gz", r"text .*a\.txt\.gz cannot be read: .*not what its name says"),
+    ("truncated_jsonl_xz", r"text .*a\.jsonl\.xz cannot be read: .*truncated"),
+    ("not_json", r"a\.jsonl, line 2: not JSON"),
+    ("no_column", r"a\.jsonl, line 1: no text in the column 'text'; there are content, id\. Name it with --acts\.text-field"),
+    ("not_a_table", r"a\.jsonl, line 1: no text in the column 'text'; there are list"),
+    ("number_in_the_column", r"a\.jsonl, line 1: no text in the column 'text'"),
+    ("empty_folder", r"folder .*folder holds no text: expected files ending in \.txt"),
+])
+def test_a_text_that_cannot_be_read_is_named(tmp_path, kind, message):
+    with pytest.raises(InputError, match=message):
+        every(Acts(text=str(bad(tmp_path, kind))))
+
+
+@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path, name, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'ksparse\["):
+        every(Acts(text=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("content", ["", "  \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}"], ids=repr)
+def test_an_empty_text_is_refused_and_does_not_go_on_for_ever(source, tiny_lm, content):
+    with pytest.raises(InputError, match="is empty: no document in it"):
+        next(corpus(source([content]), tiny_lm()).contexts())
+
+
+def test_a_text_without_a_document_on_the_asked_side_says_how_it_is_divided(source, tiny_lm):
+    acts = source(["only one document"])
+    missing = next(split for split in SPLITS if not every(acts, split))
+    with pytest.raises(InputError, match=rf"has no 64-token context in its split '{missing}' \(1 documents in all, .*85 % train.*smaller --acts.context"):
+        next(corpus(acts, tiny_lm(), split=missing).contexts())
+
+
+def test_an_unknown_split_is_refused(tiny_lm):
+    with pytest.raises(InputError, match="split 'test' does not exist; there are train, validation, held-out"):
+        corpus(Acts(), tiny_lm(), split="test")
+
+
+# ---- contexts
+
+
+def corpus(acts, folder, split="train", **options):
+    return Corpus(acts, AutoTokenizer.from_pretrained(folder), split, **options)
+
+
+def one_epoch(made, start=Place()):
+    return list(itertools.takewhile(lambda context: context.start.epoch == start.epoch, made.contexts(start)))
+
+
+def ids_of(made, acts, split="train"):
+    """Return {document index: ids}, as the tokenizer gives them."""
+    return {doc.index: made.tokenizer(doc.text, add_special_tokens=False)["input_ids"] for doc in documents(acts, split)}
+
+
+NO_BOS = {"bos": None, "eos": "<|endoftext|>"}
+NOTHING = {"bos": None, "eos": None, "pad": None}
+POLICIES = {"bos": {}, "no_bos": {"tokenizer": NO_BOS}, "no_special": {"tokenizer": NOTHING}, "bos_unused": {"bos": "none"}}
+
+
+@pytest.fixture(params=list(POLICIES))
+def policy(request, source, tiny_lm):
+    """Return policy(borders, ...): a corpus under each policy of BOS, and its Acts."""
+    options = dict(POLICIES[request.param])
+    folder = tiny_lm("gpt2", tokenizer=options.pop("tokenizer")) if "tokenizer" in options else tiny_lm("gpt2")
+
+    def make(borders, texts=None, context=16, **changes):
+        acts = source(texts or paragraphs(60, words=12), borders=borders, context=context, **options, **changes)
+        return corpus(acts, folder), acts
+
+    return make
+
+
+def test_packed_contexts_put_together_are_the_text_with_separators(policy):
+    made, acts = policy("pack")
+    contexts = one_epoch(made)
+    assert len(contexts) > 50 and all(len(c.tokens) == len(c.documents) == 16 and min(c.documents) >= 0 for c in contexts)
+    head = 0 if made.bos is None else 1
+    stream = []
+    for context in contexts:
+        assert context.tokens[:head] == [made.bos][:head]
+        body = list(zip(context.tokens[head:], context.documents[head:]))
+        if head and context.start.offset == 0:
+            body.insert(0, (made.separator, context.documents[0]))  # BOS did the separator's work
+        stream += body
+    expected = [(token, index) for index, ids in ids_of(made, acts).items()
+                for token in ([] if made.separator is None else [made.separator]) + ids]
+    assert stream == expected[: len(stream)] and len(expected) - len(stream) < 16
+
+
+def test_split_contexts_belong_to_one_document_each_and_hold_all_of_it(policy):
+    made, acts = policy("split")
+    head = 0 if made.bos is None else 1
+    found: dict[int, list[int]] = {}
+    for context in one_epoch(made):
+        assert len(context.tokens) == len(context.documents) == 16
+        owners = set(context.documents) - {-1}
+        assert len(owners) == 1 and context.documents == sorted(context.documents, reverse=True)
+        real = context.tokens[: 16 - context.documents.count(-1)]
+        assert real[:head] == [made.bos][:head]
+        found.setdefault(owners.pop(), []).extend(real[head:])
+    for index, ids in ids_of(made, acts).items():
+        assert ids[: len(found[index])] == found[index] and len(ids) - len(found[index]) < 3
+
+
+@pytest.mark.parametrize("borders", ["pack", "split"])
+def test_going_on_from_any_place_gives_the_same_contexts(policy, borders):
+    made, acts = policy(borders)
+    contexts = list(itertools.islice(made.contexts(), 150))
+    assert contexts[-1].start.epoch >= 1, "the text is to be passed more than once"
+    for number in range(0, 149, 3):
+        again = policy(borders)[0]
+        for place in (contexts[number].next, contexts[number + 1].start):
+            assert list(itertools.islice(again.contexts(place), 2))[: 149 - number] == contexts[number + 1 : number + 3]
+
+
+@pytest.mark.parametrize("borders", ["pack", "split"])
+def test_each_epoch_is_the_same_text(policy, borders):
+    made, _ = policy(borders)
+    first = one_epoch(made)
+    second = one_epoch(made, Place(epoch=1))
+    assert [(c.tokens, c.documents) for c in first] == [(c.tokens, c.documents) for c in second]
+
+
+def test_bos_is_at_position_0_only_and_id_0_counts_as_an_id(source, tiny_lm):
+    """A BOS id of 0 is falsy, and is not 'unset' (T20)."""
+    made = corpus(source(paragraphs(30), borders="split", context=16), tiny_lm())
+    assert made.bos == 0 and made.separator == 0 and made.policy()["bos_token"] == 0
+    for context in one_epoch(made):
+        assert context.tokens[0] == 0 and 0 not in context.tokens[1:]
+
+
+def test_packed_documents_have_a_separator_between_them_and_it_is_not_kept(source, tiny_lm):
+    made = corpus(source(paragraphs(30, words=6), context=32), tiny_lm())
+    batch = made.batch(one_epoch(made))
+    borders = (batch.documents[:, 1:] != batch.documents[:, :-1]) & (batch.documents[:, :-1] >= 0)
+    assert borders.sum() > 20
+    assert (batch.tokens[:, 1:][borders] == 0).all()
+    assert not batch.keep[batch.tokens == 0].any() and not batch.keep[:, 0].any()
+    assert batch.keep[:, 1:][batch.tokens[:, 1:] > 1].all()
+
+
+@pytest.mark.parametrize("options", [{"tokenizer": NO_BOS}, {"tokenizer": NOTHING}, {}], ids=["no_bos", "no_special", "bos"])
+@pytest.mark.parametrize("bos", ["auto", "none"])
+def test_the_first_position_is_left_out_with_or_without_bos(source, tiny_lm, options, bos):
+    """T20: in a model without BOS the first token takes its role."""
+    made = corpus(source(paragraphs(30), context=16, bos=bos), tiny_lm("gpt2", **options))
+    batch = made.batch(one_epoch(made))
+    assert not batch.keep[:, 0].any() and batch.keep[:, 1:].float().mean() > 0.8
+    assert (made.bos is None) == (bool(options) or bos == "none")
+
+
+def test_keep_all_leaves_out_padding_only(source, tiny_lm):
+    made = corpus(source(paragraphs(30), borders="split", context=16, keep="all"), tiny_lm())
+    batch = made.batch(one_epoch(made))
+    assert torch.equal(batch.keep, batch.documents >= 0) and batch.keep[:, 0].all() and not batch.keep.all()
+
+
+def test_padding_is_masked_by_place_though_pad_is_eos(source, tiny_lm):
+    """T21: GPT-2's pad is its EOS; an EOS that is in the text is a token, one that fills up is not."""
+    acts = source(paragraphs(30), borders="split", context=16, keep="all")
+    made = corpus(acts, tiny_lm("gpt2", tokenizer={"pad": "<|endoftext|>"}))
+    assert made.pad == made.tokenizer.eos_token_id == 0
+    contexts = one_epoch(made)
+    batch = made.batch(contexts)
+    padding = batch.documents == -1
+    assert padding.any() and (batch.tokens[padding] == 0).all()
+    assert torch.equal(batch.attention, ~padding)
+    assert batch.attention[:, 0].all() and (batch.tokens[:, 0] == 0).all()  # BOS has the id of padding, and is no padding
+    real = contexts[0]._replace(tokens=[0, 0, *contexts[0].tokens[2:]])
+    assert made.batch([real]).keep[0, 1] and made.batch([real]).attention[0, 1]
+
+
+def test_a_tokenizer_without_pad_pads_with_what_it_has(source, tiny_lm):
+    for tokenizer in ({"pad": None}, NOTHING):
+        made = corpus(source(paragraphs(9), borders="split", context=16), tiny_lm("gpt2", tokenizer=tokenizer))
+        batch = made.batch(one_epoch(made))
+        assert (batch.documents == -1).any() and batch.tokens.max() < 300 and not batch.keep[batch.documents == -1].any()
+
+
+def test_only_so_many_tokens_of_each_document_if_asked(source, tiny_lm):
+    made = corpus(source(paragraphs(60, words=40), context=16), tiny_lm(), per_document=10)
+    counts: dict[int, int] = {}
+    for context in one_epoch(made):
+        for token, owner in zip(context.tokens, context.documents):
+            counts[owner] = counts.get(owner, 0) + (token > 1)
+    assert max(counts.values()) == 10 and made.policy()["tokens_per_document"] == 10
+
+
+def test_the_policy_says_all_that_decides_what_is_used(source, tiny_lm):
+    made = corpus(source(paragraphs(9), context=16, borders="split", keep="all"), tiny_lm("gpt2", tokenizer=NO_BOS), split="held-out")
+    assert made.policy() == {"context": 16, "bos_token": None, "separator_token": 0, "borders": "split", "keep": "all", "split": "held-out",
+                             "tokens_per_document": None}
+    json.dumps(made.policy())
+
+
+def test_documents_are_known_by_name(source, tiny_lm):
+    made = corpus(source(paragraphs(30), context=16), tiny_lm())
+    owners = {owner for context in one_epoch(made) for owner in context.documents}
+    assert all(made.names[owner] == f"text.txt:{owner}" for owner in owners)
+
+
+def test_empty_documents_in_a_table_do_not_shift_anything(tmp_path, tiny_lm):
+    rows = [{"text": item} for pair in zip(paragraphs(40), [""] * 40) for item in pair]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = corpus(Acts(text=str(tmp_path / "a.jsonl"), context=16), tiny_lm())
+    contexts = list(itertools.islice(made.contexts(), 60))
+    for number in (0, 7, 20, 40):
+        assert next(made.contexts(contexts[number].next)) == contexts[number + 1]

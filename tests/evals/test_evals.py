@@ -1,0 +1,313 @@
+"""The numbers are what their definitions say, on text that training never saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ksparse import evals
+from ksparse.acts.lm import LM
+from ksparse.acts.text import Corpus
+from ksparse.errors import InputError, NonFiniteError
+from ksparse.evals import downstream, stats
+from ksparse.evals.estimate import DocumentSums, ratio, share
+from ksparse.evals.options import EvalOptions
+from ksparse.runs import RunFolder
+from ksparse.sae.model import SAE, Shape
+from ksparse.sae.normalize import normalize
+
+OPTIONS = EvalOptions(tokens=400, per_document=60, examples=3, device="cpu")
+
+
+@pytest.fixture
+def subject(small_acts):
+    acts = small_acts(lm_batch=4)
+    return acts, LM(acts=acts)
+
+
+def kept(acts, lm, options=OPTIONS):
+    """Return the held-out activations [m, d] and their documents, gathered the slow way."""
+    corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
+    xs, owners = [], []
+    for context in corpus.contexts():
+        if context.start.epoch:
+            break
+        batch = corpus.batch([context])
+        xs.append(lm.acts(batch.tokens, batch.attention)[batch.keep])
+        owners.append(batch.documents[batch.keep])
+    return torch.cat(xs), torch.cat(owners)
+
+
+def make_sae(acts, d, *, n=64, k=4, seed=0, **shape) -> SAE:
+    sae = SAE(Shape(d, n, k, **shape), {"acts": dataclasses.asdict(acts)})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / math.sqrt(d)
+    return sae
+
+
+def identity_sae(acts, d) -> SAE:
+    """An SAE that reconstructs everything: one latent for each direction and sign."""
+    sae = SAE(Shape(d, 2 * d, 2 * d), {"acts": dataclasses.asdict(acts)})
+    eye = torch.eye(d)
+    sae.W_enc.data = sae.W_dec.data = torch.cat([eye, -eye])
+    return sae
+
+
+# ---- estimates
+
+
+def test_a_ratio_is_of_sums_not_a_mean_of_ratios():
+    value = ratio(np.array([1.0, 9.0]), np.array([1.0, 99.0]))["value"]
+    assert value == pytest.approx(10 / 100)
+
+
+def test_the_standard_error_of_a_ratio_is_that_of_many_redrawn_samples():
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 40, 300)
+    sums = np.array([draw.normal(2 + draw.normal(0, 0.5), 1, size).sum() for size in sizes])
+    found = ratio(sums, sizes)
+    resampled = [sums[i].sum() / sizes[i].sum() for i in draw.integers(0, 300, (2000, 300))]
+    assert found["se"] == pytest.approx(np.std(resampled), rel=0.1)
+
+
+def test_one_document_has_a_value_and_no_standard_error():
+    assert ratio(np.array([3.0]), np.array([2.0])) == {"value": 1.5, "se": None}
+
+
+def test_a_share_has_the_binomial_standard_error():
+    assert share(1, 4) == {"value": 0.25, "se": pytest.approx(math.sqrt(0.25 * 0.75 / 4))}
+
+
+def test_document_sums_do_not_depend_on_how_the_tokens_are_batched():
+    owners, values = torch.tensor([5, 5, 9, 2, 5, 9]), torch.arange(6.0)
+    whole, parts = DocumentSums(), DocumentSums()
+    whole.add(owners, value=values)
+    for i in range(6):
+        parts.add(owners[i : i + 1], value=values[i : i + 1])
+    assert sorted(whole["value"]) == sorted(parts["value"]) == [3.0, 5.0, 7.0]
+    assert len(parts) == 3
+
+
+# ---- stats
+
+
+def test_nmse_explained_variance_and_l0_are_their_definitions(subject):
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    raw, _ = kept(acts, lm)
+    inputs = normalize(raw, "unit_norm")
+    pre = inputs.x.double() @ sae.W_enc.T.double() - (sae.W_enc.double() @ sae.b_pre.double()) + sae.b_enc.double()
+    cut = pre.topk(4).values[:, -1:]
+    z = torch.where(pre >= cut, pre, 0).relu()
+    recon = z @ sae.W_dec.double() + sae.b_pre.double()
+    x, y = inputs.x.double(), raw.double()
+    restored = recon * inputs.scale + inputs.mean
+    result = evals.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))["stats"]
+    assert result["n_tokens"] == len(raw)
+    assert result["nmse"]["value"] == pytest.approx(((x - recon) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-5)
+    assert result["explained_variance"]["value"] == pytest.approx(
+        1 - ((y - restored) ** 2).sum().item() / ((y - y.mean(0)) ** 2).sum().item(), rel=1e-4)
+    assert result["l0"]["value"] == pytest.approx((z > 0).sum(1).double().mean().item())
+    assert result["dead_fraction"]["value"] == pytest.approx(((z > 0).sum(0) == 0).double().mean().item())
+    assert torch.allclose(result.arrays["density"].double(), (z > 0).double().mean(0), atol=1e-7)
+
+
+def test_predicting_the_mean_has_a_normalised_mse_of_one(subject):
+    acts, lm = subject
+    sae = SAE(Shape(lm.d_model, 8, 2), {"acts": dataclasses.asdict(acts)})
+    sae.b_pre.data = normalize(kept(acts, lm)[0], "unit_norm").x.mean(0)
+    result = evals.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))["stats"]
+    assert result["nmse"]["value"] == pytest.approx(1, abs=1e-5)
+    assert result["l0"]["value"] == 0 and result["dead_fraction"]["value"] == 1
+
+
+def test_explained_variance_does_not_forgive_a_constant_offset(subject):
+    acts, lm = subject
+    sae = identity_sae(acts, lm.d_model)
+    exact = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    sae.W_dec.data = sae.W_dec.data.clone()
+    sae.b_pre.data += 0.3  # taken off before the encoder, added after the decoder: no change
+    same = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    sae.b_enc.data[: lm.d_model] += 0.3  # now every direction is reconstructed with an offset
+    worse = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    assert exact == pytest.approx(1, abs=1e-6) and same == pytest.approx(1, abs=1e-5)
+    assert worse < 0.99
+
+
+def test_the_result_does_not_depend_on_the_size_of_batches(subject, small_acts):
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    other = LM(acts=small_acts(lm_batch=9))
+    one, two = (evals.evaluate(sae, each, ["stats", "downstream"], dataclasses.replace(OPTIONS, tokens=10**6)) for each in (lm, other))
+    for name, key in (("stats", "nmse"), ("stats", "l0"), ("downstream", "ce_spliced"), ("downstream", "kl")):
+        assert one[name][key]["value"] == pytest.approx(two[name][key]["value"], rel=1e-5), key
+
+
+def test_examples_are_the_strongest_one_a_context_and_their_window_shows_the_value(subject):
+    acts, lm = subject
+    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], OPTIONS)["stats"]
+    arrays = result.arrays
+    assert result["window"]["before"] == stats.BEFORE
+    for kind in ("top", "random"):
+        context, value = arrays[f"{kind}_context"], arrays[f"{kind}_value"]
+        there = context >= 0
+        assert there.any()
+        peak = arrays[f"{kind}_acts"][:, :, stats.BEFORE].float()
+        assert torch.allclose(peak[there], value[there], rtol=2e-3)
+        for row in context:
+            assert len(set(row[row >= 0].tolist())) == int((row >= 0).sum())
+    fires = arrays["density"] > 0
+    assert torch.allclose(arrays["top_value"][fires, 0], arrays["max_act"][fires], rtol=1e-3)  # stored in half precision
+    assert (arrays["top_value"][:, :-1] >= arrays["top_value"][:, 1:]).all()
+    assert not torch.equal(arrays["top_context"], arrays["random_context"])
+
+
+def test_windows_do_not_reach_into_another_context():
+    values = torch.ones(2, 4, 1)
+    indices = torch.zeros(2, 4, 1, dtype=torch.int32)
+    window = stats.windows(values, indices, torch.tensor([[1]]), torch.tensor([[0]]))[0, 0]
+    assert window.tolist() == [0.0] * stats.BEFORE + [1.0] * 4 + [0.0] * (stats.AFTER - 3)
+
+
+# ---- downstream
+
+
+def test_a_perfect_reconstruction_changes_nothing_downstream(subject):
+    acts, lm = subject
+    result = evals.evaluate(identity_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]
+    assert result["ce_delta"]["value"] == pytest.approx(0, abs=1e-5)
+    assert result["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert result["recovered"]["value"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_sae_that_gives_the_mean_is_the_mean_ablation(subject):
+    acts, lm = subject
+    sae = SAE(Shape(lm.d_model, 8, 2, normalize="none"), {"acts": dataclasses.asdict(acts)})
+    options = dataclasses.replace(OPTIONS, tokens=200)
+    mean = downstream.Downstream(evals.HeldOut(sae, lm, options)).mean
+    sae.b_pre.data = mean
+    result = evals.evaluate(sae, lm, ["downstream"], options)["downstream"]
+    assert result["ce_spliced"]["value"] == pytest.approx(result["ce_mean"]["value"], rel=1e-6)
+    sae.b_pre.data = torch.zeros_like(mean)
+    result = evals.evaluate(sae, lm, ["downstream"], options)["downstream"]
+    assert result["ce_spliced"]["value"] == pytest.approx(result["ce_zero"]["value"], rel=1e-6)
+    assert result["recovered"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_all_runs_replace_and_measure_the_same_positions(subject):
+    """Cross-entropy and KL computed with hooks by hand, BOS left alone in every run."""
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    corpus = Corpus(acts, lm.tokenizer, "held-out", per_document=OPTIONS.per_document)
+    losses = {"clean": [], "spliced": [], "zero": []}
+    for context in corpus.contexts():
+        if context.start.epoch:
+            break
+        batch = corpus.batch([context])
+        for name in losses:
+            def change(module, args, output, name=name):
+                hidden = (output[0] if isinstance(output, tuple) else output).clone()
+                at = batch.keep[0]
+                if name == "spliced":
+                    hidden[0, at] = sae(hidden[0, at])
+                if name == "zero":
+                    hidden[0, at] = 0
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            handle = lm.model.transformer.h[1].register_forward_hook(change)
+            with torch.no_grad():
+                logits = lm.model(batch.tokens, use_cache=False).logits[0].log_softmax(-1)
+            handle.remove()
+            for t in range(len(logits) - 1):
+                if batch.keep[0, t] and batch.keep[0, t + 1]:
+                    losses[name].append(-logits[t, batch.tokens[0, t + 1]].item())
+    result = evals.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, tokens=10**6))["downstream"]
+    assert result["n_predictions"] == len(losses["clean"])
+    for name, values in losses.items():
+        assert result[f"ce_{name}"]["value"] == pytest.approx(np.mean(values), rel=1e-5), name
+
+
+@pytest.mark.parametrize("delta, expected", [(0.0, 1.0), (-0.1, 1.0), (1.0, 0.1), (0.5, math.sqrt(0.1)), (9.0, 0.01)])
+def test_the_compute_fraction_is_read_off_the_loss_table(delta, expected):
+    table = [(1e10, 4.0), (1e11, 3.0), (1e12, 2.0)]
+    found = downstream.compute_fraction(table, {"value": delta, "se": 0.0})
+    assert found["value"] == pytest.approx(expected)
+
+
+def test_without_a_loss_table_there_is_no_compute_fraction_and_a_note_says_why(subject):
+    acts, lm = subject
+    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]
+    assert result["compute_fraction"] == {"value": None, "se": None}
+    assert any("--loss-table" in note for note in result["notes"])
+
+
+def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
+    acts, lm = subject
+    file = tmp_path / "losses.jsonl"
+    file.write_text("\n".join(json.dumps({"flops": 10.0**i, "loss": 20 - i}) for i in range(3, 9)))
+    options = dataclasses.replace(OPTIONS, loss_table=str(file))
+    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)["downstream"]
+    assert 0 < result["compute_fraction"]["value"] <= 1
+    assert result["loss_table"]["shift"] == pytest.approx(result["ce_clean"]["value"] - 12)
+    assert any("shifted" in note for note in result["notes"])
+    file.write_text("not a table")
+    with pytest.raises(InputError, match="losses.jsonl is not lines of JSON with 'flops' and 'loss'"):
+        evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)
+
+
+# ---- what is refused
+
+
+def test_an_sae_of_another_width_names_both_widths_and_its_own_lm(subject):
+    acts, lm = subject
+    with pytest.raises(InputError, match=r"the SAE is for d_model = 7, .* has 16 at resid_post.1; the SAE was trained on"):
+        evals.evaluate(make_sae(acts, 7), lm, ["stats"], OPTIONS)
+
+
+def test_an_unknown_evaluation_gets_a_suggestion():
+    with pytest.raises(InputError, match="no evaluation 'stat'; did you mean 'stats'"):
+        evals.check_names(["stat"])
+
+
+def test_an_sae_that_does_not_name_its_lm_asks_for_one():
+    with pytest.raises(InputError, match="give one: ksparse.LM"):
+        evals.evaluate(SAE(Shape(4, 8, 2)))
+
+
+def test_text_without_a_held_out_document_says_so(subject, tmp_path):
+    acts, lm = subject
+    file = tmp_path / "one.txt"
+    file.write_text("the cat sat on a mat " * 20)
+    with pytest.raises(InputError, match="split 'held-out'"):
+        evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, text=str(file)))
+
+
+def test_nan_activations_name_the_document(subject):
+    acts, lm = subject
+    common = lm.tokenize("the")[0, -1]
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[common] = float("nan")
+    try:
+        with pytest.raises(NonFiniteError, match=r"in document 'words.txt:\d+'"):
+            evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))
+    finally:
+        with torch.no_grad():
+            lm.model.get_input_embeddings().weight[common] = 0.0
+
+
+def test_results_are_written_as_json_and_arrays(subject, tmp_path):
+    acts, lm = subject
+    run = RunFolder(tmp_path)
+    evals.write(run, evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS))
+    written = run.eval("stats")
+    assert written["policy"]["context"] == 16 and written["options"]["per_document"] == 60
+    assert (tmp_path / "evals" / "stats.safetensors").stat().st_mode & 0o777 == 0o644
+    vocabulary = json.loads((tmp_path / "evals" / "vocabulary.json").read_text())
+    assert len(vocabulary) == lm.vocab and vocabulary[0] == "<|endoftext|>"
+    assert run.eval("probes") is None

@@ -1,0 +1,237 @@
+"""The page: what it says, that it is whole whatever is missing, and that text from data stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ksparse import report
+from ksparse.errors import CorruptError, InputError
+from ksparse.report.numbers import GROUPS
+from ksparse.report.tokens import safe_text
+from ksparse.runs import RunFolder
+
+from .conftest import DEAD, DOWNSTREAM, STATS, WORDS
+from .reading import Page
+
+ALLOWED = set("""html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
+              table thead tbody tr th td data details summary pre code figure figcaption strong b mark bdi
+              svg g path defs use rect text clippath tspan""".split())
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(1)</script>", "' onmouseover='alert(1)",
+           "</span></pre></table><h1>", "<!--<script>", "]]>", "\u202eevil", "\x00", "\ud800", "\u2028", "&lt;b&gt;", "{{ 7 * 7 }}",
+           "{% include 'x' %}", "javascript:alert(1)", "<table>", "<svg onload=alert(1)>", "https://evil.example/x.js",
+           "url(https://evil.example)", "</title><script>alert(1)</script>", "x" * 1_000_000]
+
+
+def written(run: RunFolder) -> Page:
+    return Page(report.write(run).read_text(encoding="utf-8"))
+
+
+def assert_inert(page: Page) -> None:
+    """Check that a page has only elements of the templates, and nothing that runs or loads."""
+    assert page.unbalanced == [] and page.declared == "DOCTYPE html"
+    assert {element.name for element in page.elements} <= ALLOWED
+    for element in page.elements:
+        for name, value in element.attributes.items():
+            assert not name.startswith("on"), (element.name, name)
+            assert name not in ("src", "srcset", "action", "formaction", "ping", "background"), (element.name, name)
+            if name in ("href", "xlink:href"):
+                assert value.startswith("#"), value
+    ids = [element.attributes["id"] for element in page.elements if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    assert {element.attributes["href"][1:] for element in page.all("a")} <= set(ids)
+
+
+def test_a_run_with_all_results_has_every_section(make_run) -> None:
+    run = make_run()
+    page = written(run)
+    assert_inert(page)
+    assert run.report_file.is_file()
+    assert [heading.text for heading in page.all("h2")] == [
+        "What was run", "Is it good?", "How it trained", "Its latents", "How to reproduce it"]
+    assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
+    assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
+    assert "Not measured" not in page.text
+    assert sorted(file.name for file in (run.path / "figures").iterdir()) == sorted(
+        f"{name}.svg" for name in ("training-nmse", "training-dead", "training-steps", "training-l0", "latents-density", "latents-cosine"))
+    assert len(page.all("svg", role="img")) == 6
+
+
+def test_the_tables_values_are_the_files(make_run) -> None:
+    page = written(make_run())
+    table = [float(element.attributes["value"]) for element in page.all("data") if "table" in element.inside]
+    results = {"stats": STATS, "downstream": DOWNSTREAM}
+    expected = []
+    for group in GROUPS:
+        for row in group.rows:
+            found = results[group.eval][row.key]
+            expected += [found["value"], found["se"]] if isinstance(found, dict) else [found]
+    assert table == expected
+
+
+def test_the_policy_and_the_amount_of_text_are_under_the_table(make_run) -> None:
+    text = written(make_run()).text
+    for said in ("29,289", "70", "separator_token 0", "step 50", "only 70 documents"):
+        assert said in text
+
+
+def test_a_result_of_an_older_checkpoint_says_so(make_run) -> None:
+    run = make_run()
+    run.eval_file("stats").write_text(json.dumps(STATS | {"checkpoint": 30}))
+    assert "step 30, though training went on to step 50" in written(run).text
+
+
+@pytest.mark.parametrize("stats, downstream, missing", [
+    (False, False, ["stats", "downstream"]), (True, False, ["downstream"]), (False, True, ["stats"])])
+def test_a_missing_result_names_the_command_that_adds_it(make_run, stats, downstream, missing) -> None:
+    page = written(make_run(stats=stats, downstream=downstream))
+    assert_inert(page)
+    commands = {code.text for code in page.all("code") if code.text.startswith("ksparse eval")}
+    assert commands == {f"ksparse eval demo {name}" for name in missing}
+    assert bool(page.all("article")) == stats
+
+
+def test_a_recipe_alone_makes_a_page(tmp_path) -> None:
+    run = RunFolder(tmp_path / "bare")
+    run.path.mkdir()
+    run.recipe_file.write_text("tokens = 1000\n")
+    page = written(run)
+    assert_inert(page)
+    assert "There are no metrics yet" in page.text and "to be trained on" in page.text
+
+
+def test_numbers_that_are_null_or_absent_are_not_measured(make_run) -> None:
+    run = make_run()
+    result = {key: value for key, value in DOWNSTREAM.items() if key != "kl"} | {"compute_fraction": {"value": None, "se": None}}
+    run.eval_file("downstream").write_text(json.dumps(result))
+    rows = {row.text.split("\n")[1]: row.text for row in written(run).all("tr") if "not measured" in row.text}
+    assert set(rows) == {"KL from the LM", "Compute fraction"}
+    assert "which this LM comes without" in rows["Compute fraction"]
+
+
+def test_arrays_or_vocabulary_that_are_missing_are_asked_for(make_run) -> None:
+    run = make_run()
+    run.eval_file("vocabulary").unlink()
+    assert "Tokens are shown as their ids" in written(run).text
+    run.eval_file("stats").with_suffix(".safetensors").unlink()
+    page = written(run)
+    assert "The text that latents fire on is not in this run" in page.text and not page.all("article")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="is not a run"):
+        report.write(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize("name, content", [("stats", "{"), ("downstream", "[1]"), ("vocabulary", "{}")])
+def test_a_damaged_result_is_named(make_run, name, content) -> None:
+    run = make_run()
+    run.eval_file(name).write_text(content)
+    with pytest.raises(CorruptError, match=f"{name}.json"):
+        report.write(run)
+
+
+def test_live_latents_have_cards_and_dead_ones_do_not(make_run) -> None:
+    cards = written(make_run()).all("article")
+    assert len(cards) == 20
+    assert not {card.attributes["id"] for card in cards} & {f"latent-{number}" for number in DEAD}
+
+
+@pytest.mark.parametrize("name", [text for text in HOSTILE[:5] if "/" not in text] + ["\u202eevil\n"])
+@pytest.mark.parametrize("last", [False, True])
+def test_hostile_text_is_text_wherever_it_is(make_run, name, last) -> None:
+    payloads = HOSTILE[-len(WORDS):] if last else HOSTILE[: len(WORDS)]
+    payload = "".join(payloads)
+    in_recipe = payload.encode("utf-8", "replace").decode().replace("\x00", "")  # which TOML cannot hold
+    run = make_run(name, vocabulary=payloads, changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site", "shards")},
+                   environment={"versions": {payload: payload}, "platform": payload, "processor": payload, "gpus": [payload], "threads": 2})
+    for eval_name, result in (("stats", STATS), ("downstream", DOWNSTREAM)):
+        hostile = {"text": payload, "notes": [payload], "policy": {payload: payload}, "options": {payload: payload}}
+        run.eval_file(eval_name).write_text(json.dumps(result | hostile))
+    page = written(run)
+    assert_inert(page)
+    html = run.report_file.read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]", html)
+    assert len(html) < 3_000_000
+    marks = {mark.text for mark in page.all("mark")}
+    assert {text for text in payloads if text.isprintable() and len(text) < 80} <= marks  # they are shown, as they are
+    assert page.all("h1")[0].text == safe_text(name)
+
+
+def test_the_page_loads_nothing_and_forbids_it(make_run) -> None:
+    run = make_run()
+    html = report.write(run).read_text(encoding="utf-8")
+    policy = Page(html).all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+    assert "http:" not in html and "https:" not in html and "url(" not in html.replace("url(#", "") and "@import" not in html
+
+
+def test_the_page_can_be_used_without_a_mouse_or_eyes(make_run) -> None:
+    page = written(make_run())
+    assert page.all("html")[0].attributes["lang"] == "en"
+    assert page.all("a")[0].attributes == {"class": "skip", "href": "#content"} and page.all("main", id="content")
+    levels = [int(element.name[1]) for element in page.elements if re.fullmatch("h[1-6]", element.name)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
+    assert all(svg.attributes["role"] == "img" and svg.attributes["aria-label"] for svg in page.all("svg"))
+    assert all("scope" in cell.attributes for cell in page.all("th"))
+    assert page.all("div", tabindex="0", role="region")
+
+
+def test_the_same_files_make_the_same_bytes(make_run) -> None:
+    run = make_run()
+    first = report.write(run).read_bytes(), [file.read_bytes() for file in sorted((run.path / "figures").iterdir())]
+    assert (report.write(run).read_bytes(), [file.read_bytes() for file in sorted((run.path / "figures").iterdir())]) == first
+    other = make_run("elsewhere/demo")
+    assert report.write(other).read_bytes() == first[0]
+
+
+def test_commands_quote_what_a_shell_would_read(make_run) -> None:
+    page = written(make_run("my run; rm x"))
+    commands = [pre.text for pre in page.all("pre") if pre.text.startswith("ksparse")]
+    assert commands == ["ksparse train 'my run; rm x/recipe.toml' --out runs/again --threads 2",
+                        "ksparse eval runs/again stats downstream --tokens 100000 --per-document 512 --split held-out --examples 8 --seed 0",
+                        "ksparse report 'my run; rm x'"]
+
+
+def test_writing_a_page_needs_no_torch_and_importing_it_no_matplotlib(make_run) -> None:
+    run = make_run()
+    code = (f"import sys, pathlib; from ksparse import report; import ksparse.report.page; assert 'matplotlib' not in sys.modules;"
+            f"from ksparse.runs import RunFolder; report.write(RunFolder(pathlib.Path({str(run.path)!r})));"
+            "loaded = {name.partition('.')[0] for name in sys.modules};"
+            "assert not loaded & {'torch', 'transformers', 'scipy', 'pandas', 'tyro'}, loaded")
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_the_chosen_colours_can_be_read() -> None:
+    """Text on the hottest token, and soft text on paper, have a contrast of at least 4.5 in light and in dark."""
+    source = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = source[: source.index("@media")], source[source.index("@media"): source.index("* {")]
+    for scheme in (light, dark):
+        colours = dict(re.findall(r"--([a-z]+): ([^;]+);", scheme))
+        hot = mix(rgb(colours["heat"]), rgb(colours["card"]), float(colours["strength"]))
+        assert contrast(rgb(colours["ink"]), hot) >= 4.5
+        for name in ("soft", "first", "second"):
+            assert contrast(rgb(colours[name]), rgb(colours["paper"])) >= 4.5, name
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)] if colour.startswith("#") else [float(part) for part in colour.split()]
+
+
+def mix(above: list[float], below: list[float], share: float) -> list[float]:
+    return [share * a + (1 - share) * b for a, b in zip(above, below)]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    """Return the contrast ratio of WCAG 2."""
+    def luminance(colour: list[float]) -> float:
+        parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)

@@ -1,0 +1,145 @@
+"""The verbs: what they print, what they leave, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ksparse import cli
+from ksparse import recipe as recipes
+from ksparse.recipe import to_toml
+from ksparse.runs import RunFolder
+
+
+@pytest.fixture
+def verb(capsys):
+    """Return verb("train", ...): (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def recipe_file(small_recipe, tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text(to_toml(small_recipe()))
+    return file
+
+
+def test_help_lists_every_verb_and_the_exit_codes(verb):
+    code, out, _ = verb("--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in cli.VERBS)
+    assert "143 SIGTERM" in out
+
+
+@pytest.mark.parametrize("name", list(cli.VERBS))
+def test_every_verb_has_help(verb, name):
+    code, out, _ = verb(name, "--help")
+    assert code == 0 and "usage" in out.lower()
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from ksparse import cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_train_eval_report_leave_a_whole_run(verb, recipe_file, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    code, out, err = verb("train", recipe_file, "--sae.k", 3, "--out", run.path)
+    assert code == 0, err
+    assert "report" in out and "ksparse eval" in out
+    assert tomllib.loads(run.recipe_file.read_text())["sae"]["k"] == 3
+    assert run.metrics()[-1]["step"] == 12
+    code, out, err = verb("eval", run.path, "downstream", "stats", "--tokens", 300, "--device", "cpu")
+    assert code == 0, err
+    assert json.loads(run.eval_file("stats").read_text())["nmse"]["value"] > 0
+    assert set(run.eval("downstream")) >= {"ce_clean", "ce_spliced", "ce_delta", "ce_zero", "ce_mean", "kl", "compute_fraction"}
+    assert "nmse" in out and "±" in out
+    before = run.report_file.read_text()
+    run.report_file.unlink()
+    assert verb("report", run.path)[0] == 0
+    assert run.report_file.read_text() == before
+    weights = (run.checkpoint(12) / "sae.safetensors").read_bytes()
+    assert verb("train", recipe_file, "--sae.k", 3, "--out", run.path)[0] == 0
+    assert (run.checkpoint(12) / "sae.safetensors").read_bytes() == weights
+
+
+def test_shards_are_written_and_trained_on(verb, recipe_file, tmp_path):
+    code, out, err = verb("shard", recipe_file, "--out", tmp_path / "acts", "--tokens", 500, "--dtype", "float32")
+    assert code == 0, err
+    folder = out.split()[1]
+    code, _, err = verb("train", recipe_file, "--acts.shards", folder, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert RunFolder(tmp_path / "run").metrics()[-1]["step"] == 12
+
+
+def test_plan_says_what_a_recipe_costs(verb, recipe_file):
+    code, out, err = verb("plan", recipe_file)
+    assert code == 0, err
+    weights = 2 * 64 * 16 + 64 + 16
+    assert f"{weights / 1e6:,.1f} M parameters" in out
+    for word in ("memory", "FLOPs", "disk", "time"):
+        assert f"\n{word}" in out
+
+
+def test_doctor_gives_a_line_for_each_thing(verb):
+    code, out, _ = verb("doctor")
+    assert code == 0, out
+    for name in ("python", "torch", "device", "float32", "bfloat16", "triton", "disk", "hub", "built-in LM"):
+        assert any(line.split(maxsplit=1)[1].startswith(name) for line in out.splitlines()), name
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["trian"], 2, "did you mean `ksparse train`"),
+    (["train", "--sae.kk", "3"], 2, "--sae.k"),
+    (["train", "--sae.k", "many"], 2, "many"),
+    (["train", "--sae.k", "5000"], 2, "sae.k is 5000, more than the 4096 latents"),
+    (["train", "no-such.toml"], 2, "recipe no-such.toml does not exist"),
+    (["train", "--acts.lm", "./no-such-model"], 2, "model folder ./no-such-model does not exist"),
+    (["train", "--acts.lm", "pylm/9b"], 2, "there are 0.3m"),
+    (["eval", "no-such-run"], 2, "neither a folder here nor a Hub repository"),
+    (["eval", "."], 2, "holds no SAE"),
+    (["eval"], 2, "needs the folder of a run"),
+    (["resume", "no-such-run"], 2, "is not a run"),
+    (["report", "no-such-run"], 2, "is not a run"),
+])
+def test_bad_input_ends_with_its_code_and_one_clear_message(verb, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = verb(*arguments)
+    assert found == code
+    assert message in " ".join((out + err).split())
+    assert "Traceback" not in err
+
+
+def test_a_file_with_an_unknown_key_names_file_and_key(verb, tmp_path):
+    file = tmp_path / "typo.toml"
+    file.write_text("[sae]\nkk = 3\n")
+    code, _, err = verb("train", file)
+    assert code == 2 and f"unknown key 'sae.kk' in {file}; did you mean 'sae.k'?" in err
+
+
+def test_a_changed_recipe_is_refused_with_the_keys(verb, recipe_file, tmp_path):
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    code, _, err = verb("train", recipe_file, "--out", tmp_path / "run", "--sae.k", 2, "--seed", 5)
+    assert code == 2 and "sae.k: 4 -> 2" in err and "seed: 0 -> 5" in err
+
+
+def test_every_recipe_in_the_repository_is_valid():
+    found = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.toml"))
+    assert found
+    for file in found:
+        assert recipes.load(file).steps > 0

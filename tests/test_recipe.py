@@ -1,0 +1,169 @@
+"""A recipe is frozen, complete data: TOML there and back, and every mistake in it is named."""
+
+import dataclasses
+import math
+import tomllib
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ksparse import recipe as recipes
+from ksparse.errors import InputError
+from ksparse.recipe import SAE, Acts, Optim, Recipe, Run, from_dict, k_aux, load, to_dict, to_toml
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def values(hint):
+    """Return a strategy for one key's values."""
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(typing.get_args(hint)[0]), max_size=3).map(tuple)
+    return {str: TEXT, bool: st.booleans(), int: st.integers(8, 10**12), float: st.floats(1e-12, 0.9)}[hint]
+
+
+def sections(kind):
+    hints = typing.get_type_hints(kind)
+    return st.builds(kind, **{name: sections(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()
+                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents")}})
+
+
+@given(recipe=sections(Recipe))
+def test_toml_round_trip_of_every_key(tmp_path_factory, recipe):
+    file = tmp_path_factory.getbasetemp() / "recipe.toml"
+    file.write_text(to_toml(recipe), encoding="utf-8")
+    assert load(file) == recipe
+    assert from_dict(to_dict(recipe)) == recipe
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_toml_keeps_any_text(text):
+    recipe = Recipe(acts=Acts(text=text))
+    assert tomllib.loads(to_toml(recipe))["acts"]["text"] == text
+
+
+def test_toml_writes_every_key_so_that_a_changed_default_does_not_change_an_old_run():
+    written = recipes.flat(tomllib.loads(to_toml(Recipe())))
+    assert written == recipes.flat(to_dict(Recipe())) and len(written) > 40
+
+
+def test_a_recipe_is_frozen():
+    for part in (Recipe(), Acts(), SAE(), Optim(), Run()):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+
+
+@pytest.mark.parametrize("table, message", [
+    ({"sae": {"kk": 3}}, r"unknown key 'sae\.kk'; did you mean 'sae\.k'\?"),
+    ({"sae": {"n_latent": 3}}, r"unknown key 'sae\.n_latent'; did you mean 'sae\.n_latents'\?"),
+    ({"token": 3}, r"unknown key 'token'; did you mean 'tokens'\?"),
+    ({"k": 3}, r"unknown key 'k'; did you mean 'sae\.k'\?"),
+    ({"k_aux": 3}, r"unknown key 'k_aux'; did you mean 'sae\.k_aux'\?"),
+    ({"zzzzzzzz": 3}, r"unknown key 'zzzzzzzz'; the keys are acts\.lm, .* threads"),
+    ({"sae": 3}, r"'sae' is a section; write \[sae\] and its keys"),
+    ({"sae": {"k": "3"}}, r"'sae\.k' is '3', of type str; it must be of type int"),
+    ({"sae": {"k": 3.5}}, r"'sae\.k' is 3\.5, of type float; it must be of type int"),
+    ({"sae": {"k": True}}, r"'sae\.k' is True, of type bool; it must be of type int"),
+    ({"optim": {"lr": True}}, r"'optim\.lr' is True, of type bool; it must be of type float"),
+    ({"optim": {"lr": "1e-3"}}, r"'optim\.lr' is '1e-3', of type str; it must be of type float"),
+    ({"sae": {"b_enc": 1}}, r"'sae\.b_enc' is 1, of type int; it must be of type bool"),
+    ({"acts": {"lm": 1}}, r"'acts\.lm' is 1, of type int; it must be of type str"),
+    ({"tokens": math.inf}, r"'tokens' is inf, of type float; it must be of type int"),
+    ({"acts": {"normalize": "unit_norms"}}, r"'acts\.normalize' is 'unit_norms'; it must be one of 'unit_norm', .*'none'\. Did you mean 'unit_norm'\?"),
+    ({"acts": {"bos": True}}, r"'acts\.bos' is True; it must be one of 'auto', 'none'"),
+    ({"run": {"loggers": "wandb"}}, r"'run\.loggers' is 'wandb'; it must be a list"),
+    ({"run": {"loggers": ["wandbb"]}}, r"'run\.loggers' is 'wandbb'; it must be one of 'tensorboard', 'wandb', 'trackio'\. Did you mean 'wandb'\?"),
+    ({"sae": {"k": 0}}, r"sae\.k is 0; it must be at least 1"),
+    ({"sae": {"n_latents": -1}}, r"sae\.n_latents is -1; it must be at least 1"),
+    ({"tokens": 0}, r"tokens is 0; it must be at least 1"),
+    ({"batch": 0}, r"batch is 0; it must be at least 1"),
+    ({"acts": {"lm_batch": 0}}, r"acts\.lm_batch is 0; it must be at least 1"),
+    ({"acts": {"mix": 0}}, r"acts\.mix is 0; it must be at least 1"),
+    ({"run": {"log_every": 0}}, r"run\.log_every is 0; it must be at least 1"),
+    ({"run": {"keep": 0}}, r"run\.keep is 0; it must be at least 1"),
+    ({"sae": {"k": 5, "n_latents": 4}}, r"sae\.k is 5, more than the 4 latents of sae\.n_latents; give a smaller k"),
+    ({"sae": {"k": 2, "n_latents": 7, "multi_topk": 0.125}}, r"Multi-TopK needs 4 x sae\.k = 8 latents, sae\.n_latents is 7"),
+    ({"acts": {"context": 2}}, r"acts\.context is 2; a context needs at least 3 tokens"),
+    *[({section: {key: value}} if section else {key: value}, rf"{section and section + '.'}{key} is {value}; it must .*not be negative")
+      for section, key, value in [("sae", "auxk_coef", -0.5), ("sae", "k_aux", -1), ("sae", "dead_after", -1), ("sae", "multi_topk", -0.5),
+                                  ("optim", "lr", -0.5), ("optim", "warmup", -1), ("optim", "clip", -0.5), ("", "threads", -1), ("", "seed", -1),
+                                  ("run", "save_every", -1)]],
+    *[({"optim": {key: value}}, rf"optim\.{key} is {value}; it must be from 0 up to, but not including, 1")
+      for key, value in [("ema", 1.0), ("ema", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("decay", 1.5)]],
+    *[({section: {key: math.nan}}, rf"{section}\.{key} is nan; it must be a finite number") for section, key in
+      [("optim", "lr"), ("optim", "clip"), ("optim", "eps"), ("optim", "lr_at_32k"), ("sae", "auxk_coef"), ("sae", "multi_topk"), ("optim", "ema"), ("run", "save_minutes")]],
+    *[({section: {key: math.inf}}, rf"{section}\.{key} is inf") for section, key in [("optim", "lr"), ("sae", "auxk_coef")]],
+], ids=str)
+def test_every_mistake_is_named(table, message):
+    with pytest.raises(InputError, match=message):
+        from_dict(table)
+
+
+def test_decay_may_be_the_whole_run():
+    assert from_dict({"optim": {"decay": 1}}).optim.decay == 1.0
+
+
+def test_whole_numbers_may_be_written_as_floats_and_floats_as_whole_numbers():
+    recipe = from_dict({"tokens": 1e9, "optim": {"lr": 1}})
+    assert recipe.tokens == 10**9 and isinstance(recipe.tokens, int) and isinstance(recipe.optim.lr, float)
+
+
+@pytest.mark.parametrize("text, message", [("sae = ", "is not TOML"), ("[sae]\nkk = 3", r"unknown key 'sae\.kk' in .*it\.toml; did you mean"), ("k = 1\nk = 2", "is not TOML")])
+def test_a_file_with_a_mistake_is_named(tmp_path, text, message):
+    (tmp_path / "it.toml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "it.toml")
+    assert "it.toml" in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="no.toml does not exist"):
+        load(tmp_path / "no.toml")
+    (tmp_path / "it.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="it.toml is not TOML"):
+        load(tmp_path / "it.toml")
+
+
+def test_differences_are_named_with_both_values():
+    old = to_dict(Recipe())
+    new = to_dict(Recipe(sae=SAE(k=64), seed=1))
+    assert recipes.differences(old, new) == ["sae.k: 32 -> 64", "seed: 0 -> 1"]
+    del new["seed"]
+    assert "seed: 0 -> None" in recipes.differences(old, new)
+
+
+def test_identity_leaves_out_only_what_does_not_change_the_result():
+    assert Recipe(run=Run(device="cpu", log_every=3, keep=5), threads=3).identity() == Recipe().identity()
+    for other in (Recipe(seed=1), Recipe(batch=2), Recipe(tokens=2), Recipe(sae=SAE(k=1)), Recipe(acts=Acts(mix=4096)), Recipe(optim=Optim(lr=1.0))):
+        assert other.identity() != Recipe().identity()
+
+
+def test_learning_rate_falls_with_the_root_of_the_latents_unless_given():
+    assert Recipe(sae=SAE(n_latents=32_768)).lr == pytest.approx(1.2e-3)
+    assert Recipe(sae=SAE(n_latents=4 * 32_768)).lr == pytest.approx(0.6e-3)
+    assert Recipe(optim=Optim(lr=0.5)).lr == 0.5
+
+
+def test_steps_cover_all_tokens():
+    assert Recipe(tokens=100, batch=50).steps == 2 and Recipe(tokens=101, batch=50).steps == 3 and Recipe(tokens=1, batch=50).steps == 1
+
+
+def test_dead_after_is_ten_million_tokens_or_an_eighth_of_a_shorter_run():
+    assert Recipe(tokens=10**9).dead_after == 10_000_000
+    assert Recipe(tokens=8000).dead_after == 1000 and Recipe(tokens=3).dead_after == 1
+    assert Recipe(sae=SAE(dead_after=7)).dead_after == 7
+
+
+@pytest.mark.parametrize("d_model, expected", [(768, 512), (512, 256), (4096, 2048), (64, 32), (16, 8), (5120, 2048)])
+def test_k_aux_is_the_power_of_two_nearest_to_half_d_model(d_model, expected):
+    assert k_aux(SAE(), d_model) == expected and k_aux(SAE(k_aux=3), d_model) == 3
+
+
+def test_a_short_run_averages_over_a_share_of_itself():
+    short = Recipe(tokens=1000, batch=10, optim=Optim(ema=0.999, ema_span=0.1))
+    assert short.ema == pytest.approx(0.9)
+    assert Recipe(tokens=10**6, batch=10, optim=Optim(ema=0.999, ema_span=0.1)).ema == 0.999
+    assert Recipe(tokens=1, batch=1).ema == 0 and Recipe(optim=Optim(ema=0.0)).ema == 0

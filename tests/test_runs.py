@@ -1,0 +1,126 @@
+"""A run's folder: metrics that survive a kill, checkpoints that are intact or passed over, one process at a time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ksparse import files
+from ksparse.errors import CorruptError, InputError
+from ksparse.recipe import Recipe, to_toml
+from ksparse.runs import RunFolder, open_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(to_toml(Recipe(seed=5)))
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_folder_without_recipe_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="is not a run: it has no recipe.toml. `ksparse train --out .*` makes one"):
+        open_run(tmp_path)
+    with pytest.raises(InputError, match="is not a run"):
+        open_run(tmp_path / "nowhere")
+
+
+def test_an_empty_run_has_nothing_and_says_so(run):
+    assert open_run(run.path).recipe() == Recipe(seed=5) and run.name == "run"
+    assert run.metrics() == [] and run.checkpoints() == [] and run.eval("stats") is None and run.environment() == {}
+    assert run.newest_intact() == (None, [])
+
+
+def test_metrics_come_back_by_step_with_the_last_line_of_each(run):
+    for step, nmse in [(1, 0.9), (3, 0.7), (2, 0.8), (3, 0.6)]:
+        run.append_metrics({"step": step, "nmse": nmse})
+    assert run.metrics() == [{"step": 1, "nmse": 0.9}, {"step": 2, "nmse": 0.8}, {"step": 3, "nmse": 0.6}]
+
+
+def test_the_half_line_of_a_killed_process_is_passed_over(run):
+    run.append_metrics({"step": 1, "nmse": 0.5})
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"step": 2, "nm')
+    assert run.metrics() == [{"step": 1, "nmse": 0.5}]
+
+
+def test_metrics_never_hold_nan(run):
+    with pytest.raises(ValueError):
+        run.append_metrics({"step": 1, "nmse": float("nan")})
+    assert run.metrics() == []
+
+
+def test_lines_of_steps_that_are_run_again_are_dropped(run):
+    for step in range(1, 6):
+        run.append_metrics({"step": step})
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"step": 6, "nm')
+    run.forget_metrics_after(3)
+    run.append_metrics({"step": 4})
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+    assert len(run.metrics_file.read_text().splitlines()) == 4
+
+
+def checkpoint(run, step):
+    with files.committed(run.checkpoint(step), step=step) as tmp:
+        (tmp / "state.json").write_text(f'{{"step": {step}}}')
+
+
+def test_checkpoints_are_listed_by_step_without_temporary_ones(run):
+    for step in (20, 3, 100_000_000):
+        checkpoint(run, step)
+    (run.path / "checkpoints" / ".tmp-step-00000021-99").mkdir()
+    (run.path / "checkpoints" / "step-notes.txt").write_text("")
+    assert [path.name for path in run.checkpoints()] == ["step-00000003", "step-00000020", "step-100000000"]
+
+
+def test_the_newest_intact_checkpoint_is_found_and_the_damage_named(run):
+    for step in (1, 2, 3, 4):
+        checkpoint(run, step)
+    (run.checkpoint(4) / "state.json").write_text("{}")
+    (run.checkpoint(3) / files.MANIFEST).unlink()
+    path, wrong = run.newest_intact()
+    assert path == run.checkpoint(2)
+    assert len(wrong) == 2 and "step-00000004/state.json is damaged" in wrong[0] and "step-00000003/manifest.json is missing" in wrong[1]
+    for step in (1, 2):
+        (run.checkpoint(step) / "state.json").unlink()
+    assert run.newest_intact()[0] is None and len(run.newest_intact()[1]) == 4
+
+
+def test_a_damaged_result_is_named(run):
+    files.write_json(run.eval_file("stats"), {"nmse": 0.5})
+    assert run.eval("stats") == {"nmse": 0.5}
+    run.eval_file("stats").write_text('{"nmse": ')
+    with pytest.raises(CorruptError, match="stats.json is not JSON"):
+        run.eval("stats")
+
+
+def test_the_lock_refuses_a_second_process_and_names_the_first(tmp_path):
+    code = f"import pathlib; from ksparse.runs import RunFolder\nwith RunFolder(pathlib.Path({str(tmp_path)!r})).locked(): pass"
+    with RunFolder(tmp_path).locked():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert f"is in use by process {os.getpid()}; wait for it, or give another --out" in done.stderr
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_the_lock_goes_with_a_killed_process(tmp_path):
+    code = ("import pathlib, time; from ksparse.runs import RunFolder\n"
+            f"with RunFolder(pathlib.Path({str(tmp_path)!r})).locked():\n    print('held', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {holder.pid}"):
+            with RunFolder(tmp_path).locked():
+                pass
+        holder.kill()
+    with RunFolder(tmp_path).locked():
+        pass
+
+
+def test_the_lock_is_let_go_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with RunFolder(tmp_path).locked():
+            1 / 0
+    with RunFolder(tmp_path).locked():
+        pass
