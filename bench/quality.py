@@ -84,7 +84,6 @@ def main() -> None:
         sweep(args, settings, report)
     else:
         compare(args, settings, report)
-    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -230,7 +229,7 @@ def run_adapter(peer: Peer, python: str, data: Path, out: Path, values: dict[str
     quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{peer.name} failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{peer.name} failed with exit status {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
 
@@ -256,7 +255,7 @@ def compare(args: argparse.Namespace, settings: list[Setting], report: dict[str,
         if python is None:
             continue
         row = train(peer, python, setting, seed, args.options.get(peer.name, {}), args)
-        report["rows"].append(row)
+        record(row, report, args)
         name = f"{peer.name} {row['versions'][peer.package or 'ksparse']}" + (f" {row['changed']}" if row["changed"] else "")
         print(f"| {row['setting']} | {name} | {row['nmse']:.4f} | {row['l0']:.1f} "
               f"| {row['dead']:.1%} | {row['seconds']:.0f} |", flush=True)
@@ -282,9 +281,15 @@ def sweep(args: argparse.Namespace, settings: list[Setting], report: dict[str, A
         for rate in args.rates:
             options = merged(args.options.get(OURS.name, {}), rate)
             row = train(OURS, sys.executable, setting, args.seeds[0], options, args) | {"lr_at_32k": rate}
-            report["rows"].append(row)
+            record(row, report, args)
             cells.append(f"{row['nmse']:.4f} / {row['nmse_raw']:.4f} ({row['dead']:.0%})")
         print(f"| {setting.name()} | " + " | ".join(cells) + " |", flush=True)
+
+
+def record(row: dict[str, Any], report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add a row and write the report, so that a run that is stopped leaves what it has."""
+    report["rows"].append(row)
+    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def merged(options: dict[str, Any], rate: float) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) 
             nats = held_out(average)
             row = {"step": step, "tokens": step * batch * WINDOW, "flops": flops_per_token * step * batch * WINDOW,
                    "loss": nats, "bits_per_byte": nats * held_out.tokens_per_byte / math.log(2),
-                   "train_loss": loss.item(), "seconds": round(time.monotonic() - start, 1)}
+                   "train_loss": loss.item()}
             print(json.dumps(row), file=log, flush=True)
             print(f"{size} {row}", flush=True)
             save(average, folder)

@@ -7,6 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tensors here are tiny; threads would only wait for each other
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from ksparse.recipe import Acts, Recipe, from_dict
 
 hypothesis.settings.register_profile("ksparse", deadline=None, max_examples=25, derandomize=True, database=None)
 hypothesis.settings.load_profile("ksparse")
+
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the cat sat on a mat and saw two black dogs run over old green hills while rain fell from grey skies "
@@ -100,9 +103,9 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a .txt file of 120 documents of 10 to 128 words."""
+    """Return a .txt file of 120 documents of 5 to 40 words."""
     file = tmp_path_factory.mktemp("text") / "words.txt"
-    file.write_text("<|endoftext|>".join(sentences(i, 10 + i * 37 % 119) for i in range(120)), encoding="utf-8")
+    file.write_text("<|endoftext|>".join(sentences(i, 5 + i * 37 % 36) for i in range(120)), encoding="utf-8")
     return file
 
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 
+import numpy as np
 import torch
 from common import arguments, finish, training_rows
 from safetensors.torch import load_file
@@ -74,7 +75,6 @@ def main() -> None:
     run = loop.train(recipe, folder)
     seconds = time.monotonic() - began
     sae = ksparse.load(folder)
-    import numpy as np
     held_out = torch.from_numpy(np.load(args.data / "held_out.npy"))
     raw = reconstruct(raw_weights(sae, run), held_out).numpy()
     facts = {key: to_dict(recipe)[key] for key in ("sae", "optim")} | {"lr": recipe.lr, "dead_after": recipe.dead_after}

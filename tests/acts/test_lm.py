@@ -1,5 +1,7 @@
 """The site is where its name says, on every architecture; the LM stops there, and goes on with what takes its place."""
 
+import copy
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ksparse.acts.lm import LM, describe_sites, resolve
+from ksparse.acts.lm import LM, _blocks_before, describe_sites, resolve
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 
@@ -20,6 +22,23 @@ FINAL_NORM = {"gpt2": "transformer.ln_f", "gpt_neo": "transformer.ln_f", "gpt_ne
 ATTENTION = {"gpt2": "attn", "gpt_neo": "attn", "gpt_neox": "attention", "gpt_neox_serial": "attention"}
 SITES = ["resid_pre.0", "resid_pre.1", "resid_mid.1", "resid_post.0", "resid_post.1", "resid_post.2", "attn_out.1", "mlp_out.1"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def lm_at(tiny_lm):
+    """Return lm_at(kind, site), made once; only the site differs, so the model is shared."""
+    made = {}
+
+    def at(kind, site):
+        if kind not in made:
+            made[kind] = LM(str(tiny_lm(kind)), "resid_post.0")
+        lm = copy.copy(made[kind])
+        lm.options = dataclasses.replace(lm.options, site=site)
+        lm.module, lm.at = resolve(lm.model, site)
+        lm._before = _blocks_before(lm.model, lm.module, lm.at)
+        return lm
+
+    return at
 
 
 def tokens(rows=2, length=9, seed=0):
@@ -50,59 +69,59 @@ def output_of(model, module, ids, at="out"):
 
 
 @every_kind
-def test_resid_aliases_are_the_hidden_states_of_transformers(tiny_lm, kind):
-    model, ids = AutoModelForCausalLM.from_pretrained(tiny_lm(kind)).eval(), tokens()
+def test_resid_aliases_are_the_hidden_states_of_transformers(lm_at, kind):
+    model, ids = lm_at(kind, "resid_post.0").model, tokens()
     with torch.no_grad():
         hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     for number in (0, 1, 2):
-        assert torch.equal(LM(str(tiny_lm(kind)), f"resid_pre.{number}").acts(ids, full(ids)), hidden[number])
+        assert torch.equal(lm_at(kind, f"resid_pre.{number}").acts(ids, full(ids)), hidden[number])
         if number < 2:
-            assert torch.equal(LM(str(tiny_lm(kind)), f"resid_post.{number}").acts(ids, full(ids)), hidden[number + 1])
+            assert torch.equal(lm_at(kind, f"resid_post.{number}").acts(ids, full(ids)), hidden[number + 1])
 
 
 @every_kind
-def test_the_last_resid_post_is_before_the_final_norm(tiny_lm, kind):
+def test_the_last_resid_post_is_before_the_final_norm(lm_at, kind):
     """T24: the last of transformers' hidden_states is after it."""
-    lm, ids = LM(str(tiny_lm(kind)), "resid_post.2"), tokens()
+    lm, ids = lm_at(kind, "resid_post.2"), tokens()
     x = lm.acts(ids, full(ids))
     norm = lm.model.get_submodule(FINAL_NORM.get(kind, "model.norm"))
     with torch.no_grad():
         hidden = lm.model(ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
         assert not torch.allclose(x, hidden)
         torch.testing.assert_close(norm(x), hidden)
-    assert torch.equal(LM(str(tiny_lm(kind)), "resid_post.-1").acts(ids, full(ids)), x)
+    assert torch.equal(lm_at(kind, "resid_post.-1").acts(ids, full(ids)), x)
 
 
 @every_kind
-def test_attn_out_and_mlp_out_are_the_modules_outputs(tiny_lm, kind):
-    model, ids = AutoModelForCausalLM.from_pretrained(tiny_lm(kind)).eval(), tokens()
+def test_attn_out_and_mlp_out_are_the_modules_outputs(lm_at, kind):
+    model, ids = lm_at(kind, "resid_post.0").model, tokens()
     block = blocks(model, kind)[1]
     for site, name in (("attn_out.1", ATTENTION.get(kind, "self_attn")), ("mlp_out.1", "mlp")):
         expected = output_of(model, getattr(block, name), ids)
-        assert torch.equal(LM(str(tiny_lm(kind)), site).acts(ids, full(ids)), expected)
+        assert torch.equal(lm_at(kind, site).acts(ids, full(ids)), expected)
 
 
 @every_kind
-def test_resid_mid_is_the_stream_between_attention_and_mlp(tiny_lm, kind):
+def test_resid_mid_is_the_stream_between_attention_and_mlp(lm_at, kind):
     """resid_pre plus what attention adds to it; Gemma 2 normalises that first. With parallel residuals there is no such place."""
-    folder, ids = str(tiny_lm(kind)), tokens()
+    ids = tokens()
     if kind in PARALLEL:
         with pytest.raises(InputError, match=r"site 'resid_mid\.1' does not exist; there are\n  resid_pre\.0 … resid_pre\.2, resid_post"):
-            LM(folder, "resid_mid.1")
+            lm_at(kind, "resid_mid.1")
         return
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = lm_at(kind, "resid_post.0").model
     block = blocks(model, kind)[1]
     added = output_of(model, block.post_attention_layernorm if kind == "gemma2" else getattr(block, ATTENTION.get(kind, "self_attn")), ids)
-    expected = LM(folder, "resid_pre.1").acts(ids, full(ids)) + added
-    torch.testing.assert_close(LM(folder, "resid_mid.1").acts(ids, full(ids)), expected)
+    expected = lm_at(kind, "resid_pre.1").acts(ids, full(ids)) + added
+    torch.testing.assert_close(lm_at(kind, "resid_mid.1").acts(ids, full(ids)), expected)
 
 
 @every_kind
-def test_what_mlp_adds_to_resid_mid_is_resid_post(tiny_lm, kind):
+def test_what_mlp_adds_to_resid_mid_is_resid_post(lm_at, kind):
     if kind in PARALLEL or kind == "gemma2":
         pytest.skip("the MLP's output is not what is added")
-    folder, ids = str(tiny_lm(kind)), tokens()
-    mid, mlp, post = (LM(folder, f"{name}.1").acts(ids, full(ids)) for name in ("resid_mid", "mlp_out", "resid_post"))
+    ids = tokens()
+    mid, mlp, post = (lm_at(kind, f"{name}.1").acts(ids, full(ids)) for name in ("resid_mid", "mlp_out", "resid_post"))
     torch.testing.assert_close(mid + mlp, post)
 
 
@@ -128,9 +147,9 @@ def test_a_module_that_takes_its_input_by_name_can_be_read_and_changed(tiny_lm):
 
 
 @pytest.mark.parametrize("site", ["resid_post.3", "resid_post.-4", "resid_pos.1", "resid_post", "transformer.h.7", "transformer.h.1:up", "", "1"])
-def test_an_unknown_site_lists_those_there_are(tiny_lm, site):
+def test_an_unknown_site_lists_those_there_are(lm_at, site):
     with pytest.raises(InputError) as caught:
-        LM(str(tiny_lm("gpt2")), site)
+        lm_at("gpt2", site)
     message = str(caught.value)
     assert f"site {site!r} does not exist; there are" in message
     for part in ("resid_post.0 … resid_post.2", "resid_mid.0 … resid_mid.2", "mlp_out.0", "transformer.h.I.mlp.c_fc", "NAME:in its input"):
@@ -176,19 +195,19 @@ def test_what_comes_after_the_site_is_not_computed(tiny_lm, kind):
 
 
 @pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if not (kind in PARALLEL and "mid" in site)])
-def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(tiny_lm, kind, site):
-    lm, ids = LM(str(tiny_lm(kind)), site), tokens()
+def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, kind, site):
+    lm, ids = lm_at(kind, site), tokens()
     watched = lm.watch(ids, full(ids))
     with torch.no_grad():
-        clean = AutoModelForCausalLM.from_pretrained(tiny_lm(kind)).eval()(ids, use_cache=False).logits
+        clean = lm.model(ids, use_cache=False).logits
     torch.testing.assert_close(watched.logits, clean)
     assert torch.equal(watched.x, lm.acts(ids, full(ids)))
     assert torch.equal(lm.replay(watched, lambda x: x), watched.logits)
 
 
 @pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if not (kind in PARALLEL and "mid" in site)])
-def test_replay_with_zeros_equals_a_hook_that_gives_zeros(tiny_lm, kind, site):
-    lm, ids = LM(str(tiny_lm(kind)), site), tokens()
+def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
+    lm, ids = lm_at(kind, site), tokens()
     watched = lm.watch(ids, full(ids))
     changed = lm.replay(watched, torch.zeros_like)
     assert not torch.allclose(changed, watched.logits)
@@ -235,8 +254,8 @@ def test_the_edit_sees_float32_whatever_the_lm_computes_in(tiny_lm):
 
 
 @every_kind
-def test_padding_does_not_change_the_activations_of_the_text(tiny_lm, kind):
-    lm, ids = LM(str(tiny_lm(kind)), "resid_post.2"), tokens(1, 9)
+def test_padding_does_not_change_the_activations_of_the_text(lm_at, kind):
+    lm, ids = lm_at(kind, "resid_post.2"), tokens(1, 9)
     padded = torch.cat([ids, torch.full((1, 4), 1)], 1)
     attention = torch.arange(13)[None] < 9
     torch.testing.assert_close(lm.acts(padded, attention)[:, :9], lm.acts(ids, full(ids)))
@@ -287,7 +306,7 @@ def test_the_lm_takes_no_gradient_and_no_dropout(tiny_lm):
 # ---- loading
 
 
-def copy(folder, to, *leave_out):
+def copied(folder, to, *leave_out):
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns(*leave_out))
     return str(to)
 
@@ -300,11 +319,11 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 def test_a_folder_without_config_is_named(tiny_lm, tmp_path):
     with pytest.raises(InputError, match="has no config.json; it is not a Hugging Face model"):
-        LM(copy(tiny_lm("gpt2"), tmp_path / "m", "config.json"))
+        LM(copied(tiny_lm("gpt2"), tmp_path / "m", "config.json"))
 
 
 def test_a_folder_without_tokenizer_is_named_and_another_may_be_given(tiny_lm, tmp_path):
-    folder = copy(tiny_lm("gpt2"), tmp_path / "m", "tokenizer*", "special*")
+    folder = copied(tiny_lm("gpt2"), tmp_path / "m", "tokenizer*", "special*")
     with pytest.raises(InputError, match="has no tokenizer; name one with --acts.tokenizer"):
         LM(folder, "resid_post.1")
     assert LM(acts=Acts(lm=folder, tokenizer=str(tiny_lm("gpt2")), site="resid_post.1")).d_model == 16
@@ -312,11 +331,11 @@ def test_a_folder_without_tokenizer_is_named_and_another_may_be_given(tiny_lm, t
 
 def test_a_folder_without_weights_is_named(tiny_lm, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded as a causal LM"):
-        LM(copy(tiny_lm("gpt2"), tmp_path / "m", "*.safetensors"), "resid_post.1")
+        LM(copied(tiny_lm("gpt2"), tmp_path / "m", "*.safetensors"), "resid_post.1")
 
 
 def test_truncated_weights_are_named(tiny_lm, tmp_path):
-    folder = copy(tiny_lm("gpt2"), tmp_path / "m")
+    folder = copied(tiny_lm("gpt2"), tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-500])
     with pytest.raises(InputError, match="cannot be loaded as a causal LM"):
@@ -325,14 +344,14 @@ def test_truncated_weights_are_named(tiny_lm, tmp_path):
 
 def test_a_config_that_is_not_json_or_of_no_known_kind_is_named(tiny_lm, tmp_path):
     for number, content in enumerate(("{", '{"model_type": "unheard-of"}')):
-        folder = copy(tiny_lm("gpt2"), tmp_path / str(number))
+        folder = copied(tiny_lm("gpt2"), tmp_path / str(number))
         (tmp_path / str(number) / "config.json").write_text(content)
         with pytest.raises(InputError, match="cannot be loaded as a causal LM"):
             LM(folder, "resid_post.1")
 
 
 def test_a_damaged_tokenizer_is_named(tiny_lm, tmp_path):
-    folder = copy(tiny_lm("gpt2"), tmp_path / "m")
+    folder = copied(tiny_lm("gpt2"), tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer .* cannot be loaded: .*name another with --acts.tokenizer"):
         LM(folder, "resid_post.1")

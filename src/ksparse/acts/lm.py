@@ -18,7 +18,7 @@ from ksparse.recipe import Acts
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
-BEFORE_MLP = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm")
+BEFORE_MLP = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")  # Gemma 2 has the first and the last
 ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -29,7 +29,7 @@ class Watched(NamedTuple):
     x: Tensor
     tokens: Tensor
     attention: Tensor
-    prefix: Tensor | None
+    prefix: Any
 
 
 class LM:
@@ -94,16 +94,21 @@ class LM:
         if not seen:
             raise InputError(f"site {self.options.site!r} was not reached in a forward pass of {self.options.lm}; "
                              f"choose another:\n{describe_sites(self.model)}")
-        return seen[0].float()
+        x = seen[0]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 3 or x.shape[:2] != tokens.shape:
+            found = f"a tensor of shape {list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise InputError(f"site {self.options.site!r} of {self.options.lm} gives {found}, not activations [contexts, tokens, width]; "
+                             f"choose another:\n{describe_sites(self.model)}")
+        return x.float()
 
     @torch.inference_mode()
     def watch(self, tokens: Tensor, attention: Tensor) -> Watched:
         """Run the LM unchanged."""
         seen: list[Tensor] = []
-        prefix: list[Tensor] = []
+        prefix: list[Any] = []
         with ExitStack() as hooks:
             if self._before:
-                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(_first(output)))
+                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(output))
                 hooks.callback(last.remove)
             hooks.enter_context(self._hooked(seen.append))
             logits = self._forward(tokens, attention).logits
@@ -136,7 +141,7 @@ class LM:
             if args:
                 new = change(args[0])
                 return None if new is None else ((new, *args[1:]), kwargs)
-            new = change(kwargs["hidden_states"])
+            new = change(kwargs.get("hidden_states"))
             return None if new is None else (args, {**kwargs, "hidden_states": new})
 
         handle = (self.module.register_forward_hook(on_output) if self.at == "out"
@@ -147,7 +152,7 @@ class LM:
             handle.remove()
 
     def _width(self) -> int:
-        tokens = torch.zeros(1, 1, dtype=torch.long)
+        tokens = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
         return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool)).shape[-1]
 
     def _check_tokenizer(self) -> None:
@@ -167,10 +172,10 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def _passing(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Make a block return `hidden` without computing anything."""
+def _passing(block: nn.Module, output: Any) -> Iterator[None]:
+    """Make a block return `output` (a tensor or, in some models, a tuple that begins with it) without computing anything."""
     own = block.__dict__.get("forward")
-    block.forward = lambda *args, **kwargs: hidden
+    block.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
@@ -250,7 +255,8 @@ def _in_block(block: nn.Module, kind: str) -> tuple[nn.Module, str] | None:
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    return next((child for name, child in module.named_children() if name in names), None)
+    children = dict(module.named_children())
+    return next((children[name] for name in names if name in children), None)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -272,13 +278,14 @@ def find_model(name: str) -> str:
 
 
 def _load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"model {source!r} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
 
 

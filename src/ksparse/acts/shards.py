@@ -80,13 +80,14 @@ def _shard(lm: LM, corpus: Corpus, manifest: dict[str, Any], rows: int, dtype: t
             continue
         contexts = corpus.batch(group)
         keep = contexts.keep
-        x = lm.acts(contexts.tokens, contexts.attention).cpu()[keep]
-        if not torch.isfinite(x).all():
+        x = lm.acts(contexts.tokens, contexts.attention).cpu()[keep].to(dtype)
+        if not torch.isfinite(x).all():  # also those that are too large for float16
             bad = contexts.documents[keep][~torch.isfinite(x).all(1)][0].item()
-            raise NonFiniteError(f"activations at {lm.options.site} are NaN or infinite in document {corpus.names[bad]!r}")
+            raise NonFiniteError(f"activations at {lm.options.site} are NaN or infinite in document {corpus.names[bad]!r}, "
+                                 f"as {str(dtype).removeprefix('torch.')}")
         numbers = torch.arange(number, number + len(group))[:, None].expand_as(keep)[keep]
         positions = torch.arange(keep.shape[1]).expand_as(keep)[keep]
-        parts.append((x.to(dtype), contexts.documents[keep].int(), numbers.int(), positions.int()))
+        parts.append((x, contexts.documents[keep].int(), numbers.int(), positions.int()))
         have, number, place, group = have + len(x), number + len(group), group[-1].next, []
         if have >= rows:
             break

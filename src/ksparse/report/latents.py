@@ -130,7 +130,7 @@ class _Reader:
         for offset, act in zip(range(position - self.before, position + self.after + 1), np.nan_to_num(acts.astype(float))):
             if 0 <= offset < len(tokens) and tokens[offset] >= 0:
                 shown.append(self._piece(int(tokens[offset]), act, largest, offset == position))
-        return Example(value, join(shown))
+        return Example(min(value, largest), join(shown))  # examples are float16 and may round up
 
     def _piece(self, token: int, act: float, largest: float, peak: bool) -> Piece:
         string = self.vocabulary[token] if token < len(self.vocabulary) else None

@@ -49,6 +49,15 @@ def _dead_in_training(source: Source) -> str:
     return f"0 %; at the end of training {percent(seen.value)} had not fired for {source.recipe.dead_after:,} tokens"
 
 
+def _above_the_lm(key: str) -> Callable[[Source], str]:
+    """Return a comparison of one loss with the unchanged LM's."""
+    def compare(source: Source) -> str:
+        clean, loss = source.number("downstream", "ce_clean"), source.number("downstream", key)
+        return "The LM as it is" if clean is None or loss is None else f"{loss.value - clean.value:+.2f} on the LM as it is"
+
+    return compare
+
+
 def _ablations(source: Source) -> str:
     clean, zero, mean = (source.number("downstream", f"ce_{name}") for name in ("clean", "zero", "mean"))
     if clean is None or zero is None or mean is None:
@@ -79,11 +88,11 @@ GROUPS = (
         Row("Compute fraction", "compute_fraction", "percent", "100 %: the LM",
             "Share of its training compute after which the LM had the spliced loss. Higher is better.",
             absent="Needs the LM's loss at earlier points of its training, which this LM comes without."),
-        Row("Loss, LM as it is", "ce_clean", "number", "The floor", "Cross-entropy in nats per token."),
-        Row("Loss, reconstruction spliced in", "ce_spliced", "number", "The line above", "The same, on reconstructions."),
-        Row("Loss, mean activation", "ce_mean", "number", "A stronger baseline than zeros",
+        Row("Loss, LM as it is", "ce_clean", "number", "What reconstructions are held against", "Cross-entropy in nats per token."),
+        Row("Loss, reconstruction spliced in", "ce_spliced", "number", _above_the_lm("ce_spliced"), "The same, on reconstructions."),
+        Row("Loss, mean activation", "ce_mean", "number", _above_the_lm("ce_mean"),
             "The same with the mean activation everywhere: the site tells nothing about the token."),
-        Row("Loss, zeros", "ce_zero", "number", "The usual baseline", "The same with zeros, which the LM has never seen."),
+        Row("Loss, zeros", "ce_zero", "number", _above_the_lm("ce_zero"), "The same with zeros, which the LM has never seen."),
     )),
 )
 

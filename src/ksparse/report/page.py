@@ -114,7 +114,7 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
         "Normalisation": acts.normalize,
         "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
         "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens" if sae.auxk_coef else "off",
-        "Weights": f"average with decay {recipe.optim.ema:g}" if recipe.optim.ema else "the last step's",
+        "Weights": f"average with decay {recipe.ema:.4g}" if recipe.ema else "the last step's",
         "Seed": str(recipe.seed),
     }
 

@@ -54,7 +54,9 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
         tensors = {**optimizer.tensors(), "since": state.since}
         save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / "optim.safetensors")
         files.write_json(tmp / "state.json", {**facts, "updates": optimizer.updates})
-    for old in run.checkpoints()[:-recipe.run.keep]:
+    there = run.checkpoints()
+    newest = there.index(path) + 1
+    for old in (*there[: max(0, newest - recipe.run.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
         shutil.rmtree(old)
     return path
 

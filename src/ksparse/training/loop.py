@@ -95,8 +95,10 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
 
 def begin(run: RunFolder, recipe: Recipe) -> None:
     """Write what the run is, before anything else."""
-    if any(file.name != ".lock" for file in run.path.iterdir()):
+    begun = (".lock", "environment.json")  # what a process that was killed in here leaves
+    if any(file.name not in begun and not file.name.startswith(".tmp-") for file in run.path.iterdir()):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
+    files.remove_leftovers(run.path)
     files.write_json(run.path / "environment.json", environment())
     files.write_text(run.recipe_file, to_toml(recipe))
 
@@ -137,7 +139,8 @@ def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Strea
 
 def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Stream] | None:
     """Return what the newest intact checkpoint holds, or None if there is none."""
-    files.remove_leftovers(run.path / "checkpoints")
+    for folder in (run.path, run.path / "checkpoints"):
+        files.remove_leftovers(folder)
     path, wrong = run.newest_intact()
     for message in wrong:
         log.warning("%s", message)

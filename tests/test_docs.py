@@ -1,0 +1,72 @@
+"""What the documents say exists, and their examples run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+
+
+def test_everything_that_the_map_of_the_paper_names_exists():
+    text = (ROOT / "docs" / "paper.md").read_text()
+    names = set(re.findall(r"`(ksparse\.[\w.]+)`", text))
+    assert len(names) > 15
+    for name in names:
+        assert resolve(name) is not None, name
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 20
+    assert named <= TESTS, named - TESTS
+
+
+def resolve(name: str):
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    return None
+
+
+def test_options_named_in_the_documents_exist():
+    from ksparse.recipe import Recipe, flat, to_dict
+
+    keys = set(flat(to_dict(Recipe())))
+    flags = {key for file in ("README.md", "docs/paper.md", "docs/architecture.md")
+             for key in re.findall(r"--((?:acts|sae|optim|run)\.[a-z_-]+)", (ROOT / file).read_text())}
+    options = set(re.findall(r"`((?:acts|sae|optim|run)\.\w+)`", (ROOT / "docs" / "paper.md").read_text()))
+    assert len(flags | options) > 12
+    assert {key.replace("-", "_") for key in flags | options} <= keys
+
+
+def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
+    import ksparse
+
+    run = ksparse.train(small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}), tmp_path / "runs" / "demo")
+    assert run.report_file.parent == tmp_path / "runs" / "demo"
+    block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = block.replace('"pylm", site="resid_post.6"', '"pylm/0.3m", site="resid_post.2"')
+    monkeypatch.chdir(tmp_path)
+    from ksparse.evals import EvalOptions
+
+    whole = ksparse.evaluate
+    monkeypatch.setattr(ksparse, "evaluate", lambda sae, lm, names: whole(sae, lm, names, EvalOptions(tokens=300, device="cpu")), raising=False)
+    names: dict = {}
+    exec(block, names)
+    assert names["code"].values.shape == names["code"].indices.shape
+    assert names["code"].values.shape[1] == 4
+    assert names["results"]["stats"]["nmse"]["value"] > 0
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/paper.md"])
+def test_links_between_documents_lead_somewhere(file):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
+        assert ((ROOT / file).parent / target).exists(), target
