@@ -7,6 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost other processes dearly
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors here are tiny; threads would only wait for each other
 
 from collections.abc import Callable

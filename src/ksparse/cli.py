@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin cost others' work dearly
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
