@@ -53,7 +53,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     run = ksparse.train(small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}), tmp_path / "runs" / "demo")
     assert run.report_file.parent == tmp_path / "runs" / "demo"
     block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    block = block.replace('"pylm", site="resid_post.6"', '"pylm/0.3m", site="resid_post.2"')
+    block = block.replace('"pylm/1.9m", site="resid_post.3"', '"pylm/0.3m", site="resid_post.2"')
     monkeypatch.chdir(tmp_path)
     from ksparse.evals import EvalOptions
 

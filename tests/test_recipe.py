@@ -141,7 +141,7 @@ def test_identity_leaves_out_only_what_does_not_change_the_result():
         assert other.identity() != Recipe().identity()
 
 
-def test_learning_rate_falls_with_the_root_of_the_latents_unless_given():
+def test_the_learning_rate_falls_as_one_over_the_root_of_n():
     assert Recipe(sae=SAE(n_latents=32_768)).lr == pytest.approx(1.2e-3)
     assert Recipe(sae=SAE(n_latents=4 * 32_768)).lr == pytest.approx(0.6e-3)
     assert Recipe(optim=Optim(lr=0.5)).lr == 0.5
@@ -158,7 +158,7 @@ def test_dead_after_is_ten_million_tokens_or_an_eighth_of_a_shorter_run():
 
 
 @pytest.mark.parametrize("d_model, expected", [(768, 512), (512, 256), (4096, 2048), (64, 32), (16, 8), (5120, 2048)])
-def test_k_aux_is_the_power_of_two_nearest_to_half_d_model(d_model, expected):
+def test_k_aux_is_the_power_of_two_nearest_to_half_of_d_model(d_model, expected):
     assert k_aux(SAE(), d_model) == expected and k_aux(SAE(k_aux=3), d_model) == 3
 
 

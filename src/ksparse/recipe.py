@@ -30,13 +30,13 @@ from ksparse.errors import InputError
 class Acts:
     """Where activations come from."""
 
-    lm: str = "pylm"
-    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m)."""
+    lm: str = "pylm/1.9m"
+    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m; pylm is the largest)."""
     revision: str = "main"
     """Revision of a Hub model."""
     tokenizer: str = ""
     """Tokenizer, if it is not the LM's own: a Hub name or a folder."""
-    site: str = "resid_post.6"
+    site: str = "resid_post.3"
     """resid_pre.I, resid_mid.I, resid_post.I, attn_out.I, mlp_out.I, or a module's name (its output; NAME:in for its input)."""
     text: str = "pylm"
     """A file or folder (.txt .jsonl .parquet, also .xz .gz .zst), a Hub data set, or the built-in pylm."""
@@ -57,7 +57,7 @@ class Acts:
     normalize: Literal["unit_norm", "layer_norm", "dataset", "none"] = "unit_norm"
     """unit_norm (paper) and layer_norm: per activation, after subtracting its mean over d_model. dataset: one scale, so that
     the mean squared norm is d_model. none: as they are."""
-    mix: int = 262_144
+    mix: int = 65_536
     """Activations that are shuffled together; each batch is drawn from so many."""
     lm_batch: int = 64
     """Contexts in one forward pass of the LM."""
@@ -153,7 +153,7 @@ class Recipe:
     sae: SAE = field(default_factory=SAE)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
-    tokens: int = 1_500_000
+    tokens: int = 1_000_000
     """Activations to train on."""
     batch: int = 1024
     """Activations in a step. The paper's is 131,072."""

@@ -83,7 +83,7 @@ def final(run):
     return last.name, (last / "sae.safetensors").read_bytes(), (last / "optim.safetensors").read_bytes(), rows
 
 
-def test_whatever_ends_it_the_same_command_goes_on_to_the_same_bits(small_recipe, tmp_path, attempts):
+def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(small_recipe, tmp_path, attempts):
     """Killed in the first lines, within a step, within a save before a file is synced and before the folder is renamed;
     a disk that fills up; SIGTERM from outside."""
     assert [(code, steps) for code, _, steps in attempts["killed"]] == [(-signal.SIGKILL, steps) for steps in ([], [], [4], [4, 8], [4, 8])]

@@ -391,7 +391,7 @@ def test_activations_that_are_all_the_same_are_refused(small_recipe, tmp_path, m
 # ---- the parts
 
 
-def test_dead_counters_are_in_tokens_and_by_values_above_0(small_recipe):
+def test_dead_counters_count_tokens_by_value_above_0(small_recipe):
     """T5: a latent that is chosen with a value of 0 has not fired. T11: tokens, not steps."""
     state = checkpoint.State(since=torch.tensor([5, 5, 5, 5, 5]), baseline=1.0)
     code = Code(torch.tensor([[1.0, 0.0], [0.5, 1e-30]]), torch.tensor([[0, 1], [0, 3]]))

@@ -39,7 +39,7 @@ class LM:
     there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other activations there.
     """
 
-    def __init__(self, name: str = "pylm", site: str = "resid_post.6", *, acts: Acts | None = None, device: str = "cpu",
+    def __init__(self, name: str = "pylm/1.9m", site: str = "resid_post.3", *, acts: Acts | None = None, device: str = "cpu",
                  trust_remote_code: bool = False):
         """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given."""
         self.options = acts or Acts(lm=name, site=site)
