@@ -97,6 +97,21 @@ def test_whichever_call_fails_the_old_or_the_new_folder_is_whole(tmp_path, owner
     assert number > 1, f"{name} was never called"
 
 
+def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monkeypatch):
+    """Else a loss of power may leave the new name with empty files."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("only Linux tells which file a handle is of")
+    events = []
+    sync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(os.readlink(f"/proc/self/fd/{handle}"))) or sync(handle))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    put(tmp_path / "one", NEW)
+    at = events.index("rename")
+    before = {path.name for path in events[:at]}
+    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-one") for name in before)
+    assert events[at + 1 :] == [tmp_path]
+
+
 def test_an_error_in_the_body_leaves_what_was_there(tmp_path):
     put(tmp_path / "one", OLD)
     with pytest.raises(ZeroDivisionError):

@@ -249,6 +249,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(small_rec
         (path / "state.json").write_text("{")
     with pytest.raises(Stop):
         train(small_recipe(options), tmp_path / "run", observe=stop_at(5))
+    assert sorted(path.name[-1] for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "4"][-keep:]
     steps = []
     with pytest.raises(Stop):
         train(small_recipe(options), tmp_path / "run", observe=lambda row: (steps.append(row["step"]), stop_at(7)(row)))
