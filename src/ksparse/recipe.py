@@ -212,6 +212,8 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}")
     if acts.context < 3:
         raise InputError(f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text")
+    if not 0 < recipe.optim.ema_span <= 1:
+        raise InputError(f"optim.ema_span is {recipe.optim.ema_span}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,

@@ -25,6 +25,7 @@ from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
 from ksparse.training import checkpoint, loop
 from ksparse.training.loop import backward, count, due, start, train
+from ksparse.training.optim import Optimizer
 
 CPU = torch.device("cpu")
 EXACT = ("seconds", "tokens_per_s")
@@ -358,12 +359,24 @@ def test_a_loss_that_is_not_finite_at_first_says_that_there_is_no_checkpoint(sma
         train(small_recipe(), tmp_path / "run")
 
 
+def test_a_finite_loss_with_an_infinite_gradient_is_not_applied(small_recipe, tmp_path, monkeypatch):
+    own, calls = Optimizer.constrain_gradient, []
+
+    def poisoned(optimizer):
+        calls.append(own(optimizer))
+        return float("inf") if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(Optimizer, "constrain_gradient", poisoned)
+    with pytest.raises(NonFiniteError, match="the loss or its gradient is NaN or infinite at step 3"):
+        train(small_recipe(), tmp_path / "run")
+
+
 def test_skipped_batches_are_counted_and_move_nothing(small_recipe, tmp_path, monkeypatch):
     poison(monkeypatch, at=[3, 5])
     run = train(small_recipe({"run.on_nonfinite": "skip"}), tmp_path / "run")
     rows = run.metrics()
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 2] + [2] * 7
-    assert rows[2]["nmse"] is None and rows[2]["auxk"] is None and rows[2]["grad_norm"] == 0 and rows[3]["nmse"] > 0
+    assert rows[2]["nmse"] is None and rows[2]["auxk"] is None and rows[2]["grad_norm"] is None and rows[3]["nmse"] > 0
     state = files.read_json(run.checkpoints()[-1] / "state.json")
     assert state["skipped"] == 2 and state["updates"] == 10 and state["step"] == 12
     assert all(torch.isfinite(value).all() for value in load_file(run.checkpoints()[-1] / "optim.safetensors").values())
@@ -424,6 +437,7 @@ def test_auxk_brings_dead_latents_back(small_recipe):
         for step in range(1, 81):
             batch = next(batches)
             part = backward(optimizer.sae, batch, state, recipe)
+            optimizer.constrain_gradient()
             optimizer.step(min(step, recipe.steps))
             count(state, part, 64)
         alive[coefficient] = int((state.since[:32] < 10**6).sum())

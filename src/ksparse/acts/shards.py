@@ -145,6 +145,8 @@ class Shards:
         ours = {key: value for key, value in asdict(acts).items() if key in self.manifest["acts"]}
         wrong = [f"acts.{key}: the shards have {theirs!r}, the recipe {ours[key]!r}"
                  for key, theirs in self.manifest["acts"].items() if ours.get(key) != theirs]
+        if self.manifest["policy"]["split"] != "train":
+            wrong.append(f"the shards are of the split {self.manifest['policy']['split']!r}, training needs 'train'")
         if wrong:
             raise InputError(f"the shards in {self.folder} are of other activations: {'; '.join(wrong)}")
 

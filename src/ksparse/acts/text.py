@@ -39,7 +39,7 @@ COMPRESSIONS = (".xz", ".gz", ".zst")
 
 
 class Document(NamedTuple):
-    """One document; `index` counts all documents of the source, whatever their split."""
+    """One document; `index` counts the documents of the source (of the split, for the built-in text)."""
 
     index: int
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import signal
 import sys
@@ -32,7 +33,7 @@ from ksparse.sae.normalize import dataset_factor, normalize
 from ksparse.training import checkpoint
 from ksparse.training.checkpoint import State
 from ksparse.training.loggers import open_loggers
-from ksparse.training.optim import Optimizer
+from ksparse.training.optim import Optimizer, rate_share
 
 log = logging.getLogger("ksparse")
 
@@ -65,18 +66,19 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
             batch = next(batches)
             state.step += 1
             part = backward(sae, batch, state, recipe)
-            if torch.isfinite(part.total):
-                moved = optimizer.step(state.step)
+            grad_norm = optimizer.constrain_gradient()
+            if math.isfinite(part.total) and math.isfinite(grad_norm):
+                optimizer.step(state.step)
                 count(state, part, len(batch.x))
             else:
-                moved = skip(batch, state, optimizer, stream, run, recipe)
+                skip(batch, state, optimizer, stream, run, recipe)
             state.tokens += len(batch.x)
             state.cursor = batch.cursor
 
             if state.step % recipe.run.log_every == 0 or state.step in (1, recipe.steps):
                 now = time.monotonic()
                 state.seconds = spent + now - began
-                row = metrics(part, moved, state, recipe, stream) | {
+                row = metrics(part, grad_norm, state, recipe, stream) | {
                     "tokens_per_s": (state.tokens - first) / (now - began), "seconds": state.seconds}
                 for each in send:
                     each(row)
@@ -180,21 +182,20 @@ def count(state: State, part: Losses, tokens: int) -> None:
     state.since[part.code.indices[part.code.values > 0]] = 0
 
 
-def skip(batch: Batch, state: State, optimizer: Optimizer, stream: Stream, run: RunFolder, recipe: Recipe) -> dict[str, float]:
+def skip(batch: Batch, state: State, optimizer: Optimizer, stream: Stream, run: RunFolder, recipe: Recipe) -> None:
     """Stop, naming the documents, or count the batch and go on without it."""
     names = stream.document_names(batch.documents)
     if recipe.run.on_nonfinite == "stop":
         last = run.newest_intact()[0]
-        raise NonFiniteError(f"the loss is NaN or infinite at step {state.step:,}, on documents {', '.join(names[:5])}"
+        raise NonFiniteError(f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents {', '.join(names[:5])}"
                              f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good checkpoint is "
                              f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out")
     state.skipped += 1
     optimizer.adam.zero_grad()
-    log.warning("step %s left out: its loss is not finite (%s so far)", state.step, state.skipped)
-    return {"lr": recipe.lr, "grad_norm": 0.0}
+    log.warning("step %s left out: its loss or gradient is not finite (%s so far)", state.step, state.skipped)
 
 
-def metrics(part: Losses, moved: dict[str, float], state: State, recipe: Recipe, stream: Stream) -> dict[str, Any]:
+def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, stream: Stream) -> dict[str, Any]:
     """Return one line of metrics.jsonl."""
     finite = bool(torch.isfinite(part.total))
     return {
@@ -202,7 +203,8 @@ def metrics(part: Losses, moved: dict[str, float], state: State, recipe: Recipe,
         "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
         "l0": (part.code.values > 0).sum(1).float().mean().item(),
         "dead": checkpoint.dead_fraction(state, recipe.dead_after),
-        **moved, "skipped": state.skipped, "neighbours_in_batch": stream.mixing(),
+        "lr": recipe.lr * rate_share(state.step, recipe), "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "skipped": state.skipped, "neighbours_in_batch": stream.mixing(),
     }
 
 

@@ -31,13 +31,16 @@ class Optimizer:
         self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if recipe.ema else {}
         self.updates = 0
 
-    def step(self, step: int) -> dict[str, float]:
-        """Apply the gradients of step number `step` (from 1) and forget them; return learning rate and gradient norm."""
-        share = rate_share(step, self.recipe)
+    def constrain_gradient(self) -> float:
+        """Take the part along decoder rows off, clip, and return the norm before clipping."""
         if self.recipe.sae.unit_norm:
             remove_parallel_(self.sae.W_dec.grad, self.sae.W_dec)
         limit = self.recipe.optim.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit)
+        return torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit).item()
+
+    def step(self, step: int) -> None:
+        """Apply the gradients of step number `step` (from 1) and forget them."""
+        share = rate_share(step, self.recipe)
         for group in self.adam.param_groups:
             group["lr"] = group["base"] * share
         self.adam.step()
@@ -47,7 +50,6 @@ class Optimizer:
         self.updates += 1
         for key, mean in self.average.items():
             mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)
-        return {"lr": self.recipe.lr * share, "grad_norm": norm.item()}
 
     @torch.no_grad()
     def averaged(self) -> SAE:
