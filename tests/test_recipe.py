@@ -142,7 +142,7 @@ def test_identity_leaves_out_only_what_does_not_change_the_result():
 
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_n():
-    assert Recipe(sae=SAE(n_latents=32_768)).lr == pytest.approx(1.2e-3)
+    assert Recipe(sae=SAE(n_latents=32_768)).lr == pytest.approx(8e-4)
     assert Recipe(sae=SAE(n_latents=4 * 32_768)).lr == pytest.approx(0.6e-3)
     assert Recipe(optim=Optim(lr=0.5)).lr == 0.5
 
@@ -151,9 +151,9 @@ def test_steps_cover_all_tokens():
     assert Recipe(tokens=100, batch=50).steps == 2 and Recipe(tokens=101, batch=50).steps == 3 and Recipe(tokens=1, batch=50).steps == 1
 
 
-def test_dead_after_is_ten_million_tokens_or_an_eighth_of_a_shorter_run():
+def test_dead_after_is_ten_million_tokens_or_a_thirty_second_of_a_shorter_run():
     assert Recipe(tokens=10**9).dead_after == 10_000_000
-    assert Recipe(tokens=8000).dead_after == 1000 and Recipe(tokens=3).dead_after == 1
+    assert Recipe(tokens=32_000).dead_after == 1000 and Recipe(tokens=3).dead_after == 1
     assert Recipe(sae=SAE(dead_after=7)).dead_after == 7
 
 

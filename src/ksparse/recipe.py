@@ -31,7 +31,7 @@ class Acts:
     """Where activations come from."""
 
     lm: str = "pylm/1.9m"
-    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m; pylm is the largest)."""
+    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m; pylm is 1.9m)."""
     revision: str = "main"
     """Revision of a Hub model."""
     tokenizer: str = ""
@@ -82,7 +82,7 @@ class SAE:
     auxk_norm: Literal["token", "batch"] = "token"
     """AuxK's error is divided by the error's own square, per token (paper) or by its variance over the batch (official code)."""
     dead_after: int = 0
-    """Tokens without activation after which a latent is dead; 0: the paper's 10 M, or an eighth of a shorter run's tokens."""
+    """Tokens without activation after which a latent is dead; 0: the paper's 10 M, or a thirty-second of a shorter run's tokens."""
     multi_topk: float = 0.0
     """Weight of a second loss at 4k (Multi-TopK, section 5.3; the paper's is 1/8); 0 turns it off."""
     b_enc: bool = True
@@ -103,7 +103,7 @@ class Optim:
 
     lr: float = 0.0
     """Learning rate; 0: the law lr_at_32k x sqrt(32,768 / n_latents)."""
-    lr_at_32k: float = 1.2e-3
+    lr_at_32k: float = 8e-4
     """Learning rate of the law at 32,768 latents. The paper's rates at convergence are about 2e-4 to 4e-4 there, those for a
     given amount of compute some four times as large; ours is of the second kind."""
     beta1: float = 0.9
@@ -153,7 +153,7 @@ class Recipe:
     sae: SAE = field(default_factory=SAE)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
-    tokens: int = 1_000_000
+    tokens: int = 800_000
     """Activations to train on."""
     batch: int = 1024
     """Activations in a step. The paper's is 131,072."""
@@ -182,7 +182,7 @@ class Recipe:
     @property
     def dead_after(self) -> int:
         """Tokens without activation after which a latent counts as dead."""
-        return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 8))
+        return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: everything but the section `run` and the number of threads."""
