@@ -143,7 +143,7 @@ def test_identity_leaves_out_only_what_does_not_change_the_result():
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_n():
     assert Recipe(sae=SAE(n_latents=32_768)).lr == pytest.approx(8e-4)
-    assert Recipe(sae=SAE(n_latents=4 * 32_768)).lr == pytest.approx(0.6e-3)
+    assert Recipe(sae=SAE(n_latents=4 * 32_768)).lr == pytest.approx(4e-4)
     assert Recipe(optim=Optim(lr=0.5)).lr == 0.5
 
 
