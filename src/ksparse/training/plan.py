@@ -51,7 +51,7 @@ def plan(recipe: Recipe) -> list[str]:
         "LM": 0 if recipe.acts.shards else subject.parameters * (4 if recipe.acts.lm_dtype == "float32" else 2),
         "block of activations": 0 if recipe.acts.shards else memory_bytes(recipe.acts.mix, recipe.batch, d),
     }
-    checkpoint = 4 * weights * (copies + 1 - 1)
+    checkpoint = 4 * weights * copies  # no gradient, but the weights to use beside the raw ones
     disk = checkpoint * (recipe.run.keep + 1)
     free = shutil.disk_usage(next(p for p in [Path.cwd(), *Path.cwd().parents] if p.exists())).free
     device = resolve_device(recipe.run.device)
