@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
-LINES = [{"errors"}, {"files"}, {"recipe"}, {"runs", "kernels", "pylm"}, {"sae", "acts"}, {"evals", "training", "interop"},
+LINES = [{"errors"}, {"files"}, {"recipe", "options"}, {"runs", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"evals", "training", "interop"},
          {"scaling"}, {"report", "viewer", "doctor"}, {"cli"}, {"__main__"}]
 LEVEL = {station: level for level, line in enumerate(LINES) for station in line}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -107,7 +107,7 @@ def test_nothing_is_pickled_or_evaluated(file):
     assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
-@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.recipe", "ksparse.runs", "ksparse.pylm",
+@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.recipe", "ksparse.options", "ksparse.runs", "ksparse.pylm",
                                     "ksparse.cli"])
 def test_importing_is_free_of(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'numpy', 'tokenizers'}} & set(sys.modules)))"

@@ -55,7 +55,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     block = block.replace('"pylm/1.9m", site="resid_post.3"', '"pylm/0.3m", site="resid_post.2"')
     monkeypatch.chdir(tmp_path)
-    from ksparse.evals import EvalOptions
+    from ksparse.options import EvalOptions
 
     whole = ksparse.evaluate
     monkeypatch.setattr(ksparse, "evaluate", lambda sae, lm, names: whole(sae, lm, names, EvalOptions(tokens=300, device="cpu")), raising=False)

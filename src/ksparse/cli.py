@@ -106,7 +106,9 @@ def demo(arguments: list[str]) -> None:
     _say(f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source")
     _train(recipe, run)
     _say("2/3 evaluating on held-out files")
-    results = _evaluate(run, [], {})
+    from ksparse.options import EvalOptions
+
+    results = _evaluate([str(run.path)], [], EvalOptions())[str(run.path)]
     _say("3/3 writing the report")
     _report(run)
     stats, downstream = results["stats"], results["downstream"]
@@ -143,40 +145,52 @@ def _say_next(run: RunFolder) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN [NAME …] [--key value …]     evaluate on held-out text: downstream, stats (all if none is named)"""
-    from ksparse.evals.options import EvalOptions
+    """eval RUN [RUN …] [NAME …] [--key value …]   judge on held-out text: downstream, stats, probes, … (all if none is named)"""
+    from ksparse.options import EvalOptions
 
     folder, rest = _folder("eval", arguments)
-    names = []
+    words = [folder]
     while rest and not rest[0].startswith("-"):
-        names.append(rest.pop(0))
-    options = _parse(EvalOptions, "eval RUN [NAME …]", rest)
-    run = RunFolder(Path(folder))
-    results = _evaluate(run, names, {"options": options}, source=folder)
-    for name, result in results.items():
-        print(f"{name}" + (f"   {run.eval_file(name)}" if run.exists() else ""))
-        for key, value in result.items():
-            if isinstance(value, dict) and set(value) == {"value", "se"}:
-                print(f"  {key:<24}{_value(value)}")
-        for note in result["notes"]:
-            print(f"  note: {note}")
-    if run.exists():
-        _report(run)
-        print(f"report   {run.report_file.resolve().as_uri()}")
+        words.append(rest.pop(0))
+    options = _parse(EvalOptions, "eval RUN [RUN …] [NAME …]", rest)
+    sources, names = [folder], []
+    for word in words[1:]:
+        (sources if "/" in word or Path(word).exists() else names).append(word)
+    for source, results in _evaluate(sources, names, options).items():
+        run = RunFolder(Path(source))
+        if len(sources) > 1:
+            print(f"\n{source}")
+        for name, result in results.items():
+            _show(result, run.eval_file(name) if run.exists() else "")
+        if run.exists():
+            _report(run)
+            print(f"report   {run.report_file.resolve().as_uri()}")
 
 
-def _evaluate(run: RunFolder, names: list[str], keywords: dict[str, Any], source: str | None = None) -> dict[str, Any]:
+def _show(result: dict[str, Any], file: Path | str) -> None:
+    print(f"{result['name']}   {file}".rstrip())
+    for key, value in result.items():
+        if isinstance(value, dict) and set(value) == {"value", "se"}:
+            print(f"  {key:<24}{_value(value)}")
+    for note in result["notes"]:
+        print(f"  note: {note}")
+
+
+def _evaluate(sources: list[str], names: list[str], options: Any) -> dict[str, dict[str, Any]]:
+    """Evaluate the SAEs of runs or folders, and write the results of those that are runs."""
     from ksparse import evals
     from ksparse.sae.store import load
 
     evals.check_names(names)
-    sae = load(source or run.path)
+    saes = {source: load(source) for source in sources}
     with Progress("evaluating", 0) as progress:
-        results = evals.evaluate(sae, None, names or list(evals.EVALS), **keywords,
-                                 observe=lambda done, total: progress(done, "activations", total))
-    if run.exists():
-        evals.write(run, results)
-    return results
+        found = evals.evaluate_many(saes, None, names or list(evals.EVALS), options,
+                                    observe=lambda what, done, total: progress(done, "", total, what))
+    for source, results in found.items():
+        run = RunFolder(Path(source))
+        if run.exists():
+            evals.write(run, results)
+    return found
 
 
 def report(arguments: list[str]) -> None:
@@ -320,8 +334,14 @@ class Progress:
             self.bar.start()
         return self
 
-    def __call__(self, done: int, note: str, total: int = 0) -> None:
+    def __call__(self, done: int, note: str, total: int = 0, what: str = "") -> None:
+        """Say how much is done; another `what` than before begins a new bar."""
         self.total = total or self.total
+        if what and what != self.what:
+            self.what, self.began, self.last, self.first = what, time.monotonic(), 0.0, None
+            if self.bar is not None:
+                self.bar.update(self.task, visible=self.bar.tasks[-1].completed > 0)
+                self.task = self.bar.add_task(what, total=self.total, note="")
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=self.total, note=note)
             return
@@ -332,7 +352,7 @@ class Progress:
         self.last = now
         spent, moved = now - self.began, done - self.first
         left = f", about {spent / moved * (self.total - done):,.0f} s left" if moved and done < self.total else ""
-        _say(f"{self.what} {done:,} of {self.total:,}{left} · {note}")
+        _say(f"{self.what} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else ""))
 
     def __exit__(self, *error: Any) -> None:
         if self.bar is not None:

@@ -16,7 +16,7 @@ from ksparse.acts.text import Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.evals import downstream, stats
 from ksparse.evals.estimate import DocumentSums, ratio, share
-from ksparse.evals.options import EvalOptions
+from ksparse.options import EvalOptions
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.normalize import normalize
@@ -190,7 +190,7 @@ def test_an_sae_that_gives_the_mean_is_the_mean_ablation(subject):
     acts, lm = subject
     sae = SAE(Shape(lm.d_model, 8, 2, normalize="none"), {"acts": dataclasses.asdict(acts)})
     options = dataclasses.replace(OPTIONS, tokens=200)
-    mean = downstream.Downstream(evals.HeldOut(sae, lm, options)).mean
+    mean = evals.HeldOut(lm, acts, options).mean
     sae.b_pre.data = mean
     result = evals.evaluate(sae, lm, ["downstream"], options)["downstream"]
     assert result["ce_spliced"]["value"] == pytest.approx(result["ce_mean"]["value"], rel=1e-6)

@@ -1,11 +1,21 @@
-"""One file per question asked of an autoencoder; `evaluate` asks several in one pass over held-out text."""
+"""One file per question asked of an autoencoder; `evaluate` asks several in one pass over held-out text.
+
+    downstream       does the LM predict as well from the reconstruction?
+    stats            how good is the reconstruction, and what do latents fire on?
+    probes           do single latents know what we know?
+    n2g              can latents be explained by short patterns of tokens?
+    explained_loss   how well does the LM predict if each latent is replaced by its explanation?
+    ablation         does a latent matter to few predictions, or a little to all?
+
+    held_out         the text and what the LM and the SAE make of it       estimate   values with standard errors
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from safetensors.torch import save_file
@@ -15,49 +25,100 @@ from ksparse.acts.lm import LM, resolve_device
 from ksparse.errors import InputError
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
-from ksparse.evals.held_out import HeldOut
-from ksparse.evals.options import EvalOptions
+from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
 from ksparse.evals.stats import Stats
+from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 
-EVALS: dict[str, type] = {"downstream": Downstream, "stats": Stats}
+EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats}
+_OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
 def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
-             observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Result]:
+             observe: Observe = lambda what, done, total: None) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
     lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to its device.
-    observe: called with the activations seen and wanted.
+    observe: called with what is being done, and how much of how much is done.
     """
+    return evaluate_many({"": sae}, lm, names, options, observe=observe)[""]
+
+
+def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
+                  observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
+    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`."""
     check_names(names)
-    lm = lm or LM(acts=_acts(sae), device=resolve_device(options.device))
-    data = HeldOut(sae.to(lm.device).eval(), lm, options)
-    started = time.monotonic()
-    running = {name: EVALS[name](data) for name in names}
-    seen_tokens, contexts, documents = 0, 0, set()
-    for seen in data:
-        for each in running.values():
-            each.update(seen)
-        seen_tokens, contexts = seen_tokens + int(seen.keep.sum()), contexts + len(seen.keep)
-        documents |= set(seen.documents.tolist())
-        observe(min(seen_tokens, options.tokens), options.tokens)
-    if not seen_tokens:
-        raise InputError(f"text {data.acts.text!r} has nothing to evaluate on in its split {options.split!r}; "
-                         "give more text, or another with --text")
-    common = {"options": dataclasses.asdict(options), "policy": data.corpus.policy(), "lm": data.acts.lm, "site": data.acts.site,
-              "text": data.acts.text, "n_tokens": seen_tokens, "n_documents": len(documents),
-              "checkpoint": sae.metadata.get("step"), "notes": []}
-    if len(documents) < 10:
-        common["notes"] = [f"only {len(documents)} documents: the standard errors are rough"]
-    results = {}
-    for name, each in running.items():
-        result = each.result()
-        values = {"name": name, **common, **result, "notes": [*common["notes"], *result.get("notes", [])]}
-        results[name] = Result(values | {"seconds": round(time.monotonic() - started, 2)}, result.arrays, result.files)
-    return results
+    options = options.resolved()
+    first = next(iter(saes.values()))
+    lm = lm or LM(acts=_acts(first), device=resolve_device(options.device))
+    data = HeldOut(lm, _common_acts(saes, lm, options), options)
+    subjects = {label: Subject(sae.to(lm.device).eval(), data) for label, sae in saes.items()}
+    asked = {label: {name: subject.part(EVALS[name]) for name in names} for label, subject in subjects.items()}
+    clock = _Clock()
+    for part, seen in _pass(subjects, data, 1, observe):
+        with clock.of(part):
+            part.see(seen)
+    for part in _parts(subjects, 0):
+        with clock.of(part):
+            part.work(observe)
+    for part, seen in _pass(subjects, data, 2, observe):
+        with clock.of(part):
+            part.see_again(seen)
+    return {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+
+
+def _parts(subjects: dict[str, Subject], passes: int) -> list[Eval]:
+    """Return the parts that see the text at least so often."""
+    return [part for subject in subjects.values() for part in subject.parts.values() if part.passes >= passes]
+
+
+def _pass(subjects: dict[str, Subject], data: HeldOut, number: int, observe: Observe) -> Any:
+    """Yield (part, batch as its SAE sees it) for all that want this pass; no pass if none does."""
+    wanting = _parts(subjects, number)
+    if not wanting:
+        return
+    what = "reading the text" if number == 1 else "reading the text again"
+    for batch in data:
+        seen = {id(subject): Seen(subject.sae, batch) for subject in subjects.values()}
+        for part in wanting:
+            yield part, seen[id(part.subject)]
+        observe(what, min(data.tokens, data.options.tokens), data.options.tokens)
+    if not data.tokens:
+        raise data.nothing()
+
+
+def _finished(name: str, part: Eval, clock: _Clock) -> Result:
+    """Return a part's result with what all results say."""
+    with clock.of(part):
+        result = part.result()
+    data, sae, notes = part.subject.data, part.subject.sae, []
+    values: dict[str, Any] = {"name": name, "options": data.options.for_eval(name), "lm": data.acts.lm, "site": data.acts.site,
+                              "checkpoint": sae.metadata.get("step")}
+    if part.passes:
+        values |= {"policy": data.corpus.policy(), "text": data.acts.text, "n_tokens": data.tokens, "n_documents": len(data.documents)}
+        if len(data.documents) < 10:
+            notes = [f"only {len(data.documents)} documents: the standard errors are rough"]
+    values |= {**result, "notes": [*notes, *result.get("notes", [])], "seconds": round(clock.seconds[part], 2)}
+    return Result(values, result.arrays, result.files)
+
+
+class _Clock:
+    """Counts the seconds of each part. What several share is counted for the first that asks for it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Eval, float] = {}
+
+    def of(self, part: Eval) -> _Clock:
+        self._part, self._began = part, time.monotonic()
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + time.monotonic() - self._began
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -82,6 +143,18 @@ def write(run: RunFolder, results: dict[str, Result]) -> None:
         for other, value in result.files.items():
             files.write_json(run.eval_file(other), value)
         files.write_json(path, result)
+
+
+def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:
+    """Return what all SAEs are evaluated on; raise InputError where they were trained on different contexts or positions."""
+    found = {label: acts_of(sae, lm, options) for label, sae in saes.items()}
+    (label, acts), *others = found.items()
+    for other, theirs in others:
+        for name, value in dataclasses.asdict(acts).items():
+            if name not in _OF_TRAINING and getattr(theirs, name) != value:
+                raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
+                                 "of the other; evaluate them one by one")
+    return acts
 
 
 def _acts(sae: SAE) -> Acts:

@@ -17,45 +17,31 @@ from torch import Tensor
 from ksparse import pylm
 from ksparse.errors import InputError
 from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
-from ksparse.evals.held_out import HeldOut, Seen
+from ksparse.evals.held_out import Batch, Eval, HeldOut, Seen, Subject
 
-_FOR_MEAN = 16  # batches
-
-
-class Downstream:
+class Downstream(Eval):
     """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the spliced loss."""
 
-    def __init__(self, data: HeldOut):
-        self.data, self.sums = data, DocumentSums()
-        batches = (seen.x.cpu().double() for seen, _ in zip(data, range(_FOR_MEAN)))
-        sums = [(x.sum(0), len(x)) for x in batches]
-        if not sum(count for _, count in sums):
-            raise InputError(f"text {data.acts.text!r} has nothing to evaluate on in its split {data.options.split!r}; "
-                             "give more text, or another with --text")
-        self.mean = (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(data.lm.device)
+    def __init__(self, subject: Subject):
+        super().__init__(subject)
+        self.sums, self.mean = DocumentSums(), subject.data.mean
 
     @torch.inference_mode()
-    def update(self, seen: Seen) -> None:
-        keep, targets = seen.keep, seen.contexts.tokens[:, 1:]
-        at = keep[:, :-1] & keep[:, 1:]
-        wanted = targets[at]
-        clean = seen.logits[:, :-1][at].float().log_softmax(-1)
-        spliced = self._predictions(seen, seen.sae(seen.x), at)
+    def see(self, seen: Seen) -> None:
+        batch = seen.batch
+        clean = batch.log_probs(batch.logits)
+        spliced = batch.log_probs(batch.spliced(seen.sae(batch.x)))
         kl = (clean.exp() * (clean - spliced)).sum(-1)
-        columns = {"clean": clean, "spliced": spliced, "zero": self._predictions(seen, torch.zeros_like(self.mean), at),
-                   "mean": self._predictions(seen, self.mean, at)}
-        losses = {name: -log_p.gather(1, wanted[:, None]).squeeze(1) for name, log_p in columns.items()}
-        self.sums.add(seen.contexts.documents[:, :-1][at], **losses, kl=kl, tokens=torch.ones_like(kl))
-
-    def _predictions(self, seen: Seen, rows: Tensor, at: Tensor) -> Tensor:
-        return seen.spliced(rows)[:, :-1][at].float().log_softmax(-1)
+        self.sums.add(batch.predicted_documents, clean=batch.losses(clean), spliced=batch.losses(spliced), kl=kl,
+                      zero=zero_losses(batch), mean=batch.once("mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))),
+                      tokens=torch.ones_like(kl))
 
     def result(self) -> Result:
         sums = self.sums
         tokens = sums["tokens"]
         values = {f"ce_{name}": ratio(sums[name], tokens) for name in ("clean", "spliced", "zero", "mean")}
         delta = ratio(sums["spliced"] - sums["clean"], tokens)
-        table, note = loss_table(self.data)
+        table, note = loss_table(self.subject.data)
         shift = values["ce_clean"]["value"] - table[-1][1] if table else None
         notes = [note] if note else []
         if shift is not None and abs(shift) > 0.02:
@@ -66,6 +52,11 @@ class Downstream:
             "recovered": ratio(sums["zero"] - sums["spliced"], sums["zero"] - sums["clean"]),
             "compute_fraction": compute_fraction(table, delta),
             "loss_table": {"points": table, "shift": shift}, "n_predictions": int(tokens.sum()), "notes": notes})
+
+
+def zero_losses(batch: Batch) -> Tensor:
+    """Return the loss of each measured position with zeros in place of the activations."""
+    return batch.once("zero", lambda: batch.losses(batch.log_probs(batch.spliced(torch.zeros(batch.lm.d_model, device=batch.lm.device)))))
 
 
 def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:

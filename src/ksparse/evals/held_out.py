@@ -1,10 +1,14 @@
-"""One pass over held-out text that feeds every evaluation."""
+"""Held-out text, read once for all questions about all SAEs at one site.
+
+    HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶ Eval.see
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,21 +16,32 @@ from torch import Tensor
 from ksparse.acts.lm import LM, Watched
 from ksparse.acts.text import Contexts, Corpus
 from ksparse.errors import InputError, NonFiniteError
-from ksparse.evals.options import EvalOptions
+from ksparse.evals.estimate import Result
+from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.sae.model import SAE, Code
 
+_FOR_MEAN = 16  # batches
+Observe = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
 
-class Seen:
-    """A batch of contexts and what the LM and the SAE make of them, each computed when it is first asked for."""
 
-    def __init__(self, sae: SAE, lm: LM, corpus: Corpus, contexts: Contexts):
-        self.sae, self.lm, self.corpus, self.contexts = sae, lm, corpus, contexts
+class Batch:
+    """A batch of contexts and what the LM makes of it, each computed when it is first asked for."""
+
+    def __init__(self, lm: LM, corpus: Corpus, contexts: Contexts):
+        self.lm, self.corpus, self.contexts = lm, corpus, contexts
+        self._shared: dict[str, Any] = {}
 
     @property
     def keep(self) -> Tensor:
         """[b, t]: where the activation is looked at and replaced."""
         return self.contexts.keep
+
+    @property
+    def documents(self) -> Tensor:
+        """The document of each kept activation, [m]."""
+        return self.contexts.documents[self.keep]
 
     @cached_property
     def watched(self) -> Watched:
@@ -49,16 +64,6 @@ class Seen:
             raise NonFiniteError(f"activations at {self.lm.options.site} are NaN or infinite in document {self.corpus.names[document]!r}")
         return x
 
-    @property
-    def documents(self) -> Tensor:
-        """The document of each kept activation, [m]."""
-        return self.contexts.documents[self.keep]
-
-    @cached_property
-    def code(self) -> Code:
-        """Codes of the kept activations, [m, k]."""
-        return self.sae.encode(self.x)
-
     def spliced(self, rows: Tensor) -> Tensor:
         """Return logits [b, t, v] of the LM with rows[m, d] (or [d]) in place of the kept activations."""
         def put(x: Tensor) -> Tensor:
@@ -68,37 +73,137 @@ class Seen:
 
         return self.lm.replay(self.watched, put)
 
+    @cached_property
+    def predicted(self) -> Tensor:
+        """[b, t - 1]: whose loss is measured: the activation is kept and the next token is text."""
+        return self.keep[:, :-1] & self.keep[:, 1:]
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return log-probabilities [p, v] at the positions whose loss is measured."""
+        return logits[:, :-1][self.predicted].float().log_softmax(-1)
+
+    def losses(self, log_probs: Tensor) -> Tensor:
+        """Return the loss of each measured position, [p], in nats."""
+        return -log_probs.gather(1, self.contexts.tokens[:, 1:][self.predicted][:, None]).squeeze(1)
+
+    @property
+    def predicted_documents(self) -> Tensor:
+        """The document of each measured position, [p]."""
+        return self.contexts.documents[:, :-1][self.predicted]
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what does not depend on the SAE; it is made for the first that asks."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+
+class Seen:
+    """A batch as one SAE sees it."""
+
+    def __init__(self, sae: SAE, batch: Batch):
+        self.sae, self.batch = sae, batch
+
+    @cached_property
+    def code(self) -> Code:
+        """Codes of the kept activations, [m, k]."""
+        return self.sae.encode(self.batch.x)
+
+    @cached_property
+    def code_grid(self) -> Code:
+        """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of -1."""
+        shape = (*self.batch.keep.shape, self.code.values.shape[1])
+        values, indices = self.code.values.new_zeros(shape), self.code.indices.new_full(shape, -1)
+        values[self.batch.keep], indices[self.batch.keep] = self.code
+        return Code(values, indices)
+
 
 class HeldOut:
-    """The held-out text of an SAE, as batches."""
+    """The held-out text of an LM, as batches."""
 
-    def __init__(self, sae: SAE, lm: LM, options: EvalOptions):
-        if lm.d_model != sae.shape.d_model:
-            raise InputError(f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
-                             f"the SAE was trained on {sae.metadata.get('acts', {}).get('lm', 'an unknown LM')}"
-                             f" at {sae.metadata.get('acts', {}).get('site', 'an unknown site')}")
-        self.sae, self.lm, self.options = sae, lm, options
-        self.acts = acts_of(sae, lm, options)
-        self.corpus = Corpus(self.acts, lm.tokenizer, options.split, per_document=options.per_document)
+    def __init__(self, lm: LM, acts: Acts, options: EvalOptions):
+        self.lm, self.acts, self.options = lm, acts, options
+        self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
+        self.tokens, self.contexts, self.documents = 0, 0, set()  # of the last pass
 
-    def __iter__(self) -> Iterator[Seen]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield batches until there are enough tokens, or the text ends."""
-        kept, group = 0, []
+        self.tokens, self.contexts, self.documents = 0, 0, set()
+        group: list = []
         for context in self.corpus.contexts():
             if context.start.epoch:
                 break
             group.append(context)
             if len(group) == self.acts.lm_batch:
-                seen, group = self._seen(group), []
-                yield seen
-                kept += int(seen.keep.sum())
-            if kept >= self.options.tokens:
+                yield self._batch(group)
+                group = []
+            if self.tokens >= self.options.tokens:
                 return
         if group:
-            yield self._seen(group)
+            yield self._batch(group)
 
-    def _seen(self, group: list) -> Seen:
-        return Seen(self.sae, self.lm, self.corpus, self.lm.on_device(self.corpus.batch(group)))
+    def _batch(self, group: list) -> Batch:
+        contexts = self.corpus.batch(group)
+        self.tokens, self.contexts = self.tokens + int(contexts.keep.sum()), self.contexts + len(group)
+        self.documents |= set(contexts.documents[contexts.keep].tolist())
+        return Batch(self.lm, self.corpus, self.lm.on_device(contexts))
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The mean activation [d] of the first batches."""
+        batches = (batch.x.cpu().double() for batch, _ in zip(self, range(_FOR_MEAN)))
+        sums = [(x.sum(0), len(x)) for x in batches]
+        if not sum(count for _, count in sums):
+            raise self.nothing()
+        return (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(self.lm.device)
+
+    def nothing(self) -> InputError:
+        return InputError(f"text {self.acts.text!r} has nothing to evaluate on in its split {self.options.split!r}; "
+                          "give more text, or another with --text")
+
+
+class Subject:
+    """One SAE under evaluation, and the parts that ask it something."""
+
+    def __init__(self, sae: SAE, data: HeldOut):
+        if data.lm.d_model != sae.shape.d_model:
+            own, lm = sae.metadata.get("acts", {}), data.lm
+            raise InputError(f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
+                             f"the SAE was trained on {own.get('lm', 'an unknown LM')} at {own.get('site', 'an unknown site')}")
+        self.sae, self.data, self.options, self.lm = sae, data, data.options, data.lm
+        self.parts: dict[type, Eval] = {}
+
+    def part(self, kind: type[Part]) -> Part:
+        """Return the one part of a kind, made when it is first asked for; what it needs comes before it."""
+        if kind not in self.parts:
+            made = kind(self)
+            self.parts[kind] = made
+        return self.parts[kind]
+
+
+class Eval:
+    """One question: sees each batch, works on what it kept, sees each batch again if it must, and answers."""
+
+    passes: ClassVar[int] = 1
+    """How often it sees the text: 0, 1 or 2 times."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+
+    def see(self, seen: Seen) -> None:
+        """Take what is needed of a batch."""
+
+    def work(self, observe: Observe) -> None:
+        """Do what needs all batches, between the first pass and the second."""
+
+    def see_again(self, seen: Seen) -> None:
+        """Take a batch of the second pass."""
+
+    def result(self) -> Result | None:
+        """Return the answer; None of a part that others only build on."""
+
+
+Part = TypeVar("Part", bound=Eval)
 
 
 def acts_of(sae: SAE, lm: LM, options: EvalOptions) -> Acts:

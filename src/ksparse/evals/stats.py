@@ -8,18 +8,18 @@ from torch import Tensor
 
 from ksparse.acts.text import token_strings
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
-from ksparse.evals.held_out import HeldOut, Seen
+from ksparse.evals.held_out import Eval, Seen, Subject
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
 _EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
 
 
-class Stats:
+class Stats(Eval):
     """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each latent."""
 
-    def __init__(self, data: HeldOut):
-        self.data, self.sums = data, DocumentSums()
-        n = data.sae.shape.n_latents
+    def __init__(self, subject: Subject):
+        super().__init__(subject)
+        self.sums, n = DocumentSums(), subject.sae.shape.n_latents
         self.fired = torch.zeros(n, dtype=torch.long)
         self.total = torch.zeros(n, dtype=torch.float64)
         self.largest = torch.zeros(n)
@@ -27,13 +27,13 @@ class Stats:
         self.codes: list[tuple[Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def update(self, seen: Seen) -> None:
-        sae, raw = seen.sae, seen.x
+    def see(self, seen: Seen) -> None:
+        sae, raw = seen.sae, seen.batch.x
         inputs = sae.normalize(raw)
         recon = sae.decode(seen.code)
         x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
         self.sums.add(
-            seen.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
+            seen.batch.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
             error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x,
             raw_error=(y - y_hat).square().sum(1), raw_square=y.square().sum(1), raw_sum=y)
         active = seen.code.values > 0
@@ -41,19 +41,13 @@ class Stats:
         self.fired += torch.bincount(indices, minlength=len(self.fired))
         self.total += torch.bincount(indices, values.double(), len(self.fired))
         self.largest.scatter_reduce_(0, indices, values, "amax")
-        if sum(map(len, self.tokens)) * seen.keep.shape[1] < _EXAMPLE_TOKENS:
-            self._remember(seen)
-
-    def _remember(self, seen: Seen) -> None:
-        """Keep the codes of whole contexts, [b, t, k], empty where nothing is kept."""
-        shape = (*seen.keep.shape, seen.code.values.shape[1])
-        values, indices = seen.code.values.new_zeros(shape), seen.code.indices.new_full(shape, -1)
-        values[seen.keep], indices[seen.keep] = seen.code
-        self.tokens.append(torch.where(seen.contexts.attention, seen.contexts.tokens, -1).cpu())
-        self.codes.append((values.half().cpu(), indices.int().cpu()))
+        if sum(map(len, self.tokens)) * seen.batch.keep.shape[1] < _EXAMPLE_TOKENS:
+            contexts = seen.batch.contexts
+            self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
+            self.codes.append((seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu()))
 
     def result(self) -> Result:
-        sae, sums = self.data.sae, self.sums
+        sae, sums = self.subject.sae, self.sums
         count = sums["count"]
         nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
         fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
@@ -76,7 +70,7 @@ class Stats:
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
         arrays = {"density": density.float(), "mean_act": (self.total / self.fired.clamp_min(1)).float(), "max_act": self.largest,
                   "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, **self._examples()}
-        vocabulary = token_strings(self.data.lm.tokenizer, range(self.data.lm.vocab))
+        vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
     def _examples(self) -> dict[str, Tensor]:
@@ -88,8 +82,8 @@ class Stats:
         context, position, slot = (values > 0).nonzero(as_tuple=True)
         value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
         context, position = context.numpy(), position.numpy()
-        noise = np.random.default_rng(self.data.options.seed).random(len(value), np.float32)
-        m, n = self.data.options.examples, len(self.fired)
+        noise = np.random.default_rng(self.subject.options.seed).random(len(value), np.float32)
+        m, n = self.subject.options.examples, len(self.fired)
         arrays: dict[str, Tensor] = {}
         for kind, rank in (("top", value), ("random", noise)):
             chosen, place = best_per_group(latent, context, rank, n, m)

@@ -1,0 +1,105 @@
+"""What an evaluation looks at, as frozen data; without torch, so that the command line can show it at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ksparse.errors import InputError
+
+BUDGETS: dict[str, dict[str, int]] = {
+    "small": {"tokens": 100_000, "probe_rows": 1_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 1_000_000,
+              "ablation_positions": 64, "ablation_latents": 400},
+    "paper": {"tokens": 10_000_000, "probe_rows": 4_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 10_000_000,
+              "ablation_positions": 2_000, "ablation_latents": 0},
+}
+"""Sample sizes by the name of a budget. The paper names 400 latents and 16 examples; it leaves the others open."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Which text, how much of it, and how each question is asked. A sample size of 0 is the budget's."""
+
+    budget: Literal["small", "paper"] = "small"
+    """small: minutes on two cores. paper: tight standard errors, for a GPU."""
+    tokens: int = 0
+    """Kept activations of held-out text to look at (small: 100,000; paper: 10 M); fewer if the text has fewer."""
+    per_document: int = 512
+    """Tokens used of each document, so that few tokens still come from many documents."""
+    split: str = "held-out"
+    """Side of the text that training never saw."""
+    text: str = ""
+    """Another text than the SAE's own."""
+    seed: int = 0
+    """Draws every random sample."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    loss_table: str = ""
+    """downstream: JSON lines {flops, loss} of the LM's pre-training, for compute_fraction; the LM folder's training.jsonl if not given."""
+    examples: int = 8
+    """stats: contexts kept of each latent, as many of its strongest as of random ones."""
+    suite: str = ""
+    """probes: a folder of TASK.jsonl[.gz] with rows {text, label}; the built-in suite of Python tokens if not given."""
+    position: Literal["last", "mean", "max"] = "last"
+    """probes: which token of a text is probed: its last, or the mean or the largest value of each latent over all."""
+    probe_on: Literal["pre_acts", "acts"] = "pre_acts"
+    """probes: values before the TopK (paper) or after it."""
+    probe_rows: int = 0
+    """probes: most rows of a task (small: 1,000; paper: 4,000)."""
+    probe_l2: float = 1e-3
+    """probes: penalty on the squared weight of a probe, its input scaled to variance 1; above 0, or separable data have no optimum."""
+    probe_tokens: int = 512
+    """probes: most tokens of a text, of which the end is kept; never more than the LM takes."""
+    latents: int = 0
+    """n2g: latents whose explanations are scored, drawn at random from the live ones (400)."""
+    n2g_examples: int = 0
+    """n2g, explained_loss: activations of a latent that its explanation is built from, and as many to score it on (16)."""
+    n2g_variant: Literal["ksparse", "official"] = "ksparse"
+    """n2g: ksparse, or the published code with its faults, to compare."""
+    n2g_pad: str = ""
+    """n2g: text of the token that stands for a removed one; chosen for the tokenizer if not given."""
+    ngram_tokens: int = 0
+    """explained_loss: training tokens that the unigram and bigram baselines count (small: 1 M; paper: 10 M)."""
+    ablation_positions: int = 0
+    """ablation: random positions at which every active latent is ablated (small: 64; paper: 2,000)."""
+    ablation_latents: int = 0
+    """ablation: latents ablated where they are strongest, for their own tables (small: 400; paper: all)."""
+    ablation_horizon: int = 16
+    """ablation: tokens whose predictions are compared, the ablated one included (the paper's T)."""
+    ablation_error: Literal["keep", "drop"] = "keep"
+    """ablation: keep: the latent is taken out of the activation itself. drop: out of its reconstruction."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_document", "examples", "probe_tokens", "ablation_horizon"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least 1")
+        for name in BUDGETS["small"]:
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
+        if not self.probe_l2 > 0:
+            raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
+        for name, field in (("budget", Literal["small", "paper"]), ("position", Literal["last", "mean", "max"]),
+                            ("probe_on", Literal["pre_acts", "acts"]), ("n2g_variant", Literal["ksparse", "official"]),
+                            ("ablation_error", Literal["keep", "drop"])):
+            if getattr(self, name) not in field.__args__:
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)!r}; there are {', '.join(field.__args__)}")
+
+    def resolved(self) -> EvalOptions:
+        """Return the same options with the budget's sample sizes in place of 0."""
+        return dataclasses.replace(self, **{name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()})
+
+    def for_eval(self, name: str) -> dict[str, Any]:
+        """Return the options that one evaluation depends on, as its result records them."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key in (*COMMON, *OWN.get(name, ()))}
+
+
+COMMON = ("budget", "tokens", "per_document", "split", "text", "seed", "device")
+OWN = {
+    "downstream": ("loss_table",),
+    "stats": ("examples",),
+    "probes": ("suite", "position", "probe_on", "probe_rows", "probe_l2", "probe_tokens"),
+    "n2g": ("latents", "n2g_examples", "n2g_variant", "n2g_pad"),
+    "explained_loss": ("n2g_examples", "n2g_variant", "n2g_pad", "ngram_tokens"),
+    "ablation": ("ablation_positions", "ablation_latents", "ablation_horizon", "ablation_error"),
+}
