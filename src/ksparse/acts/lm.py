@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +24,7 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn")
 BEFORE_MLP = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")  # Gemma 2 has the first and the last
 ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+_log = logging.getLogger("ksparse")
 
 
 class Watched(NamedTuple):
@@ -36,7 +41,8 @@ class LM:
     """A causal LM and a site in it.
 
     lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts` reads the site and stops
-    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other activations there.
+    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other activations there. `fork` runs
+    the rest of a context many times, with another activation at one position.
     """
 
     def __init__(self, name: str = "pylm/1.9m", site: str = "resid_post.3", *, acts: Acts | None = None, device: str = "cpu",
@@ -54,6 +60,7 @@ class LM:
         self._check_tokenizer()
         self.module, self.at = resolve(self.model, self.options.site)
         self._before = _blocks_before(self.model, self.module, self.at)
+        self._forks: dict[str, type[Fork]] = {}  # by site: what `fork` has found to be right
         self.d_model = self._width()
 
     def __call__(self, text: str) -> Tensor:
@@ -104,6 +111,9 @@ class LM:
     @torch.inference_mode()
     def watch(self, tokens: Tensor, attention: Tensor) -> Watched:
         """Run the LM unchanged."""
+        return self._watch(tokens, attention)
+
+    def _watch(self, tokens: Tensor, attention: Tensor, past: Any = None) -> Watched:
         seen: list[Tensor] = []
         prefix: list[Any] = []
         with ExitStack() as hooks:
@@ -111,7 +121,7 @@ class LM:
                 last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(output))
                 hooks.callback(last.remove)
             hooks.enter_context(self._hooked(seen.append))
-            logits = self._forward(tokens, attention).logits
+            logits = self._forward(tokens, attention, past).logits
         return Watched(logits, seen[0].float(), tokens, attention, prefix[0] if prefix else None)
 
     @torch.inference_mode()
@@ -123,12 +133,47 @@ class LM:
             changes.enter_context(self._hooked(lambda x: edit(x.float()).to(x.dtype)))
             return self._forward(watched.tokens, watched.attention).logits
 
+    @torch.inference_mode()
+    def fork(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> Fork:
+        """Return a `Fork` of contexts tokens[c, t] at position `at`, whose logits are those of positions at .. at + length - 1.
+
+        All positions before at + length must be attended (padding may follow). What comes before `at` is computed once and kept as
+        keys and values. The first fork at a site is compared with `replay`; where the LM's cache does not give the same, a warning
+        is logged and forks replay whole contexts instead.
+        """
+        end = at + length
+        if at < 0 or length < 1 or end > tokens.shape[1]:
+            raise InputError(f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to {tokens.shape[1] - 1}")
+        if not bool(attention[:, :end].all()):
+            raise InputError(f"positions {at} to {end - 1} cannot be forked: some context has padding before position {end}")
+        if self.options.site not in self._forks:
+            self._forks[self.options.site] = self._fork_kind(tokens.to(self.device), attention, at, length)
+        return self._forks[self.options.site](self, tokens.to(self.device), at, length)
+
+    def _fork_kind(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Fork]:
+        """Return the fork that is right: the cached one if it gives what `replay` gives, at `at` and as deep as the first contexts go."""
+        text = int(attention[:2].long().cumprod(1).sum(1).min())  # deep, because sliding windows only count once they are full
+        for place in sorted({at, text - length}):
+            why = _disagreement(self, tokens[:2], place, length)
+            if why:
+                _log.warning("%s at %s: continuing from cached keys and values does not give what the whole context gives (%s); "
+                             "whole contexts are run instead, which is slower", self.options.lm, self.options.site, why)
+                return _ReplayedFork
+        return _CachedFork
+
+    @property
+    def context(self) -> int | None:
+        """The longest context the LM takes, if its config says."""
+        found = [getattr(self.model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
+        return next((length for length in found if isinstance(length, int) and length > 0), None)
+
     def on_device(self, contexts: Contexts) -> Contexts:
         return Contexts(*(field.to(self.device) for field in contexts))
 
-    def _forward(self, tokens: Tensor, attention: Tensor) -> Any:
+    def _forward(self, tokens: Tensor, attention: Tensor, past: Any = None) -> Any:
         mask = None if bool(attention.all()) else attention.long()
-        return self.model(input_ids=tokens.to(self.device), attention_mask=mask, use_cache=False)
+        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
 
     @contextmanager
     def _hooked(self, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
@@ -161,6 +206,133 @@ class LM:
         if max([largest, *used]) >= self.vocab:
             raise InputError(f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
                              f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer")
+
+
+# ---- continuations -----------------------------------------------------------------------------------------------
+
+
+class Fork(ABC):
+    """Many continuations of c contexts from one position on, made by `LM.fork`.
+
+    fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i] (float32) in place of the site's at
+    that position; all others as they are. Rows may repeat and be in any order. Equal to `LM.replay` with that edit up to rounding.
+    """
+
+    logits: Tensor
+    """[c, length, v] of the unchanged LM, in its own precision, as all logits here."""
+    x: Tensor
+    """The unchanged raw activations at the position, [c, d] as float32."""
+    row_bytes: int
+    """About how much memory one continuation takes."""
+
+    @abstractmethod
+    def __init__(self, lm: LM, tokens: Tensor, at: int, length: int): ...
+
+    @abstractmethod
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor: ...
+
+
+class _CachedFork(Fork):
+    """Continues from the keys and values of what comes before the position."""
+
+    def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
+        self.lm, self.tokens = lm, tokens[:, at : at + length]
+        self.past = _past(lm.model, tokens[:, :at]) if at else None
+        self.unread = {number for block in lm._before for module in block.modules()
+                       if isinstance(number := getattr(module, "layer_idx", None), int)}
+        everyone = torch.arange(len(tokens), device=tokens.device)
+        watched = lm._watch(self.tokens, torch.ones_like(self.tokens), self._past_of(everyone, frozenset()))
+        self.logits, self.x, self.prefix = watched.logits, watched.x[:, 0], watched.prefix
+        read = [layer for i, layer in enumerate(self.past.layers) if i not in self.unread] if at else []
+        self.row_bytes = (4 * self.logits[0].numel()
+                          + sum(part[0].numel() * part.element_size() for layer in read for part in (layer.keys, layer.values)))
+
+    @torch.inference_mode()
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
+        rows = rows.to(self.tokens.device)
+        prefix, past = _take(self.prefix, rows), self._past_of(rows, self.unread)
+
+        def put(old: Tensor) -> Tensor:
+            new = old.clone()
+            new[:, 0] = x.to(old)
+            return new
+
+        with ExitStack() as changes:
+            for block in self.lm._before if prefix is not None else ():
+                changes.enter_context(_passing(block, prefix))
+            changes.enter_context(self.lm._hooked(put))
+            tokens = self.tokens[rows]
+            return self.lm._forward(tokens, torch.ones_like(tokens), past).logits
+
+    def _past_of(self, rows: Tensor, unread: frozenset[int] | set[int]) -> Any:
+        """Return a cache of rows of the contexts; a run replaces its tensors, and leaves those of the original."""
+        if self.past is None:
+            return None
+        past = copy.copy(self.past)
+        past.layers = [copy.copy(layer) for layer in self.past.layers]
+        for number, layer in enumerate(past.layers):
+            if number not in unread:  # those of the blocks that are passed: only their length is asked for
+                layer.batch_select_indices(rows)
+        return past
+
+
+class _ReplayedFork(Fork):
+    """Runs each continuation's whole context: slower, and right wherever `LM.replay` is."""
+
+    def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
+        tokens = tokens[:, : at + length]
+        self.lm, self.at, self.watched = lm, at, lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.logits, self.x = self.watched.logits[:, at:], self.watched.x[:, at]
+        self.row_bytes = 4 * self.watched.logits[0].numel()
+
+    @torch.inference_mode()
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
+        rows = rows.to(self.watched.tokens.device)
+
+        def put(old: Tensor) -> Tensor:
+            new = old.clone()
+            new[:, self.at] = x.to(old)
+            return new
+
+        part = self.watched._replace(tokens=self.watched.tokens[rows], attention=self.watched.attention[rows],
+                                     prefix=_take(self.watched.prefix, rows))
+        return self.lm.replay(part, put)[:, self.at :]
+
+
+def _past(model: nn.Module, tokens: Tensor) -> Any:
+    """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that may be changed in place."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    past = model.base_model(input_ids=tokens, use_cache=True).past_key_values  # without the head: nobody asks for these logits
+    layers = getattr(past, "layers", [])
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise TypeError(f"its cache is a {type(past).__name__} of {', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}")
+    return past
+
+
+def _take(output: Any, rows: Tensor) -> Any:
+    """Return rows of what a block gives."""
+    if isinstance(output, tuple):
+        return tuple(_take(part, rows) for part in output)
+    return output[rows] if isinstance(output, Tensor) else output
+
+
+def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
+    """Return how a cached fork fails to give what `LM.replay` gives, unchanged and with half the activation; '' if it does."""
+    rows = torch.arange(len(tokens), device=tokens.device).flip(0)
+    slow = _ReplayedFork(lm, tokens, at, length)
+    halves = slow.x[rows] / 2
+    expected = torch.cat([slow.logits, slow(rows, halves)]).float()
+    try:
+        fast = _CachedFork(lm, tokens, at, length)
+        wrong = torch.cat([fast.logits, fast(rows, halves)]).float() - expected
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture's own code does with a cache that it does not expect
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    size = ((wrong - wrong.mean(-1, keepdim=True)).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
+    limit = math.sqrt(torch.finfo(getattr(torch, lm.options.lm_dtype)).eps)  # far above rounding, far below the effect of another x
+    return "" if size <= limit else f"relative difference of logits {size:.2g}"
 
 
 class _Stop(Exception):

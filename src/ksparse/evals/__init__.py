@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from ksparse import files
@@ -25,14 +26,18 @@ from ksparse.acts.lm import LM, resolve_device
 from ksparse.errors import InputError
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
+from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
+from ksparse.evals.n2g import N2G
+from ksparse.evals.probes import Probes
 from ksparse.evals.stats import Stats
 from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 
-EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats}
+EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
+                               "explained_loss": ExplainedLoss}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
@@ -46,6 +51,7 @@ def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS)
     return evaluate_many({"": sae}, lm, names, options, observe=observe)[""]
 
 
+@torch.inference_mode()
 def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
                   observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
     """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`."""

@@ -26,7 +26,6 @@ class Downstream(Eval):
         super().__init__(subject)
         self.sums, self.mean = DocumentSums(), subject.data.mean
 
-    @torch.inference_mode()
     def see(self, seen: Seen) -> None:
         batch = seen.batch
         clean = batch.log_probs(batch.logits)

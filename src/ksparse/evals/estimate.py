@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,29 @@ def share(count: int, of: int) -> Estimate:
     """Return a share of independent things, with its binomial standard error."""
     value = count / of
     return {"value": value, "se": math.sqrt(value * (1 - value) / of)}
+
+
+class Clustered:
+    """Values of rows, and the cluster (document, text) of each: rows of one cluster are not independent."""
+
+    def __init__(self, clusters: Tensor, values: Tensor):
+        self.clusters, self.values = clusters.cpu().numpy(), values.cpu().double().numpy()
+
+    def __sub__(self, other: Clustered) -> Clustered:
+        """Return the paired differences of values on the same rows."""
+        return Clustered(torch.from_numpy(self.clusters), torch.from_numpy(self.values - other.values))
+
+    @staticmethod
+    def mean(parts: Sequence[Clustered]) -> Estimate:
+        """Return the mean of the parts' means; a cluster may have rows in several parts, and its deviations add up."""
+        if not parts:
+            return {"value": None, "se": None}
+        means = [part.values.mean() for part in parts]
+        deviations = np.concatenate([(part.values - mean) / len(part.values) / len(parts) for part, mean in zip(parts, means)])
+        _, inverse = np.unique(np.concatenate([part.clusters for part in parts]), return_inverse=True)
+        sums = np.bincount(inverse, deviations)
+        m = len(sums)
+        return {"value": float(np.mean(means)), "se": math.sqrt((sums**2).sum() * m / (m - 1)) if m > 1 else None}
 
 
 class Result(dict[str, Any]):

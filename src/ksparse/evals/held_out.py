@@ -26,12 +26,25 @@ Observe = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
-class Batch:
+class _Shared:
+    """Holds what does not depend on the SAE, made for the first that asks."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what was made under this key, or make it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+class Batch(_Shared):
     """A batch of contexts and what the LM makes of it, each computed when it is first asked for."""
 
     def __init__(self, lm: LM, corpus: Corpus, contexts: Contexts):
+        super().__init__()
         self.lm, self.corpus, self.contexts = lm, corpus, contexts
-        self._shared: dict[str, Any] = {}
 
     @property
     def keep(self) -> Tensor:
@@ -91,12 +104,6 @@ class Batch:
         """The document of each measured position, [p]."""
         return self.contexts.documents[:, :-1][self.predicted]
 
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what does not depend on the SAE; it is made for the first that asks."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
-
 
 class Seen:
     """A batch as one SAE sees it."""
@@ -118,10 +125,11 @@ class Seen:
         return Code(values, indices)
 
 
-class HeldOut:
+class HeldOut(_Shared):
     """The held-out text of an LM, as batches."""
 
     def __init__(self, lm: LM, acts: Acts, options: EvalOptions):
+        super().__init__()
         self.lm, self.acts, self.options = lm, acts, options
         self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
         self.tokens, self.contexts, self.documents = 0, 0, set()  # of the last pass

@@ -26,7 +26,6 @@ class Stats(Eval):
         self.tokens: list[Tensor] = []
         self.codes: list[tuple[Tensor, Tensor]] = []
 
-    @torch.inference_mode()
     def see(self, seen: Seen) -> None:
         sae, raw = seen.sae, seen.batch.x
         inputs = sae.normalize(raw)
