@@ -145,7 +145,7 @@ def _say_next(run: RunFolder) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN [RUN …] [NAME …] [--key value …]   judge on held-out text: downstream, stats, probes, … (all if none is named)"""
+    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (all if none is named)"""
     from ksparse.options import EvalOptions
 
     folder, rest = _folder("eval", arguments)
@@ -191,6 +191,45 @@ def _evaluate(sources: list[str], names: list[str], options: Any) -> dict[str, d
         if run.exists():
             evals.write(run, results)
     return found
+
+
+@dataclass(frozen=True)
+class ProbesArgs:
+    rows: int = 1_000
+    """Rows of a task, half of each label."""
+    seed: int = 0
+    """Draws the rows."""
+    text: str = ""
+    """Running text for base64 and the phrase tasks: a data set of the Hub (OWNER/NAME or OWNER/NAME:CONFIG), or a file or folder;
+    monology/pile-uncopyrighted if not given."""
+    documents: int = 200_000
+    """Documents of that text to read."""
+    local: str = ""
+    """Folder with OWNER__NAME/ folders that stand in for data sets of the Hub."""
+    only: tuple[str, ...] = ()
+    """Make these tasks alone."""
+
+
+def probes(arguments: list[str]) -> None:
+    """probes build DIR [--key value …]      make the paper's 61 probe tasks from the Hub's data sets: --suite DIR uses them"""
+    if arguments[:1] == ["build"]:
+        arguments = arguments[1:]
+    elif arguments[:1] not in (["-h"], ["--help"]):
+        raise InputError(f"`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got {' '.join(arguments) or 'nothing'}")
+    folder, rest = _folder("probes build", arguments, "the folder to write the tasks to, such as suites/paper")
+    options = _parse(ProbesArgs, "probes build DIR", rest)
+    from ksparse import suites
+
+    built = suites.build(folder, rows=options.rows, seed=options.seed, documents=options.documents, local=options.local or None,
+                         only=options.only, observe=lambda step: _say(f"{step.state:<9}{step.name}" + (f" · {step.words}" if step.words else "")),
+                         **({"text": options.text} if options.text else {}))
+    print(f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, {len(built.failed)} failed")
+    for name, why in built.failed.items():
+        print(f"  {name}: {why}")
+    if built.made or built.kept:
+        print(f"next     ksparse eval RUN probes --suite {built.folder}")
+    else:
+        sys.exit(1)
 
 
 def report(arguments: list[str]) -> None:
@@ -252,7 +291,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "demo": demo, "train": train, "resume": resume, "eval": evaluate, "report": report,
+    "demo": demo, "train": train, "resume": resume, "eval": evaluate, "probes": probes, "report": report,
     "shard": shard, "plan": plan, "doctor": doctor,
 }
 
@@ -282,12 +321,12 @@ def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, pre
                     **({} if default is None else {"default": default}))
 
 
-def _folder(verb: str, arguments: list[str]) -> tuple[str, list[str]]:
+def _folder(verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo") -> tuple[str, list[str]]:
     """Take the folder off the arguments; '' where only help is wanted."""
     if arguments and arguments[0] in ("-h", "--help"):
         return "", arguments
     if not arguments or arguments[0].startswith("-"):
-        raise InputError(f"`ksparse {verb}` needs the folder of a run first, such as runs/demo")
+        raise InputError(f"`ksparse {verb}` needs, first, {what}")
     return arguments[0], list(arguments[1:])
 
 

@@ -160,7 +160,7 @@ def _text_source(text: str) -> Source:
     path = Path(text)
     if path.exists():
         return Source(text, path=text)
-    if path.is_absolute() or text.startswith(".") or path.suffix in (".txt", ".jsonl", ".gz", ".parquet", ".csv"):
+    if path.is_absolute() or text.startswith(".") or path.suffix in (".txt", ".jsonl", ".gz", ".xz", ".parquet", ".csv"):
         raise InputError(f"text {text} does not exist; give a file or folder of .txt, .jsonl or .parquet, or a data set of the Hub")
     repo, _, config = text.partition(":")
     return Source(repo, (Part(config),))

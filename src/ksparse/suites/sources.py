@@ -15,6 +15,7 @@ import csv
 import gzip
 import importlib
 import json
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ksparse.errors import InputError
 
 CONVERTED = "refs/convert/parquet"
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 _PURPOSE = "reading data sets of the Hugging Face Hub"
 
@@ -174,7 +176,7 @@ def _local(source: Source, part: Part, local: Path | None) -> Iterator[dict[str,
 def _everything(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith((*EXTENSIONS, ".txt", ".txt.gz")))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith((*EXTENSIONS, ".txt", ".txt.gz", ".txt.xz")))
     if not files:
         raise InputError(f"{path} holds no text; expected files ending in .txt, {', '.join(EXTENSIONS)}")
     return files
@@ -204,16 +206,15 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
         if file.suffix == ".parquet":
             yield from _parquet(file)
             return
-        name = file.name.removesuffix(".gz")
+        name = file.name.removesuffix(file.suffix) if file.suffix in OPENERS else file.name
         reader = next((readers[suffix] for suffix in readers if name.endswith(suffix)), None)
         if reader is None:
             raise InputError(f"{file} is of no known kind; expected .txt, {', '.join(EXTENSIONS)}")
-        with gzip.open(file, "rt", encoding="utf-8-sig", newline="") if file.suffix == ".gz" else \
-                file.open(encoding="utf-8-sig", newline="") as stream:
+        with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig", newline="") as stream:
             yield from reader(stream, file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from None
-    except (EOFError, zlib.error, csv.Error, OSError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, csv.Error, OSError) as error:
         raise InputError(f"{file} cannot be read: {error}; it is truncated or not what its name says") from None
 
 
