@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from ksparse import files
 from ksparse.acts.lm import LM, resolve_device
 from ksparse.errors import InputError
+from ksparse.evals.ablation import Ablation
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
 from ksparse.evals.explained_loss import ExplainedLoss
@@ -37,7 +38,7 @@ from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 
 EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
-                               "explained_loss": ExplainedLoss}
+                               "explained_loss": ExplainedLoss, "ablation": Ablation}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 

@@ -57,7 +57,8 @@ class N2G(Eval):
         fired = self.order[(counts + explainer.counts)[self.order] > 0]
         enough = np.minimum(counts, explainer.counts)[fired] >= LEAST
         self.scored = fired[enough][: self.subject.options.latents]
-        last = np.flatnonzero(enough)[len(self.scored) - 1] if len(self.scored) else len(fired)
+        full = len(self.scored) == self.subject.options.latents
+        last = np.flatnonzero(enough)[len(self.scored) - 1] if full else len(fired)  # those behind were not asked
         self.too_few = sorted(fired[:last][~enough[:last]].tolist())
         if not len(self.scored):
             self.rates = {name: np.zeros(0) for name in ("recall", "precision", "f1", "shuffled_recall", "shuffled_precision", "shuffled_f1")}
