@@ -283,8 +283,9 @@ def test_the_error_of_the_difference_is_that_of_redrawn_documents():
             m = draw.integers(1, 9)
             values = torch.from_numpy(mean + common + draw.normal(0, 0.05) + draw.normal(0, 0.05, m))
             place = ablation.Place(torch.zeros(2), 2, 1, document, 1)
-            pairs[name].add(place, document, ablation.Effects(values, torch.ones(m), torch.zeros(m, 1), torch.zeros(m, 1), torch.zeros(m, 1, 1)))
-    found = ablation._difference(pairs["channels"], pairs["latents"])
+            pairs[name].add(place, document, ablation.Effects(
+                values, values, values, torch.ones(m), torch.zeros(m, 1), torch.zeros(m, 1), torch.zeros(m, 1, 1)))
+    found = ablation._difference(pairs["channels"], pairs["latents"], "sparsity")
     means = []
     for chosen in draw.integers(0, 200, (1000, 200)):
         times = np.bincount(chosen, minlength=200)
@@ -487,3 +488,15 @@ def test_a_bfloat16_lm_gets_a_note(small_acts):
     lm = LM(acts=acts)
     result = run(make_sae(acts, lm.d_model), lm, acts)[1]
     assert any("computes in bfloat16" in note for note in result["notes"]) and 0 < result["ablation_sparsity"]["value"] < 1
+
+
+def test_the_two_parts_of_the_sparsity_are_told_apart():
+    """An effect on one token at the position itself, on all tokens alike but one later, and on nothing."""
+    differences = torch.zeros(3, 4, 10)
+    differences[0, 0, 3] = 2.0
+    differences[1, 0, 3] = 2.0
+    differences[1, 2, :4] = 1.0
+    effects = ablation.measure(torch.zeros(4, 10).log_softmax(-1), differences, torch.tensor([1, 2, 3, -1]))
+    assert effects.later.tolist() == pytest.approx([0, 0.5, math.nan], nan_ok=True)
+    assert effects.sparsity_here.tolist() == pytest.approx([0.1, 0.1, math.nan], nan_ok=True)
+    assert effects.sparsity.tolist() == pytest.approx([1 / 40, (2 + 4) ** 2 / (4 + 4) / 40, math.nan], nan_ok=True)

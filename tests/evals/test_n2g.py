@@ -190,12 +190,13 @@ def test_latents_with_too_few_activations_are_named(small_acts, tmp_path):
     rare = {}
 
     def once(row, t):
-        return t == 5 and rare.setdefault(tuple(row), len(rare)) == 40  # in one context alone
+        return t == 5 and rare.setdefault(tuple(row), len(rare)) == 20  # in one context alone
 
     sae, lm = planted(small_acts, tmp_path, [rules_of(LM(acts=small_acts()))[0], once])
     result = evals.evaluate(sae, lm, ["n2g"], OPTIONS)["n2g"]
     assert result["too_few"] == [1] and result.arrays["scored"].tolist() == [0]
     assert any("1 latents fired, but less than 2 times" in note for note in result["notes"])
+    assert result["shuffled_f1"] == {"value": None, "se": None}  # there is no other latent's explanation
     assert any("only 1 latents could be scored" in note for note in result["notes"])
 
 

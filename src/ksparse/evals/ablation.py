@@ -2,7 +2,8 @@
 
 One active latent at one position p is taken out of the activation. The V logits at p and at the T - 1 positions after it change; from
 each position's changes their median is subtracted; (L1 / L2)^2 / (V T) of all of them says which share of the predictions the latent
-matters to. Random channels of the activation, set to zero at the same positions, are what to compare with: noise would give 2 / pi.
+matters to. That mixes two things, which are reported apart too: how many tokens of the vocabulary (`sparsity_here`, of the prediction at p
+alone), and how far into the text (`later`, the share of the squared effect after p). Random channels of the activation, set to zero at the same positions, are what to compare with: noise would give 2 / pi.
 
 What the paper leaves open is decided so: the reconstruction's error stays in the activation (or not: ablation_error); one random
 position is drawn from each of a random sample of contexts; every active latent of such a position is ablated, alone; and every such
@@ -46,10 +47,13 @@ class Place(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What m ablations at one place do: sparsity[m] (NaN: nothing), norm[m] (L2), kl[m, T], loss_difference[m, T] (NaN: no next token),
-    and the changes of logits [m, T, V] less their median over V."""
+    """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at the place alone, which share of the
+    squared effect is on the predictions after it, norm[m] (L2), kl[m, T], loss_difference[m, T] (NaN: no next token), and the changes
+    of logits [m, T, V] less their median over V."""
 
     sparsity: Tensor
+    sparsity_here: Tensor
+    later: Tensor
     norm: Tensor
     kl: Tensor
     loss_difference: Tensor
@@ -172,7 +176,10 @@ class Ablation(Eval):
             "ablation_sparsity_per_position": latents.mean_per_position(),
             "ablation_sparsity_weighted": latents.weighted(),
             "channel_sparsity": channels.mean("sparsity"),
-            "difference": _difference(channels, latents),
+            "difference": _difference(channels, latents, "sparsity"),
+            "sparsity_here": latents.mean("sparsity_here"), "channel_sparsity_here": channels.mean("sparsity_here"),
+            "difference_here": _difference(channels, latents, "sparsity_here"),
+            "later": latents.mean("later"), "channel_later": channels.mean("later"),
             "effective_tokens": {key: None if value is None else value * size for key, value in sparsity.items()},
             "kl": latents.mean("kl"), "channel_kl": channels.mean("kl"), "loss_difference": latents.mean("loss_difference"),
             "n_positions": len(self.sample.places()), "n_ablations": len(latents), "n_without_effect": latents.without_effect,
@@ -213,7 +220,7 @@ def sparsity(differences: Tensor) -> Tensor:
 
     Of an even number of values, the median is the smaller of the two in the middle. NaN where nothing differs.
     """
-    return _sparsity(*_norms(_centred(differences)), differences[0].numel() if len(differences) else 1)
+    return _sparsity(*_norms(_centred(differences)), differences.shape[-1])
 
 
 def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
@@ -227,7 +234,8 @@ def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
     kl = shift - (log_probs.exp() * changes).sum(-1)
     chosen = changes.gather(-1, targets.clamp_min(0)[None, :, None].expand(len(changes), -1, 1)).squeeze(-1)
     loss = (shift - chosen).masked_fill(targets < 0, torch.nan)
-    return Effects(_sparsity(l1, l2, changes[0].numel()), l2, kl, loss, changes)
+    here, size = l2[:, 0].square() / l2.square().sum(1), changes.shape[-1]
+    return Effects(_sparsity(l1, l2, size), _sparsity(l1[:, :1], l2[:, :1], size), 1 - here, l2.square().sum(1).sqrt(), kl, loss, changes)
 
 
 def _centred(differences: Tensor) -> Tensor:
@@ -235,14 +243,15 @@ def _centred(differences: Tensor) -> Tensor:
 
 
 def _norms(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the L1 and L2 norms [r] of changes[r, T, V], summed in float64, on the CPU."""
-    parts = [part.flatten(1).cpu().double() if part.device.type == "mps" else part.flatten(1).double()  # which has no float64
+    """Return the L1 and L2 norms [r, T] over V of changes[r, T, V], summed in float64, on the CPU."""
+    parts = [part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
              for part in changes.split(max(1, _PART // max(1, changes[:1].numel())))]
-    return torch.cat([part.abs().sum(1).cpu() for part in parts]), torch.cat([part.norm(dim=1).cpu() for part in parts])
+    return torch.cat([part.abs().sum(-1).cpu() for part in parts]), torch.cat([part.norm(dim=-1).cpu() for part in parts])
 
 
-def _sparsity(l1: Tensor, l2: Tensor, size: int) -> Tensor:
-    return (l1 / l2).square() / size  # 0 / 0 is NaN
+def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
+    """Return [r] from the norms [r, T] of each prediction's changes."""
+    return l1.sum(1).square() / l2.square().sum(1) / (vocabulary * l1.shape[1])  # 0 / 0 is NaN
 
 
 def _targets(place: Place) -> Tensor:
@@ -370,7 +379,7 @@ class _Pairs:
     def add(self, place: Place, number: int, effects: Effects, **columns: Tensor) -> None:
         m = len(effects.sparsity)
         rows = {"position": torch.full((m,), number), "document": torch.full((m,), place.document), "sparsity": effects.sparsity,
-                "norm": effects.norm, "kl": effects.kl.cpu().double().mean(1),
+                "sparsity_here": effects.sparsity_here, "later": effects.later, "norm": effects.norm, "kl": effects.kl.cpu().double().mean(1),
                 "loss_difference": effects.loss_difference.nanmean(1), **columns}
         for name, column in rows.items():
             self._columns[name].append(column.cpu())
@@ -419,9 +428,9 @@ class _Pairs:
         return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def _difference(a: _Pairs, b: _Pairs) -> Estimate:
-    """Return mean(a) - mean(b) of sparsities on the same documents, as twice the mean of the two means a and -b."""
-    ours, theirs = a.clustered("sparsity"), b.clustered("sparsity")
+def _difference(a: _Pairs, b: _Pairs, name: str) -> Estimate:
+    """Return mean(a) - mean(b) of a column on the same documents, as twice the mean of the two means a and -b."""
+    ours, theirs = a.clustered(name), b.clustered(name)
     if not ours or not theirs:
         return {"value": None, "se": None}
     half = Clustered.mean([ours[0], Clustered(torch.from_numpy(theirs[0].clusters), torch.from_numpy(-theirs[0].values))])

@@ -82,6 +82,8 @@ class N2G(Eval):
         standing = np.full(len(self.watched), -1)
         standing[other] = scored
         shuffled_precision, _, _ = self._precise(found._replace(latent=standing[found.latent]), scored, slot, keep.shape[1])
+        if len(scored) < 2:
+            shuffled_recall = shuffled_precision = np.full(len(scored), np.nan)  # there is no other explanation
         self.rates = {"recall": recall, "precision": precision, "f1": f1(precision, recall), "shuffled_recall": shuffled_recall,
                       "shuffled_precision": shuffled_precision, "shuffled_f1": f1(shuffled_precision, shuffled_recall)}
 
