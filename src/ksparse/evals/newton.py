@@ -5,7 +5,8 @@
 sigma is the standard deviation of z, so that the penalty does not depend on the latent's scale; b has none. With d the largest change
 that a step makes to any a_s, the objective falls by at least 1 - (e^d - 1 - d) / d^2 times the squared Newton decrement, since
 logistic loss is self-concordant in that sense (Bach 2010; Sun & Tran-Dinh 2019). So a step with d <= 1 is taken whole, and a larger
-one shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is needed. All sums are float64.
+one shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is needed. Dense problems come near the
+optimum in float32; what counts, the last steps, is float64.
 A latent without variance gets w = 0 and the label's log-odds. Labels of only one kind have no optimum and are refused.
 """
 
@@ -21,6 +22,7 @@ from torch.nn.functional import softplus
 from ksparse.errors import InputError
 
 _STEPS = 100
+_NEAR = 1e-3
 _LAST = 1e-5  # a step that changes no logit by more is the last: what it leaves is of the order of its square
 _BLOCK = 1 << 18  # values of z worked on at a time: in cache
 
@@ -48,7 +50,7 @@ def fit_sparse(latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int,
     base = log_odds(y)
     order = latents.argsort(stable=True)
     problem = _Sparse(latents[order], rows[order], values[order].double(), y.double(), n)
-    weight, bias = _solve(problem, l2, base)
+    weight, bias = _solve(problem, l2, torch.zeros_like(problem.low), torch.full_like(problem.low, base))
     return Fit(weight / problem.scale, bias, problem.loss(weight, bias))
 
 
@@ -74,21 +76,21 @@ class _Problem(Protocol):
     def among(self, chosen: Tensor) -> _Problem: ...
 
 
-def _solve(problem: _Problem, l2: float, base: float) -> tuple[Tensor, Tensor]:
-    """Return (weight, bias), each [n]."""
-    weight, bias = torch.zeros_like(problem.low), torch.full_like(problem.low, base)
+def _solve(problem: _Problem, l2: float, weight: Tensor, bias: Tensor, last: float = _LAST) -> tuple[Tensor, Tensor]:
+    """Return (weight, bias), each [n], from where the steps begin; they end after one that changes no logit by more than `last`."""
+    weight, bias = weight.clone(), bias.clone()
     at = torch.arange(len(weight), device=weight.device)
-    w, b = weight.clone(), bias.clone()
+    w, b = weight, bias
     for _ in range(_STEPS):
         gw, gb, haa, hab, hbb = problem.sums(w, b)
         gw, haa = gw + l2 * w, haa + l2
-        det = (haa * hbb - hab * hab).clamp_min(1e-300)
+        det = (haa * hbb - hab * hab).clamp_min(torch.finfo(w.dtype).tiny)
         dw, db = -(hbb * gw - hab * gb) / det, -(haa * gb - hab * gw) / det
         largest = torch.maximum((dw * problem.low + db).abs(), (dw * problem.high + db).abs())
         step = torch.where(largest > 1, torch.log1p(largest) / largest, 1.0)
         w, b = w + step * dw, b + step * db
         weight[at], bias[at] = w, b
-        going = largest > _LAST
+        going = largest > last
         if not going.any():
             break
         if going.double().mean() < 0.75:  # most are done: go on with the others alone
@@ -102,29 +104,48 @@ def _solve(problem: _Problem, l2: float, base: float) -> tuple[Tensor, Tensor]:
 class _Dense:
     """z[n, s] scaled to mean 0 and variance 1."""
 
-    def __init__(self, z: Tensor, y: Tensor):
-        self.z, self.y = z, y
-        self.low, self.high = z.amin(1), z.amax(1)
+    def __init__(self, z: Tensor, y: Tensor, low: Tensor, high: Tensor):
+        self.z, self.low, self.high = z, low.to(z), high.to(z)
+        self.mean_y, self.mean_yz = y.to(z).mean(), z @ y.to(z) / len(y)
+
+    def first(self, l2: float, bias: float) -> tuple[Tensor, Tensor]:
+        """Return where the first step from weight 0 leads: all rows have the same prediction there, so it needs no look at them."""
+        p = 1 / (1 + math.exp(-bias))
+        weight = self.mean_yz / (p * (1 - p) + l2)
+        largest = weight.abs() * torch.maximum(-self.low, self.high)
+        weight = torch.where(largest > 1, weight * torch.log1p(largest) / largest, weight)
+        return weight, torch.full_like(weight, bias)
 
     def sums(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         p = torch.addcmul(bias[:, None], self.z, weight[:, None]).sigmoid_()
-        r = p - self.y
+        part = p * self.z
+        gw, gb = part.mean(1) - self.mean_yz, p.mean(1) - self.mean_y
         v = torch.addcmul(p, p, p, value=-1, out=p)
-        gb, gw = r.mean(1), r.mul_(self.z).mean(1)
-        vz = v * self.z
-        return gw, gb, torch.mul(vz, self.z, out=r).mean(1), vz.mean(1), v.mean(1)
+        hab = torch.mul(v, self.z, out=part).mean(1)
+        return gw, gb, part.mul_(self.z).mean(1), hab, v.mean(1)
 
     def among(self, chosen: Tensor) -> _Dense:
-        return _Dense(self.z[chosen], self.y)
+        part = object.__new__(_Dense)
+        part.mean_y = self.mean_y
+        part.z, part.mean_yz, part.low, part.high = (each[chosen] for each in (self.z, self.mean_yz, self.low, self.high))
+        return part
 
 
 def _fit_block(z: Tensor, y: Tensor, l2: float, base: float) -> Fit:
     mean = z.mean(1, keepdim=True)
-    scale = (z - mean).square_().mean(1, keepdim=True).sqrt_()
+    z = z - mean
+    scale = torch.linalg.vector_norm(z, dim=1, keepdim=True) / math.sqrt(z.shape[1])
     scale = torch.where(scale > 1e-12 * mean.abs().clamp_min(1e-300), scale, math.inf)  # no variance: the input is 0
-    z = (z - mean).div_(scale)
-    weight, bias = _solve(_Dense(z, y), l2, base)
-    loss = cross_entropy(torch.addcmul(bias[:, None], z, weight[:, None]), y).mean(1)
+    z /= scale
+    rough = z.float()
+    bounds = rough.amin(1), rough.amax(1)
+    coarse = _Dense(rough, y, *bounds)
+    near = _solve(coarse, l2, *coarse.first(l2, base), _NEAR)
+    good = torch.isfinite(near[0]) & torch.isfinite(near[1])
+    start = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    weight, bias = _solve(_Dense(z, y, *bounds), l2, *(torch.where(good, each, first) for each, first in zip(near, (start, start + base))))
+    logits = torch.addcmul(bias.float()[:, None], rough, weight.float()[:, None])
+    loss = cross_entropy(logits, y.float()).mean(1, dtype=torch.float64)
     weight = weight / scale.squeeze(1)
     return Fit(weight, bias - weight * mean.squeeze(1), loss)
 
@@ -202,9 +223,14 @@ def fit_whole(x: Tensor, y: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
     return weight, beta[-1] - weight @ mean
 
 
-def choose_penalty(x: Tensor, y: Tensor) -> float:
-    """Return the penalty, of powers of ten, that is best on every fourth row after a fit to the others."""
-    aside = torch.arange(len(y)) % 4 == 3
+def choose_penalty(x: Tensor, y: Tensor, clusters: Tensor) -> float:
+    """Return the penalty, of powers of ten, that is best on every fourth cluster of rows after a fit to the others.
+
+    Whole clusters are set aside, since rows of one document are alike; rows, if that would leave a side with one label.
+    """
+    aside = clusters.unique(return_inverse=True)[1] % 4 == 3
+    if any(len(side.unique()) < 2 for side in (y[aside], y[~aside])):
+        aside = torch.arange(len(y)) % 4 == 3
     losses = {}
     for l2 in _PENALTIES:
         weight, bias = fit_whole(x[~aside], y[~aside], l2=l2)

@@ -138,7 +138,7 @@ def baselines(train: Rows, test: Rows, position: str, l2: float) -> dict[str, Te
     scale = (x_train - mean).square().mean().sqrt().clamp_min(1e-30)  # one for all, so that directions keep their proportions
     u_train, u_test = (x_train - mean).cpu() / scale.cpu(), (x_test - mean).cpu() / scale.cpu()
     y = train.label.cpu()
-    weight, bias = newton.fit_whole(u_train, y, l2=newton.choose_penalty(u_train, y))
+    weight, bias = newton.fit_whole(u_train, y, l2=newton.choose_penalty(u_train, y, train.cluster))
     dense = (u_test.double() @ weight + bias).to(channel.device)
     return {"channel": channel, "dense_probe": dense, "prior": torch.full_like(channel, newton.log_odds(train.label))}
 
@@ -188,24 +188,24 @@ class _Latents(_Bank):
     def fit(self, rows: Rows, l2: float) -> newton.Fit:
         if self.on == "acts":
             return newton.fit_sparse(*self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2)
-        parts = (newton.fit(self._pre_acts(rows, slice(at, at + _SLICE)).T.contiguous(), rows.label, l2=l2)
+        parts = (newton.fit(self._pre_acts(rows, slice(at, at + _SLICE)), rows.label, l2=l2)
                  for at in range(0, self.sae.shape.n_latents, _SLICE))
         return newton.Fit(*(torch.cat(column) for column in zip(*parts)))
 
     def values(self, rows: Rows, latent: int) -> Tensor:
         if self.on == "pre_acts":
-            return self._pre_acts(rows, slice(latent, latent + 1))[:, 0].double()
+            return self._pre_acts(rows, slice(latent, latent + 1))[0].double()
         latents, owners, values = self._entries(rows)
         mine = latents == latent
         return torch.zeros(len(rows.label), dtype=torch.float64, device=rows.x.device).index_add(0, owners[mine], values[mine].double())
 
     def _pre_acts(self, rows: Rows, part: slice) -> Tensor:
-        """Return pre-activations [s, part]; the mean over positions is taken of x, since they are linear in it."""
+        """Return pre-activations [part, s]; the mean over positions is taken of x, since they are linear in it."""
         sae, x = self.sae, self.sae.normalize(rows.x).x
         if self.position == "mean":
             x = _pooled(x, rows, "mean")
-        z = (x - sae.b_pre) @ sae.W_enc[part].T + sae.b_enc[part]
-        return _pooled(z, rows, "max") if self.position == "max" else z
+        z = torch.addmm(sae.b_enc[part, None], sae.W_enc[part], (x - sae.b_pre).T)
+        return _pooled(z.T, rows, "max").T.contiguous() if self.position == "max" else z
 
     def _entries(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return (latent, row, value) of all activations above 0, each latent and row once."""
