@@ -52,8 +52,9 @@ def test_every_verb_has_help(verb, name):
     assert code == 0 and "usage" in out.lower()
 
 
-def test_help_needs_no_torch():
-    code = "import sys; from ksparse import cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"
+@pytest.mark.parametrize("name", ["train", "eval", "probes"])
+def test_help_needs_no_torch(name):
+    code = f"import sys; from ksparse import cli\ntry: cli.main(['{name}', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -76,6 +77,57 @@ def test_train_eval_report_leave_a_whole_run(verb, recipe_file, tmp_path):
     weights = (run.checkpoint(12) / "sae.safetensors").read_bytes()
     assert verb("train", recipe_file, "--sae.k", 3, "--out", run.path)[0] == 0
     assert (run.checkpoint(12) / "sae.safetensors").read_bytes() == weights
+
+
+QUICK = ("--tokens", 600, "--probe-rows", 80, "--latents", 5, "--n2g-examples", 3, "--ngram-tokens", 500, "--ablation-positions", 3,
+         "--ablation-latents", 3, "--ablation-horizon", 4, "--device", "cpu")
+
+
+def test_eval_asks_everything_if_nothing_is_named(verb, recipe_file, tmp_path):
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    code, out, err = verb("eval", tmp_path / "run", *QUICK)
+    assert code == 0, err
+    run = RunFolder(tmp_path / "run")
+    wanted = {"probes": ("probe_loss", "probe_loss_in_sample", "channel_loss", "random_sae_loss", "dense_probe_loss", "prior_loss"),
+              "n2g": ("precision", "recall", "f1"), "ablation": ("ablation_sparsity", "channel_sparsity"),
+              "explained_loss": tuple(f"ce_{name}" for name in ("clean", "spliced", "n2g", "unigram", "bigram", "zero", "bias")),
+              "stats": ("nmse", "l0"), "downstream": ("ce_clean", "kl")}
+    for name, keys in wanted.items():
+        result = json.loads(run.eval_file(name).read_text())
+        assert all(set(result[key]) == {"value", "se"} for key in keys) and f"\n{name}   " in f"\n{out}"
+        assert {"options", "seconds", "notes", "lm", "site", "checkpoint"} <= set(result)
+    for what in ("reading the text", "labelling Python source", "fitting probes", "explaining latents", "ablating latents", "reading the text again"):
+        assert what in err
+
+
+def test_several_runs_share_a_pass_and_each_gets_its_results(verb, recipe_file, tmp_path):
+    folders = [tmp_path / f"k{k}" for k in (2, 4)]
+    for folder, k in zip(folders, (2, 4)):
+        assert verb("train", recipe_file, "--sae.k", k, "--out", folder)[0] == 0
+    code, out, err = verb("eval", *folders, "stats", "--tokens", 300, "--device", "cpu")
+    assert code == 0, err
+    assert [RunFolder(folder).eval("stats")["l0"]["value"] <= k for folder, k in zip(folders, (2, 4))] == [True, True]
+    assert all(str(folder) in out for folder in folders)
+
+
+def test_probe_tasks_are_built_from_local_copies_and_probed(verb, recipe_file, tmp_path):
+    local = tmp_path / "local" / "nyu-mll__glue"
+    local.mkdir(parents=True)
+    rows = [{"sentence": f"the cat {'sat' if i % 2 else 'sits sat'} on mat {i}", "label": i % 2} for i in range(200)]
+    (local / "cola.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = verb("probes", "build", tmp_path / "suite", "--local", tmp_path / "local", "--rows", 100, "--only", "cola")
+    assert code == 0, err + out
+    assert "1 tasks made" in out and f"--suite {tmp_path / 'suite'}" in out
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    code, out, err = verb("eval", tmp_path / "run", "probes", "--suite", tmp_path / "suite", "--device", "cpu")
+    assert code == 0, err
+    assert set(RunFolder(tmp_path / "run").eval("probes")["tasks"]) == {"cola"}
+
+
+def test_a_build_that_makes_nothing_fails_and_says_why(verb, tmp_path):
+    (tmp_path / "local" / "nyu-mll__glue").mkdir(parents=True)
+    code, out, _ = verb("probes", "build", tmp_path / "suite", "--local", tmp_path / "local", "--only", "cola")
+    assert code == 1 and "cola: " in out and "no rows in" in out
 
 
 def test_shards_are_written_and_trained_on(verb, recipe_file, tmp_path):
@@ -114,6 +166,13 @@ def test_doctor_gives_a_line_for_each_thing(verb):
     (["eval", "no-such-run"], 2, "neither a folder here nor a Hub repository"),
     (["eval", "."], 2, "holds no SAE"),
     (["eval"], 2, "needs the folder of a run"),
+    (["eval", "run", "prob"], 2, "there is no evaluation 'prob'; did you mean 'probes'?"),
+    (["eval", "run", "--position", "first"], 2, "first"),
+    (["eval", "run", "--budget", "huge"], 2, "huge"),
+    (["probes"], 2, "`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got nothing"),
+    (["probes", "make", "x"], 2, "got make x"),
+    (["probes", "build"], 2, "`ksparse probes build` needs the folder to write the tasks to"),
+    (["probes", "build", "x", "--only", "colla"], 2, "did you mean 'cola'?"),
     (["resume", "no-such-run"], 2, "is not a run"),
     (["report", "no-such-run"], 2, "is not a run"),
 ])

@@ -70,3 +70,11 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_built_in_tasks_are_in_the_docs():
+    from ksparse.pylm.labels import TASKS
+
+    table = (ROOT / "docs" / "probes.md").read_text().split("<!-- python -->")[1].split("<!-- end of python -->")[0]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.strip().splitlines()[2:]]
+    assert rows == [(task.name, task.family, task.among, task.positive) for task in TASKS]

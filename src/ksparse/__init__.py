@@ -3,7 +3,7 @@
     sae  = ksparse.load("runs/demo")
     lm   = ksparse.LM("gpt2", site="resid_post.8")
     code = sae.encode(lm("The Eiffel Tower is in Paris."))     # Code(values[t, k], indices[t, k])
-    ksparse.evaluate(sae, lm, ["downstream", "stats"])
+    ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
     run  = ksparse.train(ksparse.Recipe(), "runs/mine")
 
 Names are imported when they are first used, so that `import ksparse` is free.

@@ -111,7 +111,8 @@ def demo(arguments: list[str]) -> None:
     results = _evaluate([str(run.path)], [], EvalOptions())[str(run.path)]
     _say("3/3 writing the report")
     _report(run)
-    stats, downstream = results["stats"], results["downstream"]
+    stats, downstream, probe, n2g, explained, ablation = (
+        results[name] for name in ("stats", "downstream", "probes", "n2g", "explained_loss", "ablation"))
     print(f"""
 {recipe.acts.lm} at {recipe.acts.site}: {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens, {time.monotonic() - began:.0f} s
   normalised MSE          {_value(stats['nmse'])}   (1 = predicting the mean)
@@ -119,6 +120,10 @@ def demo(arguments: list[str]) -> None:
   loss of the LM          {_value(downstream['ce_clean'])} -> {_value(downstream['ce_spliced'])} nats per token with the reconstruction spliced in
   zero-ablation recovered {_value(downstream['recovered'])}
   compute fraction        {_value(downstream['compute_fraction'])}   (a model of that share of the pre-training compute is as good)
+  probe loss              {_value(probe['probe_loss'])}   (best channel {_value(probe['channel_loss'])}, random SAE {_value(probe['random_sae_loss'])})
+  explanations (N2G)      recall {_value(n2g['recall'])}, precision {_value(n2g['precision'])}
+  loss of explanations    {_value(explained['ce_n2g'])}   (bigrams {_value(explained['ce_bigram'])}, unigrams {_value(explained['ce_unigram'])})
+  ablation sparsity       {_value(ablation['ablation_sparsity'])}   (channels {_value(ablation['channel_sparsity'])})
 
 report   {run.report_file.resolve().as_uri()}
 next     ksparse train recipes/gpt2-small-32k.toml      (the same on GPT-2 small; `ksparse plan` first)""")
@@ -326,7 +331,7 @@ def _folder(verb: str, arguments: list[str], what: str = "the folder of a run, s
     if arguments and arguments[0] in ("-h", "--help"):
         return "", arguments
     if not arguments or arguments[0].startswith("-"):
-        raise InputError(f"`ksparse {verb}` needs, first, {what}")
+        raise InputError(f"`ksparse {verb}` needs {what}, before anything else")
     return arguments[0], list(arguments[1:])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,70 @@ DOWNSTREAM = {
     "compute_fraction": {"value": 0.41, "se": 0.02}, "loss_table": {"points": [[1e12, 3.0], [1e13, 2.0]], "shift": -0.028}}
 
 
+TASKS, SCORED, TABLES = 12, 40, 30
+
+
+def estimate(value: float | None, se: float | None = 0.01) -> dict[str, float | None]:
+    return {"value": value, "se": se if value is not None else None}
+
+
+def tasks(count: int = TASKS, *, latents: int = N) -> dict[str, dict[str, Any]]:
+    """Return the tasks of probes.json: their gains fall, the latents are different ones."""
+    return {f"task_{i:02}": {
+        "latent": (11 * i + 1) % latents, "loss": estimate(0.3 + 0.02 * i), "channel_loss": estimate(0.5), "random_sae_loss": estimate(0.52),
+        "dense_probe_loss": estimate(0.1), "prior_loss": estimate(0.693, 0.0), "loss_in_sample": estimate(0.28), "n_train": 500, "n_test": 498,
+        "positive": 0.5, "best_latents": [{"latent": (11 * i + 1) % latents, "loss_in_sample": 0.28}]} for i in range(count)}
+
+
+PROBES = {
+    "name": "probes", **{key: value for key, value in COMMON.items() if key not in ("policy", "n_tokens", "n_documents", "text")},
+    "options": OPTIONS | {"suite": "suites/demo"}, "probe_loss": estimate(0.41, 0.003), "probe_loss_in_sample": estimate(0.28, 0.003),
+    "channel_loss": estimate(0.5, 0.003), "random_sae_loss": estimate(0.52, 0.003), "dense_probe_loss": estimate(0.1, 0.003),
+    "prior_loss": estimate(0.693, 0.0), "gain_over_channels": estimate(0.09, 0.004), "gain_over_random_sae": estimate(0.11, 0.004),
+    "suite": "demo", "n_tasks": TASKS, "tasks": tasks()}
+N2G = {
+    "name": "n2g", **COMMON, "recall": estimate(0.31), "precision": estimate(0.73), "f1": estimate(0.38), "shuffled_recall": estimate(0.014, 0.005),
+    "shuffled_precision": estimate(0.008, 0.002), "shuffled_f1": estimate(0.0013, 0.0005), "precision_pooled": estimate(0.15, None),
+    "n_latents": SCORED, "n_tokens_scored": 20_000, "too_few": [1], "pad": {"id": 4, "text": " _"}, "patterns_per_latent": 6.0}
+EXPLAINED_LOSS = {
+    "name": "explained_loss", **COMMON, **{f"ce_{name}": estimate(value, 0.05) for name, value in (
+        ("clean", 1.97), ("spliced", 2.14), ("n2g", 4.1), ("bigram", 4.3), ("unigram", 6.4), ("bias", 8.1), ("zero", 9.0))},
+    "delta_to_bigram": estimate(-0.2, 0.04), "n_explained": 61}
+EDGES = np.linspace(0, 1, 41).tolist()
+ABLATION = {
+    "name": "ablation", **COMMON, "ablation_sparsity": estimate(0.12), "ablation_sparsity_per_position": estimate(0.12),
+    "ablation_sparsity_weighted": estimate(0.1), "channel_sparsity": estimate(0.4), "difference": estimate(0.28),
+    "effective_tokens": estimate(3840.0, 320.0),
+    "kl": estimate(0.002, 0.0001), "channel_kl": estimate(0.001, 0.0001), "loss_difference": estimate(0.001, 0.0001), "horizon": 16,
+    "histogram": {"edges": EDGES, "counts": [0, 3, 9, 12, 8, 4, 1, *[0] * 33]},
+    "channel_histogram": {"edges": EDGES, "counts": [*[0] * 12, 4, 9, 11, 7, 2, *[0] * 23]}}
+RESULTS = {"stats": STATS, "downstream": DOWNSTREAM, "probes": PROBES, "n2g": N2G, "explained_loss": EXPLAINED_LOSS, "ablation": ABLATION}
+
+
+def n2g_arrays() -> dict[str, np.ndarray]:
+    """Return the arrays of n2g.safetensors: patterns of every latent but the dead, and scores of some, of which one has no precision."""
+    random = np.random.default_rng(8)
+    scored = random.permutation(N)[:SCORED].astype(np.int64)
+    recall, precision = random.random(SCORED).astype(np.float32), random.random(SCORED).astype(np.float32)
+    precision[0] = np.nan
+    latents = np.repeat([i for i in range(N) if i not in DEAD], 6).astype(np.int32)
+    lengths = random.integers(1, 9, len(latents))
+    tokens = random.integers(-1, len(WORDS), lengths.sum()).astype(np.int32)
+    return {"scored": scored, "recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision),
+            "pattern_latent": latents, "pattern_start": np.array([0, *np.cumsum(lengths)], np.int32), "pattern_tokens": tokens,
+            "pattern_anchored": random.random(len(latents)) < 0.3, "pattern_value": random.random(len(latents)).astype(np.float32),
+            "pattern_support": random.integers(1, 12, len(latents)).astype(np.int32)}
+
+
+def ablation_arrays() -> dict[str, np.ndarray]:
+    """Return the arrays of ablation.safetensors that pages read, for some latents in no order."""
+    random = np.random.default_rng(9)
+    shape = (TABLES, 16, 5)
+    return {"latent": random.permutation(N)[:TABLES].astype(np.int32), "sparsity": random.random(TABLES).astype(np.float32),
+            "up_tokens": random.integers(0, len(WORDS), shape).astype(np.int32), "up_values": random.random(shape).astype(np.float32) + 0.1,
+            "down_tokens": random.integers(0, len(WORDS), shape).astype(np.int32), "down_values": -random.random(shape).astype(np.float32) - 0.1}
+
+
 def arrays() -> dict[str, np.ndarray]:
     """Return the arrays of stats.safetensors, with examples for every latent but the dead ones."""
     random = np.random.default_rng(7)
@@ -64,10 +128,10 @@ def metrics(steps: int = 50) -> list[dict[str, Any]]:
              "neighbours_in_batch": 0.03, "tokens_per_s": 48_000.5, "seconds": 0.1 * step} for step in range(1, steps + 1)]
 
 
-def build(folder: Path, *, stats: bool = True, downstream: bool = True, vocabulary: list[str] | None = None,
+def build(folder: Path, *, evals: Collection[str] = tuple(RESULTS), vocabulary: list[str] | None = None,
           changes: dict[str, Any] | None = None, lines: list[dict[str, Any]] | None = None,
           environment: dict[str, Any] | None = None) -> RunFolder:
-    """Write a run folder."""
+    """Write a run folder with the results of some evaluations, all if none are named."""
     (folder / "evals").mkdir(parents=True)
     table: dict[str, Any] = {"sae": {"n_latents": N, "k": K}, "tokens": 51_200, "batch": 1024, "acts": {}}
     for key, value in (changes or {}).items():
@@ -79,12 +143,13 @@ def build(folder: Path, *, stats: bool = True, downstream: bool = True, vocabula
     (folder / "environment.json").write_text(json.dumps(environment or {
         "versions": {"python": "3.11.7", "ksparse": "0.1.0", "torch": "2.13.0"}, "platform": "Linux", "processor": "x86_64",
         "threads": 2, "gpus": [], "arguments": []}))
-    if stats:
-        run.eval_file("stats").write_text(json.dumps(STATS))
+    for name in evals:
+        run.eval_file(name).write_text(json.dumps(RESULTS[name]))
+    if "stats" in evals:
         run.eval_file("vocabulary").write_text(json.dumps(WORDS if vocabulary is None else vocabulary))
-        save_file(arrays(), folder / "evals" / "stats.safetensors")
-    if downstream:
-        run.eval_file("downstream").write_text(json.dumps(DOWNSTREAM))
+    for name, made in (("stats", arrays), ("n2g", n2g_arrays), ("ablation", ablation_arrays)):
+        if name in evals:
+            save_file(made(), run.eval_file(name).with_suffix(".safetensors"))
     return run
 
 

@@ -8,16 +8,26 @@ import sys
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from ksparse.report import figures
+from ksparse.report.source import Number
 
-from .conftest import K, STATS, metrics
+from .conftest import ABLATION, EDGES, K, STATS, metrics
 
 
 def all_pictures() -> list[figures.Picture]:
     histogram = STATS["density_histogram"]
     return [*figures.training(metrics(), K, 0.096), figures.density(histogram["edges"], histogram["counts"], 1 / 16),
-            figures.cosines(np.linspace(-0.1, 1, 50))]
+            figures.cosines(np.linspace(-0.1, 1, 50)), figures.explained({"clean": Number(2, 0.1), "n2g": Number(4, 0.1), "zero": None}, "n2g"),
+            figures.patterns(np.linspace(0, 1, 9), np.linspace(1, 0, 9), {"mean": (Number(0.5), Number(0.5)), "wrong": (Number(0.01), None)}),
+            figures.effects(ABLATION["histogram"], ABLATION["channel_histogram"]), figures.tasks(rows(5))]
+
+
+def rows(count: int, loss: float | None = 0.3) -> list[tuple[str, str, dict[str, Number | None]]]:
+    """Return tasks as the figure takes them."""
+    return [(f"task {i}", str(i), {key: Number(0.6, 0.02) for key, *_ in figures.PROBES} | {"loss": None if loss is None else Number(loss, 0.01)})
+            for i in range(count)]
 
 
 def test_each_figure_is_xml_with_text_as_text_and_without_metadata() -> None:
@@ -51,6 +61,9 @@ def test_runs_without_anything_to_draw_have_no_figures() -> None:
     assert figures.training([], K, None) == []
     assert figures.density([], [], 0.1) is None and figures.density([0, 1], [0], 0.1) is None
     assert figures.cosines(np.array([])) is None
+    assert figures.explained({"clean": Number(2), "n2g": None}, "n2g") is None and figures.explained({"n2g": Number(2)}, "n2g") is None
+    assert figures.patterns(np.array([]), np.array([]), {}) is None and figures.patterns(np.ones(2), np.full(2, np.nan), {}) is None
+    assert figures.tasks([]) is None and figures.tasks(rows(3, loss=None)) is None
 
 
 def test_one_line_of_metrics_and_null_values_can_be_drawn() -> None:
@@ -69,3 +82,44 @@ def test_matplotlib_settings_and_pyplot_are_left_alone() -> None:
             "from ksparse.report import figures; figures.cosines(__import__('numpy').ones(3));"
             "assert matplotlib.rcParams.copy() == before; assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("change", [{}, {"edges": EDGES[1:]}, {"counts": [0] * 40}, {"counts": None}, {"edges": [2 * edge for edge in EDGES]},
+                                    {"counts": [*ABLATION["histogram"]["counts"][:-1], None]}])
+def test_histograms_that_cannot_be_compared_are_not_drawn(change) -> None:
+    other = ABLATION["channel_histogram"] | change if change else {}
+    assert figures.effects(ABLATION["histogram"], other) is None and figures.effects(other, ABLATION["histogram"]) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 61])
+def test_tasks_have_a_line_each_of_the_same_height(count) -> None:
+    picture = figures.tasks(rows(count))
+    root = ElementTree.fromstring(picture.svg)
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in texts if text.startswith("task ")] == [f"task {i}" for i in range(count)]
+    assert all(texts.count(str(i)) >= 1 for i in range(count))
+    height = float(root.attrib["viewBox"].split()[3])
+    assert height == pytest.approx(72 * (1.4 + 0.185 * count))
+    at = [float(match) for match in re.findall(r'translate\(\S+ ([\d.]+)\)[^>]*>task ', picture.svg)] or [
+        float(match) for match in re.findall(r'y="([\d.]+)"[^>]*>task ', picture.svg)]
+    assert len(at) == count and all(after - before > 9 for before, after in zip(at, at[1:]))  # points; the text is 8 high
+
+
+def test_names_of_tasks_are_neither_formulas_nor_markup_nor_endless() -> None:
+    names = ["$\\frac{$", "<script>", "\u202eevil", "語" * 10, "x" * 10_000, "a & b"]
+    picture = figures.tasks([(name, end, losses) for name, (_, end, losses) in zip(names, rows(len(names)))])
+    texts = [text.text for text in ElementTree.fromstring(picture.svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"$\\frac{$", "<script>", "⟨U+202E⟩evil", "語" * 10, "a & b"} <= set(texts)
+    assert max(map(len, texts)) < 80 and "\u202e" not in picture.svg
+    assert "<script" not in picture.inline
+
+
+def test_explanations_are_drawn_among_the_losses_in_their_order() -> None:
+    picture = figures.explained({"zero": Number(9, 0.1), "n2g": Number(4.5, None), "clean": Number(2, 0)}, "n2g")
+    assert picture.label == "clean 2.00; n2g 4.50; zero 9.00 nats."
+    assert figures.explained({"clean": Number(2), "n2g": Number(2)}, "n2g") is not None  # all the same
+
+
+def test_latents_without_a_precision_are_counted_not_drawn() -> None:
+    picture = figures.patterns(np.array([0.5, 0.25, 0.1]), np.array([1, np.nan, np.nan]), {})
+    assert "2 latents whose patterns predicted nothing are left out" in picture.caption and picture.label.startswith("1 latents")

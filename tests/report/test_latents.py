@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -9,8 +11,9 @@ from safetensors.numpy import save_file
 from ksparse.errors import CorruptError
 from ksparse.report import latents
 from ksparse.report.source import Source
+from ksparse.report.tokens import safe_token
 
-from .conftest import AFTER, BEFORE, DEAD, WORDS, arrays
+from .conftest import ABLATION, AFTER, BEFORE, DEAD, N2G, PROBES, WORDS, ablation_arrays, arrays, n2g_arrays, tasks
 
 
 def cards(run) -> dict[int, latents.Card]:
@@ -19,13 +22,13 @@ def cards(run) -> dict[int, latents.Card]:
 
 def test_dead_latents_are_not_shown_and_no_latent_twice(make_run) -> None:
     found = [card.number for sample in latents.samples(Source(make_run())) for card in sample.cards]
-    assert len(found) == len(set(found)) == latents.DENSEST + latents.RANDOM + latents.RAREST
+    assert len(found) == len(set(found)) == latents.DENSEST + latents.RANDOM + latents.RAREST + 2 * latents.EXPLAINED + latents.KNOWING
     assert not set(found) & set(DEAD)
 
 
 def test_the_densest_and_the_rarest_are_that(make_run) -> None:
     density = arrays()["density"]
-    densest, _, rarest = (np.array([card.number for card in sample.cards]) for sample in latents.samples(Source(make_run())))
+    densest, _, rarest = (np.array([card.number for card in sample.cards]) for sample in latents.samples(Source(make_run()))[:3])
     live = density[density > 0]
     assert density[densest].min() >= np.sort(live)[-latents.DENSEST] and density[rarest].max() <= np.sort(live)[latents.RAREST - 1]
 
@@ -45,8 +48,8 @@ def test_an_example_is_the_window_of_its_context(make_run) -> None:
             row = data["contexts"][context]
             at = [i for i in range(position - BEFORE, position + AFTER + 1) if 0 <= i < len(row) and row[i] >= 0]
             assert "".join(piece.text for piece in example.pieces) == "".join(
-                latents.safe_token(WORDS[row[i]]) for i in at)
-            assert [piece.text for piece in example.pieces if piece.peak] == [latents.safe_token(WORDS[row[position]])]
+                safe_token(WORDS[row[i]]) for i in at)
+            assert [piece.text for piece in example.pieces if piece.peak] == [safe_token(WORDS[row[position]])]
 
 
 def test_heat_is_the_share_of_the_latents_largest_value(make_run) -> None:
@@ -98,3 +101,54 @@ def test_arrays_that_do_not_fit_together_are_refused(make_run, name, change, mes
     save_file(data, run.path / "evals" / "stats.safetensors")
     with pytest.raises(CorruptError, match=message):
         latents.samples(Source(run))
+
+
+# ---- what other evaluations found
+
+
+def titles(run) -> dict[str, list[int]]:
+    return {title: numbers for title, _, numbers in latents.chosen(Source(run))}
+
+
+def test_evaluations_add_samples_of_live_latents_that_have_no_card_yet(make_run) -> None:
+    found, arrays_ = titles(make_run()), n2g_arrays()
+    f1 = dict(zip(arrays_["scored"].tolist(), arrays_["f1"].tolist()))
+    free = {i for i in f1 if np.isfinite(f1[i]) and i not in DEAD} - {i for title in ("The densest", "At random", "The rarest") for i in found[title]}
+    order = sorted(free, key=lambda i: -f1[i])
+    assert found["Best explained"] == order[: latents.EXPLAINED]
+    assert found["Worst explained"] == order[::-1][: latents.EXPLAINED]
+    assert len(found["Best at a task"]) == latents.KNOWING
+
+
+@pytest.mark.parametrize("evals, added", [(("stats",), set()), (("stats", "n2g"), {"Best explained", "Worst explained"}),
+                                          (("stats", "probes"), {"Best at a task"}), (("stats", "ablation"), set())])
+def test_without_an_evaluation_there_is_no_sample_of_it(make_run, evals, added) -> None:
+    assert set(titles(make_run(evals=evals))) == {"The densest", "At random", "The rarest"} | added
+
+
+def test_latents_that_the_run_does_not_have_are_not_chosen(make_run) -> None:
+    run, data = make_run(), n2g_arrays()
+    data["scored"] += 1_000_000
+    save_file(data, run.path / "evals" / "n2g.safetensors")
+    run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": {"a": tasks(1)["task_00"] | {"latent": 10**9}, "b": {"latent": -1}}}))
+    assert set(titles(run)) == {"The densest", "At random", "The rarest"}
+
+
+def test_an_explanation_of_nothing_adds_nothing(make_run) -> None:
+    run = make_run()
+    empty = {name: array[:0] for name, array in n2g_arrays().items()} | {"pattern_start": np.zeros(1, np.int32)}
+    save_file(empty, run.path / "evals" / "n2g.safetensors")
+    run.eval_file("n2g").write_text(json.dumps(N2G | {key: {"value": None, "se": None} for key in ("recall", "precision", "f1")}))
+    save_file({name: array[:0] for name, array in ablation_arrays().items()}, run.path / "evals" / "ablation.safetensors")
+    run.eval_file("ablation").write_text(json.dumps(ABLATION | {"n_latents": 0}))
+    assert "Best explained" not in titles(run)
+    assert all(card.explanation is None and card.effect is None for card in cards(run).values())
+
+
+def test_a_card_has_what_was_found_of_its_latent(make_run) -> None:
+    tables, scored = set(ablation_arrays()["latent"].tolist()), set(n2g_arrays()["scored"].tolist())
+    best = {task["latent"]: name for name, task in tasks().items()}
+    for number, card in cards(make_run()).items():
+        assert card.explanation.count == 6 and len(card.explanation.patterns) == 4
+        assert bool(card.explanation.scores) == (number in scored) and (card.effect is not None) == (number in tables)
+        assert card.tasks == ((best[number],) if number in best else ())

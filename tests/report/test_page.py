@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ksparse import report
 from ksparse.errors import CorruptError, InputError
@@ -16,7 +18,7 @@ from ksparse.report.numbers import GROUPS
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 
-from .conftest import DEAD, DOWNSTREAM, STATS, WORDS, build
+from .conftest import ABLATION, DEAD, DOWNSTREAM, N2G, PROBES, RESULTS, STATS, WORDS, build, n2g_arrays, tasks
 from .reading import Page
 
 ALLOWED = set("""html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
@@ -63,23 +65,23 @@ def page(whole) -> Page:
 def test_a_run_with_all_results_has_every_section(whole, page) -> None:
     assert_inert(page)
     assert [heading.text for heading in page.all("h2")] == [
-        "What was run", "Is it good?", "How it trained", "Its latents", "How to reproduce it"]
+        "What was run", "Is it good?", "What its latents know", "How it trained", "Its latents", "How to reproduce it"]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text
     assert sorted(file.name for file in (whole.path / "figures").iterdir()) == sorted(
-        f"{name}.svg" for name in ("training-nmse", "training-dead", "training-steps", "training-l0", "latents-density", "latents-cosine"))
-    assert len(page.all("svg", role="img")) == 6
+        f"{name}.svg" for name in ("training-nmse", "training-dead", "training-steps", "training-l0", "latents-density", "latents-cosine",
+                                   "explained-loss", "n2g-latents", "ablation-sparsity", "probes-tasks"))
+    assert len(page.all("svg", role="img")) == 10
 
 
 def test_the_tables_values_are_the_files(page) -> None:
     table = [float(element.attributes["value"]) for element in page.all("data") if "table" in element.inside]
-    results = {"stats": STATS, "downstream": DOWNSTREAM}
     expected = []
     for group in GROUPS:
         for row in group.rows:
-            found = results[group.eval][row.key]
-            expected += [found["value"], found["se"]] if isinstance(found, dict) else [found]
+            found = RESULTS[group.eval][row.key]
+            expected += [part for part in (found["value"], found["se"]) if part is not None] if isinstance(found, dict) else [found]
     assert table == expected
 
 
@@ -94,14 +96,98 @@ def test_a_result_of_an_older_checkpoint_says_so(make_run) -> None:
     assert "step 30, though training went on to step 50" in written(run).text
 
 
-@pytest.mark.parametrize("stats, downstream, missing", [
-    (False, False, ["stats", "downstream"]), (True, False, ["downstream"]), (False, True, ["stats"])])
-def test_a_missing_result_names_the_command_that_adds_it(make_run, stats, downstream, missing) -> None:
-    page = written(make_run(stats=stats, downstream=downstream))
+@pytest.mark.parametrize("missing", [tuple(RESULTS), *((name,) for name in RESULTS)], ids="-".join)
+def test_a_missing_result_names_the_command_that_adds_it(make_run, missing) -> None:
+    page = written(make_run(evals=[name for name in RESULTS if name not in missing]))
     assert_inert(page)
     commands = {code.text for code in page.all("code") if code.text.startswith("ksparse eval")}
     assert commands == {f"ksparse eval demo {name}" for name in missing}
-    assert bool(page.all("article")) == stats
+    assert bool(page.all("article")) == ("stats" not in missing)
+
+
+def nulled(value):
+    """Return a result with null for each number."""
+    if isinstance(value, dict):
+        return {"value": None, "se": None} if "value" in value else {key: nulled(item) for key, item in value.items()}
+    return value
+
+
+def test_results_without_a_single_number_make_a_page(make_run) -> None:
+    run = make_run()
+    for name, result in RESULTS.items():
+        run.eval_file(name).write_text(json.dumps(nulled(result)))
+    page = written(run)
+    assert_inert(page)
+    assert "What a good autoencoder shows" not in page.text and "nan" not in page.text.lower().replace("nanogpt", "")
+    assert page.all("table", **{"class": "tasks"}) and not any("probes" in svg.attributes["aria-label"] for svg in page.all("svg"))
+
+
+def test_verdicts_are_words_above_the_numbers(make_run) -> None:
+    run = make_run()
+    run.eval_file("ablation").write_text(json.dumps(ABLATION | {"difference": {"value": -0.1, "se": 0.01}}))
+    run.eval_file("n2g").write_text(json.dumps(N2G | {"recall": {"value": 0.02, "se": 0.01}}))
+    page = written(run)
+    assert_inert(page)
+    assert [strong.text for strong in page.all("strong") if "li" in strong.inside] == [
+        "holds", "holds", "holds", "unclear", "holds", "does not hold"]
+    assert "4 of 6 hold, 1 does not, 1 cannot be told" in page.text and "latents are no simpler causes" in page.text
+    assert page.text.index("4 of 6 hold") < page.text.index("How to read it")
+
+
+@pytest.mark.parametrize("count", [1, 61])
+def test_every_task_is_in_the_figure_and_in_the_table(make_run, count) -> None:
+    run = make_run()
+    run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": tasks(count)}))
+    page = written(run)
+    assert_inert(page)
+    rows = [row.text.split() for row in page.all("tr") if "details" in row.inside]
+    assert [row[0] for row in rows[1:]] == [f"task_{i:02}" for i in range(count)]
+    assert rows[1][2:] == ["+0.200", "0.300", "±", "0.010", "0.500", "0.520", "0.100", "0.693", "0.280", "500", "+", "498", "50", "%"]
+    assert {f"task_{i:02}" for i in range(count)} <= {text.text for text in page.all("text")}
+
+
+def test_best_latents_with_a_card_are_linked_to_it_and_the_card_names_the_task(page) -> None:
+    cards = {card.attributes["id"]: card.text for card in page.all("article")}
+    links = {link.attributes["href"][1:] for link in page.all("a") if "td" in link.inside}
+    best = {f"latent-{task['latent']}": name for name, task in tasks().items()}
+    assert links == set(best) & set(cards) and len(links) >= 4
+    assert all(best[link] in cards[link] for link in links)
+
+
+def test_patterns_on_a_card_read_as_text(make_run) -> None:
+    run, arrays = make_run(), n2g_arrays()
+    for name, value in (("tokens", [WORDS.index("def"), -1, WORDS.index("(")] * 2000), ("start", range(0, 6000, 3)), ("value", 0.83), ("support", 5),
+                        ("anchored", True)):
+        old = arrays[f"pattern_{name}"]
+        arrays[f"pattern_{name}"] = np.resize(np.array(value), 6000 if name == "tokens" else len(old)).astype(old.dtype)
+    save_file(arrays, run.path / "evals" / "n2g.safetensors")
+    patterns = [item for item in written(run).all("li") if "article" in item.inside and "→" in item.text]
+    assert len(patterns) == 30 * 4
+    assert all(" ".join(item.text.split()).startswith('^ "def" * "(" → 0.83') and "5 examples" in item.text for item in patterns)
+
+
+def test_hostile_tokens_are_text_in_patterns_and_effects(make_run) -> None:
+    page = written(make_run(vocabulary=HOSTILE[: len(WORDS)]))
+    assert_inert(page)
+    tokens = {bdi.text for bdi in page.all("bdi") if "li" in bdi.inside or "dd" in bdi.inside}
+    assert {'"<script>alert(1)</script>"', '"⟨U+202E⟩evil"', '"]]>"', '"⟨U+D800⟩"'} <= tokens
+
+
+def test_one_command_asks_for_all_results_whose_options_agree(make_run) -> None:
+    run = make_run()
+    run.eval_file("ablation").write_text(json.dumps(ABLATION | {"options": {"tokens": 5, "text": "other"}}))
+    commands = [pre.text for pre in written(run).all("pre") if pre.text.startswith("ksparse eval")]
+    assert commands == ["ksparse eval runs/again stats downstream probes n2g explained_loss --tokens 100000 --per-document 512 --split held-out "
+                        "--examples 8 --seed 0 --suite suites/demo", "ksparse eval runs/again ablation --tokens 5 --text other"]
+
+
+def test_arrays_that_are_missing_leave_a_page_without_what_they_hold(make_run) -> None:
+    run = make_run()
+    for name in ("n2g", "ablation"):
+        run.eval_file(name).with_suffix(".safetensors").unlink()
+    page = written(run)
+    assert_inert(page)
+    assert "Patterns that predict it" not in page.text and "raises" not in page.text and "Best at a task" in page.text
 
 
 def test_a_recipe_alone_makes_a_page(tmp_path) -> None:
@@ -146,7 +232,7 @@ def test_a_damaged_result_is_named(make_run, name, content) -> None:
 
 def test_live_latents_have_cards_and_dead_ones_do_not(page) -> None:
     cards = page.all("article")
-    assert len(cards) == 20
+    assert len(cards) == 30
     assert not {card.attributes["id"] for card in cards} & {f"latent-{number}" for number in DEAD}
 
 
@@ -158,8 +244,10 @@ def test_hostile_text_is_text_wherever_it_is(make_run, name, last) -> None:
     in_recipe = payload.encode("utf-8", "replace").decode().replace("\x00", "")  # which TOML cannot hold
     run = make_run(name, vocabulary=payloads, changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site", "shards")},
                    environment={"versions": {payload: payload}, "platform": payload, "processor": payload, "gpus": [payload], "threads": 2})
-    for eval_name, result in (("stats", STATS), ("downstream", DOWNSTREAM)):
+    for eval_name, result in RESULTS.items():
         hostile = {"text": payload, "notes": [payload], "policy": {payload: payload}, "options": {payload: payload}}
+        if eval_name == "probes":
+            hostile |= {"suite": payload, "tasks": dict(zip([*payloads, payload], tasks(len(payloads) + 1).values()))}
         run.eval_file(eval_name).write_text(json.dumps(result | hostile))
     page = written(run)
     assert_inert(page)
@@ -197,7 +285,7 @@ def test_the_same_files_make_the_same_bytes(make_run) -> None:
 
 
 def test_commands_quote_what_a_shell_would_read(make_run) -> None:
-    page = written(make_run("my run; rm x"))
+    page = written(make_run("my run; rm x", evals=("stats", "downstream")))
     commands = [pre.text for pre in page.all("pre") if pre.text.startswith("ksparse")]
     assert commands == ["ksparse train 'my run; rm x/recipe.toml' --out runs/again --threads 2",
                         "ksparse eval runs/again stats downstream --tokens 100000 --per-document 512 --split held-out --examples 8 --seed 0",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksparse.report.tokens import TOKEN_LIMIT, is_right_to_left, safe_text, safe_token
+from ksparse.report.tokens import TOKEN_LIMIT, is_right_to_left, safe_text, safe_token, token_of
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -27,6 +27,11 @@ def test_a_long_token_is_cut_and_says_how_long_it_was() -> None:
 
 def test_other_text_keeps_its_spaces() -> None:
     assert safe_text("a  b\nc") == "a  b↵c"
+
+
+@pytest.mark.parametrize("number, shown", [(0, "·"), (1, "a"), (2, "⟨2⟩"), (-1, "⟨-1⟩"), (10**12, "⟨1000000000000⟩")])
+def test_a_token_without_a_string_is_its_id(number: int, shown: str) -> None:
+    assert token_of([" ", "a"], number) == shown
 
 
 def test_only_text_from_right_to_left_needs_isolation() -> None:

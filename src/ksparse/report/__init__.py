@@ -5,7 +5,10 @@
     source    the run's files, read once, with the numbers in them
     tokens    the one place where text from data is made safe to show
     numbers   results -> the table of numbers           (a Row per number)
+    claims    results -> what a good SAE shows, and whether it does   (a Claim per claim)
     figures   results -> SVG
+    findings  arrays -> what evaluations found of single latents
+    probes    tasks -> the section on them
     latents   arrays -> cards with heat-maps
     page      the sections in their order               (a Section per question)
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ksparse.report.numbers import amount, percent, significant
-from ksparse.report.source import is_number
+from ksparse.report.numbers import GAUSSIAN, amount, percent, significant
+from ksparse.report.source import Number, is_number
+from ksparse.report.tokens import safe_text
 
 INK, GRID, FIRST, SECOND = "#1c1d22", "#dfe1e7", "#3a55c8", "#b4530a"
 _ON_PAGE = {INK: "currentColor", GRID: "var(--grid)", FIRST: "var(--first)", SECOND: "var(--second)"}
@@ -182,26 +184,138 @@ def cosines(values: np.ndarray) -> Picture | None:
                    f"Median {np.median(values):.2f}, from {values.min():.2f} to {values.max():.2f}.")
 
 
+# ---- evaluations -------------------------------------------------------------------------------------------------
+
+
+def explained(losses: dict[str, Number | None], ours: str) -> Picture | None:
+    """Draw the LM's losses on one axis, each on a line of its own; ours: the name of the one that the others are there for."""
+    shown = sorted(((name, loss) for name, loss in losses.items() if loss is not None), key=lambda pair: pair[1].value)
+    if ours not in dict(shown) or len(shown) < 2:
+        return None
+    with canvas(size=(5.2, 0.75 + 0.31 * len(shown))) as (figure, axes):
+        for row, (name, loss) in enumerate(shown):
+            colour, size = (FIRST, 8) if name == ours else (INK, 6)
+            axes.plot(loss.value, row, marker="o", color=colour, markersize=size)
+            if loss.se:
+                axes.hlines(row, loss.value - 2 * loss.se, loss.value + 2 * loss.se, colors=colour, linewidth=1.5)
+            axes.annotate(significant(loss.value), (loss.value + 2 * (loss.se or 0), row), xytext=(8, 0), textcoords="offset points",
+                          va="center", color=colour)
+        lines(axes, [name for name, _ in shown])
+        low, high = shown[0][1].value, shown[-1][1].value
+        axes.set_xlim(low - 0.04 * (high - low or 1), high + 0.14 * (high - low or 1))  # room for the last number
+        axes.set_xlabel("loss of the LM, nats per token")
+        svg = save(figure)
+    return Picture("explained-loss", svg, "What explanations carry",
+                   "Loss with each of these in place of the activation; the n-grams use no activation at all. "
+                   "The nearer explanations are to the reconstruction, the more of the latents they catch. Bars are two standard errors.",
+                   "; ".join(f"{name} {significant(loss.value)}" for name, loss in shown) + " nats.")
+
+
+def patterns(recall: np.ndarray, precision: np.ndarray, means: dict[str, tuple[Number | None, Number | None]]) -> Picture | None:
+    """Draw precision against recall, a point for each latent; means: (recall, precision) by name, the first the latents' own."""
+    there = np.isfinite(recall) & np.isfinite(precision)
+    if not there.any():
+        return None
+    with canvas(size=(5.2, 3.9)) as (figure, axes):
+        axes.plot(100 * recall[there], 100 * precision[there], linestyle="none", marker="o", color=FIRST, alpha=0.3, markersize=4.5,
+                  markeredgewidth=0, label="a latent", clip_on=False)
+        for (name, (across, up)), (marker, colour) in zip(means.items(), (("D", INK), ("X", SECOND))):
+            if across is not None and up is not None:
+                axes.plot(100 * across.value, 100 * up.value, linestyle="none", marker=marker, color=colour, markersize=8,
+                          label=name, clip_on=False)
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall, %", ylabel="precision, %")
+        legend(figure)
+        svg = save(figure)
+    return Picture("n2g-latents", svg, "Precision and recall of explanations",
+                   "Each scored latent, by how much its patterns catch and how often they are right; darker where points lie on each other. "
+                   "Recall goes in steps, one for each activation it is counted on."
+                   + (f" {(~there).sum():,} latents whose patterns predicted nothing are left out." if not there.all() else ""),
+                   f"{there.sum():,} latents; median recall {percent(float(np.median(recall[there])))}, "
+                   f"median precision {percent(float(np.median(precision[there])))}.")
+
+
+def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None:
+    """Draw how sparse the effects of single latents are against those of single channels, from histograms with one set of edges."""
+    found = [(histogram.get("edges"), histogram.get("counts")) for histogram in (latents, channels)]
+    if not all(isinstance(edges, list) and isinstance(counts, list) and len(edges) == len(counts) + 1 and edges == found[0][0]
+               and all(map(is_number, [*edges, *counts])) and sum(counts) for edges, counts in found):
+        return None
+    (edges, ours), (_, theirs) = found
+    last = max(_range(ours)[1], _range(theirs)[1])
+    with canvas() as (figure, axes):
+        axes.bar(edges[:-1], _shares(ours), np.diff(edges), align="edge", color=FIRST, alpha=0.75, linewidth=0, label="latents")
+        axes.stairs(_shares(theirs), edges, color=SECOND, linewidth=1.5, label="channels")
+        axes.set_xlim(0, max(edges[last + 1], 1.15 * GAUSSIAN))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:g} %")
+        axes.set_xlabel("share of logits that change")
+        axes.set_ylabel("share of ablations")
+        axes.grid(axis="x", visible=False)
+        reference(axes, GAUSSIAN, "noise", vertical=True)
+        legend(figure)
+        svg = save(figure)
+    return Picture("ablation-sparsity", svg, "How far effects spread",
+                   "Ablations of one active latent, and of one channel at the same positions, by the share of the LM’s logits that change. "
+                   "Further left is sparser.",
+                   f"{sum(ours):,} ablations of latents, {sum(theirs):,} of channels.")
+
+
+PROBES = (("prior_loss", "label’s share alone", "|", INK, INK), ("dense_probe_loss", "all channels together", "D", INK, "none"),
+          ("random_sae_loss", "best random latent", "x", SECOND, SECOND), ("channel_loss", "best channel", "s", SECOND, "none"),
+          ("loss", "best latent", "o", FIRST, FIRST))
+"""Kinds of probe: key of the loss, name, marker, its colour and filling; the latest is drawn above the others."""
+
+
+def tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | None:
+    """Draw the losses of each task's probes on a line: (its name, what stands at its end, losses by the keys of PROBES)."""
+    if not any(losses.get("loss") for _, _, losses in rows):
+        return None
+    with canvas(size=(6.2, 1.4 + 0.185 * len(rows))) as (figure, axes):
+        for key, name, marker, colour, filling in PROBES:
+            found = [(losses[key], row) for row, (_, _, losses) in enumerate(rows) if losses.get(key) is not None]
+            axes.plot([number.value for number, _ in found], [row for _, row in found], linestyle="none", marker=marker, color=colour,
+                      markerfacecolor=filling, markersize=6 if key == "prior_loss" else 4.5, markeredgewidth=1.1, label=name, clip_on=False)
+            if key == "loss":
+                axes.hlines([row for _, row in found], [number.value - 2 * (number.se or 0) for number, _ in found],
+                            [number.value + 2 * (number.se or 0) for number, _ in found], colors=colour, linewidth=1.1)
+        lines(axes, [name for name, _, _ in rows], fontsize=8)
+        for row, (_, end, _) in enumerate(rows):
+            axes.annotate(end, (1, row), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points", va="center",
+                          fontsize=8, parse_math=False)
+        axes.annotate("latent", (1, -1), xycoords=("axes fraction", "data"), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.tick_params(axis="x", labeltop=len(rows) > 20)
+        axes.set_xlabel("loss on the test half, nats per label")
+        legend(figure, 3)
+        svg = save(figure)
+    return Picture("probes-tasks", svg, "The best latent of each task",
+                   "Sorted by how far the best latent is below the next of best channel, best random latent and the label’s share alone; "
+                   "at the top the SAE has something that they have not. Bars are two standard errors. "
+                   "A diamond far to the left of the rest is knowledge that the LM has, but no single latent.",
+                   f"{len(rows)} tasks, from {safe_text(rows[0][0], 40)} to {safe_text(rows[-1][0], 40)}.")
+
+
 # ---- parts of a figure -------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def canvas(rows: int = 1) -> Iterator[tuple[Any, Any]]:
-    """Yield a matplotlib figure and its axes, with our settings until it is saved."""
+def canvas(rows: int = 1, size: tuple[float, float] = (5.2, 2.9)) -> Iterator[tuple[Any, Any]]:
+    """Yield a matplotlib figure of so many inches and its axes, with our settings until it is saved."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained", facecolor="none")
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
         yield figure, figure.subplots(rows, 1, subplot_kw={"facecolor": "none"})
 
 
 def save(figure: Any) -> str:
     """Return a figure as SVG, the same bytes each time: no date, no name of a program, a fixed salt for ids."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text is drawn by the reader's fonts, which may well have it
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>[^<]*</style>\s*", "", text)  # it styles everything on a page; the roots below inherit instead
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
@@ -228,6 +342,18 @@ def reference(axes: Any, at: float, text: str, *, vertical: bool = False) -> Non
     else:
         axes.axhline(at, color=SECOND, **line)
         axes.annotate(text, (0, at), xycoords=("axes fraction", "data"), xytext=(4, 4), textcoords="offset points", color=SECOND)
+
+
+def lines(axes: Any, names: list[str], **how: Any) -> None:
+    """Give each of some rows its name at the left, the first at the top, with no more room around them than they need."""
+    axes.set_yticks(range(len(names)), [safe_text(name, 34) for name in names], parse_math=False, **how)  # names are no formulas
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def legend(figure: Any, columns: int = 4) -> None:
+    """Name the marks above the axes, where they hide nothing."""
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=1.2, handlelength=1.4)
 
 
 def against_tokens(axes: Any, tokens: np.ndarray, *, log: bool = False) -> None:
@@ -287,6 +413,10 @@ def short(value: float) -> str:
 def one_in(power: float) -> str:
     """Return 10 ** power as a share."""
     return {0: "all", -1: "10 %", -2: "1 %"}.get(round(power), f"1 in {thousands(10 ** -round(power))}")
+
+
+def _shares(counts: list[int]) -> np.ndarray:
+    return 100 * np.array(counts, float) / sum(counts)
 
 
 def _range(counts: list[int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Arrays of `stats` -> cards of some latents, with the text that each fires on."""
+"""Arrays of `stats` -> cards of some latents, with the text that each fires on, and what other evaluations found of each."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import CorruptError
-from ksparse.report import figures
+from ksparse.report import figures, findings
 from ksparse.report.figures import Picture
+from ksparse.report.findings import Effect, Explanation
 from ksparse.report.numbers import decimals
 from ksparse.report.source import Arrays, Source
-from ksparse.report.tokens import is_right_to_left, safe_token
+from ksparse.report.tokens import is_right_to_left, token_of
 
 DENSEST, RANDOM, RAREST = 4, 12, 4
+EXPLAINED, KNOWING = 3, 4
+"""Latents with the best explanations, as many with the worst, and those that are best at a probe task."""
 EXAMPLES = 6
 """Examples of each kind on a card."""
 
@@ -51,6 +54,10 @@ class Card:
     cosine: float
     top: list[Example]
     random: list[Example]
+    explanation: Explanation | None = None
+    effect: Effect | None = None
+    tasks: tuple[str, ...] = ()
+    """Probe tasks of which it is the best latent."""
 
     def written(self, value: float) -> str:
         """Return one of its values with as many digits after the point as all on the card."""
@@ -77,16 +84,44 @@ def pictures(source: Source) -> list[Picture]:
 
 
 def samples(source: Source) -> list[Sample]:
-    """Return the densest, some random and the rarest live latents; nothing without the arrays of `stats`."""
+    """Return the cards of each sample; nothing without the arrays of `stats`."""
+    groups = chosen(source)
+    if not groups:
+        return []
+    reader = _Reader(source, source.arrays("stats"))
+    return [Sample(title, why, [reader.card(latent) for latent in latents]) for title, why, latents in groups]
+
+
+def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
+    """Return (title, why, latents) of each sample, each latent in one: the densest, some at random, the rarest, and what evaluations single out."""
     arrays = source.arrays("stats")
     if arrays is None or source.result("stats") is None:
         return []
-    reader = _Reader(source, arrays)
-    densest, random, rarest = choose(arrays.whole("density"))
+    density = arrays.whole("density")
+    densest, random, rarest = (latents.tolist() for latents in choose(density))
+    taken = {*densest, *random, *rarest}
+
+    def others(latents: Any, most: int) -> list[int]:
+        """Take the first live ones that are in no sample yet."""
+        free = [i for i in dict.fromkeys(map(int, latents)) if 0 <= i < len(density) and density[i] > 0 and i not in taken][:most]
+        taken.update(free)
+        return free
+
+    explained = findings.explanations(source)
+    scored = explained.best_first() if explained is not None else np.array([], int)
+    knowing = [task.latent for task in findings.tasks(source) if task.latent is not None and (task.gain or 0) > 0]
     groups = (("The densest", "They fire on the most tokens; often they stand for something general.", densest),
               ("At random", "Drawn from all other live latents, with a fixed seed and no regard to how they look.", random),
-              ("The rarest", "They fire on the fewest tokens, but on some.", rarest))
-    return [Sample(title, why, [reader.card(int(latent)) for latent in chosen]) for title, why, chosen in groups if len(chosen)]
+              ("The rarest", "They fire on the fewest tokens, but on some.", rarest),
+              ("Best explained", "The highest F1 among the scored; often they stand for a single token.", others(scored, EXPLAINED)),
+              ("Worst explained", "The lowest F1 among the scored: the patterns found do not tell when they fire.", others(scored[::-1], EXPLAINED)),
+              ("Best at a task", "At the probe tasks on which a latent is furthest below channels and random latents.", others(knowing, KNOWING)))
+    return [group for group in groups if group[2]]
+
+
+def shown(source: Source) -> set[int]:
+    """Return the latents that have a card on the page."""
+    return {latent for _, _, latents in chosen(source) for latent in latents}
 
 
 def choose(density: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,12 +140,15 @@ class _Reader:
     def __init__(self, source: Source, arrays: Arrays):
         window = (source.result("stats") or {}).get("window") or {}
         self.arrays, self.vocabulary = arrays, source.vocabulary
+        self.explanations, self.effects, self.tasks = findings.explanations(source), findings.effects(source), findings.tasks(source)
         self.after, self.before = int(window.get("after", 0)), int(window.get("before", 0))
 
     def card(self, latent: int) -> Card:
         density, mean, largest, cosine = (self._one(name, latent) for name in ("density", "mean_act", "max_act", "cosine"))
         return Card(latent, density, mean, largest, cosine,
-                    self._examples("top", latent, largest), self._examples("random", latent, largest))
+                    self._examples("top", latent, largest), self._examples("random", latent, largest),
+                    self.explanations.of(latent) if self.explanations else None, self.effects.of(latent) if self.effects else None,
+                    tuple(task.name for task in self.tasks if task.latent == latent))
 
     def _one(self, name: str, latent: int) -> float:
         return float(np.nan_to_num(self.arrays.row(name, latent)))
@@ -133,9 +171,8 @@ class _Reader:
         return Example(min(value, largest), join(shown))  # examples are float16 and may round up
 
     def _piece(self, token: int, act: float, largest: float, peak: bool) -> Piece:
-        string = self.vocabulary[token] if token < len(self.vocabulary) else None
         heat = min(1.0, act / largest) if act > 0 and largest > 0 else 0.0
-        text = f"⟨{token}⟩" if string is None else safe_token(string)
+        text = token_of(self.vocabulary, token)
         return Piece(text, act if heat else 0.0, round(heat, 2), peak, is_right_to_left(text))
 
 
@@ -158,5 +195,8 @@ def facts(source: Source) -> dict[str, Any]:
     """Return what the section on latents shows."""
     arrays = source.arrays("stats")
     count = len(arrays.whole("density")) if arrays is not None else None
-    return {"pictures": pictures(source), "samples": samples(source), "count": count, "command": source.command("eval", "stats"),
+    found = samples(source)
+    cards = [card for sample in found for card in sample.cards]
+    return {"pictures": pictures(source), "samples": found, "count": count, "command": source.command("eval", "stats"),
+            "has_patterns": any(card.explanation and card.explanation.patterns for card in cards), "has_effects": any(card.effect for card in cards),
             "has_stats": source.result("stats") is not None, "has_vocabulary": bool(source.vocabulary)}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ksparse.report.source import Number, Source
 
-Kind = Literal["number", "percent"]
+Kind = Literal["number", "percent", "count"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,32 @@ def _ablations(source: Source) -> str:
     return f"0: the LM as it was; {mean.value - clean.value:.2f}: the mean activation; {zero.value - clean.value:.2f}: zeros"
 
 
+def beside(name: str, kind: Kind, **words: str) -> Callable[[Source], str]:
+    """Return a comparison with other numbers of a result, as far as it has them."""
+    def compare(source: Source) -> str:
+        found = ((source.number(name, key), text) for key, text in words.items())
+        return "; ".join(f"{brief(number.value, kind)}: {text}" for number, text in found if number is not None)
+
+    return compare
+
+
+def _probes_of_others(source: Source) -> str:
+    return beside("probes", "number", channel_loss="the best channel", random_sae_loss="the best latent of an untrained SAE",
+                  dense_probe_loss="all channels together", prior_loss="the label’s share alone")(source)
+
+
+def _changeable(source: Source) -> str:
+    """Return how many logits an ablation could change: the vocabulary at each position of the horizon."""
+    effective, share = source.number("ablation", "effective_tokens"), source.number("ablation", "ablation_sparsity")
+    if effective is None or share is None or not share.value:
+        return "The whole vocabulary at each position"
+    return f"{effective.value / share.value:,.0f}: the whole vocabulary at each position"
+
+
+GAUSSIAN = 2 / math.pi
+"""Ablation sparsity of an effect whose sizes are Gaussian: noise, without anything sparse in it."""
+
+
 GROUPS = (
     Group("stats", "What it reconstructs, and with how many latents", (
         Row("Normalised MSE", "nmse", "number", "1: predicting the mean",
@@ -93,6 +119,54 @@ GROUPS = (
         Row("Loss, mean activation", "ce_mean", "number", _above_the_lm("ce_mean"),
             "The same with the mean activation everywhere: the site tells nothing about the token."),
         Row("Loss, zeros", "ce_zero", "number", _above_the_lm("ce_zero"), "The same with zeros, which the LM has never seen."),
+    )),
+    Group("probes", "What single latents know", (
+        Row("Probe loss", "probe_loss", "number", _probes_of_others,
+            "Nats per label, mean over tasks: each task’s best latent, chosen on one half of the rows, judged on the other. Lower is better."),
+        Row("Gain over channels", "gain_over_channels", "number", "0: the LM’s own channels do as well",
+            "Loss of the best channel less that of the best latent, on the same rows. There are more latents than channels to choose from."),
+        Row("Gain over random latents", "gain_over_random_sae", "number", "0: as many random directions do as well",
+            "The same against an untrained SAE of the same size. This is what training brought."),
+        Row("Probe loss, in sample", "probe_loss_in_sample", "number",
+            beside("probes", "number", probe_loss="on rows that the latents were not chosen on"),
+            "Loss on the very rows that the latents were chosen on, as the paper has it. "
+            "Falls with the number of latents, even random ones, so it says nothing across sizes."),
+    )),
+    Group("n2g", "How well patterns of tokens explain latents", (
+        Row("Recall", "recall", "percent", beside("n2g", "percent", shuffled_recall="by another latent’s patterns, so by chance"),
+            "Share of a latent’s activations that its patterns catch, mean over scored latents. Higher is better."),
+        Row("Precision", "precision", "percent", beside("n2g", "percent", shuffled_precision="by another latent’s patterns, so by chance"),
+            "Share of a latent’s predictions at which it is active, mean over scored latents that have any. Higher is better."),
+        Row("F1", "f1", "percent", beside("n2g", "percent", shuffled_f1="by another latent’s patterns, so by chance"),
+            "Harmonic mean of each latent’s recall and precision, then the mean over latents. High only where both are."),
+        Row("Precision, pooled", "precision_pooled", "percent", beside("n2g", "percent", precision="each latent counts the same"),
+            "Over all predictions at once. A few latents whose patterns match almost anywhere make most of them."),
+        Row("Latents scored", "n_latents", "count", "Drawn at random from those that fire",
+            "Latents that fire too rarely to be explained and scored are left out, so the numbers do not speak of them."),
+    )),
+    Group("explained_loss", "What the LM makes of the explanations", (
+        Row("Loss, explanations spliced in", "ce_n2g", "number",
+            beside("explained_loss", "number", ce_clean="the LM as it is", ce_spliced="the SAE’s reconstruction", ce_bigram="bigrams",
+                   ce_unigram="unigrams", ce_bias="b_pre alone", ce_zero="zeros"),
+            "Nats per token when each latent’s value is what its patterns predict. "
+            "The gap to the reconstruction is what the patterns miss. Lower is better."),
+        Row("Loss above bigrams", "delta_to_bigram", "number", "0: the LM predicts as well as counts of token pairs",
+            "On the same tokens. Below 0 the explanations carry more than the last token alone. Counts of little text are easy to beat."),
+    )),
+    Group("ablation", "How many predictions a latent matters to", (
+        Row("Ablation sparsity", "ablation_sparsity", "percent",
+            lambda source: "; ".join(part for part in (beside("ablation", "percent", channel_sparsity="a channel set to zero")(source),
+                                                       f"{percent(GAUSSIAN)}: noise") if part),
+            "Effective share of the LM’s logits, at this position and those after it, that change when one active latent is taken out. "
+            "Lower is sparser."),
+        Row("Sparser than channels by", "difference", "percent", "0 %: latents and channels are alike",
+            "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the more specific of the two."),
+        Row("Effective logits", "effective_tokens", "count", _changeable, "The first number, as a count of logits. Fewer is sparser."),
+        Row("Ablation sparsity, weighted", "ablation_sparsity_weighted", "percent",
+            beside("ablation", "percent", ablation_sparsity="each ablation counts the same"),
+            "Each ablation weighted by the size of its effect, so that the many that hardly change anything count little."),
+        Row("KL of an ablation", "kl", "number", beside("ablation", "number", channel_kl="a channel set to zero"),
+            "Nats per position by which taking out one latent changes the predictions. Where this is tiny, sparsity is about little."),
     )),
 )
 
@@ -124,10 +198,22 @@ def settings(source: Source) -> list[dict[str, Any]]:
         facts = _settings(source, result)
         same = next((entry for entry in found if entry["facts"] == facts), None)
         if same is None:
-            found.append(same := {"titles": [], "facts": facts, "notes": []})
+            found.append(same := {"titles": [], "facts": facts, "notes": [], "options": {}})
         same["titles"].append(group.title)
+        same["options"][group.eval] = _options(result)
         same["notes"] += [note for note in result.get("notes") or [] if note not in same["notes"]]
-    return found
+    return [{"titles": entry["titles"], "facts": entry["facts"] | _written(entry["options"]), "notes": entry["notes"]} for entry in found]
+
+
+def _written(options: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the options that all evaluations share, then what each has of its own."""
+    shared = {key: value for key, value in next(iter(options.values())).items() if all(own.get(key) == value for own in options.values())}
+    each = {f"Options of {name} alone": {key: value for key, value in own.items() if key not in shared} for name, own in options.items()}
+    return {label: plain(some) for label, some in ({"Options": shared} | each).items() if some}
+
+
+def _options(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in (result.get("options") or {}).items() if value not in (None, "")}
 
 
 def _cell(source: Source, group: Group, row: Row) -> Cell:
@@ -141,8 +227,8 @@ def _cell(source: Source, group: Group, row: Row) -> Cell:
 
 def _settings(source: Source, result: dict[str, Any]) -> dict[str, str]:
     facts = {"Text": result.get("text"), "Tokens": result.get("n_tokens"), "Documents": result.get("n_documents"),
-             "Checkpoint": _step(source, result.get("checkpoint")), "Positions": result.get("policy"),
-             "Options": result.get("options")}
+             "Suite of tasks": result.get("suite"), "Tasks": result.get("n_tasks"),
+             "Checkpoint": _step(source, result.get("checkpoint")), "Positions": result.get("policy")}
     return {key: plain(value) for key, value in facts.items() if value not in (None, "", {}, [])}
 
 
@@ -160,10 +246,17 @@ def written(number: Number, kind: Kind) -> tuple[str, str]:
     """Return a value and its standard error, with the digits that the standard error leaves a meaning."""
     scale, unit = (100, " %") if kind == "percent" else (1, "")
     value, se = number.value * scale, (number.se or 0) * scale
+    if kind == "count":
+        return f"{value:,.0f}", "" if number.se is None else f"± {se:,.0f}"
     if not se:
         return f"{significant(value)}{unit}", "" if number.se is None else "± 0"
     digits = decimals(se, 2 if f"{se:e}".startswith("1") else 1)
     return f"{value:,.{digits}f}{unit}", f"± {se:.{digits}f}"
+
+
+def brief(value: float, kind: Kind) -> str:
+    """Return a value with three significant digits at most."""
+    return {"percent": percent, "count": lambda count: f"{count:,.0f}", "number": significant}[kind](value)
 
 
 def percent(share: float) -> str:

@@ -14,7 +14,7 @@ import jinja2
 
 from ksparse import recipe as recipes
 from ksparse.recipe import Recipe
-from ksparse.report import figures, latents, numbers
+from ksparse.report import claims, figures, findings, latents, numbers, probes
 from ksparse.report.figures import Picture
 from ksparse.report.source import Source, is_number
 from ksparse.report.tokens import safe_text
@@ -22,6 +22,9 @@ from ksparse.runs import RunFolder
 
 AGAIN = "runs/again"
 """Where the commands of the last section put the run's twin."""
+LOSSES = {"clean": "the LM as it is", "spliced": "reconstruction", "n2g": "explanations", "bigram": "bigrams", "unigram": "unigrams",
+          "bias": "b_pre alone", "zero": "zeros"}
+"""What `explained_loss` puts in place of the activation, in words."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,22 @@ def hardware(found: dict[str, Any]) -> str:
 
 
 def quality(source: Source) -> dict[str, Any]:
-    return {"groups": numbers.table(source), "settings": numbers.settings(source)}
+    """Return the claims, the numbers behind them, and the figures that show more than a mean does."""
+    judged = claims.judged(source)
+    return {"claims": judged, "tally": claims.tally(judged), "groups": numbers.table(source), "pictures": evaluated(source),
+            "settings": numbers.settings(source)}
+
+
+def evaluated(source: Source) -> list[Picture]:
+    """Return the figures of explanations and ablations."""
+    drawn = [figures.explained({name: source.number("explained_loss", f"ce_{key}") for key, name in LOSSES.items()}, LOSSES["n2g"])]
+    if (explained := findings.explanations(source)) is not None:
+        means = {name: (source.number("n2g", f"{kind}recall"), source.number("n2g", f"{kind}precision"))
+                 for name, kind in (("mean", ""), ("mean of wrong latents’ patterns", "shuffled_"))}
+        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means))
+    ablation = source.result("ablation") or {}
+    drawn.append(figures.effects(ablation.get("histogram") or {}, ablation.get("channel_histogram") or {}))
+    return [picture for picture in drawn if picture is not None]
 
 
 def training(source: Source) -> dict[str, Any]:
@@ -158,20 +176,30 @@ def again(source: Source) -> dict[str, Any]:
 
 
 def evaluations(source: Source) -> list[str]:
-    """Return the commands of the results that there are, one for all with the same options."""
-    names: dict[tuple[str, ...], list[str]] = {}
+    """Return the commands of the results that there are, one for all whose options agree."""
+    calls: list[tuple[list[str], dict[str, Any]]] = []
     for group in numbers.GROUPS:
         result = source.result(group.eval)
-        if result is not None:
-            options = (result.get("options") or {}).items()
-            flags = [word for key, value in options if value not in (None, "") for word in (f"--{key.replace('_', '-')}", str(value))]
-            names.setdefault(tuple(flags), []).append(group.eval)
-    return [shlex.join(["ksparse", "eval", AGAIN, *evals, *flags]) for flags, evals in names.items()] or [f"ksparse eval {AGAIN}"]
+        if result is None:
+            continue
+        options = result.get("options") or {}
+        names, own = next((call for call in calls if all(call[1].get(key, value) == value for key, value in options.items())), ([], {}))
+        if not names:
+            calls.append((names, own))
+        names.append(group.eval)
+        own.update(options)
+    return [shlex.join(["ksparse", "eval", AGAIN, *names, *_flags(options)]) for names, options in calls] or [f"ksparse eval {AGAIN}"]
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [word for key, value in options.items() if value not in (None, "")
+            for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 SECTIONS = (
     Section("subject", "What was run", subject),
     Section("quality", "Is it good?", quality),
+    Section("probes", "What its latents know", probes.facts),
     Section("training", "How it trained", training),
     Section("latents", "Its latents", latents.facts),
     Section("again", "How to reproduce it", again),

@@ -64,9 +64,7 @@ class Source:
 
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
-        found = (self.result(name) or {}).get(key)
-        value, se = (found.get("value"), found.get("se")) if isinstance(found, dict) else (found, None)
-        return Number(value, se if is_number(se) else None) if is_number(value) else None
+        return number((self.result(name) or {}).get(key))
 
     def arrays(self, name: str) -> Arrays | None:
         """Return the arrays beside a result, or None if there are none."""
@@ -96,14 +94,27 @@ class Arrays:
         """Return one row of a tensor, without reading the others."""
         return self._rows(name, slice(index, index + 1))[0]
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Return the rows first to last, last not among them, without reading the others."""
+        found = self._rows(name, slice(first, last)) if 0 <= first < last else self.whole(name)[:0]
+        if len(found) != last - first:
+            raise CorruptError(f"{self.file}: '{name}' has no rows {first} to {last}; run the evaluation again")
+        return found
+
     def _rows(self, name: str, rows: slice) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.file, framework="np") as tensors:
-                return tensors.get_slice(name)[rows]
+                return tensors.get_tensor(name) if rows == slice(None) else tensors.get_slice(name)[rows]  # no slice of an empty one
         except (SafetensorError, IndexError) as error:
             raise CorruptError(f"{self.file} has no readable '{name}': {error}; run the evaluation again") from None
+
+
+def number(found: Any) -> Number | None:
+    """Return a number as JSON has it, plain or {"value", "se"}; None if it is missing or null."""
+    value, se = (found.get("value"), found.get("se")) if isinstance(found, dict) else (found, None)
+    return Number(value, se if is_number(se) else None) if is_number(value) else None
 
 
 def is_number(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Text from data, made safe to look at: what cannot be seen is spelled out, what is endless is cut.
 
-    safe_token(text)   one token of an example
-    safe_text(text)    any other string: a name, a path, a value of the recipe
+    safe_token(text)               one token of an example
+    token_of(vocabulary, number)   the same, by its id
+    safe_text(text)                any other string: a name, a path, a value of the recipe
 
 HTML is not escaped here; the templates escape every string, these included.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 TOKEN_LIMIT = 80
 TEXT_LIMIT = 2000
@@ -26,6 +28,11 @@ def safe_token(text: str) -> str:
     if shown.strip(" ↵⇥␍") == "":
         return shown.replace(" ", "·")
     return re.sub(" {2,}", lambda run: "·" * len(run.group()), shown)
+
+
+def token_of(vocabulary: Sequence[str], number: int) -> str:
+    """Return a token by its id: made safe, or the id itself where the vocabulary does not have it."""
+    return safe_token(vocabulary[number]) if 0 <= number < len(vocabulary) else f"⟨{number}⟩"
 
 
 def safe_text(text: str, limit: int = TEXT_LIMIT) -> str:
