@@ -176,7 +176,7 @@ def _show(result: dict[str, Any], file: Path | str) -> None:
     print(f"{result['name']}   {file}".rstrip())
     for key, value in result.items():
         if isinstance(value, dict) and set(value) == {"value", "se"}:
-            print(f"  {key:<30}{_value(value)}")
+            print(f"  {key:<32}{_value(value)}")
     for note in result["notes"]:
         print(f"  note: {note}")
 

@@ -10,7 +10,7 @@ from ksparse.errors import InputError
 
 BUDGETS: dict[str, dict[str, int]] = {
     "small": {"tokens": 100_000, "probe_rows": 1_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 1_000_000,
-              "ablation_positions": 64, "ablation_latents": 400},
+              "ablation_positions": 64, "ablation_latents": 4_096},
     "paper": {"tokens": 10_000_000, "probe_rows": 4_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 10_000_000,
               "ablation_positions": 2_000, "ablation_latents": 0},
 }
@@ -64,7 +64,7 @@ class EvalOptions:
     ablation_positions: int = 0
     """ablation: random positions at which every active latent is ablated (small: 64; paper: 2,000)."""
     ablation_latents: int = 0
-    """ablation: latents ablated where they are strongest, for their own tables (small: 400; paper: all)."""
+    """ablation: latents ablated where they are strongest, for their own tables (small: 4,096; paper: all)."""
     ablation_horizon: int = 16
     """ablation: tokens whose predictions are compared, the ablated one included (the paper's T)."""
     ablation_error: Literal["keep", "drop"] = "keep"

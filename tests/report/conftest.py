@@ -69,7 +69,8 @@ EDGES = np.linspace(0, 1, 41).tolist()
 ABLATION = {
     "name": "ablation", **COMMON, "ablation_sparsity": estimate(0.12), "ablation_sparsity_per_position": estimate(0.12),
     "ablation_sparsity_weighted": estimate(0.1), "channel_sparsity": estimate(0.4), "difference": estimate(0.28),
-    "effective_tokens": estimate(3840.0, 320.0),
+    "sparsity_here": estimate(0.3), "channel_sparsity_here": estimate(0.6), "difference_here": estimate(0.3),
+    "later": estimate(0.16), "channel_later": estimate(0.14), "effective_tokens": estimate(3840.0, 320.0),
     "kl": estimate(0.002, 0.0001), "channel_kl": estimate(0.001, 0.0001), "loss_difference": estimate(0.001, 0.0001), "horizon": 16,
     "histogram": {"edges": EDGES, "counts": [0, 3, 9, 12, 8, 4, 1, *[0] * 33]},
     "channel_histogram": {"edges": EDGES, "counts": [*[0] * 12, 4, 9, 11, 7, 2, *[0] * 23]}}

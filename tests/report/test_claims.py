@@ -45,7 +45,8 @@ def test_all_claims_hold_for_numbers_that_are_good(make_run) -> None:
 def test_a_claim_that_does_not_hold_says_what_that_means(make_run, index) -> None:
     found = claims.judged(changed(make_run(), *AGAINST[index]))
     assert [claim.verdict for claim in found] == ["does not hold" if i == index else "holds" for i in range(len(AGAINST))]
-    assert found[index].meaning == claims.CLAIMS[index].otherwise != ""
+    otherwise = claims.CLAIMS[index].otherwise
+    assert found[index].meaning == otherwise if isinstance(otherwise, str) else "later predictions" in found[index].meaning
     assert claims.tally(found) == "5 of 6 hold, 1 does not"
 
 
@@ -94,3 +95,11 @@ def test_the_error_of_a_difference_is_never_too_small() -> None:
     (["holds", "does not hold", "unclear"], "1 of 3 hold, 1 does not, 1 cannot be told")])
 def test_the_claims_are_counted_in_words(verdicts, words) -> None:
     assert claims.tally([claims.Judged("", verdict, "", "") for verdict in verdicts]) == words
+
+
+@pytest.mark.parametrize("here, words", [(0.013, "does matter to less of the vocabulary"), (0.0001, "matters to no less of the vocabulary")])
+def test_a_latent_that_is_less_sparse_than_a_channel_is_explained_by_its_parts(make_run, here, words):
+    changes = {"difference": estimate(-0.02, 0.001), "difference_here": estimate(here, 0.001), "later": estimate(0.16), "channel_later": estimate(0.14)}
+    found = claims.judged(changed(make_run(), "ablation", changes))[-1]
+    assert found.verdict == "does not hold"
+    assert words in found.meaning and "16 % of a latent’s squared effect falls on later predictions, 14 % of a channel’s" in found.meaning

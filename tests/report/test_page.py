@@ -130,7 +130,7 @@ def test_verdicts_are_words_above_the_numbers(make_run) -> None:
     assert_inert(page)
     assert [strong.text for strong in page.all("strong") if "li" in strong.inside] == [
         "holds", "holds", "holds", "unclear", "holds", "does not hold"]
-    assert "4 of 6 hold, 1 does not, 1 cannot be told" in page.text and "latents are no simpler causes" in page.text
+    assert "4 of 6 hold, 1 does not, 1 cannot be told" in page.text and "counts reach as lack of sparsity" in page.text
     assert page.text.index("4 of 6 hold") < page.text.index("How to read it")
 
 

@@ -25,8 +25,8 @@ class Claim:
     says: str
     margin: Callable[[Source], Number | None]
     numbers: Callable[[Source], str]
-    otherwise: str
-    """What it means if it does not hold."""
+    otherwise: str | Callable[[Source], str]
+    """What it means if it does not hold, and why, as far as the run's other numbers tell."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def _judge(claim: Claim, margin: Number, source: Source) -> Judged:
     found = verdict(margin)
     unclear = ("It has no standard error to judge by." if margin.se is None else
                "The difference is within two standard errors; more text, rows or latents may tell.")
-    return Judged(claim.says, found, claim.numbers(source), {"holds": "", "does not hold": claim.otherwise, "unclear": unclear}[found])
+    otherwise = claim.otherwise if isinstance(claim.otherwise, str) else claim.otherwise(source)
+    return Judged(claim.says, found, claim.numbers(source), {"holds": "", "does not hold": otherwise, "unclear": unclear}[found])
 
 
 def _gain(says: str, key: str, rival: str, words: str, otherwise: str) -> Claim:
@@ -93,6 +94,18 @@ def _sparser(source: Source) -> str:
     ours, theirs = (_with_se(source.number("ablation", name), "percent") for name in ("ablation_sparsity", "channel_sparsity"))
     difference = _with_se(source.number("ablation", "difference"), "percent")
     return f"{ours} of the logits for a latent, {theirs} for a channel; the paired difference is {difference}."
+
+
+def _spread(source: Source) -> str:
+    """Say whether a latent's effect is on more of the vocabulary, or reaches further into the text."""
+    here, later, channel_later = (source.number("ablation", name) for name in ("difference_here", "later", "channel_later"))
+    if here is None or later is None or channel_later is None:
+        return "By this measure a latent’s effect is spread over more predictions than a channel’s."
+    reach = (f"{percent(later.value)} of a latent’s squared effect falls on later predictions, {percent(channel_later.value)} of a channel’s, "
+             "and the measure counts reach as lack of sparsity")
+    if verdict(here) == "holds":
+        return (f"On the next prediction alone a latent does matter to less of the vocabulary, by {_with_se(here, 'percent')}; but {reach}.")
+    return f"On the next prediction alone a latent matters to no less of the vocabulary than a channel; and {reach}."
 
 
 def _harmless(source: Source) -> Number | None:
@@ -139,5 +152,5 @@ CLAIMS = (
                   "The explanations are right no more often than chance: they are not about their latents."),
     Claim("Taking out a latent changes fewer predictions than taking out a channel.",
           lambda source: source.number("ablation", "difference"), _sparser,
-          "By this measure a latent’s effect is spread over more predictions than a channel’s: latents are no simpler causes."),
+          _spread),
 )

@@ -161,6 +161,12 @@ GROUPS = (
             "Lower is sparser."),
         Row("Sparser than channels by", "difference", "percent", "0 %: latents and channels are alike",
             "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the more specific of the two."),
+        Row("Of the next prediction alone", "sparsity_here", "percent",
+            beside("ablation", "percent", channel_sparsity_here="a channel set to zero"),
+            "The same for the prediction at the position itself: the share of the vocabulary that the latent matters to. Lower is sparser."),
+        Row("Reach", "later", "percent", beside("ablation", "percent", channel_later="a channel set to zero"),
+            "Share of the squared effect that falls on later predictions. The first number mixes this with the one above: "
+            "an effect that reaches further counts as less sparse."),
         Row("Effective logits", "effective_tokens", "count", _changeable, "The first number, as a count of logits. Fewer is sparser."),
         Row("Ablation sparsity, weighted", "ablation_sparsity_weighted", "percent",
             beside("ablation", "percent", ablation_sparsity="each ablation counts the same"),
