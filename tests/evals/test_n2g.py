@@ -285,13 +285,41 @@ def test_f1_is_defined_where_precision_is():
     assert over_latents(np.array([1.0, np.nan, 2.0])) == {"value": 1.5, "se": pytest.approx(0.5)}
 
 
-def test_the_padding_token_is_one_token_and_no_special_one(tiny_lm):
+def test_the_padding_token_is_a_token_and_no_special_one(tiny_lm):
     tokenizer = LM(str(tiny_lm("gpt2")), "resid_post.1").tokenizer
     token, text = choose_pad(tokenizer, "", {0})
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == [token] and token != 0
     assert choose_pad(tokenizer, " cat", {0})[1] == " cat"
-    with pytest.raises(InputError, match="n2g_pad 'xylophone' is .* tokens to this tokenizer; give a text that is one token"):
+    with pytest.raises(InputError, match="n2g_pad 'xylophone' is no single token of this tokenizer; give a text that is one"):
         choose_pad(tokenizer, "xylophone", {0})
+
+
+def test_the_padding_token_is_found_where_a_tokenizer_puts_a_space_before_every_text(shared_data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "stories260k")
+    assert len(tokenizer("_", add_special_tokens=False)["input_ids"]) > 1
+    token, text = choose_pad(tokenizer, "", {1, 2})
+    assert text == "_" and tokenizer("_", add_special_tokens=False)["input_ids"][-1] == token
+
+
+def test_without_any_of_the_usual_padding_tokens_the_unknown_one_serves():
+    class Letters:
+        unk_token_id = 1
+
+        def __len__(self):
+            return 3
+
+        def convert_ids_to_tokens(self, ids):
+            return [["<s>", "<unk>", "b"][i] for i in ids]
+
+        def batch_decode(self, rows, **options):
+            return ["".join(self.convert_ids_to_tokens(row)) for row in rows]
+
+    assert choose_pad(Letters(), "", {0}) == (1, "<unk>")
+    letters = Letters()
+    letters.unk_token_id = None
+    assert choose_pad(letters, "", {0, 1}) == (2, "b")
 
 
 def test_the_official_variant_is_there_to_compare(small_acts, tmp_path):

@@ -273,17 +273,17 @@ def _apart(suffixes: Suffixes, change: Callable[[np.ndarray], np.ndarray], read:
 
 
 def choose_pad(tokenizer: object, asked: str, specials: set[int]) -> tuple[int, str]:
-    """Return the id and text of the token that stands for a removed one: the one asked for, or the first of a list that is one token.
+    """Return the id and text of the token that stands for a removed one: the one asked for, or the first of a list that is a token.
 
-    The published code has GPT-2's " _". If none of the list is a single token, the unknown token is taken, else the first that is no
-    special one.
+    The published code has GPT-2's " _". Where none of the list is a token, the unknown token is taken, else the first that is no special one.
     """
-    for text in (asked,) if asked else _PADS:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1 and ids[0] not in specials:
-            return ids[0], token_strings(tokenizer, ids)[0]
+    strings = token_strings(tokenizer, range(len(tokenizer)))
+    ids = {text: i for i, text in reversed(list(enumerate(strings))) if i not in specials}
+    found = next((text for text in ((asked,) if asked else _PADS) if text in ids), None)
+    if found is not None:
+        return ids[found], found
     if asked:
-        raise InputError(f"n2g_pad {asked!r} is {len(ids)} tokens to this tokenizer; give a text that is one token, or leave it out")
+        raise InputError(f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or leave it out")
     unknown = tokenizer.unk_token_id
-    chosen = unknown if unknown is not None else next(i for i in range(len(tokenizer)) if i not in specials)
-    return chosen, token_strings(tokenizer, [chosen])[0]
+    chosen = unknown if unknown is not None else min(ids.values())
+    return chosen, strings[chosen]

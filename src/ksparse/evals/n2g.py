@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ksparse.evals.estimate import Estimate, Result
-from ksparse.evals.explainer import LEAST, SCALE, SCORE, Explainer, Reservoir, activations
+from ksparse.evals.explainer import LEAST, SCALE, SCORE, Activations, Explainer, Reservoir, activations
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
-from ksparse.evals.patterns import Matches, Pattern
+from ksparse.evals.patterns import Matches, Pattern, Predictor
 
 _TRIED = 8  # times as many latents as are scored are watched, since many may be dead
 _TOKENS = 1 << 17  # precision is taken on so many tokens at most
@@ -67,7 +67,7 @@ class N2G(Eval):
         explainer.explain(self.scored, observe)
         self._score(positives, counts)
 
-    def _score(self, positives: object, counts: np.ndarray) -> None:
+    def _score(self, positives: Activations, counts: np.ndarray) -> None:
         scored, predictor = self.scored, self.explainer.predictor(self.scored)
         slot = np.full(len(self.watched), -1)
         slot[scored] = np.arange(len(scored))
@@ -87,7 +87,7 @@ class N2G(Eval):
         self.rates = {"recall": recall, "precision": precision, "f1": f1(precision, recall), "shuffled_recall": shuffled_recall,
                       "shuffled_precision": shuffled_precision, "shuffled_f1": f1(shuffled_precision, shuffled_recall)}
 
-    def _recalled(self, mine: object, predictor: object, other: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _recalled(self, mine: Activations, predictor: Predictor, other: np.ndarray, slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return for each activation whether its latent's explanation predicts one, and whether another's does."""
         rows, context = np.unique(mine.context, return_inverse=True)
         tokens, begins = self.explainer.text(self.explainer.tokens[rows])

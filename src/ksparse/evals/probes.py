@@ -8,7 +8,7 @@ latents that know nothing. That number is reported beside it, as `probe_loss_in_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,12 +39,11 @@ class Best:
 class Judged:
     """One task's losses, a Clustered for each kind of probe, and the latents that were best in training."""
 
-    rows: int
     latent: int
     losses: dict[str, Clustered]
     in_sample: Clustered
     listed: list[tuple[int, float]]
-    other: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float]
 
 
 class Probes(Eval):
@@ -77,13 +76,13 @@ class Probes(Eval):
             f"probe baselines {rows.name}", lambda: baselines(train, test, options.position, options.probe_l2))
         y = test.label.double()
         clustered = {kind: Clustered(test.cluster, newton.cross_entropy(losses[kind], y)) for kind in KINDS}
-        prior = newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double()).mean()
+        prior = newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double()).mean().item()
         gain = prior - best.losses.cpu()
         better = gain > self.gain
         self.gain[better], self.best_task[better] = gain[better], number
         order = best.losses.argsort()[:LISTED].tolist()
         in_sample = Clustered(train.cluster, self._training_losses(best, train))
-        return Judged(len(rows.label), best.latent, clustered, in_sample, [(i, float(best.losses[i])) for i in order],
+        return Judged(best.latent, clustered, in_sample, [(i, float(best.losses[i])) for i in order],
                       {"n_train": len(train.label), "n_test": len(test.label), "positive": rows.label.double().mean().item()})
 
     def _training_losses(self, best: Best, train: Rows) -> Tensor:
@@ -108,7 +107,7 @@ class Probes(Eval):
 
 def _shown(judged: Judged) -> dict[str, object]:
     losses: dict[str, Estimate] = {("loss" if kind == "probe" else f"{kind}_loss"): Clustered.mean([each]) for kind, each in judged.losses.items()}
-    return {"latent": judged.latent, **losses, "loss_in_sample": Clustered.mean([judged.in_sample]), **judged.other,
+    return {"latent": judged.latent, **losses, "loss_in_sample": Clustered.mean([judged.in_sample]), **judged.facts,
             "best_latents": [{"latent": latent, "loss_in_sample": loss} for latent, loss in judged.listed]}
 
 
@@ -138,7 +137,7 @@ def baselines(train: Rows, test: Rows, position: str, l2: float) -> dict[str, Te
     scale = (x_train - mean).square().mean().sqrt().clamp_min(1e-30)  # one for all, so that directions keep their proportions
     u_train, u_test = (x_train - mean).cpu() / scale.cpu(), (x_test - mean).cpu() / scale.cpu()
     y = train.label.cpu()
-    weight, bias = newton.fit_whole(u_train, y, l2=newton.choose_penalty(u_train, y, train.cluster))
+    weight, bias = newton.fit_whole(u_train, y, l2=newton.choose_penalty(u_train, y, train.cluster.cpu()))
     dense = (u_test.double() @ weight + bias).to(channel.device)
     return {"channel": channel, "dense_probe": dense, "prior": torch.full_like(channel, newton.log_odds(train.label))}
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ksparse import pylm
 from ksparse.acts.lm import LM
 from ksparse.errors import InputError
+from ksparse.evals.held_out import Observe
 from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.suites import folder
@@ -60,7 +61,7 @@ class Tasks:
     notes: tuple[str, ...] = ()
 
 
-def read(lm: LM, acts: Acts, options: EvalOptions, observe: Callable[[str, int, int], None]) -> Tasks:
+def read(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> Tasks:
     """Return the tasks of the suite that the options name."""
     if options.suite:
         return text_tasks(lm, acts, options)
@@ -79,8 +80,9 @@ def text_tasks(lm: LM, acts: Acts, options: EvalOptions) -> Tasks:
         chosen, train = _halves(task.texts, task.labels, options.probe_rows)
         texts = [task.texts[i] for i in chosen]
         x, owner = _activations(lm, acts, texts, options)
-        label = torch.tensor([task.labels[i] for i in chosen], device=x.device)
-        return Rows(name, x, owner, label, torch.tensor([_key(text) for text in texts]), torch.tensor(train, device=x.device))
+        label, cluster, side = (torch.tensor(column, device=x.device) for column in (
+            [task.labels[i] for i in chosen], [_key(text) for text in texts], train))
+        return Rows(name, x, owner, label, cluster, side)
 
     return Tasks(Path(options.suite).name, tuple(found), rows, {})
 
@@ -135,7 +137,7 @@ def _filler(lm: LM) -> int:
 # ---- Python source -----------------------------------------------------------------------------------------------
 
 
-def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Callable[[str, int, int], None]) -> Tasks:
+def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> Tasks:
     """Return the built-in tasks; a row is a token of a held-out file of the standard library, in contexts like those of training."""
     from ksparse.pylm.labels import TASKS
 
@@ -164,9 +166,9 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Callable[[st
     def rows(name: str) -> Rows:
         mine, column = chosen[name], next(i for i, task in enumerate(TASKS) if task.name == name)
         at = torch.from_numpy(np.searchsorted(needed, mine)).to(x.device)
-        owners = document[mine]
-        return Rows(name, x[at], torch.arange(len(mine), device=x.device), torch.from_numpy(labels[mine, column].astype(np.int64)).to(x.device),
-                    torch.from_numpy(owners), torch.from_numpy(owners % 2 == 0).to(x.device))
+        label, cluster, train = (torch.from_numpy(each).to(x.device) for each in (
+            labels[mine, column].astype(np.int64), document[mine], document[mine] % 2 == 0))
+        return Rows(name, x[at], torch.arange(len(mine), device=x.device), label, cluster, train)
 
     return Tasks("python", tuple(chosen), rows, left_out, (f"{len(document):,} tokens of {len(pool.labels)} held-out files to draw rows from",))
 
@@ -206,7 +208,7 @@ class _Pool:
         self.tokens.append(ids)
         self.size += len(ids)
 
-    def activations(self, needed: np.ndarray, observe: Callable[[str, int, int], None]) -> Tensor:
+    def activations(self, needed: np.ndarray, observe: Observe) -> Tensor:
         """Return x[m, d] of the tokens numbered `needed`, in order."""
         xs = []
         for rows, number in self._batches():
