@@ -73,6 +73,19 @@ def test_the_sparse_fit_is_the_dense_one(seed):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
+def test_the_probes_that_are_not_finished_are_near_and_the_best_are_exact():
+    problems = [problem(seed) for seed in range(0, 60, 6)] + [problem(seed) for seed in range(1, 60, 6)]
+    y = problems[0][1]
+    z = torch.stack([z for z, _ in problems])
+    exact, some = newton.fit(z, y, l2=L2), newton.fit(z.float(), y, l2=L2, finish=3)
+    torch.testing.assert_close(some.loss, exact.loss, rtol=1e-6, atol=1e-6)
+    deviation = z.std(dim=1, correction=0)
+    torch.testing.assert_close(some.weight * deviation, exact.weight * deviation, rtol=1e-4, atol=1e-4)
+    best = exact.loss.argsort()[:3]
+    rounded = newton.fit(z.float(), y, l2=L2)
+    torch.testing.assert_close(some.weight[best], rounded.weight[best], rtol=1e-12, atol=0)
+
+
 def test_a_latent_without_variance_says_no_more_than_the_label():
     y = torch.tensor([0, 1, 1, 1, 0, 1])
     fit = newton.fit(torch.tensor([[7.0] * 6, [0.0] * 6, [1e-30] * 6]), y, l2=L2)

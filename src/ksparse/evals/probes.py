@@ -187,7 +187,7 @@ class _Latents(_Bank):
     def fit(self, rows: Rows, l2: float) -> newton.Fit:
         if self.on == "acts":
             return newton.fit_sparse(*self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2)
-        parts = (newton.fit(self._pre_acts(rows, slice(at, at + _SLICE)), rows.label, l2=l2)
+        parts = (newton.fit(self._pre_acts(rows, slice(at, at + _SLICE)), rows.label, l2=l2, finish=4 * LISTED)
                  for at in range(0, self.sae.shape.n_latents, _SLICE))
         return newton.Fit(*(torch.cat(column) for column in zip(*parts)))
 
