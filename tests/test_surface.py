@@ -15,8 +15,8 @@ KEYS = {
     "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
     "sae.init_scale", "sae.b_pre_init", "sae.unit_norm",
     "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
-    "optim.ema_span",
-    "run.device", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
+    "optim.ema_span", "optim.screen",
+    "run.device", "run.kernels", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.trust_remote_code",
     "tokens", "batch", "seed", "threads",
 }

@@ -121,6 +121,9 @@ class Optim:
     ema_span: float = 0.1
     """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span steps the decay is lower, because an
     average over a short run's beginning is worse than no average. 1: the decay as given (the paper)."""
+    screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
+    """Choose candidates by a product in low precision, their values and the final choice being exact; tokens that are not clear are
+    computed in full. auto: whichever is fastest here. Needs the compiled kernels. The log says how often the choice differs."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Run:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    kernels: Literal["auto", "torch", "native"] = "auto"
+    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 0

@@ -23,7 +23,7 @@ from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError
 from ksparse.recipe import load as load_recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
-from ksparse.training import checkpoint, loop
+from ksparse.training import checkpoint, loop, optim
 from ksparse.training.loop import backward, count, due, start, train
 from ksparse.training.optim import Optimizer
 
@@ -335,14 +335,14 @@ def test_training_in_another_thread_leaves_signals_alone(small_recipe, tmp_path)
 
 def poison(monkeypatch, *, at):
     """Let the loss of the steps `at` be NaN."""
-    own, calls = loop.losses, []
+    own, calls = optim.losses, []
 
     def losses(*args, **kwargs):
         calls.append(1)
         found = own(*args, **kwargs)
         return found._replace(total=found.total * torch.nan) if len(calls) in at else found
 
-    monkeypatch.setattr(loop, "losses", losses)
+    monkeypatch.setattr(optim, "losses", losses)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_documents_and_the_last_good_checkpoint(small_recipe, tmp_path, monkeypatch):
@@ -418,9 +418,9 @@ def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monke
     state, optimizer, stream = start(recipe, CPU)
     state.since[:5] = torch.tensor([191, 192, 193, 0, 10**9])
     seen = []
-    own = loop.losses
-    monkeypatch.setattr(loop, "losses", lambda *a, **kw: seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(*a, **kw))
-    backward(optimizer.sae, next(stream.batches()), state, recipe)
+    own = optim.losses
+    monkeypatch.setattr(optim, "losses", lambda *a, **kw: seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(*a, **kw))
+    backward(optimizer, next(stream.batches()), state, recipe)
     assert seen == [([1, 2, 4], 8)]
 
 
@@ -436,8 +436,7 @@ def test_auxk_brings_dead_latents_back(small_recipe):
         batches = stream.batches()
         for step in range(1, 81):
             batch = next(batches)
-            part = backward(optimizer.sae, batch, state, recipe)
-            optimizer.constrain_gradient()
+            part = backward(optimizer, batch, state, recipe)
             optimizer.step(min(step, recipe.steps))
             count(state, part, 64)
         alive[coefficient] = int((state.since[:32] < 10**6).sum())
@@ -452,9 +451,9 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, mo
     batch = next(stream.batches())
     results = {}
     for rows in (64, 48, 1):
-        monkeypatch.setattr(loop, "PRE_ACTS", 64 * rows)
+        monkeypatch.setattr(optim, "PRE_ACTS", 64 * rows)
         optimizer.adam.zero_grad()
-        part = backward(optimizer.sae, batch, state, recipe)
+        part = backward(optimizer, batch, state, recipe)
         results[rows] = (part, {key: value.grad.clone() for key, value in optimizer.sae.named_parameters()})
     for rows in (48, 1):
         for field in ("total", "nmse", "auxk"):

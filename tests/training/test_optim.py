@@ -59,8 +59,7 @@ def by_hand(sae, optimizer, steps):
 
 def advance(optimizer: Optimizer, step: int) -> float:
     """Take one step, as the loop does; return the gradient's norm."""
-    norm = optimizer.constrain_gradient()
-    optimizer.step(step)
+    norm = optimizer.step(step)
     return norm
 
 

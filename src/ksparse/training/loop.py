@@ -24,21 +24,23 @@ from ksparse.acts.shards import Shards
 from ksparse.acts.stream import Batch, LiveStream, ShardStream, Stream
 from ksparse.acts.text import Corpus
 from ksparse.errors import InputError, Interrupted, NonFiniteError, OutOfMemoryError
+from ksparse.kernels import native
 from ksparse.recipe import Recipe, k_aux, to_toml
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
-from ksparse.sae.loss import Losses, losses
+from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.normalize import dataset_factor, normalize
 from ksparse.training import checkpoint
 from ksparse.training.checkpoint import State
+from ksparse.training.fused import FusedOptimizer, fastest_screen
 from ksparse.training.loggers import open_loggers
 from ksparse.training.optim import Optimizer, rate_share
 
 log = logging.getLogger("ksparse")
 
+AUDITED = 64  # tokens of a logged step on which a screen is held against the exact choice
 SAMPLE = 32_768  # activations for b_pre and the constants, as in the official code
-PRE_ACTS = 2**26  # numbers in the [b, n] matrix; a larger batch is taken in parts
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -65,10 +67,9 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
         while state.step < recipe.steps:
             batch = next(batches)
             state.step += 1
-            part = backward(sae, batch, state, recipe)
-            grad_norm = optimizer.constrain_gradient()
-            if math.isfinite(part.total) and math.isfinite(grad_norm):
-                optimizer.step(state.step)
+            part = backward(optimizer, batch, state, recipe)
+            grad_norm = optimizer.step(state.step) if math.isfinite(part.total) else math.nan
+            if math.isfinite(grad_norm):
                 count(state, part, len(batch.x))
             else:
                 skip(batch, state, optimizer, stream, run, recipe)
@@ -78,7 +79,7 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
             if state.step % recipe.run.log_every == 0 or state.step in (1, recipe.steps):
                 now = time.monotonic()
                 state.seconds = spent + now - began
-                row = metrics(part, grad_norm, state, recipe, stream) | {
+                row = metrics(part, grad_norm, state, recipe, stream) | optimizer.audit(sae.normalize(batch.x[:AUDITED]).x) | {
                     "tokens_per_s": (state.tokens - first) / (now - began), "seconds": state.seconds}
                 for each in send:
                     each(row)
@@ -119,6 +120,20 @@ def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str,
     return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.seed), corpus.policy()
 
 
+def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
+    """Return the compiled step where it can run and is not refused, else the one of plain torch."""
+    screen = recipe.optim.screen
+    possible = sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk and recipe.run.kernels != "torch" and native.load() is not None
+    if recipe.run.kernels == "native" and not possible:
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
+    if possible:
+        return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+    if screen not in ("off", "auto"):
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
+                         "leave it at 'off' or 'auto'")
+    return Optimizer(sae, recipe)
+
+
 def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Stream]:
     """Initialise an SAE from a sample of the stream (which does not move the stream)."""
     log.info("reading the first activations")
@@ -136,7 +151,7 @@ def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Strea
     log.info("learning rate %.2g (%s); latents are dead after %s tokens", recipe.lr,
              "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)", f"{recipe.dead_after:,}")
     state = State(since=torch.zeros(recipe.sae.n_latents, dtype=torch.long, device=device), baseline=baseline)
-    return state, Optimizer(sae, recipe), stream
+    return state, open_optimizer(sae, recipe), stream
 
 
 def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Stream] | None:
@@ -153,7 +168,7 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State
 
     used = read(path)
     sae = SAE(used.shape, used.metadata).to(device)
-    optimizer = Optimizer(sae, recipe)
+    optimizer = open_optimizer(sae, recipe)
     state = checkpoint.load(path, optimizer)
     threads(state.threads)
     run.forget_metrics_after(state.step)
@@ -162,18 +177,11 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State
     return state, optimizer, stream
 
 
-def backward(sae: SAE, batch: Batch, state: State, recipe: Recipe) -> Losses:
-    """Accumulate the gradients of one batch, in parts where n is large; return its losses and code."""
+def backward(optimizer: Optimizer, batch: Batch, state: State, recipe: Recipe) -> Losses:
+    """Have the optimiser take in the gradients of one batch; return its losses and code."""
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
-    parts = []
-    for raw in batch.x.split(max(1, PRE_ACTS // sae.shape.n_latents)):
-        x = sae.normalize(raw).x
-        part = losses(sae, x, baseline=state.baseline, dead=dead, k_aux=k_aux(recipe.sae, x.shape[1]), options=recipe.sae)
-        share = len(x) / len(batch.x)
-        (part.total * share).backward()
-        parts.append(Losses(*(value.detach() * share for value in part[:3]), part.code))
-    codes = [torch.cat(field) for field in zip(*(part.code for part in parts))]
-    return Losses(*(sum(part[i] for part in parts) for i in range(3)), type(parts[0].code)(*codes))
+    x = optimizer.sae.normalize(batch.x).x
+    return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=k_aux(recipe.sae, x.shape[1]))
 
 
 def count(state: State, part: Losses, tokens: int) -> None:
@@ -191,7 +199,7 @@ def skip(batch: Batch, state: State, optimizer: Optimizer, stream: Stream, run: 
                              f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good checkpoint is "
                              f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out")
     state.skipped += 1
-    optimizer.adam.zero_grad()
+    optimizer.forget()
     log.warning("step %s left out: its loss or gradient is not finite (%s so far)", state.step, state.skipped)
 
 

@@ -6,13 +6,18 @@ The official code renormalises and averages *before* the step, so that it comput
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ksparse.recipe import Recipe
+from ksparse.sae.loss import Losses, losses
 from ksparse.sae.model import SAE
 from ksparse.sae.normalize import input_rms
 from ksparse.sae.store import KEYS
+
+PRE_ACTS = 2**26  # numbers in the [b, n] matrix; a larger batch is taken in parts
 
 
 class Optimizer:
@@ -31,6 +36,17 @@ class Optimizer:
         self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if recipe.ema else {}
         self.updates = 0
 
+    def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
+        """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code."""
+        parts = []
+        for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
+            part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=self.recipe.sae)
+            share = len(some) / len(x)
+            (part.total * share).backward()
+            parts.append(Losses(*(value.detach() * share for value in part[:3]), part.code))
+        codes = [torch.cat(field) for field in zip(*(part.code for part in parts))]
+        return Losses(*(sum(part[i] for part in parts) for i in range(3)), type(parts[0].code)(*codes))
+
     def constrain_gradient(self) -> float:
         """Take the part along decoder rows off, clip, and return the norm before clipping."""
         if self.recipe.sae.unit_norm:
@@ -38,8 +54,11 @@ class Optimizer:
         limit = self.recipe.optim.clip or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit).item()
 
-    def step(self, step: int) -> None:
-        """Apply the gradients of step number `step` (from 1) and forget them."""
+    def step(self, step: int) -> float:
+        """Apply the gradients of step number `step` (from 1); return their norm before clipping. Where it is not finite nothing is changed."""
+        norm = self.constrain_gradient()
+        if not math.isfinite(norm):
+            return norm
         share = rate_share(step, self.recipe)
         for group in self.adam.param_groups:
             group["lr"] = group["base"] * share
@@ -50,6 +69,15 @@ class Optimizer:
         self.updates += 1
         for key, mean in self.average.items():
             mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)
+        return norm
+
+    def forget(self) -> None:
+        """Drop the gradients of a batch that is left out."""
+        self.adam.zero_grad()
+
+    def audit(self, x: Tensor) -> dict[str, float]:
+        """Return what is to be logged of shortcuts that the step takes; this one takes none."""
+        return {}
 
     @torch.no_grad()
     def averaged(self) -> SAE:

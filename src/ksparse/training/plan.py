@@ -19,7 +19,7 @@ from ksparse.acts.shards import Shards
 from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe, k_aux
-from ksparse.training.loop import PRE_ACTS
+from ksparse.training.optim import PRE_ACTS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,313 @@
+// The parts of a training step that plain torch cannot do in one pass over memory. A C interface: no torch, no Python in here.
+//
+//   ks_select     pre-activations -> the k largest of each token, exactly
+//   ks_rescore    candidates of a low-precision product -> the k best by their exact values, and a certificate
+//   ks_decode     values -> reconstruction error, loss, and the gradient of the values, in one reading of the rows
+//   ks_transpose  tokens' latents -> latents' tokens
+//   ks_update     latents' tokens -> both gradient rows of a latent, projection, Adam, unit norm, average, low-precision copy
+//
+// Every loop is split over threads by fixed borders, so that the same number of threads gives the same bits.
+// It is built for the processor that runs it; loops are written so that a compiler makes vectors of any width of them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace {
+
+template <class F>
+void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
+    std::vector<std::thread> pool;
+    for (size_t t = 1; t + 1 < borders.size(); t++) pool.emplace_back(work, (int)t, borders[t], borders[t + 1]);
+    work(0, borders[0], borders[1]);
+    for (auto& each : pool) each.join();
+}
+
+std::vector<int64_t> even(int64_t count, int threads) {
+    std::vector<int64_t> borders;
+    for (int t = 0; t <= threads; t++) borders.push_back(count * t / threads);
+    return borders;
+}
+
+float dot(const float* a, const float* b, int64_t d) {
+    float sum = 0;
+    for (int64_t i = 0; i < d; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+void add_scaled(float* out, float by, const float* row, int64_t d) {
+    for (int64_t i = 0; i < d; i++) out[i] += by * row[i];
+}
+
+struct Scored {
+    float value;
+    int32_t latent;
+};
+
+// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen.
+struct Best {
+    int k;
+    size_t room;
+    float bar = -std::numeric_limits<float>::infinity();  // only values above it can still be among the k
+    std::vector<Scored> held;
+
+    explicit Best(int k) : k(k), room(std::max(4 * k, 256)) { held.reserve(room + 64); }
+
+    void clear() {
+        held.clear();
+        bar = -std::numeric_limits<float>::infinity();
+    }
+    void offer(float value, int32_t latent) {
+        if (value > bar) held.push_back({value, latent});
+    }
+    void tidy() {
+        if (held.size() >= room) cut();
+    }
+    void cut() {  // to the k largest
+        if ((int)held.size() > k) {
+            std::nth_element(held.begin(), held.begin() + (k - 1), held.end(), [](const Scored& a, const Scored& b) { return a.value > b.value; });
+            held.resize(k);
+            bar = held[k - 1].value;
+        }
+    }
+};
+
+const int LANES = 32;
+
+// Offers score(i) of all i < n; a block whose largest does not pass the bar costs no branch per value.
+template <class Score>
+void scan(Best& best, int64_t n, Score score) {
+    float block[LANES];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        float largest = -std::numeric_limits<float>::infinity();
+        for (int l = 0; l < LANES; l++) block[l] = score(i + l);
+        for (int l = 0; l < LANES; l++) largest = block[l] > largest ? block[l] : largest;
+        if (largest > best.bar) {
+            for (int l = 0; l < LANES; l++) best.offer(block[l], (int32_t)(i + l));
+            best.tidy();
+        }
+    }
+    for (; i < n; i++) best.offer(score(i), (int32_t)i);
+    best.cut();
+}
+
+void put(const Best& best, int k, float* values, int32_t* indices) {
+    for (int j = 0; j < k; j++) {  // fewer than k only where values are NaN
+        bool there = j < (int)best.held.size();
+        values[j] = there ? best.held[j].value : std::numeric_limits<float>::quiet_NaN();
+        indices[j] = there ? best.held[j].latent : 0;
+    }
+}
+
+float bfloat(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
+uint16_t to_bfloat(float value) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float quantize(const float* row, int8_t* out, int64_t d) {  // returns the scale
+    float largest = 0;
+    for (int64_t i = 0; i < d; i++) largest = std::fabs(row[i]) > largest ? std::fabs(row[i]) : largest;
+    float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    for (int64_t i = 0; i < d; i++) out[i] = (int8_t)(int32_t)(row[i] * inverse + (row[i] < 0 ? -0.5f : 0.5f));
+    return scale;
+}
+
+}  // namespace
+
+extern "C" {
+
+int ks_version() { return 1; }
+
+// pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias, in no order.
+void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k, float* values, int32_t* indices, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        Best best(k);
+        for (int64_t row = begin; row < end; row++) {
+            const float* p = pre + row * n;
+            best.clear();
+            scan(best, n, [=](int64_t i) { return p[i] + bias[i]; });
+            put(best, k, values + row * k, indices + row * k);
+        }
+    });
+}
+
+// Rows x - b_pre as they go into a low-precision product: kind 1: int8 with a scale for each row, 2: bfloat16.
+void ks_lower(const float* x, int64_t b, int64_t d, int kind, void* out, float* scale, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            if (kind == 1) scale[row] = quantize(x + row * d, (int8_t*)out + row * d, d);
+            else for (int64_t i = 0; i < d; i++) ((uint16_t*)out)[row * d + i] = to_bfloat(x[row * d + i]);
+        }
+    });
+}
+
+// Low-precision products of tokens and latents -> the k best of c candidates by exact value.
+//   low[b, n]   kind 1: int32 sums, to be scaled by x_scale[b] w_scale[n]; kind 2: bfloat16
+//   dropped[b]  the best score that was not a candidate;   spread[b] the root mean square of (exact - score) of the candidates
+void ks_rescore(const void* low, int kind, const float* x_scale, const float* w_scale, const float* bias, const float* x, const float* weight,
+                int64_t b, int64_t n, int64_t d, int k, int c, float* values, int32_t* indices, float* dropped, float* spread, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        Best best(c + 1), chosen(k);
+        for (int64_t row = begin; row < end; row++) {
+            best.clear();
+            if (kind == 1) {
+                const int32_t* p = (const int32_t*)low + row * n;
+                float by = x_scale[row];
+                scan(best, n, [=](int64_t i) { return (float)p[i] * by * w_scale[i] + bias[i]; });
+            } else {
+                const uint16_t* p = (const uint16_t*)low + row * n;
+                scan(best, n, [=](int64_t i) { return bfloat(p[i]) + bias[i]; });
+            }
+            float lowest = -std::numeric_limits<float>::infinity();
+            if ((int)best.held.size() > c) {  // the one beyond the candidates
+                auto least = std::min_element(best.held.begin(), best.held.end(), [](const Scored& a, const Scored& b) { return a.value < b.value; });
+                lowest = least->value;
+                *least = best.held.back();
+                best.held.pop_back();
+            }
+            chosen.clear();
+            double square = 0;
+            for (size_t j = 0; j < best.held.size(); j++) {
+                if (j + 2 < best.held.size()) __builtin_prefetch(weight + (int64_t)best.held[j + 2].latent * d);
+                float exact = dot(x + row * d, weight + (int64_t)best.held[j].latent * d, d) + bias[best.held[j].latent];
+                square += (double)(exact - best.held[j].value) * (exact - best.held[j].value);
+                chosen.offer(exact, best.held[j].latent);
+            }
+            chosen.cut();
+            put(chosen, k, values + row * k, indices + row * k);
+            dropped[row] = lowest;
+            spread[row] = (float)std::sqrt(square / std::max<size_t>(1, best.held.size()));
+        }
+    });
+}
+
+// values[b, k] (made >= 0 in place) -> error[b, d] = reconstruction - x, square[b] = its squared norm, slopes[b, k] = <error, row> where the
+// value is above 0, else 0.
+void ks_decode(const float* x, const float* b_pre, const float* weight, int64_t b, int64_t d, int k, float* values, const int32_t* indices,
+               float* error, float* square, float* slopes, int threads) {
+    parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            float* e = error + row * d;
+            for (int64_t i = 0; i < d; i++) e[i] = b_pre[i] - x[row * d + i];
+            for (int j = 0; j < k; j++) {
+                float& value = values[row * k + j];
+                value = value < 0 ? 0 : value;  // a NaN stays one
+                if (value != 0) add_scaled(e, value, weight + (int64_t)indices[row * k + j] * d, d);
+            }
+            square[row] = dot(e, e, d);
+            for (int j = 0; j < k; j++)
+                slopes[row * k + j] = values[row * k + j] > 0 ? dot(e, weight + (int64_t)indices[row * k + j] * d, d) : 0;
+        }
+    });
+}
+
+// Entries above 0 of values[m], sorted by their latent: those of latent i are order[starts[i] .. starts[i + 1]], in the order of the tokens.
+void ks_transpose(const float* values, const int32_t* indices, int64_t m, int64_t n, int64_t* starts, int32_t* order) {
+    std::fill(starts, starts + n + 1, 0);
+    for (int64_t i = 0; i < m; i++) starts[indices[i] + 1] += values[i] > 0;
+    for (int64_t i = 0; i < n; i++) starts[i + 1] += starts[i];
+    std::vector<int64_t> next(starts, starts + n);
+    for (int64_t i = 0; i < m; i++)
+        if (values[i] > 0) order[next[indices[i]]++] = (int32_t)i;
+}
+
+struct Matrix {  // a weight [n, d] with its moments and its average (null: none)
+    float *weight, *first, *second, *average;
+};
+
+struct Adam {
+    float rate, beta1, beta2, eps, correction1, correction2;  // corrections: 1 - beta^step
+    float decay;                                              // of the average
+    float clip;                                               // factor on all gradients
+};
+
+static void adam(float* w, float* m, float* v, const float* g, int64_t d, const Adam& a) {
+    float step = a.rate / a.correction1, root = 1 / std::sqrt(a.correction2);
+    for (int64_t i = 0; i < d; i++) {
+        float slope = g[i] * a.clip;
+        m[i] = m[i] + (slope - m[i]) * (1 - a.beta1);
+        v[i] = v[i] * a.beta2 + slope * slope * (1 - a.beta2);
+        w[i] -= step * m[i] / (std::sqrt(v[i]) * root + a.eps);
+    }
+}
+
+static void average(float* mean, const float* w, int64_t d, float decay) {
+    if (mean) for (int64_t i = 0; i < d; i++) mean[i] += (w[i] - mean[i]) * (1 - decay);
+}
+
+// One pass over the latents: builds both gradient rows where they are needed and uses them at once.
+//   W_dec's  scale * sum of values * error,      less its part along the row if unit_norm; W_enc's  scale * sum of slopes * (x - b_pre)
+//   extra_of[n]: row of extra_dec, extra_enc [m, d] and extra_bias[m] that is added (AuxK's), or -1
+//   apply 0: only the norms.  norms[threads]: sums of squares of all gradients but b_pre's;  pull[threads, d]: sum of (b_enc's gradient) * (row of W_enc)
+//   low: W_enc in low precision (kind as above), written anew for each latent, with low_scale[n] if int8
+void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t* order, const float* values, const float* slopes, const float* error,
+               const float* x, const float* b_pre, float scale, const int32_t* extra_of, const float* extra_dec, const float* extra_enc,
+               const float* extra_bias, Matrix enc, Matrix dec, float* b_enc, float* b_first, float* b_second, float* b_average, const Adam* rule,
+               float bias_rate, int unit_norm, int train_bias, int apply, int kind, void* low, float* low_scale, double* norms, float* pull, int threads) {
+    std::vector<int64_t> borders(1, 0);  // of equal work: entries, and what each latent costs anyway
+    int64_t total = starts[n] + 8 * n, at = 0;
+    for (int t = 1; t < threads; t++) {
+        while (at < n && starts[at] + 8 * at < total * t / threads) at++;
+        borders.push_back(at);
+    }
+    borders.push_back(n);
+    parallel(borders, [=](int thread, int64_t begin, int64_t end) {
+        std::vector<float> g_dec(d), g_enc(d), row(d);
+        double norm = 0;
+        float* mine = pull + thread * d;
+        for (int64_t i = begin; i < end; i++) {
+            std::fill(g_dec.begin(), g_dec.end(), 0.f);
+            std::fill(g_enc.begin(), g_enc.end(), 0.f);
+            float g_bias = 0;
+            for (int64_t e = starts[i]; e < starts[i + 1]; e++) {
+                int64_t token = order[e] / k;
+                add_scaled(g_dec.data(), scale * values[order[e]], error + token * d, d);
+                add_scaled(g_enc.data(), scale * slopes[order[e]], x + token * d, d);
+                g_bias += scale * slopes[order[e]];
+            }
+            add_scaled(g_enc.data(), -g_bias, b_pre, d);
+            if (extra_of && extra_of[i] >= 0) {
+                add_scaled(g_dec.data(), 1, extra_dec + (int64_t)extra_of[i] * d, d);
+                add_scaled(g_enc.data(), 1, extra_enc + (int64_t)extra_of[i] * d, d);
+                g_bias += extra_bias[extra_of[i]];
+            }
+            float *w_enc = enc.weight + i * d, *w_dec = dec.weight + i * d;
+            if (unit_norm) add_scaled(g_dec.data(), -dot(g_dec.data(), w_dec, d), w_dec, d);
+            norm += (double)dot(g_dec.data(), g_dec.data(), d) + dot(g_enc.data(), g_enc.data(), d) + (train_bias ? (double)g_bias * g_bias : 0);
+            if (g_bias != 0) add_scaled(mine, g_bias, w_enc, d);
+            if (!apply) continue;
+            adam(w_enc, enc.first + i * d, enc.second + i * d, g_enc.data(), d, *rule);
+            adam(w_dec, dec.first + i * d, dec.second + i * d, g_dec.data(), d, *rule);
+            if (train_bias) {
+                Adam bias = *rule;
+                bias.rate = bias_rate;
+                adam(b_enc + i, b_first + i, b_second + i, &g_bias, 1, bias);
+            }
+            if (unit_norm) {
+                float length = std::sqrt(dot(w_dec, w_dec, d)), inverse = length > 0 ? 1 / length : 1;
+                for (int64_t c = 0; c < d; c++) w_dec[c] *= inverse;
+            }
+            average(enc.average ? enc.average + i * d : nullptr, w_enc, d, rule->decay);
+            average(dec.average ? dec.average + i * d : nullptr, w_dec, d, rule->decay);
+            average(b_average ? b_average + i : nullptr, b_enc + i, 1, rule->decay);
+            if (kind == 1) low_scale[i] = quantize(w_enc, (int8_t*)low + i * d, d);
+            if (kind == 2) for (int64_t c = 0; c < d; c++) ((uint16_t*)low)[i * d + c] = to_bfloat(w_enc[c]);
+        }
+        norms[thread] = norm;
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,145 @@
+"""native.cpp from Python: built for this machine's processor when it is first needed, and kept in the user's cache.
+
+It is not in the wheel, because code for any processor would leave out what most of them can do, and because a wheel that carried it
+would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
+          "-fno-signed-zeros")
+_log = logging.getLogger("ksparse")
+
+
+class Matrix(ctypes.Structure):
+    """A weight with its moments and its average; a missing average is null."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "first", "second", "average")]
+
+
+class Adam(ctypes.Structure):
+    """What a step of Adam needs; the corrections are 1 - beta^step, `decay` is the average's, `clip` multiplies all gradients."""
+
+    _fields_ = [(name, ctypes.c_float) for name in ("rate", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")]
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Return where a contiguous CPU tensor lies; null for None."""
+    if tensor is None:
+        return ctypes.c_void_p(None)
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"native kernels take contiguous tensors in main memory, got {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """Return the library, built if need be; None where that cannot be done, said once in the log."""
+    if os.environ.get("KSPARSE_NATIVE", "1") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        _log.info("the compiled kernels are not available (%s); training goes on with plain torch", detail.strip().splitlines()[-1:] or detail)
+        return None
+    for name in ("ks_select", "ks_lower", "ks_rescore", "ks_decode", "ks_transpose", "ks_update"):
+        getattr(library, name).restype = None
+    return library
+
+
+def build(compiler: str | None = None) -> Path:
+    """Return the built library; raise OSError without a compiler, SubprocessError if it fails."""
+    compiler = compiler or next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
+    tune = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, tune, _FLAGS, _processor())).encode()).hexdigest()[:20]
+    path = _cache() / f"native-{key}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        subprocess.run([compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        made.replace(path)  # whole or not at all, also where two processes build
+    return path
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ksparse"
+
+
+def _processor() -> str:
+    """Return what tells processors apart: a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    except OSError:
+        return platform.processor() + platform.machine()
+
+
+# ---- the kernels on tensors --------------------------------------------------------------------------------------
+
+
+def _int(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly and in no order; NaN where there are fewer."""
+    b, n = pre_acts.shape
+    values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
+    load().ks_select(pointer(pre_acts), pointer(bias), _int(b), _int(n), k, pointer(values), pointer(indices), torch.get_num_threads())
+    return values, indices
+
+
+def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
+    """Return rows x[b, d] as int8 with a scale[b] (kind 1) or as bfloat16 (kind 2)."""
+    b, d = x.shape
+    out = torch.empty(b, d, dtype=torch.int8 if kind == 1 else torch.bfloat16)
+    scale = torch.empty(b) if kind == 1 else None
+    load().ks_lower(pointer(x), _int(b), _int(d), kind, pointer(out), pointer(scale), torch.get_num_threads())
+    return out, scale
+
+
+def rescore(low: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int) -> tuple[Tensor, ...]:
+    """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the c best of low[b, n]."""
+    b, n = low.shape
+    values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
+    dropped, spread = torch.empty(b), torch.empty(b)
+    load().ks_rescore(pointer(low), 1 if low.dtype == torch.int32 else 2, pointer(x_scale), pointer(w_scale), pointer(bias), pointer(x), pointer(weight),
+                      _int(b), _int(n), _int(x.shape[1]), k, c, pointer(values), pointer(indices), pointer(dropped), pointer(spread),
+                      torch.get_num_threads())
+    return values, indices, dropped, spread
+
+
+def decode(x: Tensor, b_pre: Tensor, weight: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Make values[b, k] >= 0 in place and write error[b, d] = reconstruction - x; return (its squared norm[b], <error, row>[b, k])."""
+    b, k = values.shape
+    square, slopes = x.new_empty(b), x.new_empty(b, k)
+    load().ks_decode(pointer(x), pointer(b_pre), pointer(weight), _int(b), _int(x.shape[1]), k, pointer(values), pointer(indices), pointer(error),
+                     pointer(square), pointer(slopes), torch.get_num_threads())
+    return square, slopes
+
+
+def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return (starts[n + 1], order): the entries above 0 of each latent are order[starts[i] : starts[i + 1]]."""
+    starts, order = torch.empty(n + 1, dtype=torch.long), torch.empty(values.numel(), dtype=torch.int32)
+    load().ks_transpose(pointer(values), pointer(indices), _int(values.numel()), _int(n), pointer(starts), pointer(order))
+    return starts, order

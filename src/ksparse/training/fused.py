@@ -1,0 +1,270 @@
+"""The same training step as `optim.Optimizer`, computed by the compiled kernels: only the encoder product is dense.
+
+    product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows) ─▶ latents' tokens ─▶ one pass over the rows
+
+No gradient of n x d is ever stored: each latent's two gradient rows are built where they are used. Adam's state is torch's own, so
+checkpoints are the same files. With a screen, the product is computed in low precision and only chooses candidates; their values are
+exact, and a token whose k-th value is not clear of what was dropped is computed again in full.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ksparse.kernels import native
+from ksparse.recipe import Recipe
+from ksparse.sae.loss import Losses
+from ksparse.sae.model import SAE, Code
+from ksparse.training.optim import Optimizer, rate_share
+
+PIECE = 2**26  # numbers of the product in memory at once
+MARGIN = 6.0
+"""A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
+KINDS = {"int8": 1, "bfloat16": 2}
+
+
+def fastest_screen() -> str:
+    """Return the low-precision product that is fastest on this machine, measured once; 'off' where none beats float32 well."""
+    return _fastest(torch.get_num_threads())
+
+
+@functools.cache
+def _fastest(threads: int) -> str:
+    b, d, n = 1024, 512, 4096
+    x, w = torch.randn(b, d), torch.randn(n, d)
+    (xi, _), (wi, _), xb, wb = native.lower(x, 1), native.lower(w, 1), x.bfloat16(), w.bfloat16()
+    out, low, half = torch.empty(b, n), torch.empty(b, n, dtype=torch.int32), torch.empty(b, n, dtype=torch.bfloat16)
+    products = {"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low),
+                "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
+    seconds = {}
+    for name, product in products.items():
+        product()
+        seconds[name] = min(_seconds(product) for _ in range(3))
+    seconds["off"] *= 0.6  # rescoring costs something too
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+class Pending(NamedTuple):
+    """A batch's gradient as lists: what each latent got from which token."""
+
+    x: Tensor
+    error: Tensor
+    values: Tensor
+    indices: Tensor
+    slopes: Tensor
+    scale: float
+    finite: bool
+    extra: Extra | None
+
+
+class Extra(NamedTuple):
+    """AuxK's gradient, dense over the dead latents: their numbers, and rows [m, d], [m, d], [m]."""
+
+    latents: Tensor
+    dec: Tensor
+    enc: Tensor
+    bias: Tensor
+
+
+class FusedOptimizer(Optimizer):
+    """`Optimizer` on a CPU with a compiler, without Multi-TopK."""
+
+    def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
+        super().__init__(sae, recipe)
+        self.kind = KINDS.get(screen, 0)
+        self.pending: Pending | None = None
+        self.buffers: dict[str, Tensor] = {}
+        self.redone = self.screened = 0  # tokens
+        for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
+            self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        self._lower()
+
+    @torch.no_grad()
+    def _lower(self) -> None:
+        """Make the low-precision copy of W_enc anew."""
+        if self.kind:
+            self.low, self.low_scale = native.lower(self.sae.W_enc.detach(), self.kind)
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        super().restore(tensors, updates)
+        self._lower()
+
+    # ---- forward
+
+    @torch.no_grad()
+    def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
+        sae, options = self.sae, self.recipe.sae
+        x = x.contiguous()
+        values, indices = self.choose(x - sae.b_pre)
+        error = self._buffer("error", x.shape)
+        square, slopes = native.decode(x, sae.b_pre.detach(), sae.W_dec.detach(), values, indices, error)
+        nmse = square.double().mean() / x.shape[1] / baseline
+        aux, extra = nmse.new_zeros(()), None
+        if options.auxk_coef and len(dead) and torch.isfinite(nmse):
+            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
+        total = nmse + options.auxk_coef * aux
+        scale = 2 / (len(x) * x.shape[1] * baseline)
+        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
+        self.pending = Pending(x, error, values, indices, slopes, scale, finite, extra)
+        return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
+
+    def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
+        pieces = centred.split(max(1, PIECE // self.sae.shape.n_latents))
+        chosen = [self._screened(piece) if self.kind else self._exact(piece) for piece in pieces]
+        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
+
+    def _exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        product = self._buffer("product", (len(centred), sae.shape.n_latents))
+        torch.mm(centred, sae.W_enc.detach().t(), out=product)
+        return native.select(product, sae.b_enc.detach(), sae.shape.k)
+
+    def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
+        sae, (b, n, k) = self.sae, (len(centred), self.sae.shape.n_latents, self.sae.shape.k)
+        low, x_scale = native.lower(centred, self.kind)
+        if self.kind == 1:
+            product = self._buffer("low", (b, n), torch.int32)
+            torch._int_mm(low, self.low.t(), out=product)
+        else:
+            product = self._buffer("low", (b, n), torch.bfloat16)
+            torch.mm(low, self.low.t(), out=product)
+        values, indices, dropped, spread = native.rescore(
+            product, x_scale, self.low_scale, sae.b_enc.detach(), centred, sae.W_enc.detach(), k, min(n, max(2 * k, k + 32)))
+        unclear = ~(values.amin(1) > dropped + MARGIN * spread)
+        self.screened, self.redone = self.screened + b, self.redone + int(unclear.sum())
+        if unclear.any():
+            values[unclear], indices[unclear] = self._exact(centred[unclear].contiguous())
+        return values, indices
+
+    @torch.no_grad()
+    def audit(self, x: Tensor) -> dict[str, float]:
+        """Return how far the screen's choice is from the exact one on x[b, d]: shares of tokens, and of latents, that differ."""
+        if not self.kind:
+            return {}
+        before = self.screened, self.redone
+        centred = x - self.sae.b_pre.detach()
+        (_, found), (_, exact) = self.choose(centred), self._exact(centred)
+        self.screened, self.redone = before
+        n = self.sae.shape.n_latents
+        row = torch.arange(len(x))[:, None] * n
+        missed = ~torch.isin(exact + row, found + row)
+        return {"screen_latents_wrong": missed.float().mean().item(), "screen_tokens_wrong": missed.any(1).float().mean().item(),
+                "screen_redone": self.redone / max(1, self.screened)}
+
+    # ---- AuxK on the dead rows alone
+
+    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Extra | None]:
+        """Return the loss and its gradient: everything here is dense, but over the dead latents only."""
+        sae, options = self.sae, self.recipe.sae
+        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
+        z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
+        if k_aux < len(dead):
+            values, indices = native.select(z, torch.zeros(len(dead)), k_aux)
+            z.zero_().scatter_(1, indices.long(), values)
+        difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
+        tiny = torch.finfo(error.dtype).tiny
+        if options.auxk_norm == "token":
+            weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
+        else:
+            weights = torch.full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
+        loss = (difference.square().sum(1) * weights).double().sum()
+        if not torch.isfinite(loss):
+            return loss.new_zeros(()), None
+        slope = difference.mul_((2 * options.auxk_coef * weights)[:, None])
+        inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
+        return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
+
+    # ---- the pass over the rows
+
+    def forget(self) -> None:
+        self.pending = None
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite."""
+        pending, options = self.pending, self.recipe.optim
+        self.pending = None
+        if not pending.finite:
+            return math.nan
+        lists = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
+        clip = 1.0
+        if options.clip:
+            norm, _ = self._pass(pending, lists, step, apply=False)
+            clip = min(1.0, options.clip / (norm + 1e-6))
+        norm, pull = self._pass(pending, lists, step, apply=True, clip=clip)
+        self._bias(pull * clip, step)
+        return norm
+
+    def _pass(self, pending: Pending, lists: tuple[Tensor, Tensor], step: int, *, apply: bool, clip: float = 1.0) -> tuple[float, Tensor]:
+        """Return the gradient's norm and b_pre's gradient [d], from one pass over the latents."""
+        sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
+        n, d, k = sae.shape.n_latents, sae.shape.d_model, sae.shape.k
+        norms, pull = torch.zeros(threads, dtype=torch.float64), torch.zeros(threads, d)
+        extra, extra_of = pending.extra, None
+        if extra is not None:
+            extra_of = torch.full((n,), -1, dtype=torch.int32)
+            extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+        rates = self._rates(step)
+        rule = self._rule(step, rates[0], clip)
+        state = self.adam.state[sae.b_enc]
+        parts = [native.pointer(part) for part in (
+            *lists, pending.values, pending.slopes, pending.error, pending.x, sae.b_pre.detach())]
+        more = [native.pointer(part) for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))]
+        native.load().ks_update(
+            ctypes.c_int64(n), ctypes.c_int64(d), k, *parts, ctypes.c_float(pending.scale), *more, self._matrix("W_enc"), self._matrix("W_dec"),
+            *(native.pointer(part) for part in (sae.b_enc.detach(), state["exp_avg"], state["exp_avg_sq"], self.average.get("b_enc"))),
+            ctypes.byref(rule), ctypes.c_float(rates[1]), int(recipe.sae.unit_norm), int(recipe.sae.b_enc), int(apply), self.kind,
+            *(native.pointer(part) for part in ((self.low, self.low_scale) if self.kind else (None, None))), native.pointer(norms), native.pointer(pull), threads)
+        gradient = pending.scale * pending.error.sum(0) - pull.sum(0)
+        return math.sqrt(norms.sum().item() + gradient.double().square().sum().item()), gradient
+
+    def _bias(self, gradient: Tensor, step: int) -> None:
+        """Move b_pre, count the step, and average what the pass over the rows did not."""
+        sae, options = self.sae, self.recipe.optim
+        state, rule = self.adam.state[sae.b_pre], self._rule(step, 0.0, 1.0)
+        state["exp_avg"].lerp_(gradient, 1 - options.beta1)
+        state["exp_avg_sq"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
+        denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(rule.correction2)).add_(options.eps)
+        sae.b_pre.addcdiv_(state["exp_avg"], denominator, value=-self._rates(step)[1] / rule.correction1)
+        if self.average:
+            self.average["b_pre"].lerp_(sae.b_pre.detach(), 1 - self.recipe.ema)
+        for each in self.adam.state.values():
+            each["step"] += 1
+        self.updates += 1
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        share = rate_share(step, self.recipe)
+        return tuple(group["base"] * share for group in self.adam.param_groups)
+
+    def _rule(self, step: int, rate: float, clip: float) -> native.Adam:
+        options, taken = self.recipe.optim, int(self.adam.state[self.sae.b_pre]["step"]) + 1
+        return native.Adam(rate, options.beta1, options.beta2, options.eps, 1 - options.beta1**taken, 1 - options.beta2**taken,
+                           self.recipe.ema or 1.0, clip)
+
+    def _matrix(self, key: str) -> native.Matrix:
+        weight = getattr(self.sae, key)
+        state = self.adam.state[weight]
+        return native.Matrix(*(native.pointer(part).value for part in (weight.detach(), state["exp_avg"], state["exp_avg_sq"], self.average.get(key))))
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=dtype)
+        return self.buffers[name][:size].view(shape)

@@ -1,0 +1,237 @@
+"""The compiled step is the step of plain torch, up to rounding; a screen only chooses, and says how often it would choose otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ksparse.errors import InputError
+from ksparse.kernels import native
+from ksparse.recipe import Recipe, from_dict
+from ksparse.sae.init import initialize_
+from ksparse.sae.model import SAE, Shape
+from ksparse.training import fused, loop
+from ksparse.training.fused import FusedOptimizer, fastest_screen
+from ksparse.training.optim import Optimizer
+
+needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler here, or KSPARSE_NATIVE=0")
+pytestmark = needs_compiler
+N, D, K = 256, 32, 6
+
+
+def recipe(**changes) -> Recipe:
+    table = {"acts": {"normalize": "unit_norm"}, "sae": {"n_latents": N, "k": K, "dead_after": 1000, "k_aux": 16},
+             "optim": {"lr": 3e-4, "ema": 0.9, "ema_span": 1.0, "warmup": 3}, "tokens": 100 * 64, "batch": 64}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        table[section][name] = value
+    return from_dict(table)
+
+
+def made(kind: type, screen: str = "", **changes) -> Optimizer:
+    wanted = recipe(**changes)
+    sae, generator = SAE(Shape(D, N, K, wanted.acts.normalize)), torch.Generator().manual_seed(0)
+    initialize_(sae, torch.nn.functional.normalize(torch.randn(500, D, generator=generator), dim=1), wanted.sae, generator)
+    sae.b_enc.data = 0.01 * torch.randn(N, generator=generator) if wanted.sae.b_enc else sae.b_enc.data
+    return kind(sae, wanted, screen) if screen else kind(sae, wanted)
+
+
+def batches(count: int, rows: int = 64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.functional.normalize(torch.randn(rows, D, generator=generator), dim=1) for _ in range(count)]
+
+
+def run(optimizer: Optimizer, xs: list[torch.Tensor], dead: int) -> list[tuple[float, ...]]:
+    rows = []
+    for number, x in enumerate(xs, 1):
+        part = optimizer.backward(x, baseline=0.03, dead=torch.arange(dead) * 2, k_aux=16)
+        rows.append((*(value.item() for value in part[:3]), optimizer.step(number)))
+    return rows
+
+
+@pytest.mark.parametrize("dead", [0, 7, 60])
+@pytest.mark.parametrize("changes", [{}, {"optim__clip": 0.01}, {"sae__b_enc": False}, {"sae__unit_norm": False}, {"optim__ema": 0.0},
+                                     {"sae__auxk_norm": "batch"}, {"sae__auxk_coef": 0.0}, {"optim__beta1": 0.0}], ids=str)
+def test_every_step_is_that_of_plain_torch(changes, dead):
+    plain, compiled = made(Optimizer, **changes), made(FusedOptimizer, **changes)
+    expected, found = run(plain, batches(6), dead), run(compiled, batches(6), dead)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+    for key in ("W_enc", "W_dec", "b_enc", "b_pre"):
+        torch.testing.assert_close(getattr(compiled.sae, key), getattr(plain.sae, key), rtol=0, atol=3e-6)
+        if plain.average:
+            torch.testing.assert_close(compiled.average[key], plain.average[key], rtol=0, atol=3e-6)
+    mine, theirs = compiled.tensors(), plain.tensors()
+    assert set(theirs) <= set(mine)
+    assert all(mine[f"step.{key}"] == 6 for key in ("W_enc", "W_dec", "b_pre"))
+
+
+@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
+def test_a_screened_step_has_the_exact_steps_values(screen):
+    plain, screened = made(Optimizer), made(FusedOptimizer, screen)
+    np.testing.assert_allclose(run(screened, batches(6), 7), run(plain, batches(6), 7), rtol=2e-5, atol=1e-7)
+    assert screened.screened == 6 * 64
+    assert screened.audit(batches(1)[0])["screen_latents_wrong"] == 0
+
+
+@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
+def test_a_token_whose_choice_is_not_clear_is_computed_in_full(screen, monkeypatch):
+    monkeypatch.setattr(fused, "MARGIN", 1e9)
+    plain, screened = made(Optimizer), made(FusedOptimizer, screen)
+    np.testing.assert_allclose(run(screened, batches(3), 0), run(plain, batches(3), 0), rtol=2e-5, atol=1e-7)
+    assert screened.redone == screened.screened == 3 * 64
+    assert screened.audit(batches(1)[0])["screen_redone"] == 1
+
+
+def test_the_low_precision_copy_follows_the_weights():
+    for screen in ("int8", "bfloat16"):
+        optimizer = made(FusedOptimizer, screen)
+        run(optimizer, batches(3), 7)
+        expected, scale = native.lower(optimizer.sae.W_enc.detach(), optimizer.kind)
+        assert torch.equal(optimizer.low, expected)
+        assert scale is None or torch.equal(optimizer.low_scale, scale)
+
+
+def test_an_audit_counts_what_the_screen_misses(monkeypatch):
+    """Neither a wrong copy of the weights nor a margin of nothing may go unseen."""
+    monkeypatch.setattr(fused, "MARGIN", -1e9)  # everything is taken for clear
+    optimizer = made(FusedOptimizer, "bfloat16")
+    assert optimizer.audit(batches(1)[0])["screen_latents_wrong"] == 0
+    optimizer.low = optimizer.low.flip(0).contiguous()
+    found = optimizer.audit(batches(1)[0])
+    assert found["screen_latents_wrong"] > 0.5 and found["screen_tokens_wrong"] > 0.9
+
+
+def test_pieces_of_a_batch_are_the_batch(monkeypatch):
+    whole = made(FusedOptimizer)
+    monkeypatch.setattr(fused, "PIECE", 7 * N)
+    parts = made(FusedOptimizer)
+    np.testing.assert_allclose(run(parts, batches(3), 7), run(whole, batches(3), 7), rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_threads_give_the_same_bits(threads):
+    torch.set_num_threads(threads)
+    one, other = made(FusedOptimizer), made(FusedOptimizer)
+    assert run(one, batches(4), 7) == run(other, batches(4), 7)
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors().values(), other.tensors().values()))
+
+
+def test_a_batch_that_is_not_finite_changes_nothing():
+    optimizer = made(FusedOptimizer)
+    run(optimizer, batches(2), 0)
+    before = {key: value.clone() for key, value in optimizer.tensors().items()}
+    x = batches(1)[0]
+    x[3, 5] = math.nan
+    part = optimizer.backward(x, baseline=0.03, dead=torch.arange(0), k_aux=16)
+    assert not math.isfinite(part.total) and math.isnan(optimizer.step(3))
+    assert all(torch.equal(value, before[key]) for key, value in optimizer.tensors().items())
+
+
+def test_resuming_is_bitwise_the_same_run(small_recipe, tmp_path):
+    from ksparse.errors import Interrupted
+    from ksparse.training.loop import train
+
+    for screen in ("off", "bfloat16"):
+        wanted = small_recipe({"run.kernels": "native", "optim.screen": screen, "run.save_every": 5})
+        whole = train(wanted, tmp_path / f"whole-{screen}")
+        cut = tmp_path / f"cut-{screen}"
+
+        def stop(row):
+            if row["step"] == 7:
+                import os
+                import signal
+
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted):
+            train(wanted, cut, observe=stop)
+        train(wanted, cut)
+        for name in ("sae.safetensors", "optim.safetensors"):
+            assert (cut / "checkpoints" / "step-00000012" / name).read_bytes() == (whole.checkpoint(12) / name).read_bytes()
+        if screen != "off":
+            assert {"screen_latents_wrong", "screen_tokens_wrong", "screen_redone"} <= set(whole.metrics()[-1])
+
+
+# ---- kernels
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (31, 31), (32, 5), (33, 32), (1000, 1), (1000, 256), (5000, 300)])
+def test_select_is_topk(n, k):
+    generator = torch.Generator().manual_seed(n)
+    pre, bias = torch.randn(9, n, generator=generator), torch.randn(n, generator=generator)
+    for made_ in (pre, pre.sort(dim=1).values, pre.sort(dim=1, descending=True).values, (3 * pre).round()):
+        values, indices = native.select(made_.contiguous(), bias, k)
+        whole = made_ + bias
+        torch.testing.assert_close(values, whole.gather(1, indices.long()), rtol=0, atol=0)
+        torch.testing.assert_close(values.sort(dim=1).values, whole.topk(k).values.sort(dim=1).values, rtol=0, atol=0)
+        assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_too_few_numbers_to_choose_from_end_in_nan_and_not_in_silence():
+    values, _ = native.select(torch.full((2, 40), math.nan), torch.zeros(40), 3)
+    assert values.isnan().all()
+
+
+def test_lowering_is_rounding():
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    low, none = native.lower(x, 2)
+    assert none is None and torch.equal(low, x.bfloat16())
+    low, scale = native.lower(x, 1)
+    torch.testing.assert_close(low.float() * scale[:, None], x, rtol=0, atol=x.abs().max().item() / 127 / 2 * 1.01)
+    assert low.abs().max() == 127
+
+
+def test_the_transposed_lists_hold_every_entry_above_zero_once_in_the_order_of_tokens():
+    generator = torch.Generator().manual_seed(0)
+    values, indices = torch.randn(50, 4, generator=generator), torch.randint(20, (50, 4), generator=generator).int()
+    starts, order = native.transpose(values, indices, 20)
+    assert starts[-1] == (values > 0).sum()
+    for latent in range(20):
+        mine = order[starts[latent] : starts[latent + 1]].tolist()
+        assert mine == ((indices.flatten() == latent) & (values.flatten() > 0)).nonzero().flatten().tolist()
+
+
+def test_kernels_refuse_memory_that_they_cannot_read():
+    with pytest.raises(ValueError, match="contiguous tensors in main memory"):
+        native.select(torch.zeros(4, 6).t(), torch.zeros(4), 1)
+
+
+# ---- which step runs
+
+
+def test_the_recipe_says_which_step_runs(monkeypatch):
+    sae = SAE(Shape(D, N, K))
+    assert type(loop.open_optimizer(sae, recipe())) is FusedOptimizer
+    assert type(loop.open_optimizer(sae, dataclasses.replace(
+        recipe(), run=dataclasses.replace(recipe().run, kernels="torch")))) is Optimizer
+    assert type(loop.open_optimizer(sae, recipe(sae__multi_topk=0.125))) is Optimizer
+    monkeypatch.setattr(native, "load", lambda: None)
+    assert type(loop.open_optimizer(sae, recipe())) is Optimizer
+    with pytest.raises(InputError, match="run.kernels is 'native', which needs a CPU, a C"):
+        loop.open_optimizer(sae, dataclasses.replace(recipe(), run=dataclasses.replace(recipe().run, kernels="native")))
+    with pytest.raises(InputError, match="optim.screen is 'int8', which needs the compiled kernels"):
+        loop.open_optimizer(sae, recipe(optim__screen="int8"))
+
+
+def test_the_fastest_screen_is_one_of_them():
+    assert fastest_screen() in ("off", "int8", "bfloat16")
+
+
+def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(OSError, match=r"no C\+\+ compiler: install g\+\+ or clang\+\+, or set CXX"):
+        native.build()
+    monkeypatch.setenv("KSPARSE_NATIVE", "0")
+    assert native.load.__wrapped__() is None
+
+
+def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.build()
+    stamp = path.stat().st_mtime_ns
+    assert native.build() == path and path.stat().st_mtime_ns == stamp and path.parent == tmp_path / "ksparse"
