@@ -43,62 +43,86 @@ void add_scaled(float* out, float by, const float* row, int64_t d) {
     for (int64_t i = 0; i < d; i++) out[i] += by * row[i];
 }
 
+void fetch(const float* row, int64_t d) {  // a row that is wanted soon
+    for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(row + i);
+}
+
 struct Scored {
     float value;
     int32_t latent;
 };
 
+const float NOTHING = -std::numeric_limits<float>::infinity();
+const int LANES = 64, EVERY = 8;
+
 // Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen.
 struct Best {
-    int k;
-    size_t room;
-    float bar = -std::numeric_limits<float>::infinity();  // only values above it can still be among the k
+    int k, count = 0, room;
+    float bar = NOTHING;  // only values above it can still be among the k
     std::vector<Scored> held;
 
-    explicit Best(int k) : k(k), room(std::max(4 * k, 256)) { held.reserve(room + 64); }
+    explicit Best(int k) : k(k), room(2 * k + LANES), held(2 * k + 2 * LANES) {}
 
-    void clear() {
-        held.clear();
-        bar = -std::numeric_limits<float>::infinity();
+    void clear(float from = NOTHING) {
+        count = 0;
+        bar = from;
     }
     void offer(float value, int32_t latent) {
-        if (value > bar) held.push_back({value, latent});
-    }
-    void tidy() {
-        if (held.size() >= room) cut();
+        held[count] = {value, latent};
+        count += value > bar;  // without a branch
+        if (count >= room) cut();
     }
     void cut() {  // to the k largest
-        if ((int)held.size() > k) {
-            std::nth_element(held.begin(), held.begin() + (k - 1), held.end(), [](const Scored& a, const Scored& b) { return a.value > b.value; });
-            held.resize(k);
+        if (count > k) {
+            std::nth_element(held.begin(), held.begin() + (k - 1), held.begin() + count, [](const Scored& a, const Scored& b) { return a.value > b.value; });
+            count = k;
             bar = held[k - 1].value;
         }
     }
 };
 
-const int LANES = 32;
-
-// Offers score(i) of all i < n; a block whose largest does not pass the bar costs no branch per value.
+// Offers score(i) of all i in [begin, end); a block without a value above the bar costs one comparison a value.
 template <class Score>
-void scan(Best& best, int64_t n, Score score) {
+void offer_all(Best& best, int64_t begin, int64_t end, Score score) {
     float block[LANES];
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        float largest = -std::numeric_limits<float>::infinity();
-        for (int l = 0; l < LANES; l++) block[l] = score(i + l);
-        for (int l = 0; l < LANES; l++) largest = block[l] > largest ? block[l] : largest;
-        if (largest > best.bar) {
-            for (int l = 0; l < LANES; l++) best.offer(block[l], (int32_t)(i + l));
-            best.tidy();
+    int64_t i = begin;
+    for (; i + LANES <= end; i += LANES) {
+        int hits = 0;
+        float bar = best.bar;
+        for (int l = 0; l < LANES; l++) {
+            block[l] = score(i + l);
+            hits += block[l] > bar;
         }
+        if (hits)
+            for (int l = 0; l < LANES; l++) best.offer(block[l], (int32_t)(i + l));
     }
-    for (; i < n; i++) best.offer(score(i), (int32_t)i);
+    for (; i < end; i++) best.offer(score(i), (int32_t)i);
+}
+
+// Leaves the best.k largest scores of all i < n in best. A sample of blocks gives a bar that most likely has k values above it, so that the
+// rest goes by almost without a hit; where it has not, all is looked at again.
+template <class Score>
+void scan(Best& best, Best& sample, int64_t n, Score score) {
+    best.clear();
+    if (n >= 64 * (int64_t)best.k) {
+        sample.clear();
+        for (int64_t i = 0; i + LANES <= n; i += LANES * EVERY) offer_all(sample, i, i + LANES, score);
+        sample.cut();
+        if (sample.count == sample.k) best.clear(sample.bar);
+    }
+    offer_all(best, 0, n, score);
+    if (best.count < best.k) {
+        best.clear();
+        offer_all(best, 0, n, score);
+    }
     best.cut();
 }
 
+int sample_of(int k) { return std::max(2, 2 * k / EVERY); }
+
 void put(const Best& best, int k, float* values, int32_t* indices) {
     for (int j = 0; j < k; j++) {  // fewer than k only where values are NaN
-        bool there = j < (int)best.held.size();
+        bool there = j < best.count;
         values[j] = there ? best.held[j].value : std::numeric_limits<float>::quiet_NaN();
         indices[j] = there ? best.held[j].latent : 0;
     }
@@ -134,11 +158,10 @@ int ks_version() { return 1; }
 // pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias, in no order.
 void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k, float* values, int32_t* indices, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
-        Best best(k);
+        Best best(k), sample(sample_of(k));
         for (int64_t row = begin; row < end; row++) {
             const float* p = pre + row * n;
-            best.clear();
-            scan(best, n, [=](int64_t i) { return p[i] + bias[i]; });
+            scan(best, sample, n, [=](int64_t i) { return p[i] + bias[i]; });
             put(best, k, values + row * k, indices + row * k);
         }
     });
@@ -160,36 +183,36 @@ void ks_lower(const float* x, int64_t b, int64_t d, int kind, void* out, float* 
 void ks_rescore(const void* low, int kind, const float* x_scale, const float* w_scale, const float* bias, const float* x, const float* weight,
                 int64_t b, int64_t n, int64_t d, int k, int c, float* values, int32_t* indices, float* dropped, float* spread, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
-        Best best(c + 1), chosen(k);
+        Best best(c + 1), sample(sample_of(c + 1)), chosen(k);
         for (int64_t row = begin; row < end; row++) {
-            best.clear();
             if (kind == 1) {
                 const int32_t* p = (const int32_t*)low + row * n;
                 float by = x_scale[row];
-                scan(best, n, [=](int64_t i) { return (float)p[i] * by * w_scale[i] + bias[i]; });
+                scan(best, sample, n, [=](int64_t i) { return (float)p[i] * by * w_scale[i] + bias[i]; });
             } else {
                 const uint16_t* p = (const uint16_t*)low + row * n;
-                scan(best, n, [=](int64_t i) { return bfloat(p[i]) + bias[i]; });
+                scan(best, sample, n, [=](int64_t i) { return bfloat(p[i]) + bias[i]; });
             }
-            float lowest = -std::numeric_limits<float>::infinity();
-            if ((int)best.held.size() > c) {  // the one beyond the candidates
-                auto least = std::min_element(best.held.begin(), best.held.end(), [](const Scored& a, const Scored& b) { return a.value < b.value; });
+            float lowest = NOTHING;
+            if (best.count > c) {  // the one beyond the candidates
+                auto least = std::min_element(best.held.begin(), best.held.begin() + best.count,
+                                              [](const Scored& a, const Scored& b) { return a.value < b.value; });
                 lowest = least->value;
-                *least = best.held.back();
-                best.held.pop_back();
+                *least = best.held[--best.count];
             }
             chosen.clear();
             double square = 0;
-            for (size_t j = 0; j < best.held.size(); j++) {
-                if (j + 2 < best.held.size()) __builtin_prefetch(weight + (int64_t)best.held[j + 2].latent * d);
-                float exact = dot(x + row * d, weight + (int64_t)best.held[j].latent * d, d) + bias[best.held[j].latent];
-                square += (double)(exact - best.held[j].value) * (exact - best.held[j].value);
-                chosen.offer(exact, best.held[j].latent);
+            for (int j = 0; j < best.count; j++) {
+                Scored one = best.held[j];
+                if (j + 1 < best.count) fetch(weight + (int64_t)best.held[j + 1].latent * d, d);
+                float exact = dot(x + row * d, weight + (int64_t)one.latent * d, d) + bias[one.latent];
+                square += (double)(exact - one.value) * (exact - one.value);
+                chosen.offer(exact, one.latent);
             }
             chosen.cut();
             put(chosen, k, values + row * k, indices + row * k);
             dropped[row] = lowest;
-            spread[row] = (float)std::sqrt(square / std::max<size_t>(1, best.held.size()));
+            spread[row] = (float)std::sqrt(square / std::max(1, best.count));
         }
     });
 }
@@ -205,6 +228,7 @@ void ks_decode(const float* x, const float* b_pre, const float* weight, int64_t 
             for (int j = 0; j < k; j++) {
                 float& value = values[row * k + j];
                 value = value < 0 ? 0 : value;  // a NaN stays one
+                if (j + 1 < k) fetch(weight + (int64_t)indices[row * k + j + 1] * d, d);
                 if (value != 0) add_scaled(e, value, weight + (int64_t)indices[row * k + j] * d, d);
             }
             square[row] = dot(e, e, d);

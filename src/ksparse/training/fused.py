@@ -89,6 +89,7 @@ class FusedOptimizer(Optimizer):
         self.pending: Pending | None = None
         self.buffers: dict[str, Tensor] = {}
         self.redone = self.screened = 0  # tokens
+        self.candidates = sae.shape.k + max(16, sae.shape.k // (1 if screen == "int8" else 2))  # int8 is the coarser of the two
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
             self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         self._lower()
@@ -124,7 +125,8 @@ class FusedOptimizer(Optimizer):
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
-        pieces = centred.split(max(1, PIECE // self.sae.shape.n_latents))
+        count = math.ceil(len(centred) * self.sae.shape.n_latents / PIECE)
+        pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._screened(piece) if self.kind else self._exact(piece) for piece in pieces]
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
 
@@ -145,10 +147,13 @@ class FusedOptimizer(Optimizer):
             product = self._buffer("low", (b, n), torch.bfloat16)
             torch.mm(low, self.low.t(), out=product)
         values, indices, dropped, spread = native.rescore(
-            product, x_scale, self.low_scale, sae.b_enc.detach(), centred, sae.W_enc.detach(), k, min(n, max(2 * k, k + 32)))
+            product, x_scale, self.low_scale, sae.b_enc.detach(), centred, sae.W_enc.detach(), k, min(n, self.candidates))
         unclear = ~(values.amin(1) > dropped + MARGIN * spread)
-        self.screened, self.redone = self.screened + b, self.redone + int(unclear.sum())
-        if unclear.any():
+        again = int(unclear.sum())
+        self.screened, self.redone = self.screened + b, self.redone + again
+        if again > b // 100:  # more candidates cost less than that
+            self.candidates = min(n, 1 + self.candidates * 5 // 4)
+        if again:
             values[unclear], indices[unclear] = self._exact(centred[unclear].contiguous())
         return values, indices
 
