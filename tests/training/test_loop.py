@@ -25,6 +25,7 @@ from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
 from ksparse.training import checkpoint, loop, optim
 from ksparse.training.loop import backward, count, due, start, train
+from ksparse.training.fused import ExplicitOptimizer
 from ksparse.training.optim import Optimizer
 
 CPU = torch.device("cpu")
@@ -335,14 +336,14 @@ def test_training_in_another_thread_leaves_signals_alone(small_recipe, tmp_path)
 
 def poison(monkeypatch, *, at):
     """Let the loss of the steps `at` be NaN."""
-    own, calls = optim.losses, []
+    own, calls = loop.backward, []
 
-    def losses(*args, **kwargs):
+    def poisoned(*args):
         calls.append(1)
-        found = own(*args, **kwargs)
-        return found._replace(total=found.total * torch.nan) if len(calls) in at else found
+        found = own(*args)
+        return found._replace(total=found.total * torch.nan, nmse=found.nmse * torch.nan) if len(calls) in at else found
 
-    monkeypatch.setattr(optim, "losses", losses)
+    monkeypatch.setattr(loop, "backward", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_documents_and_the_last_good_checkpoint(small_recipe, tmp_path, monkeypatch):
@@ -360,13 +361,13 @@ def test_a_loss_that_is_not_finite_at_first_says_that_there_is_no_checkpoint(sma
 
 
 def test_a_finite_loss_with_an_infinite_gradient_is_not_applied(small_recipe, tmp_path, monkeypatch):
-    own, calls = Optimizer.constrain_gradient, []
+    own, calls = ExplicitOptimizer.constrain_gradient, []
 
     def poisoned(optimizer):
         calls.append(own(optimizer))
         return float("inf") if len(calls) == 3 else calls[-1]
 
-    monkeypatch.setattr(Optimizer, "constrain_gradient", poisoned)
+    monkeypatch.setattr(ExplicitOptimizer, "constrain_gradient", poisoned)
     with pytest.raises(NonFiniteError, match="the loss or its gradient is NaN or infinite at step 3"):
         train(small_recipe(), tmp_path / "run")
 
@@ -418,8 +419,8 @@ def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monke
     state, optimizer, stream = start(recipe, CPU)
     state.since[:5] = torch.tensor([191, 192, 193, 0, 10**9])
     seen = []
-    own = optim.losses
-    monkeypatch.setattr(optim, "losses", lambda *a, **kw: seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(*a, **kw))
+    own = optimizer.backward
+    optimizer.backward = lambda x, **kw: seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(x, **kw)
     backward(optimizer, next(stream.batches()), state, recipe)
     assert seen == [([1, 2, 4], 8)]
 
@@ -447,6 +448,7 @@ def test_auxk_brings_dead_latents_back(small_recipe):
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, monkeypatch, options):
     recipe = small_recipe(options)
     state, optimizer, stream = start(recipe, CPU)
+    optimizer = Optimizer(optimizer.sae, recipe)  # the one by autograd
     state.since[:20] = 10**6
     batch = next(stream.batches())
     results = {}

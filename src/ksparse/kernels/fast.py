@@ -58,10 +58,17 @@ def _has_sampled_product(x: Tensor) -> bool:
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
-    """Sort the (token, latent) pairs by latent; each latent's row is then one bag of tokens. No atomics: deterministic."""
-    k = indices.shape[1]
+    return scatter_transposed(transposed(indices, n), values, x)
+
+
+def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    """Sort the (token, latent) pairs of indices[b, k] by latent: (their order, where each latent's begin and end [n + 1], k)."""
     flat = indices.flatten()
-    order = torch.sort(flat.int(), stable=True).indices
     ends = torch.bincount(flat, minlength=n).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
+    return torch.sort(flat.int(), stable=True).indices, torch.cat([ends.new_zeros(1), ends]), indices.shape[1]
+
+
+def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor) -> Tensor:
+    """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic."""
+    order, starts, k = lists
     return embedding_bag(order // k, x, starts, per_sample_weights=values.flatten()[order], mode="sum", include_last_offset=True)

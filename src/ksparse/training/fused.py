@@ -1,9 +1,9 @@
-"""The same training step as `optim.Optimizer`, computed by the compiled kernels: only the encoder product is dense.
+"""The same training step as `optim.Optimizer` with its gradient written out: only the encoder product is dense.
 
     product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows) ─▶ latents' tokens ─▶ one pass over the rows
 
-No gradient of n x d is ever stored: each latent's two gradient rows are built where they are used. Adam's state is torch's own, so
-checkpoints are the same files. With a screen, the product is computed in low precision and only chooses candidates; their values are
+`ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no gradient of n x d is ever stored: each latent's two
+gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is computed in low precision and only chooses candidates; their values are
 exact, and a token whose k-th value is not clear of what was dropped is computed again in full.
 """
 
@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ksparse.kernels import native
+from ksparse.kernels import fast, native
 from ksparse.recipe import Recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
-from ksparse.training.optim import Optimizer, rate_share
+from ksparse.training.optim import Optimizer, clip_, rate_share
 
 PIECE = 2**26  # numbers of the product in memory at once
 MARGIN = 6.0
@@ -80,14 +80,125 @@ class Extra(NamedTuple):
     bias: Tensor
 
 
-class FusedOptimizer(Optimizer):
-    """`Optimizer` on a CPU with a compiler, without Multi-TopK."""
+class ExplicitOptimizer(Optimizer):
+    """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents twice. Without Multi-TopK."""
+
+    def __init__(self, sae: SAE, recipe: Recipe):
+        super().__init__(sae, recipe)
+        self.pending: Pending | None = None
+        self.buffers: dict[str, Tensor] = {}
+
+    # ---- forward
+
+    @torch.no_grad()
+    def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
+        sae, options = self.sae, self.recipe.sae
+        x = x.contiguous()
+        values, indices = self.choose(x - sae.b_pre)
+        error = self._buffer("error", x.shape)
+        square, slopes = self._decode(x, values, indices, error)
+        nmse = square.double().mean() / x.shape[1] / baseline
+        aux, extra = nmse.new_zeros(()), None
+        if options.auxk_coef and len(dead) and torch.isfinite(nmse):
+            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
+        total = nmse + options.auxk_coef * aux
+        scale = 2 / (len(x) * x.shape[1] * baseline)
+        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
+        self.pending = Pending(x, error, values, indices, slopes, scale, finite, extra)
+        return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
+
+    def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
+        count = math.ceil(len(centred) * self.sae.shape.n_latents / PIECE)
+        pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
+        chosen = [self._choose(piece) for piece in pieces]
+        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
+
+    def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        product = self._buffer("product", (len(centred), sae.shape.n_latents))
+        torch.mm(centred, sae.W_enc.detach().t(), out=product)
+        return self._select(product, sae.b_enc.detach(), sae.shape.k)
+
+    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest of product + bias; the product may be overwritten."""
+        indices = fast.topk(product.add_(bias), k)
+        return product.gather(1, indices), indices
+
+    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its product with each chosen decoder row [b, k])."""
+        sae = self.sae
+        torch.add(fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), sae.b_pre.detach(), out=error).sub_(x)
+        return error.square().sum(1), fast.gather_dot(error, indices, sae.W_dec.detach()).mul_(values > 0)
+
+    # ---- AuxK on the dead rows alone
+
+    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Extra | None]:
+        """Return the loss and its gradient: everything here is dense, but over the dead latents only."""
+        sae, options = self.sae, self.recipe.sae
+        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
+        z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
+        if k_aux < len(dead):
+            values, indices = self._select(z, torch.zeros(len(dead)), k_aux)
+            z.zero_().scatter_(1, indices.long(), values)
+        difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
+        tiny = torch.finfo(error.dtype).tiny
+        if options.auxk_norm == "token":
+            weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
+        else:
+            weights = torch.full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
+        loss = (difference.square().sum(1) * weights).double().sum()
+        if not torch.isfinite(loss):
+            return loss.new_zeros(()), None
+        slope = difference.mul_((2 * options.auxk_coef * weights)[:, None])
+        inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
+        return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = torch.empty(size, dtype=dtype)
+        return self.buffers[name][:size].view(shape)
+
+    # ---- the gradient
+
+    def forget(self) -> None:
+        super().forget()
+        self.pending = None
+
+    @torch.no_grad()
+    def constrain_gradient(self) -> float:
+        """Build the gradients, without the part along decoder rows, and clip them; return their norm before clipping."""
+        sae, pending, extra = self.sae, self.pending, self.pending.extra
+        self.pending = None
+        if not pending.finite:
+            return math.nan
+        n, flat = sae.shape.n_latents, pending.indices.flatten()
+        slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
+        lists = fast.transposed(pending.indices, n)
+        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error)
+        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.x - sae.b_pre)
+        g_bias = torch.bincount(flat, slopes.flatten(), n).float()
+        along = torch.bincount(flat, (values * pending.slopes).flatten(), n).float()  # <gradient, row>, for nothing
+        if extra is not None:
+            sae.W_dec.grad.index_add_(0, extra.latents, extra.dec)
+            sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
+            g_bias.index_add_(0, extra.latents, extra.bias)
+            along.index_add_(0, extra.latents, (extra.dec * sae.W_dec[extra.latents]).sum(1))
+        if self.recipe.sae.unit_norm:
+            sae.W_dec.grad.addcmul_(sae.W_dec, along[:, None], value=-1)
+        sae.b_pre.grad = pending.scale * pending.error.sum(0) - g_bias @ sae.W_enc
+        sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
+        return clip_(sae, self.recipe.optim.clip)
+
+
+class FusedOptimizer(ExplicitOptimizer):
+    """The same by the compiled kernels, on a CPU; optionally with a screen."""
 
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
         self.kind = KINDS.get(screen, 0)
-        self.pending: Pending | None = None
-        self.buffers: dict[str, Tensor] = {}
         self.redone = self.screened = 0  # tokens
         self.candidates = sae.shape.k + max(16, sae.shape.k // (1 if screen == "int8" else 2))  # int8 is the coarser of the two
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
@@ -104,37 +215,14 @@ class FusedOptimizer(Optimizer):
         super().restore(tensors, updates)
         self._lower()
 
-    # ---- forward
+    def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        return self._screened(centred) if self.kind else super()._choose(centred)
 
-    @torch.no_grad()
-    def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
-        sae, options = self.sae, self.recipe.sae
-        x = x.contiguous()
-        values, indices = self.choose(x - sae.b_pre)
-        error = self._buffer("error", x.shape)
-        square, slopes = native.decode(x, sae.b_pre.detach(), sae.W_dec.detach(), values, indices, error)
-        nmse = square.double().mean() / x.shape[1] / baseline
-        aux, extra = nmse.new_zeros(()), None
-        if options.auxk_coef and len(dead) and torch.isfinite(nmse):
-            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
-        total = nmse + options.auxk_coef * aux
-        scale = 2 / (len(x) * x.shape[1] * baseline)
-        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
-        self.pending = Pending(x, error, values, indices, slopes, scale, finite, extra)
-        return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
+    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return native.select(product, bias, k)
 
-    def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
-        count = math.ceil(len(centred) * self.sae.shape.n_latents / PIECE)
-        pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
-        chosen = [self._screened(piece) if self.kind else self._exact(piece) for piece in pieces]
-        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
-
-    def _exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        sae = self.sae
-        product = self._buffer("product", (len(centred), sae.shape.n_latents))
-        torch.mm(centred, sae.W_enc.detach().t(), out=product)
-        return native.select(product, sae.b_enc.detach(), sae.shape.k)
+    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return native.decode(x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error)
 
     def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
@@ -154,7 +242,7 @@ class FusedOptimizer(Optimizer):
         if again > b // 100:  # more candidates cost less than that
             self.candidates = min(n, 1 + self.candidates * 5 // 4)
         if again:
-            values[unclear], indices[unclear] = self._exact(centred[unclear].contiguous())
+            values[unclear], indices[unclear] = super()._choose(centred[unclear].contiguous())
         return values, indices
 
     @torch.no_grad()
@@ -164,7 +252,7 @@ class FusedOptimizer(Optimizer):
             return {}
         before = self.screened, self.redone
         centred = x - self.sae.b_pre.detach()
-        (_, found), (_, exact) = self.choose(centred), self._exact(centred)
+        (_, found), (_, exact) = self.choose(centred), super()._choose(centred)
         self.screened, self.redone = before
         n = self.sae.shape.n_latents
         row = torch.arange(len(x))[:, None] * n
@@ -172,33 +260,7 @@ class FusedOptimizer(Optimizer):
         return {"screen_latents_wrong": missed.float().mean().item(), "screen_tokens_wrong": missed.any(1).float().mean().item(),
                 "screen_redone": self.redone / max(1, self.screened)}
 
-    # ---- AuxK on the dead rows alone
-
-    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Extra | None]:
-        """Return the loss and its gradient: everything here is dense, but over the dead latents only."""
-        sae, options = self.sae, self.recipe.sae
-        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
-        z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
-        if k_aux < len(dead):
-            values, indices = native.select(z, torch.zeros(len(dead)), k_aux)
-            z.zero_().scatter_(1, indices.long(), values)
-        difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
-        tiny = torch.finfo(error.dtype).tiny
-        if options.auxk_norm == "token":
-            weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
-        else:
-            weights = torch.full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
-        loss = (difference.square().sum(1) * weights).double().sum()
-        if not torch.isfinite(loss):
-            return loss.new_zeros(()), None
-        slope = difference.mul_((2 * options.auxk_coef * weights)[:, None])
-        inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
-        return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
-
     # ---- the pass over the rows
-
-    def forget(self) -> None:
-        self.pending = None
 
     @torch.no_grad()
     def step(self, step: int) -> float:
@@ -266,10 +328,3 @@ class FusedOptimizer(Optimizer):
         weight = getattr(self.sae, key)
         state = self.adam.state[weight]
         return native.Matrix(*(native.pointer(part).value for part in (weight.detach(), state["exp_avg"], state["exp_avg_sq"], self.average.get(key))))
-
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
-        size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=dtype)
-        return self.buffers[name][:size].view(shape)

@@ -33,7 +33,7 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.sae.normalize import dataset_factor, normalize
 from ksparse.training import checkpoint
 from ksparse.training.checkpoint import State
-from ksparse.training.fused import FusedOptimizer, fastest_screen
+from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
 from ksparse.training.loggers import open_loggers
 from ksparse.training.optim import Optimizer, rate_share
 
@@ -121,17 +121,16 @@ def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str,
 
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
-    """Return the compiled step where it can run and is not refused, else the one of plain torch."""
-    screen = recipe.optim.screen
-    possible = sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk and recipe.run.kernels != "torch" and native.load() is not None
-    if recipe.run.kernels == "native" and not possible:
-        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
-    if possible:
+    """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
+    screen, kernels, on_cpu = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk
+    if kernels != "torch" and on_cpu and native.load() is not None:
         return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+    if kernels == "native":
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
         raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if on_cpu else Optimizer(sae, recipe)
 
 
 def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Stream]:

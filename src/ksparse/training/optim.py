@@ -51,8 +51,7 @@ class Optimizer:
         """Take the part along decoder rows off, clip, and return the norm before clipping."""
         if self.recipe.sae.unit_norm:
             remove_parallel_(self.sae.W_dec.grad, self.sae.W_dec)
-        limit = self.recipe.optim.clip or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit).item()
+        return clip_(self.sae, self.recipe.optim.clip)
 
     def step(self, step: int) -> float:
         """Apply the gradients of step number `step` (from 1); return their norm before clipping. Where it is not finite nothing is changed."""
@@ -129,3 +128,14 @@ def remove_parallel_(grad: Tensor, weight: Tensor) -> None:
     """Take off each gradient row its part along the weight row of norm 1, in place (Bricken et al. 2023)."""
     along = (grad * weight).sum(1, keepdim=True)
     grad.sub_(along * weight)
+
+
+@torch.no_grad()
+def clip_(sae: SAE, limit: float) -> float:
+    """Scale the gradients so that their norm is at most `limit`, if that is not 0; return the norm before."""
+    gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit:
+        for gradient in gradients:
+            gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm.item()
