@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ksparse import files
 from ksparse import recipe as recipes
 from ksparse.errors import InputError, KsparseError
 from ksparse.recipe import Recipe
@@ -282,6 +283,38 @@ def plan(arguments: list[str]) -> None:
         print(line)
 
 
+def bench(arguments: list[str]) -> None:
+    """bench [--n --d --k --batch …]         time a training step here, against the encoder product and a dense step"""
+    from ksparse import bench as benchmark
+
+    @dataclass(frozen=True)
+    class BenchArgs(benchmark.Setting):
+        json: str = ""
+        """File for the result."""
+        picture: str = ""
+        """File for a picture of it (.svg)."""
+        contestant: tuple[str, ...] = ()
+        """NAME=FILE.py: also time what make(cfg) in that file returns."""
+
+    options = _parse(BenchArgs, "bench", arguments)
+    own = {field.name for field in dataclasses.fields(benchmark.Setting)}
+    setting = benchmark.Setting(**{name: value for name, value in dataclasses.asdict(options).items() if name in own})
+    wrong = [each for each in options.contestant if not Path(each.partition("=")[2]).is_file()]
+    if wrong:
+        raise InputError(f"contestant {wrong[0]!r} is not NAME=FILE with a file that is there")
+    with Progress("rounds", setting.rounds) as progress:
+        found = benchmark.bench(setting, dict(each.split("=", 1) for each in options.contestant), observe=lambda done, total: progress(done, ""))
+    print(f"{'':<12}{'ratio':>8}{'best':>8}{'ms':>9}{'tokens/s':>12}{'MiB':>8}")
+    for name, row in sorted(found["contestants"].items(), key=lambda item: item[1]["ratio"]):
+        print(f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}")
+    for name, why in found["left_out"].items():
+        print(f"{name:<12}left out: {why}")
+    if options.json:
+        files.write_json(Path(options.json), found)
+    if options.picture:
+        files.write_text(Path(options.picture), benchmark.picture(found))
+
+
 def doctor(arguments: list[str]) -> None:
     """doctor                                say what of this machine is fit for ksparse, a line each"""
     _no_options("doctor", arguments)
@@ -297,7 +330,7 @@ def doctor(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo, "train": train, "resume": resume, "eval": evaluate, "probes": probes, "report": report,
-    "shard": shard, "plan": plan, "doctor": doctor,
+    "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
 }
 
 

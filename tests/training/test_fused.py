@@ -237,3 +237,38 @@ def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
     path = native.build()
     stamp = path.stat().st_mtime_ns
     assert native.build() == path and path.stat().st_mtime_ns == stamp and path.parent == tmp_path / "ksparse"
+
+
+# ---- what a step costs, counted
+
+
+class Work(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts products of b x d by d x n, and new tensors of b x n or n x d numbers."""
+
+    def __init__(self, b: int):
+        super().__init__()
+        self.b, self.products, self.wide, self.weights = b, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.layout != torch.strided:
+            return out  # sparse, for all its shape
+        if "mm" in func.__name__ and isinstance(out, torch.Tensor) and out.shape == (self.b, N):
+            self.products += 1
+        elif isinstance(out, torch.Tensor) and not func.is_view and "out" not in (kwargs or {}) and not any(out is arg for arg in args):
+            self.wide += out.numel() >= self.b * N
+            self.weights += out.shape == (N, D)
+        return out
+
+
+@pytest.mark.parametrize("kind, products, wide, weights", [(Optimizer, 1, 2, 6), (ExplicitOptimizer, 1, 0, 2), (FusedOptimizer, 1, 0, 0)])
+def test_only_the_encoder_product_is_dense(kind, products, wide, weights):
+    """A step makes one product with all latents; the written-out ones no new [b, n], the compiled one no gradient of [n, d] either."""
+    optimizer = made(kind, optim__ema=0.0)
+    xs = batches(3, 512)
+    run(optimizer, xs[:2], 0)
+    with Work(512) as work:
+        optimizer.backward(xs[2], baseline=0.03, dead=torch.arange(0), k_aux=16)
+        optimizer.step(3)
+    assert work.products == products
+    assert (work.wide <= wide, work.weights <= weights) == (True, True), (work.wide, work.weights)

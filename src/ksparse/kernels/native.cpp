@@ -298,6 +298,11 @@ void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t
             float g_bias = 0;
             for (int64_t e = starts[i]; e < starts[i + 1]; e++) {
                 int64_t token = order[e] / k;
+                if (e + 2 < starts[n]) {  // of this latent or the next
+                    int64_t ahead = order[e + 2] / k;
+                    fetch(error + ahead * d, d);
+                    fetch(x + ahead * d, d);
+                }
                 add_scaled(g_dec.data(), scale * values[order[e]], error + token * d, d);
                 add_scaled(g_enc.data(), scale * slopes[order[e]], x + token * d, d);
                 g_bias += scale * slopes[order[e]];

@@ -25,7 +25,7 @@ from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.training.optim import Optimizer, clip_, rate_share
 
-PIECE = 2**26  # numbers of the product in memory at once
+PIECE = 2**27  # numbers of the product in memory at once
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
@@ -198,7 +198,7 @@ class FusedOptimizer(ExplicitOptimizer):
 
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
-        self.kind = KINDS.get(screen, 0)
+        self.screen, self.kind = screen, KINDS.get(screen, 0)
         self.redone = self.screened = 0  # tokens
         self.candidates = sae.shape.k + max(16, sae.shape.k // (1 if screen == "int8" else 2))  # int8 is the coarser of the two
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):

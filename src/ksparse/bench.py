@@ -1,0 +1,291 @@
+"""How fast is a training step here? Every contestant in a process of its own, one step each in turn, against the float32 encoder product.
+
+    product     x[b, d] times W_enc^T[d, n], into memory that is used again: the floor of an exact step
+    selection   the same and torch.topk
+    dense       the step as autograd does it with dense codes: what most libraries compute
+    torch       our step in plain torch
+    exact       our compiled step
+    screened    our compiled step, candidates chosen by the fastest low-precision product
+
+A ratio is the median over rounds of a contestant's seconds over the product's in the same round. Other libraries take part by a file with
+make(cfg) -> step(x): bench/step.py shows one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import multiprocessing
+import platform
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ksparse.errors import InputError
+
+_WARM = 2  # steps before any is timed
+Step = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is timed on."""
+
+    d: int = 768
+    """Width of an activation."""
+    n: int = 24_576
+    """Latents."""
+    k: int = 32
+    """Active latents."""
+    batch: int = 4_096
+    """Activations in a step."""
+    dead: float = 0.0
+    """Share of latents that are dead, so that AuxK has work."""
+    rounds: int = 7
+    """Steps of each contestant that are timed."""
+    threads: int = 0
+    """CPU threads; 0: what torch takes."""
+
+    def __post_init__(self) -> None:
+        for name in ("d", "n", "k", "batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of a benchmark is {getattr(self, name)}; it must be at least 1")
+        if self.k > self.n:
+            raise InputError(f"k of a benchmark is {self.k}, more than the {self.n} latents")
+        if not 0 <= self.dead < 1:
+            raise InputError(f"dead of a benchmark is {self.dead}; it is a share, from 0 to below 1")
+
+
+def bench(setting: Setting, others: dict[str, str] | None = None, *, observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Time all contestants; others: {name: file with make(cfg)}. Return what `ksparse bench --json` writes."""
+    names = [*BUILT_IN, *(others or {})]
+    workers = {name: _Worker(name, setting, (others or {}).get(name, "")) for name in names}
+    try:
+        ready = {name: worker.ask("ready") for name, worker in workers.items()}
+        workers = {name: worker for name, worker in workers.items() if ready[name] is None}
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for number in range(setting.rounds):
+            order = list(workers)
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                seconds[name].append(workers[name].ask("step"))
+            observe(number + 1, setting.rounds)
+        facts = {name: worker.ask("facts") for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.process.terminate()
+    table = {name: _row(setting, times, seconds["product"], facts[name]) for name, times in seconds.items()}
+    return {**asdict(setting), "threads": facts["product"]["threads"], "processor": _processor(), "versions": {name: version(name) for name in ("ksparse", "torch")},
+            "contestants": table, "left_out": {name: why for name, why in ready.items() if why is not None},
+            **{f"{name}_ratio": table[name]["ratio"] if name in table else None for name in ("torch", "exact", "screened")}}
+
+
+def _row(setting: Setting, times: list[float], product: list[float], facts: dict[str, Any]) -> dict[str, Any]:
+    middle = statistics.median(times)
+    return {"ratio": statistics.median(own / floor for own, floor in zip(times, product)), "best_ratio": min(times) / min(product),
+            "seconds": middle, "best_seconds": min(times), "tokens_per_s": setting.batch / middle, **{key: value for key, value in facts.items() if key != "threads"}}
+
+
+class _Worker:
+    """A contestant in a process of its own, waiting for its turn."""
+
+    def __init__(self, name: str, setting: Setting, file: str):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, name, setting, file), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, what: str) -> Any:
+        """Return the answer to one question; None to 'ready' if it is, else why not."""
+        try:
+            self.pipe.send(what)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            if what == "ready":
+                return "its process ended"
+            raise InputError(f"contestant {self.name!r} ended before its time: too little memory, most likely; give a smaller --n or --batch") from None
+
+
+def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
+    """Build one contestant and step when asked."""
+    import torch
+
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    pipe.recv()
+    try:
+        x = activations(setting)
+        before = _resident("VmRSS")
+        step = (_from_file(file) if file else BUILT_IN[name])(_config(setting, x))
+        dead = torch.randperm(setting.n, generator=torch.Generator().manual_seed(1))[: int(setting.dead * setting.n)]
+        for _ in range(_WARM):
+            _prepare(step, dead)
+            step(x)
+    except Exception as error:  # whatever another library does
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+        return
+    pipe.send(None)
+    while pipe.recv() == "step":
+        _prepare(step, dead)
+        began = time.perf_counter()
+        step(x)
+        pipe.send(time.perf_counter() - began)
+    pipe.send({"peak_mib": round((_resident("VmHWM") - before) / 1024), "threads": torch.get_num_threads()} | getattr(step, "facts", dict)())
+
+
+def _prepare(step: Step, dead: Any) -> None:
+    if len(dead) and hasattr(step, "set_dead"):
+        step.set_dead(dead)
+
+
+def _config(setting: Setting, x: Any) -> SimpleNamespace:
+    return SimpleNamespace(d=setting.d, n=setting.n, k=setting.k, B=setting.batch, lr=1e-4, seed=0, dead_tokens=10_000_000, auxk_coef=1 / 32,
+                           mean=x.mean(0), var=float((x - x.mean(0)).square().mean()), sample=x[:4096], opts={})
+
+
+def _from_file(file: str) -> Callable[[Any], Step]:
+    spec = importlib.util.spec_from_file_location("contestant", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.make
+
+
+def activations(setting: Setting) -> Any:
+    """Return [b, d] of sparse codes over a hidden dictionary, whose features are as unequally frequent as words, a mean and noise."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4 * setting.d, setting.d, generator=generator) / setting.d**0.5
+    often = 1 / torch.arange(1, 4 * setting.d + 1)
+    chosen = torch.multinomial(often.expand(setting.batch, -1), min(24, 4 * setting.d), generator=generator)
+    values = torch.zeros(setting.batch, len(features)).scatter_(1, chosen, torch.rand(chosen.shape, generator=generator).log().neg())
+    return values @ features + torch.randn(setting.d, generator=generator) + 0.05 * torch.randn(setting.batch, setting.d, generator=generator)
+
+
+# ---- contestants -------------------------------------------------------------------------------------------------
+
+
+def _product(cfg: Any, after: Callable[[Any], Any] = lambda product: None) -> Step:
+    import torch
+
+    weight, out = torch.randn(cfg.n, cfg.d), torch.empty(cfg.B, cfg.n)
+    return lambda x: after(torch.mm(x, weight.t(), out=out))
+
+
+def _selection(cfg: Any) -> Step:
+    return _product(cfg, lambda product: product.topk(cfg.k, dim=1))
+
+
+def _dense(cfg: Any) -> Step:
+    """Scatter the code into [b, n], multiply by both weights in full, let autograd do the rest."""
+    import torch
+
+    from ksparse.sae.model import SAE, Shape
+
+    sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
+    adam = torch.optim.Adam(sae.parameters(), lr=cfg.lr, eps=6.25e-10)
+
+    def step(x: Any) -> None:
+        values, indices = torch.addmm(sae.b_enc, x - sae.b_pre, sae.W_enc.t()).topk(cfg.k, dim=1)
+        z = torch.zeros(len(x), cfg.n).scatter(1, indices, values.relu())
+        ((z @ sae.W_dec + sae.b_pre - x).square().mean() / cfg.var).backward()
+        sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec.detach()
+        adam.step()
+        adam.zero_grad()
+        sae.normalize_decoder_()
+
+    return step
+
+
+def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
+    """Return make(cfg) of our own step, with everything that a step of training does but the average."""
+    def make(cfg: Any) -> Step:
+        import torch
+
+        from ksparse.recipe import from_dict, k_aux
+        from ksparse.sae.model import SAE, Shape
+        from ksparse.training.loop import open_optimizer
+
+        recipe = from_dict({"acts": {"normalize": "none"}, "batch": cfg.B, "tokens": 1000 * cfg.B, "seed": cfg.seed, "run": {"kernels": kernels},
+                            "sae": {"n_latents": cfg.n, "k": cfg.k, "auxk_coef": cfg.auxk_coef, "dead_after": cfg.dead_tokens},
+                            "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen}})
+        sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
+        optimizer, since, taken = open_optimizer(sae, recipe), torch.zeros(cfg.n, dtype=torch.long), 0
+
+        def step(x: Any) -> None:
+            nonlocal taken
+            taken += 1
+            part = optimizer.backward(x, baseline=cfg.var, dead=(since >= cfg.dead_tokens).nonzero().squeeze(1), k_aux=k_aux(recipe.sae, cfg.d))
+            optimizer.step(taken)
+            since.add_(len(x))
+            since[part.code.indices[part.code.values > 0]] = 0
+
+        def set_dead(latents: Any) -> None:
+            since[latents] = cfg.dead_tokens
+            sae.b_enc.data[latents] = -1e4  # so that they stay dead
+
+        step.set_dead, step.recon = set_dead, lambda x: sae(x).detach()
+        step.facts = lambda: {"screen": optimizer.screen, "screen_redone": optimizer.redone / max(1, optimizer.screened)} if screen != "off" else {}
+        return step
+
+    return make
+
+
+def _initialized(sae: Any, cfg: Any) -> Any:
+    import torch
+
+    from ksparse.recipe import SAE as Options
+    from ksparse.sae.init import initialize_
+
+    initialize_(sae, getattr(cfg, "sample", cfg.mean.expand(2, -1)), Options(b_pre_init="mean"), torch.Generator().manual_seed(cfg.seed))
+    return sae
+
+
+BUILT_IN: dict[str, Callable[[Any], Step]] = {
+    "product": _product, "selection": _selection, "dense": _dense, "torch": ours("torch"), "exact": ours("native"), "screened": ours("native", "auto")}
+
+
+# ---- the machine, and a picture ----------------------------------------------------------------------------------
+
+
+def _resident(field: str) -> int:
+    """Return the process's memory in KiB: VmRSS now, VmHWM at most so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{field}:\s+(\d+)", status)[1])
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _processor() -> str:
+    try:
+        names = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        return names[1] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def picture(found: dict[str, Any]) -> str:
+    """Return a bar for each contestant as SVG."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(found["contestants"].items(), key=lambda item: -item[1]["ratio"])
+    figure = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([name for name, _ in rows], [row["ratio"] for _, row in rows], color="#3a55c8")
+    axes.bar_label(bars, [f"{row['ratio']:.2f}" for _, row in rows], padding=3)
+    axes.axvline(1, color="#1c1d22", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("time of a step, in encoder products of float32")
+    axes.set_title(f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · {found['threads']} threads", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
