@@ -151,7 +151,7 @@ def test_plan_says_what_a_recipe_costs(verb, recipe_file):
 def test_doctor_gives_a_line_for_each_thing(verb):
     code, out, _ = verb("doctor")
     assert code == 0, out
-    for name in ("python", "torch", "device", "float32", "bfloat16", "triton", "disk", "hub", "built-in LM"):
+    for name in ("python", "torch", "device", "float32", "bfloat16", "compiler", "triton", "disk", "hub", "built-in LM"):
         assert any(line.split(maxsplit=1)[1].startswith(name) for line in out.splitlines()), name
 
 

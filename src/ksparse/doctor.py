@@ -23,6 +23,7 @@ def checks() -> Iterator[Check]:
         yield "torch", "no", "not installed: pip install torch"
         return
     yield from _torch()
+    yield _compiled()
     yield _triton()
     yield from _packages()
     yield _disk()
@@ -45,6 +46,19 @@ def _torch() -> Iterator[Check]:
             yield str(kind).removeprefix("torch."), "note", f"no product on {device}: {str(error).splitlines()[0]}"
             continue
         yield str(kind).removeprefix("torch."), "yes" if right else "no", f"products on {device}" + ("" if right else " are wrong")
+
+
+def _compiled() -> Check:
+    """Build the compiled training step, if it has not been, and say which screen is fastest."""
+    from ksparse.kernels import native
+
+    if native.load() is None:
+        return "compiler", "note", "no compiled kernels; training on a CPU is about a quarter slower: install g++ or clang++"
+    from ksparse.training.fused import fastest_screen
+
+    screen = fastest_screen()
+    return "compiler", "yes", "training steps on a CPU are compiled; " + (
+        "no low-precision product is faster here" if screen == "off" else f"--optim.screen {screen} is faster still")
 
 
 def _triton() -> Check:
