@@ -75,6 +75,11 @@ def test_the_command_writes_json_and_picture(capsys, tmp_path):
     assert {"exact_ratio", "screened_ratio"} <= set(json.loads(files[0].read_text())) and files[1].read_text().startswith("<?xml")
 
 
+def test_a_contestant_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="there is no contestant 'fast'; there are product, selection"):
+        bench.bench(TINY, only=("fast",))
+
+
 def test_a_contestant_without_a_file_is_refused(capsys):
     from ksparse import cli
 

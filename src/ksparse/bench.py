@@ -21,7 +21,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -63,9 +63,13 @@ class Setting:
             raise InputError(f"dead of a benchmark is {self.dead}; it is a share, from 0 to below 1")
 
 
-def bench(setting: Setting, others: dict[str, str] | None = None, *, observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
-    """Time all contestants; others: {name: file with make(cfg)}. Return what `ksparse bench --json` writes."""
+def bench(setting: Setting, others: dict[str, str] | None = None, *, only: Sequence[str] = (), observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+    """Time all contestants; others: {name: file with make(cfg)}; only: these, and the product. Return what `ksparse bench --json` writes."""
     names = [*BUILT_IN, *(others or {})]
+    for name in only:
+        if name not in names:
+            raise InputError(f"there is no contestant {name!r}; there are {', '.join(names)}")
+    names = [name for name in names if not only or name in ("product", *only)]
     workers = {name: _Worker(name, setting, (others or {}).get(name, "")) for name in names}
     try:
         ready = {name: worker.ask("ready") for name, worker in workers.items()}

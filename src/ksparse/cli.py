@@ -293,6 +293,8 @@ def bench(arguments: list[str]) -> None:
         """File for the result."""
         picture: str = ""
         """File for a picture of it (.svg)."""
+        only: tuple[str, ...] = ()
+        """Time these, and the product."""
         contestant: tuple[str, ...] = ()
         """NAME=FILE.py: also time what make(cfg) in that file returns."""
 
@@ -303,7 +305,7 @@ def bench(arguments: list[str]) -> None:
     if wrong:
         raise InputError(f"contestant {wrong[0]!r} is not NAME=FILE with a file that is there")
     with Progress("rounds", setting.rounds) as progress:
-        found = benchmark.bench(setting, dict(each.split("=", 1) for each in options.contestant), observe=lambda done, total: progress(done, ""))
+        found = benchmark.bench(setting, dict(each.split("=", 1) for each in options.contestant), only=options.only, observe=lambda done, total: progress(done, ""))
     print(f"{'':<12}{'ratio':>8}{'best':>8}{'ms':>9}{'tokens/s':>12}{'MiB':>8}")
     for name, row in sorted(found["contestants"].items(), key=lambda item: item[1]["ratio"]):
         print(f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}")

@@ -23,9 +23,9 @@ from ksparse.kernels import fast, native
 from ksparse.recipe import Recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
-from ksparse.training.optim import Optimizer, clip_, rate_share
+from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
-PIECE = 2**27  # numbers of the product in memory at once
+PIECE = PRE_ACTS
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}

@@ -17,7 +17,7 @@ from ksparse.sae.model import SAE
 from ksparse.sae.normalize import input_rms
 from ksparse.sae.store import KEYS
 
-PRE_ACTS = 2**26  # numbers in the [b, n] matrix; a larger batch is taken in parts
+PRE_ACTS = 2**27  # numbers in the [b, n] matrix; a larger batch is taken in parts
 
 
 class Optimizer:
