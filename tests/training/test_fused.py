@@ -96,6 +96,35 @@ def test_the_low_precision_copy_follows_the_weights():
         assert scale is None or torch.equal(optimizer.low_scale, scale)
 
 
+@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 1), (17, 33, 77, 5), (5, 16, 31, 31)], ids=str)
+def test_a_screen_takes_every_shape(screen, shape):
+    b, d, n, k = shape
+    sae, generator = SAE(Shape(d, n, k, "none")), torch.Generator().manual_seed(0)
+    for weight in sae.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator)
+    optimizer = FusedOptimizer(sae, recipe(), screen)
+    x = torch.randn(b, d, generator=generator)
+    values, indices = optimizer.choose(x)
+    expected = (x @ sae.W_enc.T + sae.b_enc).detach().topk(k)
+    torch.testing.assert_close(values.sort(dim=1, descending=True).values, expected.values, rtol=1e-4, atol=1e-4)
+    assert indices.sort(dim=1).values.tolist() == expected.indices.sort(dim=1).values.tolist()
+
+
+def test_candidates_that_grew_are_in_the_checkpoint(monkeypatch):
+    monkeypatch.setattr(fused, "MARGIN", 1e9)  # no token is clear, so more candidates are taken
+    optimizer = made(FusedOptimizer, "int8")
+    first = optimizer.candidates
+    run(optimizer, batches(2), 0)
+    assert optimizer.candidates > first
+    other = made(FusedOptimizer, "int8")
+    other.restore({key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates)
+    assert other.candidates == optimizer.candidates and torch.equal(other.low, optimizer.low)
+    before = optimizer.candidates
+    optimizer.audit(batches(1)[0])
+    assert optimizer.candidates == before  # looking changes nothing
+
+
 def test_an_audit_counts_what_the_screen_misses(monkeypatch):
     """Neither a wrong copy of the weights nor a margin of nothing may go unseen."""
     monkeypatch.setattr(fused, "MARGIN", -1e9)  # everything is taken for clear

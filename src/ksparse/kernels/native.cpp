@@ -120,7 +120,8 @@ void scan(Best& best, Best& sample, int64_t n, Score score) {
 
 int sample_of(int k) { return std::max(2, 2 * k / EVERY); }
 
-void put(const Best& best, int k, float* values, int32_t* indices) {
+void put(Best& best, int k, float* values, int32_t* indices) {  // in the order of latents, however they were found
+    std::sort(best.held.begin(), best.held.begin() + best.count, [](const Scored& a, const Scored& b) { return a.latent < b.latent; });
     for (int j = 0; j < k; j++) {  // fewer than k only where values are NaN
         bool there = j < best.count;
         values[j] = there ? best.held[j].value : std::numeric_limits<float>::quiet_NaN();
@@ -155,7 +156,7 @@ extern "C" {
 
 int ks_version() { return 1; }
 
-// pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias, in no order.
+// pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias, in the order of latents.
 void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k, float* values, int32_t* indices, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
         Best best(k), sample(sample_of(k));

@@ -102,7 +102,7 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly and in no order; NaN where there are fewer."""
+    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly, by latent; NaN where there are fewer."""
     b, n = pre_acts.shape
     values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
     load().ks_select(pointer(pre_acts), pointer(bias), _int(b), _int(n), k, pointer(values), pointer(indices), torch.get_num_threads())

@@ -3,8 +3,9 @@
     product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows) ─▶ latents' tokens ─▶ one pass over the rows
 
 `ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no gradient of n x d is ever stored: each latent's two
-gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is computed in low precision and only chooses candidates; their values are
-exact, and a token whose k-th value is not clear of what was dropped is computed again in full.
+gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is
+computed in low precision and only chooses candidates; their values are exact, and a token whose k-th value is not clear of what was dropped
+is computed again in full.
 """
 
 from __future__ import annotations
@@ -211,8 +212,13 @@ class FusedOptimizer(ExplicitOptimizer):
         if self.kind:
             self.low, self.low_scale = native.lower(self.sae.W_enc.detach(), self.kind)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | ({"screen.candidates": torch.tensor(self.candidates)} if self.kind else {})
+
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         super().restore(tensors, updates)
+        if "screen.candidates" in tensors:  # which tokens are computed in full decides how their values are rounded
+            self.candidates = int(tensors["screen.candidates"])
         self._lower()
 
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,10 +256,10 @@ class FusedOptimizer(ExplicitOptimizer):
         """Return how far the screen's choice is from the exact one on x[b, d]: shares of tokens, and of latents, that differ."""
         if not self.kind:
             return {}
-        before = self.screened, self.redone
+        before = self.screened, self.redone, self.candidates
         centred = x - self.sae.b_pre.detach()
         (_, found), (_, exact) = self.choose(centred), super()._choose(centred)
-        self.screened, self.redone = before
+        self.screened, self.redone, self.candidates = before
         n = self.sae.shape.n_latents
         row = torch.arange(len(x))[:, None] * n
         missed = ~torch.isin(exact + row, found + row)
