@@ -1,0 +1,442 @@
+"""The sparse operations as Triton kernels, for CUDA tensors: nothing of size [b, n] or [b, k, d] ever reaches memory.
+
+    x, W, bias ─▶ tiles: product, best few of each bucket ─▶ [b, candidates] ─▶ topk ─▶ buckets that may have dropped a winner, again ─▶ values, indices
+    values, indices, x ─▶ one sort by latent ─▶ chunks of hot rows ─▶ rows[n, d] ─▶ projection, Adam, norm, average in one pass
+
+The interface is that of `reference`; sums are in float32 (float64 for float64), in an order that does not depend on timing: results repeat bit for bit.
+Without Triton this module can still be imported, `available()` is then False. With TRITON_INTERPRET=1 the kernels take tensors of the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no wheel for this system, or a torch for CPUs alone
+    triton = tl = None
+
+CHUNK = 512
+"""Tokens of one latent that one program adds up; a latent with more is taken in parts."""
+REDONE = 0.3
+"""Buckets a token may be expected to have computed again, before more candidates are kept instead."""
+MOST_KEPT = 8
+L2 = 2**25
+"""Bytes of a slab of columns that is to stay in the cache while all latents take their tokens' rows from it (H200: 60 MB in all)."""
+PIECE = 2**26  # numbers of the product in memory at once, where n is too small for buckets
+
+
+class Tile(NamedTuple):
+    """What one program of the encoder product computes; four buckets of latents / 4 lie in it."""
+
+    tokens: int = 128
+    latents: int = 256
+    depth: int = 64
+    warps: int = 8
+    stages: int = 3
+    group: int = 8  # token tiles that walk over the latents together, so that both factors stay in the L2 cache
+
+
+TILE = Tile()
+
+
+def available() -> bool:
+    """Return whether the kernels can be compiled and run here."""
+    return triton is not None and torch.cuda.is_available()
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    return triton.jit(function) if triton else function
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which launches go to this device; Triton asks for the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ---- the encoder product and its k largest
+
+
+@_jit
+def _finite(score):
+    """NaN counts as infinity, so that it is chosen and shows; -inf as the lowest number, so that padding, which is -inf, loses to every latent."""
+    return tl.maximum(tl.where(score < float("inf"), score, float("inf")), -3.4028234e38)
+
+
+@_jit
+def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr,
+                GROUP: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values, places[b, buckets, KEPT], best first."""
+    program, across = tl.program_id(0), tl.cdiv(b, TOKENS)
+    together = GROUP * tl.cdiv(n, LATENTS)
+    first = program // together * GROUP
+    size = tl.minimum(across - first, GROUP)
+    tile_b, tile_n = first + program % together % size, program % together // size
+
+    rows, columns, at = tile_b * TOKENS + tl.arange(0, TOKENS), tile_n * LATENTS + tl.arange(0, LATENTS), tl.arange(0, DEPTH)
+    left = x + tl.minimum(rows, b - 1).to(tl.int64)[:, None] * d + at[None, :]
+    right = weight + tl.minimum(columns, n - 1).to(tl.int64)[None, :] * d + at[:, None]
+    score = tl.zeros([TOKENS, LATENTS], tl.float32)
+    for start in range(0, d, DEPTH):
+        if EVEN:
+            score = tl.dot(tl.load(left), tl.load(right), score, input_precision=PRECISION)
+        else:
+            inside = start + at < d
+            score = tl.dot(tl.load(left, inside[None, :], 0.0), tl.load(right, inside[:, None], 0.0), score, input_precision=PRECISION)
+        left += DEPTH
+        right += DEPTH
+    score = _finite(score + tl.load(bias + tl.minimum(columns, n - 1)).to(tl.float32)[None, :])
+    if not FULL:
+        score = tl.where((columns < n)[None, :], score, float("-inf"))
+
+    # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row of the accumulator (wgmma, mma), so that the
+    # maxima need no exchange between threads. In any other layout this is right too, only slower.
+    score = tl.reshape(tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]), [TOKENS, 4, LATENTS // 4])
+    place = tl.arange(0, LATENTS // 4)[None, None, :]
+    to = (rows.to(tl.int64)[:, None] * buckets + tile_n * 4 + tl.arange(0, 4)[None, :]) * KEPT
+    for slot in tl.static_range(KEPT):
+        best = tl.max(score, 2)
+        chosen = tl.min(tl.where(score == best[:, :, None], place, LATENTS // 4), 2)
+        tl.store(values + to + slot, best, (rows < b)[:, None])
+        tl.store(places + to + slot, chosen.to(tl.uint8), (rows < b)[:, None])
+        score = tl.where(place == chosen[:, :, None], float("-inf"), score)
+
+
+@_jit
+def _bucket_again(x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.constexpr, DEPTH: tl.constexpr):
+    """One (token, bucket) pair: the pre-activations of all latents of the bucket, to out[pairs, LATENTS / 4]; -inf beyond n."""
+    pair = tl.program_id(0).to(tl.int64)
+    token, bucket = tl.load(tokens + pair).to(tl.int64), tl.load(buckets + pair)
+    place, at = tl.arange(0, LATENTS // 4), tl.arange(0, DEPTH)
+    latent = bucket // 4 * LATENTS + place // 2 * 8 + bucket % 4 * 2 + place % 2
+    row = tl.minimum(latent, n - 1).to(tl.int64)
+    total = tl.zeros([LATENTS // 4, DEPTH], tl.float32)
+    for start in range(0, d, DEPTH):
+        inside = start + at < d
+        part = tl.load(x + token * d + start + at, inside, 0.0).to(tl.float32)
+        total += tl.load(weight + row[:, None] * d + start + at[None, :], inside[None, :], 0.0).to(tl.float32) * part[None, :]
+    score = _finite(tl.sum(total, 1) + tl.load(bias + row).to(tl.float32))
+    tl.store(out + pair * (LATENTS // 4) + place, tl.where(latent < n, score, float("-inf")))
+
+
+def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile = TILE, kept: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T + bias[n], in no particular order.
+
+    Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity, -inf as the lowest float32.
+    Raise ValueError for k > n.
+    """
+    (b, n), buckets = (len(x), len(weight)), 4 * -(-len(weight) // tile.latents)
+    if not 0 <= k <= n:
+        raise ValueError(f"k is {k}, but there are {n} latents: choose 0 to {n} of them")
+    if b * k == 0:
+        return x.new_zeros(b, k, dtype=torch.float32), torch.zeros(b, k, dtype=torch.long, device=x.device)
+    kept = kept or _kept(k, buckets)
+    if kept * buckets < k or kept > min(MOST_KEPT, tile.latents // 4) or weight.dtype == torch.float64:
+        return _dense(x, weight, bias, k)
+    x, weight, bias = x.to(weight.dtype).contiguous(), weight.contiguous(), bias.contiguous()
+    if x.device.type == "cpu":  # Triton's interpreter has no product in bfloat16; this one is the same
+        x, weight = x.float(), weight.float()
+    values, places = _best_of_buckets(x, weight, bias, kept, tile)
+    values, chosen = values.flatten(1).topk(k, dim=1, sorted=False)
+    indices = _latents(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
+
+    # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is not among the k chosen, k others are at least as
+    # large, and so nothing the bucket dropped is needed. If it is, the dropped ones are computed and compete with the chosen: candidates are only
+    # added, so the k-th value only rises, no other bucket's last kept value comes in, and once is enough. Padding (-inf) is never in the result:
+    # as long as one is chosen, some bucket with dropped latents has all its kept ones chosen, and k <= n latents are above it.
+    suspect = chosen % kept == kept - 1
+    token, j = suspect.nonzero(as_tuple=True)
+    if len(token):
+        _compete(x, weight, bias, values, indices, places, token, chosen[token, j] // kept, suspect.sum(1), tile)
+    return values, indices
+
+
+def _kept(k: int, buckets: int) -> int:
+    """Return how many of a bucket to keep, so that few are expected to hold that many of the k winners (winners fall in buckets at random)."""
+    return next((m for m in range(2, MOST_KEPT + 1) if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)), MOST_KEPT)
+
+
+def _best_of_buckets(x: Tensor, weight: Tensor, bias: Tensor, kept: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return values[b, buckets, kept], best first, and their places in the buckets: stage one."""
+    (b, d), n, buckets = x.shape, len(weight), 4 * -(-len(weight) // tile.latents)
+    values = torch.empty(b, buckets, kept, dtype=torch.float32, device=x.device)
+    places = torch.empty(b, buckets, kept, dtype=torch.uint8, device=x.device)
+    with _on(x.device):
+        _candidates[(-(-b // tile.tokens) * buckets // 4,)](
+            x, weight, bias, values, places, b, n, d, buckets, TOKENS=tile.tokens, LATENTS=tile.latents, DEPTH=tile.depth, GROUP=tile.group,
+            KEPT=kept, EVEN=d % tile.depth == 0, FULL=n % tile.latents == 0, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages)
+    return values, places
+
+
+def _latents(buckets: Tensor, places: Tensor, tile: Tile) -> Tensor:
+    """Return the latents at places in buckets; as in `_bucket_again`."""
+    return buckets // 4 * tile.latents + places // 2 * 8 + buckets % 4 * 2 + places % 2
+
+
+def _compete(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor, places: Tensor, token: Tensor, bucket: Tensor,
+             counts: Tensor, tile: Tile) -> None:
+    """Let what (token, bucket)[pairs] dropped compete with values, indices[b, k], in place; counts[b] pairs a token, sorted by it."""
+    width, k = tile.latents // 4, values.shape[1]
+    scores = torch.empty(len(token), width, dtype=torch.float32, device=x.device)
+    with _on(x.device):
+        _bucket_again[(len(token),)](x, weight, bias, token, bucket, scores, len(weight), x.shape[1], LATENTS=tile.latents, DEPTH=64, num_warps=4)
+    scores.scatter_(1, places[token, bucket].long(), -torch.inf)  # those that were kept keep the values they have
+    rows, row = token.unique_consecutive(return_inverse=True)
+    nth = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
+    more = scores.new_full((len(rows), int(counts.max()), width), -torch.inf)
+    more[row, nth] = scores
+    latents = torch.zeros(more.shape, dtype=torch.long, device=x.device)
+    latents[row, nth] = _latents(bucket[:, None], torch.arange(width, device=x.device), tile)
+    best, at = torch.cat([values[rows], more.flatten(1)], 1).topk(k, dim=1, sorted=False)
+    indices[rows] = torch.cat([indices[rows], latents.flatten(1)], 1).gather(1, at)
+    values[rows] = best
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the same by the whole product, in pieces: where k is so near n that buckets save nothing."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = weight.to(dtype).t(), bias.to(dtype)
+    parts = [torch.addmm(bias, part.to(dtype), weight).topk(k, dim=1, sorted=False) for part in x.split(max(1, PIECE // len(bias)))]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+# ---- rows of a matrix, by a token's latents
+
+
+@_jit
+def _gather_sum(values, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+    """One token, one block of columns: ROWS rows are on their way at once."""
+    token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], SUM)
+    for start in range(0, k, ROWS):
+        j = start + tl.arange(0, ROWS)
+        latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
+        value = tl.load(values + token * k + j, j < k, 0.0).to(SUM)
+        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        total += tl.sum(value[:, None] * row, 0)
+    tl.store(out + token * d + columns, total.to(out.dtype.element_ty), columns < d)
+
+
+@_jit
+def _gather_dot(x, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+    """One token, ROWS of its latents."""
+    token, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
+    total = tl.zeros([ROWS, COLUMNS], SUM)
+    for start in range(0, d, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        part = tl.load(x + token * d + columns, columns < d, 0.0).to(SUM)
+        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        total += row * part[None, :]
+    tl.store(out + token * k + j, tl.sum(total, 1).to(out.dtype.element_ty), j < k)
+
+
+def _columns(d: int) -> tuple[int, int]:
+    """Return (columns of a block, warps for it): 16 bytes of bfloat16 a thread, blocks that divide d if it has such a divisor."""
+    block = min(1024, d & -d)
+    block = block if block >= 128 else min(1024, max(16, 1 << (d - 1).bit_length()))
+    return block, max(1, block // 256)
+
+
+def _sums(*tensors: Tensor) -> Any:
+    return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
+
+
+def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]], in the wider of the two dtypes."""
+    (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
+    out = torch.empty(b, d, dtype=torch.promote_types(values.dtype, weight.dtype), device=weight.device)
+    if out.numel():
+        with _on(weight.device):
+            _gather_sum[(b, -(-d // block))](values.contiguous(), indices.contiguous(), weight.contiguous(), out, k, d, ROWS=8, COLUMNS=block,
+                                            SUM=_sums(values, weight), num_warps=warps)
+    return out
+
+
+def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in the wider of the two dtypes."""
+    (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
+    out = torch.empty(b, k, dtype=torch.promote_types(x.dtype, weight.dtype), device=weight.device)
+    if out.numel():
+        with _on(weight.device):
+            _gather_dot[(b, -(-k // 8))](x.contiguous(), indices.contiguous(), weight.contiguous(), out, k, d, ROWS=8, COLUMNS=block,
+                                        SUM=_sums(x, weight), num_warps=warps)
+    return out
+
+
+# ---- rows of a matrix, by a latent's tokens
+
+
+class Lists(NamedTuple):
+    """The (token, latent) pairs sorted by latent: those of latent i are order[starts[i] .. starts[i + 1]], tokens in order, k pairs a token."""
+
+    order: Tensor
+    starts: Tensor
+    k: int
+    firsts: Tensor
+    """[n] The first part of each hot latent, one with more than CHUNK pairs."""
+    owners: Tensor
+    """[parts] The latent of each part, n where there is none: the number of parts is a bound, so that nobody waits for the device."""
+    chunk: int
+
+
+def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
+    """Sort the pairs of indices[b, k] by latent, once for both weights' gradients."""
+    chunk, device = chunk or CHUNK, indices.device
+    latents, order = torch.sort(indices.flatten().int(), stable=True)
+    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=device))
+    lengths = starts.diff()
+    parts = torch.where(lengths > chunk, (lengths + chunk - 1) // chunk, 0)
+    ends = parts.cumsum(0)
+    # a hot latent has at most 2 * length / chunk parts, since its length is above chunk
+    slots = torch.arange(2 * indices.numel() // chunk if indices.numel() > chunk else 0, device=device)
+    return Lists(order, starts, indices.shape[1], ends - parts, torch.searchsorted(ends, slots, right=True), chunk)
+
+
+@_jit
+def _segment(order, values, x, begin, end, columns, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+    """Return the sum over pairs begin .. end of values[pair] * x[token of the pair], at some columns."""
+    total = tl.zeros([COLUMNS], SUM)
+    for start in range(begin, end, ROWS):
+        at = start + tl.arange(0, ROWS)
+        pair = tl.load(order + at, at < end, 0)
+        value = tl.load(values + pair, at < end, 0.0).to(SUM)
+        row = tl.load(x + (pair // k)[:, None] * d + columns[None, :], (at < end)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        total += tl.sum(value[:, None] * row, 0)
+    return total
+
+
+@_jit
+def _parts(order, starts, firsts, owners, values, x, parts, n, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           SUM: tl.constexpr):
+    """One part of one hot latent, one block of columns."""
+    part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    latent = tl.load(owners + part)
+    if latent < n:
+        begin = tl.load(starts + latent) + (part - tl.load(firsts + latent)) * CHUNK
+        end = tl.minimum(begin + CHUNK, tl.load(starts + latent + 1))
+        tl.store(parts + part * d + columns, _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM), columns < d)
+
+
+@_jit
+def _rows(order, starts, firsts, values, x, parts, out, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+    """One latent, one block of columns: from its pairs, or from its parts in their order. No atomics."""
+    latent, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    if end - begin <= CHUNK:
+        total = _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM)
+    else:
+        total = tl.zeros([COLUMNS], SUM)
+        first = tl.load(firsts + latent)
+        for part in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
+            total += tl.load(parts + part * d + columns, columns < d, 0.0)
+    tl.store(out + latent * d + columns, total.to(out.dtype.element_ty), columns < d)
+
+
+def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
+    """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], in the wider of the two dtypes. Deterministic."""
+    return scatter_transposed(transposed(indices, n), values, x)
+
+
+def scatter_transposed(lists: Lists, values: Tensor, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the same [n, d] from the sorted pairs, in `dtype` if given."""
+    n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _columns(x.shape[1])
+    dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sums(values, x)
+    out = torch.empty(n, d, dtype=dtype, device=x.device)
+    if out.numel() == 0 or values.numel() == 0:
+        return out.zero_()
+    while block > 128 and len(x) * block * x.element_size() > L2:
+        block, warps = block // 2, max(1, warps // 2)
+    values, x, blocks = values.contiguous(), x.contiguous(), -(-d // block)
+    parts = torch.empty(len(lists.owners), d, dtype=torch.float64 if sums is tl.float64 else torch.float32, device=x.device)
+    options = {"CHUNK": lists.chunk, "ROWS": 8, "COLUMNS": block, "SUM": sums, "num_warps": warps}
+    with _on(x.device):
+        if len(parts):
+            _parts[(len(parts), blocks)](lists.order, lists.starts, lists.firsts, lists.owners, values, x, parts, n, lists.k, d, **options)
+        _rows[(n, blocks)](lists.order, lists.starts, lists.firsts, values, x, parts, out, lists.k, d, **options)
+    return out
+
+
+# ---- the pass over the rows
+
+
+@_jit
+def _squares(grad, weight, out, d, PROJECT: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row: the square of the norm of its gradient, less the part along the weight's row if PROJECT."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    g = tl.load(grad + row * d + columns, columns < d, 0.0).to(tl.float32)
+    if PROJECT:
+        w = tl.load(weight + row * d + columns, columns < d, 0.0).to(tl.float32)
+        g -= tl.sum(g * w, 0) * w
+    tl.store(out + row, tl.sum(g * g, 0))
+
+
+@_jit
+def _adam_row(weight, grad, first, second, average, low, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
+              UNIT: tl.constexpr, AVERAGE: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
+    """One row, read once and written once. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
+    columns = tl.arange(0, COLUMNS)
+    at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
+    w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
+    m, v = tl.load(first + at, inside, 0.0).to(tl.float32), tl.load(second + at, inside, 1.0).to(tl.float32)
+    if PROJECT:
+        g -= tl.sum(g * w, 0) * w
+    g *= clip
+    m += (g - m) * gain1
+    v = v * beta2 + g * g * gain2
+    w -= rate * m / (tl.sqrt(v) * root + eps)
+    if UNIT:
+        length = tl.sqrt(tl.sum(w * w, 0))
+        w *= 1 / tl.where(length > 0, length, 1.0)
+    tl.store(weight + at, w, inside)
+    tl.store(first + at, m.to(first.dtype.element_ty), inside)
+    tl.store(second + at, v.to(second.dtype.element_ty), inside)
+    if AVERAGE:
+        mean = tl.load(average + at, inside, 0.0)
+        tl.store(average + at, mean + (w - mean) * gain, inside)
+    if LOW:
+        tl.store(low + at, w.to(low.dtype.element_ty), inside)
+
+
+def _whole(d: int) -> dict[str, int]:
+    """Return the options of a kernel that has a whole row of d numbers in registers."""
+    columns = max(16, 1 << (d - 1).bit_length())
+    return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 512) * 2)}
+
+
+def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tensor:
+    """Return [n]: the square of each gradient row's norm, less its part along the row of weight[n, d] if `project`. For clipping."""
+    out = torch.zeros(len(grad), dtype=torch.float32, device=grad.device)
+    if grad.numel():
+        with _on(grad.device):
+            _squares[(len(grad),)](grad.contiguous(), weight.contiguous(), out, grad.shape[1], PROJECT=project, **_whole(grad.shape[1]))
+    return out
+
+
+def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, beta1: float, beta2: float, eps: float,
+               clip: float = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
+               low: Tensor | None = None) -> None:
+    """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
+
+    In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
+    average += (weight - average) * (1 - decay), the low-precision copy `low`. Raise ValueError where a tensor is not contiguous or not [n, d].
+    """
+    for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "low": low}.items():
+        if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
+            raise ValueError(f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a contiguous {list(weight.shape)}")
+    if weight.dtype != torch.float32 or (average is not None and average.dtype != torch.float32):
+        raise ValueError(f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `low`")
+    if weight.numel() == 0:
+        return
+    with _on(weight.device):
+        _adam_row[(len(weight),)](
+            weight, grad, first, second, weight if average is None else average, weight if low is None else low, weight.shape[1],
+            rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip, PROJECT=project,
+            UNIT=unit_norm, AVERAGE=average is not None, LOW=low is not None, **_whole(weight.shape[1]))

@@ -1,0 +1,334 @@
+"""The Triton kernels agree with the definition: compiled where there is a GPU, in Triton's interpreter elsewhere.
+
+Triton decides when it is imported whether it interprets, and transformers may have imported it before: so without a GPU these tests run in a process
+of their own, started by one test here. To see them one by one: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_gpu.py
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ksparse.kernels import gpu, reference
+
+COMPILED = gpu.available()
+RUNS = COMPILED or (gpu.triton is not None and os.environ.get("TRITON_INTERPRET") == "1")
+DEVICE = "cuda" if COMPILED else "cpu"
+TINY = gpu.Tile(tokens=16, latents=32, depth=16, warps=4, stages=2, group=2)  # buckets of 8
+SHAPES = {  # b, k, n, d
+    "plain": (7, 3, 40, 8), "k_is_1": (5, 1, 33, 4), "k_is_n": (4, 6, 6, 5), "d_not_a_power_of_two": (9, 9, 50, 37), "d_is_1": (3, 2, 10, 1),
+    "one_row": (1, 4, 9, 3), "n_is_1": (6, 1, 1, 7), "empty_batch": (0, 3, 10, 4), "k_is_0": (4, 0, 6, 3), "columns_in_blocks": (3, 2, 4, 1100),
+}
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+
+
+def inside(test):
+    """Keep a test only where kernels run."""
+    return test if RUNS else None
+
+
+def inputs(shape, dtype=torch.float32, seed=0, repeated=False):
+    b, k, n, d = shape
+    make = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(size, d, generator=make).to(dtype) for size in (b, n))
+    values = torch.rand(b, k, generator=make).to(dtype)
+    values[torch.rand(b, k, generator=make) < 0.3] = 0
+    if repeated:
+        indices = torch.randint(min(n, 2), (b, k), generator=make)
+    else:
+        indices = torch.stack([torch.randperm(n, generator=make)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.long)
+    return [each.to(DEVICE) for each in (values, indices, x, weight)]
+
+
+def close(out, exact, dtype):
+    assert out.dtype == dtype and out.shape == exact.shape
+    scale = max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
+    torch.testing.assert_close(out.double(), exact.double(), rtol=DTYPES[dtype], atol=DTYPES[dtype] * scale)
+
+
+# ---- everywhere
+
+
+@pytest.mark.skipif(COMPILED, reason="there is a GPU: the tests below run compiled")
+@pytest.mark.skipif(RUNS, reason="this is the process of their own")
+def test_kernels_agree_with_the_definition_in_the_interpreter():
+    if gpu.triton is None:
+        pytest.skip("Triton is not installed")
+    done = run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert done.stdout.count(".") > 100  # a dot for each that passed
+
+
+@pytest.mark.skipif(gpu.triton is not None and RUNS, reason="already run outside")
+def test_importing_the_kernels_does_not_import_triton():
+    code = "import sys, ksparse.kernels; print('triton' in sys.modules, 'ksparse.kernels.gpu' in sys.modules)"
+    assert run([sys.executable, "-c", code]).stdout.split() == ["False", "False"]
+
+
+@pytest.mark.skipif(gpu.triton is not None and RUNS, reason="already run outside")
+def test_without_triton_the_module_is_there_and_says_that_it_is_not_available():
+    code = "import sys; sys.modules['triton'] = None; from ksparse.kernels import gpu; print(gpu.available())"
+    done = run([sys.executable, "-c", code])
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(RUNS, reason="already run outside")
+def test_the_benchmark_says_that_it_needs_a_gpu():
+    bench = Path(__file__).resolve().parents[2] / "bench"
+    for command in ([sys.executable, str(bench / "gpu.py")], ["bash", str(bench / "gpu.sh")]):
+        done = run(command, PYTHON=sys.executable)
+        assert done.returncode == 2 and "no CUDA device: run this on a machine with a GPU" in done.stderr
+
+
+def run(command, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=kept | environment)
+
+
+# What the interpreter cannot see: whether the compiler takes them. It needs no GPU.
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ksparse.kernels import gpu
+tl = triton.language
+I, F, B = "*i64", "*fp32", "*bf16"
+TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, firsts=I, owners=I, indices=I, parts=F, out=F, b="i32", n="i32",
+             d="i32", k="i32", grad=F, first=F, second=F, average=F, low=B, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain clip".split(), "fp32"))
+
+def build(name, warps, types={}, **constants):
+    kernel, types = getattr(gpu, name), TYPES | types
+    signature = {each: "constexpr" if each in constants else types[each] for each in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(kernel.arg_names) if each == "d" or signature[each][0] == "*"}
+    done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    print(name, done.asm["ptx"].count("wgmma.mma_async"), done.asm["ptx"].count("shfl.sync"), done.asm["ptx"].count("__local_depot"))
+
+sums = dict(ROWS=8, COLUMNS=256, SUM=tl.float32)
+build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True, PRECISION="ieee")
+build("_bucket_again", 4, {"buckets": I}, LATENTS=256, DEPTH=64)
+build("_gather_sum", 1, **sums)
+build("_gather_dot", 1, **sums)
+build("_parts", 1, CHUNK=512, **sums)
+build("_rows", 1, CHUNK=512, **sums)
+build("_adam_row", 4, {"weight": F}, PROJECT=True, UNIT=True, AVERAGE=True, LOW=True, COLUMNS=1024)
+build("_squares", 4, {"weight": F}, PROJECT=True, COLUMNS=1024)
+"""
+
+
+@pytest.mark.skipif(RUNS and not COMPILED, reason="already run outside")
+def test_kernels_compile_for_hopper_with_tensor_cores_and_nothing_in_local_memory(tmp_path):
+    if gpu.triton is None or not (Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/ptxas").exists():
+        pytest.skip("there is no Triton with a compiler for NVIDIA's GPUs")
+    done = run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = {name: (int(products), int(shuffles), int(local)) for name, products, shuffles, local in map(str.split, done.stdout.splitlines())}
+    assert len(built) == 8 and not any(local for _, _, local in built.values())
+    assert built["_candidates"][0] > 0
+
+
+# ---- the encoder
+
+
+def check_topk(x, weight, bias, k, **options):
+    """The choice is that of a float64 product, but for latents nearer to the k-th than rounding; the values are those of what was chosen."""
+    values, indices = gpu.topk_encode(x, weight, bias, k, **options)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert values.shape == indices.shape == (len(x), k) and values.dtype == torch.float32
+    if not values.numel():
+        return
+    assert indices.min() >= 0 and indices.max() < len(weight)
+    assert all(len(set(row)) == k for row in indices.tolist()), "an index was chosen twice"
+    close(values, exact.gather(1, indices), torch.float32)
+    close(exact.gather(1, indices).sort(1).values.float(), exact.topk(k, 1).values.sort(1).values, torch.float32)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [None, 1, 2, 3])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (18, 7, 100, 20), (3, 64, 64, 16)], ids=[*SHAPES, "many_tiles", "all_of_many"])
+def test_topk_encode_is_exact_for_any_number_kept(shape, kept, dtype):
+    _, _, x, weight = inputs(shape, dtype)
+    check_topk(x, weight, torch.randn(shape[2], device=DEVICE), shape[1], tile=TINY, kept=kept)
+
+
+@inside
+def test_topk_encode_is_exact_with_the_tile_that_is_used():
+    _, _, x, weight = inputs((5, 4, 300, 70), torch.bfloat16)
+    check_topk(x, weight, torch.randn(300, device=DEVICE), 4)
+
+
+@pytest.fixture
+def repaired(monkeypatch):
+    """The number of (token, bucket) pairs of each repair."""
+    pairs, compete = [], gpu._compete
+    monkeypatch.setattr(gpu, "_compete", lambda *args: (pairs.append(len(args[6])), compete(*args)))
+    return pairs
+
+
+@inside
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_winners_that_all_lie_in_one_bucket_are_found(repaired, kept):
+    _, _, x, weight = inputs((20, 8, 200, 12))
+    bias = torch.zeros(200, device=DEVICE)
+    in_a_bucket = gpu._latents(torch.tensor(9), torch.arange(8), TINY)  # all eight places of the second bucket of the third tile
+    bias[in_a_bucket] = 100
+    check_topk(x, weight, bias, 8, tile=TINY, kept=kept)
+    assert len(repaired) == 1 and repaired[0] >= 20
+    assert (gpu.topk_encode(x, weight, bias, 8, tile=TINY, kept=kept)[1].sort(1).values.cpu() == in_a_bucket.sort().values).all()
+
+
+@inside
+def test_tokens_with_none_one_and_many_suspect_buckets_are_kept_apart(repaired):
+    bias = torch.zeros(200)
+    weight, x = torch.zeros(200, 3), torch.eye(3)[[0, 1, 2, 1, 0, 2]]
+    make = torch.Generator().manual_seed(0)
+    weight[:, 0] = torch.randperm(200, generator=make) * 0.01
+    for column, buckets in ((1, [5]), (2, [0, 13, 22])):
+        weight[:, column] = torch.randperm(200, generator=make) * 0.001
+        for bucket in buckets:
+            weight[gpu._latents(torch.tensor(bucket), torch.arange(4), TINY), column] += 10
+    check_topk(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 12, tile=TINY, kept=3)
+    assert repaired
+
+
+@inside
+def test_the_certificate_does_not_fire_where_winners_are_apart(repaired):
+    bias = torch.zeros(256, device=DEVICE)
+    bias[gpu._latents(torch.arange(4), torch.zeros(4, dtype=torch.long), TINY)] = 100
+    _, _, x, weight = inputs((5, 4, 256, 8))
+    check_topk(x, weight, bias, 4, tile=TINY, kept=2)
+    assert repaired == []
+
+
+@inside
+def test_ties_choose_each_latent_once():
+    x, weight = torch.ones(17, 4, device=DEVICE), torch.zeros(100, 4, device=DEVICE)
+    for k in (1, 8, 40, 100):
+        check_topk(x, weight, torch.zeros(100, device=DEVICE), k, tile=TINY, kept=2)
+
+
+@inside
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_a_latent_at_minus_infinity_still_beats_padding_and_nan_is_chosen(k):
+    _, _, x, weight = inputs((3, k, 35, 4))
+    bias = torch.full((35,), -torch.inf, device=DEVICE)
+    values, indices = gpu.topk_encode(x, weight, bias, k, tile=TINY, kept=2)
+    assert indices.max() < 35 and all(len(set(row)) == k for row in indices.tolist())
+    bias[7] = torch.nan
+    values, indices = gpu.topk_encode(x, weight, bias, k, tile=TINY, kept=2)
+    assert (indices == 7).any(1).all() and not values[indices == 7].isfinite().any()
+
+
+@inside
+def test_more_winners_than_latents_are_refused():
+    _, _, x, weight = inputs((2, 1, 5, 4))
+    with pytest.raises(ValueError, match="k is 6, but there are 5 latents"):
+        gpu.topk_encode(x, weight, torch.zeros(5, device=DEVICE), 6)
+
+
+@inside
+@pytest.mark.parametrize("k, n, kept", [(32, 131_072, 2), (64, 131_072, 3), (32, 32_768, 3), (256, 131_072, 4), (32, 1_000_000, 2), (1, 1024, 2)])
+def test_so_many_of_a_bucket_are_kept(k, n, kept):
+    assert gpu._kept(k, n // 64) == kept
+
+
+# ---- the sparse operations
+
+
+@inside
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_kernels_agree_with_the_definition(shape, repeated, dtype):
+    values, indices, x, weight = inputs(shape, dtype, repeated=repeated)
+    v, x64, w = values.double(), x.double(), weight.double()
+    close(gpu.gather_sum(values, indices, weight), reference.gather_sum(v, indices, w), dtype)
+    close(gpu.gather_dot(x, indices, weight), reference.gather_dot(x64, indices, w), dtype)
+    close(gpu.scatter_outer(values, indices, x, len(weight)), reference.scatter_outer(v, indices, x64, len(weight)), dtype)
+    close(gpu.gather_sum(values.float(), indices.int(), weight), reference.gather_sum(v, indices, w), torch.promote_types(dtype, torch.float32))
+
+
+@inside
+@pytest.mark.parametrize("chunk", [1, 2, 5, 19, 20])
+def test_hot_latents_are_added_up_in_parts(chunk):
+    values, indices, x, weight = inputs((20, 4, 9, 5), repeated=True)
+    indices[:, 0], indices[3, 1] = 5, 8  # latent 5 on every token, and once more on some
+    exact = reference.scatter_outer(values.double(), indices, x.double(), 9)
+    lists = gpu.transposed(indices, 9, chunk=chunk)
+    assert (lists.owners < 9).any()
+    close(gpu.scatter_transposed(lists, values, x), exact, torch.float32)
+
+
+@inside
+def test_scatter_outer_is_bitwise_the_same_each_time():
+    values, indices, x, _ = inputs((40, 6, 30, 33), repeated=True)
+    first = gpu.scatter_transposed(gpu.transposed(indices, 30, chunk=16), values, x)
+    torch.full((30, 33), torch.nan, device=DEVICE)  # what the next tensor may find in its memory
+    assert torch.equal(first, gpu.scatter_transposed(gpu.transposed(indices, 30, chunk=16), values, x))
+
+
+@inside
+def test_a_gradient_may_be_wanted_in_another_precision():
+    values, indices, x, _ = inputs((5, 2, 6, 4), torch.bfloat16)
+    out = gpu.scatter_transposed(gpu.transposed(indices, 6), values, x, dtype=torch.float32)
+    close(out, reference.scatter_outer(values.double(), indices, x.double(), 6), torch.float32)
+
+
+# ---- the pass over the rows
+
+
+@inside
+@pytest.mark.parametrize("d", [1, 5, 16, 100])
+@pytest.mark.parametrize("unit", [False, True], ids=["free", "unit_norm"])
+@pytest.mark.parametrize("clip", [1.0, 0.25])
+def test_adam_rows_is_projection_clip_adam_norm_and_average(d, unit, clip):
+    make = torch.Generator().manual_seed(d)
+    weight = torch.nn.functional.normalize(torch.randn(6, d, generator=make), dim=1).to(DEVICE)
+    exact = torch.nn.Parameter(weight.double())
+    adam, average = torch.optim.Adam([exact], lr=0.01, betas=(0.9, 0.999), eps=1e-6), torch.zeros(6, d, dtype=torch.float64, device=DEVICE)
+    first, second, mean, low = (torch.zeros(6, d, device=DEVICE) for _ in range(4))
+    low = low.bfloat16()
+    for step in range(1, 4):
+        grad = torch.randn(6, d, generator=make).to(DEVICE)
+        slope = grad.double()
+        slope = slope - (slope * exact.detach()).sum(1, keepdim=True) * exact.detach() if unit else slope
+        torch.testing.assert_close(gpu.row_squares(grad, weight, project=unit).double(), slope.square().sum(1), rtol=1e-4, atol=1e-5)
+        exact.grad = slope * clip
+        adam.step()
+        if unit:
+            exact.data /= exact.data.norm(dim=1, keepdim=True)
+        average.lerp_(exact.data, 1 - 0.99)
+        gpu.adam_rows_(weight, grad, first, second, step=step, rate=0.01, beta1=0.9, beta2=0.999, eps=1e-6, clip=clip, project=unit,
+                       unit_norm=unit, average=mean, decay=0.99, low=low)
+    # at d = 1 the projected gradient is rounding, which Adam makes large: there only the norm says something
+    if not (unit and d == 1):
+        for out, right in ((weight, exact.data), (first, adam.state[exact]["exp_avg"]), (second, adam.state[exact]["exp_avg_sq"]), (mean, average)):
+            torch.testing.assert_close(out.double(), right, rtol=1e-4, atol=2e-6)
+    if COMPILED:
+        assert torch.equal(low, weight.bfloat16())
+    else:  # the interpreter cuts off where the compiler rounds
+        close(low, weight, torch.bfloat16)
+    if unit:
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(6, device=DEVICE))
+
+
+@inside
+def test_adam_rows_keeps_a_row_of_zeros_and_takes_moments_in_bfloat16():
+    weight, grad = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, 5, device=DEVICE)
+    weight[1], grad[1] = torch.ones(5), torch.arange(5.0)
+    first, second = torch.zeros_like(weight).bfloat16(), torch.zeros_like(weight).bfloat16()
+    gpu.adam_rows_(weight, grad, first, second, step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, project=True, unit_norm=True)
+    assert torch.equal(weight[0], torch.zeros(5, device=DEVICE)) and weight[1].norm().item() == pytest.approx(1)
+    assert first.dtype == torch.bfloat16 and first[1].any()
+
+
+@inside
+def test_adam_rows_names_a_tensor_that_does_not_fit():
+    weight = torch.zeros(3, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"second is \[4, 3\].*expected a contiguous \[3, 4\]"):
+        gpu.adam_rows_(weight, weight.clone(), weight.clone(), weight.t(), step=1, rate=1.0, beta1=0.9, beta2=0.9, eps=1.0)
