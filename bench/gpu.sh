@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-for package in torch triton pytest pytest-timeout hypothesis transformers tokenizers safetensors; do
-    "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('${package//-/_}') is None)" ||
+for package in torch triton pytest; do
+    "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" ||
         "$PYTHON" -m pip install --quiet "$package" || echo "could not install $package" >&2
 done
 exec "$PYTHON" bench/gpu.py "$@"

@@ -16,6 +16,7 @@ import torch
 from ksparse.kernels import gpu, reference
 
 COMPILED = gpu.available()
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces that a default will change
 RUNS = COMPILED or (gpu.triton is not None and os.environ.get("TRITON_INTERPRET") == "1")
 DEVICE = "cuda" if COMPILED else "cpu"
 TINY = gpu.Tile(tokens=16, latents=32, depth=16, warps=4, stages=2, group=2)  # buckets of 8
@@ -250,6 +251,7 @@ def test_kernels_agree_with_the_definition(shape, repeated, dtype):
     close(gpu.gather_sum(values, indices, weight), reference.gather_sum(v, indices, w), dtype)
     close(gpu.gather_dot(x, indices, weight), reference.gather_dot(x64, indices, w), dtype)
     close(gpu.scatter_outer(values, indices, x, len(weight)), reference.scatter_outer(v, indices, x64, len(weight)), dtype)
+    close(gpu.gather_dot(x, indices, weight, dtype=torch.float32), reference.gather_dot(x64, indices, w), torch.float32)
     close(gpu.gather_sum(values.float(), indices.int(), weight), reference.gather_sum(v, indices, w), torch.promote_types(dtype, torch.float32))
 
 

@@ -45,6 +45,8 @@ class Tile(NamedTuple):
 
 
 TILE = Tile()
+FLOAT32_TILE = Tile(tokens=64, latents=128, depth=32, warps=8)
+"""Without tensor cores a larger one does not fit the registers (Triton 3.9 puts 13 kB a thread in memory for `TILE`)."""
 
 
 def available() -> bool:
@@ -126,12 +128,13 @@ def _bucket_again(x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.const
     tl.store(out + pair * (LATENTS // 4) + place, tl.where(latent < n, score, float("-inf")))
 
 
-def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile = TILE, kept: int | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile | None = None, kept: int | None = None) -> tuple[Tensor, Tensor]:
     """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T + bias[n], in no particular order.
 
     Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity, -inf as the lowest float32.
     Raise ValueError for k > n.
     """
+    tile = tile or (FLOAT32_TILE if weight.dtype == torch.float32 else TILE)
     (b, n), buckets = (len(x), len(weight)), 4 * -(-len(weight) // tile.latents)
     if not 0 <= k <= n:
         raise ValueError(f"k is {k}, but there are {n} latents: choose 0 to {n} of them")
@@ -260,10 +263,10 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in the wider of the two dtypes."""
+def gather_dot(x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` if given, else in the wider of the two dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
-    out = torch.empty(b, k, dtype=torch.promote_types(x.dtype, weight.dtype), device=weight.device)
+    out = torch.empty(b, k, dtype=dtype or torch.promote_types(x.dtype, weight.dtype), device=weight.device)
     if out.numel():
         with _on(weight.device):
             _gather_dot[(b, -(-k // 8))](x.contiguous(), indices.contiguous(), weight.contiguous(), out, k, d, ROWS=8, COLUMNS=block,
