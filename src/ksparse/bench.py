@@ -216,24 +216,23 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
 
         from ksparse.recipe import from_dict, k_aux
         from ksparse.sae.model import SAE, Shape
-        from ksparse.training.loop import open_optimizer
+        from ksparse.training.loop import count, open_optimizer
 
         recipe = from_dict({"acts": {"normalize": "none"}, "batch": cfg.B, "tokens": 1000 * cfg.B, "seed": cfg.seed, "run": {"kernels": kernels},
                             "sae": {"n_latents": cfg.n, "k": cfg.k, "auxk_coef": cfg.auxk_coef, "dead_after": cfg.dead_tokens},
                             "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen}})
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
-        optimizer, since, taken = open_optimizer(sae, recipe), torch.zeros(cfg.n, dtype=torch.long), 0
+        optimizer, state, taken = open_optimizer(sae, recipe), SimpleNamespace(since=torch.zeros(cfg.n, dtype=torch.long)), 0
 
         def step(x: Any) -> None:
             nonlocal taken
             taken += 1
-            part = optimizer.backward(x, baseline=cfg.var, dead=(since >= cfg.dead_tokens).nonzero().squeeze(1), k_aux=k_aux(recipe.sae, cfg.d))
+            part = optimizer.backward(x, baseline=cfg.var, dead=(state.since >= cfg.dead_tokens).nonzero().squeeze(1), k_aux=k_aux(recipe.sae, cfg.d))
             optimizer.step(taken)
-            since.add_(len(x))
-            since[part.code.indices[part.code.values > 0]] = 0
+            count(state, part, len(x))
 
         def set_dead(latents: Any) -> None:
-            since[latents] = cfg.dead_tokens
+            state.since[latents] = cfg.dead_tokens
             sae.b_enc.data[latents] = -1e4  # so that they stay dead
 
         step.set_dead, step.recon = set_dead, lambda x: sae(x).detach()

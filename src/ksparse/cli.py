@@ -20,6 +20,7 @@ from typing import Any, Literal
 from ksparse import files
 from ksparse import recipe as recipes
 from ksparse.errors import InputError, KsparseError
+from ksparse.options import EvalOptions
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder, open_run
 
@@ -107,8 +108,6 @@ def demo(arguments: list[str]) -> None:
     _say(f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source")
     _train(recipe, run)
     _say("2/3 evaluating on held-out files")
-    from ksparse.options import EvalOptions
-
     results = _evaluate([str(run.path)], [], EvalOptions())[str(run.path)]
     _say("3/3 writing the report")
     _report(run)
@@ -152,8 +151,6 @@ def _say_next(run: RunFolder) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (all if none is named)"""
-    from ksparse.options import EvalOptions
-
     folder, rest = _folder("eval", arguments)
     words = [folder]
     while rest and not rest[0].startswith("-"):
@@ -182,7 +179,7 @@ def _show(result: dict[str, Any], file: Path | str) -> None:
         print(f"  note: {note}")
 
 
-def _evaluate(sources: list[str], names: list[str], options: Any) -> dict[str, dict[str, Any]]:
+def _evaluate(sources: list[str], names: list[str], options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Evaluate the SAEs of runs or folders, and write the results of those that are runs."""
     from ksparse import evals
     from ksparse.sae.store import load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,11 +80,9 @@ class EvalOptions:
                 raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
         if not self.probe_l2 > 0:
             raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
-        for name, field in (("budget", Literal["small", "paper"]), ("position", Literal["last", "mean", "max"]),
-                            ("probe_on", Literal["pre_acts", "acts"]), ("n2g_variant", Literal["ksparse", "official"]),
-                            ("ablation_error", Literal["keep", "drop"])):
-            if getattr(self, name) not in field.__args__:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)!r}; there are {', '.join(field.__args__)}")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(kind) is Literal and getattr(self, name) not in typing.get_args(kind):
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)!r}; there are {', '.join(typing.get_args(kind))}")
 
     def resolved(self) -> EvalOptions:
         """Return the same options with the budget's sample sizes in place of 0."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ksparse.acts.text import Corpus
 from ksparse.evals.downstream import zero_losses
 from ksparse.evals.estimate import DocumentSums, Result, ratio
-from ksparse.evals.explainer import SCALE, SCORE, Activations, Explainer, activations
+from ksparse.evals.explainer import SCALE, SCORE, Activations, Explainer, activations, key, of_parts
 from ksparse.evals.held_out import Batch, Eval, Observe, Seen, Subject
 from ksparse.evals.ngrams import Ngrams
 
@@ -38,8 +38,8 @@ class ExplainedLoss(Eval):
     def see(self, seen: Seen) -> None:
         if self.entries < _ENTRIES:
             found = activations(seen, self.explainer.wanted, self.contexts)
-            self.found.append(found.among(np.isin(found.part, SCALE)))
-            self.keep.append((seen.batch.keep & (seen.batch.contexts.documents % 4 == SCALE[0])).cpu().numpy())
+            self.found.append(found.among(of_parts(found.document, SCALE)))
+            self.keep.append((seen.batch.keep & of_parts(seen.batch.contexts.documents, SCALE)).cpu().numpy())
             self.entries += len(self.found[-1].latent)
         self.contexts += len(seen.batch.keep)
 
@@ -59,9 +59,9 @@ class ExplainedLoss(Eval):
         s = self.predictor.match(tokens, begins, keep[:, explainer.first :])
         a = Activations(*(np.concatenate(columns) for columns in zip(*self.found)))
         length = keep.shape[1]
-        keys = (a.context.astype(np.int64) * length + a.position) * n + a.latent
+        keys = key(a.context, a.position, a.latent, length, n)
         order = np.argsort(keys)
-        wanted = (s.context.astype(np.int64) * length + s.position + explainer.first) * n + s.latent
+        wanted = key(s.context, s.position + explainer.first, s.latent, length, n)
         at = np.minimum(np.searchsorted(keys[order], wanted), max(0, len(keys) - 1))
         act = np.where(keys[order][at] == wanted, a.value[order][at], 0.0) if len(keys) else np.zeros(len(wanted))
         product, square = np.bincount(s.latent, s.value.astype(float) * act, n), np.bincount(s.latent, s.value.astype(float) ** 2, n)
@@ -69,7 +69,7 @@ class ExplainedLoss(Eval):
 
     def see_again(self, seen: Seen) -> None:
         contexts = seen.batch.contexts
-        keep = seen.batch.keep & (contexts.documents % 4 == SCORE[0])
+        keep = seen.batch.keep & of_parts(contexts.documents, SCORE)
         batch = seen.batch.once("scored", lambda: Batch(seen.batch.lm, seen.batch.corpus, contexts._replace(keep=keep)))
         if not batch.predicted.any():
             return

@@ -33,6 +33,17 @@ _COMPACT = 2_000_000  # activations held before all but the drawn ones are dropp
 BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
 
 
+def of_parts(documents: np.ndarray | Tensor, parts: tuple[int, ...]) -> np.ndarray | Tensor:
+    """Return which documents, by number, are dealt to these parts."""
+    dealt = documents % 4
+    return (dealt >= parts[0]) & (dealt <= parts[-1])
+
+
+def key(context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int, n: int) -> np.ndarray:
+    """Return one number for each position and latent, of contexts of that length and n latents."""
+    return (context.astype(np.int64) * length + position) * n + latent
+
+
 class Example(NamedTuple):
     """An activation: its latent, the tokens up to its position (without the context's BOS), its value."""
 
@@ -63,7 +74,7 @@ class Explainer(Eval):
     def see(self, seen: Seen) -> None:
         self.contexts.append(seen.batch.contexts.tokens.cpu().numpy().astype(np.int32))
         entries = activations(seen, self.wanted, self.count)
-        self.build.add(entries.among(np.isin(entries.part, BUILD)))
+        self.build.add(entries.among(of_parts(entries.document, BUILD)))
         self.count += len(self.contexts[-1])
 
     def work(self, observe: Observe) -> None:
@@ -105,13 +116,13 @@ class Explainer(Eval):
 
 
 class Activations(NamedTuple):
-    """Activations above 0, each field [m]; context counts over the pass, part is the document's."""
+    """Activations above 0, each field [m]; context counts over the pass."""
 
     latent: np.ndarray
     context: np.ndarray
     position: np.ndarray
     value: np.ndarray
-    part: np.ndarray
+    document: np.ndarray
 
     def among(self, chosen: np.ndarray) -> Activations:
         return Activations(*(column[chosen] for column in self))
@@ -126,7 +137,7 @@ def activations(seen: Seen, wanted: np.ndarray, first_context: int) -> Activatio
     at, slot, latent = at[mine], slot[mine], latent[mine]
     context, position = (column.numpy() for column in seen.batch.keep.cpu().nonzero(as_tuple=True))
     document = seen.batch.documents.cpu().numpy()
-    return Activations(latent, context[at] + first_context, position[at], values[at, slot].float().numpy(), document[at] % 4)
+    return Activations(latent, context[at] + first_context, position[at], values[at, slot].float().numpy(), document[at])
 
 
 class Reservoir:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ksparse.evals.estimate import Estimate, Result
-from ksparse.evals.explainer import LEAST, SCALE, SCORE, Activations, Explainer, Reservoir, activations
+from ksparse.evals.explainer import LEAST, SCALE, SCORE, Activations, Explainer, Reservoir, activations, key, of_parts
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
 from ksparse.evals.patterns import Matches, Pattern, Predictor
 
@@ -39,9 +39,9 @@ class N2G(Eval):
 
     def see(self, seen: Seen) -> None:
         found = activations(seen, self.watched, self.contexts)
-        found = found.among(np.isin(found.part, SCALE + SCORE))
+        found = found.among(of_parts(found.document, SCALE + SCORE))
         self.positives.add(found)
-        keep = (seen.batch.keep & (seen.batch.contexts.documents % 4 >= 2)).cpu().numpy()
+        keep = (seen.batch.keep & of_parts(seen.batch.contexts.documents, SCALE + SCORE)).cpu().numpy()
         if self.tokens < _TOKENS:
             self.judged.append(keep)
             self.tokens += int(keep.sum())
@@ -49,7 +49,7 @@ class N2G(Eval):
         self.contexts += len(keep)
 
     def _key(self, context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int) -> np.ndarray:
-        return (context.astype(np.int64) * length + position) * len(self.watched) + latent
+        return key(context, position, latent, length, len(self.watched))
 
     def work(self, observe: Observe) -> None:
         explainer, positives = self.explainer, self.positives.drawn()
@@ -101,8 +101,7 @@ class N2G(Eval):
 
     def _precise(self, found: Matches, scored: np.ndarray, slot: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return precision, predictions and right predictions of each scored latent; NaN where nothing was predicted."""
-        key = self._key(found.context, found.position + self.explainer.first, found.latent, length)
-        right = np.isin(key, np.concatenate(self.active))
+        right = np.isin(self._key(found.context, found.position + self.explainer.first, found.latent, length), np.concatenate(self.active))
         hits = np.bincount(slot[found.latent], minlength=len(scored))
         true = np.bincount(slot[found.latent], right, len(scored))
         return np.where(hits > 0, true / np.maximum(hits, 1), np.nan), hits, true

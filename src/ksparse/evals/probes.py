@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -153,19 +154,14 @@ def _probe(bank: _Bank, train: Rows, test: Rows, l2: float) -> tuple[Best, Tenso
 # ---- what is probed ----------------------------------------------------------------------------------------------
 
 
-class _Bank:
-    """Numbers that a text or a token has one of for each latent."""
+class _Bank(Protocol):
+    """Numbers that a text or a token has one of for each latent: a probe for each, and one latent's values [s] as float64."""
 
-    def fit(self, rows: Rows, l2: float) -> newton.Fit:
-        """Return a probe for each latent."""
-        raise NotImplementedError
-
-    def values(self, rows: Rows, latent: int) -> Tensor:
-        """Return one latent's values [s], float64."""
-        raise NotImplementedError
+    def fit(self, rows: Rows, l2: float) -> newton.Fit: ...
+    def values(self, rows: Rows, latent: int) -> Tensor: ...
 
 
-class _Channels(_Bank):
+class _Channels:
     """The site's own channels."""
 
     def __init__(self, position: str):
@@ -178,7 +174,7 @@ class _Channels(_Bank):
         return _pooled(rows.x[:, latent : latent + 1], rows, self.position)[:, 0].double()
 
 
-class _Latents(_Bank):
+class _Latents:
     """An SAE's latents, before or after its TopK."""
 
     def __init__(self, sae: SAE, on: str, position: str):
@@ -187,23 +183,26 @@ class _Latents(_Bank):
     def fit(self, rows: Rows, l2: float) -> newton.Fit:
         if self.on == "acts":
             return newton.fit_sparse(*self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2)
-        parts = (newton.fit(self._pre_acts(rows, slice(at, at + _SLICE)), rows.label, l2=l2, finish=4 * LISTED)
+        centred = self._centred(rows)  # once for all slices
+        parts = (newton.fit(self._pre_acts(rows, centred, slice(at, at + _SLICE)), rows.label, l2=l2, finish=4 * LISTED)
                  for at in range(0, self.sae.shape.n_latents, _SLICE))
         return newton.Fit(*(torch.cat(column) for column in zip(*parts)))
 
     def values(self, rows: Rows, latent: int) -> Tensor:
         if self.on == "pre_acts":
-            return self._pre_acts(rows, slice(latent, latent + 1))[0].double()
+            return self._pre_acts(rows, self._centred(rows), slice(latent, latent + 1))[0].double()
         latents, owners, values = self._entries(rows)
         mine = latents == latent
         return torch.zeros(len(rows.label), dtype=torch.float64, device=rows.x.device).index_add(0, owners[mine], values[mine].double())
 
-    def _pre_acts(self, rows: Rows, part: slice) -> Tensor:
-        """Return pre-activations [part, s]; the mean over positions is taken of x, since they are linear in it."""
-        sae, x = self.sae, self.sae.normalize(rows.x).x
-        if self.position == "mean":
-            x = _pooled(x, rows, "mean")
-        z = torch.addmm(sae.b_enc[part, None], sae.W_enc[part], (x - sae.b_pre).T)
+    def _centred(self, rows: Rows) -> Tensor:
+        """Return x - b_pre; the mean over positions is taken of it, since pre-activations are linear in it."""
+        x = self.sae.normalize(rows.x).x - self.sae.b_pre
+        return _pooled(x, rows, "mean") if self.position == "mean" else x
+
+    def _pre_acts(self, rows: Rows, centred: Tensor, part: slice) -> Tensor:
+        """Return pre-activations [part, s]."""
+        z = torch.addmm(self.sae.b_enc[part, None], self.sae.W_enc[part], centred.T)
         return _pooled(z.T, rows, "max").T.contiguous() if self.position == "max" else z
 
     def _entries(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
