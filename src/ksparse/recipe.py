@@ -151,6 +151,7 @@ class ProLU:
     """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
 
 
+_SPOKEN = {"topk": "{k} of them active at a time", "batch_topk": "{k} of them active on average", "jump_relu": "about {k} of them active at a time"}
 Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
 ACTIVATIONS: dict[str, type] = {kind().kind: kind for kind in typing.get_args(Activation)}
 WITH_AUXK = ("topk", "batch_topk", "jump_relu")
@@ -188,6 +189,11 @@ class SAE:
     """Where b_pre starts, from a sample of activations."""
     unit_norm: bool = True
     """Keep decoder rows at norm 1, and remove the gradient along them."""
+
+    @property
+    def bound(self) -> str:
+        """Say how many latents are active, as far as that is set."""
+        return _SPOKEN.get(self.activation.kind, "as many of them active as its penalty leaves").format(k=self.k)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
     Thresholds start where k latents are active on the sample, or where the recipe says.
     """
     sae.b_pre.copy_(_b_pre(sample, options.b_pre_init))
-    sae.b_enc.zero_()
+    for name in ("b_enc", *sae.activation.own):
+        getattr(sae, name).zero_()
     sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
     sae.normalize_decoder_()
     if options.init == "tied":
