@@ -1,8 +1,6 @@
 """What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time.
 
-FLOPs count a multiplication and an addition as two. An SAE's step, per activation: the dense encoder product 2nd; reading
-the k chosen rows forward and backward, 4 kinds of 2kd (decode, its two gradients, the encoder's gradient); the same
-four for k_aux, once a latent is dead; Multi-TopK the same for 4k. The LM up to the site: twice its parameters there.
+The formula for FLOPs is that of `training.flops`.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from ksparse.acts.shards import Shards
 from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe, k_aux
+from ksparse.training import flops
 from ksparse.training.optim import PRE_ACTS
 
 
@@ -38,11 +37,11 @@ def plan(recipe: Recipe) -> list[str]:
     weights = 2 * n * d + n + d
     aux = k_aux(recipe.sae, d)
     sae_flops = {
-        "encoder product": 2 * n * d,
-        "sparse parts": 8 * recipe.sae.k * d * (5 if recipe.sae.multi_topk else 1),
-        "AuxK, if latents are dead": 8 * aux * d if recipe.sae.auxk_coef else 0,
+        "encoder product": flops.encoder(recipe, d),
+        "sparse parts": flops.decoder(recipe, d),
+        "AuxK, if latents are dead": flops.auxk(aux, d) if recipe.sae.auxk_coef else 0,
     }
-    lm_flops = 0 if recipe.acts.shards else 2 * subject.before_site
+    lm_flops = 0 if recipe.acts.shards else flops.lm(subject.before_site)
     copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
     rows = min(recipe.batch, max(1, PRE_ACTS // n))
     memory = {
@@ -86,20 +85,7 @@ def look(recipe: Recipe) -> Subject:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     module, at = resolve(model, recipe.acts.site)
-    return Subject(_width(module, config), sum(p.numel() for p in model.parameters()), _before(model, module, at))
-
-
-def _before(model: torch.nn.Module, site: torch.nn.Module, at: str) -> int:
-    """Count the matrices' parameters that are used up to the site; modules are listed in the order of their use."""
-    inside = {id(module) for module in site.modules()} if at == "out" else set()
-    total, reached = 0, False
-    for module in model.modules():
-        reached |= module is site
-        if reached and id(module) not in inside:
-            break
-        if not isinstance(module, torch.nn.Embedding):
-            total += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
-    return total
+    return Subject(_width(module, config), sum(p.numel() for p in model.parameters()), flops.before_site(model, module, at))
 
 
 def _width(module: torch.nn.Module, config) -> int:
