@@ -28,7 +28,7 @@ def values(hint):
 def sections(kind):
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: sections(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()
-                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (Optim, "decay")}})  # what other values may forbid
+                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (Optim, "decay"), (Curve, "window")}})  # what other values may forbid
 
 
 @given(recipe=sections(Recipe))
