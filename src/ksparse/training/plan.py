@@ -28,6 +28,8 @@ class Subject:
     d_model: int
     parameters: int
     before_site: int
+    body: int = 0
+    """Parameters that are not of embeddings or the head."""
 
 
 def plan(recipe: Recipe) -> list[str]:
@@ -62,11 +64,11 @@ def plan(recipe: Recipe) -> list[str]:
         f"{subject.before_site / 1e6:,.1f} M up to the site",
         f"SAE          {n:,} latents, k = {recipe.sae.k}, k_aux = {aux}: {weights / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
-        f"memory       {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size),
+        f"memory       {amount_of_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {amount_of_bytes(size)}" for name, size in memory.items() if size),
         f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size),
-        f"disk         {_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {_bytes(free)} free here",
-        f"time         about {_duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
+        f"disk         {amount_of_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {amount_of_bytes(free)} free here",
+        f"time         about {duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
         *(["warning      the disk is too small"] if disk > free else []),
     ]
 
@@ -85,7 +87,9 @@ def look(recipe: Recipe) -> Subject:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     module, at = resolve(model, recipe.acts.site)
-    return Subject(_width(module, config), sum(p.numel() for p in model.parameters()), flops.before_site(model, module, at))
+    everything = sum(p.numel() for p in model.parameters())
+    ends = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()}
+    return Subject(_width(module, config), everything, flops.before_site(model, module, at), everything - sum(ends.values()))
 
 
 def _width(module: torch.nn.Module, config) -> int:
@@ -106,11 +110,11 @@ def speed(device: str, size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def _bytes(size: float) -> str:
+def amount_of_bytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
