@@ -79,6 +79,9 @@ class SAE:
     """Weight of the AuxK loss; 0 turns it off."""
     k_aux: int = 0
     """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
+    auxk_share: float = 1.0
+    """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so these are a random sample; the loss is
+    their mean, its cost in proportion. The paper: 1, all."""
     auxk_norm: Literal["token", "batch"] = "token"
     """AuxK's error is divided by the error's own square, per token (paper) or by its variance over the batch (official code)."""
     dead_after: int = 0
@@ -199,6 +202,11 @@ def k_aux(recipe: SAE, d_model: int) -> int:
     return recipe.k_aux or 2 ** round(math.log2(max(2, d_model / 2)))
 
 
+def auxk_tokens(recipe: SAE, tokens: int) -> int:
+    """Return how many of a batch's tokens AuxK is computed on: the first ones, at least one."""
+    return math.ceil(recipe.auxk_share * tokens)
+
+
 def check(recipe: Recipe) -> None:
     """Raise InputError for values that cannot be right whatever the model."""
     sae, acts = recipe.sae, recipe.acts
@@ -217,8 +225,9 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}")
     if acts.context < 3:
         raise InputError(f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text")
-    if not 0 < recipe.optim.ema_span <= 1:
-        raise InputError(f"optim.ema_span is {recipe.optim.ema_span}; it must be above 0 and at most 1")
+    for key, value in {"optim.ema_span": recipe.optim.ema_span, "sae.auxk_share": sae.auxk_share}.items():
+        if not 0 < value <= 1:
+            raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,

@@ -519,7 +519,7 @@ def test_a_run_without_a_name_is_named_by_its_recipe(small_recipe, tmp_path, mon
 
 def test_every_option_of_the_autoencoder_trains(small_recipe, tmp_path):
     for number, changes in enumerate([
-            {"sae.auxk_norm": "batch"}, {"sae.multi_topk": 0.125}, {"sae.b_enc": False}, {"sae.init": "independent"}, {"sae.init_scale": "unit"},
+            {"sae.auxk_norm": "batch"}, {"sae.auxk_share": 0.1}, {"sae.multi_topk": 0.125}, {"sae.b_enc": False}, {"sae.init": "independent"}, {"sae.init_scale": "unit"},
             {"sae.b_pre_init": "mean"}, {"sae.b_pre_init": "zero"}, {"sae.unit_norm": False}, {"acts.normalize": "layer_norm"}, {"acts.normalize": "none"},
             {"optim.warmup": 3, "optim.decay": 0.5, "optim.clip": 0.1}, {"acts.bos": "none"}, {"acts.keep": "all"}]):
         rows = train(small_recipe({"tokens": 5 * 64, "sae.dead_after": 64} | changes), tmp_path / str(number)).metrics()

@@ -40,7 +40,7 @@ def plan(recipe: Recipe) -> list[str]:
     sae_flops = {
         "encoder product": 2 * n * d,
         "sparse parts": 8 * recipe.sae.k * d * (5 if recipe.sae.multi_topk else 1),
-        "AuxK, if latents are dead": 8 * aux * d if recipe.sae.auxk_coef else 0,
+        "AuxK, if latents are dead": int(8 * aux * d * recipe.sae.auxk_share) if recipe.sae.auxk_coef else 0,
     }
     lm_flops = 0 if recipe.acts.shards else 2 * subject.before_site
     copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
