@@ -63,6 +63,8 @@ class Acts:
     """Contexts in one forward pass of the LM."""
     lm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the LM."""
+    store: Literal["float32", "bfloat16"] = "float32"
+    """How the `mix` activations wait in memory. bfloat16 takes half of it and rounds them to 8 bits; of an LM in bfloat16 nothing is lost."""
     shards: str = ""
     """A folder written by `ksparse shard`; activations are read from it instead of running the LM."""
 
@@ -137,6 +139,9 @@ class Run:
     """auto, cpu, cuda, cuda:1, mps."""
     kernels: Literal["auto", "torch", "native"] = "auto"
     """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be."""
+    ahead: Literal["auto", "on", "off"] = "auto"
+    """Compute activations in a thread of their own while the step before is taken: the same batches, and up to `acts.mix` more of them in
+    memory. auto: on a GPU, where reading and tokenising would keep it waiting."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 0

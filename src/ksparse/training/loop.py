@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from ksparse import files
 from ksparse.acts.lm import LM, resolve_device
 from ksparse.acts.shards import Shards
-from ksparse.acts.stream import Batch, LiveStream, ShardStream, Stream
+from ksparse.acts.stream import Ahead, Batch, LiveStream, ShardStream, Stream
 from ksparse.acts.text import Corpus
 from ksparse.errors import InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from ksparse.kernels import native
@@ -40,6 +40,7 @@ from ksparse.training.optim import Optimizer, rate_share
 log = logging.getLogger("ksparse")
 
 AUDITED = 64  # tokens of a logged step on which a screen is held against the exact choice
+SHARD_BATCHES = 4  # read ahead
 SAMPLE = 32_768  # activations for b_pre and the constants, as in the official code
 
 Observer = Callable[[dict[str, Any]], None]
@@ -52,7 +53,7 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
     observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.
     """
     run = RunFolder(Path(out or f"runs/{files.digest(recipe.identity())}"))
-    with run.locked(), _signals() as stop, _memory_explained(recipe):
+    with run.locked(), _signals() as stop, _memory_explained(recipe), ExitStack() as opened:
         checkpoint.check_same(run, recipe) if run.exists() else begin(run, recipe)
         device = torch.device(resolve_device(recipe.run.device))
         threads(recipe.threads)
@@ -61,11 +62,13 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
         checkpoint.check_room(run, optimizer, recipe.run.keep)
         send = [run.append_metrics, observe, *open_loggers(recipe, run)]
         saved = began = time.monotonic()
-        spent, first = state.seconds, state.tokens
+        spent, first, waited = state.seconds, state.tokens, 0.0
 
-        batches = stream.batches(state.cursor)
+        batches = opened.enter_context(closing(stream.batches(state.cursor)))
         while state.step < recipe.steps:
+            asked = time.monotonic()
             batch = next(batches)
+            waited += time.monotonic() - asked
             state.step += 1
             part = backward(optimizer, batch, state, recipe)
             grad_norm = optimizer.step(state.step) if math.isfinite(part.total) else math.nan
@@ -80,7 +83,7 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
                 now = time.monotonic()
                 state.seconds = spent + now - began
                 row = metrics(part, grad_norm, state, recipe, stream) | optimizer.audit(sae.normalize(batch.x[:AUDITED]).x) | {
-                    "tokens_per_s": (state.tokens - first) / (now - began), "seconds": state.seconds}
+                    "waiting": waited / (now - began), "tokens_per_s": (state.tokens - first) / (now - began), "seconds": state.seconds}
                 for each in send:
                     each(row)
             if stop or state.step == recipe.steps or due(state.step, saved, recipe):
@@ -112,12 +115,19 @@ def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str,
     if acts.shards:
         shards = Shards(acts.shards)
         shards.check_fits(acts)
-        return ShardStream(shards, batch=recipe.batch, seed=recipe.seed, device=device), shards.manifest["policy"]
+        stream = ShardStream(shards, batch=recipe.batch, seed=recipe.seed, device=device)
+        return Ahead(stream, SHARD_BATCHES) if ahead(recipe, device.type) else stream, shards.manifest["policy"]
     if acts.mix < recipe.batch:
         raise InputError(f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches")
     lm = LM(acts=acts, device=str(device), trust_remote_code=recipe.run.trust_remote_code)
     corpus = Corpus(acts, lm.tokenizer, "train")
-    return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.seed), corpus.policy()
+    stream = LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.seed)
+    return Ahead(stream, stream.per_block) if ahead(recipe, device.type) else stream, corpus.policy()
+
+
+def ahead(recipe: Recipe, device: str) -> bool:
+    """Return whether activations are computed by a thread of their own."""
+    return recipe.run.ahead == "on" or recipe.run.ahead == "auto" and device.startswith("cuda")
 
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
@@ -269,4 +279,4 @@ class _Done:
     """The stream of a run that has no step left."""
 
     def batches(self, cursor: Any = None) -> Iterator[Batch]:
-        return iter(())
+        yield from ()
