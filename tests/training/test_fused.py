@@ -14,7 +14,7 @@ from ksparse.kernels import native
 from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import fused, member
+from ksparse.training import fused, member, optim
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
 from ksparse.training.optim import Optimizer
 
@@ -56,7 +56,7 @@ def run(optimizer: Optimizer, xs: list[torch.Tensor], dead: int) -> list[tuple[f
 @pytest.mark.parametrize("kind", [FusedOptimizer, ExplicitOptimizer])
 @pytest.mark.parametrize("dead", [0, 7, 60])
 @pytest.mark.parametrize("changes", [{}, {"optim__clip": 0.01}, {"sae__b_enc": False}, {"sae__unit_norm": False}, {"optim__ema": 0.0},
-                                     {"sae__auxk_norm": "batch"}, {"sae__auxk_coef": 0.0}, {"optim__beta1": 0.0}], ids=str)
+                                     {"sae__auxk_norm": "batch"}, {"sae__auxk_share": 0.3}, {"sae__auxk_share": 0.3, "sae__auxk_norm": "batch"}, {"sae__auxk_coef": 0.0}, {"optim__beta1": 0.0}], ids=str)
 def test_every_step_is_that_of_autograd(changes, dead, kind):
     plain, compiled = made(Optimizer, **changes), made(kind, **changes)
     expected, found = run(plain, batches(6), dead), run(compiled, batches(6), dead)
@@ -133,6 +133,14 @@ def test_an_audit_counts_what_the_screen_misses(monkeypatch):
     optimizer.low = optimizer.low.flip(0).contiguous()
     found = optimizer.audit(batches(1)[0])
     assert found["screen_latents_wrong"] > 0.5 and found["screen_tokens_wrong"] > 0.9
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_auxk_on_a_share_of_the_tokens_is_that_of_the_batch_also_where_autograd_takes_it_in_parts(share, monkeypatch):
+    whole, parts = made(Optimizer, sae__auxk_share=share), made(Optimizer, sae__auxk_share=share)
+    expected = run(whole, batches(3), 7)
+    monkeypatch.setattr(optim, "PRE_ACTS", 13 * N)  # 5 parts, the share ends inside the second
+    np.testing.assert_allclose(run(parts, batches(3), 7), expected, rtol=2e-5, atol=1e-7)
 
 
 def test_pieces_of_a_batch_are_the_batch(monkeypatch):

@@ -20,11 +20,13 @@ class Losses(NamedTuple):
     code: Code
 
 
-def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options) -> Losses:
+def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options,
+           auxk_tokens: int | None = None, auxk_weight: float = 1.0) -> Losses:
     """Return the losses on normalised activations x[b, d].
 
     baseline: the mean squared error per component of predicting the mean, one constant for the whole run (A.6).
     dead: the indices of the latents that are dead now; none is fine.
+    auxk_tokens: AuxK is the mean over the first so many of x (all if not given), times auxk_weight where x is a part of a batch.
     """
     pre_acts = sae.pre_acts(x)
     code = sae.code(x, pre_acts)
@@ -34,9 +36,10 @@ def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, op
     if options.multi_topk:
         wide = sae.decode(sae.code(x, pre_acts, 4 * sae.shape.k))
         total = total + options.multi_topk * (wide - x).square().mean() / baseline
-    if options.auxk_coef and len(dead):
-        error = (x - recon).detach()
-        aux = finite_or_zero(auxk(sae.decoder(sae.code(x, pre_acts, k_aux, among=dead)), error, options.auxk_norm))
+    if options.auxk_coef and len(dead) and auxk_tokens != 0:
+        some = slice(auxk_tokens)
+        error = (x[some] - recon[some]).detach()
+        aux = auxk_weight * finite_or_zero(auxk(sae.decoder(sae.code(x[some], pre_acts[some], k_aux, among=dead)), error, options.auxk_norm))
         total = total + options.auxk_coef * aux
     return Losses(total, nmse, aux, code)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import fast, native
-from ksparse.recipe import Recipe
+from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
@@ -101,7 +101,8 @@ class ExplicitOptimizer(Optimizer):
         nmse = square.double().mean() / x.shape[1] / baseline
         aux, extra = nmse.new_zeros(()), None
         if options.auxk_coef and len(dead) and torch.isfinite(nmse):
-            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
+            some = slice(auxk_tokens(options, len(x)))
+            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (len(x) * x.shape[1] * baseline)
         finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))

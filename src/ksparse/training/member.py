@@ -22,7 +22,7 @@ from torch import Tensor
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import native
-from ksparse.recipe import Recipe, k_aux
+from ksparse.recipe import Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
 from ksparse.sae.loss import Losses
@@ -61,6 +61,7 @@ class Member:
             self.state, self.optimizer = start(self.recipe, feed)
         self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)]
         self.curve = self.run.curve()
+        self.held_out = feed.held_out if self.points else None
         self.began = self.saved = time.monotonic()
         self.spent, self.first = self.state.seconds, self.state.tokens
 
@@ -88,15 +89,15 @@ class Member:
             now = time.monotonic()
             state.seconds = self.spent + now - self.began
             row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing()) | self.optimizer.audit(x[:AUDITED]) | {
-                "tokens_per_s": (state.tokens - self.first) / (now - self.began), "seconds": state.seconds}
+                "waiting": self.feed.waited / max(now - self.began, 1e-9), "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9), "seconds": state.seconds}
             for each in self.send:
                 each(row)
 
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""
         state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {"loss_raw": curve.loss(sae, self.feed.held_out),
-                  "loss_ema": curve.loss(self.optimizer.averaged(), self.feed.held_out) if recipe.ema else None}
+        losses = {"loss_raw": curve.loss(sae, self.held_out),
+                  "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out) if recipe.ema else None}
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
         row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
@@ -189,7 +190,7 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
     wanted = k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef:
-        state.flops_auxk += len(x) * flops.auxk(min(wanted, len(dead)), x.shape[1])
+        state.flops_auxk += auxk_tokens(recipe.sae, len(x)) * flops.auxk(min(wanted, len(dead)), x.shape[1])
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
 
