@@ -22,7 +22,7 @@ from torch import Tensor
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import native
-from ksparse.recipe import Recipe, auxk_tokens, k_aux
+from ksparse.recipe import WITH_AUXK, Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
 from ksparse.sae.loss import Losses
@@ -162,7 +162,7 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State
 def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
     """Initialise an SAE from the first activations (which does not move the stream)."""
     look = feed.look
-    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor)
+    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
     sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
                       "ksparse": version("ksparse")}).to(feed.device)
     initialize_(sae, look.x, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=feed.center(recipe.sae.b_pre_init))
@@ -174,22 +174,23 @@ def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels, on_cpu = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk
-    if kernels != "torch" and on_cpu and native.load() is not None:
+    screen, kernels = recipe.optim.screen, recipe.run.kernels
+    written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if kernels != "torch" and written_out and native.load() is not None:
         return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
     if kernels == "native":
-        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
-        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if on_cpu else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
     """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
     wanted = k_aux(recipe.sae, x.shape[1])
-    if recipe.sae.auxk_coef:
+    if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         state.flops_auxk += auxk_tokens(recipe.sae, len(x)) * flops.auxk(min(wanted, len(dead)), x.shape[1])
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
