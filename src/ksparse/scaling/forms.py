@@ -4,7 +4,7 @@ Every form is a power, or a power and an irreducible term, whose exponents are l
 
     nk        L = exp(alpha + b_k log k + b_n log n + g log k log n) + exp(zeta + eta log k)     Gao et al. 2024, eq. 3; natural logarithms
     n, c      L = alpha n^beta + e           of each k, or of each LM, where the points have several: the paper's L(N), L_s(N) and L(C)
-    tokens, lr         alpha n^beta          beta shared by all k
+    tokens, lr, optimal    alpha n^beta, of compute alpha C^beta; beta shared by all k
 
     forms(law, points)   the forms that a law may have, the paper's first
     law_of(name)         columns that a law needs
@@ -26,22 +26,27 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class LawKind:
-    """What a law says: the column it predicts from which others; `group`: a column by which it may be split."""
+    """What a law says: the column it predicts from which others.
+
+    group: a column by which it may be split. cluster: a column whose equal rows are one measurement, such as the points of one run's curve.
+    """
 
     name: str
     title: str
     target: str
     variables: tuple[str, ...]
     group: str | None = None
+    cluster: str | None = None
 
 
 LAWS = {kind.name: kind for kind in (
     LawKind("nk", "L(N, k)", "loss", ("n", "k")),
     LawKind("n", "L(N)", "loss", ("n",), "k"),
-    LawKind("c", "L(C)", "loss", ("c",)),
+    LawKind("c", "L(C)", "loss", ("c",), "k", "run"),
     LawKind("tokens", "tokens to convergence", "tokens", ("n",), "k"),
     LawKind("lr", "best learning rate", "lr", ("n",), "k"),
     LawKind("s", "L_s(N)", "loss", ("n",), "lm"),
+    LawKind("optimal", "compute-optimal n", "n", ("c",), "k"),
 )}
 
 
@@ -89,7 +94,7 @@ def forms(law: str, points: Columns) -> list[Form]:
     if law == "nk":
         return _joint(points)
     groups = _groups(points, kind.group)
-    if law in ("tokens", "lr"):
+    if law in ("tokens", "lr", "optimal"):
         shared = _power(kind, groups, exponents="one")
         return [shared, _power(kind, groups)] if len(groups) > 1 else [shared]
     return [_power(kind, groups, floor=True), _power(kind, groups)]

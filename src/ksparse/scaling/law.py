@@ -28,6 +28,7 @@ from ksparse.scaling.forms import LAWS, Columns, Form, LawKind, forms, law_of
 from ksparse.scaling.points import WORDS, Cells, cells, read
 from ksparse.scaling.solve import Fit
 
+FORMAT = 1
 LEVEL = 0.95
 DRAWS = 1_000
 _CORRELATED = 0.5  # of neighbours' residuals: above it the form errs in a pattern
@@ -80,6 +81,12 @@ class Prediction:
     high: float
     run_low: float
     run_high: float
+
+    def says(self, target: str, at: dict[str, Any]) -> str:
+        """Say it in a line."""
+        where = ", ".join(f"{name} = {value if isinstance(value, str) else _short(value)}" for name, value in at.items())
+        return (f"{target} at {where}: {self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}]; "
+                f"a single run would lie in [{self.run_low:.4g}, {self.run_high:.4g}]")
 
 
 @dataclass(frozen=True)
@@ -137,9 +144,13 @@ class Law:
                              f"{', '.join(f'{value:g}' for value in known)}")
         rows = self.form.terms({name: np.array([at[name]]) for name in needed})
         value = float(rows.value(self.fit.theta)[0])
-        low, high = solve.interval_at(self.fit, rows, LEVEL)[0]
+        low, high = (float(end[0]) for end in solve.interval_at(self.fit, rows, LEVEL))
         run = solve.quantile(self.fit, LEVEL) * solve.scatter(self.fit)
         return Prediction(*(math.exp(each) for each in (value, low, high, value - math.hypot(value - low, run), value + math.hypot(high - value, run))))
+
+    def curve(self, at: Columns) -> np.ndarray:
+        """Return the law's values at many points."""
+        return np.exp(self.form.terms(at).value(self.fit.theta))
 
     @property
     def by_group(self) -> str | None:
@@ -160,7 +171,7 @@ class Law:
             "forms": [{"form": each.form.name, "equation": each.form.equation, "coefficients": len(each.form.coefficients), "log_rms": each.log_rms,
                        "aicc": each.aicc, "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
             "best_form": self.best.form.name, "residual_correlation": self.correlation, "seed_scatter": self.cells.seed_scatter,
-            "points": [{**{name: _plain(column[i]) for name, column in self.cells.columns.items()}, self.kind.target: float(self.cells.value[i]),
+            "points": [{**{name: plain(column[i]) for name, column in self.cells.columns.items()}, self.kind.target: float(self.cells.value[i]),
                         "runs": int(self.cells.count[i]), "fitted": math.exp(values[i]), "residual": float(self.fit.residuals[i])}
                        for i in range(len(self.cells))],
             "says": self.says(),
@@ -180,14 +191,14 @@ class Law:
             said.append("No other form that was tried has a lower AICc.")
         said += self._irreducible()
         if self.foretelling.error is not None:
-            said.append(f"Fitted without {self.foretelling.variable} {'≥ ' if self.kind.name == 'c' else '= '}{_short(self.foretelling.value)}, "
+            said.append(f"Fitted without {self.foretelling.variable} {'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
                         f"it foretells those points with a mean error of {_percent(self.foretelling.error)}, at most {_percent(self.foretelling.largest)}.")
         elif self.foretelling.why:
             said.append(f"No test of extrapolation: {self.foretelling.why}.")
         if self.correlation is not None and self.correlation > _CORRELATED:
             said.append(f"Residuals are not random: neighbours err alike (correlation {self.correlation:.2f}), so the form is not exact, and intervals, "
                         "which suppose independent scatter, are too narrow.")
-        if self.fit.starts > 1 and self.fit.reached < self.fit.starts / 2:
+        if self.fit.starts > 1 and self.fit.reached < self.fit.starts / 4:
             said.append(f"Only {self.fit.reached} of {self.fit.starts} starts reached the best fit.")
         return said
 
@@ -216,7 +227,21 @@ def fit(points: Columns, law: str = "nk", *, form: str = "paper", draws: int = D
     chosen = _choose(kind, candidates, form, found)
     assert chosen.fit is not None
     return Law(kind, chosen.form, found, chosen.fit, candidates, _coefficients(chosen, found, draws, seed),
-               _foretell(kind, chosen.form, found), _leave_one_out(chosen.fit))
+               _foretell(kind, chosen.form, found), _leave_one_out(chosen.fit, found.cluster))
+
+
+def evaluate(found: dict[str, Any], at: Columns) -> np.ndarray:
+    """Return the values at many points of a law as law.json holds it."""
+    columns = {name: np.array([point[name] for point in found["points"]]) for name in _variables(found)}
+    form = next(form for form in forms(found["law"], columns) if form.name == found["form"])
+    values = [found["coefficients"][each.name]["value"] for each in form.coefficients]
+    theta = [math.log(max(value, 1e-300)) if each.exponential else value for each, value in zip(form.coefficients, values)]
+    return np.exp(form.terms(at).value(np.array(theta)))
+
+
+def _variables(found: dict[str, Any]) -> list[str]:
+    kind = law_of(found["law"])
+    return [name for name in (*kind.variables, kind.group) if name is not None and name in found["points"][0]]
 
 
 def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
@@ -224,7 +249,7 @@ def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
     kind = law_of(law)
     needed = (*kind.variables, *((kind.group,) if law == "s" else ()), kind.target)
     columns = read(file, needed, positive=[name for name in needed if name not in WORDS])
-    wanted = [name for name in (*needed, kind.group) if name in columns]
+    wanted = [name for name in (*needed, kind.group, kind.cluster) if name in columns]
     if kind.group in columns and kind.group not in WORDS and kind.group not in needed:
         columns = read(file, needed, positive=[name for name in wanted if name not in WORDS])
     return {name: columns[name] for name in wanted}
@@ -239,7 +264,7 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
     missing = [name for name in needed if name not in points]
     if missing:
         raise InputError(f"the law {kind.name} needs {', '.join(needed)}; {missing[0]!r} is missing")
-    columns = {name: np.asarray(points[name]) for name in (*needed, kind.group) if name in points}
+    columns = {name: np.asarray(points[name]) for name in (*needed, kind.group, kind.cluster) if name in points}
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:
         raise InputError(f"the columns of a law have one length; got {sizes}")
@@ -250,18 +275,18 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
 
 
 def _candidate(form: Form, found: Cells) -> Candidate:
-    why = lacking(form, found.columns)
+    why = lacking(form, found.columns, found.weight)
     if why:
         return Candidate(form, why=why)
-    fitted = solve.fit(form.terms(found.columns), np.log(found.value), weights=found.count / found.count.mean())
-    m, p = len(found), len(form.coefficients) + 1
+    fitted = solve.fit(form.terms(found.columns), np.log(found.value), weights=found.weight)
+    m, p = float(found.weight.sum()), len(form.coefficients) + 1
     aicc = m * math.log(max(_rms(fitted.residuals, fitted.weights), 1e-12) ** 2) + 2 * p + 2 * p * (p + 1) / (m - p - 1) if m > p + 1 else None
     return Candidate(form, fitted, aicc)
 
 
-def lacking(form: Form, columns: Columns) -> str:
+def lacking(form: Form, columns: Columns, weight: np.ndarray) -> str:
     """Say what points lack for a form; '' if they suffice."""
-    m, p = len(next(iter(columns.values()))), len(form.coefficients)
+    m, p = round(float(weight.sum())), len(form.coefficients)
     kinds = ", ".join(f"{len(np.unique(column))} {name}" for name, column in columns.items())
     if m < p + 1:
         return f"{form.name} has {p} coefficients and needs at least {p + 1} different points; there {'is' if m == 1 else 'are'} {m} ({kinds})"
@@ -270,7 +295,7 @@ def lacking(form: Form, columns: Columns) -> str:
         return f"{form.name} needs more different values of {' and '.join(columns)}; there are {kinds}"
     if form.floor:
         x, *others = columns
-        series = np.stack([np.unique(columns[name], return_inverse=True)[1].reshape(-1) for name in others], 1) if others else np.zeros((m, 1))
+        series = np.stack([np.unique(columns[name], return_inverse=True)[1].reshape(-1) for name in others], 1) if others else np.zeros((len(columns[x]), 1))
         fewest = min(len(np.unique(columns[x][(series == each).all(1)])) for each in np.unique(series, axis=0))
         most = max(len(np.unique(columns[x][(series == each).all(1)])) for each in np.unique(series, axis=0))
         if (fewest if "each" in form.name or not others else most) < 3:
@@ -299,7 +324,7 @@ def _coefficients(chosen: Candidate, found: Cells, draws: int, seed: int) -> dic
     fitted = chosen.fit
     assert fitted is not None
     ends = solve.intervals(fitted, LEVEL)
-    drawn = solve.resampled(fitted, draws, seed) if draws else np.full((1, fitted.terms.size), math.nan)
+    drawn = solve.resampled(fitted, draws, seed, clusters=found.cluster) if draws else np.full((1, fitted.terms.size), math.nan)
     result = {}
     for i, coefficient in enumerate(chosen.form.coefficients):
         spread = np.quantile(drawn[:, i], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -317,27 +342,27 @@ def _foretell(kind: LawKind, form: Form, found: Cells) -> Foretelling:
     """Fit without the points of the largest first variable (of compute: the largest quarter) and compare what that says of them."""
     x = kind.variables[0]
     column = found.columns[x]
-    bar = np.sort(column)[-max(1, len(column) // 4)] if kind.name == "c" else column.max()
+    bar = np.sort(column)[-max(1, len(column) // 4)] if x == "c" else column.max()
     out = column >= bar
     rest = {name: values[~out] for name, values in found.columns.items()}
-    why = "all points have the same " + x if out.all() else lacking(form, rest)
+    why = "all points have the same " + x if out.all() else lacking(form, rest, found.weight[~out])
     if why:
         return Foretelling(x, float(bar), why=why)
     terms, logs = form.terms(found.columns), np.log(found.value)
-    fitted = solve.fit(terms.rows(~out), logs[~out], weights=found.count[~out] / found.count[~out].mean())
+    fitted = solve.fit(terms.rows(~out), logs[~out], weights=found.weight[~out])
     said = np.exp(terms.rows(out).value(fitted.theta))
     errors = said / found.value[out] - 1
-    points = [{**{name: _plain(values[out][i]) for name, values in found.columns.items()}, kind.target: float(found.value[out][i]),
+    points = [{**{name: plain(values[out][i]) for name, values in found.columns.items()}, kind.target: float(found.value[out][i]),
                "foretold": float(said[i]), "error": float(errors[i])} for i in range(int(out.sum()))]
     return Foretelling(x, float(bar), float(np.abs(errors).mean()), float(np.abs(errors).max()), points)
 
 
-def _leave_one_out(fitted: Fit) -> float | None:
-    """Return the log-RMS of each point as the fit to the others says it; None where a fit to the others has no freedom left."""
+def _leave_one_out(fitted: Fit, clusters: np.ndarray) -> float | None:
+    """Return the log-RMS of each point as the fit without it (without its cluster) says it; None where a fit to the others has no freedom left."""
     m = len(fitted.logs)
     if fitted.freedom < 2:
         return None
-    weights = fitted.weights * (1 - np.eye(m))
+    weights = fitted.weights * (clusters != clusters[:, None])
     theta = solve.refit(fitted.terms, fitted.logs, np.tile(fitted.theta, (m, 1)), weights=weights, delta=fitted.delta)
     return _rms(fitted.logs - np.diagonal(fitted.terms.value(theta)), fitted.weights)
 
@@ -346,7 +371,7 @@ def _rms(residuals: np.ndarray, weights: np.ndarray) -> float:
     return math.sqrt(float((weights * residuals**2).sum() / weights.sum()))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a NumPy scalar as JSON has it."""
     value = value.item()  # of whatever kind NumPy has it
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value

@@ -2,7 +2,7 @@
 
     read(file, needed)     columns of a CSV as arrays; what cannot be a point is refused with its line
     cells(points, by)      rows that differ only by seed become one, with their geometric mean and their count
-    best(rows, by)         of the runs of each cell that differ in learning rate, those of the lowest loss
+    best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest loss
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ WORDS = ("run", "activation", "lm", "converged")
 
 @dataclass(frozen=True)
 class Cells:
-    """Points to fit: their variables, the target's value, and how many rows each stands for; `seed_scatter`: of log target within cells."""
+    """Points to fit: their variables, the target's value, and how many rows each stands for.
+
+    weight: how much each counts; they sum to the number of independent measurements. cluster: rows of one measurement have one number.
+    seed_scatter: standard deviation of the logarithm among rows of one point.
+    """
 
     columns: dict[str, np.ndarray]
     value: np.ndarray
     count: np.ndarray
+    weight: np.ndarray
+    cluster: np.ndarray
     seed_scatter: float | None = None
 
     def __len__(self) -> int:
@@ -95,20 +101,46 @@ def _number(file: Path | str, line: int, name: str, cell: str, needed: bool) -> 
 
 
 def cells(kind: LawKind, points: Columns) -> Cells:
-    """Return one point for each value of the law's variables: the geometric mean of its rows, which then differ by seed alone."""
+    """Return one point for each value of the law's variables: the geometric mean of its rows, which then differ by seed alone.
+
+    Of a law with clusters each row is a point, and the rows of a cluster weigh together as much as one.
+    """
     by = [name for name in (*kind.variables, kind.group) if name is not None and name in points]
     logs = np.log(np.asarray(points[kind.target], float))
-    key = np.array([_order(points[name]) for name in by]).T
-    _, first, place = np.unique(key, axis=0, return_index=True, return_inverse=True)
+    if kind.cluster in points:
+        _, cluster, sizes = np.unique(points[kind.cluster], return_inverse=True, return_counts=True)
+        return Cells({name: np.asarray(points[name]) for name in by}, np.exp(logs), np.ones(len(logs)), 1 / sizes[cluster], cluster)
+    key = np.array([_rank(points[name]) for name in by]).T
+    _, first, place, count = np.unique(key, axis=0, return_index=True, return_inverse=True, return_counts=True)
     place = place.reshape(-1)
-    count = np.bincount(place)
     mean = np.bincount(place, logs) / count
-    within = logs - mean[place]
     spare = int((count - 1).sum())
-    scatter = math.sqrt(float((within**2).sum()) / spare) if spare else None
-    return Cells({name: np.asarray(points[name])[first] for name in by}, np.exp(mean), count.astype(float), scatter)
+    scatter = math.sqrt(float(((logs - mean[place]) ** 2).sum()) / spare) if spare else None
+    return Cells({name: np.asarray(points[name])[first] for name in by}, np.exp(mean), count.astype(float), count / count.mean(),
+                 np.arange(len(count)), scatter)
 
 
-def _order(column: Any) -> np.ndarray:
+def best_lr(rows: Columns, by: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the rows of each group `by` with the learning rate that has the lowest loss (geometric mean over its rows)."""
+    if "lr" not in rows:
+        return dict(rows)
+    group, rate = _number_of(rows, by), _number_of(rows, [*by, "lr"])
+    mean = np.bincount(rate, np.log(rows["loss"])) / np.bincount(rate)
+    least = np.full(group.max() + 1, np.inf)
+    np.minimum.at(least, group, mean[rate])
+    return take(rows, mean[rate] <= least[group])
+
+
+def take(rows: Columns, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the chosen rows of every column."""
+    return {name: column[chosen] for name, column in rows.items()}
+
+
+def _number_of(rows: Columns, by: Sequence[str]) -> np.ndarray:
+    """Return for each row the number of its group of equal values in the columns `by`."""
+    return np.unique(np.array([_rank(rows[name]) for name in by]).T, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _rank(column: Any) -> np.ndarray:
     """Return the rank of each value, so that words and numbers can be sorted together."""
     return np.unique(np.asarray(column), return_inverse=True)[1].reshape(-1)
