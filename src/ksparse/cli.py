@@ -242,6 +242,8 @@ def report(arguments: list[str]) -> None:
     if (Path(folder) / "points.csv").is_file():
         from ksparse.report import sweep
 
+        if not (Path(folder) / "law.json").is_file():
+            _survey(folder)
         print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
         return
     run = open_run(folder)
@@ -279,15 +281,12 @@ def fit(arguments: list[str]) -> None:
     place, rest = _folder("fit", arguments, "a sweep's folder or a CSV file of points")
     options = _parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
     from ksparse.scaling import law as laws
-    from ksparse.scaling import survey
 
     at = _assignments("--predict", options.predict)
     if Path(place).is_dir():
         if options.law or options.out:
             raise InputError("--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json")
-        with Progress("laws", len(survey.LAWS)) as progress:
-            found = survey.survey(place, form=options.form, draws=options.draws, observe=lambda done, total, what: progress(done, what, total))
-        files.write_json(Path(place) / "law.json", found.to_dict())
+        found = _survey(place, form=options.form, draws=options.draws)
         for law in found.laws.values():
             _show_law(law)
         for sentence in [*found.notes, *found.absent.values()]:
@@ -307,6 +306,16 @@ def fit(arguments: list[str]) -> None:
     if at:
         print(law.predict(**at).says(law.kind.target, at))
     print(f"law      {file}")
+
+
+def _survey(folder: str, **options: Any) -> Any:
+    """Fit all laws of a sweep and write its law.json."""
+    from ksparse.scaling import survey
+
+    with Progress("laws", len(survey.LAWS)) as progress:
+        found = survey.survey(folder, **options, observe=lambda done, total, what: progress(done, what, total))
+    files.write_json(Path(folder) / "law.json", found.to_dict())
+    return found
 
 
 def _show_law(law: Any) -> None:

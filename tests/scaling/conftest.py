@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from . import published
+from ksparse.scaling import published
 
 SIZES, KS = [512 * 2**i for i in range(6)], [8, 16, 32, 64]
 LMS = {"pylm/0.3m": 200_000, "pylm/1.9m": 1_500_000, "pylm/7.6m": 7_000_000}
@@ -42,7 +42,7 @@ def rows_of(n: float, k: float, *, lr: float, seed: int, lm: str, noise: np.rand
     """Return a run's row of points.csv and its rows of curves.csv."""
     run = f"{lm.replace('/', '-')}-{n}-{k}-{lr:.2e}-{seed}"
     worse = (1 + 0.02 * np.log(lr / best_lr(n)) ** 2) * (1 + 0.003 * noise.standard_normal())
-    end = tokens_of(n)
+    end = tokens_of(n) * (lr / best_lr(n)) ** -0.5 * (1 + 0.03 * noise.standard_normal())
     tokens = np.geomspace(end / 300, end, 25)
     losses = limit(n, k, lm) * worse * (1 + 0.05 * ((end / tokens) ** 0.6 - 1))
     shared = {"run": run, "n": n, "k": k, "lr": lr, "seed": seed, "lm": lm}

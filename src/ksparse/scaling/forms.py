@@ -43,10 +43,10 @@ LAWS = {kind.name: kind for kind in (
     LawKind("nk", "L(N, k)", "loss", ("n", "k")),
     LawKind("n", "L(N)", "loss", ("n",), "k"),
     LawKind("c", "L(C)", "loss", ("c",), "k", "run"),
-    LawKind("tokens", "tokens to convergence", "tokens", ("n",), "k"),
-    LawKind("lr", "best learning rate", "lr", ("n",), "k"),
+    LawKind("tokens", "Tokens to convergence", "tokens", ("n",), "k"),
+    LawKind("lr", "Best learning rate", "lr", ("n",), "k"),
     LawKind("s", "L_s(N)", "loss", ("n",), "lm"),
-    LawKind("optimal", "compute-optimal n", "n", ("c",), "k"),
+    LawKind("optimal", "Compute-optimal n", "n", ("c",), "k"),
 )}
 
 

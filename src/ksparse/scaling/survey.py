@@ -44,10 +44,12 @@ class Survey:
     """Points (k, c, loss, n, tokens, run) that no other of their k beats with less compute."""
     costs: dict[str, np.ndarray]
     """Training FLOPs per token (n, k, cost)."""
+    runs: int
+    """Rows of points.csv."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a sweep's law.json holds (docs/formats.md)."""
-        return {"format": laws.FORMAT, "subject": self.subject, "laws": {name: law.to_dict() for name, law in self.laws.items()},
+        return {"format": laws.FORMAT, "runs": self.runs, "subject": self.subject, "laws": {name: law.to_dict() for name, law in self.laws.items()},
                 "absent": self.absent, "notes": self.notes,
                 "frontier": [{name: laws.plain(column[i]) for name, column in self.frontier.items()} for i in range(len(self.frontier.get("c", ())))]}
 
@@ -106,6 +108,7 @@ class _Rows:
     """The runs as they are read, and what is said of them on the way."""
 
     rows: dict[str, np.ndarray]
+    runs: int
     notes: list[str] = field(default_factory=list)
     subject: dict[str, str] = field(default_factory=dict)
 
@@ -129,7 +132,7 @@ def survey(folder: Path | str, *, form: str = "paper", draws: int = laws.DRAWS,
     observe(len(LAWS), len(LAWS), "")
     if not fitted:
         raise InputError(f"{folder} allows no law: " + " ".join(absent.values()))
-    return Survey(folder, fitted, absent, found.notes, found.subject, frontier, _costs(curves))
+    return Survey(folder, fitted, absent, found.notes, found.subject, frontier, _costs(curves), found.runs)
 
 
 def _fit(name: str, table: dict[str, np.ndarray], form: str, draws: int) -> Law:
@@ -167,7 +170,7 @@ def _read(folder: Path) -> _Rows:
     if not file.is_file():
         raise InputError(f"{folder} holds no points.csv; `ksparse sweep` writes it as runs finish")
     rows = read(file, ("n", "k", "loss"), positive=("n", "k"))
-    found = _Rows(rows)
+    found = _Rows(rows, len(rows["loss"]))
     finite = np.isfinite(rows["loss"])
     if (wrong := rows["loss"] <= 0).any():
         raise InputError(f"{file}: the loss of {_name(rows, np.flatnonzero(wrong)[0])} is {rows['loss'][wrong][0]:g}; a loss is above 0")
