@@ -288,9 +288,16 @@ def probes(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """report RUN                            write report.html from what the run's folder holds"""
+    """report RUN|SWEEP                      write report.html from what a run's or a sweep's folder holds"""
     folder, rest = _folder("report", arguments)
     _no_options("report", rest)
+    if (Path(folder) / "points.csv").is_file():
+        from ksparse.report import sweep
+
+        if not (Path(folder) / "law.json").is_file():
+            _survey(folder)
+        print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
+        return
     run = open_run(folder)
     _report(run)
     print(f"report   {run.report_file.resolve().as_uri()}")
@@ -300,6 +307,90 @@ def _report(run: RunFolder) -> None:
     from ksparse.report import write
 
     write(run)
+
+
+# ---- laws --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FitArgs:
+    law: str = ""
+    """Of a CSV file: nk, n, c, tokens, lr or s. Of a sweep all that its points allow are fitted."""
+    out: str = ""
+    """Folder for law.json of a CSV file; the file's own if not given."""
+    form: str = "paper"
+    """paper, best (the lowest AICc), or the name of a form as law.json lists them."""
+    predict: str = ""
+    """Where to say the law's value: n=65536,k=32."""
+    budget: float = 0.0
+    """Training FLOPs: say the best n and tokens for them. Needs a sweep."""
+    draws: int = 1_000
+    """Of the bootstrap."""
+
+
+def fit(arguments: list[str]) -> None:
+    """fit SWEEP|POINTS.csv [--key value …]  fit scaling laws to a sweep's runs or to any table of points, with intervals"""
+    place, rest = _folder("fit", arguments, "a sweep's folder or a CSV file of points")
+    options = _parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
+    from ksparse.scaling import law as laws
+
+    at = _assignments("--predict", options.predict)
+    if Path(place).is_dir():
+        if options.law or options.out:
+            raise InputError("--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json")
+        found = _survey(place, form=options.form, draws=options.draws)
+        for law in found.laws.values():
+            _show_law(law)
+        for sentence in [*found.notes, *found.absent.values()]:
+            print(f"  note: {sentence}")
+        for line in [*found.predictions(at), *found.budgeted(options.budget, at)]:
+            print(line)
+        print(f"laws     {Path(place) / 'law.json'}\nnext     ksparse report {place}")
+        return
+    if options.budget:
+        raise InputError("--budget needs the curves of a sweep; a CSV of points has none")
+    if not options.law:
+        raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(laws.LAWS)}")
+    law = laws.fit(laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws)
+    file = Path(options.out or Path(place).parent) / "law.json"
+    files.write_json(file, {"format": laws.FORMAT, **law.to_dict()})
+    _show_law(law)
+    if at:
+        print(law.predict(**at).says(law.kind.target, at))
+    print(f"law      {file}")
+
+
+def _survey(folder: str, **options: Any) -> Any:
+    """Fit all laws of a sweep and write its law.json."""
+    from ksparse.scaling import survey
+
+    with Progress("laws", len(survey.LAWS)) as progress:
+        found = survey.survey(folder, **options, observe=lambda done, total, what: progress(done, what, total))
+    files.write_json(Path(folder) / "law.json", found.to_dict())
+    return found
+
+
+def _show_law(law: Any) -> None:
+    print(f"{law.kind.title}   {law.form.equation}")
+    for name, each in law.coefficients.items():
+        low, high = ("-" if end is None else f"{end:.4g}" for end in (each.low, each.high))
+        print(f"  {name:<12}{each.value:>12.5g}   [{low}, {high}]")
+    for sentence in law.says():
+        print(f"  {sentence}")
+
+
+def _assignments(flag: str, text: str) -> dict[str, Any]:
+    """Return the values of n=65536,k=32."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        try:
+            found[name.strip()] = value.strip() if name.strip() == "lm" else float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise InputError(f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}")
+    return found
 
 
 # ---- before training ---------------------------------------------------------------------------------------------
@@ -380,7 +471,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "eval": evaluate, "probes": probes, "report": report,
+    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "fit": fit, "eval": evaluate, "probes": probes, "report": report,
     "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
 }
 
