@@ -18,12 +18,82 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #if defined(__AVX2__) && !defined(KS_PORTABLE)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+#ifdef __linux__
+// Begins threads on other cores than our own. A new thread starts on its parent's core, and where other processes keep the scheduler from finding an
+// idle one it waits there until the parent has done its share; from where it began it may move to any core that the process may use.
+struct Cores {
+    cpu_set_t allowed;
+    std::vector<int> list;
+    size_t own = 0;
+
+    Cores() {
+        CPU_ZERO(&allowed);
+        if (sched_getaffinity(0, sizeof allowed, &allowed)) return;  // more cores than the set can name
+        int here = sched_getcpu();
+        for (int c = 0; c < CPU_SETSIZE; c++)
+            if (CPU_ISSET(c, &allowed)) {
+                if (c == here) own = list.size();
+                list.push_back(c);
+            }
+    }
+    void attribute(pthread_attr_t& attributes, size_t thread) const {
+        if (list.size() < 2) return;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(list[(own + thread) % list.size()], &one);
+        pthread_attr_setaffinity_np(&attributes, sizeof one, &one);
+    }
+    void release() const {
+        if (list.size() >= 2) pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+    }
+};
+
+template <class F>
+void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
+    struct Share {
+        F* work;
+        const Cores* cores;
+        int thread;
+        int64_t begin, end;
+        pthread_t id;
+        static void* run(void* given) {
+            auto* mine = (Share*)given;
+            mine->cores->release();
+            (*mine->work)(mine->thread, mine->begin, mine->end);
+            return nullptr;
+        }
+    };
+    const size_t count = borders.size() - 1;
+    if (count < 2) return work(0, borders[0], borders[1]);
+    Cores cores;
+    std::vector<Share> shares;
+    for (size_t t = 1; t < count; t++) shares.push_back({&work, &cores, (int)t, borders[t], borders[t + 1], {}});
+    std::vector<bool> begun;
+    for (auto& share : shares) {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        cores.attribute(attributes, share.thread);
+        begun.push_back(pthread_create(&share.id, &attributes, Share::run, &share) == 0);
+        pthread_attr_destroy(&attributes);
+    }
+    work(0, borders[0], borders[1]);
+    for (size_t i = 0; i < shares.size(); i++) {
+        if (begun[i]) pthread_join(shares[i].id, nullptr);
+        else work(shares[i].thread, shares[i].begin, shares[i].end);  // the system gave no thread
+    }
+}
+#else
 template <class F>
 void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
     std::vector<std::thread> pool;
@@ -31,6 +101,7 @@ void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, be
     work(0, borders[0], borders[1]);
     for (auto& each : pool) each.join();
 }
+#endif
 
 std::vector<int64_t> even(int64_t count, int threads) {
     std::vector<int64_t> borders;
