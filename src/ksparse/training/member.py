@@ -177,13 +177,18 @@ def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     screen, kernels = recipe.optim.screen, recipe.run.kernels
     written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if kernels != "torch" and written_out and native.load() is not None:
-        return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+        return FusedOptimizer(sae, recipe, _screen(recipe) if screen == "auto" else screen)
     if kernels == "native":
         raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
         raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
     return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
+
+
+def _screen(recipe: Recipe) -> str:
+    """Return the fastest screen here; none where candidates would be so many of the latents that it could save nothing."""
+    return fastest_screen() if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
@@ -198,7 +203,8 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
 def count(state: State, part: Losses, tokens: int) -> None:
     """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
     state.since += tokens
-    state.since[part.code.indices[part.code.values > 0]] = 0
+    fired = torch.bincount(part.code.indices.flatten(), part.code.values.flatten(), len(state.since)) > 0  # no value is below 0
+    state.since.masked_fill_(fired, 0)
 
 
 def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None) -> dict[str, Any]:
