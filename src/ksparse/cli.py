@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ksparse import files
 from ksparse import recipe as recipes
 from ksparse.errors import InputError, KsparseError
-from ksparse.options import EvalOptions
+from ksparse.options import EvalOptions, StudyOptions
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder, open_run
 
@@ -393,6 +393,40 @@ def _assignments(flag: str, text: str) -> dict[str, Any]:
     return found
 
 
+# ---- studies -----------------------------------------------------------------------------------------------------
+
+
+def study(arguments: list[str]) -> None:
+    """study NAME [--run RUN] [--key value …] answer a question with several SAEs, or by an evaluation of one: baselines, sites, …"""
+    name, rest = _folder("study", arguments, "the name of a study, such as baselines")
+    options = _parse(StudyOptions, "study NAME", rest)
+    from ksparse import studies
+    from ksparse.evals import EVALS
+
+    studies.check_name(name, tuple(EVALS))
+    if name in studies.STUDIES:
+        with Progress("reading", 0) as progress:
+            folder = studies.run(name, options, observe=lambda what, done, total: progress(done, "", total, what))
+        _show_study(folder)
+        return
+    if not options.run:
+        raise InputError(f"study {name!r} is an evaluation of one SAE: say of which, with --run RUN")
+    run = open_run(options.run)
+    results = _evaluate([options.run], [name], EvalOptions(tokens=options.eval_tokens, text=options.text, device=options.device))
+    _show(results[options.run][name], run.eval_file(name))
+    _report(run)
+    print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def _show_study(folder: Path) -> None:
+    from ksparse.report import studies as pages
+
+    page = pages.write(folder)
+    for finding in pages.read(folder)["findings"]:
+        print(f"- {finding}")
+    print(f"study    {folder / 'study.json'}\nreport   {page.resolve().as_uri()}")
+
+
 # ---- before training ---------------------------------------------------------------------------------------------
 
 
@@ -471,7 +505,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "fit": fit, "eval": evaluate, "probes": probes, "report": report,
+    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "fit": fit, "eval": evaluate, "study": study, "probes": probes, "report": report,
     "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
 }
 

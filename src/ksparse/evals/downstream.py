@@ -29,7 +29,7 @@ class Downstream(Eval):
     def see(self, seen: Seen) -> None:
         batch = seen.batch
         clean = batch.log_probs(batch.logits)
-        spliced = batch.log_probs(batch.spliced(seen.sae(batch.x)))
+        spliced = seen.spliced
         kl = (clean.exp() * (clean - spliced)).sum(-1)
         self.sums.add(batch.predicted_documents, clean=batch.losses(clean), spliced=batch.losses(spliced), kl=kl,
                       zero=zero_losses(batch), mean=batch.once("mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))),

@@ -117,6 +117,16 @@ class Seen:
         return self.sae.encode(self.batch.x)
 
     @cached_property
+    def recon(self) -> Tensor:
+        """Reconstructions of the kept activations, normalised, [m, d]."""
+        return self.sae.decode(self.code)
+
+    @cached_property
+    def spliced(self) -> Tensor:
+        """Log-probabilities [p, v] of the LM with the reconstructions in place of the kept activations."""
+        return self.batch.log_probs(self.batch.spliced(self.sae.normalize(self.batch.x).restore(self.recon)))
+
+    @cached_property
     def code_grid(self) -> Code:
         """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of -1."""
         shape = (*self.batch.keep.shape, self.code.values.shape[1])
