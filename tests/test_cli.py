@@ -204,3 +204,48 @@ def test_every_recipe_in_the_repository_is_valid():
     for file in found:
         loaded = grids.read(file).recipes.values() if file.parent.name == "sweeps" else [recipes.load(file)]
         assert all(recipe.steps > 0 for recipe in loaded)
+
+
+def test_fit_writes_the_law_of_a_table_of_points(verb, tmp_path):
+    from ksparse.scaling import published
+
+    points = published.gpt4()
+    (tmp_path / "points.csv").write_text("n,k,loss\n" + "".join(f"{n:.0f},{k:.0f},{loss}\n" for n, k, loss in zip(*points.values())))
+    code, out, err = verb("fit", tmp_path / "points.csv", "--law", "nk", "--out", tmp_path / "fit", "--predict", "n=65536, k=32", "--draws", 50)
+    assert code == 0, err
+    found = json.loads((tmp_path / "fit" / "law.json").read_text())
+    assert found["law"] == "nk" and found["log_rms"] <= 0.01 and 0 < found["extrapolation_error"] < 0.03
+    assert all(set(each) >= {"value", "low", "high"} for each in found["coefficients"].values())
+    assert "loss at n = 65,536, k = 32: 0.44" in out and "95 % interval [0.44" in out and "log-RMS 0.0096" in out
+    assert verb("fit", tmp_path / "points.csv", "--law", "n", "--form", "power_each", "--draws", 0)[0] == 0
+    assert json.loads((tmp_path / "law.json").read_text())["form"] == "power_each"
+
+
+def test_fit_and_report_of_a_sweep(verb, tmp_path):
+    rows = [f"{n},{k},{2 * n**-0.2 + 0.1 * k**-0.5}" for n in (512, 1024, 2048, 4096, 8192) for k in (8, 16, 32)]
+    (tmp_path / "points.csv").write_text("n,k,loss\n" + "\n".join(rows) + "\n")
+    code, out, err = verb("fit", tmp_path, "--predict", "n=65536,k=32", "--draws", 0)
+    assert code == 0, err
+    assert "b_n" in out and "loss at n = 65,536, k = 32" in out and "would add it" in out and "laws" in err
+    first = (tmp_path / "law.json").read_text()
+    (tmp_path / "law.json").unlink()
+    assert verb("report", tmp_path)[0] == 0 and (tmp_path / "figures" / "law-joint.svg").is_file()
+    assert json.loads((tmp_path / "law.json").read_text())["laws"]["nk"]["log_rms"] == json.loads(first)["laws"]["nk"]["log_rms"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fit"], "`ksparse fit` needs a sweep's folder or a CSV file of points"),
+    (["fit", "points.csv"], "say which law, --law nk|n|c|tokens|lr|s"),
+    (["fit", "points.csv", "--law", "nkk"], "there is no law 'nkk'; did you mean 'nk'?"),
+    (["fit", "points.csv", "--law", "nk"], "points.csv does not exist"),
+    (["fit", "points.csv", "--law", "nk", "--budget", "1e12"], "--budget needs the curves of a sweep"),
+    (["fit", "points.csv", "--law", "nk", "--predict", "n:5"], "--predict takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got 'n:5'"),
+    (["fit", "points.csv", "--law", "nk", "--predict", "n=many"], "got 'n=many'"),
+    (["fit", "."], ". holds no points.csv"),
+    (["fit", ".", "--law", "nk"], "--law and --out are for a CSV file"),
+    (["fit", "points.csv", "--law", "nk", "--draws", "-1"], "--draws is -1"),
+])
+def test_fit_refuses_what_it_cannot_fit(verb, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = verb(*arguments)
+    assert code == 2 and message in " ".join((out + err).split()) and "Traceback" not in err

@@ -335,6 +335,8 @@ def fit(arguments: list[str]) -> None:
     from ksparse.scaling import law as laws
 
     at = _assignments("--predict", options.predict)
+    if options.draws < 0:
+        raise InputError(f"--draws is {options.draws}; it is a number of bootstrap draws, 0 for none")
     if Path(place).is_dir():
         if options.law or options.out:
             raise InputError("--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json")
@@ -350,7 +352,7 @@ def fit(arguments: list[str]) -> None:
     if options.budget:
         raise InputError("--budget needs the curves of a sweep; a CSV of points has none")
     if not options.law:
-        raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(laws.LAWS)}")
+        raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}")
     law = laws.fit(laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws)
     file = Path(options.out or Path(place).parent) / "law.json"
     files.write_json(file, {"format": laws.FORMAT, **law.to_dict()})

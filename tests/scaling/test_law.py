@@ -10,7 +10,7 @@ import pytest
 
 from ksparse.errors import InputError
 from ksparse.scaling import law as laws
-from ksparse.scaling import published
+from ksparse.scaling import published, solve
 
 
 def form_of(law: laws.Law, name: str) -> laws.Candidate:
@@ -80,17 +80,12 @@ def test_the_extrapolation_error_is_that_of_a_fit_without_the_largest_n(gpt4):
 
 
 def test_leaving_one_out_is_fitting_the_others(gpt4):
-    points = published.gpt4()
-    errors = []
-    for i in (0, 22, 44):
-        rest = {name: np.delete(column, i) for name, column in points.items()}
-        law = laws.fit(rest, "nk", draws=0)
-        errors.append((math.log(points["loss"][i] / law.predict(n=points["n"][i], k=points["k"][i]).value), i))
-    theta = laws.solve.refit(gpt4.fit.terms, gpt4.fit.logs, np.tile(gpt4.fit.theta, (45, 1)), weights=1 - np.eye(45), delta=gpt4.fit.delta)
-    ours = gpt4.fit.logs - np.diagonal(gpt4.fit.terms.value(theta))
-    at = [int(np.flatnonzero((gpt4.cells.columns["n"] == points["n"][i]) & (gpt4.cells.columns["k"] == points["k"][i]))[0]) for _, i in errors]
-    assert np.allclose(ours[at], [error for error, _ in errors], atol=5e-4)
-    assert gpt4.leave_one_out == pytest.approx(np.sqrt((ours**2).mean())) and gpt4.leave_one_out > gpt4.log_rms
+    fitted, errors = gpt4.fit, []
+    for i in range(45):
+        rest = np.arange(45) != i
+        theta = solve.refit(fitted.terms.rows(rest), fitted.logs[rest], fitted.theta[None], weights=np.ones(44), delta=fitted.delta)[0]
+        errors.append(fitted.logs[i] - fitted.terms.value(theta)[i])
+    assert gpt4.leave_one_out == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-5) and gpt4.leave_one_out > gpt4.log_rms
 
 
 def test_a_prediction_is_the_laws_value_with_an_interval_around_it(gpt4):
@@ -100,18 +95,6 @@ def test_a_prediction_is_the_laws_value_with_an_interval_around_it(gpt4):
     assert found.run_low < found.low < found.value < found.high < found.run_high
     far = gpt4.predict(n=2**24, k=32)
     assert math.log(far.high / far.low) > 2 * math.log(found.high / found.low)
-
-
-def test_predictions_hold_the_truth_in_nine_trials_of_ten():
-    points = published.gpt4()
-    true = published.eq3(published.EQ3, points["n"], points["k"])
-    inside = 0
-    for seed in range(15):
-        noisy = true * (1 + 0.01 * np.random.default_rng(seed).standard_normal(45))
-        law = laws.fit({"n": points["n"][::1], "loss": noisy, "k": points["k"]}, "nk", draws=0)
-        found = law.predict(n=48_000, k=90)
-        inside += found.low <= float(published.eq3(published.EQ3, np.array([48_000.0]), np.array([90.0]))[0]) <= found.high
-    assert inside >= 13
 
 
 def test_the_law_read_back_from_json_says_the_same(gpt4):
@@ -162,7 +145,7 @@ def test_points_of_one_run_count_together_as_one():
     points = {"c": c, "loss": (30 * c**-0.2 + 0.1) * (1 + 0.01 * np.random.default_rng(0).standard_normal(60))}
     alone = laws.fit(points, "c", draws=0)
     runs = laws.fit(points | {"run": np.repeat([f"r{i}" for i in range(10)], 6)}, "c", draws=0)
-    assert runs.fit.freedom == 7 and alone.fit.freedom == 57
+    assert runs.fit.freedom == pytest.approx(7) and alone.fit.freedom == 57
     assert runs.coefficients["beta"].high - runs.coefficients["beta"].low > 1.5 * (alone.coefficients["beta"].high - alone.coefficients["beta"].low)
 
 

@@ -78,10 +78,10 @@ def test_many_fits_at_once_are_those_of_scipy():
 def test_an_outlier_hardly_moves_the_fit():
     terms, theta, logs = eq3()
     clean, spoilt = noisy(logs, 3), noisy(logs, 3)
-    spoilt[20] += 0.5
+    spoilt[20] += 1.0
     plain = solve._scipy(terms, spoilt, np.ones(45), theta, math.inf).x
     moved = [np.abs(terms.value(each) - terms.value(solve.fit(terms, clean).theta)).max() for each in (solve.fit(terms, spoilt).theta, plain)]
-    assert moved[0] < 0.02 < 0.1 < moved[1]
+    assert moved[0] < moved[1] / 5, moved
 
 
 CASES = {
@@ -94,7 +94,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_coefficient_lies_in_its_interval_in_nine_trials_of_ten(name):
     terms, theta, logs = CASES[name]()
-    trials = 50
+    trials = 40
     inside, width = np.zeros(len(theta)), []
     for seed in range(trials):
         found = solve.fit(terms, noisy(logs, seed))
@@ -124,9 +124,11 @@ def test_an_interval_ends_where_the_loss_has_risen_to_the_bar():
 def test_without_an_irreducible_term_in_the_data_its_interval_reaches_down_to_nothing():
     x = np.geomspace(2**11, 2**19, 9)
     terms = power(x)
-    for seed in range(5):
-        found = solve.fit(terms, noisy(np.log(1.03 * x**-0.04), seed))
-        assert solve.intervals(found)[2][0] == -math.inf
+    for seed in range(2):
+        logs = noisy(np.log(1.03 * x**-0.04), seed)
+        found = solve.fit(terms, logs)
+        low, high = solve.intervals(found)[2]
+        assert low == -math.inf and math.log(0.05) < high < logs[-1]  # above it there would be no room for a power
 
 
 def test_more_independent_points_make_the_interval_narrower_and_copies_do_not():
@@ -135,7 +137,7 @@ def test_more_independent_points_make_the_interval_narrower_and_copies_do_not():
     logs = noisy(np.log(2 * x**-0.25 + 0.1), 0)
     once = solve.fit(power(x), logs)
     copies = solve.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
-    assert copies.freedom == once.freedom == 6
+    assert copies.freedom == pytest.approx(6) and once.freedom == 6
     assert np.allclose(solve.intervals(copies), solve.intervals(once), rtol=0.02)
 
 
@@ -153,3 +155,15 @@ def test_the_bootstrap_is_the_same_with_the_same_seed(kind):
     found = solve.fit(terms, noisy(logs, 1))
     first, second = (solve.resampled(found, 20, seed=4, kind=kind) for _ in range(2))
     assert np.array_equal(first, second) and first.std(0).min() > 0
+
+
+def test_predictions_hold_the_truth_in_nine_trials_of_ten():
+    points = published.gpt4()
+    form = forms("nk", points)[0]
+    terms, theta, logs = eq3()
+    at = form.terms({"n": np.array([48_000.0, 2**20]), "k": np.array([90.0, 100.0])})  # between the points, and beyond them
+    inside = np.zeros(2)
+    for seed in range(40):
+        low, high = solve.interval_at(solve.fit(terms, noisy(logs, seed)), at)
+        inside += (low <= at.value(theta)) & (at.value(theta) <= high)
+    assert (inside >= 36).all(), inside

@@ -25,7 +25,8 @@ NOTHING = 1e-5
 _HUBER = 2.5  # times the scatter: 99.9 % of the efficiency of plain squares where the scatter is normal, and measured the better calibrated
 _LEAST_SCATTER = 1e-7  # of logs: below it, points lie on the form up to rounding
 _SAME_COST = 1e-6  # relative: starts that end this near to the best have reached it
-_STEPS = 200
+_STEPS, _OUTWARDS, _HALVINGS = 200, 24, 60
+_FAR = 40.0  # from the best value: a loss that no longer rises there never will, since e^-40 of a loss is none
 _SHARES = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)  # irreducible part of each series' smallest loss
 _TILTED = ((0.02, 0.5), (0.5, 0.02), (0.1, 0.8), (0.8, 0.1), (0.3, 0.9), (0.9, 0.3), (0.6, 0.96), (0.96, 0.6))  # of the first series and the last
 
@@ -241,21 +242,23 @@ def _sides(found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float)
     bar = found.cost + away**2 * variance / (2 * inside)
     count = len(centre)
     which, sign = np.tile(np.arange(count), 2), np.repeat([-1.0, 1.0], count)
-    unit = np.where(np.isfinite(spread) & (spread > 0), spread, 1e-6 + 1e-6 * np.abs(centre))[which]
-    near, far = np.zeros(2 * count), away * unit
+    known = np.isfinite(spread) & (spread > 1e-9 * np.maximum(1, np.abs(centre)))  # not so where a coefficient hardly matters
+    near, far = np.zeros(2 * count), away * np.where(known, spread, 1.0)[which]
     theta = np.tile(found.theta, (2 * count, 1))
-    reached = np.zeros(2 * count, bool)
-    for _ in range(10):  # outwards, in steps that grow
-        open_ = ~reached
+    reached, last = np.zeros(2 * count, bool), np.full(2 * count, found.cost)
+    open_ = np.arange(2 * count)
+    for _ in range(_OUTWARDS):  # in steps that grow
         new, cost = at(which[open_], centre[which[open_]] + sign[open_] * far[open_], theta[open_])
         over = cost > bar
-        ids = np.flatnonzero(open_)
-        reached[ids[over]] = True
-        theta[ids[~over]], near[ids[~over]] = new[~over], far[ids[~over]]
-        far[ids[~over]] *= 2
-        if reached.all():
+        flat = ~over & (far[open_] > _FAR) & (cost - last[open_] < 1e-6 * (bar - found.cost))
+        reached[open_[over]] = True
+        on = open_[~over]
+        theta[on], near[on], last[on] = new[~over], far[on], cost[~over]
+        open_ = open_[~over & ~flat]
+        far[open_] *= 3
+        if not len(open_):
             break
-    for _ in range(14):  # halving
+    for _ in range(_HALVINGS):
         ids = np.flatnonzero(reached & (far - near > 1e-3 * far))
         if not len(ids):
             break
