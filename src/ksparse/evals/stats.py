@@ -86,10 +86,10 @@ class Stats(Eval):
         value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
         token = tokens[context, position].numpy()
         context, position = context.numpy(), position.numpy()
-        noise = np.random.default_rng(self.subject.options.seed).random(len(value), np.float32)
+        noise, other_noise = np.random.default_rng(self.subject.options.seed).random((2, len(value)), np.float32)
         m, n = self.subject.options.examples, len(self.fired)
         drawn = {"top": best_per_group(latent, context, value, n, m), "random": best_per_group(latent, context, noise, n, m),
-                 "band": best_per_band(latent, context, value, noise, n, m)}
+                 "band": best_per_band(latent, context, value, other_noise, n, m)}
         arrays: dict[str, Tensor] = {}
         for kind, (chosen, place) in drawn.items():
             for name, column in (("context", context), ("position", position), ("value", value)):
