@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ N = 192
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Return a run on the built-in LM with every evaluation, its report written."""
+    """Return a run on the built-in LM with all that pages of latents show, its report written."""
     import torch
 
     from ksparse import evals, report
@@ -36,18 +36,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     suite.mkdir()
     rows = [{"text": f"x{i} = [{i}, {i + 1}]" if i % 2 else f"def f{i}(self):", "label": i % 2} for i in range(80)]
     (suite / "is_a_list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = train(recipe(), folder)
+    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))]
+    (suite.parent / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = train(recipe(suite.parent / "texts.jsonl"), folder)
     options = EvalOptions(tokens=2_000, per_document=100, examples=8, device="cpu", suite=str(suite), latents=40, n2g_examples=4, ngram_tokens=2_000,
                           ablation_positions=4, ablation_latents=64, ablation_horizon=6)
     sae = load(run.path)
-    evals.write(run, evals.evaluate(sae, None, tuple(evals.EVALS), options))
+    evals.write(run, evals.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options))
     report.write(run)
     return run
 
 
-def recipe() -> Recipe:
+def recipe(text: Path) -> Recipe:
+    """Return a run of 60 steps on the built-in LM."""
     table: dict[str, Any] = dataclasses.asdict(Recipe())
-    table["acts"] |= {"lm": "pylm/0.3m", "site": "resid_post.2", "context": 64, "mix": 2_048, "lm_batch": 16}
+    table["acts"] |= {"lm": "pylm/0.3m", "site": "resid_post.2", "text": str(text), "context": 64, "mix": 2_048, "lm_batch": 16}
     table["sae"] |= {"n_latents": N, "k": 8}
     table["run"] |= {"device": "cpu", "kernels": "torch", "log_every": 5, "save_every": 100}
     return from_dict(table | {"tokens": 60 * 256, "batch": 256, "threads": 1})
@@ -174,6 +177,3 @@ class Browser:
 
     def title(self, words: str) -> None:
         self.until("return document.title.includes(arguments[0])", words)
-
-
-Serve = Callable[[RunFolder], Any]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 from ksparse.errors import InputError, KsparseError
 from ksparse.runs import RunFolder
@@ -26,13 +26,13 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import Request
-    from starlette.responses import JSONResponse, PlainTextResponse, Response
+    from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 except ImportError as error:
     raise InputError(f"serving pages needs {error.name}, which is not installed: pip install 'ksparse[serve]'. "
                      "`ksparse view RUN --export FOLDER` writes pages that need no server") from None
 
-ADDRESS, HOSTS = "127.0.0.1", ("127.0.0.1", "localhost")
+ADDRESS, HOSTS = "127.0.0.1", re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 LARGEST = 1_000_000
 """Bytes of a request."""
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -83,7 +83,7 @@ def app(run: RunFolder) -> Any:
         found = {"latents": labels.all()} if name == "labels" else pieces.get(name)
         if found is None:
             return _nothing(request)
-        return JSONResponse(found | {"live": True} if name == "overview" else found)
+        return _json(found | {"live": True} if name == "overview" else found)
 
     def label(asked: dict[str, Any]) -> dict[str, Any]:
         return labels.set(asked.get("latent"), asked.get("label", ""), asked.get("star", False))
@@ -116,9 +116,14 @@ def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Route
             asked = None
         if not isinstance(asked, dict):
             return PlainTextResponse("a request's body is a JSON table", 400)
-        return JSONResponse(await run_in_threadpool(answer, asked))
+        return _json(await run_in_threadpool(answer, asked))
 
     return Route(f"/api/{name}", respond, methods=["POST"])
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    """Answer with JSON of ASCII alone: half a character, which a label may hold, has no UTF-8."""
+    return Response(json.dumps(value, allow_nan=False, separators=(",", ":")), status, media_type="application/json")
 
 
 def _text(asked: dict[str, Any]) -> str:
@@ -133,7 +138,7 @@ def _nothing(request: Request) -> Response:
 
 def _refused(request: Request, error: Exception) -> Response:
     """Answer what ksparse refuses with its own words."""
-    return JSONResponse({"error": str(error)}, 400 if isinstance(error, InputError) else 500)
+    return _json({"error": str(error)}, 400 if isinstance(error, InputError) else 500)
 
 
 class Guard:
@@ -161,20 +166,11 @@ class Guard:
 def refusal(method: str, headers: dict[str, str]) -> str:
     """Return why a request is refused; '' if it is not."""
     host = headers.get("host", "")
-    if _name(host) not in HOSTS:
-        return f"this server answers as {' or '.join(HOSTS)} alone"
+    if not HOSTS.fullmatch(host):
+        return "this server answers as 127.0.0.1 or localhost alone"
     if "origin" in headers and headers["origin"] != f"http://{host}":
         return "this server answers its own pages alone"
     opened = method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opened:  # but a link may lead here
         return "this server answers its own pages alone"
     return ""
-
-
-def _name(host: str) -> str:
-    """Return the name in a Host header, without the port; '' for what is no host."""
-    try:
-        parts = urlsplit(f"//{host}")
-        return (parts.hostname or "") if parts.netloc == host and parts.port is not False else ""
-    except ValueError:
-        return ""

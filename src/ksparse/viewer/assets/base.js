@@ -65,7 +65,7 @@ async function answered(response) {
   const said = await response.text();
   let why = said;
   try { why = JSON.parse(said).error ?? said; } catch { /* it was plain text */ }
-  throw new Error(why || `the server answered ${response.status}`);
+  throw new Error(ksparse.visible(why) || `the server answered ${response.status}`);
 }
 
 // The numbers of all latents in one column, as Float32Array.

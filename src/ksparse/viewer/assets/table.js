@@ -85,7 +85,7 @@ ksparse.views.latents = async function latentsView(path, asked, current) {
   function borders(key, range) {
     const [least, most] = range.split("..");
     const unit = shown.find((column) => column.key === key).kind === "percent" ? 0.01 : 1;
-    const number = (text, otherwise) => (text === undefined || text.trim() === "" || Number.isNaN(parseFloat(text)) ? otherwise : parseFloat(text) * unit);
+    const number = (text, otherwise) => (text === undefined || text.trim() === "" || Number.isNaN(parseFloat(text)) ? otherwise : Math.fround(parseFloat(text) * unit)); // as precise as the columns
     return [number(least, -Infinity), number(most, Infinity)];
   }
 
