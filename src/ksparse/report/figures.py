@@ -13,7 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 from markupsafe import Markup
@@ -31,7 +33,7 @@ _SETTINGS = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
 }
-_SPOT, _SPOTS = "spot:", 120
+_SPOT, _SPOTS = "spot:", 120  # ids of places that say something on hover; so many on a curve at most
 _FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -331,10 +333,7 @@ def save(figure: Any) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # text is drawn by the reader's fonts, which may well have it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
-    spot = rf'<g id="{_SPOT}([^"]*)">\s*'  # a place that says something: its words, and a shape as short as can be
-    text = re.sub(spot + r'(?:<defs>.*?</defs>\s*)?<g[^>]*>\s*<use [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*/>\s*</g>\s*</g>',
-                  r'<g class="spot"><title>\1</title><circle cx="\2" cy="\3" r="4.5" fill="none" pointer-events="all"/></g>', text, flags=re.DOTALL)
-    text = re.sub(spot + r'<path d="([^"]*)"[^>]*/>\s*</g>', r'<g class="spot"><title>\1</title><path d="\2" fill="none" pointer-events="all"/></g>', text)
+    text = _say(text)
     text = re.sub(r"<style[^>]*>[^<]*</style>\s*", "", text)  # it styles everything on a page; the roots below inherit instead
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
@@ -361,13 +360,26 @@ def columns(axes: Any, edges: Any, words: list[str]) -> None:
 
     for left, right, said in zip(edges, edges[1:], words):
         if said and right > left:
-            axes.add_artist(Rectangle((left, 0), right - left, 1, transform=axes.get_xaxis_transform(), facecolor="none", edgecolor="none", gid=_SPOT + said))
+            axes.add_artist(Rectangle((left, 0), right - left, 1, transform=axes.get_xaxis_transform(), facecolor="none", edgecolor="none", gid=_SPOT + quote(said)))
 
 
 def dots(axes: Any, across: Any, up: Any, words: list[str]) -> None:
     """Let points that are drawn already say something on hover."""
     for x, y, said in zip(across, up, words):
-        axes.plot(x, y, linestyle="none", color=INK, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="none", clip_on=False, gid=_SPOT + said)
+        axes.plot(x, y, linestyle="none", color=INK, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="none", clip_on=False, gid=_SPOT + quote(said))
+
+
+def _say(svg: str) -> str:
+    """Put each place's words into it as its title, and make its shape as short as can be."""
+    group, number = rf'<g id="{_SPOT}([^"]*)">\s*', r'"([\d.]+)"'
+
+    def titled(shape: str) -> Callable[[re.Match[str]], str]:
+        return lambda found: (f'<g class="spot"><title>{escape(unquote(found[1]), quote=False)}</title>'
+                              f'<{shape.format(*found.groups())} fill="none" pointer-events="all"/></g>')
+
+    svg = re.sub(rf'{group}(?:<defs>.*?</defs>\s*)?<g[^>]*>\s*<use [^>]*?x={number} y={number}[^>]*/>\s*</g>\s*</g>',
+                 titled('circle cx="{1}" cy="{2}" r="4.5"'), svg, flags=re.DOTALL)
+    return re.sub(rf'{group}<path d="([^"]*)"[^>]*/>\s*</g>', titled('path d="{1}"'), svg)
 
 
 def in_words(number: Number) -> str:
