@@ -79,6 +79,7 @@ class Pieces:
         self.source, self.block = Source(run), block
         self.n = self.source.recipe.sae.n_latents
         self.decoder = Decoder(run)
+        self._strip: tuple[int, list[list[tuple[int, float]]]] = (-1, [])
         self._made = {"overview": self.overview, "tasks": self.tasks, "tokens": self.tokens}
         self._blocks: dict[str, tuple[int, int, Callable[[int, int], dict[str, Any]]]] = {
             "glosses": (GLOSSES, self.n, self.glosses), "latents": (block, self.n, self.latents), "near": (block, self.n, self.near),
@@ -263,7 +264,7 @@ class Pieces:
         row = self._contexts[context]
         places = [p for p in range(max(0, position - self._before), min(len(row), position + self._after + 1)) if row[p] >= 0]
         return {"v": _number(value), "at": places.index(position) if position in places else -1, "t": [strings.number(int(row[p])) for p in places],
-                "a": [_number(acts[p - position + self._before], 4) or 0 for p in places]}
+                "a": [_number(act, 4) or 0 if act else 0 for act in acts[[p - position + self._before for p in places]].tolist()]}
 
     def _add_counts(self, made: dict[str, Any], first: int, last: int, strings: _Strings) -> None:
         """Add histogram, tokens and companions, which results of before there were any lack."""
@@ -315,8 +316,18 @@ class Pieces:
     # ---- nearest latents
 
     def near(self, first: int, last: int) -> dict[str, Any]:
-        found = self.decoder.nearest(first, last) if self.source.run.checkpoints() else [[]] * (last - first)
-        return {"near": {str(i): [[other, _number(cosine), self._gloss(other)] for other, cosine in each] for i, each in enumerate(found, first)}}
+        return {"near": {str(i): [[other, _number(cosine), self._gloss(other)] for other, cosine in self._nearest(i)] for i in range(first, last)}}
+
+    def _nearest(self, latent: int) -> list[tuple[int, float]]:
+        """Return the nearest latents of one; when all are asked for, those of a whole strip are found at once."""
+        if not self.source.run.checkpoints():
+            return []
+        if self.block == 1:
+            return self.decoder.nearest(latent, latent + 1)[0]
+        strip = latent // GLOSSES
+        if self._strip[0] != strip:
+            self._strip = strip, self.decoder.nearest(strip * GLOSSES, min(self.n, (strip + 1) * GLOSSES))
+        return self._strip[1][latent - strip * GLOSSES]
 
     # ---- what latents are searched by
 
