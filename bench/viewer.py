@@ -154,7 +154,7 @@ def shots(run: RunFolder, out: Path) -> None:
     latent = viewer_latent(run)
     text = "def area(self, width, height):\n    return"
     pages = {"latents": ("#/", "td.words .pair, td.words"), "latent": (f"#/latent/{latent}", ".panel .list .row"), "map": ("#/map", "canvas"), "search": ("#/search?q=self", "#hits-text .row, #hits-text .missing"),
-             "try": (f"#/try?latent={latent}&value=0&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("report.html", "h1")}
+             "try": (f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("report.html", "h1")}
     out.mkdir(parents=True, exist_ok=True)
     with module.serving(run) as port:
         for name, (path, ready) in pages.items():

@@ -38,18 +38,18 @@ class Decoder:
         return rows / np.where(norms > 0, norms, 1)
 
     def nearest(self, first: int, last: int, count: int = NEIGHBOURS) -> list[list[tuple[int, float]]]:
-        """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself, by size of the cosine."""
+        """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself; those at a right angle or beyond are not near."""
         rows = self.rows
         cosines = rows[first:last] @ rows.T
-        cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = 0
+        cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = -1
         count = min(count, len(rows) - 1)
         if count < 1:
             return [[] for _ in cosines]
-        found = np.argpartition(-np.abs(cosines), count - 1, axis=1)[:, :count]
+        found = np.argpartition(cosines, -count, axis=1)[:, -count:]
         near = []
         for row, chosen in zip(cosines, found):
-            order = chosen[np.lexsort((chosen, -np.abs(row[chosen])))]
-            near.append([(int(i), float(row[i])) for i in order if row[i]])
+            order = chosen[np.lexsort((chosen, -row[chosen]))]
+            near.append([(int(i), float(row[i])) for i in order if row[i] > 0])
         return near
 
     @cached_property

@@ -168,7 +168,7 @@ ksparse.labels = {
     try { return JSON.parse(localStorage.getItem(this.place()) ?? "{}"); } catch { return {}; }
   },
   numbers() {
-    return Object.keys(this.all).map(Number).filter((number) => this.of(number).label || this.of(number).star).sort((a, b) => a - b);
+    return Object.keys(this.all).map(Number).filter((number) => number < ksparse.run.n && this.of(number).label || this.of(number).star).sort((a, b) => a - b);
   },
   download() {
     const latents = Object.fromEntries(this.numbers().map((number) => [number, this.of(number)]));
