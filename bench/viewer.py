@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from ksparse import files, recipe, viewer
 from ksparse.runs import RunFolder, open_run
+from ksparse.viewer.pieces import Pieces
 
 VOCABULARY, CONTEXTS, LENGTH, EXAMPLES, BEFORE, AFTER, HORIZON = 50_000, 2_000, 128, 8, 24, 8, 16
 SWITCH = """
@@ -151,7 +152,7 @@ def shots(run: RunFolder, out: Path) -> None:
     """Write pictures of the main pages: NAME-SCHEME-WIDTH.png."""
     module = browser_of_tests()
     browser = start(module)
-    latent = viewer_latent(run)
+    latent = Pieces(run, 1).first_rows["latents"][0]
     text = "def area(self, width, height):\n    return"
     pages = {"latents": ("#/", "td.words .pair, td.words"), "latent": (f"#/latent/{latent}", ".panel .list .row"), "map": ("#/map", "canvas"), "search": ("#/search?q=self", "#hits-text .row, #hits-text .missing"),
              "try": (f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("report.html", "h1")}
@@ -174,13 +175,6 @@ def shots(run: RunFolder, out: Path) -> None:
                     sticks = browser.js("return document.documentElement.scrollWidth - innerWidth")
                     print(out / f"{name}-{scheme}-{width}.png", *browser.drain()[0], *([f"wider than the window by {sticks}"] if sticks > 0 else []))
     browser.driver.quit()
-
-
-def viewer_latent(run: RunFolder) -> int:
-    """Return the latent at the top of the table."""
-    from ksparse.viewer.pieces import Pieces
-
-    return Pieces(run, 1).first_rows()["latents"][0]
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ class Pieces:
             "lm": safe_text(recipe.acts.lm), "site": safe_text(recipe.acts.site), "checkpoint": stats.get("checkpoint"),
             "block": self.block, "gloss_block": GLOSSES, "token_block": TOKEN_BLOCK,
             "columns": [{"key": c.key, "label": c.label, "kind": c.kind, "reading": c.reading} for c in self.columns.values()],
-            "lacks": self.lacks(), "serve": safe_text(source.command("view")), "first": self.first_rows(),
+            "lacks": self.lacks(), "serve": safe_text(source.command("view")), "first": self.first_rows,
             "has": {"tasks": source.result("probes") is not None, "tokens": self._on is not None, "weights": bool(source.run.checkpoints()),
                     "report": source.run.report_file.is_file()}}
 
@@ -132,6 +132,7 @@ class Pieces:
             found.append(("stats", "histograms, examples by size, the tokens that each latent fires on, latents that fire together"))
         return [{"adds": what, "command": safe_text(self.source.command("eval", name))} for name, what in found]
 
+    @cached_property
     def first_rows(self) -> dict[str, Any]:
         """Return the top of the table in its first order: by effect, or else by density."""
         key = next((key for key in ("effect", "density") if key in self.columns), None)

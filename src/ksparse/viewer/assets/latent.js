@@ -8,19 +8,18 @@ ksparse.views.latent = async function latentView(path, asked, current) {
     ksparse.show(el("p", { class: "missing" }, `There is no latent ${ksparse.visible(path[0] ?? "")}; the run has 0 to ${ksparse.count(run.n - 1)}.`));
     return;
   }
+  const nearest = run.has.weights ? ksparse.load(`near/${Math.floor(number / run.block)}`) : null; // comes a little later than the rest
   const latent = await ksparse.latent(number);
   if (!current()) return;
   document.title = `Latent ${number} · ${run.name}`;
   const near = el("div", { class: "list" }, el("p", { class: "none" }, "…"));
   ksparse.show(head(latent), el("div", { class: "latent" }, el("div", { class: "texts" }, texts(latent)), el("div", { class: "panels" }, panels(latent, near))));
   performance.mark("latent");
-  if (run.has.weights) {
-    const found = (await ksparse.load(`near/${Math.floor(number / run.block)}`)).near[number];
+  if (nearest) {
+    const found = (await nearest).near[number];
     if (current()) near.replaceChildren(...rows(found.map(([other, cosine, gloss]) => [other, cosine.toFixed(2), gloss])));
-  } else {
-    near.replaceChildren(el("p", { class: "none" }, "The run has no checkpoint."));
   }
-  for (const other of [number + 1, number - 1]) if (current() && other >= 0 && other < run.n) ksparse.latent(other); // so that j and k are at once
+  setTimeout(() => { for (const other of [number + 1, number - 1]) if (current() && other >= 0 && other < run.n) ksparse.latent(other).catch(() => {}); }, 200); // so that j and k are at once
 
   // ---- the top
 
