@@ -152,7 +152,7 @@ def shots(run: RunFolder, out: Path) -> None:
     """Write pictures of the main pages: NAME-SCHEME-WIDTH.png."""
     module = browser_of_tests()
     browser = start(module)
-    latent = Pieces(run, 1).first_rows["latents"][0]
+    latent = Pieces(run, 1).columns.first_rows["latents"][0]
     text = "def area(self, width, height):\n    return"
     pages = {"latents": ("#/", "td.words .pair, td.words"), "latent": (f"#/latent/{latent}", ".panel .list .row"), "map": ("#/map", "canvas"), "search": ("#/search?q=self", "#hits-text .row, #hits-text .missing"),
              "try": (f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("report.html", "h1")}

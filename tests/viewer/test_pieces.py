@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from ksparse.errors import CorruptError
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
-from ksparse.viewer.pieces import COLUMNS, Pieces
+from ksparse.viewer.columns import COLUMNS
+from ksparse.viewer.pieces import Pieces
 from ksparse.viewer.weights import Decoder
 
 from .conftest import N
@@ -43,7 +44,7 @@ def test_every_named_piece_is_there_and_is_json_without_nan(pieces):
 
 
 @pytest.mark.parametrize("name", ["latents/12", "latents/-1", "latents/01", "latents/1e3", "latents/", "latents/\u0661", "columns/name", "columns/__class__", "../recipe.toml",
-                                  "labels/0", "", "overview/0", "latents/0/0", "near/" + "9" * 30])
+                                  "labels/0", "", "overview/0", "latents/0/0", "near/" + "9" * 30, "latents/" + "9" * 5_000, "latents/1\n"])
 def test_what_is_no_piece_is_none(pieces, name):
     assert pieces.get(name) is None
 
@@ -164,7 +165,7 @@ def test_arrays_of_another_run_are_refused(run):
     file = run.eval_file("stats").with_suffix(".safetensors")
     arrays = load_file(file)
     save_file(arrays | {"density": arrays["density"][:-1]}, file)
-    with pytest.raises(CorruptError, match="'density' has shape .191., the run has 192 latents; run the evaluation again"):
+    with pytest.raises(CorruptError, match="'density' has shape .191. and is not about the run's 192 latents; run the evaluation again"):
         Pieces(run, 16).get("overview")
 
 

@@ -126,6 +126,18 @@ def test_a_label_is_saved_beside_the_run(run):
     assert json.loads((run.path / "labels.json").read_text())["latents"] == {"5": {"label": "numbers", "star": True}}
 
 
+def test_results_that_are_added_are_there_without_a_restart(run):
+    files = list(run.eval_file("n2g").parent.glob("n2g.*"))
+    kept = {file: file.read_bytes() for file in files}
+    with serving(run) as port:
+        for file in files:
+            file.unlink()
+        assert [lack["command"] for lack in json.loads(ask(port, "/data/overview.json")[2])["lacks"]] == ["ksparse eval tiny n2g"]
+        for file, content in kept.items():
+            file.write_bytes(content)
+        assert json.loads(ask(port, "/data/overview.json")[2])["lacks"] == []
+
+
 def test_damaged_results_are_named_to_the_page(run):
     run.eval_file("n2g").write_text("{")
     with serving(run) as port:

@@ -11,6 +11,7 @@ import errno
 import json
 import re
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -68,8 +69,7 @@ def server(run: RunFolder) -> uvicorn.Server:
 
 def app(run: RunFolder) -> Any:
     """Return what answers requests, behind the guard."""
-    pieces, live = Pieces(run, block=1), Live(run)
-    labels = Labels(run, pieces.n)
+    pieces, live, labels = Fresh(run), Live(run), Labels(run, run.recipe().sae.n_latents)
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
@@ -80,7 +80,7 @@ def app(run: RunFolder) -> Any:
 
     def data(request: Request) -> Response:
         name = request.path_params["name"]
-        found = {"latents": labels.all()} if name == "labels" else pieces.get(name)
+        found = {"latents": labels.all()} if name == "labels" else pieces.now().get(name)
         if found is None:
             return _nothing(request)
         return _json(found | {"live": True} if name == "overview" else found)
@@ -98,6 +98,22 @@ def app(run: RunFolder) -> Any:
         routes=[Route("/", page), Route("/data/{name:path}.json", data), _api("label", label), _api("activations", activations),
                 _api("change", change), Route("/{name}", page)],
         exception_handlers={KsparseError: _refused, 404: lambda request, error: _nothing(request)}))
+
+
+class Fresh:
+    """The pieces of a run as it is: results that are written while pages are open belong together."""
+
+    def __init__(self, run: RunFolder):
+        self.run, self._lock, self._stamp, self._pieces = run, threading.Lock(), None, None
+
+    def now(self) -> Pieces:
+        """Return the pieces, made anew if a result or a checkpoint is another than before."""
+        found = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
+        stamp = [(file.name, file.stat().st_mtime_ns) for file in found if file.exists()]
+        with self._lock:
+            if stamp != self._stamp:
+                self._stamp, self._pieces = stamp, Pieces(self.run, block=1)
+            return self._pieces
 
 
 def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Route:
