@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,33 @@ def recipe_file(small_recipe, tmp_path):
     file = tmp_path / "small.toml"
     file.write_text(to_toml(small_recipe()))
     return file
+
+
+def test_view_writes_pages_and_says_where(verb, small_recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(small_recipe()))
+    code, out, _ = verb("view", run, "--export", tmp_path / "site")
+    assert code == 0 and out == f"pages    {(tmp_path / 'site' / 'index.html').as_uri()}\n"
+    code, _, err = verb("view", run, "--export", run)
+    assert code == 2 and "holds something else than an exported site" in err
+    code, _, err = verb("view", tmp_path / "nothing")
+    assert code == 2 and "is not a run" in err
+
+
+def test_view_serves_until_it_is_interrupted(small_recipe, tmp_path):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
+    server = subprocess.Popen([sys.executable, "-m", "ksparse", "view", str(tmp_path), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[1]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address + "data/overview.json", timeout=30) as answer:
+            assert json.load(answer)["n"] == 64
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+    assert server.returncode == 130 and said == "stopped\n"
 
 
 def test_help_lists_every_verb_and_the_exit_codes(verb):

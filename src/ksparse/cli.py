@@ -429,6 +429,31 @@ def _show_study(folder: Path) -> None:
     print(f"study    {folder / 'study.json'}\nreport   {page.resolve().as_uri()}")
 
 
+def view(arguments: list[str]) -> None:
+    """view RUN [--export DIR] [--port N]    look at its latents in the browser, on this machine; or write pages for any web host"""
+
+    @dataclass(frozen=True)
+    class ViewArgs:
+        export: str = ""
+        """Folder to write static pages to, without the parts that need the LM; nothing is served then."""
+        port: int = 8765
+        """Port on 127.0.0.1; 0 takes any that is free."""
+
+    folder, rest = _folder("view", arguments)
+    options = _parse(ViewArgs, "view RUN", rest)
+    run = open_run(folder)
+    from ksparse import viewer
+
+    if options.export:
+        with Progress("pages", 0) as progress:
+            page = viewer.export(run, Path(options.export), observe=lambda what, done, total: progress(done, "", total, what))
+        print(f"pages    {page.resolve().as_uri()}")
+        return
+    listener = viewer.listen(options.port)
+    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/   (Ctrl-C ends it)", flush=True)
+    viewer.serve(run, listener)
+
+
 # ---- before training ---------------------------------------------------------------------------------------------
 
 
@@ -508,7 +533,7 @@ def doctor(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo, "train": train, "resume": resume, "sweep": sweep, "fit": fit, "eval": evaluate, "study": study, "probes": probes, "report": report,
-    "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
+    "view": view, "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
 }
 
 

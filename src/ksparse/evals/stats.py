@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from ksparse.acts.text import token_strings
+from ksparse.evals import together
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.evals.held_out import Eval, Seen, Subject
 from ksparse.sae.model import Code
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
+BANDS = 4  # of equally many activations of a latent, by size
+BINS = 20  # of a latent's histogram, from 0 to its largest value
+TOKENS = 8  # tokens that a latent fires on most
 _EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
 _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
@@ -67,7 +71,7 @@ class Stats(Eval):
             "dead_fraction": share(int((self.fired == 0).sum()), n),
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
-            "window": {"before": BEFORE, "after": AFTER},
+            "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples),
         }
         if "dead_fraction_training" in sae.metadata:
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
@@ -77,26 +81,70 @@ class Stats(Eval):
         return Result(values, arrays, {"vocabulary": vocabulary})
 
     def _examples(self) -> dict[str, Tensor]:
-        """Choose contexts for each latent: its strongest, and random ones in which it fires; one token of each context."""
+        """Choose contexts for each latent: its strongest, random ones in which it fires, and some of each band of sizes; count the rest."""
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
         values, indices = Code.joined(self.codes)
         context, position, slot = (values > 0).nonzero(as_tuple=True)
         value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
+        token = tokens[context, position].numpy()
         context, position = context.numpy(), position.numpy()
-        noise = np.random.default_rng(self.subject.options.seed).random(len(value), np.float32)
+        noise, other_noise = np.random.default_rng(self.subject.options.seed).random((2, len(value)), np.float32)
         m, n = self.subject.options.examples, len(self.fired)
+        drawn = {"top": best_per_group(latent, context, value, n, m), "random": best_per_group(latent, context, noise, n, m),
+                 "band": best_per_band(latent, context, value, other_noise, n, m)}
         arrays: dict[str, Tensor] = {}
-        for kind, rank in (("top", value), ("random", noise)):
-            chosen, place = best_per_group(latent, context, rank, n, m)
+        for kind, (chosen, place) in drawn.items():
             for name, column in (("context", context), ("position", position), ("value", value)):
                 out = np.full((n, m), -1 if name != "value" else 0, np.int32 if name != "value" else np.float32)
                 out[latent[chosen], place] = column[chosen]
                 arrays[f"{kind}_{name}"] = torch.from_numpy(out)
             arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
-        arrays["contexts"] = tokens.int()
-        return arrays
+        counted = {"histogram": histograms(latent, value, self.largest.numpy()), **fired_on(latent, token, n, self.subject.lm.vocab),
+                   **together.companions(context * tokens.shape[1] + position, latent, n)}
+        return arrays | {"contexts": tokens.int()} | {name: torch.from_numpy(array) for name, array in counted.items()}
+
+
+def bands(examples: int) -> dict[str, int]:
+    """Return into how many bands of sizes activations are dealt, and how many of so many examples come from each."""
+    count = min(BANDS, examples)
+    return {"count": count, "each": examples // count}
+
+
+def best_per_band(latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the largest activations' band."""
+    count, each = bands(m).values()
+    band = band_of(latent, value, n, count)
+    chosen, place = best_per_group(latent.astype(np.int64) * count + band, context, rank, n * count, each)
+    return chosen, band[chosen] * each + place
+
+
+def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.ndarray:
+    """Return the band of each activation among its latent's, by rank: 0 has the largest, count - 1 the smallest, all equally many."""
+    order = np.lexsort((-value, latent))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(latent[order], latent[order])
+    return ranks * count // np.bincount(latent, minlength=n)[latent]
+
+
+def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Count each latent's activations in bins of equal width from 0 to its largest value, [n, BINS]."""
+    at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
+    return np.bincount(latent * BINS + at, minlength=len(largest) * BINS).reshape(-1, BINS).astype(np.int32)
+
+
+def fired_on(latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and on_share, of its activations."""
+    pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
+    owner = pairs // vocabulary
+    order = np.lexsort((-counts, owner))
+    place = np.arange(len(order)) - np.searchsorted(owner, owner[order])
+    order, place = order[place < TOKENS], place[place < TOKENS]
+    on, shares = np.full((n, TOKENS), -1, np.int32), np.zeros((n, TOKENS), np.float32)
+    on[owner[order], place] = pairs[order] % vocabulary
+    shares[owner[order], place] = counts[order] / np.bincount(latent, minlength=n)[owner[order]]
+    return {"on_token": on, "on_share": shares}
 
 
 def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
