@@ -150,7 +150,7 @@ def _say_next(run: RunFolder) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (all if none is named)"""
+    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (those six if none is named)"""
     folder, rest = _folder("eval", arguments)
     words = [folder]
     while rest and not rest[0].startswith("-"):
@@ -187,7 +187,7 @@ def _evaluate(sources: list[str], names: list[str], options: EvalOptions) -> dic
     evals.check_names(names)
     saes = {source: load(source) for source in sources}
     with Progress("evaluating", 0) as progress:
-        found = evals.evaluate_many(saes, None, names or list(evals.EVALS), options,
+        found = evals.evaluate_many(saes, None, names or list(evals.DEFAULT), options,
                                     observe=lambda what, done, total: progress(done, "", total, what))
     for source, results in found.items():
         run = RunFolder(Path(source))

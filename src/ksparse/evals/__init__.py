@@ -7,6 +7,13 @@
     explained_loss   how well does the LM predict if each latent is replaced by its explanation?
     ablation         does a latent matter to few predictions, or a little to all?
 
+    refinement       are the values of a code the best ones for its latents?
+    progressive      is the code still good at another k, or with a threshold in the place of k?
+    latents          how often do latents fire, how strongly, and on what kinds of position?
+    subspaces        do groups of latents keep to subspaces of their own?
+
+The first six are asked if none is named (DEFAULT), the others by name.
+
     held_out         the text and what the LM and the SAE make of it       estimate   values with standard errors
 """
 
@@ -29,20 +36,25 @@ from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
 from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
+from ksparse.evals.latents import Latents
 from ksparse.evals.n2g import N2G
 from ksparse.evals.probes import Probes
+from ksparse.evals.progressive import Progressive
+from ksparse.evals.refinement import Refinement
 from ksparse.evals.stats import Stats
+from ksparse.evals.subspaces import Subspaces
 from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 
-EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
-                               "explained_loss": ExplainedLoss, "ablation": Ablation}
+DEFAULT: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
+                                 "explained_loss": ExplainedLoss, "ablation": Ablation}
+EVALS: dict[str, type[Eval]] = {**DEFAULT, "refinement": Refinement, "progressive": Progressive, "latents": Latents, "subspaces": Subspaces}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
-def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
+def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
              observe: Observe = lambda what, done, total: None) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
@@ -53,7 +65,7 @@ def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS)
 
 
 @torch.inference_mode()
-def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
+def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
                   observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
     """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`."""
     check_names(names)
@@ -73,7 +85,9 @@ def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[st
     for part, seen in _pass(subjects, data, 2, observe):
         with clock.of(part):
             part.see_again(seen)
-    return {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+    results = {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+    _put_beside(results)
+    return results
 
 
 def _parts(subjects: dict[str, Subject], passes: int) -> list[Eval]:
@@ -109,6 +123,16 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
             notes = [f"only {len(data.documents)} documents: the standard errors are rough"]
     values |= {**result, "notes": [*notes, *result.get("notes", [])], "seconds": round(clock.seconds[part], 2)}
     return Result(values, result.arrays, result.files)
+
+
+def _put_beside(results: dict[str, dict[str, Result]]) -> None:
+    """Give each result what a figure shows of the other SAEs: the keys that its evaluation names, by the SAE's short name."""
+    short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
+    names = short if len(set(short.values())) == len(short) else {label: label for label in results}
+    for label, mine in results.items():
+        for name, result in mine.items():
+            if keys := EVALS[name].beside:
+                result["beside"] = {names[other]: {key: theirs[name][key] for key in keys} for other, theirs in results.items() if other != label}
 
 
 class _Clock:

@@ -27,9 +27,7 @@ class Stats(Eval):
         self.codes: list[tuple[Tensor, Tensor]] = []
 
     def see(self, seen: Seen) -> None:
-        sae, raw = seen.sae, seen.batch.x
-        inputs = sae.normalize(raw)
-        recon = sae.decode(seen.code)
+        raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
         x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
         self.sums.add(
             seen.batch.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
