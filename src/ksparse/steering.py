@@ -4,6 +4,7 @@
     steer(model, sae, clamp={123: -5.0})    latents held at values, or scaled, inside a with block
     attribute(lm, sae, prompts, metric)     which latents a behaviour hangs on: activation x gradient (Gao et al. 2024, appendix E.3)
     continue_text(lm, prompt)               a continuation and the next token's distribution; inside `steer`, the steered ones
+    compare(lm, sae, prompt, clamp={…})     both
 
 With the error kept, x' = x + scale * W_dec^T change: nothing but the change reaches the LM, whatever the SAE fails to reconstruct.
 Blocks nest, so several SAEs at several sites can be attached at once; each sees what the ones before it have changed.
@@ -19,15 +20,24 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ksparse.acts.lm import LM, hooked, resolve
+from ksparse.acts.lm import LM, hooked, resolve, resolve_device
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
+from ksparse.recipe import Acts
 from ksparse.sae.model import SAE, Code
 
 Change = Callable[[Code], Code]
 """Takes the code of an activation [..., k]; returns what is added to it: values of either sign [..., m] at latents [..., m]."""
 Metric = Callable[[Tensor], Tensor]
 """Takes the logits [v] of the token after a prompt; returns a scalar."""
+
+
+def lm_of(sae: SAE, device: str = "auto") -> LM:
+    """Return the LM that an SAE was trained on, with its site."""
+    own: dict[str, Any] | None = sae.metadata.get("acts")
+    if not own:
+        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
+    return LM(acts=Acts(**own), device=resolve_device(device))
 
 
 # ---- an SAE in the way of a forward pass -------------------------------------------------------------------------
@@ -277,3 +287,30 @@ def continue_text(lm: LM, prompt: str, *, tokens: int = 40, temperature: float =
     new = made.sequences[0, ids.shape[1] :].tolist()
     whole, before = (lm.tokenizer.decode(some, skip_special_tokens=True) for some in ([*ids[0].tolist(), *new], ids[0].tolist()))
     return Continuation(whole[len(before) :], new, made.logits[0][0].float().log_softmax(-1).cpu())
+
+
+class Comparison(NamedTuple):
+    """An LM as it is and steered, on the same prompt."""
+
+    before: Continuation
+    after: Continuation
+
+    @property
+    def kl(self) -> float:
+        """KL(as it is || steered) of the next token, in nats."""
+        before, after = self.before.log_probs.double(), self.after.log_probs.double()
+        return float((before.exp() * (before - after)).sum())
+
+    def moved(self, most: int) -> list[tuple[int, float, float]]:
+        """Return the tokens whose probability changes most, with it before and after."""
+        before, after = self.before.log_probs.exp(), self.after.log_probs.exp()
+        order = (after - before).abs().argsort(descending=True, stable=True)[:most]
+        return [(int(i), float(before[i]), float(after[i])) for i in order]
+
+
+def compare(lm: LM, sae: SAE, prompt: str, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None,
+            error: Literal["keep", "drop"] = "keep", tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> Comparison:
+    """Continue a prompt with the LM as it is and inside `steer`, with the same random numbers."""
+    before = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
+    with steer(lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error):
+        return Comparison(before, continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed))

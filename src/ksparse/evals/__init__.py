@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from ksparse import files
-from ksparse.acts.lm import LM, resolve_device
+from ksparse.acts.lm import LM
 from ksparse.errors import InputError
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.downstream import Downstream
@@ -47,6 +47,7 @@ from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
+from ksparse.steering import lm_of
 
 DEFAULT: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
                                  "explained_loss": ExplainedLoss, "ablation": Ablation}
@@ -71,7 +72,7 @@ def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[st
     check_names(names)
     options = options.resolved()
     first = next(iter(saes.values()))
-    lm = lm or LM(acts=_acts(first), device=resolve_device(options.device))
+    lm = lm or lm_of(first, options.device)
     data = HeldOut(lm, _common_acts(saes, lm, options), options)
     subjects = {label: Subject(sae.to(lm.device).eval(), data) for label, sae in saes.items()}
     asked = {label: {name: subject.part(EVALS[name]) for name in names} for label, subject in subjects.items()}
@@ -186,10 +187,3 @@ def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:
                 raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
                                  "of the other; evaluate them one by one")
     return acts
-
-
-def _acts(sae: SAE) -> Acts:
-    own: dict[str, Any] | None = sae.metadata.get("acts")
-    if not own:
-        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
-    return Acts(**own)

@@ -1,9 +1,11 @@
 """Is a code still good at another k, or with a threshold in the place of k? Gao et al. 2024, section 5.3.
 
-After training the activation is replaced by TopK(k'), or by x 1[x > threshold] with one threshold for all latents, and the error and
+After training the activation is replaced by TopK(k'), or by z 1[z > threshold] with one threshold for all latents, and the error and
 the loss of the LM are traced against the L0 that this gives. A code is progressive if more latents always help.
 
     threshold_for(sae, x, l0)    the threshold that gives a wanted L0      at_threshold(sae, x, threshold)   the code that it gives
+
+z are the positive pre-activations; of an SAE whose gate is part of its values (gated, prolu) the values that the gate lets through.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ksparse.sae.model import SAE, Code
 
 MULTIPLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, math.sqrt(1 / 2), 1, math.sqrt(2), 2, math.sqrt(8), 4, 8)
 """k' over the SAE's own k, or over the L0 that it has where it has no k."""
+GATES = ("gated", "prolu")
 CHOSEN_ON = 8_192  # tokens that thresholds are chosen on
 
 
@@ -49,7 +52,7 @@ class Progressive(Eval):
         self.sums.add(batch.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64)
         self.sums.add(batch.predicted_documents, tokens=torch.ones(int(batch.predicted.sum())), ce_clean=batch.losses(batch.clean))
         self._add(seen, "own", (seen.code.values > 0).sum(1), seen.recon, seen.spliced.losses)
-        acts = torch.relu(sae.pre_acts(x))
+        acts = positive(sae, x)
         widest = acts.topk(self.ks[-1], dim=1)  # the largest first, so that each k' is a beginning of it
         for k in self.ks:
             code = Code(widest.values[:, :k], widest.indices[:, :k])
@@ -96,6 +99,12 @@ def _first_rows(subject: Subject) -> Tensor:
     return subject.data.once("first rows", read)
 
 
+@torch.no_grad()
+def positive(sae: SAE, x: Tensor) -> Tensor:
+    """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left out for being too small."""
+    return sae.activate(x).dense(sae.shape.n_latents) if sae.shape.activation in GATES else torch.relu(sae.pre_acts(x))
+
+
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:
     """Return the threshold at which raw activations x[m, d] have so many active latents on average."""
     return thresholds_for(sae, x, [l0])[0]
@@ -103,7 +112,7 @@ def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:
 
 @torch.no_grad()
 def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
-    """Return a threshold for each wanted L0: the mean of the two pre-activations between which as many are above as it asks for.
+    """Return a threshold for each wanted L0: the mean of the two values between which as many are above as it asks for.
 
     0 where fewer latents than that are positive at all. Exact on x; other text has about the same L0.
     """
@@ -115,7 +124,7 @@ def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
     wanted = [round(l0 * len(x)) for l0 in l0s]
     largest = x.new_zeros(0, dtype=sae.W_enc.dtype)
     for part in x.split(max(1, 2**24 // sae.shape.n_latents)):
-        acts = torch.relu(sae.pre_acts(sae.normalize(part).x)).flatten()
+        acts = positive(sae, sae.normalize(part).x).flatten()
         floor = largest[-1] if len(largest) > max(wanted) else 0
         largest = torch.cat([largest, acts[acts > floor]])
         largest = largest.topk(min(len(largest), max(wanted) + 1)).values
@@ -126,10 +135,10 @@ def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
 
 @torch.no_grad()
 def at_threshold(sae: SAE, x: Tensor, threshold: float) -> Code:
-    """Return the code of raw activations x[m, d] by z 1[z > threshold], z the pre-activation; rows are padded with values of 0."""
+    """Return the code of raw activations x[m, d] by z 1[z > threshold]; rows are padded with values of 0."""
     if threshold < 0:
         raise InputError(f"the threshold is {threshold:g}; it must not be negative")
-    acts = torch.relu(sae.pre_acts(sae.normalize(x).x))
+    acts = positive(sae, sae.normalize(x).x)
     acts = torch.where(acts > threshold, acts, 0.0)
     values, indices = acts.topk(max(1, int((acts > 0).sum(1).max()) if len(acts) else 1), dim=1)
     return Code(values, indices)
