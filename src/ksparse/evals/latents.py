@@ -278,6 +278,7 @@ def stratified(active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, e
     return (gap * weight).sum(1) / weight.sum()
 
 
+@torch.no_grad()
 def opposites(directions: Tensor, observe: Observe) -> tuple[np.ndarray, np.ndarray]:
     """Return the most negative cosine of each row of directions[m, d] with another, and which row that is."""
     m = len(directions)

@@ -149,7 +149,7 @@ def _descend(gram: Tensor, pull: Tensor, start: Tensor, tolerance: float, most: 
     z = ahead = start
     momentum = torch.ones_like(rate)
     for step in range(most + 1):
-        if step % CHECK_EVERY == 0:
+        if step % CHECK_EVERY == 0 or step == most:
             slope = _times(gram, z) - pull
             done = torch.minimum(slope.abs(), torch.where(slope > 0, z, slope.abs())).amax(1) <= limit
             result[rows], converged[rows] = z, done
@@ -170,6 +170,7 @@ def _times(gram: Tensor, z: Tensor) -> Tensor:
     return torch.bmm(gram, z.unsqueeze(2)).squeeze(2)
 
 
+@torch.no_grad()
 def exact(sae: SAE, x: Tensor, code: Code) -> Tensor:
     """Return the same for one token, x[d] with its code [k], by Lawson and Hanson's active-set method (scipy.optimize.nnls), as float64."""
     from scipy.optimize import nnls
@@ -182,6 +183,7 @@ def exact(sae: SAE, x: Tensor, code: Code) -> Tensor:
     return values
 
 
+@torch.no_grad()
 def _error(sae: SAE, target: Tensor, indices: Tensor, values: Tensor) -> float:
     directions = sae.W_dec.detach().cpu()[indices.cpu()].double()
     return float((target - values.cpu().double() @ directions).square().sum())

@@ -21,7 +21,7 @@ from ksparse.evals.latents import Firing, quartiles
 
 NEIGHBOURS = 15  # of a latent: the one so far away gives the width of its kernel
 LEAST_SHARE = 0.05  # of the latents on either side of a cut
-_CELLS = 128  # of the picture, a side
+_CELLS = 100  # along the order
 
 
 class Subspaces(Eval):
@@ -44,6 +44,7 @@ class Subspaces(Eval):
         rows = self.shares[torch.from_numpy(self.sample)].numpy()
         self.order = order(rows, options.ordering, options.seed)
         self.split = split(rows[self.order])
+        self.order = self.order[::-1].copy() if self.split.is_last else self.order
         observe("ordering noise", 2, 3)
         noise = draw.standard_normal((min(len(rows), options.subspace_rows), rows.shape[1]))
         noise = (noise / np.linalg.norm(noise, axis=1, keepdims=True)) ** 2
@@ -52,33 +53,42 @@ class Subspaces(Eval):
 
     def result(self) -> Result:
         sae, firing, cut = self.subject.sae, self.firing, self.split
-        own = self.shares.numpy()[:, cut.dims].sum(1)  # of every live latent, sampled or not
+        rows = self.shares.numpy()
+        own = rows[:, cut.dims].sum(1)  # of every live latent, sampled or not
         first = own >= cut.border
+        parts = {"first": first, "second": ~first}
         norms = sae.W_enc.detach().norm(dim=1).cpu().double().numpy()
         tokens = np.where(firing.often, firing.effective_tokens(), np.nan)
-        sides = {name: _side(self.live[where], norms, tokens, firing.density) for name, where in (("first", first), ("second", ~first))}
-        ordered = self.live[self.sample][self.order]
+        ordered = self.sample[self.order]
         notes = [f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are looked at"]
         if len(self.sample) < len(self.live):
             notes.append(f"{len(self.sample):,} of them, drawn at random, were put into an order; the others were then dealt by the directions that they read")
         values = {
             "separation": cut.separation, "separation_of_noise": self.chance, "latents_share": float(first.mean()),
-            "dims_share": len(cut.dims) / self.shares.shape[1], "n_live": len(self.live), "n_ordered": len(self.sample),
+            "dims_share": len(cut.dims) / rows.shape[1], "n_live": len(self.live), "n_ordered": len(self.sample),
             "own_share": [float(own[first].mean()) if first.any() else None, float(1 - own[~first].mean()) if (~first).any() else None],
-            "sides": sides, "singular_values": self.sizes.tolist(), "picture": _picture(self.shares.numpy()[self.sample][self.order], cut.dims), "notes": notes}
+            "sides": {name: _side(self.live[where], norms, tokens, firing.density) for name, where in parts.items()},
+            "cut": cut.at / len(ordered), "along_order": [float(part.mean()) for part in np.array_split(own[ordered], min(_CELLS, len(ordered)))],
+            "by_direction": {name: rows[where].mean(0).tolist() for name, where in parts.items() if where.any()},
+            "singular_values": self.sizes.tolist(), "notes": notes}
         side = np.full(sae.shape.n_latents, -1)
         side[self.live] = np.where(first, 0, 1)
-        return Result(values, {"order": torch.from_numpy(ordered.astype(np.int32)), "side": torch.from_numpy(side.astype(np.int8)),
+        return Result(values, {"order": torch.from_numpy(self.live[ordered].astype(np.int32)), "side": torch.from_numpy(side.astype(np.int8)),
                                "dims": torch.from_numpy(cut.dims.astype(np.int32)), "encoder_norm": torch.from_numpy(norms).float()})
 
 
 class Split(NamedTuple):
-    """How many latents of the order the first part has, its directions, how separate the parts are, and the share on these directions between them."""
+    """An order cut in two. The first part is the one that reads fewer directions."""
 
     at: int
+    """Latents in the first part."""
+    is_last: bool
+    """Whether these are the last ones of the order."""
     dims: np.ndarray
+    """The directions of the first part."""
     separation: float
     border: float
+    """Share on these directions that is between those of the two parts."""
 
 
 @torch.no_grad()
@@ -97,7 +107,7 @@ def shares(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order(rows: np.ndarray, how: str = "spectral", seed: int = 0) -> np.ndarray:
-    """Return an order of rows[m, d] in which near ones are near; the half with the more even shares comes last.
+    """Return an order of rows[m, d] in which near ones are near.
 
     spectral: by the second eigenvector of the normalised Laplacian of Gaussian kernels, each as wide as its row's neighbours are far.
     """
@@ -139,7 +149,7 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split(rows: np.ndarray) -> Split:
-    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate; the part that reads fewer directions is the first."""
+    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate; the part that reads fewer directions is called the first."""
     m, d = rows.shape
     least = max(1, int(np.ceil(LEAST_SHARE * m)))
     before = np.cumsum(rows, 0)
@@ -152,20 +162,11 @@ def split(rows: np.ndarray) -> Split:
     own = rows[:, mine].sum(1)
     border = float((own[: at[best]].mean() + own[at[best] :].mean()) / 2)
     if mine.sum() * 2 <= d:
-        return Split(int(at[best]), np.flatnonzero(mine), float(gaps[best]), border)
-    return Split(int(m - at[best]), np.flatnonzero(~mine), float(gaps[best]), 1 - border)
+        return Split(int(at[best]), False, np.flatnonzero(mine), float(gaps[best]), border)
+    return Split(int(m - at[best]), True, np.flatnonzero(~mine), float(gaps[best]), 1 - border)
 
 
 def _side(latents: np.ndarray, norms: np.ndarray, tokens: np.ndarray, density: np.ndarray) -> dict[str, Any]:
     """Return what the latents on a side are like: quartiles of their encoder norm, effective tokens and density."""
     return {"n_latents": len(latents), "encoder_norm": quartiles(norms[latents]), "effective_tokens": quartiles(tokens[latents]),
             "density": quartiles(density[latents])}
-
-
-def _picture(rows: np.ndarray, dims: np.ndarray) -> list[list[float]]:
-    """Return mean shares over cells of ordered latents and of directions, the first side's directions first, times d: 1 is even."""
-    m, d = rows.shape
-    columns = np.concatenate([dims, np.setdiff1d(np.arange(d), dims)])
-    down, across = (np.array_split(np.arange(size), min(_CELLS, size)) for size in (m, d))
-    some = np.stack([rows[part][:, columns].mean(0) for part in down])
-    return [[round(float(row[part].mean() * d), 3) for part in across] for row in some]
