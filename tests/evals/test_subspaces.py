@@ -91,7 +91,7 @@ def test_the_result_says_what_both_sides_are_like(small_acts):
     assert result["n_ordered"] == result["n_live"] == len(result.arrays["order"]) == int((result.arrays["side"] >= 0).sum())
     assert sum(side["n_latents"] for side in result["sides"].values()) == result["n_live"]
     along, at = np.array(result["along_order"]), round(result["cut"] * len(result["along_order"]))
-    assert len(along) == 100 and along[: at - 1].min() > along[at + 1 :].max()  # the first side comes first
+    assert 50 < len(along) <= 100 and along[: at - 1].min() > along[at + 1 :].max()  # the first side comes first
     assert np.allclose([sum(shares) for shares in result["by_direction"].values()], 1)
 
 

@@ -7,6 +7,7 @@
     explained_loss   how well does the LM predict if each latent is replaced by its explanation?
     ablation         does a latent matter to few predictions, or a little to all?
 
+    positions        how good is the reconstruction at each position of a context?
     refinement       are the values of a code the best ones for its latents?
     progressive      is the code still good at another k, or with a threshold in the place of k?
     latents          how often do latents fire, how strongly, and on what kinds of position?
@@ -38,6 +39,7 @@ from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
 from ksparse.evals.latents import Latents
 from ksparse.evals.n2g import N2G
+from ksparse.evals.positions import Positions
 from ksparse.evals.probes import Probes
 from ksparse.evals.progressive import Progressive
 from ksparse.evals.refinement import Refinement
@@ -51,7 +53,8 @@ from ksparse.steering import lm_of
 
 DEFAULT: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
                                  "explained_loss": ExplainedLoss, "ablation": Ablation}
-EVALS: dict[str, type[Eval]] = {**DEFAULT, "refinement": Refinement, "progressive": Progressive, "latents": Latents, "subspaces": Subspaces}
+EVALS: dict[str, type[Eval]] = {**DEFAULT, "positions": Positions, "refinement": Refinement, "progressive": Progressive, "latents": Latents,
+                               "subspaces": Subspaces}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
