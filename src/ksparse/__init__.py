@@ -21,6 +21,7 @@ _WHERE = {
     "load": "ksparse.sae.store",
     "open_run": "ksparse.runs",
     "save": "ksparse.sae.store",
+    "steer": "ksparse.steering",
     "train": "ksparse.training.loop",
 }
 __all__ = sorted(_WHERE)

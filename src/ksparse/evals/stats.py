@@ -33,9 +33,7 @@ class Stats(Eval):
         self.codes: list[Code] = []
 
     def see(self, seen: Seen) -> None:
-        sae, raw = seen.sae, seen.batch.x
-        inputs = sae.normalize(raw)
-        recon = seen.recon
+        raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
         x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
         self.sums.add(
             seen.batch.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
