@@ -13,7 +13,7 @@ KEYS = {
     "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype",
     "acts.shards",
     "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
-    "sae.init_scale", "sae.b_pre_init", "sae.unit_norm",
+    "sae.init_scale", "sae.b_pre_init", "sae.unit_norm", "sae.activation.kind",
     "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
     "optim.ema_span", "optim.screen",
     "run.device", "run.kernels", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",

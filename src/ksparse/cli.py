@@ -342,10 +342,20 @@ def _recipe(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[s
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         given, name = recipes.load(file), Path(file).stem
+    given = dataclasses.replace(given, sae=dataclasses.replace(given.sae, activation=_activation(given.sae.activation, arguments)))
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
     parsed = _parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
     own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
     return Recipe(**{key: own.pop(key) for key in fields}), own, name
+
+
+def _activation(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
+    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of another kind where they name one."""
+    words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    flags = {word.removeprefix("--sae.activation.").replace("-", "_"): value for word, value in zip(words, [*words[1:], ""])
+             if word.startswith("--sae.activation.")}
+    kind = recipes.activation_kind({"kind": given.kind} | flags, "--sae.activation.")
+    return given if isinstance(given, kind) else kind()
 
 
 def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = "") -> Any:
@@ -354,7 +364,7 @@ def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, pre
     description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
-    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff,),
+    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
                     **({} if default is None else {"default": default}))
 
 

@@ -122,15 +122,16 @@ def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str,
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels, on_cpu = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk
-    if kernels != "torch" and on_cpu and native.load() is not None:
+    screen, kernels = recipe.optim.screen, recipe.run.kernels
+    written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if kernels != "torch" and written_out and native.load() is not None:
         return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
     if kernels == "native":
-        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
-        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if on_cpu else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
 
 
 def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Stream]:
@@ -143,7 +144,7 @@ def start(recipe: Recipe, device: torch.device) -> tuple[State, Optimizer, Strea
     baseline = (sample - sample.mean(0)).cpu().double().square().mean().item()
     if not baseline > 0:
         raise InputError(f"all {len(raw):,} activations at {recipe.acts.site} are the same: there is nothing to learn")
-    shape = Shape(stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, factor)
+    shape = Shape(stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, factor, recipe.sae.activation.kind)
     sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": policy, "dead_after": recipe.dead_after,
                       "ksparse": version("ksparse")}).to(device)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed))
