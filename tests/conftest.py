@@ -124,7 +124,7 @@ def small_recipe(small_acts) -> Callable[..., Recipe]:
     def make(changes: dict[str, Any] | None = None) -> Recipe:
         table: dict[str, Any] = {
             "acts": dataclasses.asdict(small_acts()), "sae": {"n_latents": 64, "k": 4, "dead_after": 192, "k_aux": 8},
-            "optim": {"lr": 3e-3, "ema": 0.9, "ema_span": 1.0}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 4, "keep": 2},
+            "optim": {"lr": 3e-3, "ema": 0.9, "ema_span": 1.0}, "curve": {}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 4, "keep": 2},
             "tokens": 12 * 64, "batch": 64, "threads": 1}
         for key, value in (changes or {}).items():
             section, _, name = key.rpartition(".")

@@ -56,7 +56,7 @@ def test_lines_of_steps_that_are_run_again_are_dropped(run):
         run.append_metrics({"step": step})
     with run.metrics_file.open("a") as stream:
         stream.write('{"step": 6, "nm')
-    run.forget_metrics_after(3)
+    run.forget_after(3)
     run.append_metrics({"step": 4})
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
     assert len(run.metrics_file.read_text().splitlines()) == 4

@@ -16,9 +16,10 @@ KEYS = {
     "sae.init_scale", "sae.b_pre_init", "sae.unit_norm", "sae.activation.kind",
     "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
     "optim.ema_span", "optim.screen",
+    "curve.held_out", "curve.per_octave", "curve.octaves", "curve.converged", "curve.window",
     "run.device", "run.kernels", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.trust_remote_code",
-    "tokens", "batch", "seed", "threads",
+    "tokens", "batch", "seed", "order", "threads",
 }
 EXIT_CODES = {"KsparseError": 1, "InputError": 2, "CorruptError": 2, "NonFiniteError": 3, "OutOfMemoryError": 4, "DiskError": 5}
 

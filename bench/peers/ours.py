@@ -17,7 +17,7 @@ from ksparse.acts.stream import Batch
 from ksparse.recipe import Recipe, from_dict, to_dict
 from ksparse.sae.model import SAE
 from ksparse.sae.store import KEYS
-from ksparse.training import loop
+from ksparse.training import feed, loop
 
 
 class Saved:
@@ -68,7 +68,7 @@ def main() -> None:
     args = arguments()
     logging.disable(logging.INFO)
     stream = Saved(training_rows(args), args.batch)
-    loop.open_stream = lambda recipe, device: (stream, {})
+    feed.open_stream = lambda recipe, device: (stream, {})
     recipe, folder = recipe_of(args), args.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()

@@ -216,7 +216,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
 
         from ksparse.recipe import from_dict, k_aux
         from ksparse.sae.model import SAE, Shape
-        from ksparse.training.loop import count, open_optimizer
+        from ksparse.training.member import count, open_optimizer
 
         recipe = from_dict({"acts": {"normalize": "none"}, "batch": cfg.B, "tokens": 1000 * cfg.B, "seed": cfg.seed, "run": {"kernels": kernels},
                             "sae": {"n_latents": cfg.n, "k": cfg.k, "auxk_coef": cfg.auxk_coef, "dead_after": cfg.dead_tokens},

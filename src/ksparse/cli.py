@@ -146,6 +146,58 @@ def _say_next(run: RunFolder) -> None:
     print(f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}")
 
 
+def sweep(arguments: list[str]) -> None:
+    """sweep SWEEP.toml [--key value …]      train a grid of recipes, many on one stream; the same command goes on, or widens it"""
+    from ksparse.scaling.grid import SweepFolder, read
+    from ksparse.scaling.launch import Launch
+
+    @dataclass(frozen=True)
+    class SweepArgs(Launch):
+        out: str = ""
+        """Folder of the sweep; sweeps/<name of the file> if not given. A sweep's folder may also be named in place of its file."""
+        plan: bool = False
+        """Only say what would be done."""
+        only: tuple[str, ...] = ()
+        """Train these runs alone, as one cohort in this process: what a worker does."""
+
+    source, rest = _folder("sweep", arguments, "a sweep.toml, such as recipes/sweeps/pylm.toml, or the folder of a sweep")
+    options = _parse(SweepArgs, "sweep SWEEP.toml", rest)
+    inside = Path(source).is_dir()
+    grid = read(Path(source) / "sweep.toml" if inside else source)
+    folder = SweepFolder(Path(options.out or (source if inside else f"sweeps/{Path(source).stem}")))
+    _say("loading torch and looking at the language models")
+    from ksparse.scaling import sweep as sweeping
+
+    if options.only:
+        sweeping.train_here(grid, folder, options.only)
+        return
+    launch = Launch(**{each.name: getattr(options, each.name) for each in dataclasses.fields(Launch)})
+    if options.plan:
+        _show_plan(sweeping.plan(grid, folder, launch))
+        return
+    with Progress("training", 0) as progress:
+        failed = sweeping.sweep(grid, folder, launch, observe=lambda done, total, note: progress(done, note, total), planned=_show_plan)
+    print(f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   {folder.points_file}")
+    for name, why in failed.items():
+        print(f"failed   {folder.run(name).path}: {why}")
+    if failed:
+        print(f"next     ksparse sweep {folder.path}      (goes on with the failed ones)")
+        sys.exit(1)
+    print(f"next     ksparse fit {folder.path}; ksparse report {folder.path}")
+
+
+def _show_plan(plan: Any) -> None:
+    from ksparse.training.plan import amount_of_bytes, duration
+
+    _say(f"sweep    {plan.total} runs, {len(plan.done)} of them finished; {sum(len(cohort.runs) for cohort in plan.cohorts)} to do in {len(plan.cohorts)} cohorts on {plan.device}")
+    for number, cohort in enumerate(plan.cohorts, 1):
+        _say(f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most {cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
+             f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about {duration(cohort.seconds)}")
+    if plan.cohorts:
+        _say(f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of 2, {amount_of_bytes(plan.disk)} of checkpoints "
+             f"({amount_of_bytes(plan.free)} free here)")
+
+
 # ---- evaluating and showing --------------------------------------------------------------------------------------
 
 
@@ -328,7 +380,7 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "demo": demo, "train": train, "resume": resume, "eval": evaluate, "probes": probes, "report": report,
+    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "eval": evaluate, "probes": probes, "report": report,
     "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
 }
 

@@ -4,8 +4,9 @@
       acts   where activations come from: LM, site, text, contexts, normalisation
       sae    the autoencoder: latents, k, AuxK, initialisation; sae.activation: one of several kinds, each with its own keys
       optim  how it is trained: learning rate, Adam, EMA, schedule
+      curve  the held-out loss along the way, and whether the run ends where it no longer falls
       run    what does not change the result: device, log, how often to save
-      tokens, batch, seed
+      tokens, batch, seed, order
 
 The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/` has the paper's.
 Nothing here opens a file of the run, imports torch, or prints.
@@ -151,6 +152,7 @@ class ProLU:
     """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
 
 
+_SPOKEN = {"topk": "{k} of them active at a time", "batch_topk": "{k} of them active on average", "jump_relu": "about {k} of them active at a time"}
 Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
 ACTIVATIONS: dict[str, type] = {kind().kind: kind for kind in typing.get_args(Activation)}
 WITH_AUXK = ("topk", "batch_topk", "jump_relu")
@@ -189,6 +191,11 @@ class SAE:
     unit_norm: bool = True
     """Keep decoder rows at norm 1, and remove the gradient along them."""
 
+    @property
+    def bound(self) -> str:
+        """Say how many latents are active, as far as that is set."""
+        return _SPOKEN.get(self.activation.kind, "as many of them active as its penalty leaves").format(k=self.k)
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -217,6 +224,23 @@ class Optim:
     screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
     """Choose candidates by a product in low precision, their values and the final choice being exact; tokens that are not clear are
     computed in full. auto: whichever is fastest here. Needs the compiled kernels. The log says how often the choice differs."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The held-out loss along a run, from which scaling laws are fitted (section 3)."""
+
+    held_out: int = 0
+    """Activations of the validation side of the text on which the loss is measured at log-spaced points, with raw and with averaged weights; 0: not at all."""
+    per_octave: int = 2
+    """Points for each doubling of the tokens."""
+    octaves: int = 8
+    """Doublings before the last step from which on there are points."""
+    converged: float = 0.0
+    """The run ends once the loss falls by less than this share for a doubling of the tokens: the slope of the logarithms over the last
+    `window` octaves. 0: it ends after `tokens`. The paper trains "to convergence" without saying how that is told."""
+    window: float = 1.5
+    """Octaves over which the slope is taken."""
 
 
 @dataclass(frozen=True)
@@ -250,13 +274,16 @@ class Recipe:
     acts: Acts = field(default_factory=Acts)
     sae: SAE = field(default_factory=SAE)
     optim: Optim = field(default_factory=Optim)
+    curve: Curve = field(default_factory=Curve)
     run: Run = field(default_factory=Run)
     tokens: int = 800_000
     """Activations to train on."""
     batch: int = 1024
     """Activations in a step. The paper's is 131,072."""
     seed: int = 0
-    """Fixes the initial weights and the order of the data."""
+    """Fixes the initial weights, and the order of the data unless `order` does."""
+    order: int = -1
+    """Fixes the order of the data alone, so that SAEs with different seeds can share a stream; -1: as seed."""
     threads: int = 0
     """CPU threads; 0: as many as the machine has. Recorded, since sums depend on it in the last digit."""
 
@@ -273,6 +300,11 @@ class Recipe:
         return self.optim.lr or self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
 
     @property
+    def data_seed(self) -> int:
+        """What fixes the order of the data."""
+        return self.seed if self.order < 0 else self.order
+
+    @property
     def ema(self) -> float:
         """The decay of the average of the weights: the given one, or less in a short run."""
         return max(0.0, min(self.optim.ema, 1 - 1 / max(1.0, self.optim.ema_span * self.steps)))
@@ -283,8 +315,8 @@ class Recipe:
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: everything but the section `run` and the number of threads."""
-        return {key: value for key, value in to_dict(self).items() if key not in ("run", "threads")}
+        """What the result depends on: everything but the section `run` and the number of threads. Two spellings of one order are one."""
+        return {key: value for key, value in to_dict(self).items() if key not in ("run", "threads")} | {"order": self.data_seed}
 
 
 def k_aux(recipe: SAE, d_model: int) -> int:
@@ -300,7 +332,7 @@ def check(recipe: Recipe) -> None:
             raise InputError(f"{key} is {value}; it must be a finite number")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
-                "run.keep": recipe.run.keep}
+                "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves}
     for key, value in positive.items():
         if value <= 0:
             raise InputError(f"{key} is {value}; it must be at least 1")
@@ -311,12 +343,20 @@ def check(recipe: Recipe) -> None:
     check_activation(sae)
     if acts.context < 3:
         raise InputError(f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text")
+    if not 0 <= recipe.curve.converged < 1:
+        raise InputError(f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still falls, from 0 up to, but not including, 1")
+    if recipe.curve.converged and not recipe.curve.held_out:
+        raise InputError("curve.converged needs a held-out loss: give curve.held_out, such as 16384")
+    if recipe.curve.converged and recipe.optim.decay:
+        raise InputError("optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them")
+    if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
+        raise InputError(f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals")
     if not 0 < recipe.optim.ema_span <= 1:
         raise InputError(f"optim.ema_span is {recipe.optim.ema_span}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every}
+                     "run.save_every": recipe.run.save_every, "curve.held_out": recipe.curve.held_out}
     for key, value in at_least_zero.items():
         if value < 0:
             raise InputError(f"{key} is {value}; it must not be negative")

@@ -3,6 +3,7 @@
     recipe.toml               what was asked
     environment.json          versions, commit, hardware
     metrics.jsonl             a line every few steps
+    curve.jsonl               the held-out loss at log-spaced points, where the recipe asks for it
     checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors, state.json: to go on
     evals/NAME.json           a result: values with standard errors, and the options they came from
     report.html, figures/
@@ -40,6 +41,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def curve_file(self) -> Path:
+        return self.path / "curve.jsonl"
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.html"
 
@@ -61,26 +66,24 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics by step. After an interruption steps were run again; the last line of each counts."""
-        if not self.metrics_file.is_file():
-            return []
-        rows: dict[int, dict[str, Any]] = {}
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line that a killed process was writing
-            rows[row["step"]] = row
-        return [rows[step] for step in sorted(rows)]
+        return _lines(self.metrics_file)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with files.explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        _append(self.metrics_file, row)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that will be run again, so that the file of a resumed run reads like any other."""
-        if self.metrics_file.is_file():
-            rows = [row for row in self.metrics() if row["step"] <= step]
-            files.write_text(self.metrics_file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    def curve(self) -> list[dict[str, Any]]:
+        """Return the points of the held-out loss by step."""
+        return _lines(self.curve_file)
+
+    def append_curve(self, row: dict[str, Any]) -> None:
+        _append(self.curve_file, row)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be run again, so that the files of a resumed run read like any other's."""
+        for file in (self.metrics_file, self.curve_file):
+            if file.is_file():
+                rows = [row for row in _lines(file) if row["step"] <= step]
+                files.write_text(file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
     # ---- checkpoints
 
@@ -129,6 +132,25 @@ class RunFolder:
             stream.write(str(os.getpid()))
             stream.flush()
             yield
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of JSON lines by step, the last of each step."""
+    if not file.is_file():
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a killed process was writing
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with files.explained(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def open_run(path: Path | str) -> RunFolder:

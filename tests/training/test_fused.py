@@ -14,7 +14,7 @@ from ksparse.kernels import native
 from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import fused, loop
+from ksparse.training import fused, member
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
 from ksparse.training.optim import Optimizer
 
@@ -236,16 +236,16 @@ def test_kernels_refuse_memory_that_they_cannot_read():
 
 def test_the_recipe_says_which_step_runs(monkeypatch):
     sae = SAE(Shape(D, N, K))
-    assert type(loop.open_optimizer(sae, recipe())) is FusedOptimizer
-    assert type(loop.open_optimizer(sae, dataclasses.replace(
+    assert type(member.open_optimizer(sae, recipe())) is FusedOptimizer
+    assert type(member.open_optimizer(sae, dataclasses.replace(
         recipe(), run=dataclasses.replace(recipe().run, kernels="torch")))) is ExplicitOptimizer
-    assert type(loop.open_optimizer(sae, recipe(sae__multi_topk=0.125))) is Optimizer
+    assert type(member.open_optimizer(sae, recipe(sae__multi_topk=0.125))) is Optimizer
     monkeypatch.setattr(native, "load", lambda: None)
-    assert type(loop.open_optimizer(sae, recipe())) is ExplicitOptimizer
+    assert type(member.open_optimizer(sae, recipe())) is ExplicitOptimizer
     with pytest.raises(InputError, match="run.kernels is 'native', which needs a CPU, a C"):
-        loop.open_optimizer(sae, dataclasses.replace(recipe(), run=dataclasses.replace(recipe().run, kernels="native")))
+        member.open_optimizer(sae, dataclasses.replace(recipe(), run=dataclasses.replace(recipe().run, kernels="native")))
     with pytest.raises(InputError, match="optim.screen is 'int8', which needs the compiled kernels"):
-        loop.open_optimizer(sae, recipe(optim__screen="int8"))
+        member.open_optimizer(sae, recipe(optim__screen="int8"))
 
 
 def test_the_fastest_screen_is_one_of_them():

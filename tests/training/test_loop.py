@@ -23,8 +23,10 @@ from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError
 from ksparse.recipe import load as load_recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
-from ksparse.training import checkpoint, loop, optim
-from ksparse.training.loop import backward, count, due, start, train
+from ksparse.training import checkpoint, feed, loop, member, optim
+from ksparse.training.feed import Feed
+from ksparse.training.loop import train
+from ksparse.training.member import backward, count, due
 from ksparse.training.fused import ExplicitOptimizer
 from ksparse.training.optim import Optimizer
 
@@ -53,6 +55,12 @@ def same(one, other):
 def whole(small_recipe, tmp_path):
     """Return what an uninterrupted run of small_recipe(changes) holds."""
     return lambda changes=None: everything(train(small_recipe(changes), tmp_path / "whole"))
+
+
+def start(recipe):
+    """Return a state, an optimiser and the stream, as a run begins."""
+    shared = Feed(recipe, CPU)
+    return *member.start(recipe, shared), shared.stream
 
 
 class Stop(Exception):
@@ -127,7 +135,7 @@ def test_the_number_of_steps_covers_the_tokens(small_recipe, tmp_path):
 
 
 def test_checkpoints_are_due_by_steps_or_by_minutes(small_recipe, monkeypatch):
-    monkeypatch.setattr(loop.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(member.time, "monotonic", lambda: 1000.0)
     by_steps, by_minutes = small_recipe({"run.save_every": 4}), small_recipe({"run.save_every": 0, "run.save_minutes": 2.0})
     assert [due(step, 0.0, by_steps) for step in (3, 4, 8)] == [False, True, True]
     assert due(3, 1000.0 - 120, by_minutes) and not due(4, 1000.0 - 119, by_minutes)
@@ -269,7 +277,7 @@ def test_all_checkpoints_damaged_begins_anew(small_recipe, tmp_path, whole, capl
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_while_saving_leaves_the_checkpoint_before(small_recipe, tmp_path, whole, monkeypatch, code):
-    own, calls = loop.checkpoint.save_file, []
+    own, calls = checkpoint.save_file, []
 
     def full(tensors, path, *args):
         calls.append(path)
@@ -336,14 +344,14 @@ def test_training_in_another_thread_leaves_signals_alone(small_recipe, tmp_path)
 
 def poison(monkeypatch, *, at):
     """Let the loss of the steps `at` be NaN."""
-    own, calls = loop.backward, []
+    own, calls = member.backward, []
 
     def poisoned(*args):
         calls.append(1)
         found = own(*args)
         return found._replace(total=found.total * torch.nan, nmse=found.nmse * torch.nan) if len(calls) in at else found
 
-    monkeypatch.setattr(loop, "backward", poisoned)
+    monkeypatch.setattr(member, "backward", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_documents_and_the_last_good_checkpoint(small_recipe, tmp_path, monkeypatch):
@@ -416,12 +424,12 @@ def test_dead_counters_count_tokens_by_value_above_0(small_recipe):
 
 def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monkeypatch):
     recipe = small_recipe()
-    state, optimizer, stream = start(recipe, CPU)
+    state, optimizer, stream = start(recipe)
     state.since[:5] = torch.tensor([191, 192, 193, 0, 10**9])
     seen = []
     own = optimizer.backward
     optimizer.backward = lambda x, **kw: seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(x, **kw)
-    backward(optimizer, next(stream.batches()), state, recipe)
+    backward(optimizer, optimizer.sae.normalize(next(stream.batches()).x).x, state, recipe)
     assert seen == [([1, 2, 4], 8)]
 
 
@@ -430,14 +438,14 @@ def test_auxk_brings_dead_latents_back(small_recipe):
     alive = {}
     for coefficient in (0.0, 1.0):
         recipe = small_recipe({"sae.auxk_coef": coefficient, "sae.k_aux": 16, "optim.lr": 1e-2, "acts.normalize": "layer_norm"})
-        state, optimizer, stream = start(recipe, CPU)
+        state, optimizer, stream = start(recipe)
         with torch.no_grad():
             optimizer.sae.W_enc[:32] *= 0.02  # too weak to be chosen
         state.since[:32] = 10**6
         batches = stream.batches()
         for step in range(1, 81):
             batch = next(batches)
-            part = backward(optimizer, batch, state, recipe)
+            part = backward(optimizer, optimizer.sae.normalize(batch.x).x, state, recipe)
             optimizer.step(min(step, recipe.steps))
             count(state, part, 64)
         alive[coefficient] = int((state.since[:32] < 10**6).sum())
@@ -447,7 +455,7 @@ def test_auxk_brings_dead_latents_back(small_recipe):
 @pytest.mark.parametrize("options", [{}, {"sae.multi_topk": 0.125}, {"sae.auxk_coef": 0.0}], ids=str)
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, monkeypatch, options):
     recipe = small_recipe(options)
-    state, optimizer, stream = start(recipe, CPU)
+    state, optimizer, stream = start(recipe)
     optimizer = Optimizer(optimizer.sae, recipe)  # the one by autograd
     state.since[:20] = 10**6
     batch = next(stream.batches())
@@ -455,7 +463,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, mo
     for rows in (64, 48, 1):
         monkeypatch.setattr(optim, "PRE_ACTS", 64 * rows)
         optimizer.adam.zero_grad()
-        part = backward(optimizer, batch, state, recipe)
+        part = backward(optimizer, optimizer.sae.normalize(batch.x).x, state, recipe)
         results[rows] = (part, {key: value.grad.clone() for key, value in optimizer.sae.named_parameters()})
     for rows in (48, 1):
         for field in ("total", "nmse", "auxk"):
@@ -468,8 +476,8 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, mo
 def test_the_start_does_not_move_the_stream(small_recipe):
     """T25."""
     recipe = small_recipe()
-    _, _, stream = start(recipe, CPU)
-    fresh, _ = loop.open_stream(recipe, CPU)
+    _, _, stream = start(recipe)
+    fresh, _ = feed.open_stream(recipe, CPU)
     first, second = next(stream.batches()), next(fresh.batches())
     assert torch.equal(first.x, second.x) and isinstance(first, Batch)
 
@@ -477,15 +485,15 @@ def test_the_start_does_not_move_the_stream(small_recipe):
 def test_the_baseline_is_the_variance_of_the_sample_and_stays(small_recipe, tmp_path):
     """T19."""
     recipe = small_recipe()
-    state, optimizer, stream = start(recipe, CPU)
-    x = optimizer.sae.normalize(stream.sample(loop.SAMPLE)).x.double()
+    state, optimizer, stream = start(recipe)
+    x = optimizer.sae.normalize(stream.sample(feed.SAMPLE)).x.double()
     assert state.baseline == pytest.approx((x - x.mean(0)).square().mean().item(), rel=1e-5)
     run = train(recipe, tmp_path / "run")
     assert {files.read_json(path / "state.json")["baseline"] for path in run.checkpoints()} == {state.baseline}
 
 
 def test_the_initial_weights_do_not_depend_on_training_options(small_recipe):
-    one, other = (start(small_recipe(changes), CPU)[1].sae for changes in ({}, {"optim.lr": 0.5, "sae.auxk_coef": 0.0, "tokens": 640}))
+    one, other = (start(small_recipe(changes))[1].sae for changes in ({}, {"optim.lr": 0.5, "sae.auxk_coef": 0.0, "tokens": 640}))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
 
 

@@ -6,6 +6,7 @@
     n2g              can latents be explained by short patterns of tokens?
     explained_loss   how well does the LM predict if each latent is replaced by its explanation?
     ablation         does a latent matter to few predictions, or a little to all?
+    positions        how good is the reconstruction at each position of a context?
 
     held_out         the text and what the LM and the SAE make of it       estimate   values with standard errors
 """
@@ -30,6 +31,7 @@ from ksparse.evals.estimate import Result
 from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
 from ksparse.evals.n2g import N2G
+from ksparse.evals.positions import Positions
 from ksparse.evals.probes import Probes
 from ksparse.evals.stats import Stats
 from ksparse.options import EvalOptions
@@ -38,7 +40,7 @@ from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 
 EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
-                               "explained_loss": ExplainedLoss, "ablation": Ablation}
+                               "explained_loss": ExplainedLoss, "ablation": Ablation, "positions": Positions}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 

@@ -9,11 +9,13 @@ from torch import Tensor
 from ksparse.acts.text import token_strings
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.evals.held_out import Eval, Seen, Subject
+from ksparse.sae.model import Code
 from ksparse.sae.normalize import input_rms
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
 BIN, BINS = 0.2, 128  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
 _EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
+_EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
 
 class Stats(Eval):
@@ -28,7 +30,7 @@ class Stats(Eval):
         self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
         self.largest = torch.zeros(n)
         self.tokens: list[Tensor] = []
-        self.codes: list[tuple[Tensor, Tensor]] = []
+        self.codes: list[Code] = []
 
     def see(self, seen: Seen) -> None:
         sae, raw = seen.sae, seen.batch.x
@@ -47,10 +49,12 @@ class Stats(Eval):
         bins = (values / self.bin).ceil().long().clamp(1, BINS) - 1
         self.histogram.view(-1).index_add_(0, indices * BINS + bins, torch.ones_like(indices, dtype=torch.int32))
         self.largest.scatter_reduce_(0, indices, values, "amax")
-        if sum(map(len, self.tokens)) * seen.batch.keep.shape[1] < _EXAMPLE_TOKENS:
+        held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
+        width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
+        if held < _EXAMPLE_TOKENS and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES:
             contexts = seen.batch.contexts
             self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
-            self.codes.append((seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu()))
+            self.codes.append(Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu()))
 
     def result(self) -> Result:
         sae, sums = self.subject.sae, self.sums
@@ -91,7 +95,7 @@ class Stats(Eval):
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
-        values, indices = (torch.cat(part) for part in zip(*self.codes))
+        values, indices = Code.joined(self.codes)
         context, position, slot = (values > 0).nonzero(as_tuple=True)
         value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
         context, position = context.numpy(), position.numpy()
@@ -132,12 +136,13 @@ def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) 
     n, m = context.shape
     offsets = torch.arange(-BEFORE, AFTER + 1)
     out = torch.zeros(n, m, len(offsets), dtype=torch.float16)
-    for first in range(0, n, 512):
-        part = slice(first, first + 512)
+    size = max(1, 16_384 // values.shape[-1])
+    for first in range(0, n, size):
+        part = slice(first, first + size)
         at = position[part, :, None].long() + offsets
         inside = (at >= 0) & (at < values.shape[1]) & (context[part, :, None] >= 0)
         rows, columns = context[part, :, None].long().clamp_min(0).expand_as(at), at.clamp(0, values.shape[1] - 1)
-        latents = torch.arange(first, min(first + 512, n)).view(-1, 1, 1, 1)
+        latents = torch.arange(first, min(first + size, n)).view(-1, 1, 1, 1)
         hit = indices[rows, columns] == latents
         out[part] = ((values[rows, columns] * hit).sum(-1) * inside).half()
     return out

@@ -135,7 +135,7 @@ def l0_curve(metrics: list[dict[str, Any]], k: int) -> Picture | None:
         against_tokens(axes, tokens)
         svg = save(figure)
     return Picture("training-l0", svg, "L0",
-                   "Mean number of latents above zero per token. Below k where a chosen latent's value is not positive.",
+                   "Mean number of latents above zero per token. With TopK, below k where a chosen latent's value is not positive.",
                    went(values, tokens, significant))
 
 

@@ -98,6 +98,9 @@ class Activation:
         """Return the values >= 0 of chosen latents, with gradient, in the shape of the products; 0 where they are not real."""
         raise NotImplementedError
 
+    def constrain_(self, sae: Weights) -> None:
+        """Bring its tensors back to where they mean something, after a step, in place."""
+
 
 class TopK(Activation):
     """z = ReLU(TopK(a)); `SAE.code` chooses, for any k."""
@@ -137,7 +140,7 @@ class JumpReLU(Activation):
         return products + sae.b_enc > sae.threshold.clamp_min(0)
 
     def reach(self, sae: Weights, products: Tensor) -> Tensor:
-        return products + sae.b_enc > (sae.threshold - self.window(sae) / 2).clamp_min(0)
+        return products + sae.b_enc > sae.threshold - self.window(sae) / 2
 
     def window(self, sae: Weights) -> float:
         """Return the width of the window, in the unit of this autoencoder's inputs."""
@@ -145,6 +148,10 @@ class JumpReLU(Activation):
 
     def values(self, sae: Weights, chosen: Chosen) -> Tensor:
         return _Jump.apply(chosen.products + chosen.of(sae.b_enc), chosen.of(sae.threshold), self.window(sae)) * chosen.real
+
+    @torch.no_grad()
+    def constrain_(self, sae: Weights) -> None:
+        sae.threshold.clamp_(min=0.0)  # a value below 0 is no activation
 
     def count(self, sae: Weights, chosen: Chosen) -> Tensor:
         """Return the number of active latents of each token, [b], with the thresholds' gradient."""

@@ -12,16 +12,19 @@ _NUMBERS = 2**24  # pre-activations that are looked at, at most
 
 
 @torch.no_grad()
-def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Generator) -> None:
+def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Generator, *, b_pre: Tensor | None = None) -> None:
     """Set all weights, in place, from normalised activations sample[s, d].
+
+    b_pre: center(sample, options.b_pre_init), where that has been computed before.
 
     Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and are free later.
     With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the norm of their inputs,
     b_pre taken off both. (The official code measures this on random unit vectors; the data are nearer to what counts.)
     Thresholds start where k latents are active on the sample, or where the recipe says.
     """
-    sae.b_pre.copy_(_b_pre(sample, options.b_pre_init))
-    sae.b_enc.zero_()
+    sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
+    for name in ("b_enc", *sae.activation.own):
+        getattr(sae, name).zero_()
     sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
     sae.normalize_decoder_()
     if options.init == "tied":
@@ -48,7 +51,8 @@ def _threshold(sae: SAE, sample: Tensor) -> float:
     return max(0.0, largest[-1].item())
 
 
-def _b_pre(sample: Tensor, kind: str) -> Tensor:
+def center(sample: Tensor, kind: str) -> Tensor:
+    """Return where b_pre starts, [d]: the geometric median or the mean of sample[s, d], or zero."""
     if kind == "geometric_median":
         return geometric_median(sample)
     return sample.mean(0) if kind == "mean" else torch.zeros_like(sample[0])

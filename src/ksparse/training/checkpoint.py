@@ -11,6 +11,7 @@ There is no random state: after initialisation nothing is drawn, and the data's 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class State:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    converged: bool = False
+    flops_auxk: float = 0.0
     cursor: dict[str, Any] | None = None
     seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
@@ -77,13 +80,16 @@ def load(path: Path, optimizer: Optimizer) -> State:
     return State(since=tensors["since"].to(sae.W_enc.device), **facts)
 
 
-def check_room(run: RunFolder, optimizer: Optimizer, keep: int) -> None:
-    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written."""
-    weights = sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4
-    needed = weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints())))
-    free = shutil.disk_usage(run.path).free
+def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
+    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written, of all these runs together."""
+    needed = 0
+    for run, optimizer in runs:
+        weights, keep = sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4, optimizer.recipe.run.keep
+        needed += weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints())))
+    path = runs[0][0].path
+    free = shutil.disk_usage(path).free
     if free < needed:
-        raise DiskError(f"disk too small for {run.path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+        raise DiskError(f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
                         "make room, lower --run.keep, or give another --out")
 
 

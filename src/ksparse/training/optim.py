@@ -76,6 +76,7 @@ class Optimizer:
         self.adam.zero_grad()
         if self.recipe.sae.unit_norm:
             self.sae.normalize_decoder_()
+        self.sae.activation.constrain_(self.sae)
         self.updates += 1
         for key, mean in self.average.items():
             mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)

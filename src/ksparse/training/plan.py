@@ -1,8 +1,6 @@
 """What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time.
 
-FLOPs count a multiplication and an addition as two. An SAE's step, per activation: the dense encoder product 2nd; reading
-the k chosen rows forward and backward, 4 kinds of 2kd (decode, its two gradients, the encoder's gradient); the same
-four for k_aux, once a latent is dead; Multi-TopK the same for 4k. The LM up to the site: twice its parameters there.
+The formula for FLOPs is that of `training.flops`.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from ksparse.acts.shards import Shards
 from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe, k_aux
+from ksparse.training import flops
 from ksparse.training.optim import PRE_ACTS
 
 
@@ -29,6 +28,8 @@ class Subject:
     d_model: int
     parameters: int
     before_site: int
+    body: int = 0
+    """Parameters that are not of embeddings or the head."""
 
 
 def plan(recipe: Recipe) -> list[str]:
@@ -38,11 +39,11 @@ def plan(recipe: Recipe) -> list[str]:
     weights = 2 * n * d + n + d
     aux = k_aux(recipe.sae, d)
     sae_flops = {
-        "encoder product": 2 * n * d,
-        "sparse parts": 8 * recipe.sae.k * d * (5 if recipe.sae.multi_topk else 1),
-        "AuxK, if latents are dead": 8 * aux * d if recipe.sae.auxk_coef else 0,
+        "encoder product": flops.encoder(recipe, d),
+        "sparse parts": flops.decoder(recipe, d),
+        "AuxK, if latents are dead": flops.auxk(aux, d) if recipe.sae.auxk_coef else 0,
     }
-    lm_flops = 0 if recipe.acts.shards else 2 * subject.before_site
+    lm_flops = 0 if recipe.acts.shards else flops.lm(subject.before_site)
     copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
     rows = min(recipe.batch, max(1, PRE_ACTS // n))
     memory = {
@@ -63,11 +64,11 @@ def plan(recipe: Recipe) -> list[str]:
         f"{subject.before_site / 1e6:,.1f} M up to the site",
         f"SAE          {n:,} latents, k = {recipe.sae.k}, k_aux = {aux}: {weights / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
-        f"memory       {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size),
+        f"memory       {amount_of_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {amount_of_bytes(size)}" for name, size in memory.items() if size),
         f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size),
-        f"disk         {_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {_bytes(free)} free here",
-        f"time         about {_duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
+        f"disk         {amount_of_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {amount_of_bytes(free)} free here",
+        f"time         about {duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
         *(["warning      the disk is too small"] if disk > free else []),
     ]
 
@@ -86,20 +87,9 @@ def look(recipe: Recipe) -> Subject:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     module, at = resolve(model, recipe.acts.site)
-    return Subject(_width(module, config), sum(p.numel() for p in model.parameters()), _before(model, module, at))
-
-
-def _before(model: torch.nn.Module, site: torch.nn.Module, at: str) -> int:
-    """Count the matrices' parameters that are used up to the site; modules are listed in the order of their use."""
-    inside = {id(module) for module in site.modules()} if at == "out" else set()
-    total, reached = 0, False
-    for module in model.modules():
-        reached |= module is site
-        if reached and id(module) not in inside:
-            break
-        if not isinstance(module, torch.nn.Embedding):
-            total += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
-    return total
+    everything = sum(p.numel() for p in model.parameters())
+    ends = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()}
+    return Subject(_width(module, config), everything, flops.before_site(model, module, at), everything - sum(ends.values()))
 
 
 def _width(module: torch.nn.Module, config) -> int:
@@ -120,11 +110,11 @@ def speed(device: str, size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def _bytes(size: float) -> str:
+def amount_of_bytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

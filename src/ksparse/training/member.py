@@ -1,0 +1,226 @@
+"""One SAE in training: its weights, its state, its run's files. Its cohort hands it the batches.
+
+    Member(run, recipe, device)   the newest intact checkpoint, if there is one
+    .join(feed, observe)          start, where there was none; open the logs
+    .step(batch, x)               gradient, optimiser, dead counters
+    .log(batch, x)  .save()       metrics.jsonl and curve.jsonl; a checkpoint
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksparse.acts.stream import Batch
+from ksparse.errors import InputError, NonFiniteError
+from ksparse.kernels import native
+from ksparse.recipe import WITH_AUXK, Recipe, k_aux
+from ksparse.runs import RunFolder
+from ksparse.sae.init import initialize_
+from ksparse.sae.loss import Losses
+from ksparse.sae.model import SAE, Shape
+from ksparse.training import checkpoint, curve, flops
+from ksparse.training.checkpoint import State
+from ksparse.training.feed import Feed
+from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
+from ksparse.training.loggers import open_loggers
+from ksparse.training.optim import Optimizer, rate_share
+
+log = logging.getLogger("ksparse")
+
+AUDITED = 64  # tokens of a logged step on which a screen is held against the exact choice
+
+
+class Member:
+    """An SAE that trains on the batches it is given."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, device: torch.device):
+        self.run, self.recipe, self.device = run, recipe, device
+        self.failed: NonFiniteError | None = None
+        self.points = curve.points(recipe)
+        restored = restore(run, recipe, device)
+        self.state, self.optimizer = restored if restored else (None, None)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no step left: all are done, or the loss has converged."""
+        return self.state is not None and (self.state.converged or self.state.step >= self.recipe.steps)
+
+    def join(self, feed: Feed, observe: Callable[[RunFolder, dict[str, Any]], None]) -> None:
+        """Begin to take part."""
+        self.feed = feed
+        if self.state is None:
+            self.state, self.optimizer = start(self.recipe, feed)
+        self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)]
+        self.curve = self.run.curve()
+        self.began = self.saved = time.monotonic()
+        self.spent, self.first = self.state.seconds, self.state.tokens
+
+    def step(self, batch: Batch, x: Tensor) -> None:
+        """Take one step on normalised activations x[b, d] of a batch; leave the cohort where the loss is not finite."""
+        state, recipe = self.state, self.recipe
+        state.step += 1
+        self.part = backward(self.optimizer, x, state, recipe)
+        self.grad_norm = self.optimizer.step(state.step) if math.isfinite(self.part.total) else math.nan
+        if math.isfinite(self.grad_norm):
+            count(state, self.part, len(x))
+        else:
+            self._skip(batch)
+        state.tokens += len(x)
+        state.cursor = batch.cursor
+
+    def log(self, batch: Batch, x: Tensor) -> None:
+        """Write what is due at this step: a line of metrics, a point of the curve."""
+        state, recipe = self.state, self.recipe
+        if self.failed:
+            return
+        if state.step in self.points:
+            self._measure()
+        if state.step % recipe.run.log_every == 0 or state.step == 1 or self.ended:
+            now = time.monotonic()
+            state.seconds = self.spent + now - self.began
+            row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing()) | self.optimizer.audit(x[:AUDITED]) | {
+                "tokens_per_s": (state.tokens - self.first) / (now - self.began), "seconds": state.seconds}
+            for each in self.send:
+                each(row)
+
+    def _measure(self) -> None:
+        """Add a point to the curve, and end the run where it has converged."""
+        state, recipe, sae = self.state, self.recipe, self.optimizer.sae
+        losses = {"loss_raw": curve.loss(sae, self.feed.held_out),
+                  "loss_ema": curve.loss(self.optimizer.averaged(), self.feed.held_out) if recipe.ema else None}
+        row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
+            key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
+        row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
+                "dead": checkpoint.dead_fraction(state, recipe.dead_after)}
+        self.run.append_curve(row)
+        self.curve.append(row)
+        state.converged = curve.converged(self.curve, recipe.curve)
+
+    def due(self) -> bool:
+        """Return whether it is time for a checkpoint."""
+        return due(self.state.step, self.saved, self.recipe)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.failed:
+            return
+        self.state.seconds = self.spent + time.monotonic() - self.began
+        checkpoint.save(self.run, self.state, self.optimizer)
+        self.saved = time.monotonic()
+
+    def _skip(self, batch: Batch) -> None:
+        """Leave, naming the documents, or count the batch and go on without it."""
+        state = self.state
+        self.optimizer.forget()
+        if self.recipe.run.on_nonfinite == "stop":
+            names = self.feed.stream.document_names(batch.documents)
+            last = self.run.newest_intact()[0]
+            self.failed = NonFiniteError(
+                f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents {', '.join(names[:5])}"
+                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good checkpoint is "
+                f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out")
+            return
+        state.skipped += 1
+        log.warning("step %s left out: its loss or gradient is not finite (%s so far)", state.step, state.skipped)
+
+
+# ---- the parts, in the order of their use ------------------------------------------------------------------------
+
+
+def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State, Optimizer] | None:
+    """Return what the newest intact checkpoint holds, or None if there is none."""
+    from ksparse import files
+    from ksparse.sae.store import read
+
+    for folder in (run.path, run.path / "checkpoints"):
+        files.remove_leftovers(folder)
+    path, wrong = run.newest_intact()
+    for message in wrong:
+        log.warning("%s", message)
+    if path is None:
+        run.forget_after(0)
+        return None
+    used = read(path)
+    optimizer = open_optimizer(SAE(used.shape, used.metadata).to(device), recipe)
+    state = checkpoint.load(path, optimizer)
+    torch.set_num_threads(state.threads)
+    run.forget_after(state.step)
+    log.info("going on after step %s", f"{state.step:,}")
+    return state, optimizer
+
+
+def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
+    """Initialise an SAE from the first activations (which does not move the stream)."""
+    look = feed.look
+    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
+    sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
+                      "ksparse": version("ksparse")}).to(feed.device)
+    initialize_(sae, look.x, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=feed.center(recipe.sae.b_pre_init))
+    log.info("learning rate %.2g (%s); latents are dead after %s tokens", recipe.lr,
+             "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)", f"{recipe.dead_after:,}")
+    state = State(since=torch.zeros(recipe.sae.n_latents, dtype=torch.long, device=feed.device), baseline=look.baseline)
+    return state, open_optimizer(sae, recipe)
+
+
+def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
+    """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
+    screen, kernels = recipe.optim.screen, recipe.run.kernels
+    written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if kernels != "torch" and written_out and native.load() is not None:
+        return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+    if kernels == "native":
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
+    if screen not in ("off", "auto"):
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
+                         "leave it at 'off' or 'auto'")
+    return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
+
+
+def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
+    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
+    dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
+    wanted = k_aux(recipe.sae, x.shape[1])
+    if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
+        state.flops_auxk += len(x) * flops.auxk(min(wanted, len(dead)), x.shape[1])
+    return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
+
+
+def count(state: State, part: Losses, tokens: int) -> None:
+    """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
+    state.since += tokens
+    state.since[part.code.indices[part.code.values > 0]] = 0
+
+
+def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None) -> dict[str, Any]:
+    """Return one line of metrics.jsonl."""
+    finite = bool(torch.isfinite(part.total))
+    return {
+        "step": state.step, "tokens": state.tokens,
+        "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
+        "l0": (part.code.values > 0).sum(1).float().mean().item(),
+        "dead": checkpoint.dead_fraction(state, recipe.dead_after),
+        "lr": recipe.lr * rate_share(state.step, recipe), "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "skipped": state.skipped, "neighbours_in_batch": mixing,
+    }
+
+
+def due(step: int, saved: float, recipe: Recipe) -> bool:
+    if recipe.run.save_every:
+        return step % recipe.run.save_every == 0
+    return time.monotonic() - saved >= 60 * recipe.run.save_minutes
+
+
+def flops_so_far(state: State, recipe: Recipe, d_model: int, lm_parameters: int) -> dict[str, float]:
+    """Return the FLOPs of a run up to now, by part and in sum; the LM's are not in the sum."""
+    parts = {"flops_encoder": float(state.tokens * flops.encoder(recipe, d_model)), "flops_decoder": float(state.tokens * flops.decoder(recipe, d_model)),
+             "flops_auxk": float(state.flops_auxk)}
+    return {"flops": sum(parts.values()), **parts, "flops_lm": float(state.tokens * flops.lm(lm_parameters))}
