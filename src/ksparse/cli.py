@@ -312,8 +312,8 @@ class CompareArgs(EvalOptions):
     """Evaluate all on the text, contexts and positions that this SAE was trained with."""
     by: str = ""
     """Rank by this column; by the first if not given."""
-    saved: bool = False
-    """Take the results that runs have, and evaluate nothing."""
+    results: Literal["new", "saved"] = "new"
+    """new: evaluate. saved: take the results that runs have."""
     json: str = ""
     """File for the table."""
 
@@ -332,7 +332,7 @@ def compare(arguments: list[str]) -> None:
     if repeated:
         raise InputError(f"{repeated[0]} is named twice")
     saes = {source: interop.load(source) for source in sources}
-    results = _saved(sources) if args.saved else _together(saes, args)
+    results = _saved(sources) if args.results == "saved" else _together(saes, args)
     rows = comparison.table(results, {source: sae.shape.normalize for source, sae in saes.items()}, args.by)
     width = max(map(len, sources)) + 2
     print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
@@ -349,7 +349,7 @@ def _saved(sources: list[str]) -> dict[str, dict[str, Any]]:
     found = {source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))} for source in sources}
     for source, results in found.items():
         if not results:
-            raise InputError(f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --saved")
+            raise InputError(f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --results saved")
     return found
 
 
@@ -440,8 +440,8 @@ def push(arguments: list[str]) -> None:
     class PushArgs:
         subfolder: str = ""
         """Folder in the repository, where it holds several SAEs."""
-        private: bool = False
-        """Make a repository that only its owner sees."""
+        visibility: Literal["public", "private"] = "public"
+        """Of a repository that is not there yet."""
         folder: str = ""
         """Write the repository's folder here, and upload nothing."""
         normalization: Literal["exact", "layer_norm", "outside"] = "exact"
@@ -455,7 +455,7 @@ def push(arguments: list[str]) -> None:
     if args.folder:
         print(f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}")
     else:
-        print(f"hub      {hub.push(source, repository, subfolder=args.subfolder, private=args.private, normalization=args.normalization)}")
+        print(f"hub      {hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)}")
 
 
 # ---- before training ---------------------------------------------------------------------------------------------

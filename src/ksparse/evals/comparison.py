@@ -41,7 +41,7 @@ def check(results: Results) -> None:
             mine, its = _facts(ours[name]), _facts(theirs[name])
             wrong = [f"{key} is {mine.get(key)!r} of one and {its.get(key)!r} of the other" for key in sorted(mine.keys() | its.keys()) if mine.get(key) != its.get(key)]
             if wrong:
-                raise InputError(f"{first} and {other} cannot be ranked by {name}: {'; '.join(wrong[:4])}. Evaluate them anew and together: leave out --saved, "
+                raise InputError(f"{first} and {other} cannot be ranked by {name}: {'; '.join(wrong[:4])}. Evaluate them anew and together: leave out --results saved, "
                                  f"and name with --like whose text and positions are to be used for all")
 
 

@@ -53,10 +53,10 @@ def like(sae: SAE, **changes: object) -> SAE:
 
 def _normalization(sae: SAE, form: str, held: Collection[str], asked: Normalization) -> SAE:
     kind = sae.shape.normalize
-    if kind == "dataset" and kind not in held:
-        return in_units(sae, sae.shape.factor, "none")
     if kind in held:
         return sae
+    if kind == "dataset" and "none" in held:
+        return in_units(sae, sae.shape.factor, "none")
     if kind == "unit_norm" and asked == "layer_norm" and "layer_norm" in held:
         return in_units(sae, (sae.shape.d_model - 1) ** -0.5, "layer_norm")
     if asked == "outside" and "none" in held:

@@ -10,6 +10,7 @@ Pickles are not run: of a torch file only tensors and plain values are read, and
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ def torch_file(file: Path) -> dict[str, Any]:
 
 def npz_file(file: Path) -> Weights:
     """Return the arrays of a NumPy archive."""
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
     try:
         with np.load(file, allow_pickle=False) as archive:
             return Weights(file, {key: torch.from_numpy(np.array(archive[key])) for key in archive.files})

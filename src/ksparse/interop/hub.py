@@ -3,7 +3,7 @@
     README.md                    the card
     sae.json, sae.safetensors    for ksparse.load("user/repo")
     sae_lens/                    for SAE.from_pretrained("user/repo", "sae_lens")
-    recipe.toml, evals/*.json    of a run
+    run/                         recipe.toml and evals/*.json of a run
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def prepare(source: Path | str, folder: Path | str, repository: str, *, subfolde
             refused = str(error)
         results: dict[str, Any] = {}
         if run.exists():
-            shutil.copy(run.recipe_file, folder / "recipe.toml")
-            (folder / "evals").mkdir()
+            (folder / "run" / "evals").mkdir(parents=True)  # not in the folder itself, which would then be taken for a run
+            shutil.copy(run.recipe_file, folder / "run" / "recipe.toml")
             for file in sorted((run.path / "evals").glob("*.json")):
                 if file.stem != "vocabulary":
                     results[file.stem] = files.read_json(file)
-                    shutil.copy(file, folder / "evals" / file.name)
+                    shutil.copy(file, folder / "run" / "evals" / file.name)
         files.write_text(folder / "README.md", card(sae, repository, subfolder=subfolder, results=results, refused=refused))
     return folder
 
@@ -111,7 +111,7 @@ def _measured(results: dict[str, Any]) -> list[str]:
         return []
     settings = {name: {"options": result.get("options"), "policy": result.get("policy"), "text": result.get("text"), "n_tokens": result.get("n_tokens"),
                        "n_documents": result.get("n_documents")} for name, result in results.items() if any(name == each for each, _ in _HEADLINE)}
-    return ["## Measured", "", "On held-out text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "", "Settings, from `evals/*.json`:", "",
+    return ["## Measured", "", "On held-out text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "", "Settings, from `run/evals/*.json`:", "",
             "```json", *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in settings.items()), "```"]
 
 

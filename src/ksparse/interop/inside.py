@@ -60,6 +60,8 @@ def attached(model: nn.Module, sae: SAE, site: str = "", *, edit: Edit | None = 
     seen = Attached(sae, site)
 
     def change(raw: Tensor) -> Tensor | None:
+        if where is not None and where.shape != raw.shape[:-1]:
+            raise InputError(f"where is of shape {list(where.shape)}, the activations at {site} are of {list(raw.shape[:-1])}, apart from their width")
         seen.x = raw
         inputs = sae.normalize(raw)
         seen.code = sae.encode_normalized(inputs.x)

@@ -66,7 +66,6 @@ class Shown:
             values = self.arrays[f"{kind}_acts"][latent, place].astype(np.float32)
             first, last = max(0, position - before), min(length, position - before + len(values))
             acts = values[first - position + before : last - position + before]
-            acts[position - first] = self.arrays[f"{kind}_value"][latent, place]  # that one is known in full precision
             yield Example(context, text[first:last].tolist(), acts.tolist(), position - first)
 
     def bars(self, latent: int) -> dict[int, int]:
