@@ -332,7 +332,8 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
 
 @contextmanager
 def hooked(module: nn.Module, at: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `change` with the activation at a site (see `resolve`) in every forward pass; what it returns, if anything, takes its place."""
+    """Pass a module's hidden states ('in' or 'out') through `change` in each forward pass; where that returns None they stay as they are."""
+
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
         rest = output[1:] if isinstance(output, tuple) else None
         new = change(_first(output))

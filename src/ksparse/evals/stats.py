@@ -11,11 +11,13 @@ from ksparse.evals import together
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.evals.held_out import Eval, Seen, Subject
 from ksparse.sae.model import Code
+from ksparse.sae.normalize import input_rms
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
 BANDS = 4  # of equally many activations of a latent, by size
 BINS = 20  # of a latent's histogram, from 0 to its largest value
 TOKENS = 8  # tokens that a latent fires on most
+BIN, BARS = 0.2, 128  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
 _EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
 _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
@@ -27,7 +29,9 @@ class Stats(Eval):
         super().__init__(subject)
         self.sums, n = DocumentSums(), subject.sae.shape.n_latents
         self.fired = torch.zeros(n, dtype=torch.long)
-        self.total = torch.zeros(n, dtype=torch.float64)
+        self.powers = torch.zeros(4, n, dtype=torch.float64)  # sums of values, their squares, cubes, fourth powers
+        self.bars = torch.zeros(n, BARS, dtype=torch.int32)
+        self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
         self.largest = torch.zeros(n)
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
@@ -42,7 +46,10 @@ class Stats(Eval):
         active = seen.code.values > 0
         indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
         self.fired += torch.bincount(indices, minlength=len(self.fired))
-        self.total += torch.bincount(indices, values.double(), len(self.fired))
+        for power, sums in enumerate(self.powers, start=1):
+            sums += torch.bincount(indices, values.double() ** power, len(self.fired))
+        bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
+        self.bars.view(-1).index_add_(0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32))
         self.largest.scatter_reduce_(0, indices, values, "amax")
         held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
         width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
@@ -69,14 +76,21 @@ class Stats(Eval):
             "dead_fraction": share(int((self.fired == 0).sum()), n),
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
-            "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples),
+            "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples), "act_bin": self.bin,
         }
         if "dead_fraction_training" in sae.metadata:
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
-        arrays = {"density": density.float(), "mean_act": (self.total / self.fired.clamp_min(1)).float(), "max_act": self.largest,
-                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, **self._examples()}
+        arrays = {"density": density.float(), "mean_act": (self.powers[0] / self.fired.clamp_min(1)).float(), "max_act": self.largest,
+                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, "power_means": (self.powers / count.sum()).float(), **self._bars(), **self._examples()}
         vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
+
+    def _bars(self) -> dict[str, Tensor]:
+        """Return the histograms' bars that are not 0, by latent."""
+        latent, bar = self.bars.nonzero(as_tuple=True)
+        start = torch.zeros(len(self.bars) + 1, dtype=torch.int32)
+        start[1:] = torch.bincount(latent, minlength=len(self.bars)).cumsum(0)
+        return {"bar_start": start, "bar": (bar + 1).short(), "bar_count": self.bars[latent, bar]}
 
     def _examples(self) -> dict[str, Tensor]:
         """Choose contexts for each latent: its strongest, random ones in which it fires, and some of each band of sizes; count the rest."""
