@@ -9,7 +9,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,28 +187,9 @@ class LM:
         cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
 
-    @contextmanager
-    def _hooked(self, change: Callable[[Tensor], Tensor | None], site: str = "") -> Iterator[None]:
+    def _hooked(self, change: Callable[[Tensor], Tensor | None], site: str = "") -> AbstractContextManager[None]:
         module, at = resolve(self.model, site) if site and site != self.options.site else (self.module, self.at)
-
-        def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-            rest = output[1:] if isinstance(output, tuple) else None
-            new = change(_first(output))
-            return None if new is None else new if rest is None else (new, *rest)
-
-        def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if args:
-                new = change(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            new = change(kwargs.get("hidden_states"))
-            return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-        handle = (module.register_forward_hook(on_output) if at == "out"
-                  else module.register_forward_pre_hook(on_input, with_kwargs=True))
-        try:
-            yield
-        finally:
-            handle.remove()
+        return hooked(module, at, change)
 
     def _width(self) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
@@ -347,6 +328,29 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
     size = ((wrong - wrong.mean(-1, keepdim=True)).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
     limit = math.sqrt(torch.finfo(getattr(torch, lm.options.lm_dtype)).eps)  # far above rounding, far below the effect of another x
     return "" if size <= limit else f"relative difference of logits {size:.2g}"
+
+
+@contextmanager
+def hooked(module: nn.Module, at: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Pass a module's hidden states ('in' or 'out') through `change` in each forward pass; where that returns None they stay as they are."""
+
+    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+        rest = output[1:] if isinstance(output, tuple) else None
+        new = change(_first(output))
+        return None if new is None else new if rest is None else (new, *rest)
+
+    def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            new = change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = change(kwargs.get("hidden_states"))
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    handle = module.register_forward_hook(on_output) if at == "out" else module.register_forward_pre_hook(on_input, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Stop(Exception):

@@ -25,7 +25,7 @@ class Positions(Eval):
         position = torch.arange(batch.keep.shape[1]).expand(batch.keep.shape)
         self._add(self.kept, position[batch.keep.cpu()], batch.documents, count=torch.ones(len(x)), norm=batch.x.norm(dim=1), l0=(seen.code.values > 0).sum(1),
                   error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x)
-        clean, spliced = (batch.losses(log_probs) for log_probs in (batch.log_probs(batch.logits), seen.spliced))
+        clean, spliced = batch.losses(batch.clean), seen.spliced.losses
         self._add(self.predicted, position[:, :-1][batch.predicted.cpu()], batch.predicted_documents, count=torch.ones(len(clean)), clean=clean,
                   delta=spliced.double() - clean.double())
 

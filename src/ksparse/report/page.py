@@ -154,7 +154,7 @@ def evaluated(source: Source) -> list[Picture]:
     if (explained := findings.explanations(source)) is not None:
         means = {name: (source.number("n2g", f"{kind}recall"), source.number("n2g", f"{kind}precision"))
                  for name, kind in (("mean", ""), ("mean of wrong latents’ patterns", "shuffled_"))}
-        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means))
+        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means, explained.scored))
     ablation = source.result("ablation") or {}
     drawn.append(figures.effects(ablation.get("histogram") or {}, ablation.get("channel_histogram") or {}))
     return [picture for picture in drawn if picture is not None]
