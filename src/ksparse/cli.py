@@ -288,9 +288,12 @@ def probes(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """report RUN|SWEEP                      write report.html from what a run's or a sweep's folder holds"""
+    """report RUN|SWEEP|STUDY                write report.html from what a folder holds"""
     folder, rest = _folder("report", arguments)
     _no_options("report", rest)
+    if (Path(folder) / "study.json").is_file():
+        _show_study(Path(folder))
+        return
     if (Path(folder) / "points.csv").is_file():
         from ksparse.report import sweep
 
