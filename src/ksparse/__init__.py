@@ -17,10 +17,14 @@ _WHERE = {
     "LM": "ksparse.acts.lm",
     "Recipe": "ksparse.recipe",
     "SAE": "ksparse.sae.model",
+    "ablate": "ksparse.interop.inside",
+    "attached": "ksparse.interop.inside",
+    "convert": "ksparse.interop",
     "evaluate": "ksparse.evals",
     "load": "ksparse.interop",
     "open_run": "ksparse.runs",
     "save": "ksparse.sae.store",
+    "steer": "ksparse.interop.inside",
     "train": "ksparse.training.loop",
 }
 __all__ = sorted(_WHERE)

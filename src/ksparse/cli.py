@@ -455,7 +455,8 @@ def push(arguments: list[str]) -> None:
     if args.folder:
         print(f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}")
     else:
-        print(f"hub      {hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)}")
+        address = hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)
+        print(f"hub      {address}")
 
 
 # ---- before training ---------------------------------------------------------------------------------------------
