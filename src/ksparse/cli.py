@@ -707,7 +707,7 @@ def push(arguments: list[str]) -> None:
         print(f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}")
     else:
         address = hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)
-    print(f"hub      {address}")
+        print(f"hub      {address}")
 
 
 # ---- before training ---------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     error: keep: x + what the change decodes to. drop: the reconstruction takes the place of x.
     positions: trained: where the SAE was trained to read: not the first position and no BOS, EOS or separator, if it was trained so.
     """
+    if error not in ("keep", "drop"):
+        raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
     module, at = resolve(model, site or _own_site(sae))
     tap, where = Tap(), _Positions(sae, everywhere=positions == "all")
 
@@ -146,7 +148,7 @@ def _change(code: Code, given: Mapping[int, float], rule: Callable[[Tensor, Tens
 
 
 def _own_site(sae: SAE) -> str:
-    site = (sae.metadata.get("acts") or {}).get("site")
+    site = (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site")
     if not site:
         raise InputError("this SAE does not say at which site it was trained; give one: site='resid_post.8', say")
     return site
