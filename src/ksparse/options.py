@@ -103,6 +103,46 @@ class EvalOptions:
         return {key: value for key, value in dataclasses.asdict(self).items() if key in (*COMMON, *OWN.get(name, ()))}
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a study trains, on what, and how long. 0 or nothing is the study's own choice, which takes minutes on two cores for the built-in LM."""
+
+    run: str = ""
+    """A run whose activations and recipe the study starts from; the defaults, on the built-in LM, if not given. Evaluations as studies need one."""
+    out: str = ""
+    """Folder of the study; studies/NAME if not given. The same command goes on with what is there."""
+    lm: str = ""
+    """Another LM than the run's."""
+    site: str = ""
+    """Another site."""
+    text: str = ""
+    """Another text."""
+    tokens: int = 0
+    """Activations that each SAE is trained on."""
+    n_latents: int = 0
+    """Latents of each SAE; the largest where a study varies them."""
+    k: int = 0
+    """k of each SAE; the middle one where a study varies them."""
+    batch: int = 1024
+    """Activations in a step."""
+    seeds: int = 1
+    """SAEs of each kind, with different initial weights."""
+    eval_tokens: int = 30_000
+    """Held-out activations to judge on."""
+    threads: int = 0
+    """CPU threads; 0: as many as the machine has."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "n_latents", "k", "threads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's own choice, or more")
+        for name in ("batch", "seeds", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be at least 1")
+
+
 COMMON = ("budget", "tokens", "per_document", "split", "text", "seed", "device")
 OWN = {
     "downstream": ("loss_table",),

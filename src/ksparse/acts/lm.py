@@ -332,7 +332,8 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
 
 @contextmanager
 def hooked(module: nn.Module, at: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `change` with the activation at a site (see `resolve`) in every forward pass; what it returns, if anything, takes its place."""
+    """Pass a module's hidden states ('in' or 'out') through `change` in each forward pass; where that returns None they stay as they are."""
+
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
         rest = output[1:] if isinstance(output, tuple) else None
         new = change(_first(output))
@@ -415,6 +416,11 @@ def resolve(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     if not name or name not in modules or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     return modules[name], at or "out"
+
+
+def sites_of(model: nn.Module, kinds: Sequence[str] = ("attn_out", "mlp_out", "resid_post")) -> list[str]:
+    """Return the sites of these kinds that exist, block by block."""
+    return [f"{kind}.{number}" for number, block in enumerate(_blocks(model)) for kind in kinds if _in_block(block, kind)]
 
 
 def describe_sites(model: nn.Module) -> str:

@@ -188,5 +188,5 @@ def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:
         for name, value in dataclasses.asdict(acts).items():
             if name not in _OF_TRAINING and getattr(theirs, name) != value:
                 raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
-                                 "of the other; evaluate them one by one")
+                                 "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`")
     return acts

@@ -1,80 +1,100 @@
-"""Results of `refinement`, `progressive`, `latents` and `subspaces` -> the section on them."""
+"""A study's study.json -> its page and figures, which are data there. Needs no torch."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
-from ksparse.report import latents, numbers, study_figures
-from ksparse.report.numbers import Group, Row, beside, brief, percent
-from ksparse.report.source import Source, is_number
+import numpy as np
 
-RULES = {"first": "fires at the beginning of a context", "late": "fires late in a context", "early": "fires early in a context, after the first position",
-         "repetition": "fires where a token was in the context before"}
-"""What a recurring latent does, by the name of its rule."""
+from ksparse import files
+from ksparse.errors import InputError
+from ksparse.report.figures import INK, Picture, canvas, save, short, thousands
+from ksparse.report.numbers import significant
+from ksparse.report.page import environment
+from ksparse.report.source import is_number
+from ksparse.report.tokens import safe_text
 
-
-def _noise(source: Source) -> str:
-    chance = source.number("subspaces", "separation_of_noise")
-    return "1: two subspaces" + ("" if chance is None else f"; {brief(chance.value, 'number')}: as many rows of noise, cut in the same way")
-
-
-GROUPS = (
-    Group("refinement", "The best values for the latents that are active", (
-        Row("Normalised MSE, refined", "nmse_refined", "number", beside("refinement", "number", nmse_raw="as encoded"),
-            "With the values of each token’s active latents at their optimum, at least 0. What is left is the choice of latents and the decoder."),
-        Row("Loss added, refined", "ce_delta_refined", "number", beside("refinement", "number", ce_delta_raw="as encoded"),
-            "Nats per token that the LM’s loss rises by with the refined reconstruction."),
-        Row("Mean shift", "shift_mean", "percent", "0 %: values are right on average; far above: they had shrunk",
-            "Mean of refined less encoded values, in the unit of the mean active value. An L1 penalty makes it large."),
-        Row("Median shift", "shift_median", "percent", "0 %: as many go up as down", "The same for the value in the middle, which a few large shifts do not move."),
-        Row("Values that go up", "upward", "percent", "50 %: no side is favoured", "Share of active values that refinement raises."),
-    )),
-    Group("progressive", "Other k, and a threshold in the place of k", (
-        Row("Normalised MSE", "nmse", "number", "What other k are held against, on the same tokens", "With the SAE’s own activation."),
-        Row("Loss added (ΔCE)", "ce_delta", "number", "The same", "With the SAE’s own activation, nats per token."),
-    )),
-    Group("latents", "How often and how strongly latents fire", (
-        Row("Density of the densest", "densest_density", "percent", beside("latents", "number", densest_over_l0="over L0"),
-            "Mean density of the d_model densest latents. Near 40 % at k = 512 in the paper, where codes are dense solutions; a few per cent where they are sparse."),
-        Row("Their share of all activations", "densest_share", "percent", "100 %: the others are never used",
-            "Of all activations, those of the d_model densest latents."),
-        Row("Opposite pairs", "n_opposite_pairs", "count", beside("latents", "count", n_opposite_among_densest="among the ten densest"),
-            "Pairs with a decoder cosine below -0.9. They undo each other, a failure of optimisation."),
-    )),
-    Group("subspaces", "Groups of latents with directions of their own", (
-        Row("Separation", "separation", "number", _noise,
-            "How much the two sides of the best cut read directions of their own. 0 if both read alike; choosing the cut makes it more than 0 even for noise."),
-        Row("Latents on the first side", "latents_share", "percent", "25 % in the paper", "Share of the latents that fire."),
-        Row("Directions of the first side", "dims_share", "percent", "25 % in the paper", "Share of the principal directions of the encoder that this side reads more of."),
-    )),
-)
+COLOURS = ("#3a55c8", "#b4530a", "#1b8a5a", "#a8328f", "#7a6a00", "#0b7f9c", "#c0392b", "#6b6f7a")
+MARKS = "os^Dv<>P"
+MOST = 200  # points of a curve that are drawn
 
 
-def facts(source: Source) -> dict[str, Any]:
-    """Return the numbers, figures and tables of the studies that have been run."""
-    asked = [group for group in GROUPS if source.result(group.eval) is not None]
-    return {"groups": numbers.table(source, tuple(asked)), "pictures": study_figures.pictures(source), "recurring": recurring(source), "sides": sides(source),
-            "settings": numbers.settings(source, tuple(asked)), "missing": [group for group in GROUPS if group not in asked],
-            "command": source.command("eval", *(group.eval for group in GROUPS if group not in asked))}
+def write(folder: Path | str) -> Path:
+    """Write report.html and figures/*.svg of a study; return the page's path."""
+    folder = Path(folder)
+    study = read(folder)
+    pictures = [picture for picture in map(draw, study.get("figures", [])) if picture is not None]
+    columns = list(dict.fromkeys(name for row in study.get("members", {}).values() for name in row))
+    table = {member: [_cell(row.get(name)) for name in columns] for member, row in study.get("members", {}).items()}
+    html = environment().get_template("study.html.jinja").render(
+        study=study, name=study["name"], pictures=pictures, columns=[column.replace("_", " ") for column in columns], table=table)
+    for picture in pictures:
+        files.write_text(folder / "figures" / f"{picture.name}.svg", picture.svg)
+    files.write_text(folder / "report.html", html)
+    return folder / "report.html"
 
 
-def recurring(source: Source) -> list[dict[str, Any]]:
-    """Return the latents that each rule comes nearest to, those it has found first."""
-    found, cards = (source.result("latents") or {}).get("recurring") or {}, latents.shown(source)
-    return [{"rule": words, "latent": entry["latent"], "has_card": entry["latent"] in cards, "score": f"{entry['score']:+.2f}",
-             "density": percent(entry["density"]), "found": bool(entry.get("found"))}
-            for rule, words in RULES.items() for entry in (found.get(rule) or [])[:3]
-            if is_number(entry.get("latent")) and is_number(entry.get("score")) and is_number(entry.get("density"))]
+def read(folder: Path) -> dict[str, Any]:
+    """Return a study's answer; raise InputError where there is none."""
+    if not (folder / "study.json").is_file():
+        raise InputError(f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` makes one")
+    return files.read_json(folder / "study.json")
 
 
-def sides(source: Source) -> list[dict[str, str]]:
-    """Return the medians of what latents on both sides are like."""
-    found = (source.result("subspaces") or {}).get("sides") or {}
+def draw(figure: dict[str, Any]) -> Picture | None:
+    """Return a figure drawn from its data; None if it has no point."""
+    curves = [(curve, *_points(curve, figure["log"])) for curve in figure["curves"]]
+    curves = [curve for curve in curves if len(curve[1])]
+    if not curves:
+        return None
+    with canvas(size=(5.6, 3.6)) as (picture, axes):
+        number = 0
+        for curve, x, y, se in curves:
+            if curve["reference"]:
+                axes.plot(x, y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=safe_text(curve["label"]))
+                continue
+            few = len(x) < 16
+            axes.errorbar(x, y, se if se is not None and few else None, label=safe_text(curve["label"]), color=COLOURS[number % len(COLOURS)], linewidth=1.3,
+                          elinewidth=0.8, marker=MARKS[number % len(MARKS)] if few else None, markersize=3.5)
+            number += 1
+        for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if name in figure["log"]:
+                _logarithmic(axes, name, axis)
+            axis.set_major_formatter(lambda value, _: thousands(value) if abs(value) >= 1e4 else short(value))
+        axes.set_xlabel(figure["x"])
+        axes.set_ylabel(figure["y"])
+        picture.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.6, columnspacing=1.2)
+        svg = save(picture)
+    label = "; ".join(f"{curve['label']}: {significant(float(y[0]))} to {significant(float(y[-1]))}" for curve, _, y, _ in curves)
+    return Picture(figure["name"], svg, figure["title"], figure["caption"], label)
 
-    def middle(side: dict[str, Any], key: str) -> str:
-        values = side.get(key)
-        there = isinstance(values, list) and len(values) == 5 and is_number(values[2])
-        return "–" if not there else percent(values[2]) if key == "density" else brief(values[2], "number")
 
-    return [{"name": name, "latents": f"{side.get('n_latents', 0):,}", "norm": middle(side, "encoder_norm"), "tokens": middle(side, "effective_tokens"),
-             "density": middle(side, "density")} for name, side in found.items()]
+def _points(curve: dict[str, Any], log: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return the points that can be drawn, not too many: both numbers known, and above 0 where the axis is logarithmic."""
+    x, y = (np.array([value if is_number(value) else math.nan for value in curve[name]], float) for name in ("x", "y"))
+    se = np.array([value if is_number(value) else 0.0 for value in curve["se"]], float) if curve.get("se") else None
+    good = np.isfinite(x) & np.isfinite(y) & ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
+    chosen = np.flatnonzero(good)
+    if len(chosen) > MOST:
+        chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, MOST).round().astype(int))]
+    return x[chosen], y[chosen], None if se is None else se[chosen]
+
+
+def _logarithmic(axes: Any, name: str, axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_minor_locator(NullLocator())
+
+
+def _cell(value: Any) -> str:
+    """Return a number with its standard error as a table shows it."""
+    if isinstance(value, dict):
+        if not is_number(value.get("value")):
+            return "–"
+        return significant(value["value"]) + (f" ± {significant(value['se'], 2)}" if is_number(value.get("se")) else "")
+    return "–" if value is None else f"{value:,}" if is_number(value) else str(value)

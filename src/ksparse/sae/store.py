@@ -33,10 +33,7 @@ def write(sae: SAE, folder: Path) -> None:
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with sae.safetensors, or a Hub
     repository with such a folder."""
-    folder = Path(source)
-    if not folder.exists():
-        folder = _download(str(source), revision, subfolder)
-    folder = folder / subfolder
+    folder = locate(source, revision=revision, subfolder=subfolder)
     run = RunFolder(folder)
     if run.exists():
         checkpoint, wrong = run.newest_intact()
@@ -50,6 +47,12 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
     if (folder / files.MANIFEST).is_file():
         files.verify(folder)
     return read(folder)
+
+
+def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
+    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not here."""
+    path = Path(source)
+    return (path if path.exists() else _download(str(source), revision, subfolder)) / subfolder
 
 
 def read(folder: Path) -> SAE:
@@ -88,7 +91,7 @@ def _download(repository: str, revision: str | None, subfolder: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"{subfolder}/*" if subfolder else "*"]
+    patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

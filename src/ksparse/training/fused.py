@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import fast, native
-from ksparse.recipe import Recipe
+from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
@@ -30,6 +30,8 @@ PIECE = PRE_ACTS
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
+MORE = {1: 1.0, 2: 0.5, native.PANELS: 1.5}
+"""Candidates beyond k at the start, as a share of k: the coarser the product, the more."""
 
 
 def fastest_screen() -> str:
@@ -40,17 +42,41 @@ def fastest_screen() -> str:
 @functools.cache
 def _fastest(threads: int) -> str:
     b, d, n = 1024, 512, 4096
+    x, w, bias = torch.randn(b, d), torch.randn(n, d), torch.zeros(n)
+    xb, wb, out, half = x.bfloat16(), w.bfloat16(), torch.empty(b, n), torch.empty(b, n, dtype=torch.bfloat16)
+    products = {"off": lambda: torch.mm(x, w.t(), out=out), "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
+    kind = int8_kind()
+    (xi, _), (wi, scale) = native.lower(x, 1), native.lower(w, kind)
+    if kind == native.PANELS:
+        products["int8"] = lambda: native.screen(wi, scale, bias, x, w, 8, 32)
+    else:
+        low = torch.empty(b, n, dtype=torch.int32)
+        products["int8"] = lambda: torch._int_mm(xi, wi.t(), out=low)
+    seconds = _compared(products)
+    for name in products.keys() - {"off"}:
+        seconds[name] /= 0.8 if name == "int8" and kind == native.PANELS else 0.6  # the rest of a screen costs something too; ours has most of it in
+    return min(seconds, key=seconds.__getitem__)
+
+
+@functools.cache
+def int8_kind() -> int:
+    """Return which product of whole numbers a screen uses here: torch's (1) where the processor has instructions for it, else our own."""
+    b, d, n = 128, 512, 1024
     x, w = torch.randn(b, d), torch.randn(n, d)
-    (xi, _), (wi, _), xb, wb = native.lower(x, 1), native.lower(w, 1), x.bfloat16(), w.bfloat16()
-    out, low, half = torch.empty(b, n), torch.empty(b, n, dtype=torch.int32), torch.empty(b, n, dtype=torch.bfloat16)
-    products = {"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low),
-                "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
-    seconds = {}
+    xi, wi, out, low = x.char(), w.char(), torch.empty(b, n), torch.empty(b, n, dtype=torch.int32)
+    seconds = _compared({"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low)})
+    return 1 if seconds["int8"] < 0.7 * seconds["off"] else native.PANELS
+
+
+def _compared(products: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the seconds of each; one that is far slower than the first is not tried again."""
+    seconds: dict[str, float] = {}
     for name, product in products.items():
         product()
-        seconds[name] = min(_seconds(product) for _ in range(3))
-    seconds["off"] *= 0.6  # rescoring costs something too
-    return min(seconds, key=seconds.__getitem__)
+        seconds[name] = _seconds(product)
+        if seconds[name] < 3 * next(iter(seconds.values())):
+            seconds[name] = min(seconds[name], *(_seconds(product) for _ in range(3)))
+    return seconds
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -101,7 +127,8 @@ class ExplicitOptimizer(Optimizer):
         nmse = square.double().mean() / x.shape[1] / baseline
         aux, extra = nmse.new_zeros(()), None
         if options.auxk_coef and len(dead) and torch.isfinite(nmse):
-            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
+            some = slice(auxk_tokens(options, len(x)))
+            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (len(x) * x.shape[1] * baseline)
         finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
@@ -199,9 +226,9 @@ class FusedOptimizer(ExplicitOptimizer):
 
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
-        self.screen, self.kind = screen, KINDS.get(screen, 0)
+        self.screen, self.kind = screen, int8_kind() if screen == "int8" else KINDS.get(screen, 0)
         self.redone = self.screened = 0  # tokens
-        self.candidates = sae.shape.k + max(16, sae.shape.k // (1 if screen == "int8" else 2))  # int8 is the coarser of the two
+        self.candidates = sae.shape.k + max(16, int(sae.shape.k * MORE.get(self.kind, 0)))
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
             self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         self._lower()
@@ -233,15 +260,14 @@ class FusedOptimizer(ExplicitOptimizer):
     def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
         sae, (b, n, k) = self.sae, (len(centred), self.sae.shape.n_latents, self.sae.shape.k)
-        low, x_scale = native.lower(centred, self.kind)
-        if self.kind == 1:
-            product = self._buffer("low", (b, n), torch.int32)
-            torch._int_mm(low, self.low.t(), out=product)
+        bias, weight, c = sae.b_enc.detach(), sae.W_enc.detach(), min(n, self.candidates)
+        if self.kind == native.PANELS:
+            values, indices, dropped, spread = native.screen(self.low, self.low_scale, bias, centred, weight, k, c)
         else:
-            product = self._buffer("low", (b, n), torch.bfloat16)
-            torch.mm(low, self.low.t(), out=product)
-        values, indices, dropped, spread = native.rescore(
-            product, x_scale, self.low_scale, sae.b_enc.detach(), centred, sae.W_enc.detach(), k, min(n, self.candidates))
+            low, x_scale = native.lower(centred, self.kind)
+            product = self._buffer("low", (b, n), torch.int32 if self.kind == 1 else torch.bfloat16)
+            torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(low, self.low.t(), out=product)
+            values, indices, dropped, spread = native.rescore(product, x_scale, self.low_scale, bias, centred, weight, k, c)
         unclear = ~(values.amin(1) > dropped + MARGIN * spread)
         again = int(unclear.sum())
         self.screened, self.redone = self.screened + b, self.redone + again

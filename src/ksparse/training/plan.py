@@ -18,6 +18,7 @@ from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe, k_aux
 from ksparse.training import flops
+from ksparse.training.feed import ahead
 from ksparse.training.optim import PRE_ACTS
 
 
@@ -41,21 +42,21 @@ def plan(recipe: Recipe) -> list[str]:
     sae_flops = {
         "encoder product": flops.encoder(recipe, d),
         "sparse parts": flops.decoder(recipe, d),
-        "AuxK, if latents are dead": flops.auxk(aux, d) if recipe.sae.auxk_coef else 0,
+        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share) if recipe.sae.auxk_coef else 0,
     }
     lm_flops = 0 if recipe.acts.shards else flops.lm(subject.before_site)
     copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
     rows = min(recipe.batch, max(1, PRE_ACTS // n))
+    device = resolve_device(recipe.run.device)
     memory = {
         "weights, gradient, moments, average": 4 * weights * copies,
         "pre-activations of a step": 4 * rows * n,
         "LM": 0 if recipe.acts.shards else subject.parameters * (4 if recipe.acts.lm_dtype == "float32" else 2),
-        "block of activations": 0 if recipe.acts.shards else memory_bytes(recipe.acts.mix, recipe.batch, d),
+        "block of activations": 0 if recipe.acts.shards else memory_bytes(recipe.acts, recipe.batch, d) * (2 if ahead(recipe, device) else 1),
     }
     checkpoint = 4 * weights * copies  # no gradient, but the weights to use beside the raw ones
     disk = checkpoint * (recipe.run.keep + 1)
     free = shutil.disk_usage(next(p for p in [Path.cwd(), *Path.cwd().parents] if p.exists())).free
-    device = resolve_device(recipe.run.device)
     rate = speed(device)
     # The sparse parts read memory rather than multiply; they run at about a tenth of the product's rate.
     seconds = tokens * (sae_flops["encoder product"] + 10 * sae_flops["sparse parts"] + lm_flops) / rate

@@ -1,4 +1,4 @@
-"""The figures of the studies: how codes and latents are, beside those of other SAEs where several were evaluated at once."""
+"""The figures of `refinement`, `progressive`, `latents` and `subspaces`: how codes and latents are, beside those of other SAEs where several were evaluated at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHERS = ((SECOND, "s", "-"), (INK, "^", "-"), (SECOND, "D", ":"), (INK, "v", ":
 
 
 def pictures(source: Source) -> list[Picture]:
-    """Return the figures of the studies that have been run."""
+    """Return the figures of the evaluations that have been run."""
     results = {name: source.result(name) or {} for name in ("refinement", "progressive", "latents", "subspaces")}
     name, n = source.run.name, source.recipe.sae.n_latents
     drawn = (shifts(name, results["refinement"]), progressive(name, results["progressive"]), laws(results["latents"], source.recipe.sae.k / n),

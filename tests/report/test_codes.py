@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ksparse import report
-from ksparse.report import studies, study_figures
+from ksparse.report import code_figures, codes
 from ksparse.report.source import Source
 
 from .conftest import COMMON, estimate
@@ -76,7 +76,7 @@ def test_all_studies_have_their_numbers_figures_and_tables(studied) -> None:
     for words in ("Mean shift", "Other k, and a threshold", "Density of the densest", "Latents that recur", "The two sides of the cut", "2.3"):
         assert words in text
     assert "Not asked yet" not in text
-    names = {picture.name for picture in study_figures.pictures(Source(run))}
+    names = {picture.name for picture in code_figures.pictures(Source(run))}
     assert names == {"refinement-shift", "progressive", "latents-laws", "latents-tokens", "subspaces"}
     assert {f"{name}.svg" for name in names} <= {file.name for file in (run.path / "figures").iterdir()}
 
@@ -89,7 +89,7 @@ def test_other_saes_of_the_pass_stand_in_the_figures_and_their_names_are_text(st
 @pytest.mark.parametrize("name", FOUND)
 def test_one_study_alone_says_how_to_ask_for_the_others(studied, name) -> None:
     text = section(studied(name))
-    assert "Not asked yet" in text and studies.GROUPS[0].title in text
+    assert "Not asked yet" in text and codes.GROUPS[0].title in text
     others = [other for other in FOUND if other != name]
     assert f"ksparse eval demo {' '.join(others)}" in text
 
@@ -106,7 +106,7 @@ def test_a_run_without_studies_has_one_line_for_them(make_run) -> None:
 def test_results_with_holes_are_shown_as_far_as_they_go(studied, changes) -> None:
     run = studied(*FOUND, changes=changes)
     assert_inert(Page(report.write(run).read_text(encoding="utf-8")))
-    for picture in study_figures.pictures(Source(run)):
+    for picture in code_figures.pictures(Source(run)):
         assert "".join(ElementTree.fromstring(picture.svg).itertext()).strip()
 
 
@@ -117,6 +117,6 @@ def test_the_commands_at_the_end_make_the_studies_again(studied) -> None:
 
 def test_the_verdict_on_a_law_needs_two_standard_errors(studied) -> None:
     fit = copy.deepcopy(FIT)
-    assert "the Gaussian law fits better, by 0.100 ± 0.020" in study_figures._verdict(fit)
+    assert "the Gaussian law fits better, by 0.100 ± 0.020" in code_figures._verdict(fit)
     fit["margin"] = {"value": -0.01, "se": 0.02}
-    assert "the Laplace law fits no worse than the other" in study_figures._verdict(fit)
+    assert "the Laplace law fits no worse than the other" in code_figures._verdict(fit)
