@@ -111,7 +111,7 @@ def _all(terms: Terms, logs: np.ndarray, starts: np.ndarray, weights: np.ndarray
 def _scipy(terms: Terms, logs: np.ndarray, weights: np.ndarray, start: np.ndarray, delta: float) -> optimize.OptimizeResult:
     def rho(squares: np.ndarray) -> np.ndarray:
         """Return twice `loss` of each residual, and its first two derivatives by the residual's square: scipy's own has no weights."""
-        size = np.maximum(np.sqrt(squares), 1e-300)
+        size = np.maximum(np.sqrt(squares), 1e-100)
         near = np.minimum(size, delta)
         return weights * np.stack([2 * near * (size - near / 2), near / size, np.where(size > delta, -0.5 * near / size**3, 0.0)])
 
