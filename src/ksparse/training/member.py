@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
-from ksparse.kernels import native
+from ksparse.kernels import gpu, native
 from ksparse.recipe import Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
@@ -31,6 +31,7 @@ from ksparse.training import checkpoint, curve, flops
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
+from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.loggers import open_loggers
 from ksparse.training.optim import Optimizer, rate_share
 
@@ -174,15 +175,20 @@ def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels, on_cpu = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device.type == "cpu" and not recipe.sae.multi_topk
-    if kernels != "torch" and on_cpu and native.load() is not None:
+    screen, kernels, device, plain = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device, not recipe.sae.multi_topk
+    if kernels == "triton":
+        if not plain or not gpu.usable(device) or screen == "int8":
+            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, no Multi-TopK, and optim.screen 'off', 'auto' or 'bfloat16'; "
+                             "leave it at 'auto'")
+        return TritonOptimizer(sae, recipe, "bfloat16" if screen == "auto" else screen)
+    if kernels != "torch" and plain and device.type == "cpu" and native.load() is not None:
         return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
     if kernels == "native":
         raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
         raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if on_cpu else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if plain and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
