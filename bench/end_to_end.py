@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PIPELINES = {"ksparse": ("ours.py", ""), "sparsify": ("sparsify_trainer.py", "peers"), "SAELens": ("sae_lens_runner.py", "saelens"),
              "dictionary_learning": ("dictionary_learning_buffer.py", "dl")}
-SETTING = {"layer": 3, "context": 64, "lm-batch": 64, "mix": 65_536, "n": 4096, "k": 32, "batch": 1024}  # the demo's
+SETTING = {"d": 160, "layer": 3, "context": 64, "lm-batch": 64, "mix": 65_536, "n": 4096, "k": 32, "batch": 1024}  # the demo's
 
 
 def main() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from ksparse import cli
 from ksparse import recipe as recipes
+from ksparse.scaling import grid as grids
 from ksparse.recipe import to_toml
 from ksparse.runs import RunFolder
 
@@ -37,6 +40,33 @@ def recipe_file(small_recipe, tmp_path):
     file = tmp_path / "small.toml"
     file.write_text(to_toml(small_recipe()))
     return file
+
+
+def test_view_writes_pages_and_says_where(verb, small_recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(to_toml(small_recipe()))
+    code, out, _ = verb("view", run, "--export", tmp_path / "site")
+    assert code == 0 and out == f"pages    {(tmp_path / 'site' / 'index.html').as_uri()}\n"
+    code, _, err = verb("view", run, "--export", run)
+    assert code == 2 and "holds something else than an exported site" in err
+    code, _, err = verb("view", tmp_path / "nothing")
+    assert code == 2 and "is not a run" in err
+
+
+def test_view_serves_until_it_is_interrupted(small_recipe, tmp_path):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
+    server = subprocess.Popen([sys.executable, "-m", "ksparse", "view", str(tmp_path), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[1]
+        assert address.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(address + "data/overview.json", timeout=30) as answer:
+            assert json.load(answer)["n"] == 64
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+    assert server.returncode == 130 and said == "stopped\n"
 
 
 def test_help_lists_every_verb_and_the_exit_codes(verb):
@@ -201,4 +231,50 @@ def test_every_recipe_in_the_repository_is_valid():
     found = sorted((Path(__file__).resolve().parents[1] / "recipes").rglob("*.toml"))
     assert found
     for file in found:
-        assert recipes.load(file).steps > 0
+        loaded = grids.read(file).recipes.values() if file.parent.name == "sweeps" else [recipes.load(file)]
+        assert all(recipe.steps > 0 for recipe in loaded)
+
+
+def test_fit_writes_the_law_of_a_table_of_points(verb, tmp_path):
+    from ksparse.scaling import published
+
+    points = published.gpt4()
+    (tmp_path / "points.csv").write_text("n,k,loss\n" + "".join(f"{n:.0f},{k:.0f},{loss}\n" for n, k, loss in zip(*points.values())))
+    code, out, err = verb("fit", tmp_path / "points.csv", "--law", "nk", "--out", tmp_path / "fit", "--predict", "n=65536, k=32", "--draws", 50)
+    assert code == 0, err
+    found = json.loads((tmp_path / "fit" / "law.json").read_text())
+    assert found["law"] == "nk" and found["log_rms"] <= 0.01 and 0 < found["extrapolation_error"] < 0.03
+    assert all(set(each) >= {"value", "low", "high"} for each in found["coefficients"].values())
+    assert "loss at n = 65,536, k = 32: 0.44" in out and "95 % interval [0.44" in out and "log-RMS 0.0096" in out
+    assert verb("fit", tmp_path / "points.csv", "--law", "n", "--form", "power_each", "--draws", 0)[0] == 0
+    assert json.loads((tmp_path / "law.json").read_text())["form"] == "power_each"
+
+
+def test_fit_and_report_of_a_sweep(verb, tmp_path):
+    rows = [f"{n},{k},{2 * n**-0.2 + 0.1 * k**-0.5}" for n in (512, 1024, 2048, 4096, 8192) for k in (8, 16, 32)]
+    (tmp_path / "points.csv").write_text("n,k,loss\n" + "\n".join(rows) + "\n")
+    code, out, err = verb("fit", tmp_path, "--predict", "n=65536,k=32", "--draws", 0)
+    assert code == 0, err
+    assert "b_n" in out and "loss at n = 65,536, k = 32" in out and "would add it" in out and "laws" in err
+    first = (tmp_path / "law.json").read_text()
+    (tmp_path / "law.json").unlink()
+    assert verb("report", tmp_path)[0] == 0 and (tmp_path / "figures" / "law-joint.svg").is_file()
+    assert json.loads((tmp_path / "law.json").read_text())["laws"]["nk"]["log_rms"] == json.loads(first)["laws"]["nk"]["log_rms"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["fit"], "`ksparse fit` needs a sweep's folder or a CSV file of points"),
+    (["fit", "points.csv"], "say which law, --law nk|n|c|tokens|lr|s"),
+    (["fit", "points.csv", "--law", "nkk"], "there is no law 'nkk'; did you mean 'nk'?"),
+    (["fit", "points.csv", "--law", "nk"], "points.csv does not exist"),
+    (["fit", "points.csv", "--law", "nk", "--budget", "1e12"], "--budget needs the curves of a sweep"),
+    (["fit", "points.csv", "--law", "nk", "--predict", "n:5"], "--predict takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got 'n:5'"),
+    (["fit", "points.csv", "--law", "nk", "--predict", "n=many"], "got 'n=many'"),
+    (["fit", "."], ". holds no points.csv"),
+    (["fit", ".", "--law", "nk"], "--law and --out are for a CSV file"),
+    (["fit", "points.csv", "--law", "nk", "--draws", "-1"], "--draws is -1"),
+])
+def test_fit_refuses_what_it_cannot_fit(verb, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = verb(*arguments)
+    assert code == 2 and message in " ".join((out + err).split()) and "Traceback" not in err

@@ -28,7 +28,25 @@ def values(hint):
 def sections(kind):
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: sections(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()
-                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (Optim, "decay"), (Curve, "window")}})  # what other values may forbid
+                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (SAE, "activation"), (Optim, "decay"), (Curve, "window")}})  # what other values may forbid
+
+
+@pytest.mark.parametrize("kind", recipes.ACTIVATIONS.values())
+def test_toml_round_trip_of_every_key_of_each_activation(tmp_path, kind):
+    @given(activation=sections(kind))
+    def check(activation):
+        unit_norm = getattr(activation, "penalty", "") != "decoder_norm"
+        recipe = Recipe(sae=SAE(activation=activation, unit_norm=unit_norm))
+        (tmp_path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        assert load(tmp_path / "recipe.toml") == recipe and from_dict(to_dict(recipe)) == recipe
+
+    check()
+
+
+def test_a_recipe_without_an_activation_is_one_of_topk():
+    table = to_dict(Recipe())
+    del table["sae"]["activation"]
+    assert from_dict(table) == Recipe() and Recipe().sae.activation.kind == "topk"
 
 
 @given(recipe=sections(Recipe))
@@ -88,6 +106,24 @@ def test_a_recipe_is_frozen():
     ({"run": {"keep": 0}}, r"run\.keep is 0; it must be at least 1"),
     ({"sae": {"k": 5, "n_latents": 4}}, r"sae\.k is 5, more than the 4 latents of sae\.n_latents; give a smaller k"),
     ({"sae": {"k": 2, "n_latents": 7, "multi_topk": 0.125}}, r"Multi-TopK needs 4 x sae\.k = 8 latents, sae\.n_latents is 7"),
+    ({"sae": {"activation": 3}}, r"'sae\.activation' is a section; write \[sae\.activation\]"),
+    ({"sae": {"activation": {"kind": "rel"}}}, r"'sae\.activation\.kind' is 'rel'; it must be one of 'topk', .*Did you mean 'relu'\?"),
+    ({"sae": {"activation": {"kind": "relu", "bandwidth": 1.0}}}, r"unknown key 'sae\.activation\.bandwidth' of kind 'relu'; it is a key of kind jump_relu"),
+    ({"sae": {"activation": {"l1": 1.0}}}, r"unknown key 'sae\.activation\.l1' of kind 'topk'; it is a key of kind relu, gated, prolu"),
+    ({"sae": {"activation": {"kind": "relu", "l": 1.0}}}, r"unknown key 'sae\.activation\.l' of kind 'relu'; did you mean 'sae\.activation\.l1'\?"),
+    ({"sae": {"activation": {"kind": "relu", "zzz": 1.0}}}, r"unknown key 'sae\.activation\.zzz' of kind 'relu'; its keys are kind, l1"),
+    ({"sae": {"activation": {"kind": "relu", "l1": "a"}}}, r"'sae\.activation\.l1' is 'a', of type str; it must be of type float"),
+    ({"sae": {"activation": {"kind": "relu", "l1": -1.0}}}, r"sae\.activation\.l1 is -1\.0; it must not be negative"),
+    ({"sae": {"activation": {"kind": "gated", "resample": -1}}}, r"sae\.activation\.resample is -1; it must not be negative"),
+    ({"sae": {"activation": {"kind": "jump_relu", "warmup": 1.5}}}, r"sae\.activation\.warmup is 1\.5; it must be from 0 to 1"),
+    ({"sae": {"activation": {"kind": "jump_relu", "bandwidth": 0.0}}}, r"sae\.activation\.bandwidth is 0\.0; it must be above 0"),
+    ({"sae": {"activation": {"kind": "batch_topk", "threshold_decay": 1.0}}}, r"threshold_decay is 1\.0; it must be from 0 to 1, and less than 1"),
+    ({"sae": {"activation": {"kind": "relu"}, "multi_topk": 0.1}}, r"sae\.multi_topk is 0\.1; it is for sae\.activation\.kind = 'topk', not 'relu'"),
+    ({"sae": {"activation": {"kind": "relu"}, "auxk_coef": 0.5}}, r"sae\.auxk_coef is 0\.5; sae\.activation\.kind = 'relu' has no AuxK but sae\.activation\.resample"),
+    ({"sae": {"activation": {"kind": "relu", "penalty": "decoder_norm"}}}, r"'decoder_norm', which is for decoder rows of free norm; give sae\.unit_norm = false"),
+    ({"sae": {"activation": {"kind": "relu"}, "unit_norm": False}}, r"would evade the L1 penalty of sae\.activation\.kind = 'relu'; leave it true, or give .*decoder_norm"),
+    ({"sae": {"activation": {"kind": "prolu"}, "unit_norm": False}}, r"would evade the L1 penalty of sae\.activation\.kind = 'prolu'; leave it true$"),
+    ({"sae": {"activation": {"kind": "gated"}, "b_enc": False}}, r"sae\.activation\.kind = 'gated' is sparse by its biases, and needs them"),
     ({"acts": {"context": 2}}, r"acts\.context is 2; a context needs at least 3 tokens"),
     *[({section: {key: value}} if section else {key: value}, rf"{section and section + '.'}{key} is {value}; it must .*not be negative")
       for section, key, value in [("sae", "auxk_coef", -0.5), ("sae", "k_aux", -1), ("sae", "dead_after", -1), ("sae", "multi_topk", -0.5),

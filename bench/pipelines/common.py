@@ -18,7 +18,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("lm", "text", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("layer", "context", "lm-batch", "mix", "n", "k", "batch", "tokens", "seed", "threads"):
+    for name in ("d", "layer", "context", "lm-batch", "mix", "n", "k", "batch", "tokens", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

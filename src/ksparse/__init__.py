@@ -18,9 +18,10 @@ _WHERE = {
     "Recipe": "ksparse.recipe",
     "SAE": "ksparse.sae.model",
     "evaluate": "ksparse.evals",
-    "load": "ksparse.sae.store",
+    "load": "ksparse.interop",
     "open_run": "ksparse.runs",
     "save": "ksparse.sae.store",
+    "steer": "ksparse.steering",
     "train": "ksparse.training.loop",
 }
 __all__ = sorted(_WHERE)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ksparse import files
 from ksparse import recipe as recipes
 from ksparse.errors import InputError, KsparseError
-from ksparse.options import EvalOptions
+from ksparse.options import EvalOptions, StudyOptions
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder, open_run
 
@@ -202,7 +202,7 @@ def _show_plan(plan: Any) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (all if none is named)"""
+    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (those six if none is named)"""
     folder, rest = _folder("eval", arguments)
     words = [folder]
     while rest and not rest[0].startswith("-"):
@@ -234,12 +234,12 @@ def _show(result: dict[str, Any], file: Path | str) -> None:
 def _evaluate(sources: list[str], names: list[str], options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Evaluate the SAEs of runs or folders, and write the results of those that are runs."""
     from ksparse import evals
-    from ksparse.sae.store import load
+    from ksparse.interop import load
 
     evals.check_names(names)
     saes = {source: load(source) for source in sources}
     with Progress("evaluating", 0) as progress:
-        found = evals.evaluate_many(saes, None, names or list(evals.EVALS), options,
+        found = evals.evaluate_many(saes, None, names or list(evals.DEFAULT), options,
                                     observe=lambda what, done, total: progress(done, "", total, what))
     for source, results in found.items():
         run = RunFolder(Path(source))
@@ -288,9 +288,16 @@ def probes(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """report RUN                            write report.html from what the run's folder holds"""
+    """report RUN|SWEEP                      write report.html from what a run's or a sweep's folder holds"""
     folder, rest = _folder("report", arguments)
     _no_options("report", rest)
+    if (Path(folder) / "points.csv").is_file():
+        from ksparse.report import sweep
+
+        if not (Path(folder) / "law.json").is_file():
+            _survey(folder)
+        print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
+        return
     run = open_run(folder)
     _report(run)
     print(f"report   {run.report_file.resolve().as_uri()}")
@@ -300,6 +307,404 @@ def _report(run: RunFolder) -> None:
     from ksparse.report import write
 
     write(run)
+
+
+# ---- laws --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FitArgs:
+    law: str = ""
+    """Of a CSV file: nk, n, c, tokens, lr or s. Of a sweep all that its points allow are fitted."""
+    out: str = ""
+    """Folder for law.json of a CSV file; the file's own if not given."""
+    form: str = "paper"
+    """paper, best (the lowest AICc), or the name of a form as law.json lists them."""
+    predict: str = ""
+    """Where to say the law's value: n=65536,k=32."""
+    budget: float = 0.0
+    """Training FLOPs: say the best n and tokens for them. Needs a sweep."""
+    draws: int = 1_000
+    """Of the bootstrap."""
+
+
+def fit(arguments: list[str]) -> None:
+    """fit SWEEP|POINTS.csv [--key value …]  fit scaling laws to a sweep's runs or to any table of points, with intervals"""
+    place, rest = _folder("fit", arguments, "a sweep's folder or a CSV file of points")
+    options = _parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
+    from ksparse.scaling import law as laws
+
+    at = _assignments("--predict", options.predict)
+    if options.draws < 0:
+        raise InputError(f"--draws is {options.draws}; it is a number of bootstrap draws, 0 for none")
+    if Path(place).is_dir():
+        if options.law or options.out:
+            raise InputError("--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json")
+        found = _survey(place, form=options.form, draws=options.draws)
+        for law in found.laws.values():
+            _show_law(law)
+        for sentence in [*found.notes, *found.absent.values()]:
+            print(f"  note: {sentence}")
+        for line in [*found.predictions(at), *found.budgeted(options.budget, at)]:
+            print(line)
+        print(f"laws     {Path(place) / 'law.json'}\nnext     ksparse report {place}")
+        return
+    if options.budget:
+        raise InputError("--budget needs the curves of a sweep; a CSV of points has none")
+    if not options.law:
+        raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}")
+    law = laws.fit(laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws)
+    file = Path(options.out or Path(place).parent) / "law.json"
+    files.write_json(file, {"format": laws.FORMAT, **law.to_dict()})
+    _show_law(law)
+    if at:
+        print(law.predict(**at).says(law.kind.target, at))
+    print(f"law      {file}")
+
+
+def _survey(folder: str, **options: Any) -> Any:
+    """Fit all laws of a sweep and write its law.json."""
+    from ksparse.scaling import survey
+
+    with Progress("laws", len(survey.LAWS)) as progress:
+        found = survey.survey(folder, **options, observe=lambda done, total, what: progress(done, what, total))
+    files.write_json(Path(folder) / "law.json", found.to_dict())
+    return found
+
+
+def _show_law(law: Any) -> None:
+    print(f"{law.kind.title}   {law.form.equation}")
+    for name, each in law.coefficients.items():
+        low, high = ("-" if end is None else f"{end:.4g}" for end in (each.low, each.high))
+        print(f"  {name:<12}{each.value:>12.5g}   [{low}, {high}]")
+    for sentence in law.says():
+        print(f"  {sentence}")
+
+
+def _assignments(flag: str, text: str) -> dict[str, Any]:
+    """Return the values of n=65536,k=32."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        try:
+            found[name.strip()] = value.strip() if name.strip() == "lm" else float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise InputError(f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}")
+    return found
+
+
+# ---- studies -----------------------------------------------------------------------------------------------------
+
+
+def study(arguments: list[str]) -> None:
+    """study NAME [--run RUN] [--key value …] answer a question with several SAEs, or by an evaluation of one: baselines, sites, …"""
+    name, rest = _folder("study", arguments, "the name of a study, such as baselines")
+    options = _parse(StudyOptions, "study NAME", rest)
+    from ksparse import studies
+    from ksparse.evals import EVALS
+
+    studies.check_name(name, tuple(EVALS))
+    if name in studies.STUDIES:
+        with Progress("reading", 0) as progress:
+            folder = studies.run(name, options, observe=lambda what, done, total: progress(done, "", total, what))
+        _show_study(folder)
+        return
+    if not options.run:
+        raise InputError(f"study {name!r} is an evaluation of one SAE: say of which, with --run RUN")
+    run = open_run(options.run)
+    results = _evaluate([options.run], [name], EvalOptions(tokens=options.eval_tokens, text=options.text, device=options.device))
+    _show(results[options.run][name], run.eval_file(name))
+    _report(run)
+    print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def _show_study(folder: Path) -> None:
+    from ksparse.report import studies as pages
+
+    page = pages.write(folder)
+    for finding in pages.read(folder)["findings"]:
+        print(f"- {finding}")
+    print(f"study    {folder / 'study.json'}\nreport   {page.resolve().as_uri()}")
+
+
+def view(arguments: list[str]) -> None:
+    """view RUN [--export DIR] [--port N]    look at its latents in the browser, on this machine; or write pages for any web host"""
+
+    @dataclass(frozen=True)
+    class ViewArgs:
+        export: str = ""
+        """Folder to write static pages to, without the parts that need the LM; nothing is served then."""
+        port: int = 8765
+        """Port on 127.0.0.1; 0 takes any that is free."""
+
+    folder, rest = _folder("view", arguments)
+    options = _parse(ViewArgs, "view RUN", rest)
+    run = open_run(folder)
+    from ksparse import viewer
+
+    if options.export:
+        with Progress("pages", 0) as progress:
+            page = viewer.export(run, Path(options.export), observe=lambda what, done, total: progress(done, "", total, what))
+        print(f"pages    {page.resolve().as_uri()}")
+        return
+    listener = viewer.listen(options.port)
+    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/   (Ctrl-C ends it)", flush=True)
+    viewer.serve(run, listener)
+
+
+# ---- inside the LM -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SteerArgs:
+    latent: tuple[int, ...] = ()
+    """Latents to steer, several if wanted."""
+    prompt: str = ""
+    """Text that the LM continues."""
+    value: float | None = None
+    """What the latents are held at, of either sign, in the unit of their activations; 0 takes them out."""
+    scale: float | None = None
+    """Instead: what their own activations are multiplied by."""
+    error: Literal["keep", "drop"] = "keep"
+    """keep: what the SAE fails to reconstruct stays. drop: the LM gets the reconstruction."""
+    tokens: int = 40
+    """Most tokens of a continuation."""
+    temperature: float = 0.0
+    """0: always the likeliest token. Above: drawn, with the same random numbers for both continuations."""
+    seed: int = 0
+    """Draws the tokens."""
+    shown: int = 10
+    """Tokens listed whose probability changes most."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def steer(arguments: list[str]) -> None:
+    """steer RUN --latent I --value V --prompt … what the LM writes with latents held at a value, beside what it writes as it is"""
+    folder, rest = _folder("steer", arguments)
+    asked = _parse(SteerArgs, "steer RUN", rest)
+    if not asked.latent or not asked.prompt:
+        raise InputError(f"steering needs {'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}")
+    if (asked.value is None) == (asked.scale is None):
+        raise InputError("give one of --value V, which latents are held at, and --scale S, which their own activations are multiplied by")
+    from ksparse import steering
+    from ksparse.sae.store import load
+
+    sae = load(folder)
+    steering.check_latents(sae, asked.latent)
+    lm = steering.lm_of(sae, asked.device)
+    how = {"clamp" if asked.scale is None else "scale": dict.fromkeys(asked.latent, asked.value if asked.scale is None else asked.scale)}
+    found = steering.compare(lm, sae.to(lm.device), asked.prompt, error=asked.error, tokens=asked.tokens, temperature=asked.temperature,
+                             seed=asked.seed, **how)
+    for latent in asked.latent:
+        print(f"latent   {latent}{_what_is_known(folder, latent)}")
+    print(f"as it is {asked.prompt}{found.before.text}\nsteered  {asked.prompt}{found.after.text}")
+    print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
+    for token, before, after in found.moved(asked.shown):
+        print(f"  {lm.tokenizer.decode([token])!r:<40}{before:>10.4f}{after:>10.4f}")
+
+
+def _what_is_known(folder: str, latent: int) -> str:
+    """Return what `stats` has found of a latent, so that a value can be chosen; nothing if it has not been run."""
+    arrays = RunFolder(Path(folder)).eval_file("stats").with_suffix(".safetensors")
+    if not arrays.is_file():
+        return ""
+    from safetensors.numpy import load_file
+
+    found = load_file(arrays)
+    return (f": fires on {found['density'][latent]:.2%} of tokens, with {found['mean_act'][latent]:.3g} on average and "
+            f"{found['max_act'][latent]:.3g} at most")
+
+
+@dataclass(frozen=True)
+class AttributeArgs:
+    prompt: tuple[str, ...] = ()
+    """Texts; what counts is the token after each."""
+    toward: tuple[str, ...] = ()
+    """Tokens whose mean logit is explained, as they look in a text, leading space included."""
+    away: tuple[str, ...] = ()
+    """Tokens whose mean logit is taken off; the mean of all logits if not given."""
+    shown: int = 10
+    """Latents listed on either side."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def attribute(arguments: list[str]) -> None:
+    """attribute RUN --prompt … --toward T --away U   which latents the LM's preference for a token hangs on: activation x gradient"""
+    folder, rest = _folder("attribute", arguments)
+    asked = _parse(AttributeArgs, "attribute RUN", rest)
+    from ksparse import steering
+    from ksparse.sae.store import load
+
+    sae = load(folder)
+    lm = steering.lm_of(sae, asked.device)
+    scores = steering.attribute(lm, sae.to(lm.device), asked.prompt, steering.logit_difference(lm, asked.toward, asked.away))
+    order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
+    print(f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} prompts, all together {scores.sum():+.4f}")
+    for latent in sorted(order[: asked.shown], key=lambda i: -scores[i]):
+        print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(folder, latent)}")
+    if order:
+        print(f"next     ksparse steer {folder} --latent {order[0]} --value 0 --prompt …")
+
+
+@dataclass(frozen=True)
+class CompareArgs(EvalOptions):
+    lm: str = ""
+    """The LM, where no SAE says which; a Hub name, a folder, or pylm."""
+    site: str = ""
+    """The site, where no SAE says which."""
+    like: str = ""
+    """Evaluate all on the text, contexts and positions that this SAE was trained with."""
+    by: str = ""
+    """Rank by this column; by the first if not given."""
+    results: Literal["new", "saved"] = "new"
+    """new: evaluate. saved: take the results that runs have."""
+    json: str = ""
+    """File for the table."""
+
+
+def compare(arguments: list[str]) -> None:
+    """compare A B … [--key value …]         SAEs of any format on the same text, positions and baselines: one table"""
+    folder, rest = _folder("compare", arguments, "the SAEs to compare: runs, folders of any format, or Hub repositories")
+    sources = [folder]
+    while rest and not rest[0].startswith("-"):
+        sources.append(rest.pop(0))
+    args = _parse(CompareArgs, "compare A B …", rest)
+    from ksparse import interop
+    from ksparse.evals import comparison
+
+    repeated = [source for source in sources if sources.count(source) > 1]
+    if repeated:
+        raise InputError(f"{repeated[0]} is named twice")
+    saes = {source: interop.load(source) for source in sources}
+    results = _saved(sources) if args.results == "saved" else _together(saes, args)
+    rows = comparison.table(results, {source: sae.shape.normalize for source, sae in saes.items()}, args.by)
+    width = max(map(len, sources)) + 2
+    print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
+    for row in rows:
+        print(f"{row.name:<{width}}" + "".join(f"{_value(each):>22}" for each in row.values.values()))
+    print("± one standard error over documents; the SAEs saw the same ones, so differences are known better than that")
+    if args.json:
+        files.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
+
+
+def _saved(sources: list[str]) -> dict[str, dict[str, Any]]:
+    from ksparse.evals.comparison import NAMES
+
+    found = {source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))} for source in sources}
+    for source, results in found.items():
+        if not results:
+            raise InputError(f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --results saved")
+    return found
+
+
+def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, Any]]:
+    """Evaluate SAEs in one pass, on what one of them was trained with."""
+    from ksparse import evals
+    from ksparse.acts.lm import LM, resolve_device
+    from ksparse.evals.comparison import NAMES
+
+    if args.like and args.like not in saes:
+        raise InputError(f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}")
+    told = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
+    places = {source: acts or sae.metadata.get("origin") or {} for (source, sae), acts in zip(saes.items(), told.values())}
+    own = told[args.like] if args.like else next((acts for acts in told.values() if acts), {})
+    acts = recipes.Acts(**own | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))})
+    if not own and not (args.lm and args.site):
+        raise InputError("no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text")
+    for source, place in places.items():
+        for key in ("lm", "site"):
+            if place.get(key, getattr(acts, key)) != getattr(acts, key) and not getattr(args, key):
+                raise InputError(f"{source} is of {key} {place[key]!r}, the others are compared on {getattr(acts, key)!r}; if that is the same by another name, "
+                                 f"say so with --{key}")
+    if args.like:
+        for sae in saes.values():
+            sae.metadata["acts"] = dataclasses.asdict(dataclasses.replace(acts, normalize=sae.shape.normalize))
+    options = EvalOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalOptions)})
+    with Progress("evaluating", 0) as progress:
+        return evals.evaluate_many(saes, LM(acts=acts, device=resolve_device(args.device)), NAMES, options,
+                                   observe=lambda what, done, total: progress(done, "", total, what))
+
+
+# ---- other libraries ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    to: str
+    """sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium or ksparse; of an evaluated run also what viewers show: neuronpedia,
+    sae_dashboard, atoms."""
+    subfolder: str = ""
+    """Folder of the SAE in SRC."""
+    revision: str = ""
+    """Revision of a Hub repository."""
+    normalization: Literal["exact", "layer_norm", "outside"] = "exact"
+    """What to do with a normalisation that the format has not. exact: refuse, unless it can go into the weights. layer_norm: also take that for unit_norm, which
+    differs by about 1e-5 / deviation of the activation. outside: leave it to whoever uses the SAE."""
+    model: str = ""
+    """neuronpedia, sae_dashboard: Neuronpedia's name of the LM."""
+    set: str = "ksparse"
+    """neuronpedia, sae_dashboard: name of the source set, without the layer."""
+    release: str = ""
+    """neuronpedia: name of the release."""
+    creator: str = ""
+    """neuronpedia: who made it."""
+    url: str = ""
+    """neuronpedia: where to read about it."""
+    repository: str = ""
+    """neuronpedia: repository on the Hub that holds the weights."""
+
+
+def convert(arguments: list[str]) -> None:
+    """convert SRC DST --to FORMAT           write an SAE of any format in another, or what viewers show of a run"""
+    source, rest = _folder("convert", arguments, "an SAE: a run, a folder of any format, or a Hub repository; and a new folder")
+    folder, rest = _folder("convert", rest, "a new folder, after the SAE") if source else ("", rest)
+    args = _parse(ConvertArgs, "convert SRC DST", rest)
+    viewers = ("neuronpedia", "sae_dashboard", "atoms")
+    if args.to not in viewers:
+        from ksparse import interop
+
+        sae = interop.convert(source, folder, args.to, revision=args.revision or None, subfolder=args.subfolder, normalization=args.normalization)
+        print(f"{args.to:<9}{folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}")
+        return
+    from ksparse.interop import atoms, neuronpedia
+
+    run = open_run(source)
+    if args.to == "atoms":
+        count = atoms.export(run, Path(folder))
+    else:
+        names = neuronpedia.Publication(**{field.name: getattr(args, field.name) for field in dataclasses.fields(neuronpedia.Publication)})
+        count = (neuronpedia.bulk if args.to == "neuronpedia" else neuronpedia.dashboard)(run, Path(folder), names)
+    print(f"{args.to:<9}{folder}: {count:,} latents")
+
+
+def push(arguments: list[str]) -> None:
+    """push RUN OWNER/NAME [--key value …]   put an SAE on the Hub, with a card and a copy for SAELens"""
+
+    @dataclass(frozen=True)
+    class PushArgs:
+        subfolder: str = ""
+        """Folder in the repository, where it holds several SAEs."""
+        visibility: Literal["public", "private"] = "public"
+        """Of a repository that is not there yet."""
+        folder: str = ""
+        """Write the repository's folder here, and upload nothing."""
+        normalization: Literal["exact", "layer_norm", "outside"] = "exact"
+        """For SAELens' copy, as of `ksparse convert`."""
+
+    source, rest = _folder("push", arguments, "an SAE, such as runs/demo; and the name of a repository")
+    repository, rest = _folder("push", rest, "the name of a repository on the Hub, OWNER/NAME, after the SAE") if source else ("", rest)
+    args = _parse(PushArgs, "push RUN OWNER/NAME", rest)
+    from ksparse.interop import hub
+
+    if args.folder:
+        print(f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}")
+    else:
+        address = hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)
+    print(f"hub      {address}")
 
 
 # ---- before training ---------------------------------------------------------------------------------------------
@@ -380,8 +785,9 @@ def doctor(arguments: list[str]) -> None:
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
-    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "eval": evaluate, "probes": probes, "report": report,
-    "shard": shard, "plan": plan, "bench": bench, "doctor": doctor,
+    "demo": demo, "train": train, "resume": resume, "sweep": sweep, "fit": fit, "eval": evaluate, "compare": compare, "study": study,
+    "probes": probes, "report": report, "view": view, "steer": steer, "attribute": attribute, "convert": convert, "push": push, "shard": shard,
+    "plan": plan, "bench": bench, "doctor": doctor,
 }
 
 
@@ -394,10 +800,20 @@ def _recipe(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[s
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         given, name = recipes.load(file), Path(file).stem
+    given = dataclasses.replace(given, sae=dataclasses.replace(given.sae, activation=_activation(given.sae.activation, arguments)))
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
     parsed = _parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
     own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
     return Recipe(**{key: own.pop(key) for key in fields}), own, name
+
+
+def _activation(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
+    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of another kind where they name one."""
+    words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    flags = {word.removeprefix("--sae.activation.").replace("-", "_"): value for word, value in zip(words, [*words[1:], ""])
+             if word.startswith("--sae.activation.")}
+    kind = recipes.activation_kind({"kind": given.kind} | flags, "--sae.activation.")
+    return given if isinstance(given, kind) else kind()
 
 
 def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = "") -> Any:
@@ -406,7 +822,7 @@ def _parse(kind: type, verb: str, arguments: list[str], default: Any = None, pre
     description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
-    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff,),
+    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
                     **({} if default is None else {"default": default}))
 
 

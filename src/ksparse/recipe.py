@@ -2,7 +2,7 @@
 
     Recipe
       acts   where activations come from: LM, site, text, contexts, normalisation
-      sae    the autoencoder: latents, k, AuxK, initialisation
+      sae    the autoencoder: latents, k, AuxK, initialisation; sae.activation: one of several kinds, each with its own keys
       optim  how it is trained: learning rate, Adam, EMA, schedule
       curve  the held-out loss along the way, and whether the run ends where it no longer falls
       run    what does not change the result: device, log, how often to save
@@ -71,15 +71,109 @@ class Acts:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """The k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3)."""
+
+    kind: Literal["topk"] = "topk"
+    """What becomes of pre-activations: topk, batch_topk, relu, jump_relu, gated, prolu. `--sae.activation.kind KIND --help` lists the keys of a kind."""
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The k x b largest pre-activations of a batch of b tokens, then ReLU; in use, those above a threshold (Bussmann et al. 2024)."""
+
+    kind: Literal["batch_topk"] = "batch_topk"
+    """The kind."""
+    threshold_decay: float = 0.99
+    """Decay of the running average, over steps, of the smallest value that a batch keeps: the threshold in use."""
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """ReLU with an L1 penalty (Gao et al. 2024, sections 2.2 and B.2; Conerly et al. 2024)."""
+
+    kind: Literal["relu"] = "relu"
+    """The kind."""
+    l1: float = 5e-3
+    """Weight of the penalty. The paper's are 1.7e-3 to 1.7e-2."""
+    penalty: Literal["paper", "decoder_norm"] = "paper"
+    """paper: the sum of a token's values by the norm of its input. decoder_norm: each value times its decoder row's norm, for sae.unit_norm = false."""
+    warmup: float = 0.05
+    """First share of the steps over which the penalty rises linearly (the paper's, for GPT-4)."""
+    resample: int = 4
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """Values above a threshold of their latent, trained through kernel estimates of the gradient (Rajamanoharan et al. 2024b)."""
+
+    kind: Literal["jump_relu"] = "jump_relu"
+    """The kind."""
+    penalty: Literal["target", "l0"] = "target"
+    """target: coef x (L0 / k - 1)^2, so that sae.k is the L0 aimed at. l0: coef x L0 / k."""
+    coef: float = 1.0
+    """Weight of the penalty."""
+    bandwidth: float = 0.001
+    """Width of the window around a threshold in which its gradient is seen, for inputs of norm 1 (the original's); it grows with the input."""
+    threshold: float = 0.0
+    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a sample."""
+    warmup: float = 0.05
+    """First share of the steps over which the penalty rises linearly."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Gates say which latents are active, magnitudes how much; L1 and an auxiliary loss on the gates (Rajamanoharan et al. 2024a)."""
+
+    kind: Literal["gated"] = "gated"
+    """The kind."""
+    l1: float = 5e-3
+    """Weight of the penalty on the gates' pre-activations. The paper's are 1e-3 to 2e-2."""
+    aux: float = 1.0
+    """Weight of the error of reconstructing from the gates' pre-activations, with a decoder that gets no gradient from it."""
+    warmup: float = 0.05
+    """First share of the steps over which the penalty rises linearly."""
+    resample: int = 4
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+
+
+@dataclass(frozen=True)
+class ProLU:
+    """The product itself where product and biased product are positive, with one of two made-up gradients (Taggart 2024)."""
+
+    kind: Literal["prolu"] = "prolu"
+    """The kind."""
+    gradient: Literal["ste", "relu"] = "ste"
+    """How the bias gets a gradient. ste: straight through the step. relu: as if it were added."""
+    l1: float = 5e-3
+    """Weight of the penalty. The paper's are 5e-4 to 2e-2."""
+    warmup: float = 0.05
+    """First share of the steps over which the penalty rises linearly."""
+    resample: int = 4
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+
+
+_SPOKEN = {"topk": "{k} of them active at a time", "batch_topk": "{k} of them active on average", "jump_relu": "about {k} of them active at a time"}
+Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
+ACTIVATIONS: dict[str, type] = {kind().kind: kind for kind in typing.get_args(Activation)}
+WITH_AUXK = ("topk", "batch_topk", "jump_relu")
+"""Kinds whose dead latents are revived by AuxK; the others resample them."""
+
+
+@dataclass(frozen=True)
 class SAE:
     """The autoencoder (Gao et al. 2024, section 2 and appendix A)."""
 
     n_latents: int = 4096
     """Latents."""
     k: int = 32
-    """Latents that may be active for one activation."""
+    """Latents that may be active for one activation. Of batch_topk: on average over a batch. Of jump_relu: the L0 at the start, and the one aimed at.
+    Of relu, gated and prolu: no bound; the number chosen where one is asked for, as in the codes at other k."""
+    activation: Activation = field(default_factory=TopK)
+    """What becomes of pre-activations."""
     auxk_coef: float = 1 / 32
-    """Weight of the AuxK loss; 0 turns it off."""
+    """Weight of the AuxK loss, of topk, batch_topk and jump_relu; 0 turns it off. The other kinds have no AuxK: they resample."""
     k_aux: int = 0
     """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
     auxk_share: float = 1.0
@@ -101,6 +195,11 @@ class SAE:
     """Where b_pre starts, from a sample of activations."""
     unit_norm: bool = True
     """Keep decoder rows at norm 1, and remove the gradient along them."""
+
+    @property
+    def bound(self) -> str:
+        """Say how many latents are active, as far as that is set."""
+        return _SPOKEN.get(self.activation.kind, "as many of them active as its penalty leaves").format(k=self.k)
 
 
 @dataclass(frozen=True)
@@ -255,6 +354,7 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a smaller k")
     if sae.multi_topk and 4 * sae.k > sae.n_latents:
         raise InputError(f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}")
+    check_activation(sae)
     if acts.context < 3:
         raise InputError(f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text")
     if not 0 <= recipe.curve.converged < 1:
@@ -279,6 +379,32 @@ def check(recipe: Recipe) -> None:
                        "optim.beta2": recipe.optim.beta2, "optim.decay": recipe.optim.decay}.items():
         if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):
             raise InputError(f"{key} is {value}; it must be from 0 up to, but not including, 1")
+
+
+def check_activation(sae: SAE) -> None:
+    """Raise InputError for options of the activation that cannot be right, and for others that its kind has no use for."""
+    activation = sae.activation
+    kind = activation.kind
+    lowest = {"l1": 0, "coef": 0, "aux": 0, "warmup": 0, "resample": 0, "threshold": 0, "threshold_decay": 0}
+    for name, value in dataclasses.asdict(activation).items():
+        if name in lowest and value < lowest[name]:
+            raise InputError(f"sae.activation.{name} is {value}; it must not be negative")
+        if name == "warmup" and value > 1 or name == "threshold_decay" and value >= 1:
+            raise InputError(f"sae.activation.{name} is {value}; it must be from 0 to 1" + (", and less than 1" if name != "warmup" else ""))
+        if name == "bandwidth" and value <= 0:
+            raise InputError(f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would never move")
+    if sae.multi_topk and kind != "topk":
+        raise InputError(f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not {kind!r}; leave it at 0")
+    if kind not in WITH_AUXK and sae.auxk_coef not in (0, SAE.auxk_coef):
+        raise InputError(f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but sae.activation.resample; leave it out")
+    by_norm = getattr(activation, "penalty", "") == "decoder_norm"
+    if by_norm and sae.unit_norm:
+        raise InputError("sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; give sae.unit_norm = false, or the penalty 'paper'")
+    if hasattr(activation, "l1") and not by_norm and not sae.unit_norm:
+        raise InputError(f"sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of sae.activation.kind = {kind!r}; leave it true"
+                         + (", or give sae.activation.penalty = 'decoder_norm'" if kind == "relu" else ""))
+    if kind in ("prolu", "gated") and not sae.b_enc:
+        raise InputError(f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and needs them")
 
 
 # ---- TOML and dictionaries ---------------------------------------------------------------------------------------
@@ -308,11 +434,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def to_toml(recipe: Recipe) -> str:
     """Write every key of the recipe as TOML, so that a later change of a default does not change an old run."""
     table = to_dict(recipe)
-    lines = [f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for key, section in table.items():
-        if isinstance(section, dict):
-            lines += ["", f"[{key}]", *(f"{name} = {_toml(value)}" for name, value in section.items())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(_toml_lines(table)).lstrip() + "\n"
+
+
+def _toml_lines(table: dict[str, Any], name: str = "") -> list[str]:
+    """Return a table's own keys, then those of the tables in it, each under its whole name."""
+    lines = [*(["", f"[{name}]"] if name else []), *(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict))]
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += _toml_lines(value, f"{name}.{key}" if name else key)
+    return lines
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -336,13 +467,29 @@ def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
         if key not in hints:
             raise InputError(f"unknown key '{prefix}{key}'{where}{_suggest(prefix + key)}")
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hint) or hint == Activation:
             if not isinstance(value, dict):
                 raise InputError(f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys")
+            if hint == Activation:
+                hint = activation_kind(value, f"{prefix}{key}.", where)
             values[key] = _build(hint, value, f"{prefix}{key}.", where)
         else:
             values[key] = _convert(value, hint, f"'{prefix}{key}'{where}")
     return kind(**values)
+
+
+def activation_kind(table: dict[str, Any], prefix: str = "sae.activation.", where: str = "") -> type:
+    """Return the kind of activation that a table names, topk if it names none; raise InputError for keys that this kind does not have."""
+    kind = _convert(table.get("kind", "topk"), Literal[tuple(ACTIVATIONS)], f"'{prefix}kind'{where}")
+    own = [each.name for each in dataclasses.fields(ACTIVATIONS[kind])]
+    for key in table:
+        if key not in own:
+            others = [name for name, other in ACTIVATIONS.items() if key in {each.name for each in dataclasses.fields(other)}]
+            near = difflib.get_close_matches(key, own, 1, 0.6)
+            raise InputError(f"unknown key '{prefix}{key}' of kind {kind!r}{where}; "
+                             + (f"did you mean '{prefix}{near[0]}'?" if near else f"it is a key of kind {', '.join(others)}" if others
+                                else f"its keys are {', '.join(own)}"))
+    return ACTIVATIONS[kind]
 
 
 def _suggest(key: str) -> str:

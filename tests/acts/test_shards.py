@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from ksparse import files
 from ksparse.acts import shards as module
 from ksparse.acts.lm import LM
-from ksparse.acts.shards import Shards, write
+from ksparse.acts.shards import Shards, write, write_sites
 from ksparse.acts.stream import ShardStream
 from ksparse.acts.text import Corpus
 from ksparse.errors import CorruptError, InputError, NonFiniteError
@@ -123,18 +124,38 @@ def test_what_does_not_change_the_activations_does_not_change_the_folder(make, t
 
 
 def test_activations_that_are_not_finite_are_refused_with_the_document(make, tmp_path, monkeypatch):
-    own = LM.acts
-    monkeypatch.setattr(LM, "acts", lambda self, *args: own(self, *args) / 0)
+    own = LM.acts_at
+    monkeypatch.setattr(LM, "acts_at", lambda self, *args: {site: x / 0 for site, x in own(self, *args).items()})
     with pytest.raises(NonFiniteError, match=r"activations at resid_post\.1 are NaN or infinite in document 'words\.txt:\d+'"):
         make(tmp_path)
 
 
 def test_activations_too_large_for_float16_are_refused_and_not_written_as_infinity(make, tmp_path, monkeypatch):
-    own = LM.acts
-    monkeypatch.setattr(LM, "acts", lambda self, *args: own(self, *args) * 1e5)
+    own = LM.acts_at
+    monkeypatch.setattr(LM, "acts_at", lambda self, *args: {site: x * 1e5 for site, x in own(self, *args).items()})
     assert Shards(make(tmp_path / "wide")).rows >= ROWS
     with pytest.raises(NonFiniteError, match=r"NaN or infinite in document .words\.txt:\d+., as float16"):
         make(tmp_path / "narrow", dtype="float16")
+
+
+def test_several_sites_in_one_pass_are_what_each_is_alone(small_acts, tmp_path, monkeypatch):
+    sites = ("resid_post.1", "mlp_out.0", "resid_pre.0")
+    alone = []
+    for site in sites:
+        lm = LM(acts=small_acts(site=site))
+        alone.append(write(lm, Corpus(lm.options, lm.tokenizer, "train"), tmp_path / "alone", rows=200, shard_rows=100))
+    lm = LM(acts=small_acts(site=sites[0]))
+    passes, own = [], lm._forward
+    monkeypatch.setattr(lm, "_forward", lambda *args: passes.append(1) or own(*args))
+    together = write_sites(lm, Corpus(lm.options, lm.tokenizer, "train"), tmp_path / "together", sites, rows=200, shard_rows=100)
+    for one, other in zip(alone, together, strict=True):
+        assert one.name == other.name
+        assert {file.name: file.read_bytes() for file in one.iterdir()} == {file.name: file.read_bytes() for file in other.iterdir()}
+    shutil.rmtree(together[1])
+    before = len(passes)
+    assert write_sites(lm, Corpus(lm.options, lm.tokenizer, "train"), tmp_path / "together", sites, rows=200, shard_rows=100) == together
+    assert {file.name: file.read_bytes() for file in together[1].iterdir()} == {file.name: file.read_bytes() for file in alone[1].iterdir()}
+    assert len(passes) == 2 * before, "the same passes again"
 
 
 # ---- what is wrong is refused

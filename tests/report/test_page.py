@@ -23,7 +23,7 @@ from .reading import Page
 
 ALLOWED = set("""html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
               table thead tbody tr th td data details summary pre code figure figcaption strong b mark bdi
-              svg g path defs use rect text clippath tspan""".split())
+              svg g path defs use rect circle text clippath tspan""".split())
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(1)</script>", "' onmouseover='alert(1)",
            "</span></pre></table><h1>", "<!--<script>", "]]>", "\u202eevil", "\x00", "\ud800", "\u2028", "&lt;b&gt;", "{{ 7 * 7 }}",
            "{% include 'x' %}", "javascript:alert(1)", "<table>", "<svg onload=alert(1)>", "https://evil.example/x.js",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,29 +85,40 @@ class LM:
     def _bos(self) -> int | None:
         return self.tokenizer.bos_token_id if self.options.bos == "auto" else None
 
-    @torch.inference_mode()
     def acts(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """Return the raw activations x[b, t, d] at the site as float32; what comes after the site is not computed."""
-        seen: list[Tensor] = []
+        return self.acts_at((self.options.site,), tokens, attention)[self.options.site]
 
-        def take(x: Tensor) -> None:
-            seen.append(x)
-            raise _Stop
+    @torch.inference_mode()
+    def acts_at(self, sites: Sequence[str], tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        """Return the raw activations x[b, t, d] at several sites as float32, from one pass that ends when all have been seen."""
+        seen: dict[str, Tensor] = {}
 
-        with self._hooked(take):
+        def take(site: str, x: Tensor) -> None:
+            seen.setdefault(site, x.clone() if len(sites) > 1 else x)  # blocks may add to it in place
+            if len(seen) == len(set(sites)):
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for site in set(sites):
+                hooks.enter_context(self._hooked(functools.partial(take, site), site))
             try:
                 self._forward(tokens, attention)
             except _Stop:
                 pass
-        if not seen:
-            raise InputError(f"site {self.options.site!r} was not reached in a forward pass of {self.options.lm}; "
+        return {site: self._checked(site, seen, tokens).float() for site in sites}
+
+    def _checked(self, site: str, seen: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """Return what was seen at a site; raise InputError if that was nothing, or no activations."""
+        if site not in seen:
+            raise InputError(f"site {site!r} was not reached in a forward pass of {self.options.lm}; "
                              f"choose another:\n{describe_sites(self.model)}")
-        x = seen[0]
+        x = seen[site]
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 3 or x.shape[:2] != tokens.shape:
             found = f"a tensor of shape {list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise InputError(f"site {self.options.site!r} of {self.options.lm} gives {found}, not activations [contexts, tokens, width]; "
+            raise InputError(f"site {site!r} of {self.options.lm} gives {found}, not activations [contexts, tokens, width]; "
                              f"choose another:\n{describe_sites(self.model)}")
-        return x.float()
+        return x
 
     @torch.inference_mode()
     def watch(self, tokens: Tensor, attention: Tensor) -> Watched:
@@ -175,26 +187,9 @@ class LM:
         cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
 
-    @contextmanager
-    def _hooked(self, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-            rest = output[1:] if isinstance(output, tuple) else None
-            new = change(_first(output))
-            return None if new is None else new if rest is None else (new, *rest)
-
-        def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if args:
-                new = change(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            new = change(kwargs.get("hidden_states"))
-            return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-        handle = (self.module.register_forward_hook(on_output) if self.at == "out"
-                  else self.module.register_forward_pre_hook(on_input, with_kwargs=True))
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _hooked(self, change: Callable[[Tensor], Tensor | None], site: str = "") -> AbstractContextManager[None]:
+        module, at = resolve(self.model, site) if site and site != self.options.site else (self.module, self.at)
+        return hooked(module, at, change)
 
     def _width(self) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
@@ -335,6 +330,29 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
     return "" if size <= limit else f"relative difference of logits {size:.2g}"
 
 
+@contextmanager
+def hooked(module: nn.Module, at: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Pass a module's hidden states ('in' or 'out') through `change` in each forward pass; where that returns None they stay as they are."""
+
+    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+        rest = output[1:] if isinstance(output, tuple) else None
+        new = change(_first(output))
+        return None if new is None else new if rest is None else (new, *rest)
+
+    def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            new = change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = change(kwargs.get("hidden_states"))
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    handle = module.register_forward_hook(on_output) if at == "out" else module.register_forward_pre_hook(on_input, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Stop(Exception):
     """Leaves the forward pass once the site has been seen."""
 
@@ -398,6 +416,11 @@ def resolve(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     if not name or name not in modules or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     return modules[name], at or "out"
+
+
+def sites_of(model: nn.Module, kinds: Sequence[str] = ("attn_out", "mlp_out", "resid_post")) -> list[str]:
+    """Return the sites of these kinds that exist, block by block."""
+    return [f"{kind}.{number}" for number, block in enumerate(_blocks(model)) for kind in kinds if _in_block(block, kind)]
 
 
 def describe_sites(model: nn.Module) -> str:

@@ -10,9 +10,10 @@ each shard; a killed writer goes on after the last one. safetensors accepts almo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,36 +43,57 @@ def facts(acts: Acts, corpus: Corpus, dtype: str) -> dict[str, Any]:
 def write(lm: LM, corpus: Corpus, parent: Path, *, rows: int, dtype: str = "float32", shard_rows: int = 0,
           progress: Callable[[int], None] = lambda done: None) -> Path:
     """Write `rows` activations as shards under `parent`; return their folder. Goes on where a killed writer stopped."""
-    about = facts(corpus.acts, corpus, dtype) | {"rows": rows, "d_model": lm.d_model}
-    folder = Path(parent) / files.digest(about)
-    shard_rows = shard_rows or max(1, 256_000_000 // (4 * lm.d_model))
-    manifest = files.read_json(folder / files.MANIFEST) if (folder / files.MANIFEST).is_file() else {
-        **about, "shards": [], "place": list(Place()), "contexts": 0, "complete": False}
-    corpus.names.update(enumerate(files.read_json(folder / NAMES)) if (folder / NAMES).is_file() else ())
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(folder)
-        while not manifest["complete"]:
-            done = sum(shard["rows"] for shard in manifest["shards"])
+    return write_sites(lm, corpus, parent, (corpus.acts.site,), rows=rows, dtype=dtype, shard_rows=shard_rows, progress=progress)[0]
+
+
+def write_sites(lm: LM, corpus: Corpus, parent: Path, sites: Sequence[str], *, rows: int, dtype: str = "float32", shard_rows: int = 0,
+                progress: Callable[[int], None] = lambda done: None) -> list[Path]:
+    """Write the same `rows` activations at several sites, a folder each, from one pass over the text; else like `write`."""
+    probe = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
+    widths = {site: x.shape[-1] for site, x in lm.acts_at(sites, probe, torch.ones_like(probe, dtype=torch.bool)).items()}
+    about = {site: facts(dataclasses.replace(corpus.acts, site=site), corpus, dtype) | {"rows": rows, "d_model": widths[site]} for site in sites}
+    folders = {site: Path(parent) / files.digest(about[site]) for site in sites}
+    shard_rows = shard_rows or max(1, 256_000_000 // (4 * sum(widths.values())))
+    with files.explained(Path(parent)):
+        manifests = {site: _begun(folders[site], about[site], corpus) for site in sites}
+        while not all(manifest["complete"] for manifest in manifests.values()):
+            behind = min(manifests.values(), key=lambda manifest: len(manifest["shards"]))
+            number, done = len(behind["shards"]), sum(shard["rows"] for shard in behind["shards"])
             progress(done)
-            tensors, place, contexts = _shard(lm, corpus, manifest, min(shard_rows, rows - done), getattr(torch, dtype))
-            name = f"{len(manifest['shards']):05d}.safetensors"
-            tmp = folder / f".tmp-{name}"
-            save_file(tensors, tmp)
-            tmp.chmod(0o644)
-            entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
-            tmp.replace(folder / name)
-            last = max(corpus.names)
-            files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
-            manifest |= {"shards": [*manifest["shards"], entry], "place": list(place), "contexts": contexts,
-                         "complete": done + entry["rows"] >= rows, "names_sha256": files.sha256(folder / NAMES)}
-            files.write_json(folder / files.MANIFEST, manifest)
+            tensors, place, contexts = _shard(lm, corpus, sites, behind, min(shard_rows, rows - done), getattr(torch, dtype))
+            for site, x in zip(sites, tensors.pop("x")):
+                if len(manifests[site]["shards"]) == number:  # a killed writer may have written it for some
+                    _add(folders[site], manifests[site], {"x": x, **tensors}, corpus, place, contexts, done)
         progress(rows)
-    return folder
+    return [folders[site] for site in sites]
 
 
-def _shard(lm: LM, corpus: Corpus, manifest: dict[str, Any], rows: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Place, int]:
-    """Compute whole contexts until there are at least `rows` activations."""
+def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+    """Return the manifest of a folder, made where there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(folder)
+    corpus.names.update(enumerate(files.read_json(folder / NAMES)) if (folder / NAMES).is_file() else ())
+    return files.read_json(folder / files.MANIFEST) if (folder / files.MANIFEST).is_file() else {
+        **about, "shards": [], "place": list(Place()), "contexts": 0, "complete": False}
+
+
+def _add(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], corpus: Corpus, place: Place, contexts: int, done: int) -> None:
+    """Write one shard, and the manifest that has it, in place."""
+    name = f"{len(manifest['shards']):05d}.safetensors"
+    tmp = folder / f".tmp-{name}"
+    save_file(tensors, tmp)
+    tmp.chmod(0o644)
+    entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
+    tmp.replace(folder / name)
+    last = max(corpus.names)
+    files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
+    manifest |= {"shards": [*manifest["shards"], entry], "place": list(place), "contexts": contexts,
+                 "complete": done + entry["rows"] >= manifest["rows"], "names_sha256": files.sha256(folder / NAMES)}
+    files.write_json(folder / files.MANIFEST, manifest)
+
+
+def _shard(lm: LM, corpus: Corpus, sites: Sequence[str], manifest: dict[str, Any], rows: int, dtype: torch.dtype) -> tuple[dict[str, Any], Place, int]:
+    """Compute whole contexts until there are at least `rows` activations; `x` is a list of them by site."""
     parts: list[tuple[Tensor, ...]] = []
     have, number, group, place = 0, manifest["contexts"], [], Place(*manifest["place"])
     for context in corpus.contexts(place):
@@ -80,18 +102,19 @@ def _shard(lm: LM, corpus: Corpus, manifest: dict[str, Any], rows: int, dtype: t
             continue
         contexts = corpus.batch(group)
         keep = contexts.keep
-        x = lm.acts(contexts.tokens, contexts.attention).cpu()[keep].to(dtype)
-        if not torch.isfinite(x).all():  # also those that are too large for float16
-            bad = contexts.documents[keep][~torch.isfinite(x).all(1)][0].item()
-            raise NonFiniteError(f"activations at {lm.options.site} are NaN or infinite in document {corpus.names[bad]!r}, "
-                                 f"as {str(dtype).removeprefix('torch.')}")
+        found = [x.cpu()[keep].to(dtype) for x in lm.acts_at(sites, contexts.tokens, contexts.attention).values()]
+        for site, x in zip(sites, found):
+            if not torch.isfinite(x).all():  # also those that are too large for float16
+                bad = contexts.documents[keep][~torch.isfinite(x).all(1)][0].item()
+                raise NonFiniteError(f"activations at {site} are NaN or infinite in document {corpus.names[bad]!r}, "
+                                     f"as {str(dtype).removeprefix('torch.')}")
         numbers = torch.arange(number, number + len(group))[:, None].expand_as(keep)[keep]
         positions = torch.arange(keep.shape[1]).expand_as(keep)[keep]
-        parts.append((x, contexts.documents[keep].int(), numbers.int(), positions.int()))
-        have, number, place, group = have + len(x), number + len(group), group[-1].next, []
+        parts.append((*found, contexts.documents[keep].int(), numbers.int(), positions.int()))
+        have, number, place, group = have + len(numbers), number + len(group), group[-1].next, []
         if have >= rows:
             break
-    x, document, context, position = (torch.cat(column) for column in zip(*parts))
+    *x, document, context, position = (torch.cat(column) for column in zip(*parts))
     return {"x": x, "document": document, "context": context, "position": position}, place, number
 
 

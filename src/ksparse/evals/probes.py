@@ -7,6 +7,7 @@ latents that know nothing. That number is reported beside it, as `probe_loss_in_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,8 +123,8 @@ def _check(rows: Rows) -> None:
 
 
 def random_sae(sae: SAE, seed: int) -> SAE:
-    """Return an SAE of the same shape and b_pre whose encoder rows are random directions."""
-    made = SAE(sae.shape).to(sae.W_enc.device)
+    """Return a TopK SAE of the same size, k and b_pre whose encoder rows are random directions."""
+    made = SAE(dataclasses.replace(sae.shape, activation="topk")).to(sae.W_enc.device)
     directions = torch.randn(sae.W_enc.shape, generator=torch.Generator().manual_seed(seed))
     made.W_enc.data = (directions / directions.norm(dim=1, keepdim=True)).to(sae.W_enc)
     made.b_pre.data = sae.b_pre.data.clone()

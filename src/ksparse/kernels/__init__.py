@@ -44,8 +44,8 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return _GatherSum.apply(values, indices, weight)
 
 
-def selected(x: Tensor, b_pre: Tensor, W_enc: Tensor, b_enc: Tensor, indices: Tensor, pre_acts: Tensor | None) -> Tensor:
-    """Return pre-activations [b, k] at `indices` of W_enc (x - b_pre) + b_enc.
+def selected(x: Tensor, b_pre: Tensor, W_enc: Tensor, b_enc: Tensor | None, indices: Tensor, pre_acts: Tensor | None) -> Tensor:
+    """Return pre-activations [b, k] at `indices` of W_enc (x - b_pre) + b_enc, or without bias.
 
     Their values are read from pre_acts[b, n] where that is given, else computed. The gradient is sparse.
     """
@@ -74,7 +74,8 @@ class _Selected(torch.autograd.Function):
         ctx.save_for_backward(centred, W_enc, indices)
         if pre_acts is not None:
             return pre_acts.gather(1, indices)
-        return _current.gather_dot(centred, indices, W_enc) + b_enc[indices]
+        products = _current.gather_dot(centred, indices, W_enc)
+        return products if b_enc is None else products + b_enc[indices]
 
     @staticmethod
     def backward(ctx, grad):

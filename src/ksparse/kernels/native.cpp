@@ -18,12 +18,82 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #if defined(__AVX2__) && !defined(KS_PORTABLE)
 #include <immintrin.h>
 #endif
 
 namespace {
 
+#ifdef __linux__
+// Begins threads on other cores than our own. A new thread starts on its parent's core, and where other processes keep the scheduler from finding an
+// idle one it waits there until the parent has done its share; from where it began it may move to any core that the process may use.
+struct Cores {
+    cpu_set_t allowed;
+    std::vector<int> list;
+    size_t own = 0;
+
+    Cores() {
+        CPU_ZERO(&allowed);
+        if (sched_getaffinity(0, sizeof allowed, &allowed)) return;  // more cores than the set can name
+        int here = sched_getcpu();
+        for (int c = 0; c < CPU_SETSIZE; c++)
+            if (CPU_ISSET(c, &allowed)) {
+                if (c == here) own = list.size();
+                list.push_back(c);
+            }
+    }
+    void attribute(pthread_attr_t& attributes, size_t thread) const {
+        if (list.size() < 2) return;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(list[(own + thread) % list.size()], &one);
+        pthread_attr_setaffinity_np(&attributes, sizeof one, &one);
+    }
+    void release() const {
+        if (list.size() >= 2) pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+    }
+};
+
+template <class F>
+void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
+    struct Share {
+        F* work;
+        const Cores* cores;
+        int thread;
+        int64_t begin, end;
+        pthread_t id;
+        static void* run(void* given) {
+            auto* mine = (Share*)given;
+            mine->cores->release();
+            (*mine->work)(mine->thread, mine->begin, mine->end);
+            return nullptr;
+        }
+    };
+    const size_t count = borders.size() - 1;
+    if (count < 2) return work(0, borders[0], borders[1]);
+    Cores cores;
+    std::vector<Share> shares;
+    for (size_t t = 1; t < count; t++) shares.push_back({&work, &cores, (int)t, borders[t], borders[t + 1], {}});
+    std::vector<bool> begun;
+    for (auto& share : shares) {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        cores.attribute(attributes, share.thread);
+        begun.push_back(pthread_create(&share.id, &attributes, Share::run, &share) == 0);
+        pthread_attr_destroy(&attributes);
+    }
+    work(0, borders[0], borders[1]);
+    for (size_t i = 0; i < shares.size(); i++) {
+        if (begun[i]) pthread_join(shares[i].id, nullptr);
+        else work(shares[i].thread, shares[i].begin, shares[i].end);  // the system gave no thread
+    }
+}
+#else
 template <class F>
 void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
     std::vector<std::thread> pool;
@@ -31,6 +101,7 @@ void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, be
     work(0, borders[0], borders[1]);
     for (auto& each : pool) each.join();
 }
+#endif
 
 std::vector<int64_t> even(int64_t count, int threads) {
     std::vector<int64_t> borders;
@@ -56,55 +127,106 @@ void fetch(const float* row, int64_t d) {  // a row that is wanted soon
     for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(row + i);
 }
 
-struct Scored {
-    float value;
-    int32_t latent;
-};
-
 const float NOTHING = -std::numeric_limits<float>::infinity();
 const int LANES = 64, EVERY = 8;
 
-// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen.
+// A float's bits as a whole number of the same order.
+int32_t ordered(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen. What it holds stays in the order of showing.
 struct Best {
     int k, count = 0, room;
     float bar = NOTHING;  // only values above it can still be among the k
-    std::vector<Scored> held;
+    std::vector<float> value;
+    std::vector<int32_t> latent, key;
 
-    explicit Best(int k, int times = 2) : k(k), room(times * k + LANES), held(times * k + 2 * LANES) {}
+    explicit Best(int k, int times = 2) : k(k), room(times * k + LANES), value(room + LANES), latent(room + LANES), key(room + LANES) {}
 
     void clear(float from = NOTHING) {
         count = 0;
         bar = from;
     }
-    void offer(float value, int32_t latent) {
-        held[count] = {value, latent};
-        count += value > bar;  // without a branch
+    void offer(float one, int32_t of) {
+        value[count] = one;
+        latent[count] = of;
+        count += one > bar;  // without a branch
         if (count >= room) cut();
     }
     void cut() { cut(k); }  // to the k largest
     void cut(int most) {
-        if (count > most) {
-            std::nth_element(held.begin(), held.begin() + (most - 1), held.begin() + count, [](const Scored& a, const Scored& b) { return a.value > b.value; });
-            count = most;
-            bar = held[most - 1].value;
+        if (count <= most) return;
+        // Halves the range of keys until as many as wanted lie above its middle: counting goes by vectors, where sorting would guess at branches.
+        int32_t low = INT32_MAX, high = INT32_MIN;
+        for (int i = 0; i < count; i++) key[i] = ordered(value[i]);
+        for (int i = 0; i < count; i++) low = std::min(low, key[i]);
+        for (int i = 0; i < count; i++) high = std::max(high, key[i]);
+        low = low == INT32_MIN ? low : low - 1;  // all lie above it, and none above high
+        int above = 0;
+        while ((int64_t)high - low > 1) {
+            int32_t middle = (int32_t)(((int64_t)low + high) >> 1);
+            int found = 0;
+            for (int i = 0; i < count; i++) found += key[i] > middle;
+            if (found > most) low = middle;
+            else {
+                high = middle;
+                above = found;
+                if (found == most) break;
+            }
         }
+        int kept = 0, equal = most - above;  // of those that are as large as the smallest that is kept, the first
+        float least = -NOTHING;
+        for (int i = 0; i < count; i++) {
+            bool take = key[i] > high;
+            if (!take && key[i] == high && equal > 0) {
+                take = true;
+                equal--;
+            }
+            value[kept] = value[i];
+            latent[kept] = latent[i];
+            kept += take;
+        }
+        for (int i = 0; i < kept; i++) least = std::min(least, value[i]);
+        count = kept;
+        bar = least;
+    }
+    void drop(int at) {
+        std::copy(value.begin() + at + 1, value.begin() + count, value.begin() + at);
+        std::copy(latent.begin() + at + 1, latent.begin() + count, latent.begin() + at);
+        count--;
     }
 };
 
-// Offers score(i) of all i in [begin, end); a block without a value above the bar costs one comparison a value.
+// Which of COUNT values, at most 64, are above the bar, a bit each.
+template <int COUNT>
+uint64_t above(const float* block, float bar) {
+    uint64_t found = 0;
+#if defined(__AVX2__) && !defined(KS_PORTABLE)
+    for (int l = 0; l < COUNT; l += 8)
+        found |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(block + l), _mm256_set1_ps(bar), _CMP_GT_OQ)) << l;
+#else
+    int hits = 0;
+    for (int l = 0; l < COUNT; l++) hits += block[l] > bar;
+    if (hits)
+        for (int l = 0; l < COUNT; l++) found |= (uint64_t)(block[l] > bar) << l;
+#endif
+    return found;
+}
+
+// Offers score(i) of all i in [begin, end); a value that is not above the bar costs one comparison.
 template <class Score>
 void offer_all(Best& best, int64_t begin, int64_t end, Score score) {
     float block[LANES];
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES) {
-        int hits = 0;
-        float bar = best.bar;
-        for (int l = 0; l < LANES; l++) {
-            block[l] = score(i + l);
-            hits += block[l] > bar;
+        for (int l = 0; l < LANES; l++) block[l] = score(i + l);
+        for (uint64_t left = above<LANES>(block, best.bar); left; left &= left - 1) {
+            int l = __builtin_ctzll(left);
+            best.offer(block[l], (int32_t)(i + l));
         }
-        if (hits)
-            for (int l = 0; l < LANES; l++) best.offer(block[l], (int32_t)(i + l));
     }
     for (; i < end; i++) best.offer(score(i), (int32_t)i);
 }
@@ -130,12 +252,11 @@ void scan(Best& best, Best& sample, int64_t n, Score score) {
 
 int sample_of(int k) { return std::max(2, 2 * k / EVERY); }
 
-void put(Best& best, int k, float* values, int32_t* indices) {  // in the order of latents, however they were found
-    std::sort(best.held.begin(), best.held.begin() + best.count, [](const Scored& a, const Scored& b) { return a.latent < b.latent; });
+void put(const Best& best, int k, float* values, int32_t* indices) {
     for (int j = 0; j < k; j++) {  // fewer than k only where values are NaN
         bool there = j < best.count;
-        values[j] = there ? best.held[j].value : std::numeric_limits<float>::quiet_NaN();
-        indices[j] = there ? best.held[j].latent : 0;
+        values[j] = there ? best.value[j] : std::numeric_limits<float>::quiet_NaN();
+        indices[j] = there ? best.latent[j] : 0;
     }
 }
 
@@ -161,23 +282,23 @@ float quantize(const float* row, int8_t* out, int64_t d) {  // returns the scale
 }
 
 // Takes the k best by exact value of the candidates in best, which holds the c with the largest scores and, unless there are no more, the next one.
-// A score is held.value * unit.
+// A score is its value * unit.
 void settle(Best& best, Best& chosen, int c, float unit, const float* x, const float* weight, const float* bias, int64_t d, int k, float* values,
             int32_t* indices, float* dropped, float* spread) {
     *dropped = best.bar == NOTHING ? NOTHING : -NOTHING;  // all are candidates; or the bar was too high, and nothing is certain
     if (best.count > c) {  // the one beyond the candidates
-        auto least = std::min_element(best.held.begin(), best.held.begin() + best.count, [](const Scored& a, const Scored& b) { return a.value < b.value; });
-        *dropped = least->value * unit;
-        *least = best.held[--best.count];
+        int least = (int)(std::min_element(best.value.begin(), best.value.begin() + best.count) - best.value.begin());
+        *dropped = best.value[least] * unit;
+        best.drop(least);
     }
     chosen.clear();
     double square = 0;
     for (int j = 0; j < best.count; j++) {
-        Scored one = best.held[j];
-        if (j + 1 < best.count) fetch(weight + (int64_t)best.held[j + 1].latent * d, d);
-        float exact = dot(x, weight + (int64_t)one.latent * d, d) + bias[one.latent], off = exact - one.value * unit;
+        int32_t latent = best.latent[j];
+        if (j + 1 < best.count) fetch(weight + (int64_t)best.latent[j + 1] * d, d);
+        float exact = dot(x, weight + (int64_t)latent * d, d) + bias[latent], off = exact - best.value[j] * unit;
         square += (double)off * off;
-        chosen.offer(exact, one.latent);
+        chosen.offer(exact, latent);
     }
     chosen.cut();
     put(chosen, k, values, indices);
@@ -345,15 +466,13 @@ void ks_screen(const int8_t* low, const float* scale, const float* bias, const f
                 for (int64_t at = 0; at < count; at += TOKENS) {
                     multiply(u.data() + at * depth, low + p * PANEL * depth, depth, product);
                     for (int64_t t = at; t < std::min(count, at + TOKENS); t++) {
-                        float score[PANEL], bar = best[t].bar, with = inverse[t];
+                        float score[PANEL], with = inverse[t];
                         const int32_t* sums = product + (t - at) * PANEL;
-                        int hits = 0;
-                        for (int l = 0; l < PANEL; l++) {
-                            score[l] = (float)sums[l] * by[l] + (shift[l] + extra[l] * with);
-                            hits += score[l] > bar;
+                        for (int l = 0; l < PANEL; l++) score[l] = (float)sums[l] * by[l] + (shift[l] + extra[l] * with);
+                        for (uint64_t left = above<PANEL>(score, best[t].bar); left; left &= left - 1) {
+                            int l = __builtin_ctzll(left);
+                            best[t].offer(score[l], (int32_t)(p * PANEL + l));
                         }
-                        if (hits)
-                            for (int l = 0; l < PANEL; l++) best[t].offer(score[l], (int32_t)(p * PANEL + l));
                     }
                 }
             }

@@ -11,6 +11,8 @@
     probes    tasks -> the section on them
     latents   arrays -> cards with heat-maps
     page      the sections in their order               (a Section per question)
+
+    studies   a study's folder -> its page
 """
 
 from pathlib import Path

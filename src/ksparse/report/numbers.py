@@ -39,7 +39,8 @@ class Group:
 
 
 def _k(source: Source) -> str:
-    return f"k = {source.recipe.sae.k}: the most there can be"
+    sae = source.recipe.sae
+    return f"k = {sae.k}: the most there can be" if sae.activation.kind == "topk" else sae.bound
 
 
 def _dead_in_training(source: Source) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jinja2
 
 from ksparse import recipe as recipes
-from ksparse.recipe import Recipe
+from ksparse.recipe import WITH_AUXK, Recipe
 from ksparse.report import claims, figures, findings, latents, numbers, probes
 from ksparse.report.figures import Picture
 from ksparse.report.source import Source, is_number
@@ -67,7 +67,7 @@ def summary(source: Source) -> str:
     recipe = source.recipe
     seen = tokens_seen(source)
     trained = f"trained on {numbers.amount(seen)}" if seen else f"to be trained on {numbers.amount(recipe.tokens)}"
-    what = (f"A TopK autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.k} of them active at a time, "
+    what = (f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.bound}, "
             f"{trained} activations of {called(recipe.acts.lm)} at {recipe.acts.site}")
     explained, added, clean, spliced = (source.number(*which) for which in (
         ("stats", "explained_variance"), ("downstream", "ce_delta"), ("downstream", "ce_clean"), ("downstream", "ce_spliced")))
@@ -112,11 +112,12 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
         "Text": text,
         "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, kept positions: {acts.keep}",
         "Latents": f"{sae.n_latents:,}",
-        "Active at a time": f"k = {sae.k}",
+        "Activation": ", ".join([type(sae.activation).__name__, *(f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind")]),
+        "Active at a time": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,
         "Training": f"{seen:,} tokens in batches of {recipe.batch:,}" + (f"; {asked:,} were asked for" if seen < asked else ""),
         "Normalisation": acts.normalize,
         "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
-        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens" if sae.auxk_coef else "off",
+        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens" if sae.auxk_coef and sae.activation.kind in WITH_AUXK else "off",
         "Weights": f"average with decay {recipe.ema:.4g}" if recipe.ema else "the last step's",
         "Seed": str(recipe.seed),
     }
@@ -153,7 +154,7 @@ def evaluated(source: Source) -> list[Picture]:
     if (explained := findings.explanations(source)) is not None:
         means = {name: (source.number("n2g", f"{kind}recall"), source.number("n2g", f"{kind}precision"))
                  for name, kind in (("mean", ""), ("mean of wrong latents’ patterns", "shuffled_"))}
-        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means))
+        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means, explained.scored))
     ablation = source.result("ablation") or {}
     drawn.append(figures.effects(ablation.get("histogram") or {}, ablation.get("channel_histogram") or {}))
     return [picture for picture in drawn if picture is not None]

@@ -8,6 +8,8 @@ from torch import Tensor
 from ksparse.recipe import SAE as Options
 from ksparse.sae.model import SAE
 
+_NUMBERS = 2**24  # pre-activations that are looked at, at most
+
 
 @torch.no_grad()
 def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Generator, *, b_pre: Tensor | None = None) -> None:
@@ -18,9 +20,11 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
     Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and are free later.
     With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the norm of their inputs,
     b_pre taken off both. (The official code measures this on random unit vectors; the data are nearer to what counts.)
+    Thresholds start where k latents are active on the sample, or where the recipe says.
     """
     sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
-    sae.b_enc.zero_()
+    for name in ("b_enc", *sae.activation.own):
+        getattr(sae, name).zero_()
     sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
     sae.normalize_decoder_()
     if options.init == "tied":
@@ -29,11 +33,22 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
         rows = torch.randn(sae.W_enc.shape, generator=generator)
         sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
     if options.init_scale == "recon":
-        rows = sample[:1024]
+        rows = sample[: max(1, min(1024, _NUMBERS // sae.shape.n_latents))]
         centred = (rows - sae.b_pre).norm(dim=1).mean()
-        recon = sae.decoder(sae.code(rows, sae.pre_acts(rows))).norm(dim=1).mean()
+        code = sae.activate(rows) if sae.shape.activation in ("relu", "gated", "prolu") else sae.code(rows, sae.pre_acts(rows))
+        recon = sae.decoder(code).norm(dim=1).mean()
         if recon > 0:
             sae.W_enc.mul_(centred / recon)
+    if "threshold" in sae.keys:
+        given = getattr(options.activation, "threshold", 0.0)
+        sae.threshold.fill_(given * sae.input_norm or _threshold(sae, sample))
+
+
+def _threshold(sae: SAE, sample: Tensor) -> float:
+    """Return the value above which k latents are active on average on normalised activations sample[s, d]; 0 if fewer are positive."""
+    rows = sample[: max(1, min(len(sample), _NUMBERS // sae.shape.n_latents))]
+    largest = sae.pre_acts(rows).flatten().topk(len(rows) * sae.shape.k).values
+    return max(0.0, largest[-1].item())
 
 
 def center(sample: Tensor, kind: str) -> Tensor:

@@ -1,11 +1,13 @@
 """The k-sparse autoencoder as a plain nn.Module: no mesh, no files, no logging.
 
-Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents first.
+Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents first. TopK is one of several activations
+(`ksparse.sae.activations`); codes of the others are as wide as the batch's largest number of active latents.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +16,11 @@ from torch import Tensor, nn
 
 from ksparse import kernels
 from ksparse.errors import InputError
-from ksparse.sae.normalize import KINDS, Normalized, normalize
+from ksparse.sae import activations
+from ksparse.sae.normalize import KINDS, Normalized, input_rms, normalize
+
+KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
+"""Tensors of every autoencoder; `SAE.keys` has those of its activation too."""
 
 
 class Code(NamedTuple):
@@ -28,6 +34,17 @@ class Code(NamedTuple):
         zeros = self.values.new_zeros(*self.values.shape[:-1], n_latents)
         return zeros.scatter_add(-1, self.indices, self.values)
 
+    def widened(self, width: int) -> Code:
+        """Return the same code with `width` entries for each token, the new ones of value 0."""
+        more = width - self.values.shape[-1]
+        return Code(*(nn.functional.pad(part, (0, more)) for part in self)) if more else self
+
+    @staticmethod
+    def joined(codes: Sequence[Code]) -> Code:
+        """Return codes [.., k] of several widths one after another, as wide as the widest."""
+        width = max(code.values.shape[-1] for code in codes)
+        return Code(*(torch.cat(parts) for parts in zip(*(code.widened(width) for code in codes))))
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -39,6 +56,8 @@ class Shape:
     normalize: str = "unit_norm"
     factor: float = 1.0
     """The constant of normalize = 'dataset'."""
+    activation: str = "topk"
+    """Kind of the activation; k means what `sae.k` of a recipe says for it."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents", "k"):
@@ -49,11 +68,14 @@ class Shape:
             raise InputError(f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k")
         if self.normalize not in KINDS:
             raise InputError(f"normalisation {self.normalize!r} is unknown; there are {', '.join(KINDS)}")
+        if self.activation not in activations.KINDS:
+            raise InputError(f"activation {self.activation!r} is unknown; there are {', '.join(activations.KINDS)}")
 
 
 class SAE(nn.Module):
     """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al. 2024, eq. 2
 
+    or another activation in the place of TopK, which may have tensors of its own (`keys`).
     Raw activations go in at `encode` and `forward`, which normalise them. `pre_acts`, `code`, `decode` and `decoder`
     are the equation itself and speak of normalised activations.
     `metadata` says what it was trained on; it is saved with the weights and may be empty.
@@ -67,6 +89,24 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.W_dec = nn.Parameter(torch.zeros(n, d))
         self.b_pre = nn.Parameter(torch.zeros(d))
+        self.activation = activations.in_use(shape.activation)
+        for name in self.activation.own:
+            start = torch.zeros(self.activation.shape(name, n))
+            self.register_buffer(name, start) if self.activation.running else self.register_parameter(name, nn.Parameter(start))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of all its tensors."""
+        return (*KEYS, *self.activation.own)
+
+    @property
+    def k(self) -> int:
+        return self.shape.k
+
+    @property
+    def input_norm(self) -> float:
+        """The norm of a typical input: 1 with unit_norm, sqrt(d_model) else."""
+        return input_rms(self.shape.normalize, self.shape.d_model) * self.shape.d_model**0.5
 
     # ---- for users: raw activations
 
@@ -88,13 +128,26 @@ class SAE(nn.Module):
 
     def encode_normalized(self, x: Tensor) -> Code:
         """Return the code of normalised activations [..., d], the largest values first."""
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        code = self.code(rows, self.pre_acts(rows))
+        code = self.activate(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         values, order = code.values.sort(dim=-1, descending=True, stable=True)
-        shape = (*x.shape[:-1], self.shape.k)
+        shape = (*x.shape[:-1], code.values.shape[-1])
         return Code(values.reshape(shape), code.indices.gather(-1, order).reshape(shape))
 
     # ---- the equation: normalised activations
+
+    def activate(self, x: Tensor) -> Code:
+        """Return the code of x[b, d] as the activation in use gives it: of TopK as wide as k, else as the largest number of active latents."""
+        if self.shape.activation == "topk":
+            return self.code(x, self.pre_acts(x))
+        with torch.no_grad():
+            products = self.products(x)
+            indices, real = activations.listed(self.activation.active(self, products))
+        chosen = kernels.selected(x, self.b_pre, self.W_enc, None, indices, products)
+        return Code(self.activation.values(self, activations.Chosen(chosen, indices, real)), indices)
+
+    def products(self, x: Tensor) -> Tensor:
+        """Return W_enc (x - b_pre) as [b, n], with gradient: what the other activations begin with."""
+        return (x - self.b_pre) @ self.W_enc.t()
 
     @torch.no_grad()
     def pre_acts(self, x: Tensor) -> Tensor:
@@ -102,7 +155,7 @@ class SAE(nn.Module):
         return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
 
     def code(self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None) -> Code:
-        """Choose the k largest pre-activations, of the latents `among` if given, without gradient; value them with it.
+        """Choose the k largest pre-activations, of the latents `among` if given, without gradient; value them by ReLU, with it.
 
         k: the SAE's own if not given; fewer are chosen where `among` holds fewer.
         """

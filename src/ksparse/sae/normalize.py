@@ -4,11 +4,12 @@
 |---|---|---|
 | unit_norm | subtract the mean over d_model, divide by the norm (Gao et al. 2024, section 2.1) | mean and norm, per activation |
 | layer_norm | the same, divided by the unbiased standard deviation + 1e-5 (their code; norm sqrt(d_model - 1)) | mean and deviation |
+| constant_norm | times sqrt(d_model) over the norm (SAELens) | norm / sqrt(d_model), per activation |
 | dataset | times one constant, so that the mean squared norm is d_model | the constant, saved with the autoencoder |
 | none | as it is | - |
 
-With the first two, mean and scale of each activation pass around the autoencoder and are given back exactly:
-errors before and after `restore` are different numbers, and results say which they are.
+With the first three, mean and scale of each activation pass around the autoencoder and are given back, so errors before and after
+`restore` are different numbers, and results say which they are. layer_norm gives back the deviation without the 1e-5, as all who use it do.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("unit_norm", "layer_norm", "dataset", "none")
+KINDS = ("unit_norm", "layer_norm", "dataset", "none", "constant_norm")
+LAYER_NORM_EPS = 1e-5
 
 
 class Normalized(NamedTuple):
-    """x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1]."""
+    """x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1]; layer_norm: / (scale + 1e-5)."""
 
     x: Tensor
     mean: Tensor
@@ -39,13 +41,17 @@ def normalize(raw: Tensor, kind: str, factor: float = 1.0) -> Normalized:
         inverse = 1 / factor if kind == "dataset" else 1.0
         scale = raw.new_full((*raw.shape[:-1], 1), inverse)
         return Normalized(raw / inverse if kind == "dataset" else raw, torch.zeros_like(scale), scale)
+    tiny = torch.finfo(raw.dtype).tiny
+    if kind == "constant_norm":
+        scale = (raw.norm(dim=-1, keepdim=True) / raw.shape[-1] ** 0.5).clamp_min(tiny)
+        return Normalized(raw / scale, torch.zeros_like(scale), scale)
     mean = raw.mean(-1, keepdim=True)
     centred = raw - mean
     if kind == "unit_norm":
-        scale = centred.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(raw.dtype).tiny)
-    else:
-        scale = centred.square().sum(-1, keepdim=True).div(raw.shape[-1] - 1).sqrt() + 1e-5
-    return Normalized(centred / scale, mean, scale)
+        scale = centred.norm(dim=-1, keepdim=True).clamp_min(tiny)
+        return Normalized(centred / scale, mean, scale)
+    deviation = centred.square().sum(-1, keepdim=True).div(raw.shape[-1] - 1).sqrt()
+    return Normalized(centred / (deviation + LAYER_NORM_EPS), mean, deviation)
 
 
 def dataset_factor(sample: Tensor) -> float:

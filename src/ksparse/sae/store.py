@@ -1,4 +1,4 @@
-"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre) and sae.json (its shape and what it was trained on)."""
+"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre, its activation's own) and sae.json (its shape and what it was trained on)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from ksparse import files
 from ksparse.errors import CorruptError, InputError
 from ksparse.runs import RunFolder
+from ksparse.sae.model import KEYS as KEYS
 from ksparse.sae.model import SAE, Shape
 
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
-KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
 
 
 def save(sae: SAE, folder: Path | str) -> None:
@@ -26,17 +26,14 @@ def save(sae: SAE, folder: Path | str) -> None:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files into a folder that somebody else commits, such as a checkpoint."""
-    save_file({key: getattr(sae, key).detach().contiguous() for key in KEYS}, folder / WEIGHTS)
+    save_file({key: getattr(sae, key).detach().contiguous() for key in sae.keys}, folder / WEIGHTS)
     files.write_json(folder / CONFIG, {"format": FORMAT, **asdict(sae.shape), "metadata": sae.metadata})
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with sae.safetensors, or a Hub
     repository with such a folder."""
-    folder = Path(source)
-    if not folder.exists():
-        folder = _download(str(source), revision, subfolder)
-    folder = folder / subfolder
+    folder = locate(source, revision=revision, subfolder=subfolder)
     run = RunFolder(folder)
     if run.exists():
         checkpoint, wrong = run.newest_intact()
@@ -52,18 +49,24 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
     return read(folder)
 
 
+def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
+    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not here."""
+    path = Path(source)
+    return (path if path.exists() else _download(str(source), revision, subfolder)) / subfolder
+
+
 def read(folder: Path) -> SAE:
     """Read the two files of a folder, naming whatever does not fit."""
     config = files.read_json(folder / CONFIG)
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} has format {config.get('format')!r}; this version of ksparse reads {FORMAT}")
     try:
-        shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__})
+        shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__ if key != "activation" or key in config})  # none said: TopK
     except KeyError as error:
         raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
     sae = SAE(shape, config.get("metadata"))
-    found = tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in KEYS})
-    sae.load_state_dict({key: found[key] for key in KEYS})
+    found = tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in sae.keys})
+    sae.load_state_dict({key: found[key] for key in sae.keys})
     return sae
 
 
@@ -88,7 +91,7 @@ def _download(repository: str, revision: str | None, subfolder: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"{subfolder}/*" if subfolder else "*"]
+    patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -73,8 +73,8 @@ def load(path: Path, optimizer: Optimizer) -> State:
     """Restore the optimiser from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
     facts = files.read_json(path / "state.json")
     sae = optimizer.sae
-    shapes = {f"{part}.{key}": tuple(getattr(sae, key).shape)
-              for part in (["raw", "average"] if optimizer.average else ["raw"]) for key in store.KEYS}
+    shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
+        f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
     tensors = store.tensors(path / "optim.safetensors", shapes | {"since": (sae.shape.n_latents,)})
     optimizer.restore(tensors, facts.pop("updates"))
     return State(since=tensors["since"].to(sae.W_enc.device), **facts)

@@ -41,12 +41,14 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
 
 
 def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
-                 observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None) -> list[RunFolder]:
+                 observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
+                 open_feed: Callable[[Recipe, torch.device], Feed] = Feed) -> list[RunFolder]:
     """Train SAEs that differ in anything but where their activations come from; each leaves a run as if it had been trained alone.
 
     The LM and the normalisation run once for all. Members may be finished, at different steps, or new: the stream begins where the least
     advanced one needs it, and each takes part from its own step on. A member whose loss is not finite leaves; the others go on, and its
     error is raised at the end. recipes must agree in `acts`, `batch`, the order of the data, device and threads.
+    open_feed: gives what they are trained on, where that is not what `acts` says.
     """
     common, runs = shared(recipes), [RunFolder(Path(out)) for out in outs]
     with ExitStack() as stack, _memory_explained(common):
@@ -60,7 +62,7 @@ def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
         going = [member for member in members if not member.ended]
         if not going:
             return runs
-        feed = Feed(common, device)
+        feed = open_feed(common, device)
         for member in going:
             member.join(feed, observe)
         checkpoint.check_room([(member.run, member.optimizer) for member in going])

@@ -22,7 +22,7 @@ from torch import Tensor
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import gpu, native
-from ksparse.recipe import Recipe, auxk_tokens, k_aux
+from ksparse.recipe import WITH_AUXK, Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
 from ksparse.sae.loss import Losses
@@ -163,7 +163,7 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State
 def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
     """Initialise an SAE from the first activations (which does not move the stream)."""
     look = feed.look
-    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor)
+    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
     sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
                       "ksparse": version("ksparse")}).to(feed.device)
     initialize_(sae, look.x, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=feed.center(recipe.sae.b_pre_init))
@@ -175,27 +175,33 @@ def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels, device, plain = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device, not recipe.sae.multi_topk
+    screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
+    written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if kernels == "triton":
-        if not plain or not gpu.usable(device) or screen == "int8":
-            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, no Multi-TopK, and optim.screen 'off', 'auto' or 'bfloat16'; "
-                             "leave it at 'auto'")
+        if not written_out or not gpu.usable(device) or screen == "int8":
+            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, TopK without Multi-TopK, and optim.screen 'off', 'auto' or "
+                             "'bfloat16'; leave it at 'auto'")
         return TritonOptimizer(sae, recipe, "bfloat16" if screen == "auto" else screen)
-    if kernels != "torch" and plain and device.type == "cpu" and native.load() is not None:
-        return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+    if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
+        return FusedOptimizer(sae, recipe, _screen(recipe) if screen == "auto" else screen)
     if kernels == "native":
-        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and no Multi-TopK; leave it at 'auto', or give 'torch'")
+        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
-        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, no Multi-TopK, run.kernels not 'torch'); "
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if plain and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
+
+
+def _screen(recipe: Recipe) -> str:
+    """Return the fastest screen here; none where candidates would be so many of the latents that it could save nothing."""
+    return fastest_screen() if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
     """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
     wanted = k_aux(recipe.sae, x.shape[1])
-    if recipe.sae.auxk_coef:
+    if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         state.flops_auxk += auxk_tokens(recipe.sae, len(x)) * flops.auxk(min(wanted, len(dead)), x.shape[1])
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
@@ -203,7 +209,8 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
 def count(state: State, part: Losses, tokens: int) -> None:
     """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
     state.since += tokens
-    state.since[part.code.indices[part.code.values > 0]] = 0
+    fired = torch.bincount(part.code.indices.flatten(), part.code.values.flatten(), len(state.since)) > 0  # no value is below 0
+    state.since.masked_fill_(fired, 0)
 
 
 def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses, losses
-from ksparse.sae.model import SAE
+from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalize import input_rms
-from ksparse.sae.store import KEYS
+from ksparse.training.resample import resampling, starts
 
 PRE_ACTS = 2**27  # numbers in the [b, n] matrix; a larger batch is taken in parts
 
@@ -30,11 +30,15 @@ class Optimizer:
         # then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
         sae.b_enc.requires_grad_(recipe.sae.b_enc)
-        groups = [{"params": [sae.W_enc, sae.W_dec], "lr": recipe.lr, "base": recipe.lr},
-                  {"params": [sae.b_enc, sae.b_pre], "lr": biases, "base": biases}]
+        weights = {name: parameter for name, parameter in sae.named_parameters()}
+        relative = [weights.pop(name) for name in ("W_enc", "W_dec", "r_mag") if name in weights]
+        groups = [{"params": relative, "lr": recipe.lr, "base": recipe.lr},
+                  {"params": list(weights.values()), "lr": biases, "base": biases}]
         self.adam = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
-        self.average = {key: torch.zeros_like(getattr(sae, key)) for key in KEYS} if recipe.ema else {}
+        self.average = {key: torch.zeros_like(weight) for key, weight in sae.named_parameters()} if recipe.ema else {}
         self.updates = 0
+        self.seen: tuple[Tensor, Code, Tensor] | None = None
+        """The batch of this step (x, code, dead), where something is followed that is not a gradient."""
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
         """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code."""
@@ -42,12 +46,19 @@ class Optimizer:
         for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
             share, mine = len(some) / len(x), min(len(some), max(0, wanted - at))
             part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=options,
-                          auxk_tokens=mine, auxk_weight=mine / wanted / share)
+                          auxk_tokens=mine, auxk_weight=mine / wanted / share, strength=self.strength)
             at += len(some)
             (part.total * share).backward()
-            parts.append(Losses(*(value.detach() * share for value in part[:3]), part.code))
-        codes = [torch.cat(field) for field in zip(*(part.code for part in parts))]
-        return Losses(*(sum(part[i] for part in parts) for i in range(3)), type(parts[0].code)(*codes))
+            parts.append(Losses(*(value.detach() * share for value in part[:3]), Code(*(field.detach() for field in part.code))))
+        code = Code.joined([part.code for part in parts])
+        self.seen = (x, code, dead) if self.sae.activation.running or resampling(self.updates + 1, self.recipe) else None
+        return Losses(*(sum(part[i] for part in parts) for i in range(3)), code)
+
+    @property
+    def strength(self) -> float:
+        """The share of its full weight that a penalty has in the coming step: it rises over the first steps."""
+        rise = getattr(self.recipe.sae.activation, "warmup", 0.0) * self.recipe.steps
+        return min(1.0, (self.updates + 1) / rise) if rise else 1.0
 
     def constrain_gradient(self) -> float:
         """Take the part along decoder rows off, clip, and return the norm before clipping."""
@@ -67,14 +78,40 @@ class Optimizer:
         self.adam.zero_grad()
         if self.recipe.sae.unit_norm:
             self.sae.normalize_decoder_()
+        self.sae.activation.constrain_(self.sae)
         self.updates += 1
         for key, mean in self.average.items():
             mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)
+        if self.seen is not None:
+            self._follow(*self.seen)
+            self.seen = None
         return norm
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor, code: Code, dead: Tensor) -> None:
+        """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead latents anew where it is time to."""
+        fired = code.values[code.values > 0]
+        if self.sae.activation.running and len(fired):
+            self.sae.threshold.lerp_(fired.min(), max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay))
+        if resampling(self.updates, self.recipe):
+            new = starts(self.sae, x, code, dead, self.recipe.seed * 1_000_003 + self.updates)
+            for key, rows in (new or {}).items():
+                self._restart(key, dead, rows)
+
+    def _restart(self, key: str, latents: Tensor, rows: Tensor) -> None:
+        """Give latents new rows of one tensor, which Adam knows nothing of and the average takes as they are."""
+        weight = getattr(self.sae, key)
+        weight[latents] = rows
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in self.adam.state.get(weight, {}):
+                self.adam.state[weight][moment][latents] = 0
+        if key in self.average:
+            self.average[key][latents] = rows * (1 - self.recipe.ema**self.updates)
 
     def forget(self) -> None:
         """Drop the gradients of a batch that is left out."""
         self.adam.zero_grad()
+        self.seen = None
 
     def audit(self, x: Tensor) -> dict[str, float]:
         """Return what is to be logged of shortcuts that the step takes; this one takes none."""
@@ -85,9 +122,9 @@ class Optimizer:
         """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1."""
         copy = SAE(self.sae.shape, self.sae.metadata)
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
-        source = self.average if self.average and self.updates else dict(self.sae.named_parameters())
-        for key in KEYS:
-            getattr(copy, key).copy_(source[key] / weight if source is self.average else source[key])
+        for key in self.sae.keys:
+            averaged = self.updates and key in self.average
+            getattr(copy, key).copy_(self.average[key] / weight if averaged else getattr(self.sae, key))
         if self.recipe.sae.unit_norm:
             copy.normalize_decoder_()
         return copy
@@ -96,9 +133,9 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name."""
-        out = {f"raw.{key}": getattr(self.sae, key).detach() for key in KEYS}
+        out = {f"raw.{key}": getattr(self.sae, key).detach() for key in self.sae.keys}
         out |= {f"average.{key}": mean for key, mean in self.average.items()}
-        for key in KEYS:
+        for key in self.sae.keys:
             for moment, value in self.adam.state.get(getattr(self.sae, key), {}).items():
                 out[f"{moment}.{key}"] = value
         return out
@@ -107,10 +144,10 @@ class Optimizer:
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take back what `tensors` gave."""
         self.updates = updates
-        for key in KEYS:
+        for key in self.sae.keys:
             weight = getattr(self.sae, key)
             weight.copy_(tensors[f"raw.{key}"])
-            if self.average:
+            if key in self.average:
                 self.average[key].copy_(tensors[f"average.{key}"])
             moments = {name: tensors[f"{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
             if moments:

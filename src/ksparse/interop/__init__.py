@@ -1,0 +1,107 @@
+"""Other libraries' formats: one file each, with a table of its keys; all are read and written, or say why not.
+
+    load       an SAE of any format, recognised by what is there        convert, write     one in another's format
+    inside     an SAE in somebody's model, by plain hooks              hub                a repository on the Hub, with a card
+    neuronpedia, atoms      what Neuronpedia and OpenAI's viewer show, from a run's evaluations
+
+    sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
+    foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ksparse import files
+from ksparse.errors import InputError
+from ksparse.interop import dictionary_learning, fit, foreign, gemma_scope, llamascopium, openai, sae_lens, sparsify
+from ksparse.interop.fit import Normalization
+from ksparse.runs import RunFolder
+from ksparse.sae import store
+from ksparse.sae.model import SAE
+
+SIDECAR = "ksparse.json"
+"""Beside what we write in another's format: what that cannot say of where an SAE comes from."""
+
+
+class Format(Protocol):
+    """What each format's module has."""
+
+    HOLDS: Mapping[str, tuple[str, ...]]
+    """The activations that it can be written with, and the normalisations that it can hold with each."""
+
+    def find(self, path: Path) -> Path | None: ...
+    def read(self, path: Path) -> SAE: ...
+    def write(self, sae: SAE, folder: Path) -> None: ...
+
+
+FORMATS: dict[str, Format] = {"sae_lens": sae_lens, "sparsify": sparsify, "dictionary_learning": dictionary_learning, "openai": openai,
+                              "gemma_scope": gemma_scope, "llamascopium": llamascopium}
+
+
+def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
+    """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file here, or one in a Hub repository."""
+    path = store.locate(source, revision=revision, subfolder=subfolder)
+    if not _is_ours(path):
+        for name, form in FORMATS.items():
+            place = form.find(path)
+            if place is not None:
+                return _read(form, place)
+        inside = _folders_with_saes(path)
+        if inside:
+            raise InputError(f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{' …' if len(inside) > 8 else ''} do: name one (subfolder=…)")
+    return store.load(path)
+
+
+def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization = "exact") -> None:
+    """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot hold is an InputError.
+
+    normalization: what to do if the format has not the SAE's own (see `ksparse.interop.fit`).
+    """
+    if to == "ksparse":
+        store.save(sae, folder)
+        return
+    form = FORMATS.get(to)
+    if form is None:
+        near = difflib.get_close_matches(to, FORMATS, 1)
+        raise InputError(f"there is no format {to!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}"))
+    fitted = fit.fitted(sae, to, form.HOLDS, normalization)
+    with files.committed(Path(folder)) as tmp:
+        form.write(fitted, tmp)
+        files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})
+
+
+def convert(source: Path | str, folder: Path | str, to: str, *, revision: str | None = None, subfolder: str = "", normalization: Normalization = "exact") -> SAE:
+    """Write an SAE of any format as a folder in another; return what is read from there."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise InputError(f"{folder} is not empty; give the folder of a new SAE")
+    write(load(source, revision=revision, subfolder=subfolder), folder, to, normalization=normalization)
+    return load(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    return RunFolder(path).exists() or (path / store.CONFIG).is_file()
+
+
+def _read(form: Format, place: Path) -> SAE:
+    """Read an SAE of another format, with what its sidecar says."""
+    sae, folder = form.read(place), place if place.is_dir() else place.parent
+    if not (folder / SIDECAR).is_file():
+        return sae
+    if (folder / files.MANIFEST).is_file():
+        files.verify(folder)
+    said: dict[str, Any] = foreign.json_file(folder / SIDECAR).table
+    if sae.shape.activation == said.get("activation") and isinstance(said.get("k"), int):
+        sae.shape = dataclasses.replace(sae.shape, k=said["k"])  # most activations need none to be used, so most formats have none
+    sae.metadata = dict(said.get("metadata") or sae.metadata)
+    return sae
+
+
+def _folders_with_saes(path: Path) -> list[str]:
+    """Return the folders below, three deep at most, that hold an SAE."""
+    folders = [each for depth in ("*", "*/*", "*/*/*") for each in sorted(path.glob(depth)) if each.is_dir() and not each.name.startswith(".")]
+    return [str(each.relative_to(path)) for each in folders if _is_ours(each) or any(form.find(each) for form in FORMATS.values())]

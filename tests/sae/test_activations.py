@@ -1,0 +1,308 @@
+"""Each activation against its definition, in float64 and plain torch; and what else of them has been got wrong elsewhere (T numbers)."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from ksparse import recipe as R
+from ksparse.errors import InputError
+from ksparse.sae import activations, store
+from ksparse.sae.init import initialize_
+from ksparse.sae.loss import losses
+from ksparse.sae.model import SAE, Code, Shape
+
+B, D, N, K = 24, 6, 40, 5
+EVERY = {"batch_topk": R.BatchTopK(), "relu": R.ReLU(), "relu, decoder norm": R.ReLU(penalty="decoder_norm"), "jump_relu, target": R.JumpReLU(bandwidth=0.4),
+         "jump_relu, l0": R.JumpReLU(bandwidth=0.4, penalty="l0"), "gated": R.Gated(), "prolu, ste": R.ProLU(), "prolu, relu": R.ProLU(gradient="relu")}
+PATHS = {"dense": 10**9, "listed": 1}
+
+
+def some(activation: R.Activation, *, seed: int = 0, dtype: torch.dtype = torch.float64, n: int = N, d: int = D, k: int = K) -> tuple[SAE, Tensor, R.SAE]:
+    """Return an SAE with random weights, inputs of norm 1, and its options."""
+    torch.manual_seed(seed)
+    by_norm = getattr(activation, "penalty", "") == "decoder_norm"
+    options = R.SAE(n_latents=n, k=k, activation=activation, unit_norm=not by_norm)
+    sae = SAE(Shape(d, n, k, "unit_norm", 1.0, activation.kind)).to(dtype)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.normal_().mul_(0.3)
+        if "threshold" in sae.keys:
+            sae.threshold.abs_().add_(0.05)
+        if not by_norm:
+            sae.normalize_decoder_()
+    return sae, torch.nn.functional.normalize(torch.randn(B, d, dtype=dtype), dim=1), options
+
+
+def definition(sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tensor, k_aux: int) -> tuple[Tensor, Tensor]:
+    """Return (loss, values[b, n]) as the papers write them, densely; where a gradient is made up, by a surrogate whose derivative it is."""
+    activation, b = options.activation, len(x)
+    p = (x - sae.b_pre) @ sae.W_enc.T
+    a = p + sae.b_enc
+    cost: Tensor | float = 0.0
+    match activation:
+        case R.BatchTopK():
+            least = a.detach().flatten().sort(descending=True).values[b * K - 1]
+            z = torch.relu(a) * (a.detach() >= least)
+        case R.ReLU():
+            z = torch.relu(a)
+            weights = sae.W_dec.norm(dim=1) if activation.penalty == "decoder_norm" else 1.0
+            cost = activation.l1 * ((z * weights).sum(1) / x.norm(dim=1)).mean()
+        case R.JumpReLU():
+            width, hit = activation.bandwidth, (a.detach() > sae.threshold.detach()).double()
+            ramp = ((a.detach() - sae.threshold) / width + 0.5).clamp(0, 1)  # its slope in the threshold is -K((a - threshold) / width) / width
+            z = a * hit + sae.threshold.detach() * (ramp - ramp.detach())
+            l0 = (hit + ramp - ramp.detach()).sum(1).mean() / K
+            cost = activation.coef * ((l0 - 1) ** 2 if activation.penalty == "target" else l0)
+        case R.Gated():
+            z = (a > 0).double() * torch.relu(sae.r_mag.exp() * p + sae.b_mag)
+            frozen = torch.relu(a) @ sae.W_dec.detach() + sae.b_pre.detach()
+            cost = activation.l1 * (torch.relu(a).sum(1) / x.norm(dim=1)).mean() + activation.aux * (frozen - x).square().mean() / baseline
+        case R.ProLU():
+            hit = ((a > 0) & (p > 0)).double().detach()
+            if activation.gradient == "ste":  # the step in a has the slope of ReLU
+                z = torch.relu(p) * (hit + (torch.relu(a) - torch.relu(a).detach()))
+            else:
+                z = (p * hit).detach() + hit * (a - a.detach())
+            cost = activation.l1 * (z.sum(1) / x.norm(dim=1)).mean()
+    recon = z @ sae.W_dec + sae.b_pre
+    loss = (recon - x).square().mean() / baseline + cost
+    if activation.kind in R.WITH_AUXK and len(dead):
+        error = (x - recon).detach()
+        masked = torch.full_like(a, -torch.inf).index_copy(1, dead, a[:, dead])
+        kept = torch.relu(torch.where(masked >= masked.sort(1, descending=True).values[:, k_aux - 1 : k_aux], masked, 0.0))
+        loss = loss + options.auxk_coef * ((kept @ sae.W_dec - error).square().sum(1) / error.square().sum(1)).mean()
+    return loss, z
+
+
+@pytest.mark.parametrize("dead", [[], [1, 4, 7, 11, 30]], ids=["alive", "dead"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", EVERY)
+def test_loss_values_and_gradients_are_those_of_the_definition(name, path, dead, monkeypatch):
+    """Every output that a loss uses, every tensor: T1, T2, and a loss that is computed and never differentiated."""
+    monkeypatch.setattr(activations, "SPARSE", 10**9 if path == "dense" else 1)
+    sae, x, options = some(EVERY[name])
+    dead = torch.tensor(dead, dtype=torch.long)
+    expected, z = definition(sae, x, options, 0.1, dead, 3)
+    wanted = torch.autograd.grad(expected, list(sae.parameters()), allow_unused=True)
+    found = losses(sae, x, baseline=0.1, dead=dead, k_aux=3, options=options)
+    torch.testing.assert_close(found.total, expected)
+    torch.testing.assert_close(found.code.dense(N), z)
+    gradients = torch.autograd.grad(found.total, list(sae.parameters()), allow_unused=True)
+    for (key, _), gradient, want in zip(sae.named_parameters(), gradients, wanted):
+        assert want.abs().max() > 1e-6, f"{key} has no gradient to compare"
+        torch.testing.assert_close(gradient, want, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["relu", "relu, decoder norm", "gated"])
+def test_gradients_of_relu_and_gated_are_derivatives(name, monkeypatch):
+    monkeypatch.setattr(activations, "SPARSE", 1)
+    sae, x, options = some(dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})), n=8, d=4, k=2)
+    keys = [key for key, _ in sae.named_parameters()]
+
+    def loss(*weights):
+        with torch.no_grad():
+            for key, weight in zip(keys, weights):
+                getattr(sae, key).copy_(weight)
+        return losses(sae, x[:6, :4], baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options).total
+
+    start = [getattr(sae, key).detach().clone() for key in keys]
+    whole = torch.autograd.grad(loss(*start), [getattr(sae, key) for key in keys])
+    for number, key in enumerate(keys):
+        direction = torch.randn_like(start[number])
+        up, down = ([weight + sign * 1e-6 * direction if i == number else weight for i, weight in enumerate(start)] for sign in (1, -1))
+        slope = (loss(*up) - loss(*down)).item() / 2e-6
+        assert slope == pytest.approx((whole[number] * direction).sum().item(), rel=1e-4, abs=1e-8), key
+
+
+def test_gated_takes_no_gradient_to_the_decoder_from_its_auxiliary_loss():
+    sae, x, options = some(R.Gated())
+    without = dataclasses.replace(options, activation=R.Gated(aux=0.0))
+    with_, other = (torch.autograd.grad(losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each).total,
+                                        [sae.W_dec, sae.b_pre, sae.b_enc]) for each in (options, without))
+    torch.testing.assert_close(with_[0], other[0])
+    assert not torch.allclose(with_[1], other[1]), "b_pre is in the gates' pre-activations too"
+    assert not torch.allclose(with_[2], other[2])
+
+
+def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss():
+    """JumpReLU's kernel estimate, averaged over many inputs, is the slope of E[(z - t)^2 + c H(a - threshold)] (Rajamanoharan et al. 2024b)."""
+    a = torch.randn(4_000_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    threshold, target, price = torch.tensor([0.7], dtype=torch.float64, requires_grad=True), 0.4 * a.square(), 0.3
+    loss = (activations._Jump.apply(a, threshold, 0.05) - target).square().mean() + price * activations._Step.apply(a, threshold, 0.05).mean()
+    found = torch.autograd.grad(loss, threshold)[0].item()
+    at = 0.7
+    density = torch.exp(torch.tensor(-at**2 / 2)).item() / (2 * torch.pi) ** 0.5
+    exact = -density * ((at - 0.4 * at**2) ** 2 - (0.4 * at**2) ** 2 + price)  # what is lost at the border, times how much is there
+    assert found == pytest.approx(exact, rel=0.02)
+
+
+# ---- BatchTopK
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.3, 1e9])
+def test_batch_topk_keeps_k_times_b_values_whatever_is_guessed(guess):
+    sae, x, options = some(R.BatchTopK())
+    sae.threshold.fill_(guess)
+    code = losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options).code
+    counts = (code.values > 0).sum(1)
+    assert counts.sum() == B * K and len(counts.unique()) > 1
+
+
+def test_the_largest_of_a_batch_are_exact_with_ties_and_where_few_are_positive():
+    ties = torch.tensor([[1.0, 1.0, -1.0], [1.0, 0.5, 0.0]])
+    assert activations.largest(ties, 2).sum() == 2 and not activations.largest(ties, 2)[:, 2].any() and not activations.largest(ties, 2)[1, 1]
+    assert activations.largest(ties, 6).tolist() == [[True, True, False], [True, True, False]], "what is not above 0 is not kept"
+    assert activations.largest(-ties.abs(), 3).sum() == 0
+
+
+@pytest.mark.parametrize("kind", [name for name in EVERY if name != "relu, decoder norm"])
+def test_in_use_no_code_depends_on_the_rest_of_the_batch(kind):
+    """T31."""
+    sae, x, _ = some(EVERY[kind])
+    together = sae.encode(x).dense(N)
+    for i in range(B):
+        torch.testing.assert_close(sae.encode(x[i : i + 1]).dense(N)[0], together[i])
+    assert (together > 0).any() and (together >= 0).all()
+
+
+# ---- codes
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_codes_in_use_are_the_values_of_the_definition(name):
+    sae, x, options = some(EVERY[name])
+    code = sae.encode(x)
+    z = definition(sae, sae.normalize(x).x, options, 0.1, torch.zeros(0, dtype=torch.long), 1)[1].detach()
+    if options.activation.kind == "batch_topk":
+        a = (sae.normalize(x).x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
+        z = torch.where(a > sae.threshold, a, 0.0)
+    torch.testing.assert_close(code.dense(N), z)
+    torch.testing.assert_close(sae.decode(code), z @ sae.W_dec + sae.b_pre)
+    assert code.values.shape[1] == (z > 0).sum(1).max() and (code.values.diff(dim=1) <= 0).all()
+
+
+def test_a_code_of_nothing_is_a_code():
+    sae, x, _ = some(R.ReLU())
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    code = sae.encode(x)
+    assert code.values.shape == (B, 1) and not code.values.any()
+    torch.testing.assert_close(sae.decode(code), sae.b_pre.expand(B, D))
+    assert sae.encode(x.view(4, 6, D)).values.shape == (4, 6, 1)
+
+
+def test_codes_of_several_widths_are_joined_without_new_activations():
+    narrow = Code(torch.tensor([[1.0]]), torch.tensor([[3]]))
+    wide = Code(torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1, 2, 0]]))
+    joined = Code.joined([narrow, wide])
+    assert joined.values.shape == (2, 3)
+    torch.testing.assert_close(joined.dense(4), torch.cat([narrow.dense(4), wide.dense(4)]))
+
+
+def test_listing_is_of_each_true_column_once():
+    mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[4] = False
+    indices, real = activations.listed(mask)
+    back = torch.zeros(9, 13).scatter_add(1, indices, real.float())
+    assert torch.equal(back, mask.float()) and indices.shape[1] == mask.sum(1).max()
+
+
+# ---- the penalty
+
+
+def test_the_penalty_by_decoder_norm_does_not_see_a_change_of_scale_and_the_papers_does():
+    sae, x, options = some(R.ReLU(l1=1.0, penalty="decoder_norm"))
+    paper = dataclasses.replace(options, activation=R.ReLU(l1=1.0), unit_norm=True)
+
+    def both():
+        return [losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each).total.item() for each in (options, paper)]
+
+    before = both()
+    with torch.no_grad():
+        sae.W_enc.div_(3.0), sae.b_enc.div_(3.0), sae.W_dec.mul_(3.0)
+    after = both()
+    assert after[0] == pytest.approx(before[0]) and after[1] < before[1] - 0.01
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "prolu, ste", "jump_relu, l0"])
+def test_a_weaker_penalty_is_that_share_of_it(name):
+    sae, x, options = some(dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})))
+    none, half, full = (losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options, strength=strength).total.item()
+                        for strength in (0.0, 0.5, 1.0))
+    assert full > none and half == pytest.approx((none + full) / 2)
+
+
+# ---- beginning, and on disk
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "prolu, ste"])
+def test_reconstructions_begin_with_the_norm_of_their_inputs(name):
+    sae, x, options = some(EVERY[name], dtype=torch.float32, n=256, d=32)
+    initialize_(sae, torch.nn.functional.normalize(torch.randn(2048, 32), dim=1), options, torch.Generator().manual_seed(0))
+    x = torch.nn.functional.normalize(torch.randn(512, 32), dim=1)
+    recon = sae.decoder(sae.activate(x))
+    assert recon.norm(dim=1).mean().item() == pytest.approx(1.0, rel=0.05)
+    assert torch.nn.functional.cosine_similarity(recon, x - sae.b_pre).mean() > 0.85, "half of the latents of a tied SAE add up to its input"
+
+
+@pytest.mark.parametrize("activation", [R.BatchTopK(), R.JumpReLU()], ids=lambda activation: activation.kind)
+def test_thresholds_begin_where_k_latents_are_active(activation):
+    sae, _, options = some(activation, dtype=torch.float32, n=256, d=32)
+    sample = torch.nn.functional.normalize(torch.randn(4096, 32), dim=1)
+    initialize_(sae, sample, options, torch.Generator().manual_seed(0))
+    fresh = torch.nn.functional.normalize(torch.randn(4096, 32), dim=1)
+    assert (sae.activate(fresh).values > 0).sum(1).float().mean().item() == pytest.approx(K, rel=0.1)
+
+
+def test_a_given_threshold_is_in_the_unit_of_the_input():
+    for normalize, expected in (("unit_norm", 0.01), ("layer_norm", 0.01 * 32**0.5)):
+        sae = SAE(Shape(32, 64, 4, normalize, 1.0, "jump_relu"))
+        initialize_(sae, torch.randn(64, 32), R.SAE(n_latents=64, k=4, activation=R.JumpReLU(threshold=0.01)), torch.Generator().manual_seed(0))
+        torch.testing.assert_close(sae.threshold.detach(), torch.full((64,), expected))
+        assert sae.activation.window(sae) == pytest.approx(0.1 * expected)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_autoencoder_comes_back_from_disk_with_all_its_tensors(name, tmp_path):
+    """T15, T31: thresholds are part of the file."""
+    sae, x, _ = some(EVERY[name], dtype=torch.float32)
+    store.save(sae, tmp_path / "sae")
+    back = store.load(tmp_path / "sae")
+    assert back.shape == sae.shape and back.keys == sae.keys and set(sae.keys) > {"W_enc", "b_enc", "W_dec"}
+    assert all(torch.equal(getattr(back, key), getattr(sae, key)) for key in sae.keys)
+    for one, other in zip(back.encode(x), sae.encode(x)):
+        assert torch.equal(one, other)
+
+
+def test_a_file_without_an_activation_is_of_topk(tmp_path):
+    from ksparse import files
+
+    sae = SAE(Shape(D, N, K))
+    store.save(sae, tmp_path / "sae")
+    config = files.read_json(tmp_path / "sae" / "sae.json")
+    assert config.pop("activation") == "topk"
+    (tmp_path / "sae" / "manifest.json").unlink()
+    files.write_json(tmp_path / "sae" / "sae.json", config)
+    assert store.load(tmp_path / "sae").shape.activation == "topk"
+
+
+def test_an_unknown_activation_lists_those_there_are():
+    with pytest.raises(InputError, match="activation 'relo' is unknown; there are topk, batch_topk, relu"):
+        Shape(D, N, K, activation="relo")
+
+
+def test_a_file_that_lacks_a_threshold_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from ksparse.errors import CorruptError
+
+    sae, _, _ = some(R.JumpReLU(), dtype=torch.float32)
+    store.save(sae, tmp_path / "sae")
+    (tmp_path / "sae" / "manifest.json").unlink()
+    tensors = load_file(tmp_path / "sae" / "sae.safetensors")
+    del tensors["threshold"]
+    save_file(tensors, tmp_path / "sae" / "sae.safetensors")
+    with pytest.raises(CorruptError, match="lacks the tensor 'threshold'"):
+        store.load(tmp_path / "sae")
