@@ -65,7 +65,7 @@ def page(whole) -> Page:
 def test_a_run_with_all_results_has_every_section(whole, page) -> None:
     assert_inert(page)
     assert [heading.text for heading in page.all("h2")] == [
-        "What was run", "Is it good?", "What its latents know", "How it trained", "Its latents", "How to reproduce it"]
+        "What was run", "Is it good?", "What its latents know", "How it trained", "How its codes and latents are", "Its latents", "How to reproduce it"]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text

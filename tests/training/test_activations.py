@@ -142,12 +142,17 @@ def test_a_batch_without_a_positive_value_leaves_the_threshold():
 # ---- JumpReLU's thresholds
 
 
-@pytest.mark.parametrize("start", [1e-4, 0.0, 0.6], ids=["dense", "at k", "sparse"])
-def test_jump_relu_comes_to_the_l0_that_it_aims_at_from_wherever_it_starts(start):
+@pytest.mark.parametrize("start, far", [(1e-4, lambda l0: l0 > 16), (0.0, lambda l0: True), (0.4, lambda l0: l0 < 0.5)], ids=["dense", "at k", "sparse"])
+def test_jump_relu_nears_the_l0_that_it_aims_at_from_both_sides(start, far):
     """SAELens #494: thresholds whose logarithm is trained by Adam stay where they are."""
-    optimizer, draw = begun(R.JumpReLU(bandwidth=0.1, threshold=start), steps=500)
-    advance(optimizer, draw, 500)
-    assert (optimizer.averaged().encode(draw(4096)).values > 0).sum(1).float().mean().item() == pytest.approx(4, rel=0.2)
+    optimizer, draw = begun(R.JumpReLU(bandwidth=0.1, threshold=start), steps=400)
+
+    def l0(sae):
+        return (sae.encode(draw(2048)).values > 0).sum(1).float().mean().item()
+
+    assert far(l0(optimizer.sae))
+    advance(optimizer, draw, 400)
+    assert l0(optimizer.averaged()) == pytest.approx(4, rel=0.5 if start else 0.1)
     assert (optimizer.sae.threshold >= 0).all()
 
 

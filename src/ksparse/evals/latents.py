@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
+from ksparse.evals.estimate import DocumentSums, Result, ratio
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
 
 LEAST = 10  # activations of a latent that its density, importance and effective tokens are read from
@@ -187,10 +187,10 @@ class Latents(Eval):
 
     def _pairs(self, density: np.ndarray) -> dict[str, Any]:
         """Return the pairs of latents that write opposite directions, the most opposite first."""
-        rows = np.flatnonzero((self.opposite <= OPPOSITE) & (np.arange(len(self.paired)) < self.partner))
-        pairs = [{"latents": [int(self.paired[row]), int(self.paired[self.partner[row]])], "cosine": float(self.opposite[row]),
-                  "densities": [float(density[self.paired[row]]), float(density[self.paired[self.partner[row]]])]}
-                 for row in rows[np.argsort(self.opposite[rows], kind="stable")].tolist()]
+        rows = np.flatnonzero(self.opposite <= OPPOSITE)
+        cosines = {tuple(sorted((row, int(self.partner[row])))): float(self.opposite[row]) for row in rows.tolist()}  # of a pair once, the denser first
+        pairs = [{"latents": (both := self.paired[list(pair)]).tolist(), "cosine": cosine, "densities": density[both].tolist()}
+                 for pair, cosine in sorted(cosines.items(), key=lambda item: item[1])]
         ten = set(self.paired[:10].tolist())
         return {"n_opposite_pairs": len(pairs), "n_opposite_among_densest": sum(set(pair["latents"]) <= ten for pair in pairs),
                 "opposite_pairs": pairs[:20], "opposite_cosine": quartiles(self.opposite), "n_paired": len(self.paired)}
