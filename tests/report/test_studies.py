@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def test_the_page_shows_findings_members_and_figures_and_needs_no_network(folder):
     html = studies.write(folder).read_text()
-    assert "TopK &lt;b&gt;wins" in html and "8 ± 0.25" in html and "7</td>" in html and "–</td>" in html
+    assert "TopK &lt;b&gt;wins" in html and "8.00 ± 0.25" in html and "7.00</td>" in html and "–</td>" in html
     assert (folder / "figures" / "f.svg").read_text().startswith("<?xml") and "<svg" in html
     assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
 
@@ -32,7 +32,7 @@ def test_the_page_shows_findings_members_and_figures_and_needs_no_network(folder
 def test_a_figure_without_a_point_on_its_axes_is_left_out(folder):
     studies.write(folder)
     assert not (folder / "figures" / "empty.svg").exists()
-    assert studies.draw(figure(y=[0.0, 1.0, None])).label == "TopK: 1 to 1"
+    assert studies.draw(figure(y=[0.0, 1.0, None])).label == "TopK: 1.00 to 1.00"
 
 
 def test_many_points_are_thinned_and_keep_their_ends():
