@@ -318,3 +318,51 @@ def test_fit_refuses_what_it_cannot_fit(verb, tmp_path, monkeypatch, arguments, 
     monkeypatch.chdir(tmp_path)
     code, out, err = verb(*arguments)
     assert code == 2 and message in " ".join((out + err).split()) and "Traceback" not in err
+
+
+# ---- activations and studies
+
+
+def test_flags_of_an_activation_are_those_of_its_kind(verb, recipe_file, tmp_path):
+    code, _, err = verb("train", recipe_file, "--sae.activation.kind", "relu", "--sae.activation.l1", "0.25", "--out", tmp_path / "run", "--tokens", "64")
+    assert code == 0, err
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.ReLU(l1=0.25)
+
+
+def test_a_flag_of_another_kind_is_refused_and_the_kind_named(verb):
+    code, _, err = verb("train", "--sae.activation.kind=jump_relu", "--sae.activation.l1", "0.1")
+    assert code == 2 and "unknown key '--sae.activation.l1' of kind 'jump_relu'; it is a key of kind relu, gated, prolu" in err
+    assert verb("plan", "--sae.activation.bandwith", "1")[0] == 2
+
+
+def test_help_lists_the_keys_of_the_kind_that_is_named(verb):
+    _, out, _ = verb("train", "--sae.activation.kind", "gated", "--help")
+    assert "--sae.activation.aux" in out and "--sae.activation.bandwidth" not in out
+
+
+def test_a_recipe_files_activation_keeps_its_options_under_flags(verb, recipe_file, tmp_path):
+    file = tmp_path / "gated.toml"
+    file.write_text(recipe_file.read_text().replace('kind = "topk"', 'kind = "gated"\nl1 = 0.5'))
+    code, _, err = verb("train", file, "--sae.activation.aux", "0.5", "--out", tmp_path / "run", "--tokens", "64")
+    assert code == 0, err
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.Gated(l1=0.5, aux=0.5)
+
+
+def test_a_study_prints_what_it_found_and_leaves_a_page(verb, recipe_file, tmp_path, monkeypatch):
+    from ksparse.studies import ablations
+
+    monkeypatch.setattr(ablations, "MEMBERS", {"whole": {}})
+    assert verb("train", recipe_file, "--out", tmp_path / "run", "--tokens", "64")[0] == 0
+    code, out, err = verb("study", "recipe", "--run", tmp_path / "run", "--out", tmp_path / "study", "--tokens", "128", "--batch", "64", "--n-latents", "32", "--k", "2",
+                          "--eval-tokens", "100", "--threads", "1", "--device", "cpu")
+    assert code == 0, err
+    assert "- whole: " in out and (tmp_path / "study" / "report.html").is_file() and (tmp_path / "study" / "figures" / "dead.svg").is_file()
+    code, out, err = verb("study", "positions", "--run", tmp_path / "run", "--eval-tokens", "100", "--device", "cpu")
+    assert code == 0 and RunFolder(tmp_path / "run").eval("positions")["positions"], err
+
+
+def test_a_study_that_is_an_evaluation_needs_a_run_and_an_unknown_one_is_named(verb):
+    code, _, err = verb("study", "latents")
+    assert code == 2 and "study 'latents' is an evaluation of one SAE: say of which, with --run RUN" in err
+    code, _, err = verb("study", "baseline")
+    assert code == 2 and "there is no study 'baseline'; did you mean 'baselines'?" in err

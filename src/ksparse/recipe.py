@@ -254,8 +254,9 @@ class Run:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    kernels: Literal["auto", "torch", "native"] = "auto"
-    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be."""
+    kernels: Literal["auto", "torch", "native", "triton"] = "auto"
+    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be, else torch.
+    triton: Triton's kernels, on a CUDA GPU; to be asked for, since nobody has measured them yet."""
     ahead: Literal["auto", "on", "off"] = "auto"
     """Compute activations in a thread of their own while the step before is taken: the same batches, and up to `acts.mix` more of them in
     memory. auto: on a GPU, where reading and tokenising would keep it waiting."""

@@ -392,3 +392,16 @@ def test_only_the_encoder_product_is_dense(kind, products, wide, weights):
         optimizer.step(3)
     assert work.products == products
     assert (work.wide <= wide, work.weights <= weights) == (True, True), (work.wide, work.weights)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sae__auxk_norm": "batch", "optim__clip": 0.01}], ids=str)
+def test_no_tensor_of_the_written_out_step_is_made_on_another_device_than_the_weights(changes, monkeypatch):
+    """A tensor made without a device lands, here, where there is no memory; on a GPU it would be on the CPU."""
+    monkeypatch.setattr(fused.fast, "_has_sampled_product", lambda x: False)  # as on a GPU
+    optimizer = made(ExplicitOptimizer, **changes)
+    for number, x in enumerate(batches(2), 1):
+        dead = torch.arange(60) * 2
+        with torch.device("meta"):
+            optimizer.backward(x, baseline=0.03, dead=dead, k_aux=16)
+            assert math.isfinite(optimizer.step(number))
+    assert all(value.device.type == "cpu" for value in optimizer.tensors().values())

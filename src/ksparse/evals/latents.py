@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
+from ksparse.evals.estimate import DocumentSums, Result, ratio
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
 from ksparse.evals.powers import Powers
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
-from ksparse.kernels import native
+from ksparse.kernels import gpu, native
 from ksparse.recipe import WITH_AUXK, Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
@@ -31,6 +31,7 @@ from ksparse.training import checkpoint, curve, flops
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
+from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.loggers import open_loggers
 from ksparse.training.optim import Optimizer, rate_share
 
@@ -174,16 +175,21 @@ def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels = recipe.optim.screen, recipe.run.kernels
-    written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
-    if kernels != "torch" and written_out and native.load() is not None:
+    screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
+    written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if kernels == "triton":
+        if not written_out or not gpu.usable(device) or screen == "int8":
+            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, TopK without Multi-TopK, and optim.screen 'off', 'auto' or "
+                             "'bfloat16'; leave it at 'auto'")
+        return TritonOptimizer(sae, recipe, "bfloat16" if screen == "auto" else screen)
+    if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
         return FusedOptimizer(sae, recipe, _screen(recipe) if screen == "auto" else screen)
     if kernels == "native":
         raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
         raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
 
 
 def _screen(recipe: Recipe) -> str:
