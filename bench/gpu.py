@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -27,11 +28,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 from ksparse.kernels import gpu, reference  # noqa: E402
+from ksparse.recipe import from_dict  # noqa: E402
+from ksparse.sae.model import SAE, Shape  # noqa: E402
+from ksparse.training.member import open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
 TILES = [gpu.Tile(), gpu.Tile(stages=4), gpu.Tile(group=16), gpu.Tile(latents=128, warps=4, stages=4), gpu.Tile(latents=128, warps=8, stages=4),
          gpu.Tile(tokens=64, warps=4, stages=4), gpu.Tile(tokens=256, latents=128, warps=8, stages=3)]
+TRAINING = {"train, torch": {"kernels": "torch", "screen": "off"}, "train, triton": {"kernels": "triton", "screen": "off"},
+            "train, triton, screened": {"kernels": "triton", "screen": "bfloat16"}}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
 Call = Callable[[], Any]
 
@@ -83,7 +89,7 @@ def tests() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
-               "tests/kernels/test_gpu.py"]
+               "tests/kernels/test_gpu.py", "tests/training/test_on_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
     out = {"last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:], "exit": done.returncode}
     return out if done.returncode == 0 else out | {"failed": done.stdout[-8000:] + done.stderr[-2000:]}
@@ -188,6 +194,10 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     peak = {"step": torch.cuda.max_memory_allocated() / 2**30}
     del step, x, values, indices, lists
     release()
+    for name, options in TRAINING.items():
+        milliseconds |= measured({name: training(b, d, n, k, **options)}, max(2, rounds // 2))
+        peak[name] = torch.cuda.max_memory_allocated() / 2**30
+        release()
     try:
         dense = Dense(b, d, n, k)
         milliseconds |= measured({"dense step": dense}, max(2, rounds // 2))
@@ -235,6 +245,22 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, float]:
 def release() -> None:
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def training(b: int, d: int, n: int, k: int, kernels: str, screen: str) -> Call:
+    """Return a step as `ksparse train` takes it on a GPU: float32 weights, moments and values, whatever the screen is."""
+    recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "run": {"kernels": kernels}, "optim": {"screen": screen},
+                        "sae": {"n_latents": n, "k": k}})
+    sae = SAE(Shape(d, n, k, "none")).cuda()
+    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
+    sae.W_enc.data = sae.W_dec.data.clone()
+    optimizer, x, none, taken = open_optimizer(sae, recipe), torch.randn(b, d, device="cuda"), torch.arange(0, device="cuda"), itertools.count(1)
+
+    def call() -> None:
+        optimizer.backward(x, baseline=1.0, dead=none, k_aux=k)
+        optimizer.step(next(taken))
+
+    return call
 
 
 class Step:

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-for package in torch triton pytest; do
+for package in torch triton numpy safetensors pytest; do
     "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" ||
         "$PYTHON" -m pip install --quiet "$package" || echo "could not install $package" >&2
 done

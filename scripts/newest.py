@@ -19,7 +19,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("demo", "train", "resume", "eval", "report", "shard", "plan", "doctor")
+VERBS = ("demo", "train", "resume", "eval", "report", "view", "shard", "plan", "doctor")
 
 
 def run(*command: object, cwd: Path) -> None:

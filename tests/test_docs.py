@@ -37,12 +37,14 @@ def resolve(name: str):
 
 
 def test_options_named_in_the_documents_exist():
-    from ksparse.recipe import Recipe, flat, to_dict
+    from dataclasses import fields
 
-    keys = set(flat(to_dict(Recipe())))
+    from ksparse.recipe import ACTIVATIONS, Recipe, flat, to_dict
+
+    keys = set(flat(to_dict(Recipe()))) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
     flags = {key for file in ("README.md", "docs/paper.md", "docs/architecture.md")
-             for key in re.findall(r"--((?:acts|sae|optim|run)\.[a-z_-]+)", (ROOT / file).read_text())}
-    options = set(re.findall(r"`((?:acts|sae|optim|run)\.\w+)`", (ROOT / "docs" / "paper.md").read_text()))
+             for key in re.findall(r"--((?:acts|sae|optim|run|curve)\.[a-z0-9_.-]*[a-z0-9])", (ROOT / file).read_text())}
+    options = set(re.findall(r"`((?:acts|sae|optim|run|curve)\.[\w.]+)`", (ROOT / "docs" / "paper.md").read_text()))
     assert len(flags | options) > 12
     assert {key.replace("-", "_") for key in flags | options} <= keys
 

@@ -95,6 +95,8 @@ def test_a_recipe_is_frozen():
     ({"run": {"loggers": "wandb"}}, r"'run\.loggers' is 'wandb'; it must be a list"),
     ({"run": {"loggers": ["wandbb"]}}, r"'run\.loggers' is 'wandbb'; it must be one of 'tensorboard', 'wandb', 'trackio'\. Did you mean 'wandb'\?"),
     ({"sae": {"k": 0}}, r"sae\.k is 0; it must be at least 1"),
+    ({"sae": {"auxk_share": 0}}, r"sae\.auxk_share is 0\.0; it must be above 0 and at most 1"),
+    ({"sae": {"auxk_share": 1.5}}, r"sae\.auxk_share is 1\.5; it must be above 0 and at most 1"),
     ({"sae": {"n_latents": -1}}, r"sae\.n_latents is -1; it must be at least 1"),
     ({"tokens": 0}, r"tokens is 0; it must be at least 1"),
     ({"batch": 0}, r"batch is 0; it must be at least 1"),

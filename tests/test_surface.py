@@ -7,17 +7,17 @@ import pytest
 import ksparse
 from ksparse import errors, recipe
 
-NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "ablate", "attached", "convert", "evaluate", "load", "open_run", "save", "steer", "train"]
+NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "attach", "convert", "evaluate", "load", "open_run", "save", "steer", "train"]
 KEYS = {
     "acts.lm", "acts.revision", "acts.tokenizer", "acts.site", "acts.text", "acts.text_config", "acts.text_split", "acts.text_field",
-    "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype",
+    "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype", "acts.store",
     "acts.shards",
-    "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
+    "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_share", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
     "sae.init_scale", "sae.b_pre_init", "sae.unit_norm", "sae.activation.kind",
     "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
     "optim.ema_span", "optim.screen",
     "curve.held_out", "curve.per_octave", "curve.octaves", "curve.converged", "curve.window",
-    "run.device", "run.kernels", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
+    "run.device", "run.kernels", "run.ahead", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.trust_remote_code",
     "tokens", "batch", "seed", "order", "threads",
 }

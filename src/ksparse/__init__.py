@@ -17,14 +17,13 @@ _WHERE = {
     "LM": "ksparse.acts.lm",
     "Recipe": "ksparse.recipe",
     "SAE": "ksparse.sae.model",
-    "ablate": "ksparse.interop.inside",
-    "attached": "ksparse.interop.inside",
+    "attach": "ksparse.steering",
     "convert": "ksparse.interop",
     "evaluate": "ksparse.evals",
     "load": "ksparse.interop",
     "open_run": "ksparse.runs",
     "save": "ksparse.sae.store",
-    "steer": "ksparse.interop.inside",
+    "steer": "ksparse.steering",
     "train": "ksparse.training.loop",
 }
 __all__ = sorted(_WHERE)

@@ -11,9 +11,9 @@ from ksparse.errors import InputError
 
 BUDGETS: dict[str, dict[str, int]] = {
     "small": {"tokens": 100_000, "probe_rows": 1_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 1_000_000,
-              "ablation_positions": 64, "ablation_latents": 4_096},
+              "ablation_positions": 64, "ablation_latents": 4_096, "refine_tokens": 30_000, "progressive_tokens": 30_000, "subspace_rows": 4_096},
     "paper": {"tokens": 10_000_000, "probe_rows": 4_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 10_000_000,
-              "ablation_positions": 2_000, "ablation_latents": 0},
+              "ablation_positions": 2_000, "ablation_latents": 0, "refine_tokens": 1_000_000, "progressive_tokens": 1_000_000, "subspace_rows": 16_384},
 }
 """Sample sizes by the name of a budget. The paper names 400 latents and 16 examples; it leaves the others open."""
 
@@ -70,12 +70,22 @@ class EvalOptions:
     """ablation: tokens whose predictions are compared, the ablated one included (the paper's T)."""
     ablation_error: Literal["keep", "drop"] = "keep"
     """ablation: keep: the latent is taken out of the activation itself. drop: out of its reconstruction."""
+    refine_tokens: int = 0
+    """refinement: tokens whose codes are refined (small: 30,000; paper: 1 M)."""
+    refine_exact: int = 64
+    """refinement: of these, tokens that are also solved exactly, as a check; 0: none."""
+    progressive_tokens: int = 0
+    """progressive: tokens that are coded at each k and threshold (small: 30,000; paper: 1 M)."""
+    subspace_rows: int = 0
+    """subspaces: most latents that are put into an order; more are sampled (small: 4,096; paper: 16,384)."""
+    ordering: Literal["spectral", "umap"] = "spectral"
+    """subspaces: how latents are put into an order: spectral, or the paper's UMAP to one dimension (pip install 'ksparse[umap]')."""
 
     def __post_init__(self) -> None:
         for name in ("per_document", "examples", "probe_tokens", "ablation_horizon"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least 1")
-        for name in BUDGETS["small"]:
+        for name in (*BUDGETS["small"], "refine_exact"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
         if not self.probe_l2 > 0:
@@ -93,6 +103,46 @@ class EvalOptions:
         return {key: value for key, value in dataclasses.asdict(self).items() if key in (*COMMON, *OWN.get(name, ()))}
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    """What a study trains, on what, and how long. 0 or nothing is the study's own choice, which takes minutes on two cores for the built-in LM."""
+
+    run: str = ""
+    """A run whose activations and recipe the study starts from; the defaults, on the built-in LM, if not given. Evaluations as studies need one."""
+    out: str = ""
+    """Folder of the study; studies/NAME if not given. The same command goes on with what is there."""
+    lm: str = ""
+    """Another LM than the run's."""
+    site: str = ""
+    """Another site."""
+    text: str = ""
+    """Another text."""
+    tokens: int = 0
+    """Activations that each SAE is trained on."""
+    n_latents: int = 0
+    """Latents of each SAE; the largest where a study varies them."""
+    k: int = 0
+    """k of each SAE; the middle one where a study varies them."""
+    batch: int = 1024
+    """Activations in a step."""
+    seeds: int = 1
+    """SAEs of each kind, with different initial weights."""
+    eval_tokens: int = 30_000
+    """Held-out activations to judge on."""
+    threads: int = 0
+    """CPU threads; 0: as many as the machine has."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "n_latents", "k", "threads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's own choice, or more")
+        for name in ("batch", "seeds", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be at least 1")
+
+
 COMMON = ("budget", "tokens", "per_document", "split", "text", "seed", "device")
 OWN = {
     "downstream": ("loss_table",),
@@ -101,4 +151,7 @@ OWN = {
     "n2g": ("latents", "n2g_examples", "n2g_variant", "n2g_pad"),
     "explained_loss": ("n2g_examples", "n2g_variant", "n2g_pad", "ngram_tokens"),
     "ablation": ("ablation_positions", "ablation_latents", "ablation_horizon", "ablation_error"),
+    "refinement": ("refine_tokens", "refine_exact"),
+    "progressive": ("progressive_tokens",),
+    "subspaces": ("subspace_rows", "ordering"),
 }

@@ -64,6 +64,8 @@ class Acts:
     """Contexts in one forward pass of the LM."""
     lm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the LM."""
+    store: Literal["float32", "bfloat16"] = "float32"
+    """How the `mix` activations wait in memory. bfloat16 takes half of it and rounds them to 8 bits; of an LM in bfloat16 nothing is lost."""
     shards: str = ""
     """A folder written by `ksparse shard`; activations are read from it instead of running the LM."""
 
@@ -174,6 +176,9 @@ class SAE:
     """Weight of the AuxK loss, of topk, batch_topk and jump_relu; 0 turns it off. The other kinds have no AuxK: they resample."""
     k_aux: int = 0
     """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
+    auxk_share: float = 1.0
+    """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so these are a random sample; the loss is
+    their mean, its cost in proportion. The paper: 1, all."""
     auxk_norm: Literal["token", "batch"] = "token"
     """AuxK's error is divided by the error's own square, per token (paper) or by its variance over the batch (official code)."""
     dead_after: int = 0
@@ -249,8 +254,12 @@ class Run:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    kernels: Literal["auto", "torch", "native"] = "auto"
-    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be."""
+    kernels: Literal["auto", "torch", "native", "triton"] = "auto"
+    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be, else torch.
+    triton: Triton's kernels, on a CUDA GPU; to be asked for, since nobody has measured them yet."""
+    ahead: Literal["auto", "on", "off"] = "auto"
+    """Compute activations in a thread of their own while the step before is taken: the same batches, and up to `acts.mix` more of them in
+    memory. auto: on a GPU, where reading and tokenising would keep it waiting."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 0
@@ -324,6 +333,11 @@ def k_aux(recipe: SAE, d_model: int) -> int:
     return recipe.k_aux or 2 ** round(math.log2(max(2, d_model / 2)))
 
 
+def auxk_tokens(recipe: SAE, tokens: int) -> int:
+    """Return how many of a batch's tokens AuxK is computed on: the first ones, at least one."""
+    return math.ceil(recipe.auxk_share * tokens)
+
+
 def check(recipe: Recipe) -> None:
     """Raise InputError for values that cannot be right whatever the model."""
     sae, acts = recipe.sae, recipe.acts
@@ -351,8 +365,9 @@ def check(recipe: Recipe) -> None:
         raise InputError("optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them")
     if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
         raise InputError(f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals")
-    if not 0 < recipe.optim.ema_span <= 1:
-        raise InputError(f"optim.ema_span is {recipe.optim.ema_span}; it must be above 0 and at most 1")
+    for key, value in {"optim.ema_span": recipe.optim.ema_span, "sae.auxk_share": sae.auxk_share}.items():
+        if not 0 < value <= 1:
+            raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,

@@ -1,14 +1,18 @@
 """Every kept activation once an epoch, mixed, and from any cursor on the same bits."""
 
+import dataclasses
 import itertools
 import json
+import threading
+import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 import torch
 
 from ksparse.acts.lm import LM
-from ksparse.acts.stream import LiveStream, blocks_for, memory_bytes
+from ksparse.acts.stream import Ahead, LiveStream, blocks_for, memory_bytes
 from ksparse.acts.text import Corpus, Place
 from ksparse.errors import InputError, NonFiniteError
 
@@ -44,7 +48,8 @@ def text_rows(stream, epochs=1):
 
 
 def take(stream, number, cursor=None):
-    return list(itertools.islice(stream.batches(cursor), number))
+    with closing(stream.batches(cursor)) as batches:
+        return list(itertools.islice(batches, number))
 
 
 @pytest.mark.parametrize("borders", ["pack", "split"])
@@ -216,7 +221,134 @@ def test_documents_of_a_batch_have_names(small_stream):
 def test_a_mix_that_is_no_multiple_of_the_batch_is_rounded_down(small_stream):
     stream = small_stream(mix=100, batch=32)
     assert stream.per_block == 3 and blocks_for(960, 32, 100) == 10 and blocks_for(961, 32, 100) == 11
-    assert memory_bytes(100, 32, 16) == 96 * (4 * 16 + 16)
+    acts = stream.corpus.acts
+    assert memory_bytes(acts, 32, 16) == 96 * (4 * 16 + 16)
+    assert memory_bytes(dataclasses.replace(acts, store="bfloat16"), 32, 16) == 96 * (2 * 16 + 16)
+
+
+def test_the_text_is_read_on_and_not_from_its_beginning_for_each_block(small_stream, monkeypatch):
+    stream, places = small_stream(), []
+    own = stream.corpus.contexts
+    monkeypatch.setattr(stream.corpus, "contexts", lambda place=Place(): places.append(place) or own(place))
+    take(stream, 40)  # 5 blocks
+    assert places == [Place()]
+
+
+# ---- kept in bfloat16
+
+
+def test_activations_kept_in_bfloat16_are_rounded_and_else_the_same(small_stream):
+    exact, kept = take(small_stream(), 12), take(small_stream(store="bfloat16"), 12)
+    for one, other in zip(exact, kept):
+        assert other.x.dtype == torch.float32 and torch.equal(other.x, one.x.bfloat16().float())
+        assert torch.equal(other.documents, one.documents) and other.cursor == one.cursor
+    sample = small_stream(store="bfloat16").sample(20)
+    assert torch.equal(sample, small_stream().sample(20).bfloat16().float())
+
+
+def test_of_an_lm_in_bfloat16_nothing_is_lost(small_stream):
+    exact, kept = take(small_stream(lm_dtype="bfloat16"), 3), take(small_stream(lm_dtype="bfloat16", store="bfloat16"), 3)
+    assert all(torch.equal(one.x, other.x) for one, other in zip(exact, kept))
+
+
+# ---- ahead
+
+
+def running() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "ksparse-stream"]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8])
+def test_ahead_gives_the_same_batches_cursors_and_mixing(small_stream, depth):
+    plain, ahead = small_stream(), Ahead(small_stream(), depth)
+    expected, found = [], []
+    for stream, rows_ in ((plain, expected), (ahead, found)):
+        with closing(stream.batches()) as batches:
+            for batch in itertools.islice(batches, 20):
+                rows_.append((batch, stream.mixing()))
+    for (one, mixed), (other, other_mixed) in zip(expected, found, strict=True):
+        assert torch.equal(one.x, other.x) and torch.equal(one.documents, other.documents)
+        assert one.cursor == other.cursor and mixed == other_mixed
+    middle = json.loads(json.dumps(expected[11][0].cursor))
+    assert torch.equal(take(ahead, 1, middle)[0].x, expected[12][0].x)
+    assert running() == []
+
+
+def test_ahead_holds_no_more_than_its_depth(small_stream):
+    stream, made = small_stream(), []
+    own = stream.batches
+
+    def counted(cursor=None):
+        for batch in own(cursor):
+            made.append(batch.cursor)
+            yield batch
+
+    stream.batches = counted
+    with closing(Ahead(stream, 2).batches()) as batches:
+        next(batches)
+        for _ in range(200):
+            if len(made) == 4:
+                break
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(made) == 4  # one given out, two that wait, one that waits to wait
+    assert running() == []
+
+
+def test_an_error_in_the_thread_comes_out_where_the_batch_is_asked_for(small_stream, monkeypatch):
+    stream = small_stream()
+    own, calls = stream.lm.acts, itertools.count()
+
+    def broken(tokens, attention):
+        x = own(tokens, attention).clone()
+        return x * torch.nan if next(calls) >= 6 else x
+
+    monkeypatch.setattr(stream.lm, "acts", broken)
+    given = 0
+    with pytest.raises(NonFiniteError, match="are NaN or infinite, the first in document 'words.txt:"):
+        for _ in Ahead(stream, 4).batches():
+            given += 1
+    assert given >= 8 and running() == []
+
+
+def test_closing_gives_up_the_block_that_is_being_computed(small_stream, monkeypatch):
+    stream = small_stream(mix=2048, lm_batch=1)
+    own, calls, began = stream.lm.acts, [], threading.Event()
+
+    def slow(tokens, attention):
+        calls.append(1)
+        if len(calls) > 200:
+            began.set()
+            time.sleep(0.01)
+        return own(tokens, attention)
+
+    monkeypatch.setattr(stream.lm, "acts", slow)
+    ahead = Ahead(stream, 64)
+    batches = ahead.batches()
+    next(batches)
+    assert began.wait(20)
+    batches.close()
+    assert running() == [] and len(calls) < 260  # a block is 150 and more
+    monkeypatch.setattr(stream.lm, "acts", own)
+    assert torch.equal(take(ahead, 1)[0].x, take(small_stream(mix=2048, lm_batch=1), 1)[0].x)  # and it can begin again
+
+
+def test_a_sample_may_be_asked_for_while_the_thread_computes(small_stream):
+    ahead, expected = Ahead(small_stream(), 8), take(small_stream(), 24)
+    sample = small_stream().sample(50)
+    with closing(ahead.batches()) as batches:
+        for one in expected:
+            assert torch.equal(next(batches).x, one.x) and torch.equal(ahead.sample(50), sample)
+
+
+def test_names_of_documents_are_known_for_the_batch_in_hand(small_stream):
+    ahead = Ahead(small_stream(), 8)
+    batch = take(ahead, 1)[0]
+    assert ahead.document_names(batch.documents) == small_stream_names(ahead.stream, batch)
+
+
+def small_stream_names(stream, batch):
+    return [f"words.txt:{i}" for i in batch.documents.unique().tolist()]
 
 
 def test_the_lm_is_asked_for_activations_of_whole_contexts_of_its_options(small_stream):

@@ -123,3 +123,44 @@ def test_explanations_are_drawn_among_the_losses_in_their_order() -> None:
 def test_latents_without_a_precision_are_counted_not_drawn() -> None:
     picture = figures.patterns(np.array([0.5, 0.25, 0.1]), np.array([1, np.nan, np.nan]), {})
     assert "2 latents whose patterns predicted nothing are left out" in picture.caption and picture.label.startswith("1 latents")
+
+
+# ---- values on hover
+
+
+def spots(picture) -> list[tuple[str, dict[str, str]]]:
+    """Return the words of each place that says something, and its shape's attributes."""
+    space = "{http://www.w3.org/2000/svg}"
+    groups = [group for group in ElementTree.fromstring(picture.svg).iter(f"{space}g") if group.get("class") == "spot"]
+    assert all([child.tag.removeprefix(space) for child in group] in (["title", "path"], ["title", "circle"]) for group in groups)
+    return [(group[0].text, group[1].attrib) for group in groups]
+
+
+def test_every_figure_says_its_values_on_hover() -> None:
+    for picture in all_pictures():
+        found = spots(picture)
+        assert found and all(shape["fill"] == "none" and shape["pointer-events"] == "all" for _, shape in found), picture.name
+        assert 'id="spot' not in picture.svg
+
+
+def test_a_bar_says_its_range_and_count_and_an_empty_one_nothing() -> None:
+    picture = figures.density([-3.0, -2.0, -1.0, 0.0], [5, 0, 7], 0.1)
+    assert [words for words, _ in spots(picture)] == ["density 0.10 % to 1.0 %: 5 latents", "density 10 % to 100 %: 7 latents"]
+
+
+def test_a_long_curve_says_some_of_its_values_and_its_last() -> None:
+    picture = figures.error_curve([{"tokens": 10 * i, "nmse": 1 / i} for i in range(1, 2_001)], None)
+    words = [words for words, _ in spots(picture)]
+    assert len(words) == 120 and words[0] == "10 tokens: 1" and words[-1] == "20,000 tokens: 0.0005"
+
+
+def test_a_point_of_a_latent_names_it() -> None:
+    picture = figures.patterns(np.array([0.5, 0.25]), np.array([1, np.nan]), {}, np.array([17, 4]))
+    assert [words for words, _ in spots(picture)] == ["latent 17: recall 50 %, precision 100 %"]
+
+
+def test_hostile_names_are_text_on_hover_too() -> None:
+    name = '"><script>alert(1)</script>\u202e&'
+    picture = figures.tasks([(name, "1", {"loss": Number(0.5, 0.1)})])
+    assert spots(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
+    assert "<script" not in picture.inline and "\u202e" not in picture.inline

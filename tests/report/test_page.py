@@ -23,7 +23,7 @@ from .reading import Page
 
 ALLOWED = set("""html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
               table thead tbody tr th td data details summary pre code figure figcaption strong b mark bdi
-              svg g path defs use rect text clippath tspan""".split())
+              svg g path defs use rect circle text clippath tspan""".split())
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(1)</script>", "' onmouseover='alert(1)",
            "</span></pre></table><h1>", "<!--<script>", "]]>", "\u202eevil", "\x00", "\ud800", "\u2028", "&lt;b&gt;", "{{ 7 * 7 }}",
            "{% include 'x' %}", "javascript:alert(1)", "<table>", "<svg onload=alert(1)>", "https://evil.example/x.js",
@@ -65,7 +65,7 @@ def page(whole) -> Page:
 def test_a_run_with_all_results_has_every_section(whole, page) -> None:
     assert_inert(page)
     assert [heading.text for heading in page.all("h2")] == [
-        "What was run", "Is it good?", "What its latents know", "How it trained", "Its latents", "How to reproduce it"]
+        "What was run", "Is it good?", "What its latents know", "How it trained", "How its codes and latents are", "Its latents", "How to reproduce it"]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text

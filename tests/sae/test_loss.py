@@ -83,6 +83,16 @@ def test_auxk_is_its_definition_and_so_is_its_gradient(norm, k_aux):
     same(ours, gradients(sae, main + 0.5 * expected_aux(sae, x, norm, k_aux)))
 
 
+@pytest.mark.parametrize("norm", ["token", "batch"])
+@pytest.mark.parametrize("tokens", [2, 11, 40])
+def test_auxk_on_a_share_of_the_tokens_is_the_mean_over_the_first_of_them(norm, tokens):
+    sae, x = make(), batch()
+    got = losses(sae, x, baseline=2.0, dead=DEAD, k_aux=3, options=Options(n_latents=N, k=K, auxk_norm=norm), auxk_tokens=tokens)
+    torch.testing.assert_close(got.auxk, expected_aux(sae, x[:tokens], norm))
+    same(gradients(sae, got.auxk), gradients(sae, expected_aux(sae, x[:tokens], norm)))
+    torch.testing.assert_close(got.nmse, run(sae, x).nmse)
+
+
 def test_auxk_reaches_the_encoder_of_dead_latents():
     """T1: a fused encoder that forgets the gradient of what AuxK reads leaves this at zero."""
     sae = make()

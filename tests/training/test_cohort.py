@@ -16,7 +16,7 @@ from ksparse.training import curve, flops, member
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train, train_cohort
 
-EXACT = ("seconds", "tokens_per_s")
+EXACT = ("seconds", "tokens_per_s", "waiting")
 MEMBERS = [{"sae.n_latents": 32, "sae.k": 2}, {"sae.k": 8}, {"optim.lr": 1e-2}, {"seed": 7, "tokens": 7 * 64}, {"sae.multi_topk": 0.125, "run.kernels": "auto"}]
 
 

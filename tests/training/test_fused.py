@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 
@@ -14,13 +15,20 @@ from ksparse.kernels import native
 from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import fused, member
+from ksparse.training import fused, member, optim
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
 from ksparse.training.optim import Optimizer
 
 needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C++ compiler here, or KSPARSE_NATIVE=0")
 pytestmark = needs_compiler
 N, D, K = 256, 32, 6
+
+
+@pytest.fixture(params=["int8 by torch", "int8 in panels", "bfloat16"])
+def screen(request, monkeypatch) -> str:
+    """Return a screen; both products of whole numbers are tested, whichever is the faster here."""
+    monkeypatch.setattr(fused, "int8_kind", lambda: native.PANELS if "panels" in request.param else 1)
+    return request.param.split()[0]
 
 
 def recipe(**changes) -> Recipe:
@@ -56,7 +64,7 @@ def run(optimizer: Optimizer, xs: list[torch.Tensor], dead: int) -> list[tuple[f
 @pytest.mark.parametrize("kind", [FusedOptimizer, ExplicitOptimizer])
 @pytest.mark.parametrize("dead", [0, 7, 60])
 @pytest.mark.parametrize("changes", [{}, {"optim__clip": 0.01}, {"sae__b_enc": False}, {"sae__unit_norm": False}, {"optim__ema": 0.0},
-                                     {"sae__auxk_norm": "batch"}, {"sae__auxk_coef": 0.0}, {"optim__beta1": 0.0}], ids=str)
+                                     {"sae__auxk_norm": "batch"}, {"sae__auxk_share": 0.3}, {"sae__auxk_share": 0.3, "sae__auxk_norm": "batch"}, {"sae__auxk_coef": 0.0}, {"optim__beta1": 0.0}], ids=str)
 def test_every_step_is_that_of_autograd(changes, dead, kind):
     plain, compiled = made(Optimizer, **changes), made(kind, **changes)
     expected, found = run(plain, batches(6), dead), run(compiled, batches(6), dead)
@@ -70,7 +78,6 @@ def test_every_step_is_that_of_autograd(changes, dead, kind):
     assert all(mine[f"step.{key}"] == 6 for key in ("W_enc", "W_dec", "b_pre"))
 
 
-@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
 def test_a_screened_step_has_the_exact_steps_values(screen):
     plain, screened = made(Optimizer), made(FusedOptimizer, screen)
     np.testing.assert_allclose(run(screened, batches(6), 7), run(plain, batches(6), 7), rtol=2e-5, atol=1e-7)
@@ -78,7 +85,6 @@ def test_a_screened_step_has_the_exact_steps_values(screen):
     assert screened.audit(batches(1)[0])["screen_latents_wrong"] == 0
 
 
-@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
 def test_a_token_whose_choice_is_not_clear_is_computed_in_full(screen, monkeypatch):
     monkeypatch.setattr(fused, "MARGIN", 1e9)
     plain, screened = made(Optimizer), made(FusedOptimizer, screen)
@@ -87,17 +93,15 @@ def test_a_token_whose_choice_is_not_clear_is_computed_in_full(screen, monkeypat
     assert screened.audit(batches(1)[0])["screen_redone"] == 1
 
 
-def test_the_low_precision_copy_follows_the_weights():
-    for screen in ("int8", "bfloat16"):
-        optimizer = made(FusedOptimizer, screen)
-        run(optimizer, batches(3), 7)
-        expected, scale = native.lower(optimizer.sae.W_enc.detach(), optimizer.kind)
-        assert torch.equal(optimizer.low, expected)
-        assert scale is None or torch.equal(optimizer.low_scale, scale)
+def test_the_low_precision_copy_follows_the_weights(screen):
+    optimizer = made(FusedOptimizer, screen)
+    run(optimizer, batches(3), 7)
+    expected, scale = native.lower(optimizer.sae.W_enc.detach(), optimizer.kind)
+    assert torch.equal(optimizer.low, expected)
+    assert scale is None or torch.equal(optimizer.low_scale, scale)
 
 
-@pytest.mark.parametrize("screen", ["int8", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 3, 5, 1), (17, 33, 77, 5), (5, 16, 31, 31)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 5, 1), (17, 33, 77, 5), (5, 16, 31, 31), (200, 64, 4096, 9)], ids=str)
 def test_a_screen_takes_every_shape(screen, shape):
     b, d, n, k = shape
     sae, generator = SAE(Shape(d, n, k, "none")), torch.Generator().manual_seed(0)
@@ -135,6 +139,14 @@ def test_an_audit_counts_what_the_screen_misses(monkeypatch):
     assert found["screen_latents_wrong"] > 0.5 and found["screen_tokens_wrong"] > 0.9
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_auxk_on_a_share_of_the_tokens_is_that_of_the_batch_also_where_autograd_takes_it_in_parts(share, monkeypatch):
+    whole, parts = made(Optimizer, sae__auxk_share=share), made(Optimizer, sae__auxk_share=share)
+    expected = run(whole, batches(3), 7)
+    monkeypatch.setattr(optim, "PRE_ACTS", 13 * N)  # 5 parts, the share ends inside the second
+    np.testing.assert_allclose(run(parts, batches(3), 7), expected, rtol=2e-5, atol=1e-7)
+
+
 def test_pieces_of_a_batch_are_the_batch(monkeypatch):
     whole = made(FusedOptimizer)
     monkeypatch.setattr(fused, "PIECE", 7 * N)
@@ -166,7 +178,7 @@ def test_resuming_is_bitwise_the_same_run(small_recipe, tmp_path):
     from ksparse.errors import Interrupted
     from ksparse.training.loop import train
 
-    for screen in ("off", "bfloat16"):
+    for screen in ("off", "int8", "bfloat16"):
         wanted = small_recipe({"run.kernels": "native", "optim.screen": screen, "run.save_every": 5})
         whole = train(wanted, tmp_path / f"whole-{screen}")
         cut = tmp_path / f"cut-{screen}"
@@ -214,6 +226,85 @@ def test_lowering_is_rounding():
     low, scale = native.lower(x, 1)
     torch.testing.assert_close(low.float() * scale[:, None], x, rtol=0, atol=x.abs().max().item() / 127 / 2 * 1.01)
     assert low.abs().max() == 127
+
+
+def unpacked(low: torch.Tensor, n: int, d: int) -> torch.Tensor:
+    """Return the whole numbers [n, d] of panels: of 16 latents, for every four components, the four of each latent."""
+    panels = low.view(-(-n // 16), -(-d // 32) * 8, 16, 4)
+    return panels.permute(0, 2, 1, 3).reshape(-(-n // 16) * 16, -1)[:n, :d].int()
+
+
+def scores(x: torch.Tensor, low: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return [b, n]: the definition of what a screen by panels compares."""
+    n, d = len(bias), x.shape[1]
+    unit = x.abs().amax(1, keepdim=True) / 63
+    q = torch.where(unit > 0, x / unit, 0.0)
+    q = torch.where(q < 0, (q - 0.5).ceil(), (q + 0.5).floor())
+    return (q.double() @ unpacked(low, n, d).double().t()) * unit.double() * scale[0, :n].double() + bias.double()
+
+
+@pytest.mark.parametrize("n, d", [(1, 1), (16, 32), (50, 70), (33, 4096)])
+def test_panels_hold_the_latents_and_a_span_of_them_fits_sixteen_bits(n, d):
+    generator = torch.Generator().manual_seed(n)
+    weight = torch.randn(n, d, generator=generator) * torch.rand(n, 1, generator=generator)
+    weight[0] = 0
+    weight[-1, :] = 0
+    weight[-1, d // 2] = 5.0  # all in one component
+    weight[n // 2] = weight[n // 2].abs()  # all of one sign
+    low, scale = native.lower(weight, native.PANELS)
+    found = unpacked(low, n, d)
+    torch.testing.assert_close(found * scale[0, :n, None], weight, rtol=0, atol=scale[0].max().item() * 0.501)
+    spans = torch.nn.functional.pad(found, (0, -d % 32)).view(n, -1, 32)
+    assert 127 * max(spans.clamp(min=0).sum(2).max().item(), -spans.clamp(max=0).sum(2).min().item()) <= 32767
+    torch.testing.assert_close(scale[1, :n], -64 * found.sum(1) * scale[0, :n])
+    assert (scale[1, n:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("b, n, d, k, c", [(1, 20, 5, 1, 2), (7, 100, 33, 4, 9), (401, 4096, 96, 8, 24), (3, 40, 64, 40, 40)])
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_screen_by_panels_is_its_definition(b, n, d, k, c, portable, request, monkeypatch):
+    """Its whole numbers are those of torch, whatever the processor's instructions; 401 tokens are more than a thread's block."""
+    if portable:
+        monkeypatch.setattr(native, "load", lambda: request.getfixturevalue("portable_library"))
+    generator = torch.Generator().manual_seed(b)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((b, d), (n, d), (n,)))
+    x[0] = 0
+    low, scale = native.lower(weight, native.PANELS)
+    values, indices, dropped, spread = native.screen(low, scale, bias, x, weight, k, c)
+    score, exact = scores(x, low, scale, bias), x.double() @ weight.double().t() + bias.double()
+    best = score.topk(min(n, c + 1), dim=1)
+    candidates = best.indices[:, :c]
+    chosen = exact.gather(1, candidates).topk(k, dim=1)
+    assert torch.equal(candidates.gather(1, chosen.indices).sort(1).values, indices.long())
+    torch.testing.assert_close(values.double(), exact.gather(1, indices.long()), rtol=1e-4, atol=1e-4)
+    assert (dropped == -torch.inf).all() if c >= n else torch.allclose(dropped.double(), best.values[:, c], rtol=1e-4, atol=1e-4)
+    error = exact.gather(1, candidates) - score.gather(1, candidates)
+    torch.testing.assert_close(spread.double(), error.square().mean(1).sqrt(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def portable_library(tmp_path_factory):
+    """Return the library as a processor without AVX2 has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("portable")))
+        patch.setattr(native, "_FLAGS", (*native._FLAGS, "-O1", "-DKS_PORTABLE"))
+        library = ctypes.CDLL(str(native.build()))
+    library.ks_lower.restype = library.ks_screen.restype = None
+    return library
+
+
+def test_where_too_few_scores_pass_the_bar_nothing_is_certain():
+    """Latents in such an order that an eighth of them says nothing about the rest."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(5, 32, generator=generator), torch.randn(4096, 32, generator=generator), torch.zeros(4096)
+    bias[:512], bias[512:] = 100, -100
+    values, indices, dropped, _ = native.screen(*native.lower(weight, native.PANELS), bias, x, weight, 8, 30)
+    assert (dropped == torch.inf).all()
+    sae = SAE(Shape(32, 4096, 8, "none"))
+    sae.W_enc.data, sae.b_enc.data = weight, bias
+    optimizer = FusedOptimizer(sae, recipe(), "int8")
+    _, found = optimizer.choose(x)
+    assert found.sort(1).values.tolist() == (x @ weight.T + bias).topk(8).indices.sort(1).values.tolist()
 
 
 def test_the_transposed_lists_hold_every_entry_above_zero_once_in_the_order_of_tokens():
@@ -301,3 +392,16 @@ def test_only_the_encoder_product_is_dense(kind, products, wide, weights):
         optimizer.step(3)
     assert work.products == products
     assert (work.wide <= wide, work.weights <= weights) == (True, True), (work.wide, work.weights)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sae__auxk_norm": "batch", "optim__clip": 0.01}], ids=str)
+def test_no_tensor_of_the_written_out_step_is_made_on_another_device_than_the_weights(changes, monkeypatch):
+    """A tensor made without a device lands, here, where there is no memory; on a GPU it would be on the CPU."""
+    monkeypatch.setattr(fused.fast, "_has_sampled_product", lambda x: False)  # as on a GPU
+    optimizer = made(ExplicitOptimizer, **changes)
+    for number, x in enumerate(batches(2), 1):
+        dead = torch.arange(60) * 2
+        with torch.device("meta"):
+            optimizer.backward(x, baseline=0.03, dead=dead, k_aux=16)
+            assert math.isfinite(optimizer.step(number))
+    assert all(value.device.type == "cpu" for value in optimizer.tensors().values())

@@ -79,7 +79,7 @@ def attempts(small_recipe, tmp_path):
 
 def final(run):
     last = run.checkpoints()[-1]
-    rows = [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s")} for row in run.metrics()]
+    rows = [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "waiting")} for row in run.metrics()]
     return last.name, (last / "sae.safetensors").read_bytes(), (last / "optim.safetensors").read_bytes(), rows
 
 

@@ -23,7 +23,7 @@ from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError
 from ksparse.recipe import load as load_recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
-from ksparse.training import checkpoint, feed, loop, member, optim
+from ksparse.training import checkpoint, feed, member, optim
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train
 from ksparse.training.member import backward, count, due
@@ -31,7 +31,7 @@ from ksparse.training.fused import ExplicitOptimizer
 from ksparse.training.optim import Optimizer
 
 CPU = torch.device("cpu")
-EXACT = ("seconds", "tokens_per_s")
+EXACT = ("seconds", "tokens_per_s", "waiting")
 
 
 def everything(run):
@@ -94,7 +94,8 @@ def test_metrics_are_as_documented(small_recipe, tmp_path):
     run = train(small_recipe(), tmp_path / "run")
     rows = run.metrics()
     for number, row in enumerate(rows, 1):
-        assert set(row) == {"step", "tokens", "nmse", "auxk", "l0", "dead", "lr", "grad_norm", "skipped", "neighbours_in_batch", "tokens_per_s", "seconds"}
+        assert set(row) == {"step", "tokens", "nmse", "auxk", "l0", "dead", "lr", "grad_norm", "skipped", "neighbours_in_batch", "waiting", "tokens_per_s", "seconds"}
+        assert 0 <= row["waiting"] <= 1
         assert row["tokens"] == number * 64 and 0 < row["l0"] <= 4 and 0 <= row["dead"] <= 1 and row["lr"] == 3e-3 and row["skipped"] == 0
         assert 0 < row["nmse"] < 3 and row["grad_norm"] > 0
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
@@ -166,6 +167,25 @@ def test_going_on_after_every_step_is_bitwise_the_same_run(small_recipe, tmp_pat
     run = train(recipe, tmp_path / "run")
     same(everything(run), whole({"run.save_every": 1} | changes))
     assert len(run.metrics_file.read_text().splitlines()) == 12, "a step that was run again left its line twice"
+
+
+@pytest.mark.parametrize("source", ["live", "shards"])
+def test_computing_ahead_changes_no_bit_interrupted_or_not(small_recipe, small_acts, tmp_path, source):
+    changes = {"run.save_every": 3}
+    if source == "shards":
+        lm = LM(acts=small_acts())
+        changes |= {"acts.shards": str(write(lm, Corpus(lm.options, lm.tokenizer, "train"), tmp_path / "acts", rows=400))}
+    whole = everything(train(small_recipe(changes | {"run.ahead": "off"}), tmp_path / "whole"))
+    same(everything(train(small_recipe(changes | {"run.ahead": "on"}), tmp_path / "ahead")), whole)
+    recipe = small_recipe(changes | {"run.ahead": "on"})
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "run", observe=stop_at(4))
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "run", observe=lambda row: row["step"] == 8 and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", observe=lambda row: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    assert not [thread for thread in threading.enumerate() if thread.name == "ksparse-stream"], "a thread was left behind"
+    same(everything(train(recipe, tmp_path / "run")), whole)
 
 
 @pytest.mark.parametrize("step", [2, 4, 5, 11])
@@ -527,7 +547,7 @@ def test_a_run_without_a_name_is_named_by_its_recipe(small_recipe, tmp_path, mon
 
 def test_every_option_of_the_autoencoder_trains(small_recipe, tmp_path):
     for number, changes in enumerate([
-            {"sae.auxk_norm": "batch"}, {"sae.multi_topk": 0.125}, {"sae.b_enc": False}, {"sae.init": "independent"}, {"sae.init_scale": "unit"},
+            {"sae.auxk_norm": "batch"}, {"sae.auxk_share": 0.1}, {"sae.multi_topk": 0.125}, {"sae.b_enc": False}, {"sae.init": "independent"}, {"sae.init_scale": "unit"},
             {"sae.b_pre_init": "mean"}, {"sae.b_pre_init": "zero"}, {"sae.unit_norm": False}, {"acts.normalize": "layer_norm"}, {"acts.normalize": "none"},
             {"optim.warmup": 3, "optim.decay": 0.5, "optim.clip": 0.1}, {"acts.bos": "none"}, {"acts.keep": "all"}]):
         rows = train(small_recipe({"tokens": 5 * 64, "sae.dead_after": 64} | changes), tmp_path / str(number)).metrics()

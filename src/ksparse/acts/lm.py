@@ -418,6 +418,11 @@ def resolve(model: nn.Module, site: str) -> tuple[nn.Module, str]:
     return modules[name], at or "out"
 
 
+def sites_of(model: nn.Module, kinds: Sequence[str] = ("attn_out", "mlp_out", "resid_post")) -> list[str]:
+    """Return the sites of these kinds that exist, block by block."""
+    return [f"{kind}.{number}" for number, block in enumerate(_blocks(model)) for kind in kinds if _in_block(block, kind)]
+
+
 def describe_sites(model: nn.Module) -> str:
     """List the sites of a model: the aliases that exist, and the modules' names with the block number as I."""
     blocks = _blocks(model)

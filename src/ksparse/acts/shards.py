@@ -36,7 +36,7 @@ DTYPES = {"float32": ("F32", np.float32), "float16": ("F16", np.float16), "bfloa
 
 def facts(acts: Acts, corpus: Corpus, dtype: str) -> dict[str, Any]:
     """Return what the activations depend on."""
-    own = {key: value for key, value in asdict(acts).items() if key not in ("normalize", "mix", "shards", "lm_batch")}
+    own = {key: value for key, value in asdict(acts).items() if key not in ("normalize", "mix", "shards", "lm_batch", "store")}
     return {"format": FORMAT, "acts": own, "policy": corpus.policy(), "dtype": dtype}
 
 

@@ -6,11 +6,16 @@ of it are out: to go on, the block is computed again. No buffer is saved, none i
 of the text is used exactly once an epoch: a context that crosses the end of a block is computed in both.
 
 From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows, a new one each epoch.
+
+Ahead: either of them, computed by a thread of its own while training uses what is there. The same batches with the same cursors.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import queue
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +28,7 @@ from ksparse.acts.order import permutation
 from ksparse.acts.shards import Shards
 from ksparse.acts.text import Context, Corpus, Place
 from ksparse.errors import InputError, NonFiniteError
+from ksparse.recipe import Acts
 
 Cursor = dict[str, Any]  # JSON
 
@@ -39,9 +45,11 @@ class Stream(Protocol):
     """What training reads from."""
 
     d_model: int
+    halt: threading.Event
+    """Set by another thread to have the batch that is being made given up, by raising Halted."""
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
-        """Yield batches for ever, from the cursor on."""
+        """Yield batches for ever, from the cursor on. To be closed when no more are wanted."""
 
     def sample(self, rows: int) -> Tensor:
         """Return some raw activations [<= rows, d] without moving any cursor."""
@@ -53,8 +61,12 @@ class Stream(Protocol):
         """Return the share of neighbours in a context that came into the same batch, in the newest block."""
 
 
+class Halted(Exception):
+    """A batch was given up because nobody waits for it any more."""
+
+
 class Block(NamedTuple):
-    """Kept activations x[rows, d] in the order of the text, their documents, their contexts, and where the text goes on."""
+    """Kept activations x[rows, d] as `acts.store` has them, in the order of the text, their documents, their contexts, and where the text goes on."""
 
     x: Tensor
     documents: Tensor
@@ -71,6 +83,9 @@ class LiveStream:
         self.per_block = max(1, corpus.acts.mix // batch)
         self._mixing: float | None = None
         self._newest: tuple[tuple[Place, int], Block] | None = None
+        self._reading: tuple[Place, Iterator[Context]] | None = None  # the text from a place on, left open there
+        self._one = threading.Lock()  # a sample may be asked for while a thread computes
+        self.halt = threading.Event()
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
         cursor = cursor or {"block": 0, "place": list(Place()), "skip": 0, "batch": 0}
@@ -85,13 +100,14 @@ class LiveStream:
                 after = {"block": number, "place": list(start[0]), "skip": start[1], "batch": i + 1}
                 if i + 1 == self.per_block:
                     after = {"block": number + 1, "place": list(block.next[0]), "skip": block.next[1], "batch": 0}
-                yield Batch(block.x[chosen], block.documents[chosen], after)
+                yield Batch(block.x[chosen].float(), block.documents[chosen], after)
             number, start, done = number + 1, block.next, 0
+            del block  # so that two are never in memory
 
     def sample(self, rows: int) -> Tensor:
         block = self._block((Place(), 0))
         order = permutation(np.arange(min(rows, len(block.x))), len(block.x), (self.seed, 0))
-        return block.x[torch.from_numpy(order)]
+        return block.x[torch.from_numpy(order)].float()
 
     def document_names(self, documents: Tensor) -> list[str]:
         return [self.corpus.names.get(i, f"document {i}") for i in documents.unique().tolist()]
@@ -101,18 +117,21 @@ class LiveStream:
 
     def _block(self, start: tuple[Place, int]) -> Block:
         """Compute the block that begins at a place of the text; the newest one is kept, since it is often asked for twice."""
-        if self._newest is None or self._newest[0] != start:
-            self._newest = None  # so that two blocks are never in memory
-            self._newest = (start, self._compute(*start))
-        return self._newest[1]
+        with self._one:
+            if self._newest is None or self._newest[0] != start:
+                self._newest = None
+                self._newest = (start, self._compute(*start))
+            return self._newest[1]
 
     def _compute(self, place: Place, skip: int) -> Block:
         wanted = self.batch * self.per_block
         groups, following = self._gather(place, skip, wanted)
-        x = torch.empty(wanted, self.d_model, device=self.lm.device)
+        x = torch.empty(wanted, self.d_model, dtype=getattr(torch, self.corpus.acts.store), device=self.lm.device)
         owners, numbers = torch.empty(wanted, dtype=torch.long), torch.empty(wanted, dtype=torch.long)
         filled, seen = 0, 0
         for group in groups:
+            if self.halt.is_set():
+                raise Halted
             contexts = self.corpus.batch(group)
             acts = self.lm.acts(contexts.tokens, contexts.attention)
             ids = torch.arange(seen, seen + len(group))[:, None].expand_as(contexts.keep)
@@ -130,7 +149,7 @@ class LiveStream:
     def _gather(self, place: Place, skip: int, wanted: int) -> tuple[list[list[Context]], tuple[Place, int]]:
         """Take contexts until `wanted` activations are kept; return them grouped for the LM, and where the rest begins."""
         groups: list[list[Context]] = []
-        source = self.corpus.contexts(place)
+        source, self._reading = self._from(place), None
         have, barren, following = -skip, 0, (place, skip)
         while have < wanted:
             group = []
@@ -147,7 +166,12 @@ class LiveStream:
                 elif have == wanted:
                     following = (context.next, 0)
             groups.append(group)
+        self._reading = following[0], itertools.chain([context] if have > wanted else [], source)
         return groups, following
+
+    def _from(self, place: Place) -> Iterator[Context]:
+        """Return the contexts from a place on: the open text if it is there, since finding a place means reading what is before it."""
+        return self._reading[1] if self._reading and self._reading[0] == place else self.corpus.contexts(place)
 
     def _check_finite(self, rows: Tensor, documents: Tensor) -> None:
         bad = ~torch.isfinite(rows).all(1)
@@ -172,6 +196,7 @@ class ShardStream:
         self.shards, self.batch, self.seed, self.device = shards, batch, seed, device
         self.d_model = shards.d_model
         self._mixing: float | None = None
+        self.halt = threading.Event()
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
         step = cursor["step"] if cursor else 0
@@ -206,6 +231,60 @@ class ShardStream:
         return self._mixing
 
 
+class Ahead:
+    """Another stream whose batches a thread makes while those before are used: at most `depth` of them wait, each as it would have been.
+
+    What goes wrong in the thread is raised where the batch is asked for. The thread ends when the iterator is closed, or with its error.
+    """
+
+    def __init__(self, stream: Stream, depth: int):
+        self.stream, self.depth, self.d_model, self.halt = stream, depth, stream.d_model, stream.halt
+        self._mixing: float | None = None
+
+    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+        ready: queue.Queue[tuple[Batch, float | None] | BaseException] = queue.Queue(self.depth)
+        thread = threading.Thread(target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True)
+        self.halt.clear()
+        thread.start()
+        try:
+            while True:
+                made = ready.get()
+                if isinstance(made, BaseException):
+                    raise made
+                batch, self._mixing = made
+                yield batch
+        finally:
+            self.halt.set()
+            while thread.is_alive():
+                try:
+                    ready.get(timeout=0.01)  # makes room for what the thread is about to leave
+                except queue.Empty:
+                    pass
+            thread.join()
+            self.halt.clear()
+
+    def _fill(self, ready: queue.Queue, cursor: Cursor | None) -> None:
+        try:
+            for batch in self.stream.batches(cursor):
+                ready.put((batch, self.stream.mixing()))
+                if self.halt.is_set():
+                    return
+        except Halted:
+            pass
+        except BaseException as error:  # whatever it is, whoever asks for the batch is to have it
+            ready.put(error)
+
+    def sample(self, rows: int) -> Tensor:
+        return self.stream.sample(rows)
+
+    def document_names(self, documents: Tensor) -> list[str]:
+        return self.stream.document_names(documents)
+
+    def mixing(self) -> float | None:
+        """Return that of the block of the batch that was given out last."""
+        return self._mixing
+
+
 def _neighbours_in(rows: np.ndarray, contexts: np.ndarray) -> int:
     """Count the rows whose predecessor in the text, in the same context, is in the same batch."""
     order = np.argsort(rows)
@@ -213,9 +292,9 @@ def _neighbours_in(rows: np.ndarray, contexts: np.ndarray) -> int:
     return int(((rows[1:] - rows[:-1] == 1) & (contexts[1:] == contexts[:-1])).sum())
 
 
-def memory_bytes(mix: int, batch: int, d_model: int) -> int:
+def memory_bytes(acts: Acts, batch: int, d_model: int) -> int:
     """Return what a live stream's block takes in memory."""
-    return max(1, mix // batch) * batch * (4 * d_model + 16)
+    return max(1, acts.mix // batch) * batch * ((4 if acts.store == "float32" else 2) * d_model + 16)
 
 
 def blocks_for(tokens: int, batch: int, mix: int) -> int:

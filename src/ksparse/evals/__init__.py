@@ -6,7 +6,14 @@
     n2g              can latents be explained by short patterns of tokens?
     explained_loss   how well does the LM predict if each latent is replaced by its explanation?
     ablation         does a latent matter to few predictions, or a little to all?
+
     positions        how good is the reconstruction at each position of a context?
+    refinement       are the values of a code the best ones for its latents?
+    progressive      is the code still good at another k, or with a threshold in the place of k?
+    latents          how often do latents fire, how strongly, and on what kinds of position?
+    subspaces        do groups of latents keep to subspaces of their own?
+
+The first six are asked if none is named (DEFAULT), the others by name.
 
     held_out         the text and what the LM and the SAE make of it       estimate   values with standard errors
 """
@@ -23,28 +30,35 @@ import torch
 from safetensors.torch import save_file
 
 from ksparse import files
-from ksparse.acts.lm import LM, resolve_device
+from ksparse.acts.lm import LM
 from ksparse.errors import InputError
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.estimate import Result
 from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.held_out import Eval, HeldOut, Observe, Seen, Subject, acts_of
+from ksparse.evals.latents import Latents
 from ksparse.evals.n2g import N2G
 from ksparse.evals.positions import Positions
 from ksparse.evals.probes import Probes
+from ksparse.evals.progressive import Progressive
+from ksparse.evals.refinement import Refinement
 from ksparse.evals.stats import Stats
+from ksparse.evals.subspaces import Subspaces
 from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
+from ksparse.steering import lm_of
 
-EVALS: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
-                               "explained_loss": ExplainedLoss, "ablation": Ablation, "positions": Positions}
+DEFAULT: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
+                                 "explained_loss": ExplainedLoss, "ablation": Ablation}
+EVALS: dict[str, type[Eval]] = {**DEFAULT, "positions": Positions, "refinement": Refinement, "progressive": Progressive, "latents": Latents,
+                               "subspaces": Subspaces}
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
-def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
+def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
              observe: Observe = lambda what, done, total: None) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
@@ -55,13 +69,13 @@ def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(EVALS)
 
 
 @torch.inference_mode()
-def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(EVALS), options: EvalOptions = EvalOptions(), *,
+def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
                   observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
     """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`."""
     check_names(names)
     options = options.resolved()
     first = next(iter(saes.values()))
-    lm = lm or LM(acts=_acts(first), device=resolve_device(options.device))
+    lm = lm or lm_of(first, options.device)
     data = HeldOut(lm, _common_acts(saes, lm, options), options)
     subjects = {label: Subject(sae.to(lm.device).eval(), data) for label, sae in saes.items()}
     asked = {label: {name: subject.part(EVALS[name]) for name in names} for label, subject in subjects.items()}
@@ -75,7 +89,9 @@ def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[st
     for part, seen in _pass(subjects, data, 2, observe):
         with clock.of(part):
             part.see_again(seen)
-    return {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+    results = {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+    _put_beside(results)
+    return results
 
 
 def _parts(subjects: dict[str, Subject], passes: int) -> list[Eval]:
@@ -111,6 +127,16 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
             notes = [f"only {len(data.documents)} documents: the standard errors are rough"]
     values |= {**result, "notes": [*notes, *result.get("notes", [])], "seconds": round(clock.seconds[part], 2)}
     return Result(values, result.arrays, result.files)
+
+
+def _put_beside(results: dict[str, dict[str, Result]]) -> None:
+    """Give each result what a figure shows of the other SAEs: the keys that its evaluation names, by the SAE's short name."""
+    short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
+    names = short if len(set(short.values())) == len(short) else {label: label for label in results}
+    for label, mine in results.items():
+        for name, result in mine.items():
+            if keys := EVALS[name].beside:
+                result["beside"] = {names[other]: {key: theirs[name][key] for key in keys} for other, theirs in results.items() if other != label}
 
 
 class _Clock:
@@ -164,10 +190,3 @@ def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:
                 raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
                                  "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`")
     return acts
-
-
-def _acts(sae: SAE) -> Acts:
-    own: dict[str, Any] | None = sae.metadata.get("acts")
-    if not own:
-        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
-    return Acts(**own)

@@ -28,12 +28,9 @@ class Downstream(Eval):
 
     def see(self, seen: Seen) -> None:
         batch = seen.batch
-        clean = batch.log_probs(batch.logits)
-        spliced = batch.log_probs(batch.spliced(seen.sae(batch.x)))
-        kl = (clean.exp() * (clean - spliced)).sum(-1)
-        self.sums.add(batch.predicted_documents, clean=batch.losses(clean), spliced=batch.losses(spliced), kl=kl,
+        self.sums.add(batch.predicted_documents, clean=batch.losses(batch.clean), spliced=seen.spliced.losses, kl=seen.spliced.kl,
                       zero=zero_losses(batch), mean=batch.once("mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))),
-                      tokens=torch.ones_like(kl))
+                      tokens=torch.ones_like(seen.spliced.kl))
 
     def result(self) -> Result:
         sums = self.sums

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ksparse.evals.estimate import Result
 from ksparse.options import EvalOptions
 from ksparse.recipe import Acts
 from ksparse.sae.model import SAE, Code
+from ksparse.sae.normalize import Normalized
 
 _FOR_MEAN = 16  # batches
 Observe = Callable[[str, int, int], None]
@@ -91,6 +92,11 @@ class Batch(_Shared):
         """[b, t - 1]: whose loss is measured: the activation is kept and the next token is text."""
         return self.keep[:, :-1] & self.keep[:, 1:]
 
+    @cached_property
+    def clean(self) -> Tensor:
+        """Log-probabilities [p, v] of the unchanged LM."""
+        return self.log_probs(self.logits)
+
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return log-probabilities [p, v] at the positions whose loss is measured."""
         return logits[:, :-1][self.predicted].float().log_softmax(-1)
@@ -105,6 +111,13 @@ class Batch(_Shared):
         return self.contexts.documents[:, :-1][self.predicted]
 
 
+class Spliced(NamedTuple):
+    """Of each measured position: the loss, and KL(unchanged || spliced), [p], in nats."""
+
+    losses: Tensor
+    kl: Tensor
+
+
 class Seen:
     """A batch as one SAE sees it."""
 
@@ -115,6 +128,26 @@ class Seen:
     def code(self) -> Code:
         """Codes of the kept activations, [m, k]."""
         return self.sae.encode(self.batch.x)
+
+    @cached_property
+    def inputs(self) -> Normalized:
+        """The kept activations as the SAE's inputs, [m, d]."""
+        return self.sae.normalize(self.batch.x)
+
+    @cached_property
+    def recon(self) -> Tensor:
+        """Reconstructions of the inputs, [m, d]."""
+        return self.sae.decode(self.code)
+
+    @cached_property
+    def spliced(self) -> Spliced:
+        """What the LM loses with reconstructions in place of the kept activations."""
+        clean, log_probs = self.batch.clean, self.batch.log_probs(self.batch.spliced(self.inputs.restore(self.recon)))
+        return Spliced(self.batch.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1))
+
+    def losses_with(self, recon: Tensor) -> Tensor:
+        """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept activations."""
+        return self.batch.losses(self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon))))
 
     @cached_property
     def code_grid(self) -> Code:
@@ -194,6 +227,8 @@ class Eval:
 
     passes: ClassVar[int] = 1
     """How often it sees the text: 0, 1 or 2 times."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Keys of its result that go into those of other SAEs in the same pass too, so that a figure can show all."""
 
     def __init__(self, subject: Subject):
         self.subject = subject

@@ -20,14 +20,12 @@ class Positions(Eval):
         self.predicted: dict[int, DocumentSums] = {}
 
     def see(self, seen: Seen) -> None:
-        batch, sae = seen.batch, seen.sae
-        inputs = sae.normalize(batch.x)
-        recon = sae.decode(seen.code)
-        x, x_hat = inputs.x.cpu().double(), recon.cpu().double()
+        batch = seen.batch
+        x, x_hat = seen.sae.normalize(batch.x).x.cpu().double(), seen.recon.cpu().double()
         position = torch.arange(batch.keep.shape[1]).expand(batch.keep.shape)
         self._add(self.kept, position[batch.keep.cpu()], batch.documents, count=torch.ones(len(x)), norm=batch.x.norm(dim=1), l0=(seen.code.values > 0).sum(1),
                   error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x)
-        clean, spliced = (batch.losses(batch.log_probs(logits)) for logits in (batch.logits, batch.spliced(inputs.restore(recon))))
+        clean, spliced = batch.losses(batch.clean), seen.spliced.losses
         self._add(self.predicted, position[:, :-1][batch.predicted.cpu()], batch.predicted_documents, count=torch.ones(len(clean)), clean=clean,
                   delta=spliced.double() - clean.double())
 

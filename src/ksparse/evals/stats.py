@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from ksparse.acts.text import token_strings
+from ksparse.evals import together
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.evals.held_out import Eval, Seen, Subject
 from ksparse.sae.model import Code
 from ksparse.sae.normalize import input_rms
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
-BIN, BINS = 0.2, 128  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
+BANDS = 4  # of equally many activations of a latent, by size
+BINS = 20  # of a latent's histogram, from 0 to its largest value
+TOKENS = 8  # tokens that a latent fires on most
+BIN, BARS = 0.2, 128  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
 _EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
 _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
@@ -26,16 +30,14 @@ class Stats(Eval):
         self.sums, n = DocumentSums(), subject.sae.shape.n_latents
         self.fired = torch.zeros(n, dtype=torch.long)
         self.powers = torch.zeros(4, n, dtype=torch.float64)  # sums of values, their squares, cubes, fourth powers
-        self.histogram = torch.zeros(n, BINS, dtype=torch.int32)
+        self.bars = torch.zeros(n, BARS, dtype=torch.int32)
         self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
         self.largest = torch.zeros(n)
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
 
     def see(self, seen: Seen) -> None:
-        sae, raw = seen.sae, seen.batch.x
-        inputs = sae.normalize(raw)
-        recon = sae.decode(seen.code)
+        raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
         x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
         self.sums.add(
             seen.batch.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
@@ -46,8 +48,8 @@ class Stats(Eval):
         self.fired += torch.bincount(indices, minlength=len(self.fired))
         for power, sums in enumerate(self.powers, start=1):
             sums += torch.bincount(indices, values.double() ** power, len(self.fired))
-        bins = (values / self.bin).ceil().long().clamp(1, BINS) - 1
-        self.histogram.view(-1).index_add_(0, indices * BINS + bins, torch.ones_like(indices, dtype=torch.int32))
+        bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
+        self.bars.view(-1).index_add_(0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32))
         self.largest.scatter_reduce_(0, indices, values, "amax")
         held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
         width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
@@ -74,7 +76,7 @@ class Stats(Eval):
             "dead_fraction": share(int((self.fired == 0).sum()), n),
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
-            "window": {"before": BEFORE, "after": AFTER}, "act_bin": self.bin,
+            "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples), "act_bin": self.bin,
         }
         if "dead_fraction_training" in sae.metadata:
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
@@ -85,32 +87,76 @@ class Stats(Eval):
 
     def _bars(self) -> dict[str, Tensor]:
         """Return the histograms' bars that are not 0, by latent."""
-        latent, bar = self.histogram.nonzero(as_tuple=True)
-        start = torch.zeros(len(self.histogram) + 1, dtype=torch.int32)
-        start[1:] = torch.bincount(latent, minlength=len(self.histogram)).cumsum(0)
-        return {"bar_start": start, "bar": (bar + 1).short(), "bar_count": self.histogram[latent, bar]}
+        latent, bar = self.bars.nonzero(as_tuple=True)
+        start = torch.zeros(len(self.bars) + 1, dtype=torch.int32)
+        start[1:] = torch.bincount(latent, minlength=len(self.bars)).cumsum(0)
+        return {"bar_start": start, "bar": (bar + 1).short(), "bar_count": self.bars[latent, bar]}
 
     def _examples(self) -> dict[str, Tensor]:
-        """Choose contexts for each latent: its strongest, and random ones in which it fires; one token of each context."""
+        """Choose contexts for each latent: its strongest, random ones in which it fires, and some of each band of sizes; count the rest."""
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
         values, indices = Code.joined(self.codes)
         context, position, slot = (values > 0).nonzero(as_tuple=True)
         value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
+        token = tokens[context, position].numpy()
         context, position = context.numpy(), position.numpy()
-        noise = np.random.default_rng(self.subject.options.seed).random(len(value), np.float32)
+        noise, other_noise = np.random.default_rng(self.subject.options.seed).random((2, len(value)), np.float32)
         m, n = self.subject.options.examples, len(self.fired)
+        drawn = {"top": best_per_group(latent, context, value, n, m), "random": best_per_group(latent, context, noise, n, m),
+                 "band": best_per_band(latent, context, value, other_noise, n, m)}
         arrays: dict[str, Tensor] = {}
-        for kind, rank in (("top", value), ("random", noise)):
-            chosen, place = best_per_group(latent, context, rank, n, m)
+        for kind, (chosen, place) in drawn.items():
             for name, column in (("context", context), ("position", position), ("value", value)):
                 out = np.full((n, m), -1 if name != "value" else 0, np.int32 if name != "value" else np.float32)
                 out[latent[chosen], place] = column[chosen]
                 arrays[f"{kind}_{name}"] = torch.from_numpy(out)
             arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
-        arrays["contexts"] = tokens.int()
-        return arrays
+        counted = {"histogram": histograms(latent, value, self.largest.numpy()), **fired_on(latent, token, n, self.subject.lm.vocab),
+                   **together.companions(context * tokens.shape[1] + position, latent, n)}
+        return arrays | {"contexts": tokens.int()} | {name: torch.from_numpy(array) for name, array in counted.items()}
+
+
+def bands(examples: int) -> dict[str, int]:
+    """Return into how many bands of sizes activations are dealt, and how many of so many examples come from each."""
+    count = min(BANDS, examples)
+    return {"count": count, "each": examples // count}
+
+
+def best_per_band(latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the largest activations' band."""
+    count, each = bands(m).values()
+    band = band_of(latent, value, n, count)
+    chosen, place = best_per_group(latent.astype(np.int64) * count + band, context, rank, n * count, each)
+    return chosen, band[chosen] * each + place
+
+
+def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.ndarray:
+    """Return the band of each activation among its latent's, by rank: 0 has the largest, count - 1 the smallest, all equally many."""
+    order = np.lexsort((-value, latent))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(latent[order], latent[order])
+    return ranks * count // np.bincount(latent, minlength=n)[latent]
+
+
+def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Count each latent's activations in bins of equal width from 0 to its largest value, [n, BINS]."""
+    at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
+    return np.bincount(latent * BINS + at, minlength=len(largest) * BINS).reshape(-1, BINS).astype(np.int32)
+
+
+def fired_on(latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and on_share, of its activations."""
+    pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
+    owner = pairs // vocabulary
+    order = np.lexsort((-counts, owner))
+    place = np.arange(len(order)) - np.searchsorted(owner, owner[order])
+    order, place = order[place < TOKENS], place[place < TOKENS]
+    on, shares = np.full((n, TOKENS), -1, np.int32), np.zeros((n, TOKENS), np.float32)
+    on[owner[order], place] = pairs[order] % vocabulary
+    shares[owner[order], place] = counts[order] / np.bincount(latent, minlength=n)[owner[order]]
+    return {"on_token": on, "on_share": shares}
 
 
 def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:

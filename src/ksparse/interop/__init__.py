@@ -1,8 +1,7 @@
 """Other libraries' formats: one file each, with a table of its keys; all are read and written, or say why not.
 
     load       an SAE of any format, recognised by what is there        convert, write     one in another's format
-    inside     an SAE in somebody's model, by plain hooks              hub                a repository on the Hub, with a card
-    neuronpedia, atoms      what Neuronpedia and OpenAI's viewer show, from a run's evaluations
+    hub        a repository on the Hub, with a card                    neuronpedia, atoms   what Neuronpedia and OpenAI's viewer show, of a run
 
     sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
     foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places

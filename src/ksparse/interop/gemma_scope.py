@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Weights
 from ksparse.sae.model import SAE, Shape
 
 WEIGHTS = "params.npz"

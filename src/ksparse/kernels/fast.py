@@ -68,6 +68,11 @@ def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     return torch.sort(flat.int(), stable=True).indices, torch.cat([ends.new_zeros(1), ends]), indices.shape[1]
 
 
+def scatter_sum(lists: tuple[Tensor, Tensor, int], values: Tensor) -> Tensor:
+    """Return [n]: the sum of each latent's values[b, k]. As deterministic, where a bincount on a GPU is not."""
+    return scatter_transposed(lists, values, values.new_ones(len(values), 1)).squeeze(1)
+
+
 def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor) -> Tensor:
     """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic."""
     order, starts, k = lists

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,11 @@ FLOAT32_TILE = Tile(tokens=64, latents=128, depth=32, warps=8)
 def available() -> bool:
     """Return whether the kernels can be compiled and run here."""
     return triton is not None and torch.cuda.is_available()
+
+
+def usable(device: torch.device) -> bool:
+    """Return whether the kernels take tensors of a device: compiled on a GPU, on a CPU in Triton's interpreter."""
+    return available() if device.type == "cuda" else triton is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _jit(function: Callable[..., Any]) -> Any:

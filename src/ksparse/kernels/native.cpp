@@ -2,6 +2,7 @@
 //
 //   ks_select     pre-activations -> the k largest of each token, exactly
 //   ks_rescore    candidates of a low-precision product -> the k best by their exact values, and a certificate
+//   ks_screen     the same without the product: it is made here, of bytes, and never leaves the cache
 //   ks_decode     values -> reconstruction error, loss, and the gradient of the values, in one reading of the rows
 //   ks_transpose  tokens' latents -> latents' tokens
 //   ks_update     latents' tokens -> both gradient rows of a latent, projection, Adam, unit norm, average, low-precision copy
@@ -17,8 +18,82 @@
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+#if defined(__AVX2__) && !defined(KS_PORTABLE)
+#include <immintrin.h>
+#endif
+
 namespace {
 
+#ifdef __linux__
+// Begins threads on other cores than our own. A new thread starts on its parent's core, and where other processes keep the scheduler from finding an
+// idle one it waits there until the parent has done its share; from where it began it may move to any core that the process may use.
+struct Cores {
+    cpu_set_t allowed;
+    std::vector<int> list;
+    size_t own = 0;
+
+    Cores() {
+        CPU_ZERO(&allowed);
+        if (sched_getaffinity(0, sizeof allowed, &allowed)) return;  // more cores than the set can name
+        int here = sched_getcpu();
+        for (int c = 0; c < CPU_SETSIZE; c++)
+            if (CPU_ISSET(c, &allowed)) {
+                if (c == here) own = list.size();
+                list.push_back(c);
+            }
+    }
+    void attribute(pthread_attr_t& attributes, size_t thread) const {
+        if (list.size() < 2) return;
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(list[(own + thread) % list.size()], &one);
+        pthread_attr_setaffinity_np(&attributes, sizeof one, &one);
+    }
+    void release() const {
+        if (list.size() >= 2) pthread_setaffinity_np(pthread_self(), sizeof allowed, &allowed);
+    }
+};
+
+template <class F>
+void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
+    struct Share {
+        F* work;
+        const Cores* cores;
+        int thread;
+        int64_t begin, end;
+        pthread_t id;
+        static void* run(void* given) {
+            auto* mine = (Share*)given;
+            mine->cores->release();
+            (*mine->work)(mine->thread, mine->begin, mine->end);
+            return nullptr;
+        }
+    };
+    const size_t count = borders.size() - 1;
+    if (count < 2) return work(0, borders[0], borders[1]);
+    Cores cores;
+    std::vector<Share> shares;
+    for (size_t t = 1; t < count; t++) shares.push_back({&work, &cores, (int)t, borders[t], borders[t + 1], {}});
+    std::vector<bool> begun;
+    for (auto& share : shares) {
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        cores.attribute(attributes, share.thread);
+        begun.push_back(pthread_create(&share.id, &attributes, Share::run, &share) == 0);
+        pthread_attr_destroy(&attributes);
+    }
+    work(0, borders[0], borders[1]);
+    for (size_t i = 0; i < shares.size(); i++) {
+        if (begun[i]) pthread_join(shares[i].id, nullptr);
+        else work(shares[i].thread, shares[i].begin, shares[i].end);  // the system gave no thread
+    }
+}
+#else
 template <class F>
 void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, begin, end)
     std::vector<std::thread> pool;
@@ -26,6 +101,7 @@ void parallel(const std::vector<int64_t>& borders, F work) {  // work(thread, be
     work(0, borders[0], borders[1]);
     for (auto& each : pool) each.join();
 }
+#endif
 
 std::vector<int64_t> even(int64_t count, int threads) {
     std::vector<int64_t> borders;
@@ -34,8 +110,12 @@ std::vector<int64_t> even(int64_t count, int threads) {
 }
 
 float dot(const float* a, const float* b, int64_t d) {
-    float sum = 0;
-    for (int64_t i = 0; i < d; i++) sum += a[i] * b[i];
+    float parts[32] = {}, sum = 0;  // so many that their additions do not wait for each other
+    int64_t i = 0;
+    for (; i + 32 <= d; i += 32)
+        for (int l = 0; l < 32; l++) parts[l] += a[i + l] * b[i + l];
+    for (; i < d; i++) sum += a[i] * b[i];
+    for (int l = 0; l < 32; l++) sum += parts[l];
     return sum;
 }
 
@@ -47,54 +127,106 @@ void fetch(const float* row, int64_t d) {  // a row that is wanted soon
     for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(row + i);
 }
 
-struct Scored {
-    float value;
-    int32_t latent;
-};
-
 const float NOTHING = -std::numeric_limits<float>::infinity();
 const int LANES = 64, EVERY = 8;
 
-// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen.
+// A float's bits as a whole number of the same order.
+int32_t ordered(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen. What it holds stays in the order of showing.
 struct Best {
     int k, count = 0, room;
     float bar = NOTHING;  // only values above it can still be among the k
-    std::vector<Scored> held;
+    std::vector<float> value;
+    std::vector<int32_t> latent, key;
 
-    explicit Best(int k) : k(k), room(2 * k + LANES), held(2 * k + 2 * LANES) {}
+    explicit Best(int k, int times = 2) : k(k), room(times * k + LANES), value(room + LANES), latent(room + LANES), key(room + LANES) {}
 
     void clear(float from = NOTHING) {
         count = 0;
         bar = from;
     }
-    void offer(float value, int32_t latent) {
-        held[count] = {value, latent};
-        count += value > bar;  // without a branch
+    void offer(float one, int32_t of) {
+        value[count] = one;
+        latent[count] = of;
+        count += one > bar;  // without a branch
         if (count >= room) cut();
     }
-    void cut() {  // to the k largest
-        if (count > k) {
-            std::nth_element(held.begin(), held.begin() + (k - 1), held.begin() + count, [](const Scored& a, const Scored& b) { return a.value > b.value; });
-            count = k;
-            bar = held[k - 1].value;
+    void cut() { cut(k); }  // to the k largest
+    void cut(int most) {
+        if (count <= most) return;
+        // Halves the range of keys until as many as wanted lie above its middle: counting goes by vectors, where sorting would guess at branches.
+        int32_t low = INT32_MAX, high = INT32_MIN;
+        for (int i = 0; i < count; i++) key[i] = ordered(value[i]);
+        for (int i = 0; i < count; i++) low = std::min(low, key[i]);
+        for (int i = 0; i < count; i++) high = std::max(high, key[i]);
+        low = low == INT32_MIN ? low : low - 1;  // all lie above it, and none above high
+        int above = 0;
+        while ((int64_t)high - low > 1) {
+            int32_t middle = (int32_t)(((int64_t)low + high) >> 1);
+            int found = 0;
+            for (int i = 0; i < count; i++) found += key[i] > middle;
+            if (found > most) low = middle;
+            else {
+                high = middle;
+                above = found;
+                if (found == most) break;
+            }
         }
+        int kept = 0, equal = most - above;  // of those that are as large as the smallest that is kept, the first
+        float least = -NOTHING;
+        for (int i = 0; i < count; i++) {
+            bool take = key[i] > high;
+            if (!take && key[i] == high && equal > 0) {
+                take = true;
+                equal--;
+            }
+            value[kept] = value[i];
+            latent[kept] = latent[i];
+            kept += take;
+        }
+        for (int i = 0; i < kept; i++) least = std::min(least, value[i]);
+        count = kept;
+        bar = least;
+    }
+    void drop(int at) {
+        std::copy(value.begin() + at + 1, value.begin() + count, value.begin() + at);
+        std::copy(latent.begin() + at + 1, latent.begin() + count, latent.begin() + at);
+        count--;
     }
 };
 
-// Offers score(i) of all i in [begin, end); a block without a value above the bar costs one comparison a value.
+// Which of COUNT values, at most 64, are above the bar, a bit each.
+template <int COUNT>
+uint64_t above(const float* block, float bar) {
+    uint64_t found = 0;
+#if defined(__AVX2__) && !defined(KS_PORTABLE)
+    for (int l = 0; l < COUNT; l += 8)
+        found |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(block + l), _mm256_set1_ps(bar), _CMP_GT_OQ)) << l;
+#else
+    int hits = 0;
+    for (int l = 0; l < COUNT; l++) hits += block[l] > bar;
+    if (hits)
+        for (int l = 0; l < COUNT; l++) found |= (uint64_t)(block[l] > bar) << l;
+#endif
+    return found;
+}
+
+// Offers score(i) of all i in [begin, end); a value that is not above the bar costs one comparison.
 template <class Score>
 void offer_all(Best& best, int64_t begin, int64_t end, Score score) {
     float block[LANES];
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES) {
-        int hits = 0;
-        float bar = best.bar;
-        for (int l = 0; l < LANES; l++) {
-            block[l] = score(i + l);
-            hits += block[l] > bar;
+        for (int l = 0; l < LANES; l++) block[l] = score(i + l);
+        for (uint64_t left = above<LANES>(block, best.bar); left; left &= left - 1) {
+            int l = __builtin_ctzll(left);
+            best.offer(block[l], (int32_t)(i + l));
         }
-        if (hits)
-            for (int l = 0; l < LANES; l++) best.offer(block[l], (int32_t)(i + l));
     }
     for (; i < end; i++) best.offer(score(i), (int32_t)i);
 }
@@ -120,12 +252,11 @@ void scan(Best& best, Best& sample, int64_t n, Score score) {
 
 int sample_of(int k) { return std::max(2, 2 * k / EVERY); }
 
-void put(Best& best, int k, float* values, int32_t* indices) {  // in the order of latents, however they were found
-    std::sort(best.held.begin(), best.held.begin() + best.count, [](const Scored& a, const Scored& b) { return a.latent < b.latent; });
+void put(const Best& best, int k, float* values, int32_t* indices) {
     for (int j = 0; j < k; j++) {  // fewer than k only where values are NaN
         bool there = j < best.count;
-        values[j] = there ? best.held[j].value : std::numeric_limits<float>::quiet_NaN();
-        indices[j] = there ? best.held[j].latent : 0;
+        values[j] = there ? best.value[j] : std::numeric_limits<float>::quiet_NaN();
+        indices[j] = there ? best.latent[j] : 0;
     }
 }
 
@@ -150,6 +281,113 @@ float quantize(const float* row, int8_t* out, int64_t d) {  // returns the scale
     return scale;
 }
 
+// Takes the k best by exact value of the candidates in best, which holds the c with the largest scores and, unless there are no more, the next one.
+// A score is its value * unit.
+void settle(Best& best, Best& chosen, int c, float unit, const float* x, const float* weight, const float* bias, int64_t d, int k, float* values,
+            int32_t* indices, float* dropped, float* spread) {
+    *dropped = best.bar == NOTHING ? NOTHING : -NOTHING;  // all are candidates; or the bar was too high, and nothing is certain
+    if (best.count > c) {  // the one beyond the candidates
+        int least = (int)(std::min_element(best.value.begin(), best.value.begin() + best.count) - best.value.begin());
+        *dropped = best.value[least] * unit;
+        best.drop(least);
+    }
+    chosen.clear();
+    double square = 0;
+    for (int j = 0; j < best.count; j++) {
+        int32_t latent = best.latent[j];
+        if (j + 1 < best.count) fetch(weight + (int64_t)best.latent[j + 1] * d, d);
+        float exact = dot(x, weight + (int64_t)latent * d, d) + bias[latent], off = exact - best.value[j] * unit;
+        square += (double)off * off;
+        chosen.offer(exact, latent);
+    }
+    chosen.cut();
+    put(chosen, k, values, indices);
+    *spread = (float)std::sqrt(square / std::max(1, best.count));
+}
+
+// ---- the product of bytes, for processors whose fastest one this is
+//
+// Tokens are 7 bits and a sign, as u = q + 64 >= 0; latents are bytes, scaled so that in each SPAN of a row neither the positive nor the negative
+// ones reach 32767 / 127 in sum: then the products of a span add up in 16 bits. Latents lie in panels of PANEL; a panel has, for every four
+// components, the four of each of its latents. Behind the scales of all latents stand their shifts, which take the 64 of every u off again.
+const int PANEL = 16, SPAN = 32, TOKENS = 6, BLOCK = 192;  // TOKENS at a time against a panel, BLOCK of them while a panel is in cache
+
+int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+void pack(const float* row, int64_t i, int64_t n, int64_t d, int8_t* low, float* scale) {
+    const float most = 32767 / 127 - SPAN / 2;  // rounding adds up to a half each
+    int64_t depth = padded(d, SPAN);
+    int8_t* out = low + i / PANEL * PANEL * depth + i % PANEL * 4;
+    float limit = 0, last[SPAN] = {};
+    std::copy(row + d / SPAN * SPAN, row + d, last);
+    auto span = [=, &last](int64_t at) { return at + SPAN <= d ? row + at : last; };
+    for (int64_t at = 0; at < depth; at += SPAN) {
+        const float* x = span(at);
+        float sum = 0, size = 0, largest = 0;
+        for (int c = 0; c < SPAN; c++) sum += x[c];
+        for (int c = 0; c < SPAN; c++) size += std::fabs(x[c]);
+        for (int c = 0; c < SPAN; c++) largest = std::fabs(x[c]) > largest ? std::fabs(x[c]) : largest;
+        limit = std::max({limit, (size + std::fabs(sum)) / 2 / most, largest / 127});  // those of the more frequent sign
+    }
+    float inverse = limit > std::numeric_limits<float>::min() ? 1 / limit : 0;
+    int32_t sum = 0;
+    for (int64_t at = 0; at < depth; at += SPAN) {
+        const float* x = span(at);
+        int8_t q[SPAN];
+        for (int c = 0; c < SPAN; c++) q[c] = (int8_t)(int32_t)(x[c] * inverse + (x[c] < 0 ? -0.5f : 0.5f));
+        for (int c = 0; c < SPAN; c++) sum += q[c];
+        for (int c = 0; c < SPAN; c += 4) std::memcpy(out + (at + c) * PANEL, q + c, 4);
+    }
+    scale[i] = limit;
+    scale[padded(n, PANEL) + i] = -64 * (float)sum * limit;
+}
+
+float shift_up(const float* row, uint8_t* out, int64_t d) {  // returns the scale, 1 for a row of zeros
+    float largest = 0;
+    for (int64_t c = 0; c < d; c++) largest = std::fabs(row[c]) > largest ? std::fabs(row[c]) : largest;
+    float inverse = largest > 63 * std::numeric_limits<float>::min() ? 63 / largest : 0;
+    for (int64_t c = 0; c < d; c++) out[c] = (uint8_t)(64 + (int32_t)(row[c] * inverse + (row[c] < 0 ? -0.5f : 0.5f)));
+    return inverse > 0 ? largest / 63 : 1;
+}
+
+// out[TOKENS, PANEL] = u[TOKENS, depth] times a panel, in whole numbers.
+#if defined(__AVX2__) && !defined(KS_PORTABLE)
+__attribute__((noinline))  // it needs all registers
+void multiply(const uint8_t* u, const int8_t* panel, int64_t depth, int32_t* out) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum[TOKENS][2];
+    for (auto& row : sum) row[0] = row[1] = _mm256_setzero_si256();
+    for (int64_t at = 0; at < depth; at += SPAN, panel += SPAN * PANEL) {
+        __m256i part[TOKENS][2];
+#pragma GCC unroll 8
+        for (int s = 0; s < SPAN / 4; s++) {
+            __m256i left = _mm256_loadu_si256((const __m256i*)(panel + s * 64)), right = _mm256_loadu_si256((const __m256i*)(panel + s * 64 + 32));
+#pragma GCC unroll 6
+            for (int t = 0; t < TOKENS; t++) {
+                int32_t four;
+                std::memcpy(&four, u + t * depth + at + s * 4, 4);
+                __m256i token = _mm256_set1_epi32(four), a = _mm256_maddubs_epi16(token, left), b = _mm256_maddubs_epi16(token, right);
+                part[t][0] = s ? _mm256_add_epi16(part[t][0], a) : a;
+                part[t][1] = s ? _mm256_add_epi16(part[t][1], b) : b;
+                asm("" : "+x"(part[t][0]), "+x"(part[t][1]));  // in this order: a compiler that adds pairs first runs out of registers
+            }
+        }
+        for (int t = 0; t < TOKENS; t++)
+            for (int h = 0; h < 2; h++) sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(part[t][h], ones));
+    }
+    for (int t = 0; t < TOKENS; t++)
+        for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i*)(out + t * PANEL + h * 8), sum[t][h]);
+}
+#else
+void multiply(const uint8_t* u, const int8_t* panel, int64_t depth, int32_t* out) {
+    std::fill(out, out + TOKENS * PANEL, 0);
+    for (int64_t at = 0; at < depth; at += 4)
+        for (int t = 0; t < TOKENS; t++)
+            for (int l = 0; l < PANEL; l++)
+                for (int c = 0; c < 4; c++) out[t * PANEL + l] += (int32_t)u[t * depth + at + c] * panel[at * PANEL + l * 4 + c];
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -168,11 +406,12 @@ void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k,
     });
 }
 
-// Rows x - b_pre as they go into a low-precision product: kind 1: int8 with a scale for each row, 2: bfloat16.
+// Rows as they go into a low-precision product: kind 1: int8 with a scale for each row, 2: bfloat16, 3: panels of ks_screen, with scales and shifts.
 void ks_lower(const float* x, int64_t b, int64_t d, int kind, void* out, float* scale, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
             if (kind == 1) scale[row] = quantize(x + row * d, (int8_t*)out + row * d, d);
+            else if (kind == 3) pack(x + row * d, row, b, d, (int8_t*)out, scale);
             else for (int64_t i = 0; i < d; i++) ((uint16_t*)out)[row * d + i] = to_bfloat(x[row * d + i]);
         }
     });
@@ -194,26 +433,53 @@ void ks_rescore(const void* low, int kind, const float* x_scale, const float* w_
                 const uint16_t* p = (const uint16_t*)low + row * n;
                 scan(best, sample, n, [=](int64_t i) { return bfloat(p[i]) + bias[i]; });
             }
-            float lowest = NOTHING;
-            if (best.count > c) {  // the one beyond the candidates
-                auto least = std::min_element(best.held.begin(), best.held.begin() + best.count,
-                                              [](const Scored& a, const Scored& b) { return a.value < b.value; });
-                lowest = least->value;
-                *least = best.held[--best.count];
+            settle(best, chosen, c, 1, x + row * d, weight, bias, d, k, values + row * k, indices + row * k, dropped + row, spread + row);
+        }
+    });
+}
+
+// Tokens x[b, d] and latents' panels -> as ks_rescore. No product of all latents is written anywhere: a panel's scores are compared while they are
+// in registers. An eighth of the panels sets a bar that some three times c scores are expected to pass; where fewer than c do, dropped is infinite.
+void ks_screen(const int8_t* low, const float* scale, const float* bias, const float* x, const float* weight, int64_t b, int64_t n, int64_t d, int k,
+               int c, float* values, int32_t* indices, float* dropped, float* spread, int threads) {
+    int64_t depth = padded(d, SPAN), wide = padded(n, PANEL);
+    std::vector<float> biases(wide, 0);
+    std::copy(bias, bias + n, biases.begin());
+    parallel(even(b, threads), [&](int, int64_t begin, int64_t end) {
+        std::vector<uint8_t> u(BLOCK * depth, 64);
+        std::vector<float> unit(BLOCK), inverse(BLOCK);
+        std::vector<Best> best(std::min<int64_t>(BLOCK, end - begin), Best(c + 1, 4));
+        Best chosen(k);
+        int32_t product[TOKENS * PANEL];
+        for (int64_t first = begin; first < end; first += BLOCK) {
+            int64_t count = std::min<int64_t>(BLOCK, end - first);
+            for (int64_t t = 0; t < count; t++) {
+                unit[t] = shift_up(x + (first + t) * d, u.data() + t * depth, d);
+                inverse[t] = 1 / unit[t];
+                best[t].clear();
             }
-            chosen.clear();
-            double square = 0;
-            for (int j = 0; j < best.count; j++) {
-                Scored one = best.held[j];
-                if (j + 1 < best.count) fetch(weight + (int64_t)best.held[j + 1].latent * d, d);
-                float exact = dot(x + row * d, weight + (int64_t)one.latent * d, d) + bias[one.latent];
-                square += (double)(exact - one.value) * (exact - one.value);
-                chosen.offer(exact, one.latent);
+            int64_t sampled = wide / PANEL / EVERY;
+            for (int64_t p = 0; p < wide / PANEL; p++) {
+                if (p == sampled && n >= 64 * (int64_t)c)
+                    for (int64_t t = 0; t < count; t++) best[t].cut(3 * (c + 1) / EVERY + 1);
+                const float *by = scale + p * PANEL, *shift = by + wide, *extra = biases.data() + p * PANEL;
+                for (int64_t at = 0; at < count; at += TOKENS) {
+                    multiply(u.data() + at * depth, low + p * PANEL * depth, depth, product);
+                    for (int64_t t = at; t < std::min(count, at + TOKENS); t++) {
+                        float score[PANEL], with = inverse[t];
+                        const int32_t* sums = product + (t - at) * PANEL;
+                        for (int l = 0; l < PANEL; l++) score[l] = (float)sums[l] * by[l] + (shift[l] + extra[l] * with);
+                        for (uint64_t left = above<PANEL>(score, best[t].bar); left; left &= left - 1) {
+                            int l = __builtin_ctzll(left);
+                            best[t].offer(score[l], (int32_t)(p * PANEL + l));
+                        }
+                    }
+                }
             }
-            chosen.cut();
-            put(chosen, k, values + row * k, indices + row * k);
-            dropped[row] = lowest;
-            spread[row] = (float)std::sqrt(square / std::max(1, best.count));
+            for (int64_t t = 0, row = first; t < count; t++, row++) {
+                best[t].cut();
+                settle(best[t], chosen, c, unit[t], x + row * d, weight, bias, d, k, values + row * k, indices + row * k, dropped + row, spread + row);
+            }
         }
     });
 }
@@ -277,7 +543,7 @@ static void average(float* mean, const float* w, int64_t d, float decay) {
 //   W_dec's  scale * sum of values * error,      less its part along the row if unit_norm; W_enc's  scale * sum of slopes * (x - b_pre)
 //   extra_of[n]: row of extra_dec, extra_enc [m, d] and extra_bias[m] that is added (AuxK's), or -1
 //   apply 0: only the norms.  norms[threads]: sums of squares of all gradients but b_pre's;  pull[threads, d]: sum of (b_enc's gradient) * (row of W_enc)
-//   low: W_enc in low precision (kind as above), written anew for each latent, with low_scale[n] if int8
+//   low: W_enc in low precision (kind as above), written anew for each latent, with low_scale[n] if int8 (scales and shifts if panels)
 void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t* order, const float* values, const float* slopes, const float* error,
                const float* x, const float* b_pre, float scale, const int32_t* extra_of, const float* extra_dec, const float* extra_enc,
                const float* extra_bias, Matrix enc, Matrix dec, float* b_enc, float* b_first, float* b_second, float* b_average, const Adam* rule,
@@ -335,6 +601,7 @@ void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t
             average(b_average ? b_average + i : nullptr, b_enc + i, 1, rule->decay);
             if (kind == 1) low_scale[i] = quantize(w_enc, (int8_t*)low + i * d, d);
             if (kind == 2) for (int64_t c = 0; c < d; c++) ((uint16_t*)low)[i * d + c] = to_bfloat(w_enc[c]);
+            if (kind == 3) pack(w_enc, i, n, d, (int8_t*)low, low_scale);
         }
         norms[thread] = norm;
     });

@@ -23,6 +23,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
           "-fno-signed-zeros")
+PANELS = 3
+"""The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's products."""
 _log = logging.getLogger("ksparse")
 
 
@@ -58,7 +60,7 @@ def load() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or str(error)
         _log.info("the compiled kernels are not available (%s); training goes on with plain torch", detail.strip().splitlines()[-1:] or detail)
         return None
-    for name in ("ks_select", "ks_lower", "ks_rescore", "ks_decode", "ks_transpose", "ks_update"):
+    for name in ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose", "ks_update"):
         getattr(library, name).restype = None
     return library
 
@@ -110,10 +112,15 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
-    """Return rows x[b, d] as int8 with a scale[b] (kind 1) or as bfloat16 (kind 2)."""
+    """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen` wants its latents (kind 3)."""
     b, d = x.shape
-    out = torch.empty(b, d, dtype=torch.int8 if kind == 1 else torch.bfloat16)
-    scale = torch.empty(b) if kind == 1 else None
+    if kind == PANELS:
+        wide = -(-b // 16) * 16
+        out, scale = torch.zeros(wide * -(-d // 32) * 32, dtype=torch.int8), torch.zeros(2, wide)
+        scale[1, b:] = -torch.inf  # what fills the last panel up is never chosen
+    else:
+        out = torch.empty(b, d, dtype=torch.int8 if kind == 1 else torch.bfloat16)
+        scale = torch.empty(b) if kind == 1 else None
     load().ks_lower(pointer(x), _int(b), _int(d), kind, pointer(out), pointer(scale), torch.get_num_threads())
     return out, scale
 
@@ -126,6 +133,16 @@ def rescore(low: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: T
     load().ks_rescore(pointer(low), 1 if low.dtype == torch.int32 else 2, pointer(x_scale), pointer(w_scale), pointer(bias), pointer(x), pointer(weight),
                       _int(b), _int(n), _int(x.shape[1]), k, c, pointer(values), pointer(indices), pointer(dropped), pointer(spread),
                       torch.get_num_threads())
+    return values, indices, dropped, spread
+
+
+def screen(low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int) -> tuple[Tensor, ...]:
+    """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself is nowhere."""
+    b, (n, d) = len(x), weight.shape
+    values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
+    dropped, spread = torch.empty(b), torch.empty(b)
+    load().ks_screen(pointer(low), pointer(scale), pointer(bias), pointer(x), pointer(weight), _int(b), _int(n), _int(d), k, c, pointer(values),
+                     pointer(indices), pointer(dropped), pointer(spread), torch.get_num_threads())
     return values, indices, dropped, spread
 
 

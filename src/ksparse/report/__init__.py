@@ -9,8 +9,11 @@
     figures   results -> SVG
     findings  arrays -> what evaluations found of single latents
     probes    tasks -> the section on them
+    codes     refinement, progressive, latents, subspaces -> the section on them     code_figures   their figures
     latents   arrays -> cards with heat-maps
     page      the sections in their order               (a Section per question)
+
+    studies   a study's folder -> its page
 """
 
 from pathlib import Path

@@ -13,12 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 from markupsafe import Markup
 
-from ksparse.report.numbers import GAUSSIAN, amount, percent, significant
+from ksparse.report.numbers import GAUSSIAN, amount, percent, significant, written
 from ksparse.report.source import Number, is_number
 from ksparse.report.tokens import safe_text
 
@@ -31,6 +33,7 @@ _SETTINGS = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.solid_capstyle": "round",
 }
+_SPOT, _SPOTS = "spot:", 120  # ids of places that say something on hover; so many on a curve at most
 _FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -88,7 +91,7 @@ def dead_curve(metrics: list[dict[str, Any]]) -> Picture | None:
     if not known(values):
         return None
     with canvas() as (figure, axes):
-        curve(axes, tokens, 100 * values)
+        curve(axes, tokens, 100 * values, unit=" %")
         axes.set_ylim(0, max(1.0, 1.1 * 100 * float(np.nanmax(values))))
         axes.set_ylabel("dead latents, %")
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
@@ -150,6 +153,7 @@ def density(edges: list[float], counts: list[int], uniform: float) -> Picture | 
     low, high = math.floor(edges[first]), math.ceil(edges[last + 1])
     with canvas() as (figure, axes):
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=FIRST, alpha=0.75, linewidth=0)
+        columns(axes, edges, [f"density {percent(10**edges[i])} to {percent(10**edges[i + 1])}: {count:,} latents" if count else "" for i, count in enumerate(counts)])
         axes.set_xlim(low, max(high, low + 1))
         axes.set_xticks(range(low, max(high, low + 1) + 1))
         axes.xaxis.set_major_formatter(lambda power, _: one_in(power))
@@ -172,7 +176,8 @@ def cosines(values: np.ndarray) -> Picture | None:
     if not len(values):
         return None
     with canvas() as (figure, axes):
-        axes.hist(values, bins=40, range=(min(0.0, float(values.min())), 1), color=FIRST, alpha=0.75, linewidth=0)
+        counts, edges, _ = axes.hist(values, bins=40, range=(min(0.0, float(values.min())), 1), color=FIRST, alpha=0.75, linewidth=0)
+        columns(axes, edges, [f"cosine {edges[i]:.2f} to {edges[i + 1]:.2f}: {count:,.0f} latents" if count else "" for i, count in enumerate(counts)])
         axes.set_xlim(min(0.0, float(values.min())), 1)
         axes.set_xlabel("cosine of encoder and decoder direction")
         axes.set_ylabel("latents")
@@ -200,6 +205,7 @@ def explained(losses: dict[str, Number | None], ours: str) -> Picture | None:
                 axes.hlines(row, loss.value - 2 * loss.se, loss.value + 2 * loss.se, colors=colour, linewidth=1.5)
             axes.annotate(significant(loss.value), (loss.value + 2 * (loss.se or 0), row), xytext=(8, 0), textcoords="offset points",
                           va="center", color=colour)
+            dots(axes, [loss.value], [row], [f"{name}: {in_words(loss)} nats per token"])
         lines(axes, [name for name, _ in shown])
         low, high = shown[0][1].value, shown[-1][1].value
         axes.set_xlim(low - 0.04 * (high - low or 1), high + 0.14 * (high - low or 1))  # room for the last number
@@ -211,18 +217,24 @@ def explained(losses: dict[str, Number | None], ours: str) -> Picture | None:
                    "; ".join(f"{name} {significant(loss.value)}" for name, loss in shown) + " nats.")
 
 
-def patterns(recall: np.ndarray, precision: np.ndarray, means: dict[str, tuple[Number | None, Number | None]]) -> Picture | None:
-    """Draw precision against recall, a point for each latent; means: (recall, precision) by name, the first the latents' own."""
+def patterns(recall: np.ndarray, precision: np.ndarray, means: dict[str, tuple[Number | None, Number | None]],
+             latents: np.ndarray | None = None) -> Picture | None:
+    """Draw precision against recall, a point for each latent; means: (recall, precision) by name, the first the latents' own;
+    latents: the points' numbers."""
     there = np.isfinite(recall) & np.isfinite(precision)
     if not there.any():
         return None
     with canvas(size=(5.2, 3.9)) as (figure, axes):
         axes.plot(100 * recall[there], 100 * precision[there], linestyle="none", marker="o", color=FIRST, alpha=0.3, markersize=4.5,
                   markeredgewidth=0, label="a latent", clip_on=False)
+        if latents is not None:
+            dots(axes, 100 * recall[there], 100 * precision[there], [f"latent {number}: recall {percent(across)}, precision {percent(up)}" for number, across, up in zip(
+                latents[there], recall[there], precision[there])])
         for (name, (across, up)), (marker, colour) in zip(means.items(), (("D", INK), ("X", SECOND))):
             if across is not None and up is not None:
                 axes.plot(100 * across.value, 100 * up.value, linestyle="none", marker=marker, color=colour, markersize=8,
                           label=name, clip_on=False)
+                dots(axes, [100 * across.value], [100 * up.value], [f"{name}: recall {percent(across.value)}, precision {percent(up.value)}"])
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall, %", ylabel="precision, %")
         legend(figure)
         svg = save(figure)
@@ -245,6 +257,8 @@ def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None
     with canvas() as (figure, axes):
         axes.bar(edges[:-1], _shares(ours), np.diff(edges), align="edge", color=FIRST, alpha=0.75, linewidth=0, label="latents")
         axes.stairs(_shares(theirs), edges, color=SECOND, linewidth=1.5, label="channels")
+        columns(axes, edges[: last + 2], [f"{percent(edges[i])} to {percent(edges[i + 1])} of the logits: {ours[i]:,} ablations of latents, {theirs[i]:,} of channels"
+                                          for i in range(last + 1)])
         axes.set_xlim(0, max(edges[last + 1], 1.15 * GAUSSIAN))
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.yaxis.set_major_formatter(lambda share, _: f"{share:g} %")
@@ -275,6 +289,8 @@ def tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | No
             found = [(losses[key], row) for row, (_, _, losses) in enumerate(rows) if losses.get(key) is not None]
             axes.plot([number.value for number, _ in found], [row for _, row in found], linestyle="none", marker=marker, color=colour,
                       markerfacecolor=filling, markersize=6 if key == "prior_loss" else 4.5, markeredgewidth=1.1, label=name, clip_on=False)
+            dots(axes, [number.value for number, _ in found], [row for _, row in found],
+                 [f"{safe_text(rows[row][0], 60)}: {name} {in_words(number)}" for number, row in found])
             if key == "loss":
                 axes.hlines([row for _, row in found], [number.value - 2 * (number.se or 0) for number, _ in found],
                             [number.value + 2 * (number.se or 0) for number, _ in found], colors=colour, linewidth=1.1)
@@ -317,19 +333,58 @@ def save(figure: Any) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # text is drawn by the reader's fonts, which may well have it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.DOTALL)
+    text = _say(text)
     text = re.sub(r"<style[^>]*>[^<]*</style>\s*", "", text)  # it styles everything on a page; the roots below inherit instead
     text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", text)
     text = re.sub(r"font-family: [^;\"]+;? ?", "", text)
     return text.replace("<svg ", f'<svg style="stroke-linejoin: round; stroke-linecap: butt; {_FONT}" ', 1)
 
 
-def curve(axes: Any, tokens: np.ndarray, values: np.ndarray, *, log: bool = False, colour: str = FIRST) -> None:
-    """Draw one curve; a few points are dots too, since a line needs two."""
+def curve(axes: Any, tokens: np.ndarray, values: np.ndarray, *, log: bool = False, colour: str = FIRST, unit: str = "") -> None:
+    """Draw one curve that says its values; a few points are dots too, since a line needs two."""
     if log:
         values = np.where(values > 0, values, np.nan)
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
     axes.plot(tokens, values, color=colour, marker="o" if len(tokens) < 12 else None, markersize=3)
+    shown = np.flatnonzero(np.isfinite(values))
+    shown = shown[np.unique(np.linspace(0, len(shown) - 1, min(len(shown), _SPOTS)).astype(int))] if len(shown) else shown
+    if len(shown) > 1:
+        between = (tokens[shown][1:] + tokens[shown][:-1]) / 2
+        columns(axes, [tokens[shown[0]], *between, tokens[shown[-1]]], [f"{amount(tokens[i])} tokens: {short(values[i])}{unit}" for i in shown])
+
+
+def columns(axes: Any, edges: Any, words: list[str]) -> None:
+    """Let each stretch of the horizontal axis between two edges say something on hover, whatever is drawn there; "" says nothing."""
+    from matplotlib.patches import Rectangle
+
+    for left, right, said in zip(edges, edges[1:], words):
+        if said and right > left:
+            axes.add_artist(Rectangle((left, 0), right - left, 1, transform=axes.get_xaxis_transform(), facecolor="none", edgecolor="none", gid=_SPOT + quote(said)))
+
+
+def dots(axes: Any, across: Any, up: Any, words: list[str]) -> None:
+    """Let points that are drawn already say something on hover."""
+    for x, y, said in zip(across, up, words):
+        axes.plot(x, y, linestyle="none", color=INK, marker="o", markersize=9, markerfacecolor="none", markeredgecolor="none", clip_on=False, gid=_SPOT + quote(said))
+
+
+def _say(svg: str) -> str:
+    """Put each place's words into it as its title, and make its shape as short as can be."""
+    group, number = rf'<g id="{_SPOT}([^"]*)">\s*', r'"([\d.]+)"'
+
+    def titled(shape: str) -> Callable[[re.Match[str]], str]:
+        return lambda found: (f'<g class="spot"><title>{escape(unquote(found[1]), quote=False)}</title>'
+                              f'<{shape.format(*found.groups())} fill="none" pointer-events="all"/></g>')
+
+    svg = re.sub(rf'{group}(?:<defs>.*?</defs>\s*)?<g[^>]*>\s*<use [^>]*?x={number} y={number}[^>]*/>\s*</g>\s*</g>',
+                 titled('circle cx="{1}" cy="{2}" r="4.5"'), svg, flags=re.DOTALL)
+    return re.sub(rf'{group}<path d="([^"]*)"[^>]*/>\s*</g>', titled('path d="{1}"'), svg)
+
+
+def in_words(number: Number) -> str:
+    """Return a value and its standard error."""
+    return " ".join(part for part in written(number, "number") if part)
 
 
 def reference(axes: Any, at: float, text: str, *, vertical: bool = False) -> None:
@@ -387,10 +442,10 @@ def positive(values: np.ndarray) -> bool:
     return bool((values > 0).any())
 
 
-def went(values: np.ndarray, tokens: np.ndarray, written: Callable[[float], str]) -> str:
+def went(values: np.ndarray, tokens: np.ndarray, say: Callable[[float], str]) -> str:
     """Say in words where a curve began and where it ended."""
     finite = values[np.isfinite(values)]
-    return f"From {written(finite[0])} to {written(finite[-1])} over {amount(tokens[-1])} tokens."
+    return f"From {say(finite[0])} to {say(finite[-1])} over {amount(tokens[-1])} tokens."
 
 
 def thousands(value: float) -> str:

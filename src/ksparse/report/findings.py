@@ -59,26 +59,26 @@ class Explanations:
         self.scored = arrays.whole("scored")
         self.scores = {name: arrays.rows(name, 0, len(self.scored)) for name in ("precision", "recall", "f1")}
 
-    def of(self, latent: int) -> Explanation | None:
-        """Return what is known of a latent, or None if it was neither explained nor scored."""
+    def of(self, latent: int, most: int = PATTERNS) -> Explanation | None:
+        """Return what is known of a latent, with so many patterns, or None if it was neither explained nor scored."""
         first, last = (int(np.searchsorted(self.latents, latent, side)) for side in ("left", "right"))
         at = np.flatnonzero(self.scored == latent)
         if first == last and not len(at):
             return None
         scores = {name: float(values[at[0]]) for name, values in self.scores.items() if len(at) and math.isfinite(values[at[0]])}
-        return Explanation(self._patterns(first, last), last - first, scores)
+        return Explanation(self._patterns(first, last, most), last - first, scores)
 
     def best_first(self) -> np.ndarray:
         """Return the scored latents that have an F1, by F1."""
         known = np.isfinite(self.scores["f1"])
         return self.scored[known][np.argsort(-self.scores["f1"][known], kind="stable")]
 
-    def _patterns(self, first: int, last: int) -> list[Pattern]:
+    def _patterns(self, first: int, last: int, most: int) -> list[Pattern]:
         if first == last:
             return []
         values, support, anchored = (np.nan_to_num(self.arrays.rows(f"pattern_{name}", first, last)) for name in ("value", "support", "anchored"))
         starts = self.arrays.rows("pattern_start", first, last + 1)
-        shown = np.lexsort((-values, -support))[:PATTERNS]
+        shown = np.lexsort((-values, -support))[:most]
         return [Pattern(self._parts(self.arrays.rows("pattern_tokens", int(starts[i]), int(starts[i + 1])).tolist(), bool(anchored[i])),
                         float(values[i]), int(support[i])) for i in shown]
 

@@ -87,6 +87,17 @@ class Arrays:
 
     file: Path
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors there are."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, framework="np") as tensors:
+                return tuple(tensors.keys())
+        except SafetensorError as error:
+            raise CorruptError(f"{self.file} is no readable safetensors file: {error}; run the evaluation again") from None
+
     def whole(self, name: str) -> np.ndarray:
         return self._rows(name, slice(None))
 

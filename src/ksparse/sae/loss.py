@@ -24,31 +24,32 @@ class Losses(NamedTuple):
     code: Code
 
 
-def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options, strength: float = 1.0) -> Losses:
+def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options,
+           auxk_tokens: int | None = None, auxk_weight: float = 1.0, strength: float = 1.0) -> Losses:
     """Return the losses on normalised activations x[b, d].
 
     baseline: the mean squared error per component of predicting the mean, one constant for the whole run (A.6).
     dead: the indices of the latents that are dead now; none is fine.
+    auxk_tokens: AuxK is the mean over the first so many of x (all if not given), times auxk_weight where x is a part of a batch.
     strength: the share of its weight that a penalty has by now.
     """
     if sae.shape.activation != "topk":
-        return _others(sae, x, baseline=baseline, dead=dead, k_aux=k_aux, options=options, strength=strength)
+        return _others(sae, x, baseline=baseline, dead=dead, k_aux=k_aux, options=options, auxk_tokens=auxk_tokens, auxk_weight=auxk_weight,
+                       strength=strength)
     pre_acts = sae.pre_acts(x)
     code = sae.code(x, pre_acts)
     recon = sae.decode(code)
     nmse = (recon - x).square().mean() / baseline
-    total, aux = nmse, nmse.new_zeros(())
+    total = nmse
     if options.multi_topk:
         wide = sae.decode(sae.code(x, pre_acts, 4 * sae.shape.k))
         total = total + options.multi_topk * (wide - x).square().mean() / baseline
-    if options.auxk_coef and len(dead):
-        error = (x - recon).detach()
-        aux = finite_or_zero(auxk(sae.decoder(sae.code(x, pre_acts, k_aux, among=dead)), error, options.auxk_norm))
-        total = total + options.auxk_coef * aux
-    return Losses(total, nmse, aux, code)
+    aux = auxk_weight * revived(sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options)
+    return Losses(total + options.auxk_coef * aux, nmse, aux, code)
 
 
-def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options, strength: float) -> Losses:
+def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options, auxk_tokens: int | None, auxk_weight: float,
+            strength: float) -> Losses:
     """Return the losses with another activation than TopK: reconstruction, its own penalty, AuxK where its kind has that."""
     activation = activations.of(options.activation)
     products = sae.products(x)
@@ -58,11 +59,19 @@ def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, o
     nmse = (recon - x).square().mean() / baseline
     total = nmse + strength * penalty(sae, x, chosen, values, activation) + extra(sae, x, chosen, activation, baseline)
     aux = nmse.new_zeros(())
-    if options.auxk_coef and len(dead) and options.activation.kind in WITH_AUXK:
+    if options.activation.kind in WITH_AUXK:
         pre_acts = products.detach() + sae.b_enc.detach()
-        aux = finite_or_zero(auxk(sae.decoder(sae.code(x, pre_acts, k_aux, among=dead)), (x - recon).detach(), options.auxk_norm))
-        total = total + options.auxk_coef * aux
-    return Losses(total, nmse, aux, Code(values, chosen.everywhere()))
+        aux = auxk_weight * revived(sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options)
+    return Losses(total + options.auxk_coef * aux, nmse, aux, Code(values, chosen.everywhere()))
+
+
+def revived(sae: SAE, x: Tensor, recon: Tensor, pre_acts: Tensor, some: slice, *, dead: Tensor, k_aux: int, options: Options) -> Tensor:
+    """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no use for it."""
+    x, recon, pre_acts = x[some], recon[some], pre_acts[some]
+    if not options.auxk_coef or not len(dead) or not len(x):
+        return x.new_zeros(())
+    predicted = sae.decoder(sae.code(x, pre_acts, k_aux, among=dead))
+    return finite_or_zero(auxk(predicted, (x - recon).detach(), options.auxk_norm))
 
 
 def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Chosen:

@@ -170,8 +170,8 @@ class Submitted:
         return bool(self.job.done())
 
     def why(self) -> str:
-        error = self.job.exception()
-        return str(error).strip().splitlines()[-1] if error is not None and str(error).strip() else f"job {self.job.job_id} ended as {self.job.state}"
+        lines = [line for line in (self.job.stderr() or "").splitlines() if line.strip()]
+        return f"job {self.job.job_id} ended as {self.job.state}" + (f": {lines[-1].strip()}" if lines else "")
 
     def stop(self) -> None:
         self.job.cancel()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from ksparse.acts.lm import LM
 from ksparse.acts.shards import Shards
-from ksparse.acts.stream import LiveStream, ShardStream, Stream
+from ksparse.acts.stream import Ahead, Batch, LiveStream, ShardStream, Stream
 from ksparse.acts.text import Corpus
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe
@@ -29,6 +31,7 @@ from ksparse.training import flops
 log = logging.getLogger("ksparse")
 
 SAMPLE = 32_768  # activations for b_pre and the constants, as in the official code
+SHARD_BATCHES = 4  # read ahead
 PER_DOCUMENT = 256  # held-out tokens of a document, so that few rows come from many documents
 
 
@@ -45,13 +48,23 @@ class Feed:
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.stream, self.policy = open_stream(recipe, device)
+        self.source, self.policy = open_stream(recipe, device)
+        depth = SHARD_BATCHES if isinstance(self.source, ShardStream) else getattr(self.source, "per_block", 1)
+        self.stream = Ahead(self.source, depth) if ahead(recipe, device.type) else self.source
+        self.waited = 0.0  # seconds
         self._centers: dict[str, Tensor] = {}
+
+    def wait(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch, and count how long that took."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        return batch
 
     @cached_property
     def look(self) -> Look:
         log.info("reading the first activations")
-        raw, kind = self.stream.sample(SAMPLE), self.recipe.acts.normalize
+        raw, kind = self.source.sample(SAMPLE), self.recipe.acts.normalize
         factor = dataset_factor(raw) if kind == "dataset" else 1.0
         x = normalize(raw, kind, factor).x
         baseline = (x - x.mean(0)).cpu().double().square().mean().item()
@@ -68,15 +81,15 @@ class Feed:
     @cached_property
     def lm_parameters(self) -> int:
         """The parameters of the LM's matrices up to the site; none where activations come from shards."""
-        lm = getattr(self.stream, "lm", None)
+        lm = getattr(self.source, "lm", None)
         return flops.before_site(lm.model, lm.module, lm.at) if lm else 0
 
     @cached_property
     def held_out(self) -> Tensor:
-        """Return raw activations [rows, d] of the validation side of the text; as many as `curve.held_out` says."""
+        """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out` says. To be read before the stream is, whose thread uses the LM."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         acts = dataclasses.replace(recipe.acts, mix=rows)
-        lm = self.stream.lm if isinstance(self.stream, LiveStream) else LM(acts=acts, device=str(self.device), trust_remote_code=recipe.run.trust_remote_code)
+        lm = self.source.lm if isinstance(self.source, LiveStream) else LM(acts=acts, device=str(self.device), trust_remote_code=recipe.run.trust_remote_code)
         return LiveStream(lm, Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT), batch=rows, seed=0).sample(rows)
 
 
@@ -92,3 +105,8 @@ def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str,
     lm = LM(acts=acts, device=str(device), trust_remote_code=recipe.run.trust_remote_code)
     corpus = Corpus(acts, lm.tokenizer, "train")
     return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.data_seed), corpus.policy()
+
+
+def ahead(recipe: Recipe, device: str) -> bool:
+    """Return whether activations are computed by a thread of their own."""
+    return recipe.run.ahead == "on" or recipe.run.ahead == "auto" and device.startswith("cuda")

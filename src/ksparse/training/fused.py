@@ -14,6 +14,7 @@ import ctypes
 import functools
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import fast, native
-from ksparse.recipe import Recipe
+from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
@@ -30,6 +31,8 @@ PIECE = PRE_ACTS
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
+MORE = {1: 1.0, 2: 0.5, native.PANELS: 1.5}
+"""Candidates beyond k at the start, as a share of k: the coarser the product, the more."""
 
 
 def fastest_screen() -> str:
@@ -40,17 +43,41 @@ def fastest_screen() -> str:
 @functools.cache
 def _fastest(threads: int) -> str:
     b, d, n = 1024, 512, 4096
+    x, w, bias = torch.randn(b, d), torch.randn(n, d), torch.zeros(n)
+    xb, wb, out, half = x.bfloat16(), w.bfloat16(), torch.empty(b, n), torch.empty(b, n, dtype=torch.bfloat16)
+    products = {"off": lambda: torch.mm(x, w.t(), out=out), "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
+    kind = int8_kind()
+    (xi, _), (wi, scale) = native.lower(x, 1), native.lower(w, kind)
+    if kind == native.PANELS:
+        products["int8"] = lambda: native.screen(wi, scale, bias, x, w, 8, 32)
+    else:
+        low = torch.empty(b, n, dtype=torch.int32)
+        products["int8"] = lambda: torch._int_mm(xi, wi.t(), out=low)
+    seconds = _compared(products)
+    for name in products.keys() - {"off"}:
+        seconds[name] /= 0.8 if name == "int8" and kind == native.PANELS else 0.6  # the rest of a screen costs something too; ours has most of it in
+    return min(seconds, key=seconds.__getitem__)
+
+
+@functools.cache
+def int8_kind() -> int:
+    """Return which product of whole numbers a screen uses here: torch's (1) where the processor has instructions for it, else our own."""
+    b, d, n = 128, 512, 1024
     x, w = torch.randn(b, d), torch.randn(n, d)
-    (xi, _), (wi, _), xb, wb = native.lower(x, 1), native.lower(w, 1), x.bfloat16(), w.bfloat16()
-    out, low, half = torch.empty(b, n), torch.empty(b, n, dtype=torch.int32), torch.empty(b, n, dtype=torch.bfloat16)
-    products = {"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low),
-                "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
-    seconds = {}
+    xi, wi, out, low = x.char(), w.char(), torch.empty(b, n), torch.empty(b, n, dtype=torch.int32)
+    seconds = _compared({"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low)})
+    return 1 if seconds["int8"] < 0.7 * seconds["off"] else native.PANELS
+
+
+def _compared(products: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the seconds of each; one that is far slower than the first is not tried again."""
+    seconds: dict[str, float] = {}
     for name, product in products.items():
         product()
-        seconds[name] = min(_seconds(product) for _ in range(3))
-    seconds["off"] *= 0.6  # rescoring costs something too
-    return min(seconds, key=seconds.__getitem__)
+        seconds[name] = _seconds(product)
+        if seconds[name] < 3 * next(iter(seconds.values())):
+            seconds[name] = min(seconds[name], *(_seconds(product) for _ in range(3)))
+    return seconds
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -101,7 +128,8 @@ class ExplicitOptimizer(Optimizer):
         nmse = square.double().mean() / x.shape[1] / baseline
         aux, extra = nmse.new_zeros(()), None
         if options.auxk_coef and len(dead) and torch.isfinite(nmse):
-            aux, extra = self._auxk(x - sae.b_pre, error, dead, k_aux)
+            some = slice(auxk_tokens(options, len(x)))
+            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (len(x) * x.shape[1] * baseline)
         finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
@@ -110,12 +138,20 @@ class ExplicitOptimizer(Optimizer):
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
-        count = math.ceil(len(centred) * self.sae.shape.n_latents / PIECE)
+        count = math.ceil(len(centred) * self.sae.shape.n_latents / self._piece())
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
         return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
 
+    def _piece(self) -> int:
+        """Return how many numbers of the product may be in memory at once."""
+        return PIECE
+
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        return self._exact(centred)
+
+    def _exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose by the whole product in float32."""
         sae = self.sae
         product = self._buffer("product", (len(centred), sae.shape.n_latents))
         torch.mm(centred, sae.W_enc.detach().t(), out=product)
@@ -140,14 +176,14 @@ class ExplicitOptimizer(Optimizer):
         W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
         if k_aux < len(dead):
-            values, indices = self._select(z, torch.zeros(len(dead)), k_aux)
+            values, indices = self._select(z, z.new_zeros(len(dead)), k_aux)
             z.zero_().scatter_(1, indices.long(), values)
         difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
         tiny = torch.finfo(error.dtype).tiny
         if options.auxk_norm == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
         else:
-            weights = torch.full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
+            weights = error.new_full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
         loss = (difference.square().sum(1) * weights).double().sum()
         if not torch.isfinite(loss):
             return loss.new_zeros(()), None
@@ -159,7 +195,7 @@ class ExplicitOptimizer(Optimizer):
         """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
-            self.buffers[name] = torch.empty(size, dtype=dtype)
+            self.buffers[name] = torch.empty(size, dtype=dtype, device=self.sae.W_enc.device)
         return self.buffers[name][:size].view(shape)
 
     # ---- the gradient
@@ -175,13 +211,13 @@ class ExplicitOptimizer(Optimizer):
         self.pending = None
         if not pending.finite:
             return math.nan
-        n, flat = sae.shape.n_latents, pending.indices.flatten()
+        n = sae.shape.n_latents
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
         sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error)
         sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.x - sae.b_pre)
-        g_bias = torch.bincount(flat, slopes.flatten(), n).float()
-        along = torch.bincount(flat, (values * pending.slopes).flatten(), n).float()  # <gradient, row>, for nothing
+        g_bias = fast.scatter_sum(lists, slopes)
+        along = fast.scatter_sum(lists, values * pending.slopes)  # <gradient, row>, for nothing
         if extra is not None:
             sae.W_dec.grad.index_add_(0, extra.latents, extra.dec)
             sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
@@ -194,23 +230,26 @@ class ExplicitOptimizer(Optimizer):
         return clip_(sae, self.recipe.optim.clip)
 
 
-class FusedOptimizer(ExplicitOptimizer):
-    """The same by the compiled kernels, on a CPU; optionally with a screen."""
+class ScreenedOptimizer(ExplicitOptimizer, ABC):
+    """The same where latents may be chosen by a product in low precision, and rows are moved in one pass; kernels are the heirs' affair."""
 
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
-        self.screen, self.kind = screen, KINDS.get(screen, 0)
+        self.screen, self.kind = screen, int8_kind() if screen == "int8" else KINDS.get(screen, 0)
         self.redone = self.screened = 0  # tokens
-        self.candidates = sae.shape.k + max(16, sae.shape.k // (1 if screen == "int8" else 2))  # int8 is the coarser of the two
+        self.candidates = sae.shape.k + max(16, int(sae.shape.k * MORE.get(self.kind, 0)))
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
             self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         self._lower()
 
-    @torch.no_grad()
+    @abstractmethod
     def _lower(self) -> None:
         """Make the low-precision copy of W_enc anew."""
-        if self.kind:
-            self.low, self.low_scale = native.lower(self.sae.W_enc.detach(), self.kind)
+
+    @abstractmethod
+    def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the c best by the low-precision product, the best
+        score that is not among those, and the root mean square of the candidates' (exact - score)."""
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | ({"screen.candidates": torch.tensor(self.candidates)} if self.kind else {})
@@ -222,33 +261,19 @@ class FusedOptimizer(ExplicitOptimizer):
         self._lower()
 
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        return self._screened(centred) if self.kind else super()._choose(centred)
-
-    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return native.select(product, bias, k)
-
-    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        return native.decode(x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error)
+        return self._screened(centred) if self.kind else self._exact(centred)
 
     def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
-        sae, (b, n, k) = self.sae, (len(centred), self.sae.shape.n_latents, self.sae.shape.k)
-        low, x_scale = native.lower(centred, self.kind)
-        if self.kind == 1:
-            product = self._buffer("low", (b, n), torch.int32)
-            torch._int_mm(low, self.low.t(), out=product)
-        else:
-            product = self._buffer("low", (b, n), torch.bfloat16)
-            torch.mm(low, self.low.t(), out=product)
-        values, indices, dropped, spread = native.rescore(
-            product, x_scale, self.low_scale, sae.b_enc.detach(), centred, sae.W_enc.detach(), k, min(n, self.candidates))
+        b, n = len(centred), self.sae.shape.n_latents
+        values, indices, dropped, spread = self._candidates(centred, min(n, self.candidates))
         unclear = ~(values.amin(1) > dropped + MARGIN * spread)
         again = int(unclear.sum())
         self.screened, self.redone = self.screened + b, self.redone + again
         if again > b // 100:  # more candidates cost less than that
             self.candidates = min(n, 1 + self.candidates * 5 // 4)
-        if again:
-            values[unclear], indices[unclear] = super()._choose(centred[unclear].contiguous())
+        for tokens in unclear.nonzero().squeeze(1).split(max(1, PIECE // n)) if again else ():
+            values[tokens], indices[tokens] = self._exact(centred[tokens])
         return values, indices
 
     @torch.no_grad()
@@ -258,13 +283,69 @@ class FusedOptimizer(ExplicitOptimizer):
             return {}
         before = self.screened, self.redone, self.candidates
         centred = x - self.sae.b_pre.detach()
-        (_, found), (_, exact) = self.choose(centred), super()._choose(centred)
+        (_, found), (_, exact) = self.choose(centred), self._exact(centred)
         self.screened, self.redone, self.candidates = before
         n = self.sae.shape.n_latents
-        row = torch.arange(len(x))[:, None] * n
+        row = torch.arange(len(x), device=x.device)[:, None] * n
         missed = ~torch.isin(exact + row, found + row)
         return {"screen_latents_wrong": missed.float().mean().item(), "screen_tokens_wrong": missed.any(1).float().mean().item(),
                 "screen_redone": self.redone / max(1, self.screened)}
+
+    # ---- what the pass over the rows leaves
+
+    def _bias(self, gradient: Tensor, step: int) -> None:
+        """Move b_pre, count the step, and average what the pass over the rows did not."""
+        self._move("b_pre", gradient, step)
+        for each in self.adam.state.values():
+            each["step"] += 1
+        self.updates += 1
+
+    def _move(self, key: str, gradient: Tensor, step: int) -> None:
+        """Take a step of a bias, and average it."""
+        weight, options = getattr(self.sae, key), self.recipe.optim
+        state, rule = self.adam.state[weight], self._rule(step, self._rates(step)[1], 1.0)
+        state["exp_avg"].lerp_(gradient, 1 - options.beta1)
+        state["exp_avg_sq"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
+        denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(rule.correction2)).add_(options.eps)
+        weight.addcdiv_(state["exp_avg"], denominator, value=-rule.rate / rule.correction1)
+        if self.average:
+            self.average[key].lerp_(weight.detach(), 1 - self.recipe.ema)
+
+    def _rates(self, step: int) -> tuple[float, float]:
+        share = rate_share(step, self.recipe)
+        return tuple(group["base"] * share for group in self.adam.param_groups)
+
+    def _rule(self, step: int, rate: float, clip: float) -> native.Adam:
+        options, taken = self.recipe.optim, int(self.adam.state[self.sae.b_pre]["step"]) + 1
+        return native.Adam(rate, options.beta1, options.beta2, options.eps, 1 - options.beta1**taken, 1 - options.beta2**taken,
+                           self.recipe.ema or 1.0, clip)
+
+
+class FusedOptimizer(ScreenedOptimizer):
+    """The same by the compiled kernels, on a CPU."""
+
+    @torch.no_grad()
+    def _lower(self) -> None:
+        if self.kind:
+            self.low, self.low_scale = native.lower(self.sae.W_enc.detach(), self.kind)
+
+    def _piece(self) -> int:
+        return 2**62 if self.kind == native.PANELS else PIECE  # panels have no product in memory
+
+    def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sae, bias, weight = self.sae, self.sae.b_enc.detach(), self.sae.W_enc.detach()
+        if self.kind == native.PANELS:
+            return native.screen(self.low, self.low_scale, bias, centred, weight, sae.shape.k, c)
+        low, scale = native.lower(centred, self.kind)
+        product = self._buffer("low", (len(centred), sae.shape.n_latents), torch.int32 if self.kind == 1 else torch.bfloat16)
+        torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(low, self.low.t(), out=product)
+        return native.rescore(product, scale, self.low_scale, bias, centred, weight, sae.shape.k, c)
+
+    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return native.select(product, bias, k)
+
+    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return native.decode(x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error)
 
     # ---- the pass over the rows
 
@@ -306,29 +387,6 @@ class FusedOptimizer(ExplicitOptimizer):
             *(native.pointer(part) for part in ((self.low, self.low_scale) if self.kind else (None, None))), native.pointer(norms), native.pointer(pull), threads)
         gradient = pending.scale * pending.error.sum(0) - pull.sum(0)
         return math.sqrt(norms.sum().item() + gradient.double().square().sum().item()), gradient
-
-    def _bias(self, gradient: Tensor, step: int) -> None:
-        """Move b_pre, count the step, and average what the pass over the rows did not."""
-        sae, options = self.sae, self.recipe.optim
-        state, rule = self.adam.state[sae.b_pre], self._rule(step, 0.0, 1.0)
-        state["exp_avg"].lerp_(gradient, 1 - options.beta1)
-        state["exp_avg_sq"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
-        denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(rule.correction2)).add_(options.eps)
-        sae.b_pre.addcdiv_(state["exp_avg"], denominator, value=-self._rates(step)[1] / rule.correction1)
-        if self.average:
-            self.average["b_pre"].lerp_(sae.b_pre.detach(), 1 - self.recipe.ema)
-        for each in self.adam.state.values():
-            each["step"] += 1
-        self.updates += 1
-
-    def _rates(self, step: int) -> tuple[float, float]:
-        share = rate_share(step, self.recipe)
-        return tuple(group["base"] * share for group in self.adam.param_groups)
-
-    def _rule(self, step: int, rate: float, clip: float) -> native.Adam:
-        options, taken = self.recipe.optim, int(self.adam.state[self.sae.b_pre]["step"]) + 1
-        return native.Adam(rate, options.beta1, options.beta2, options.eps, 1 - options.beta1**taken, 1 - options.beta2**taken,
-                           self.recipe.ema or 1.0, clip)
 
     def _matrix(self, key: str) -> native.Matrix:
         weight = getattr(self.sae, key)

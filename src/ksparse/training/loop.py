@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,9 @@ def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
         began = time.monotonic()
 
         least = min((member.state for member in going), key=lambda state: state.step)
-        step, batches = least.step, feed.stream.batches(least.cursor)
+        step, batches = least.step, stack.enter_context(closing(feed.stream.batches(least.cursor)))
         while going:
-            batch = next(batches)
+            batch = feed.wait(batches)
             step += 1
             x = going[0].optimizer.sae.normalize(batch.x).x
             now = [member for member in going if member.state.step == step - 1]

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
-from ksparse.kernels import native
-from ksparse.recipe import WITH_AUXK, Recipe, k_aux
+from ksparse.kernels import gpu, native
+from ksparse.recipe import WITH_AUXK, Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
 from ksparse.sae.loss import Losses
@@ -31,6 +31,7 @@ from ksparse.training import checkpoint, curve, flops
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
+from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.loggers import open_loggers
 from ksparse.training.optim import Optimizer, rate_share
 
@@ -61,6 +62,7 @@ class Member:
             self.state, self.optimizer = start(self.recipe, feed)
         self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)]
         self.curve = self.run.curve()
+        self.held_out = feed.held_out if self.points else None
         self.began = self.saved = time.monotonic()
         self.spent, self.first = self.state.seconds, self.state.tokens
 
@@ -88,15 +90,15 @@ class Member:
             now = time.monotonic()
             state.seconds = self.spent + now - self.began
             row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing()) | self.optimizer.audit(x[:AUDITED]) | {
-                "tokens_per_s": (state.tokens - self.first) / (now - self.began), "seconds": state.seconds}
+                "waiting": self.feed.waited / max(now - self.began, 1e-9), "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9), "seconds": state.seconds}
             for each in self.send:
                 each(row)
 
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""
         state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {"loss_raw": curve.loss(sae, self.feed.held_out),
-                  "loss_ema": curve.loss(self.optimizer.averaged(), self.feed.held_out) if recipe.ema else None}
+        losses = {"loss_raw": curve.loss(sae, self.held_out),
+                  "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out) if recipe.ema else None}
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
         row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
@@ -173,16 +175,26 @@ def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
 
 def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
-    screen, kernels = recipe.optim.screen, recipe.run.kernels
-    written_out = sae.W_enc.device.type == "cpu" and sae.shape.activation == "topk" and not recipe.sae.multi_topk
-    if kernels != "torch" and written_out and native.load() is not None:
-        return FusedOptimizer(sae, recipe, fastest_screen() if screen == "auto" else screen)
+    screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
+    written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if kernels == "triton":
+        if not written_out or not gpu.usable(device) or screen == "int8":
+            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, TopK without Multi-TopK, and optim.screen 'off', 'auto' or "
+                             "'bfloat16'; leave it at 'auto'")
+        return TritonOptimizer(sae, recipe, "bfloat16" if screen == "auto" else screen)
+    if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
+        return FusedOptimizer(sae, recipe, _screen(recipe) if screen == "auto" else screen)
     if kernels == "native":
         raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
         raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if written_out else Optimizer(sae, recipe)
+    return ExplicitOptimizer(sae, recipe) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
+
+
+def _screen(recipe: Recipe) -> str:
+    """Return the fastest screen here; none where candidates would be so many of the latents that it could save nothing."""
+    return fastest_screen() if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
@@ -190,14 +202,15 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
     wanted = k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
-        state.flops_auxk += len(x) * flops.auxk(min(wanted, len(dead)), x.shape[1])
+        state.flops_auxk += auxk_tokens(recipe.sae, len(x)) * flops.auxk(min(wanted, len(dead)), x.shape[1])
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
 
 def count(state: State, part: Losses, tokens: int) -> None:
     """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
     state.since += tokens
-    state.since[part.code.indices[part.code.values > 0]] = 0
+    fired = torch.bincount(part.code.indices.flatten(), part.code.values.flatten(), len(state.since)) > 0  # no value is below 0
+    state.since.masked_fill_(fired, 0)
 
 
 def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ksparse.recipe import Recipe
+from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalize import input_rms
@@ -42,10 +42,12 @@ class Optimizer:
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
         """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code."""
-        parts = []
+        parts, options, at, wanted = [], self.recipe.sae, 0, auxk_tokens(self.recipe.sae, len(x))
         for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
-            part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=self.recipe.sae, strength=self.strength)
-            share = len(some) / len(x)
+            share, mine = len(some) / len(x), min(len(some), max(0, wanted - at))
+            part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=options,
+                          auxk_tokens=mine, auxk_weight=mine / wanted / share, strength=self.strength)
+            at += len(some)
             (part.total * share).backward()
             parts.append(Losses(*(value.detach() * share for value in part[:3]), Code(*(field.detach() for field in part.code))))
         code = Code.joined([part.code for part in parts])

@@ -1,0 +1,124 @@
+"""Which activation is best? Gao et al. 2024, sections 2.4, 5.2 and 5.3: L0 against error and the LM's additional loss, all on one stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ksparse.recipe import Activation, BatchTopK, Gated, JumpReLU, ProLU, Recipe, ReLU, TopK
+from ksparse.studies.study import Curve, Figure, Study, at_k, between, points, said
+
+TOKENS, LATENTS, K = 400_000, 2048, 32
+SPARSITIES = (1 / 4, 1 / 2, 1, 2, 4)
+"""Of k, for the kinds that have one."""
+PENALTIES = (1 / 4, 1 / 2, 1, 2, 4)
+"""Of each kind's middle weight."""
+MULTI = 1 / 8
+"""Weight of the loss at 4k (section 5.3)."""
+L1 = {"ReLU": 0.02, "Gated": 0.02, "ProLU-STE": 0.01, "ProLU-ReLU": 0.02}
+"""Middle weights of the penalties, which bring L0 near 32 on the built-in LM (docs/lab-book.md)."""
+
+
+def study(study: Study) -> dict[str, Any]:
+    """Train every kind at several sparsities, judge them, and say where TopK is better."""
+    members = recipes(study)
+    study.train(members)
+    results = study.judge(list(members))
+    kinds = {}
+    for member in members:
+        kinds.setdefault(member.split(" ")[0], []).append(member)
+    wide = _at_4k(study, members)
+    error, loss = ({kind: points(results, key, of, some) for kind, some in kinds.items()} for key, of in (("nmse", "stats"), ("ce_delta", "downstream")))
+    return {
+        "question": "Which activation reconstructs best, and loses the LM least, at equal L0?",
+        "members": {member: numbers(results[member]) for member in members} | {member: numbers(result) for member, result in wide.items()},
+        "figures": [
+            _frontier("l0-nmse", "L0 against error", "normalised MSE", error), _frontier("l0-ce", "L0 against the LM's additional loss", "delta CE, nats per token", loss),
+            Figure("nmse-ce", "Error against the LM's additional loss", "At equal error, the kinds still differ in what they cost the LM.", "normalised MSE", "delta CE, nats per token",
+                   [Curve(kind, error[kind].y, loss[kind].y, loss[kind].se) for kind in kinds], "xy")],
+        "findings": [*_rivals(loss, error), *_multi(results, wide)]}
+
+
+def recipes(study: Study) -> dict[str, Recipe]:
+    """Return the members: the kind, then its sparsity, then the seed where there are several."""
+    options = study.options
+    n, middle = options.n_latents or LATENTS, options.k or K
+    found: dict[str, Recipe] = {}
+
+    def add(kind: str, activation: Activation, word: str, k: int = middle, **changes: Any) -> None:
+        for seed in range(options.seeds):
+            name = f"{kind} {word}" + (f" seed{seed}" if options.seeds > 1 else "")
+            found[name] = study.recipe(tokens=TOKENS, n=n, k=k, activation=activation, seed=seed, **changes)
+
+    for share in SPARSITIES:
+        k = max(1, min(n, round(share * middle)))
+        add("TopK", TopK(), f"k{k}", k)
+        if 4 * k <= n:
+            add("Multi-TopK", TopK(), f"k{k}", k, multi_topk=MULTI)
+        if share in (SPARSITIES[0], 1, SPARSITIES[-1]):
+            add("BatchTopK", BatchTopK(), f"k{k}", k)
+            add("JumpReLU", JumpReLU(bandwidth=BANDWIDTH), f"k{k}", k)
+    for share in PENALTIES:
+        for kind, make in {"ReLU": ReLU, "Gated": Gated, "ProLU-STE": ProLU, "ProLU-ReLU": lambda l1: ProLU(gradient="relu", l1=l1)}.items():
+            weight = float(f"{share * L1[kind]:.4g}")
+            add(kind, make(l1=weight), f"l{weight:g}")
+    return found
+
+
+BANDWIDTH = 0.03
+"""Of JumpReLU's window. The original's 0.001 sees too few values for thresholds to move in a run of this length (docs/lab-book.md)."""
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a table shows of a member."""
+    return {"l0": result["stats"]["l0"], "nmse": result["stats"]["nmse"], "dead_fraction": result["stats"]["dead_fraction"],
+            "ce_delta": result["downstream"]["ce_delta"], "kl": result["downstream"]["kl"]}
+
+
+def _at_4k(study: Study, members: dict[str, Recipe]) -> dict[str, dict[str, Any]]:
+    """Judge TopK and Multi-TopK with four times the k that they were trained with."""
+    there = {f"{member} at 4k": member for member in members if member.startswith(("TopK", "Multi-TopK")) and 4 * members[member].sae.k <= members[member].sae.n_latents}
+    return study.judge(list(there), source=there.__getitem__, change=lambda member, sae: at_k(sae, 4 * sae.shape.k))
+
+
+def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure:
+    return Figure(name, title, "Held-out text, averaged weights, all on one stream; lower is better. Bars are a standard error over documents.", "L0", y,
+                  [dataclasses.replace(curve, label=kind) for kind, curve in curves.items()], "xy")
+
+
+def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
+    """Say, for each other kind, how it compares with TopK at TopK's own values of L0."""
+    found = []
+    for kind in loss:
+        if kind in ("TopK", "Multi-TopK"):
+            continue
+        said_of = []
+        for x, ours, se in zip(loss["TopK"].x, loss["TopK"].y, loss["TopK"].se):
+            theirs, worse = between(loss[kind], x), between(error[kind], x)
+            if theirs is None or worse is None:
+                continue
+            our_error = between(error["TopK"], x)[0]
+            difference = {"value": theirs[0] - ours, "se": math.hypot(theirs[1], se or 0.0)}
+            said_of.append(f"at L0 {x:.1f} by {said(difference)} nats (error {worse[0]:.4f} against {our_error:.4f})")
+        found.append(f"{kind} costs the LM more than TopK " + "; ".join(said_of) + "." if said_of
+                     else f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare.")
+    return found
+
+
+def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> list[str]:
+    """Say how Multi-TopK compares with TopK at k and at 4k."""
+    found = []
+    for member in results:
+        rival = f"Multi-{member}"
+        if not member.startswith("TopK") or rival not in results or f"{member} at 4k" not in wide:
+            continue
+        parts = []
+        for where, ours, theirs in (("k", results[member], results[rival]), ("4k", wide[f"{member} at 4k"], wide[f"{rival} at 4k"])):
+            error, loss = ({"value": theirs[of][key]["value"] - ours[of][key]["value"], "se": math.hypot(theirs[of][key]["se"] or 0, ours[of][key]["se"] or 0)}
+                           for of, key in (("stats", "nmse"), ("downstream", "ce_delta")))
+            parts.append(f"at {where} by {said(error)} in error and {said(loss)} nats")
+        found.append(f"Multi-TopK less TopK, trained with {member.removeprefix('TopK ')}: " + ", ".join(parts) + ".")
+    return found
+
+

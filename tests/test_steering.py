@@ -1,0 +1,236 @@
+"""An SAE in a running LM changes what its decoder says and nothing else, whatever calls the LM."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ksparse import steering
+from ksparse.acts.lm import LM
+from ksparse.errors import InputError
+from ksparse.sae.model import SAE, Shape
+from ksparse.steering import attach, attribute, attribution, clamped, compare, continue_text, logit_difference, scaled, steer
+
+D, N, K, VOCABULARY = 8, 24, 3, 11
+
+
+class Linear(nn.Module):
+    """A causal LM that is linear after its site: embedding, a block that passes on, unembedding."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.embed, self.block, self.head = nn.Embedding(VOCABULARY, D), nn.Identity(), nn.Linear(D, VOCABULARY)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.head(self.block(self.embed(input_ids))))
+
+
+def make_sae(d=D, n=N, k=K, *, seed=0, dtype=torch.float64, metadata=None, **shape) -> SAE:
+    sae = SAE(Shape(d, n, k, **shape), metadata or {})
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) / d**0.5
+    return sae
+
+
+@pytest.fixture
+def tiny(small_acts):
+    """Return (lm, its sae) on a tiny GPT-2, with the policy that training would have given."""
+    acts = small_acts()
+    lm = LM(acts=acts)
+    return lm, make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={
+        "acts": dataclasses.asdict(acts), "policy": {"keep": "text", "bos_token": 0, "separator_token": 0}})
+
+
+@pytest.mark.parametrize("kind", ["unit_norm", "none"])
+def test_clamping_changes_logits_as_the_decoder_row_predicts(kind):
+    model, sae, ids = Linear(), make_sae(normalize=kind), torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    before = model(ids).logits
+    inputs = sae.normalize(model.embed(ids))
+    code = sae.encode_normalized(inputs.x)
+    inactive = next(i for i in range(N) if not (code.indices == i).any())
+    active = int(code.indices[0, 0, 0])
+    for latent, value in ((active, -5.0), (active, 0.0), (inactive, 2.5)):
+        with steer(model, sae, {latent: value}, site="block"):
+            after = model(ids).logits
+        acts = (code.values * (code.indices == latent)).sum(-1, keepdim=True)
+        expected = (value - acts) * inputs.scale * (sae.W_dec[latent] @ model.head.weight.T)
+        assert torch.allclose(after - before, expected, atol=1e-10)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_scaling_multiplies_the_latents_own_activation():
+    model, sae, ids = Linear(), make_sae(), torch.tensor([[3, 1, 4]])
+    latent = int(sae.encode(model.embed(ids)).indices[0, 1, 0])
+    with steer(model, sae, scale={latent: 0.0}, site="block"):
+        none = model(ids).logits
+    with steer(model, sae, {latent: 0.0}, site="block"):
+        assert torch.equal(model(ids).logits, none)
+    with steer(model, sae, scale={latent: 2.0}, site="block"):
+        assert torch.allclose(model(ids).logits - model.head(model.embed(ids)), model.head(model.embed(ids)) - none)
+
+
+def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
+    model, sae = Linear(), make_sae(metadata={"policy": {"keep": "all"}})
+    lm = SimpleNamespace(model=model, module=model.block, at="out", tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]))
+    model.embed.weight.data, model.head.weight.data, model.head.bias.data = (t.float() for t in (model.embed.weight, model.head.weight, model.head.bias))
+    sae = sae.float()
+    contributions = attribution(lm, sae, "31415", lambda logits: logits[2] - logits[7])
+    scores = attribute(lm, sae, ["31415", "926"], lambda logits: logits[2] - logits[7])
+    assert contributions.values[:-1].abs().max() == 0  # nothing before the last token reaches its logits here
+    for latent in range(N):
+        lost = []
+        for prompt in ("31415", "926"):
+            ids = lm.tokenize(prompt)
+            with steer(model, sae, {latent: 0.0}, site="block"):
+                gone = model(ids).logits[0, -1]
+            lost.append((model(ids).logits[0, -1] - gone)[[2, 7]])
+        assert scores[latent].item() == pytest.approx(sum((each[0] - each[1]).item() for each in lost) / 2, abs=1e-5)
+    assert (scores != 0).sum() >= K
+
+
+def test_attributions_add_up_to_the_first_order_effect_through_a_real_lm(tiny):
+    lm, sae = tiny
+    metric = lambda logits: logits[5] - logits[6]  # noqa: E731
+    code = attribution(lm, sae, "the cat sat on a mat", metric)
+    latent = int(code.indices.flatten()[code.values.abs().argmax()])
+    score = attribute(lm, sae, ["the cat sat on a mat"], metric)[latent].item()
+    with torch.no_grad():
+        ids = lm.tokenize("the cat sat on a mat")
+        ends = []
+        for factor in (1 - 1e-2, 1 + 1e-2):
+            with steer(lm.model, sae, scale={latent: factor}):
+                ends.append(metric(lm.model(ids).logits[0, -1].double()).item())
+    assert score == pytest.approx((ends[1] - ends[0]) / 2e-2, rel=1e-2)
+
+
+def test_the_first_position_and_bos_are_left_alone_as_in_training(tiny):
+    lm, sae = tiny
+    ids = torch.tensor([[7, 9, 0, 12, 11]])  # without BOS first: position 0 takes its role
+    with attach(lm.model, sae, change=clamped({3: 9.0})) as tap:
+        lm.model(ids)
+    assert tap.keep.tolist() == [[False, True, False, True, True]]
+    assert tap.code.values.shape == (1, 5, 4) and tap.x.shape == (1, 5, 16)
+    with attach(lm.model, sae, change=clamped({3: 9.0}), positions="all") as tap:
+        lm.model(ids)
+    assert tap.keep.all()
+    mask = torch.tensor([[True, False, False, False, True]])
+    with attach(lm.model, sae, change=clamped({3: 9.0}), positions=mask) as tap, torch.no_grad():
+        lm.model(ids)
+    assert torch.equal(tap.keep, mask)
+    padded = torch.tensor([[1, 1, 7, 9, 12]])
+    with attach(lm.model, sae) as tap:
+        lm.model(padded, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert tap.keep.tolist() == [[False, False, False, True, True]]
+
+
+def test_generation_with_a_cache_is_steered_like_the_whole_context(tiny):
+    lm, sae = tiny
+    ids = lm.tokenize("the cat sat on")
+    with steer(lm.model, sae, {5: 3.0}), torch.no_grad():
+        new = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=1,
+                                output_logits=True, return_dict_in_generate=True)
+        whole = lm.model(new.sequences[:, :-1], use_cache=False).logits[0, ids.shape[1] - 1 :]
+    assert torch.allclose(torch.cat(new.logits), whole, atol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(lm.model(new.sequences[:, :-1]).logits[0, ids.shape[1] - 1 :], whole, atol=1e-2)
+
+
+def test_dropping_the_error_splices_the_reconstruction_in(tiny):
+    lm, sae = tiny
+    ids = lm.tokenize("two black dogs run over old green hills")
+    watched = lm.watch(ids, torch.ones_like(ids, dtype=torch.bool))
+    def spliced(x):
+        return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
+    with torch.no_grad(), attach(lm.model, sae, error="drop"):
+        logits = lm.model(ids).logits
+    assert torch.allclose(logits, lm.replay(watched, spliced), atol=1e-5)
+
+
+def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):
+    lm, sae = tiny
+    ids = lm.tokenize("the cat sat on")
+    before = lm.model(ids).logits
+    with attach(lm.model, sae) as tap:
+        assert torch.equal(lm.model(ids).logits, before)
+    assert torch.equal(tap.x[0, 1:], lm("the cat sat on")) and torch.allclose(tap.recon, sae(tap.x))
+    with pytest.raises(ZeroDivisionError), steer(lm.model, sae, {1: 50.0}):
+        1 / 0
+    assert torch.equal(lm.model(ids).logits, before)
+
+
+def test_two_saes_at_two_sites_are_attached_at_once(tiny):
+    lm, sae = tiny
+    ids = lm.tokenize("the cat sat on")
+    with steer(lm.model, sae, {1: 4.0}, site="resid_post.0"):
+        one = lm.model(ids).logits
+        with steer(lm.model, sae, {2: 4.0}, site="resid_post.1") as tap:
+            two = lm.model(ids).logits
+            seen = tap.x
+    assert not torch.allclose(one, two) and not torch.allclose(seen[0, 1:], lm("the cat sat on"))
+
+
+def test_a_bfloat16_lm_is_steered_in_its_own_precision(small_acts):
+    acts = small_acts(lm_dtype="bfloat16")
+    lm = LM(acts=acts)
+    sae = make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={"acts": dataclasses.asdict(acts)})
+    with steer(lm.model, sae, {3: 2.0}):
+        assert lm.model(lm.tokenize("the cat")).logits.dtype == torch.bfloat16
+
+
+def test_continuations_are_the_same_for_the_same_seed_and_the_shown_tokens_moved_most(tiny):
+    lm, sae = tiny
+    found = compare(lm, sae, "the cat", {4: 6.0}, tokens=5, temperature=1.0, seed=3)
+    again = continue_text(lm, "the cat", tokens=5, temperature=1.0, seed=3)
+    assert found.before.tokens == again.tokens and 1 <= len(again.tokens) <= 5
+    assert found.kl > 0
+    moved = found.moved(4)
+    changes = (found.after.log_probs.exp() - found.before.log_probs.exp()).abs()
+    assert [token for token, _, _ in moved] == changes.topk(4).indices.tolist()
+    assert compare(lm, sae, "the cat", {4: 6.0}, tokens=5).before.tokens == continue_text(lm, "the cat", tokens=5).tokens
+
+
+def test_changes_are_sums_of_their_parts():
+    sae = make_sae()
+    code = sae.encode(torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    both = steering.changes(clamped({1: 2.0}), scaled({2: 3.0}), clamped({}))(code)
+    dense = code.dense(N)
+    expected = torch.zeros_like(dense)
+    expected[:, 1], expected[:, 2] = 2 - dense[:, 1], 2 * dense[:, 2]
+    assert torch.allclose(both.dense(N), expected)
+
+
+def masked(lm, sae):
+    with attach(lm.model, sae, positions=torch.ones(1, 2, dtype=torch.bool)):
+        lm.model(lm.tokenize("the"))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda lm, sae: steer(lm.model, sae).__enter__(), "steering needs a latent"),
+    (lambda lm, sae: steer(lm.model, sae, {32: 1.0}).__enter__(), "latent 32 does not exist: this SAE has latents 0 to 31"),
+    (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
+    (lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(), "latent 3 is to be both clamped and scaled"),
+    (lambda lm, sae: attach(lm.model, SAE(sae.shape)).__enter__(), "does not say at which site"),
+    (lambda lm, sae: attach(lm.model, sae, "resid_post.9").__enter__(), "site 'resid_post.9' does not exist"),
+    (lambda lm, sae: attach(lm.model, sae, error="lose").__enter__(), "error is 'lose'; it must be 'keep' or 'drop'"),
+    (lambda lm, sae: attach(lm.model, sae, positions="some").__enter__(), "positions is 'some'; it must be 'trained', 'all', or a mask"),
+    (lambda lm, sae: attach(lm.model, sae).__enter__().recon, "nothing has gone through the site yet, so there is no x"),
+    (lambda lm, sae: masked(lm, sae), r"positions are of shape \[1, 2\], the activations of \[1, 4\]"),
+    (lambda lm, sae: continue_text(lm, "the", tokens=200), "the prompt has 4 tokens, 200 more make 204; .* takes 128"),
+    (lambda lm, sae: continue_text(lm, "the", tokens=0), "a continuation of 0 tokens"),
+    (lambda lm, sae: continue_text(lm, "the", temperature=-1), "temperature is -1"),
+    (lambda lm, sae: attribute(lm, sae, [], lambda logits: logits[0]), "at least one prompt"),
+    (lambda lm, sae: logit_difference(lm, ["the cat sat"]), r"'the cat sat' is \d+ tokens of .*; give a text that is one"),
+    (lambda lm, sae: logit_difference(lm, []), "at least one token to look toward"),
+    (lambda lm, sae: steering.lm_of(SAE(sae.shape)), "does not say which LM it was trained on"),
+])
+def test_what_cannot_be_steered_is_refused_with_the_reason(tiny, call, message):
+    with pytest.raises(InputError, match=message):
+        call(*tiny)

@@ -1,0 +1,243 @@
+"""Runs of every activation: they learn, are resumed bit for bit, and what follows them along the way does what it says."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import ksparse
+from ksparse import files
+from ksparse import recipe as R
+from ksparse.sae.init import initialize_
+from ksparse.sae.model import SAE, Shape
+from ksparse.training.checkpoint import State
+from ksparse.training.loop import train
+from ksparse.training.member import backward, count, open_optimizer
+from ksparse.training.optim import Optimizer
+from ksparse.training.resample import resampling
+
+EVERY = {"batch_topk": {}, "relu": {"l1": 0.02, "resample": 2}, "jump_relu": {"bandwidth": 0.05}, "gated": {"l1": 0.02, "resample": 2},
+         "prolu": {"l1": 0.02, "gradient": "ste", "resample": 2}}
+EMPTY = torch.zeros(0, dtype=torch.long)
+
+
+def planted(d=16, m=32, seed=0):
+    """Return draw(rows): unit-norm sums of a few of m directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(m, d, generator=generator), dim=1)
+
+    def draw(rows):
+        z = (torch.rand(rows, m, generator=generator) < 0.08) * (0.5 + torch.rand(rows, m, generator=generator))
+        x = z @ directions + 0.05 * torch.randn(rows, d, generator=generator)
+        return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1)
+
+    return draw
+
+
+def begun(activation, *, k=4, n=64, steps=200, **options):
+    """Return (optimiser, draw) of an SAE on planted data."""
+    draw = planted()
+    recipe = R.Recipe(sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options), batch=128, tokens=128 * steps,
+                      optim=R.Optim(lr=3e-3), threads=1)
+    sae = SAE(Shape(16, n, k, "unit_norm", 1.0, activation.kind))
+    initialize_(sae, draw(2048), recipe.sae, torch.Generator().manual_seed(0))
+    return open_optimizer(sae, recipe), draw
+
+
+def advance(optimizer, draw, steps):
+    """Take steps as a member does; return the losses of the last one."""
+    state = State(since=torch.zeros(len(optimizer.sae.W_enc), dtype=torch.long), baseline=1 / 16)
+    for step in range(1, steps + 1):
+        part = backward(optimizer, draw(optimizer.recipe.batch), state, optimizer.recipe)
+        optimizer.step(step)
+        count(state, part, optimizer.recipe.batch)
+    return part
+
+
+# ---- whole runs
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_resumed_run_is_bitwise_the_same(kind, small_recipe, tmp_path):
+    recipe = small_recipe({"sae.activation": {"kind": kind, **EVERY[kind]}, "run.save_every": 5})
+    seen = []
+
+    def stop(row):
+        seen.append(row["step"])
+        if row["step"] == 8:
+            raise KeyboardInterrupt
+
+    whole = train(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "killed", observe=stop)
+    killed = train(recipe, tmp_path / "killed", observe=lambda row: seen.append(row["step"]))
+    assert seen[8] == 6, "from step 5 on"
+    for file in ("sae.safetensors", "optim.safetensors"):
+        assert files.sha256(killed.checkpoints()[-1] / file) == files.sha256(whole.checkpoints()[-1] / file)
+    assert ksparse.load(tmp_path / "whole").shape.activation == kind
+
+
+@pytest.mark.parametrize("kind", ["topk", *EVERY])
+def test_open_optimizer_writes_out_topk_alone(kind, small_recipe):
+    recipe = small_recipe({"sae.activation": {"kind": kind}})
+    found = open_optimizer(SAE(Shape(16, 64, 4, activation=kind)), recipe)
+    assert (type(found) is Optimizer) == (kind != "topk")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_evaluation_takes_a_run_of_every_kind(kind, small_recipe, tmp_path):
+    from ksparse import evals
+    from ksparse.options import EvalOptions
+
+    run = train(small_recipe({"sae.activation": {"kind": kind, **EVERY[kind]}}), tmp_path / "run")
+    found = evals.evaluate(ksparse.load(run.path), names=["stats", "downstream", "positions", "n2g", "ablation"], options=EvalOptions(
+        tokens=400, device="cpu", examples=2, latents=4, ablation_positions=2, ablation_latents=4, ablation_horizon=2))
+    assert found["stats"]["l0"]["value"] > 0 and found["stats"]["nmse"]["value"] < 3
+    assert found["stats"].arrays["top_value"].max() == pytest.approx(found["stats"].arrays["max_act"].max().item(), rel=1e-2)
+    assert found["downstream"]["ce_spliced"]["value"] > 0
+    errors = found["positions"]["error"]
+    assert len(errors) == len(found["positions"]["positions"]) and all(each["value"] > 0 for each in errors)
+
+
+# ---- BatchTopK's threshold
+
+
+def test_the_threshold_in_use_gives_about_the_l0_of_training():
+    optimizer, draw = begun(R.BatchTopK())
+    part = advance(optimizer, draw, 200)
+    assert (part.code.values > 0).sum() == 4 * 128
+    for sae in (optimizer.sae, optimizer.averaged()):
+        assert (sae.encode(draw(4096)).values > 0).sum(1).float().mean().item() == pytest.approx(4, rel=0.15)
+
+
+def test_the_threshold_is_the_running_average_of_the_smallest_value_kept_and_moves_in_steps_alone():
+    """T31: not of what a ReLU has already set to 0. T32: not by looking."""
+    optimizer, draw = begun(R.BatchTopK(threshold_decay=0.75))
+    least, x = [], draw(128)
+    for step in range(1, 8):
+        before = optimizer.sae.threshold.clone()
+        part = optimizer.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
+        optimizer.forget()
+        assert torch.equal(optimizer.sae.threshold, before)
+        part = optimizer.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
+        optimizer.step(step)
+        least.append(part.code.values[part.code.values > 0].min().item())
+    assert min(least) > 0
+    expected = least[0]
+    for number, value in enumerate(least[1:], 2):
+        expected += (value - expected) * max(1 / number, 0.25)
+    assert optimizer.sae.threshold.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_a_positive_value_leaves_the_threshold():
+    optimizer, draw = begun(R.BatchTopK())
+    with torch.no_grad():
+        optimizer.sae.b_enc.fill_(-10.0)
+        optimizer.sae.threshold.fill_(0.3)
+    part = optimizer.backward(draw(128), baseline=1 / 16, dead=EMPTY, k_aux=4)
+    optimizer.step(1)
+    assert not (part.code.values > 0).any() and optimizer.sae.threshold.item() == pytest.approx(0.3)
+
+
+# ---- JumpReLU's thresholds
+
+
+@pytest.mark.parametrize("start, far", [(1e-4, lambda l0: l0 > 16), (0.0, lambda l0: True), (0.4, lambda l0: l0 < 0.5)], ids=["dense", "at k", "sparse"])
+def test_jump_relu_nears_the_l0_that_it_aims_at_from_both_sides(start, far):
+    """SAELens #494: thresholds whose logarithm is trained by Adam stay where they are."""
+    optimizer, draw = begun(R.JumpReLU(bandwidth=0.1, threshold=start), steps=400)
+
+    def l0(sae):
+        return (sae.encode(draw(2048)).values > 0).sum(1).float().mean().item()
+
+    assert far(l0(optimizer.sae))
+    advance(optimizer, draw, 400)
+    assert l0(optimizer.averaged()) == pytest.approx(4, rel=0.5 if start else 0.1)
+    assert (optimizer.sae.threshold >= 0).all()
+
+
+# ---- penalties and resampling
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "prolu", "prolu, relu", "jump_relu"])
+def test_a_larger_penalty_leaves_fewer_active(kind):
+    found = []
+    for weight in (0.002, 0.1):
+        make = {"relu": R.ReLU, "gated": R.Gated, "prolu": R.ProLU, "prolu, relu": lambda l1: R.ProLU(l1=l1, gradient="relu"),
+                "jump_relu": lambda l1: R.JumpReLU(penalty="l0", coef=l1, bandwidth=0.1)}[kind]
+        optimizer, draw = begun(make(l1=weight) if kind != "jump_relu" else make(weight), steps=200)
+        advance(optimizer, draw, 200)
+        found.append((optimizer.averaged().encode(draw(2048)).values > 0).sum(1).float().mean().item())
+    assert found[1] < 0.8 * found[0]
+
+
+def test_the_penalty_rises_over_the_first_share_of_the_steps():
+    optimizer, _ = begun(R.ReLU(warmup=0.1), steps=200)
+    strengths = []
+    for optimizer.updates in (0, 9, 19, 20, 150):
+        strengths.append(optimizer.strength)
+    assert strengths == [pytest.approx(1 / 20), 0.5, 1.0, 1.0, 1.0]
+    assert begun(R.ReLU(warmup=0.0))[0].strength == 1.0 and begun(R.TopK())[0].strength == 1.0
+
+
+def test_dead_latents_start_anew_four_times_in_the_first_half():
+    recipe = R.Recipe(sae=R.SAE(activation=R.ReLU()), tokens=80 * 1024)
+    assert [step for step in range(1, 81) if resampling(step, recipe)] == [10, 20, 30, 40]
+    assert not any(resampling(step, dataclasses.replace(recipe, sae=R.SAE(activation=other))) for other in (R.TopK(), R.ReLU(resample=0)) for step in range(1, 81))
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated", "prolu"])
+def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
+    optimizer, draw = begun(R.ACTIVATIONS[kind](resample=1), steps=6)
+    dead, x = torch.tensor([3, 10, 50]), draw(128)
+    for step in (1, 2):
+        optimizer.backward(x, baseline=1 / 16, dead=dead, k_aux=4)
+        optimizer.step(step)
+    others = torch.ones(64, dtype=torch.bool)
+    others[dead] = False
+    twin, _ = begun(R.ACTIVATIONS[kind](resample=0), steps=6)
+    twin.restore({key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates)
+    for each in (optimizer, twin):
+        each.backward(x, baseline=1 / 16, dead=dead, k_aux=4)
+        each.step(3)
+    sae, plain = optimizer.sae, twin.sae
+    for key in ("W_enc", "W_dec", "b_enc", *sae.activation.own):
+        ours, theirs = getattr(sae, key).detach(), getattr(plain, key).detach()
+        assert torch.equal(ours[others], theirs[others]), key
+        assert not optimizer.adam.state[getattr(sae, key)]["exp_avg"][dead].any() and not optimizer.adam.state[getattr(sae, key)]["exp_avg_sq"][dead].any()
+        torch.testing.assert_close(getattr(optimizer.averaged(), key)[dead], ours[dead], rtol=1e-4, atol=1e-6)
+    new = sae.W_dec.detach()[dead]
+    directions = torch.nn.functional.normalize(x - sae.b_pre.detach(), dim=1)
+    assert ((new @ directions.T).amax(1) > 1 - 1e-5).all(), "each is the direction of an activation of the batch"
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(new, sae.W_enc.detach()[dead]), torch.ones(3))
+    assert sae.W_enc.detach()[dead].norm(dim=1).mean() == pytest.approx(0.2 * sae.W_enc.detach()[others].norm(dim=1).mean().item(), rel=1e-5)
+    assert torch.equal(sae.b_pre, plain.b_pre)
+
+
+def test_padding_of_a_code_keeps_no_latent_alive():
+    """T5: latent 0 stands where a token has fewer active latents than the widest."""
+    optimizer, draw = begun(R.ReLU(), n=4096)
+    with torch.no_grad():
+        optimizer.sae.b_enc.fill_(-0.01)
+        optimizer.sae.b_enc[0] = -100.0
+        optimizer.sae.b_enc[200:] = -100.0
+    part = optimizer.backward(draw(128), baseline=1 / 16, dead=EMPTY, k_aux=4)
+    assert part.code.values.shape[1] < 4096 // 32 and (part.code.indices == 0).any()
+    state = State(since=torch.zeros(4096, dtype=torch.long), baseline=1 / 16)
+    count(state, part, 128)
+    assert state.since[0] == 128 and (state.since[1:200] == 0).any() and (state.since[200:] == 128).all()
+
+
+def test_a_batch_taken_in_parts_has_the_same_gradient_and_a_code_as_wide_as_its_widest(monkeypatch):
+    from ksparse.training import optim
+
+    whole, draw = begun(R.ReLU())
+    x = draw(96)
+    expected = whole.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
+    parts, _ = begun(R.ReLU())
+    monkeypatch.setattr(optim, "PRE_ACTS", 64 * 40)
+    found = parts.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
+    torch.testing.assert_close(found.total, expected.total)
+    torch.testing.assert_close(found.code.dense(64), expected.code.dense(64))
+    for key in ("W_enc", "W_dec", "b_enc", "b_pre"):
+        torch.testing.assert_close(getattr(parts.sae, key).grad, getattr(whole.sae, key).grad)

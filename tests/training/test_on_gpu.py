@@ -1,0 +1,126 @@
+"""The step by Triton's kernels is that of autograd: compiled where there is a GPU, in Triton's interpreter elsewhere, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ksparse.kernels import gpu
+from ksparse.recipe import Recipe, from_dict
+from ksparse.sae.init import initialize_
+from ksparse.sae.model import SAE, Shape
+from ksparse.training import fused
+from ksparse.training.fused import ExplicitOptimizer
+from ksparse.training.member import open_optimizer
+from ksparse.training.on_gpu import TritonOptimizer
+from ksparse.training.optim import Optimizer
+
+COMPILED = gpu.available()
+RUNS = COMPILED or gpu.usable(torch.device("cpu"))
+DEVICE = "cuda" if COMPILED else "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+N, D, K, B = 48, 20, 4, 12
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces that a default will change
+
+
+@pytest.mark.skipif(RUNS, reason="the tests below run here")
+def test_the_steps_agree_in_the_interpreter():
+    if gpu.triton is None:
+        pytest.skip("Triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__], capture_output=True, text=True,
+                          env=environment, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert done.stdout.count(".") >= 7  # a dot for each that passed
+
+
+def inside(test):
+    """Keep a test only where kernels run."""
+    return test if RUNS else None
+
+
+def recipe(**changes) -> Recipe:
+    table = {"acts": {"normalize": "unit_norm"}, "sae": {"n_latents": N, "k": K, "dead_after": 1000, "k_aux": 8},
+             "optim": {"lr": 3e-4, "ema": 0.9, "ema_span": 1.0, "warmup": 3}, "run": {}, "tokens": 100 * B, "batch": B}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        table[section][name] = value
+    return from_dict(table)
+
+
+def made(kind: type, *screen: str, **changes) -> Optimizer:
+    wanted = recipe(**changes)
+    sae, generator = SAE(Shape(D, N, K, wanted.acts.normalize)), torch.Generator().manual_seed(0)
+    initialize_(sae, torch.nn.functional.normalize(torch.randn(500, D, generator=generator), dim=1), wanted.sae, generator)
+    sae.b_enc.data = 0.01 * torch.randn(N, generator=generator) if wanted.sae.b_enc else sae.b_enc.data
+    return kind(sae.to(DEVICE), wanted, *screen)
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.functional.normalize(torch.randn(B, D, generator=generator), dim=1).to(DEVICE) for _ in range(count)]
+
+
+def run(optimizer: Optimizer, xs: list[torch.Tensor], dead: int) -> list[tuple[float, ...]]:
+    rows = []
+    for number, x in enumerate(xs, 1):
+        part = optimizer.backward(x, baseline=0.03, dead=torch.arange(dead, device=DEVICE) * 2, k_aux=8)
+        rows.append((*(value.item() for value in part[:3]), optimizer.step(number)))
+    return rows
+
+
+@inside
+@pytest.mark.parametrize("changes, dead", [({}, 0), ({"optim__clip": 0.01, "sae__auxk_share": 0.3}, 20), ({"sae__b_enc": False, "sae__auxk_norm": "batch"}, 5),
+                                           ({"sae__unit_norm": False, "optim__ema": 0.0}, 20)], ids=str)
+def test_every_step_is_that_of_autograd(changes, dead):
+    plain, ours = made(Optimizer, **changes), made(TritonOptimizer, **changes)
+    np.testing.assert_allclose(run(ours, batches(3), dead), run(plain, batches(3), dead), rtol=2e-5, atol=1e-7)
+    for key in ("W_enc", "W_dec", "b_enc", "b_pre"):
+        torch.testing.assert_close(getattr(ours.sae, key), getattr(plain.sae, key), rtol=0, atol=3e-6)
+        if plain.average:
+            torch.testing.assert_close(ours.average[key], plain.average[key], rtol=0, atol=3e-6)
+    assert set(plain.tensors()) <= set(ours.tensors()) and all(ours.tensors()[f"step.{key}"] == 3 for key in ("W_enc", "W_dec", "b_pre"))
+
+
+@inside
+def test_a_screened_step_has_the_exact_steps_values(monkeypatch):
+    plain, screened = made(Optimizer), made(TritonOptimizer, "bfloat16")
+    np.testing.assert_allclose(run(screened, batches(3), 5), run(plain, batches(3), 5), rtol=2e-5, atol=1e-7)
+    assert screened.screened == 3 * B and screened.audit(batches(1)[0])["screen_latents_wrong"] == 0
+    if COMPILED:  # the interpreter cuts off where the compiler rounds
+        assert torch.equal(screened.low, screened.sae.W_enc.detach().bfloat16())
+    torch.testing.assert_close(screened.low.float(), screened.sae.W_enc.detach(), rtol=2**-7, atol=0)
+    monkeypatch.setattr(fused, "MARGIN", 1e9)  # no token is clear
+    before = screened.redone
+    run(screened, batches(1), 0)
+    assert screened.redone == before + B
+
+
+@inside
+def test_the_recipe_asks_for_it_and_another_step_takes_its_checkpoint_up():
+    ours = open_optimizer(SAE(Shape(D, N, K)).to(DEVICE), recipe(run__kernels="triton", optim__screen="auto"))
+    assert type(ours) is TritonOptimizer and ours.screen == "bfloat16"
+    ours = made(TritonOptimizer)
+    run(ours, batches(2), 5)
+    other = made(ExplicitOptimizer)
+    other.restore({key: value.clone() for key, value in ours.tensors().items()}, ours.updates)
+    x = batches(3)[2:]
+    np.testing.assert_allclose(run(other, x, 5), run(ours, x, 5), rtol=2e-5)
+
+
+@inside
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # in the interpreter's numpy
+def test_a_batch_that_is_not_finite_changes_nothing():
+    ours = made(TritonOptimizer)
+    before = {key: value.clone() for key, value in ours.tensors().items()}
+    x = batches(1)[0]
+    x[3, 5] = torch.nan
+    part = ours.backward(x, baseline=0.03, dead=torch.arange(0, device=DEVICE), k_aux=8)
+    assert not torch.isfinite(part.total) and np.isnan(ours.step(1))
+    assert all(torch.equal(value, before[key]) for key, value in ours.tensors().items())
