@@ -14,7 +14,7 @@ import transformers
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
 
 from ksparse import pylm
-from ksparse.interop.inside import attached
+from ksparse.steering import attach
 from ksparse.sae.model import SAE, Shape
 
 SITE, HOOK = "resid_post.1", "blocks.1.hook_resid_post"
@@ -30,9 +30,9 @@ def main() -> None:
             other.load_and_process_state_dict(dict(theirs.state), **processing)
             for normalize in ("none", "unit_norm", "layer_norm"):
                 sae = made(model.config.hidden_size, normalize)
-                with torch.no_grad(), attached(model, sae, SITE) as ours:
+                with torch.no_grad(), attach(model, sae, SITE, positions="all") as ours:
                     model(input_ids=tokens)
-                with torch.no_grad(), attached(other, sae, HOOK) as there:
+                with torch.no_grad(), attach(other, sae, HOOK, positions="all") as there:
                     other(tokens)
                 size = ours.x.square().mean().sqrt()
                 chosen = (ours.code.indices.sort().values != there.code.indices.sort().values).float().mean()
