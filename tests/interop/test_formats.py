@@ -28,7 +28,7 @@ def assert_same(a, b, x, atol=2e-6):
         torch.testing.assert_close(a(x), b(x), atol=10 * atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form, activation, normalize", HELD, ids="-".join)
+@pytest.mark.parametrize("form, activation, normalize", HELD)
 def test_write_and_read_is_the_identity(form, activation, normalize, make_sae, x, tmp_path):
     sae = make_sae(activation, normalize)
     interop.write(sae, tmp_path / "sae", form)
