@@ -6,7 +6,7 @@
 Each library is in an environment of its own (`pip install torch==2.13.0`, then sae-lens==6.54.12, dictionary-learning==0.1.0 or eai-sparsify==1.3.3 without the
 torchvision that comes along, llamascopium==2.0.0b34); those not named are left out. openai/sparse_autoencoder is not on the package index: its files are
 written and read by peers/formats_openai.py, by hand. Gemma Scope's are written by hand and read by SAELens. Activations are those of pylm/0.3m at resid_post.2,
-on held-out text. Differences are the largest over all of them, in units of their root mean square (latents: of the SAE's own input).
+on held-out text. Differences are the largest over all of them, in units of the root mean square of the activations (latents: of the SAE's inputs).
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         raw = activations()
-        size = raw.square().mean().sqrt()
         np.save(work / "raw.npy", raw.numpy())
-        np.save(work / "acts.npy", (raw / size).numpy())
+        np.save(work / "acts.npy", (raw / raw.square().mean().sqrt()).numpy())  # as all who train on them scale them
         if args.golden:
             golden(args.golden, adapters, work)
             return
-        rows = theirs(adapters, work) + ours(adapters, work, size.item())
+        rows = theirs(adapters, work) + ours(adapters, work)
     for row in rows:
         print(f"{row['direction']:<7}{row['format']:<21}{row['kind']:<26}" + (f"latents {row['latents']:.1e}   recon {row['recon']:.1e}" if "recon" in row else row["refused"]))
     worst = max((max(row["latents"], row["recon"]) for row in rows if row.get("exact")), default=0.0)
@@ -99,7 +98,8 @@ def differences(sae: SAE, expected: Any) -> dict[str, float]:
     size = x.square().mean().sqrt().item()
     with torch.no_grad():
         latents, recon = sae.encode(x).dense(sae.shape.n_latents).numpy(), sae(x).numpy()
-    return {"latents": float(abs(latents - expected["latents"]).max()), "recon": float(abs(recon - expected["recon"]).max()) / size}
+    own = sae.normalize(x).x.square().mean().sqrt().item()
+    return {"latents": float(abs(latents - expected["latents"]).max()) / own, "recon": float(abs(recon - expected["recon"]).max()) / size}
 
 
 def theirs(adapters: dict[str, str], work: Path) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def theirs(adapters: dict[str, str], work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def ours(adapters: dict[str, str], work: Path, size: float) -> list[dict[str, Any]]:
+def ours(adapters: dict[str, str], work: Path) -> list[dict[str, Any]]:
     """Write what ksparse trained in each format that holds it, and let the library read it."""
     saes = {f"{activation}-{normalize}": trained(activation, normalize, work) for activation, normalize in OURS}
     rows = []

@@ -82,7 +82,7 @@ def test_every_verb_has_help(verb, name):
     assert code == 0 and "usage" in out.lower()
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "probes"])
+@pytest.mark.parametrize("name", ["train", "eval", "probes", "steer", "attribute"])
 def test_help_needs_no_torch(name):
     code = f"import sys; from ksparse import cli\ntry: cli.main(['{name}', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -138,6 +138,37 @@ def test_several_runs_share_a_pass_and_each_gets_its_results(verb, recipe_file, 
     assert code == 0, err
     assert [RunFolder(folder).eval("stats")["l0"]["value"] <= k for folder, k in zip(folders, (2, 4))] == [True, True]
     assert all(str(folder) in out for folder in folders)
+
+
+def test_studies_are_asked_by_name_and_their_section_shows_both_runs(verb, recipe_file, tmp_path):
+    folders = [tmp_path / f"k{k}" for k in (2, 4)]
+    for folder, k in zip(folders, (2, 4)):
+        assert verb("train", recipe_file, "--sae.k", k, "--out", folder)[0] == 0
+    code, out, err = verb("eval", *folders, "refinement", "progressive", "latents", "--tokens", 600, "--refine-tokens", 200, "--device", "cpu")
+    assert code == 0, err
+    for name in ("refinement", "progressive", "latents"):
+        assert RunFolder(folders[0]).eval(name)["name"] == name and f"\n{name}   " in f"\n{out}"
+    assert list(RunFolder(folders[0]).eval("progressive")["beside"]) == ["k4"]
+    page = RunFolder(folders[0]).report_file.read_text()
+    assert "The code at another k" in page and "k4, TopK" in page and "Not asked yet: Groups of latents" in page
+
+
+def test_steering_shows_both_continuations_and_attribution_what_to_steer(verb, recipe_file, tmp_path):
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    code, out, err = verb("attribute", tmp_path / "run", "--prompt", "the cat sat", "two black dogs", "--toward", " on", "--device", "cpu")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if line.startswith("  latent ")]
+    assert rows and float(rows[0][2]) >= float(rows[-1][2]) and "mean over 2 prompts" in out
+    latent = rows[0][1]
+    code, out, err = verb("steer", tmp_path / "run", "--latent", latent, "--value", -5, "--prompt", "the cat", "--tokens", 4, "--shown", 3, "--device", "cpu")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith(f"latent   {latent}") and lines[1].startswith("as it is the cat") and lines[2].startswith("steered  the cat")
+    assert any(line.startswith("next token, KL") for line in lines)
+    changes = [[float(number) for number in line.split()[-2:]] for line in lines if line.startswith("  '") or line.startswith('  "')]
+    assert len(changes) == 3 and all(0 <= number <= 1 for pair in changes for number in pair)
+    assert verb("eval", tmp_path / "run", "stats", "--tokens", 300, "--device", "cpu")[0] == 0
+    assert "fires on" in verb("steer", tmp_path / "run", "--latent", latent, "--scale", 0, "--prompt", "the cat", "--tokens", 2, "--device", "cpu")[1]
 
 
 def test_probe_tasks_are_built_from_local_copies_and_probed(verb, recipe_file, tmp_path):
@@ -199,6 +230,15 @@ def test_doctor_gives_a_line_for_each_thing(verb):
     (["eval", "run", "prob"], 2, "there is no evaluation 'prob'; did you mean 'probes'?"),
     (["eval", "run", "--position", "first"], 2, "first"),
     (["eval", "run", "--budget", "huge"], 2, "huge"),
+    (["eval", "run", "refinment"], 2, "there is no evaluation 'refinment'; did you mean 'refinement'?"),
+    (["eval", "run", "subspaces", "--ordering", "tsne"], 2, "tsne"),
+    (["eval", "run", "refinement", "--refine-exact", "-1"], 2, "refine_exact of an evaluation is -1; it must be 0"),
+    (["steer"], 2, "`ksparse steer` needs the folder of a run"),
+    (["steer", "run", "--prompt", "x", "--value", "1"], 2, "steering needs a latent: --latent 123"),
+    (["steer", "run", "--latent", "3", "--value", "1"], 2, "steering needs a text to continue: --prompt TEXT"),
+    (["steer", "run", "--latent", "3", "--prompt", "x"], 2, "give one of --value V"),
+    (["steer", "run", "--latent", "3", "--prompt", "x", "--value", "1", "--scale", "0"], 2, "give one of --value V"),
+    (["attribute"], 2, "`ksparse attribute` needs the folder of a run"),
     (["probes"], 2, "`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got nothing"),
     (["probes", "make", "x"], 2, "got make x"),
     (["probes", "build"], 2, "`ksparse probes build` needs the folder to write the tasks to"),
@@ -278,3 +318,51 @@ def test_fit_refuses_what_it_cannot_fit(verb, tmp_path, monkeypatch, arguments, 
     monkeypatch.chdir(tmp_path)
     code, out, err = verb(*arguments)
     assert code == 2 and message in " ".join((out + err).split()) and "Traceback" not in err
+
+
+# ---- activations and studies
+
+
+def test_flags_of_an_activation_are_those_of_its_kind(verb, recipe_file, tmp_path):
+    code, _, err = verb("train", recipe_file, "--sae.activation.kind", "relu", "--sae.activation.l1", "0.25", "--out", tmp_path / "run", "--tokens", "64")
+    assert code == 0, err
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.ReLU(l1=0.25)
+
+
+def test_a_flag_of_another_kind_is_refused_and_the_kind_named(verb):
+    code, _, err = verb("train", "--sae.activation.kind=jump_relu", "--sae.activation.l1", "0.1")
+    assert code == 2 and "unknown key '--sae.activation.l1' of kind 'jump_relu'; it is a key of kind relu, gated, prolu" in err
+    assert verb("plan", "--sae.activation.bandwith", "1")[0] == 2
+
+
+def test_help_lists_the_keys_of_the_kind_that_is_named(verb):
+    _, out, _ = verb("train", "--sae.activation.kind", "gated", "--help")
+    assert "--sae.activation.aux" in out and "--sae.activation.bandwidth" not in out
+
+
+def test_a_recipe_files_activation_keeps_its_options_under_flags(verb, recipe_file, tmp_path):
+    file = tmp_path / "gated.toml"
+    file.write_text(recipe_file.read_text().replace('kind = "topk"', 'kind = "gated"\nl1 = 0.5'))
+    code, _, err = verb("train", file, "--sae.activation.aux", "0.5", "--out", tmp_path / "run", "--tokens", "64")
+    assert code == 0, err
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.Gated(l1=0.5, aux=0.5)
+
+
+def test_a_study_prints_what_it_found_and_leaves_a_page(verb, recipe_file, tmp_path, monkeypatch):
+    from ksparse.studies import ablations
+
+    monkeypatch.setattr(ablations, "MEMBERS", {"whole": {}})
+    assert verb("train", recipe_file, "--out", tmp_path / "run", "--tokens", "64")[0] == 0
+    code, out, err = verb("study", "recipe", "--run", tmp_path / "run", "--out", tmp_path / "study", "--tokens", "128", "--batch", "64", "--n-latents", "32", "--k", "2",
+                          "--eval-tokens", "100", "--threads", "1", "--device", "cpu")
+    assert code == 0, err
+    assert "- whole: " in out and (tmp_path / "study" / "report.html").is_file() and (tmp_path / "study" / "figures" / "dead.svg").is_file()
+    code, out, err = verb("study", "positions", "--run", tmp_path / "run", "--eval-tokens", "100", "--device", "cpu")
+    assert code == 0 and RunFolder(tmp_path / "run").eval("positions")["positions"], err
+
+
+def test_a_study_that_is_an_evaluation_needs_a_run_and_an_unknown_one_is_named(verb):
+    code, _, err = verb("study", "latents")
+    assert code == 2 and "study 'latents' is an evaluation of one SAE: say of which, with --run RUN" in err
+    code, _, err = verb("study", "baseline")
+    assert code == 2 and "there is no study 'baseline'; did you mean 'baselines'?" in err

@@ -37,12 +37,14 @@ def resolve(name: str):
 
 
 def test_options_named_in_the_documents_exist():
-    from ksparse.recipe import Recipe, flat, to_dict
+    from dataclasses import fields
 
-    keys = set(flat(to_dict(Recipe())))
+    from ksparse.recipe import ACTIVATIONS, Recipe, flat, to_dict
+
+    keys = set(flat(to_dict(Recipe()))) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
     flags = {key for file in ("README.md", "docs/paper.md", "docs/architecture.md")
-             for key in re.findall(r"--((?:acts|sae|optim|run)\.[a-z_-]+)", (ROOT / file).read_text())}
-    options = set(re.findall(r"`((?:acts|sae|optim|run)\.\w+)`", (ROOT / "docs" / "paper.md").read_text()))
+             for key in re.findall(r"--((?:acts|sae|optim|run|curve)\.[a-z0-9_.-]*[a-z0-9])", (ROOT / file).read_text())}
+    options = set(re.findall(r"`((?:acts|sae|optim|run|curve)\.[\w.]+)`", (ROOT / "docs" / "paper.md").read_text()))
     assert len(flags | options) > 12
     assert {key.replace("-", "_") for key in flags | options} <= keys
 
@@ -66,7 +68,41 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     assert names["results"]["stats"]["nmse"]["value"] > 0
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/paper.md"])
+def blocks(file: str) -> str:
+    """Return a document's Python, one block after another."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL))
+
+
+def test_what_the_page_on_metrics_asserts_is_so():
+    text = blocks("docs/metrics.md")
+    assert text.count("\nassert ") >= 10
+    exec(compile(text, "docs/metrics.md", "exec"), {})
+
+
+def test_the_examples_with_other_libraries_run(tmp_path, monkeypatch, small_recipe):
+    import ksparse
+
+    ksparse.train(small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}), tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(blocks("docs/interop.md").replace('"1.9m"', '"0.3m"').replace("resid_post.3", "resid_post.2"), names)
+    clean, spliced, without, steered = (names[key] for key in ("clean", "spliced", "without", "steered"))
+    assert clean.shape == spliced.shape and not any((clean == other).all() for other in (spliced, without, steered))
+    assert names["copy"].shape.normalize == "layer_norm"
+
+
+def test_formats_in_the_docs_are_those_there_are():
+    from ksparse.interop import FORMATS
+
+    table = (ROOT / "docs" / "interop.md").read_text().split("## Formats")[1].split("Each format's file")[0]
+    rows = {row.split("|")[1].strip(" `"): row for row in table.strip().splitlines()[2:]}
+    assert list(rows) == list(FORMATS)
+    for name, form in FORMATS.items():
+        assert all(activation in rows[name] for activation in form.HOLDS), name
+        assert all(kind in rows[name] for kinds in form.HOLDS.values() for kind in kinds), name
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/interop.md", "docs/metrics.md", "docs/paper.md"])
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target

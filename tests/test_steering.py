@@ -121,6 +121,10 @@ def test_the_first_position_and_bos_are_left_alone_as_in_training(tiny):
     with attach(lm.model, sae, change=clamped({3: 9.0}), positions="all") as tap:
         lm.model(ids)
     assert tap.keep.all()
+    mask = torch.tensor([[True, False, False, False, True]])
+    with attach(lm.model, sae, change=clamped({3: 9.0}), positions=mask) as tap, torch.no_grad():
+        lm.model(ids)
+    assert torch.equal(tap.keep, mask)
     padded = torch.tensor([[1, 1, 7, 9, 12]])
     with attach(lm.model, sae) as tap:
         lm.model(padded, attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
@@ -156,7 +160,7 @@ def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):
     before = lm.model(ids).logits
     with attach(lm.model, sae) as tap:
         assert torch.equal(lm.model(ids).logits, before)
-    assert torch.equal(tap.x[0, 1:], lm("the cat sat on"))
+    assert torch.equal(tap.x[0, 1:], lm("the cat sat on")) and torch.allclose(tap.recon, sae(tap.x))
     with pytest.raises(ZeroDivisionError), steer(lm.model, sae, {1: 50.0}):
         1 / 0
     assert torch.equal(lm.model(ids).logits, before)
@@ -203,6 +207,11 @@ def test_changes_are_sums_of_their_parts():
     assert torch.allclose(both.dense(N), expected)
 
 
+def masked(lm, sae):
+    with attach(lm.model, sae, positions=torch.ones(1, 2, dtype=torch.bool)):
+        lm.model(lm.tokenize("the"))
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda lm, sae: steer(lm.model, sae).__enter__(), "steering needs a latent"),
     (lambda lm, sae: steer(lm.model, sae, {32: 1.0}).__enter__(), "latent 32 does not exist: this SAE has latents 0 to 31"),
@@ -210,6 +219,10 @@ def test_changes_are_sums_of_their_parts():
     (lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(), "latent 3 is to be both clamped and scaled"),
     (lambda lm, sae: attach(lm.model, SAE(sae.shape)).__enter__(), "does not say at which site"),
     (lambda lm, sae: attach(lm.model, sae, "resid_post.9").__enter__(), "site 'resid_post.9' does not exist"),
+    (lambda lm, sae: attach(lm.model, sae, error="lose").__enter__(), "error is 'lose'; it must be 'keep' or 'drop'"),
+    (lambda lm, sae: attach(lm.model, sae, positions="some").__enter__(), "positions is 'some'; it must be 'trained', 'all', or a mask"),
+    (lambda lm, sae: attach(lm.model, sae).__enter__().recon, "nothing has gone through the site yet, so there is no x"),
+    (lambda lm, sae: masked(lm, sae), r"positions are of shape \[1, 2\], the activations of \[1, 4\]"),
     (lambda lm, sae: continue_text(lm, "the", tokens=200), "the prompt has 4 tokens, 200 more make 204; .* takes 128"),
     (lambda lm, sae: continue_text(lm, "the", tokens=0), "a continuation of 0 tokens"),
     (lambda lm, sae: continue_text(lm, "the", temperature=-1), "temperature is -1"),

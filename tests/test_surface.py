@@ -7,7 +7,7 @@ import pytest
 import ksparse
 from ksparse import errors, recipe
 
-NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "evaluate", "load", "open_run", "save", "steer", "train"]
+NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "attach", "convert", "evaluate", "load", "open_run", "save", "steer", "train"]
 KEYS = {
     "acts.lm", "acts.revision", "acts.tokenizer", "acts.site", "acts.text", "acts.text_config", "acts.text_split", "acts.text_field",
     "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype", "acts.store",

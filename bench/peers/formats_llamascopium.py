@@ -26,7 +26,8 @@ def both(sae: SparseAutoEncoder) -> Both:
 
 def made(act_fn: str, free_norms: bool = False, **options: Any) -> Any:
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
-        sae = SparseAutoEncoder(SAEConfig(hook_point_in=SITE, hook_point_out=SITE, d_model=x.shape[1], expansion_factor=n / x.shape[1], act_fn=act_fn, top_k=k, **options))
+        sae = SparseAutoEncoder(SAEConfig(hook_point_in=SITE, hook_point_out=SITE, d_model=x.shape[1], expansion_factor=n / x.shape[1], act_fn=act_fn,
+                                          top_k=k, **options))
         with torch.no_grad():
             sae.W_D.normal_().div_(sae.W_D.norm(dim=1, keepdim=True))
             sae.W_E.copy_(sae.W_D.t())

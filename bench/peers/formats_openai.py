@@ -1,4 +1,4 @@
-"""openai/sparse_autoencoder's files, by hand: it is not on the package index. Written from the documented layout, with an encoder and decoder of its own."""
+"""openai/sparse_autoencoder's files, by hand, since it is not on the package index: its published layout, with an encoder and decoder of our own."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def both(file: dict[str, Any]) -> Both:
 def made(activation: str) -> Any:
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
         d = x.shape[1]
-        file = {"pre_bias": torch.zeros(d), "encoder.weight": torch.randn(n, d) / d**0.5, "latent_bias": torch.zeros(n), "decoder.weight": torch.randn(d, n) / d**0.5,
-                "stats_last_nonzero": torch.zeros(n, dtype=torch.long), "latents_activation_frequency": torch.zeros(n), "latents_mean_square": torch.zeros(n),
-                "activation": activation, "activation_state_dict": {"k": k, "postact_fn": "ReLU"} if activation == "TopK" else {}}
-        trained = [each.requires_grad_() for each in file.values() if isinstance(each, Tensor) and each.is_floating_point() and "latents_" not in str(each)]
+        trained = {"pre_bias": torch.zeros(d), "encoder.weight": torch.randn(n, d) / d**0.5, "latent_bias": torch.zeros(n),
+                   "decoder.weight": torch.randn(d, n) / d**0.5}
+        statistics = {"stats_last_nonzero": torch.zeros(n, dtype=torch.long), "latents_activation_frequency": torch.zeros(n), "latents_mean_square": torch.zeros(n)}
+        file = {**trained, **statistics, "activation": activation, "activation_state_dict": {"k": k, "postact_fn": "ReLU"} if activation == "TopK" else {}}
         encode, decode = both(file)
-        fit(trained[:4], lambda rows: decode(encode(rows), rows), x)
+        fit([each.requires_grad_() for each in trained.values()], lambda rows: decode(encode(rows), rows), x)
         file = {key: value.detach() if isinstance(value, Tensor) else value for key, value in file.items()}
         torch.save(file, folder / "autoencoder.pt")
         return both(file)

@@ -17,6 +17,8 @@ _WHERE = {
     "LM": "ksparse.acts.lm",
     "Recipe": "ksparse.recipe",
     "SAE": "ksparse.sae.model",
+    "attach": "ksparse.steering",
+    "convert": "ksparse.interop",
     "evaluate": "ksparse.evals",
     "load": "ksparse.interop",
     "open_run": "ksparse.runs",

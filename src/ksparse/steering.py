@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from ksparse.sae.model import SAE, Code
 
 Change = Callable[[Code], Code]
 """Takes the code of an activation [..., k]; returns what is added to it: values of either sign [..., m] at latents [..., m]."""
+Positions = Literal["trained", "all"] | Tensor
 Metric = Callable[[Tensor], Tensor]
 """Takes the logits [v] of the token after a prompt; returns a scalar."""
 
@@ -43,36 +43,50 @@ def lm_of(sae: SAE, device: str = "auto") -> LM:
 # ---- an SAE in the way of a forward pass -------------------------------------------------------------------------
 
 
-@dataclass
 class Tap:
-    """What an attached SAE saw in the last forward pass; None before the first."""
+    """What an attached SAE saw in the last forward pass, before any change.
 
-    x: Tensor | None = None
-    """Raw activations at the site before any change, [b, t, d] as float32."""
-    code: Code | None = None
-    """Their codes before any change, [b, t, k], also where nothing is changed."""
-    keep: Tensor | None = None
-    """[b, t]: the positions that may be changed."""
+    x: raw activations [b, t, d] in the SAE's precision; code [b, t, k]; recon [b, t, d] on the scale of x; keep: bool[b, t], the positions that may be changed.
+    """
+
+    x: Tensor
+    code: Code
+    keep: Tensor
+
+    def __init__(self, sae: SAE):
+        self._sae = sae
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("x", "code", "keep"):
+            raise InputError(f"nothing has gone through the site yet, so there is no {name}; run the model inside the `with`")
+        raise AttributeError(name)
+
+    @property
+    def recon(self) -> Tensor:
+        return self._sae.normalize(self.x).restore(self._sae.decode(self.code))
 
 
 @contextmanager
 def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None = None, error: Literal["keep", "drop"] = "keep",
-           positions: Literal["trained", "all"] = "trained") -> Iterator[Tap]:
+           positions: Positions = "trained") -> Iterator[Tap]:
     """Put an SAE in the way of every forward pass of a causal LM inside a with block; gradients flow through it.
 
     site: where, as in a recipe (`resid_post.8`, a module's name, NAME:in); the SAE's own if not given.
     change: what is added to the code; nothing if not given, so that the SAE only reads.
     error: keep: x + what the change decodes to. drop: the reconstruction takes the place of x.
     positions: trained: where the SAE was trained to read: not the first position and no BOS, EOS or separator, if it was trained so.
+        Or all, or bool[b, t].
     """
+    if error not in ("keep", "drop"):
+        raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
     module, at = resolve(model, site or _own_site(sae))
-    tap, where = Tap(), _Positions(sae, everywhere=positions == "all")
+    tap, where = Tap(sae), _Called(sae, positions)
 
     def put(old: Tensor) -> Tensor | None:
         raw = old.to(sae.W_enc)
         inputs = sae.normalize(raw)
         code = sae.encode_normalized(inputs.x)
-        tap.x, tap.code, tap.keep = raw, code, where.of(old)
+        tap.x, tap.code, tap.keep = raw, code, where.kept(old)
         added = None if change is None else sae.decoder(change(code))
         if error == "drop":
             recon = sae.decode(code) if added is None else sae.decode(code) + added
@@ -89,7 +103,7 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
 
 @contextmanager
 def steer(model: nn.Module, sae: SAE, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None, site: str = "",
-          error: Literal["keep", "drop"] = "keep", positions: Literal["trained", "all"] = "trained") -> Iterator[Tap]:
+          error: Literal["keep", "drop"] = "keep", positions: Positions = "trained") -> Iterator[Tap]:
     """Hold latents of an SAE at values, and multiply others' own activations, in every forward pass inside a with block.
 
     clamp: {latent: value}, of either sign; 0 takes the latent out. scale: {latent: factor}. All else as `attach`.
@@ -146,18 +160,21 @@ def _change(code: Code, given: Mapping[int, float], rule: Callable[[Tensor, Tens
 
 
 def _own_site(sae: SAE) -> str:
-    site = (sae.metadata.get("acts") or {}).get("site")
+    site = (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site")
     if not site:
         raise InputError("this SAE does not say at which site it was trained; give one: site='resid_post.8', say")
     return site
 
 
-class _Positions:
-    """Which positions of a forward pass an SAE may change, from the ids that the model is called with."""
+class _Called:
+    """What a model is called with, and so which positions an SAE may change."""
 
-    def __init__(self, sae: SAE, everywhere: bool):
+    def __init__(self, sae: SAE, positions: Positions = "trained"):
+        if not isinstance(positions, Tensor) and positions not in ("trained", "all"):
+            raise InputError(f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts and tokens")
         policy = sae.metadata.get("policy") or {}
-        self.everywhere = everywhere or policy.get("keep", "all") == "all"
+        self.positions = positions
+        self.everywhere = not isinstance(positions, Tensor) and (positions == "all" or policy.get("keep", "all") == "all")
         self.special = [token for name in ("bos_token", "separator_token") if (token := policy.get(name)) is not None]
         self.ids: Tensor | None = None
         self.past, self.attention = 0, None
@@ -179,8 +196,12 @@ class _Positions:
         attention = kwargs.get("attention_mask")
         self.attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
 
-    def of(self, x: Tensor) -> Tensor:
-        """Return [b, t] for activations x[b, t, d] of the call that is running."""
+    def kept(self, x: Tensor) -> Tensor:
+        """Return the positions [b, t] of activations x[b, t, d] of the call that is running."""
+        if isinstance(self.positions, Tensor):
+            if self.positions.shape != x.shape[:-1]:
+                raise InputError(f"positions are of shape {list(self.positions.shape)}, the activations of {list(x.shape[:-1])}, apart from their width")
+            return self.positions.to(x.device).bool()
         keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         if self.everywhere:
             return keep
@@ -220,7 +241,7 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
 
     with torch.inference_mode(False), torch.enable_grad():
         tokens = lm.tokenize(prompt)
-        where = _Positions(sae, everywhere=False)
+        where = _Called(sae)
         with ExitStack() as hooks:
             hooks.enter_context(where.watching(lm.model))
             hooks.enter_context(hooked(lm.module, lm.at, take))
@@ -231,7 +252,7 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
         inputs = sae.normalize(raw[0])
         code = sae.encode_normalized(inputs.x)
         slopes = torch.einsum("td,tkd->tk", inputs.scale * gradient.to(inputs.x), sae.W_dec[code.indices])
-        return Code(code.values * slopes * where.of(raw)[0][:, None], code.indices)
+        return Code(code.values * slopes * where.kept(raw)[0][:, None], code.indices)
 
 
 def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) -> Metric:

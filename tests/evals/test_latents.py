@@ -14,6 +14,7 @@ from ksparse import evals
 from ksparse.acts.lm import LM
 from ksparse.evals import latents
 from ksparse.evals.latents import Firing, Latents, effective, law, opposites, repeats, somers, stratified
+from ksparse.evals.powers import Powers
 from ksparse.options import EvalOptions
 from ksparse.sae.model import SAE, Code, Shape
 
@@ -49,15 +50,17 @@ def planted() -> evals.Result:
     data = SimpleNamespace(acts=SimpleNamespace(context=LENGTH, keep="text"), options=options)
     subject = SimpleNamespace(sae=sae, data=data, options=options, lm=SimpleNamespace(vocab=VOCABULARY))
     parts: dict = {}
-    subject.part = lambda kind: parts.setdefault(kind, kind(subject))
+    subject.part = lambda kind: parts[kind] if kind in parts else parts.setdefault(kind, kind(subject))
     part = Latents(subject)
     code = Code(*values.topk(8, dim=1))
     rows = keep.nonzero(as_tuple=True)[0]
     for some in torch.arange(CONTEXTS).chunk(3):
         mine = torch.isin(rows, some)
         contexts = SimpleNamespace(tokens=tokens[some], attention=torch.ones(len(some), LENGTH, dtype=torch.bool))
-        subject.part(Firing).see(SimpleNamespace(code=Code(code.values[mine], code.indices[mine]), batch=SimpleNamespace(
-            keep=keep[some], contexts=contexts, documents=rows[mine])))
+        seen = SimpleNamespace(code=Code(code.values[mine], code.indices[mine]), batch=SimpleNamespace(
+            keep=keep[some], contexts=contexts, documents=rows[mine]))
+        for kind in (Powers, Firing):
+            parts[kind].see(seen)
     part.work(lambda *_: None)
     return part.result()
 

@@ -16,7 +16,7 @@ from ksparse.evals.held_out import HeldOut, Seen, Subject, acts_of
 from ksparse.evals.explained_loss import ExplainedLoss
 from ksparse.evals.n2g import N2G, f1, over_latents
 from ksparse.evals.ngrams import Ngrams
-from ksparse.evals.patterns import ANY, Pattern, predict
+from ksparse.evals.patterns import ANY, predict
 from ksparse.acts.text import Corpus
 from ksparse.options import EvalOptions
 from ksparse.sae.model import SAE, Shape

@@ -77,8 +77,8 @@ def test_the_best_latent_is_chosen_in_training_and_judged_on_the_other_half(subj
         loss = newton.cross_entropy(z[test, best].double() * fit.weight[best] + fit.bias[best], rows.label[test].double()).mean()
         found = result["tasks"][name]
         assert found["latent"] == best
-        assert found["loss"]["value"] == pytest.approx(loss.item(), rel=1e-5)
-        assert found["loss_in_sample"]["value"] == pytest.approx(fit.loss[best].item(), rel=1e-5)
+        assert found["loss"]["value"] == pytest.approx(loss.item(), rel=1e-4)
+        assert found["loss_in_sample"]["value"] == pytest.approx(fit.loss[best].item(), rel=1e-4)
         assert [entry["latent"] for entry in found["best_latents"]] == fit.loss.argsort()[:10].tolist()
 
 

@@ -28,7 +28,7 @@ def assert_same(a, b, x, atol=2e-6):
         torch.testing.assert_close(a(x), b(x), atol=10 * atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form, activation, normalize", HELD, ids="-".join)
+@pytest.mark.parametrize("form, activation, normalize", HELD)
 def test_write_and_read_is_the_identity(form, activation, normalize, make_sae, x, tmp_path):
     sae = make_sae(activation, normalize)
     interop.write(sae, tmp_path / "sae", form)
@@ -311,7 +311,7 @@ def test_nothing_is_overwritten(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("")
-    with pytest.raises(InputError, match="b is not empty; give the folder of a new SAE"):
+    with pytest.raises(InputError, match="b is there already and not empty; give a new folder"):
         interop.convert(tmp_path / "a", tmp_path / "b", "sparsify")
 
 
@@ -329,3 +329,17 @@ def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit
     with caplog.at_level("WARNING", "ksparse"):
         ksparse.load(tmp_path)
     assert "latents are multiplied by the norms that their decoder rows had, 0.5 to 2" in caplog.text
+
+
+def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
+    from ksparse import cli
+
+    sae = make_sae("topk", "dataset")
+    ksparse.save(sae, tmp_path / "a")
+    cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "sae_lens"])
+    assert "20 latents, topk, normalisation none" in capsys.readouterr().out
+    cli.main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--to", "ksparse"])
+    assert_same(sae, ksparse.load(tmp_path / "c"), x)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "d"), "--to", "openai"])
+    assert end.value.code == 2 and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. There is no way around" in capsys.readouterr().err

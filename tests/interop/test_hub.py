@@ -102,3 +102,11 @@ def test_a_name_that_is_no_repository_is_refused(name, make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "sae")
     with pytest.raises(InputError, match="is not the name of a repository on the Hub; give OWNER/NAME"):
         hub.prepare(tmp_path / "sae", tmp_path / "a", name)
+
+
+def test_the_verb_writes_a_folder_to_look_at(make_sae, tmp_path, capsys):
+    from ksparse import cli
+
+    ksparse.save(make_sae(), tmp_path / "sae")
+    cli.main(["push", str(tmp_path / "sae"), "somebody/small", "--folder", str(tmp_path / "a")])
+    assert (tmp_path / "a" / "README.md").is_file() and str(tmp_path / "a") in capsys.readouterr().out

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from ksparse.acts.lm import LM
 from ksparse.errors import InputError
-from ksparse.interop.inside import ablate, attached, steer
-from ksparse.sae.model import SAE, Code
+from ksparse.sae.model import SAE
+from ksparse.steering import attach, steer
 
 SITE = "resid_post.1"
 
@@ -35,83 +35,66 @@ def logits(model, tokens):
 
 def test_reading_changes_nothing_and_sees_what_our_lm_sees(model, sae, tokens, tiny_lm):
     clean = logits(model, tokens)
-    with attached(model, sae, SITE) as at:
+    with attach(model, sae, SITE, positions="all") as at:
         assert torch.equal(logits(model, tokens), clean)
     lm = LM(str(tiny_lm("gpt2")), site=SITE)
     x = lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     assert torch.equal(at.x, x)
-    assert torch.equal(at.code.values, sae.encode(x).values) and torch.equal(at.recon, sae(x))
+    assert torch.equal(at.code.values, sae.encode(x).values) and torch.equal(sae(at.x), sae(x))
     assert torch.equal(logits(model, tokens), clean)  # and no hook is left
 
 
 def test_splicing_is_the_replay_of_the_evaluations(model, sae, tokens, tiny_lm):
-    with attached(model, sae, SITE, error="drop"):
+    with attach(model, sae, SITE, error="drop", positions="all"):
         spliced = logits(model, tokens)
     lm = LM(str(tiny_lm("gpt2")), site=SITE)
     torch.testing.assert_close(spliced, lm.replay(lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)), sae))
 
 
 def test_ablating_takes_out_a_latents_own_contribution_and_keeps_the_error(model, sae, tokens):
-    with attached(model, sae, SITE) as at:
+    with attach(model, sae, SITE, positions="all") as at:
         logits(model, tokens)
     latent = int(at.code.indices[0, 3, 0])
     value = (at.code.values * (at.code.indices == latent)).sum(-1, keepdim=True)
     wanted = at.x - value * sae.W_dec[latent] * sae.normalize(at.x).scale
     seen = []
     handle = model.transformer.h[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with attached(model, sae, SITE, edit=ablate(latent)):
+    with steer(model, sae, {latent: 0.0}, site=SITE, positions="all"):
         logits(model, tokens)
     handle.remove()
     torch.testing.assert_close(seen[0], wanted)
 
 
 def test_ablating_what_is_not_active_changes_nothing(model, sae, tokens):
-    with attached(model, sae, SITE) as at:
+    with attach(model, sae, SITE, positions="all") as at:
         clean = logits(model, tokens)
     active = set(at.code.indices[at.code.values > 0].tolist())
-    with attached(model, sae, SITE, edit=ablate(*(set(range(40)) - active))):
+    with steer(model, sae, dict.fromkeys(set(range(40)) - active, 0.0), site=SITE, positions="all"):
         torch.testing.assert_close(logits(model, tokens), clean)
-
-
-def test_steering_sets_a_latent_whether_it_was_active_or_not(sae):
-    code = Code(torch.tensor([[3.0, 1.0]]), torch.tensor([[5, 7]]))
-    dense = steer({5: 0.5, 9: 2.0})(code, sae).dense(40)
-    assert dense[0, [5, 7, 9]].tolist() == [0.5, 1.0, 2.0] and dense.count_nonzero() == 3
-
-
-def test_where_confines_the_change(model, sae, tokens):
-    where = torch.zeros_like(tokens, dtype=torch.bool)
-    where[:, 5] = True
-    clean = logits(model, tokens)
-    with attached(model, sae, SITE, error="drop", where=where):
-        changed = logits(model, tokens)
-    assert torch.equal(changed[:, :5], clean[:, :5]) and not torch.allclose(changed[:, 5:], clean[:, 5:])
-    with pytest.raises(InputError, match=r"where is of shape \[3, 2\], the activations at resid_post.1 are of \[3, 9\]"), attached(model, sae, SITE, error="drop", where=where[:, :2]):
-        logits(model, tokens)
 
 
 def test_several_saes_at_once_are_one_after_the_other(model, sae, make_sae, tokens):
     other = make_sae("topk", "none", d=16, n=24, k=3)
-    with attached(model, sae, "resid_post.0", error="drop") as first, attached(model, other, "mlp_out.2", error="drop") as second:
+    with attach(model, sae, "resid_post.0", error="drop", positions="all") as first, attach(model, other, "mlp_out.2", error="drop", positions="all") as second:
         logits(model, tokens)
     assert first.code.values.shape[-1] == 4 and second.code.values.shape[-1] == 3
-    with attached(model, other, "mlp_out.2") as alone:
+    with attach(model, other, "mlp_out.2", positions="all") as alone:
         logits(model, tokens)
     assert not torch.allclose(second.x, alone.x)
 
 
 def test_gradients_reach_the_activation_through_the_sae(model, sae, tokens):
-    with attached(model, sae, SITE) as at:
+    with attach(model, sae, SITE, positions="all") as at:
         logits(model, tokens)
     latent = int(at.code.indices[0, 3, 0])
-    with attached(model, sae, SITE, edit=ablate(latent)):
+    with steer(model, sae, {latent: 0.0}, site=SITE, positions="all"):
         logits(model, tokens)[..., 0].sum().backward()
     assert sae.W_dec.grad[latent].abs().sum() > 0 and sae.W_enc.grad[latent].abs().sum() > 0
 
 
 def test_hooks_are_gone_after_an_error(model, sae, tokens):
     clean = logits(model, tokens)
-    with pytest.raises(RuntimeError), attached(model, sae, SITE, error="drop"):
+    with pytest.raises(RuntimeError), attach(model, sae, SITE, error="drop", positions="all"):
         raise RuntimeError
     assert torch.equal(logits(model, tokens), clean)
 
@@ -123,7 +106,7 @@ def test_a_model_with_hook_points_of_its_own_is_used_by_their_names(sae, tokens)
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([block])
     x = torch.randn(2, 5, 16)
-    with attached(model, sae, "blocks.0.hook_resid_post", error="drop") as at:
+    with attach(model, sae, "blocks.0.hook_resid_post", error="drop", positions="all") as at:
         assert torch.equal(model.blocks[0].hook_resid_post(x), sae(x))
     assert torch.equal(at.code.indices, sae.encode(x).indices)
 
@@ -139,9 +122,9 @@ def test_unit_norm_does_not_see_whether_a_model_was_centred(make_sae):
 
 
 @pytest.mark.parametrize("use, message", [
-    (lambda m, s: attached(m, SAE(s.shape)), "does not say at which site it belongs; name it"),
-    (lambda m, s: attached(m, s, "resid_post.9"), "site 'resid_post.9' does not exist"),
-    (lambda m, s: attached(m, s, SITE, error="forget"), "error is 'forget'; it must be 'keep' or 'drop'"),
+    (lambda m, s: attach(m, SAE(s.shape)), "does not say at which site it was trained; give one"),
+    (lambda m, s: attach(m, s, "resid_post.9", positions="all"), "site 'resid_post.9' does not exist"),
+    (lambda m, s: attach(m, s, SITE, error="forget", positions="all"), "error is 'forget'; it must be 'keep' or 'drop'"),
 ])
 def test_what_is_wrong_is_named(model, sae, use, message):
     with pytest.raises(InputError, match=message), use(model, sae):
@@ -149,7 +132,5 @@ def test_what_is_wrong_is_named(model, sae, use, message):
 
 
 def test_a_latent_that_there_is_not_is_named(model, sae, tokens):
-    with pytest.raises(InputError, match="there is no latent 40; this SAE has 0 to 39"), attached(model, sae, SITE, edit=ablate(40)):
+    with pytest.raises(InputError, match="latent 40 does not exist: this SAE has latents 0 to 39"), steer(model, sae, {40: 0.0}, site=SITE, positions="all"):
         logits(model, tokens)
-    with attached(model, sae, SITE) as at, pytest.raises(InputError, match="nothing has gone through resid_post.1 yet, so there is no code"):
-        at.code

@@ -151,5 +151,13 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
         atoms.export(empty, tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(InputError, match="full is not empty; give a new folder"):
+    with pytest.raises(InputError, match="full is there already and not empty; give a new folder"):
         atoms.export(run, tmp_path / "full")
+
+
+def test_the_verb_writes_each_of_them(run, tmp_path, capsys):
+    from ksparse import cli
+
+    for kind, file in (("atoms", "atoms"), ("sae_dashboard", "batch-0.json"), ("neuronpedia", "tiny")):
+        cli.main(["convert", str(run.path), str(tmp_path / kind), "--to", kind, "--model", "tiny"])
+        assert (tmp_path / kind / file).exists() and "latents" in capsys.readouterr().out

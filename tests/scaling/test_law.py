@@ -184,5 +184,22 @@ def test_a_prediction_without_its_place_is_refused(gpt4, at, message):
 def test_a_form_of_each_k_says_nothing_of_a_k_in_between():
     law = laws.fit(published.gpt2(), "n", draws=0)
     assert law.predict(n=8_192, k=32).value == pytest.approx(0.184, rel=0.02)
-    with pytest.raises(InputError, match="none for k=48; it has them for 8, 16, 32, 64, 128"):
+    with pytest.raises(InputError, match="knows nothing of k=48; its points have 8, 16, 32, 64, 128"):
         law.predict(n=8_192, k=48)
+
+
+def test_a_law_of_one_k_says_nothing_of_another():
+    points = n_points() | {"k": np.full(9, 32)}
+    law = laws.fit(points, "n", draws=0)
+    assert law.predict(n=5_000, k=32).value > 0
+    with pytest.raises(InputError, match="knows nothing of k=64; its points have 32"):
+        law.predict(n=5_000, k=64)
+
+
+def test_the_cost_of_a_fit_with_unequal_weights_is_that_which_intervals_compare_with():
+    points = n_points(noise=0.01)
+    points["loss"][3] *= 1.3
+    columns = {name: np.concatenate([column, column[:3], column[:3]]) for name, column in points.items()}
+    fitted = laws.fit(columns, "n", draws=0).fit
+    assert fitted.weights.max() > 2 * fitted.weights.min()
+    assert fitted.cost == pytest.approx(float(solve.loss(fitted.residuals, fitted.weights, fitted.delta)), rel=1e-9)

@@ -94,7 +94,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_coefficient_lies_in_its_interval_in_nine_trials_of_ten(name):
     terms, theta, logs = CASES[name]()
-    trials = 40
+    trials = 50
     inside, width = np.zeros(len(theta)), []
     for seed in range(trials):
         found = solve.fit(terms, noisy(logs, seed))

@@ -181,13 +181,13 @@ def test_converged_runs_count_as_finished(small_recipe, tmp_path):
 
 
 def test_the_command_line_plans_sweeps_and_says_what_is_next(sweep_file, tmp_path, capsys):
-    cli_sweep = lambda *more: cli.sweep([str(sweep_file()), "--out", str(tmp_path / "sweep"), *more])
+    cli_sweep = lambda *more: cli.main(["sweep", str(sweep_file()), "--out", str(tmp_path / "sweep"), *more])
     cli_sweep("--plan", "True")
     assert "4 to do in 1 cohorts" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
     cli_sweep()
     seen = capsys.readouterr()
     assert "4 of 4 runs finished" in seen.out and "ksparse fit" in seen.out and "FLOPs" in seen.err
-    cli.sweep([str(tmp_path / "sweep")])
+    cli.main(["sweep", str(tmp_path / "sweep")])
     assert "4 of them finished; 0 to do" in capsys.readouterr().err
 
 

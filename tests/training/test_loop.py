@@ -23,7 +23,7 @@ from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError
 from ksparse.recipe import load as load_recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
-from ksparse.training import checkpoint, feed, loop, member, optim
+from ksparse.training import checkpoint, feed, member, optim
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train
 from ksparse.training.member import backward, count, due

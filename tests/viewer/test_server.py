@@ -145,6 +145,14 @@ def test_damaged_results_are_named_to_the_page(run):
     assert status == 400 and "n2g.json" in json.loads(body)["error"]
 
 
+def test_an_error_is_short_and_safe_whatever_it_quotes(run):
+    run.recipe_file.write_text(run.recipe_file.read_text().replace('lm = "pylm/0.3m"', f'lm = "./<script>\\u202e{("x" * 200 + "/") * 18}"'))
+    with serving(run) as port:
+        status, _, body = ask(port, "/api/activations", method="POST", body={"text": "x"})
+    said = json.loads(body)["error"]
+    assert status == 400 and "<script>⟨U+202E⟩xx" in said and said.endswith("characters)") and len(said) < 2_500
+
+
 def test_a_port_in_use_is_said(served):
     with pytest.raises(InputError, match=rf"port {served} is in use; give another with --port, or 0"):
         server.listen(served)

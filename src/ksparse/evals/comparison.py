@@ -13,8 +13,8 @@ from ksparse.errors import InputError
 from ksparse.evals.estimate import Estimate
 
 NAMES = ("downstream", "stats")
-COLUMNS = {"ce_delta": ("downstream", 1), "kl": ("downstream", 1), "recovered": ("downstream", -1), "explained_variance": ("stats", -1), "nmse": ("stats", 1),
-           "l0": ("stats", 0), "dead_fraction": ("stats", 0)}
+COLUMNS = {"ce_delta": ("downstream", 1), "kl": ("downstream", 1), "recovered": ("downstream", -1), "explained_variance": ("stats", -1),
+           "nmse": ("stats", 1), "l0": ("stats", 0), "dead_fraction": ("stats", 0)}
 """What is compared: the evaluation that measures it, and whether less (1) or more (-1) of it is better; 0: it says what the others cost."""
 _SAME = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
 _HARMLESS = ("device", "budget")  # of an evaluation's options; the budget's sizes are written out beside it
@@ -39,10 +39,11 @@ def check(results: Results) -> None:
                              f"{', '.join(sorted(theirs))}")
         for name in ours:
             mine, its = _facts(ours[name]), _facts(theirs[name])
-            wrong = [f"{key} is {mine.get(key)!r} of one and {its.get(key)!r} of the other" for key in sorted(mine.keys() | its.keys()) if mine.get(key) != its.get(key)]
-            if wrong:
-                raise InputError(f"{first} and {other} cannot be ranked by {name}: {'; '.join(wrong[:4])}. Evaluate them anew and together: leave out --results saved, "
-                                 f"and name with --like whose text and positions are to be used for all")
+            unlike = [key for key in sorted(mine.keys() | its.keys()) if mine.get(key) != its.get(key)]
+            if unlike:
+                wrong = "; ".join(f"{key} is {mine.get(key)!r} of one and {its.get(key)!r} of the other" for key in unlike[:4])
+                raise InputError(f"{first} and {other} cannot be ranked by {name}: {wrong}. Evaluate them anew and together: leave out --results saved, "
+                                 "and name with --like whose text and positions are to be used for all")
 
 
 def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[Row]:

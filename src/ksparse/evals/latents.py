@@ -1,6 +1,6 @@
 """How often do latents fire, how strongly, and on what kinds of position? Gao et al. 2024, appendices E.4 to E.6.
 
-    Firing     what is counted of each latent: powers of its activation, by position, by repetition, by token
+    Firing     what is counted of each latent: how often it fires by position, by repetition, by token
     Latents    densities and importances and their laws, moments, dense solutions, opposite pairs, recurring latents, effective tokens
 
 Recurring latents are found by rule: Somers' D between a latent being active and a property of the position, from -1 to 1. For a property that
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
+from ksparse.evals.estimate import DocumentSums, Result, ratio
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
+from ksparse.evals.powers import Powers
 
 LEAST = 10  # activations of a latent that its density, importance and effective tokens are read from
 OPPOSITE = -0.9  # decoder cosine of a pair that undoes itself
@@ -37,12 +38,11 @@ class Firing(Eval):
         super().__init__(subject)
         n, length = subject.sae.shape.n_latents, subject.data.acts.context
         self.sums = DocumentSums()
-        self.powers = torch.zeros(5, n, dtype=torch.float64)  # of the activation: 0 (how often it is above 0) to 4
+        self.powers = subject.part(Powers)
         self.at = torch.zeros(n, length, dtype=torch.float64)  # how often it fires at each position
         self.repeated_at = torch.zeros(n, length, dtype=torch.float64)  # the same where the token was in the context before
         self.tokens_at, self.repeats_at = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
         self.token_counts = torch.zeros(subject.lm.vocab, dtype=torch.float64)
-        self.largest = torch.zeros(n)
         self._keys: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
         self._waiting = 0
@@ -54,9 +54,6 @@ class Firing(Eval):
         repeated, token = repeats(tokens, batch.contexts.attention.cpu())[keep], tokens[keep]
         row, slot = (values > 0).nonzero(as_tuple=True)
         latent, value = indices[row, slot], values[row, slot].double()
-        for power in range(5):
-            self.powers[power].index_add_(0, latent, value**power)
-        self.largest.scatter_reduce_(0, latent, value.float(), "amax")
         length = self.at.shape[1]
         places, ones = latent * length + position[row], torch.ones_like(value)
         self.at.view(-1).index_add_(0, places, ones)
@@ -82,25 +79,20 @@ class Firing(Eval):
         return keys, np.bincount(inverse, np.concatenate(self._squares), len(keys))
 
     @property
-    def count(self) -> float:
-        """How many tokens were read."""
-        return float(self.tokens_at.sum())
-
-    @property
     def density(self) -> np.ndarray:
         """The share of tokens on which each latent fires, [n]."""
-        return (self.powers[0] / max(1.0, self.count)).numpy()
+        return self.powers.means[0].numpy()
 
     @property
     def often(self) -> np.ndarray:
         """Which latents have fired often enough to be described, [n]."""
-        return self.powers[0].numpy() >= LEAST
+        return self.powers.sums[0].numpy() >= LEAST
 
     def effective_tokens(self) -> np.ndarray:
         """Return exp of the entropy of each latent's mean squared activation over tokens, [n]; NaN where it never fires."""
         keys, squares = self._together()
         vocabulary = len(self.token_counts)
-        return effective(keys // vocabulary, squares / self.token_counts.numpy()[keys % vocabulary], self.powers.shape[1])
+        return effective(keys // vocabulary, squares / self.token_counts.numpy()[keys % vocabulary], len(self.at))
 
 
 def repeats(tokens: Tensor, attention: Tensor) -> Tensor:
@@ -138,9 +130,9 @@ class Latents(Eval):
 
     def result(self) -> Result:
         firing, sae = self.firing, self.subject.sae
-        n, d, count = sae.shape.n_latents, sae.shape.d_model, firing.count
+        n, d = sae.shape.n_latents, sae.shape.d_model
         density, often = firing.density, firing.often
-        moments = [power.numpy() / max(1.0, count) for power in firing.powers]
+        moments = firing.powers.means.numpy()
         importance = moments[2]
         with np.errstate(divide="ignore", invalid="ignore"):
             skew, kurtosis = moments[3] / importance**1.5, moments[4] / importance**2
@@ -175,7 +167,7 @@ class Latents(Eval):
     def _recurring(self, scores: dict[str, np.ndarray], density: np.ndarray) -> dict[str, list[dict[str, Any]]]:
         """Return the latents with the highest scores by each rule, and whether the rule has found them."""
         dense = density >= DENSE
-        mean = self.firing.powers[1].numpy() / self.firing.powers[0].clamp_min(1).numpy()
+        mean = self.firing.powers.mean_act.numpy()
         found: dict[str, list[dict[str, Any]]] = {}
         for rule in RULES:
             score = np.nan_to_num(scores[rule], nan=-1.0)
@@ -187,10 +179,10 @@ class Latents(Eval):
 
     def _pairs(self, density: np.ndarray) -> dict[str, Any]:
         """Return the pairs of latents that write opposite directions, the most opposite first."""
-        rows = np.flatnonzero((self.opposite <= OPPOSITE) & (np.arange(len(self.paired)) < self.partner))
-        pairs = [{"latents": [int(self.paired[row]), int(self.paired[self.partner[row]])], "cosine": float(self.opposite[row]),
-                  "densities": [float(density[self.paired[row]]), float(density[self.paired[self.partner[row]]])]}
-                 for row in rows[np.argsort(self.opposite[rows], kind="stable")].tolist()]
+        rows = np.flatnonzero(self.opposite <= OPPOSITE)
+        cosines = {tuple(sorted((row, int(self.partner[row])))): float(self.opposite[row]) for row in rows.tolist()}  # of a pair once, the denser first
+        pairs = [{"latents": (both := self.paired[list(pair)]).tolist(), "cosine": cosine, "densities": density[both].tolist()}
+                 for pair, cosine in sorted(cosines.items(), key=lambda item: item[1])]
         ten = set(self.paired[:10].tolist())
         return {"n_opposite_pairs": len(pairs), "n_opposite_among_densest": sum(set(pair["latents"]) <= ten for pair in pairs),
                 "opposite_pairs": pairs[:20], "opposite_cosine": quartiles(self.opposite), "n_paired": len(self.paired)}

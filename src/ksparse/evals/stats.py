@@ -10,6 +10,7 @@ from ksparse.acts.text import token_strings
 from ksparse.evals import together
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.evals.held_out import Eval, Seen, Subject
+from ksparse.evals.powers import Powers
 from ksparse.sae.model import Code
 from ksparse.sae.normalize import input_rms
 
@@ -28,11 +29,9 @@ class Stats(Eval):
     def __init__(self, subject: Subject):
         super().__init__(subject)
         self.sums, n = DocumentSums(), subject.sae.shape.n_latents
-        self.fired = torch.zeros(n, dtype=torch.long)
-        self.powers = torch.zeros(4, n, dtype=torch.float64)  # sums of values, their squares, cubes, fourth powers
+        self.powers = subject.part(Powers)
         self.bars = torch.zeros(n, BARS, dtype=torch.int32)
         self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
-        self.largest = torch.zeros(n)
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
 
@@ -45,12 +44,8 @@ class Stats(Eval):
             raw_error=(y - y_hat).square().sum(1), raw_square=y.square().sum(1), raw_sum=y)
         active = seen.code.values > 0
         indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
-        self.fired += torch.bincount(indices, minlength=len(self.fired))
-        for power, sums in enumerate(self.powers, start=1):
-            sums += torch.bincount(indices, values.double() ** power, len(self.fired))
         bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
         self.bars.view(-1).index_add_(0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32))
-        self.largest.scatter_reduce_(0, indices, values, "amax")
         held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
         width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
         if held < _EXAMPLE_TOKENS and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES:
@@ -64,7 +59,7 @@ class Stats(Eval):
         nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
         fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
         n = sae.shape.n_latents
-        density = self.fired.double() / count.sum()
+        density = self.powers.means[0]
         norms = sae.W_enc.norm(dim=1), sae.W_dec.norm(dim=1)
         cosine = ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
         live = density[density > 0].log10().numpy()
@@ -73,15 +68,15 @@ class Stats(Eval):
             "nmse": nmse,
             "explained_variance": {"value": 1 - fvu["value"], "se": fvu["se"]} if fvu["value"] is not None else fvu,
             "l0": ratio(sums["l0"], count),
-            "dead_fraction": share(int((self.fired == 0).sum()), n),
+            "dead_fraction": share(int((density == 0).sum()), n),
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
             "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples), "act_bin": self.bin,
         }
         if "dead_fraction_training" in sae.metadata:
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
-        arrays = {"density": density.float(), "mean_act": (self.powers[0] / self.fired.clamp_min(1)).float(), "max_act": self.largest,
-                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, "power_means": (self.powers / count.sum()).float(), **self._bars(), **self._examples()}
+        arrays = {"density": density.float(), "mean_act": self.powers.mean_act.float(), "max_act": self.powers.largest,
+                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, "power_means": self.powers.means[1:].float(), **self._bars(), **self._examples()}
         vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
@@ -103,7 +98,7 @@ class Stats(Eval):
         token = tokens[context, position].numpy()
         context, position = context.numpy(), position.numpy()
         noise, other_noise = np.random.default_rng(self.subject.options.seed).random((2, len(value)), np.float32)
-        m, n = self.subject.options.examples, len(self.fired)
+        m, n = self.subject.options.examples, self.subject.sae.shape.n_latents
         drawn = {"top": best_per_group(latent, context, value, n, m), "random": best_per_group(latent, context, noise, n, m),
                  "band": best_per_band(latent, context, value, other_noise, n, m)}
         arrays: dict[str, Tensor] = {}
@@ -113,7 +108,7 @@ class Stats(Eval):
                 out[latent[chosen], place] = column[chosen]
                 arrays[f"{kind}_{name}"] = torch.from_numpy(out)
             arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
-        counted = {"histogram": histograms(latent, value, self.largest.numpy()), **fired_on(latent, token, n, self.subject.lm.vocab),
+        counted = {"histogram": histograms(latent, value, self.powers.largest.numpy()), **fired_on(latent, token, n, self.subject.lm.vocab),
                    **together.companions(context * tokens.shape[1] + position, latent, n)}
         return arrays | {"contexts": tokens.int()} | {name: torch.from_numpy(array) for name, array in counted.items()}
 

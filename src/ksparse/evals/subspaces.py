@@ -1,9 +1,9 @@
 """Do groups of latents keep to subspaces of their own? Gao et al. 2024, appendix E.7.
 
 W_enc = U S V^T of the latents that fire. A row of U, normalised and squared, says in what shares a latent reads the d principal directions.
-Latents are put into an order by the distances between these shares, the order is cut in two where the halves share the fewest directions, and
-each direction goes to the half that reads more of it. `separation` is how much of the one half's reading is on its own directions, plus the
-same of the other, less 1: 1 for two subspaces, 0 if both halves read alike. Some of it comes from choosing: rows of noise say how much.
+Latents are put into an order by the distances between these shares, the order is cut in two where the parts share the fewest directions, and
+each direction goes to the part that reads more of it. `separation` is how much of the one part's reading is on its own directions, plus the
+same of the other, less 1: 1 for two subspaces, 0 if both read alike. Some of it comes from choosing: rows of noise say how much.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split(rows: np.ndarray) -> Split:
-    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate; the part that reads fewer directions is called the first."""
+    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate for their sizes; the part that reads fewer directions is called the first."""
     m, d = rows.shape
     least = max(1, int(np.ceil(LEAST_SHARE * m)))
     before = np.cumsum(rows, 0)
@@ -157,7 +157,7 @@ def split(rows: np.ndarray) -> Split:
     left = before[at - 1] / at[:, None]
     right = (before[-1] - before[at - 1]) / (m - at)[:, None]
     gaps = np.maximum(left - right, 0).sum(1)  # sum over the left's directions of left - right: own share of both, less 1
-    best = int(np.argmax(gaps))
+    best = int(np.argmax(gaps * np.sqrt(at * (m - at))))  # means of few rows differ by chance alone
     mine = left[best] > right[best]
     own = rows[:, mine].sum(1)
     border = float((own[: at[best]].mean() + own[at[best] :].mean()) / 2)

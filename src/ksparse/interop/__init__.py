@@ -1,8 +1,7 @@
 """Other libraries' formats: one file each, with a table of its keys; all are read and written, or say why not.
 
     load       an SAE of any format, recognised by what is there        convert, write     one in another's format
-    inside     an SAE in somebody's model, by plain hooks              hub                a repository on the Hub, with a card
-    neuronpedia, atoms      what Neuronpedia and OpenAI's viewer show, from a run's evaluations
+    hub        a repository on the Hub, with a card                    neuronpedia, atoms   what Neuronpedia and OpenAI's viewer show, of a run
 
     sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
     foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places
@@ -53,7 +52,8 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
                 return _read(form, place)
         inside = _folders_with_saes(path)
         if inside:
-            raise InputError(f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{' …' if len(inside) > 8 else ''} do: name one (subfolder=…)")
+            more = " …" if len(inside) > 8 else ""
+            raise InputError(f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name one (subfolder=…)")
     return store.load(path)
 
 
@@ -75,10 +75,10 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
         files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})
 
 
-def convert(source: Path | str, folder: Path | str, to: str, *, revision: str | None = None, subfolder: str = "", normalization: Normalization = "exact") -> SAE:
+def convert(source: Path | str, folder: Path | str, to: str, *, revision: str | None = None, subfolder: str = "",
+            normalization: Normalization = "exact") -> SAE:
     """Write an SAE of any format as a folder in another; return what is read from there."""
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise InputError(f"{folder} is not empty; give the folder of a new SAE")
+    foreign.new_folder(folder)
     write(load(source, revision=revision, subfolder=subfolder), folder, to, normalization=normalization)
     return load(folder)
 

@@ -1,6 +1,6 @@
 """The JSON of OpenAI's viewer: atoms/LATENT.json of every latent that fired, and LATENT-ablated.json of those that were ablated where they are strongest.
 
-Values are in units of 1 / act_bin x 0.2, the size of a component of the SAE's input (of layer_norm: as they are), so that the viewer's bars of width 0.2 fit.
+Values are in units of the size of a component of the SAE's input (of layer_norm: as they are), so that the viewer's bars of width 0.2 fit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ksparse import files
-from ksparse.interop.shown import Example, Shown, open_shown
+from ksparse.interop import foreign
+from ksparse.interop.shown import Example, Shown
 from ksparse.runs import RunFolder
 
 _BAR = 0.2
@@ -20,7 +21,8 @@ _BAR = 0.2
 
 def export(run: RunFolder, folder: Path) -> int:
     """Write a run's latents; return how many."""
-    shown = open_shown(run, folder)
+    foreign.new_folder(folder)
+    shown = Shown(run)
     latents = shown.live()
     with files.explained(folder):
         (folder / "atoms").mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,8 @@ def ablated(shown: Shown, row: int) -> dict[str, Any]:
     sequence |= {"ablate_loss_diff": spread(finite["loss_difference"], 0.0), "kl": spread(finite["kl"], 0.0)}
     for way in ("up", "down"):
         strings = [shown.strings(each) for each in table[f"{way}_tokens"][row].tolist()]
-        sequence |= {f"top_{way}vote_tokens_logits": spread(strings, []), f"top_{way}votes_logits": spread(table[f"{way}_values"][row].astype(float).tolist(), []),
+        logits = table[f"{way}_values"][row].astype(float).tolist()
+        sequence |= {f"top_{way}vote_tokens_logits": spread(strings, []), f"top_{way}votes_logits": spread(logits, []),
                      f"top_{way}vote_tokens_probs": [[]] * predictions, f"top_{way}votes_probs": [[]] * predictions}
     return {**{key: value for key, value in atom(shown, latent).items() if key not in ("random", "top")}, "random": [], "top": [sequence]}
 

@@ -12,13 +12,14 @@
 | r_mag, b_mag | | | | r_mag, mag_bias | |
 | k | k | | | | Matryoshka: k |
 
-AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by what they had, so it is here too. What is written for ReLU
-is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written.
+AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by what they had, so it is here too. What is written for
+ReLU is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written.
 A backup from the midst of a run holds {ae, norm_factor, …}: the SAE of activations that are divided by that factor.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = {activation: ("none",) for activation in ("topk", "batch_topk", "relu", "jump_relu", "gated")}
 _LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
 _MATRICES = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
-_TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer", "AutoEncoder": "StandardTrainer", "AutoEncoderNew": "StandardTrainerAprilUpdate",
-             "GatedAutoEncoder": "GatedSAETrainer", "JumpReluAutoEncoder": "JumpReluTrainer"}
+_TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer", "AutoEncoder": "StandardTrainer",
+             "AutoEncoderNew": "StandardTrainerAprilUpdate", "GatedAutoEncoder": "GatedSAETrainer", "JumpReluAutoEncoder": "JumpReluTrainer"}
 
 
 def find(path: Path) -> Path | None:
@@ -186,8 +187,8 @@ def _kind(weights: Weights, trainer: Settings | None) -> str:
 def _metadata(settings: Settings | None, trainer: Settings | None) -> dict[str, Any]:
     if settings is None or trainer is None:
         return sites.metadata("dictionary_learning", {})
-    site, layer = str(trainer.get("submodule_name", "")), trainer.get("layer")
-    if site.startswith("resid_post_layer_") and layer is not None:
-        site = f"resid_post.{layer}"
+    name = str(trainer.get("submodule_name", ""))
+    numbered = re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", name)
+    site = f"{numbered[1]}.{numbered[2]}" if numbered else name
     buffer = Settings(settings.file, settings.get("buffer", {}))
     return sites.metadata("dictionary_learning", settings.table, lm=trainer.get("lm_name") or None, site=site or None, context=buffer.get("ctx_len"))

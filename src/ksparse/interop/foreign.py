@@ -101,7 +101,7 @@ class Settings:
     def among(self, key: str, choices: Collection[Any], default: Any = None) -> Any:
         """Return the value of a key, which must be one that ksparse knows."""
         found = self.get(key, default)
-        if found not in choices:
+        if found not in list(choices):  # a list, because what is found may have no hash
             raise InputError(f"{self.file}: {key} is {found!r}; ksparse reads {', '.join(map(repr, choices))}")
         return found
 
@@ -110,6 +110,14 @@ class Settings:
         for key, value in harmless.items():
             if self.get(key, value) != value:
                 raise InputError(f"{self.file}: {key} is {self.table[key]!r}; ksparse has no such SAE, and only reads {key} = {value!r}")
+
+
+def new_folder(folder: Path | str) -> Path:
+    """Return a folder that can be made or filled; raise InputError where something is already."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already and not empty; give a new folder")
+    return folder
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -140,7 +148,8 @@ def torch_file(file: Path) -> dict[str, Any]:
             what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
             raise InputError(f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values only. Load it where you trust it, "
                              "and save its state_dict") from None
-        raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {said}") from None
     if not isinstance(found, dict):
         raise InputError(f"{file} holds a {type(found).__name__}, expected a dictionary of tensors")
     return found

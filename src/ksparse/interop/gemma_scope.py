@@ -10,8 +10,9 @@
 | b_pre[d] | b_dec[d] |
 | threshold[n] | threshold[n] |
 
-Those of embeddings (a folder `embedding`) are for embeddings times sqrt(d): W_enc / sqrt(d), W_dec sqrt(d). Some releases write the names in lower case. The site is in the path: layer_L/width_W/average_l0_X of a repository for the residual stream (our
-resid_post.L), the attention heads' outputs before their projection, or the MLP after Gemma's norm behind it.
+Some releases write the names in lower case. Those of embeddings (a folder `embedding`) are for embeddings times sqrt(d): W_enc / sqrt(d), W_dec sqrt(d).
+The site is in the path: layer_L/width_W/average_l0_X of a repository for the residual stream (our resid_post.L), the attention heads' outputs before their
+projection, or the MLP after Gemma's norm behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Weights
 from ksparse.sae.model import SAE, Shape
 
 WEIGHTS = "params.npz"
@@ -39,10 +39,10 @@ def read(file: Path) -> SAE:
     """Read one file."""
     weights = foreign.npz_file(file)
     names = {key: key if key in weights else key.lower() for key in _KEYS}
-    tensors = {key: weights.take(names[key], *dims) for key, dims in _KEYS.items()}
+    taken = {key: weights.take(names[key], *dims) for key, dims in _KEYS.items()}
     foreign.no_scaling(weights)
     weights.finish()
-    tensors = {"W_enc": tensors["W_enc"].t(), "b_enc": tensors["b_enc"], "W_dec": tensors["W_dec"], "b_pre": tensors["b_dec"], "threshold": tensors["threshold"]}
+    tensors = {"W_enc": taken["W_enc"].t(), "b_enc": taken["b_enc"], "W_dec": taken["W_dec"], "b_pre": taken["b_dec"], "threshold": taken["threshold"]}
     if "embedding" in file.parts:
         tensors |= {"W_enc": tensors["W_enc"] / weights.lengths["d"] ** 0.5, "W_dec": tensors["W_dec"] * weights.lengths["d"] ** 0.5}
     foreign.centre_(tensors)
@@ -52,7 +52,8 @@ def read(file: Path) -> SAE:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write an SAE that this format can hold."""
-    foreign.write_npz({"W_enc": sae.W_enc.t(), **foreign.uncentred(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre, "threshold": sae.threshold}, folder / WEIGHTS)
+    tensors = {"W_enc": sae.W_enc.t(), **foreign.uncentred(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre, "threshold": sae.threshold}
+    foreign.write_npz(tensors, folder / WEIGHTS)
 
 
 def _metadata(file: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ksparse import files, interop
 from ksparse.errors import InputError
+from ksparse.interop import foreign
 from ksparse.interop.fit import Normalization
 from ksparse.runs import RunFolder
 from ksparse.sae import store
@@ -25,10 +26,18 @@ from ksparse.sae.model import SAE
 
 COPY = "sae_lens"
 _HEADLINE = {
-    ("stats", "nmse"): "normalised MSE (1 = predicting the mean)", ("stats", "explained_variance"): "explained variance, raw activations", ("stats", "l0"): "L0",
-    ("stats", "dead_fraction"): "dead latents", ("downstream", "ce_clean"): "loss of the LM, nats per token", ("downstream", "ce_spliced"): "with the reconstruction spliced in",
-    ("downstream", "recovered"): "share of the zero-ablation loss recovered", ("downstream", "kl"): "KL, nats per token", ("probes", "probe_loss"): "probe loss, nats",
-    ("n2g", "recall"): "explanations (N2G): recall", ("n2g", "precision"): "explanations (N2G): precision", ("ablation", "ablation_sparsity"): "ablation sparsity",
+    ("stats", "nmse"): "normalised MSE (1 = predicting the mean)",
+    ("stats", "explained_variance"): "explained variance, raw activations",
+    ("stats", "l0"): "L0",
+    ("stats", "dead_fraction"): "dead latents",
+    ("downstream", "ce_clean"): "loss of the LM, nats per token",
+    ("downstream", "ce_spliced"): "with the reconstruction spliced in",
+    ("downstream", "recovered"): "share of the zero-ablation loss recovered",
+    ("downstream", "kl"): "KL, nats per token",
+    ("probes", "probe_loss"): "probe loss, nats",
+    ("n2g", "recall"): "explanations (N2G): recall",
+    ("n2g", "precision"): "explanations (N2G): precision",
+    ("ablation", "ablation_sparsity"): "ablation sparsity",
 }
 
 
@@ -46,7 +55,8 @@ def push(source: Path | str, repository: str, *, subfolder: str = "", private: b
             api.upload_folder(repo_id=repository, folder_path=Path(folder) / "repository", path_in_repo=subfolder or None,
                               commit_message=f"{Path(source).name}, written by ksparse")
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            raise InputError(f"{repository} could not be written on the Hub ({type(error).__name__}: {str(error).splitlines()[0]}); log in with `hf auth login`, or "
+            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise InputError(f"{repository} could not be written on the Hub ({said}); log in with `hf auth login`, or "
                              "write the same folder here with --folder DIR") from None
     return f"https://huggingface.co/{repository}"
 
@@ -54,9 +64,7 @@ def push(source: Path | str, repository: str, *, subfolder: str = "", private: b
 def prepare(source: Path | str, folder: Path | str, repository: str, *, subfolder: str = "", normalization: Normalization = "exact") -> Path:
     """Write what is uploaded into a new folder; return that folder."""
     _check_name(repository)
-    folder, run, sae = Path(folder), RunFolder(Path(source)), interop.load(source)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; give a new folder")
+    folder, run, sae = foreign.new_folder(folder), RunFolder(Path(source)), interop.load(source)
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         store.write(sae, folder)
@@ -89,14 +97,15 @@ def card(sae: SAE, repository: str, *, subfolder: str = "", results: dict[str, A
     where = f', subfolder="{subfolder}"' if subfolder else ""
     lens = f"{subfolder}/{COPY}" if subfolder else COPY
     facts = {
-        "language model": lm, "site": site, "activation": shape.activation, "latents": f"{shape.n_latents:,}", "k": shape.k if shape.activation in ("topk", "batch_topk") else None,
-        "d_model": shape.d_model, "normalisation of inputs": shape.normalize + (f", times {shape.factor:.6g}" if shape.normalize == "dataset" else ""),
+        "language model": lm, "site": site, "activation": shape.activation, "latents": f"{shape.n_latents:,}",
+        "k": shape.k if shape.activation in ("topk", "batch_topk") else None, "d_model": shape.d_model, "normalisation of inputs": shape.normalize + (f", times {shape.factor:.6g}" if shape.normalize == "dataset" else ""),
         "text": acts.get("text"), "tokens": _count(sae.metadata.get("tokens")), "context": acts.get("context"),
         "positions": json.dumps(sae.metadata["policy"]) if sae.metadata.get("policy") else None}
     lines = [*front, "", f"# {repository.rpartition('/')[2]}{'/' + subfolder if subfolder else ''}", "",
              f"A sparse autoencoder on {lm} at {site}: {shape.n_latents:,} latents, {shape.activation}.", "", "| | |", "|---|---|",
-             *(f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")), "", "## Load it", "", "```python", "import ksparse", "",
-             f'sae = ksparse.load("{repository}"{where})', f'code = sae.encode(x)   # raw activations x[..., {shape.d_model}]; the SAE normalises them', "```", ""]
+             *(f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")), "",
+             "## Load it", "", "```python", "import ksparse", "", f'sae = ksparse.load("{repository}"{where})',
+             f"code = sae.encode(x)   # raw activations x[..., {shape.d_model}]; the SAE normalises them", "```", ""]
     if refused:
         lines += [f"There is no copy for SAELens: {refused}.", ""]
     else:
@@ -106,13 +115,13 @@ def card(sae: SAE, repository: str, *, subfolder: str = "", results: dict[str, A
 
 def _measured(results: dict[str, Any]) -> list[str]:
     """Return the headline numbers, each with the settings that it depends on."""
-    rows = [f"| {words} | {_value(results[name][key])} | {name} |" for (name, key), words in _HEADLINE.items() if isinstance(results.get(name, {}).get(key), dict)]
-    if not rows:
+    shown = {(name, key): results[name][key] for name, key in _HEADLINE if isinstance(results.get(name, {}).get(key), dict)}
+    if not shown:
         return []
-    settings = {name: {"options": result.get("options"), "policy": result.get("policy"), "text": result.get("text"), "n_tokens": result.get("n_tokens"),
-                       "n_documents": result.get("n_documents")} for name, result in results.items() if any(name == each for each, _ in _HEADLINE)}
-    return ["## Measured", "", "On held-out text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "", "Settings, from `run/evals/*.json`:", "",
-            "```json", *(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in settings.items()), "```"]
+    rows = [f"| {_HEADLINE[name, key]} | {_value(value)} | {name} |" for (name, key), value in shown.items()]
+    settings = {name: {key: results[name].get(key) for key in ("options", "policy", "text", "n_tokens", "n_documents")} for name in dict.fromkeys(name for name, _ in shown)}
+    return ["## Measured", "", "On held-out text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "",
+            "Settings, from `run/evals/*.json`:", "", "```json", json.dumps(settings), "```"]
 
 
 def _value(estimate: dict[str, float | None]) -> str:

@@ -11,8 +11,9 @@
 | threshold[n] | activation_function.log_jumprelu_threshold[n] | its exponential; of values times decoder norms with sparsity_include_decoder_norm |
 | factor | dataset_average_activation_norm.SITE | sqrt(d) over it, with norm_activation dataset-wise |
 
-norm_activation inference is our none, token-wise our constant_norm. batch-wise and batchtopk depend on what else is in the batch and are refused. A TopK that
-chooses by value times decoder norm is read with unit rows, so that its latents are multiplied by the norms they had: reconstructions stay, latents' units change.
+norm_activation inference is our none, token-wise our constant_norm. batch-wise and batchtopk depend on what else is in the batch and are refused.
+A TopK that chooses by value times decoder norm is read with unit rows, so that its latents are multiplied by the norms they had: reconstructions stay,
+latents' units change.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def _weights(folder: Path) -> Weights:
     file = folder / f"{WEIGHTS}.pt"
     if file.is_file():
         return Weights(file, Settings(file, foreign.torch_file(file).get("sae")).table)
-    raise InputError(f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in Llamascopium")
+    raise InputError(f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in "
+                     "Llamascopium")
 
 
 def _choose_by_decoder_norm_(tensors: dict[str, torch.Tensor], activation: str, folder: Path) -> None:

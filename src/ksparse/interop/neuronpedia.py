@@ -4,8 +4,9 @@
     FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl                             neuronpedia
     FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
 
-Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones among all where a latent fires, as one bin. Logits are those of the
-direction alone: decoder row x final norm's weight x unembedding. What needs activations of other latents or channels at the same time (correlated_*) is empty.
+Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones among all where a latent fires, as one bin. Logits are
+those of the direction alone: decoder row x final norm's weight x unembedding. What needs activations of other latents or channels at the same time
+(correlated_*) is empty.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from ksparse import files
 from ksparse.acts.lm import LM
 from ksparse.errors import InputError
-from ksparse.interop import sites
-from ksparse.interop.shown import Example, Shown, open_shown
+from ksparse.interop import foreign, sites
+from ksparse.interop.shown import Example, Shown
 from ksparse.runs import RunFolder
 from ksparse.sae import store
 from ksparse.sae.model import SAE
@@ -100,7 +101,8 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
 
 
 def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
-    shown = open_shown(run, folder)
+    foreign.new_folder(folder)
+    shown = Shown(run)
     folder.mkdir(parents=True, exist_ok=True)
     return shown, store.load(run.path), LM(acts=shown.acts)
 
@@ -127,12 +129,13 @@ def _batches(shown: Shown, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
 
 
 def unembedding(model: nn.Module) -> Tensor:
-    """Return the matrix [v, d] that maps a direction of the residual stream to logits: the final norm's weight, and a centred direction where that norm centres."""
+    """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the final norm's weight; centred where that norm centres."""
     weight = model.get_output_embeddings().weight.detach().float()
     norm = next((module for name, module in model.base_model.named_children() if name in _NORMS and getattr(module, "weight", None) is not None), None)
     if norm is None:
         return weight
-    weight = weight * norm.weight.detach().float()
+    scale = norm.weight.detach().float()
+    weight = weight * (1 + scale if type(norm).__name__.startswith("Gemma") else scale)  # Gemma's norms keep what they add to 1
     return weight - weight.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
 
 
@@ -144,7 +147,8 @@ def _feature(shown: Shown, latent: int, row: Tensor, logits: Tensor) -> dict[str
     values = row[strongest]
     return {
         "feature_index": latent,
-        "neuron_alignment_indices": strongest.tolist(), "neuron_alignment_values": _rounded(values), "neuron_alignment_l1": _rounded(values.abs() / row.abs().sum()),
+        "neuron_alignment_indices": strongest.tolist(), "neuron_alignment_values": _rounded(values),
+        "neuron_alignment_l1": _rounded(values.abs() / row.abs().sum()),
         "correlated_neurons_indices": [], "correlated_neurons_l1": [], "correlated_neurons_pearson": [],
         "correlated_features_indices": [], "correlated_features_l1": [], "correlated_features_pearson": [],
         "neg_str": shown.strings(bottom.indices.tolist()), "neg_values": _rounded(-bottom.values),
@@ -165,8 +169,8 @@ def _examples(shown: Shown, latent: int) -> list[dict[str, Any]]:
 
 def _example(shown: Shown, example: Example, group: tuple[float, float, float]) -> dict[str, Any]:
     low, share, high = group
-    return {"bin_min": low, "bin_max": high, "bin_contains": share, "tokens": shown.strings(example.tokens), "values": [round(act, 4) for act in example.acts],
-            "qualifying_token_index": example.at}
+    return {"bin_min": low, "bin_max": high, "bin_contains": share, "tokens": shown.strings(example.tokens),
+            "values": [round(act, 4) for act in example.acts], "qualifying_token_index": example.at}
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -178,24 +182,24 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:
     largest = max((max(each["values"]) for each in feature["activations"]), default=0.0)
-    lists = {key: value for key, value in feature.items() if key not in ("feature_index", "activations", "vector", "n_prompts_total", "n_tokens_in_prompt", "dataset")}
-    return {**common, "index": str(feature["feature_index"]), "sourceSetName": common["layer"].partition("-")[2], "maxActApprox": largest, "hasVector": True,
-            "vector": feature["vector"], "vectorLabel": None, "vectorDefaultSteerStrength": largest, "hookName": sites.to_hook(site), "topkCosSimIndices": [],
-            "topkCosSimValues": [], **lists}
+    elsewhere = ("feature_index", "activations", "vector", "n_prompts_total", "n_tokens_in_prompt", "dataset")
+    return {**common, "index": str(feature["feature_index"]), "sourceSetName": common["layer"].partition("-")[2], "maxActApprox": largest,
+            "hasVector": True, "vector": feature["vector"], "vectorLabel": None, "vectorDefaultSteerStrength": largest, "hookName": sites.to_hook(site),
+            "topkCosSimIndices": [], "topkCosSimValues": [], **{key: value for key, value in feature.items() if key not in elsewhere}}
 
 
 def _activation_row(feature: dict[str, Any], place: int, names: dict[str, str], common: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
     values = example["values"]
     index = str(feature["feature_index"])
-    return {**names, **common, "id": _identity(*names.values(), index, str(place)), "index": index, "tokens": example["tokens"], "values": values, "maxValue": max(values),
-            "maxValueTokenIndex": int(np.argmax(values)), "minValue": min(values), "dataSource": None, "dataIndex": None, "dfaValues": [], "dfaTargetIndex": None,
-            "dfaMaxValue": None, "lossValues": [], "logitContributions": None, "binMin": example["bin_min"], "binMax": example["bin_max"],
-            "binContains": example["bin_contains"], "qualifyingTokenIndex": example["qualifying_token_index"]}
+    return {**names, **common, "id": _identity(*names.values(), index, str(place)), "index": index, "tokens": example["tokens"], "values": values,
+            "maxValue": max(values), "maxValueTokenIndex": int(np.argmax(values)), "minValue": min(values), "dataSource": None, "dataIndex": None,
+            "dfaValues": [], "dfaTargetIndex": None, "dfaMaxValue": None, "lossValues": [], "logitContributions": None, "binMin": example["bin_min"],
+            "binMax": example["bin_max"], "binContains": example["bin_contains"], "qualifyingTokenIndex": example["qualifying_token_index"]}
 
 
 def _explanation_row(latent: int, description: str, names: dict[str, str], author: str) -> dict[str, Any]:
-    return {**names, "id": _identity(*names.values(), str(latent), "n2g"), "index": str(latent), "description": description, "authorId": author, "typeName": "n2g",
-            "explanationModelName": None, "scores": []}
+    return {**names, "id": _identity(*names.values(), str(latent), "n2g"), "index": str(latent), "description": description, "authorId": author,
+            "typeName": "n2g", "explanationModelName": None, "scores": []}
 
 
 def _explanations(run: RunFolder, shown: Shown) -> dict[int, str]:

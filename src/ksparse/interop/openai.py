@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from ksparse.errors import InputError
 from ksparse.interop import foreign, sites
 from ksparse.interop.foreign import Settings, Weights
 from ksparse.sae.model import SAE, Shape

@@ -100,8 +100,8 @@ def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
     if kind == "expected_average_only_in":
         if (folder / SCALER).is_file():
             return "dataset", foreign.json_file(folder / SCALER).want("scaling_factor", float)
-        raise InputError(f"{settings.file}: the input is to be multiplied by a constant (normalize_activations is 'expected_average_only_in') that is not in "
-                         f"the file, nor is there {SCALER}; fold it into the weights where it is known, with SAELens' fold_activation_norm_scaling_factor")
+        raise InputError(f"{settings.file}: the input is to be multiplied by a constant (normalize_activations is 'expected_average_only_in') that is not "
+                         f"in the file, nor is there {SCALER}; fold it into the weights where it is known (fold_activation_norm_scaling_factor)")
     return NORMALIZATIONS[settings.among("normalize_activations", NORMALIZATIONS, "none")], 1.0
 
 
@@ -121,7 +121,7 @@ def _metadata(settings: Settings) -> dict[str, Any]:
     name = theirs.get("model_name")
     context, bos = theirs.get("context_size"), theirs.get("prepend_bos")
     text = theirs.get("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
-    return sites.metadata("sae_lens", {key: value for key, value in settings.table.items() if value is not settings.table}, lm=name and sites.from_model(name),
+    return sites.metadata("sae_lens", settings.table, lm=name and sites.from_model(name),
                           site=sites.from_hook(theirs.get("hook_name", "")) or None, context=context, bos=bos, text=text)
 
 

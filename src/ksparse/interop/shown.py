@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,11 +75,4 @@ class Shown:
     def moments(self, latent: int) -> list[float]:
         """Return the means of a, a^2, a^3, a^4 over all tokens."""
         return self.arrays["power_means"][:, latent].astype(float).tolist()
-
-
-def open_shown(run: RunFolder, folder: Path) -> Shown:
-    """Return the latents of a run, if there is an empty folder to export them to."""
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; give a new folder")
-    return Shown(run)
 

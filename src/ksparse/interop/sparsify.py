@@ -58,4 +58,5 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     hookpoint = folder.parent.name if folder.name.startswith("seed") else folder.name
     above = folder.parent.parent if folder.name.startswith("seed") else folder.parent
     run = foreign.json_file(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
-    return sites.metadata("sparsify", settings.table, lm=run.get("model"), site=sites.from_module(hookpoint), context=run.get("ctx_len"), text=run.get("dataset"))
+    return sites.metadata("sparsify", settings.table, lm=run.get("model"), site=sites.from_module(hookpoint), context=run.get("ctx_len"),
+                          text=run.get("dataset"))

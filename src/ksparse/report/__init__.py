@@ -9,6 +9,7 @@
     figures   results -> SVG
     findings  arrays -> what evaluations found of single latents
     probes    tasks -> the section on them
+    codes     refinement, progressive, latents, subspaces -> the section on them     code_figures   their figures
     latents   arrays -> cards with heat-maps
     page      the sections in their order               (a Section per question)
 

@@ -408,6 +408,8 @@ def lines(axes: Any, names: list[str], **how: Any) -> None:
 
 def legend(figure: Any, columns: int = 4) -> None:
     """Name the marks above the axes, where they hide nothing."""
+    if not any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        return
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, handletextpad=0.2, columnspacing=1.2, handlelength=1.4)
 
 

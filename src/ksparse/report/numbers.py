@@ -189,16 +189,16 @@ class Cell:
     compare: str
 
 
-def table(source: Source) -> list[dict[str, Any]]:
+def table(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[str, Any]]:
     """Return the groups with their cells; a group whose evaluation is missing has the command that adds it."""
     return [{"group": group, "result": source.result(group.eval), "command": source.command("eval", group.eval),
-             "cells": [_cell(source, group, row) for row in group.rows]} for group in GROUPS]
+             "cells": [_cell(source, group, row) for row in group.rows]} for group in groups]
 
 
-def settings(source: Source) -> list[dict[str, Any]]:
+def settings(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[str, Any]]:
     """Return what the results were measured on, once for all that were measured on the same."""
     found: list[dict[str, Any]] = []
-    for group in GROUPS:
+    for group in groups:
         result = source.result(group.eval)
         if result is None:
             continue

@@ -14,7 +14,7 @@ import jinja2
 
 from ksparse import recipe as recipes
 from ksparse.recipe import WITH_AUXK, Recipe
-from ksparse.report import claims, figures, findings, latents, numbers, probes
+from ksparse.report import claims, codes, figures, findings, latents, numbers, probes
 from ksparse.report.figures import Picture
 from ksparse.report.source import Source, is_number
 from ksparse.report.tokens import safe_text
@@ -179,7 +179,7 @@ def again(source: Source) -> dict[str, Any]:
 def evaluations(source: Source) -> list[str]:
     """Return the commands of the results that there are, one for all whose options agree."""
     calls: list[tuple[list[str], dict[str, Any]]] = []
-    for group in numbers.GROUPS:
+    for group in (*numbers.GROUPS, *codes.GROUPS):
         result = source.result(group.eval)
         if result is None:
             continue
@@ -202,6 +202,7 @@ SECTIONS = (
     Section("quality", "Is it good?", quality),
     Section("probes", "What its latents know", probes.facts),
     Section("training", "How it trained", training),
+    Section("codes", "How its codes and latents are", codes.facts),
     Section("latents", "Its latents", latents.facts),
     Section("again", "How to reproduce it", again),
 )

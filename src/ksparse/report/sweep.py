@@ -110,11 +110,11 @@ def summary(sweep: Sweep) -> str:
     lm = sweep.found["subject"].get("lm")
     said = [f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k {_range(rows['k'])}."]
     if "nk" in found:
-        said.append(f"Loss follows {found['nk']['title']} of the form of the paper's equation 3 within {percent(found['nk']['log_rms'])}"
-                    + (f" and foretells the largest n within {percent(found['nk']['extrapolation_error'])}" if found["nk"]["extrapolation_error"] is not None else "")
+        said.append(f"Loss follows {found['nk']['title']} of the form {found['nk']['equation']} to {percent(found['nk']['log_rms'])} (log-RMS)"
+                    + (f" and foretells the largest n to {percent(found['nk']['extrapolation_error'])}" if found["nk"]["extrapolation_error"] is not None else "")
                     + ".")
     elif "n" in found:
-        said.append(f"Loss follows {found['n']['equation']} within {percent(found['n']['log_rms'])}.")
+        said.append(f"Loss follows {found['n']['equation']} to {percent(found['n']['log_rms'])} (log-RMS).")
     for name, words in (("tokens", "Tokens to convergence grow as"), ("lr", "The best learning rate goes as"), ("optimal", "The best n for a budget grows as")):
         if name in found and "beta" in found[name]["coefficients"]:
             beta = found[name]["coefficients"]["beta"]

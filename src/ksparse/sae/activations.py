@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ksparse import kernels, recipe
 
-SPARSE = 32
+SPARSE = 8
 """Training lists latents where no token has more than one in so many of all; above that, dense products are faster (docs/lab-book.md)."""
 
 

@@ -110,7 +110,7 @@ class Law:
     def best(self) -> Candidate:
         """Return the form of the smallest AICc; the law's own where none has one."""
         known = [each for each in self.candidates if each.aicc is not None]
-        return min(known, key=lambda each: each.aicc) if known else next(each for each in self.candidates if each.form.name == self.form.name)
+        return min(known, key=lambda each: each.aicc) if known else self.candidate
 
     @cached_property
     def correlation(self) -> float | None:
@@ -133,15 +133,11 @@ class Law:
             raise InputError(f"the law {self.kind.name} is predicted at {', '.join(f'{name}=' for name in needed)}; "
                              + (f"it does not depend on {wrong!r}" if wrong in at else f"{wrong!r} is missing"))
         for name, value in at.items():
-            if name in WORDS:
-                known = np.unique(self.cells.columns[name]).tolist()
-                if value not in known:
-                    raise InputError(f"the law was not fitted for {name}={value}; it was for {', '.join(known)}")
-            elif not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if name not in WORDS and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise InputError(f"{name}={value} is not a number above 0; a law is of logarithms")
         if (group := self.by_group) is not None and at[group] not in (known := np.unique(self.cells.columns[group]).tolist()):
-            raise InputError(f"the form {self.form.name} has coefficients for each {group} and none for {group}={at[group]:g}; it has them for "
-                             f"{', '.join(f'{value:g}' for value in known)}")
+            raise InputError(f"the law {self.kind.name} ({self.form.name}) knows nothing of {group}={written(at[group])}; its points have "
+                             + ", ".join(map(written, known)))
         rows = self.form.terms({name: np.array([at[name]]) for name in needed})
         value = float(rows.value(self.fit.theta)[0])
         low, high = (float(end[0]) for end in solve.interval_at(self.fit, rows, LEVEL))
@@ -154,9 +150,15 @@ class Law:
 
     @property
     def by_group(self) -> str | None:
-        """Return the numeric column whose every value has coefficients of its own."""
-        group = "k" if "k" in self.cells.columns else None
-        return group if group and any(each.name.startswith(("alpha_", "beta_")) for each in self.form.coefficients) else None
+        """Return the column of which the law only knows the values that its points have; None if it may lie in between."""
+        group = self.kind.group or "k"
+        own = self.kind.group is not None or any(each.name.startswith(("alpha_", "beta_")) for each in self.form.coefficients)
+        return group if own and group in self.cells.columns else None
+
+    @property
+    def candidate(self) -> Candidate:
+        """Return the law's own form among those that were fitted."""
+        return next(each for each in self.candidates if each.form.name == self.form.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of law.json (docs/formats.md)."""
@@ -179,10 +181,9 @@ class Law:
 
     def says(self) -> list[str]:
         """Say in words how well the law fits, what else would, and what speaks against it."""
-        said = [f"{self.form.equation}: {len(self.cells)} points within {_percent(self.log_rms)} (log-RMS {self.log_rms:.4f}), "
-                f"the worst {_percent(float(np.abs(self.fit.residuals).max()))} off."]
-        mine = next(each for each in self.candidates if each.form.name == self.form.name)
-        best = self.best
+        said = [f"{self.form.equation}: {len(self.cells)} points, {_percent(self.log_rms)} off (log-RMS {self.log_rms:.4f}), "
+                f"the worst {_percent(float(np.abs(self.fit.residuals).max()))}."]
+        mine, best = self.candidate, self.best
         if mine.aicc is not None and best.aicc is not None and best.form.name != self.form.name:
             gap = mine.aicc - best.aicc
             said.append(f"Of the forms tried, {best.form.name} ({best.form.equation}) {'fits best' if gap > _CLOSE else 'does about as well'}: "
@@ -208,7 +209,7 @@ class Law:
             return []
         plain = next((each for each in self.candidates if each.aicc is not None and not each.form.floor
                       and [c.name for c in each.form.amplitude] == [c.name for c in self.form.amplitude]), None)
-        mine = next(each for each in self.candidates if each.form.name == self.form.name)
+        mine = self.candidate
         if plain is None or mine.aicc is None:
             return []
         gap = plain.aicc - mine.aicc
@@ -375,6 +376,11 @@ def plain(value: Any) -> Any:
     """Return a NumPy scalar as JSON has it."""
     value = value.item()  # of whatever kind NumPy has it
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def written(value: Any) -> str:
+    """Return a number or a word as it is named."""
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _percent(share: float) -> str:

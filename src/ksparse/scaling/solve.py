@@ -61,10 +61,6 @@ class Terms(NamedTuple):
     def rows(self, chosen: np.ndarray) -> Terms:
         return Terms(self.amplitude[chosen], self.floor[chosen])
 
-    def and_rows(self, other: Terms) -> Terms:
-        return Terms(np.concatenate([self.amplitude, other.amplitude]), np.concatenate([self.floor, other.floor]))
-
-
 @dataclass(frozen=True)
 class Fit:
     """Coefficients theta[p] that fit logs[m], the largest residual that counts in full, and how the search went."""
@@ -113,10 +109,14 @@ def _all(terms: Terms, logs: np.ndarray, starts: np.ndarray, weights: np.ndarray
 
 
 def _scipy(terms: Terms, logs: np.ndarray, weights: np.ndarray, start: np.ndarray, delta: float) -> optimize.OptimizeResult:
-    root = np.sqrt(weights)
-    return optimize.least_squares(
-        lambda theta: root * (terms.value(theta) - logs), start, lambda theta: root[:, None] * terms.slopes(theta)[1], loss="linear" if math.isinf(delta) else "huber", f_scale=1.0 if math.isinf(delta) else delta, x_scale="jac",
-        ftol=1e-13, xtol=1e-13, gtol=1e-13, max_nfev=500)
+    def rho(squares: np.ndarray) -> np.ndarray:
+        """Return twice `loss` of each residual, and its first two derivatives by the residual's square: scipy's own has no weights."""
+        size = np.maximum(np.sqrt(squares), 1e-100)
+        near = np.minimum(size, delta)
+        return weights * np.stack([2 * near * (size - near / 2), near / size, np.where(size > delta, -0.5 * near / size**3, 0.0)])
+
+    return optimize.least_squares(lambda theta: terms.value(theta) - logs, start, lambda theta: terms.slopes(theta)[1], loss=rho,
+                                  x_scale="jac", ftol=1e-13, xtol=1e-13, gtol=1e-13, max_nfev=500)
 
 
 def _starts(terms: Terms, logs: np.ndarray) -> list[np.ndarray]:

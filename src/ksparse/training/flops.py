@@ -7,7 +7,7 @@
 | AuxK | 8 k_aux d | the same four over the dead latents, on steps that have any; fewer where fewer are dead |
 | LM | 2 (parameters of its matrices up to the site) | stated apart: it is paid once for a cohort, or not at all from shards |
 
-It counts what the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is left out.
+Of another activation than TopK the code is taken to have k values, whatever it has. It counts what the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is left out.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Member:
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
         row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
-                "dead": checkpoint.dead_fraction(state, recipe.dead_after)}
+                "l0": l0(self.part), "dead": checkpoint.dead_fraction(state, recipe.dead_after)}
         self.run.append_curve(row)
         self.curve.append(row)
         state.converged = curve.converged(self.curve, recipe.curve)
@@ -219,11 +219,16 @@ def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing
     return {
         "step": state.step, "tokens": state.tokens,
         "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
-        "l0": (part.code.values > 0).sum(1).float().mean().item(),
+        "l0": l0(part),
         "dead": checkpoint.dead_fraction(state, recipe.dead_after),
         "lr": recipe.lr * rate_share(state.step, recipe), "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "skipped": state.skipped, "neighbours_in_batch": mixing,
     }
+
+
+def l0(part: Losses) -> float:
+    """Return the mean number of values above 0."""
+    return (part.code.values > 0).sum(1).float().mean().item()
 
 
 def due(step: int, saved: float, recipe: Recipe) -> bool:

@@ -16,10 +16,13 @@ from ksparse.acts.lm import find_model, resolve, resolve_device
 from ksparse.acts.shards import Shards
 from ksparse.acts.stream import memory_bytes
 from ksparse.errors import InputError
-from ksparse.recipe import Recipe, k_aux
+from ksparse.recipe import WITH_AUXK, Recipe, k_aux
 from ksparse.training import flops
 from ksparse.training.feed import ahead
 from ksparse.training.optim import PRE_ACTS
+
+DENSE = 5
+"""Matrices of a batch's products, at most, that another activation than TopK has in memory at once: products, which count, values, their gradients."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ def plan(recipe: Recipe) -> list[str]:
     subject = look(recipe)
     d, n, tokens = subject.d_model, recipe.sae.n_latents, recipe.steps * recipe.batch
     weights = 2 * n * d + n + d
-    aux = k_aux(recipe.sae, d)
+    aux, kind = k_aux(recipe.sae, d), recipe.sae.activation.kind
     sae_flops = {
         "encoder product": flops.encoder(recipe, d),
         "sparse parts": flops.decoder(recipe, d),
-        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share) if recipe.sae.auxk_coef else 0,
+        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share) if recipe.sae.auxk_coef and kind in WITH_AUXK else 0,
     }
     lm_flops = 0 if recipe.acts.shards else flops.lm(subject.before_site)
     copies = 4 + (1 if recipe.ema else 0)  # weights, gradient, two moments, average
@@ -50,7 +53,7 @@ def plan(recipe: Recipe) -> list[str]:
     device = resolve_device(recipe.run.device)
     memory = {
         "weights, gradient, moments, average": 4 * weights * copies,
-        "pre-activations of a step": 4 * rows * n,
+        "pre-activations of a step": 4 * rows * n * (1 if kind == "topk" else DENSE),
         "LM": 0 if recipe.acts.shards else subject.parameters * (4 if recipe.acts.lm_dtype == "float32" else 2),
         "block of activations": 0 if recipe.acts.shards else memory_bytes(recipe.acts, recipe.batch, d) * (2 if ahead(recipe, device) else 1),
     }
@@ -63,13 +66,14 @@ def plan(recipe: Recipe) -> list[str]:
     return [
         f"subject      {recipe.acts.lm} at {recipe.acts.site}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M parameters, "
         f"{subject.before_site / 1e6:,.1f} M up to the site",
-        f"SAE          {n:,} latents, k = {recipe.sae.k}, k_aux = {aux}: {weights / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
+        f"SAE          {n:,} latents, {kind}, k = {recipe.sae.k}, k_aux = {aux}: {weights / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
         f"memory       {amount_of_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {amount_of_bytes(size)}" for name, size in memory.items() if size),
         f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size),
         f"disk         {amount_of_bytes(disk)} for {recipe.run.keep} checkpoints and one being written; {amount_of_bytes(free)} free here",
         f"time         about {duration(seconds)} on {device} at {rate / 1e9:,.0f} GFLOP/s, measured now; within a factor of 2",
+        *([] if kind == "topk" else [f"note         the sparse parts are those of k active latents; while {kind} leaves many more active, a step is some six dense products"]),
         *(["warning      the disk is too small"] if disk > free else []),
     ]
 

@@ -1,8 +1,5 @@
-"""What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value.
-
-A latent is changed in the activation itself: x' = x + (v' - v) W_dec[latent], in the activation's own scale. All that the
-autoencoder does not explain stays as it was.
-"""
+"""What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value, by `ksparse.steering`: all that
+the autoencoder does not explain stays as it was."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ if TYPE_CHECKING:
 
     from ksparse.acts.lm import LM
     from ksparse.sae.model import SAE, Code
+    from ksparse.steering import Change, Comparison
 
 TOKENS = 512
 """Tokens of a text at most."""
@@ -59,30 +57,26 @@ class Live:
 
         at: the number of the token at which it is held; at all of them, also those that are written, if None.
         """
-        import torch
+        from ksparse import steering
 
-        with self._lock, torch.inference_mode():
+        with self._lock:
             sae, lm = self._loaded
             tokens, shown = self._read(lm, text)
-            if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < sae.shape.n_latents:
-                raise InputError(f"latent {latent!r} is not one of 0 to {sae.shape.n_latents - 1}")
+            if not isinstance(latent, int) or isinstance(latent, bool):
+                raise InputError(f"a latent is named by its number, not by {latent!r}")
+            steering.check_latents(sae, [latent])
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise InputError(f"a latent is held at a number, not at {value!r}")
             if at is not None and (not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(shown)):
                 raise InputError(f"token {at!r} is not one of 0 to {len(shown) - 1}")
-            lead = tokens.shape[1] - len(shown)  # BOS is none of the text's tokens
-            first, last = (lead, None) if at is None else (lead + at, lead + at + 1)
-
-            def hold(x: Tensor) -> Tensor:
-                changed = x.clone()
-                changed[:, first:last] = held(sae, x[:, first:last], latent, float(value))
-                return changed
-
-            was = value_of(self._code(tokens, len(shown)), latent)
-            plain, text_plain = self._continued(lm, tokens, None)
-            other, text_other = self._continued(lm, tokens, hold)
-            kl = float((plain.exp() * (plain - other)).sum())
-            return {"tokens": shown, "was": [rounded(each) for each in was.flatten().tolist()], "kl": rounded(kl), "predictions": self._predictions(lm, plain, other), "plain": text_plain, "changed": text_other}
+            change = steering.clamped({latent: float(value)})
+            if at is not None:
+                change = once_at(change, tokens.shape[1] - len(shown) + at)  # BOS is none of the text's tokens
+            before = steering.continue_text(lm, text, tokens=CONTINUED)
+            with steering.attach(lm.model, sae, lm.options.site, change=change):
+                found = steering.Comparison(before, steering.continue_text(lm, text, tokens=CONTINUED))
+            plain, changed = (self._strings(lm, each.tokens) for each in found)
+            return {"tokens": shown, "kl": rounded(found.kl), "predictions": self._predictions(lm, found), "plain": plain, "changed": changed}
 
     def _code(self, tokens: Tensor, last: int) -> Code:
         """Return the codes [t, k] of the last so many tokens."""
@@ -101,40 +95,32 @@ class Live:
             raise InputError(f"the text has {tokens.shape[1]:,} tokens; at most {most:,} are read here")
         return tokens, [safe_token(token) for token in lm.tokens(text)]
 
-    def _continued(self, lm: LM, tokens: Tensor, edit: Any) -> tuple[Tensor, list[str]]:
-        """Return the log-probabilities [v] of the next token, and the likeliest continuation, with the site's activations edited."""
-        import torch
-
+    def _strings(self, lm: LM, tokens: list[int]) -> list[str]:
         from ksparse.acts.text import token_strings
 
-        begun, first = tokens.shape[1], None
-        for _ in range(CONTINUED):
-            watched = lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool))
-            logits = (watched.logits if edit is None else lm.replay(watched, edit))[0, -1].float().log_softmax(-1)
-            first = logits if first is None else first
-            tokens = torch.cat([tokens, logits.argmax().view(1, 1)], 1)
-        return first, [safe_token(token) for token in token_strings(lm.tokenizer, tokens[0, begun:].tolist())]
+        return [safe_token(token) for token in token_strings(lm.tokenizer, tokens)]
 
-    def _predictions(self, lm: LM, plain: Tensor, other: Tensor) -> list[dict[str, Any]]:
+    def _predictions(self, lm: LM, found: Comparison) -> list[dict[str, Any]]:
         """Return the likeliest tokens of either distribution with both probabilities."""
-        from ksparse.acts.text import token_strings
-
-        chosen = list(dict.fromkeys([*plain.topk(min(LISTED, len(plain))).indices.tolist(), *other.topk(min(LISTED, len(other))).indices.tolist()]))
-        chosen.sort(key=lambda token: -max(float(plain[token]), float(other[token])))
-        return [{"token": safe_token(string), "plain": rounded(plain[token].exp()), "changed": rounded(other[token].exp())}
-                for token, string in zip(chosen, token_strings(lm.tokenizer, chosen))]
+        before, after = (each.log_probs.exp() for each in found)
+        chosen = list(dict.fromkeys(i for each in (before, after) for i in each.topk(min(LISTED, len(each))).indices.tolist()))
+        chosen.sort(key=lambda token: -max(float(before[token]), float(after[token])))
+        return [{"token": string, "plain": rounded(before[token]), "changed": rounded(after[token])} for token, string in zip(chosen, self._strings(lm, chosen))]
 
 
-def held(sae: SAE, x: Tensor, latent: int, value: float) -> Tensor:
-    """Return raw activations x[..., d] with a latent at `value` and everything else, the reconstruction's error too, as it was."""
-    inputs = sae.normalize(x)
-    was = value_of(sae.encode_normalized(inputs.x), latent)
-    return x + (value - was) * sae.W_dec[latent] * inputs.scale
+def once_at(change: Change, position: int) -> Change:
+    """Return the change at one position of the first forward pass alone, which has the whole prompt."""
+    passes = 0
 
+    def there(code: Code) -> Code:
+        nonlocal passes
+        passes += 1
+        added, keep = change(code), code.values.new_zeros(code.values.shape[-2], 1)
+        if passes == 1:
+            keep[position] = 1
+        return added._replace(values=added.values * keep)
 
-def value_of(code: Code, latent: int) -> Tensor:
-    """Return a latent's value in codes, [..., 1]; 0 where it is not among the active."""
-    return (code.values * (code.indices == latent)).sum(-1, keepdim=True)
+    return there
 
 
 def rounded(value: Any) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ksparse.errors import InputError, KsparseError
+from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 from ksparse.viewer import site
 from ksparse.viewer.labels import Labels
@@ -153,8 +154,8 @@ def _nothing(request: Request) -> Response:
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    """Answer what ksparse refuses with its own words."""
-    return _json({"error": str(error)}, 400 if isinstance(error, InputError) else 500)
+    """Answer what ksparse refuses with its own words, which may quote what is hostile, or endless."""
+    return _json({"error": safe_text(str(error))}, 400 if isinstance(error, InputError) else 500)
 
 
 class Guard:

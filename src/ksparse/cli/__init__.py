@@ -1,0 +1,60 @@
+"""The verbs. The only station that prints or exits.
+
+    training   demo, train, resume              judging    eval, compare, study, probes
+    sweeps     sweep, fit                       pages      report, view
+    inside     steer, attribute                 exchange   convert, push
+    before     shard, plan, bench, doctor
+
+    arguments  the table of verbs, and how their arguments are read        shown   lines, numbers, progress
+
+Nothing heavy is imported before a verb runs, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+
+from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
+from ksparse.cli.arguments import VERBS
+from ksparse.errors import InputError, KsparseError
+
+EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 130 Ctrl-C · 143 SIGTERM (both after saving)"
+STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
+"""In the order in which help lists their verbs."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb and exit with its code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin cost others' work dearly
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0)
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"ksparse {version('ksparse')}")
+        sys.exit(0)
+    verb, *rest = arguments
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ksparse").setLevel(logging.INFO)
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            raise InputError(f"there is no verb {verb!r}" + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`"))
+        VERBS[verb](rest)
+    except KsparseError as error:
+        print(f"ksparse {verb}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def usage() -> str:
+    lines = [f"  {(verb.__doc__ or '').splitlines()[0]}" for station in STATIONS for verb in VERBS.values() if verb.__module__ == station.__name__]
+    return "\n".join(["ksparse: train, scale and judge k-sparse autoencoders on language-model activations", "",
+                      *lines, "", "`ksparse VERB --help` shows a verb's options.", f"Exit codes: {EXIT_CODES}"])

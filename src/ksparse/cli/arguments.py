@@ -1,0 +1,72 @@
+"""What verbs have in common: the table of them, and how their arguments are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ksparse import recipe as recipes
+from ksparse.errors import InputError
+from ksparse.recipe import Recipe
+
+VERBS: dict[str, Callable[[list[str]], None]] = {}
+"""Every verb by its name, the first word of its docstring."""
+
+
+def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Enter a function into the table of verbs."""
+    VERBS[(function.__doc__ or "").split()[0]] = function
+    return function
+
+
+def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[str, Any], str]:
+    """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own options; a name for it."""
+    given, name = Recipe(), "default"
+    if arguments and not arguments[0].startswith("-"):
+        file, *arguments = arguments
+        given, name = recipes.load(file), Path(file).stem
+    given = dataclasses.replace(given, sae=dataclasses.replace(given.sae, activation=activation_of(given.sae.activation, arguments)))
+    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
+    parsed = parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
+    own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
+    return Recipe(**{key: own.pop(key) for key in fields}), own, name
+
+
+def activation_of(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
+    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of another kind where they name one."""
+    words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    flags = {word.removeprefix("--sae.activation.").replace("-", "_"): value for word, value in zip(words, [*words[1:], ""])
+             if word.startswith("--sae.activation.")}
+    kind = recipes.activation_kind({"kind": given.kind} | flags, "--sae.activation.")
+    return given if isinstance(given, kind) else kind()
+
+
+def parse(kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = "") -> Any:
+    import tyro
+
+    description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
+    if prefix:  # tyro names the flags of a bare dataclass without the section's name
+        arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
+    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+                    **({} if default is None else {"default": default}))
+
+
+def take_folder(verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo") -> tuple[str, list[str]]:
+    """Take the folder off the arguments; '' where only help is wanted."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        return "", arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"`ksparse {verb}` needs {what}, before anything else")
+    return arguments[0], list(arguments[1:])
+
+
+def no_options(verb: str, rest: list[str]) -> None:
+    """Show help, or refuse arguments, for a verb without options."""
+    if rest and rest[0] in ("-h", "--help"):
+        print(f"usage: ksparse {VERBS[verb].__doc__}")
+        sys.exit(0)
+    if rest:
+        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(rest)}")

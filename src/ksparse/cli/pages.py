@@ -1,0 +1,58 @@
+"""report, view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksparse.cli.arguments import no_options, parse, take_folder, verb
+from ksparse.cli.judging import show_study
+from ksparse.cli.shown import Progress, write_report
+from ksparse.cli.sweeps import survey_of
+from ksparse.runs import open_run
+
+
+@verb
+def report(arguments: list[str]) -> None:
+    """report RUN|SWEEP|STUDY                write report.html from what a folder holds"""
+    folder, rest = take_folder("report", arguments)
+    no_options("report", rest)
+    if (Path(folder) / "study.json").is_file():
+        show_study(Path(folder))
+        return
+    if (Path(folder) / "points.csv").is_file():
+        from ksparse.report import sweep
+
+        if not (Path(folder) / "law.json").is_file():
+            survey_of(folder)
+        print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
+        return
+    run = open_run(folder)
+    write_report(run)
+    print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+@verb
+def view(arguments: list[str]) -> None:
+    """view RUN [--export DIR] [--port N]    look at its latents in the browser, on this machine; or write pages for any web host"""
+
+    @dataclass(frozen=True)
+    class ViewArgs:
+        export: str = ""
+        """Folder to write static pages to, without the parts that need the LM; nothing is served then."""
+        port: int = 8765
+        """Port on 127.0.0.1; 0 takes any that is free."""
+
+    folder, rest = take_folder("view", arguments)
+    options = parse(ViewArgs, "view RUN", rest)
+    run = open_run(folder)
+    from ksparse import viewer
+
+    if options.export:
+        with Progress("pages", 0) as progress:
+            page = viewer.export(run, Path(options.export), observe=lambda what, done, total: progress(done, "", total, what))
+        print(f"pages    {page.resolve().as_uri()}")
+        return
+    listener = viewer.listen(options.port)
+    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/   (Ctrl-C ends it)", flush=True)
+    viewer.serve(run, listener)

@@ -1,0 +1,71 @@
+"""What people see: lines, numbers, progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from ksparse.runs import RunFolder
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def written(estimate: dict[str, float | None]) -> str:
+    if estimate["value"] is None:
+        return "-"
+    return f"{estimate['value']:.4f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.4f}")
+
+
+def write_report(run: RunFolder) -> None:
+    from ksparse.report import write
+
+    write(run)
+
+
+class Progress:
+    """How far, how fast, how long still: a bar on a terminal, a line every few seconds in a log."""
+
+    EVERY = 5.0
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.began, self.last, self.first = what, total, time.monotonic(), 0.0, None
+        self.bar = self.task = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                           TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self.task = self.bar.add_task(self.what, total=self.total or None, note="")
+            self.bar.start()
+        return self
+
+    def __call__(self, done: int, note: str, total: int = 0, what: str = "") -> None:
+        """Say how much is done; another `what` than before begins a new bar."""
+        self.total = total or self.total
+        if what and what != self.what:
+            self.what, self.began, self.last, self.first = what, time.monotonic(), 0.0, None
+            if self.bar is not None:
+                self.bar.update(self.task, visible=self.bar.tasks[-1].completed > 0)
+                self.task = self.bar.add_task(what, total=self.total, note="")
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=self.total, note=note)
+            return
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if now - self.last < self.EVERY and done < self.total:
+            return
+        self.last = now
+        spent, moved = now - self.began, done - self.first
+        left = f", about {spent / moved * (self.total - done):,.0f} s left" if moved and done < self.total else ""
+        say(f"{self.what} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else ""))
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()

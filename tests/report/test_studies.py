@@ -1,0 +1,45 @@
+"""A study's page from its study.json alone."""
+
+import json
+
+import pytest
+
+from ksparse.errors import InputError
+from ksparse.report import studies
+
+
+def figure(**changes):
+    curve = {"label": "TopK", "x": [8.0, 16.0, 32.0], "y": [0.3, 0.2, 0.1], "se": [0.01, None, 0.01], "reference": False}
+    return {"name": "f", "title": "A", "caption": "B", "x": "L0", "y": "error", "log": "xy", "curves": [curve | changes]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({
+        "format": 1, "name": "baselines", "question": "Which?", "lm": "pylm", "site": "resid_post.3", "text": "pylm", "findings": ["TopK <b>wins</b>"],
+        "members": {"TopK k8": {"l0": {"value": 8.0, "se": 0.25}, "nmse": {"value": None, "se": None}}, "other": {"l0": {"value": 7.0, "se": None}}},
+        "figures": [figure(), figure(y=[0.0, -1.0, None]) | {"name": "empty"}]}))
+    return tmp_path
+
+
+def test_the_page_shows_findings_members_and_figures_and_needs_no_network(folder):
+    html = studies.write(folder).read_text()
+    assert "TopK &lt;b&gt;wins" in html and "8.00 ± 0.25" in html and "7.00</td>" in html and "–</td>" in html
+    assert (folder / "figures" / "f.svg").read_text().startswith("<?xml") and "<svg" in html
+    assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
+
+
+def test_a_figure_without_a_point_on_its_axes_is_left_out(folder):
+    studies.write(folder)
+    assert not (folder / "figures" / "empty.svg").exists()
+    assert studies.draw(figure(y=[0.0, 1.0, None])).label == "TopK: 1.00 to 1.00"
+
+
+def test_many_points_are_thinned_and_keep_their_ends():
+    x, y, _ = studies._points({"x": list(range(1, 5001)), "y": list(range(1, 5001))}, "xy")
+    assert len(x) <= studies.MOST and (x[0], x[-1]) == (1, 5000)
+
+
+def test_a_folder_without_a_study_is_named(tmp_path):
+    with pytest.raises(InputError, match="holds no study: it has no study.json. `ksparse study NAME --out"):
+        studies.write(tmp_path)
