@@ -8,6 +8,7 @@ from dictionary_learning import ActivationBuffer
 from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
 from dictionary_learning.training import trainSAE
 from nnsight import LanguageModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHARACTERS = 4  # of a token, at most nearly always
 
@@ -21,7 +22,8 @@ def pieces(args):
 def main() -> None:
     args = arguments()
     clock = Clock()
-    model = LanguageModel(str(args.lm), device_map="cpu", dispatch=True)
+    # given a name, nnsight 0.3.7 makes the LM with a configuration that transformers 5 refuses; given the LM it does not
+    model = LanguageModel(AutoModelForCausalLM.from_pretrained(args.lm, dtype="float32"), tokenizer=AutoTokenizer.from_pretrained(args.lm))
     buffer = ActivationBuffer(pieces(args), model, model.model.layers[args.layer], d_submodule=args.d, n_ctxs=args.mix // args.context, ctx_len=args.context,
                               refresh_batch_size=args.lm_batch, out_batch_size=args.batch, device="cpu")
     steps = args.tokens // args.batch
