@@ -48,7 +48,7 @@ def convert(arguments: list[str]) -> None:
         from ksparse import interop
 
         sae = interop.convert(source, folder, args.to, revision=args.revision or None, subfolder=args.subfolder, normalization=args.normalization)
-        print(f"{args.to:<9}{folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}")
+        print(f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}")
         return
     from ksparse.interop import atoms, neuronpedia
 
@@ -58,7 +58,7 @@ def convert(arguments: list[str]) -> None:
     else:
         names = neuronpedia.Publication(**{field.name: getattr(args, field.name) for field in dataclasses.fields(neuronpedia.Publication)})
         count = (neuronpedia.bulk if args.to == "neuronpedia" else neuronpedia.dashboard)(run, Path(folder), names)
-    print(f"{args.to:<9}{folder}: {count:,} latents")
+    print(f"{args.to} {folder}: {count:,} latents")
 
 
 @verb
