@@ -27,17 +27,18 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-from ksparse.kernels import gpu, reference  # noqa: E402
+from ksparse.kernels import gpu, reference, screen  # noqa: E402
 from ksparse.recipe import from_dict  # noqa: E402
 from ksparse.sae.model import SAE, Shape  # noqa: E402
 from ksparse.training.member import open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
-TILES = [gpu.Tile(), gpu.Tile(stages=4), gpu.Tile(group=16), gpu.Tile(latents=128, warps=4, stages=4), gpu.Tile(latents=128, warps=8, stages=4),
-         gpu.Tile(tokens=64, warps=4, stages=4), gpu.Tile(tokens=256, latents=128, warps=8, stages=3)]
+TILES = [screen.BYTES_TILE, screen.BYTES_TILE._replace(stages=4), screen.BYTES_TILE._replace(depth=64, stages=4), screen.BYTES_TILE._replace(group=16),
+         screen.BYTES_TILE._replace(tokens=256, latents=128), screen.BYTES_TILE._replace(tokens=64, warps=4), screen.BYTES_TILE._replace(tokens=64, warps=4, stages=2),
+         screen.BYTES_TILE._replace(latents=128, warps=4), screen.BYTES_TILE._replace(warps=4)]
 TRAINING = {"train, torch": {"kernels": "torch", "screen": "off"}, "train, triton": {"kernels": "triton", "screen": "off"},
-            "train, triton, screened": {"kernels": "triton", "screen": "bfloat16"}}
+            "train, triton, bfloat16": {"kernels": "triton", "screen": "bfloat16"}, "train, triton, int8": {"kernels": "triton", "screen": "int8"}}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
 Call = Callable[[], Any]
 
@@ -46,6 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="an eighth of the tokens, few rounds")
     parser.add_argument("--only", type=int, choices=SIZES, help="one of the sizes")
+    parser.add_argument("--no-tests", action="store_true", help="times alone")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: run this on a machine with a GPU", file=sys.stderr)
@@ -55,7 +57,7 @@ def main() -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     report: dict[str, Any] = {"machine": machine()}
-    parts = {"tests": tests, "errors": errors}
+    parts = {} if args.no_tests else {"tests": tests, "errors": errors}
     for d in [args.only] if args.only else SIZES:
         size = SIZES[d] | ({"b": SIZES[d]["b"] // 8} if args.quick else {})
         parts[f"exact_{d}"] = lambda size=size: exactness(**size)
@@ -159,8 +161,24 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
         out[name] = {"latents_as_float64": same.double().mean().item(), "tokens_as_float64": same.all(1).double().mean().item(),
                      "worst_loss": ((best - mine).max() / best.abs().max()).item(), "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
                      "value_error": ((values.double() - pre.gather(1, indices)).norm() / best.norm()).item(), "repaired_buckets_a_token": sum(pairs) / b}
+    out["screened"] = screened(b, d, n, k)
     wrong = [name for name, each in out.items() if not (each["worst_loss"] < 1e-4 and each["value_error"] < 1e-4) or not each["distinct"]]
     return out | ({"failed": f"not exact: {wrong}"} if wrong else {})
+
+
+def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
+    """Compare what training chooses by int8 with a float64 product of the same float32 numbers."""
+    recipe = from_dict({"acts": {"normalize": "none"}, "run": {"kernels": "triton"}, "optim": {"screen": "int8"}, "sae": {"n_latents": n, "k": k}})
+    sae = SAE(Shape(d, n, k, "none")).cuda()
+    sae.W_enc.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
+    optimizer, x = open_optimizer(sae, recipe), torch.randn(b, d, device="cuda")
+    values, indices = optimizer.choose(x)
+    pre = torch.cat([x.double() @ part.double().t() for part in sae.W_enc.data.split(16_384)], 1)
+    best, mine = pre.topk(k, dim=1), pre.gather(1, indices.long()).sort(1, descending=True).values
+    same = torch.zeros(b, n, dtype=torch.bool, device="cuda").scatter_(1, indices.long(), True).gather(1, best.indices)
+    return {"latents_as_float64": same.double().mean().item(), "tokens_as_float64": same.all(1).double().mean().item(),
+            "worst_loss": ((best.values - mine).max() / best.values.abs().max()).item(), "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
+            "value_error": ((values.double() - pre.gather(1, indices.long())).norm() / best.values.norm()).item(), "redone": optimizer.redone / b}
 
 
 # ---- times
@@ -169,9 +187,10 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
 def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     """Return median milliseconds of each variant, those of the parts first and of the whole steps after."""
     torch.manual_seed(0)
-    step = Step(b, d, n, k)
+    step = Step(b, d, n, k, "int8")
     product = torch.empty(b, n, dtype=torch.bfloat16, device="cuda")
     x, values, indices, lists, grad = step.x, step.values, step.indices, step.lists, torch.randn(n, d, device="cuda")
+    keys = torch.randint(-(2**31), 2**31 - 1, (b, 3 * 4 * n // 256), dtype=torch.int32, device="cuda")
 
     def by_topk() -> Tensor:
         torch.mm(x, step.low_enc.t(), out=product)
@@ -179,24 +198,34 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
 
     calls: dict[str, Call] = {
         "product": lambda: torch.mm(x, step.low_enc.t(), out=product), "product + torch.topk": by_topk,
-        "topk_encode": lambda: gpu.topk_encode(x, step.low_enc, step.b_enc, k),
-        "  its candidates": lambda: gpu._best_of_buckets(x, step.low_enc, step.b_enc, gpu._kept(k, 4 * -(-n // gpu.TILE.latents)), gpu.TILE),
+        "topk_encode (bfloat16)": lambda: gpu.topk_encode(x, step.low_enc, step.b_enc, k),
+        "choose, screened by int8": lambda: step.choose(x), "  its candidates": lambda: screen.candidates(x, step.low, step.b_enc, step.c, k=k + k // 8),
+        "  their choice": lambda: screen.largest(keys, step.c, 3, screen.BYTES_TILE), "  lower(W_enc)": lambda: screen.lower(step.weight["enc"], "int8"),
         "gather_sum": lambda: gpu.gather_sum(values, indices, step.low_dec), "gather_dot": lambda: gpu.gather_dot(x, indices, step.low_dec),
         "transposed": lambda: gpu.transposed(indices, n), "scatter_outer": lambda: gpu.scatter_outer(values, indices, x, n),
         "  its rows": lambda: gpu.scatter_transposed(lists, values, x, dtype=torch.float32),
         "adam_rows_ (decoder)": lambda: step.rows("dec", grad, project=True), "adam_rows_ (encoder)": lambda: step.rows("enc", grad)}
     milliseconds = measured(calls, rounds)
-    tiles = sweep(step, rounds)
+    tiles, redone = sweep(step, rounds), step.redone
     calls.clear()
-    del product, grad
+    del product, grad, keys
     release()
-    milliseconds |= measured({"step": step}, rounds)
-    peak = {"step": torch.cuda.max_memory_allocated() / 2**30}
+    milliseconds |= measured({"step, int8": step}, rounds)
+    peak = {"step, int8": torch.cuda.max_memory_allocated() / 2**30}
+    step.kind = "bfloat16"
+    milliseconds |= measured({"step, bfloat16": step}, rounds)
     del step, x, values, indices, lists
     release()
     for name, options in TRAINING.items():
-        milliseconds |= measured({name: training(b, d, n, k, **options)}, max(2, rounds // 2))
-        peak[name] = torch.cuda.max_memory_allocated() / 2**30
+        try:
+            call = training(b, d, n, k, **options)
+            milliseconds |= measured({name: call}, max(2, rounds // 2))
+            peak[name] = torch.cuda.max_memory_allocated() / 2**30
+            if name == "train, triton, int8":
+                profile(call, f"profile-{d}.txt")
+        except torch.cuda.OutOfMemoryError:
+            milliseconds[name] = None
+        call = None
         release()
     try:
         dense = Dense(b, d, n, k)
@@ -206,21 +235,27 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
         milliseconds["dense step"] = None
     base = milliseconds["product"]
     return {"b": b, "d": d, "n": n, "k": k, "ms": milliseconds, "ratio": {name: ms and ms / base for name, ms in milliseconds.items()},
-            "product_tflops": 2 * b * d * n / base / 1e9, "tiles": tiles, "peak_GiB": peak}
+            "product_tflops": 2 * b * d * n / base / 1e9, "tiles": tiles, "peak_GiB": peak, "tokens_redone": redone}
+
+
+def profile(call: Call, name: str) -> None:
+    """Write where the time of a step goes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    (OUT.parent / name).write_text(seen.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=60), encoding="utf-8")
 
 
 def sweep(step: Step, rounds: int) -> dict[str, Any]:
-    """Return milliseconds of `topk_encode`'s first stage for several tiles; an error's text where one does not fit."""
+    """Return milliseconds of the keys and their choice for several tiles; an error's text where one does not fit."""
     calls, out = {}, {}
     for tile in TILES:
-        kept = gpu._kept(step.k, 4 * -(-step.n // tile.latents))
-        name = f"{tile} kept={kept}"
-        call = lambda tile=tile, kept=kept: gpu._best_of_buckets(step.x, step.low_enc, step.b_enc, kept, tile)  # noqa: E731
+        call = lambda tile=tile: screen.candidates(step.x, step.low, step.b_enc, step.c, k=step.k + step.k // 8, tile=tile)  # noqa: E731
         try:
             call(), torch.cuda.synchronize()
-            calls[name] = call
+            calls[str(tile)] = call
         except Exception as error:  # out of registers or shared memory
-            out[name] = repr(error)[:200]
+            out[str(tile)] = repr(error)[:200]
     return out | measured(calls, max(3, rounds // 2))
 
 
@@ -266,8 +301,8 @@ def training(b: int, d: int, n: int, k: int, kernels: str, screen: str) -> Call:
 class Step:
     """A whole training step of these kernels: bfloat16 copies for reading, float32 weights and moments, averages, unit-norm decoder, no AuxK."""
 
-    def __init__(self, b: int, d: int, n: int, k: int):
-        self.n, self.k, self.taken = n, k, 0
+    def __init__(self, b: int, d: int, n: int, k: int, kind: str):
+        self.n, self.k, self.kind, self.c, self.taken, self.redone = n, k, kind, k + max(16, k // 2), 0, 0
         W_dec = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         self.weight = {"enc": W_dec.clone(), "dec": W_dec}
         self.first, self.second, self.average = ({key: torch.zeros_like(each) for key, each in self.weight.items()} for _ in range(3))
@@ -275,17 +310,32 @@ class Step:
         self.b_enc, self.b_pre, self.x = torch.zeros(n, device="cuda"), torch.zeros(d, device="cuda"), torch.randn(b, d, device="cuda").bfloat16()
         self.biases = [torch.nn.Parameter(self.b_enc), torch.nn.Parameter(self.b_pre)]
         self.adam = torch.optim.Adam(self.biases, lr=1e-4, fused=True)
-        self.values, self.indices = gpu.topk_encode(self.x, self.low_enc, self.b_enc, k)
+        self.low = screen.lower(self.weight["enc"], kind)
+        self.values, self.indices = self.choose(self.x)
         self.lists = gpu.transposed(self.indices, n)
 
     def rows(self, key: str, grad: Tensor, *, project: bool = False) -> None:
         gpu.adam_rows_(self.weight[key], grad, self.first[key], self.second[key], step=max(1, self.taken), rate=1e-4, **ADAM, project=project,
                        unit_norm=project, average=self.average[key], decay=0.999, low=self.low_dec if key == "dec" else self.low_enc)
 
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose as training does, but by the exact product of bfloat16 rows."""
+        if self.kind == "bfloat16":
+            return gpu.topk_encode(x, self.low_enc, self.b_enc, self.k)
+        scores, latents, dropped = screen.candidates(x, self.low, self.b_enc, self.c, k=self.k + self.k // 8)
+        exact = gpu.gather_dot(x, latents, self.low_enc, dtype=torch.float32) + self.b_enc[latents]
+        values, at = exact.topk(self.k, dim=1, sorted=False)
+        indices, spread = latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
+        again = (~(values.amin(1) > dropped + 6 * spread)).nonzero().squeeze(1)
+        self.redone = len(again)
+        if len(again):
+            values[again], indices[again] = gpu.topk_encode(x[again], self.low_enc, self.b_enc, self.k)
+        return values, indices
+
     def __call__(self) -> Tensor:
         self.taken += 1
         centred = (self.x - self.b_pre).bfloat16()
-        values, indices = gpu.topk_encode(centred, self.low_enc, self.b_enc, self.k)
+        values, indices = self.choose(centred)
         values.relu_()
         error = gpu.gather_sum(values, indices, self.low_dec).add_(self.b_pre).sub_(self.x)
         loss, scale = error.square().mean(), 2 / error.numel()
@@ -296,6 +346,8 @@ class Step:
         per_latent = torch.zeros(self.n, device="cuda").index_add_(0, indices.flatten(), slopes.flatten() * scale)
         self.biases[0].grad, self.biases[1].grad = per_latent, total * scale - per_latent @ self.weight["enc"]
         self.rows("enc", gpu.scatter_transposed(lists, slopes * scale, centred, dtype=torch.float32))
+        if self.kind == "int8":
+            self.low = screen.lower(self.weight["enc"], "int8")
         self.adam.step()
         return loss
 
@@ -331,7 +383,7 @@ def show(report: dict[str, Any]) -> None:
     for name, part in report.items():
         if "ms" in part:
             print(f"\nd={part['d']} n={part['n']} k={part['k']} b={part['b']}: product at {part['product_tflops']:.0f} TFLOP/s, "
-                  f"peak GiB {part['peak_GiB']}\n{'':28}{'ms':>10}{'x product':>12}")
+                  f"{part['tokens_redone']} tokens redone, peak GiB {part['peak_GiB']}\n{'':28}{'ms':>10}{'x product':>12}")
             for variant, ms in part["ms"].items():
                 print(f"{variant:28}" + (f"{ms:10.3f}{part['ratio'][variant]:12.3f}" if ms else f"{'out of memory':>22}"))
             for tile, ms in part["tiles"].items():

@@ -228,7 +228,7 @@ class Optim:
     average over a short run's beginning is worse than no average. 1: the decay as given (the paper)."""
     screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
     """Choose candidates by a product in low precision, their values and the final choice being exact; tokens that are not clear are
-    computed in full. auto: whichever is fastest here. Needs the compiled kernels. The log says how often the choice differs."""
+    computed in full. auto: whichever is fastest here (on a GPU int8). Needs the compiled kernels. The log says how often the choice differs."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,8 @@ class Run:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
-    """native: the compiled training step, on a CPU with a C++ compiler; torch: plain torch; auto: native where it can be, else torch.
-    triton: Triton's kernels, on a CUDA GPU; to be asked for, since nobody has measured them yet."""
+    """native: the compiled training step, on a CPU with a C++ compiler; triton: Triton's kernels, on a CUDA GPU; torch: plain torch;
+    auto: one of the first two where it can be, else torch."""
     ahead: Literal["auto", "on", "off"] = "auto"
     """Compute activations in a thread of their own while the step before is taken: the same batches, and up to `acts.mix` more of them in
     memory. auto: on a GPU, where reading and tokenising would keep it waiting."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ksparse.kernels import gpu, reference
+from ksparse.kernels import gpu, reference, screen
 
 COMPILED = gpu.available()
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces that a default will change
@@ -96,14 +96,14 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ksparse.kernels import gpu
+from ksparse.kernels import gpu, screen
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
 TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, firsts=I, owners=I, indices=I, parts=F, out=F, b="i32", n="i32",
              d="i32", k="i32", grad=F, first=F, second=F, average=F, low=B, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain clip".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
-    kernel, types = getattr(gpu, name), TYPES | types
+    kernel, types = getattr(gpu, name, None) or getattr(screen, name), TYPES | types
     signature = {each: "constexpr" if each in constants else types[each] for each in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(kernel.arg_names) if each == "d" or signature[each][0] == "*"}
     done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -111,6 +111,10 @@ def build(name, warps, types={}, **constants):
 
 sums = dict(ROWS=8, COLUMNS=256, SUM=tl.float32)
 build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True, PRECISION="ieee")
+rows = dict(TOKENS=128, LATENTS=256, GROUP=8, KEPT=3, EVEN=True, FULL=True)
+build("_keys", 8, dict(x="*i8", weight="*i8", x_scale=F, scale=F, keys="*i32", buckets="i32"), DEPTH=128, BYTES=True, **rows)
+build("_largest", 8, dict(keys="*i32", scores=F, latents=I, dropped=F, size="i32", c="i32"), KEPT=3, LATENTS=256, SIZE=8192)
+build("_round", 4, dict(x=F, out="*i8", scale=F), COLUMNS=1024)
 build("_bucket_again", 4, {"buckets": I}, LATENTS=256, DEPTH=64)
 build("_gather_sum", 1, **sums)
 build("_gather_dot", 1, **sums)
@@ -128,8 +132,8 @@ def test_kernels_compile_for_hopper_with_tensor_cores_and_nothing_in_local_memor
     done = run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     built = {name: (int(products), int(shuffles), int(local)) for name, products, shuffles, local in map(str.split, done.stdout.splitlines())}
-    assert len(built) == 8 and not any(local for _, _, local in built.values())
-    assert built["_candidates"][0] > 0
+    assert len(built) == 11 and not any(local for _, _, local in built.values())
+    assert built["_candidates"][0] > 0 and built["_keys"][0] > 0
 
 
 # ---- the encoder
@@ -239,6 +243,62 @@ def test_so_many_of_a_bucket_are_kept(k, n, kept):
 
 
 # ---- the sparse operations
+
+
+# ---- candidates by a product in low precision
+
+
+def in_full(low):
+    """The rows that a low-precision copy stands for, in float64."""
+    return low.rows.double() * (1 if low.scale is None else low.scale.double()[:, None])
+
+
+@inside
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("kept", [None, 1, 2, 3])
+@pytest.mark.parametrize("b, d, n, c", [(18, 20, 100, 7), (5, 37, 300, 12), (3, 64, 64, 8), (1, 16, 32, 1)])
+def test_candidates_have_their_scores_and_a_bound_on_all_others(b, d, n, c, kept, kind):
+    _, _, x, weight = inputs((b, 1, n, d))
+    bias, low = torch.randn(n, device=DEVICE), screen.lower(weight, kind)
+    found = screen.candidates(x, low, bias, c, tile=TINY, kept=kept)
+    scores = in_full(screen.lower(x, kind)) @ in_full(low).T + bias.double()
+    assert all(len(set(row)) == c for row in found.latents.tolist()), "a latent is named twice"
+    torch.testing.assert_close(found.scores.double(), scores.gather(1, found.latents), rtol=2**-19, atol=2e-6)
+    others = scores.scatter(1, found.latents, -torch.inf).amax(1)
+    assert (found.dropped.double() >= others - 2e-6).all()
+    if kept == 3 and c == 7:  # hardly a bucket holds more of the best: what is bound is what is there
+        clear = found.scores.amin(1) > found.dropped
+        assert clear.any()
+        assert (found.latents[clear].sort(1).values == scores[clear].topk(c, 1).indices.sort(1).values).all()
+
+
+@inside
+def test_int8_rows_are_within_half_a_unit_and_zeros_stay_zeros():
+    _, _, x, _ = inputs((6, 1, 8, 37))
+    x[2] = 0
+    low = screen.lower(x, "int8")
+    assert (low.rows[2] == 0).all() and low.rows.int().abs().amax(1).tolist() == [127, 127, 0, 127, 127, 127]
+    assert ((in_full(low) - x.double()).abs() <= 0.5001 * low.scale.double()[:, None]).all()
+
+
+@inside
+@pytest.mark.parametrize("size, c, kept", [(24, 5, 3), (64, 64, 2), (96, 1, 3), (200, 17, 4)])
+def test_the_largest_keys_are_those_that_sorting_finds(size, c, kept):
+    keys = torch.randint(-(2**31), 2**31 - 1, (9, size), dtype=torch.int32, generator=torch.Generator().manual_seed(size)).to(DEVICE)
+    keys[1], keys[2, ::2], keys[3] = 7, 11, torch.arange(size, device=DEVICE)  # equal ones; the bits of numbers near 0
+    fast, slow = screen.largest(keys, c, kept, TINY), screen.largest_by_sorting(keys, c, kept, TINY)
+    torch.testing.assert_close(fast.scores.sort(1).values, slow.scores.sort(1).values, rtol=0, atol=0, equal_nan=True)
+    distinct = [row for row in range(9) if len(set(keys[row].tolist())) == size]
+    assert len(distinct) >= 7 and torch.equal(fast.latents[distinct].sort(1).values, slow.latents[distinct].sort(1).values)
+    torch.testing.assert_close(fast.dropped[distinct], slow.dropped[distinct], rtol=0, atol=0, equal_nan=True)
+
+
+@inside
+def test_without_enough_buckets_there_are_no_candidates_and_an_unknown_precision_is_named():
+    _, _, x, weight = inputs((3, 1, 31, 8))
+    assert screen.candidates(x, screen.lower(weight, "int8"), torch.zeros(31, device=DEVICE), 2, tile=TINY) is None
+    with pytest.raises(ValueError, match="low precision 'int4' is unknown; there are bfloat16 and int8"):
+        screen.lower(x, "int4")
 
 
 @inside

@@ -16,7 +16,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ PIECE = PRE_ACTS
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
+SPARSER = 5
+"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents; above that, dense products are faster (docs/lab-book.md)."""
 MORE = {1: 1.0, 2: 0.5, native.PANELS: 1.5}
 """Candidates beyond k at the start, as a share of k: the coarser the product, the more."""
 
@@ -111,6 +114,9 @@ class Extra(NamedTuple):
 class ExplicitOptimizer(Optimizer):
     """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents twice. Without Multi-TopK."""
 
+    sparse: ClassVar[ModuleType] = fast
+    """Where its operations on lists come from."""
+
     def __init__(self, sae: SAE, recipe: Recipe):
         super().__init__(sae, recipe)
         self.pending: Pending | None = None
@@ -171,15 +177,34 @@ class ExplicitOptimizer(Optimizer):
     # ---- AuxK on the dead rows alone
 
     def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Extra | None]:
-        """Return the loss and its gradient: everything here is dense, but over the dead latents only."""
-        sae, options = self.sae, self.recipe.sae
-        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
+        """Return the loss and its gradient. The product that chooses is dense over the dead latents; the rest where the code is not sparse among them."""
+        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (self.sae.W_enc, self.sae.W_dec, self.sae.b_enc))
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
-        if k_aux < len(dead):
-            values, indices = self._select(z, z.new_zeros(len(dead)), k_aux)
-            z.zero_().scatter_(1, indices.long(), values)
-        difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
-        tiny = torch.finfo(error.dtype).tiny
+        code = self._select(z, z.new_zeros(len(dead)), k_aux) if k_aux < len(dead) else None
+        if code is not None and SPARSER * k_aux < len(dead):
+            return self._auxk_listed(centred, error, dead, W_dec, *code)
+        if code is not None:
+            z.zero_().scatter_(1, code[1].long(), code[0])
+        loss, slope = self._auxk_loss(torch.mm(z, W_dec).add_(error), error)  # the prediction less x - recon
+        if slope is None:
+            return loss, None
+        inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
+        return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
+
+    def _auxk_listed(self, centred: Tensor, error: Tensor, dead: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Extra | None]:
+        """The same from a code values, indices[s, k_aux] among the dead latents."""
+        indices = indices.long()
+        loss, slope = self._auxk_loss(self.sparse.gather_sum(values, indices, W_dec).add_(error), error)
+        if slope is None:
+            return loss, None
+        inner = self.sparse.gather_dot(slope, indices, W_dec).mul_(values > 0)
+        lists = self.sparse.transposed(indices, len(dead))
+        bias = self.sparse.scatter_transposed(lists, inner, inner.new_ones(len(inner), 1)).squeeze(1)
+        return loss, Extra(dead, self.sparse.scatter_transposed(lists, values, slope), self.sparse.scatter_transposed(lists, inner, centred), bias)
+
+    def _auxk_loss(self, difference: Tensor, error: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the loss and its gradient by the prediction, [s, d], in the place of `difference`; (0, None) where it is not finite."""
+        options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
         if options.auxk_norm == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
         else:
@@ -187,9 +212,7 @@ class ExplicitOptimizer(Optimizer):
         loss = (difference.square().sum(1) * weights).double().sum()
         if not torch.isfinite(loss):
             return loss.new_zeros(()), None
-        slope = difference.mul_((2 * options.auxk_coef * weights)[:, None])
-        inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
-        return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
+        return loss, difference.mul_((2 * options.auxk_coef * weights)[:, None])
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return memory that is used again: fresh pages cost as much as a fifth of the product."""

@@ -177,24 +177,23 @@ def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
     screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
-    if kernels == "triton":
-        if not written_out or not gpu.usable(device) or screen == "int8":
-            raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, TopK without Multi-TopK, and optim.screen 'off', 'auto' or "
-                             "'bfloat16'; leave it at 'auto'")
-        return TritonOptimizer(sae, recipe, "bfloat16" if screen == "auto" else screen)
+    if kernels == "triton" and not (written_out and gpu.usable(device)):
+        raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'")
+    if kernels == "triton" or kernels == "auto" and written_out and device.type == "cuda" and gpu.available():
+        return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
-        return FusedOptimizer(sae, recipe, _screen(recipe) if screen == "auto" else screen)
+        return FusedOptimizer(sae, recipe, _screen(recipe, fastest_screen()) if screen == "auto" else screen)
     if kernels == "native":
         raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
     if screen not in ("off", "auto"):
-        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU, a C++ compiler, TopK without Multi-TopK, run.kernels not 'torch'); "
+        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not 'torch'); "
                          "leave it at 'off' or 'auto'")
     return ExplicitOptimizer(sae, recipe) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
 
 
-def _screen(recipe: Recipe) -> str:
-    """Return the fastest screen here; none where candidates would be so many of the latents that it could save nothing."""
-    return fastest_screen() if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
+def _screen(recipe: Recipe, fastest: str) -> str:
+    """Return the fastest screen; none where candidates would be so many of the latents that it could save nothing."""
+    return fastest if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:

@@ -1,9 +1,10 @@
-"""The training step by the Triton kernels: the product never reaches memory, rows are moved in one pass.
+"""The training step by the Triton kernels: candidates by a product in low precision that never reaches memory, rows moved in one pass.
 
-    topk_encode ─▶ gather_sum, gather_dot ─▶ transposed, scatter_transposed ─▶ row_squares ─▶ adam_rows_
+    lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed, scatter_transposed ─▶ row_squares ─▶ adam_rows_
 
-Weights, moments and gradients are float32, so the result is that of the other steps up to rounding, and checkpoints are the same files. With
-a screen, `topk_encode` reads bfloat16 copies and names candidates; their values and the choice among them are float32.
+Weights, moments and gradients are float32, and so are the values of the candidates and the choice among them: the result is that of the other
+steps up to rounding, and checkpoints are the same files. Without a screen, and for tokens whose choice is not certain, the product is torch's in
+float32, which uses no tensor cores and takes several times as long as all the rest.
 """
 
 from __future__ import annotations
@@ -13,35 +14,38 @@ import math
 import torch
 from torch import Tensor
 
-from ksparse.kernels import gpu
+from ksparse.kernels import gpu, screen
+from ksparse.recipe import Recipe
+from ksparse.sae.model import SAE
 from ksparse.training.fused import ScreenedOptimizer
 
 
 class TritonOptimizer(ScreenedOptimizer):
     """The written-out step by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
 
+    sparse = gpu
+
+    def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
+        super().__init__(sae, recipe, kind)
+        self.candidates = sae.shape.k + max(16, sae.shape.k // 2)
+
     @torch.no_grad()
     def _lower(self) -> None:
         if self.kind:
-            self.low = self.sae.W_enc.detach().bfloat16()
+            self.low = screen.lower(self.sae.W_enc.detach(), self.screen)
 
     def _piece(self) -> int:
-        return 2**62  # no product is in memory
-
-    def _exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        return gpu.topk_encode(centred, self.sae.W_enc.detach(), self.sae.b_enc.detach(), self.sae.shape.k)
+        return 2**62 if self.kind else super()._piece()  # no product is in memory
 
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sae, n = self.sae, self.sae.shape.n_latents
-        scores, latents = gpu.topk_encode(centred, self.low, sae.b_enc.detach(), min(n, c + 1))
-        dropped = scores.new_full((len(scores),), -torch.inf)
-        if c < n:
-            dropped, least = scores.min(1, keepdim=True)
-            kept = torch.ones_like(scores, dtype=torch.bool).scatter_(1, least, False)
-            scores, latents, dropped = scores[kept].view(-1, c), latents[kept].view(-1, c), dropped.squeeze(1)
-        exact = gpu.gather_dot(centred, latents, sae.W_enc.detach()) + sae.b_enc.detach()[latents]
-        values, chosen = exact.topk(sae.shape.k, dim=1, sorted=False)
-        return values, latents.gather(1, chosen), dropped, (exact - scores).square().mean(1).sqrt()
+        sae, k = self.sae, self.sae.shape.k
+        found = screen.candidates(centred, self.low, sae.b_enc.detach(), c, k=k + k // 8)
+        if found is None:  # so few latents that buckets save nothing
+            values, latents = self._exact(centred)
+            return values, latents, values.new_full((len(values),), -torch.inf), values.new_zeros(len(values))
+        exact = gpu.gather_dot(centred, found.latents, sae.W_enc.detach()) + sae.b_enc.detach()[found.latents]
+        values, chosen = exact.topk(k, dim=1, sorted=False)
+        return values, found.latents.gather(1, chosen), found.dropped, (exact - found.scores).square().mean(1).sqrt()
 
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
@@ -79,6 +83,8 @@ class TritonOptimizer(ScreenedOptimizer):
     def _rows(self, key: str, gradient: Tensor, step: int, clip: float, *, unit: bool) -> None:
         weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], clip)
         state = self.adam.state[weight]
+        low = self.low.rows if key == "W_enc" and self.screen == "bfloat16" else None
         gpu.adam_rows_(weight.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]) + 1, rate=rule.rate, beta1=options.beta1,
-                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema,
-                       low=self.low if key == "W_enc" and self.kind else None)
+                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, low=low)
+        if key == "W_enc" and self.kind and low is None:
+            self._lower()
