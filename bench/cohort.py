@@ -23,13 +23,14 @@ from ksparse.scaling.grid import read
 from ksparse.training.loop import train, train_cohort
 
 ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = 2_048  # activations: what is compared is training, and a short run's losses on more would take as long
 
 
 def recipes(file: Path, tokens: int) -> list[Recipe]:
     """Return the sweep's recipes, shortened, with dead latents as in the whole sweep and a loss at the end."""
     found = read(file).recipes.values()
     return [dataclasses.replace(recipe, tokens=tokens, sae=dataclasses.replace(recipe.sae, dead_after=recipe.dead_after),
-                                curve=Curve(held_out=recipe.curve.held_out, per_octave=1, octaves=1)) for recipe in found]
+                                curve=Curve(held_out=HELD_OUT, per_octave=1, octaves=1)) for recipe in found]
 
 
 def main() -> None:
