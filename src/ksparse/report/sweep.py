@@ -7,6 +7,7 @@ A part that the points do not allow is a sentence that says which runs would add
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,12 +110,11 @@ def summary(sweep: Sweep) -> str:
     rows, found = sweep.mine, sweep.found["laws"]
     lm = sweep.found["subject"].get("lm")
     said = [f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k {_range(rows['k'])}."]
-    if "nk" in found:
-        said.append(f"Loss follows {found['nk']['title']} of the form {found['nk']['equation']} to {percent(found['nk']['log_rms'])} (log-RMS)"
-                    + (f" and foretells the largest n to {percent(found['nk']['extrapolation_error'])}" if found["nk"]["extrapolation_error"] is not None else "")
-                    + ".")
-    elif "n" in found:
-        said.append(f"Loss follows {found['n']['equation']} to {percent(found['n']['log_rms'])} (log-RMS).")
+    laws = [found[name] for name in ("nk", "n") if name in found]
+    if laws:
+        law = min(laws, key=lambda law: math.inf if law["extrapolation_error"] is None else law["extrapolation_error"])
+        said.append(f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} (log-RMS)"
+                    + (f" and foretells the largest n to {percent(law['extrapolation_error'])}" if law["extrapolation_error"] is not None else "") + ".")
     for name, words in (("tokens", "Tokens to convergence grow as"), ("lr", "The best learning rate goes as"), ("optimal", "The best n for a budget grows as")):
         if name in found and "beta" in found[name]["coefficients"]:
             beta = found[name]["coefficients"]["beta"]
