@@ -125,8 +125,8 @@ def _largest(keys, scores, latents, dropped, size, c, KEPT: tl.constexpr, LATENT
     low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
     while low < high:
         middle = (low + high + 1) >> 1
-        enough = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0) >= c
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+        there = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low, high = tl.where(there >= c, middle, low), tl.where(there > c, high, tl.where(there == c, middle, middle - 1))
     above, equal = key > low.to(tl.int32), key == low.to(tl.int32)
     taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= c - tl.sum(above.to(tl.int32), 0)))
     slot = token * c + tl.cumsum(taken.to(tl.int32), 0) - 1
