@@ -87,7 +87,7 @@ class Mesh:
 
     def start_sum(self, name: str, value: Tensor, over: str) -> Callable[[], None]:
         """Begin a sum; what is returned waits for it."""
-        if self.width(over) == 1:
+        if self.width(over) == 1 or not value.numel():
             return lambda: None
         with self._explained(name):
             work = dist.all_reduce(self._counted(name, value), group=self.groups[over], async_op=True)
