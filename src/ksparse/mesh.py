@@ -174,13 +174,21 @@ def opened(recipe: Recipe, device: str) -> Iterator[Mesh]:
         yield ALONE
         return
     if not already:
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=asked.timeout), device_id=torch.device(device) if device.startswith("cuda") else None)
+        connect(device, asked.timeout)
     try:
         yield Mesh(data, asked.latent, device=device.partition(":")[0], timeout=asked.timeout)
     finally:
         if not already:
             dist.destroy_process_group()
+
+
+def connect(device: str, timeout: float) -> None:
+    """Meet the other processes that torchrun started. Where it starts them again, what the lost ones left in its store is not looked at."""
+    cuda = device.startswith("cuda")
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout),
+                            device_id=torch.device(device) if cuda else None)
 
 
 def check(recipe: Recipe, data: int, world: int) -> None:
