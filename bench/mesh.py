@@ -165,8 +165,7 @@ def resave(task: dict[str, Any]) -> None:
     asked = recipe(task["steps"], task["kind"], tuple(task["mesh"]))
     with opened(asked, "cpu") as mesh:
         state, optimizer = member.restore(RunFolder(Path(task["load"])), asked, torch.device("cpu"), mesh)
-        run = RunFolder(Path(task["out"]))
-        checkpoint.commit(run, checkpoint.take(run, state, optimizer, copied=False), mesh)
+        checkpoint.save(RunFolder(Path(task["out"])), state, optimizer)
 
 
 def work(tasks: list[dict[str, Any]]) -> None:

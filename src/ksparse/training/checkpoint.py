@@ -66,11 +66,10 @@ class Saver:
     def save(self, run: RunFolder, state: State, optimizer: Optimizer) -> None:
         """Take what is to be saved, and write it, now or while training goes on."""
         self.wait()
-        taken = take(run, state, optimizer, copied=self.behind)
         if not self.behind:
-            commit(run, taken, self.mesh)
+            save(run, state, optimizer)
             return
-        self.thread = threading.Thread(target=self._work, args=(run, taken), name="ksparse-saver")
+        self.thread = threading.Thread(target=self._work, args=(run, take(state, optimizer, copied=True)), name="ksparse-saver")
         self.thread.start()
 
     def _work(self, run: RunFolder, taken: Taken) -> None:
@@ -104,7 +103,12 @@ class Taken(NamedTuple):
     keep: int
 
 
-def take(run: RunFolder, state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
+def save(run: RunFolder, state: State, optimizer: Optimizer) -> None:
+    """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
+    commit(run, take(state, optimizer, copied=False), optimizer.mesh)
+
+
+def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
     """Return what is to be saved; copies on the CPU, so that training may go on, where that is asked for."""
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
     facts = {key: value for key, value in vars(state).items() if key != "since" and not (key == "mesh" and mesh.size == 1)}
@@ -118,7 +122,7 @@ def take(run: RunFolder, state: State, optimizer: Optimizer, *, copied: bool) ->
 
 
 def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
-    """Commit a checkpoint and remove all but the newest `run.keep`."""
+    """Write what was taken, on a mesh each process its slice; the first commits it and removes all but the newest `run.keep`."""
     path = run.checkpoint(taken.facts["step"])
     with _folder(path, mesh, step=taken.facts["step"]) as tmp:
         if mesh.data_rank == 0:
