@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -11,6 +12,11 @@ from ksparse.runs import RunFolder
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def first_process() -> bool:
+    """Return whether this is the one of torchrun's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def written(estimate: dict[str, float | None]) -> str:
