@@ -102,7 +102,7 @@ def test_formats_in_the_docs_are_those_there_are():
         assert all(kind in rows[name] for kinds in form.HOLDS.values() for kind in kinds), name
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/interop.md", "docs/metrics.md", "docs/paper.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/interop.md", "docs/metrics.md", "docs/paper.md", "docs/scaling-out.md"])
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target
@@ -114,3 +114,39 @@ def test_the_built_in_tasks_are_in_the_docs():
     table = (ROOT / "docs" / "probes.md").read_text().split("<!-- python -->")[1].split("<!-- end of python -->")[0]
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.strip().splitlines()[2:]]
     assert rows == [(task.name, task.family, task.among, task.positive) for task in TASKS]
+
+
+def test_the_plans_for_16_million_latents_in_the_docs_are_what_plan_says():
+    text = (ROOT / "docs" / "scaling-out.md").read_text()
+    shown = re.search(r"<!-- tables -->\n```\n(.*?)```", text, re.DOTALL)[1]
+    assert shown.splitlines() == plan_lines(2**24)
+    table = text.split("<!-- sizes -->\n")[1].split("<!-- end of sizes -->")[0]
+    assert table.splitlines() == sizes_table()
+
+
+def planned(n_latents: int):
+    """Return the plan of recipes/llama-16m.toml with so many latents on H100s."""
+    from dataclasses import replace
+
+    from ksparse import recipe
+    from ksparse.training import plan
+    from ksparse.training.costs import Unseen
+
+    given = recipe.load(ROOT / "recipes" / "llama-16m.toml")
+    return plan.plan(replace(given, sae=replace(given.sae, n_latents=n_latents)), devices=[1, 8, 64, 512], card="h100",
+                     unseen=Unseen(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816))
+
+
+def plan_lines(n_latents: int) -> list[str]:
+    from ksparse.training import plan
+
+    return plan.tables(planned(n_latents))
+
+
+def sizes_table() -> list[str]:
+    """Return the lines of the table of sizes; to write it anew, print them."""
+    lines = ["| latents | 1 | 8 | 64 | 512 |", "|---|---|---|---|---|"]
+    for n in (2**17, 2**20, 2**22, 2**24):
+        cells = [f"{each.data} x {each.latent}, {each.bytes / 1e9:,.0f} GB, {each.tokens_per_s:,.0f}" for each in planned(n).meshes]
+        lines.append(f"| {n:,} | " + " | ".join(cell if each.fits else f"({cell})" for cell, each in zip(cells, planned(n).meshes)) + " |")
+    return lines

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ from ksparse.cli.shown import Progress
 from ksparse.cli.training import TrainArgs
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe
+from ksparse.training.costs import Unseen
+from ksparse.training.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,42 @@ def shard(arguments: list[str]) -> None:
     print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
 
 
+@dataclass(frozen=True)
+class PlanArgs(TrainArgs):
+    devices: str = ""
+    """Numbers of devices, such as 1,8,64,512: for each the best mesh, with its memory, communication and time."""
+    gpu: Literal["here", "a100", "h100", "h200", "laptop"] = "here"
+    """Which devices. here: this machine's, whose speed is measured."""
+    hardware: Hardware = field(default_factory=Hardware)
+    subject: Unseen = field(default_factory=Unseen)
+    dead: float = 0.1
+    """Share of the latents that are taken to be dead: AuxK costs in proportion."""
+    json: str = ""
+    """File for all of it as JSON; - writes that to standard output, and nothing else."""
+
+
 @verb
 def plan(arguments: list[str]) -> None:
-    """plan [RECIPE.toml] [--key value …]    parameters, memory, FLOPs, disk and time, before anything runs"""
-    recipe, _, _ = recipe_of(TrainArgs, "plan", arguments)
-    from ksparse.training.plan import plan as plan_
+    """plan [RECIPE.toml] [--key value …]    parameters, memory, FLOPs, disk and time, before anything runs; --devices 1,8,64: on meshes"""
+    recipe, asked, _ = recipe_of(PlanArgs, "plan", arguments)
+    devices = [_number("--devices", each) for each in asked["devices"].split(",") if each.strip()]
+    from ksparse.training import plan as planning
 
-    for line in plan_(recipe):
+    made = planning.plan(recipe, devices=devices, card=asked["gpu"], figures=asked["hardware"], dead=asked["dead"], unseen=asked["subject"])
+    if asked["json"] == "-":
+        print(json.dumps(planning.to_dict(made), indent=1))
+        return
+    for line in planning.lines(made) + (["", *planning.tables(made)] if devices else []):
         print(line)
+    if asked["json"]:
+        files.write_json(Path(asked["json"]), planning.to_dict(made))
+
+
+def _number(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{flag} takes whole numbers with commas between, such as 1,8,64; got {text.strip()!r}") from None
 
 
 @verb

@@ -18,6 +18,9 @@ from ksparse import kernels
 from ksparse.mesh import Mesh
 from ksparse.sae.model import SAE, Code, Shape
 
+COMPARED = 2**26
+"""Values of all slices that are in memory while they are compared: k of each of many slices are more than the weights."""
+
 
 class SlicedSAE(SAE):
     """`SAE` with the `shape.n_latents` latents of one slice, which codes number from 0.
@@ -60,9 +63,12 @@ class SlicedSAE(SAE):
     @torch.no_grad()
     def survivors(self, values: Tensor, k: int, offer: int) -> Tensor:
         """Return which of the values[b, <= offer] are among the k largest of all slices; equal ones in the order of the slices. NaN survives."""
-        width, slices = values.shape[1], self.mesh.latent
-        if offer * slices <= k or not len(values):
+        if offer * self.mesh.latent <= k or not len(values):
             return torch.ones_like(values, dtype=torch.bool)
+        return torch.cat([self._compared(some, k, offer) for some in values.split(max(1, COMPARED // (offer * self.mesh.latent)))])
+
+    def _compared(self, values: Tensor, k: int, offer: int) -> Tensor:
+        width, slices = values.shape[1], self.mesh.latent
         padded = torch.nn.functional.pad(values, (0, offer - width), value=-torch.inf)
         together = self.mesh.gather("values", padded, "latent").transpose(0, 1).flatten(1)
         least = together.topk(k, dim=1).values[:, -1:]

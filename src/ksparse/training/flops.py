@@ -12,9 +12,12 @@ Of another activation than TopK the code is taken to have k values, whatever it 
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ksparse.recipe import Recipe
+
+if TYPE_CHECKING:  # plans need no torch
+    from torch import nn
 
 
 def encoder(recipe: Recipe, d_model: int) -> int:
@@ -37,12 +40,14 @@ def lm(parameters: int) -> int:
 
 def before_site(model: nn.Module, site: nn.Module, at: str) -> int:
     """Count the matrices' parameters that are used up to the site; modules are listed in the order of their use."""
+    from torch.nn import Embedding
+
     inside = {id(module) for module in site.modules()} if at == "out" else set()
     total, reached = 0, False
     for module in model.modules():
         reached |= module is site
         if reached and id(module) not in inside:
             break
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(module, Embedding):
             total += sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 2)
     return total

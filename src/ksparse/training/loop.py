@@ -26,6 +26,7 @@ from ksparse.runs import RunFolder
 from ksparse.training import checkpoint
 from ksparse.training.feed import Feed
 from ksparse.training.member import Member
+from ksparse.training.plan import explain_memory
 
 log = logging.getLogger("ksparse")
 
@@ -185,5 +186,4 @@ def _memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]} `ksparse plan` shows what the recipe needs; "
-                               "a smaller --acts.mix, --acts.lm-batch or --batch needs less") from error
+        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]} {explain_memory(recipe)}") from error
