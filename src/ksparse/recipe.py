@@ -270,6 +270,12 @@ class Run:
     """Checkpoints kept."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a batch whose loss is NaN or infinite; skip counts it in the metrics."""
+    alarm_grad_norm: float = 10.0
+    """Warn, and write a line of alarms.jsonl, where the gradient's norm is more than so many times its running median; 0: never."""
+    alarm_dead: float = 0.5
+    """Warn where the share of dead latents comes above this; 0: never."""
+    alarm_dead_growth: float = 0.2
+    """Warn where the share of dead latents has risen by more than this; 0: never."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to send the metrics besides metrics.jsonl."""
     trust_remote_code: bool = False
@@ -371,10 +377,13 @@ def check(recipe: Recipe) -> None:
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every, "curve.held_out": recipe.curve.held_out}
+                     "run.save_every": recipe.run.save_every, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out}
     for key, value in at_least_zero.items():
         if value < 0:
             raise InputError(f"{key} is {value}; it must not be negative")
+    for key, value in {"run.alarm_dead": recipe.run.alarm_dead, "run.alarm_dead_growth": recipe.run.alarm_dead_growth}.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1")
     for key, value in {"optim.ema": recipe.optim.ema, "optim.beta1": recipe.optim.beta1,
                        "optim.beta2": recipe.optim.beta2, "optim.decay": recipe.optim.decay}.items():
         if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):

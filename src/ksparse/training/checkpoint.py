@@ -44,6 +44,10 @@ class State:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
+STATE = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
+"""The keys that state.json must have."""
+
+
 def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
     """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
     recipe = optimizer.recipe
@@ -52,7 +56,7 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
     sae = optimizer.averaged()
     sae.metadata |= {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,
                      "dead_fraction_training": dead_fraction(state, recipe.dead_after)}
-    with files.committed(path, step=state.step) as tmp:
+    with files.committed(path, step=state.step, recipe=recipe.identity()) as tmp:
         store.write(sae, tmp)
         tensors = {**optimizer.tensors(), "since": state.since}
         save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / "optim.safetensors")
@@ -60,7 +64,7 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
     there = run.checkpoints()
     newest = there.index(path) + 1
     for old in (*there[: max(0, newest - recipe.run.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
-        shutil.rmtree(old)
+        files.remove(old)
     return path
 
 
@@ -71,7 +75,7 @@ def dead_fraction(state: State, dead_after: int) -> float:
 
 def load(path: Path, optimizer: Optimizer) -> State:
     """Restore the optimiser from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
-    facts = files.read_json(path / "state.json")
+    facts = files.read_table(path / "state.json", **STATE)
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
