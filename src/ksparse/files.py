@@ -189,6 +189,14 @@ def read_table(path: Path, **keys: type | tuple[type, ...]) -> dict[str, Any]:
     return found
 
 
+def read_strings(path: Path) -> list[str]:
+    """Read a JSON list of strings."""
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise CorruptError(f"{path} is not a list of strings; it was not written by ksparse or is damaged")
+    return found
+
+
 def read_lines(path: Path, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
     """Return the tables of a file of JSON lines that have these keys; leave out others with a warning, the last without: a killed process was writing it."""
     with read_errors(path):

@@ -425,7 +425,9 @@ def load(path: Path | str) -> Recipe:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, tables in tables without end
         raise InputError(f"recipe {path} is not TOML: {error}") from None
     return from_dict(table, where=f" in {path}")
 
@@ -521,10 +523,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{name} is {value!r}; it must be a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)  # so that tokens = 1e9 may be written
+    if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
+        raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
         raise InputError(f"{name} is {value!r}, of type {type(value).__name__}; it must be of type {hint.__name__}")
     return value

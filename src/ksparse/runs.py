@@ -112,8 +112,8 @@ class RunFolder:
         for path in reversed(self.checkpoints()):
             try:
                 manifest = files.verify(path)
-                if manifest.get("step") != int(path.name[5:]):
-                    raise CorruptError(f"{path} is that of step {manifest.get('step')}, under another name; name it as it was")
+                if manifest.get("step", int(path.name[5:])) != int(path.name[5:]):
+                    raise CorruptError(f"{path} is that of step {manifest['step']}, under another name; name it as it was")
             except CorruptError as error:
                 wrong.append(str(error))
                 continue

@@ -57,15 +57,19 @@ def locate(source: Path | str, *, revision: str | None = None, subfolder: str = 
 
 def read(folder: Path) -> SAE:
     """Read the two files of a folder, naming whatever does not fit."""
-    config = files.read_json(folder / CONFIG)
+    config = files.read_table(folder / CONFIG)
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} has format {config.get('format')!r}; this version of ksparse reads {FORMAT}")
     try:
         shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__ if key != "activation" or key in config})  # none said: TopK
     except KeyError as error:
         raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
+    if not isinstance(config.get("metadata", {}), dict | None):
+        raise CorruptError(f"{folder / CONFIG}: 'metadata' is not a table")
+    rows = (shape.n_latents, shape.d_model)
+    found = tensors(folder / WEIGHTS, {"W_enc": rows, "W_dec": rows})  # before memory is taken for what a damaged file asks for
     sae = SAE(shape, config.get("metadata"))
-    found = tensors(folder / WEIGHTS, {key: tuple(getattr(sae, key).shape) for key in sae.keys})
+    check_shapes(folder / WEIGHTS, found, {key: tuple(getattr(sae, key).shape) for key in sae.keys})
     sae.load_state_dict({key: found[key] for key in sae.keys})
     return sae
 
@@ -76,14 +80,21 @@ def tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         found = load_file(file)
     except FileNotFoundError:
         raise CorruptError(f"{file} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{file} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise CorruptError(f"{file} is truncated or damaged: {error}") from None
+    check_shapes(file, found, shapes)
+    return found
+
+
+def check_shapes(file: Path, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise CorruptError unless all tensors named in `shapes` were found, each of its shape."""
     for key, shape in shapes.items():
         if key not in found:
             raise CorruptError(f"{file} lacks the tensor {key!r}; it has {', '.join(sorted(found))}")
         if tuple(found[key].shape) != shape:
             raise CorruptError(f"{file}: tensor {key!r} has shape {list(found[key].shape)}, expected {list(shape)}")
-    return found
 
 
 def _download(repository: str, revision: str | None, subfolder: str) -> Path:

@@ -140,10 +140,11 @@ def finished(run: RunFolder) -> bool:
     if not run.exists() or not there:
         return False
     try:
-        state = files.read_json(there[-1] / "state.json")
+        files.verify(there[-1], "state.json")
+        state = files.read_table(there[-1] / "state.json", step=int)
     except InputError:
         return False  # training will find what is wrong with it
-    return bool(state.get("converged")) or state.get("step", 0) >= run.recipe().steps
+    return bool(state.get("converged")) or state["step"] >= run.recipe().steps
 
 
 def memory_bytes(recipe: Recipe, d_model: int) -> int:

@@ -135,7 +135,7 @@ class Study:
         """Write study.json."""
         about = {"format": FORMAT, "name": self.name, "options": dataclasses.asdict(self.options), "lm": self.acts.lm, "site": self.acts.site, "text": self.acts.text}
         figures = [dataclasses.asdict(figure) for figure in found.pop("figures")]
-        files.write_json(self.path / "study.json", {**about, **found, "figures": figures, "seconds": round(time.monotonic() - self.began, 1)})
+        files.write_json(self.path / "study.json", {**about, **found, "figures": figures, "seconds": round(time.monotonic() - self.began, 1)}, sealed=True)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
