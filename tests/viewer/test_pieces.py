@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ksparse import files
 from ksparse.errors import CorruptError
+from ksparse.files import sha256, write_json
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
 from ksparse.viewer.columns import COLUMNS
@@ -156,7 +156,7 @@ def put(run, arrays):
     """Replace the arrays of stats, and their sum in the result."""
     file = run.eval_file("stats").with_suffix(".safetensors")
     save_file(arrays, file)
-    files.write_json(run.eval_file("stats"), run.eval("stats") | {"arrays_sha256": files.sha256(file)}, sealed=True)
+    write_json(run.eval_file("stats"), run.eval("stats") | {"arrays_sha256": sha256(file)}, sealed=True)
 
 
 def test_altered_arrays_are_refused(run):
