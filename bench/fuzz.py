@@ -94,7 +94,7 @@ class World:
             pass
         self.run = RunFolder(self.base / "run")
         self.weights = {path.name: store.read(path).state_dict() for path in self.run.checkpoints()}
-        self.sae = store.load(self.run.path)
+        self.sae, self.newest = store.load(self.run.path), self.run.checkpoints()[-1].name
         self.run.append_alarm({"step": 3, "tokens": 3 * self.recipe.batch, "alarm": "dead", "value": 0.6, "limit": 0.5, "says": "…", "kept_back": 0})
         evals.write(self.run, evals.evaluate(self.sae, None, ("stats", "downstream"), EvalOptions(tokens=600, examples=2, device="cpu")))
         files.write_json(self.run.path / "labels.json", {"format": 1, "latents": {"3": {"label": "numbers", "star": True}}})
@@ -145,7 +145,7 @@ class World:
         there = run.checkpoints()
         if not there or _bytes(there[-1]) != self.final:
             return "wrong"
-        return "older" if wrong or newest is None or newest.name != self.run.checkpoints()[-1].name else "harmless"
+        return "older" if wrong or newest is None or newest.name != self.newest else "harmless"
 
     def read_shards(self, path: Path) -> str:
         found = shards.Shards(path)
@@ -358,7 +358,7 @@ class Damage:
             self.draw.choice(table["shards"]).update(file=name, sha256=digest)
         else:
             table["sha256"][name] = digest
-        files.write_json(self.file, table, sealed=True)
+        _seal(self.file, table)
         return None
 
     def _json(self, reseal: bool) -> bool | None:
@@ -376,7 +376,7 @@ class Damage:
             holder[key] = self._other(holder[key])
         if reseal:
             whole.pop(files.SEAL, None)
-            files.write_json(self.file, whole, sealed=True)
+            _seal(self.file, whole)
         else:
             self.file.write_text(json.dumps(whole))
         return None
@@ -454,7 +454,7 @@ class Damage:
                     shard["sha256"] = files.sha256(self.file)
             if "sha256" in table:
                 table["sha256"][self.file.name] = files.sha256(self.file)
-            files.write_json(manifest, table, sealed=True)
+            _seal(manifest, table)
         return None
 
     # TOML
@@ -482,6 +482,14 @@ WITH_THEIR_SUM = (Damage.other_header_with_its_sum, Damage.other_manifest)
 
 
 # ---- the count ---------------------------------------------------------------------------------------------------
+
+
+def _seal(file: Path, table: dict[str, Any]) -> None:
+    """Write a table with its sum; where it holds what JSON of ours never does, without."""
+    try:
+        files.write_json(file, table, sealed=True)
+    except ValueError:
+        file.write_text(json.dumps(table))
 
 
 def _places(value: Any) -> Any:
