@@ -157,9 +157,9 @@ class RunFolder:
                 stream.seek(0)
                 holder = stream.read().strip() or "unknown"
                 raise InputError(f"{self.path} is in use by process {holder}; wait for it, or give another --out") from None
-            stream.truncate(0)
-            stream.write(str(os.getpid()))
-            stream.flush()
+            with files.explained(self.path):
+                os.ftruncate(stream.fileno(), 0)
+                os.write(stream.fileno(), str(os.getpid()).encode())  # not buffered, or closing would meet a full disk once more
             yield
 
 

@@ -103,7 +103,8 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
 def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
     foreign.new_folder(folder)
     shown = Shown(run)
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return shown, store.load(run.path), LM(acts=shown.acts)
 
 

@@ -169,6 +169,8 @@ def _signals() -> Iterator[list[int]]:
 def _memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]} `ksparse plan` shows what the recipe needs; "
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # torch says of the machine's memory that it is out in a plain RuntimeError
+        raise OutOfMemoryError(f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} `ksparse plan` shows what the recipe needs; "
                                "a smaller --acts.mix, --acts.lm-batch or --batch needs less") from error
