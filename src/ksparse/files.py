@@ -99,9 +99,7 @@ def verify(path: Path, *names: str) -> dict[str, Any]:
 
 def check_file(folder: Path, name: str, expected: str) -> Path:
     """Return folder/name if it is a plain name whose file has the SHA-256 sum `expected`."""
-    if not isinstance(name, str) or Path(name).name != name or name == ".." or "\0" in name or len(os.fsencode(name)) > 255:
-        raise CorruptError(f"{folder / MANIFEST} names {name!r}, which is not a file of its own folder")
-    file = folder / name
+    file = folder / plain_name(name, folder / MANIFEST)
     if not file.is_file():
         raise CorruptError(f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}")
     found = sha256(file)
@@ -110,6 +108,14 @@ def check_file(folder: Path, name: str, expected: str) -> Path:
             f"{file} is damaged: its SHA-256 is {found[:12]}…, {MANIFEST} says {str(expected)[:12]}… "
             f"({file.stat().st_size:,} bytes there); use an older copy of {folder.name}")
     return file
+
+
+def plain_name(name: Any, where: Path) -> str:
+    """Return a name that a file gives another one, if that can only be beside it; raise CorruptError for a path, and for what cannot be a name."""
+    good = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name.encode()) <= 255
+    if not good:
+        raise CorruptError(f"{where} names {str(name)[:80]!r}, which is not a file of its own folder")
+    return name
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -72,6 +72,9 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     """Write the folder that Neuronpedia imports of a run's live latents; return how many latents."""
     shown, sae, lm = _opened(run, folder)
     model, source = publication.model or shown.acts.lm.replace("/", "-"), f"{_layer(shown)}-{publication.set}"
+    for name in (model, source):
+        if Path(name).name != name or name == "..":
+            raise InputError(f"{name!r} cannot be the name of a folder; give --model and --set plain names")
     home, now = folder / model / source, datetime.datetime.now(datetime.timezone.utc).isoformat()
     common = {"creatorId": publication.creator, "createdAt": now}
     release = publication.release or publication.set
