@@ -52,10 +52,12 @@ from ksparse.report import studies
 from ksparse.report import sweep as sweeps
 from ksparse.runs import RunFolder, open_run
 from ksparse.sae import store
+from ksparse.scaling import grid
 from ksparse.scaling.survey import survey
 from ksparse.suites import folder as suite
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train, train_cohort
+from ksparse.viewer.pieces import Pieces
 
 STOP = 8  # the step after which the run is stopped
 
@@ -118,6 +120,7 @@ class World:
         sweep, loss = self.base / "sweep", lambda n, k: 2.5 * n**-0.25 * k**-0.1 + 0.1
         lines = [f"r{n}-{k},{n},{k},0.001,pylm/0.3m,{loss(n, k)}" for n in (512, 1024, 2048, 4096, 8192) for k in (8, 16, 32)]
         files.write_text(sweep / "points.csv", "\n".join(["run,n,k,lr,lm,loss", *lines]) + "\n")
+        files.write_text(sweep / "sweep.toml", recipes.to_toml(recipes.from_dict({})) + '\n[grid]\n"sae.k" = [8, 16]\nseed = [0, 1]\n')
         files.write_json(sweep / "law.json", survey(sweep, draws=0).to_dict(), sealed=True)
         curve = {"label": "TopK", "x": [8.0, 16.0], "y": [0.3, 0.2], "se": [0.01, None], "reference": False}
         files.write_json(self.base / "study" / "study.json", {
@@ -132,9 +135,13 @@ class World:
     def read_run(self, path: Path) -> str:
         run = open_run(path)
         run.metrics(), run.curve(), run.alarms(), run.environment(), [run.eval(name) for name in ("stats", "downstream")]
+        grid.finished(run)
         if self.reports_left > 0 and not _same_tree(path, self.run.path, "checkpoints"):
             self.reports_left -= 1
             reports.write(run)
+            pieces = Pieces(run, 16)
+            for name in pieces.names():
+                json.dumps(pieces.get(name), allow_nan=False)
         newest, wrong = run.newest_intact()
         if newest is not None and not _equal(store.load(path).state_dict(), self.weights.get(newest.name)):
             return "wrong"
@@ -166,6 +173,7 @@ class World:
 
     def read_sweep(self, path: Path) -> str:
         sweep = sweeps.Sweep(path)
+        grid.read(path / "sweep.toml")
         sweep.rows, sweep.curves, sweep.mine, sweep.k, sweep.lms  # noqa: B018
         sweeps.tables(sweep), sweeps.compared(sweep), sweeps.point_tables(sweep), sweeps.summary(sweep)
         if self.reports_left > 0:

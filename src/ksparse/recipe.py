@@ -421,15 +421,19 @@ def check_activation(sae: SAE) -> None:
 
 def load(path: Path | str) -> Recipe:
     """Read a recipe from a TOML file."""
+    return from_dict(read_toml(path, "recipe"), where=f" in {path}")
+
+
+def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
+    """Read a TOML file; raise InputError, saying what it should have been, where it is not there or none."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"recipe {path} does not exist") from None
+        raise InputError(f"{what} {path} does not exist{advice}") from None
     except OSError as error:
-        raise InputError(f"recipe {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, tables in tables without end
-        raise InputError(f"recipe {path} is not TOML: {error}") from None
-    return from_dict(table, where=f" in {path}")
+        raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
+        raise InputError(f"{what} {path} is not TOML: {error}") from None
 
 
 def from_dict(table: dict[str, Any], where: str = "") -> Recipe:
