@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/ksparse demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: setup
 	$(BIN)/ksparse doctor

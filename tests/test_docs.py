@@ -43,8 +43,8 @@ def test_options_named_in_the_documents_exist():
 
     keys = set(flat(to_dict(Recipe()))) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
     flags = {key for file in ("README.md", "docs/paper.md", "docs/architecture.md")
-             for key in re.findall(r"--((?:acts|sae|optim|run|curve)\.[a-z0-9_.-]*[a-z0-9])", (ROOT / file).read_text())}
-    options = set(re.findall(r"`((?:acts|sae|optim|run|curve)\.[\w.]+)`", (ROOT / "docs" / "paper.md").read_text()))
+             for key in re.findall(r"--((?:acts|sae|optim|run|mesh|curve)\.[a-z0-9_.-]*[a-z0-9])", (ROOT / file).read_text())}
+    options = set(re.findall(r"`((?:acts|sae|optim|run|mesh|curve)\.[\w.]+)`", (ROOT / "docs" / "paper.md").read_text()))
     assert len(flags | options) > 12
     assert {key.replace("-", "_") for key in flags | options} <= keys
 

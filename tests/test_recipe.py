@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ksparse import recipe as recipes
 from ksparse.errors import InputError
-from ksparse.recipe import SAE, Acts, Curve, Optim, Recipe, Run, from_dict, k_aux, load, to_dict, to_toml
+from ksparse.recipe import SAE, Acts, Curve, Mesh, Optim, Recipe, Run, from_dict, k_aux, load, to_dict, to_toml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -28,7 +28,7 @@ def values(hint):
 def sections(kind):
     hints = typing.get_type_hints(kind)
     return st.builds(kind, **{name: sections(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()
-                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (SAE, "activation"), (Optim, "decay"), (Curve, "window")}})  # what other values may forbid
+                              if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (SAE, "activation"), (Optim, "decay"), (Curve, "window"), (Mesh, "capacity")}})  # what other values may forbid
 
 
 @pytest.mark.parametrize("kind", recipes.ACTIVATIONS.values())
@@ -97,6 +97,10 @@ def test_a_recipe_is_frozen():
     ({"sae": {"k": 0}}, r"sae\.k is 0; it must be at least 1"),
     ({"sae": {"auxk_share": 0}}, r"sae\.auxk_share is 0\.0; it must be above 0 and at most 1"),
     ({"sae": {"auxk_share": 1.5}}, r"sae\.auxk_share is 1\.5; it must be above 0 and at most 1"),
+    ({"mesh": {"latent": 0}}, r"mesh\.latent is 0; it must be at least 1"),
+    ({"mesh": {"data": -1}}, r"mesh\.data is -1; it must not be negative"),
+    ({"mesh": {"capacity": 0.5}}, r"mesh\.capacity is 0\.5; below 1 .* give 0 \(exact\) or at least 1"),
+    ({"mesh": {"timeout": 0}}, r"mesh\.timeout is 0\.0; it must be above 0 seconds"),
     ({"sae": {"n_latents": -1}}, r"sae\.n_latents is -1; it must be at least 1"),
     ({"tokens": 0}, r"tokens is 0; it must be at least 1"),
     ({"batch": 0}, r"batch is 0; it must be at least 1"),

@@ -20,6 +20,7 @@ KEYS = {
     "run.device", "run.kernels", "run.ahead", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.alarm_grad_norm", "run.alarm_dead", "run.alarm_dead_growth",
     "run.trust_remote_code",
+    "mesh.data", "mesh.latent", "mesh.capacity", "mesh.timeout",
     "tokens", "batch", "seed", "order", "threads",
 }
 EXIT_CODES = {"KsparseError": 1, "InputError": 2, "CorruptError": 2, "NonFiniteError": 3, "OutOfMemoryError": 4, "DiskError": 5}

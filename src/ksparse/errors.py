@@ -38,6 +38,12 @@ class DiskError(KsparseError, OSError):
     exit_code = 5
 
 
+class PeerError(KsparseError):
+    """Another process of the same run is gone, or does not answer."""
+
+    exit_code = 6
+
+
 class Interrupted(KsparseError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has saved."""
 

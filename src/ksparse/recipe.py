@@ -6,6 +6,7 @@
       optim  how it is trained: learning rate, Adam, EMA, schedule
       curve  the held-out loss along the way, and whether the run ends where it no longer falls
       run    what does not change the result: device, log, how often to save
+      mesh   how many processes share the work: parts of the batch, slices of the latents
       tokens, batch, seed, order
 
 The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/` has the paper's.
@@ -283,6 +284,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How the processes that torchrun starts share one run; data x latent of them. Another mesh may go on with a run: results agree up to rounding."""
+
+    data: int = 1
+    """Parts that each batch is cut into; 0: as many as processes / latent."""
+    latent: int = 1
+    """Slices that the latents are cut into."""
+    capacity: float = 0.0
+    """Values that a slice offers for each token, as a share of k / latent. 0: k, so that the choice is that of one process. The paper's may miss
+    some where a token's latents crowd into one slice; the log says how often."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before the run ends with an error."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run, completely."""
 
@@ -291,6 +307,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     curve: Curve = field(default_factory=Curve)
     run: Run = field(default_factory=Run)
+    mesh: Mesh = field(default_factory=Mesh)
     tokens: int = 800_000
     """Activations to train on."""
     batch: int = 1024
@@ -330,8 +347,8 @@ class Recipe:
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: everything but the section `run` and the number of threads. Two spellings of one order are one."""
-        return {key: value for key, value in to_dict(self).items() if key not in ("run", "threads")} | {"order": self.data_seed}
+        """What the result depends on: everything but the sections `run` and `mesh` and the number of threads. Two spellings of one order are one."""
+        return {key: value for key, value in to_dict(self).items() if key not in ("run", "mesh", "threads")} | {"order": self.data_seed}
 
 
 def k_aux(recipe: SAE, d_model: int) -> int:
@@ -352,7 +369,8 @@ def check(recipe: Recipe) -> None:
             raise InputError(f"{key} is {value}; it must be a finite number")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
-                "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves}
+                "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves,
+                "mesh.latent": recipe.mesh.latent}
     for key, value in positive.items():
         if value <= 0:
             raise InputError(f"{key} is {value}; it must be at least 1")
@@ -371,19 +389,24 @@ def check(recipe: Recipe) -> None:
         raise InputError("optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them")
     if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
         raise InputError(f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals")
+    if recipe.mesh.timeout <= 0:
+        raise InputError(f"mesh.timeout is {recipe.mesh.timeout}; it must be above 0 seconds")
     for key, value in {"optim.ema_span": recipe.optim.ema_span, "sae.auxk_share": sae.auxk_share}.items():
         if not 0 < value <= 1:
             raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out}
+                     "run.save_every": recipe.run.save_every, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out,
+                     "mesh.data": recipe.mesh.data}
     for key, value in at_least_zero.items():
         if value < 0:
             raise InputError(f"{key} is {value}; it must not be negative")
     for key, value in {"run.alarm_dead": recipe.run.alarm_dead, "run.alarm_dead_growth": recipe.run.alarm_dead_growth}.items():
         if not 0 <= value < 1:
             raise InputError(f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1")
+    if recipe.mesh.capacity and recipe.mesh.capacity < 1:
+        raise InputError(f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k values together; give 0 (exact) or at least 1")
     for key, value in {"optim.ema": recipe.optim.ema, "optim.beta1": recipe.optim.beta1,
                        "optim.beta2": recipe.optim.beta2, "optim.decay": recipe.optim.decay}.items():
         if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):

@@ -178,6 +178,22 @@ def _append(file: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row, allow_nan=False) + "\n")
 
 
+def piece(stem: str, index: int, of: int) -> str:
+    """Return the name of the file with slice `index` of `of` of the latents; the file of all where there is one slice."""
+    return f"{stem}.safetensors" if of == 1 else f"{stem}.{index}-of-{of}.safetensors"
+
+
+def pieces(folder: Path, stem: str) -> list[Path]:
+    """Return the files that hold the tensors of `stem`, in the order of their latents: one, or as many as there were slices."""
+    first = min(folder.glob(f"{stem}.0-of-*.safetensors"), default=None)
+    if first is None:
+        return [folder / piece(stem, 0, 1)]
+    of = first.name.removesuffix(".safetensors").rpartition("-of-")[2]
+    if not of.isdecimal() or int(of) > 100_000:
+        raise CorruptError(f"{first} is not named as a slice of an autoencoder; the folder was not written by ksparse or is damaged")
+    return [folder / piece(stem, index, int(of)) for index in range(int(of))]
+
+
 def open_run(path: Path | str) -> RunFolder:
     """Return the run in a folder; raise InputError if there is none."""
     run = RunFolder(Path(path))

@@ -113,6 +113,16 @@ def test_runs_that_did_not_converge_count_for_compute_and_rate_alone(make_sweep)
     assert "12 of 72 runs did not converge and count only for L(C) and the learning rate." in found.notes
 
 
+def test_where_too_few_converged_to_fit_alone_all_runs_count_and_the_note_says_so(make_sweep):
+    def change(row):
+        return row | ({"converged": "false", "tokens_to_convergence": ""} if row["n"] > 1_024 else {})
+
+    found = survey(make_sweep(rates=(1.0,), change=change), draws=0)
+    assert len(found.laws["nk"].cells) == 24 and len(found.laws["n"].cells) == 24
+    assert max(found.laws["tokens"].cells.columns["n"]) == 1_024
+    assert any(note.startswith("8 of 24 runs converged, too few to fit alone") for note in found.notes)
+
+
 def test_where_none_converged_the_laws_are_of_the_budgets_end_and_say_so(make_sweep):
     found = survey(make_sweep(rates=(1.0,), change=lambda row: row | {"converged": "false", "tokens_to_convergence": ""}), draws=0)
     assert len(found.laws["nk"].cells) == 24 and any("No run has converged" in note for note in found.notes)

@@ -7,6 +7,9 @@ of the text is used exactly once an epoch: a context that crosses the end of a b
 
 From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows, a new one each epoch.
 
+On a mesh the order of the data is the same. Each process runs the LM on its share of a block's contexts, the block is put together, and each
+takes its part of every batch; of shards it reads only that part.
+
 Ahead: either of them, computed by a thread of its own while training uses what is there. The same batches with the same cursors.
 """
 
@@ -28,13 +31,14 @@ from ksparse.acts.order import permutation
 from ksparse.acts.shards import Shards
 from ksparse.acts.text import Context, Corpus, Place
 from ksparse.errors import InputError, NonFiniteError
+from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Acts
 
 Cursor = dict[str, Any]  # JSON
 
 
 class Batch(NamedTuple):
-    """Raw activations x[b, d], the document of each [b], and the cursor after them."""
+    """Raw activations x[b, d], the document of each [b], and the cursor after them; on a mesh, the rows of this process's part."""
 
     x: Tensor
     documents: Tensor
@@ -77,8 +81,8 @@ class Block(NamedTuple):
 class LiveStream:
     """Activations of an LM on a text, as they are needed."""
 
-    def __init__(self, lm: LM, corpus: Corpus, *, batch: int, seed: int):
-        self.lm, self.corpus, self.batch, self.seed = lm, corpus, batch, seed
+    def __init__(self, lm: LM, corpus: Corpus, *, batch: int, seed: int, mesh: Mesh = ALONE):
+        self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
         self.per_block = max(1, corpus.acts.mix // batch)
         self._mixing: float | None = None
@@ -96,7 +100,7 @@ class LiveStream:
             order = torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
             self._measure_mixing(block, order)
             for i in range(done, self.per_block):
-                chosen = order[i * self.batch : (i + 1) * self.batch]
+                chosen = order[i * self.batch : (i + 1) * self.batch][self.mesh.part(self.batch)]
                 after = {"block": number, "place": list(start[0]), "skip": start[1], "batch": i + 1}
                 if i + 1 == self.per_block:
                     after = {"block": number + 1, "place": list(block.next[0]), "skip": block.next[1], "batch": 0}
@@ -128,23 +132,38 @@ class LiveStream:
         groups, following = self._gather(place, skip, wanted)
         x = torch.empty(wanted, self.d_model, dtype=getattr(torch, self.corpus.acts.store), device=self.lm.device)
         owners, numbers = torch.empty(wanted, dtype=torch.long), torch.empty(wanted, dtype=torch.long)
-        filled, seen = 0, 0
-        for group in groups:
+        borders, filled, seen = [0], 0, 0
+        for number, group in enumerate(groups):
             if self.halt.is_set():
                 raise Halted
             contexts = self.corpus.batch(group)
-            acts = self.lm.acts(contexts.tokens, contexts.attention)
             ids = torch.arange(seen, seen + len(group))[:, None].expand_as(contexts.keep)
             seen += len(group)
-            rows, docs, ids = acts[contexts.keep], contexts.documents[contexts.keep], ids[contexts.keep]
-            first = skip if filled == 0 and group is groups[0] else 0
+            first = skip if number == 0 else 0
             part = slice(first, first + wanted - filled)
-            rows, docs, ids = rows[part], docs[part], ids[part]
-            self._check_finite(rows, docs)
-            at = slice(filled, filled + len(rows))
-            x[at], owners[at], numbers[at] = rows, docs, ids
-            filled += len(rows)
+            docs, ids = contexts.documents[contexts.keep][part], ids[contexts.keep][part]
+            at = slice(filled, filled + len(docs))
+            owners[at], numbers[at] = docs, ids
+            if self._whose(number, len(groups)) == self.mesh.rank:
+                rows = self.lm.acts(contexts.tokens, contexts.attention)[contexts.keep][part]
+                self._check_finite(rows, docs)
+                x[at] = rows
+            filled += len(docs)
+            borders.append(filled)
+        self._share(x, borders)
         return Block(x, owners, numbers, following)
+
+    def _whose(self, group: int, groups: int) -> int:
+        """Return the process that runs the LM on one of a block's groups of contexts: runs of groups, as even as can be."""
+        return group * self.mesh.size // groups
+
+    def _share(self, x: Tensor, borders: list[int]) -> None:
+        """Put a block together: each process gives the rows of its groups to all others."""
+        groups = len(borders) - 1
+        for rank in range(self.mesh.size if self.mesh.size > 1 else 0):
+            own = [group for group in range(groups) if self._whose(group, groups) == rank]
+            if own:
+                self.mesh.spread("block", x[borders[own[0]] : borders[own[-1] + 1]].view(torch.uint8), rank)
 
     def _gather(self, place: Place, skip: int, wanted: int) -> tuple[list[list[Context]], tuple[Place, int]]:
         """Take contexts until `wanted` activations are kept; return them grouped for the LM, and where the rest begins."""
@@ -192,8 +211,8 @@ class LiveStream:
 class ShardStream:
     """Activations read back from disk."""
 
-    def __init__(self, shards: Shards, *, batch: int, seed: int, device: torch.device | str = "cpu"):
-        self.shards, self.batch, self.seed, self.device = shards, batch, seed, device
+    def __init__(self, shards: Shards, *, batch: int, seed: int, device: torch.device | str = "cpu", mesh: Mesh = ALONE):
+        self.shards, self.batch, self.seed, self.device, self.mesh = shards, batch, seed, device, mesh
         self.d_model = shards.d_model
         self._mixing: float | None = None
         self.halt = threading.Event()
@@ -204,6 +223,7 @@ class ShardStream:
             rows = self.rows(step)
             contexts = self.shards.contexts(rows)
             self._mixing = _neighbours_in(rows, contexts) / len(rows)
+            rows = rows[self.mesh.part(len(rows))]
             x = self.shards.read(rows).to(self.device)
             documents = torch.from_numpy(self.shards.documents(rows))
             bad = ~torch.isfinite(x).all(1)

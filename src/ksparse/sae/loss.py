@@ -68,7 +68,7 @@ def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, o
 def revived(sae: SAE, x: Tensor, recon: Tensor, pre_acts: Tensor, some: slice, *, dead: Tensor, k_aux: int, options: Options) -> Tensor:
     """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no use for it."""
     x, recon, pre_acts = x[some], recon[some], pre_acts[some]
-    if not options.auxk_coef or not len(dead) or not len(x):
+    if not options.auxk_coef or not sae.count(dead) or not len(x):
         return x.new_zeros(())
     predicted = sae.decoder(sae.code(x, pre_acts, k_aux, among=dead))
     return finite_or_zero(auxk(predicted, (x - recon).detach(), options.auxk_norm))

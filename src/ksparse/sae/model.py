@@ -99,6 +99,14 @@ class SAE(nn.Module):
         """The names of all its tensors."""
         return (*KEYS, *self.activation.own)
 
+    def empty(self) -> SAE:
+        """Return another of the same shape, metadata and kind, on the CPU, with weights of zero."""
+        return SAE(self.shape, self.metadata)
+
+    def count(self, latents: Tensor) -> int:
+        """Return how many latents these are, with those of other slices where this is one of several."""
+        return len(latents)
+
     @property
     def k(self) -> int:
         return self.shape.k

@@ -47,20 +47,6 @@ class Coefficient:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A form as it fits the same points; why: the reason where it cannot be fitted."""
-
-    form: Form
-    fit: Fit | None = None
-    aicc: float | None = None
-    why: str = ""
-
-    @property
-    def log_rms(self) -> float | None:
-        return None if self.fit is None else _rms(self.fit.residuals, self.fit.weights)
-
-
-@dataclass(frozen=True)
 class Foretelling:
     """How well the law fitted without the largest of a variable says them; error: mean relative; why: the reason where it cannot be said."""
 
@@ -70,6 +56,27 @@ class Foretelling:
     largest: float | None = None
     points: list[dict[str, Any]] = field(default_factory=list)
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form as it fits the same points; why: the reason where it cannot be fitted."""
+
+    form: Form
+    fit: Fit | None = None
+    aicc: float | None = None
+    why: str = ""
+    foretelling: Foretelling | None = None
+
+    @property
+    def log_rms(self) -> float | None:
+        return None if self.fit is None else _rms(self.fit.residuals, self.fit.weights)
+
+    @property
+    def foretold(self) -> str:
+        """Say how well it extrapolates, as the end of a sentence; '' where that is not known."""
+        said = self.foretelling
+        return "" if said is None or said.error is None else f"; it foretells the largest {said.variable} with a mean error of {_percent(said.error)}"
 
 
 @dataclass(frozen=True)
@@ -99,12 +106,17 @@ class Law:
     fit: Fit
     candidates: list[Candidate]
     coefficients: dict[str, Coefficient]
-    foretelling: Foretelling
     leave_one_out: float | None
 
     @property
     def log_rms(self) -> float:
         return _rms(self.fit.residuals, self.fit.weights)
+
+    @property
+    def foretelling(self) -> Foretelling:
+        found = self.candidate.foretelling
+        assert found is not None
+        return found
 
     @property
     def best(self) -> Candidate:
@@ -171,7 +183,7 @@ class Law:
             "extrapolation_error": self.foretelling.error, "extrapolation": vars(self.foretelling),
             "starts": self.fit.starts, "starts_at_best": self.fit.reached,
             "forms": [{"form": each.form.name, "equation": each.form.equation, "coefficients": len(each.form.coefficients), "log_rms": each.log_rms,
-                       "aicc": each.aicc, "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
+                       "aicc": each.aicc, "extrapolation_error": each.foretelling.error if each.foretelling else None, "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
             "best_form": self.best.form.name, "residual_correlation": self.correlation, "seed_scatter": self.cells.seed_scatter,
             "points": [{**{name: plain(column[i]) for name, column in self.cells.columns.items()}, self.kind.target: float(self.cells.value[i]),
                         "runs": int(self.cells.count[i]), "fitted": math.exp(values[i]), "residual": float(self.fit.residuals[i])}
@@ -187,7 +199,7 @@ class Law:
         if mine.aicc is not None and best.aicc is not None and best.form.name != self.form.name:
             gap = mine.aicc - best.aicc
             said.append(f"Of the forms tried, {best.form.name} ({best.form.equation}) {'fits best' if gap > _CLOSE else 'does about as well'}: "
-                        f"log-RMS {best.log_rms:.4f}, AICc lower by {gap:.1f}.")
+                        f"log-RMS {best.log_rms:.4f}, AICc lower by {gap:.1f}" + best.foretold + ".")
         elif mine.aicc is not None and len([each for each in self.candidates if each.aicc is not None]) > 1:
             said.append("No other form that was tried has a lower AICc.")
         said += self._irreducible()
@@ -224,11 +236,11 @@ def fit(points: Columns, law: str = "nk", *, form: str = "paper", draws: int = D
     """
     kind = law_of(law)
     found = cells(kind, _checked(kind, points))
-    candidates = [_candidate(each, found) for each in forms(law, found.columns)]
+    candidates = [_candidate(kind, each, found) for each in forms(law, found.columns)]
     chosen = _choose(kind, candidates, form, found)
     assert chosen.fit is not None
     return Law(kind, chosen.form, found, chosen.fit, candidates, _coefficients(chosen, found, draws, seed),
-               _foretell(kind, chosen.form, found), _leave_one_out(chosen.fit, found.cluster))
+               _leave_one_out(chosen.fit, found.cluster))
 
 
 def evaluate(found: dict[str, Any], at: Columns) -> np.ndarray:
@@ -275,14 +287,14 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
     return columns
 
 
-def _candidate(form: Form, found: Cells) -> Candidate:
+def _candidate(kind: LawKind, form: Form, found: Cells) -> Candidate:
     why = lacking(form, found.columns, found.weight)
     if why:
         return Candidate(form, why=why)
     fitted = solve.fit(form.terms(found.columns), np.log(found.value), weights=found.weight)
     m, p = float(found.weight.sum()), len(form.coefficients) + 1
     aicc = m * math.log(max(_rms(fitted.residuals, fitted.weights), 1e-12) ** 2) + 2 * p + 2 * p * (p + 1) / (m - p - 1) if m > p + 1 else None
-    return Candidate(form, fitted, aicc)
+    return Candidate(form, fitted, aicc, foretelling=_foretell(kind, form, found))
 
 
 def lacking(form: Form, columns: Columns, weight: np.ndarray) -> str:

@@ -2,9 +2,9 @@
 
     survey(folder) -> Survey     laws by name, sentences on what was left out, the frontier of compute
 
-    nk, n     each (n, k) at its best learning rate; converged runs, where there are any
+    nk, n     each (n, k) at its best learning rate; of converged runs alone where they have enough n, else as all runs ended
     s         the same at one k, of each LM
-    tokens    the same runs: what they took to converge
+    tokens    what those of them that converged took to
     lr        of each (n, k) whose best rate has worse ones on both sides: the vertex of the parabola through the three, in logs
     c         the points of all curves of one k that no other point beats with less compute
     optimal   where along them the best n goes over to the next: (C, geometric mean of the two)
@@ -159,6 +159,8 @@ WANTED = {
     "optimal": "the best n does not change along the curves; longer runs, or runs of other n, would add it",
 }
 """What would add a law for which there is no point at all."""
+ENOUGH = 4
+"""Sizes n at each k that tell a power with an irreducible term from one without, and leave one to foretell."""
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def _name(rows: Columns, i: int) -> str:
 
 
 def _of_subject(found: _Rows) -> dict[str, np.ndarray]:
-    """Return the runs at their best learning rate: converged ones, where there are any."""
+    """Return the runs at their best learning rate: converged ones, where there are enough."""
     return best_lr(_converged(_mine(found), found.notes), ("n", "k"))
 
 
@@ -211,8 +213,13 @@ def _converged(rows: dict[str, np.ndarray], notes: list[str]) -> dict[str, np.nd
     if not yes.any():
         _say(notes, "No run has converged: L(N) and L(N, k) are of losses at the end of each run's budget, which larger n, slower to converge, suffer from more.")
         return rows
-    if not yes.all():
-        _say(notes, f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the learning rate.")
+    if yes.all():
+        return rows
+    if min(len(np.unique(rows["n"][yes & (rows["k"] == k)])) for k in np.unique(rows["k"])) < ENOUGH:
+        _say(notes, f"{yes.sum()} of {len(yes)} runs converged, too few to fit alone (not {ENOUGH} n at each k): L(N) and L(N, k) are of all runs as they ended, "
+                    "at convergence or at the end of the budget, which larger n, slower to converge, suffer from more.")
+        return rows
+    _say(notes, f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the learning rate.")
     return take(rows, yes)
 
 

@@ -5,24 +5,33 @@
     state.json                  step, tokens, the stream's cursor, threads, constants
     manifest.json               SHA-256 sums of the others
 
+Where the latents are cut into slices, each process writes the rows of its own (sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same
+folder, which the first process commits once all are there. Any mesh reads what any mesh wrote: the rows that it wants, from whichever files hold them.
+
 There is no random state: after initialisation nothing is drawn, and the data's order is a function of seed and cursor.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ksparse import files
-from ksparse.errors import DiskError, InputError
-from ksparse.runs import RunFolder
+from ksparse.errors import DiskError, InputError, PeerError
+from ksparse.mesh import ALONE, Mesh
+from ksparse.runs import RunFolder, piece
 from ksparse.sae import store
+from ksparse.sae.model import Shape
 from ksparse.training.optim import Optimizer
 
 
@@ -42,44 +51,136 @@ class State:
     cursor: dict[str, Any] | None = None
     seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
+    mesh: list[int] = field(default_factory=lambda: [1, 1])
+    """Parts of the batch and slices of the latents in the process that this was read from; kept in the file where there are several."""
 
 
 STATE = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
 """The keys that state.json must have."""
 
 
-def save(run: RunFolder, state: State, optimizer: Optimizer) -> Path:
-    """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
-    recipe = optimizer.recipe
-    path = run.checkpoint(state.step)
-    facts = {key: value for key, value in vars(state).items() if key != "since"}
-    sae = optimizer.averaged()
-    sae.metadata |= {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,
-                     "dead_fraction_training": dead_fraction(state, recipe.dead_after)}
-    with files.committed(path, step=state.step, recipe=recipe.identity()) as tmp:
-        store.write(sae, tmp)
-        tensors = {**optimizer.tensors(), "since": state.since}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, tmp / "optim.safetensors")
-        files.write_json(tmp / "state.json", {**facts, "updates": optimizer.updates})
-    there = run.checkpoints()
-    newest = there.index(path) + 1
-    for old in (*there[: max(0, newest - recipe.run.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
-        files.remove(old)
-    return path
+class Saver:
+    """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is raised by the next call."""
+
+    def __init__(self, mesh: Mesh = ALONE, *, behind: bool = False):
+        self.mesh, self.behind = mesh, behind
+        self.thread: threading.Thread | None = None
+        self.wrong: BaseException | None = None
+
+    def save(self, run: RunFolder, state: State, optimizer: Optimizer) -> None:
+        """Take what is to be saved, and write it, now or while training goes on."""
+        self.wait()
+        taken = take(run, state, optimizer, copied=self.behind)
+        if not self.behind:
+            commit(run, taken, self.mesh)
+            return
+        self.thread = threading.Thread(target=self._work, args=(run, taken), name="ksparse-saver")
+        self.thread.start()
+
+    def _work(self, run: RunFolder, taken: Taken) -> None:
+        try:
+            commit(run, taken, self.mesh)
+        except BaseException as error:  # whatever it is, whoever saves next is to have it
+            self.wrong = error
+
+    def wait(self) -> None:
+        """Wait until what was given is saved; raise what went wrong."""
+        self.finish()
+        wrong, self.wrong = self.wrong, None
+        if wrong is not None:
+            raise wrong
+
+    def finish(self) -> None:
+        """Wait, whatever comes of it."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
 
 
-def dead_fraction(state: State, dead_after: int) -> float:
-    """Return the share of latents that have not been active for `dead_after` tokens."""
-    return (state.since >= dead_after).float().mean().item()
+class Taken(NamedTuple):
+    """A checkpoint in memory: the whole's shape, metadata and facts, and tensors of this process's slice."""
+
+    shape: Shape
+    metadata: dict[str, Any]
+    facts: dict[str, Any]
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    recipe: dict[str, Any]
+    keep: int
+
+
+def take(run: RunFolder, state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
+    """Return what is to be saved; copies on the CPU, so that training may go on, where that is asked for."""
+    recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
+    facts = {key: value for key, value in vars(state).items() if key != "since" and not (key == "mesh" and mesh.size == 1)}
+    if mesh.size > 1:
+        facts["mesh"] = [mesh.data, mesh.latent]
+    metadata = sae.metadata | {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,
+                               "dead_fraction_training": dead_fraction(state, recipe.dead_after, mesh)}
+    tensors = {key: value.detach().to("cpu", copy=True) if copied else value for key, value in {**optimizer.tensors(), "since": state.since}.items()}
+    return Taken(replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent), metadata, copy.deepcopy({**facts, "updates": optimizer.updates}),
+                 {key: getattr(sae, key).detach() for key in sae.keys}, tensors, recipe.identity(), recipe.run.keep)
+
+
+def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
+    """Commit a checkpoint and remove all but the newest `run.keep`."""
+    path = run.checkpoint(taken.facts["step"])
+    with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
+        if mesh.data_rank == 0:
+            store.write_weights(taken.weights, tmp / piece("sae", mesh.latent_rank, mesh.latent))
+            save_file({key: value.contiguous() for key, value in taken.tensors.items()}, tmp / piece("optim", mesh.latent_rank, mesh.latent))
+        if mesh.first:
+            store.write_shape(taken.shape, taken.metadata, tmp)
+            files.write_json(tmp / "state.json", taken.facts)
+    if mesh.first:
+        there = run.checkpoints()
+        newest = there.index(path) + 1
+        for old in (*there[: max(0, newest - taken.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
+            files.remove(old)
+
+
+@contextmanager
+def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
+    """Yield, on every process, the temporary folder that the first one commits once all have written; where one fails, nothing is committed."""
+    if mesh.size == 1:
+        with files.committed(path, **facts) as tmp:
+            yield tmp
+        return
+    named = False
+    try:
+        with files.committed(path, **facts) if mesh.first else nullcontext() as tmp:
+            name = mesh.told("folder", tmp.name if tmp else "", "save")
+            named = True
+            if not name:
+                raise PeerError(f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message says why")
+            written = False
+            try:
+                with files.explained(path):
+                    yield path.parent / name
+                written = True
+            finally:
+                failed = mesh.agree("written", [int(not written)], "save")[0]
+            if failed:
+                raise PeerError(f"checkpoint {path} was given up: another process could not write its slice; its own message says why")
+    finally:
+        if mesh.first and not named:
+            mesh.told("folder", "", "save")
+
+
+def dead_fraction(state: State, dead_after: int, mesh: Mesh = ALONE) -> float:
+    """Return the share of latents, over all slices, that have not been active for `dead_after` tokens."""
+    share = (state.since >= dead_after).float().mean()
+    return (mesh.sum("dead", share, "latent") / mesh.latent).item()
 
 
 def load(path: Path, optimizer: Optimizer) -> State:
-    """Restore the optimiser from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
+    """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
     facts = files.read_table(path / "state.json", **STATE)
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
-    tensors = store.tensors(path / "optim.safetensors", shapes | {"since": (sae.shape.n_latents,)})
+    mesh, n = optimizer.mesh, sae.shape.n_latents
+    tensors = store.rows_of(path, "optim", shapes | {"since": (n,)}, mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
     optimizer.restore(tensors, facts.pop("updates"))
     return State(since=tensors["since"].to(sae.W_enc.device), **facts)
 
@@ -89,7 +190,7 @@ def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
     needed = 0
     for run, optimizer in runs:
         weights, keep = sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4, optimizer.recipe.run.keep
-        needed += weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints())))
+        needed += weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints()))) * optimizer.mesh.latent
     path = runs[0][0].path
     free = shutil.disk_usage(path).free
     if free < needed:

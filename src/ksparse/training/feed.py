@@ -23,6 +23,7 @@ from ksparse.acts.shards import Shards
 from ksparse.acts.stream import Ahead, Batch, LiveStream, ShardStream, Stream
 from ksparse.acts.text import Corpus
 from ksparse.errors import InputError
+from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Recipe
 from ksparse.sae.init import center
 from ksparse.sae.normalize import dataset_factor, normalize
@@ -46,11 +47,12 @@ class Look(NamedTuple):
 class Feed:
     """One stream of activations for one SAE or many."""
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.recipe, self.device = recipe, device
-        self.source, self.policy = open_stream(recipe, device)
+    def __init__(self, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE):
+        self.recipe, self.device, self.mesh = recipe, device, mesh
+        self.source, self.policy = open_stream(recipe, device, mesh)
         depth = SHARD_BATCHES if isinstance(self.source, ShardStream) else getattr(self.source, "per_block", 1)
-        self.stream = Ahead(self.source, depth) if ahead(recipe, device.type) else self.source
+        together = mesh.size > 1 and not recipe.acts.shards  # then processes compute a block together, between two steps
+        self.stream = Ahead(self.source, depth) if ahead(recipe, device.type) and not together else self.source
         self.waited = 0.0  # seconds
         self._centers: dict[str, Tensor] = {}
 
@@ -93,18 +95,18 @@ class Feed:
         return LiveStream(lm, Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT), batch=rows, seed=0).sample(rows)
 
 
-def open_stream(recipe: Recipe, device: torch.device) -> tuple[Stream, dict[str, Any]]:
+def open_stream(recipe: Recipe, device: torch.device, mesh: Mesh = ALONE) -> tuple[Stream, dict[str, Any]]:
     """Return the stream of activations that a recipe names, and the policy by which they are kept."""
     acts = recipe.acts
     if acts.shards:
         shards = Shards(acts.shards)
         shards.check_fits(acts)
-        return ShardStream(shards, batch=recipe.batch, seed=recipe.data_seed, device=device), shards.manifest["policy"]
+        return ShardStream(shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh), shards.manifest["policy"]
     if acts.mix < recipe.batch:
         raise InputError(f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches")
     lm = LM(acts=acts, device=str(device), trust_remote_code=recipe.run.trust_remote_code)
     corpus = Corpus(acts, lm.tokenizer, "train")
-    return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.data_seed), corpus.policy()
+    return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.data_seed, mesh=mesh), corpus.policy()
 
 
 def ahead(recipe: Recipe, device: str) -> bool:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import fast, native
+from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
+from ksparse.sae.sliced import SlicedSAE
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
 PIECE = PRE_ACTS
@@ -111,8 +113,8 @@ class Extra(NamedTuple):
 class ExplicitOptimizer(Optimizer):
     """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents twice. Without Multi-TopK."""
 
-    def __init__(self, sae: SAE, recipe: Recipe):
-        super().__init__(sae, recipe)
+    def __init__(self, sae: SAE, recipe: Recipe, mesh: Mesh = ALONE):
+        super().__init__(sae, recipe, mesh)
         self.pending: Pending | None = None
         self.buffers: dict[str, Tensor] = {}
 
@@ -125,14 +127,17 @@ class ExplicitOptimizer(Optimizer):
         values, indices = self.choose(x - sae.b_pre)
         error = self._buffer("error", x.shape)
         square, slopes = self._decode(x, values, indices, error)
-        nmse = square.double().mean() / x.shape[1] / baseline
+        whole = len(x) * self.mesh.data
+        nmse = self.mesh.sum("loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data")
         aux, extra = nmse.new_zeros(()), None
-        if options.auxk_coef and len(dead) and torch.isfinite(nmse):
-            some = slice(auxk_tokens(options, len(x)))
-            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux)
+        if options.auxk_coef and sae.count(dead) and torch.isfinite(nmse):
+            wanted = auxk_tokens(options, whole)
+            some = slice(max(0, wanted - self.mesh.part(whole).start))
+            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux, wanted)
         total = nmse + options.auxk_coef * aux
-        scale = 2 / (len(x) * x.shape[1] * baseline)
+        scale = 2 / (whole * x.shape[1] * baseline)
         finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
+        finite = not self.mesh.agree("finite", [int(not finite)])[0]
         self.pending = Pending(x, error, values, indices, slopes, scale, finite, extra)
         return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
 
@@ -141,7 +146,14 @@ class ExplicitOptimizer(Optimizer):
         count = math.ceil(len(centred) * self.sae.shape.n_latents / self._piece())
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
-        return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
+        values, indices = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
+        return self._surviving(values, self.sae.shape.k), indices
+
+    def _surviving(self, values: Tensor, k: int, among: Tensor | None = None) -> Tensor:
+        """Return values[b, <= k] of a slice, those that are not among the k largest of all slices as 0."""
+        if not isinstance(self.sae, SlicedSAE):
+            return values
+        return torch.where(self.sae.survivors(values, k, self.sae.offer(k, among)), values, 0.0)
 
     def _piece(self) -> int:
         """Return how many numbers of the product may be in memory at once."""
@@ -155,7 +167,7 @@ class ExplicitOptimizer(Optimizer):
         sae = self.sae
         product = self._buffer("product", (len(centred), sae.shape.n_latents))
         torch.mm(centred, sae.W_enc.detach().t(), out=product)
-        return self._select(product, sae.b_enc.detach(), sae.shape.k)
+        return self._select(product, sae.b_enc.detach(), sae.offer(sae.shape.k) if isinstance(sae, SlicedSAE) else sae.shape.k)
 
     def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest of product + bias; the product may be overwritten."""
@@ -165,31 +177,40 @@ class ExplicitOptimizer(Optimizer):
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its product with each chosen decoder row [b, k])."""
         sae = self.sae
-        torch.add(fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), sae.b_pre.detach(), out=error).sub_(x)
+        recon = self.mesh.sum("recon", fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent")
+        torch.add(recon, sae.b_pre.detach(), out=error).sub_(x)
         return error.square().sum(1), fast.gather_dot(error, indices, sae.W_dec.detach()).mul_(values > 0)
 
     # ---- AuxK on the dead rows alone
 
-    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int) -> tuple[Tensor, Extra | None]:
-        """Return the loss and its gradient: everything here is dense, but over the dead latents only."""
+    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int) -> tuple[Tensor, Extra | None]:
+        """Return the loss over `tokens` of the batch, of which these are this process's, and its gradient: dense, but over the dead latents only."""
         sae, options = self.sae, self.recipe.sae
         W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
-        if k_aux < len(dead):
-            values, indices = self._select(z, z.new_zeros(len(dead)), k_aux)
+        if k_aux < sae.count(dead):
+            values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
+            values = self._surviving(values, k_aux, dead)
             z.zero_().scatter_(1, indices.long(), values)
-        difference = torch.mm(z, W_dec).add_(error)  # the prediction less x - recon
+        difference = self.mesh.sum("recon", torch.mm(z, W_dec), "latent").add_(error)  # the prediction less x - recon
         tiny = torch.finfo(error.dtype).tiny
         if options.auxk_norm == "token":
-            weights = 1 / error.square().sum(1).clamp_min(tiny) / len(error)
+            weights = 1 / error.square().sum(1).clamp_min(tiny) / tokens
         else:
-            weights = error.new_full((len(error),), 1 / ((error - error.mean(0)).square().mean().clamp_min(tiny).item() * error.numel()))
-        loss = (difference.square().sum(1) * weights).double().sum()
+            weights = error.new_full((len(error),), 1 / (self._spread(error, tokens).clamp_min(tiny).item() * tokens * error.shape[1]))
+        loss = self.mesh.sum("loss", (difference.square().sum(1) * weights).double().sum(), "data")
         if not torch.isfinite(loss):
             return loss.new_zeros(()), None
         slope = difference.mul_((2 * options.auxk_coef * weights)[:, None])
         inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
         return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
+
+    def _spread(self, error: Tensor, tokens: int) -> Tensor:
+        """Return the variance over `tokens` of the batch, averaged over components, from this process's error[<= tokens, d]."""
+        if self.mesh.data == 1:
+            return (error - error.mean(0)).square().mean()
+        mean = self.mesh.sum("spread", error.sum(0), "data") / tokens
+        return self.mesh.sum("spread", (error - mean).square().sum(), "data") / (tokens * error.shape[1])
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
@@ -211,23 +232,29 @@ class ExplicitOptimizer(Optimizer):
         self.pending = None
         if not pending.finite:
             return math.nan
-        n = sae.shape.n_latents
+        n, mesh = sae.shape.n_latents, self.mesh
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
-        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error)
         sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.x - sae.b_pre)
+        if extra is not None:
+            sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
+        sums = [mesh.start_sum("W_enc", sae.W_enc.grad, "data")]  # on its way while the decoder's is computed
+        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error)
         g_bias = fast.scatter_sum(lists, slopes)
         along = fast.scatter_sum(lists, values * pending.slopes)  # <gradient, row>, for nothing
         if extra is not None:
             sae.W_dec.grad.index_add_(0, extra.latents, extra.dec)
-            sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
             g_bias.index_add_(0, extra.latents, extra.bias)
             along.index_add_(0, extra.latents, (extra.dec * sae.W_dec[extra.latents]).sum(1))
         if self.recipe.sae.unit_norm:
             sae.W_dec.grad.addcmul_(sae.W_dec, along[:, None], value=-1)
-        sae.b_pre.grad = pending.scale * pending.error.sum(0) - g_bias @ sae.W_enc
+        sums.append(mesh.start_sum("W_dec", sae.W_dec.grad, "data"))
+        mesh.sum("b_enc", g_bias, "data")
+        sae.b_pre.grad = mesh.sum("b_pre", pending.scale * pending.error.sum(0), "data") - mesh.sum("b_pre_encoder", g_bias @ sae.W_enc, "latent")
         sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
-        return clip_(sae, self.recipe.optim.clip)
+        for wait in sums:
+            wait()
+        return clip_(sae, self.recipe.optim.clip, mesh)
 
 
 class ScreenedOptimizer(ExplicitOptimizer, ABC):

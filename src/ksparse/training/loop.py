@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from ksparse import files
+from ksparse import mesh as mesh_of
 from ksparse.acts.lm import resolve_device
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.recipe import Recipe, differences, to_toml
@@ -41,30 +43,32 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
 
 def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
                  observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
-                 open_feed: Callable[[Recipe, torch.device], Feed] = Feed) -> list[RunFolder]:
+                 open_feed: Callable[..., Feed] = Feed) -> list[RunFolder]:
     """Train SAEs that differ in anything but where their activations come from; each leaves a run as if it had been trained alone.
 
     The LM and the normalisation run once for all. Members may be finished, at different steps, or new: the stream begins where the least
     advanced one needs it, and each takes part from its own step on. A member whose loss is not finite leaves; the others go on, and its
     error is raised at the end. recipes must agree in `acts`, `batch`, the order of the data, device and threads.
-    open_feed: gives what they are trained on, where that is not what `acts` says.
+    open_feed: called with the recipe, the device, and the mesh where there are several processes; gives what they are trained on, where that is
+    not what `acts` says.
     """
     common, runs = shared(recipes), [RunFolder(Path(out)) for out in outs]
     with ExitStack() as stack, _memory_explained(common):
-        for run, recipe in zip(runs, recipes, strict=True):
-            stack.enter_context(run.locked())
-            checkpoint.check_same(run, recipe) if run.exists() else begin(run, recipe)
+        device = mesh_of.local_device(resolve_device(common.run.device))
+        mesh = stack.enter_context(mesh_of.opened(common, device))
+        mesh.once("begin", lambda: _claim(stack, runs, recipes))
         stop = stack.enter_context(_signals())
-        device = torch.device(resolve_device(common.run.device))
         threads(common.threads)
-        members = [Member(run, recipe, device) for run, recipe in zip(runs, recipes)]
+        saver = checkpoint.Saver(mesh, behind=mesh.size > 1 or not device.startswith("cpu"))
+        stack.callback(saver.finish)
+        members = [Member(run, recipe, torch.device(device), saver) for run, recipe in zip(runs, recipes)]
         going = [member for member in members if not member.ended]
         if not going:
             return runs
-        feed = open_feed(common, device)
+        feed = open_feed(common, torch.device(device), mesh) if mesh.size > 1 else open_feed(common, torch.device(device))
         for member in going:
             member.join(feed, observe)
-        checkpoint.check_room([(member.run, member.optimizer) for member in going])
+        mesh.once("room", lambda: checkpoint.check_room([(member.run, member.optimizer) for member in going]))
         began = time.monotonic()
 
         least = min((member.state for member in going), key=lambda state: state.step)
@@ -78,11 +82,15 @@ def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
                 member.step(batch, x)
             for member in now:
                 member.log(batch, x)
-                if stop or member.ended or member.due():
+            signum, *due = mesh.agree("stop", [stop[0] if stop else 0, *(int(member.due()) for member in now)])
+            for member, wanted in zip(now, due):
+                if signum or wanted or member.ended:
                     member.save()
             going = [member for member in going if not member.ended and not member.failed]
-            if stop and going:
-                raise Interrupted(_stopped(going, time.monotonic() - began), stop[0])
+            if signum and going:
+                saver.wait()
+                raise Interrupted(_stopped(going, time.monotonic() - began), signum)
+        saver.wait()
     for member in members:
         if member.failed:
             raise member.failed
@@ -109,8 +117,15 @@ def _stream_of(recipe: Recipe) -> dict[str, Any]:
     """Return what the members of a cohort have in common."""
     identity = recipe.identity()
     return {"acts": identity["acts"], "batch": recipe.batch, "order": recipe.data_seed, "threads": recipe.threads,
-            "curve": {"held_out": recipe.curve.held_out},
+            "curve": {"held_out": recipe.curve.held_out}, "mesh": asdict(recipe.mesh),
             "run": {key: getattr(recipe.run, key) for key in ("device", "trust_remote_code")}}
+
+
+def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
+    """Lock the runs, and begin those that are new."""
+    for run, recipe in zip(runs, recipes, strict=True):
+        stack.enter_context(run.locked())
+        checkpoint.check_same(run, recipe) if run.exists() else begin(run, recipe)
 
 
 def begin(run: RunFolder, recipe: Recipe) -> None:

@@ -14,19 +14,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ksparse import files
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import gpu, native
+from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import WITH_AUXK, Recipe, auxk_tokens, k_aux
 from ksparse.runs import RunFolder
 from ksparse.sae.init import initialize_
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Shape
+from ksparse.sae.sliced import SlicedSAE, slice_of, slice_shape
 from ksparse.training import checkpoint, curve, flops
 from ksparse.training.alarms import Alarms
 from ksparse.training.checkpoint import State
@@ -44,11 +48,11 @@ AUDITED = 64  # tokens of a logged step on which a screen is held against the ex
 class Member:
     """An SAE that trains on the batches it is given."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, device: torch.device):
-        self.run, self.recipe, self.device = run, recipe, device
+    def __init__(self, run: RunFolder, recipe: Recipe, device: torch.device, saver: checkpoint.Saver):
+        self.run, self.recipe, self.device, self.saver, self.mesh = run, recipe, device, saver, saver.mesh
         self.failed: NonFiniteError | None = None
         self.points = curve.points(recipe)
-        restored = restore(run, recipe, device)
+        restored = restore(run, recipe, device, self.mesh)
         self.state, self.optimizer = restored if restored else (None, None)
 
     @property
@@ -60,8 +64,8 @@ class Member:
         """Begin to take part."""
         self.feed = feed
         if self.state is None:
-            self.state, self.optimizer = start(self.recipe, feed)
-        self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)]
+            self.state, self.optimizer = start(self.recipe, feed, self.mesh)
+        self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)] if self.mesh.first else []
         self.curve = self.run.curve()
         self.alarms = Alarms(self.recipe, self.run.metrics())
         self.held_out = feed.held_out if self.points else None
@@ -75,10 +79,10 @@ class Member:
         self.part = backward(self.optimizer, x, state, recipe)
         self.grad_norm = self.optimizer.step(state.step) if math.isfinite(self.part.total) else math.nan
         if math.isfinite(self.grad_norm):
-            count(state, self.part, len(x))
+            count(state, self.part, recipe.batch, self.mesh)
         else:
             self._skip(batch)
-        state.tokens += len(x)
+        state.tokens += recipe.batch
         state.cursor = batch.cursor
 
     def log(self, batch: Batch, x: Tensor) -> None:
@@ -92,12 +96,12 @@ class Member:
         if state.step % recipe.run.log_every == 0 or state.step == 1 or self.ended:
             now = time.monotonic()
             state.seconds = self.spent + now - self.began
-            row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing()) | self.optimizer.audit(x[:AUDITED]) | {
+            row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing(), self.optimizer) | self.optimizer.audit(x[:AUDITED]) | {
                 "waiting": self.feed.waited / max(now - self.began, 1e-9), "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9), "seconds": state.seconds}
             for each in self.send:
                 each(row)
             dead = row["dead"]
-        for alarm in self.alarms.see(state.step, state.tokens, self.grad_norm, dead):
+        for alarm in self.alarms.see(state.step, state.tokens, self.grad_norm, dead) if self.mesh.first else ():
             log.warning("step %s: %s%s", f"{state.step:,}", alarm["says"], f" ({alarm['kept_back']:,} more such steps since the last warning)" if alarm["kept_back"] else "")
             self.run.append_alarm(alarm)
 
@@ -109,21 +113,22 @@ class Member:
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
         row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
-                "l0": l0(self.part), "dead": checkpoint.dead_fraction(state, recipe.dead_after)}
-        self.run.append_curve(row)
-        self.curve.append(row)
-        state.converged = curve.converged(self.curve, recipe.curve)
+                "l0": l0(self.part, self.mesh), "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh)}
+        if self.mesh.first:
+            self.run.append_curve(row)
+            self.curve.append(row)
+        state.converged = bool(self.mesh.agree("converged", [int(self.mesh.first and curve.converged(self.curve, recipe.curve))])[0])
 
     def due(self) -> bool:
-        """Return whether it is time for a checkpoint."""
-        return due(self.state.step, self.saved, self.recipe)
+        """Return whether it is time for a checkpoint; the first process has the clock."""
+        return self.mesh.first and due(self.state.step, self.saved, self.recipe)
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Save a checkpoint."""
         if self.failed:
             return
         self.state.seconds = self.spent + time.monotonic() - self.began
-        checkpoint.save(self.run, self.state, self.optimizer)
+        self.saver.save(self.run, self.state, self.optimizer)
         self.saved = time.monotonic()
 
     def _skip(self, batch: Batch) -> None:
@@ -131,6 +136,7 @@ class Member:
         state = self.state
         self.optimizer.forget()
         if self.recipe.run.on_nonfinite == "stop":
+            self.saver.wait()
             names = self.feed.stream.document_names(batch.documents)
             last = self.run.newest_intact()[0]
             self.failed = NonFiniteError(
@@ -145,45 +151,67 @@ class Member:
 # ---- the parts, in the order of their use ------------------------------------------------------------------------
 
 
-def restore(run: RunFolder, recipe: Recipe, device: torch.device) -> tuple[State, Optimizer] | None:
-    """Return what the newest intact checkpoint holds, or None if there is none."""
-    from ksparse import files
-    from ksparse.sae.store import read
+def restore(run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE) -> tuple[State, Optimizer] | None:
+    """Return what the newest intact checkpoint holds, or None if there is none; on a mesh, of the same one, this process's slice."""
+    from ksparse.sae.store import read_shape
 
+    path: Path | None = None
+
+    def find() -> None:
+        nonlocal path
+        path = newest(run)
+
+    mesh.once("checkpoint", find)
+    step = int(mesh.told("step", path.name.rpartition("-")[2] if path else "-1"))
+    if step < 0:
+        return None
+    path = run.checkpoint(step)
+    shape, metadata = read_shape(path)
+    sae = SAE(shape, metadata) if mesh.latent == 1 else SlicedSAE(slice_shape(shape, mesh), metadata, mesh=mesh, capacity=recipe.mesh.capacity)
+    optimizer = open_optimizer(sae.to(device), recipe, mesh)
+    state = checkpoint.load(path, optimizer)
+    if state.mesh == [mesh.data, mesh.latent]:
+        torch.set_num_threads(state.threads)
+    elif mesh.first:
+        log.info("begun on a mesh of %s x %s, going on on one of %s x %s", *state.mesh, mesh.data, mesh.latent)
+    state.mesh, state.threads = [mesh.data, mesh.latent], torch.get_num_threads()
+    log.info("going on after step %s", f"{state.step:,}")
+    return state, optimizer
+
+
+def newest(run: RunFolder) -> Path | None:
+    """Clean up after a process that was killed, and return the newest intact checkpoint; lines of later steps are dropped."""
     for folder in (run.path, run.path / "checkpoints"):
         files.remove_leftovers(folder)
     path, wrong = run.newest_intact()
     for message in wrong:
         log.warning("%s", message)
-    if path is None:
-        run.forget_after(0)
-        return None
-    used = read(path)
-    optimizer = open_optimizer(SAE(used.shape, used.metadata).to(device), recipe)
-    state = checkpoint.load(path, optimizer)
-    torch.set_num_threads(state.threads)
-    run.forget_after(state.step)
-    log.info("going on after step %s", f"{state.step:,}")
-    return state, optimizer
+    run.forget_after(int(path.name.rpartition("-")[2]) if path else 0)
+    return path
 
 
-def start(recipe: Recipe, feed: Feed) -> tuple[State, Optimizer]:
-    """Initialise an SAE from the first activations (which does not move the stream)."""
+def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimizer]:
+    """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a slice of the same SAE."""
     look = feed.look
     shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
     sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
-                      "ksparse": version("ksparse")}).to(feed.device)
-    initialize_(sae, look.x, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=feed.center(recipe.sae.b_pre_init))
+                      "ksparse": version("ksparse")})
+    sae = sae if mesh.latent > 1 else sae.to(feed.device)  # the whole may be too large for one device
+    sample, b_pre = look.x.to(sae.W_enc.device), feed.center(recipe.sae.b_pre_init)
+    initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
+    sae = slice_of(sae, mesh, recipe.mesh.capacity).to(feed.device)
     log.info("learning rate %.2g (%s); latents are dead after %s tokens", recipe.lr,
              "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)", f"{recipe.dead_after:,}")
-    state = State(since=torch.zeros(recipe.sae.n_latents, dtype=torch.long, device=feed.device), baseline=look.baseline)
-    return state, open_optimizer(sae, recipe)
+    state = State(since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=feed.device), baseline=look.baseline, mesh=[mesh.data, mesh.latent])
+    return state, open_optimizer(sae, recipe, mesh)
 
 
-def open_optimizer(sae: SAE, recipe: Recipe) -> Optimizer:
-    """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd."""
+def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
+    """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd; on a mesh one of the last two."""
     screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    if mesh.size > 1:
+        return ExplicitOptimizer(sae, recipe, mesh) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe, mesh)
     if kernels == "triton":
         if not written_out or not gpu.usable(device) or screen == "int8":
             raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton, TopK without Multi-TopK, and optim.screen 'off', 'auto' or "
@@ -209,33 +237,39 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
     dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
     wanted = k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
-        state.flops_auxk += auxk_tokens(recipe.sae, len(x)) * flops.auxk(min(wanted, len(dead)), x.shape[1])
+        tokens = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data)
+        state.flops_auxk += tokens * flops.auxk(min(wanted, optimizer.sae.count(dead)), x.shape[1])
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
 
-def count(state: State, part: Losses, tokens: int) -> None:
+def count(state: State, part: Losses, tokens: int, mesh: Mesh = ALONE) -> None:
     """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
     state.since += tokens
     fired = torch.bincount(part.code.indices.flatten(), part.code.values.flatten(), len(state.since)) > 0  # no value is below 0
+    if mesh.data > 1:
+        fired = mesh.largest("fired", fired.to(torch.uint8), "data").bool()
     state.since.masked_fill_(fired, 0)
 
 
-def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None) -> dict[str, Any]:
+def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None,
+            optimizer: Optimizer) -> dict[str, Any]:
     """Return one line of metrics.jsonl."""
+    mesh = optimizer.mesh
     finite = bool(torch.isfinite(part.total))
     return {
         "step": state.step, "tokens": state.tokens,
         "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
-        "l0": l0(part),
-        "dead": checkpoint.dead_fraction(state, recipe.dead_after),
+        "l0": l0(part, mesh),
+        "dead": checkpoint.dead_fraction(state, recipe.dead_after, mesh),
         "lr": recipe.lr * rate_share(state.step, recipe), "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "skipped": state.skipped, "neighbours_in_batch": mixing,
-    }
+    } | ({"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)} if recipe.mesh.capacity and mesh.latent > 1 else {})
 
 
-def l0(part: Losses) -> float:
-    """Return the mean number of values above 0."""
-    return (part.code.values > 0).sum(1).float().mean().item()
+def l0(part: Losses, mesh: Mesh = ALONE) -> float:
+    """Return the mean number of values above 0, over all parts of the batch and slices."""
+    active = (part.code.values > 0).sum(1).float().mean()
+    return (mesh.sum("l0", mesh.sum("l0", active, "latent"), "data") / mesh.data).item()
 
 
 def due(step: int, saved: float, recipe: Recipe) -> bool:

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses, losses
 from ksparse.sae.model import SAE, Code
@@ -23,9 +24,9 @@ PRE_ACTS = 2**27  # numbers in the [b, n] matrix; a larger batch is taken in par
 class Optimizer:
     """Adam over one SAE's weights, float32 moments, and the exponential average of the weights."""
 
-    def __init__(self, sae: SAE, recipe: Recipe):
+    def __init__(self, sae: SAE, recipe: Recipe, mesh: Mesh = ALONE):
         options = recipe.optim
-        self.sae, self.recipe = sae, recipe
+        self.sae, self.recipe, self.mesh = sae, recipe, mesh
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in its unit: training is
         # then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
@@ -41,10 +42,14 @@ class Optimizer:
         """The batch of this step (x, code, dead), where something is followed that is not a gradient."""
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
-        """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code."""
-        parts, options, at, wanted = [], self.recipe.sae, 0, auxk_tokens(self.recipe.sae, len(x))
+        """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code.
+
+        On a mesh x[b, d] is this process's part of the batch, the losses are the whole batch's, the code is that of its part and slice.
+        """
+        whole = len(x) * self.mesh.data
+        parts, options, at, wanted = [], self.recipe.sae, self.mesh.part(whole).start, auxk_tokens(self.recipe.sae, whole)
         for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
-            share, mine = len(some) / len(x), min(len(some), max(0, wanted - at))
+            share, mine = len(some) / whole, min(len(some), max(0, wanted - at))
             part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=options,
                           auxk_tokens=mine, auxk_weight=mine / wanted / share, strength=self.strength)
             at += len(some)
@@ -52,7 +57,7 @@ class Optimizer:
             parts.append(Losses(*(value.detach() * share for value in part[:3]), Code(*(field.detach() for field in part.code))))
         code = Code.joined([part.code for part in parts])
         self.seen = (x, code, dead) if self.sae.activation.running or resampling(self.updates + 1, self.recipe) else None
-        return Losses(*(sum(part[i] for part in parts) for i in range(3)), code)
+        return Losses(*self.mesh.sum("loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data"), code)
 
     @property
     def strength(self) -> float:
@@ -61,10 +66,13 @@ class Optimizer:
         return min(1.0, (self.updates + 1) / rise) if rise else 1.0
 
     def constrain_gradient(self) -> float:
-        """Take the part along decoder rows off, clip, and return the norm before clipping."""
+        """Sum over the parts of the batch, take the part along decoder rows off, clip, and return the norm before clipping."""
+        sums = [self.mesh.start_sum(key, weight.grad, "data") for key, weight in self.sae.named_parameters() if weight.grad is not None]
+        for wait in sums:
+            wait()
         if self.recipe.sae.unit_norm:
             remove_parallel_(self.sae.W_dec.grad, self.sae.W_dec)
-        return clip_(self.sae, self.recipe.optim.clip)
+        return clip_(self.sae, self.recipe.optim.clip, self.mesh)
 
     def step(self, step: int) -> float:
         """Apply the gradients of step number `step` (from 1); return their norm before clipping. Where it is not finite nothing is changed."""
@@ -120,7 +128,7 @@ class Optimizer:
     @torch.no_grad()
     def averaged(self) -> SAE:
         """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1."""
-        copy = SAE(self.sae.shape, self.sae.metadata)
+        copy = self.sae.empty()
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
         for key in self.sae.keys:
             averaged = self.updates and key in self.average
@@ -170,10 +178,13 @@ def remove_parallel_(grad: Tensor, weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def clip_(sae: SAE, limit: float) -> float:
-    """Scale the gradients so that their norm is at most `limit`, if that is not 0; return the norm before."""
+def clip_(sae: SAE, limit: float, mesh: Mesh = ALONE) -> float:
+    """Scale the gradients so that their norm, over all slices, is at most `limit`, if that is not 0; return the norm before."""
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if mesh.latent > 1:
+        own = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not sae.b_pre.grad])
+        norm = (mesh.sum("norm", own.double().square(), "latent") + sae.b_pre.grad.double().square().sum()).sqrt().float()
     if limit:
         for gradient in gradients:
             gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))

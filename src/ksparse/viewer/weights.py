@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ksparse.errors import InputError
-from ksparse.runs import RunFolder
+from ksparse.runs import RunFolder, pieces
 
 NEIGHBOURS = 12
 """Nearest latents that are shown of each."""
@@ -32,8 +32,11 @@ class Decoder:
         checkpoint, wrong = self.run.newest_intact()
         if checkpoint is None:
             raise InputError(f"run {self.run.path} has no checkpoint to read: {'; '.join(wrong) or 'nothing has been saved yet'}")
-        with safe_open(checkpoint / "sae.safetensors", framework="np") as tensors:
-            rows = tensors.get_tensor("W_dec").astype(np.float32, copy=False)
+        parts = []
+        for file in pieces(checkpoint, "sae"):
+            with safe_open(file, framework="np") as tensors:
+                parts.append(tensors.get_tensor("W_dec").astype(np.float32, copy=False))
+        rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         return rows / np.where(norms > 0, norms, 1)
 
