@@ -332,3 +332,21 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
     (tmp_path / "two").symlink_to("one")
     files.remove(tmp_path / "two")
     assert content(tmp_path / "one") == OLD and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("there", [lambda path: path.symlink_to("other"), lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("x")], ids=["link", "dead_link", "file"])
+def test_what_stands_in_the_place_of_a_folder_is_replaced_and_what_a_link_leads_to_is_left(tmp_path, there):
+    put(tmp_path / "other", OLD)
+    there(tmp_path / "one")
+    put(tmp_path / "one", NEW)
+    assert content(tmp_path / "one") == NEW and content(tmp_path / "other") == OLD and not (tmp_path / "one").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
+
+
+def test_tensors_that_the_manifest_does_not_list_are_not_read(tmp_path):
+    put(tmp_path / "one", NEW)
+    (tmp_path / "one" / "notes.txt").write_text("nobody reads this")
+    assert content(tmp_path / "one") == NEW
+    (tmp_path / "one" / "sae.0-of-1.safetensors").write_text("x")
+    with pytest.raises(CorruptError, match="holds sae.0-of-1.safetensors, which its manifest.json does not list"):
+        files.verify(tmp_path / "one")

@@ -62,16 +62,16 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
 
 def _replace(tmp: Path, path: Path) -> None:
     """Put `tmp` in the place of `path`, moving away what is there, since a folder with files cannot be overwritten."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         old = path.parent / f"{_PREFIX}old-{path.name}-{os.getpid()}"
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
         path.rename(old)
         try:
             tmp.rename(path)
         except OSError:
             old.rename(path)
             raise
-        shutil.rmtree(old)
+        _discard(old)
     else:
         tmp.rename(path)
 
@@ -79,17 +79,24 @@ def _replace(tmp: Path, path: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary name, never half of it under its own."""
     with explained(path):
-        if path.is_symlink():
-            path.unlink()
-        else:
-            gone = path.rename(path.parent / f"{_PREFIX}gone-{path.name}-{os.getpid()}")
-            shutil.rmtree(gone, ignore_errors=True)
+        _discard(path.rename(path.parent / f"{_PREFIX}gone-{path.name}-{os.getpid()}"))
+
+
+def _discard(path: Path) -> None:
+    """Remove whatever is there as far as that goes; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def verify(path: Path, *names: str) -> dict[str, Any]:
     """Return the manifest of a committed folder; raise CorruptError where a file is not what it says. names: those to look at, if not all."""
     manifest = read_table(path / MANIFEST, sha256=dict)
     sums = manifest["sha256"]
+    strangers = sorted({file.name for file in path.glob("*.safetensors")} - set(sums))
+    if strangers:
+        raise CorruptError(f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use an older copy of {path.name}")
     for name in names or sums:
         if name not in sums:
             raise CorruptError(f"{path / MANIFEST} does not list {name}; use an older copy of {path.name}")
@@ -124,10 +131,8 @@ def remove_leftovers(folder: Path) -> None:
         name = tmp.name.removeprefix(f"{_PREFIX}old-").rpartition("-")[0]
         if tmp.name.startswith(f"{_PREFIX}old-") and not (tmp.parent / name).exists():
             tmp.rename(tmp.parent / name)
-        elif tmp.is_file():
-            tmp.unlink()
         else:
-            shutil.rmtree(tmp, ignore_errors=True)
+            _discard(tmp)
 
 
 def sha256(file: Path) -> str:
