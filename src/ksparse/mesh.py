@@ -111,7 +111,7 @@ class Mesh:
             return value[None]
         out = value.new_empty(self.width(over), *value.shape)
         with self._explained(name):
-            dist.all_gather_into_tensor(out.flatten(0, 1) if value.dim() else out, self._counted(name, value).contiguous(), group=self.groups[over])
+            dist.all_gather(list(out.unbind(0)), self._counted(name, value).contiguous(), group=self.groups[over])
         return out
 
     def spread(self, name: str, value: Tensor, source: int, over: str = "stream") -> Tensor:

@@ -19,10 +19,10 @@ import sys
 
 from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
 from ksparse.cli.arguments import VERBS
-from ksparse.cli.shown import Lines, visible
+from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
 
-EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 130 Ctrl-C · 143 SIGTERM (both after saving)"
+EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving)"
 STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
 """In the order in which help lists their verbs."""
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("ksparse").setLevel(logging.INFO)
+    logging.getLogger("ksparse").setLevel(logging.INFO if first_process() else logging.ERROR)
     try:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -24,6 +25,11 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
+
+
+def first_process() -> bool:
+    """Return whether this is the one of torchrun's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def written(estimate: dict[str, float | None]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ksparse import recipe as recipes
 from ksparse.cli.arguments import parse, recipe_of, take_folder, verb
 from ksparse.cli.judging import evaluate_saes
-from ksparse.cli.shown import Progress, say, write_report, written
+from ksparse.cli.shown import Progress, first_process, say, write_report, written
 from ksparse.options import EvalOptions
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder, open_run
@@ -32,13 +32,22 @@ def train(arguments: list[str]) -> None:
     say_next(run)
 
 
+@dataclass(frozen=True)
+class ResumeArgs:
+    """What another process may do differently, since the result does not depend on it."""
+
+    run: recipes.Run
+    mesh: recipes.Mesh
+
+
 @verb
 def resume(arguments: list[str]) -> None:
-    """resume RUN [--run.key value …]        go on with an interrupted run"""
+    """resume RUN [--run.key value …]        go on with an interrupted run, on the same mesh or another"""
     folder, rest = take_folder("resume", arguments)
     run = open_run(folder) if folder else None
-    settings = parse(recipes.Run, "resume RUN", rest, default=run.recipe().run if run else recipes.Run(), prefix="run")
-    train_run(dataclasses.replace(run.recipe(), run=settings), run)
+    recipe = run.recipe() if run else Recipe()
+    settings = parse(ResumeArgs, "resume RUN", rest, default=ResumeArgs(recipe.run, recipe.mesh))
+    train_run(dataclasses.replace(recipe, run=settings.run, mesh=settings.mesh), run)
     say_next(run)
 
 
@@ -78,6 +87,11 @@ next     ksparse train recipes/gpt2-small-32k.toml      (the same on GPT-2 small
 
 
 def train_run(recipe: Recipe, run: RunFolder) -> None:
+    if not first_process():
+        from ksparse.training.loop import train as silent
+
+        silent(recipe, run.path)
+        return
     say("loading torch and the language model")
     from ksparse.training.loop import train as train_
 
@@ -90,5 +104,7 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
 
 
 def say_next(run: RunFolder) -> None:
+    if not first_process():
+        return
     write_report(run)
     print(f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}")

@@ -41,7 +41,7 @@ class SlicedSAE(SAE):
     def counts(self, latents: Tensor) -> list[int]:
         """Return how many latents each slice has in its own list of them."""
         if self._among[0] is not latents:
-            self._among = latents, self.mesh.gather("counts", torch.tensor(len(latents), device=latents.device), "latent").tolist()
+            self._among = latents, self.mesh.gather("counts", torch.tensor([len(latents)], device=latents.device), "latent").flatten().tolist()
         return self._among[1]
 
     def code(self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None) -> Code:

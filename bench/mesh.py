@@ -1,0 +1,256 @@
+"""What a mesh of processes changes: nothing but rounding. Prints tables; `--json FILE` writes the numbers.
+
+    python bench/mesh.py                 200 steps on 4x1, 2x2, 1x4 Gloo processes against one process, TopK and Multi-TopK; checkpoints across meshes
+    python bench/mesh.py --steps 24      the same, shorter
+
+One process with the rows of each batch in the opposite order is the measure: there too, nothing but the order of sums differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+MESHES = [(4, 1), (2, 2), (1, 4)]
+D, N, K, BATCH = 32, 1024, 8, 256
+AUXK_TOKENS = 77  # of a batch, where AuxK's share is 0.3
+KINDS = {"topk": {}, "multi_topk": {"multi_topk": 0.125}, "batch_norm": {"auxk_norm": "batch", "auxk_share": 0.3}, "no_b_enc": {"b_enc": False}}
+
+
+def recipe(steps: int, kind: str = "topk", mesh: tuple[int, int] = (1, 1), capacity: float = 0.0, save_every: int = 0) -> Any:
+    """Return a run whose latents die early, more of them than AuxK takes."""
+    from ksparse.recipe import from_dict
+
+    return from_dict({"sae": {"n_latents": N, "k": K, "k_aux": 16, "dead_after": BATCH, **KINDS[kind]},
+                      "optim": {"lr": 1e-3, "ema": 0.9, "ema_span": 1.0, "clip": 1.0}, "tokens": steps * BATCH, "batch": BATCH, "threads": 1,
+                      "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": save_every or steps // 2, "keep": 2},
+                      "mesh": {"data": mesh[0], "latent": mesh[1], "capacity": capacity, "timeout": 60.0}})
+
+
+class Stream:
+    """Batches of sparse sums of random directions: a function of the step alone."""
+
+    def __init__(self, mesh: Any, *, reverse: bool = False):
+        import torch
+
+        self.d_model, self.mesh, self.reverse, self.halt = D, mesh, reverse, threading.Event()
+        self.directions = torch.nn.functional.normalize(torch.randn(4 * D, D, generator=torch.Generator().manual_seed(1)), dim=1)
+
+    def rows(self, number: int, rows: int) -> Any:
+        import torch
+
+        draw = torch.Generator().manual_seed(number)
+        code = torch.rand(rows, 4 * D, generator=draw) * (torch.rand(rows, 4 * D, generator=draw) < 0.05)
+        return code @ self.directions + 0.01 * torch.randn(rows, D, generator=draw) + 0.1
+
+    def batches(self, cursor: Any = None) -> Any:
+        import torch
+
+        from ksparse.acts.stream import Batch
+
+        step = cursor["step"] if cursor else 0
+        while True:
+            x = self.rows(step + 1, BATCH)
+            x = (torch.cat([part.flip(0) for part in (x[:AUXK_TOKENS], x[AUXK_TOKENS:])]) if self.reverse else x)[self.mesh.part(BATCH)]
+            step += 1
+            yield Batch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
+
+    def sample(self, rows: int) -> Any:
+        return self.rows(0, 2048)
+
+    def document_names(self, documents: Any) -> list[str]:
+        return ["synthetic"]
+
+    def mixing(self) -> float:
+        return 0.0
+
+
+def feed(reverse: bool = False) -> Any:
+    """Return what makes a Feed of `Stream`."""
+    from ksparse.mesh import ALONE
+    from ksparse.training.feed import Feed
+
+    class Synthetic(Feed):
+        def __init__(self, recipe: Any, device: Any, mesh: Any = ALONE):
+            self.recipe, self.device, self.mesh, self.policy, self.waited, self._centers = recipe, device, mesh, {}, 0.0, {}
+            self.source = self.stream = Stream(mesh, reverse=reverse)
+
+    return Synthetic
+
+
+def train(task: dict[str, Any], rank: int = 0) -> None:
+    """Do one run; leave the latents chosen in its first step, and the bytes sent, beside it."""
+    from safetensors.torch import save_file
+
+    from ksparse.training import loop, member
+
+    asked = recipe(task["steps"], task["kind"], tuple(task["mesh"]), task.get("capacity", 0.0), task.get("save_every", 0))
+    own, out = member.backward, Path(task["out"])
+
+    def seen(optimizer: Any, x: Any, state: Any, recipe: Any) -> Any:
+        part = own(optimizer, x, state, recipe)
+        if state.step == 1:
+            out.mkdir(parents=True, exist_ok=True)
+            first = optimizer.mesh.slice(N).start
+            save_file({"values": part.code.values.contiguous(), "indices": part.code.indices + first}, out.with_name(f"{out.name}.chosen-{rank}"))
+        if state.step == 2:
+            optimizer.mesh.sent.clear()
+        if state.step == 3:
+            out.with_name(f"{out.name}.sent-{rank}").write_text(json.dumps(dict(optimizer.mesh.sent)))
+        return part
+
+    member.backward = seen
+    stop = task.get("stop", 0)
+
+    def observe(run: Any, row: dict[str, Any]) -> None:
+        if row["step"] == stop:
+            os.kill(os.getpid(), 15)
+
+    from ksparse.errors import Interrupted
+
+    try:
+        loop.train_cohort([asked], [out], observe=observe, open_feed=feed(task.get("reverse", False)))
+    except Interrupted:
+        pass
+    finally:
+        member.backward = own
+
+
+def work(tasks: list[dict[str, Any]]) -> None:
+    """Be one of several processes: do the tasks in their order."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for task in tasks:
+        if dist.get_rank() == 0:
+            Path(task["out"]).parent.mkdir(parents=True, exist_ok=True)
+            if "copy" in task:
+                import shutil
+
+                shutil.copytree(task["copy"], task["out"])
+        dist.barrier()
+        train(task, dist.get_rank())
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def together(tasks: list[dict[str, Any]], processes: int = 4) -> None:
+    """Do tasks in several processes of one group; raise RuntimeError, with what they said, where one of them fails."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([sys.executable, __file__, "--work", json.dumps(tasks)], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+               for rank in range(processes)]
+    said = [process.communicate()[1] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError("\n".join(said))
+
+
+# ---- what is compared
+
+
+def held(out: str, step: int | None = None) -> dict[str, Any]:
+    """Return all tensors of a run's newest checkpoint, or of one step, joined from whatever files hold them."""
+    from ksparse.runs import RunFolder
+    from ksparse.sae.store import rows_of
+
+    run = RunFolder(Path(out))
+    path = run.checkpoint(step) if step else run.newest_intact()[0]
+    return {f"{stem}/{key}": value for stem in ("sae", "optim") for key, value in rows_of(path, stem, {}).items()}
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Return the worst relative difference of any raw or averaged parameter: of a tensor's largest difference to its largest value."""
+    return max(((one[key] - other[key]).abs().max() / other[key].abs().max().clamp_min(1e-30)).item() for key in other if key.startswith(("optim/raw", "sae/")))
+
+
+def curves_apart(one: str, other: str) -> float:
+    from ksparse.runs import RunFolder
+
+    pairs = zip(RunFolder(Path(one)).metrics(), RunFolder(Path(other)).metrics(), strict=True)
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in pairs for key in ("nmse", "auxk", "grad_norm") if b[key])
+
+
+def chosen(out: str, mesh: tuple[int, int]) -> list[set[int]]:
+    """Return the active latents of each token of the first step."""
+    from safetensors.torch import load_file
+
+    found: list[set[int]] = []
+    for data in range(mesh[0]):
+        parts = [load_file(f"{out}.chosen-{data * mesh[1] + latent}") for latent in range(mesh[1])]
+        for token in range(BATCH // mesh[0]):
+            found.append({int(i) for part in parts for i, value in zip(part["indices"][token], part["values"][token]) if value > 0})
+    return found
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--json", default="")
+    parser.add_argument("--work", default="")
+    options = parser.parse_args()
+    if options.work:
+        return work(json.loads(options.work))
+    import logging
+
+    import torch
+
+    from ksparse.runs import RunFolder
+
+    logging.getLogger("ksparse").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    steps, half = options.steps, options.steps // 2
+    base = Path(tempfile.mkdtemp(prefix="mesh-"))
+    name = lambda *parts: str(base / "-".join(map(str, parts)))  # noqa: E731
+    tasks = [{"kind": kind, "mesh": mesh, "steps": steps, "out": name(kind, *mesh)} for kind in options.kinds for mesh in MESHES]
+    written = name(options.kinds[0], 2, 2)
+    for mesh in MESHES:  # go on from what 2x2 wrote: nothing is left to do but to save it again, at the same step
+        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("stopped", *mesh), "stop": half - 3, "save_every": 10**6})
+        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("stopped", *mesh)})
+        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("capacity", *mesh), "capacity": 1.25})
+    for kind in options.kinds:
+        train({"kind": kind, "mesh": (1, 1), "steps": steps, "out": name(kind, 1, 1)})
+        train({"kind": kind, "mesh": (1, 1), "steps": steps, "out": name(kind, "reversed"), "reverse": True})
+    together(tasks)
+
+    rows = []
+    for kind in options.kinds:
+        alone, order = name(kind, 1, 1), name(kind, "reversed")
+        dead = max(row["dead"] for row in RunFolder(Path(alone)).metrics())
+        control = {"parameters": apart(held(order), held(alone)), "curve": curves_apart(order, alone)}
+        rows.append({"kind": kind, "mesh": "reversed", **control, "dead": dead})
+        for mesh in MESHES:
+            out = name(kind, *mesh)
+            rows.append({"kind": kind, "mesh": f"{mesh[0]}x{mesh[1]}", "parameters": apart(held(out), held(alone)), "curve": curves_apart(out, alone),
+                         "same_choice": chosen(out, mesh) == chosen(alone, (1, 1)), "sent": json.loads(Path(f"{out}.sent-0").read_text())})
+    print(f"{steps} steps against one process: worst relative difference")
+    for row in rows:
+        print(f"  {row['kind']:<12} {row['mesh']:<9} parameters {row['parameters']:.1e}  curve {row['curve']:.1e}  "
+              + (f"same latents at step 1: {row['same_choice']}" if "same_choice" in row else f"(order of rows; up to {row['dead']:.0%} dead)"))
+    resumed = {f"{m[0]}x{m[1]}": same(held(name("stopped", *m)), held(name(options.kinds[0], *m))) for m in MESHES}
+    print("stopped at", half - 3, "and gone on with, bit for bit:", resumed)
+    capacity = {f"{m[0]}x{m[1]}": {"nmse": RunFolder(Path(name("capacity", *m))).metrics()[-1]["nmse"],
+                                  "used_up": RunFolder(Path(name("capacity", *m))).metrics()[-1].get("capacity_used_up")} for m in MESHES}
+    print("capacity 1.25:", capacity, "exact", RunFolder(Path(name(options.kinds[0], 1, 1))).metrics()[-1]["nmse"])
+    if options.json:
+        Path(options.json).write_text(json.dumps({"rows": rows, "resumed": resumed, "capacity": capacity, "folder": str(base)}))
+
+
+if __name__ == "__main__":
+    main()
