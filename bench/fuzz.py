@@ -2,7 +2,7 @@
 
     python bench/fuzz.py --corruptions 2000 --seed 0
 
-Makes once: a run that was stopped (three checkpoints, metrics, curve, evaluations), shards, an exported SAE, one in SAELens' and one in
+Makes once: a run that was stopped (three checkpoints, metrics, curve, evaluations), shards, an exported SAE in one file and in slices, one in SAELens' and one in
 dictionary_learning's format, a suite of probe tasks, a sweep's points and law, a study, recipes. Then each time one thing is done to a copy of one of
 them (truncate, empty, flip, zero, garbage, delete, swap, rename, links, folders in the place of files, JSON and TOML of other types or values, safetensors
 with other headers, manifests that are right but name something outside), and whatever reads it is called; a run is also gone on with to its end.
@@ -50,7 +50,7 @@ from ksparse.options import EvalOptions
 from ksparse.recipe import Recipe
 from ksparse.report import studies
 from ksparse.report import sweep as sweeps
-from ksparse.runs import RunFolder, open_run
+from ksparse.runs import RunFolder, open_run, piece
 from ksparse.sae import store
 from ksparse.scaling import grid
 from ksparse.scaling.survey import survey
@@ -79,7 +79,7 @@ class World:
         self.feed = Feed(recipe, torch.device("cpu"))
         self.feed.look, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
         self.stations: dict[str, Callable[[Path], str]] = {
-            "run": self.read_run, "shards": self.read_shards, "export": self.read_export, "sae_lens": self.read_converted, "dictionary_learning": self.read_converted,
+            "run": self.read_run, "shards": self.read_shards, "export": self.read_export, "sliced": self.read_export, "sae_lens": self.read_converted, "dictionary_learning": self.read_converted,
             "suite": self.read_suite, "sweep": self.read_sweep, "study": self.read_study, "recipes": self.read_recipes}
 
     def _run(self) -> None:
@@ -103,6 +103,12 @@ class World:
 
     def _exports(self) -> None:
         store.save(self.sae, self.base / "export")
+        half = self.sae.shape.n_latents // 2
+        with files.committed(self.base / "sliced") as tmp:
+            for i, rows in enumerate((slice(0, half), slice(half, None))):
+                own = {key: value[rows] if store.by_rows(key, value.shape) else value for key, value in self.sae.state_dict().items()}
+                store.write_weights(own, tmp / piece("sae", i, 2))
+            store.write_shape(self.sae.shape, self.sae.metadata, tmp)
         for name in ("sae_lens", "dictionary_learning"):
             interop.write(self.sae, self.base / name, name, normalization="outside")
         self.converted = {name: interop.load(self.base / name).state_dict() for name in ("sae_lens", "dictionary_learning")}
@@ -316,7 +322,7 @@ class Damage:
         self.file.rename(self.file.with_name(self.draw.choice((self.file.name + "~", "x" + self.file.suffix, "." + self.file.name, f".tmp-{self.file.name}-1"))))
 
     def stray(self) -> None:
-        place = self.file.parent / self.draw.choice(("garbage", ".tmp-x-1", ".tmp-old-x-1", ".tmp-gone-y-2", "zz.json", "zz.safetensors", "zz.jsonl", "step-00000099", "step-x"))
+        place = self.file.parent / self.draw.choice(("garbage", ".tmp-x-1", ".tmp-old-x-1", ".tmp-gone-y-2", "zz.json", "zz.safetensors", "zz.jsonl", "step-00000099", "step-x", "sae.0-of-1.safetensors", "sae.0-of-0.safetensors", "sae.0-of-x.safetensors"))
         place.write_bytes(self.draw.randbytes(50)) if self.draw.random() < 0.5 else place.mkdir(exist_ok=True)
 
     def folders(self) -> bool | None:

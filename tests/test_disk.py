@@ -5,7 +5,6 @@ With the rights to mount, on a real tmpfs of 6 MB; for each writer at every page
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import subprocess
@@ -102,8 +101,8 @@ def test_a_disk_that_fills_up_while_training_ends_with_code_5_and_the_same_comma
     words = ["train", str(tmp_path / "recipe.toml"), "--out", str(disk.path / "run")]
     with monkeypatch.context() as patch:
         if where == "checkpoint":
-            own = checkpoint.save
-            patch.setattr(checkpoint, "save", lambda run, state, optimizer: (state.step == 8 and disk.fill(3), own(run, state, optimizer)))
+            own = checkpoint.commit
+            patch.setattr(checkpoint, "commit", lambda run, taken, mesh: (taken.facts["step"] == 8 and disk.fill(3), own(run, taken, mesh)))
         else:
             write = RunFolder.append_metrics
             patch.setattr(RunFolder, "append_metrics", lambda run, row: (row["step"] == 6 and (disk.fill(0), pad(run.metrics_file)), write(run, row)))
@@ -190,17 +189,21 @@ def whole(place: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} if place.is_dir() else {}
 
 
+def at_step(step: int, taken: checkpoint.Taken) -> checkpoint.Taken:
+    return taken._replace(facts=taken.facts | {"step": step})
+
+
 def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(small_recipe, disk, monkeypatch):
     kept = []
-    own = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda run, state, optimizer: (kept.append((run, state, optimizer)), own(run, state, optimizer)))
+    own = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh)))
     run = train(small_recipe(), disk.path / "run")
-    run, state, optimizer = kept[-1]
+    taken = at_step(99, kept[-1])
     before, failures = last(run), 0
     for pages in range(100):
         disk.fill(pages)
         try:
-            own(run, dataclasses.replace(state, step=99), optimizer)
+            own(run, taken)
             break
         except DiskError:
             failures += 1
@@ -217,18 +220,18 @@ def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(s
 def test_whichever_call_finds_no_room_the_checkpoint_before_is_whole(small_recipe, tmp_path, monkeypatch, call, code):
     """Whatever call fails first, of all that saving makes: the run has its last checkpoint, and says DiskError."""
     kept = []
-    own = checkpoint.save
+    own = checkpoint.commit
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", lambda run, state, optimizer: (kept.append((run, state, optimizer)), own(run, state, optimizer)))
-        train(small_recipe(), tmp_path / "run")
-    run, state, optimizer = kept[-1]
+        patch.setattr(checkpoint, "commit", lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh)))
+        run = train(small_recipe(), tmp_path / "run")
+    taken = at_step(99, kept[-1])
     before, number = last(run), 0
     while True:
         number += 1
         with monkeypatch.context() as patch:
             calls = failing(patch, call, number, OSError(code, os.strerror(code)))
             try:
-                own(run, dataclasses.replace(state, step=99), optimizer)
+                own(run, taken)
             except DiskError:
                 pass
         if len(calls) < number:
