@@ -5,10 +5,11 @@
     python bench/faults.py --kills 20 --ranks 2 --through torchrun ...   each life is a whole `torchrun`
 
 A life is `ksparse train`, the same command each time, in a process forked from one that has imported everything, since importing takes
-longer than training; with several ranks, as many processes with torchrun's environment, and who has lost a rank loses the others too, as
-under torchrun. Moments: a seventh while it starts, else some random fraction of a step after a random step. Prints, as JSON:
+longer than training; with several ranks, as many processes with torchrun's environment. Those that have lost a rank are to end by themselves, with an
+error of their own; after 20 seconds they are killed. Moments: a seventh while it starts, else some random fraction of a step after a random step. Prints, as JSON:
 
     kills, of_all_ranks, while_starting, in_checkpoint   moments; in_checkpoint: a temporary folder of a checkpoint was there
+    left_alone, ended           ranks that lost another one; those of them that ended by themselves, with the exit code 6
     steps, steps_again          of the run; that were taken more than once, since they came after the last checkpoint
     steps_lost                  by which a life began before the newest checkpoint that had been seen whole: must be 0
     corrupt                     checkpoints whose sums were wrong after a kill: must be 0
@@ -43,6 +44,7 @@ from ksparse.errors import CorruptError
 from ksparse.runs import RunFolder
 
 BEGUN = re.compile(r"going on after step ([\d,]+)")
+GRACE = 20.0  # seconds
 SAME = ("step", "nmse", "auxk", "dead", "grad_norm", "l0")
 
 
@@ -50,20 +52,22 @@ class Life:
     """One attempt at the run: its processes, and what they said."""
 
     def __init__(self, options: argparse.Namespace, out: Path, log: Path):
-        self.log = log
+        self.log, self.failed = log, 0.0
         log.touch()
         words = [*options.words, "--out", str(out)]
         self.pids = torchrun(options, words, log) if options.through == "torchrun" else forked(options, words, log)
         self.codes: dict[int, int] = {}
 
     def over(self) -> bool:
-        """Reap who has ended; once one has failed, end the others, as torchrun does."""
+        """Reap who has ended; some time after one has failed, end the others."""
         for pid in set(self.pids) - set(self.codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
         if any(self.codes.values()):
-            self.end()
+            self.failed = self.failed or time.monotonic()
+            if time.monotonic() - self.failed > GRACE:
+                self.end()
         return len(self.codes) == len(self.pids)
 
     def kill(self, pids: list[int]) -> None:
@@ -152,7 +156,7 @@ def newest(run: RunFolder) -> int:
 def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, int]:
     """Run to the end, killed `kills` times."""
     run, draw = RunFolder(out), random.Random(options.seed)
-    counts = dict.fromkeys(("kills", "of_all_ranks", "while_starting", "in_checkpoint", "steps_again", "steps_lost", "corrupt"), 0)
+    counts = dict.fromkeys(("kills", "of_all_ranks", "left_alone", "ended", "while_starting", "in_checkpoint", "steps_again", "steps_lost", "corrupt"), 0)
     saved = 0  # the newest checkpoint that has been seen
     began = time.monotonic()
     while True:
@@ -160,6 +164,7 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
         left = options.kills - counts["kills"]
         starting, room = draw.random() < 1 / 7, (steps - 1 - saved) / max(1, left)
         aim = min(steps - 2, saved + draw.randint(1, max(1, round(2 * room))))
+        every = options.ranks == 1 or draw.random() < 0.5
         until = time.monotonic() + draw.uniform(0, options.start)
         began_at = None if saved else 0
         while not life.over() and (left == 0 or (time.monotonic() < until if starting else began_at is None or last_step(run) < aim)):
@@ -169,7 +174,6 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
         if left and not life.codes:
             time.sleep(draw.uniform(0, options.phase))  # any moment of a step, or of the writing after it
             saved = max(saved, newest(run))
-            every = options.ranks == 1 or draw.random() < 0.5
             life.kill(life.ranks() if every else [draw.choice(life.ranks())])
             if every:
                 life.end()
@@ -187,6 +191,8 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
             return {key: value for key, value in counts.items() if key != "newest"}
         counts["kills"] += 1
         counts["of_all_ranks"] += options.ranks > 1 and every
+        counts["left_alone"] += 0 if every else sum(code != -signal.SIGKILL or time.monotonic() - life.failed > GRACE for code in life.codes.values())
+        counts["ended"] += sum(code == 6 for code in life.codes.values())
         counts["while_starting"] += starting
         counts["in_checkpoint"] += any((out / "checkpoints").glob(".tmp-*"))
         counts["corrupt"] += sum(map(corrupt, run.checkpoints()))
