@@ -239,8 +239,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lm", default="pylm/0.3m")
     parser.add_argument("--site", default="resid_post.2")
-    parser.add_argument("--text", default="pylm")
+    parser.add_argument("--text", default="", help="some Python source, if not given")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options.text = options.text or some_text(Path(folder))
+        hold_against_each_other(options, Path(folder))
+
+
+def some_text(folder: Path) -> str:
+    """Write a small text, since looking through the built-in one takes longer than a life."""
+    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(folder / "texts.jsonl")
+
+
+def hold_against_each_other(options: argparse.Namespace, folder: Path) -> None:
+    """Run both, print the counts, and exit."""
     steps = options.steps or 12 * options.kills + 20
     options.words = ["train", "--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text, "--acts.mix", "2048", "--sae.n-latents", "256",
                      "--sae.k", "8", "--sae.dead-after", "1024", "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
@@ -253,18 +267,17 @@ def main() -> None:
     import ksparse.report
     import ksparse.training.loop  # noqa: F401
 
-    with tempfile.TemporaryDirectory() as folder:
-        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-        began = time.monotonic()
-        life = Life(options, whole, Path(folder) / "whole.log")
-        while not life.over():
-            time.sleep(0.01)
-        if any(life.codes.values()):
-            sys.exit(f"the undisturbed run failed:\n{life.said()}")
-        undisturbed, began = time.monotonic() - began, time.monotonic()
-        counts = disturbed(options, killed, steps)
-        result = counts | {"ranks": options.ranks, "steps": steps, "seconds": round(time.monotonic() - began), "seconds_undisturbed": round(undisturbed),
-                           "same_files": state_of(whole) == state_of(killed), "same_metrics": kept(whole) == kept(killed)}
+    whole, killed = folder / "whole", folder / "killed"
+    began = time.monotonic()
+    life = Life(options, whole, folder / "whole.log")
+    while not life.over():
+        time.sleep(0.01)
+    if any(life.codes.values()):
+        sys.exit(f"the undisturbed run failed:\n{life.said()}")
+    undisturbed, began = time.monotonic() - began, time.monotonic()
+    counts = disturbed(options, killed, steps)
+    result = counts | {"ranks": options.ranks, "steps": steps, "seconds": round(time.monotonic() - began), "seconds_undisturbed": round(undisturbed),
+                       "same_files": state_of(whole) == state_of(killed), "same_metrics": kept(whole) == kept(killed)}
     print(json.dumps(result))
     sys.exit(0 if result["same_files"] and result["same_metrics"] and not result["steps_lost"] and not result["corrupt"] else 1)
 
