@@ -552,10 +552,12 @@ def fuzz(world: World, corruptions: int, seed: int, *, pages: int = 0, observe: 
 
 
 def small_recipe(folder: Path) -> Recipe:
-    """Return a run of 12 steps on the smallest built-in LM."""
+    """Return a run of 12 steps on the smallest built-in LM and some Python source."""
+    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return recipes.from_dict({
-        "acts": {"lm": "pylm/0.3m", "site": "resid_post.2", "mix": 1024, "context": 32}, "sae": {"n_latents": 64, "k": 4, "dead_after": 256, "k_aux": 8},
-        "curve": {"held_out": 256, "octaves": 3}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 3, "keep": 3}, "tokens": 12 * 128, "batch": 128,
+        "acts": {"lm": "pylm/0.3m", "site": "resid_post.2", "text": str(folder / "texts.jsonl"), "mix": 256, "context": 32, "lm_batch": 8}, "sae": {"n_latents": 64, "k": 4, "dead_after": 64, "k_aux": 8},
+        "curve": {"held_out": 64, "octaves": 3}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 3, "keep": 3}, "tokens": 12 * 32, "batch": 32,
         "threads": 1})
 
 
