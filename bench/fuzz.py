@@ -521,6 +521,8 @@ def attempt(world: World, station: str, outside: Path, draw: random.Random) -> t
     damage = Damage(folder, outside, draw)
     try:
         outcome = world.stations[station](folder)
+    except Interrupted:
+        raise
     except KsparseError as error:
         return ("detected" if str(error).strip() else "crash"), damage.said, str(error)
     except Exception:  # whatever it is, it is what this looks for
