@@ -117,6 +117,38 @@ def unsafe(tree: ast.AST, *, foreign: bool) -> list[str]:
     return wrong
 
 
+TRUSTING = {"trust_remote_code": True, "weights_only": False, "allow_pickle": True, "shell": True}
+
+
+def trusting(tree: ast.AST) -> list[str]:
+    """Return the calls and defaults that trust what comes from elsewhere."""
+    words = [(node, node.arg, node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            named = [*zip(node.args.kwonlyargs, node.args.kw_defaults), *zip(node.args.args[len(node.args.args) - len(node.args.defaults) :], node.args.defaults)]
+            words += [(argument, argument.arg, default) for argument, default in named]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            words.append((node, node.target.id, node.value))
+        elif isinstance(node, ast.Dict):
+            words += [(node, key.value, value) for key, value in zip(node.keys, node.values) if isinstance(key, ast.Constant)]
+    return [f"{name}={value.value}" for _, name, value in words if name in TRUSTING and isinstance(value, ast.Constant) and value.value is TRUSTING[name]]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_nothing_from_elsewhere_is_trusted_unasked(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert trusting(tree) == []
+    found = imports(tree, name_of(file), file.name == "__init__.py")
+    assert not {name for name in found if name.startswith("torch.distributed.checkpoint")}, "its .metadata is a pickle"
+    assert "torch.distributed.checkpoint" not in ast.unparse(tree) and not calls(tree) & {"os.system", "os.popen", "yaml.load"}
+
+
+@pytest.mark.parametrize("source", ["f(trust_remote_code=True)", "def f(a, *, trust_remote_code: bool = True): pass", "def f(trust_remote_code=True): pass", "f(**{'trust_remote_code': True})",
+                                    "class R:\n    trust_remote_code: bool = True", "run('x', shell=True)"])
+def test_the_parser_sees_trust(source):
+    assert len(trusting(ast.parse(source))) == 1
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_is_pickled_or_evaluated(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from ksparse import cli
 from ksparse import recipe as recipes
+from ksparse.cli.shown import Lines
 from ksparse.scaling import grid as grids
 from ksparse.recipe import to_toml
 from ksparse.runs import RunFolder
@@ -252,6 +254,13 @@ def test_bad_input_ends_with_its_code_and_one_clear_message(verb, tmp_path, monk
     assert found == code
     assert message in " ".join((out + err).split())
     assert "Traceback" not in err
+
+
+def test_a_terminal_gets_no_commands_from_names_and_logs(verb, tmp_path):
+    code, _, said = verb("report", str(tmp_path / "x\x1b]0;evil\x07\u202ey é"))
+    assert code == 2 and "x\\x1b]0;evil\\x07\\u202ey é is not a run" in said and "\x1b" not in said
+    record = logging.LogRecord("ksparse", logging.WARNING, "", 0, "%s", ("a\x1b[2Jb\nc",), None)
+    assert Lines().format(record) == "a\\x1b[2Jb\nc"
 
 
 def test_a_file_with_an_unknown_key_names_file_and_key(verb, tmp_path):

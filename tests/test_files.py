@@ -166,8 +166,9 @@ def test_verify_notices_every_flipped_byte_of_the_table_of_sums(tmp_path):
     put(folder, {"a": "0123456789"}, step=7)
     whole = (folder / files.MANIFEST).read_bytes()
     table = whole.index(b'"sha256"')
+    seal = range(whole.index(b'"checksum"') + 1, whole.index(b'"checksum"') + 9)
     for at in range(table, whole.rindex(b'"') + 1):
-        if whole[at : at + 1].isspace():
+        if whole[at : at + 1].isspace() or at in seal:  # a seal under another name is none, and all else is as it was
             continue
         (folder / files.MANIFEST).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(CorruptError):
@@ -182,7 +183,7 @@ def test_verify_notices_every_flipped_byte_of_the_table_of_sums(tmp_path):
     (lambda folder: (folder / files.MANIFEST).write_text("{"), "manifest.json is not JSON.*truncated"),
     (lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
     (lambda folder: (folder / files.MANIFEST).write_text("{}"), "has no table 'sha256'"),
-    (lambda folder: (folder / files.MANIFEST).write_text("[]"), "has no table 'sha256'"),
+    (lambda folder: (folder / files.MANIFEST).write_text("[]"), "is not a table but list"),
 ], ids=["deleted", "emptied", "truncated", "no_manifest", "half_a_manifest", "not_utf8", "no_sums", "a_list"])
 def test_verify_names_the_file_that_is_wrong(tmp_path, damage, text):
     put(tmp_path / "one", NEW)
@@ -191,14 +192,14 @@ def test_verify_names_the_file_that_is_wrong(tmp_path, damage, text):
         files.verify(tmp_path / "one")
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "sub/file", "..", "."])
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "sub/file", "..", ".", "", "./a.txt", "x\0y", "x" * 300])
 def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path, name):
     put(tmp_path / "one", NEW)
     (tmp_path / "x").write_text("outside")
     manifest = files.read_json(tmp_path / "one" / files.MANIFEST)
     manifest["sha256"][name] = files.sha256(tmp_path / "x")
-    files.write_json(tmp_path / "one" / files.MANIFEST, manifest)
-    with pytest.raises(CorruptError):
+    files.write_json(tmp_path / "one" / files.MANIFEST, manifest, sealed=True)
+    with pytest.raises(CorruptError, match="which is not a file of its own folder"):
         files.verify(tmp_path / "one")
 
 
@@ -260,3 +261,92 @@ def test_digest_depends_on_every_fact_and_not_on_their_order():
     assert files.digest({"a": 1, "b": [2]}) == files.digest({"b": [2], "a": 1})
     assert len({files.digest(facts) for facts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": 1, "b": None})}) == 5
     assert json.loads(json.dumps(files.digest({}))) == files.digest({}) and len(files.digest({})) == 16
+
+
+# ---- seals, tables, lines
+
+
+def test_a_sealed_table_comes_back_without_its_seal_and_no_value_of_it_can_be_changed(tmp_path):
+    file, table = tmp_path / "x.json", {"a": 1, "b": [1.5, None, "é"], "c": {"d": True}}
+    files.write_json(file, table, sealed=True)
+    assert files.read_json(file) == table and set(json.loads(file.read_text())) == {*table, files.SEAL}
+    for change in ({"a": 2}, {"a": 1.0}, {"a": "1"}, {"b": []}, {"c": {"d": False}}, {"e": None}, {files.SEAL: "0"}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(CorruptError, match="x.json was altered: it does not have the sum that it was written with"):
+            files.read_json(file)
+        files.write_json(file, table, sealed=True)
+    file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items()))))
+    assert files.read_json(file) == table, "order and spacing are no content"
+
+
+@pytest.mark.parametrize("text", ["{", "", "[NaN]", "[Infinity]", "[1e999]", "[-1e999]", "[" * 100_000, "9" * 5000])
+def test_what_is_not_json_of_ours_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CorruptError, match="x.json is not JSON: .* truncated or was altered"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_a_folder_or_a_link_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "y.json").symlink_to("y.json")
+    (tmp_path / "z.json").symlink_to("nowhere")
+    for name, said in (("x", "cannot be read: Is a directory"), ("y", "cannot be read: Too many levels"), ("z", "is missing")):
+        with pytest.raises(CorruptError, match=f"{name}.json {said}"):
+            files.read_json(tmp_path / f"{name}.json")
+
+
+@pytest.mark.parametrize("table, said", [({"n": 1, "t": {}, "x": 0.5}, None), ({"n": 1, "t": {}, "x": 2}, None), ([], "is not a table but list"), ({"t": {}, "x": 1}, "has no key 'n'"), ({"n": 1, "x": 1}, "has no table 't'"),
+                                         ({"n": "1", "t": {}, "x": 1}, "'n' is '1', expected int"), ({"n": True, "t": {}, "x": 1}, "'n' is 'True', expected int"),
+                                         ({"n": 1, "t": {}, "x": None}, "'x' is 'None', expected int or float")])
+def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(tmp_path, table, said):
+    files.write_json(tmp_path / "x.json", table)
+    if said is None:
+        assert files.read_table(tmp_path / "x.json", n=int, t=dict, x=(int, float)) == table
+    else:
+        with pytest.raises(CorruptError, match=f"x.json:? {said}"):
+            files.read_table(tmp_path / "x.json", n=int, t=dict, x=(int, float))
+
+
+def test_damaged_lines_are_left_out_with_one_warning_and_a_half_last_one_without(tmp_path, caplog):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2, "x": NaN}\n{"step": "3"}\n\xff\n[]\n{"x": 1}\n{"step": true}\n{"step": 4}\n{"step": 5')
+    assert files.read_lines(file, step=int) == [{"step": 1}, {"step": 4}]
+    assert [record.getMessage() for record in caplog.records] == [f"{file}: 6 lines are damaged and left out, the first of them line 2"]
+    caplog.clear()
+    file.write_text('{"step": 1}\n{"step": 5')
+    assert files.read_lines(file, step=int) == [{"step": 1}] and not caplog.records
+
+
+def test_a_process_killed_while_it_removes_a_folder_leaves_no_half_of_it_under_its_name(tmp_path, monkeypatch):
+    put(tmp_path / "one", OLD)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (path / "a.txt").unlink())
+    files.remove(tmp_path / "one")
+    assert not (tmp_path / "one").exists() and [path.name for path in tmp_path.iterdir()] == [f".tmp-gone-one-{os.getpid()}"]
+    monkeypatch.undo()
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    put(tmp_path / "one", OLD)
+    (tmp_path / "two").symlink_to("one")
+    files.remove(tmp_path / "two")
+    assert content(tmp_path / "one") == OLD and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("there", [lambda path: path.symlink_to("other"), lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("x")], ids=["link", "dead_link", "file"])
+def test_what_stands_in_the_place_of_a_folder_is_replaced_and_what_a_link_leads_to_is_left(tmp_path, there):
+    put(tmp_path / "other", OLD)
+    there(tmp_path / "one")
+    put(tmp_path / "one", NEW)
+    assert content(tmp_path / "one") == NEW and content(tmp_path / "other") == OLD and not (tmp_path / "one").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
+
+
+def test_tensors_that_the_manifest_does_not_list_are_not_read(tmp_path):
+    put(tmp_path / "one", NEW)
+    (tmp_path / "one" / "notes.txt").write_text("nobody reads this")
+    assert content(tmp_path / "one") == NEW
+    (tmp_path / "one" / "sae.0-of-1.safetensors").write_text("x")
+    with pytest.raises(CorruptError, match="holds sae.0-of-1.safetensors, which its manifest.json does not list"):
+        files.verify(tmp_path / "one")

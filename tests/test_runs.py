@@ -88,6 +88,56 @@ def test_the_newest_intact_checkpoint_is_found_and_the_damage_named(run):
     assert run.newest_intact()[0] is None and len(run.newest_intact()[1]) == 4
 
 
+def test_a_checkpoint_under_another_ones_name_is_passed_over(run):
+    for step in (4, 8):
+        checkpoint(run, step)
+    run.checkpoint(4).rename(run.path / "away")
+    run.checkpoint(8).rename(run.checkpoint(4))
+    (run.path / "away").rename(run.checkpoint(8))
+    path, wrong = run.newest_intact()
+    assert path is None and "step-00000008 is that of step 4, under another name" in wrong[0] and len(wrong) == 2
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_and_the_keys_named(run):
+    ours = Recipe(seed=5).identity()
+    with files.committed(run.checkpoint(4), step=4, recipe=ours) as tmp:
+        (tmp / "state.json").write_text("{}")
+    assert run.newest_intact() == (run.checkpoint(4), [])
+    run.recipe_file.write_text(to_toml(Recipe(seed=5, tokens=1000, threads=3)))
+    with pytest.raises(InputError, match=r"step-00000004 was trained with another recipe than .*recipe.toml has now: tokens: 800000 -> 1000\. Put back what was there"):
+        run.newest_intact()
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_is_compared_in_those_that_both_have(run):
+    theirs = Recipe(seed=5).identity()
+    del theirs["curve"], theirs["sae"]["init"]
+    with files.committed(run.checkpoint(4), step=4, recipe=theirs | {"gone": 1}):
+        pass
+    assert run.newest_intact() == (run.checkpoint(4), [])
+
+
+def test_folders_that_are_no_checkpoints_are_not_looked_at(run):
+    checkpoint(run, 4)
+    for name in ("step-x", "step-", "step-٣", "step-8x", "other"):
+        (run.path / "checkpoints" / name).mkdir()
+    assert run.checkpoints() == [run.checkpoint(4)]
+
+
+def test_a_result_under_another_ones_name_is_refused(run):
+    files.write_json(run.eval_file("stats"), {"name": "downstream"}, sealed=True)
+    with pytest.raises(CorruptError, match="stats.json is a result of 'downstream', under another name"):
+        run.eval("stats")
+
+
+def test_alarms_come_back_in_order_and_those_of_steps_taken_again_are_dropped(run):
+    rows = [{"step": 3, "alarm": "dead"}, {"step": 3, "alarm": "grad_norm"}, {"step": 9, "alarm": "dead"}]
+    for row in rows:
+        run.append_alarm(row)
+    assert run.alarms() == rows
+    run.forget_after(3)
+    assert run.alarms() == rows[:2]
+
+
 def test_a_damaged_result_is_named(run):
     files.write_json(run.eval_file("stats"), {"nmse": 0.5})
     assert run.eval("stats") == {"nmse": 0.5}

@@ -2,7 +2,9 @@
 
     with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest of SHA-256 sums
     verify(path)                       raise CorruptError unless every file is as the manifest says
-    write_json / read_json             one JSON file, replaced atomically
+    remove(path)                       a folder that is gone at once or not at all
+    write_json / read_json             one JSON file, replaced atomically; sealed, it has its own sum in it
+    read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged ones left out
 
 Neither safetensors nor torch.save notices an altered bit, and neither syncs to disk, so both happen here.
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,8 +25,13 @@ from typing import Any
 
 from ksparse.errors import CorruptError, DiskError
 
+log = logging.getLogger("ksparse")
+
 MANIFEST = "manifest.json"
+SEAL = "checksum"
 _PREFIX = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -40,7 +49,7 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
         try:
             yield tmp
             sums = {file.name: sha256(file) for file in sorted(tmp.iterdir())}
-            write_json(tmp / MANIFEST, {**facts, "sha256": sums})
+            write_json(tmp / MANIFEST, {**facts, "sha256": sums}, sealed=True)
             for file in tmp.iterdir():
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
                 _sync(file)
@@ -53,36 +62,51 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
 
 def _replace(tmp: Path, path: Path) -> None:
     """Put `tmp` in the place of `path`, moving away what is there, since a folder with files cannot be overwritten."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         old = path.parent / f"{_PREFIX}old-{path.name}-{os.getpid()}"
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
         path.rename(old)
         try:
             tmp.rename(path)
         except OSError:
             old.rename(path)
             raise
-        shutil.rmtree(old)
+        _discard(old)
     else:
         tmp.rename(path)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Return the manifest of a committed folder; raise CorruptError where a file is not what it says."""
-    manifest = read_json(path / MANIFEST)
-    sums = manifest.get("sha256") if isinstance(manifest, dict) else None
-    if not isinstance(sums, dict):
-        raise CorruptError(f"{path / MANIFEST} has no table 'sha256'; the folder was not written by ksparse or is damaged")
-    for name, expected in sums.items():
-        check_file(path, name, expected)
+def remove(path: Path) -> None:
+    """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary name, never half of it under its own."""
+    with explained(path):
+        _discard(path.rename(path.parent / f"{_PREFIX}gone-{path.name}-{os.getpid()}"))
+
+
+def _discard(path: Path) -> None:
+    """Remove whatever is there as far as that goes; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(path: Path, *names: str) -> dict[str, Any]:
+    """Return the manifest of a committed folder; raise CorruptError where a file is not what it says. names: those to look at, if not all."""
+    manifest = read_table(path / MANIFEST, sha256=dict)
+    sums = manifest["sha256"]
+    strangers = sorted({file.name for file in path.glob("*.safetensors")} - set(sums))
+    if strangers:
+        raise CorruptError(f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use an older copy of {path.name}")
+    for name in names or sums:
+        if name not in sums:
+            raise CorruptError(f"{path / MANIFEST} does not list {name}; use an older copy of {path.name}")
+        check_file(path, name, sums[name])
     return manifest
 
 
 def check_file(folder: Path, name: str, expected: str) -> Path:
     """Return folder/name if it is a plain name whose file has the SHA-256 sum `expected`."""
-    if Path(name).name != name:
-        raise CorruptError(f"{folder / MANIFEST} names {name!r}, which is not a file of its own folder")
-    file = folder / name
+    file = folder / plain_name(name, folder / MANIFEST)
     if not file.is_file():
         raise CorruptError(f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}")
     found = sha256(file)
@@ -93,20 +117,27 @@ def check_file(folder: Path, name: str, expected: str) -> Path:
     return file
 
 
+def plain_name(name: Any, where: Path) -> str:
+    """Return a name that a file gives another one, if that can only be beside it; raise CorruptError for a path, and for what cannot be a name."""
+    good = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name.encode()) <= 255
+    if not good:
+        raise CorruptError(f"{where} names {str(name)[:80]!r}, which is not a file of its own folder")
+    return name
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary folders and files that a killed process left in `folder`; give back an old one that was moved away."""
     for tmp in Path(folder).glob(f"{_PREFIX}*"):
         name = tmp.name.removeprefix(f"{_PREFIX}old-").rpartition("-")[0]
         if tmp.name.startswith(f"{_PREFIX}old-") and not (tmp.parent / name).exists():
             tmp.rename(tmp.parent / name)
-        elif tmp.is_file():
-            tmp.unlink()
         else:
-            shutil.rmtree(tmp, ignore_errors=True)
+            _discard(tmp)
 
 
 def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+    """Return the sum of a file's bytes."""
+    with read_errors(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -115,9 +146,18 @@ def digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON (never NaN) to a temporary name, sync, rename."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write JSON (never NaN) to a temporary name, sync, rename. sealed: a table gets the sum of all else in it, which `read_json` checks and takes off."""
+    text = _dumps(value)
+    write_text(path, (_dumps({**value, SEAL: _seal(json.loads(text))}) if sealed else text) + "\n")
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _seal(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,13 +177,84 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file; say which one is missing or damaged."""
+    """Read one JSON file; say which one is missing, damaged, or not what its seal says."""
+    path = Path(path)
+    with read_errors(path):
+        found = parse(path.read_text(encoding="utf-8"), path)
+    if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
+        raise CorruptError(f"{path} was altered: it does not have the sum that it was written with; use an older copy, or have it written again")
+    return found
+
+
+def read_table(path: Path, **keys: type | tuple[type, ...]) -> dict[str, Any]:
+    """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values of these types."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CorruptError(f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or is damaged")
+    for key, kind in keys.items():
+        if key not in found:
+            raise CorruptError(f"{path} has no {'table' if kind is dict else 'key'} {key!r}; it was not written by ksparse or is damaged")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(found[key], kinds) or isinstance(found[key], bool) and bool not in kinds:
+            raise CorruptError(f"{path}: {key!r} is {str(found[key])[:80]!r}, expected {' or '.join(each.__name__ for each in kinds)}")
+    return found
+
+
+def read_strings(path: Path) -> list[str]:
+    """Read a JSON list of strings."""
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise CorruptError(f"{path} is not a list of strings; it was not written by ksparse or is damaged")
+    return found
+
+
+def read_lines(path: Path, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """Return the tables of a file of JSON lines that have these keys; leave out others with a warning, the last without: a killed process was writing it."""
+    with read_errors(path):
+        lines = path.read_bytes().splitlines()
+    rows, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse(line.decode("utf-8"), path)
+        except (CorruptError, UnicodeDecodeError):
+            row = None
+        if isinstance(row, dict) and all(isinstance(row.get(key), kind) and not isinstance(row[key], bool) for key, kind in keys.items()):
+            rows.append(row)
+        elif number < len(lines):
+            damaged.append(number)
+    if damaged:
+        log.warning("%s: %s damaged and left out, the first of them line %s", path, "1 line is" if len(damaged) == 1 else f"{len(damaged):,} lines are", damaged[0])
+    return rows
+
+
+def parse(text: str, path: Path) -> Any:
+    """Return what JSON says, where it is JSON without NaN and infinity; else raise CorruptError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path} is not JSON: {error}; it is truncated or was altered") from None
+
+
+def _refuse(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors of reading `path` into a CorruptError."""
+    try:
+        yield
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise CorruptError(f"{path} is not JSON: {error}; it is truncated or was altered") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -154,10 +265,10 @@ def explained(path: Path) -> Iterator[None]:
     except DiskError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise DiskError(f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
                             "Make room and run the same command again") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in _BARRED:
             raise DiskError(f"cannot write {path}: {error.strerror}; give a folder that you may write with --out") from error
         raise
     except Exception as error:  # safetensors reports a full disk in an exception of its own

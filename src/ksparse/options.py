@@ -39,7 +39,7 @@ class EvalOptions:
     loss_table: str = ""
     """downstream: JSON lines {flops, loss} of the LM's pre-training, for compute_fraction; the LM folder's training.jsonl if not given."""
     examples: int = 8
-    """stats: contexts kept of each latent, as many of its strongest as of random ones."""
+    """stats: contexts kept of each latent, as many of its strongest as of random ones; 0: none, nor anything else to show of single latents."""
     suite: str = ""
     """probes: a folder of TASK.jsonl[.gz] with rows {text, label}; the built-in suite of Python tokens if not given."""
     position: Literal["last", "mean", "max"] = "last"
@@ -82,12 +82,12 @@ class EvalOptions:
     """subspaces: how latents are put into an order: spectral, or the paper's UMAP to one dimension (pip install 'ksparse[umap]')."""
 
     def __post_init__(self) -> None:
-        for name in ("per_document", "examples", "probe_tokens", "ablation_horizon"):
+        for name in ("per_document", "probe_tokens", "ablation_horizon"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least 1")
-        for name in (*BUDGETS["small"], "refine_exact"):
+        for name in (*BUDGETS["small"], "refine_exact", "examples"):
             if getattr(self, name) < 0:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for {'none' if name == 'examples' else 'the budget' + chr(39) + 's'}, or more")
         if not self.probe_l2 > 0:
             raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
         for name, kind in typing.get_type_hints(type(self)).items():

@@ -271,6 +271,12 @@ class Run:
     """Checkpoints kept."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a batch whose loss is NaN or infinite; skip counts it in the metrics."""
+    alarm_grad_norm: float = 10.0
+    """Warn, and write a line of alarms.jsonl, where the gradient's norm is more than so many times its running median; 0: never."""
+    alarm_dead: float = 0.5
+    """Warn where the share of dead latents comes above this; 0: never."""
+    alarm_dead_growth: float = 0.2
+    """Warn where the share of dead latents has risen by more than this; 0: never."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to send the metrics besides metrics.jsonl."""
     trust_remote_code: bool = False
@@ -391,11 +397,14 @@ def check(recipe: Recipe) -> None:
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every, "curve.held_out": recipe.curve.held_out,
+                     "run.save_every": recipe.run.save_every, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out,
                      "mesh.data": recipe.mesh.data}
     for key, value in at_least_zero.items():
         if value < 0:
             raise InputError(f"{key} is {value}; it must not be negative")
+    for key, value in {"run.alarm_dead": recipe.run.alarm_dead, "run.alarm_dead_growth": recipe.run.alarm_dead_growth}.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1")
     if recipe.mesh.capacity and recipe.mesh.capacity < 1:
         raise InputError(f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k values together; give 0 (exact) or at least 1")
     for key, value in {"optim.ema": recipe.optim.ema, "optim.beta1": recipe.optim.beta1,
@@ -435,13 +444,19 @@ def check_activation(sae: SAE) -> None:
 
 def load(path: Path | str) -> Recipe:
     """Read a recipe from a TOML file."""
+    return from_dict(read_toml(path, "recipe"), where=f" in {path}")
+
+
+def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
+    """Read a TOML file; raise InputError, saying what it should have been, where it is not there or none."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"recipe {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from None
-    return from_dict(table, where=f" in {path}")
+        raise InputError(f"{what} {path} does not exist{advice}") from None
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
+        raise InputError(f"{what} {path} is not TOML: {error}") from None
 
 
 def from_dict(table: dict[str, Any], where: str = "") -> Recipe:
@@ -535,10 +550,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{name} is {value!r}; it must be a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)  # so that tokens = 1e9 may be written
+    if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
+        raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
         raise InputError(f"{name} is {value!r}, of type {type(value).__name__}; it must be of type {hint.__name__}")
     return value

@@ -4,6 +4,7 @@
     environment.json          versions, commit, hardware
     metrics.jsonl             a line every few steps
     curve.jsonl               the held-out loss at log-spaced points, where the recipe asks for it
+    alarms.jsonl              what called for attention while it trained, if anything did
     checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors, state.json: to go on
     evals/NAME.json           a result: values with standard errors, and the options they came from
     report.html, figures/
@@ -62,7 +63,7 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         file = self.path / "environment.json"
-        return files.read_json(file) if file.is_file() else {}
+        return files.read_table(file) if file.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the metrics by step. After an interruption steps were run again; the last line of each counts."""
@@ -78,11 +79,22 @@ class RunFolder:
     def append_curve(self, row: dict[str, Any]) -> None:
         _append(self.curve_file, row)
 
+    @property
+    def alarms_file(self) -> Path:
+        return self.path / "alarms.jsonl"
+
+    def alarms(self) -> list[dict[str, Any]]:
+        """Return what called for attention, in order."""
+        return _rows(self.alarms_file)
+
+    def append_alarm(self, row: dict[str, Any]) -> None:
+        _append(self.alarms_file, row)
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be run again, so that the files of a resumed run read like any other's."""
-        for file in (self.metrics_file, self.curve_file):
+        for file, rows in ((self.metrics_file, self.metrics), (self.curve_file, self.curve), (self.alarms_file, self.alarms)):
             if file.is_file():
-                rows = [row for row in _lines(file) if row["step"] <= step]
+                rows = [row for row in rows() if row["step"] <= step]
                 files.write_text(file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
     # ---- checkpoints
@@ -92,18 +104,30 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints there are, oldest first; each was committed whole, which does not prove it intact."""
-        return sorted(path for path in (self.path / "checkpoints").glob("step-*") if path.is_dir())
+        return sorted(path for path in (self.path / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdecimal() and path.name.isascii())
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
-        """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones."""
+        """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones; raise InputError if it is of another recipe."""
         wrong = []
         for path in reversed(self.checkpoints()):
             try:
-                files.verify(path)
-                return path, wrong
+                manifest = files.verify(path)
+                if manifest.get("step", int(path.name[5:])) != int(path.name[5:]):
+                    raise CorruptError(f"{path} is that of step {manifest['step']}, under another name; name it as it was")
             except CorruptError as error:
                 wrong.append(str(error))
+                continue
+            self._check_recipe(path, manifest.get("recipe"))
+            return path, wrong
         return None, wrong
+
+    def _check_recipe(self, path: Path, trained: Any) -> None:
+        """Raise InputError unless a checkpoint is of this run's recipe, in all keys that both have (checkpoints of older versions say nothing)."""
+        if self.exists() and isinstance(trained, dict):
+            ours, theirs = recipe.flat(self.recipe().identity()), recipe.flat(trained)
+            changed = recipe.differences({key: theirs[key] for key in theirs if key in ours}, {key: ours[key] for key in ours if key in theirs})
+            if changed:
+                raise InputError(f"{path} was trained with another recipe than {self.recipe_file} has now: {'; '.join(changed)}. Put back what was there")
 
     # ---- evals
 
@@ -113,7 +137,12 @@ class RunFolder:
     def eval(self, name: str) -> dict[str, Any] | None:
         """Return one result, or None if that evaluation has not been run."""
         file = self.eval_file(name)
-        return files.read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        found = files.read_table(file)
+        if found.get("name", name) != name:
+            raise CorruptError(f"{file} is a result of {found['name']!r}, under another name; run the evaluation again")
+        return found
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -128,24 +157,20 @@ class RunFolder:
                 stream.seek(0)
                 holder = stream.read().strip() or "unknown"
                 raise InputError(f"{self.path} is in use by process {holder}; wait for it, or give another --out") from None
-            stream.truncate(0)
-            stream.write(str(os.getpid()))
-            stream.flush()
+            with files.explained(self.path):
+                os.ftruncate(stream.fileno(), 0)
+                os.write(stream.fileno(), str(os.getpid()).encode())  # not buffered, or closing would meet a full disk once more
             yield
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of JSON lines by step, the last of each step."""
-    if not file.is_file():
-        return []
-    rows: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed process was writing
-        rows[row["step"]] = row
+    rows = {row["step"]: row for row in _rows(file)}
     return [rows[step] for step in sorted(rows)]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return files.read_lines(file, step=int) if file.is_file() else []
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:

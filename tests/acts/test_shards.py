@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import shutil
 
 import numpy as np
@@ -78,12 +77,12 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(make, tmp_path, monk
     calls = []
 
     def die(own, wanted):
-        def call(path, *args):
+        def call(path, *args, **options):
             if wanted(path):
                 calls.append(1)
                 if len(calls) == number:
                     raise Killed
-            return own(path, *args)
+            return own(path, *args, **options)
         return call
 
     with monkeypatch.context() as patch:
@@ -168,9 +167,9 @@ def flip(file, at):
 
 
 def manifest(folder, change):
-    table = json.loads((folder / files.MANIFEST).read_text())
+    table = files.read_json(folder / files.MANIFEST)
     change(table)
-    (folder / files.MANIFEST).write_text(json.dumps(table))
+    files.write_json(folder / files.MANIFEST, table, sealed=True)
 
 
 @pytest.mark.parametrize("damage, error, message", [
@@ -183,9 +182,13 @@ def manifest(folder, change):
     (lambda f: (f / files.MANIFEST).write_text("{"), CorruptError, r"manifest\.json is not JSON"),
     (lambda f: manifest(f, lambda m: m["shards"][0].update(file="../x.safetensors")), CorruptError, r"names '\.\./x\.safetensors', which is not a file of its own folder"),
     (lambda f: manifest(f, lambda m: m["shards"][0].update(file="/etc/passwd")), CorruptError, r"names '/etc/passwd', which is not a file"),
+    (lambda f: (f / files.MANIFEST).write_text((f / files.MANIFEST).read_text().replace('"d_model": 16', '"d_model": 17')), CorruptError, r"manifest\.json was altered"),
+    (lambda f: manifest(f, lambda m: m.update(d_model=17)), CorruptError, r"column 'x' has shape .*, the manifest speaks of .* d_model 17"),
+    (lambda f: manifest(f, lambda m: m["shards"][0].update(rows="many")), CorruptError, r"is no shard; expected its file, rows and sha256"),
+    (lambda f: manifest(f, lambda m: m.update(shards=7)), CorruptError, r"'shards' is '7', expected list"),
     (lambda f: manifest(f, lambda m: m.update(format=2)), InputError, r"manifest\.json is not a manifest of shards of format 1"),
     (lambda f: manifest(f, lambda m: m.update(complete=False)), InputError, r"is not complete; run the same `ksparse shard` again"),
-], ids=["flipped_bit", "flipped_bit_in_a_header", "truncated", "deleted", "names_altered", "no_manifest", "half_a_manifest", "outside", "absolute", "format",
+], ids=["flipped_bit", "flipped_bit_in_a_header", "truncated", "deleted", "names_altered", "no_manifest", "half_a_manifest", "outside", "absolute", "altered", "d_model", "rows", "no_list", "format",
         "incomplete"])
 def test_damaged_shards_are_refused_and_the_file_named(make, tmp_path, damage, error, message):
     folder = make(tmp_path)

@@ -29,7 +29,7 @@ def test_bands_hold_equally_many_and_are_ordered_by_size(fired):
         assert all(above.min() >= below.max() for above, below in zip(sizes, sizes[1:]) if len(above) and len(below))
 
 
-@pytest.mark.parametrize("examples, expected", [(1, (1, 1)), (3, (3, 1)), (8, (4, 2)), (9, (4, 2))])
+@pytest.mark.parametrize("examples, expected", [(0, (0, 0)), (1, (1, 1)), (3, (3, 1)), (8, (4, 2)), (9, (4, 2))])
 def test_examples_are_dealt_evenly_to_bands(examples, expected):
     assert tuple(stats.bands(examples).values()) == expected
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ksparse.errors import InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.report import studies
 
 
@@ -38,6 +38,14 @@ def test_a_figure_without_a_point_on_its_axes_is_left_out(folder):
 def test_many_points_are_thinned_and_keep_their_ends():
     x, y, _ = studies._points({"x": list(range(1, 5001)), "y": list(range(1, 5001))}, "xy")
     assert len(x) <= studies.MOST and (x[0], x[-1]) == (1, 5000)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b", "..", 7])
+def test_a_figure_cannot_be_written_outside_the_folder(folder, name):
+    study = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(study | {"figures": [figure() | {"name": name}]}))
+    with pytest.raises(CorruptError, match="study.json names .* which is not a file of its own folder"):
+        studies.write(folder)
 
 
 def test_a_folder_without_a_study_is_named(tmp_path):

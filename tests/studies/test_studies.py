@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ksparse import files
 from ksparse import recipe as recipes
 from ksparse import studies
 from ksparse.errors import InputError
@@ -32,7 +33,7 @@ def options(small_recipe, tmp_path):
 
 
 def answer(path):
-    return json.loads((path / "study.json").read_text())
+    return files.read_json(path / "study.json")
 
 
 # ---- all four, and what they leave

@@ -13,9 +13,9 @@ from ksparse.training.loop import train
 
 # One process imports everything once, and forks for each attempt, since importing takes longer than training.
 ATTEMPTS = """
-import json, os, resource, signal, sys, time
+import contextlib, io, json, os, resource, signal, sys, time
 from pathlib import Path
-from ksparse import errors, files, recipe
+from ksparse import cli, errors, files, recipe
 from ksparse.runs import RunFolder
 from ksparse.training import loop
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,6 +39,19 @@ def attempt(folder, way, number, ready):
         if row["step"] == number and way == "terminate":
             os.write(ready, b"!")
             time.sleep(0.5)  # long enough for the signal to come
+    if way == "command":
+        append = RunFolder.append_metrics
+        def slow(run, row):
+            append(run, row)
+            if row["step"] == number:
+                os.write(ready, b"!")
+                time.sleep(0.5)
+        RunFolder.append_metrics = slow
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                cli.main(["train", sys.argv[2], "--out", str(folder)])
+            except SystemExit as ended:
+                return ended.code, said.getvalue()
     try:
         loop.train(asked, folder, observe=observe)
     except errors.KsparseError as error:
@@ -70,7 +83,7 @@ KILLS = [("fsync", 2), ("fsync", 9), ("step", 6), ("fsync", 12), ("step", 12)]
 def attempts(small_recipe, tmp_path):
     """Return what came of all attempts: {folder: [[exit code, message, steps of the checkpoints], ...]}."""
     (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
-    asked = [*(f"killed:{way}:{number}" for way, number in KILLS), "full:full:6", "terminated:terminate:6"]
+    asked = [*(f"killed:{way}:{number}" for way, number in KILLS), "full:full:6", "terminated:terminate:6", "commanded:command:7"]
     done = subprocess.run([sys.executable, "-c", ATTEMPTS, str(tmp_path), str(tmp_path / "recipe.toml"), *asked], capture_output=True, text=True,
                           timeout=200, env=os.environ)
     assert done.returncode == 0, done.stderr
@@ -85,7 +98,7 @@ def final(run):
 
 def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(small_recipe, tmp_path, attempts):
     """Killed in the first lines, within a step, within a save before a file is synced and before the folder is renamed;
-    a disk that fills up; SIGTERM from outside."""
+    a disk that fills up; SIGTERM from outside, to `train` in Python and to the command."""
     assert [(code, steps) for code, _, steps in attempts["killed"]] == [(-signal.SIGKILL, steps) for steps in ([], [], [4], [4, 8], [4, 8])]
 
     code, message, steps = attempts["full"][0]
@@ -93,6 +106,9 @@ def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(small_recipe, tmp_pat
 
     code, message, steps = attempts["terminated"][0]
     assert code == 143 and steps == [4, 6] and "stopped at step 6 of 12; everything is saved. Go on with: ksparse resume" in message
+
+    code, message, steps = attempts["commanded"][0]
+    assert code == 143 and steps == [4, 7] and "ksparse train: stopped at step 7 of 12; everything is saved. Go on with: ksparse resume" in message
 
     expected = final(train(small_recipe(), tmp_path / "whole"))
     for name in attempts:

@@ -19,7 +19,7 @@ from ksparse.acts.lm import LM
 from ksparse.acts.shards import write
 from ksparse.acts.stream import Batch
 from ksparse.acts.text import Corpus
-from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError
+from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from ksparse.recipe import load as load_recipe
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
@@ -400,16 +400,39 @@ def test_a_finite_loss_with_an_infinite_gradient_is_not_applied(small_recipe, tm
         train(small_recipe(), tmp_path / "run")
 
 
-def test_skipped_batches_are_counted_and_move_nothing(small_recipe, tmp_path, monkeypatch):
+def test_skipped_batches_are_counted_and_move_nothing(small_recipe, tmp_path, monkeypatch, caplog):
     poison(monkeypatch, at=[3, 5])
     run = train(small_recipe({"run.on_nonfinite": "skip"}), tmp_path / "run")
     rows = run.metrics()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"step {step} left out: its loss or gradient is not finite ({number} so far)" for step, number in ((3, 1), (5, 2))]
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 2] + [2] * 7
     assert rows[2]["nmse"] is None and rows[2]["auxk"] is None and rows[2]["grad_norm"] is None and rows[3]["nmse"] > 0
     state = files.read_json(run.checkpoints()[-1] / "state.json")
     assert state["skipped"] == 2 and state["updates"] == 10 and state["step"] == 12
     assert all(torch.isfinite(value).all() for value in load_file(run.checkpoints()[-1] / "optim.safetensors").values())
     assert load_file(run.checkpoints()[-1] / "optim.safetensors")["step.W_enc"] == 10
+
+
+def raising(error):
+    def fail(*args):
+        raise error
+    return fail
+
+
+@pytest.mark.parametrize("fail", [raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")), raising(MemoryError()), lambda *args: torch.empty(2**50)],
+                         ids=["a_gpus", "pythons", "the_machines"])
+def test_out_of_memory_names_the_plan_and_what_needs_less(small_recipe, tmp_path, monkeypatch, fail):
+    monkeypatch.setattr(member, "backward", fail)
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory: .*`ksparse plan` .*--batch") as caught:
+        train(small_recipe(), tmp_path / "run")
+    assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+
+
+def test_another_error_of_torch_is_not_taken_for_one_of_memory(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(member, "backward", raising(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(small_recipe(), tmp_path / "run")
 
 
 def test_nan_activations_stop_the_run_and_name_the_document(small_recipe, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ksparse.errors import CorruptError
+from ksparse.files import sha256, write_json
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
 from ksparse.viewer.columns import COLUMNS
@@ -151,10 +152,26 @@ def test_a_recipe_alone_opens(tmp_path, trained):
     assert len(pieces.get("overview")["lacks"]) == 4
 
 
+def put(run, arrays):
+    """Replace the arrays of stats, and their sum in the result."""
+    file = run.eval_file("stats").with_suffix(".safetensors")
+    save_file(arrays, file)
+    write_json(run.eval_file("stats"), run.eval("stats") | {"arrays_sha256": sha256(file)}, sealed=True)
+
+
+def test_altered_arrays_are_refused(run):
+    file = run.eval_file("stats").with_suffix(".safetensors")
+    whole = bytearray(file.read_bytes())
+    whole[-3] ^= 4
+    file.write_bytes(whole)
+    with pytest.raises(CorruptError, match="stats.safetensors is damaged or of another result than stats.json; ksparse eval .* stats writes both again"):
+        Pieces(run, 16)
+
+
 def test_results_of_before_there_were_counts_open(run):
     file = run.eval_file("stats").with_suffix(".safetensors")
     old = {name: array for name, array in load_file(file).items() if name.split("_")[0] not in ("band", "on", "together", "histogram")}
-    save_file(old, file)
+    put(run, old)
     pieces = Pieces(run, 16)
     entry = pieces.get("latents/0")["latents"]["0"]
     assert "histogram" not in entry and "band" not in entry and "top" in entry
@@ -164,7 +181,7 @@ def test_results_of_before_there_were_counts_open(run):
 def test_arrays_of_another_run_are_refused(run):
     file = run.eval_file("stats").with_suffix(".safetensors")
     arrays = load_file(file)
-    save_file(arrays | {"density": arrays["density"][:-1]}, file)
+    put(run, arrays | {"density": arrays["density"][:-1]})
     with pytest.raises(CorruptError, match="'density' has shape .191. and is not about the run's 192 latents; run the evaluation again"):
         Pieces(run, 16).get("overview")
 

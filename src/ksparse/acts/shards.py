@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,9 +72,20 @@ def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any
     """Return the manifest of a folder, made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(folder)
-    corpus.names.update(enumerate(files.read_json(folder / NAMES)) if (folder / NAMES).is_file() else ())
-    return files.read_json(folder / files.MANIFEST) if (folder / files.MANIFEST).is_file() else {
+    corpus.names.update(enumerate(files.read_strings(folder / NAMES)) if (folder / NAMES).is_file() else ())
+    return _manifest(folder) if (folder / files.MANIFEST).is_file() else {
         **about, "shards": [], "place": list(Place()), "contexts": 0, "complete": False}
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a folder of shards, finished or not."""
+    found = files.read_table(folder / files.MANIFEST, format=int, acts=dict, policy=dict, rows=int, d_model=int, shards=list, place=list, contexts=int, complete=bool)
+    if found["format"] != FORMAT:
+        raise InputError(f"{folder / files.MANIFEST} is not a manifest of shards of format {FORMAT}")
+    for entry in found["shards"]:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in (("file", str), ("rows", int), ("sha256", str))):
+            raise CorruptError(f"{folder / files.MANIFEST}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256")
+    return found
 
 
 def _add(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], corpus: Corpus, place: Place, contexts: int, done: int) -> None:
@@ -89,7 +100,7 @@ def _add(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], cor
     files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
     manifest |= {"shards": [*manifest["shards"], entry], "place": list(place), "contexts": contexts,
                  "complete": done + entry["rows"] >= manifest["rows"], "names_sha256": files.sha256(folder / NAMES)}
-    files.write_json(folder / files.MANIFEST, manifest)
+    files.write_json(folder / files.MANIFEST, manifest, sealed=True)
 
 
 def _shard(lm: LM, corpus: Corpus, sites: Sequence[str], manifest: dict[str, Any], rows: int, dtype: torch.dtype) -> tuple[dict[str, Any], Place, int]:
@@ -125,15 +136,13 @@ class Shards:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{folder} is no folder of shards; `ksparse shard` writes one")
-        self.manifest = files.read_json(self.folder / files.MANIFEST)
-        if self.manifest.get("format") != FORMAT or "shards" not in self.manifest:
-            raise InputError(f"{self.folder / files.MANIFEST} is not a manifest of shards of format {FORMAT}")
-        if not self.manifest["complete"]:
+        self.manifest = _manifest(self.folder)
+        if not self.manifest["complete"] or not self.manifest["shards"]:
             raise InputError(f"{folder} is not complete; run the same `ksparse shard` again to finish it")
-        files.check_file(self.folder, NAMES, self.manifest["names_sha256"])
-        self.names: list[str] = files.read_json(self.folder / NAMES)
+        files.check_file(self.folder, NAMES, self.manifest.get("names_sha256", ""))
+        self.names = files.read_strings(self.folder / NAMES)
         self.d_model: int = self.manifest["d_model"]
-        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"])) for entry in self.manifest["shards"]]
+        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"], self.d_model) for entry in self.manifest["shards"]]
         self.ends = np.cumsum([len(part.document) for part in self.parts])
         self.rows = int(self.ends[-1])
 
@@ -168,8 +177,8 @@ class Shards:
         ours = {key: value for key, value in asdict(acts).items() if key in self.manifest["acts"]}
         wrong = [f"acts.{key}: the shards have {theirs!r}, the recipe {ours[key]!r}"
                  for key, theirs in self.manifest["acts"].items() if ours.get(key) != theirs]
-        if self.manifest["policy"]["split"] != "train":
-            wrong.append(f"the shards are of the split {self.manifest['policy']['split']!r}, training needs 'train'")
+        if self.manifest["policy"].get("split") != "train":
+            wrong.append(f"the shards are of the split {self.manifest['policy'].get('split')!r}, training needs 'train'")
         if wrong:
             raise InputError(f"the shards in {self.folder} are of other activations: {'; '.join(wrong)}")
 
@@ -177,7 +186,11 @@ class Shards:
 class _Part:
     """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of offsets."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, rows: int, d_model: int):
+        try:
+            safe_open(file, "np")  # reads the header, and sees to it that all it names is within the file
+        except (OSError, SafetensorError) as error:
+            raise CorruptError(f"{file} is truncated or damaged: {error}") from None
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -187,8 +200,6 @@ class _Part:
             if entry is None or entry["dtype"] not in kinds:
                 raise CorruptError(f"{file} lacks the column {name!r}, or has it in a type that is not known")
             kind = np.dtype(kinds[entry["dtype"]])
-            size = math.prod(entry["shape"]) * kind.itemsize
-            offset = 8 + length + entry["data_offsets"][0]
-            if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
-                raise CorruptError(f"{file}: column {name!r} has the wrong size")
-            setattr(self, name, np.memmap(file, kind, "r", offset, tuple(entry["shape"])))
+            if entry["shape"] != ([rows, d_model] if name == "x" else [rows]):
+                raise CorruptError(f"{file}: column {name!r} has shape {entry['shape']}, the manifest speaks of {rows:,} rows and d_model {d_model:,}")
+            setattr(self, name, np.memmap(file, kind, "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"])))

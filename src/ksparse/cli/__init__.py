@@ -19,7 +19,7 @@ import sys
 
 from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
 from ksparse.cli.arguments import VERBS
-from ksparse.cli.shown import first_process
+from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
 
 EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving)"
@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"ksparse {version('ksparse')}")
         sys.exit(0)
     verb, *rest = arguments
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ksparse").setLevel(logging.INFO if first_process() else logging.ERROR)
     try:
         if verb not in VERBS:
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f"there is no verb {verb!r}" + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`"))
         VERBS[verb](rest)
     except KsparseError as error:
-        print(f"ksparse {verb}: {error}", file=sys.stderr)
+        print(visible(f"ksparse {verb}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ksparse.cli.arguments import parse, take_folder, verb
+from ksparse.cli.shown import visible
 from ksparse.errors import InputError
 from ksparse.runs import RunFolder
 
@@ -55,7 +56,7 @@ def steer(arguments: list[str]) -> None:
                              seed=asked.seed, **how)
     for latent in asked.latent:
         print(f"latent   {latent}{_what_is_known(folder, latent)}")
-    print(f"as it is {asked.prompt}{found.before.text}\nsteered  {asked.prompt}{found.after.text}")
+    print(f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  {asked.prompt}{visible(found.after.text)}")
     print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
     for token, before, after in found.moved(asked.shown):
         print(f"  {lm.tokenizer.decode([token])!r:<40}{before:>10.4f}{after:>10.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,18 @@ from ksparse.runs import RunFolder
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Return a text that no terminal takes for a command: what cannot be printed, but ends of lines and tabs, as its code."""
+    return "".join(each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text)
+
+
+class Lines(logging.Formatter):
+    """A log's messages alone, which may name documents and files of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def first_process() -> bool:

@@ -111,7 +111,7 @@ def fit(arguments: list[str]) -> None:
         raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}")
     law = laws.fit(laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws)
     file = Path(options.out or Path(place).parent) / "law.json"
-    files.write_json(file, {"format": laws.FORMAT, **law.to_dict()})
+    files.write_json(file, {"format": laws.FORMAT, **law.to_dict()}, sealed=True)
     _show_law(law)
     if at:
         print(law.predict(**at).says(law.kind.target, at))
@@ -124,7 +124,7 @@ def survey_of(folder: str, **options: Any) -> Any:
 
     with Progress("laws", len(survey.LAWS)) as progress:
         found = survey.survey(folder, **options, observe=lambda done, total, what: progress(done, what, total))
-    files.write_json(Path(folder) / "law.json", found.to_dict())
+    files.write_json(Path(folder) / "law.json", found.to_dict(), sealed=True)
     return found
 
 

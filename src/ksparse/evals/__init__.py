@@ -174,10 +174,11 @@ def write(run: RunFolder, results: dict[str, Result]) -> None:
                 tmp = path.with_name(f".tmp-{name}.safetensors")
                 save_file({key: array.contiguous() for key, array in result.arrays.items()}, tmp)
                 tmp.chmod(0o644)
+                result["arrays_sha256"] = files.sha256(tmp)
                 tmp.replace(path.with_suffix(".safetensors"))
         for other, value in result.files.items():
             files.write_json(run.eval_file(other), value)
-        files.write_json(path, result)
+        files.write_json(path, result, sealed=True)
 
 
 def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:

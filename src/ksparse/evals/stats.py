@@ -48,7 +48,7 @@ class Stats(Eval):
         self.bars.view(-1).index_add_(0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32))
         held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
         width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
-        if held < _EXAMPLE_TOKENS and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES:
+        if self.subject.options.examples and held < _EXAMPLE_TOKENS and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES:
             contexts = seen.batch.contexts
             self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
             self.codes.append(Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu()))
@@ -116,7 +116,7 @@ class Stats(Eval):
 def bands(examples: int) -> dict[str, int]:
     """Return into how many bands of sizes activations are dealt, and how many of so many examples come from each."""
     count = min(BANDS, examples)
-    return {"count": count, "each": examples // count}
+    return {"count": count, "each": examples // max(1, count)}
 
 
 def best_per_band(latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:

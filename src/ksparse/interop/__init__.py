@@ -89,11 +89,13 @@ def _is_ours(path: Path) -> bool:
 
 def _read(form: Format, place: Path) -> SAE:
     """Read an SAE of another format, with what its sidecar says."""
-    sae, folder = form.read(place), place if place.is_dir() else place.parent
-    if not (folder / SIDECAR).is_file():
-        return sae
-    if (folder / files.MANIFEST).is_file():
+    folder = place if place.is_dir() else place.parent
+    ours = (folder / SIDECAR).is_file()
+    if (folder / files.MANIFEST).is_file() and (ours or "sha256" in foreign.json_file(folder / files.MANIFEST).table):
         files.verify(folder)
+    sae = form.read(place)
+    if not ours:
+        return sae
     said: dict[str, Any] = foreign.json_file(folder / SIDECAR).table
     if sae.shape.activation == said.get("activation") and isinstance(said.get("k"), int):
         sae.shape = dataclasses.replace(sae.shape, k=said["k"])  # most activations need none to be used, so most formats have none

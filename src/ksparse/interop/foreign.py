@@ -9,6 +9,7 @@ Pickles are not run: of a torch file only tensors and plain values are read, and
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 from collections.abc import Collection, Mapping
@@ -185,7 +186,9 @@ def write_torch(table: Mapping[str, Any], file: Path) -> None:
             return value
         raise TypeError(f"{type(value).__name__} is not a tensor or a plain value")
 
-    torch.save(plain(table), file)
+    made = io.BytesIO()
+    torch.save(plain(table), made)
+    file.write_bytes(made.getbuffer())  # torch, writing by itself, says of a full disk only that its position is unexpected
 
 
 def write_npz(tensors: Mapping[str, Tensor], file: Path) -> None:

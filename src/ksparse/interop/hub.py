@@ -79,7 +79,7 @@ def prepare(source: Path | str, folder: Path | str, repository: str, *, subfolde
             shutil.copy(run.recipe_file, folder / "run" / "recipe.toml")
             for file in sorted((run.path / "evals").glob("*.json")):
                 if file.stem != "vocabulary":
-                    results[file.stem] = files.read_json(file)
+                    results[file.stem] = files.read_table(file)
                     shutil.copy(file, folder / "run" / "evals" / file.name)
         files.write_text(folder / "README.md", card(sae, repository, subfolder=subfolder, results=results, refused=refused))
     return folder

@@ -72,6 +72,9 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     """Write the folder that Neuronpedia imports of a run's live latents; return how many latents."""
     shown, sae, lm = _opened(run, folder)
     model, source = publication.model or shown.acts.lm.replace("/", "-"), f"{_layer(shown)}-{publication.set}"
+    for name in (model, source):
+        if Path(name).name != name or name == "..":
+            raise InputError(f"{name!r} cannot be the name of a folder; give --model and --set plain names")
     home, now = folder / model / source, datetime.datetime.now(datetime.timezone.utc).isoformat()
     common = {"creatorId": publication.creator, "createdAt": now}
     release = publication.release or publication.set
@@ -103,7 +106,8 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
 def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
     foreign.new_folder(folder)
     shown = Shown(run)
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return shown, store.load(run.path), LM(acts=shown.acts)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ksparse import files
-from ksparse.errors import InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.runs import RunFolder
 
 
@@ -37,7 +37,7 @@ class Shown:
         if "power_means" not in self.arrays or "top_acts" not in self.arrays:
             raise InputError(f"{run.eval_file('stats')} is of an older version; run `ksparse eval {run.path} stats` again")
         self.ablation = self.read("ablation")[1] if run.eval("ablation") else {}
-        self.vocabulary: list[str] = files.read_json(run.eval_file("vocabulary"))
+        self.vocabulary = files.read_strings(run.eval_file("vocabulary"))
         self.n = len(self.arrays["density"])
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -45,6 +45,8 @@ class Shown:
         result, arrays = self.run.eval(name), self.run.eval_file(name).with_suffix(".safetensors")
         if result is None or not arrays.is_file():
             raise InputError(f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it")
+        if files.sha256(arrays) != result.get("arrays_sha256", files.sha256(arrays)):
+            raise CorruptError(f"{arrays} is damaged or of another result than {name}.json; run the evaluation again")
         return result, load_file(arrays)
 
     def live(self) -> list[int]:

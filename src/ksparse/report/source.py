@@ -31,6 +31,7 @@ class Source:
 
     run: RunFolder
     _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    _arrays: dict[str, Arrays | None] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -48,18 +49,12 @@ class Source:
     def vocabulary(self) -> list[str]:
         """Return the string of each token id, or nothing if no evaluation wrote it."""
         file = self.run.eval_file("vocabulary")
-        strings = files.read_json(file) if file.is_file() else []
-        if not isinstance(strings, list):
-            raise CorruptError(f"{file} is not a list; {self.command('eval', 'stats')} writes it again")
-        return [string if isinstance(string, str) else str(string) for string in strings]
+        return files.read_strings(file) if file.is_file() else []
 
     def result(self, name: str) -> dict[str, Any] | None:
         """Return one evaluation's JSON, or None if it has not been run."""
         if name not in self._results:
-            found = self.run.eval(name)
-            if found is not None and not isinstance(found, dict):
-                raise CorruptError(f"{self.run.eval_file(name)} is not a table; {self.command('eval', name)} writes it again")
-            self._results[name] = found
+            self._results[name] = self.run.eval(name)
         return self._results[name]
 
     def number(self, name: str, key: str) -> Number | None:
@@ -67,9 +62,14 @@ class Source:
         return number((self.result(name) or {}).get(key))
 
     def arrays(self, name: str) -> Arrays | None:
-        """Return the arrays beside a result, or None if there are none."""
-        file = self.run.eval_file(name).with_suffix(".safetensors")
-        return Arrays(file) if file.is_file() else None
+        """Return the arrays beside a result, or None if there are none; raise CorruptError if they are not those that the result was written with."""
+        if name not in self._arrays:
+            file = self.run.eval_file(name).with_suffix(".safetensors")
+            expected = (self.result(name) or {}).get("arrays_sha256") if file.is_file() else None
+            if expected and files.sha256(file) != expected:
+                raise CorruptError(f"{file} is damaged or of another result than {name}.json; {self.command('eval', name)} writes both again")
+            self._arrays[name] = Arrays(file) if file.is_file() else None
+        return self._arrays[name]
 
     @property
     def place(self) -> str:

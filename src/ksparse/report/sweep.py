@@ -36,7 +36,7 @@ class Sweep:
     def found(self) -> dict[str, Any]:
         """Return law.json."""
         found = files.read_json(self.folder / "law.json")
-        if not isinstance(found, dict) or not isinstance(found.get("laws"), dict):
+        if not isinstance(found, dict) or not isinstance(found.get("laws"), dict) or not isinstance(found.get("subject"), dict):
             raise CorruptError(f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` writes it again")
         return found
 

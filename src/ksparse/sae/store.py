@@ -73,21 +73,26 @@ def locate(source: Path | str, *, revision: str | None = None, subfolder: str = 
 
 def read(folder: Path) -> SAE:
     """Read an autoencoder from its folder, naming whatever does not fit."""
-    sae = SAE(*read_shape(folder))
-    found = rows_of(folder, "sae", {key: tuple(getattr(sae, key).shape) for key in sae.keys})
+    shape, metadata = read_shape(folder)
+    rows = (shape.n_latents, shape.d_model)
+    found = rows_of(folder, "sae", {"W_enc": rows, "W_dec": rows})  # before memory is taken for what a damaged file asks for
+    sae = SAE(shape, metadata)
+    check_shapes(pieces(folder, "sae")[0], found, {key: tuple(getattr(sae, key).shape) for key in sae.keys})
     sae.load_state_dict({key: found[key] for key in sae.keys})
     return sae
 
 
 def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
     """Read what an autoencoder is, and what it was trained on."""
-    config = files.read_json(folder / CONFIG)
+    config = files.read_table(folder / CONFIG)
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} has format {config.get('format')!r}; this version of ksparse reads {FORMAT}")
     try:
         shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__ if key != "activation" or key in config})  # none said: TopK
     except KeyError as error:
         raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
+    if not isinstance(config.get("metadata", {}), dict | None):
+        raise CorruptError(f"{folder / CONFIG}: 'metadata' is not a table")
     return shape, config.get("metadata")
 
 
@@ -97,14 +102,21 @@ def tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         found = load_file(file)
     except FileNotFoundError:
         raise CorruptError(f"{file} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{file} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise CorruptError(f"{file} is truncated or damaged: {error}") from None
+    check_shapes(file, found, shapes)
+    return found
+
+
+def check_shapes(file: Path, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise CorruptError unless all tensors named in `shapes` were found, each of its shape."""
     for key, shape in shapes.items():
         if key not in found:
             raise CorruptError(f"{file} lacks the tensor {key!r}; it has {', '.join(sorted(found))}")
         if tuple(found[key].shape) != shape:
             raise CorruptError(f"{file}: tensor {key!r} has shape {list(found[key].shape)}, expected {list(shape)}")
-    return found
 
 
 def by_rows(key: str, shape: Sequence[int]) -> bool:
@@ -122,6 +134,9 @@ def rows_of(folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], rows: s
         return tensors(found[0], shapes)
     for file in found:
         at = _add(parts, file, at, rows or slice(0, 2**62))
+    for key, values in parts.items():
+        if len({(value.dtype, value.shape[1:]) for value in values}) > 1:
+            raise CorruptError(f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its {len(found)} files")
     joined = {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
     for key, shape in shapes.items():
         got = list(joined[key].shape) if key in joined else "none"
@@ -144,6 +159,8 @@ def _add(parts: dict[str, list[Any]], file: Path, at: int, rows: slice) -> int:
                     parts.setdefault(key, []).append(views[key][max(0, rows.start - at) : min(own, rows.stop - at)])
     except FileNotFoundError:
         raise CorruptError(f"{file} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{file} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise CorruptError(f"{file} is truncated or damaged: {error}") from None
     return at + own

@@ -30,7 +30,7 @@ def collect(sweep: SweepFolder) -> int:
             continue
         about = _about(run, subjects)
         last = curve[-1]
-        converged = bool(files.read_json(run.checkpoints()[-1] / "state.json").get("converged"))
+        converged = bool(files.read_table(run.checkpoints()[-1] / "state.json").get("converged"))
         points.append(about | last | {"tokens_to_convergence": last["tokens"] if converged else None, "converged": str(converged).lower()})
         curves += [about | row for row in curve]
     files.write_text(sweep.points_file, _csv(POINTS, points))
@@ -41,7 +41,8 @@ def collect(sweep: SweepFolder) -> int:
 def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     """Return what a run is, as columns."""
     recipe = run.recipe()
-    config = files.read_json(run.checkpoints()[-1] / "sae.json")
+    files.verify(run.checkpoints()[-1], "sae.json")
+    config = files.read_table(run.checkpoints()[-1] / "sae.json", d_model=int)
     subject = (recipe.acts.lm, recipe.acts.shards)
     if subject not in subjects:
         subjects[subject] = _subject(recipe)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +78,7 @@ class SweepFolder:
 def read(file: Path | str) -> Grid:
     """Read a sweep.toml; raise InputError where it is no grid, or a point of it no recipe."""
     file = Path(file)
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"sweep {file} does not exist; give a sweep.toml, such as recipes/sweeps/pylm.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"sweep {file} is not TOML: {error}") from None
+    table = recipes.read_toml(file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml")
     grids = table.pop("grid", None)
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(grid, dict) and grid for grid in grids):
@@ -140,10 +134,11 @@ def finished(run: RunFolder) -> bool:
     if not run.exists() or not there:
         return False
     try:
-        state = files.read_json(there[-1] / "state.json")
+        files.verify(there[-1], "state.json")
+        state = files.read_table(there[-1] / "state.json", step=int)
     except InputError:
         return False  # training will find what is wrong with it
-    return bool(state.get("converged")) or state.get("step", 0) >= run.recipe().steps
+    return bool(state.get("converged")) or state["step"] >= run.recipe().steps
 
 
 def memory_bytes(recipe: Recipe, d_model: int) -> int:

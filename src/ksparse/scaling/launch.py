@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ksparse import files
 from ksparse.errors import InputError
 
 POLL = 0.5  # seconds
@@ -106,8 +107,10 @@ class Process:
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
         self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as stream:
+        with files.explained(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            stream = log.open("ab")
+        with stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
 
     def done(self) -> bool:

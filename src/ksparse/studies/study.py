@@ -111,7 +111,7 @@ class Study:
 
         source: the member whose SAE is judged under a name; change: what is made of it before.
         """
-        options = EvalOptions(tokens=self.options.eval_tokens, examples=1, device=self.options.device)
+        options = EvalOptions(tokens=self.options.eval_tokens, examples=0, device=self.options.device)
         found: dict[str, dict[str, Any]] = {member: {name: self._judged(member, name, options) for name in names} for member in members}
         missing = [member for member in members if not all(found[member].values())]
         for first in range(0, len(missing), TOGETHER):
@@ -135,7 +135,7 @@ class Study:
         """Write study.json."""
         about = {"format": FORMAT, "name": self.name, "options": dataclasses.asdict(self.options), "lm": self.acts.lm, "site": self.acts.site, "text": self.acts.text}
         figures = [dataclasses.asdict(figure) for figure in found.pop("figures")]
-        files.write_json(self.path / "study.json", {**about, **found, "figures": figures, "seconds": round(time.monotonic() - self.began, 1)})
+        files.write_json(self.path / "study.json", {**about, **found, "figures": figures, "seconds": round(time.monotonic() - self.began, 1)}, sealed=True)
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------

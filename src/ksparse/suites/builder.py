@@ -133,7 +133,8 @@ def _index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         return {"format": FORMAT, "tasks": {}, "failed": {}}
     index = read_json(folder / INDEX)
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not all(isinstance(index.get(key), dict) for key in ("tasks", "failed")):
+    if not isinstance(index, dict) or index.get("format") != FORMAT or not all(isinstance(index.get(key), dict) for key in ("tasks", "failed")) or not all(
+            isinstance(entry, dict) for entry in index["tasks"].values()):
         raise InputError(f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder for the suite")
     return index
 

@@ -55,6 +55,10 @@ class State:
     """Parts of the batch and slices of the latents in the process that this was read from; kept in the file where there are several."""
 
 
+STATE = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
+"""The keys that state.json must have."""
+
+
 class Saver:
     """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is raised by the next call."""
 
@@ -100,6 +104,7 @@ class Taken(NamedTuple):
     facts: dict[str, Any]
     weights: dict[str, Tensor]
     tensors: dict[str, Tensor]
+    recipe: dict[str, Any]
     keep: int
 
 
@@ -118,13 +123,13 @@ def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
                                "dead_fraction_training": dead_fraction(state, recipe.dead_after, mesh)}
     tensors = {key: value.detach().to("cpu", copy=True) if copied else value for key, value in {**optimizer.tensors(), "since": state.since}.items()}
     return Taken(replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent), metadata, copy.deepcopy({**facts, "updates": optimizer.updates}),
-                 {key: getattr(sae, key).detach() for key in sae.keys}, tensors, recipe.run.keep)
+                 {key: getattr(sae, key).detach() for key in sae.keys}, tensors, recipe.identity(), recipe.run.keep)
 
 
 def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
     """Write what was taken, on a mesh each process its slice; the first commits it and removes all but the newest `run.keep`."""
     path = run.checkpoint(taken.facts["step"])
-    with _folder(path, mesh, step=taken.facts["step"]) as tmp:
+    with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
         if mesh.data_rank == 0:
             store.write_weights(taken.weights, tmp / piece("sae", mesh.latent_rank, mesh.latent))
             save_file({key: value.contiguous() for key, value in taken.tensors.items()}, tmp / piece("optim", mesh.latent_rank, mesh.latent))
@@ -135,7 +140,7 @@ def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
         there = run.checkpoints()
         newest = there.index(path) + 1
         for old in (*there[: max(0, newest - taken.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
-            shutil.rmtree(old)
+            files.remove(old)
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def dead_fraction(state: State, dead_after: int, mesh: Mesh = ALONE) -> float:
 
 def load(path: Path, optimizer: Optimizer) -> State:
     """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
-    facts = files.read_json(path / "state.json")
+    facts = files.read_table(path / "state.json", **STATE)
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}

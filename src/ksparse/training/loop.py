@@ -185,5 +185,7 @@ def _signals() -> Iterator[list[int]]:
 def _memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]} {explain_memory(recipe)}") from error
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # torch says of the machine's memory that it is out in a plain RuntimeError
+        raise OutOfMemoryError(f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} {explain_memory(recipe)}") from error

@@ -3,7 +3,7 @@
     Member(run, recipe, device)   the newest intact checkpoint, if there is one
     .join(feed, observe)          start, where there was none; open the logs
     .step(batch, x)               gradient, optimiser, dead counters
-    .log(batch, x)  .save()       metrics.jsonl and curve.jsonl; a checkpoint
+    .log(batch, x)  .save()       metrics.jsonl, curve.jsonl and alarms.jsonl; a checkpoint
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.sliced import SlicedSAE, slice_of, slice_shape
 from ksparse.training import checkpoint, curve, flops
+from ksparse.training.alarms import Alarms
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
@@ -66,6 +67,7 @@ class Member:
             self.state, self.optimizer = start(self.recipe, feed, self.mesh)
         self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)] if self.mesh.first else []
         self.curve = self.run.curve()
+        self.alarms = Alarms(self.recipe, self.run.metrics())
         self.held_out = feed.held_out if self.points else None
         self.began = self.saved = time.monotonic()
         self.spent, self.first = self.state.seconds, self.state.tokens
@@ -84,12 +86,13 @@ class Member:
         state.cursor = batch.cursor
 
     def log(self, batch: Batch, x: Tensor) -> None:
-        """Write what is due at this step: a line of metrics, a point of the curve."""
+        """Write what is due at this step: a line of metrics, a point of the curve, what calls for attention."""
         state, recipe = self.state, self.recipe
         if self.failed:
             return
         if state.step in self.points:
             self._measure()
+        dead = None
         if state.step % recipe.run.log_every == 0 or state.step == 1 or self.ended:
             now = time.monotonic()
             state.seconds = self.spent + now - self.began
@@ -97,6 +100,10 @@ class Member:
                 "waiting": self.feed.waited / max(now - self.began, 1e-9), "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9), "seconds": state.seconds}
             for each in self.send:
                 each(row)
+            dead = row["dead"]
+        for alarm in self.alarms.see(state.step, state.tokens, self.grad_norm, dead) if self.mesh.first else ():
+            log.warning("step %s: %s%s", f"{state.step:,}", alarm["says"], f" ({alarm['kept_back']:,} more such steps since the last warning)" if alarm["kept_back"] else "")
+            self.run.append_alarm(alarm)
 
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""

@@ -1,0 +1,590 @@
+"""Damage files that ksparse wrote, at random, and see that every reader either says so or is not harmed.
+
+    python bench/fuzz.py --corruptions 2000 --seed 0
+
+Makes once: a run that was stopped (three checkpoints, metrics, curve, evaluations), shards, an exported SAE in one file and in slices, one in SAELens' and one in
+dictionary_learning's format, a suite of probe tasks, a sweep's points and law, a study, recipes. Then each time one thing is done to a copy of one of
+them (truncate, empty, flip, zero, garbage, delete, swap, rename, links, folders in the place of files, JSON and TOML of other types or values, safetensors
+with other headers, manifests that are right but name something outside), and whatever reads it is called; a run is also gone on with to its end.
+
+    detected    a KsparseError, with a message                       harmless    what was read is what was written
+    older       the damage was named and an older checkpoint used: the resumed run still ends with the same bytes
+    wrong       weights, activations or codes other than those that were written, without a word: must be 0
+    crash       any other exception: must be 0
+
+Numbers without a sum (metrics, CSV files, labels, a recipe that a user writes) may be read as they are: no weights come of them. Exit code 1 for wrong or crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import torch
+
+from ksparse import evals, files, interop
+from ksparse import recipe as recipes
+from ksparse import report as reports
+from ksparse.acts import shards
+from ksparse.acts.lm import LM
+from ksparse.acts.text import Corpus
+from ksparse.errors import Interrupted, KsparseError
+from ksparse.options import EvalOptions
+from ksparse.recipe import Recipe
+from ksparse.report import studies
+from ksparse.report import sweep as sweeps
+from ksparse.runs import RunFolder, open_run, piece
+from ksparse.sae import store
+from ksparse.scaling import grid
+from ksparse.scaling.survey import survey
+from ksparse.suites import folder as suite
+from ksparse.training.feed import Feed
+from ksparse.training.loop import train, train_cohort
+from ksparse.viewer.pieces import Pieces
+
+STOP = 8  # the step after which the run is stopped
+
+
+# ---- what is damaged ---------------------------------------------------------------------------------------------
+
+
+class World:
+    """The folders as they should be, and what reading them should give."""
+
+    def __init__(self, base: Path, recipe: Recipe):
+        self.base, self.recipe = base, recipe
+        self.expected: dict[str, Any] = {}
+        self.reports_left = 0
+        self._run()
+        self._exports()
+        self._shards()
+        self._texts()
+        self.feed = Feed(recipe, torch.device("cpu"))
+        self.feed.look, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
+        self.stations: dict[str, Callable[[Path], str]] = {
+            "run": self.read_run, "shards": self.read_shards, "export": self.read_export, "sliced": self.read_export, "sae_lens": self.read_converted, "dictionary_learning": self.read_converted,
+            "suite": self.read_suite, "sweep": self.read_sweep, "study": self.read_study, "recipes": self.read_recipes}
+
+    def _run(self) -> None:
+        whole = train(self.recipe, self.base.parent / "undisturbed")
+        self.final = _bytes(whole.checkpoints()[-1])
+
+        def stop(row: dict[str, Any]) -> None:
+            if row["step"] == STOP:
+                raise Interrupted("stopped", 15)
+
+        try:
+            train(self.recipe, self.base / "run", observe=stop)
+        except Interrupted:
+            pass
+        self.run = RunFolder(self.base / "run")
+        self.weights = {path.name: store.read(path).state_dict() for path in self.run.checkpoints()}
+        self.sae, self.newest = store.load(self.run.path), self.run.checkpoints()[-1].name
+        self.run.append_alarm({"step": 3, "tokens": 3 * self.recipe.batch, "alarm": "dead", "value": 0.6, "limit": 0.5, "says": "…", "kept_back": 0})
+        evals.write(self.run, evals.evaluate(self.sae, None, ("stats", "downstream"), EvalOptions(tokens=600, examples=2, device="cpu")))
+        files.write_json(self.run.path / "labels.json", {"format": 1, "latents": {"3": {"label": "numbers", "star": True}}})
+
+    def _exports(self) -> None:
+        store.save(self.sae, self.base / "export")
+        half = self.sae.shape.n_latents // 2
+        with files.committed(self.base / "sliced") as tmp:
+            for i, rows in enumerate((slice(0, half), slice(half, None))):
+                own = {key: value[rows] if store.by_rows(key, value.shape) else value for key, value in self.sae.state_dict().items()}
+                store.write_weights(own, tmp / piece("sae", i, 2))
+            store.write_shape(self.sae.shape, self.sae.metadata, tmp)
+        for name in ("sae_lens", "dictionary_learning"):
+            interop.write(self.sae, self.base / name, name, normalization="outside")
+        self.converted = {name: interop.load(self.base / name).state_dict() for name in ("sae_lens", "dictionary_learning")}
+
+    def _shards(self) -> None:
+        lm = LM(acts=self.recipe.acts, device="cpu")
+        folder = shards.write(lm, Corpus(lm.options, lm.tokenizer, "train"), self.base / "acts", rows=200, shard_rows=80)
+        folder.rename(self.base / "shards")
+        (self.base / "acts").rmdir()
+        self.table = _table(self.base / "shards")
+
+    def _texts(self) -> None:
+        suite.write(self.base / "suite", "is_one", [{"text": f"x = {i}", "label": i % 2} for i in range(60)])
+        files.write_json(self.base / "suite" / "index.json", {"format": 1, "tasks": {}, "failed": {}})
+        sweep, loss = self.base / "sweep", lambda n, k: 2.5 * n**-0.25 * k**-0.1 + 0.1
+        lines = [f"r{n}-{k},{n},{k},0.001,pylm/0.3m,{loss(n, k)}" for n in (512, 1024, 2048, 4096, 8192) for k in (8, 16, 32)]
+        files.write_text(sweep / "points.csv", "\n".join(["run,n,k,lr,lm,loss", *lines]) + "\n")
+        files.write_text(sweep / "sweep.toml", recipes.to_toml(recipes.from_dict({})) + '\n[grid]\n"sae.k" = [8, 16]\nseed = [0, 1]\n')
+        files.write_json(sweep / "law.json", survey(sweep, draws=0).to_dict(), sealed=True)
+        curve = {"label": "TopK", "x": [8.0, 16.0], "y": [0.3, 0.2], "se": [0.01, None], "reference": False}
+        files.write_json(self.base / "study" / "study.json", {
+            "format": 1, "name": "baselines", "question": "Which?", "lm": "pylm", "site": "resid_post.3", "text": "pylm", "findings": ["TopK wins"],
+            "members": {"TopK": {"l0": {"value": 8.0, "se": 0.25}}}, "seconds": 1.0,
+            "figures": [{"name": "f", "title": "A", "caption": "B", "x": "L0", "y": "error", "log": "xy", "curves": [curve]}]}, sealed=True)
+        for i, changes in enumerate(({}, {"sae": {"activation": {"kind": "relu"}}}, {"acts": {"text": "somewhere.jsonl"}, "tokens": 10**9})):
+            files.write_text(self.base / "recipes" / f"{i}.toml", recipes.to_toml(recipes.from_dict(changes)))
+
+    # ---- its readers: each returns harmless, older or wrong, or raises
+
+    def read_run(self, path: Path) -> str:
+        run = open_run(path)
+        run.metrics(), run.curve(), run.alarms(), run.environment(), [run.eval(name) for name in ("stats", "downstream")]
+        grid.finished(run)
+        if self.reports_left > 0 and not _same_tree(path, self.run.path, "checkpoints"):
+            self.reports_left -= 1
+            reports.write(run)
+            pieces = Pieces(run, 16)
+            for name in pieces.names():
+                json.dumps(pieces.get(name), allow_nan=False)
+        newest, wrong = run.newest_intact()
+        if newest is not None and not _equal(store.load(path).state_dict(), self.weights.get(newest.name)):
+            return "wrong"
+        recipe = run.recipe()
+        if recipes.differences(recipe.identity(), self.recipe.identity()):
+            return "wrong" if newest is not None else "harmless"  # nothing was trained with it yet
+        train_cohort([recipe], [path], open_feed=lambda recipe, device: self.feed)
+        there = run.checkpoints()
+        if not there or _bytes(there[-1]) != self.final:
+            return "wrong"
+        return "older" if wrong or newest is None or newest.name != self.newest else "harmless"
+
+    def read_shards(self, path: Path) -> str:
+        found = shards.Shards(path)
+        found.check_fits(self.recipe.acts)
+        return "harmless" if _equal(_table(path), self.table) and found.names else "wrong"
+
+    def read_export(self, path: Path) -> str:
+        found = store.load(path)
+        same = _equal(found.state_dict(), self.sae.state_dict()) and found.shape == self.sae.shape and found.metadata == self.sae.metadata
+        return "harmless" if same else "wrong"
+
+    def read_converted(self, path: Path) -> str:
+        return "harmless" if _equal(interop.load(path).state_dict(), self.converted[path.name]) else "wrong"
+
+    def read_suite(self, path: Path) -> str:
+        suite.read(path)
+        return "harmless"
+
+    def read_sweep(self, path: Path) -> str:
+        sweep = sweeps.Sweep(path)
+        grid.read(path / "sweep.toml")
+        sweep.rows, sweep.curves, sweep.mine, sweep.k, sweep.lms  # noqa: B018
+        sweeps.tables(sweep), sweeps.compared(sweep), sweeps.point_tables(sweep), sweeps.summary(sweep)
+        if self.reports_left > 0:
+            self.reports_left -= 1
+            sweeps.write(path)
+        return "harmless"
+
+    def read_study(self, path: Path) -> str:
+        studies.write(path)
+        return "harmless"
+
+    def read_recipes(self, path: Path) -> str:
+        for file in sorted(path.iterdir()):
+            if file.suffix == ".toml":
+                recipes.load(file)
+        return "harmless"
+
+
+def _bytes(checkpoint: Path) -> dict[str, str]:
+    return {file.name: files.sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
+
+
+def _table(folder: Path) -> dict[str, torch.Tensor]:
+    found = shards.Shards(folder)
+    rows = np.arange(found.rows)
+    return {"x": found.read(rows), "document": torch.from_numpy(found.documents(rows)), "context": torch.from_numpy(found.contexts(rows))}
+
+
+def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] | None) -> bool:
+    return expected is not None and found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def _same_tree(one: Path, other: Path, but: str) -> bool:
+    listed = [{file.relative_to(root): file.read_bytes() for file in sorted(root.rglob("*")) if file.is_file() and but not in file.parts} for root in (one, other)]
+    return listed[0] == listed[1]
+
+
+# ---- what is done to them ----------------------------------------------------------------------------------------
+
+
+class Damage:
+    """One random thing done to a tree of files; `said` is what."""
+
+    def __init__(self, root: Path, outside: Path, draw: random.Random):
+        self.root, self.outside, self.draw = root, outside, draw
+        self.files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
+        for _ in range(20):
+            self.file = draw.choice(self.files)
+            ways = [*BYTES, *PLACES, *(3 * JSON if self.file.suffix == ".json" else ()), *(2 * LINES if self.file.suffix == ".jsonl" else ()),
+                    *(3 * TENSORS if self.file.suffix == ".safetensors" else ()), *(3 * TOML if self.file.suffix == ".toml" else ())]
+            self.way = draw.choice(ways)
+            if self.way(self) is not False:
+                break
+        self.said = f"{self.way.__name__} {self.file.relative_to(root.parent)}"
+
+    # bytes
+
+    def truncate(self) -> None:
+        data = self.file.read_bytes()
+        self.file.write_bytes(data[: self.draw.randrange(len(data) + 1)])
+
+    def empty(self) -> None:
+        self.file.write_bytes(b"")
+
+    def flip(self) -> bool | None:
+        data = bytearray(self.file.read_bytes())
+        if not data:
+            return False
+        for _ in range(self.draw.choice((1, 1, 1, 8))):
+            data[self.draw.randrange(len(data))] ^= 1 << self.draw.randrange(8)
+        self.file.write_bytes(data)
+        return None
+
+    def flip_early(self) -> bool | None:
+        data = bytearray(self.file.read_bytes())
+        if not data:
+            return False
+        data[self.draw.randrange(min(64, len(data)))] ^= 1 << self.draw.randrange(8)
+        self.file.write_bytes(data)
+        return None
+
+    def zero(self) -> bool | None:
+        return self._span(lambda n: bytes(n))
+
+    def garble(self) -> bool | None:
+        return self._span(self.draw.randbytes)
+
+    def cut_out(self) -> bool | None:
+        return self._span(lambda n: b"")
+
+    def double(self) -> bool | None:
+        data = self.file.read_bytes()
+        self.file.write_bytes(data + data)
+        return None
+
+    def _span(self, make: Callable[[int], bytes]) -> bool | None:
+        data = self.file.read_bytes()
+        if not data:
+            return False
+        at = self.draw.randrange(len(data))
+        n = min(len(data) - at, self.draw.choice((1, 16, 512)))
+        self.file.write_bytes(data[:at] + make(n) + data[at + n :])
+        return None
+
+    def append(self) -> None:
+        self.file.write_bytes(self.file.read_bytes() + self.draw.choice((b"\n", b"\0", b"}", b"{}", b"null\n", self.draw.randbytes(64))))
+
+    def replace_by_garbage(self) -> None:
+        self.file.write_bytes(self.draw.choice((self.draw.randbytes(200), b"\xff\xfe", b"[]", b"{}", b"0", b"null", b'"x"', b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000,
+                                                b'{"format": 1}', b"\n\n\n")))
+
+    # places
+
+    def delete(self) -> None:
+        self.file.unlink()
+
+    def swap(self) -> bool | None:
+        same = [file for file in self.files if file != self.file and file.suffix == self.file.suffix] or self.files
+        other = self.draw.choice(same if self.draw.random() < 0.8 else self.files)
+        if other == self.file:
+            return False
+        mine, theirs = self.file.read_bytes(), other.read_bytes()
+        self.file.write_bytes(theirs)
+        other.write_bytes(mine)
+        return None
+
+    def copy_over(self) -> None:
+        self.file.write_bytes(self.draw.choice(self.files).read_bytes())
+
+    def folder_in_its_place(self) -> None:
+        self.file.unlink()
+        self.file.mkdir()
+
+    def link(self) -> None:
+        target = self.draw.choice((self.outside, self.file, Path("/nowhere/at/all"), Path(self.file.name + "x"), Path("/dev/null"), Path("."), self.draw.choice(self.files)))
+        self.file.unlink()
+        self.file.symlink_to(target)
+
+    def rename(self) -> None:
+        self.file.rename(self.file.with_name(self.draw.choice((self.file.name + "~", "x" + self.file.suffix, "." + self.file.name, f".tmp-{self.file.name}-1"))))
+
+    def stray(self) -> None:
+        place = self.file.parent / self.draw.choice(("garbage", ".tmp-x-1", ".tmp-old-x-1", ".tmp-gone-y-2", "zz.json", "zz.safetensors", "zz.jsonl", "step-00000099", "step-x", "sae.0-of-1.safetensors", "sae.0-of-0.safetensors", "sae.0-of-x.safetensors"))
+        place.write_bytes(self.draw.randbytes(50)) if self.draw.random() < 0.5 else place.mkdir(exist_ok=True)
+
+    def folders(self) -> bool | None:
+        """Swap, rename, copy or delete whole folders, as of checkpoints."""
+        inside = sorted(path for path in self.root.rglob("*") if path.is_dir())
+        if not inside:
+            return False
+        one = self.draw.choice(inside)
+        self.file = one
+        beside = [other for other in inside if other.parent == one.parent and other != one]
+        what = self.draw.choice(("swap", "rename", "copy", "delete", "link", "file", "linked_away"))
+        if what == "swap" and beside:
+            other, away = self.draw.choice(beside), one.with_name("away")
+            one.rename(away), other.rename(one), away.rename(other)
+        elif what in ("rename", "copy"):
+            to = one.with_name(self.draw.choice(("step-00000099", "step-00000001", "step-٣", one.name + "x")))
+            one.rename(to) if what == "rename" else shutil.copytree(one, to)
+        elif what == "linked_away":
+            one.rename(one.with_name("elsewhere")).symlink_to  # noqa: B018
+            one.symlink_to("elsewhere")
+        else:
+            shutil.rmtree(one)
+            if what == "link":
+                one.symlink_to(self.draw.choice(("/nowhere", ".", one.name)))
+            elif what == "file":
+                one.write_bytes(b"x")
+        return None
+
+    # JSON
+
+    def other_json(self) -> bool | None:
+        """Change one value somewhere; a seal then does not fit."""
+        return self._json(reseal=False)
+
+    def other_manifest(self) -> bool | None:
+        """Change one value of a manifest, and seal it again: what nobody but an attacker does."""
+        return self._json(reseal=True) if self.file.name == files.MANIFEST else False
+
+    def path_out_of_the_folder(self) -> bool | None:
+        """Let a manifest name a file outside its folder, with the right sum, and seal it again."""
+        if self.file.name != files.MANIFEST:
+            return False
+        table = files.read_json(self.file)
+        name = self.draw.choice(("../outside", "../../outside", str(self.outside), "/etc/passwd", "..", ".", "", "a/../../outside", "x\0y", "x" * 300, "./x"))
+        digest = files.sha256(self.outside)
+        if "shards" in table:
+            self.draw.choice(table["shards"]).update(file=name, sha256=digest)
+        else:
+            table["sha256"][name] = digest
+        _seal(self.file, table)
+        return None
+
+    def _json(self, reseal: bool) -> bool | None:
+        try:
+            whole = json.loads(self.file.read_bytes())
+        except ValueError:
+            return False
+        places = list(_places(whole))
+        if not places:
+            return False
+        holder, key = self.draw.choice(places)
+        if self.draw.random() < 0.2:
+            del holder[key]
+        else:
+            holder[key] = self._other(holder[key])
+        if reseal:
+            whole.pop(files.SEAL, None)
+            _seal(self.file, whole)
+        else:
+            self.file.write_text(json.dumps(whole))
+        return None
+
+    def _other(self, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and self.draw.random() < 0.4:
+            return self.draw.choice((value + 1, -value, 0, value * 2, 2**63, 2**40, 10**300, -1, 0.5))
+        return self.draw.choice((None, True, "x", "../x", "/etc/passwd", [], {}, [1], {"a": 1}, 7, -1, 1.5, float("nan"), float("inf"), 10**400, "\ud800", [[[[]]]], copy.deepcopy([value])))
+
+    # JSON lines
+
+    def other_line(self) -> bool | None:
+        lines = self.file.read_bytes().split(b"\n")
+        at = self.draw.randrange(len(lines))
+        try:
+            row = json.loads(lines[at])
+        except ValueError:
+            return False
+        if isinstance(row, dict) and row:
+            key = self.draw.choice(sorted(row))
+            if self.draw.random() < 0.3:
+                del row[key]
+            else:
+                row[key] = self._other(row[key])
+        lines[at] = self.draw.choice((json.dumps(row).encode(), json.dumps(row).encode(), b"[]", b"7", b"null", b"{}", b'{"step": 1', b"\xff"))
+        self.file.write_bytes(b"\n".join(lines))
+        return None
+
+    def shuffle_lines(self) -> None:
+        lines = self.file.read_bytes().splitlines(keepends=True)
+        self.draw.shuffle(lines)
+        self.file.write_bytes(b"".join(lines))
+
+    # safetensors
+
+    def other_length(self) -> None:
+        """Let the header be of another length."""
+        data = self.file.read_bytes()
+        length = self.draw.choice((0, 1, 7, len(data) - 8, len(data), len(data) + 1, 2**31, 2**40, 2**63, 2**64 - 1))
+        self.file.write_bytes(length.to_bytes(8, "little") + data[8:])
+
+    def other_header(self) -> bool | None:
+        return self._header(resum=False)
+
+    def other_header_with_its_sum(self) -> bool | None:
+        """Change a header so that the file may still be read, and give the manifest its new sum: what nobody but an attacker does."""
+        return self._header(resum=True)
+
+    def _header(self, resum: bool) -> bool | None:
+        data = self.file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        name = self.draw.choice(sorted(set(header) - {"__metadata__"}))
+        entry = header[name]
+        what = self.draw.choice(("shape", "offsets", "dtype", "name", "gone", "type"))
+        if what == "shape":
+            entry["shape"] = self.draw.choice(([], [1], entry["shape"][::-1], [2**40, 2**40], [*entry["shape"], 1], [0], [-1]))
+        elif what == "offsets":
+            entry["data_offsets"] = self.draw.choice(([0, 0], [0, 2**60], entry["data_offsets"][::-1], [-8, 8]))
+        elif what == "dtype":
+            entry["dtype"] = self.draw.choice(("F64", "F16", "I32", "BF16", "U8", "X"))
+        elif what == "name":
+            header[self.draw.choice(("x", "W_enc2", "../x", "\ud800"))] = header.pop(name)
+        elif what == "gone":
+            del header[name]
+        else:
+            header[name] = self._other(entry)
+        text = json.dumps(header).encode()
+        self.file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        manifest = self.file.parent / files.MANIFEST
+        if resum and manifest.is_file():
+            table = files.read_json(manifest)
+            for shard in table.get("shards", ()):
+                if shard["file"] == self.file.name:
+                    shard["sha256"] = files.sha256(self.file)
+            if "sha256" in table:
+                table["sha256"][self.file.name] = files.sha256(self.file)
+            _seal(manifest, table)
+        return None
+
+    # TOML
+
+    def other_toml(self) -> bool | None:
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        at = self.draw.choice([i for i, line in enumerate(lines) if " = " in line])
+        key, _, value = lines[at].partition(" = ")
+        values = ("0", "-1", "1.5", "true", '"x"', "[]", "{}", "[[]]", "nan", "inf", "1e400", "9" * 30, "0x" + "f" * 5000, "1979-05-27", '"../x"', '"\\u0000"', "'''", "[" * 5000, value + "1",
+                  "-" + value)
+        lines[at] = self.draw.choice((f"{key} = {self.draw.choice(values)}",) * 4 + ("", f"{key}x = {value}", f"[{key}]", lines[at] + "\n" + lines[at]))
+        self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return None
+
+
+BYTES = (Damage.truncate, Damage.truncate, Damage.empty, Damage.flip, Damage.flip, Damage.flip, Damage.flip_early, Damage.zero, Damage.garble, Damage.cut_out, Damage.double,
+         Damage.append, Damage.replace_by_garbage)
+PLACES = (Damage.delete, Damage.delete, Damage.swap, Damage.swap, Damage.copy_over, Damage.folder_in_its_place, Damage.link, Damage.rename, Damage.stray, Damage.folders, Damage.folders)
+JSON = (Damage.other_json, Damage.other_json, Damage.other_manifest, Damage.path_out_of_the_folder)
+LINES = (Damage.other_line, Damage.other_line, Damage.shuffle_lines)
+TENSORS = (Damage.other_length, Damage.other_header, Damage.other_header_with_its_sum)
+TOML = (Damage.other_toml, Damage.other_toml)
+WITH_THEIR_SUM = (Damage.other_header_with_its_sum, Damage.other_manifest)
+"""After these, other weights may be read, since their sums say that they are right."""
+
+
+# ---- the count ---------------------------------------------------------------------------------------------------
+
+
+def _seal(file: Path, table: dict[str, Any]) -> None:
+    """Write a table with its sum; where it holds what JSON of ours never does, without."""
+    try:
+        files.write_json(file, table, sealed=True)
+    except ValueError:
+        file.write_text(json.dumps(table))
+
+
+def _places(value: Any) -> Any:
+    """Yield every (table or list, key) in a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from _places(value[key])
+
+
+def attempt(world: World, station: str, outside: Path, draw: random.Random) -> tuple[str, str, str]:
+    """Return what came of one damage: the outcome, what was done, and what was said."""
+    folder = world.base.parent / "damaged" / station
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.copytree(world.base / station, folder)
+    damage = Damage(folder, outside, draw)
+    try:
+        outcome = world.stations[station](folder)
+    except Interrupted:
+        raise
+    except KsparseError as error:
+        return ("detected" if str(error).strip() else "crash"), damage.said, str(error)
+    except Exception:  # whatever it is, it is what this looks for
+        return "crash", damage.said, traceback.format_exc()
+    if outcome == "wrong" and damage.way in WITH_THEIR_SUM:
+        outcome = "harmless"
+    return outcome, damage.said, ""
+
+
+def fuzz(world: World, corruptions: int, seed: int, *, pages: int = 0, observe: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    """Return the counts of all outcomes, and what was done where one is bad. pages: how many reports may be written."""
+    draw, counts, bad, kinds = random.Random(seed), collections.Counter(), [], collections.Counter()
+    by_station: dict[str, collections.Counter] = {name: collections.Counter() for name in world.stations}
+    world.reports_left = pages
+    outside = world.base.parent / "outside"
+    outside.write_bytes(b"outside")
+    names = [*world.stations, *["run"] * 8, *["shards"] * 2]
+    for number in range(corruptions):
+        station = draw.choice(names)
+        outcome, said, why = attempt(world, station, outside, draw)
+        counts[outcome] += 1
+        by_station[station][outcome] += 1
+        kinds[said.split()[0]] += 1
+        if outcome in ("wrong", "crash"):
+            bad.append({"number": number, "outcome": outcome, "damage": said, "why": why[-1500:]})
+        observe(number + 1)
+    return {"corruptions": corruptions, "seed": seed, **{name: counts[name] for name in ("detected", "older", "harmless", "wrong", "crash")},
+            "by_folder": {name: dict(found) for name, found in by_station.items()}, "by_damage": dict(kinds.most_common()), "bad": bad}
+
+
+def small_recipe(folder: Path) -> Recipe:
+    """Return a run of 12 steps on the smallest built-in LM and some Python source."""
+    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return recipes.from_dict({
+        "acts": {"lm": "pylm/0.3m", "site": "resid_post.2", "text": str(folder / "texts.jsonl"), "mix": 256, "context": 32, "lm_batch": 8}, "sae": {"n_latents": 64, "k": 4, "dead_after": 64, "k_aux": 8},
+        "curve": {"held_out": 64, "octaves": 3}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 3, "keep": 3}, "tokens": 12 * 32, "batch": 32,
+        "threads": 1})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corruptions", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pages", type=int, default=200, help="reports that are written, at most; a second each")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("ksparse").setLevel(logging.CRITICAL)
+    began = time.monotonic()
+
+    def progress(done: int) -> None:
+        if done % 100 == 0:
+            spent = time.monotonic() - began
+            print(f"{done} of {options.corruptions}, {spent:.0f} s, about {spent / done * (options.corruptions - done):.0f} s to go", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "whole").mkdir()
+        world = World(Path(folder) / "whole", small_recipe(Path(folder)))
+        found = fuzz(world, options.corruptions, options.seed, pages=options.pages, observe=progress)
+    print(json.dumps(found | {"seconds": round(time.monotonic() - began)}, indent=1))
+    sys.exit(1 if found["wrong"] or found["crash"] else 0)
+
+
+if __name__ == "__main__":
+    main()
