@@ -26,7 +26,7 @@ from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
-from ksparse.sae.sliced import SlicedSAE
+from ksparse.sae.sliced import SlicedSAE, narrowed
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
 PIECE = PRE_ACTS
@@ -147,13 +147,11 @@ class ExplicitOptimizer(Optimizer):
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
         values, indices = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
-        return self._surviving(values, self.sae.shape.k), indices
-
-    def _surviving(self, values: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-        """Return values[b, <= k] of a slice, those that are not among the k largest of all slices as 0."""
         if not isinstance(self.sae, SlicedSAE):
-            return values
-        return torch.where(self.sae.survivors(values, k, self.sae.offer(k, among)), values, 0.0)
+            return values, indices
+        kept = self.sae.survivors(values, self.sae.shape.k, self.sae.offer(self.sae.shape.k))
+        kept, values, indices = narrowed(kept, values, indices)
+        return torch.where(kept, values, 0.0), indices
 
     def _piece(self) -> int:
         """Return how many numbers of the product may be in memory at once."""
@@ -190,7 +188,8 @@ class ExplicitOptimizer(Optimizer):
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
         if k_aux < sae.count(dead):
             values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
-            values = self._surviving(values, k_aux, dead)
+            if isinstance(sae, SlicedSAE):
+                values = torch.where(sae.survivors(values, k_aux, sae.offer(k_aux, dead)), values, 0.0)
             z.zero_().scatter_(1, indices.long(), values)
         difference = self.mesh.sum("recon", torch.mm(z, W_dec), "latent").add_(error)  # the prediction less x - recon
         tiny = torch.finfo(error.dtype).tiny
