@@ -51,8 +51,10 @@ class SlicedSAE(SAE):
         k = self.shape.k if k is None else k
         offer = self.offer(k, among)
         indices = kernels.topk(pre_acts, offer) if among is None else among[kernels.topk(pre_acts[:, among], min(offer, len(among)))]
+        kept = self.survivors(pre_acts.gather(1, indices), k, offer)
+        kept, indices = narrowed(kept, indices)
         values = kernels.selected(x, _Shared.apply(self.b_pre, self.mesh), self.W_enc, self.b_enc, indices, pre_acts)
-        return Code(torch.where(self.survivors(values.detach(), k, offer), torch.relu(values), 0.0), indices)
+        return Code(torch.where(kept, torch.relu(values), 0.0), indices)
 
     def offer(self, k: int, among: Tensor | None = None) -> int:
         """Return how many values of a token a slice offers, the same in all slices: k, or as many as it has, or as the capacity allows."""
@@ -81,6 +83,14 @@ class SlicedSAE(SAE):
 
     def decoder(self, code: Code) -> Tensor:
         return _Summed.apply(super().decoder(code), self.mesh)
+
+
+def narrowed(kept: Tensor, *parts: Tensor) -> list[Tensor]:
+    """Return kept[b, m] and what goes with it [b, m] as wide as the largest number kept of a token, all of these in it: about m / slices, so that
+    decoding and gradients cost a slice its share and not the whole."""
+    width = min(kept.shape[1], max(1, int(kept.sum(1).max()))) if len(kept) else 0
+    chosen = kept.float().topk(width, dim=1, sorted=False).indices
+    return [part.gather(1, chosen) for part in (kept, *parts)]
 
 
 def slice_of(sae: SAE, mesh: Mesh, capacity: float = 0.0) -> SAE:

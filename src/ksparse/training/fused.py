@@ -27,7 +27,7 @@ from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
-from ksparse.sae.sliced import SlicedSAE
+from ksparse.sae.sliced import SlicedSAE, narrowed
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
 PIECE = PRE_ACTS
@@ -153,13 +153,14 @@ class ExplicitOptimizer(Optimizer):
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
         values, indices = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
-        return self._surviving(values, self.sae.shape.k), indices
+        return self._surviving(values, indices, self.sae.shape.k)
 
-    def _surviving(self, values: Tensor, k: int, among: Tensor | None = None) -> Tensor:
-        """Return values[b, <= k] of a slice, those that are not among the k largest of all slices as 0."""
+    def _surviving(self, values: Tensor, indices: Tensor, k: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return a code [b, <= k] of a slice, those that are not among the k largest of all slices as 0, as narrow as the others are."""
         if not isinstance(self.sae, SlicedSAE):
-            return values
-        return torch.where(self.sae.survivors(values, k, self.sae.offer(k, among)), values, 0.0)
+            return values, indices
+        kept, values, indices = narrowed(self.sae.survivors(values, k, self.sae.offer(k, among)), values, indices)
+        return torch.where(kept, values, 0.0), indices
 
     def _piece(self) -> int:
         """Return how many numbers of the product may be in memory at once."""
@@ -199,7 +200,7 @@ class ExplicitOptimizer(Optimizer):
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
         if k_aux < sae.count(dead):
             values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
-            values = self._surviving(values, k_aux, dead)
+            values, indices = self._surviving(values, indices, k_aux, dead)
             if SPARSER * k_aux < len(dead):
                 return self._auxk_listed(centred, error, dead, W_dec, values, indices.long(), tokens)
             z.zero_().scatter_(1, indices.long(), values)
