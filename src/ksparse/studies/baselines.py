@@ -12,8 +12,8 @@ from ksparse.studies.study import Curve, Figure, Study, at_k, between, points, s
 TOKENS, LATENTS, K = 400_000, 2048, 32
 SPARSITIES = (1 / 4, 1 / 2, 1, 2, 4)
 """Of k, for the kinds that have one."""
-PENALTIES = (1 / 4, 1 / 2, 1, 2, 4)
-"""Of each kind's middle weight."""
+PENALTIES = (1 / 4, 1, 4, 8, 16)
+"""Of each kind's middle weight; the largest are for short runs, in which L0 has not fallen to where it would end."""
 MULTI = 1 / 8
 """Weight of the loss at 4k (section 5.3)."""
 L1 = {"ReLU": 0.02, "Gated": 0.02, "ProLU-STE": 0.01, "ProLU-ReLU": 0.02}
@@ -88,7 +88,7 @@ def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure
 
 
 def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
-    """Say, for each other kind, how it compares with TopK at TopK's own values of L0."""
+    """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it has none such, at more of its own."""
     found = []
     for kind in loss:
         if kind in ("TopK", "Multi-TopK"):
@@ -98,12 +98,21 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
             theirs, worse = between(loss[kind], x), between(error[kind], x)
             if theirs is None or worse is None:
                 continue
-            our_error = between(error["TopK"], x)[0]
-            difference = {"value": theirs[0] - ours, "se": math.hypot(theirs[1], se or 0.0)}
-            said_of.append(f"at L0 {x:.1f} by {said(difference)} nats (error {worse[0]:.4f} against {our_error:.4f})")
-        found.append(f"{kind} costs the LM more than TopK " + "; ".join(said_of) + "." if said_of
-                     else f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare.")
+            said_of.append(f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} against {between(error['TopK'], x)[0]:.4f})")
+        found.append(f"{kind} costs the LM more {'than TopK ' + '; '.join(said_of) if said_of else _beyond(kind, loss)}.")
     return found
+
+
+def _less(one: tuple[float, float | None], other: tuple[float, float | None]) -> dict[str, float]:
+    """Return the difference of two (value, standard error)."""
+    return {"value": one[0] - other[0], "se": math.hypot(one[1] or 0.0, other[1] or 0.0)}
+
+
+def _beyond(kind: str, loss: dict[str, Curve]) -> str:
+    """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest TopK."""
+    (x, *theirs), (top, *ours) = ((curve.x[i], curve.y[i], curve.se[i]) for curve, i in (
+        (loss[kind], min(range(len(loss[kind].x)), key=loss[kind].x.__getitem__)), (loss["TopK"], max(range(len(loss["TopK"].x)), key=loss["TopK"].x.__getitem__))))
+    return f"at L0 {x:.1f}, its lowest, than TopK at {top:.1f}: by {said(_less(tuple(theirs), tuple(ours)))} nats"
 
 
 def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> list[str]:
