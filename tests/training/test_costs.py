@@ -228,6 +228,7 @@ def test_16_million_latents_of_width_4096_need_more_than_64_cards_of_80_gb_and_f
 def test_bad_input_gives_one_clear_error(flags, message, small_recipe, tmp_path, capsys):
     file = tmp_path / "small.toml"
     file.write_text(to_toml(small_recipe()))
+    capsys.readouterr()  # what making the LM has said
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", str(file), "--gpu", "h100", *flags])
     said = capsys.readouterr().err

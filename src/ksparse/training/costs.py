@@ -310,9 +310,9 @@ def seconds(case: Case, mesh: Mesh) -> dict[str, float]:
 
 
 def _screened(case: Case, rank: Rank) -> bool:
-    """Whether the encoder product is in bfloat16."""
+    """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection holds to about its speed."""
     screen = case.recipe.optim.screen
-    return rank.step == "triton" and screen in ("auto", "bfloat16") or rank.step == "native" and screen == "bfloat16"
+    return rank.step == "triton" and screen != "off" or rank.step == "native" and screen == "bfloat16"
 
 
 def _selection(case: Case, rank: Rank) -> float:

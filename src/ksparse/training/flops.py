@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # plans need no torch
     from torch import nn
 
 
+SPARSER = 5
+"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents; above that, dense products are faster (docs/lab-book.md)."""
+
+
 def encoder(recipe: Recipe, d_model: int) -> int:
     return 2 * recipe.sae.n_latents * d_model
 

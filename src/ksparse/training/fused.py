@@ -28,14 +28,13 @@ from ksparse.recipe import Recipe, auxk_tokens
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.sliced import SlicedSAE, narrowed
+from ksparse.training import flops
 from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
 PIECE = PRE_ACTS
 MARGIN = 6.0
 """A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
-SPARSER = 5
-"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents; above that, dense products are faster (docs/lab-book.md)."""
 MORE = {1: 1.0, 2: 0.5, native.PANELS: 1.5}
 """Candidates beyond k at the start, as a share of k: the coarser the product, the more."""
 
@@ -201,7 +200,7 @@ class ExplicitOptimizer(Optimizer):
         if k_aux < sae.count(dead):
             values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
             values, indices = self._surviving(values, indices, k_aux, dead)
-            if SPARSER * k_aux < len(dead):
+            if flops.SPARSER * k_aux < len(dead):
                 return self._auxk_listed(centred, error, dead, W_dec, values, indices.long(), tokens)
             z.zero_().scatter_(1, indices.long(), values)
         loss, slope = self._auxk_loss(torch.mm(z, W_dec), error, tokens)

@@ -72,7 +72,7 @@ def _step(recipe: Recipe, device: str) -> Step:
     """Return which training step a device takes, as `member.open_optimizer` chooses it."""
     if recipe.sae.activation.kind != "topk" or recipe.sae.multi_topk or device == "mps":
         return "autograd"
-    if recipe.run.kernels == "triton":
+    if recipe.run.kernels == "triton" or device == "cuda" and recipe.run.kernels == "auto":
         return "triton"
     return "native" if device == "cpu" and recipe.run.kernels != "torch" and native.load() is not None else "torch"
 
@@ -220,7 +220,8 @@ def look(recipe: Recipe) -> Subject:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.run.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0]}") from error
+        raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
+                         "instead: --subject.d-model, --subject.parameters, --subject.before-site") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     module, at = resolve(model, recipe.acts.site)
