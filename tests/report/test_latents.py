@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ksparse import files
 from ksparse.errors import CorruptError
 from ksparse.report import latents
 from ksparse.report.source import Source
@@ -66,6 +67,16 @@ def test_examples_end_where_there_are_no_more(tmp_path, make_run) -> None:
     data["density"][3] = 0.99  # the latent with two examples becomes the densest
     save_file(data, run.path / "evals" / "stats.safetensors")
     assert len(cards(run)[3].top) == 2
+
+
+def test_a_result_without_examples_has_cards_without_them(make_run) -> None:
+    run, data = make_run(), arrays()
+    save_file({name: array for name, array in data.items() if not name.startswith(("top_", "random_", "contexts"))}, run.path / "evals" / "stats.safetensors")
+    with pytest.raises(CorruptError, match="no readable 'top_context'"):
+        cards(run)
+    result = files.read_json(run.eval_file("stats"))
+    files.write_json(run.eval_file("stats"), result | {"options": result["options"] | {"examples": 0}})
+    assert len(cards(run)) > latents.DENSEST and not any(card.top or card.random for card in cards(run).values())
 
 
 def test_tokens_outside_the_vocabulary_are_their_ids(make_run) -> None:

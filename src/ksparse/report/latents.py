@@ -138,7 +138,8 @@ class _Reader:
     """Reads the rows of one latent and makes its card."""
 
     def __init__(self, source: Source, arrays: Arrays):
-        window = (source.result("stats") or {}).get("window") or {}
+        stats = source.result("stats") or {}
+        window, self.none = stats.get("window") or {}, stats.get("options", {}).get("examples") == 0
         self.arrays, self.vocabulary = arrays, source.vocabulary
         self.explanations, self.effects, self.tasks = findings.explanations(source), findings.effects(source), findings.tasks(source)
         self.after, self.before = int(window.get("after", 0)), int(window.get("before", 0))
@@ -154,6 +155,8 @@ class _Reader:
         return float(np.nan_to_num(self.arrays.row(name, latent)))
 
     def _examples(self, kind: str, latent: int, largest: float) -> list[Example]:
+        if self.none:
+            return []
         context, position, value, acts = (
             self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES] for name in ("context", "position", "value", "acts"))
         if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
