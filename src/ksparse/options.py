@@ -82,12 +82,12 @@ class EvalOptions:
     """subspaces: how latents are put into an order: spectral, or the paper's UMAP to one dimension (pip install 'ksparse[umap]')."""
 
     def __post_init__(self) -> None:
-        for name in ("per_document", "probe_tokens", "ablation_horizon"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least 1")
-        for name in (*BUDGETS["small"], "refine_exact", "examples"):
+        for name, least in {"per_document": 1, "examples": 0, "probe_tokens": 1, "ablation_horizon": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least {least}")
+        for name in (*BUDGETS["small"], "refine_exact"):
             if getattr(self, name) < 0:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for {'none' if name == 'examples' else 'the budget' + chr(39) + 's'}, or more")
+                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
         if not self.probe_l2 > 0:
             raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
         for name, kind in typing.get_type_hints(type(self)).items():

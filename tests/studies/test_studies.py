@@ -56,6 +56,15 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(o
     assert "ProLU-STE" in page.read_text() and (path / "figures" / "l0-ce.svg").is_file()
 
 
+@pytest.mark.parametrize("x, says", [
+    ([4.0, 64.0], "ReLU costs the LM more than TopK at L0 8.0 by 0.8000 ± 0.0000 nats (error 0.9000 against 0.1000); at L0 16.0 by 0.8000 ± 0.0000 nats (error 0.9000 against 0.1000)."),
+    ([32.0, 64.0], "ReLU at L0 32.0, its lowest, costs the LM more than TopK at 16.0 by 0.8000 ± 0.0000 nats."),
+    ([2.0, 4.0], "ReLU has no point on either side of one of TopK's values of L0: nothing to compare.")])
+def test_a_rival_is_compared_at_topks_sparsity_or_where_it_is_denser_and_still_worse(x, says):
+    curves = {"TopK": Curve("TopK", [8.0, 16.0], [0.1, 0.1], [0.0, 0.0]), "ReLU": Curve("ReLU", x, [0.9, 0.9], [0.0, 0.0])}
+    assert baselines._rivals(curves, curves) == [says]
+
+
 def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monkeypatch):
     steps = []
     monkeypatch.setattr(ablations, "MEMBERS", {"whole": {}, "no AuxK": {"auxk_coef": 0.0}})

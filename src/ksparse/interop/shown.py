@@ -45,7 +45,7 @@ class Shown:
         result, arrays = self.run.eval(name), self.run.eval_file(name).with_suffix(".safetensors")
         if result is None or not arrays.is_file():
             raise InputError(f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it")
-        if files.sha256(arrays) != result.get("arrays_sha256", files.sha256(arrays)):
+        if "arrays_sha256" in result and files.sha256(arrays) != result["arrays_sha256"]:
             raise CorruptError(f"{arrays} is damaged or of another result than {name}.json; run the evaluation again")
         return result, load_file(arrays)
 

@@ -79,15 +79,19 @@ def _finite(score):
 
 
 @_jit
+def _tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile of the product [b, n], as (number along the tokens, number along the latents)."""
+    program, together = tl.program_id(0), GROUP * tl.cdiv(n, LATENTS)
+    first = program // together * GROUP
+    size = tl.minimum(tl.cdiv(b, TOKENS) - first, GROUP)
+    return first + program % together % size, program % together // size
+
+
+@_jit
 def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr,
                 GROUP: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values, places[b, buckets, KEPT], best first."""
-    program, across = tl.program_id(0), tl.cdiv(b, TOKENS)
-    together = GROUP * tl.cdiv(n, LATENTS)
-    first = program // together * GROUP
-    size = tl.minimum(across - first, GROUP)
-    tile_b, tile_n = first + program % together % size, program % together // size
-
+    tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = tile_b * TOKENS + tl.arange(0, TOKENS), tile_n * LATENTS + tl.arange(0, LATENTS), tl.arange(0, DEPTH)
     left = x + tl.minimum(rows, b - 1).to(tl.int64)[:, None] * d + at[None, :]
     right = weight + tl.minimum(columns, n - 1).to(tl.int64)[None, :] * d + at[:, None]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ksparse.kernels.gpu import MOST_KEPT, TILE, Tile, _finite, _jit, _latents, _on, _whole, tl
+from ksparse.kernels.gpu import MOST_KEPT, TILE, Tile, _finite, _jit, _latents, _on, _tile, _whole, tl
 
 LOWEST = -(2**31)
 REDONE = 2e-3
@@ -75,12 +75,7 @@ def lower(x: Tensor, kind: str) -> Low:
 def _keys(x, weight, bias, x_scale, scale, keys, b, n, d, buckets, TOKENS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
           KEPT: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, BYTES: tl.constexpr):
     """One tile of the product; of each bucket the KEPT largest keys go to keys[b, buckets, KEPT], the largest first."""
-    program, across = tl.program_id(0), tl.cdiv(b, TOKENS)
-    together = GROUP * tl.cdiv(n, LATENTS)
-    first = program // together * GROUP
-    size = tl.minimum(across - first, GROUP)
-    tile_b, tile_n = first + program % together % size, program % together // size
-
+    tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = tile_b * TOKENS + tl.arange(0, TOKENS), tile_n * LATENTS + tl.arange(0, LATENTS), tl.arange(0, DEPTH)
     row, column = tl.minimum(rows, b - 1), tl.minimum(columns, n - 1)
     left, right = x + row.to(tl.int64)[:, None] * d + at[None, :], weight + column.to(tl.int64)[None, :] * d + at[:, None]

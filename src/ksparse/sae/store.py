@@ -6,7 +6,8 @@ range of latents from either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,20 @@ def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
 
 def tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Read the tensors named in `shapes`, each of its shape; raise CorruptError for a file or tensor that is not so."""
-    try:
+    with _reading(file):
         found = load_file(file)
-    except FileNotFoundError:
-        raise CorruptError(f"{file} is missing") from None
-    except OSError as error:
-        raise CorruptError(f"{file} cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
     check_shapes(file, found, shapes)
     return found
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading tensors into a CorruptError."""
+    try:
+        with files.read_errors(file):
+            yield
+    except SafetensorError as error:
+        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
 
 
 def check_shapes(file: Path, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -147,22 +152,15 @@ def rows_of(folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], rows: s
 
 def _add(parts: dict[str, list[Any]], file: Path, at: int, rows: slice) -> int:
     """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row after its last."""
-    try:
-        with safe_open(file, framework="pt") as held:
-            views = {key: held.get_slice(key) for key in held.keys()}
-            sizes = {key: view.get_shape() for key, view in views.items()}
-            own = max((shape[0] for key, shape in sizes.items() if by_rows(key, shape)), default=0)
-            for key, shape in sizes.items():
-                if not by_rows(key, shape):
-                    parts.setdefault(key, [held.get_tensor(key)])
-                elif rows.start < at + own and at < rows.stop:
-                    parts.setdefault(key, []).append(views[key][max(0, rows.start - at) : min(own, rows.stop - at)])
-    except FileNotFoundError:
-        raise CorruptError(f"{file} is missing") from None
-    except OSError as error:
-        raise CorruptError(f"{file} cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
+    with _reading(file), safe_open(file, framework="pt") as held:
+        views = {key: held.get_slice(key) for key in held.keys()}
+        sizes = {key: view.get_shape() for key, view in views.items()}
+        own = max((shape[0] for key, shape in sizes.items() if by_rows(key, shape)), default=0)
+        for key, shape in sizes.items():
+            if not by_rows(key, shape):
+                parts.setdefault(key, [held.get_tensor(key)])
+            elif rows.start < at + own and at < rows.stop:
+                parts.setdefault(key, []).append(views[key][max(0, rows.start - at) : min(own, rows.stop - at)])
     return at + own
 
 

@@ -114,6 +114,7 @@ class Law:
 
     @property
     def foretelling(self) -> Foretelling:
+        """Return how well the law's own form extrapolates."""
         found = self.candidate.foretelling
         assert found is not None
         return found
@@ -183,7 +184,8 @@ class Law:
             "extrapolation_error": self.foretelling.error, "extrapolation": vars(self.foretelling),
             "starts": self.fit.starts, "starts_at_best": self.fit.reached,
             "forms": [{"form": each.form.name, "equation": each.form.equation, "coefficients": len(each.form.coefficients), "log_rms": each.log_rms,
-                       "aicc": each.aicc, "extrapolation_error": each.foretelling.error if each.foretelling else None, "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
+                       "aicc": each.aicc, "extrapolation_error": each.foretelling.error if each.foretelling else None,
+                       "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
             "best_form": self.best.form.name, "residual_correlation": self.correlation, "seed_scatter": self.cells.seed_scatter,
             "points": [{**{name: plain(column[i]) for name, column in self.cells.columns.items()}, self.kind.target: float(self.cells.value[i]),
                         "runs": int(self.cells.count[i]), "fitted": math.exp(values[i]), "residual": float(self.fit.residuals[i])}

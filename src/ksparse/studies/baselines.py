@@ -88,7 +88,7 @@ def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure
 
 
 def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
-    """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it has none such, at more of its own."""
+    """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it is never so sparse, at its own lowest."""
     found = []
     for kind in loss:
         if kind in ("TopK", "Multi-TopK"):
@@ -99,7 +99,7 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
             if theirs is None or worse is None:
                 continue
             said_of.append(f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} against {between(error['TopK'], x)[0]:.4f})")
-        found.append(f"{kind} costs the LM more {'than TopK ' + '; '.join(said_of) if said_of else _beyond(kind, loss)}.")
+        found.append(f"{kind} costs the LM more than TopK {'; '.join(said_of)}." if said_of else _beyond(kind, loss))
     return found
 
 
@@ -109,10 +109,12 @@ def _less(one: tuple[float, float | None], other: tuple[float, float | None]) ->
 
 
 def _beyond(kind: str, loss: dict[str, Curve]) -> str:
-    """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest TopK."""
-    (x, *theirs), (top, *ours) = ((curve.x[i], curve.y[i], curve.se[i]) for curve, i in (
-        (loss[kind], min(range(len(loss[kind].x)), key=loss[kind].x.__getitem__)), (loss["TopK"], max(range(len(loss["TopK"].x)), key=loss["TopK"].x.__getitem__))))
-    return f"at L0 {x:.1f}, its lowest, than TopK at {top:.1f}: by {said(_less(tuple(theirs), tuple(ours)))} nats"
+    """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest TopK; curves go by rising L0."""
+    theirs, ours = loss[kind], loss["TopK"]
+    if theirs.x[0] <= ours.x[-1]:
+        return f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare."
+    difference = _less((theirs.y[0], theirs.se[0]), (ours.y[-1], ours.se[-1]))
+    return f"{kind} at L0 {theirs.x[0]:.1f}, its lowest, costs the LM more than TopK at {ours.x[-1]:.1f} by {said(difference)} nats."
 
 
 def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> list[str]:

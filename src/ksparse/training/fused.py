@@ -290,12 +290,16 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
-        self.screen, self.kind = screen, int8_kind() if screen == "int8" else KINDS.get(screen, 0)
+        self.screen, self.kind = screen, self._kind(screen)
         self.redone = self.screened = 0  # tokens
         self.candidates = sae.shape.k + max(16, int(sae.shape.k * MORE.get(self.kind, 0)))
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
             self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         self._lower()
+
+    def _kind(self, screen: str) -> int:
+        """Return the number of a screen's product; 0 of none."""
+        return KINDS.get(screen, 0)
 
     @abstractmethod
     def _lower(self) -> None:
@@ -378,6 +382,9 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
 class FusedOptimizer(ScreenedOptimizer):
     """The same by the compiled kernels, on a CPU."""
+
+    def _kind(self, screen: str) -> int:
+        return int8_kind() if screen == "int8" else super()._kind(screen)
 
     @torch.no_grad()
     def _lower(self) -> None:
