@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,14 @@ class Browser:
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
         return said, asked
+
+    def heard(self, seconds: float = 30.0) -> list[str]:
+        """Wait until the console says something, and return that."""
+        end = time.monotonic() + seconds
+        while not (said := self.drain()[0]):
+            assert time.monotonic() < end, f"the console said nothing in {seconds:g} s"
+            time.sleep(0.05)
+        return said
 
     def check(self) -> None:
         said, asked = self.drain()

@@ -158,7 +158,7 @@ def test_what_is_not_there_is_said(browser: Browser, served: int):
         browser.open("about:blank")
         browser.open(at(served, path))
         browser.until("return document.querySelector('main .missing')?.innerText.includes(arguments[0])", words)
-    assert "400" in browser.drain()[0][0]  # the browser itself writes of a refused request
+    assert "400" in browser.heard()[0]  # the browser itself writes of a refused request
 
 
 # ---- the export --------------------------------------------------------------------------------------------------
@@ -287,6 +287,9 @@ def test_hostile_text_is_text_in(browser: Browser, hostile: tuple[RunFolder, lis
             browser.open(f"{base}{path}")
             browser.find(ready)
             assert_inert(browser, *shown)
+            if where == "viewer" and "search" in path:  # the request must have ended, or it is cut off, and the console says so at any time
+                said = browser.heard()
+                assert all("api/activations" in each and "400" in each for each in said), said  # there is no such LM
         browser.open(f"{base}#/latents?own=1")
         browser.until("return document.querySelector('.gloss .own')")
         assert_inert(browser, "⟨U+202E⟩evil" if "\u202eevil" in payloads else "{{ 7 * 7 }}")
@@ -298,7 +301,6 @@ def test_hostile_text_is_text_in(browser: Browser, hostile: tuple[RunFolder, lis
     else:
         with serving(run) as port:
             look(at(port, ""))
-        assert all("api/activations" in each and "400" in each for each in browser.drain()[0])  # there is no such LM
 
 
 def test_hostile_text_is_text_in_report(browser: Browser, hostile: tuple[RunFolder, list[str]]):
