@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ksparse.kernels import hopper
 from ksparse.kernels.gpu import MOST_KEPT, TILE, Tile, _finite, _jit, _latents, _on, _tile, _whole, tl
 
 LOWEST = -(2**31)
@@ -138,6 +139,10 @@ def candidates(x: Tensor, low: Low, bias: Tensor, c: int, *, k: int | None = Non
 
     x is rounded as `low` is. The scores are rounded up, by 2^-17 with the tile that is used.
     """
+    chosen = hopper.plan(low.rows.shape[1], c) if low.scale is not None and not (tile or kept) and hopper.usable(x.device) else None
+    if chosen and c <= len(low.rows) and len(x):
+        rows, x_scale = lower(x.contiguous(), "int8")
+        return Candidates(*hopper.candidates(rows, x_scale, low.rows, low.scale, bias, c, chosen))
     tile = tile or (BYTES_TILE if low.scale is not None else TILE)
     b, (n, d), width = len(x), low.rows.shape, tile.latents // 4
     kept = kept or _kept(c if k is None else k, 4 * (n // tile.latents))

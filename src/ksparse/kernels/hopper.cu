@@ -1,0 +1,323 @@
+// Candidates for the largest numbers of each row of a product of bytes, x[b, d] w[n, d]^T, on Hopper GPUs (compute capability 9.0).
+//
+//     x: 128 tokens, stays ──────┐
+//     w: 256 latents x 128 bytes ┴▶ tensor cores ─▶ scores in registers ─▶ those above the token's limit ─▶ list ─▶ the c best
+//        ring of STAGES, by the copy engine, each half shared with the neighbouring processor
+//
+// A block goes over all latents with its tokens. A token's limit is the c-th largest score that it has seen, so that of n latents about
+// c ln(n / c) are ever listed; all others cost a multiplication, an addition and a comparison. A warp owns 16 tokens, their limits and lists:
+// nothing is shared between warps but the ring. hopper.py says what the constants in capitals are.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int TOKENS = 128, LATENTS = 256, CHUNK = 128;
+constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = LATENTS * 8;
+constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
+constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
+constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
+constexpr int CAPACITY = 32 * PER;
+constexpr u32 ALL = 0xffffffff;
+
+#define INFINITE __int_as_float(0x7f800000)
+
+struct alignas(64) Map {
+    u64 opaque[16];
+};
+
+// ---- barriers and copies
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {  // on that of a block of the cluster
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra READY;\nbra AGAIN;\nREADY:\n}" ::"r"(
+            barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const Map &map, u32 barrier, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map),
+                 "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_box_to_both(u32 to, const Map &map, u32 barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_bytes(u32 to, const void *from, u32 barrier, u32 bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// ---- tensor cores
+
+__device__ __forceinline__ u64 matrix_at(u32 address) {  // rows of 128 bytes, eight of them swizzled together
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#define FOUR(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+
+// d = (or +=, if more) the product of 64 rows and 256 rows of 32 bytes
+__device__ __forceinline__ void multiply(int (&d)[128], u64 left, u64 right, int more) {
+    asm volatile(
+        "{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,"
+        "%123,%124,%125,%126,%127}, %128, %129, more;\n}"
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+        : "l"(left), "l"(right), "r"(more));
+}
+
+__device__ __forceinline__ void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void multiply_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+// ---- lists
+
+__device__ __forceinline__ u32 ordered(float score) {  // as a whole number of the same order, above 0
+    u32 bits = __float_as_uint(score);
+    return bits ^ ((bits >> 31) ? ALL : 0x80000000);
+}
+
+__device__ __forceinline__ float score_of(u32 number) { return __uint_as_float(number ^ ((number >> 31) ? 0x80000000 : ALL)); }
+
+struct Kept {
+    int count;
+    float limit;
+};
+
+// Leave the c (to `most`) best of a list of `size` scores, all above `limit`, in their order.
+__device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int most, int lane) {
+    u64 key[PER];
+    u32 low = ordered(limit), high = 0;
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        key[j] = 32 * j + lane < size ? list[32 * j + lane] : 0;
+        high = max(high, (u32)(key[j] >> 32));
+    }
+    high = __reduce_max_sync(ALL, high);
+    int there = size;  // scores of at least `low`
+    while (low < high) {
+        u32 middle = low + (high - low) / 2 + ((high - low) & 1);
+        int above = 0;
+#pragma unroll
+        for (int j = 0; j < PER; ++j) above += __popc(__ballot_sync(ALL, (u32)(key[j] >> 32) >= middle));
+        if (above >= c) {
+            low = middle, there = above;
+            if (there <= most) break;
+        } else high = middle - 1;
+    }
+    int spare = there;  // of those equal to `low`
+    if (there > most) {
+        spare = c;
+#pragma unroll
+        for (int j = 0; j < PER; ++j) spare -= __popc(__ballot_sync(ALL, (u32)(key[j] >> 32) > low));
+    }
+    u32 before = (1u << lane) - 1;
+    int equals = 0, kept = 0;
+#pragma unroll
+    for (int j = 0; j < PER; ++j) {
+        u32 number = key[j] >> 32, equal = __ballot_sync(ALL, number == low);
+        bool keep = number > low || (number == low && equals + __popc(equal & before) < spare);
+        u32 all = __ballot_sync(ALL, keep);
+        if (keep) list[kept + __popc(all & before)] = key[j];
+        kept += __popc(all), equals += __popc(equal);
+    }
+    __syncwarp();
+    return {kept, score_of(low)};
+}
+
+// A warp's 16 tokens: lane l has the counts and limits of tokens l / 4 and l / 4 + 8, as have the other three lanes of its quad.
+struct Tokens {
+    u64 *lists;
+    int count[2];
+    float limit[2];
+    int lane;
+
+    __device__ __forceinline__ u64 *list(int token) const { return lists + token * CAPACITY; }
+
+    // Add the score to the list of token lane / 4 + 8 half in all lanes where it is above the limit.
+    __device__ __forceinline__ void offer(int half, float score, u32 latent) {
+        bool above = score > limit[half];
+        u32 all = __ballot_sync(ALL, above);
+        if (all) {
+            u32 quad = (all >> (lane & 28)) & 15;
+            if (above) list(lane / 4 + 8 * half)[count[half] + __popc(quad & ((1 << (lane & 3)) - 1))] = (u64)ordered(score) << 32 | latent;
+            count[half] += __popc(quad);
+        }
+    }
+
+    // Where a list has more than `full` keep the c best, or some more (at most `most`) if that is found sooner. full >= c.
+    __device__ __forceinline__ void tidy(int full, int c, int most) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 which = __ballot_sync(ALL, count[half] > full);
+            while (which) {
+                int first = __ffs(which) - 1;
+                which &= ~(15u << first);
+                Kept kept = shrink(list(first / 4 + 8 * half), __shfl_sync(ALL, count[half], first), __shfl_sync(ALL, limit[half], first), c, most, lane);
+                if ((lane & 28) == first) count[half] = kept.count, limit[half] = kept.limit;
+            }
+        }
+    }
+};
+
+// ---- the kernel: one warp feeds, eight multiply
+
+// Of the latents of tiles [tiles s / gridDim.y, tiles (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
+// dropped[b, s] is an upper bound on the others' scores. columns[n]: each latent's scale and bias.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
+    candidates(const __grid_constant__ Map x, const __grid_constant__ Map w, const float2 *columns, const float *x_scale, u64 *lists, float *scores,
+               long long *latents, float *dropped, int b, int c, int tiles) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const u32 base = (u32)__cvta_generic_to_shared(memory), full = base + BARRIERS_AT, empty = full + 8 * STAGES, x_full = empty + 8 * STAGES;
+    const int group = threadIdx.x / 128, first = blockIdx.y * tiles / gridDim.y, last = (blockIdx.y + 1) * tiles / gridDim.y;
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < STAGES; ++slot) barrier_init(full + 8 * slot, 1), barrier_init(empty + 8 * slot, 8 * CLUSTER);
+        barrier_init(x_full, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    cluster_sync();
+
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == 0) {
+            const int token = blockIdx.x * TOKENS, rank = CLUSTER == 1 ? 0 : blockIdx.x % 2;
+            if (RESIDENT) {
+                barrier_expect(x_full, CHUNKS * X_TILE);
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) copy_box(base + X_AT + chunk * X_TILE, x, x_full, chunk * CHUNK, token);
+            }
+            u32 slot = 0, parity = 1;
+            for (int tile = first; tile < last; ++tile) {
+                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                    const u32 to = base + slot * STAGE, barrier = full + 8 * slot;
+                    const bool end = chunk == CHUNKS - 1;
+                    barrier_wait(empty + 8 * slot, parity);
+                    barrier_expect(barrier, STAGE + (end ? COLUMNS_TILE : 0));
+                    if (CLUSTER == 1) {
+                        copy_box(to, w, barrier, chunk * CHUNK, tile * LATENTS);
+                        copy_box(to + W_TILE / 2, w, barrier, chunk * CHUNK, tile * LATENTS + LATENTS / 2);
+                    } else copy_box_to_both(to + rank * (W_TILE / 2), w, barrier, chunk * CHUNK, tile * LATENTS + rank * (LATENTS / 2));
+                    if (!RESIDENT) copy_box(to + W_TILE, x, barrier, chunk * CHUNK, token);
+                    if (end) copy_bytes(base + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE, columns + (u64)tile * LATENTS, barrier, COLUMNS_TILE);
+                    if (++slot == STAGES) slot = 0, parity ^= 1;
+                }
+            }
+        }
+        __syncwarp();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        const int lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32;  // warps 0 to 3 have the first 64 tokens
+        const int token = blockIdx.x * TOKENS + 16 * warp, row = token + lane / 4;
+        const u32 x_rows = (group - 1) * 64 * CHUNK;
+        const float unit[2] = {row < b ? x_scale[row] : 0, row + 8 < b ? x_scale[row + 8] : 0};
+        Tokens mine;
+        mine.lane = lane;
+        mine.lists = lists + ((u64)(blockIdx.y * gridDim.x + blockIdx.x) * TOKENS + 16 * warp) * CAPACITY;
+        mine.count[0] = mine.count[1] = 0;
+        mine.limit[0] = row < b ? -INFINITE : INFINITE;
+        mine.limit[1] = row + 8 < b ? -INFINITE : INFINITE;
+        if (RESIDENT) barrier_wait(x_full, 0);
+
+        int d[128];
+        u32 slot = 0, parity = 0;
+        auto release = [&](u32 which) {
+            if (lane < CLUSTER) barrier_arrive(empty + 8 * which, lane);
+        };
+        for (int tile = first; tile < last; ++tile) {
+            u32 held = STAGES;
+#pragma unroll 1
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                const u32 at = base + slot * STAGE, rows = RESIDENT ? base + X_AT + chunk * X_TILE : at + W_TILE;
+                barrier_wait(full + 8 * slot, parity);
+                multiply_begin();
+#pragma unroll
+                for (int k = 0; k < CHUNK; k += 32) multiply(d, matrix_at(rows + x_rows + k), matrix_at(at + k), chunk > 0 || k > 0);
+                multiply_commit();
+                if (held < STAGES) {
+                    multiply_wait<1>();
+                    release(held);
+                }
+                held = slot;
+                if (++slot == STAGES) slot = 0, parity ^= 1;
+            }
+            multiply_wait<0>();
+            release(held);
+#pragma unroll
+            for (int i = 0; i < 128; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
+
+            const u32 side = base + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (lane & 3) * 16;
+            const u32 latent = tile * LATENTS + (lane & 3) * 2;
+#pragma unroll
+            for (int part = 0; part < 128; part += 16) {
+                bool above = false;
+#pragma unroll
+                for (int i = part; i < part + 16; i += 4) {
+                    float scale[2], bias[2];
+                    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                 : "=f"(scale[0]), "=f"(bias[0]), "=f"(scale[1]), "=f"(bias[1])
+                                 : "r"(side + i * 16));
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float score = fmaf((float)d[i + j] * scale[j & 1], unit[j / 2], bias[j & 1]);
+                        d[i + j] = __float_as_int(score);
+                        above |= score > mine.limit[j / 2];
+                    }
+                }
+                if (__any_sync(ALL, above)) {
+                    if (__any_sync(ALL, max(mine.count[0], mine.count[1]) > CAPACITY - 32)) mine.tidy(CAPACITY - 32, c, c + c / 8);
+#pragma unroll
+                    for (int i = part; i < part + 16; ++i) mine.offer(i % 4 / 2, __int_as_float(d[i]), latent + i / 4 * 8 + i % 2);
+                }
+            }
+        }
+
+        mine.tidy(c, c, c);
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            for (int each = 0; each < 8; ++each) {
+                const int size = __shfl_sync(ALL, mine.count[half], 4 * each);
+                const float limit = __shfl_sync(ALL, mine.limit[half], 4 * each);
+                const u64 out = (u64)(token + each + 8 * half) * gridDim.y + blockIdx.y;
+                if (token + each + 8 * half >= b) continue;
+                for (int j = lane; j < c; j += 32) {
+                    const u64 key = j < size ? mine.list(each + 8 * half)[j] : 0;
+                    scores[out * c + j] = j < size ? score_of(key >> 32) : -INFINITE;
+                    latents[out * c + j] = (u32)key;
+                }
+                if (lane == 0) dropped[out] = size < c ? INFINITE : limit;
+            }
+        }
+    }
+    cluster_sync();
+}

@@ -1,0 +1,156 @@
+"""hopper.cu from Python: compiled for the shapes at hand when first used, by the compiler that comes with torch for CUDA (NVRTC).
+
+Triton's kernels (`screen`) do the same on other GPUs. They go through memory, since they cannot branch on one number, and share no copies between
+processors; both is what this kernel is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from cuda.bindings import nvrtc  # torch for CUDA brings it since 2.10
+except ImportError:
+    nvrtc = None
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+TOKENS, LATENTS, CHUNK, WARP = 128, 256, 128, 32
+"""Tokens of a block, latents of a tile, bytes of a row that are multiplied at once: constants of hopper.cu."""
+SHARED = 227 * 2**10
+"""Bytes of shared memory that a block may have."""
+STAGES = 6
+LONGEST = 16 * WARP
+"""Scores that a token's list holds at most: a warp has them in registers when it thins a list out."""
+
+
+class Plan(NamedTuple):
+    """The constants that hopper.cu is compiled with."""
+
+    chunks: int
+    """Parts of CHUNK bytes that a row has."""
+    resident: bool
+    """Whether a block's tokens stay in shared memory; else they come again with each tile."""
+    stages: int
+    """Parts of a tile that are in shared memory or on their way."""
+    per: int
+    """Scores of a token's list for each thread of a warp."""
+    cluster: int = 2
+    """Blocks that share the latents' copies."""
+
+    @property
+    def bytes(self) -> int:
+        """Return the shared memory of a block, as hopper.cu lays it out."""
+        stage, tokens = LATENTS * CHUNK, TOKENS * CHUNK
+        sides = (self.stages + self.chunks) // self.chunks
+        return (self.stages * (stage + (0 if self.resident else tokens)) + (self.chunks * tokens if self.resident else 0) + sides * LATENTS * 8
+                + 8 * (2 * self.stages + 1))
+
+
+def usable(device: torch.device) -> bool:
+    """Return whether the kernel can be compiled for and run on a device."""
+    return device.type == "cuda" and nvrtc is not None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def plan(d: int, c: int) -> Plan | None:
+    """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
+    per = min(LONGEST, max(4 * WARP, 2 * c + WARP))
+    if d % 16 or not 0 < c + c // 8 <= LONGEST - WARP:
+        return None
+    options = (Plan(-(-d // CHUNK), resident, stages, -(-per // WARP)) for resident, fewest in ((True, 3), (False, 2)) for stages in range(STAGES, fewest - 1, -1))
+    return next(option for option in options if option.bytes <= SHARED)
+
+
+def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b, d] weight[n, d]^T + bias[n], bytes x and weight.
+
+    In no particular order; dropped bounds the scores of all others, and is infinite for a token with fewer than c scores (NaN).
+    """
+    (b, d), n, device = x.shape, len(weight), x.device
+    blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // LATENTS)
+    parts = _parts(blocks, tiles, c, torch.cuda.get_device_properties(device).multi_processor_count)
+    columns = torch.stack((scale, bias), 1)
+    if n % LATENTS:  # beyond n the copy engine puts zeros, and this -inf
+        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(tiles * LATENTS - n, 2)])
+    lists = torch.empty(parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device)
+    scores = torch.empty(b, parts * c, device=device)
+    latents, dropped = torch.empty(b, parts * c, dtype=torch.int64, device=device), torch.empty(b, parts, device=device)
+    maps = [_map(each) for each in (x, weight)]
+    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, tiles))]
+    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _call("cuLaunchKernel", _kernel(chosen, device.index), blocks, parts, 1, 384, 1, 1, chosen.bytes, stream, pointers, None)
+    if parts == 1:
+        return scores, latents, dropped[:, 0]
+    best, at = scores.topk(c, dim=1, sorted=False)
+    rest = scores.scatter(1, at, -torch.inf).amax(1)
+    return best, latents.gather(1, at), torch.maximum(rest, dropped.amax(1))
+
+
+def _parts(blocks: int, tiles: int, c: int, processors: int) -> int:
+    """Return into how many parts to split the latents, so that few processors wait at the end."""
+    most = max(1, min(8, tiles // 2, tiles * LATENTS // (4 * c)))
+    return min(range(1, most + 1), key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts))
+
+
+# ---- the driver
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call the driver; raise RuntimeError with its words where it refuses."""
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch does without these kernels")
+
+
+def _map(rows: Tensor) -> Any:
+    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of 128 rows of CHUNK bytes, swizzled, zeros beyond the edges."""
+    memory = (ctypes.c_uint64 * 24)()
+    aligned = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    (m, d), word, half = rows.shape, ctypes.c_uint64, ctypes.c_uint32
+    uint8, no_interleave, swizzle_128, promote_256, zeros = 0, 0, 3, 3, 0
+    _call("cuTensorMapEncodeTiled", ctypes.byref(aligned), uint8, half(2), ctypes.c_void_p(rows.data_ptr()), (word * 2)(d, m), (word * 1)(d),
+          (half * 2)(CHUNK, 128), (half * 2)(1, 1), no_interleave, swizzle_128, promote_256, zeros)
+    return aligned
+
+
+@functools.cache
+def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
+    """Return the kernel for these constants, loaded on the current device, number `index`."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(compiled(chosen)))
+    _call("cuModuleGetFunction", ctypes.byref(function), module, b"candidates")
+    dynamic_shared_bytes = 8
+    _call("cuFuncSetAttribute", function, dynamic_shared_bytes, chosen.bytes)
+    return function
+
+
+@functools.cache
+def compiled(chosen: Plan) -> bytes:
+    """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
+    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster}
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
+    status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
+    status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, log)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"hopper.cu does not compile with {chosen}: {log.decode()}; run.kernels=torch does without these kernels")
+    code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(program)
+    return code
