@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import platform
@@ -27,16 +26,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-from ksparse.kernels import gpu, reference, screen  # noqa: E402
+from ksparse.kernels import gpu, hopper, reference, screen  # noqa: E402
 from ksparse.recipe import from_dict  # noqa: E402
 from ksparse.sae.model import SAE, Shape  # noqa: E402
 from ksparse.training.member import open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
-TILES = [screen.BYTES_TILE, screen.BYTES_TILE._replace(stages=4), screen.BYTES_TILE._replace(depth=64, stages=4), screen.BYTES_TILE._replace(group=16),
-         screen.BYTES_TILE._replace(tokens=256, latents=128), screen.BYTES_TILE._replace(tokens=64, warps=4), screen.BYTES_TILE._replace(tokens=64, warps=4, stages=2),
-         screen.BYTES_TILE._replace(latents=128, warps=4), screen.BYTES_TILE._replace(warps=4)]
 TRAINING = {"train, torch": {"kernels": "torch", "screen": "off"}, "train, triton": {"kernels": "triton", "screen": "off"},
             "train, triton, bfloat16": {"kernels": "triton", "screen": "bfloat16"}, "train, triton, int8": {"kernels": "triton", "screen": "int8"}}
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
@@ -91,7 +87,7 @@ def tests() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
-               "tests/kernels/test_gpu.py", "tests/training/test_on_gpu.py"]
+               "tests/kernels/test_gpu.py", "tests/kernels/test_hopper.py", "tests/training/test_on_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
     out = {"last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:], "exit": done.returncode}
     return out if done.returncode == 0 else out | {"failed": done.stdout[-8000:] + done.stderr[-2000:]}
@@ -187,45 +183,22 @@ def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
 def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     """Return median milliseconds of each variant, those of the parts first and of the whole steps after."""
     torch.manual_seed(0)
-    step = Step(b, d, n, k, "int8")
-    product = torch.empty(b, n, dtype=torch.bfloat16, device="cuda")
-    x, values, indices, lists, grad = step.x, step.values, step.indices, step.lists, torch.randn(n, d, device="cuda")
-    keys = torch.randint(-(2**31), 2**31 - 1, (b, 3 * 4 * n // 256), dtype=torch.int32, device="cuda")
-
-    def by_topk() -> Tensor:
-        torch.mm(x, step.low_enc.t(), out=product)
-        return product.topk(k, dim=1, sorted=False).values
-
-    calls: dict[str, Call] = {
-        "product": lambda: torch.mm(x, step.low_enc.t(), out=product), "product + torch.topk": by_topk,
-        "topk_encode (bfloat16)": lambda: gpu.topk_encode(x, step.low_enc, step.b_enc, k),
-        "choose, screened by int8": lambda: step.choose(x), "  its candidates": lambda: screen.candidates(x, step.low, step.b_enc, step.c, k=k + k // 8),
-        "  their choice": lambda: screen.largest(keys, step.c, 3, screen.BYTES_TILE), "  lower(W_enc)": lambda: screen.lower(step.weight["enc"], "int8"),
-        "gather_sum": lambda: gpu.gather_sum(values, indices, step.low_dec), "gather_dot": lambda: gpu.gather_dot(x, indices, step.low_dec),
-        "transposed": lambda: gpu.transposed(indices, n), "scatter_outer": lambda: gpu.scatter_outer(values, indices, x, n),
-        "  its rows": lambda: gpu.scatter_transposed(lists, values, x, dtype=torch.float32),
-        "adam_rows_ (decoder)": lambda: step.rows("dec", grad, project=True), "adam_rows_ (encoder)": lambda: step.rows("enc", grad)}
-    milliseconds = measured(calls, rounds)
-    tiles, redone = sweep(step, rounds), step.redone
-    calls.clear()
-    del product, grad, keys
+    product, x = torch.empty(b, n, dtype=torch.bfloat16, device="cuda"), torch.randn(b, d, device="cuda")
+    milliseconds = measured(pieces(x, n, k, product), rounds)
+    del product, x
     release()
-    milliseconds |= measured({"step, int8": step}, rounds)
-    peak = {"step, int8": torch.cuda.max_memory_allocated() / 2**30}
-    step.kind = "bfloat16"
-    milliseconds |= measured({"step, bfloat16": step}, rounds)
-    del step, x, values, indices, lists
-    release()
+    peak, redone = {}, {}
     for name, options in TRAINING.items():
         try:
-            call = training(b, d, n, k, **options)
-            milliseconds |= measured({name: call}, max(2, rounds // 2))
+            step = Training(b, d, n, k, **options)
+            milliseconds |= measured({name: step}, max(2, rounds // 2))
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
-            if name == "train, triton, int8":
-                profile(call, f"profile-{d}.txt")
+            redone[name] = step.redone()
+            if options["screen"] == "int8":
+                profile(step, f"profile-{d}.txt")
         except torch.cuda.OutOfMemoryError:
             milliseconds[name] = None
-        call = None
+        step = None
         release()
     try:
         dense = Dense(b, d, n, k)
@@ -235,7 +208,35 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
         milliseconds["dense step"] = None
     base = milliseconds["product"]
     return {"b": b, "d": d, "n": n, "k": k, "ms": milliseconds, "ratio": {name: ms and ms / base for name, ms in milliseconds.items()},
-            "product_tflops": 2 * b * d * n / base / 1e9, "tiles": tiles, "peak_GiB": peak, "tokens_redone": redone}
+            "product_tflops": 2 * b * d * n / base / 1e9, "peak_GiB": peak, "share_redone": redone}
+
+
+def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
+    """Return the pieces of a step on x[b, d], beside what they replace."""
+    (b, d), c, unit, bias = x.shape, k + max(16, k // 2), torch.nn.functional.normalize, torch.zeros(n, device="cuda")
+    weight = unit(torch.randn(n, d, device="cuda"), dim=1)
+    low, x_low, x_half, half = screen.lower(weight, "int8"), screen.lower(x, "int8"), x.bfloat16(), weight.bfloat16()
+    found = screen.candidates(x, low, bias, c)
+    values, indices, _ = gpu.choose(x, found.latents, found.scores, weight, bias, k)
+    error, lists = torch.empty_like(x), gpu.transposed(indices, n)
+    grad, zeros = torch.randn(n, d, device="cuda"), [torch.zeros(n, d, device="cuda") for _ in range(3)]
+
+    def by_topk() -> Tensor:
+        torch.mm(x_half, half.t(), out=product)
+        return product.topk(k, dim=1, sorted=False).values
+
+    def adam(**options: Any) -> None:
+        gpu.adam_rows_(weight, grad, zeros[0], zeros[1], step=1, rate=1e-6, **ADAM, average=zeros[2], decay=0.999, **options)
+
+    calls: dict[str, Call] = {"product": lambda: torch.mm(x_half, half.t(), out=product), "product + torch.topk": by_topk}
+    if hopper.usable(x.device) and (plan := hopper.plan(d, c)):
+        calls["candidates, hopper"] = lambda: hopper.candidates(x_low.rows, x_low.scale, low.rows, low.scale, bias, c, plan)
+    return calls | {
+        "candidates, triton": lambda: screen.candidates(x, low, bias, c, k=k + k // 8, tile=screen.BYTES_TILE), "topk_encode (bfloat16)":
+        lambda: gpu.topk_encode(x_half, half, bias, k), "choose": lambda: gpu.choose(x, found.latents, found.scores, weight, bias, k),
+        "decode": lambda: gpu.decode(values, indices, weight, x[0], x, error), "transposed": lambda: gpu.transposed(indices, n),
+        "scatter_measured": lambda: gpu.scatter_measured(lists, values, x, values), "lower(x)": lambda: screen.lower(x, "int8"),
+        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True), "adam_rows_ (encoder)": lambda: adam(low=low.rows, scale=low.scale)}
 
 
 def profile(call: Call, name: str) -> None:
@@ -244,19 +245,6 @@ def profile(call: Call, name: str) -> None:
         call()
         torch.cuda.synchronize()
     (OUT.parent / name).write_text(seen.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=60), encoding="utf-8")
-
-
-def sweep(step: Step, rounds: int) -> dict[str, Any]:
-    """Return milliseconds of the keys and their choice for several tiles; an error's text where one does not fit."""
-    calls, out = {}, {}
-    for tile in TILES:
-        call = lambda tile=tile: screen.candidates(step.x, step.low, step.b_enc, step.c, k=step.k + step.k // 8, tile=tile)  # noqa: E731
-        try:
-            call(), torch.cuda.synchronize()
-            calls[str(tile)] = call
-        except Exception as error:  # out of registers or shared memory
-            out[str(tile)] = repr(error)[:200]
-    return out | measured(calls, max(3, rounds // 2))
 
 
 def measured(calls: dict[str, Call], rounds: int) -> dict[str, float]:
@@ -282,74 +270,27 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def training(b: int, d: int, n: int, k: int, kernels: str, screen: str) -> Call:
-    """Return a step as `ksparse train` takes it on a GPU: float32 weights, moments and values, whatever the screen is."""
-    recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "run": {"kernels": kernels}, "optim": {"screen": screen},
-                        "sae": {"n_latents": n, "k": k}})
-    sae = SAE(Shape(d, n, k, "none")).cuda()
-    sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
-    sae.W_enc.data = sae.W_dec.data.clone()
-    optimizer, x, none, taken = open_optimizer(sae, recipe), torch.randn(b, d, device="cuda"), torch.arange(0, device="cuda"), itertools.count(1)
+class Training:
+    """A step as `ksparse train` takes it on a GPU, on four batches in turn: float32 weights, moments and values, whatever the screen is."""
 
-    def call() -> None:
-        optimizer.backward(x, baseline=1.0, dead=none, k_aux=k)
-        optimizer.step(next(taken))
+    def __init__(self, b: int, d: int, n: int, k: int, kernels: str, screen: str):
+        recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "run": {"kernels": kernels}, "optim": {"screen": screen},
+                            "sae": {"n_latents": n, "k": k}})
+        sae = SAE(Shape(d, n, k, "none")).cuda()
+        sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
+        sae.W_enc.data = sae.W_dec.data.clone()
+        self.optimizer, self.k, self.none = open_optimizer(sae, recipe), k, torch.arange(0, device="cuda")
+        self.batches, self.taken = [torch.randn(b, d, device="cuda") for _ in range(4)], 0
 
-    return call
-
-
-class Step:
-    """A whole training step of these kernels: bfloat16 copies for reading, float32 weights and moments, averages, unit-norm decoder, no AuxK."""
-
-    def __init__(self, b: int, d: int, n: int, k: int, kind: str):
-        self.n, self.k, self.kind, self.c, self.taken, self.redone = n, k, kind, k + max(16, k // 2), 0, 0
-        W_dec = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
-        self.weight = {"enc": W_dec.clone(), "dec": W_dec}
-        self.first, self.second, self.average = ({key: torch.zeros_like(each) for key, each in self.weight.items()} for _ in range(3))
-        self.low_enc, self.low_dec = self.weight["enc"].bfloat16(), self.weight["dec"].bfloat16()
-        self.b_enc, self.b_pre, self.x = torch.zeros(n, device="cuda"), torch.zeros(d, device="cuda"), torch.randn(b, d, device="cuda").bfloat16()
-        self.biases = [torch.nn.Parameter(self.b_enc), torch.nn.Parameter(self.b_pre)]
-        self.adam = torch.optim.Adam(self.biases, lr=1e-4, fused=True)
-        self.low = screen.lower(self.weight["enc"], kind)
-        self.values, self.indices = self.choose(self.x)
-        self.lists = gpu.transposed(self.indices, n)
-
-    def rows(self, key: str, grad: Tensor, *, project: bool = False) -> None:
-        gpu.adam_rows_(self.weight[key], grad, self.first[key], self.second[key], step=max(1, self.taken), rate=1e-4, **ADAM, project=project,
-                       unit_norm=project, average=self.average[key], decay=0.999, low=self.low_dec if key == "dec" else self.low_enc)
-
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose as training does, but by the exact product of bfloat16 rows."""
-        if self.kind == "bfloat16":
-            return gpu.topk_encode(x, self.low_enc, self.b_enc, self.k)
-        scores, latents, dropped = screen.candidates(x, self.low, self.b_enc, self.c, k=self.k + self.k // 8)
-        exact = gpu.gather_dot(x, latents, self.low_enc, dtype=torch.float32) + self.b_enc[latents]
-        values, at = exact.topk(self.k, dim=1, sorted=False)
-        indices, spread = latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
-        again = (~(values.amin(1) > dropped + 6 * spread)).nonzero().squeeze(1)
-        self.redone = len(again)
-        if len(again):
-            values[again], indices[again] = gpu.topk_encode(x[again], self.low_enc, self.b_enc, self.k)
-        return values, indices
-
-    def __call__(self) -> Tensor:
+    def __call__(self) -> None:
+        self.optimizer.backward(self.batches[self.taken % 4], baseline=1.0, dead=self.none, k_aux=self.k)
         self.taken += 1
-        centred = (self.x - self.b_pre).bfloat16()
-        values, indices = self.choose(centred)
-        values.relu_()
-        error = gpu.gather_sum(values, indices, self.low_dec).add_(self.b_pre).sub_(self.x)
-        loss, scale = error.square().mean(), 2 / error.numel()
-        total, error = error.sum(0), error.bfloat16()
-        slopes = gpu.gather_dot(error, indices, self.low_dec, dtype=torch.float32).mul_(values > 0)
-        lists = gpu.transposed(indices, self.n)
-        self.rows("dec", gpu.scatter_transposed(lists, values * scale, error, dtype=torch.float32), project=True)
-        per_latent = torch.zeros(self.n, device="cuda").index_add_(0, indices.flatten(), slopes.flatten() * scale)
-        self.biases[0].grad, self.biases[1].grad = per_latent, total * scale - per_latent @ self.weight["enc"]
-        self.rows("enc", gpu.scatter_transposed(lists, slopes * scale, centred, dtype=torch.float32))
-        if self.kind == "int8":
-            self.low = screen.lower(self.weight["enc"], "int8")
-        self.adam.step()
-        return loss
+        self.optimizer.step(self.taken)
+
+    def redone(self) -> dict[str, float] | None:
+        """Return the candidates of a token in the end, and the share of tokens that were computed in full."""
+        optimizer = self.optimizer
+        return {"candidates": optimizer.candidates, "tokens": optimizer.redone / optimizer.screened} if getattr(optimizer, "screened", 0) else None
 
 
 class Dense:
@@ -383,11 +324,9 @@ def show(report: dict[str, Any]) -> None:
     for name, part in report.items():
         if "ms" in part:
             print(f"\nd={part['d']} n={part['n']} k={part['k']} b={part['b']}: product at {part['product_tflops']:.0f} TFLOP/s, "
-                  f"{part['tokens_redone']} tokens redone, peak GiB {part['peak_GiB']}\n{'':28}{'ms':>10}{'x product':>12}")
+                  f"peak GiB {part['peak_GiB']}, redone {part['share_redone']}\n{'':28}{'ms':>10}{'x product':>12}")
             for variant, ms in part["ms"].items():
                 print(f"{variant:28}" + (f"{ms:10.3f}{part['ratio'][variant]:12.3f}" if ms else f"{'out of memory':>22}"))
-            for tile, ms in part["tiles"].items():
-                print(f"    {tile}: {ms if isinstance(ms, str) else round(ms, 3)}")
         elif name != "machine":
             print(f"\n{name}: {json.dumps({key: value for key, value in part.items() if key != 'failed'})}")
         if "failed" in part:

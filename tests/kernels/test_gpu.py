@@ -119,8 +119,11 @@ build("_bucket_again", 4, {"buckets": I}, LATENTS=256, DEPTH=64)
 build("_gather_sum", 1, **sums)
 build("_gather_dot", 1, **sums)
 build("_parts", 1, CHUNK=512, **sums)
-build("_rows", 1, CHUNK=512, **sums)
-build("_adam_row", 4, {"weight": F}, PROJECT=True, UNIT=True, AVERAGE=True, LOW=True, COLUMNS=1024)
+build("_rows", 1, dict(squares=F, weights=F, sums=F), CHUNK=512, MEASURED=True, **sums)
+build("_choose", 4, dict(x=F, weight=F, latents=I, scores=F, spread=F, c="i32"), CANDIDATES=64, COLUMNS=64)
+build("_decode", 4, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=8, COLUMNS=1024)
+build("_adam_row", 4, dict(weight=F, scale=F), PROJECT=True, UNIT=True, AVERAGE=True, LOW=True, BYTES=False, COLUMNS=1024)
+build("_adam_row", 4, dict(weight=F, low="*i8", scale=F), PROJECT=False, UNIT=False, AVERAGE=True, LOW=True, BYTES=True, COLUMNS=1024)
 build("_squares", 4, {"weight": F}, PROJECT=True, COLUMNS=1024)
 """
 
@@ -132,7 +135,7 @@ def test_kernels_compile_for_hopper_with_tensor_cores_and_nothing_in_local_memor
     done = run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     built = {name: (int(products), int(shuffles), int(local)) for name, products, shuffles, local in map(str.split, done.stdout.splitlines())}
-    assert len(built) == 11 and not any(local for _, _, local in built.values())
+    assert len(built) == 13 and not any(local for _, _, local in built.values())
     assert built["_candidates"][0] > 0 and built["_keys"][0] > 0
 
 

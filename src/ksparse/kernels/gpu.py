@@ -31,6 +31,8 @@ REDONE = 0.3
 MOST_KEPT = 8
 L2 = 2**25
 """Bytes of a slab of columns that is to stay in the cache while all latents take their tokens' rows from it (H200: 60 MB in all)."""
+MOST_CANDIDATES = 256
+"""Candidates of a token among which one program chooses; torch does where there are more."""
 PIECE = 2**26  # numbers of the product in memory at once, where n is too small for buckets
 
 
@@ -284,6 +286,89 @@ def gather_dot(x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype
     return out
 
 
+@_jit
+def _choose(x, latents, scores, weight, bias, values, indices, spread, c, k, d, CANDIDATES: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token. Each candidate's rank is the number of those before it: a comparison of all with all costs less than the rows' way here."""
+    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES)
+    inside = j < c
+    latent = tl.load(latents + token * c + j, inside, 0).to(tl.int64)
+    total = tl.zeros([CANDIDATES, COLUMNS], tl.float32)
+    for start in range(0, d, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        part = tl.load(x + token * d + columns, columns < d, 0.0).to(tl.float32)
+        total += tl.load(weight + latent[:, None] * d + columns[None, :], inside[:, None] & (columns < d)[None, :], 0.0).to(tl.float32) * part[None, :]
+    value = tl.sum(total, 1) + tl.load(bias + latent, inside, 0.0).to(tl.float32)
+    off = tl.where(inside, value - tl.load(scores + token * c + j, inside, 0.0), 0.0)
+    tl.store(spread + token, tl.sqrt(tl.sum(off * off, 0) / c))
+    key = tl.where(value == value, _ordered(value.to(tl.int32, bitcast=True)), 2147483647)  # NaN is chosen, and shows
+    key = tl.where(inside, key, -2147483648)
+    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (j[None, :] < j[:, None]))
+    rank = tl.sum(before.to(tl.int32), 1)
+    tl.store(values + token * k + rank, value, inside & (rank < k))
+    tl.store(indices + token * k + rank, latent, inside & (rank < k))
+
+
+@_jit
+def _ordered(bits):
+    """The bits of a float32 as an integer of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates.
+
+    spread is the root mean square of what the candidates' values differ by from their scores[b, c]. NaN counts as the largest.
+    """
+    (b, c), d = latents.shape, weight.shape[1]
+    if c > MOST_CANDIDATES:
+        exact = gather_dot(x, latents, weight, dtype=torch.float32) + bias[latents]
+        values, at = exact.topk(k, dim=1)
+        return values, latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
+    values, indices = torch.empty(b, k, device=x.device), torch.empty(b, k, dtype=torch.long, device=x.device)
+    spread, padded = torch.empty(b, device=x.device), max(16, 1 << (c - 1).bit_length())
+    if b:
+        with _on(x.device):
+            _choose[(b,)](x.contiguous(), latents.contiguous(), scores.contiguous(), weight.contiguous(), bias, values, indices, spread, c, k, d,
+                          CANDIDATES=padded, COLUMNS=64 if padded <= 64 else 32, num_warps=4 if padded <= 128 else 8)
+    return values, indices, spread
+
+
+@_jit
+def _decode(values, indices, weight, bias, x, error, squares, slopes, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token: its rows are added up, and while they are still in the cache multiplied with the error."""
+    token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    inside = columns < d
+    off = tl.load(bias + columns, inside, 0.0) - tl.load(x + token * d + columns, inside, 0.0).to(tl.float32)
+    for start in range(0, k, ROWS):
+        j = start + tl.arange(0, ROWS)
+        latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
+        value = tl.load(values + token * k + j, j < k, 0.0)
+        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
+        off += tl.sum(value[:, None] * row, 0)
+    tl.store(error + token * d + columns, off, inside)
+    tl.store(squares + token, tl.sum(off * off, 0))
+    for start in range(0, k, ROWS):
+        j = start + tl.arange(0, ROWS)
+        latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
+        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
+        slope = tl.sum(row * off[None, :], 1)
+        tl.store(slopes + token * k + j, tl.where(tl.load(values + token * k + j, j < k, 0.0) > 0, slope, 0.0), j < k)
+
+
+def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Write error[b, d] = sum over j of values[b, j] weight[indices[b, j]] + bias - x; return (its squared norm [b], slopes[b, k]), all in float32.
+
+    slopes is <error[b], weight[indices[b, j]]> where the value is above 0, else 0.
+    """
+    (b, k), d = indices.shape, weight.shape[1]
+    squares, slopes, whole = torch.empty(b, device=x.device), torch.empty(b, k, device=x.device), max(16, 1 << (d - 1).bit_length())
+    if b:
+        with _on(x.device):
+            _decode[(b,)](values.contiguous(), indices.contiguous(), weight.contiguous(), bias, x.contiguous(), error, squares, slopes, k, d,
+                          ROWS=8 if whole <= 4096 else 2, COLUMNS=whole, num_warps=min(16, max(1, whole // 256)))
+    return squares, slopes
+
+
 # ---- rows of a matrix, by a latent's tokens
 
 
@@ -339,7 +424,8 @@ def _parts(order, starts, firsts, owners, values, x, parts, n, k, d, CHUNK: tl.c
 
 
 @_jit
-def _rows(order, starts, firsts, values, x, parts, out, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+def _rows(order, starts, firsts, values, x, parts, out, squares, weights, sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          SUM: tl.constexpr, MEASURED: tl.constexpr):
     """One latent, one block of columns: from its pairs, or from its parts in their order. No atomics."""
     latent, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
@@ -351,6 +437,14 @@ def _rows(order, starts, firsts, values, x, parts, out, k, d, CHUNK: tl.constexp
         for part in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
             total += tl.load(parts + part * d + columns, columns < d, 0.0)
     tl.store(out + latent * d + columns, total.to(out.dtype.element_ty), columns < d)
+    if MEASURED:
+        tl.store(squares + latent * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total, 0))
+        if tl.program_id(1) == 0:
+            weight = tl.zeros([32], SUM)
+            for start in range(begin, end, 32):
+                at = start + tl.arange(0, 32)
+                weight += tl.load(weights + tl.load(order + at, at < end, 0), at < end, 0.0).to(SUM)
+            tl.store(sums + latent, tl.sum(weight, 0))
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
@@ -360,21 +454,32 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
 
 def scatter_transposed(lists: Lists, values: Tensor, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Return the same [n, d] from the sorted pairs, in `dtype` if given."""
+    return _scattered(lists, values, x, None, dtype)[0]
+
+
+def scatter_measured(lists: Lists, values: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same [n, d], with the square of each row's norm [n] and the sum of weights[b, k] over each latent's pairs [n]."""
+    return _scattered(lists, values, x, weights.contiguous(), None)
+
+
+def _scattered(lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _columns(x.shape[1])
     dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sums(values, x)
-    out = torch.empty(n, d, dtype=dtype, device=x.device)
-    if out.numel() == 0 or values.numel() == 0:
-        return out.zero_()
+    out, wide = torch.empty(n, d, dtype=dtype, device=x.device), torch.float64 if sums is tl.float64 else torch.float32
     while block > 128 and len(x) * block * x.element_size() > L2:
         block, warps = block // 2, max(1, warps // 2)
     values, x, blocks = values.contiguous(), x.contiguous(), -(-d // block)
-    parts = torch.empty(len(lists.owners), d, dtype=torch.float64 if sums is tl.float64 else torch.float32, device=x.device)
+    squares, total = torch.zeros(n, blocks, dtype=wide, device=x.device), torch.zeros(n, dtype=wide, device=x.device)
+    if out.numel() == 0 or values.numel() == 0:
+        return out.zero_(), squares.sum(1), total
+    parts = torch.empty(len(lists.owners), d, dtype=wide, device=x.device)
     options = {"CHUNK": lists.chunk, "ROWS": 8, "COLUMNS": block, "SUM": sums, "num_warps": warps}
     with _on(x.device):
         if len(parts):
             _parts[(len(parts), blocks)](lists.order, lists.starts, lists.firsts, lists.owners, values, x, parts, n, lists.k, d, **options)
-        _rows[(n, blocks)](lists.order, lists.starts, lists.firsts, values, x, parts, out, lists.k, d, **options)
-    return out
+        _rows[(n, blocks)](lists.order, lists.starts, lists.firsts, values, x, parts, out, squares, values if weights is None else weights, total, lists.k, d,
+                           MEASURED=weights is not None, **options)
+    return out, squares.sum(1), total
 
 
 # ---- the pass over the rows
@@ -392,8 +497,16 @@ def _squares(grad, weight, out, d, PROJECT: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @_jit
-def _adam_row(weight, grad, first, second, average, low, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
-              UNIT: tl.constexpr, AVERAGE: tl.constexpr, LOW: tl.constexpr, COLUMNS: tl.constexpr):
+def _bytes(row):
+    """A row as int8 and what to multiply it by: its largest number is 127 in size."""
+    most = tl.max(tl.abs(row), 0)
+    unit = tl.where(most > 0, most / 127, 1.0)
+    return tl.floor(row / unit + 0.5).to(tl.int8), unit
+
+
+@_jit
+def _adam_row(weight, grad, first, second, average, low, scale, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
+              UNIT: tl.constexpr, AVERAGE: tl.constexpr, LOW: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
     """One row, read once and written once. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
     columns = tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
@@ -414,7 +527,11 @@ def _adam_row(weight, grad, first, second, average, low, d, rate, beta2, gain1, 
     if AVERAGE:
         mean = tl.load(average + at, inside, 0.0)
         tl.store(average + at, mean + (w - mean) * gain, inside)
-    if LOW:
+    if BYTES:
+        part, unit = _bytes(w)
+        tl.store(low + at, part, inside)
+        tl.store(scale + tl.program_id(0), unit)
+    elif LOW:
         tl.store(low + at, w.to(low.dtype.element_ty), inside)
 
 
@@ -435,11 +552,11 @@ def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tenso
 
 def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, beta1: float, beta2: float, eps: float,
                clip: float = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
-               low: Tensor | None = None) -> None:
+               low: Tensor | None = None, scale: Tensor | None = None) -> None:
     """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the low-precision copy `low`. Raise ValueError where a tensor is not contiguous or not [n, d].
+    average += (weight - average) * (1 - decay), the low-precision copy `low` (int8 with a scale[n]). Raise ValueError where a tensor is not contiguous or not [n, d].
     """
     for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "low": low}.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
@@ -450,6 +567,6 @@ def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, s
         return
     with _on(weight.device):
         _adam_row[(len(weight),)](
-            weight, grad, first, second, weight if average is None else average, weight if low is None else low, weight.shape[1],
-            rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip, PROJECT=project,
-            UNIT=unit_norm, AVERAGE=average is not None, LOW=low is not None, **_whole(weight.shape[1]))
+            weight, grad, first, second, weight if average is None else average, weight if low is None else low, weight if scale is None else scale,
+            weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip,
+            PROJECT=project, UNIT=unit_norm, AVERAGE=average is not None, LOW=low is not None, BYTES=scale is not None, **_whole(weight.shape[1]))

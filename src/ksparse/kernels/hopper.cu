@@ -16,7 +16,8 @@ constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = 
 constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
 constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
 constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
-constexpr int CAPACITY = 32 * PER;
+constexpr int CAPACITY = 32 * PER, FULL = CAPACITY - 16;  // eight scores of a thread can make a list longer by 16
+constexpr int LAG = CHUNKS > STAGES ? BEHIND : 0;  // with fewer chunks the first half could be a whole tile ahead, and the barrier would not count right
 constexpr u32 ALL = 0xffffffff;
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -101,12 +102,19 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait() { asm volati
 
 // ---- lists
 
-__device__ __forceinline__ u32 ordered(float score) {  // as a whole number of the same order, above 0
-    u32 bits = __float_as_uint(score);
+__device__ __forceinline__ u32 ordered(u32 bits) {  // a float's bits as a whole number of the same order, above 0
     return bits ^ ((bits >> 31) ? ALL : 0x80000000);
 }
 
 __device__ __forceinline__ float score_of(u32 number) { return __uint_as_float(number ^ ((number >> 31) ? 0x80000000 : ALL)); }
+
+// Append (score, latent) if the score is above the limit. Without a branch: a warp's lanes rarely agree.
+__device__ __forceinline__ void store_above(u64 *&to, int score, float limit, u32 latent) {
+    asm volatile("{\n.reg .pred above;\nsetp.gt.f32 above, %1, %2;\n@above st.global.v2.b32 [%0], {%4, %3};\n@above add.s64 %0, %0, 8;\n}"
+                 : "+l"(to)
+                 : "f"(__int_as_float(score)), "f"(limit), "r"(score), "r"(latent)
+                 : "memory");
+}
 
 struct Kept {
     int count;
@@ -116,12 +124,13 @@ struct Kept {
 // Leave the c (to `most`) best of a list of `size` scores, all above `limit`, in their order.
 __device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int most, int lane) {
     u64 key[PER];
-    u32 low = ordered(limit), high = 0;
+    u32 number[PER], low = ordered(__float_as_uint(limit)), high = 0;
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-        key[j] = 32 * j + lane < size ? list[32 * j + lane] : 0;
-        high = max(high, (u32)(key[j] >> 32));
+        key[j] = list[32 * j + lane];
+        number[j] = 32 * j + lane < size ? ordered(key[j] >> 32) : 0;
+        high = max(high, number[j]);
     }
     high = __reduce_max_sync(ALL, high);
     int there = size;  // scores of at least `low`
@@ -129,7 +138,7 @@ __device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int
         u32 middle = low + (high - low) / 2 + ((high - low) & 1);
         int above = 0;
 #pragma unroll
-        for (int j = 0; j < PER; ++j) above += __popc(__ballot_sync(ALL, (u32)(key[j] >> 32) >= middle));
+        for (int j = 0; j < PER; ++j) above += __popc(__ballot_sync(ALL, number[j] >= middle));
         if (above >= c) {
             low = middle, there = above;
             if (there <= most) break;
@@ -139,14 +148,14 @@ __device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int
     if (there > most) {
         spare = c;
 #pragma unroll
-        for (int j = 0; j < PER; ++j) spare -= __popc(__ballot_sync(ALL, (u32)(key[j] >> 32) > low));
+        for (int j = 0; j < PER; ++j) spare -= __popc(__ballot_sync(ALL, number[j] > low));
     }
     u32 before = (1u << lane) - 1;
     int equals = 0, kept = 0;
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-        u32 number = key[j] >> 32, equal = __ballot_sync(ALL, number == low);
-        bool keep = number > low || (number == low && equals + __popc(equal & before) < spare);
+        u32 equal = __ballot_sync(ALL, number[j] == low);
+        bool keep = number[j] > low || (number[j] == low && equals + __popc(equal & before) < spare);
         u32 all = __ballot_sync(ALL, keep);
         if (keep) list[kept + __popc(all & before)] = key[j];
         kept += __popc(all), equals += __popc(equal);
@@ -164,15 +173,20 @@ struct Tokens {
 
     __device__ __forceinline__ u64 *list(int token) const { return lists + token * CAPACITY; }
 
-    // Add the score to the list of token lane / 4 + 8 half in all lanes where it is above the limit.
-    __device__ __forceinline__ void offer(int half, float score, u32 latent) {
-        bool above = score > limit[half];
-        u32 all = __ballot_sync(ALL, above);
-        if (all) {
-            u32 quad = (all >> (lane & 28)) & 15;
-            if (above) list(lane / 4 + 8 * half)[count[half] + __popc(quad & ((1 << (lane & 3)) - 1))] = (u64)ordered(score) << 32 | latent;
-            count[half] += __popc(quad);
-        }
+    // Add those of eight scores that are above their token's limit to its list; two of a token stand side by side, then two of the other.
+    // A quad's lanes agree on places by exchanging counts, of both tokens in one word.
+    __device__ __forceinline__ void offer(const int *score, u32 latent, int c) {
+        int found[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) found[i % 4 / 2] += __int_as_float(score[i]) > limit[i % 4 / 2];
+        const u32 own = found[0] | found[1] << 16;
+        const u32 one = __shfl_xor_sync(ALL, own, 1), two = __shfl_xor_sync(ALL, own, 2), three = __shfl_xor_sync(ALL, own, 3);
+        const u32 before = (lane & 1 ? one : 0) + (lane & 2 ? two + three : 0), all = own + one + two + three;
+        u64 *to[2] = {list(lane / 4) + count[0] + (before & 0xffff), list(lane / 4 + 8) + count[1] + (before >> 16)};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) store_above(to[i % 4 / 2], score[i], limit[i % 4 / 2], latent + i / 4 * 8 + i % 2);
+        count[0] += all & 0xffff, count[1] += all >> 16;
+        if (__any_sync(ALL, max(count[0], count[1]) > FULL)) tidy(FULL, c, c + c / 8);
     }
 
     // Where a list has more than `full` keep the c best, or some more (at most `most`) if that is found sooner. full >= c.
@@ -257,6 +271,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
             u32 held = STAGES;
 #pragma unroll 1
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                // The second half of the tokens stays behind the first: while one selects, the tensor cores have the other's work.
+                if (LAG && chunk == LAG && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
+                if (LAG && chunk == 0 && group == 2) asm volatile("bar.sync 1, 256;" ::: "memory");
                 const u32 at = base + slot * STAGE, rows = RESIDENT ? base + X_AT + chunk * X_TILE : at + W_TILE;
                 barrier_wait(full + 8 * slot, parity);
                 multiply_begin();
@@ -277,11 +294,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 
             const u32 side = base + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (lane & 3) * 16;
             const u32 latent = tile * LATENTS + (lane & 3) * 2;
+            u32 above = 0;  // which eights of numbers have one above its limit
 #pragma unroll
-            for (int part = 0; part < 128; part += 16) {
-                bool above = false;
+            for (int part = 0; part < 16; ++part) {
+                bool any = false;
 #pragma unroll
-                for (int i = part; i < part + 16; i += 4) {
+                for (int i = 8 * part; i < 8 * part + 8; i += 4) {
                     float scale[2], bias[2];
                     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                                  : "=f"(scale[0]), "=f"(bias[0]), "=f"(scale[1]), "=f"(bias[1])
@@ -290,15 +308,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
                     for (int j = 0; j < 4; ++j) {
                         const float score = fmaf((float)d[i + j] * scale[j & 1], unit[j / 2], bias[j & 1]);
                         d[i + j] = __float_as_int(score);
-                        above |= score > mine.limit[j / 2];
+                        any |= score > mine.limit[j / 2];
                     }
                 }
-                if (__any_sync(ALL, above)) {
-                    if (__any_sync(ALL, max(mine.count[0], mine.count[1]) > CAPACITY - 32)) mine.tidy(CAPACITY - 32, c, c + c / 8);
-#pragma unroll
-                    for (int i = part; i < part + 16; ++i) mine.offer(i % 4 / 2, __int_as_float(d[i]), latent + i / 4 * 8 + i % 2);
-                }
+                above |= (u32)any << part;
             }
+            above = __reduce_or_sync(ALL, above);
+#pragma unroll
+            for (int part = 0; part < 16; ++part)
+                if (above >> part & 1) mine.offer(d + 8 * part, latent + 16 * part, c);
         }
 
         mine.tidy(c, c, c);
@@ -312,7 +330,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
                 if (token + each + 8 * half >= b) continue;
                 for (int j = lane; j < c; j += 32) {
                     const u64 key = j < size ? mine.list(each + 8 * half)[j] : 0;
-                    scores[out * c + j] = j < size ? score_of(key >> 32) : -INFINITE;
+                    scores[out * c + j] = j < size ? __uint_as_float(key >> 32) : -INFINITE;
                     latents[out * c + j] = (u32)key;
                 }
                 if (lane == 0) dropped[out] = size < c ? INFINITE : limit;

@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     """Scores of a token's list for each thread of a warp."""
     cluster: int = 2
     """Blocks that share the latents' copies."""
+    behind: int = 2
+    """Parts of a tile by which the second half of the tokens stays behind the first."""
 
     @property
     def bytes(self) -> int:
@@ -55,7 +57,16 @@ class Plan(NamedTuple):
 
 def usable(device: torch.device) -> bool:
     """Return whether the kernel can be compiled for and run on a device."""
-    return device.type == "cuda" and nvrtc is not None and torch.cuda.get_device_capability(device) == (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and compiler() is not None
+
+
+@functools.cache
+def compiler() -> tuple[int, int] | None:
+    """Return the compiler's version, None where there is none."""
+    try:
+        return None if nvrtc is None else nvrtc.nvrtcVersion()[1:]
+    except RuntimeError:  # bindings without the library
+        return None
 
 
 def plan(d: int, c: int) -> Plan | None:
@@ -142,7 +153,8 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
-    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster}
+    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster,
+                 "BEHIND": chosen.behind}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import hopper
-from ksparse.kernels.gpu import MOST_KEPT, TILE, Tile, _finite, _jit, _latents, _on, _tile, _whole, tl
+from ksparse.kernels.gpu import MOST_KEPT, TILE, Tile, _bytes, _finite, _jit, _latents, _on, _ordered, _tile, _whole, tl
 
 LOWEST = -(2**31)
 REDONE = 2e-3
@@ -47,12 +47,9 @@ class Candidates(NamedTuple):
 
 @_jit
 def _round(x, out, scale, d, COLUMNS: tl.constexpr):
-    """One row to int8: its largest number is 127 in size."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
-    part = tl.load(x + row * d + columns, columns < d, 0.0).to(tl.float32)
-    most = tl.max(tl.abs(part), 0)
-    unit = tl.where(most > 0, most / 127, 1.0)
-    tl.store(out + row * d + columns, tl.floor(part / unit + 0.5).to(tl.int8), columns < d)
+    part, unit = _bytes(tl.load(x + row * d + columns, columns < d, 0.0).to(tl.float32))
+    tl.store(out + row * d + columns, part, columns < d)
     tl.store(scale + row, unit)
 
 
@@ -105,12 +102,6 @@ def _keys(x, weight, bias, x_scale, scale, keys, b, n, d, buckets, TOKENS: tl.co
         best = tl.max(key, 2)
         tl.store(to + slot, best, (rows < b)[:, None])
         key = tl.where(key == best[:, :, None], -2147483648, key)
-
-
-@_jit
-def _ordered(bits):
-    """The bits of a float32 as an integer of the same order, and back."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @_jit

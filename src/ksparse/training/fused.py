@@ -288,6 +288,9 @@ class ExplicitOptimizer(Optimizer):
 class ScreenedOptimizer(ExplicitOptimizer, ABC):
     """The same where latents may be chosen by a product in low precision, and rows are moved in one pass; kernels are the heirs' affair."""
 
+    patience: ClassVar[int] = 100
+    """One token in so many may be computed in full before the screen keeps more candidates."""
+
     def __init__(self, sae: SAE, recipe: Recipe, screen: str = "off"):
         super().__init__(sae, recipe)
         self.screen, self.kind = screen, self._kind(screen)
@@ -329,7 +332,7 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         unclear = ~(values.amin(1) > dropped + MARGIN * spread)
         again = int(unclear.sum())
         self.screened, self.redone = self.screened + b, self.redone + again
-        if again > b // 100:  # more candidates cost less than that
+        if again > b // (self.patience if self.candidates < 3 * self.sae.shape.k else 100):  # more candidates cost less than that
             self.candidates = min(n, 1 + self.candidates * 5 // 4)
         for tokens in unclear.nonzero().squeeze(1).split(max(1, PIECE // n)) if again else ():
             values[tokens], indices[tokens] = self._exact(centred[tokens])

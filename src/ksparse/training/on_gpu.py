@@ -24,6 +24,7 @@ class TritonOptimizer(ScreenedOptimizer):
     """The written-out step by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
 
     sparse = gpu
+    patience = 5000  # a product in float32 without tensor cores costs more than a few candidates of each token
 
     def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
         super().__init__(sae, recipe, kind)
@@ -43,14 +44,12 @@ class TritonOptimizer(ScreenedOptimizer):
         if found is None:  # so few latents that buckets save nothing
             values, latents = self._exact(centred)
             return values, latents, values.new_full((len(values),), -torch.inf), values.new_zeros(len(values))
-        exact = gpu.gather_dot(centred, found.latents, sae.W_enc.detach()) + sae.b_enc.detach()[found.latents]
-        values, chosen = exact.topk(k, dim=1, sorted=False)
-        return values, found.latents.gather(1, chosen), found.dropped, (exact - found.scores).square().mean(1).sqrt()
+        values, indices, spread = gpu.choose(centred, found.latents, found.scores, sae.W_enc.detach(), sae.b_enc.detach(), k)
+        return values, indices, found.dropped, spread
 
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        torch.add(gpu.gather_sum(values.relu_(), indices, sae.W_dec.detach()), sae.b_pre.detach(), out=error).sub_(x)
-        return error.square().sum(1), gpu.gather_dot(error, indices, sae.W_dec.detach()).mul_(values > 0)
+        return gpu.decode(values.relu_(), indices, sae.W_dec.detach(), sae.b_pre.detach(), x, error)
 
     @torch.no_grad()
     def step(self, step: int) -> float:
@@ -59,16 +58,18 @@ class TritonOptimizer(ScreenedOptimizer):
         self.pending = None
         if not pending.finite:
             return math.nan
-        lists, scale, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.scale, pending.extra
-        dec = gpu.scatter_transposed(lists, pending.values * scale, pending.error)
-        enc = gpu.scatter_transposed(lists, pending.slopes * scale, pending.x - sae.b_pre)
-        bias = gpu.scatter_transposed(lists, pending.slopes * scale, pending.x.new_ones(len(pending.x), 1)).squeeze(1)
+        lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
+        values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
+        dec, dec_squares, along = gpu.scatter_measured(lists, values, pending.error, values * pending.slopes)  # along: <gradient, row>
+        enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, pending.x - sae.b_pre, slopes)
+        if recipe.sae.unit_norm:
+            dec_squares -= along.square()
         if extra is not None:
             for whole, part in ((dec, extra.dec), (enc, extra.enc), (bias, extra.bias)):
                 whole.index_add_(0, extra.latents, part)
-        pre = scale * pending.error.sum(0) - bias @ sae.W_enc
-        squares = [gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm), gpu.row_squares(enc, sae.W_enc.detach()), pre.square(),
-                   *([bias.square()] if recipe.sae.b_enc else [])]
+            dec_squares, enc_squares = gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm), gpu.row_squares(enc, sae.W_enc.detach())
+        pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
+        squares = [dec_squares, enc_squares, pre.square(), *([bias.square()] if recipe.sae.b_enc else [])]
         norm = math.sqrt(sum(each.double().sum() for each in squares).item())
         clip = min(1.0, recipe.optim.clip / (norm + 1e-6)) if recipe.optim.clip else 1.0
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
@@ -83,8 +84,7 @@ class TritonOptimizer(ScreenedOptimizer):
     def _rows(self, key: str, gradient: Tensor, step: int, clip: float, *, unit: bool) -> None:
         weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], clip)
         state = self.adam.state[weight]
-        low = self.low.rows if key == "W_enc" and self.screen == "bfloat16" else None
+        low, scale = self.low if key == "W_enc" and self.kind else (None, None)
         gpu.adam_rows_(weight.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]) + 1, rate=rule.rate, beta1=options.beta1,
-                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, low=low)
-        if key == "W_enc" and self.kind and low is None:
-            self._lower()
+                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, low=low,
+                       scale=scale)
