@@ -120,7 +120,8 @@ build("_gather_sum", 1, **sums)
 build("_gather_dot", 1, **sums)
 build("_parts", 1, CHUNK=512, **sums)
 build("_rows", 1, dict(squares=F, weights=F, sums=F), CHUNK=512, MEASURED=True, **sums)
-build("_choose", 4, dict(x=F, weight=F, latents=I, scores=F, spread=F, c="i32"), CANDIDATES=64, COLUMNS=64)
+build("_choose", 4, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
+      COLUMNS=256, MORE=16, MORE_COLUMNS=256)
 build("_decode", 4, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=8, COLUMNS=1024)
 build("_adam_row", 4, dict(weight=F, scale=F), PROJECT=True, UNIT=True, AVERAGE=True, LOW=True, BYTES=False, COLUMNS=1024)
 build("_adam_row", 4, dict(weight=F, low="*i8", scale=F), PROJECT=False, UNIT=False, AVERAGE=True, LOW=True, BYTES=True, COLUMNS=1024)
@@ -319,6 +320,59 @@ def test_kernels_agree_with_the_definition(shape, repeated, dtype):
 
 
 @inside
+@pytest.mark.parametrize("margin", [0.5, 6.0, float("inf")])
+@pytest.mark.parametrize("b, c, k, n, d", [(7, 12, 5, 60, 37), (3, 40, 1, 50, 8), (4, 20, 20, 30, 300), (2, 70, 33, 90, 16), (0, 8, 3, 20, 4), (3, 300, 9, 400, 5)])
+def test_the_best_candidates_are_chosen_by_exact_value(b, c, k, n, d, margin):
+    _, latents, x, weight = inputs((b, c, n, d))
+    bias = torch.randn(n, device=DEVICE)
+    exact = torch.gather(x @ weight.T + bias, 1, latents)
+    scores = exact + 0.01 * torch.randn(exact.shape, device=DEVICE)
+    values, indices, spread = gpu.choose(x, latents, scores, weight, bias, k, margin=margin)
+    best = scores.argsort(1, descending=True)[:, :k]
+    close(spread, (exact - scores).gather(1, best if c <= gpu.MOST_CANDIDATES else best.new_tensor(range(c)).expand(b, c)).double().square().mean(1).sqrt(), torch.float32)
+    close(values, torch.gather(x @ weight.T + bias, 1, indices).double(), torch.float32)
+    assert (values.diff(dim=1) <= 0).all() and all(len(set(row)) == k for row in indices.tolist())
+    if margin >= 6:  # errors are within three spreads
+        close(values, exact.topk(k, 1).values.double(), torch.float32)
+
+
+@inside
+def test_candidates_of_equal_score_nan_and_none_at_all():
+    x, weight, bias, latents = torch.ones(4, 8, device=DEVICE), torch.zeros(30, 8, device=DEVICE), torch.zeros(30, device=DEVICE), torch.arange(20).expand(4, 20)
+    x[1, 3] = torch.nan
+    scores = torch.zeros(4, 20, device=DEVICE)
+    scores[2, 5:] = -torch.inf  # a screen that found fewer
+    values, indices, _ = gpu.choose(x, latents.to(DEVICE), scores, weight, bias, 7, margin=6.0)
+    assert torch.isnan(values[1]).all() and (values[[0, 3]] == 0).all() and all(len(set(indices[i].tolist())) == 7 for i in (0, 1, 3))
+    assert ((indices >= 0) & (indices < 20)).all()
+
+
+@inside
+@pytest.mark.parametrize("shape", [shape for name, shape in SHAPES.items()], ids=list(SHAPES))
+def test_decoding_is_error_square_and_slopes(shape):
+    values, indices, x, weight = inputs(shape)
+    bias, error = torch.randn(shape[3], device=DEVICE), torch.full_like(x, torch.nan)
+    squares, slopes = gpu.decode(values, indices, weight, bias, x, error)
+    exact = reference.gather_sum(values.double(), indices, weight.double()) + bias.double() - x.double()
+    close(error, exact, torch.float32)
+    close(squares, exact.square().sum(1), torch.float32)
+    close(slopes, reference.gather_dot(exact, indices, weight.double()) * (values > 0), torch.float32)
+
+
+@inside
+@pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+def test_rows_come_with_their_squares_and_the_sums_of_weights(shape, repeated):
+    values, indices, x, weight = inputs(shape, repeated=repeated)
+    weights, n = torch.randn(values.shape, device=DEVICE), len(weight)
+    rows, squares, sums = gpu.scatter_measured(gpu.transposed(indices, n, chunk=5), values, x, weights)
+    exact = reference.scatter_outer(values.double(), indices, x.double(), n)
+    close(rows, exact, torch.float32)
+    close(squares, exact.square().sum(1), torch.float32)
+    close(sums, reference.scatter_outer(weights.double(), indices, torch.ones(len(x), 1, device=DEVICE, dtype=torch.float64), n).squeeze(1), torch.float32)
+
+
+@inside
 @pytest.mark.parametrize("chunk", [1, 2, 5, 19, 20])
 def test_hot_latents_are_added_up_in_parts(chunk):
     values, indices, x, weight = inputs((20, 4, 9, 5), repeated=True)
@@ -390,6 +444,16 @@ def test_adam_rows_keeps_a_row_of_zeros_and_takes_moments_in_bfloat16():
     gpu.adam_rows_(weight, grad, first, second, step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, project=True, unit_norm=True)
     assert torch.equal(weight[0], torch.zeros(5, device=DEVICE)) and weight[1].norm().item() == pytest.approx(1)
     assert first.dtype == torch.bfloat16 and first[1].any()
+
+
+@inside
+def test_adam_rows_leaves_the_row_in_bytes_as_lower_makes_them():
+    weight, grad = torch.randn(9, 37, device=DEVICE), torch.randn(9, 37, device=DEVICE)
+    weight[4], grad[4] = 0, 0
+    low = screen.Low(torch.zeros(9, 37, dtype=torch.int8, device=DEVICE), torch.zeros(9, device=DEVICE))
+    gpu.adam_rows_(weight, grad, torch.zeros_like(weight), torch.zeros_like(weight), step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, low=low.rows,
+                   scale=low.scale)
+    assert all(map(torch.equal, low, screen.lower(weight, "int8")))
 
 
 @inside

@@ -287,37 +287,70 @@ def gather_dot(x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype
 
 
 @_jit
-def _choose(x, latents, scores, weight, bias, values, indices, spread, c, k, d, CANDIDATES: tl.constexpr, COLUMNS: tl.constexpr):
-    """One token. Each candidate's rank is the number of those before it: a comparison of all with all costs less than the rows' way here."""
-    token, j = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES)
-    inside = j < c
-    latent = tl.load(latents + token * c + j, inside, 0).to(tl.int64)
-    total = tl.zeros([CANDIDATES, COLUMNS], tl.float32)
-    for start in range(0, d, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        part = tl.load(x + token * d + columns, columns < d, 0.0).to(tl.float32)
-        total += tl.load(weight + latent[:, None] * d + columns[None, :], inside[:, None] & (columns < d)[None, :], 0.0).to(tl.float32) * part[None, :]
-    value = tl.sum(total, 1) + tl.load(bias + latent, inside, 0.0).to(tl.float32)
-    off = tl.where(inside, value - tl.load(scores + token * c + j, inside, 0.0), 0.0)
-    tl.store(spread + token, tl.sqrt(tl.sum(off * off, 0) / c))
-    key = tl.where(value == value, _ordered(value.to(tl.int32, bitcast=True)), 2147483647)  # NaN is chosen, and shows
-    key = tl.where(inside, key, -2147483648)
-    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (j[None, :] < j[:, None]))
-    rank = tl.sum(before.to(tl.int32), 1)
-    tl.store(values + token * k + rank, value, inside & (rank < k))
-    tl.store(indices + token * k + rank, latent, inside & (rank < k))
-
-
-@_jit
 def _ordered(bits):
     """The bits of a float32 as an integer of the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates.
+@_jit
+def _ranks(number, wanted, at):
+    """How many come before each: the larger, of equals the first; NaN counts as the largest, what is not wanted as the least."""
+    key = tl.where(number == number, _ordered(number.to(tl.int32, bitcast=True)), 2147483647)
+    key = tl.where(wanted, key, -2147483648)
+    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (at[None, :] < at[:, None]))
+    return tl.sum(before.to(tl.int32), 1)
 
-    spread is the root mean square of what the candidates' values differ by from their scores[b, c]. NaN counts as the largest.
+
+@_jit
+def _products(x, weight, bias, latents, wanted, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """<x, weight[latent]> + bias of each latent that is wanted."""
+    latent = tl.load(latents, wanted, 0).to(tl.int64)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, d, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        part = tl.load(x + columns, columns < d, 0.0).to(tl.float32)
+        total += tl.load(weight + latent[:, None] * d + columns[None, :], wanted[:, None] & (columns < d)[None, :], 0.0).to(tl.float32) * part[None, :]
+    return tl.sum(total, 1) + tl.load(bias + latent, wanted, 0.0).to(tl.float32)
+
+
+@_jit
+def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ranked, exact, c, k, d, margin, CANDIDATES: tl.constexpr,
+            FIRST: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, MORE_COLUMNS: tl.constexpr):
+    """One token. By score come first the k best, and then, as they come, those that may be better than the worst of these."""
+    token, j, first = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES), tl.arange(0, FIRST)
+    latents, scores, near, ranked, exact = latents + token * c, scores + token * c, near + token * c, ranked + token * c, exact + token * c
+    score, latent = tl.load(scores + j, j < c, 0.0), tl.load(latents + j, j < c, 0)
+    rank = _ranks(score, j < c, j)
+    tl.store(near + rank, score, j < c)
+    tl.store(ranked + rank, latent.to(tl.int32), j < c)
+    tl.debug_barrier()  # of the program's warps: what one has written another reads
+
+    value = _products(x + token * d, weight, bias, ranked + first, first < k, d, FIRST, COLUMNS)
+    off = tl.where(first < k, value - tl.load(near + first, first < k, 0.0), 0.0)
+    off = tl.sqrt(tl.sum(off * off, 0) / k)
+    tl.store(spread + token, off)
+    tl.store(exact + first, value, first < k)
+    least = tl.min(tl.where(first < k, value, float("inf")), 0) - margin * off
+    start = k
+    while tl.load(near + start, start < c, float("-inf")) > least:
+        more = start + tl.arange(0, MORE)
+        wanted = tl.load(near + more, more < c, float("-inf")) > least
+        tl.store(exact + more, _products(x + token * d, weight, bias, ranked + more, wanted, d, MORE, MORE_COLUMNS), wanted)
+        start += MORE
+    tl.debug_barrier()
+
+    wanted = (j < k) | (tl.load(near + j, j < c, float("-inf")) > least)
+    value = tl.load(exact + j, wanted, 0.0)
+    rank = _ranks(value, wanted, j)
+    tl.store(values + token * k + rank, value, wanted & (rank < k))
+    tl.store(indices + token * k + rank, tl.load(ranked + j, wanted, 0).to(tl.int64), wanted & (rank < k))
+
+
+def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates; largest first.
+
+    spread is the root mean square of what values differ by from scores[b, c], among the k of the best scores. A candidate whose score is
+    `margin` spreads below the least of those k values is not computed. NaN counts as the largest.
     """
     (b, c), d = latents.shape, weight.shape[1]
     if c > MOST_CANDIDATES:
@@ -325,11 +358,13 @@ def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Ten
         values, at = exact.topk(k, dim=1)
         return values, latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
     values, indices = torch.empty(b, k, device=x.device), torch.empty(b, k, dtype=torch.long, device=x.device)
-    spread, padded = torch.empty(b, device=x.device), max(16, 1 << (c - 1).bit_length())
+    spread, (near, exact) = torch.empty(b, device=x.device), torch.empty(2, b, c, device=x.device)
+    ranked = torch.empty(b, c, dtype=torch.int32, device=x.device)
+    padded, first = (max(16, 1 << (size - 1).bit_length()) for size in (c, k))
     if b:
         with _on(x.device):
-            _choose[(b,)](x.contiguous(), latents.contiguous(), scores.contiguous(), weight.contiguous(), bias, values, indices, spread, c, k, d,
-                          CANDIDATES=padded, COLUMNS=64 if padded <= 64 else 32, num_warps=4 if padded <= 128 else 8)
+            _choose[(b,)](x.contiguous(), latents.contiguous(), scores.contiguous(), weight.contiguous(), bias, values, indices, spread, near, ranked, exact,
+                          c, k, d, min(margin, 1e30), CANDIDATES=padded, FIRST=first, COLUMNS=max(16, 8192 // first), MORE=16, MORE_COLUMNS=256, num_warps=4)
     return values, indices, spread
 
 
@@ -347,12 +382,18 @@ def _decode(values, indices, weight, bias, x, error, squares, slopes, k, d, ROWS
         off += tl.sum(value[:, None] * row, 0)
     tl.store(error + token * d + columns, off, inside)
     tl.store(squares + token, tl.sum(off * off, 0))
-    for start in range(0, k, ROWS):
-        j = start + tl.arange(0, ROWS)
+    for back in range(0, k, ROWS):  # the last rows first: they are nearest
+        j = (k - 1) // ROWS * ROWS - back + tl.arange(0, ROWS)
         latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
         row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
         slope = tl.sum(row * off[None, :], 1)
         tl.store(slopes + token * k + j, tl.where(tl.load(values + token * k + j, j < k, 0.0) > 0, slope, 0.0), j < k)
+
+
+def _row_block(columns: int) -> dict[str, int]:
+    """Return how many whole rows are on their way at once, and the warps for them."""
+    warps = min(16, max(1, columns // 128))
+    return {"ROWS": max(2, min(32, 4096 * warps // columns)), "num_warps": warps}  # 128 numbers a thread
 
 
 def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,7 +406,7 @@ def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Ten
     if b:
         with _on(x.device):
             _decode[(b,)](values.contiguous(), indices.contiguous(), weight.contiguous(), bias, x.contiguous(), error, squares, slopes, k, d,
-                          ROWS=8 if whole <= 4096 else 2, COLUMNS=whole, num_warps=min(16, max(1, whole // 256)))
+                          COLUMNS=whole, **_row_block(whole))
     return squares, slopes
 
 

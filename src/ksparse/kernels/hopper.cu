@@ -1,7 +1,7 @@
 // Candidates for the largest numbers of each row of a product of bytes, x[b, d] w[n, d]^T, on Hopper GPUs (compute capability 9.0).
 //
 //     x: 128 tokens, stays ──────┐
-//     w: 256 latents x 128 bytes ┴▶ tensor cores ─▶ scores in registers ─▶ those above the token's limit ─▶ list ─▶ the c best
+//     w: a tile of latents x 128 bytes ┴▶ tensor cores ─▶ scores in registers ─▶ those above the token's limit ─▶ list ─▶ the c best
 //        ring of STAGES, by the copy engine, each half shared with the neighbouring processor
 //
 // A block goes over all latents with its tokens. A token's limit is the c-th largest score that it has seen, so that of n latents about
@@ -11,13 +11,14 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int TOKENS = 128, LATENTS = 256, CHUNK = 128;
+constexpr int TOKENS = 128, CHUNK = 128;
+constexpr int LATENTS = RESIDENT ? 128 : 256;  // small tiles let scores be selected while the next are computed; large ones need fewer copies of tokens
+constexpr int HELD = LATENTS / 2;  // numbers of a tile that one thread has
 constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = LATENTS * 8;
 constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
-constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
+constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS + RESIDENT;  // a tile's scales come with its last chunk: so many are in use at once
 constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
-constexpr int CAPACITY = 32 * PER, FULL = CAPACITY - 16;  // eight scores of a thread can make a list longer by 16
-constexpr int LAG = CHUNKS > STAGES ? BEHIND : 0;  // with fewer chunks the first half could be a whole tile ahead, and the barrier would not count right
+constexpr int CAPACITY = 32 * PER, FULL = CAPACITY - 16 * HELD / 32;  // so much longer a quarter of a tile can make a list
 constexpr u32 ALL = 0xffffffff;
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -81,19 +82,25 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {  // rows of 128 bytes, e
 
 #define FOUR(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#define NAMES_64                                                                                                                                     \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                         \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_128                                                                                                                                    \
+    NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"     \
+             "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,"       \
+             "%122,%123,%124,%125,%126,%127"
 
-// d = (or +=, if more) the product of 64 rows and 256 rows of 32 bytes
+// d = (or +=, if more) the product of 64 rows and 128, or 256, rows of 32 bytes
+__device__ __forceinline__ void multiply(int (&d)[64], u64 left, u64 right, int more) {
+    asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NAMES_64 "}, %64, %65, more;\n}"
+                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
+                 : "l"(left), "l"(right), "r"(more));
+}
+
 __device__ __forceinline__ void multiply(int (&d)[128], u64 left, u64 right, int more) {
-    asm volatile(
-        "{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,"
-        "%123,%124,%125,%126,%127}, %128, %129, more;\n}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
-        : "l"(left), "l"(right), "r"(more));
+    asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {" NAMES_128 "}, %128, %129, more;\n}"
+                 : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+                 : "l"(left), "l"(right), "r"(more));
 }
 
 __device__ __forceinline__ void multiply_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -175,7 +182,7 @@ struct Tokens {
 
     // Add those of eight scores that are above their token's limit to its list; two of a token stand side by side, then two of the other.
     // A quad's lanes agree on places by exchanging counts, of both tokens in one word.
-    __device__ __forceinline__ void offer(const int *score, u32 latent, int c) {
+    __device__ __forceinline__ void offer(const int *score, u32 latent) {
         int found[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < 8; ++i) found[i % 4 / 2] += __int_as_float(score[i]) > limit[i % 4 / 2];
@@ -186,7 +193,6 @@ struct Tokens {
 #pragma unroll
         for (int i = 0; i < 8; ++i) store_above(to[i % 4 / 2], score[i], limit[i % 4 / 2], latent + i / 4 * 8 + i % 2);
         count[0] += all & 0xffff, count[1] += all >> 16;
-        if (__any_sync(ALL, max(count[0], count[1]) > FULL)) tidy(FULL, c, c + c / 8);
     }
 
     // Where a list has more than `full` keep the c best, or some more (at most `most`) if that is found sooner. full >= c.
@@ -206,136 +212,193 @@ struct Tokens {
 
 // ---- the kernel: one warp feeds, eight multiply
 
-// Of the latents of tiles [tiles s / gridDim.y, tiles (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
+__device__ __forceinline__ u32 base() {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return (u32)__cvta_generic_to_shared(memory);
+}
+
+__device__ __forceinline__ u32 full(u32 slot) { return base() + BARRIERS_AT + 8 * slot; }
+__device__ __forceinline__ u32 empty(u32 slot) { return full(STAGES + slot); }
+__device__ __forceinline__ u32 x_full() { return full(2 * STAGES); }
+
+struct Ring {
+    u32 slot, parity;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+__device__ __forceinline__ void feed(const Map &x, const Map &w, const float2 *columns, int first, int last) {
+    const int token = blockIdx.x * TOKENS, rank = CLUSTER == 1 ? 0 : blockIdx.x % 2;
+    if (RESIDENT) {
+        barrier_expect(x_full(), CHUNKS * X_TILE);
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) copy_box(base() + X_AT + chunk * X_TILE, x, x_full(), chunk * CHUNK, token);
+    }
+    Ring ring = {0, 1};
+    for (int tile = first; tile < last; ++tile) {
+        for (int chunk = 0; chunk < CHUNKS; ++chunk, ring.advance()) {
+            const u32 to = base() + ring.slot * STAGE, barrier = full(ring.slot);
+            const bool end = chunk == CHUNKS - 1;
+            barrier_wait(empty(ring.slot), ring.parity);
+            barrier_expect(barrier, STAGE + (end ? COLUMNS_TILE : 0));
+            if (CLUSTER == 1) {
+                copy_box(to, w, barrier, chunk * CHUNK, tile * LATENTS);
+                copy_box(to + W_TILE / 2, w, barrier, chunk * CHUNK, tile * LATENTS + LATENTS / 2);
+            } else copy_box_to_both(to + rank * (W_TILE / 2), w, barrier, chunk * CHUNK, tile * LATENTS + rank * (LATENTS / 2));
+            if (!RESIDENT) copy_box(to + W_TILE, x, barrier, chunk * CHUNK, token);
+            if (end) copy_bytes(base() + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE, columns + (u64)tile * LATENTS, barrier, COLUMNS_TILE);
+        }
+    }
+}
+
+// One warp of the eight: with its three neighbours it multiplies 64 tokens, and selects for its own 16.
+struct Worker {
+    Tokens mine;
+    Ring ring;
+    float unit[2];
+    u32 x_rows;
+    int first, c;
+
+    __device__ __forceinline__ void release(u32 slot) {
+        if (mine.lane < CLUSTER) barrier_arrive(empty(slot), mine.lane);
+    }
+
+    // d = the product of the tile that comes next; between its chunks, if SELECT, the tile `last` before it is selected from.
+    template <bool SELECT> __device__ __forceinline__ void product(int (&d)[HELD], int (&last)[HELD], int tile) {
+        u32 held = STAGES;
+#pragma unroll 1
+        for (int chunk = 0; chunk < CHUNKS; ++chunk, ring.advance()) {
+            const u32 at = base() + ring.slot * STAGE, rows = (RESIDENT ? base() + X_AT + chunk * X_TILE : at + W_TILE) + x_rows;
+            barrier_wait(full(ring.slot), ring.parity);
+            multiply_begin();
+#pragma unroll
+            for (int k = 0; k < CHUNK; k += 32) multiply(d, matrix_at(rows + k), matrix_at(at + k), chunk > 0 || k > 0);
+            multiply_commit();
+            if (SELECT) {
+#pragma unroll
+                for (int quarter = 0; quarter < (CHUNKS < 4 ? CHUNKS : 4); ++quarter)
+                    if (chunk == quarter) select(last, tile - 1, quarter);
+            }
+            if (held < STAGES) {
+                multiply_wait<1>();
+                release(held);
+            }
+            held = ring.slot;
+        }
+        multiply_wait<0>();
+        release(held);
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
+        if (SELECT) select_from(last, tile - 1, CHUNKS);
+    }
+
+    // The scores of a quarter of a tile's numbers; those above their limits go to the lists.
+    __device__ __forceinline__ void select(int (&d)[HELD], int tile, int quarter) {
+        const u32 side = base() + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (mine.lane & 3) * 16, latent = tile * LATENTS + (mine.lane & 3) * 2;
+        u32 above = 0;  // which eights of numbers have one above its limit
+#pragma unroll
+        for (int part = HELD / 32 * quarter; part < HELD / 32 * (quarter + 1); ++part) {
+            bool any = false;
+#pragma unroll
+            for (int i = 8 * part; i < 8 * part + 8; i += 4) {
+                float scale[2], bias[2];
+                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(scale[0]), "=f"(bias[0]), "=f"(scale[1]), "=f"(bias[1]) : "r"(side + i * 16));
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float score = fmaf((float)d[i + j] * scale[j & 1], unit[j / 2], bias[j & 1]);
+                    d[i + j] = __float_as_int(score);
+                    any |= score > mine.limit[j / 2];
+                }
+            }
+            above |= (u32)any << part;
+        }
+        above = __reduce_or_sync(ALL, above);
+#pragma unroll
+        for (int part = HELD / 32 * quarter; part < HELD / 32 * (quarter + 1); ++part)
+            if (above >> part & 1) mine.offer(d + 8 * part, latent + 16 * part);
+        if (above && __any_sync(ALL, max(mine.count[0], mine.count[1]) > FULL)) mine.tidy(FULL, c, c + c / 8);
+    }
+
+    __device__ __forceinline__ void select_from(int (&d)[HELD], int tile, int from) {
+#pragma unroll
+        for (int quarter = 0; quarter < 4; ++quarter)
+            if (quarter >= from) select(d, tile, quarter);
+    }
+
+    __device__ __forceinline__ void all_tiles(int end) {
+        if (RESIDENT) {
+            int one[HELD], two[HELD];
+            product<false>(one, two, first);
+            for (int tile = first + 1;; tile += 2) {  // of an even number
+                product<true>(two, one, tile);
+                if (tile + 1 == end) break;
+                product<true>(one, two, tile + 1);
+            }
+            select_from(two, end - 1, 0);
+        } else {
+            int d[HELD];
+            for (int tile = first; tile < end; ++tile) {
+                product<false>(d, d, tile);
+                select_from(d, tile, 0);
+            }
+        }
+        mine.tidy(c, c, c);
+    }
+
+    // The c best of each token, from number `token` on, to row token * gridDim.y + blockIdx.y.
+    __device__ __forceinline__ void write(float *scores, long long *latents, float *dropped, int token, int b) const {
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            for (int each = 0; each < 8 && token + each + 8 * half < b; ++each) {
+                const int size = __shfl_sync(ALL, mine.count[half], 4 * each);
+                const float limit = __shfl_sync(ALL, mine.limit[half], 4 * each);
+                const u64 row = (u64)(token + each + 8 * half) * gridDim.y + blockIdx.y;
+                for (int j = mine.lane; j < c; j += 32) {
+                    const u64 key = j < size ? mine.list(each + 8 * half)[j] : 0;
+                    scores[row * c + j] = j < size ? __uint_as_float(key >> 32) : -INFINITE;
+                    latents[row * c + j] = (u32)key;
+                }
+                if (mine.lane == 0) dropped[row] = size < c ? INFINITE : limit;
+            }
+        }
+    }
+};
+
+// Of the latents of pairs of tiles [pairs s / gridDim.y, pairs (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
 // dropped[b, s] is an upper bound on the others' scores. columns[n]: each latent's scale and bias.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
     candidates(const __grid_constant__ Map x, const __grid_constant__ Map w, const float2 *columns, const float *x_scale, u64 *lists, float *scores,
-               long long *latents, float *dropped, int b, int c, int tiles) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    const u32 base = (u32)__cvta_generic_to_shared(memory), full = base + BARRIERS_AT, empty = full + 8 * STAGES, x_full = empty + 8 * STAGES;
-    const int group = threadIdx.x / 128, first = blockIdx.y * tiles / gridDim.y, last = (blockIdx.y + 1) * tiles / gridDim.y;
+               long long *latents, float *dropped, int b, int c, int pairs) {
+    const int first = blockIdx.y * pairs / gridDim.y * 2, last = (blockIdx.y + 1) * pairs / gridDim.y * 2;
     if (threadIdx.x == 0) {
-        for (int slot = 0; slot < STAGES; ++slot) barrier_init(full + 8 * slot, 1), barrier_init(empty + 8 * slot, 8 * CLUSTER);
-        barrier_init(x_full, 1);
+        for (int slot = 0; slot < STAGES; ++slot) barrier_init(full(slot), 1), barrier_init(empty(slot), 8 * CLUSTER);
+        barrier_init(x_full(), 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     cluster_sync();
 
-    if (group == 0) {
+    if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == 0) {
-            const int token = blockIdx.x * TOKENS, rank = CLUSTER == 1 ? 0 : blockIdx.x % 2;
-            if (RESIDENT) {
-                barrier_expect(x_full, CHUNKS * X_TILE);
-                for (int chunk = 0; chunk < CHUNKS; ++chunk) copy_box(base + X_AT + chunk * X_TILE, x, x_full, chunk * CHUNK, token);
-            }
-            u32 slot = 0, parity = 1;
-            for (int tile = first; tile < last; ++tile) {
-                for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                    const u32 to = base + slot * STAGE, barrier = full + 8 * slot;
-                    const bool end = chunk == CHUNKS - 1;
-                    barrier_wait(empty + 8 * slot, parity);
-                    barrier_expect(barrier, STAGE + (end ? COLUMNS_TILE : 0));
-                    if (CLUSTER == 1) {
-                        copy_box(to, w, barrier, chunk * CHUNK, tile * LATENTS);
-                        copy_box(to + W_TILE / 2, w, barrier, chunk * CHUNK, tile * LATENTS + LATENTS / 2);
-                    } else copy_box_to_both(to + rank * (W_TILE / 2), w, barrier, chunk * CHUNK, tile * LATENTS + rank * (LATENTS / 2));
-                    if (!RESIDENT) copy_box(to + W_TILE, x, barrier, chunk * CHUNK, token);
-                    if (end) copy_bytes(base + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE, columns + (u64)tile * LATENTS, barrier, COLUMNS_TILE);
-                    if (++slot == STAGES) slot = 0, parity ^= 1;
-                }
-            }
-        }
+        if (threadIdx.x == 0) feed(x, w, columns, first, last);
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        const int lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32;  // warps 0 to 3 have the first 64 tokens
-        const int token = blockIdx.x * TOKENS + 16 * warp, row = token + lane / 4;
-        const u32 x_rows = (group - 1) * 64 * CHUNK;
-        const float unit[2] = {row < b ? x_scale[row] : 0, row + 8 < b ? x_scale[row + 8] : 0};
-        Tokens mine;
-        mine.lane = lane;
-        mine.lists = lists + ((u64)(blockIdx.y * gridDim.x + blockIdx.x) * TOKENS + 16 * warp) * CAPACITY;
-        mine.count[0] = mine.count[1] = 0;
-        mine.limit[0] = row < b ? -INFINITE : INFINITE;
-        mine.limit[1] = row + 8 < b ? -INFINITE : INFINITE;
-        if (RESIDENT) barrier_wait(x_full, 0);
-
-        int d[128];
-        u32 slot = 0, parity = 0;
-        auto release = [&](u32 which) {
-            if (lane < CLUSTER) barrier_arrive(empty + 8 * which, lane);
-        };
-        for (int tile = first; tile < last; ++tile) {
-            u32 held = STAGES;
-#pragma unroll 1
-            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                // The second half of the tokens stays behind the first: while one selects, the tensor cores have the other's work.
-                if (LAG && chunk == LAG && group == 1) asm volatile("bar.arrive 1, 256;" ::: "memory");
-                if (LAG && chunk == 0 && group == 2) asm volatile("bar.sync 1, 256;" ::: "memory");
-                const u32 at = base + slot * STAGE, rows = RESIDENT ? base + X_AT + chunk * X_TILE : at + W_TILE;
-                barrier_wait(full + 8 * slot, parity);
-                multiply_begin();
-#pragma unroll
-                for (int k = 0; k < CHUNK; k += 32) multiply(d, matrix_at(rows + x_rows + k), matrix_at(at + k), chunk > 0 || k > 0);
-                multiply_commit();
-                if (held < STAGES) {
-                    multiply_wait<1>();
-                    release(held);
-                }
-                held = slot;
-                if (++slot == STAGES) slot = 0, parity ^= 1;
-            }
-            multiply_wait<0>();
-            release(held);
-#pragma unroll
-            for (int i = 0; i < 128; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
-
-            const u32 side = base + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (lane & 3) * 16;
-            const u32 latent = tile * LATENTS + (lane & 3) * 2;
-            u32 above = 0;  // which eights of numbers have one above its limit
-#pragma unroll
-            for (int part = 0; part < 16; ++part) {
-                bool any = false;
-#pragma unroll
-                for (int i = 8 * part; i < 8 * part + 8; i += 4) {
-                    float scale[2], bias[2];
-                    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                                 : "=f"(scale[0]), "=f"(bias[0]), "=f"(scale[1]), "=f"(bias[1])
-                                 : "r"(side + i * 16));
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float score = fmaf((float)d[i + j] * scale[j & 1], unit[j / 2], bias[j & 1]);
-                        d[i + j] = __float_as_int(score);
-                        any |= score > mine.limit[j / 2];
-                    }
-                }
-                above |= (u32)any << part;
-            }
-            above = __reduce_or_sync(ALL, above);
-#pragma unroll
-            for (int part = 0; part < 16; ++part)
-                if (above >> part & 1) mine.offer(d + 8 * part, latent + 16 * part, c);
-        }
-
-        mine.tidy(c, c, c);
-        __syncwarp();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            for (int each = 0; each < 8; ++each) {
-                const int size = __shfl_sync(ALL, mine.count[half], 4 * each);
-                const float limit = __shfl_sync(ALL, mine.limit[half], 4 * each);
-                const u64 out = (u64)(token + each + 8 * half) * gridDim.y + blockIdx.y;
-                if (token + each + 8 * half >= b) continue;
-                for (int j = lane; j < c; j += 32) {
-                    const u64 key = j < size ? mine.list(each + 8 * half)[j] : 0;
-                    scores[out * c + j] = j < size ? __uint_as_float(key >> 32) : -INFINITE;
-                    latents[out * c + j] = (u32)key;
-                }
-                if (lane == 0) dropped[out] = size < c ? INFINITE : limit;
-            }
-        }
+        const int lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32, token = blockIdx.x * TOKENS + 16 * warp, row = token + lane / 4;
+        Worker worker;
+        worker.mine = {lists + ((u64)(blockIdx.y * gridDim.x + blockIdx.x) * TOKENS + 16 * warp) * CAPACITY, {0, 0},
+                       {row < b ? -INFINITE : INFINITE, row + 8 < b ? -INFINITE : INFINITE}, lane};
+        worker.ring = {0, 0};
+        worker.unit[0] = row < b ? x_scale[row] : 0;
+        worker.unit[1] = row + 8 < b ? x_scale[row + 8] : 0;
+        worker.x_rows = warp / 4 * 64 * CHUNK;
+        worker.first = first;
+        worker.c = c;
+        if (RESIDENT) barrier_wait(x_full(), 0);
+        worker.all_tiles(last);
+        worker.write(scores, latents, dropped, token, b);
     }
     cluster_sync();
 }

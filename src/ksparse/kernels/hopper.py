@@ -21,11 +21,11 @@ except ImportError:
     nvrtc = None
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-TOKENS, LATENTS, CHUNK, WARP = 128, 256, 128, 32
-"""Tokens of a block, latents of a tile, bytes of a row that are multiplied at once: constants of hopper.cu."""
+TOKENS, CHUNK, WARP = 128, 128, 32
+"""Tokens of a block, bytes of a row that are multiplied at once: constants of hopper.cu."""
 SHARED = 227 * 2**10
 """Bytes of shared memory that a block may have."""
-STAGES = 6
+STAGES = 8
 LONGEST = 16 * WARP
 """Scores that a token's list holds at most: a warp has them in registers when it thins a list out."""
 
@@ -43,15 +43,23 @@ class Plan(NamedTuple):
     """Scores of a token's list for each thread of a warp."""
     cluster: int = 2
     """Blocks that share the latents' copies."""
-    behind: int = 2
-    """Parts of a tile by which the second half of the tokens stays behind the first."""
+
+    @property
+    def latents(self) -> int:
+        """Return the latents of a tile."""
+        return 128 if self.resident else 256
+
+    @property
+    def full(self) -> int:
+        """Return the scores that a list may have before another quarter of a tile is looked at."""
+        return self.per * WARP - self.latents // 4
 
     @property
     def bytes(self) -> int:
         """Return the shared memory of a block, as hopper.cu lays it out."""
-        stage, tokens = LATENTS * CHUNK, TOKENS * CHUNK
-        sides = (self.stages + self.chunks) // self.chunks
-        return (self.stages * (stage + (0 if self.resident else tokens)) + (self.chunks * tokens if self.resident else 0) + sides * LATENTS * 8
+        stage, tokens = self.latents * CHUNK, TOKENS * CHUNK
+        sides = (self.stages + self.chunks) // self.chunks + self.resident
+        return (self.stages * (stage + (0 if self.resident else tokens)) + (self.chunks * tokens if self.resident else 0) + sides * self.latents * 8
                 + 8 * (2 * self.stages + 1))
 
 
@@ -71,11 +79,10 @@ def compiler() -> tuple[int, int] | None:
 
 def plan(d: int, c: int) -> Plan | None:
     """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
-    per = min(LONGEST, max(4 * WARP, 2 * c + WARP))
-    if d % 16 or not 0 < c + c // 8 <= LONGEST - WARP:
-        return None
-    options = (Plan(-(-d // CHUNK), resident, stages, -(-per // WARP)) for resident, fewest in ((True, 3), (False, 2)) for stages in range(STAGES, fewest - 1, -1))
-    return next(option for option in options if option.bytes <= SHARED)
+    per = -(-min(LONGEST, 2 * c + 64) // WARP)
+    options = (Plan(-(-d // CHUNK), resident, stages, per) for resident, fewest in ((True, 5), (False, 2)) for stages in range(STAGES, fewest - 1, -1))
+    chosen = next(option for option in options if option.bytes <= SHARED)
+    return chosen if d % 16 == 0 and 0 < c + c // 8 <= chosen.full else None
 
 
 def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,16 +91,17 @@ def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: 
     In no particular order; dropped bounds the scores of all others, and is infinite for a token with fewer than c scores (NaN).
     """
     (b, d), n, device = x.shape, len(weight), x.device
-    blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // LATENTS)
-    parts = _parts(blocks, tiles, c, torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks, pairs = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // (2 * chosen.latents))
+    parts = _parts(blocks, min(pairs, n // (4 * c)), torch.cuda.get_device_properties(device).multi_processor_count)
     columns = torch.stack((scale, bias), 1)
-    if n % LATENTS:  # beyond n the copy engine puts zeros, and this -inf
-        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(tiles * LATENTS - n, 2)])
+    beyond = pairs * 2 * chosen.latents - n
+    if beyond:  # there the copy engine puts zeros, and this -inf
+        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(beyond, 2)])
     lists = torch.empty(parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device)
     scores = torch.empty(b, parts * c, device=device)
     latents, dropped = torch.empty(b, parts * c, dtype=torch.int64, device=device), torch.empty(b, parts, device=device)
-    maps = [_map(each) for each in (x, weight)]
-    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, tiles))]
+    maps = [_map(x, TOKENS), _map(weight, chosen.latents // 2)]
+    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, pairs))]
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -105,10 +113,9 @@ def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: 
     return best, latents.gather(1, at), torch.maximum(rest, dropped.amax(1))
 
 
-def _parts(blocks: int, tiles: int, c: int, processors: int) -> int:
-    """Return into how many parts to split the latents, so that few processors wait at the end."""
-    most = max(1, min(8, tiles // 2, tiles * LATENTS // (4 * c)))
-    return min(range(1, most + 1), key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts))
+def _parts(blocks: int, most: int, processors: int) -> int:
+    """Return into how many parts, at most `most`, to split the latents, so that few processors wait at the end."""
+    return min(range(1, max(1, min(8, most)) + 1), key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts))
 
 
 # ---- the driver
@@ -128,14 +135,14 @@ def _call(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch does without these kernels")
 
 
-def _map(rows: Tensor) -> Any:
-    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of 128 rows of CHUNK bytes, swizzled, zeros beyond the edges."""
+def _map(rows: Tensor, box: int) -> Any:
+    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of `box` rows of CHUNK bytes, swizzled, zeros beyond the edges."""
     memory = (ctypes.c_uint64 * 24)()
     aligned = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
     (m, d), word, half = rows.shape, ctypes.c_uint64, ctypes.c_uint32
     uint8, no_interleave, swizzle_128, promote_256, zeros = 0, 0, 3, 3, 0
     _call("cuTensorMapEncodeTiled", ctypes.byref(aligned), uint8, half(2), ctypes.c_void_p(rows.data_ptr()), (word * 2)(d, m), (word * 1)(d),
-          (half * 2)(CHUNK, 128), (half * 2)(1, 1), no_interleave, swizzle_128, promote_256, zeros)
+          (half * 2)(CHUNK, box), (half * 2)(1, 1), no_interleave, swizzle_128, promote_256, zeros)
     return aligned
 
 
@@ -153,8 +160,7 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
-    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster,
-                 "BEHIND": chosen.behind}
+    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)

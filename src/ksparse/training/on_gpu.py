@@ -17,7 +17,7 @@ from torch import Tensor
 from ksparse.kernels import gpu, screen
 from ksparse.recipe import Recipe
 from ksparse.sae.model import SAE
-from ksparse.training.fused import ScreenedOptimizer
+from ksparse.training.fused import MARGIN, ScreenedOptimizer
 
 
 class TritonOptimizer(ScreenedOptimizer):
@@ -44,7 +44,7 @@ class TritonOptimizer(ScreenedOptimizer):
         if found is None:  # so few latents that buckets save nothing
             values, latents = self._exact(centred)
             return values, latents, values.new_full((len(values),), -torch.inf), values.new_zeros(len(values))
-        values, indices, spread = gpu.choose(centred, found.latents, found.scores, sae.W_enc.detach(), sae.b_enc.detach(), k)
+        values, indices, spread = gpu.choose(centred, found.latents, found.scores, sae.W_enc.detach(), sae.b_enc.detach(), k, margin=MARGIN)
         return values, indices, found.dropped, spread
 
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
