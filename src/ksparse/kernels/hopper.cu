@@ -12,13 +12,16 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int TOKENS = 128, CHUNK = 128;
-constexpr int LATENTS = RESIDENT ? 128 : 256;  // small tiles let scores be selected while the next are computed; large ones need fewer copies of tokens
+constexpr int LATENTS = RESIDENT ? 128 : 256;  // of small tiles the ring holds more than one; large ones need fewer copies of tokens
 constexpr int HELD = LATENTS / 2;  // numbers of a tile that one thread has
 constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = LATENTS * 8;
 constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
-constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS + RESIDENT;  // a tile's scales come with its last chunk: so many are in use at once
+constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
 constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
-constexpr int CAPACITY = 32 * PER, FULL = CAPACITY - 16 * HELD / 32;  // so much longer a quarter of a tile can make a list
+constexpr int CAPACITY = 32 * PER, FULL = CAPACITY / 4 - 16;  // of a lane, which four eights of numbers can give 16 more of a token
+// The second half of the tokens stays so many chunks behind the first: while one selects, the tensor cores have the other's work. Not where the
+// ring is so long that the first could come round a second time, which the barrier would count as the second's.
+constexpr int LAG = !RESIDENT ? 0 : CHUNKS + BEHIND > STAGES && BEHIND <= CHUNKS ? BEHIND : 2 * CHUNKS > STAGES && BEHIND > CHUNKS ? CHUNKS : 0;
 constexpr u32 ALL = 0xffffffff;
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -76,9 +79,9 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void *from, u32 barrier
 
 // ---- tensor cores
 
-__device__ __forceinline__ u64 matrix_at(u32 address) {  // rows of 128 bytes, eight of them swizzled together
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
+// Where a matrix is, for the tensor cores: rows of 128 bytes, eight of them swizzled together. In units of 16 bytes, so that others follow by addition.
+__device__ __forceinline__ u32 matrix_at(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+__device__ __forceinline__ u64 matrix(u32 at) { return (u64)0x40000040 << 32 | at; }
 
 #define FOUR(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
@@ -115,9 +118,9 @@ __device__ __forceinline__ u32 ordered(u32 bits) {  // a float's bits as a whole
 
 __device__ __forceinline__ float score_of(u32 number) { return __uint_as_float(number ^ ((number >> 31) ? 0x80000000 : ALL)); }
 
-// Append (score, latent) if the score is above the limit. Without a branch: a warp's lanes rarely agree.
+// Append (score, latent) to a lane's list if the score is above the limit. Without a branch: a warp's lanes rarely agree.
 __device__ __forceinline__ void store_above(u64 *&to, int score, float limit, u32 latent) {
-    asm volatile("{\n.reg .pred above;\nsetp.gt.f32 above, %1, %2;\n@above st.global.v2.b32 [%0], {%4, %3};\n@above add.s64 %0, %0, 8;\n}"
+    asm volatile("{\n.reg .pred above;\nsetp.gt.f32 above, %1, %2;\n@above st.global.v2.b32 [%0], {%4, %3};\n@above add.s64 %0, %0, 32;\n}"
                  : "+l"(to)
                  : "f"(__int_as_float(score)), "f"(limit), "r"(score), "r"(latent)
                  : "memory");
@@ -128,19 +131,21 @@ struct Kept {
     float limit;
 };
 
-// Leave the c (to `most`) best of a list of `size` scores, all above `limit`, in their order.
-__device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int most, int lane) {
+// Leave the c (to `most`) best of a token's list, all above `limit`, in their order and evenly spread over the four lanes; each has `count` now.
+__device__ __noinline__ Kept shrink(u64 *list, int count, float limit, int c, int most, int lane) {
     u64 key[PER];
     u32 number[PER], low = ordered(__float_as_uint(limit)), high = 0;
+    int there = 0;  // scores of at least `low`
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
-        key[j] = list[32 * j + lane];
-        number[j] = 32 * j + lane < size ? ordered(key[j] >> 32) : 0;
+        const bool valid = 8 * j + lane / 4 < count;
+        if (valid) key[j] = list[32 * j + lane];
+        number[j] = valid ? ordered(key[j] >> 32) : 0;
         high = max(high, number[j]);
+        there += __popc(__ballot_sync(ALL, valid));
     }
     high = __reduce_max_sync(ALL, high);
-    int there = size;  // scores of at least `low`
     while (low < high) {
         u32 middle = low + (high - low) / 2 + ((high - low) & 1);
         int above = 0;
@@ -171,43 +176,39 @@ __device__ __noinline__ Kept shrink(u64 *list, int size, float limit, int c, int
     return {kept, score_of(low)};
 }
 
-// A warp's 16 tokens: lane l has the counts and limits of tokens l / 4 and l / 4 + 8, as have the other three lanes of its quad.
+// A warp's 16 tokens. The four lanes of a quad have tokens lane / 4 and lane / 4 + 8 together: each has every fourth place of their lists, from its
+// number in the quad on, so that none waits for another when a score is added.
 struct Tokens {
-    u64 *lists;
-    int count[2];
+    u64 *lists, *to[2];
     float limit[2];
     int lane;
 
     __device__ __forceinline__ u64 *list(int token) const { return lists + token * CAPACITY; }
+    __device__ __forceinline__ u64 *start(int half) const { return list(lane / 4 + 8 * half) + (lane & 3); }
+    __device__ __forceinline__ int count(int half) const { return (int)((char *)to[half] - (char *)start(half)) >> 5; }
 
-    // Add those of eight scores that are above their token's limit to its list; two of a token stand side by side, then two of the other.
-    // A quad's lanes agree on places by exchanging counts, of both tokens in one word.
+    // Those of eight scores that are above their token's limit: two of a token stand side by side, then two of the other.
     __device__ __forceinline__ void offer(const int *score, u32 latent) {
-        int found[2] = {0, 0};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) found[i % 4 / 2] += __int_as_float(score[i]) > limit[i % 4 / 2];
-        const u32 own = found[0] | found[1] << 16;
-        const u32 one = __shfl_xor_sync(ALL, own, 1), two = __shfl_xor_sync(ALL, own, 2), three = __shfl_xor_sync(ALL, own, 3);
-        const u32 before = (lane & 1 ? one : 0) + (lane & 2 ? two + three : 0), all = own + one + two + three;
-        u64 *to[2] = {list(lane / 4) + count[0] + (before & 0xffff), list(lane / 4 + 8) + count[1] + (before >> 16)};
 #pragma unroll
         for (int i = 0; i < 8; ++i) store_above(to[i % 4 / 2], score[i], limit[i % 4 / 2], latent + i / 4 * 8 + i % 2);
-        count[0] += all & 0xffff, count[1] += all >> 16;
     }
 
-    // Where a list has more than `full` keep the c best, or some more (at most `most`) if that is found sooner. full >= c.
+    // Where a lane has more than `full` scores of a token keep the token's c best, or some more (at most `most`) if that is found sooner.
     __device__ __forceinline__ void tidy(int full, int c, int most) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            u32 which = __ballot_sync(ALL, count[half] > full);
+            const int size = count(half);
+            u32 which = __ballot_sync(ALL, size > full);
             while (which) {
-                int first = __ffs(which) - 1;
+                const int first = (__ffs(which) - 1) & 28;
                 which &= ~(15u << first);
-                Kept kept = shrink(list(first / 4 + 8 * half), __shfl_sync(ALL, count[half], first), __shfl_sync(ALL, limit[half], first), c, most, lane);
-                if ((lane & 28) == first) count[half] = kept.count, limit[half] = kept.limit;
+                const Kept kept = shrink(list(first / 4 + 8 * half), __shfl_sync(ALL, size, first | (lane & 3)), __shfl_sync(ALL, limit[half], first), c, most, lane);
+                if ((lane & 28) == first) to[half] = start(half) + (kept.count + 3 - (lane & 3)) / 4 * 4, limit[half] = kept.limit;
             }
         }
     }
+
+    __device__ __forceinline__ bool crowded() const { return max(count(0), count(1)) > FULL; }
 };
 
 // ---- the kernel: one warp feeds, eight multiply
@@ -257,48 +258,50 @@ struct Worker {
     Tokens mine;
     Ring ring;
     float unit[2];
-    u32 x_rows;
+    u32 behind;  // 0 for the first half of the tokens, 1 for the second
     int first, c;
 
     __device__ __forceinline__ void release(u32 slot) {
         if (mine.lane < CLUSTER) barrier_arrive(empty(slot), mine.lane);
     }
 
-    // d = the product of the tile that comes next; between its chunks, if SELECT, the tile `last` before it is selected from.
-    template <bool SELECT> __device__ __forceinline__ void product(int (&d)[HELD], int (&last)[HELD], int tile) {
+    // d = the product of the tile that comes next.
+    __device__ __forceinline__ void product(int (&d)[HELD]) {
+        if (LAG && behind) asm volatile("bar.sync 1, 256;" ::: "memory");
         u32 held = STAGES;
 #pragma unroll 1
         for (int chunk = 0; chunk < CHUNKS; ++chunk, ring.advance()) {
-            const u32 at = base() + ring.slot * STAGE, rows = (RESIDENT ? base() + X_AT + chunk * X_TILE : at + W_TILE) + x_rows;
+            if (LAG && chunk == LAG) lead();
+            const u32 latents = matrix_at(base()) + ring.slot * (STAGE >> 4);
+            const u32 tokens = (RESIDENT ? matrix_at(base() + X_AT) + chunk * (X_TILE >> 4) : latents + (W_TILE >> 4)) + behind * (64 * CHUNK >> 4);
             barrier_wait(full(ring.slot), ring.parity);
             multiply_begin();
 #pragma unroll
-            for (int k = 0; k < CHUNK; k += 32) multiply(d, matrix_at(rows + k), matrix_at(at + k), chunk > 0 || k > 0);
+            for (int k = 0; k < CHUNK / 32; ++k) multiply(d, matrix(tokens + 2 * k), matrix(latents + 2 * k), chunk > 0 || k > 0);
             multiply_commit();
-            if (SELECT) {
-#pragma unroll
-                for (int quarter = 0; quarter < (CHUNKS < 4 ? CHUNKS : 4); ++quarter)
-                    if (chunk == quarter) select(last, tile - 1, quarter);
-            }
             if (held < STAGES) {
                 multiply_wait<1>();
                 release(held);
             }
             held = ring.slot;
         }
+        if (LAG == CHUNKS) lead();
         multiply_wait<0>();
         release(held);
 #pragma unroll
         for (int i = 0; i < HELD; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
-        if (SELECT) select_from(last, tile - 1, CHUNKS);
     }
 
-    // The scores of a quarter of a tile's numbers; those above their limits go to the lists.
-    __device__ __forceinline__ void select(int (&d)[HELD], int tile, int quarter) {
+    __device__ __forceinline__ void lead() {
+        if (!behind) asm volatile("bar.arrive 1, 256;" ::: "memory");
+    }
+
+    // A tile's scores; those above their limits go to the lists.
+    __device__ __forceinline__ void select(int (&d)[HELD], int tile) {
         const u32 side = base() + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (mine.lane & 3) * 16, latent = tile * LATENTS + (mine.lane & 3) * 2;
         u32 above = 0;  // which eights of numbers have one above its limit
 #pragma unroll
-        for (int part = HELD / 32 * quarter; part < HELD / 32 * (quarter + 1); ++part) {
+        for (int part = 0; part < HELD / 8; ++part) {
             bool any = false;
 #pragma unroll
             for (int i = 8 * part; i < 8 * part + 8; i += 4) {
@@ -315,35 +318,19 @@ struct Worker {
         }
         above = __reduce_or_sync(ALL, above);
 #pragma unroll
-        for (int part = HELD / 32 * quarter; part < HELD / 32 * (quarter + 1); ++part)
+        for (int part = 0; part < HELD / 8; ++part) {
             if (above >> part & 1) mine.offer(d + 8 * part, latent + 16 * part);
-        if (above && __any_sync(ALL, max(mine.count[0], mine.count[1]) > FULL)) mine.tidy(FULL, c, c + c / 8);
-    }
-
-    __device__ __forceinline__ void select_from(int (&d)[HELD], int tile, int from) {
-#pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter)
-            if (quarter >= from) select(d, tile, quarter);
+            if (part % 4 == 3 && (above >> (part - 3) & 15) && __any_sync(ALL, mine.crowded())) mine.tidy(FULL, c, c + c / 8);
+        }
     }
 
     __device__ __forceinline__ void all_tiles(int end) {
-        if (RESIDENT) {
-            int one[HELD], two[HELD];
-            product<false>(one, two, first);
-            for (int tile = first + 1;; tile += 2) {  // of an even number
-                product<true>(two, one, tile);
-                if (tile + 1 == end) break;
-                product<true>(one, two, tile + 1);
-            }
-            select_from(two, end - 1, 0);
-        } else {
-            int d[HELD];
-            for (int tile = first; tile < end; ++tile) {
-                product<false>(d, d, tile);
-                select_from(d, tile, 0);
-            }
+        int d[HELD];
+        for (int tile = first; tile < end; ++tile) {
+            product(d);
+            select(d, tile);
         }
-        mine.tidy(c, c, c);
+        mine.tidy(-1, c, c);
     }
 
     // The c best of each token, from number `token` on, to row token * gridDim.y + blockIdx.y.
@@ -352,7 +339,9 @@ struct Worker {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             for (int each = 0; each < 8 && token + each + 8 * half < b; ++each) {
-                const int size = __shfl_sync(ALL, mine.count[half], 4 * each);
+                int size = mine.count(half);
+                size += __shfl_xor_sync(ALL, size, 1);
+                size = __shfl_sync(ALL, size + __shfl_xor_sync(ALL, size, 2), 4 * each);
                 const float limit = __shfl_sync(ALL, mine.limit[half], 4 * each);
                 const u64 row = (u64)(token + each + 8 * half) * gridDim.y + blockIdx.y;
                 for (int j = mine.lane; j < c; j += 32) {
@@ -366,12 +355,12 @@ struct Worker {
     }
 };
 
-// Of the latents of pairs of tiles [pairs s / gridDim.y, pairs (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
+// Of the latents of tiles [tiles s / gridDim.y, tiles (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
 // dropped[b, s] is an upper bound on the others' scores. columns[n]: each latent's scale and bias.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
     candidates(const __grid_constant__ Map x, const __grid_constant__ Map w, const float2 *columns, const float *x_scale, u64 *lists, float *scores,
-               long long *latents, float *dropped, int b, int c, int pairs) {
-    const int first = blockIdx.y * pairs / gridDim.y * 2, last = (blockIdx.y + 1) * pairs / gridDim.y * 2;
+               long long *latents, float *dropped, int b, int c, int tiles) {
+    const int first = blockIdx.y * tiles / gridDim.y, last = (blockIdx.y + 1) * tiles / gridDim.y;
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < STAGES; ++slot) barrier_init(full(slot), 1), barrier_init(empty(slot), 8 * CLUSTER);
         barrier_init(x_full(), 1);
@@ -388,12 +377,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         const int lane = threadIdx.x % 32, warp = (threadIdx.x - 128) / 32, token = blockIdx.x * TOKENS + 16 * warp, row = token + lane / 4;
         Worker worker;
-        worker.mine = {lists + ((u64)(blockIdx.y * gridDim.x + blockIdx.x) * TOKENS + 16 * warp) * CAPACITY, {0, 0},
-                       {row < b ? -INFINITE : INFINITE, row + 8 < b ? -INFINITE : INFINITE}, lane};
+        worker.mine.lists = lists + ((u64)(blockIdx.y * gridDim.x + blockIdx.x) * TOKENS + 16 * warp) * CAPACITY;
+        worker.mine.lane = lane;
+        worker.mine.to[0] = worker.mine.start(0);
+        worker.mine.to[1] = worker.mine.start(1);
+        worker.mine.limit[0] = row < b ? -INFINITE : INFINITE;
+        worker.mine.limit[1] = row + 8 < b ? -INFINITE : INFINITE;
         worker.ring = {0, 0};
         worker.unit[0] = row < b ? x_scale[row] : 0;
         worker.unit[1] = row + 8 < b ? x_scale[row + 8] : 0;
-        worker.x_rows = warp / 4 * 64 * CHUNK;
+        worker.behind = __shfl_sync(ALL, warp / 4, 0);  // which the compiler would not know to be the same in all lanes
         worker.first = first;
         worker.c = c;
         if (RESIDENT) barrier_wait(x_full(), 0);

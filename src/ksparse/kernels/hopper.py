@@ -43,6 +43,8 @@ class Plan(NamedTuple):
     """Scores of a token's list for each thread of a warp."""
     cluster: int = 2
     """Blocks that share the latents' copies."""
+    behind: int = 3
+    """Parts of a tile by which the second half of the tokens stays behind the first."""
 
     @property
     def latents(self) -> int:
@@ -51,14 +53,14 @@ class Plan(NamedTuple):
 
     @property
     def full(self) -> int:
-        """Return the scores that a list may have before another quarter of a tile is looked at."""
-        return self.per * WARP - self.latents // 4
+        """Return the scores that a list may have before more numbers are looked at."""
+        return self.per * WARP - 64
 
     @property
     def bytes(self) -> int:
         """Return the shared memory of a block, as hopper.cu lays it out."""
         stage, tokens = self.latents * CHUNK, TOKENS * CHUNK
-        sides = (self.stages + self.chunks) // self.chunks + self.resident
+        sides = (self.stages + self.chunks) // self.chunks
         return (self.stages * (stage + (0 if self.resident else tokens)) + (self.chunks * tokens if self.resident else 0) + sides * self.latents * 8
                 + 8 * (2 * self.stages + 1))
 
@@ -79,7 +81,7 @@ def compiler() -> tuple[int, int] | None:
 
 def plan(d: int, c: int) -> Plan | None:
     """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
-    per = -(-min(LONGEST, 2 * c + 64) // WARP)
+    per = -(-min(LONGEST, 2 * c + 96) // WARP)
     options = (Plan(-(-d // CHUNK), resident, stages, per) for resident, fewest in ((True, 5), (False, 2)) for stages in range(STAGES, fewest - 1, -1))
     chosen = next(option for option in options if option.bytes <= SHARED)
     return chosen if d % 16 == 0 and 0 < c + c // 8 <= chosen.full else None
@@ -91,17 +93,17 @@ def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: 
     In no particular order; dropped bounds the scores of all others, and is infinite for a token with fewer than c scores (NaN).
     """
     (b, d), n, device = x.shape, len(weight), x.device
-    blocks, pairs = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // (2 * chosen.latents))
-    parts = _parts(blocks, min(pairs, n // (4 * c)), torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
+    parts = _parts(blocks, min(tiles, n // (4 * c)), torch.cuda.get_device_properties(device).multi_processor_count)
     columns = torch.stack((scale, bias), 1)
-    beyond = pairs * 2 * chosen.latents - n
+    beyond = tiles * chosen.latents - n
     if beyond:  # there the copy engine puts zeros, and this -inf
         columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(beyond, 2)])
     lists = torch.empty(parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device)
     scores = torch.empty(b, parts * c, device=device)
     latents, dropped = torch.empty(b, parts * c, dtype=torch.int64, device=device), torch.empty(b, parts, device=device)
     maps = [_map(x, TOKENS), _map(weight, chosen.latents // 2)]
-    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, pairs))]
+    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, tiles))]
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -160,7 +162,8 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
-    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster}
+    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster,
+                 "BEHIND": chosen.behind}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
