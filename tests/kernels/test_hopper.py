@@ -13,20 +13,20 @@ on_hopper = pytest.mark.skipif(not HERE, reason="there is no GPU of compute capa
 with_compiler = pytest.mark.skipif(hopper.compiler() is None, reason="cuda-bindings or NVRTC is not installed")
 SHAPES = {"one_tile": (128, 64, 256, 8), "ragged": (300, 768, 5000, 48), "many_candidates": (77, 16, 300, 100), "d_not_in_chunks": (64, 1040, 3000, 20),
           "three_stages": (513, 1024, 20_000, 48), "tokens_stream": (256, 4096, 2048, 96), "one_candidate": (5, 768, 20_000, 1),
-          "longest_lists": (300, 256, 20_000, 400), "one_token": (1, 160, 4096, 48)}
+          "longest_lists": (300, 256, 20_000, 398), "one_token": (1, 160, 4096, 48)}
 
 
 # ---- constants
 
 
-@pytest.mark.parametrize("d, c", [(16, 1), (160, 48), (768, 48), (768, 426), (1024, 96), (1040, 48), (4096, 96), (16_384, 200)])
+@pytest.mark.parametrize("d, c", [(16, 1), (160, 48), (768, 48), (768, 398), (1024, 96), (1040, 48), (4096, 96), (16_384, 200)])
 def test_a_plan_fits_the_shared_memory_and_its_lists_hold_what_a_tile_may_add(d, c):
     plan = hopper.plan(d, c)
     assert plan.bytes <= hopper.SHARED and plan.chunks * hopper.CHUNK >= d and plan.stages >= 2
     assert c + c // 8 <= plan.full < plan.per * hopper.WARP  # so many a list keeps when it is thinned out, and there is room for what may come
 
 
-@pytest.mark.parametrize("d, c", [(100, 48), (768, 428), (768, 0)])
+@pytest.mark.parametrize("d, c", [(100, 48), (768, 399), (768, 0)])
 def test_there_is_no_plan_for_rows_that_the_copy_engine_does_not_take_or_lists_too_long(d, c):
     assert hopper.plan(d, c) is None
 
