@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,8 +34,12 @@ from ksparse.training.member import open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
-TRAINING = {"train, torch": {"kernels": "torch", "screen": "off"}, "train, triton": {"kernels": "triton", "screen": "off"},
-            "train, triton, bfloat16": {"kernels": "triton", "screen": "bfloat16"}, "train, triton, int8": {"kernels": "triton", "screen": "int8"}}
+TRAINING = {
+    "train, torch": {"run": {"kernels": "torch"}}, "train, triton": {"run": {"kernels": "triton"}},
+    "train, screened by bfloat16": {"optim": {"screen": "bfloat16"}}, "train, screened by int8": {"optim": {"screen": "int8"}},
+    "train, int8, read in bfloat16": {"optim": {"screen": "int8", "precision": "bfloat16"}}}
+"""Steps of `ksparse train`, the last as fast as it gets."""
+BATCHES = 4
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
 Call = Callable[[], Any]
 
@@ -190,19 +195,19 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     peak, redone = {}, {}
     for name, options in TRAINING.items():
         try:
-            step = Training(b, d, n, k, **options)
-            milliseconds |= measured({name: step}, max(2, rounds // 2))
+            step = Training(b, d, n, k, options)
+            milliseconds |= measured({name: step}, max(2, rounds // 2), BATCHES if "optim" in options else 1)
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
             redone[name] = step.redone()
-            if options["screen"] == "int8":
-                profile(step, f"profile-{d}.txt")
         except torch.cuda.OutOfMemoryError:
             milliseconds[name] = None
+        if name == list(TRAINING)[-1] and step:
+            profile(step, f"profile-{d}.txt")
         step = None
         release()
     try:
         dense = Dense(b, d, n, k)
-        milliseconds |= measured({"dense step": dense}, max(2, rounds // 2))
+        milliseconds |= measured({"dense step": dense}, max(2, rounds // 2), BATCHES)
         peak["dense step"] = torch.cuda.max_memory_allocated() / 2**30
     except torch.cuda.OutOfMemoryError:
         milliseconds["dense step"] = None
@@ -236,7 +241,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         lambda: gpu.topk_encode(x_half, half, bias, k), "choose": lambda: gpu.choose(x, found.latents, found.scores, weight, bias, k),
         "decode": lambda: gpu.decode(values, indices, weight, x[0], x, error), "transposed": lambda: gpu.transposed(indices, n),
         "scatter_measured": lambda: gpu.scatter_measured(lists, values, x, values), "lower(x)": lambda: screen.lower(x, "int8"),
-        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True), "adam_rows_ (encoder)": lambda: adam(low=low.rows, scale=low.scale)}
+        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True), "adam_rows_ (encoder)": lambda: adam(whole=low.rows, scale=low.scale)}
 
 
 def profile(call: Call, name: str) -> None:
@@ -247,10 +252,11 @@ def profile(call: Call, name: str) -> None:
     (OUT.parent / name).write_text(seen.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=60), encoding="utf-8")
 
 
-def measured(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each call, taken in turn after two for warming up."""
+def measured(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, float]:
+    """Return the median milliseconds of each call, `repeat` of them at a time, taken in turn after some for warming up."""
     for call in calls.values():
-        call(), call()
+        for _ in range(1 + repeat):
+            call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -258,10 +264,11 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, float]:
         for name, call in calls.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            call()
+            for _ in range(repeat):
+                call()
             end.record()
             end.synchronize()
-            taken[name].append(begin.elapsed_time(end))
+            taken[name].append(begin.elapsed_time(end) / repeat)
     return {name: sorted(each)[len(each) // 2] for name, each in taken.items()}
 
 
@@ -271,26 +278,28 @@ def release() -> None:
 
 
 class Training:
-    """A step as `ksparse train` takes it on a GPU, on four batches in turn: float32 weights, moments and values, whatever the screen is."""
+    """A step as `ksparse train` takes it on a GPU, on a few batches in turn: float32 weights, moments and sums, whatever the options are."""
 
-    def __init__(self, b: int, d: int, n: int, k: int, kernels: str, screen: str):
-        recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "run": {"kernels": kernels}, "optim": {"screen": screen},
-                            "sae": {"n_latents": n, "k": k}})
+    def __init__(self, b: int, d: int, n: int, k: int, options: dict[str, dict[str, str]]):
+        recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "sae": {"n_latents": n, "k": k}} | options)
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
         self.optimizer, self.k, self.none = open_optimizer(sae, recipe), k, torch.arange(0, device="cuda")
-        self.batches, self.taken = [torch.randn(b, d, device="cuda") for _ in range(4)], 0
+        self.batches, self.taken = [torch.randn(b, d, device="cuda") for _ in range(BATCHES)], 0
 
     def __call__(self) -> None:
-        self.optimizer.backward(self.batches[self.taken % 4], baseline=1.0, dead=self.none, k_aux=self.k)
+        losses = self.optimizer.backward(self.batches[self.taken % BATCHES], baseline=1.0, dead=self.none, k_aux=self.k)
         self.taken += 1
-        self.optimizer.step(self.taken)
+        if not (math.isfinite(losses.total) and math.isfinite(self.optimizer.step(self.taken))):
+            raise ArithmeticError("the loss or its gradient is not finite")
 
     def redone(self) -> dict[str, float] | None:
         """Return the candidates of a token in the end, and the share of tokens that were computed in full."""
         optimizer = self.optimizer
-        return {"candidates": optimizer.candidates, "tokens": optimizer.redone / optimizer.screened} if getattr(optimizer, "screened", 0) else None
+        if not getattr(optimizer, "screened", 0):
+            return None
+        return {"candidates": optimizer.candidates, "tokens": optimizer.redone / optimizer.screened}
 
 
 class Dense:
@@ -324,9 +333,9 @@ def show(report: dict[str, Any]) -> None:
     for name, part in report.items():
         if "ms" in part:
             print(f"\nd={part['d']} n={part['n']} k={part['k']} b={part['b']}: product at {part['product_tflops']:.0f} TFLOP/s, "
-                  f"peak GiB {part['peak_GiB']}, redone {part['share_redone']}\n{'':28}{'ms':>10}{'x product':>12}")
+                  f"peak GiB {part['peak_GiB']}, redone {part['share_redone']}\n{'':32}{'ms':>10}{'x product':>12}")
             for variant, ms in part["ms"].items():
-                print(f"{variant:28}" + (f"{ms:10.3f}{part['ratio'][variant]:12.3f}" if ms else f"{'out of memory':>22}"))
+                print(f"{variant:32}" + (f"{ms:10.3f}{part['ratio'][variant]:12.3f}" if ms else f"{'out of memory':>22}"))
         elif name != "machine":
             print(f"\n{name}: {json.dumps({key: value for key, value in part.items() if key != 'failed'})}")
         if "failed" in part:

@@ -100,7 +100,7 @@ from ksparse.kernels import gpu, screen
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
 TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, firsts=I, owners=I, indices=I, parts=F, out=F, b="i32", n="i32",
-             d="i32", k="i32", grad=F, first=F, second=F, average=F, low=B, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain clip".split(), "fp32"))
+             d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain clip".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
     kernel, types = getattr(gpu, name, None) or getattr(screen, name), TYPES | types
@@ -123,8 +123,7 @@ build("_rows", 1, dict(squares=F, weights=F, sums=F), CHUNK=512, MEASURED=True, 
 build("_choose", 4, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
       COLUMNS=256, MORE=16, MORE_COLUMNS=256)
 build("_decode", 4, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=8, COLUMNS=1024)
-build("_adam_row", 4, dict(weight=F, scale=F), PROJECT=True, UNIT=True, AVERAGE=True, LOW=True, BYTES=False, COLUMNS=1024)
-build("_adam_row", 4, dict(weight=F, low="*i8", scale=F), PROJECT=False, UNIT=False, AVERAGE=True, LOW=True, BYTES=True, COLUMNS=1024)
+build("_adam_row", 4, dict(weight=F, half=B, whole="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
 build("_squares", 4, {"weight": F}, PROJECT=True, COLUMNS=1024)
 """
 
@@ -423,7 +422,7 @@ def test_adam_rows_is_projection_clip_adam_norm_and_average(d, unit, clip):
             exact.data /= exact.data.norm(dim=1, keepdim=True)
         average.lerp_(exact.data, 1 - 0.99)
         gpu.adam_rows_(weight, grad, first, second, step=step, rate=0.01, beta1=0.9, beta2=0.999, eps=1e-6, clip=clip, project=unit,
-                       unit_norm=unit, average=mean, decay=0.99, low=low)
+                       unit_norm=unit, average=mean, decay=0.99, half=low)
     # at d = 1 the projected gradient is rounding, which Adam makes large: there only the norm says something
     if not (unit and d == 1):
         for out, right in ((weight, exact.data), (first, adam.state[exact]["exp_avg"]), (second, adam.state[exact]["exp_avg_sq"]), (mean, average)):
@@ -451,7 +450,7 @@ def test_adam_rows_leaves_the_row_in_bytes_as_lower_makes_them():
     weight, grad = torch.randn(9, 37, device=DEVICE), torch.randn(9, 37, device=DEVICE)
     weight[4], grad[4] = 0, 0
     low = screen.Low(torch.zeros(9, 37, dtype=torch.int8, device=DEVICE), torch.zeros(9, device=DEVICE))
-    gpu.adam_rows_(weight, grad, torch.zeros_like(weight), torch.zeros_like(weight), step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, low=low.rows,
+    gpu.adam_rows_(weight, grad, torch.zeros_like(weight), torch.zeros_like(weight), step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, whole=low.rows,
                    scale=low.scale)
     assert all(map(torch.equal, low, screen.lower(weight, "int8")))
 

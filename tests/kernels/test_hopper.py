@@ -26,7 +26,7 @@ def test_a_plan_fits_the_shared_memory_and_its_lists_hold_what_a_tile_may_add(d,
     assert c + c // 8 <= plan.full < plan.per * hopper.WARP  # so many a list keeps when it is thinned out, and there is room for what may come
 
 
-@pytest.mark.parametrize("d, c", [(100, 48), (768, 399), (768, 0)])
+@pytest.mark.parametrize("d, c", [(100, 48), (768, 400), (768, 0)])
 def test_there_is_no_plan_for_rows_that_the_copy_engine_does_not_take_or_lists_too_long(d, c):
     assert hopper.plan(d, c) is None
 

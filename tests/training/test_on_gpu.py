@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ksparse.errors import InputError
 from ksparse.kernels import gpu
 from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
@@ -103,6 +104,30 @@ def test_a_screened_step_has_the_exact_steps_values(kind, n, monkeypatch):
     before = screened.redone
     run(screened, batches(1), 0)
     assert screened.redone == before + (B if n > N else 0)
+
+
+@inside
+@pytest.mark.parametrize("screen", [(), ("int8",), ("bfloat16",)], ids=str)
+def test_weights_read_in_bfloat16_are_copies_that_follow_the_masters(screen):
+    plain, ours = made(Optimizer, n=300), made(TritonOptimizer, *screen, n=300, optim__precision="bfloat16")
+    np.testing.assert_allclose(run(ours, batches(3), 5), run(plain, batches(3), 5), rtol=2e-2)
+    assert set(ours.copies) == {"W_enc", "W_dec"} and ours.sae.W_enc.dtype == torch.float32
+    for key, copy in ours.copies.items():
+        weight = getattr(ours.sae, key).detach()
+        assert copy.dtype == torch.bfloat16 and ((copy.float() - weight).abs() <= weight.abs() * 2**-7).all()  # the interpreter cuts off
+        torch.testing.assert_close(weight, getattr(plain.sae, key).detach(), rtol=0, atol=2e-3)
+    if screen == ("bfloat16",):
+        assert ours.low.rows is ours.copies["W_enc"]  # one copy serves both
+    if screen == ("int8",):
+        error = (ours.low.rows.float() * ours.low.scale[:, None] - ours.sae.W_enc.detach()).abs()  # of the masters, not of the copy
+        assert (error <= ours.low.scale[:, None] * 0.501).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(RUNS, reason="Triton's interpreter takes it")
+def test_reading_in_bfloat16_is_refused_where_nothing_does():
+    with pytest.raises(InputError, match="optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK"):
+        open_optimizer(SAE(Shape(D, N, K)), recipe(optim__precision="bfloat16"))
 
 
 @inside

@@ -346,6 +346,11 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
     tl.store(indices + token * k + rank, tl.load(ranked + j, wanted, 0).to(tl.int64), wanted & (rank < k))
 
 
+def _candidate_block(first: int) -> dict[str, int]:
+    """Return how many columns of so many rows are on their way at once, of how many rows more, and the warps for them."""
+    return {"COLUMNS": max(16, 8192 // first), "MORE": 16, "MORE_COLUMNS": 256, "num_warps": 4}
+
+
 def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
     """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates; largest first.
 
@@ -364,7 +369,7 @@ def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Ten
     if b:
         with _on(x.device):
             _choose[(b,)](x.contiguous(), latents.contiguous(), scores.contiguous(), weight.contiguous(), bias, values, indices, spread, near, ranked, exact,
-                          c, k, d, min(margin, 1e30), CANDIDATES=padded, FIRST=first, COLUMNS=max(16, 8192 // first), MORE=16, MORE_COLUMNS=256, num_warps=4)
+                          c, k, d, min(margin, 1e30), CANDIDATES=padded, FIRST=first, **_candidate_block(first))
     return values, indices, spread
 
 
@@ -546,8 +551,8 @@ def _bytes(row):
 
 
 @_jit
-def _adam_row(weight, grad, first, second, average, low, scale, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
-              UNIT: tl.constexpr, AVERAGE: tl.constexpr, LOW: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+def _adam_row(weight, grad, first, second, average, half, whole, scale, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
+              UNIT: tl.constexpr, AVERAGE: tl.constexpr, HALF: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
     """One row, read once and written once. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
     columns = tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
@@ -568,12 +573,12 @@ def _adam_row(weight, grad, first, second, average, low, scale, d, rate, beta2, 
     if AVERAGE:
         mean = tl.load(average + at, inside, 0.0)
         tl.store(average + at, mean + (w - mean) * gain, inside)
+    if HALF:
+        tl.store(half + at, w.to(half.dtype.element_ty), inside)
     if BYTES:
         part, unit = _bytes(w)
-        tl.store(low + at, part, inside)
+        tl.store(whole + at, part, inside)
         tl.store(scale + tl.program_id(0), unit)
-    elif LOW:
-        tl.store(low + at, w.to(low.dtype.element_ty), inside)
 
 
 def _whole(d: int) -> dict[str, int]:
@@ -593,21 +598,21 @@ def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tenso
 
 def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, beta1: float, beta2: float, eps: float,
                clip: float = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
-               low: Tensor | None = None, scale: Tensor | None = None) -> None:
+               half: Tensor | None = None, whole: Tensor | None = None, scale: Tensor | None = None) -> None:
     """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the low-precision copy `low` (int8 with a scale[n]). Raise ValueError where a tensor is not contiguous or not [n, d].
+    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Raise ValueError where a tensor is not contiguous or not [n, d].
     """
-    for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "low": low}.items():
+    for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "half": half, "whole": whole}.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
             raise ValueError(f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a contiguous {list(weight.shape)}")
     if weight.dtype != torch.float32 or (average is not None and average.dtype != torch.float32):
-        raise ValueError(f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `low`")
+        raise ValueError(f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `half`")
     if weight.numel() == 0:
         return
     with _on(weight.device):
         _adam_row[(len(weight),)](
-            weight, grad, first, second, weight if average is None else average, weight if low is None else low, weight if scale is None else scale,
-            weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip,
-            PROJECT=project, UNIT=unit_norm, AVERAGE=average is not None, LOW=low is not None, BYTES=scale is not None, **_whole(weight.shape[1]))
+            weight, grad, first, second, weight if average is None else average, weight if half is None else half, weight if whole is None else whole,
+            weight if scale is None else scale, weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip,
+            PROJECT=project, UNIT=unit_norm, AVERAGE=average is not None, HALF=half is not None, BYTES=whole is not None, **_whole(weight.shape[1]))

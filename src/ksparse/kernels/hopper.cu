@@ -12,16 +12,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int TOKENS = 128, CHUNK = 128;
-constexpr int LATENTS = RESIDENT ? 128 : 256;  // of small tiles the ring holds more than one; large ones need fewer copies of tokens
 constexpr int HELD = LATENTS / 2;  // numbers of a tile that one thread has
 constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = LATENTS * 8;
 constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
 constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
 constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
 constexpr int CAPACITY = 32 * PER, FULL = CAPACITY / 4 - 16;  // of a lane, which four eights of numbers can give 16 more of a token
-// The second half of the tokens stays so many chunks behind the first: while one selects, the tensor cores have the other's work. Not where the
-// ring is so long that the first could come round a second time, which the barrier would count as the second's.
-constexpr int LAG = !RESIDENT ? 0 : CHUNKS + BEHIND > STAGES && BEHIND <= CHUNKS ? BEHIND : 2 * CHUNKS > STAGES && BEHIND > CHUNKS ? CHUNKS : 0;
 constexpr u32 ALL = 0xffffffff;
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -258,7 +254,7 @@ struct Worker {
     Tokens mine;
     Ring ring;
     float unit[2];
-    u32 behind;  // 0 for the first half of the tokens, 1 for the second
+    u32 half;  // of the block's tokens
     int first, c;
 
     __device__ __forceinline__ void release(u32 slot) {
@@ -267,13 +263,11 @@ struct Worker {
 
     // d = the product of the tile that comes next.
     __device__ __forceinline__ void product(int (&d)[HELD]) {
-        if (LAG && behind) asm volatile("bar.sync 1, 256;" ::: "memory");
         u32 held = STAGES;
 #pragma unroll 1
         for (int chunk = 0; chunk < CHUNKS; ++chunk, ring.advance()) {
-            if (LAG && chunk == LAG) lead();
             const u32 latents = matrix_at(base()) + ring.slot * (STAGE >> 4);
-            const u32 tokens = (RESIDENT ? matrix_at(base() + X_AT) + chunk * (X_TILE >> 4) : latents + (W_TILE >> 4)) + behind * (64 * CHUNK >> 4);
+            const u32 tokens = (RESIDENT ? matrix_at(base() + X_AT) + chunk * (X_TILE >> 4) : latents + (W_TILE >> 4)) + half * (64 * CHUNK >> 4);
             barrier_wait(full(ring.slot), ring.parity);
             multiply_begin();
 #pragma unroll
@@ -285,15 +279,10 @@ struct Worker {
             }
             held = ring.slot;
         }
-        if (LAG == CHUNKS) lead();
         multiply_wait<0>();
         release(held);
 #pragma unroll
         for (int i = 0; i < HELD; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
-    }
-
-    __device__ __forceinline__ void lead() {
-        if (!behind) asm volatile("bar.arrive 1, 256;" ::: "memory");
     }
 
     // A tile's scores; those above their limits go to the lists.
@@ -386,7 +375,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         worker.ring = {0, 0};
         worker.unit[0] = row < b ? x_scale[row] : 0;
         worker.unit[1] = row + 8 < b ? x_scale[row + 8] : 0;
-        worker.behind = __shfl_sync(ALL, warp / 4, 0);  // which the compiler would not know to be the same in all lanes
+        worker.half = __shfl_sync(ALL, warp / 4, 0);  // which the compiler would not know to be the same in all lanes
         worker.first = first;
         worker.c = c;
         if (RESIDENT) barrier_wait(x_full(), 0);

@@ -41,15 +41,10 @@ class Plan(NamedTuple):
     """Parts of a tile that are in shared memory or on their way."""
     per: int
     """Scores of a token's list for each thread of a warp."""
+    latents: int
+    """Latents of a tile: few let the ring hold many parts, many need fewer copies of tokens that are not resident."""
     cluster: int = 2
     """Blocks that share the latents' copies."""
-    behind: int = 3
-    """Parts of a tile by which the second half of the tokens stays behind the first."""
-
-    @property
-    def latents(self) -> int:
-        """Return the latents of a tile."""
-        return 128 if self.resident else 256
 
     @property
     def full(self) -> int:
@@ -82,7 +77,8 @@ def compiler() -> tuple[int, int] | None:
 def plan(d: int, c: int) -> Plan | None:
     """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
     per = -(-min(LONGEST, 2 * c + 96) // WARP)
-    options = (Plan(-(-d // CHUNK), resident, stages, per) for resident, fewest in ((True, 5), (False, 2)) for stages in range(STAGES, fewest - 1, -1))
+    kinds = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
+    options = (Plan(-(-d // CHUNK), resident, stages, per, latents) for resident, latents, fewest in kinds for stages in range(STAGES, fewest - 1, -1))
     chosen = next(option for option in options if option.bytes <= SHARED)
     return chosen if d % 16 == 0 and 0 < c + c // 8 <= chosen.full else None
 
@@ -162,8 +158,8 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
-    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "CLUSTER": chosen.cluster,
-                 "BEHIND": chosen.behind}
+    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "LATENTS": chosen.latents,
+                 "CLUSTER": chosen.cluster}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)

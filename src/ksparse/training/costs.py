@@ -172,7 +172,7 @@ class Rank:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 SMALLER = {
-    "weights": "--mesh.latent", "moments": "--mesh.latent", "average": "--optim.ema 0", "gradients": "--mesh.latent", "copy for a checkpoint": "--mesh.latent",
+    "weights": "--mesh.latent", "moments": "--mesh.latent", "average": "--optim.ema 0", "low-precision copies": "--optim.screen off", "gradients": "--mesh.latent", "copy for a checkpoint": "--mesh.latent",
     "pre-activations": "--batch", "codes": "--batch", "values of all slices": "--mesh.capacity", "batch": "--batch", "gathered rows": "--run.kernels triton",
     "AuxK": "--sae.auxk-share", "activations block": "--acts.mix", "first activations": "", "held-out activations": "--curve.held-out", "LM": "--acts.lm-dtype bfloat16",
     "LM at work": "--acts.lm-batch", "libraries": ""}
@@ -187,6 +187,7 @@ def memory(case: Case, mesh: Mesh) -> dict[str, float]:
         "weights": 4 * own,
         "moments": 8 * own,
         "average": 4 * own if recipe.ema else 0,
+        "low-precision copies": _copies(case, rank),
         "gradients": 4 * own if rank.step != "native" else 0,
         "copy for a checkpoint": _copy(case, rank) if host else 0,
         "pre-activations": _product(case, rank),
@@ -223,6 +224,14 @@ def _copy(case: Case, rank: Rank) -> int:
 
 def _size(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
+
+
+def _copies(case: Case, rank: Rank) -> float:
+    """Return the bytes of what the screen and the sparse parts read the weights from."""
+    one, optim = rank.n * rank.d, case.recipe.optim
+    half = optim.precision == "bfloat16" and rank.step == "triton"
+    screened = rank.step in ("triton", "native") and optim.screen != "off"
+    return (4 * one if half else 0) + (0 if not screened or half and optim.screen == "bfloat16" else 2 * one if optim.screen == "bfloat16" else one)
 
 
 def _product(case: Case, rank: Rank) -> int:

@@ -94,12 +94,15 @@ class Pending(NamedTuple):
     """A batch's gradient as lists: what each latent got from which token."""
 
     x: Tensor
+    centred: Tensor
+    """x - b_pre."""
     error: Tensor
     values: Tensor
     indices: Tensor
     slopes: Tensor
     scale: float
-    finite: bool
+    finite: bool | Tensor
+    """A tensor where the device has not been waited for."""
     extra: Extra | None
 
 
@@ -129,7 +132,8 @@ class ExplicitOptimizer(Optimizer):
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
         sae, options = self.sae, self.recipe.sae
         x = x.contiguous()
-        values, indices = self.choose(x - sae.b_pre)
+        centred = x - sae.b_pre
+        values, indices = self.choose(centred)
         error = self._buffer("error", x.shape)
         square, slopes = self._decode(x, values, indices, error)
         whole = len(x) * self.mesh.data
@@ -138,13 +142,17 @@ class ExplicitOptimizer(Optimizer):
         if options.auxk_coef and sae.count(dead) and torch.isfinite(nmse):
             wanted = auxk_tokens(options, whole)
             some = slice(max(0, wanted - self.mesh.part(whole).start))
-            aux, extra = self._auxk(x[some] - sae.b_pre, error[some], dead, k_aux, wanted)
+            aux, extra = self._auxk(centred[some], error[some], dead, k_aux, wanted)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (whole * x.shape[1] * baseline)
-        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
-        finite = not self.mesh.agree("finite", [int(not finite)])[0]
-        self.pending = Pending(x, error, values, indices, slopes, scale, finite, extra)
+        finite = self._finite(total, slopes)
+        self.pending = Pending(x, centred, error, values, indices, slopes, scale, finite, extra)
         return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
+
+    def _finite(self, total: Tensor, slopes: Tensor) -> bool | Tensor:
+        """Return whether loss and slopes are finite, on all processes."""
+        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
+        return not self.mesh.agree("finite", [int(not finite)])[0]
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
@@ -263,7 +271,7 @@ class ExplicitOptimizer(Optimizer):
         n, mesh = sae.shape.n_latents, self.mesh
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
-        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.x - sae.b_pre)
+        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.centred)
         if extra is not None:
             sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
         sums = [mesh.start_sum("W_enc", sae.W_enc.grad, "data")]  # on its way while the decoder's is computed

@@ -214,6 +214,8 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
         return ExplicitOptimizer(sae, recipe, mesh) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe, mesh)
     if kernels == "triton" and not (written_out and gpu.usable(device)):
         raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'")
+    if recipe.optim.precision != "float32" and not (written_out and kernels in ("auto", "triton") and gpu.usable(device)):
+        raise InputError("optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'")
     if kernels == "triton" or kernels == "auto" and written_out and device.type == "cuda" and gpu.available():
         return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:

@@ -2,9 +2,10 @@
 
     lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed, scatter_transposed ─▶ row_squares ─▶ adam_rows_
 
-Weights, moments and gradients are float32, and so are the values of the candidates and the choice among them: the result is that of the other
-steps up to rounding, and checkpoints are the same files. Without a screen, and for tokens whose choice is not certain, the product is torch's in
-float32, which uses no tensor cores and takes several times as long as all the rest.
+Weights, moments, gradients and sums are float32, and so are the values of the candidates and the choice among them: the result is that of the other
+steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the sparse parts read the weights from bfloat16 copies,
+which the pass over the rows makes; then results differ by the rounding of what is read, 2^-9 of it. Without a screen, and for tokens whose choice is
+not certain, the product is torch's in float32, which uses no tensor cores and takes several times as long as all the rest.
 """
 
 from __future__ import annotations
@@ -32,8 +33,15 @@ class TritonOptimizer(ScreenedOptimizer):
 
     @torch.no_grad()
     def _lower(self) -> None:
+        kept = ["W_enc", "W_dec"] if self.recipe.optim.precision == "bfloat16" else []
+        self.copies = {key: getattr(self.sae, key).detach().bfloat16() for key in kept}
         if self.kind:
-            self.low = screen.lower(self.sae.W_enc.detach(), self.screen)
+            weight = self.copies.get("W_enc", self.sae.W_enc.detach())
+            self.low = screen.lower(weight if self.screen == "bfloat16" else self.sae.W_enc.detach(), self.screen)
+
+    def _read(self, key: str) -> Tensor:
+        """Return a weight as the sparse parts read it."""
+        return self.copies.get(key, getattr(self.sae, key).detach())
 
     def _piece(self) -> int:
         return 2**62 if self.kind else super()._piece()  # no product is in memory
@@ -44,24 +52,25 @@ class TritonOptimizer(ScreenedOptimizer):
         if found is None:  # so few latents that buckets save nothing
             values, latents = self._exact(centred)
             return values, latents, values.new_full((len(values),), -torch.inf), values.new_zeros(len(values))
-        values, indices, spread = gpu.choose(centred, found.latents, found.scores, sae.W_enc.detach(), sae.b_enc.detach(), k, margin=MARGIN)
+        values, indices, spread = gpu.choose(centred, found.latents, found.scores, self._read("W_enc"), sae.b_enc.detach(), k, margin=MARGIN)
         return values, indices, found.dropped, spread
 
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        return gpu.decode(values.relu_(), indices, sae.W_dec.detach(), sae.b_pre.detach(), x, error)
+        return gpu.decode(values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error)
+
+    def _finite(self, total: Tensor, slopes: Tensor) -> Tensor:
+        return torch.isfinite(total + slopes.sum())  # each wait lets the device run dry: `step` asks for it with the norm
 
     @torch.no_grad()
     def step(self, step: int) -> float:
         """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite."""
         sae, recipe, pending = self.sae, self.recipe, self.pending
         self.pending = None
-        if not pending.finite:
-            return math.nan
         lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
         values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
         dec, dec_squares, along = gpu.scatter_measured(lists, values, pending.error, values * pending.slopes)  # along: <gradient, row>
-        enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, pending.x - sae.b_pre, slopes)
+        enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, pending.centred, slopes)
         if recipe.sae.unit_norm:
             dec_squares -= along.square()
         if extra is not None:
@@ -70,7 +79,9 @@ class TritonOptimizer(ScreenedOptimizer):
             dec_squares, enc_squares = gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm), gpu.row_squares(enc, sae.W_enc.detach())
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
         squares = [dec_squares, enc_squares, pre.square(), *([bias.square()] if recipe.sae.b_enc else [])]
-        norm = math.sqrt(sum(each.double().sum() for each in squares).item())
+        norm, finite = torch.stack([sum(each.double().sum() for each in squares).sqrt(), pending.finite.double()]).tolist()
+        if not (finite and math.isfinite(norm)):
+            return math.nan
         clip = min(1.0, recipe.optim.clip / (norm + 1e-6)) if recipe.optim.clip else 1.0
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
@@ -84,7 +95,9 @@ class TritonOptimizer(ScreenedOptimizer):
     def _rows(self, key: str, gradient: Tensor, step: int, clip: float, *, unit: bool) -> None:
         weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], clip)
         state = self.adam.state[weight]
-        low, scale = self.low if key == "W_enc" and self.kind else (None, None)
+        low = self.low if key == "W_enc" and self.kind else None
+        rows, scale = low or (None, None)
+        half, whole = self.copies.get(key, rows if scale is None else None), rows if scale is not None else None
         gpu.adam_rows_(weight.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]) + 1, rate=rule.rate, beta1=options.beta1,
-                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, low=low,
-                       scale=scale)
+                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, half=half,
+                       whole=whole, scale=scale)
