@@ -15,7 +15,7 @@ KEYS = {
     "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_share", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
     "sae.init_scale", "sae.b_pre_init", "sae.unit_norm", "sae.activation.kind",
     "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
-    "optim.ema_span", "optim.screen",
+    "optim.ema_span", "optim.screen", "optim.precision",
     "curve.held_out", "curve.per_octave", "curve.octaves", "curve.converged", "curve.window",
     "run.device", "run.kernels", "run.ahead", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.alarm_grad_norm", "run.alarm_dead", "run.alarm_dead_growth",

@@ -165,7 +165,8 @@ def test_the_sizes_of_parts_are_those_of_the_code():
 
 
 def test_every_part_of_the_memory_has_a_word_on_what_makes_it_smaller():
-    everything = {**costs.memory(case(curve__held_out=1), Mesh(2, 2)), **costs.memory(case(CARDS["laptop"], step="native"), Mesh())}
+    everything = {**costs.memory(case(curve__held_out=1), Mesh(2, 2)), **costs.memory(case(CARDS["laptop"], step="native"), Mesh()),
+                  **costs.memory(case(step="triton", optim__screen="int8"), Mesh())}
     assert set(everything) == set(costs.SMALLER)
 
 

@@ -348,7 +348,7 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
 
 def _candidate_block(first: int) -> dict[str, int]:
     """Return how many columns of so many rows are on their way at once, of how many rows more, and the warps for them."""
-    return {"COLUMNS": max(16, 8192 // first), "MORE": 16, "MORE_COLUMNS": 256, "num_warps": 4}
+    return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 2}
 
 
 def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
