@@ -185,19 +185,19 @@ def test_only_the_first_process_acts_and_the_others_fail_with_it():
 # ---- processes of their own
 
 WAITING = """
-import sys, time
-from ksparse.errors import PeerError
-from ksparse.mesh import Mesh, connect
+import time
 import torch
-connect("cpu", 2.0)
-mesh = Mesh(2, 1, timeout=2.0)
-if mesh.first:
-    try:
-        mesh.sum("W_enc", torch.ones(4), "data")
-    except PeerError as error:
-        print(error.exit_code, error)
-else:
-    time.sleep(4)
+from ksparse.errors import PeerError
+from ksparse.mesh import opened
+from ksparse.recipe import from_dict
+try:
+    with opened(from_dict({"mesh": {"data": 2, "timeout": 2.0}}), "cpu") as mesh:
+        if mesh.first:
+            mesh.sum("W_enc", torch.ones(4), "data")
+        else:
+            time.sleep(4)
+except PeerError as error:
+    print(error.exit_code, error)
 """
 
 
