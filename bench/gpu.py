@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT / "src"))
 from ksparse.kernels import gpu, hopper, reference, screen  # noqa: E402
 from ksparse.recipe import from_dict  # noqa: E402
 from ksparse.sae.model import SAE, Shape  # noqa: E402
-from ksparse.training.member import open_optimizer  # noqa: E402
+from ksparse.training.checkpoint import State  # noqa: E402
+from ksparse.training.member import advance, open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
@@ -281,17 +282,24 @@ class Training:
     """A step as `ksparse train` takes it on a GPU, on a few batches in turn: float32 weights, moments and sums, whatever the options are."""
 
     def __init__(self, b: int, d: int, n: int, k: int, options: dict[str, dict[str, str]]):
-        recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "sae": {"n_latents": n, "k": k}} | options)
+        self.recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "sae": {"n_latents": n, "k": k}} | options)
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
-        self.optimizer, self.k, self.none = open_optimizer(sae, recipe), k, torch.arange(0, device="cuda")
-        self.batches, self.taken = [torch.randn(b, d, device="cuda") for _ in range(BATCHES)], 0
+        self.optimizer, self.batches = open_optimizer(sae, self.recipe), [torch.randn(b, d, device="cuda") for _ in range(BATCHES)]
+        self.state = State(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take steps until the screen keeps no more candidates: each new number is compiled for."""
+        kept: list[int] = []
+        while len(kept) < 20 * BATCHES and (len(kept) < 2 * BATCHES or kept[-1] != kept[-2 * BATCHES]):
+            self()
+            kept.append(getattr(self.optimizer, "candidates", 0))
 
     def __call__(self) -> None:
-        losses = self.optimizer.backward(self.batches[self.taken % BATCHES], baseline=1.0, dead=self.none, k_aux=self.k)
-        self.taken += 1
-        if not (math.isfinite(losses.total) and math.isfinite(self.optimizer.step(self.taken))):
+        self.state.step += 1
+        if not math.isfinite(advance(self.optimizer, self.batches[self.state.step % BATCHES], self.state, self.recipe)[1]):
             raise ArithmeticError("the loss or its gradient is not finite")
 
     def redone(self) -> dict[str, float] | None:

@@ -214,25 +214,23 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
     def make(cfg: Any) -> Step:
         import torch
 
-        from ksparse.recipe import from_dict, k_aux
+        from ksparse.recipe import from_dict
         from ksparse.sae.model import SAE, Shape
-        from ksparse.training.member import count, open_optimizer
+        from ksparse.training.checkpoint import State
+        from ksparse.training.member import advance, open_optimizer
 
         recipe = from_dict({"acts": {"normalize": "none"}, "batch": cfg.B, "tokens": 1000 * cfg.B, "seed": cfg.seed, "run": {"kernels": kernels},
                             "sae": {"n_latents": cfg.n, "k": cfg.k, "auxk_coef": cfg.auxk_coef, "dead_after": cfg.dead_tokens},
                             "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen}})
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
-        optimizer, state, taken = open_optimizer(sae, recipe), SimpleNamespace(since=torch.zeros(cfg.n, dtype=torch.long)), 0
+        optimizer, state = open_optimizer(sae, recipe), State(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var)
 
         def step(x: Any) -> None:
-            nonlocal taken
-            taken += 1
-            part = optimizer.backward(x, baseline=cfg.var, dead=(state.since >= cfg.dead_tokens).nonzero().squeeze(1), k_aux=k_aux(recipe.sae, cfg.d))
-            optimizer.step(taken)
-            count(state, part, len(x))
+            state.step += 1
+            advance(optimizer, x, state, recipe)
 
         def set_dead(latents: Any) -> None:
-            state.since[latents] = cfg.dead_tokens
+            state.since[latents], state.dead = cfg.dead_tokens, None
             sae.b_enc.data[latents] = -1e4  # so that they stay dead
 
         step.set_dead, step.recon = set_dead, lambda x: sae(x).detach()

@@ -231,8 +231,8 @@ class Optim:
     """Choose candidates by a product in low precision, their values and the final choice being exact; tokens that are not clear are
     computed in full. auto: whichever is fastest here (on a GPU int8). Needs the compiled kernels. The log says how often the choice differs."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the sparse parts of a step read the weights in, on a GPU: bfloat16 copies are read in half the time. Weights, moments, gradients and
-    sums stay float32."""
+    """What the sparse parts of a step read weights, activations and errors in, on a GPU: bfloat16 copies are read in half the time. Weights,
+    moments, gradients and sums stay float32."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ of their own, started by one test here. To see them one by one: TRITON_INTERPRET
 """
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -100,7 +101,7 @@ from ksparse.kernels import gpu, screen
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
 TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, firsts=I, owners=I, indices=I, parts=F, out=F, b="i32", n="i32",
-             d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain clip".split(), "fp32"))
+             d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, clip_at=F, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
     kernel, types = getattr(gpu, name, None) or getattr(screen, name), TYPES | types
@@ -360,12 +361,15 @@ def test_decoding_is_error_square_and_slopes(shape):
 
 @inside
 @pytest.mark.parametrize("repeated", [False, True], ids=["distinct", "repeated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_rows_come_with_their_squares_and_the_sums_of_weights(shape, repeated):
+def test_rows_come_with_their_squares_and_the_sums_of_weights(shape, dtype, repeated):
     values, indices, x, weight = inputs(shape, repeated=repeated)
+    x = x.to(dtype)
     weights, n = torch.randn(values.shape, device=DEVICE), len(weight)
     rows, squares, sums = gpu.scatter_measured(gpu.transposed(indices, n, chunk=5), values, x, weights)
     exact = reference.scatter_outer(values.double(), indices, x.double(), n)
+    assert rows.dtype == torch.float32
     close(rows, exact, torch.float32)
     close(squares, exact.square().sum(1), torch.float32)
     close(sums, reference.scatter_outer(weights.double(), indices, torch.ones(len(x), 1, device=DEVICE, dtype=torch.float64), n).squeeze(1), torch.float32)
@@ -397,6 +401,24 @@ def test_a_gradient_may_be_wanted_in_another_precision():
     close(out, reference.scatter_outer(values.double(), indices, x.double(), 6), torch.float32)
 
 
+# ---- what the host wants to know
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+def test_marked_gives_the_places_in_order(share):
+    mask = (torch.rand(5000, generator=torch.Generator().manual_seed(0)) < share).to(DEVICE)
+    there = mask.nonzero().squeeze(1)
+    assert torch.equal(gpu.marked(mask)(), there) and torch.equal(gpu.places(mask, len(there)), there)
+
+
+def test_numbers_arrive_as_they_were_when_they_were_asked_for():
+    value = torch.tensor([1.5, math.nan, -math.inf], dtype=torch.float64, device=DEVICE)
+    asked = gpu.arriving(value)
+    if COMPILED:  # on the device what follows comes after
+        value.zero_()
+    assert str(asked()) == "[1.5, nan, -inf]"
+
+
 # ---- the pass over the rows
 
 
@@ -421,8 +443,8 @@ def test_adam_rows_is_projection_clip_adam_norm_and_average(d, unit, clip):
         if unit:
             exact.data /= exact.data.norm(dim=1, keepdim=True)
         average.lerp_(exact.data, 1 - 0.99)
-        gpu.adam_rows_(weight, grad, first, second, step=step, rate=0.01, beta1=0.9, beta2=0.999, eps=1e-6, clip=clip, project=unit,
-                       unit_norm=unit, average=mean, decay=0.99, half=low)
+        gpu.adam_rows_(weight, grad, first, second, step=step, rate=0.01, beta1=0.9, beta2=0.999, eps=1e-6,
+                       clip=torch.tensor(clip, device=DEVICE) if step > 1 else clip, project=unit, unit_norm=unit, average=mean, decay=0.99, half=low)
     # at d = 1 the projected gradient is rounding, which Adam makes large: there only the norm says something
     if not (unit and d == 1):
         for out, right in ((weight, exact.data), (first, adam.state[exact]["exp_avg"]), (second, adam.state[exact]["exp_avg_sq"]), (mean, average)):
@@ -453,6 +475,17 @@ def test_adam_rows_leaves_the_row_in_bytes_as_lower_makes_them():
     gpu.adam_rows_(weight, grad, torch.zeros_like(weight), torch.zeros_like(weight), step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, whole=low.rows,
                    scale=low.scale)
     assert all(map(torch.equal, low, screen.lower(weight, "int8")))
+
+
+@inside
+def test_adam_rows_changes_nothing_where_the_clip_is_nan():
+    tensors = {name: torch.randn(9, 37, device=DEVICE) for name in ("weight", "grad", "first", "second", "average")}
+    tensors["second"].abs_()
+    tensors |= {"half": tensors["weight"].bfloat16(), **screen.lower(tensors["weight"], "int8")._asdict()}
+    tensors["whole"] = tensors.pop("rows")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    gpu.adam_rows_(**tensors, step=1, rate=0.1, beta1=0.9, beta2=0.999, eps=1e-8, clip=torch.tensor(math.nan, device=DEVICE), project=True, unit_norm=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
 
 
 @inside

@@ -10,9 +10,10 @@ from ksparse import files
 from ksparse import recipe as R
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
+from ksparse.training import member
 from ksparse.training.checkpoint import State
 from ksparse.training.loop import train
-from ksparse.training.member import backward, count, open_optimizer
+from ksparse.training.member import counted, open_optimizer
 from ksparse.training.optim import Optimizer
 from ksparse.training.resample import resampling
 
@@ -47,10 +48,8 @@ def begun(activation, *, k=4, n=64, steps=200, **options):
 def advance(optimizer, draw, steps):
     """Take steps as a member does; return the losses of the last one."""
     state = State(since=torch.zeros(len(optimizer.sae.W_enc), dtype=torch.long), baseline=1 / 16)
-    for step in range(1, steps + 1):
-        part = backward(optimizer, draw(optimizer.recipe.batch), state, optimizer.recipe)
-        optimizer.step(step)
-        count(state, part, optimizer.recipe.batch)
+    for state.step in range(1, steps + 1):
+        part, _ = member.advance(optimizer, draw(optimizer.recipe.batch), state, optimizer.recipe)
     return part
 
 
@@ -225,9 +224,8 @@ def test_padding_of_a_code_keeps_no_latent_alive():
         optimizer.sae.b_enc[200:] = -100.0
     part = optimizer.backward(draw(128), baseline=1 / 16, dead=EMPTY, k_aux=4)
     assert part.code.values.shape[1] < 4096 // 8 and (part.code.indices == 0).any()
-    state = State(since=torch.zeros(4096, dtype=torch.long), baseline=1 / 16)
-    count(state, part, 128)
-    assert state.since[0] == 128 and (state.since[1:200] == 0).any() and (state.since[200:] == 128).all()
+    since = counted(torch.zeros(4096, dtype=torch.long), part, 128)
+    assert since[0] == 128 and (since[1:200] == 0).any() and (since[200:] == 128).all()
 
 
 def test_a_batch_taken_in_parts_has_the_same_gradient_and_a_code_as_wide_as_its_widest(monkeypatch):

@@ -26,7 +26,7 @@ from ksparse.sae.model import Code
 from ksparse.training import checkpoint, feed, member, optim
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train
-from ksparse.training.member import backward, count, due
+from ksparse.training.member import advance, backward, counted, due
 from ksparse.training.fused import ExplicitOptimizer
 from ksparse.training.optim import Optimizer
 
@@ -363,13 +363,15 @@ def test_training_in_another_thread_leaves_signals_alone(small_recipe, tmp_path)
 
 
 def poison(monkeypatch, *, at):
-    """Let the loss of the steps `at` be NaN."""
+    """Let an activation of the steps `at` be NaN."""
     own, calls = member.backward, []
 
-    def poisoned(*args):
+    def poisoned(optimizer, x, *args):
         calls.append(1)
-        found = own(*args)
-        return found._replace(total=found.total * torch.nan, nmse=found.nmse * torch.nan) if len(calls) in at else found
+        if len(calls) in at:
+            x = x.clone()
+            x[5, 3] = torch.nan
+        return own(optimizer, x, *args)
 
     monkeypatch.setattr(member, "backward", poisoned)
 
@@ -459,10 +461,10 @@ def test_activations_that_are_all_the_same_are_refused(small_recipe, tmp_path, m
 
 def test_dead_counters_count_tokens_by_value_above_0(small_recipe):
     """T5: a latent that is chosen with a value of 0 has not fired. T11: tokens, not steps."""
-    state = checkpoint.State(since=torch.tensor([5, 5, 5, 5, 5]), baseline=1.0)
+    since = torch.tensor([5, 5, 5, 5, 5])
     code = Code(torch.tensor([[1.0, 0.0], [0.5, 1e-30]]), torch.tensor([[0, 1], [0, 3]]))
-    count(state, Losses(torch.zeros(()), torch.zeros(()), torch.zeros(()), code), 7)
-    assert state.since.tolist() == [0, 12, 12, 0, 12]
+    assert counted(since, Losses(torch.zeros(()), torch.zeros(()), torch.zeros(()), code), 7).tolist() == [0, 12, 12, 0, 12]
+    assert since.tolist() == [5] * 5
 
 
 def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monkeypatch):
@@ -476,6 +478,20 @@ def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monke
     assert seen == [([1, 2, 4], 8)]
 
 
+def test_a_step_says_which_latents_are_dead_in_the_next(small_recipe):
+    recipe = small_recipe({"sae.dead_after": 128})
+    state, optimizer, stream = start(recipe)
+    batches = stream.batches()
+    for state.step in (1, 2, 3):
+        before, (part, norm) = state.since, advance(optimizer, optimizer.sae.normalize(next(batches).x).x, state, recipe)
+        assert torch.equal(state.since, counted(before, part, 64)) and math.isfinite(norm)
+        assert torch.equal(state.dead(), (state.since >= 128).nonzero().squeeze(1))
+    assert 0 < len(state.dead()) < recipe.sae.n_latents
+    since, state.step = state.since, 4
+    part, norm = advance(optimizer, torch.full((64, 16), torch.nan), state, recipe)
+    assert math.isnan(norm) and not math.isfinite(part.total) and torch.equal(state.since, since)
+
+
 def test_auxk_brings_dead_latents_back(small_recipe):
     """The same batches with and without: latents that never fire get into the top k again."""
     alive = {}
@@ -487,10 +503,8 @@ def test_auxk_brings_dead_latents_back(small_recipe):
         state.since[:32] = 10**6
         batches = stream.batches()
         for step in range(1, 81):
-            batch = next(batches)
-            part = backward(optimizer, optimizer.sae.normalize(batch.x).x, state, recipe)
-            optimizer.step(min(step, recipe.steps))
-            count(state, part, 64)
+            state.step = min(step, recipe.steps)
+            advance(optimizer, optimizer.sae.normalize(next(batches).x).x, state, recipe)
         alive[coefficient] = int((state.since[:32] < 10**6).sum())
     assert alive[1.0] > alive[0.0] + 8
 

@@ -221,3 +221,12 @@ def test_adams_moments_are_float32_and_its_epsilon_the_papers():
     advance(optimizer, 1)
     assert {value.dtype for value in optimizer.tensors().values()} == {torch.float32}
     assert all(group["eps"] == 6.25e-10 for group in optimizer.adam.param_groups)
+
+
+@pytest.mark.parametrize("total", [math.nan, math.inf])
+def test_no_weight_moves_where_the_loss_is_not_finite_though_the_gradient_is(total):
+    sae, optimizer = make()
+    give_gradients(sae, 1)
+    before, optimizer.total = {key: value.clone() for key, value in optimizer.tensors().items()}, torch.tensor(total)
+    assert math.isnan(optimizer.step(1)) and optimizer.updates == 0
+    assert all(torch.equal(value, before[key]) for key, value in optimizer.tensors().items())

@@ -71,6 +71,41 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+# ---- what the host wants to know of the device, while that goes on working
+
+
+def arriving(value: Tensor) -> Callable[[], Any]:
+    """Begin to bring a tensor of a few numbers to the host. What is returned gives them as `tolist` does; it waits for them, not for what the device is given to do after."""
+    if value.device.type != "cuda":
+        return value.tolist
+    there, event = torch.empty(value.shape, dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+    with _on(value.device):
+        there.copy_(value, non_blocking=True)
+        event.record()
+
+    def numbers() -> Any:
+        event.synchronize()
+        return there.tolist()
+
+    return numbers
+
+
+def marked(mask: Tensor) -> Callable[[], Tensor]:
+    """Begin to count where mask[m] is true. What is returned gives those places, in order; it waits for the count alone."""
+    if mask.device.type != "cuda":
+        found = mask.nonzero().squeeze(1)
+        return lambda: found
+    number = arriving(mask.sum())
+    return lambda: places(mask, number())
+
+
+def places(mask: Tensor, number: int) -> Tensor:
+    """Return where mask[m] is true, in order, given how often that is; torch's `nonzero` waits for all that the device has to do."""
+    if not number:
+        return torch.empty(0, dtype=torch.long, device=mask.device)
+    return mask.byte().sort(descending=True, stable=True).indices[:number]
+
+
 # ---- the encoder product and its k largest
 
 
@@ -551,34 +586,36 @@ def _bytes(row):
 
 
 @_jit
-def _adam_row(weight, grad, first, second, average, half, whole, scale, d, rate, beta2, gain1, gain2, eps, root, gain, clip, PROJECT: tl.constexpr,
+def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at, d, rate, beta2, gain1, gain2, eps, root, gain, PROJECT: tl.constexpr,
               UNIT: tl.constexpr, AVERAGE: tl.constexpr, HALF: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
-    """One row, read once and written once. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
-    columns = tl.arange(0, COLUMNS)
+    """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0
+    whatever eps is."""
+    clip, columns = tl.load(clip_at), tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
     w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
     m, v = tl.load(first + at, inside, 0.0).to(tl.float32), tl.load(second + at, inside, 1.0).to(tl.float32)
     if PROJECT:
         g -= tl.sum(g * w, 0) * w
     g *= clip
+    moved, g = inside & (g == g), tl.where(g == g, g, 0.0)
     m += (g - m) * gain1
     v = v * beta2 + g * g * gain2
     w -= rate * m / (tl.sqrt(v) * root + eps)
     if UNIT:
         length = tl.sqrt(tl.sum(w * w, 0))
         w *= 1 / tl.where(length > 0, length, 1.0)
-    tl.store(weight + at, w, inside)
-    tl.store(first + at, m.to(first.dtype.element_ty), inside)
-    tl.store(second + at, v.to(second.dtype.element_ty), inside)
+    tl.store(weight + at, w, moved)
+    tl.store(first + at, m.to(first.dtype.element_ty), moved)
+    tl.store(second + at, v.to(second.dtype.element_ty), moved)
     if AVERAGE:
         mean = tl.load(average + at, inside, 0.0)
-        tl.store(average + at, mean + (w - mean) * gain, inside)
+        tl.store(average + at, mean + (w - mean) * gain, moved)
     if HALF:
-        tl.store(half + at, w.to(half.dtype.element_ty), inside)
+        tl.store(half + at, w.to(half.dtype.element_ty), moved)
     if BYTES:
         part, unit = _bytes(w)
-        tl.store(whole + at, part, inside)
-        tl.store(scale + tl.program_id(0), unit)
+        tl.store(whole + at, part, moved)
+        tl.store(scale + tl.program_id(0), unit, clip == clip)
 
 
 def _whole(d: int) -> dict[str, int]:
@@ -597,12 +634,13 @@ def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tenso
 
 
 def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, beta1: float, beta2: float, eps: float,
-               clip: float = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
+               clip: float | Tensor = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
                half: Tensor | None = None, whole: Tensor | None = None, scale: Tensor | None = None) -> None:
     """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Raise ValueError where a tensor is not contiguous or not [n, d].
+    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` or the gradient is NaN nothing is
+    changed; `clip` as a float32 tensor of one number need not be known yet. Raise ValueError where a tensor is not contiguous or not [n, d].
     """
     for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "half": half, "whole": whole}.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
@@ -611,8 +649,9 @@ def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, s
         raise ValueError(f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `half`")
     if weight.numel() == 0:
         return
+    clip = clip if isinstance(clip, Tensor) else torch.full((), clip, device=weight.device)
     with _on(weight.device):
         _adam_row[(len(weight),)](
             weight, grad, first, second, weight if average is None else average, weight if half is None else half, weight if whole is None else whole,
-            weight if scale is None else scale, weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay, clip,
+            weight if scale is None else scale, clip, weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay,
             PROJECT=project, UNIT=unit_norm, AVERAGE=average is not None, HALF=half is not None, BYTES=whole is not None, **_whole(weight.shape[1]))

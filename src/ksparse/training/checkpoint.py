@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +53,8 @@ class State:
     threads: int = field(default_factory=torch.get_num_threads)
     mesh: list[int] = field(default_factory=lambda: [1, 1])
     """Parts of the batch and slices of the latents in the process that this was read from; kept in the file where there are several."""
+    dead: Callable[[], torch.Tensor] | None = None
+    """Gives the latents that have been silent for long, in order; None where `since` was not set by a step. Not in the file."""
 
 
 STATE = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
@@ -116,7 +118,7 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> None:
 def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
     """Return what is to be saved; copies on the CPU, so that training may go on, where that is asked for."""
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
-    facts = {key: value for key, value in vars(state).items() if key != "since" and not (key == "mesh" and mesh.size == 1)}
+    facts = {key: value for key, value in vars(state).items() if key not in ("since", "dead") and not (key == "mesh" and mesh.size == 1)}
     if mesh.size > 1:
         facts["mesh"] = [mesh.data, mesh.latent]
     metadata = sae.metadata | {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,

@@ -193,7 +193,7 @@ def memory(case: Case, mesh: Mesh) -> dict[str, float]:
         "pre-activations": _product(case, rank),
         "codes": 12 * rank.rows * sum(rank.offers),
         "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * max((rows * offer for rows, offer in rank.exchanged), default=0)) if mesh.latent > 1 else 0,
-        "batch": 5 * 4 * rank.rows * d,
+        "batch": (24 if _halves(case, rank) else 20) * rank.rows * d,
         "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers) * d if rank.step == "torch" and not host else 0,
         "AuxK": 4 * (4 * rank.dead * d + 2 * rank.auxk_rows * rank.dead),  # their rows of both matrices and of both gradients, and two products
         "activations block": _block(case, rank),
@@ -226,10 +226,14 @@ def _size(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
+def _halves(case: Case, rank: Rank) -> bool:
+    """Return whether the sparse parts read copies in bfloat16."""
+    return case.recipe.optim.precision == "bfloat16" and rank.step == "triton"
+
+
 def _copies(case: Case, rank: Rank) -> float:
     """Return the bytes of what the screen and the sparse parts read the weights from."""
-    one, optim = rank.n * rank.d, case.recipe.optim
-    half = optim.precision == "bfloat16" and rank.step == "triton"
+    one, optim, half = rank.n * rank.d, case.recipe.optim, _halves(case, rank)
     screened = rank.step in ("triton", "native") and optim.screen != "off"
     return (4 * one if half else 0) + (0 if not screened or half and optim.screen == "bfloat16" else 2 * one if optim.screen == "bfloat16" else one)
 

@@ -133,9 +133,8 @@ class ExplicitOptimizer(Optimizer):
         sae, options = self.sae, self.recipe.sae
         x = x.contiguous()
         centred = x - sae.b_pre
-        values, indices = self.choose(centred)
         error = self._buffer("error", x.shape)
-        square, slopes = self._decode(x, values, indices, error)
+        values, indices, square, slopes = self._code(x, centred, error)
         whole = len(x) * self.mesh.data
         nmse = self.mesh.sum("loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data")
         aux, extra = nmse.new_zeros(()), None
@@ -153,6 +152,11 @@ class ExplicitOptimizer(Optimizer):
         """Return whether loss and slopes are finite, on all processes."""
         finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
         return not self.mesh.agree("finite", [int(not finite)])[0]
+
+    def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and what `_decode` does)."""
+        values, indices = self.choose(centred)
+        return values, indices, *self._decode(x, values, indices, error)
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
@@ -335,16 +339,27 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
-        b, n = len(centred), self.sae.shape.n_latents
-        values, indices, dropped, spread = self._candidates(centred, min(n, self.candidates))
-        unclear = ~(values.amin(1) > dropped + MARGIN * spread)
-        again = int(unclear.sum())
-        self.screened, self.redone = self.screened + b, self.redone + again
-        if again > b // (self.patience if self.candidates < 3 * self.sae.shape.k else 100):  # more candidates cost less than that
-            self.candidates = min(n, 1 + self.candidates * 5 // 4)
-        for tokens in unclear.nonzero().squeeze(1).split(max(1, PIECE // n)) if again else ():
-            values[tokens], indices[tokens] = self._exact(centred[tokens])
+        values, indices, unclear = self._offered(centred)
+        tokens = unclear.nonzero().squeeze(1)
+        self._count(len(centred), len(tokens))
+        self._exactly(centred, values, indices, tokens)
         return values, indices
+
+    def _offered(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the choice among candidates, values[b, k] and indices[b, k], and which tokens' is not clear [b]."""
+        values, indices, dropped, spread = self._candidates(centred, min(self.sae.shape.n_latents, self.candidates))
+        return values, indices, ~(values.amin(1) > dropped + MARGIN * spread)
+
+    def _count(self, tokens: int, again: int) -> None:
+        """Take note of how many tokens had to be computed in full; keep more candidates from now on if that costs less."""
+        self.screened, self.redone = self.screened + tokens, self.redone + again
+        if again > tokens // (self.patience if self.candidates < 3 * self.sae.shape.k else 100):
+            self.candidates = min(self.sae.shape.n_latents, 1 + self.candidates * 5 // 4)
+
+    def _exactly(self, centred: Tensor, values: Tensor, indices: Tensor, tokens: Tensor) -> None:
+        """Choose for some tokens anew, by the whole product."""
+        for some in tokens.split(max(1, PIECE // self.sae.shape.n_latents)) if len(tokens) else ():
+            values[some], indices[some] = self._exact(centred[some])
 
     @torch.no_grad()
     def audit(self, x: Tensor) -> dict[str, float]:

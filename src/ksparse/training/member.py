@@ -76,11 +76,8 @@ class Member:
         """Take one step on normalised activations x[b, d] of a batch; leave the cohort where the loss is not finite."""
         state, recipe = self.state, self.recipe
         state.step += 1
-        self.part = backward(self.optimizer, x, state, recipe)
-        self.grad_norm = self.optimizer.step(state.step) if math.isfinite(self.part.total) else math.nan
-        if math.isfinite(self.grad_norm):
-            count(state, self.part, recipe.batch, self.mesh)
-        else:
+        self.part, self.grad_norm = advance(self.optimizer, x, state, recipe)
+        if not math.isfinite(self.grad_norm):
             self._skip(batch)
         state.tokens += recipe.batch
         state.cursor = batch.cursor
@@ -233,9 +230,23 @@ def _screen(recipe: Recipe, fastest: str) -> str:
     return fastest if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
+def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tuple[Losses, float]:
+    """Take step number state.step on normalised activations x[b, d]; return its losses and code, and the gradient's norm before clipping.
+
+    Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters change.
+    """
+    part = backward(optimizer, x, state, recipe)
+    since = counted(state.since, part, recipe.batch, optimizer.mesh)
+    dead = gpu.marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
+    grad_norm = optimizer.step(state.step)
+    if math.isfinite(grad_norm):
+        state.since, state.dead = since, dead
+    return part, grad_norm
+
+
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
     """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
-    dead = (state.since >= recipe.dead_after).nonzero().squeeze(1)
+    dead = (state.dead or gpu.marked(state.since >= recipe.dead_after))()
     wanted = k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data)
@@ -243,13 +254,13 @@ def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> L
     return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
 
 
-def count(state: State, part: Losses, tokens: int, mesh: Mesh = ALONE) -> None:
-    """Advance the dead counters, in tokens; a latent fired if one of its values is above 0, chosen or not is not enough."""
-    state.since += tokens
-    fired = torch.bincount(part.code.indices.flatten(), part.code.values.flatten(), len(state.since)) > 0  # no value is below 0
+def counted(since: Tensor, part: Losses, tokens: int, mesh: Mesh = ALONE) -> Tensor:
+    """Return the dead counters since[n] some tokens later; a latent fired if one of its values is above 0, being chosen is not enough."""
+    n, (values, indices) = len(since), part.code
+    fired = torch.zeros(n + 1, dtype=torch.uint8, device=since.device).scatter_(0, torch.where(values > 0, indices, n).flatten(), 1)[:n]
     if mesh.data > 1:
-        fired = mesh.largest("fired", fired.to(torch.uint8), "data").bool()
-    state.since.masked_fill_(fired, 0)
+        fired = mesh.largest("fired", fired, "data")
+    return (since + tokens).masked_fill_(fired.bool(), 0)
 
 
 def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None,

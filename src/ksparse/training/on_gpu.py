@@ -3,9 +3,13 @@
     lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed, scatter_transposed ─▶ row_squares ─▶ adam_rows_
 
 Weights, moments, gradients and sums are float32, and so are the values of the candidates and the choice among them: the result is that of the other
-steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the sparse parts read the weights from bfloat16 copies,
-which the pass over the rows makes; then results differ by the rounding of what is read, 2^-9 of it. Without a screen, and for tokens whose choice is
-not certain, the product is torch's in float32, which uses no tensor cores and takes several times as long as all the rest.
+steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the sparse parts read bfloat16 copies, of the weights (the
+pass over the rows makes them) and of the activations and errors that gradients add up; results then differ by the rounding of what is read, 2^-9 of it.
+Without a screen, and for tokens whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes several times as
+long as all the rest.
+
+The host never waits for the device to run dry: what it has to know of a step (tokens to do again, the norm, dead latents) is on its way while the device
+has more to do.
 """
 
 from __future__ import annotations
@@ -55,12 +59,28 @@ class TritonOptimizer(ScreenedOptimizer):
         values, indices, spread = gpu.choose(centred, found.latents, found.scores, self._read("W_enc"), sae.b_enc.detach(), k, margin=MARGIN)
         return values, indices, found.dropped, spread
 
+    def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same, but tokens that are not clear are decoded with all others and then again: the device has that to do while the host learns which they are."""
+        if not self.kind:
+            return super()._code(x, centred, error)
+        values, indices, unclear = self._offered(centred)
+        asked = gpu.marked(unclear)
+        square, slopes = self._decode(x, values, indices, error)
+        tokens = asked()
+        self._count(len(x), len(tokens))
+        if len(tokens):
+            self._exactly(centred, values, indices, tokens)
+            found, right = values[tokens], error.new_empty(len(tokens), error.shape[1])
+            square[tokens], slopes[tokens] = self._decode(x[tokens], found, indices[tokens], right)
+            values[tokens], error[tokens] = found, right
+        return values, indices, square, slopes
+
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
         return gpu.decode(values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error)
 
     def _finite(self, total: Tensor, slopes: Tensor) -> Tensor:
-        return torch.isfinite(total + slopes.sum())  # each wait lets the device run dry: `step` asks for it with the norm
+        return torch.isfinite(total + slopes.sum())  # `step` asks for it with the norm
 
     @torch.no_grad()
     def step(self, step: int) -> float:
@@ -69,8 +89,9 @@ class TritonOptimizer(ScreenedOptimizer):
         self.pending = None
         lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
         values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
-        dec, dec_squares, along = gpu.scatter_measured(lists, values, pending.error, values * pending.slopes)  # along: <gradient, row>
-        enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, pending.centred, slopes)
+        error, centred = (rows.bfloat16() if self.copies else rows for rows in (pending.error, pending.centred))
+        dec, dec_squares, along = gpu.scatter_measured(lists, values, error, values * pending.slopes)  # along: <gradient, row>
+        enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, centred, slopes)
         if recipe.sae.unit_norm:
             dec_squares -= along.square()
         if extra is not None:
@@ -79,12 +100,15 @@ class TritonOptimizer(ScreenedOptimizer):
             dec_squares, enc_squares = gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm), gpu.row_squares(enc, sae.W_enc.detach())
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
         squares = [dec_squares, enc_squares, pre.square(), *([bias.square()] if recipe.sae.b_enc else [])]
-        norm, finite = torch.stack([sum(each.double().sum() for each in squares).sqrt(), pending.finite.double()]).tolist()
-        if not (finite and math.isfinite(norm)):
-            return math.nan
-        clip = min(1.0, recipe.optim.clip / (norm + 1e-6)) if recipe.optim.clip else 1.0
+        norm = sum(each.double().sum() for each in squares).sqrt()
+        norm = torch.where(pending.finite & torch.isfinite(norm), norm, math.nan)
+        clip = ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()  # NaN as the norm is: then no row moves
+        asked = gpu.arriving(norm)
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
+        norm = asked()
+        if math.isnan(norm):
+            return math.nan
         if recipe.sae.b_enc:
             self._move("b_enc", bias * clip, step)
         elif self.average:
@@ -92,8 +116,8 @@ class TritonOptimizer(ScreenedOptimizer):
         self._bias(pre * clip, step)
         return norm
 
-    def _rows(self, key: str, gradient: Tensor, step: int, clip: float, *, unit: bool) -> None:
-        weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], clip)
+    def _rows(self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool) -> None:
+        weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], 1.0)
         state = self.adam.state[weight]
         low = self.low if key == "W_enc" and self.kind else None
         rows, scale = low or (None, None)

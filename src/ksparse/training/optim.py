@@ -38,6 +38,8 @@ class Optimizer:
         self.adam = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
         self.average = {key: torch.zeros_like(weight) for key, weight in sae.named_parameters()} if recipe.ema else {}
         self.updates = 0
+        self.total: Tensor | float = 0.0
+        """The loss of this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
         """The batch of this step (x, code, dead), where something is followed that is not a gradient."""
 
@@ -57,7 +59,9 @@ class Optimizer:
             parts.append(Losses(*(value.detach() * share for value in part[:3]), Code(*(field.detach() for field in part.code))))
         code = Code.joined([part.code for part in parts])
         self.seen = (x, code, dead) if self.sae.activation.running or resampling(self.updates + 1, self.recipe) else None
-        return Losses(*self.mesh.sum("loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data"), code)
+        values = self.mesh.sum("loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data")
+        self.total = values[0]
+        return Losses(*values, code)
 
     @property
     def strength(self) -> float:
@@ -75,10 +79,10 @@ class Optimizer:
         return clip_(self.sae, self.recipe.optim.clip, self.mesh)
 
     def step(self, step: int) -> float:
-        """Apply the gradients of step number `step` (from 1); return their norm before clipping. Where it is not finite nothing is changed."""
+        """Apply the gradients of step number `step` (from 1); return their norm before clipping. NaN, and nothing is changed, if that or the loss is not finite."""
         norm = self.constrain_gradient()
-        if not math.isfinite(norm):
-            return norm
+        if not (math.isfinite(norm) and math.isfinite(self.total)):
+            return math.nan
         share = rate_share(step, self.recipe)
         for group in self.adam.param_groups:
             group["lr"] = group["base"] * share
