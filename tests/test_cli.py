@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +83,17 @@ def test_help_lists_every_verb_and_the_exit_codes(verb):
 def test_every_verb_has_help(verb, name):
     code, out, _ = verb(name, "--help")
     assert code == 0 and "usage" in out.lower()
+
+
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
+def test_it_ends_quietly_where_nobody_reads_on(arguments, buffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | ({} if buffered else {"PYTHONUNBUFFERED": "1"})
+    done = subprocess.run([sys.executable, "-m", "ksparse", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "probes", "steer", "attribute"])

@@ -22,7 +22,7 @@ from ksparse.cli.arguments import VERBS
 from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
 
-EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving)"
+EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody reads the output"
 STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
 """In the order in which help lists their verbs."""
 
@@ -30,7 +30,17 @@ STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin cost others' work dearly
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as `| head` does
+        sys.stdout = None  # else Python tries once more as it ends
+        sys.exit(141)
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         sys.exit(0)
