@@ -288,14 +288,15 @@ class Training:
         sae.W_enc.data = sae.W_dec.data.clone()
         self.optimizer, self.batches = open_optimizer(sae, self.recipe), [torch.randn(b, d, device="cuda") for _ in range(BATCHES)]
         self.state = State(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
-        self._settle()
+        if getattr(self.optimizer, "kind", 0):
+            self._settle()
 
     def _settle(self) -> None:
         """Take steps until the screen keeps no more candidates: each new number is compiled for."""
         kept: list[int] = []
         while len(kept) < 20 * BATCHES and (len(kept) < 2 * BATCHES or kept[-1] != kept[-2 * BATCHES]):
             self()
-            kept.append(getattr(self.optimizer, "candidates", 0))
+            kept.append(self.optimizer.candidates)
 
     def __call__(self) -> None:
         self.state.step += 1
