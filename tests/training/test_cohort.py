@@ -97,8 +97,7 @@ def test_a_member_that_fails_leaves_and_the_others_go_on(recipes, alone, tmp_pat
     own = member.backward
 
     def poisoned(optimizer, x, state, recipe):
-        found = own(optimizer, x, state, recipe)
-        return found._replace(total=found.total * torch.nan) if recipe.sae.k == 8 and state.step == 6 else found
+        return own(optimizer, x * torch.nan if recipe.sae.k == 8 and state.step == 6 else x, state, recipe)
 
     monkeypatch.setattr(member, "backward", poisoned)
     with pytest.raises(NonFiniteError, match=r"NaN or infinite at step 6, on documents .*; the last good checkpoint is .*1/checkpoints/step-00000004"):
