@@ -93,7 +93,7 @@ def tests() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
-               "tests/kernels/test_gpu.py", "tests/kernels/test_hopper.py", "tests/training/test_on_gpu.py"]
+               "tests/kernels/test_gpu.py", "tests/kernels/test_hopper.py", "tests/training/test_arriving.py", "tests/training/test_on_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
     out = {"last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:], "exit": done.returncode}
     return out if done.returncode == 0 else out | {"failed": done.stdout[-8000:] + done.stderr[-2000:]}

@@ -401,24 +401,6 @@ def test_a_gradient_may_be_wanted_in_another_precision():
     close(out, reference.scatter_outer(values.double(), indices, x.double(), 6), torch.float32)
 
 
-# ---- what the host wants to know
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
-def test_marked_gives_the_places_in_order(share):
-    mask = (torch.rand(5000, generator=torch.Generator().manual_seed(0)) < share).to(DEVICE)
-    there = mask.nonzero().squeeze(1)
-    assert torch.equal(gpu.marked(mask)(), there) and torch.equal(gpu.places(mask, len(there)), there)
-
-
-def test_numbers_arrive_as_they_were_when_they_were_asked_for():
-    value = torch.tensor([1.5, math.nan, -math.inf], dtype=torch.float64, device=DEVICE)
-    asked = gpu.arriving(value)
-    if COMPILED:  # on the device what follows comes after
-        value.zero_()
-    assert str(asked()) == "[1.5, nan, -inf]"
-
-
 # ---- the pass over the rows
 
 

@@ -71,41 +71,6 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# ---- what the host wants to know of the device, while that goes on working
-
-
-def arriving(value: Tensor) -> Callable[[], Any]:
-    """Begin to bring a tensor of a few numbers to the host. What is returned gives them as `tolist` does; it waits for them, not for what the device is given to do after."""
-    if value.device.type != "cuda":
-        return value.tolist
-    there, event = torch.empty(value.shape, dtype=value.dtype, pin_memory=True), torch.cuda.Event()
-    with _on(value.device):
-        there.copy_(value, non_blocking=True)
-        event.record()
-
-    def numbers() -> Any:
-        event.synchronize()
-        return there.tolist()
-
-    return numbers
-
-
-def marked(mask: Tensor) -> Callable[[], Tensor]:
-    """Begin to count where mask[m] is true. What is returned gives those places, in order; it waits for the count alone."""
-    if mask.device.type != "cuda":
-        found = mask.nonzero().squeeze(1)
-        return lambda: found
-    number = arriving(mask.sum())
-    return lambda: places(mask, number())
-
-
-def places(mask: Tensor, number: int) -> Tensor:
-    """Return where mask[m] is true, in order, given how often that is; torch's `nonzero` waits for all that the device has to do."""
-    if not number:
-        return torch.empty(0, dtype=torch.long, device=mask.device)
-    return mask.byte().sort(descending=True, stable=True).indices[:number]
-
-
 # ---- the encoder product and its k largest
 
 

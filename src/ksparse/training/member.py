@@ -33,6 +33,7 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.sae.sliced import SlicedSAE, slice_of, slice_shape
 from ksparse.training import checkpoint, curve, flops
 from ksparse.training.alarms import Alarms
+from ksparse.training.arriving import marked
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
@@ -237,7 +238,7 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
     """
     part = backward(optimizer, x, state, recipe)
     since = counted(state.since, part, recipe.batch, optimizer.mesh)
-    dead = gpu.marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
+    dead = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
     grad_norm = optimizer.step(state.step)
     if math.isfinite(grad_norm):
         state.since, state.dead = since, dead
@@ -246,7 +247,7 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
     """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
-    dead = (state.dead or gpu.marked(state.since >= recipe.dead_after))()
+    dead = (state.dead or marked(state.since >= recipe.dead_after))()
     wanted = k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data)

@@ -8,8 +8,8 @@ pass over the rows makes them) and of the activations and errors that gradients 
 Without a screen, and for tokens whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes several times as
 long as all the rest.
 
-The host never waits for the device to run dry: what it has to know of a step (tokens to do again, the norm, dead latents) is on its way while the device
-has more to do.
+What the host has to know of a step (tokens to do again, the norm, dead latents) is on its way while the device has more to do, so that it does not run
+dry.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from ksparse.kernels import gpu, screen
 from ksparse.recipe import Recipe
 from ksparse.sae.model import SAE
+from ksparse.training.arriving import arriving, marked
 from ksparse.training.fused import MARGIN, ScreenedOptimizer
 
 
@@ -64,7 +65,7 @@ class TritonOptimizer(ScreenedOptimizer):
         if not self.kind:
             return super()._code(x, centred, error)
         values, indices, unclear = self._offered(centred)
-        asked = gpu.marked(unclear)
+        asked = marked(unclear)
         square, slopes = self._decode(x, values, indices, error)
         tokens = asked()
         self._count(len(x), len(tokens))
@@ -103,7 +104,7 @@ class TritonOptimizer(ScreenedOptimizer):
         norm = sum(each.double().sum() for each in squares).sqrt()
         norm = torch.where(pending.finite & torch.isfinite(norm), norm, math.nan)
         clip = ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()  # NaN as the norm is: then no row moves
-        asked = gpu.arriving(norm)
+        asked = arriving(norm)
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
         norm = asked()
