@@ -211,9 +211,9 @@ def check(recipe: Recipe, data: int, world: int) -> None:
         raise InputError("sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; give 'token', or mesh.data 1")
     if recipe.run.ahead == "on" and not recipe.acts.shards:
         raise InputError("run.ahead is 'on'; several processes compute a block of activations together, between two steps: leave it at 'auto', or read shards")
-    if recipe.run.kernels in ("native", "triton") or recipe.optim.screen not in ("off", "auto"):
-        raise InputError(f"run.kernels is {recipe.run.kernels!r} and optim.screen {recipe.optim.screen!r}; several processes take the step in plain torch: "
-                         "leave them at 'auto' and 'off'")
+    if recipe.run.kernels in ("native", "triton") or recipe.optim.screen not in ("off", "auto") or recipe.optim.precision != "float32":
+        raise InputError(f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and optim.precision {recipe.optim.precision!r}; several processes take the "
+                         "step in plain torch: leave them at 'auto', 'off' and 'float32'")
 
 
 def local_device(name: str) -> str:

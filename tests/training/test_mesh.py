@@ -146,8 +146,9 @@ def test_one_process_sends_nothing():
     ({"batch": 1000, "mesh": {"data": 16}}, 16, 16, r"batch is 1000, which mesh\.data = 16 does not divide"),
     ({"sae": {"activation": {"kind": "relu"}}}, 2, 2, r"sae\.activation\.kind is 'relu'; several processes can share 'topk' alone so far"),
     ({"sae": {"multi_topk": 0.1, "auxk_norm": "batch"}}, 2, 2, r"sae\.auxk_norm is 'batch', which with sae\.multi_topk is not summed over mesh\.data"),
-    ({"run": {"kernels": "native"}}, 2, 2, r"run\.kernels is 'native' .*several processes take the step in plain torch"),
-    ({"optim": {"screen": "int8"}}, 2, 2, r"optim\.screen 'int8'; several processes take the step in plain torch"),
+    ({"run": {"kernels": "native"}}, 2, 2, r"run\.kernels is 'native', .*several processes take the step in plain torch"),
+    ({"optim": {"screen": "int8"}}, 2, 2, r"optim\.screen 'int8' and .*several processes take the step in plain torch"),
+    ({"optim": {"precision": "bfloat16"}}, 2, 2, r"optim\.precision 'bfloat16'; several processes take the step in plain torch: leave them at 'auto', 'off' and 'float32'"),
     ({"run": {"ahead": "on"}}, 2, 2, r"run\.ahead is 'on'; several processes compute a block of activations together")], ids=str)
 def test_a_mesh_that_cannot_be_is_refused(changes, data, world, message):
     with pytest.raises(InputError, match=message):

@@ -136,6 +136,8 @@ def test_the_recipe_asks_for_it_and_another_step_takes_its_checkpoint_up():
     assert type(ours) is TritonOptimizer and ours.screen == "off"  # 48 latents with k = 4: a screen could save nothing
     ours = open_optimizer(SAE(Shape(D, 300, K)).to(DEVICE), recipe(sae__n_latents=300, run__kernels="triton", optim__screen="auto"))
     assert ours.screen == "int8"
+    ours = open_optimizer(SAE(Shape(D, N, K)).to(DEVICE), recipe(optim__precision="bfloat16"))
+    assert type(ours) is TritonOptimizer and set(ours.copies) == {"W_enc", "W_dec"}
     ours = made(TritonOptimizer)
     run(ours, batches(2), 5)
     other = made(ExplicitOptimizer)

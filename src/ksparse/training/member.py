@@ -210,11 +210,12 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if mesh.size > 1:
         return ExplicitOptimizer(sae, recipe, mesh) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe, mesh)
+    halves = recipe.optim.precision != "float32"
     if kernels == "triton" and not (written_out and gpu.usable(device)):
         raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'")
-    if recipe.optim.precision != "float32" and not (written_out and kernels in ("auto", "triton") and gpu.usable(device)):
+    if halves and not (written_out and kernels in ("auto", "triton") and gpu.usable(device)):
         raise InputError("optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'")
-    if kernels == "triton" or kernels == "auto" and written_out and device.type == "cuda" and gpu.available():
+    if halves or kernels == "triton" or kernels == "auto" and written_out and device.type == "cuda" and gpu.available():
         return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
         return FusedOptimizer(sae, recipe, _screen(recipe, fastest_screen()) if screen == "auto" else screen)
