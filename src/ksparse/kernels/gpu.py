@@ -604,8 +604,8 @@ def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, s
     """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` or the gradient is NaN nothing is
-    changed; `clip` as a float32 tensor of one number need not be known yet. Raise ValueError where a tensor is not contiguous or not [n, d].
+    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` is NaN nothing is changed; as a
+    float32 tensor of one number it need not be known yet. Raise ValueError where a tensor is not contiguous or not [n, d].
     """
     for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "half": half, "whole": whole}.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
