@@ -40,7 +40,7 @@ TRAINING = {
     "train, screened by bfloat16": {"optim": {"screen": "bfloat16"}}, "train, screened by int8": {"optim": {"screen": "int8"}},
     "train, int8, read in bfloat16": {"optim": {"screen": "int8", "precision": "bfloat16"}}}
 """Steps of `ksparse train`, the last as fast as it gets."""
-BATCHES = 4
+REPEAT = 4  # steps that are timed together
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
 Call = Callable[[], Any]
 
@@ -197,7 +197,7 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     for name, options in TRAINING.items():
         try:
             step = Training(b, d, n, k, options)
-            milliseconds |= measured({name: step}, max(2, rounds // 2), BATCHES if "optim" in options else 1)
+            milliseconds |= measured({name: step}, max(2, rounds // 2), REPEAT if "optim" in options else 1)
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
             redone[name] = step.redone()
         except torch.cuda.OutOfMemoryError:
@@ -208,7 +208,7 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
         release()
     try:
         dense = Dense(b, d, n, k)
-        milliseconds |= measured({"dense step": dense}, max(2, rounds // 2), BATCHES)
+        milliseconds |= measured({"dense step": dense}, max(2, rounds // 2), REPEAT)
         peak["dense step"] = torch.cuda.max_memory_allocated() / 2**30
     except torch.cuda.OutOfMemoryError:
         milliseconds["dense step"] = None
@@ -279,14 +279,18 @@ def release() -> None:
 
 
 class Training:
-    """A step as `ksparse train` takes it on a GPU, on a few batches in turn: float32 weights, moments and sums, whatever the options are."""
+    """A step as `ksparse train` takes it on a GPU: float32 weights, moments and sums, whatever the options are.
+
+    Each step has a batch of its own, drawn in the time. Noise that comes again is learned by heart within tens of steps, and then hundreds of latents
+    are about as large for each token, which activations of a model do not show.
+    """
 
     def __init__(self, b: int, d: int, n: int, k: int, options: dict[str, dict[str, str]]):
         self.recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "sae": {"n_latents": n, "k": k}} | options)
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
-        self.optimizer, self.batches = open_optimizer(sae, self.recipe), [torch.randn(b, d, device="cuda") for _ in range(BATCHES)]
+        self.optimizer, self.shape = open_optimizer(sae, self.recipe), (b, d)
         self.state = State(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
         if getattr(self.optimizer, "kind", 0):
             self._settle()
@@ -294,13 +298,13 @@ class Training:
     def _settle(self) -> None:
         """Take steps until the screen keeps no more candidates: each new number is compiled for."""
         kept: list[int] = []
-        while len(kept) < 20 * BATCHES and (len(kept) < 2 * BATCHES or kept[-1] != kept[-2 * BATCHES]):
+        while len(kept) < 80 and (len(kept) < 8 or kept[-1] != kept[-8]):
             self()
             kept.append(self.optimizer.candidates)
 
     def __call__(self) -> None:
         self.state.step += 1
-        if not math.isfinite(advance(self.optimizer, self.batches[self.state.step % BATCHES], self.state, self.recipe)[1]):
+        if not math.isfinite(advance(self.optimizer, torch.randn(self.shape, device="cuda"), self.state, self.recipe)[1]):
             raise ArithmeticError("the loss or its gradient is not finite")
 
     def redone(self) -> dict[str, float] | None:
@@ -318,15 +322,15 @@ class Dense:
         W_dec = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         self.weights = [torch.nn.Parameter(each) for each in (W_dec.clone(), W_dec, torch.zeros(n, device="cuda"), torch.zeros(d, device="cuda"))]
         self.average = [torch.zeros_like(each) for each in self.weights]
-        self.adam, self.k, self.x = torch.optim.Adam(self.weights, lr=1e-4, fused=True), k, torch.randn(b, d, device="cuda").bfloat16()
+        self.adam, self.k, self.shape = torch.optim.Adam(self.weights, lr=1e-4, fused=True), k, (b, d)
 
     def __call__(self) -> Tensor:
-        W_enc, W_dec, b_enc, b_pre = self.weights
+        (W_enc, W_dec, b_enc, b_pre), x = self.weights, torch.randn(self.shape, device="cuda").bfloat16()
         with torch.autocast("cuda", torch.bfloat16):
-            pre = torch.nn.functional.linear(self.x - b_pre, W_enc, b_enc)
+            pre = torch.nn.functional.linear(x - b_pre, W_enc, b_enc)
             values, indices = pre.topk(self.k, dim=1, sorted=False)
             recon = torch.zeros_like(pre).scatter_(1, indices, values.relu().to(pre.dtype)) @ W_dec + b_pre
-        loss = (recon.float() - self.x.float()).square().mean()
+        loss = (recon.float() - x.float()).square().mean()
         loss.backward()
         with torch.no_grad():
             W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)

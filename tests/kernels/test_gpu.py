@@ -376,14 +376,16 @@ def test_rows_come_with_their_squares_and_the_sums_of_weights(shape, dtype, repe
 
 
 @inside
-@pytest.mark.parametrize("chunk", [1, 2, 5, 19, 20])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 13, 19, 20])
 def test_hot_latents_are_added_up_in_parts(chunk):
     values, indices, x, weight = inputs((20, 4, 9, 5), repeated=True)
     indices[:, 0], indices[3, 1] = 5, 8  # latent 5 on every token, and once more on some
     exact = reference.scatter_outer(values.double(), indices, x.double(), 9)
-    lists = gpu.transposed(indices, 9, chunk=chunk)
-    assert (lists.owners < 9).any()
-    close(gpu.scatter_transposed(lists, values, x), exact, torch.float32)
+    lists, ones = gpu.transposed(indices, 9, chunk=chunk), torch.ones_like(values)
+    assert lists.starts.diff().max() > chunk
+    rows, _, counts = gpu.scatter_measured(lists, values, x, ones)
+    close(rows, exact, torch.float32)
+    assert torch.equal(counts, lists.starts.diff().float())
 
 
 @inside

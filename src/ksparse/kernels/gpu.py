@@ -348,7 +348,7 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
 
 def _candidate_block(first: int) -> dict[str, int]:
     """Return how many columns of so many rows are on their way at once, of how many rows more, and the warps for them."""
-    return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 2}
+    return {"COLUMNS": max(16, 2048 // first), "MORE": 16, "MORE_COLUMNS": 64, "num_warps": 1}
 
 
 def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,7 +397,7 @@ def _decode(values, indices, weight, bias, x, error, squares, slopes, k, d, ROWS
 
 def _row_block(columns: int) -> dict[str, int]:
     """Return how many whole rows are on their way at once, and the warps for them."""
-    warps = min(16, max(1, columns // 128))
+    warps = min(16, max(1, columns // 256))
     return {"ROWS": max(2, min(32, 4096 * warps // columns)), "num_warps": warps}  # 128 numbers a thread
 
 
@@ -422,26 +422,19 @@ class Lists(NamedTuple):
     """The (token, latent) pairs sorted by latent: those of latent i are order[starts[i] .. starts[i + 1]], tokens in order, k pairs a token."""
 
     order: Tensor
+    latents: Tensor
+    """[pairs] The latent of each, in that order."""
     starts: Tensor
     k: int
-    firsts: Tensor
-    """[n] The first part of each hot latent, one with more than CHUNK pairs."""
-    owners: Tensor
-    """[parts] The latent of each part, n where there is none: the number of parts is a bound, so that nobody waits for the device."""
     chunk: int
+    """Pairs that are one part wherever all of them are of one latent: each `chunk` in turn."""
 
 
 def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
     """Sort the pairs of indices[b, k] by latent, once for both weights' gradients."""
-    chunk, device = chunk or CHUNK, indices.device
     latents, order = torch.sort(indices.flatten().int(), stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=device))
-    lengths = starts.diff()
-    parts = torch.where(lengths > chunk, (lengths + chunk - 1) // chunk, 0)
-    ends = parts.cumsum(0)
-    # a hot latent has at most 2 * length / chunk parts, since its length is above chunk
-    slots = torch.arange(2 * indices.numel() // chunk if indices.numel() > chunk else 0, device=device)
-    return Lists(order, starts, indices.shape[1], ends - parts, torch.searchsorted(ends, slots, right=True), chunk)
+    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=indices.device))
+    return Lists(order, latents, starts, indices.shape[1], chunk or CHUNK)
 
 
 @_jit
@@ -458,39 +451,52 @@ def _segment(order, values, x, begin, end, columns, k, d, ROWS: tl.constexpr, CO
 
 
 @_jit
-def _parts(order, starts, firsts, owners, values, x, parts, n, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-           SUM: tl.constexpr):
-    """One part of one hot latent, one block of columns."""
-    part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    latent = tl.load(owners + part)
-    if latent < n:
-        begin = tl.load(starts + latent) + (part - tl.load(firsts + latent)) * CHUNK
-        end = tl.minimum(begin + CHUNK, tl.load(starts + latent + 1))
-        tl.store(parts + part * d + columns, _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM), columns < d)
+def _weight(order, weights, begin, end, SUM: tl.constexpr):
+    """Return the sum over pairs begin .. end of weights[pair]."""
+    total = tl.zeros([32], SUM)
+    for start in range(begin, end, 32):
+        at = start + tl.arange(0, 32)
+        total += tl.load(weights + tl.load(order + at, at < end, 0), at < end, 0.0).to(SUM)
+    return tl.sum(total, 0)
 
 
 @_jit
-def _rows(order, starts, firsts, values, x, parts, out, squares, weights, sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _parts(order, latents, values, x, weights, parts, part_sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr,
+           MEASURED: tl.constexpr):
+    """CHUNK pairs, one block of columns, if they are all of one latent."""
+    part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = part * CHUNK, (part + 1) * CHUNK
+    if tl.load(latents + begin) == tl.load(latents + end - 1):
+        tl.store(parts + part * d + columns, _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM), columns < d)
+        if MEASURED:
+            if tl.program_id(1) == 0:
+                tl.store(part_sums + part, _weight(order, weights, begin, end, SUM))
+
+
+@_jit
+def _rows(order, starts, values, x, weights, parts, part_sums, out, squares, sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           SUM: tl.constexpr, MEASURED: tl.constexpr):
-    """One latent, one block of columns: from its pairs, or from its parts in their order. No atomics."""
+    """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK, from those before and after its parts and from these in
+    their order. No atomics."""
     latent, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
-    if end - begin <= CHUNK:
-        total = _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM)
-    else:
-        total = tl.zeros([COLUMNS], SUM)
-        first = tl.load(firsts + latent)
-        for part in range(first, first + (end - begin + CHUNK - 1) // CHUNK):
+    hot, first, last = end - begin > CHUNK, (begin + CHUNK - 1) // CHUNK, end // CHUNK
+    head = tl.where(hot, first * CHUNK, end)
+    total = _segment(order, values, x, begin, head, columns, k, d, ROWS, COLUMNS, SUM)
+    if hot:
+        for part in range(first, last):
             total += tl.load(parts + part * d + columns, columns < d, 0.0)
+        total += _segment(order, values, x, last * CHUNK, end, columns, k, d, ROWS, COLUMNS, SUM)
     tl.store(out + latent * d + columns, total.to(out.dtype.element_ty), columns < d)
     if MEASURED:
         tl.store(squares + latent * tl.num_programs(1) + tl.program_id(1), tl.sum(total * total, 0))
         if tl.program_id(1) == 0:
-            weight = tl.zeros([32], SUM)
-            for start in range(begin, end, 32):
-                at = start + tl.arange(0, 32)
-                weight += tl.load(weights + tl.load(order + at, at < end, 0), at < end, 0.0).to(SUM)
-            tl.store(sums + latent, tl.sum(weight, 0))
+            weight = _weight(order, weights, begin, head, SUM)
+            if hot:
+                for part in range(first, last):
+                    weight += tl.load(part_sums + part)
+                weight += _weight(order, weights, last * CHUNK, end, SUM)
+            tl.store(sums + latent, weight)
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
@@ -518,13 +524,13 @@ def _scattered(lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, 
     squares, total = torch.zeros(n, blocks, dtype=wide, device=x.device), torch.zeros(n, dtype=wide, device=x.device)
     if out.numel() == 0 or values.numel() == 0:
         return out.zero_(), squares.sum(1), total
-    parts = torch.empty(len(lists.owners), d, dtype=wide, device=x.device)
-    options = {"CHUNK": lists.chunk, "ROWS": 8, "COLUMNS": block, "SUM": sums, "num_warps": warps}
+    count, weighed = len(lists.order) // lists.chunk, values if weights is None else weights
+    parts, part_sums = torch.empty(count, d, dtype=wide, device=x.device), torch.empty(count, dtype=wide, device=x.device)
+    options = {"CHUNK": lists.chunk, "ROWS": 4, "COLUMNS": block, "SUM": sums, "MEASURED": weights is not None, "num_warps": warps}
     with _on(x.device):
-        if len(parts):
-            _parts[(len(parts), blocks)](lists.order, lists.starts, lists.firsts, lists.owners, values, x, parts, n, lists.k, d, **options)
-        _rows[(n, blocks)](lists.order, lists.starts, lists.firsts, values, x, parts, out, squares, values if weights is None else weights, total, lists.k, d,
-                           MEASURED=weights is not None, **options)
+        if count:
+            _parts[(count, blocks)](lists.order, lists.latents, values, x, weighed, parts, part_sums, lists.k, d, **options)
+        _rows[(n, blocks)](lists.order, lists.starts, values, x, weighed, parts, part_sums, out, squares, total, lists.k, d, **options)
     return out, squares.sum(1), total
 
 
@@ -584,9 +590,9 @@ def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at,
 
 
 def _whole(d: int) -> dict[str, int]:
-    """Return the options of a kernel that has a whole row of d numbers in registers."""
+    """Return the options of a kernel that has a whole row of d numbers in registers: four a thread, 16 bytes."""
     columns = max(16, 1 << (d - 1).bit_length())
-    return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 512) * 2)}
+    return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 128))}
 
 
 def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tensor:
