@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -92,7 +93,8 @@ def tests() -> dict[str, Any]:
     """Run the kernels' tests compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
+    processes = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", *processes, "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
                "tests/kernels/test_gpu.py", "tests/kernels/test_hopper.py", "tests/training/test_arriving.py", "tests/training/test_on_gpu.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
     out = {"last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:], "exit": done.returncode}

@@ -100,7 +100,7 @@ from triton.compiler import ASTSource
 from ksparse.kernels import gpu, screen
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
-TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, firsts=I, owners=I, indices=I, parts=F, out=F, b="i32", n="i32",
+TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, latents="*i32", indices=I, parts=F, weights=F, part_sums=F, out=F, b="i32", n="i32",
              d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, clip_at=F, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
@@ -110,22 +110,22 @@ def build(name, warps, types={}, **constants):
     done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     print(name, done.asm["ptx"].count("wgmma.mma_async"), done.asm["ptx"].count("shfl.sync"), done.asm["ptx"].count("__local_depot"))
 
-sums = dict(ROWS=8, COLUMNS=256, SUM=tl.float32)
+sums = dict(ROWS=4, COLUMNS=256, SUM=tl.float32)
 build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True, PRECISION="ieee")
 rows = dict(TOKENS=128, LATENTS=256, GROUP=8, KEPT=3, EVEN=True, FULL=True)
 build("_keys", 8, dict(x="*i8", weight="*i8", x_scale=F, scale=F, keys="*i32", buckets="i32"), DEPTH=128, BYTES=True, **rows)
 build("_largest", 8, dict(keys="*i32", scores=F, latents=I, dropped=F, size="i32", c="i32"), KEPT=3, LATENTS=256, SIZE=8192)
-build("_round", 4, dict(x=F, out="*i8", scale=F), COLUMNS=1024)
+build("_round", 8, dict(x=F, out="*i8", scale=F), COLUMNS=1024)
 build("_bucket_again", 4, {"buckets": I}, LATENTS=256, DEPTH=64)
 build("_gather_sum", 1, **sums)
 build("_gather_dot", 1, **sums)
-build("_parts", 1, CHUNK=512, **sums)
-build("_rows", 1, dict(squares=F, weights=F, sums=F), CHUNK=512, MEASURED=True, **sums)
-build("_choose", 4, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
-      COLUMNS=256, MORE=16, MORE_COLUMNS=256)
-build("_decode", 4, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=8, COLUMNS=1024)
-build("_adam_row", 4, dict(weight=F, half=B, whole="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
-build("_squares", 4, {"weight": F}, PROJECT=True, COLUMNS=1024)
+build("_parts", 1, CHUNK=512, MEASURED=True, **sums)
+build("_rows", 1, dict(squares=F, sums=F), CHUNK=512, MEASURED=True, **sums)
+build("_choose", 1, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
+      COLUMNS=128, MORE=16, MORE_COLUMNS=128)
+build("_decode", 8, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=16, COLUMNS=1024)
+build("_adam_row", 8, dict(weight=F, half=B, whole="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
+build("_squares", 8, {"weight": F}, PROJECT=True, COLUMNS=1024)
 """
 
 

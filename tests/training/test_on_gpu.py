@@ -16,7 +16,7 @@ from ksparse.kernels import gpu
 from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import fused
+from ksparse.training import fused, on_gpu
 from ksparse.training.fused import ExplicitOptimizer
 from ksparse.training.member import open_optimizer
 from ksparse.training.on_gpu import TritonOptimizer
@@ -68,12 +68,17 @@ def batches(count: int) -> list[torch.Tensor]:
     return [torch.nn.functional.normalize(torch.randn(B, D, generator=generator), dim=1).to(DEVICE) for _ in range(count)]
 
 
+def taken(optimizer: Optimizer, x: torch.Tensor, number: int, dead: torch.Tensor) -> tuple[float, ...]:
+    """Take a step; return its losses and the gradient's norm."""
+    norm = None
+    while norm is None:
+        part = optimizer.backward(x, baseline=0.03, dead=dead, k_aux=optimizer.recipe.sae.k_aux)
+        norm = optimizer.step(number)
+    return *(value.item() for value in part[:3]), norm
+
+
 def run(optimizer: Optimizer, xs: list[torch.Tensor], dead: int) -> list[tuple[float, ...]]:
-    rows = []
-    for number, x in enumerate(xs, 1):
-        part = optimizer.backward(x, baseline=0.03, dead=torch.arange(dead, device=DEVICE) * 2, k_aux=optimizer.recipe.sae.k_aux)
-        rows.append((*(value.item() for value in part[:3]), optimizer.step(number)))
-    return rows
+    return [taken(optimizer, x, number, torch.arange(dead, device=DEVICE) * 2) for number, x in enumerate(xs, 1)]
 
 
 @inside
@@ -100,10 +105,32 @@ def test_a_screened_step_has_the_exact_steps_values(kind, n, monkeypatch):
     rows = screened.low.rows.float() * (1 if kind == "bfloat16" else screened.low.scale[:, None])
     error = (rows - screened.sae.W_enc.detach()).abs()  # the copy follows the weights; the interpreter cuts off where the compiler rounds
     assert (error <= (rows.abs() * 2**-7 if kind == "bfloat16" else screened.low.scale[:, None] * 0.501)).all()
+    monkeypatch.setattr(on_gpu, "MARGIN", 1e9)
     monkeypatch.setattr(fused, "MARGIN", 1e9)  # no token is clear
     before = screened.redone
-    np.testing.assert_allclose(run(screened, batches(1), 0), run(plain, batches(1), 0), rtol=2e-5, atol=1e-7)  # decoded anew too
+    np.testing.assert_allclose(run(screened, batches(1), 0), run(plain, batches(1), 0), rtol=2e-5, atol=1e-7)
     assert screened.redone == before + (B if n > N else 0)
+
+
+@inside
+def test_a_batch_comes_again_where_more_of_it_is_unclear_than_was_done_again(monkeypatch):
+    ours, x, none = made(TritonOptimizer, "int8", n=300), batches(1)[0], torch.arange(0, device=DEVICE)
+    monkeypatch.setattr(on_gpu, "MARGIN", 1e9)
+    monkeypatch.setattr(fused, "MARGIN", 1e9)
+    before, candidates = everything(ours), ours.candidates
+    ours.backward(x, baseline=0.03, dead=none, k_aux=8)
+    assert ours.again == 1  # one of 12 tokens
+    assert ours.step(1) is None and ours.redone == 0 and ours.updates == 0
+    assert all(torch.equal(value, before[key]) for key, value in everything(ours).items() if key != "screen.again")
+    ours.backward(x, baseline=0.03, dead=none, k_aux=8)
+    assert ours.again == B and ours.step(1) > 0
+    assert (ours.redone, ours.screened, ours.updates) == (B, B, 1) and ours.candidates > candidates
+    monkeypatch.undo()
+    run(ours, batches(2), 0)
+    assert ours.redone == B and ours.again == 0  # all are clear
+    other = made(TritonOptimizer, "int8", n=300)
+    other.restore(ours.tensors() | {"screen.again": torch.tensor(5)}, ours.updates)
+    assert other.again == 5
 
 
 @inside
@@ -156,7 +183,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(options):
     x[3, 5] = torch.nan
     part = ours.backward(x, baseline=0.03, dead=torch.arange(0, device=DEVICE), k_aux=8)
     assert not torch.isfinite(part.total) and np.isnan(ours.step(1))
-    assert all(torch.equal(value, before[key]) for key, value in everything(ours).items() if key != "screen.candidates")
+    assert all(torch.equal(value, before[key]) for key, value in everything(ours).items() if not key.startswith("screen."))
 
 
 def everything(optimizer: TritonOptimizer) -> dict[str, torch.Tensor]:

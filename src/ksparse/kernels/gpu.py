@@ -348,7 +348,7 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
 
 def _candidate_block(first: int) -> dict[str, int]:
     """Return how many columns of so many rows are on their way at once, of how many rows more, and the warps for them."""
-    return {"COLUMNS": max(16, 2048 // first), "MORE": 16, "MORE_COLUMNS": 64, "num_warps": 1}
+    return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 1}
 
 
 def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,10 +395,10 @@ def _decode(values, indices, weight, bias, x, error, squares, slopes, k, d, ROWS
         tl.store(slopes + token * k + j, tl.where(tl.load(values + token * k + j, j < k, 0.0) > 0, slope, 0.0), j < k)
 
 
-def _row_block(columns: int) -> dict[str, int]:
-    """Return how many whole rows are on their way at once, and the warps for them."""
-    warps = min(16, max(1, columns // 256))
-    return {"ROWS": max(2, min(32, 4096 * warps // columns)), "num_warps": warps}  # 128 numbers a thread
+def _row_block(columns: int, size: int) -> dict[str, int]:
+    """Return how many whole rows of numbers of `size` bytes are on their way at once, and the warps for them: 16 bytes of a row a thread, at most 128 numbers."""
+    warps = min(16, max(1, columns * size // 512))
+    return {"ROWS": max(2, min(16, 4096 * warps // columns)), "num_warps": warps}
 
 
 def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +411,7 @@ def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Ten
     if b:
         with _on(x.device):
             _decode[(b,)](values.contiguous(), indices.contiguous(), weight.contiguous(), bias, x.contiguous(), error, squares, slopes, k, d,
-                          COLUMNS=whole, **_row_block(whole))
+                          COLUMNS=whole, **_row_block(whole, weight.element_size()))
     return squares, slopes
 
 
@@ -565,6 +565,8 @@ def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at,
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
     w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
     m, v = tl.load(first + at, inside, 0.0).to(tl.float32), tl.load(second + at, inside, 1.0).to(tl.float32)
+    if AVERAGE:
+        mean = tl.load(average + at, inside, 0.0)  # here, since nothing is read while the program's warps wait for one another below
     if PROJECT:
         g -= tl.sum(g * w, 0) * w
     g *= clip
@@ -579,7 +581,6 @@ def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at,
     tl.store(first + at, m.to(first.dtype.element_ty), moved)
     tl.store(second + at, v.to(second.dtype.element_ty), moved)
     if AVERAGE:
-        mean = tl.load(average + at, inside, 0.0)
         tl.store(average + at, mean + (w - mean) * gain, moved)
     if HALF:
         tl.store(half + at, w.to(half.dtype.element_ty), moved)

@@ -137,20 +137,20 @@ class ExplicitOptimizer(Optimizer):
         values, indices, square, slopes = self._code(x, centred, error)
         whole = len(x) * self.mesh.data
         nmse = self.mesh.sum("loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data")
+        finite = self._finite(nmse, slopes)
         aux, extra = nmse.new_zeros(()), None
-        if options.auxk_coef and sae.count(dead) and torch.isfinite(nmse):
+        if options.auxk_coef and sae.count(dead) and finite is not False:
             wanted = auxk_tokens(options, whole)
             some = slice(max(0, wanted - self.mesh.part(whole).start))
             aux, extra = self._auxk(centred[some], error[some], dead, k_aux, wanted)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (whole * x.shape[1] * baseline)
-        finite = self._finite(total, slopes)
         self.pending = Pending(x, centred, error, values, indices, slopes, scale, finite, extra)
         return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
 
-    def _finite(self, total: Tensor, slopes: Tensor) -> bool | Tensor:
+    def _finite(self, nmse: Tensor, slopes: Tensor) -> bool | Tensor:
         """Return whether loss and slopes are finite, on all processes."""
-        finite = bool(torch.isfinite(total)) and bool(torch.isfinite(slopes.sum()))
+        finite = bool(torch.isfinite(nmse)) and bool(torch.isfinite(slopes.sum()))
         return not self.mesh.agree("finite", [int(not finite)])[0]
 
     def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,7 +201,7 @@ class ExplicitOptimizer(Optimizer):
 
     # ---- AuxK on the dead rows alone
 
-    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int) -> tuple[Tensor, Extra | None]:
+    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int) -> tuple[Tensor, Extra]:
         """Return the loss over `tokens` of the batch, of which these are this process's, and its gradient.
 
         The product that chooses is dense over the dead latents; the rest where the code is not sparse among them.
@@ -216,34 +216,29 @@ class ExplicitOptimizer(Optimizer):
                 return self._auxk_listed(centred, error, dead, W_dec, values, indices.long(), tokens)
             z.zero_().scatter_(1, indices.long(), values)
         loss, slope = self._auxk_loss(torch.mm(z, W_dec), error, tokens)
-        if slope is None:
-            return loss, None
         inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
         return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
 
     def _auxk_listed(self, centred: Tensor, error: Tensor, dead: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
-                     tokens: int) -> tuple[Tensor, Extra | None]:
+                     tokens: int) -> tuple[Tensor, Extra]:
         """The same from a code values, indices[s, k_aux] among the dead latents."""
         loss, slope = self._auxk_loss(self.sparse.gather_sum(values, indices, W_dec), error, tokens)
-        if slope is None:
-            return loss, None
         inner = self.sparse.gather_dot(slope, indices, W_dec).mul_(values > 0)
         lists = self.sparse.transposed(indices, len(dead))
         bias = self.sparse.scatter_transposed(lists, inner, inner.new_ones(len(inner), 1)).squeeze(1)
         return loss, Extra(dead, self.sparse.scatter_transposed(lists, values, slope), self.sparse.scatter_transposed(lists, inner, centred), bias)
 
-    def _auxk_loss(self, predicted: Tensor, error: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Return the loss and its gradient by the prediction [s, d], in the place of this slice's share of that; (0, None) where it is not finite."""
+    def _auxk_loss(self, predicted: Tensor, error: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the loss and its gradient by the prediction [s, d], which takes the place of this slice's share; both are 0 where the loss is not finite."""
         options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
         difference = self.mesh.sum("recon", predicted, "latent").add_(error)  # the prediction less x - recon
         if options.auxk_norm == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / tokens
         else:
-            weights = error.new_full((len(error),), 1 / (self._spread(error, tokens).clamp_min(tiny).item() * tokens * error.shape[1]))
+            weights = (1 / (self._spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])).expand(len(error))
         loss = self.mesh.sum("loss", (difference.square().sum(1) * weights).double().sum(), "data")
-        if not torch.isfinite(loss):
-            return loss.new_zeros(()), None
-        return loss, difference.mul_((2 * options.auxk_coef * weights)[:, None])
+        finite = torch.isfinite(loss)  # nobody waits for a device to tell
+        return torch.where(finite, loss, 0.0), torch.where(finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0)
 
     def _spread(self, error: Tensor, tokens: int) -> Tensor:
         """Return the variance over `tokens` of the batch, averaged over components, from this process's error[<= tokens, d]."""

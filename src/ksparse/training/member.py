@@ -237,23 +237,19 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
 
     Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters change.
     """
-    part = backward(optimizer, x, state, recipe)
-    since = counted(state.since, part, recipe.batch, optimizer.mesh)
-    dead = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
-    grad_norm = optimizer.step(state.step)
-    if math.isfinite(grad_norm):
-        state.since, state.dead = since, dead
-    return part, grad_norm
-
-
-def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
-    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
-    dead = (state.dead or marked(state.since >= recipe.dead_after))()
-    wanted = k_aux(recipe.sae, x.shape[1])
+    dead, wanted = (state.dead or marked(state.since >= recipe.dead_after))(), k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data)
         state.flops_auxk += tokens * flops.auxk(min(wanted, optimizer.sae.count(dead)), x.shape[1])
-    return optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
+    grad_norm = None
+    while grad_norm is None:  # a step may find that it has to take the batch in again
+        part = optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
+        since = counted(state.since, part, recipe.batch, optimizer.mesh)
+        silent = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
+        grad_norm = optimizer.step(state.step)
+    if math.isfinite(grad_norm):
+        state.since, state.dead = since, silent
+    return part, grad_norm
 
 
 def counted(since: Tensor, part: Losses, tokens: int, mesh: Mesh = ALONE) -> Tensor:

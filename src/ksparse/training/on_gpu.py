@@ -8,8 +8,8 @@ pass over the rows makes them) and of the activations and errors that gradients 
 Without a screen, and for tokens whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes several times as
 long as all the rest.
 
-What the host has to know of a step (tokens to do again, the norm, dead latents) is on its way while the device has more to do, so that it does not run
-dry.
+The device never runs dry: the host waits once a step, for the norm, and while it does the rows still move. So it does not learn in time which tokens are
+unclear. As many as may be expected are done again in any case; where there were more nothing moves, and the batch is taken in again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from ksparse.kernels import gpu, screen
 from ksparse.recipe import Recipe
 from ksparse.sae.model import SAE
-from ksparse.training.arriving import arriving, marked
+from ksparse.training.arriving import arriving, places
 from ksparse.training.fused import MARGIN, ScreenedOptimizer
 
 
@@ -34,7 +34,18 @@ class TritonOptimizer(ScreenedOptimizer):
 
     def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
         super().__init__(sae, recipe, kind)
+        self.again = 0
+        """Tokens of the next batch that are done again if so many are unclear: there may be more, but are not expected to be."""
+        self.unclear: Tensor | None = None
+        """How many were, of the batch that is pending."""
         self.candidates = sae.shape.k + max(16, sae.shape.k // 2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | ({"screen.again": torch.tensor(self.again)} if self.kind else {})
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        super().restore(tensors, updates)
+        self.again = int(tensors.get("screen.again", 0))
 
     @torch.no_grad()
     def _lower(self) -> None:
@@ -61,31 +72,26 @@ class TritonOptimizer(ScreenedOptimizer):
         return values, indices, found.dropped, spread
 
     def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same, but tokens that are not clear are decoded with all others and then again: the device has that to do while the host learns which they are."""
         if not self.kind:
             return super()._code(x, centred, error)
         values, indices, unclear = self._offered(centred)
-        asked = marked(unclear)
-        square, slopes = self._decode(x, values, indices, error)
-        tokens = asked()
-        self._count(len(x), len(tokens))
-        if len(tokens):
-            self._exactly(centred, values, indices, tokens)
-            found, right = values[tokens], error.new_empty(len(tokens), error.shape[1])
-            square[tokens], slopes[tokens] = self._decode(x[tokens], found, indices[tokens], right)
-            values[tokens], error[tokens] = found, right
-        return values, indices, square, slopes
+        self.again, self.unclear = min(len(x), max(self.again, -(-len(x) // self.patience))), unclear.sum()
+        self._exactly(centred, values, indices, places(unclear, self.again))
+        return values, indices, *self._decode(x, values, indices, error)
 
     def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         sae = self.sae
         return gpu.decode(values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error)
 
-    def _finite(self, total: Tensor, slopes: Tensor) -> Tensor:
-        return torch.isfinite(total + slopes.sum())  # `step` asks for it with the norm
+    def _finite(self, nmse: Tensor, slopes: Tensor) -> Tensor:
+        return torch.isfinite(nmse + slopes.sum())  # `step` asks for it with the norm
 
     @torch.no_grad()
-    def step(self, step: int) -> float:
-        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite."""
+    def step(self, step: int) -> float | None:
+        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite.
+
+        None, and no weight is changed, where more tokens were unclear than were done again: take the batch in again.
+        """
         sae, recipe, pending = self.sae, self.recipe, self.pending
         self.pending = None
         lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
@@ -102,12 +108,15 @@ class TritonOptimizer(ScreenedOptimizer):
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
         squares = [dec_squares, enc_squares, pre.square(), *([bias.square()] if recipe.sae.b_enc else [])]
         norm = sum(each.double().sum() for each in squares).sqrt()
-        norm = torch.where(pending.finite & torch.isfinite(norm), norm, math.nan)
+        unclear = norm.new_zeros(()) if self.unclear is None else self.unclear.double()
+        norm = torch.where(pending.finite & torch.isfinite(norm) & (unclear <= self.again), norm, math.nan)
         clip = ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()  # NaN as the norm is: then no row moves
-        asked = arriving(norm)
+        asked = arriving(torch.stack((norm, unclear)))
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
-        norm = asked()
+        norm, unclear = asked()
+        if self.kind and not self._enough(len(pending.x), int(unclear)):
+            return None
         if math.isnan(norm):
             return math.nan
         if recipe.sae.b_enc:
@@ -116,6 +125,14 @@ class TritonOptimizer(ScreenedOptimizer):
             self.average["b_enc"].lerp_(sae.b_enc.detach(), 1 - recipe.ema)
         self._bias(pre * clip, step)
         return norm
+
+    def _enough(self, tokens: int, unclear: int) -> bool:
+        """Return whether all unclear tokens were done again; take note of how many there were, for the next batch or for this one when it comes again."""
+        enough = unclear <= self.again
+        self.again = 2 * unclear
+        if enough:
+            self._count(tokens, unclear)
+        return enough
 
     def _rows(self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool) -> None:
         weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], 1.0)
