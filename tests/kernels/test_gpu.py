@@ -108,7 +108,8 @@ def build(name, warps, types={}, **constants):
     signature = {each: "constexpr" if each in constants else types[each] for each in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(kernel.arg_names) if each == "d" or signature[each][0] == "*"}
     done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    print(name, done.asm["ptx"].count("wgmma.mma_async"), done.asm["ptx"].count("shfl.sync"), done.asm["ptx"].count("__local_depot"))
+    print(name, done.asm["ptx"].count("wgmma.mma_async"), done.asm["ptx"].count("shfl.sync"), done.asm["ptx"].count("__local_depot"),
+          done.asm["ptx"].count("st.global.v4"))
 
 sums = dict(ROWS=4, COLUMNS=256, SUM=tl.float32)
 build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True, PRECISION="ieee")
@@ -135,9 +136,10 @@ def test_kernels_compile_for_hopper_with_tensor_cores_and_nothing_in_local_memor
         pytest.skip("there is no Triton with a compiler for NVIDIA's GPUs")
     done = run([sys.executable, "-c", COMPILE], TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    built = {name: (int(products), int(shuffles), int(local)) for name, products, shuffles, local in map(str.split, done.stdout.splitlines())}
-    assert len(built) == 13 and not any(local for _, _, local in built.values())
+    built = {name: [int(count) for count in counts] for name, *counts in map(str.split, done.stdout.splitlines())}
+    assert len(built) == 13 and not any(local for _, _, local, _ in built.values())
     assert built["_candidates"][0] > 0 and built["_keys"][0] > 0
+    assert built["_adam_row"][3] == 4  # weight, moments and average go to memory 16 bytes at a time
 
 
 # ---- the encoder

@@ -17,8 +17,9 @@ from ksparse.recipe import Recipe, from_dict
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
 from ksparse.training import fused, on_gpu
+from ksparse.training.checkpoint import State
 from ksparse.training.fused import ExplicitOptimizer
-from ksparse.training.member import open_optimizer
+from ksparse.training.member import advance, open_optimizer
 from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.optim import Optimizer
 
@@ -184,6 +185,25 @@ def test_a_batch_that_is_not_finite_changes_nothing(options):
     part = ours.backward(x, baseline=0.03, dead=torch.arange(0, device=DEVICE), k_aux=8)
     assert not torch.isfinite(part.total) and np.isnan(ours.step(1))
     assert all(torch.equal(value, before[key]) for key, value in everything(ours).items() if not key.startswith("screen."))
+
+
+@pytest.mark.skipif(not COMPILED, reason="there is no GPU here to wait for")
+@pytest.mark.parametrize("k_aux", [2, 8])  # AuxK by lists, and dense
+@pytest.mark.parametrize("norm", ["token", "batch"])
+def test_a_step_with_dead_latents_waits_for_nothing_but_the_norm(norm, k_aux):
+    ours = made(TritonOptimizer, "int8", n=300, optim__precision="bfloat16", optim__clip=0.01, sae__k_aux=k_aux, sae__auxk_norm=norm, sae__dead_after=2 * B)
+    state = State(since=torch.zeros(300, dtype=torch.long, device=DEVICE), baseline=0.03)
+    for x in batches(6):
+        state.step += 1
+        if state.step == 4:
+            ours.restore({key: value.clone() for key, value in ours.tensors().items()}, ours.updates)
+        torch.cuda.set_sync_debug_mode("error" if state.step > 4 else "default")  # to wait for an event is allowed
+        try:
+            part, norm_found = advance(ours, x, state, ours.recipe)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert norm_found > 0
+    assert part.auxk > 0 and len(state.dead()) > 20
 
 
 def everything(optimizer: TritonOptimizer) -> dict[str, torch.Tensor]:

@@ -570,7 +570,7 @@ def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at,
     if PROJECT:
         g -= tl.sum(g * w, 0) * w
     g *= clip
-    moved, g = inside & (g == g), tl.where(g == g, g, 0.0)
+    g, moved = tl.where(g == g, g, 0.0), tl.where(clip == clip, inside, False)  # one answer for all columns, or each number would be written by itself
     m += (g - m) * gain1
     v = v * beta2 + g * g * gain2
     w -= rate * m / (tl.sqrt(v) * root + eps)

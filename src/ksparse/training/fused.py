@@ -327,6 +327,8 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         super().restore(tensors, updates)
         if "screen.candidates" in tensors:  # which tokens are computed in full decides how their values are rounded
             self.candidates = int(tensors["screen.candidates"])
+        for each in self.adam.state.values():
+            each["step"] = each["step"].cpu()  # where it is read without a wait
         self._lower()
 
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
