@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def marked(mask: Tensor) -> Callable[[], Tensor]:
         found = mask.nonzero().squeeze(1)
         return lambda: found
     number = arriving(mask.sum())
-    return lambda: places(mask, number())
+    return functools.cache(lambda: places(mask, number()))
 
 
 def places(mask: Tensor, number: int) -> Tensor:

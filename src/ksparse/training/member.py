@@ -237,19 +237,28 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
 
     Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters change.
     """
-    dead, wanted = (state.dead or marked(state.since >= recipe.dead_after))(), k_aux(recipe.sae, x.shape[1])
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
-        tokens = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data)
-        state.flops_auxk += tokens * flops.auxk(min(wanted, optimizer.sae.count(dead)), x.shape[1])
+        tokens, number = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data), optimizer.sae.count(silent(state, recipe))
+        state.flops_auxk += tokens * flops.auxk(min(k_aux(recipe.sae, x.shape[1]), number), x.shape[1])
     grad_norm = None
     while grad_norm is None:  # a step may find that it has to take the batch in again
-        part = optimizer.backward(x, baseline=state.baseline, dead=dead, k_aux=wanted)
+        part = backward(optimizer, x, state, recipe)
         since = counted(state.since, part, recipe.batch, optimizer.mesh)
-        silent = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
+        dead = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
         grad_norm = optimizer.step(state.step)
     if math.isfinite(grad_norm):
-        state.since, state.dead = since, silent
+        state.since, state.dead = since, dead
     return part, grad_norm
+
+
+def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
+    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
+    return optimizer.backward(x, baseline=state.baseline, dead=silent(state, recipe), k_aux=k_aux(recipe.sae, x.shape[1]))
+
+
+def silent(state: State, recipe: Recipe) -> Tensor:
+    """Return the latents that count as dead in the coming step, in order."""
+    return (state.dead or marked(state.since >= recipe.dead_after))()
 
 
 def counted(since: Tensor, part: Losses, tokens: int, mesh: Mesh = ALONE) -> Tensor:
