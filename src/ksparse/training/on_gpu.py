@@ -35,7 +35,7 @@ class TritonOptimizer(ScreenedOptimizer):
     def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
         super().__init__(sae, recipe, kind)
         self.again = 0
-        """Tokens of the next batch that are done again if so many are unclear: there may be more, but are not expected to be."""
+        """Tokens of the batch that are done again in any case, at least one in `patience`: twice as many as were unclear the last time."""
         self.unclear: Tensor | None = None
         """How many were, of the batch that is pending."""
         self.candidates = sae.shape.k + max(16, sae.shape.k // 2)
@@ -115,24 +115,20 @@ class TritonOptimizer(ScreenedOptimizer):
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
         norm, unclear = asked()
-        if self.kind and not self._enough(len(pending.x), int(unclear)):
+        enough, self.again = unclear <= self.again, 2 * int(unclear)
+        if not enough:
             return None
         if math.isnan(norm):
+            self.again = 0  # such a batch says nothing of the next
             return math.nan
+        if self.kind:
+            self._count(len(pending.x), int(unclear))
         if recipe.sae.b_enc:
             self._move("b_enc", bias * clip, step)
         elif self.average:
             self.average["b_enc"].lerp_(sae.b_enc.detach(), 1 - recipe.ema)
         self._bias(pre * clip, step)
         return norm
-
-    def _enough(self, tokens: int, unclear: int) -> bool:
-        """Return whether all unclear tokens were done again; take note of how many there were, for the next batch or for this one when it comes again."""
-        enough = unclear <= self.again
-        self.again = 2 * unclear
-        if enough:
-            self._count(tokens, unclear)
-        return enough
 
     def _rows(self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool) -> None:
         weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], 1.0)
