@@ -1,5 +1,7 @@
 """The fast copies agree with the definition, and both with autograd of dense code. Bugs T1, T2 of other libraries."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -171,6 +173,16 @@ def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
         got = torch.autograd.grad((kernels.gather_sum(values, indices, W_dec) + b_pre - target).square().sum(), every)
     for name, ours, theirs in zip(("x", "b_pre", "W_enc", "b_enc", "W_dec"), got, expected):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"gradient of {name}: {text}")
+
+
+@pytest.mark.parametrize("piece", [1, 5, 15, 16, 1024])
+def test_sums_into_memory_that_is_there_are_the_same_bits_in_pieces(piece, monkeypatch):
+    values, indices, x, weight = inputs((200, 4, 16, 12), torch.float32)
+    indices = torch.where(indices == 7, 8, indices)  # nobody has the seventh
+    lists, out = fast.transposed(indices, 16), torch.full_like(weight, math.nan)
+    monkeypatch.setattr(fast, "_LATENTS", piece)
+    assert fast.scatter_transposed(lists, values, x, out=out) is out
+    assert torch.equal(out, fast.scatter_transposed(lists, values, x)) and not out[7].any()
 
 
 def test_fast_gradients_are_the_same_bits_each_time():

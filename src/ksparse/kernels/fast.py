@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 _GROUP = 16  # values in a group of the two-stage selection
 _ROWS = 2048  # tokens whose gathered rows are in memory at once
+_LATENTS = 1024  # whose sums are made at once on their way into memory that is used again: they stay in cache
 
 
 def topk(pre_acts: Tensor, k: int) -> Tensor:
@@ -73,7 +74,18 @@ def scatter_sum(lists: tuple[Tensor, Tensor, int], values: Tensor) -> Tensor:
     return scatter_transposed(lists, values, values.new_ones(len(values), 1)).squeeze(1)
 
 
-def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor) -> Tensor:
-    """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic."""
+def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic. `out` takes the sums, where it is given."""
     order, starts, k = lists
-    return embedding_bag(order // k, x, starts, per_sample_weights=values.flatten()[order], mode="sum", include_last_offset=True)
+    tokens, weights = order // k, values.flatten()[order]
+    if out is None:
+        return _bags(tokens, starts, weights, x)
+    size = _LATENTS if x.device.type == "cpu" else len(out)
+    ends = [*starts[size:-1:size].tolist(), len(order)]
+    for latents, bags, first, end in zip(out.split(size), starts[:-1].split(size), [0, *ends], ends):
+        latents.copy_(_bags(tokens[first:end], torch.cat([bags - first, bags.new_tensor([end - first])]), weights[first:end], x))
+    return out
+
+
+def _bags(tokens: Tensor, starts: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    return embedding_bag(tokens, x, starts, per_sample_weights=weights, mode="sum", include_last_offset=True)
