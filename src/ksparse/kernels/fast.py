@@ -80,9 +80,8 @@ def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Ten
     tokens, weights = order // k, values.flatten()[order]
     if out is None:
         return _bags(tokens, starts, weights, x)
-    size = _LATENTS if x.device.type == "cpu" else len(out)
-    ends = [*starts[size:-1:size].tolist(), len(order)]
-    for latents, bags, first, end in zip(out.split(size), starts[:-1].split(size), [0, *ends], ends):
+    ends = [*starts[_LATENTS:-1:_LATENTS].tolist(), len(order)]
+    for latents, bags, first, end in zip(out.split(_LATENTS), starts[:-1].split(_LATENTS), [0, *ends], ends):
         latents.copy_(_bags(tokens[first:end], torch.cat([bags - first, bags.new_tensor([end - first])]), weights[first:end], x))
     return out
 

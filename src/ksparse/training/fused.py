@@ -256,6 +256,11 @@ class ExplicitOptimizer(Optimizer):
 
     # ---- the gradient
 
+    def _gradient(self, name: str) -> Tensor | None:
+        """Return memory for a weight's gradient; None on a GPU, where torch keeps what is freed."""
+        weight = getattr(self.sae, name)
+        return self._buffer(name, weight.shape) if weight.device.type == "cpu" else None
+
     def averaged(self) -> SAE:
         for name in ("W_enc", "W_dec"):
             self.buffers.pop(name, None)  # the copy is as large
@@ -275,11 +280,11 @@ class ExplicitOptimizer(Optimizer):
         n, mesh = sae.shape.n_latents, self.mesh
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
-        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.centred, out=self._buffer("W_enc", sae.W_enc.shape))
+        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.centred, out=self._gradient("W_enc"))
         if extra is not None:
             sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
         sums = [mesh.start_sum("W_enc", sae.W_enc.grad, "data")]  # on its way while the decoder's is computed
-        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error, out=self._buffer("W_dec", sae.W_dec.shape))
+        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error, out=self._gradient("W_dec"))
         g_bias = fast.scatter_sum(lists, slopes)
         along = fast.scatter_sum(lists, values * pending.slopes)  # <gradient, row>, for nothing
         if extra is not None:
