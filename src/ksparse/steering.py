@@ -63,7 +63,7 @@ class Tap:
 
     @property
     def recon(self) -> Tensor:
-        return self._sae.normalize(self.x).restore(self._sae.decode(self.code))
+        return self._sae.normalize(self.x).restore(self._sae.decode_normalized(self.code))
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
         tap.x, tap.code, tap.keep = raw, code, where.kept(old)
         added = None if change is None else sae.decoder(change(code))
         if error == "drop":
-            recon = sae.decode(code) if added is None else sae.decode(code) + added
+            recon = sae.decode_normalized(code) if added is None else sae.decode_normalized(code) + added
             new = inputs.restore(recon)
         elif added is None:
             return None

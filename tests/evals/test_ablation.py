@@ -157,7 +157,7 @@ def test_each_active_latent_is_taken_out_of_the_activation_or_of_its_reconstruct
         x = x_at(lm, place)
         inputs = sae.normalize(x)
         code = sae.encode(x)
-        recon = sae.decode(code)
+        recon = sae.decode_normalized(code)
         before = x if error == "keep" else inputs.restore(recon)
         clean = logits_with(lm, place, before)
         for value, latent in zip(*code):

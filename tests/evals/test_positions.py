@@ -30,7 +30,7 @@ def test_positions_are_those_of_the_text_and_add_up_to_the_whole(small_acts, kee
         x = lm.acts(contexts.tokens, contexts.attention)
         normal = sae.normalize(x).x
         with torch.no_grad():
-            wrong = (sae.decode(sae.encode(x)) - normal).double().square().sum(-1)
+            wrong = (sae.decode_normalized(sae.encode(x)) - normal).double().square().sum(-1)
         counts += contexts.keep[0]
         norms += (x.double().norm(dim=-1) * contexts.keep)[0]
         errors += (wrong * contexts.keep)[0]

@@ -71,7 +71,7 @@ def test_the_best_latent_is_chosen_in_training_and_judged_on_the_other_half(subj
     result = evals.evaluate(sae, lm, ["probes"], options)["probes"]
     for name, rows in rows_of(sae, lm, options).items():
         train, test = (rows.train == side for side in (True, False))
-        z = sae.pre_acts(sae.normalize(rows.x).x).detach()
+        z = sae.pre_acts_normalized(sae.normalize(rows.x).x).detach()
         fit = newton.fit(z[train].T, rows.label[train], l2=1e-6)
         best = int(fit.loss.argmin())
         loss = newton.cross_entropy(z[test, best].double() * fit.weight[best] + fit.bias[best], rows.label[test].double()).mean()
@@ -141,7 +141,7 @@ def test_every_position_and_value_is_its_definition(subject, suite, position, on
     z, y = [], []
     for cluster in rows.cluster.tolist():
         x = sae.normalize(lm(by_key[cluster])).x  # one text by itself, without padding
-        values = sae.pre_acts(x).detach() if on == "pre_acts" else sae.encode_normalized(x).dense(24).detach()
+        values = sae.pre_acts_normalized(x).detach() if on == "pre_acts" else sae.encode_normalized(x).dense(24).detach()
         z.append({"last": values[-1], "mean": values.mean(0), "max": values.amax(0)}[position])
         y.append(label[by_key[cluster]])
     z, y = torch.stack(z), torch.tensor(y)
@@ -170,7 +170,7 @@ def test_each_latent_has_its_best_task(subject, suite):
     gains = []
     for rows in rows_of(sae, lm, options).values():
         train = rows.half(True)
-        fit = newton.fit(sae.pre_acts(sae.normalize(train.x).x).detach().T, train.label, l2=1e-6)
+        fit = newton.fit(sae.pre_acts_normalized(sae.normalize(train.x).x).detach().T, train.label, l2=1e-6)
         gains.append(newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double()).mean() - fit.loss)
     best = torch.stack(gains).max(0)
     assert result.arrays["best_task"].tolist() == best.indices.tolist()

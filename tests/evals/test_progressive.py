@@ -79,7 +79,7 @@ def test_each_point_is_its_definition(subject):
     data = evals.HeldOut(lm, acts, dataclasses.replace(OPTIONS, tokens=10**6))
     x = sae.normalize(torch.cat([batch.x for batch in data])).x
     total = (x - x.mean(0)).double().square().sum().item()
-    pre_acts = sae.pre_acts(x)
+    pre_acts = sae.pre_acts_normalized(x)
 
     def nmse(z):
         return (x.double() - (z.double() @ sae.W_dec.double() + sae.b_pre.double())).square().sum().item() / total

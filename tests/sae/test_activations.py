@@ -179,7 +179,7 @@ def test_codes_in_use_are_the_values_of_the_definition(name):
         a = (sae.normalize(x).x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
         z = torch.where(a > sae.threshold, a, 0.0)
     torch.testing.assert_close(code.dense(N), z)
-    torch.testing.assert_close(sae.decode(code), z @ sae.W_dec + sae.b_pre)
+    torch.testing.assert_close(sae.decode_normalized(code), z @ sae.W_dec + sae.b_pre)
     assert code.values.shape[1] == (z > 0).sum(1).max() and (code.values.diff(dim=1) <= 0).all()
 
 
@@ -189,7 +189,7 @@ def test_a_code_of_nothing_is_a_code():
         sae.b_enc.fill_(-100.0)
     code = sae.encode(x)
     assert code.values.shape == (B, 1) and not code.values.any()
-    torch.testing.assert_close(sae.decode(code), sae.b_pre.expand(B, D))
+    torch.testing.assert_close(sae.decode_normalized(code), sae.b_pre.expand(B, D))
     assert sae.encode(x.view(4, 6, D)).values.shape == (4, 6, 1)
 
 

@@ -82,7 +82,7 @@ def test_tied_encoder_rows_point_along_the_decoders_and_independent_ones_do_not(
 @pytest.mark.parametrize("init", ["tied", "independent"])
 def test_scaled_init_gives_reconstructions_the_norm_of_their_inputs(init, b_pre_init):
     sae, x = start(init=init, b_pre_init=b_pre_init), sample()
-    recon = (sae.decode(sae.code(x, sae.pre_acts(x))) - sae.b_pre).norm(dim=1).mean()
+    recon = (sae.decode_normalized(sae.code(x, sae.pre_acts_normalized(x))) - sae.b_pre).norm(dim=1).mean()
     torch.testing.assert_close(recon, (x - sae.b_pre).norm(dim=1).mean(), rtol=1e-4, atol=0)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ksparse import kernels
 from ksparse.errors import InputError
+from ksparse.sae.activations import KINDS as ACTIVATIONS
 from ksparse.sae.model import SAE, Code, Shape
 from ksparse.sae.normalize import KINDS
 
@@ -35,10 +36,10 @@ def dense_code(sae, x):
 @given(d=st.integers(1, 9), n=st.integers(1, 40), k=st.integers(1, 40), b=st.integers(0, 6), seed=st.integers(0, 99))
 def test_code_and_reconstruction_are_the_definition(d, n, k, b, seed):
     sae, x = make(d, n, min(k, n), seed=seed), batch(b, d, seed)
-    code = sae.code(x, sae.pre_acts(x))
+    code = sae.code(x, sae.pre_acts_normalized(x))
     expected = dense_code(sae, x)
     torch.testing.assert_close(code.dense(n), expected)
-    torch.testing.assert_close(sae.decode(code), expected @ sae.W_dec + sae.b_pre)
+    torch.testing.assert_close(sae.decode_normalized(code), expected @ sae.W_dec + sae.b_pre)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,12 +51,48 @@ def test_forward_takes_raw_activations_and_gives_raw_reconstructions(kind):
     torch.testing.assert_close(sae.encode(raw).dense(20), dense_code(sae, inputs.x))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_what_was_encoded_gives_the_reconstruction_of_raw_activations(kind, activation):
+    sae = make(normalize=kind, factor=0.3 if kind == "dataset" else 1.0, activation=activation)
+    raw = 40 * batch(12).reshape(3, 4, 6) + 3
+    code = sae.encode(raw)
+    torch.testing.assert_close(sae.decode(code), sae(raw), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sae.pre_acts(raw), sae.pre_acts_normalized(sae.normalize(raw).x.flatten(0, 1)).view(3, 4, -1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_code_is_decoded_on_the_scale_of_its_own_activations(kind):
+    sae = make(normalize=kind)
+    raw = 40 * batch() + 3
+    code, inputs = sae.encode(raw), sae.normalize(raw)
+    half = code._replace(values=code.values / 2)
+    expected = inputs.restore(half.dense(20) @ sae.W_dec + sae.b_pre)
+    torch.testing.assert_close(sae.decode(half), expected)
+    torch.testing.assert_close(sae.decode(half.at(slice(2, 5))), expected[2:5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_code_that_does_not_know_its_activations_is_never_decoded_on_a_guessed_scale(kind):
+    sae = make(normalize=kind)
+    raw = 40 * batch() + 3
+    code = Code(*sae.encode(raw))
+    if kind in ("none", "dataset"):
+        torch.testing.assert_close(sae.decode(code), sae(raw))
+        return
+    with pytest.raises(InputError, match=f"does not say what was taken off its activations, and {kind} .*decode_normalized"):
+        sae.decode(code)
+    cut = sae.encode(raw)
+    with pytest.raises(InputError, match=r"of shape \[5, 4\], but it was made from activations \[9\]; .*code.at"):
+        sae.decode(cut._replace(values=cut.values[:5], indices=cut.indices[:5]))
+
+
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,), (2, 0)], ids=str)
 def test_any_leading_dims_are_kept(lead):
     sae, raw = make(), torch.randn(*lead, 6, dtype=torch.float64)
     code = sae.encode(raw)
     assert code.values.shape == code.indices.shape == (*lead, 4)
-    assert sae(raw).shape == sae.decode(code).shape == raw.shape
+    assert sae(raw).shape == sae.decode_normalized(code).shape == raw.shape
     assert code.dense(20).shape == (*lead, 20)
     torch.testing.assert_close(sae(raw).reshape(-1, 6), sae(raw.reshape(-1, 6)))
 
@@ -68,7 +105,7 @@ def test_encode_gives_the_largest_values_first_and_none_below_0():
 def test_l0_is_measured_and_not_k():
     """TopK and then ReLU: fewer than k pre-activations may be positive (T4)."""
     sae, x = make(k=10), batch(200)
-    values = sae.code(x, sae.pre_acts(x)).values
+    values = sae.code(x, sae.pre_acts_normalized(x)).values
     l0 = (values > 0).sum(1)
     expected = ((x - sae.b_pre) @ sae.W_enc.T + sae.b_enc > 0).sum(1).clamp_max(10)
     assert torch.equal(l0, expected) and l0.min() < 10 and values.shape[1] == 10
@@ -78,13 +115,13 @@ def test_decoder_is_free_of_bias_and_decode_adds_it_once():
     sae = make()
     nothing = Code(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.long))
     assert torch.equal(sae.decoder(nothing), torch.zeros(3, 6, dtype=torch.float64))
-    torch.testing.assert_close(sae.decode(nothing), sae.b_pre.detach().expand(3, 6))
+    torch.testing.assert_close(sae.decode_normalized(nothing), sae.b_pre.detach().expand(3, 6))
 
 
 def test_selected_zeros_get_no_gradient():
     """T2: with fewer positives than k, zeros are chosen; no gradient may pass through them."""
     sae, x = make(k=20), batch(30)  # every latent is chosen, half of them below zero
-    sae.decode(sae.code(x, sae.pre_acts(x))).square().sum().backward()
+    sae.decode_normalized(sae.code(x, sae.pre_acts_normalized(x))).square().sum().backward()
     got = {key: value.grad.clone() for key, value in sae.named_parameters()}
     sae.zero_grad()
     (dense_code(sae, x) @ sae.W_dec + sae.b_pre).square().sum().backward()
@@ -96,7 +133,7 @@ def test_a_latent_that_never_fires_gets_no_gradient():
     sae, x = make(), batch()
     with torch.no_grad():
         sae.b_enc[3] = -1000
-    sae.decode(sae.code(x, sae.pre_acts(x))).square().sum().backward()
+    sae.decode_normalized(sae.code(x, sae.pre_acts_normalized(x))).square().sum().backward()
     assert not sae.W_enc.grad[3].any() and not sae.b_enc.grad[3] and not sae.W_dec.grad[3].any()
     assert sae.W_enc.grad.abs().sum() > 0
 
@@ -115,13 +152,13 @@ def test_gradient_of_the_whole_model_is_that_of_the_dense_one():
 
 
 def test_pre_acts_carry_no_gradient_since_only_the_choice_needs_them():
-    assert not make().pre_acts(batch().requires_grad_()).requires_grad
+    assert not make().pre_acts_normalized(batch().requires_grad_()).requires_grad
 
 
 def test_choosing_among_some_latents_takes_the_best_of_them():
     sae, x = make(), batch()
     among = torch.tensor([17, 2, 11, 5, 8])
-    pre = sae.pre_acts(x)
+    pre = sae.pre_acts_normalized(x)
     code = sae.code(x, pre, 3, among=among)
     assert set(code.indices.flatten().tolist()) <= set(among.tolist())
     torch.testing.assert_close(code.values.sort(1).values, torch.relu(pre[:, among]).topk(3, dim=1).values.sort(1).values)
@@ -130,7 +167,7 @@ def test_choosing_among_some_latents_takes_the_best_of_them():
 @pytest.mark.parametrize("many", [0, 1, 2])
 def test_fewer_latents_to_choose_among_than_k_is_fine(many):
     sae, x = make(), batch()
-    code = sae.code(x, sae.pre_acts(x), 4, among=torch.arange(many))
+    code = sae.code(x, sae.pre_acts_normalized(x), 4, among=torch.arange(many))
     assert code.indices.shape == (9, many) and sae.decoder(code).shape == (9, 6)
 
 

@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_definition_and_1_for_the_mean(small_recipe):
     feed = Feed(small_recipe({"curve.held_out": 3000}), torch.device("cpu"))
     state, optimizer = member.start(small_recipe(), feed)
     raw, sae = feed.held_out, optimizer.sae
-    x, recon = sae.normalize(raw).x.double(), sae.decode(sae.encode_normalized(sae.normalize(raw).x)).detach().double()
+    x, recon = sae.normalize(raw).x.double(), sae.decode_normalized(sae.encode_normalized(sae.normalize(raw).x)).detach().double()
     assert len(raw) == 3000
     assert curve.loss(sae, raw) == pytest.approx(((x - recon).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-6)
     with torch.no_grad():

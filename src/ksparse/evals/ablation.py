@@ -135,7 +135,7 @@ class Ablation(Eval):
         sae = self.subject.sae
         inputs = sae.normalize(x)
         code = sae.encode_normalized(inputs.x)
-        return code, inputs, x if self.subject.options.ablation_error == "keep" else inputs.restore(sae.decode(code))
+        return code, inputs, x if self.subject.options.ablation_error == "keep" else inputs.restore(sae.decode_normalized(code))
 
     def _contribution(self, inputs: Normalized, row: Tensor, latent: Tensor, value: Tensor) -> Tensor:
         """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon without the latent)."""

@@ -137,7 +137,7 @@ class Seen:
     @cached_property
     def recon(self) -> Tensor:
         """Reconstructions of the inputs, [m, d]."""
-        return self.sae.decode(self.code)
+        return self.sae.decode_normalized(self.code)
 
     @cached_property
     def spliced(self) -> Spliced:

@@ -56,7 +56,7 @@ class Progressive(Eval):
         widest = acts.topk(self.ks[-1], dim=1)  # the largest first, so that each k' is a beginning of it
         for k in self.ks:
             code = Code(widest.values[:, :k], widest.indices[:, :k])
-            recon = sae.decode(code)
+            recon = sae.decode_normalized(code)
             self._add(seen, f"topk-{k}", (code.values > 0).sum(1), recon, seen.losses_with(recon))
         for k, threshold in zip((*self.ks, 0), (*self.thresholds, 0.0)):
             some = torch.where(acts > threshold, acts, 0.0)
@@ -102,7 +102,7 @@ def _first_rows(subject: Subject) -> Tensor:
 @torch.no_grad()
 def positive(sae: SAE, x: Tensor) -> Tensor:
     """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left out for being too small."""
-    return sae.activate(x).dense(sae.shape.n_latents) if sae.shape.activation in GATES else torch.relu(sae.pre_acts(x))
+    return sae.activate(x).dense(sae.shape.n_latents) if sae.shape.activation in GATES else torch.relu(sae.pre_acts_normalized(x))
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:

@@ -47,7 +47,7 @@ class Refinement(Eval):
         found = refine(sae, x, code)
         self.most_steps = max(self.most_steps, found.steps)
         self._check(sae, x, code, found)
-        recon = sae.decode(Code(found.values.to(code.values), code.indices))
+        recon = sae.decode_normalized(Code(found.values.to(code.values), code.indices))
         x64, active = x.cpu().double(), (code.values > 0).cpu()
         raw, refined = code.values.cpu().double(), found.values.cpu()
         shift = refined - raw

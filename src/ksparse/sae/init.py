@@ -35,7 +35,7 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
     if options.init_scale == "recon":
         rows = sample[: max(1, min(1024, _NUMBERS // sae.shape.n_latents))]
         centred = (rows - sae.b_pre).norm(dim=1).mean()
-        code = sae.activate(rows) if sae.shape.activation in ("relu", "gated", "prolu") else sae.code(rows, sae.pre_acts(rows))
+        code = sae.activate(rows) if sae.shape.activation in ("relu", "gated", "prolu") else sae.code(rows, sae.pre_acts_normalized(rows))
         recon = sae.decoder(code).norm(dim=1).mean()
         if recon > 0:
             sae.W_enc.mul_(centred / recon)
@@ -47,7 +47,7 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
 def _threshold(sae: SAE, sample: Tensor) -> float:
     """Return the value above which k latents are active on average on normalised activations sample[s, d]; 0 if fewer are positive."""
     rows = sample[: max(1, min(len(sample), _NUMBERS // sae.shape.n_latents))]
-    largest = sae.pre_acts(rows).flatten().topk(len(rows) * sae.shape.k).values
+    largest = sae.pre_acts_normalized(rows).flatten().topk(len(rows) * sae.shape.k).values
     return max(0.0, largest[-1].item())
 
 

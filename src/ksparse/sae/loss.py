@@ -36,13 +36,13 @@ def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, op
     if sae.shape.activation != "topk":
         return _others(sae, x, baseline=baseline, dead=dead, k_aux=k_aux, options=options, auxk_tokens=auxk_tokens, auxk_weight=auxk_weight,
                        strength=strength)
-    pre_acts = sae.pre_acts(x)
+    pre_acts = sae.pre_acts_normalized(x)
     code = sae.code(x, pre_acts)
-    recon = sae.decode(code)
+    recon = sae.decode_normalized(code)
     nmse = (recon - x).square().mean() / baseline
     total = nmse
     if options.multi_topk:
-        wide = sae.decode(sae.code(x, pre_acts, 4 * sae.shape.k))
+        wide = sae.decode_normalized(sae.code(x, pre_acts, 4 * sae.shape.k))
         total = total + options.multi_topk * (wide - x).square().mean() / baseline
     aux = auxk_weight * revived(sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options)
     return Losses(total + options.auxk_coef * aux, nmse, aux, code)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ksparse import kernels
 from ksparse.errors import InputError
 from ksparse.sae import activations
-from ksparse.sae.normalize import KINDS, Normalized, input_rms, normalize
+from ksparse.sae.normalize import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
 """Tensors of every autoencoder; `SAE.keys` has those of its activation too."""
@@ -44,6 +44,32 @@ class Code(NamedTuple):
         """Return codes [.., k] of several widths one after another, as wide as the widest."""
         width = max(code.values.shape[-1] for code in codes)
         return Code(*(torch.cat(parts) for parts in zip(*(code.widened(width) for code in codes))))
+
+
+class RawCode(Code):
+    """A code of raw activations. It remembers the mean and scale that their normalisation took off."""
+
+    inputs: Normalized | None = None
+
+    @classmethod
+    def of(cls, code: Code, inputs: Normalized) -> RawCode:
+        """Return a code with what its activations' normalisation took off; x itself is not kept."""
+        raw = cls(*code)
+        raw.inputs = inputs._replace(x=inputs.mean)
+        return raw
+
+    def _replace(self, **fields: Tensor) -> RawCode:
+        """Return this code with other values or indices, of the same activations."""
+        changed = RawCode(*super()._replace(**fields))
+        changed.inputs = self.inputs
+        return changed
+
+    def at(self, rows: Any) -> RawCode:
+        """Return the code of some of the activations: any index of their leading dimensions."""
+        chosen = RawCode(*(part[rows] for part in self))
+        if self.inputs is not None:
+            chosen.inputs = Normalized(*(part[rows] for part in self.inputs))
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -76,8 +102,9 @@ class SAE(nn.Module):
     """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al. 2024, eq. 2
 
     or another activation in the place of TopK, which may have tensors of its own (`keys`).
-    Raw activations go in at `encode` and `forward`, which normalise them. `pre_acts`, `code`, `decode` and `decoder`
-    are the equation itself and speak of normalised activations.
+    `encode`, `decode`, `pre_acts` and `forward` take and give raw activations. Below them is the equation
+    itself, on normalised activations: `encode_normalized`, `decode_normalized`, `pre_acts_normalized`, and
+    `activate`, `code`, `products` and `decoder`, which training calls.
     `metadata` says what it was trained on; it is saved with the weights and may be empty.
     """
 
@@ -125,14 +152,46 @@ class SAE(nn.Module):
                              f"(shape {list(raw.shape)}); is it the right model and site?")
         return normalize(raw.to(self.W_enc.dtype), self.shape.normalize, self.shape.factor)
 
-    def encode(self, raw: Tensor) -> Code:
+    def pre_acts(self, raw: Tensor) -> Tensor:
+        """Return the pre-activations [..., n] of raw activations [..., d], without gradient."""
+        x = self.normalize(raw).x
+        rows = self.pre_acts_normalized(x.reshape(-1, x.shape[-1]))
+        return rows.reshape(*x.shape[:-1], rows.shape[-1])
+
+    def encode(self, raw: Tensor) -> RawCode:
         """Return the code of raw activations [..., d], the largest values first."""
-        return self.encode_normalized(self.normalize(raw).x)
+        inputs = self.normalize(raw)
+        return RawCode.of(self.encode_normalized(inputs.x), inputs)
+
+    def decode(self, code: Code) -> Tensor:
+        """Return the reconstruction [..., d] of raw activations, on their own scale: decode(encode(x)) is self(x).
+
+        A normalisation of each activation takes off what a code alone cannot know, so with unit_norm,
+        layer_norm and constant_norm the code must be one that `encode` gave, or such a code with other
+        values or latents (`code._replace(values=…)`). Raises InputError for any other.
+        """
+        recon = self.decode_normalized(code)
+        if self.shape.normalize in PER_ACTIVATION:
+            return self._restorer(code).restore(recon)
+        return normalize(recon[..., :1], self.shape.normalize, self.shape.factor).restore(recon)
+
+    def _restorer(self, code: Code) -> Normalized:
+        inputs = code.inputs if isinstance(code, RawCode) else None
+        if inputs is None:
+            raise InputError(
+                f"this code does not say what was taken off its activations, and {self.shape.normalize} "
+                "takes off a mean or a scale of each: decode a code that `encode` returned (to change it: "
+                "code._replace(values=…)), or use decode_normalized(code), which is on the scale of the "
+                "normalised activations")
+        if inputs.scale.shape[:-1] != code.values.shape[:-1]:
+            raise InputError(f"this code is of shape {list(code.values.shape)}, but it was made from "
+                             f"activations {list(inputs.scale.shape[:-1])}; slice it with code.at(…)")
+        return inputs
 
     def forward(self, raw: Tensor) -> Tensor:
         """Return the reconstruction of raw activations [..., d], on their own scale."""
         inputs = self.normalize(raw)
-        return inputs.restore(self.decode(self.encode_normalized(inputs.x)))
+        return inputs.restore(self.decode_normalized(self.encode_normalized(inputs.x)))
 
     def encode_normalized(self, x: Tensor) -> Code:
         """Return the code of normalised activations [..., d], the largest values first."""
@@ -146,7 +205,7 @@ class SAE(nn.Module):
     def activate(self, x: Tensor) -> Code:
         """Return the code of x[b, d] as the activation in use gives it: of TopK as wide as k, else as the largest number of active latents."""
         if self.shape.activation == "topk":
-            return self.code(x, self.pre_acts(x))
+            return self.code(x, self.pre_acts_normalized(x))
         with torch.no_grad():
             products = self.products(x)
             indices, real = activations.listed(self.activation.active(self, products))
@@ -158,7 +217,7 @@ class SAE(nn.Module):
         return (x - self.b_pre) @ self.W_enc.t()
 
     @torch.no_grad()
-    def pre_acts(self, x: Tensor) -> Tensor:
+    def pre_acts_normalized(self, x: Tensor) -> Tensor:
         """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no gradient."""
         return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
 
@@ -181,7 +240,7 @@ class SAE(nn.Module):
         values, indices = (part.reshape(math.prod(lead), k) for part in code)
         return kernels.gather_sum(values, indices, self.W_dec).reshape(*lead, self.shape.d_model)
 
-    def decode(self, code: Code) -> Tensor:
+    def decode_normalized(self, code: Code) -> Tensor:
         """Return the reconstruction of normalised activations, [..., d]."""
         return self.decoder(code) + self.b_pre
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("unit_norm", "layer_norm", "dataset", "none", "constant_norm")
+PER_ACTIVATION = ("unit_norm", "layer_norm", "constant_norm")
+"""Those whose mean or scale is of each activation, so that a code alone cannot be restored."""
 LAYER_NORM_EPS = 1e-5
 
 

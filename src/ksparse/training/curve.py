@@ -33,7 +33,7 @@ def loss(sae: SAE, raw: Tensor) -> float:
     error, square, total = 0.0, 0.0, torch.zeros(raw.shape[1], dtype=torch.float64)
     for part in raw.split(ROWS):
         x = sae.normalize(part).x
-        recon = sae.decode(sae.encode_normalized(x))
+        recon = sae.decode_normalized(sae.encode_normalized(x))
         error += (recon - x).cpu().double().square().sum().item()
         square += x.cpu().double().square().sum().item()
         total += x.cpu().double().sum(0)

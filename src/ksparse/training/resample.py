@@ -27,7 +27,7 @@ def starts(sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int) -> dict[str
 
     The decoder row is the activation's direction from b_pre, the encoder row the same at a fifth of the others' norm, all else 0.
     """
-    error = (x - sae.decode(code)).square().sum(1).double().cpu()
+    error = (x - sae.decode_normalized(code)).square().sum(1).double().cpu()
     if not len(dead) or not error.sum() > 0:
         return None
     drawn = torch.multinomial(error, len(dead), replacement=len(dead) > int((error > 0).sum()), generator=torch.Generator().manual_seed(seed))
