@@ -367,3 +367,71 @@ def test_empty_documents_in_a_table_do_not_shift_anything(tmp_path, tiny_lm):
     contexts = list(itertools.islice(made.contexts(), 60))
     for number in (0, 7, 20, 40):
         assert next(made.contexts(contexts[number].next)) == contexts[number + 1]
+
+
+# ---- documents that bring their own BOS
+
+
+def rendered(tokenizer, texts):
+    """Return texts as a chat template writes them: BOS first, as a string."""
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return [tokenizer.apply_chat_template([{"role": "user", "content": item}], tokenize=False) for item in texts]
+
+
+@pytest.mark.parametrize("bos", ["auto", "none"])
+@pytest.mark.parametrize("borders", ["pack", "split"])
+@pytest.mark.parametrize("tokenizer", [{}, {"bos": "<|pad|>", "pad": None}], ids=["bos_is_eos", "bos_of_its_own"])
+def test_documents_that_begin_with_bos_get_no_second_one(tmp_path, tiny_lm, borders, bos, tokenizer):
+    folder = tiny_lm("gpt2", tokenizer=tokenizer)
+    texts = paragraphs(40, words=12)
+    chats = rendered(AutoTokenizer.from_pretrained(folder), texts)
+    assert all(chat == AutoTokenizer.from_pretrained(folder).bos_token + text for chat, text in zip(chats, texts))
+    found = {}
+    for name, rows in (("plain", texts), ("chat", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        acts = Acts(text=str(tmp_path / f"{name}.jsonl"), borders=borders, bos=bos, context=16)
+        found[name] = [corpus(acts, folder, split) for split in SPLITS]
+    tokens = {name: sorted([made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenized(0)) for name, corpora in found.items()}
+    if borders == "split" and bos == "none":  # then BOS is a token of the text like any other, once
+        assert [ids[1:] for ids in tokens["chat"]] == tokens["plain"]
+    else:
+        assert tokens["chat"] == tokens["plain"]
+    made = found["chat"][0]
+    assert made.tokenizer.bos_token_id not in {second for first, second in neighbours(made) if first == made.tokenizer.bos_token_id}
+
+
+def neighbours(made):
+    """Return the pairs of tokens, padding left out, that follow one another in the contexts."""
+    return {pair for context in one_epoch(made) for pair in itertools.pairwise(context.tokens[: 16 - context.documents.count(-1)])}
+
+
+def test_packed_documents_that_end_with_the_separator_or_are_empty_get_no_second_one(tmp_path, tiny_lm):
+    texts = paragraphs(40, words=12)
+    kinds = {"plain": texts, "ended": [text + SEPARATOR for text in texts], "gaps": [item for text in texts for item in (text, "")]}
+    for name, rows in kinds.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        assert (0, 0) not in neighbours(corpus(Acts(text=str(tmp_path / f"{name}.jsonl"), context=16), tiny_lm()))
+
+
+def test_without_bos_takes_one_away_and_only_from_the_beginning():
+    assert text.without_bos([7, 1, 7], 7) == [1, 7] and text.without_bos([7, 7, 1], 7) == [7, 1]
+    assert text.without_bos([1, 7], 7) == [1, 7] and text.without_bos([0, 1], None) == [0, 1] and text.without_bos([], 7) == []
+    assert text.without_bos([0, 1], 0) == [1]
+
+
+# ---- what a limit per document leaves out
+
+
+def test_documents_that_a_limit_cuts_are_counted_once_however_often_they_are_read(source, tiny_lm):
+    made = corpus(source(paragraphs(30, words=40) + ["short\n"] * 3, context=16), tiny_lm(), per_document=10)
+    assert (made.cut_documents, made.cut_tokens) == (0, 0)
+    list(itertools.islice(made.contexts(), 60))
+    lengths = [len(ids) for ids in ids_of(made, made.acts).values()]
+    assert made.cut_documents == sum(length > 10 for length in lengths) > 10
+    assert made.cut_tokens == sum(max(0, length - 10) for length in lengths)
+
+
+def test_without_a_limit_no_document_is_cut(source, tiny_lm):
+    made = corpus(source(paragraphs(30, words=40), context=16), tiny_lm())
+    one_epoch(made)
+    assert (made.cut_documents, made.cut_tokens) == (0, 0)

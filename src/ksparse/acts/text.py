@@ -6,7 +6,7 @@ the train / validation / held-out split a document lies (of the path, for the bu
 
 A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another with a separator (BOS,
 else EOS, else nothing) between them; with 'split' each context belongs to one document and its end is padded. With
-bos = 'auto' position 0 is the tokenizer's BOS, if it has one. keep = 'text' leaves out position 0 whether or
+bos = 'auto' position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS or separator gets no second one. keep = 'text' leaves out position 0 whether or
 not it is BOS (in a model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
 """
 
@@ -238,11 +238,22 @@ def _shown(token: int, piece: str | None, text: str) -> str:
 # ---- contexts ----------------------------------------------------------------------------------------------------
 
 
+def without_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Return a text's ids without the BOS that they begin with, if they do: whoever puts BOS before them gives it one, not two.
+
+    Chat templates that are rendered to text (`apply_chat_template(tokenize=False)`) begin with the string of BOS.
+    """
+    return ids[1:] if bos is not None and ids[:1] == [bos] else ids
+
+
 class Corpus:
     """One split of a text as contexts of tokens, from any place on, again and again."""
 
     def __init__(self, acts: Acts, tokenizer: Any, split: str, *, per_document: int | None = None):
-        """per_document: use only so many tokens of each document, so that a short evaluation sees many."""
+        """per_document: use only so many tokens of each document, so that a short evaluation sees many.
+
+        cut_documents and cut_tokens say how many documents that has cut so far, and how many of their tokens are never seen.
+        """
         if split not in SPLITS:
             raise InputError(f"split {split!r} does not exist; there are {', '.join(SPLITS)}")
         self.acts, self.split, self.per_document = acts, split, per_document
@@ -253,6 +264,17 @@ class Corpus:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
         self.special = set(found)
         self.names: dict[int, str] = {}
+        self._cut: dict[int, int] = {}  # tokens that are never seen, by document, so that a second pass does not count them again
+
+    @property
+    def cut_documents(self) -> int:
+        """Documents so far that have more than `per_document` tokens."""
+        return len(self._cut)
+
+    @property
+    def cut_tokens(self) -> int:
+        """Tokens of these documents that are left out."""
+        return sum(self._cut.values())
 
     def policy(self) -> dict[str, Any]:
         """Return what decides which activations are used, to be saved with every number that depends on it."""
@@ -281,11 +303,17 @@ class Corpus:
                 "5 % validation, 10 % held-out); give more text, or a smaller --acts.context")
 
     def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        source = documents(self.acts, self.split, start)
+        """Yield (index, ids) without the border that each context or document gets here, from document `start` on."""
+        source, packed = documents(self.acts, self.split, start), self.acts.borders == "pack"
         while group := list(itertools.islice(source, 32)):
             rows = self.tokenizer([text for _, _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
             for document, ids in zip(group, rows):
                 self.names[document.index] = document.name
+                ids = without_bos(ids, self.separator if packed else self.bos)
+                if packed and ids and ids[-1] == self.separator:
+                    ids = ids[:-1]  # the next document's separator does its work
+                if self.per_document is not None and len(ids) > self.per_document:
+                    self._cut[document.index] = len(ids) - self.per_document
                 yield document.index, ids[: self.per_document]
 
     def _packed(self, start: Place) -> Iterator[Context]:
@@ -294,6 +322,8 @@ class Corpus:
         owners: list[int] = []
         began = start
         for index, ids in self._tokenized(start.index):
+            if not ids:
+                continue  # else two separators would follow one another
             ids = ids if self.separator is None else [self.separator, *ids]
             at = start.offset if index == start.index else 0
             while at < len(ids):
