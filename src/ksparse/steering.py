@@ -12,6 +12,8 @@ Blocks nest, so several SAEs at several sites can be attached at once; each sees
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -19,12 +21,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ksparse.acts.lm import LM, hooked, resolve, resolve_device
+from ksparse.acts.lm import LM, resolve_device
+from ksparse.acts.sites import hooked, not_activations, resolve
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 from ksparse.sae.model import SAE, Code
 
+_log = logging.getLogger("ksparse")
 Change = Callable[[Code], Code]
 """Takes the code of an activation [..., k]; returns what is added to it: values of either sign [..., m] at latents [..., m]."""
 Positions = Literal["trained", "all"] | Tensor
@@ -79,11 +83,14 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     """
     if error not in ("keep", "drop"):
         raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
-    module, at = resolve(model, site or _own_site(sae))
+    site = site or _own_site(sae)
+    place = resolve(model, site)
     tap, where = Tap(sae), _Called(sae, positions)
 
     def put(old: Tensor) -> Tensor | None:
-        raw = old.to(sae.W_enc)
+        if wrong := not_activations(old, where.shape):
+            raise InputError(f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose another")
+        raw = old.to(sae.W_enc, copy=True)  # the model may go on in place
         inputs = sae.normalize(raw)
         code = sae.encode_normalized(inputs.x)
         tap.x, tap.code, tap.keep = raw, code, where.kept(old)
@@ -97,7 +104,7 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
             new = raw + inputs.scale * added
         return torch.where(tap.keep[..., None], new.to(old), old)
 
-    with where.watching(model), hooked(module, at, put):
+    with where.watching(model), hooked(place, put):
         yield tap
 
 
@@ -166,6 +173,10 @@ def _own_site(sae: SAE) -> str:
     return site
 
 
+_STATES = ("past_key_values", "cache_params", "state", "past", "mems", "cache", "past_states")
+"""What models call what they remember of earlier tokens."""
+
+
 class _Called:
     """What a model is called with, and so which positions an SAE may change."""
 
@@ -176,8 +187,14 @@ class _Called:
         self.positions = positions
         self.everywhere = not isinstance(positions, Tensor) and (positions == "all" or policy.get("keep", "all") == "all")
         self.special = [token for name in ("bos_token", "separator_token") if (token := policy.get(name)) is not None]
+        self.context: int | None = policy.get("context")
         self.ids: Tensor | None = None
-        self.past, self.attention = 0, None
+        self.begins, self.attention = True, None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """[contexts, tokens] of the call that is running, where that is known."""
+        return None if self.ids is None else tuple(self.ids.shape)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -189,12 +206,30 @@ class _Called:
             handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-        past = kwargs.get("past_key_values")
-        self.past = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
-        attention = kwargs.get("attention_mask")
+        called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+        ids = called.get("input_ids", args[0] if args else None)
+        self.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
+        attention = called.get("attention_mask")
         self.attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
+        self.begins = not self._continues(called)
+        self._tell_of_length(called)
+
+    def _continues(self, called: dict[str, Any]) -> bool:
+        """Return whether earlier tokens of the same contexts have been seen: in a cache, a state, or by their positions."""
+        if self.ids is not None and self.attention is not None and self.attention.shape[1] > self.ids.shape[1]:
+            return True
+        places = called.get("position_ids", called.get("cache_position"))
+        if isinstance(places, Tensor) and places.numel() and not places.is_floating_point() and int(places.min()) > 0:
+            return True
+        return any(_remembers(called.get(name)) for name in _STATES)
+
+    def _tell_of_length(self, called: dict[str, Any]) -> None:
+        """Say once that positions are changed which the SAE was never trained on."""
+        length = max((part.shape[1] for part in (self.ids, self.attention) if part is not None), default=0)
+        if self.context is not None and length > self.context:
+            _log.warning("contexts of %s tokens are longer than the %s that this autoencoder was trained on; "
+                         "it has not seen the positions behind them", f"{length:,}", self.context)
+            self.context = None
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the positions [b, t] of activations x[b, t, d] of the call that is running."""
@@ -205,13 +240,31 @@ class _Called:
         keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         if self.everywhere:
             return keep
-        if self.past == 0:
+        if self.begins:
             attention = keep if self.attention is None else self.attention.to(x.device).bool()
             keep &= attention.long().cumsum(1) > 1  # padding may come first
         if self.ids is not None and self.ids.shape == keep.shape:
             for token in self.special:
                 keep &= self.ids.to(x.device) != token
         return keep
+
+
+def _remembers(state: Any) -> bool:
+    """Return whether what a model is given as its memory holds earlier tokens; one that does not say holds some."""
+    if state is None:
+        return False
+    for count in ("get_seq_length", "has_previous_state"):
+        if callable(ask := getattr(state, count, None)):
+            try:
+                if ask():
+                    return True
+            except ValueError:  # a cache whose layers are all of the other kind
+                continue
+    if hasattr(state, "get_seq_length") or hasattr(state, "has_previous_state"):
+        return getattr(state, "has_previous_state", False) is True
+    if isinstance(offset := getattr(state, "seqlen_offset", None), int):
+        return offset > 0
+    return not isinstance(state, (list, tuple, dict)) or any(part is not None for part in state)
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
@@ -244,7 +297,7 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
         where = _Called(sae)
         with ExitStack() as hooks:
             hooks.enter_context(where.watching(lm.model))
-            hooks.enter_context(hooked(lm.module, lm.at, take))
+            hooks.enter_context(hooked(lm.site, take))
             logits = lm.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
         gradient = torch.autograd.grad(metric(logits), leaf[0])[0][0]
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """The site is where its name says, on every architecture; the LM stops there, and goes on with what takes its place."""
 
-import copy
-import dataclasses
 import json
 import shutil
 
@@ -10,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ksparse.acts.lm import LM, _blocks_before, describe_sites, resolve
+from ksparse.acts.lm import LM
+from ksparse.acts.sites import describe_sites, resolve
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 
@@ -32,11 +31,7 @@ def lm_at(tiny_lm):
     def at(kind, site):
         if kind not in made:
             made[kind] = LM(str(tiny_lm(kind)), "resid_post.0")
-        lm = copy.copy(made[kind])
-        lm.options = dataclasses.replace(lm.options, site=site)
-        lm.module, lm.at = resolve(lm.model, site)
-        lm._before = _blocks_before(lm.model, lm.module, lm.at)
-        return lm
+        return made[kind].at_site(site)
 
     return at
 
@@ -93,10 +88,12 @@ def test_the_last_resid_post_is_before_the_final_norm(lm_at, kind):
 
 
 @every_kind
-def test_attn_out_and_mlp_out_are_the_modules_outputs(lm_at, kind):
+def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(lm_at, kind):
+    """Gemma 2 normalises a module's output before it is added; the others add it as it is."""
     model, ids = lm_at(kind, "resid_post.0").model, tokens()
     block = blocks(model, kind)[1]
-    for site, name in (("attn_out.1", ATTENTION.get(kind, "self_attn")), ("mlp_out.1", "mlp")):
+    names = ("post_attention_layernorm", "post_feedforward_layernorm") if kind == "gemma2" else (ATTENTION.get(kind, "self_attn"), "mlp")
+    for site, name in zip(("attn_out.1", "mlp_out.1"), names):
         expected = output_of(model, getattr(block, name), ids)
         assert torch.equal(lm_at(kind, site).acts(ids, full(ids)), expected)
 
@@ -106,7 +103,7 @@ def test_resid_mid_is_the_stream_between_attention_and_mlp(lm_at, kind):
     """resid_pre plus what attention adds to it; Gemma 2 normalises that first. With parallel residuals there is no such place."""
     ids = tokens()
     if kind in PARALLEL:
-        with pytest.raises(InputError, match=r"site 'resid_mid\.1' does not exist; there are\n  resid_pre\.0 … resid_pre\.2, resid_post"):
+        with pytest.raises(InputError, match=r"site 'resid_mid\.1' is refused: attention and MLP of its block read the same activations"):
             lm_at(kind, "resid_mid.1")
         return
     model = lm_at(kind, "resid_post.0").model
@@ -117,12 +114,29 @@ def test_resid_mid_is_the_stream_between_attention_and_mlp(lm_at, kind):
 
 
 @every_kind
-def test_what_mlp_adds_to_resid_mid_is_resid_post(lm_at, kind):
-    if kind in PARALLEL or kind == "gemma2":
-        pytest.skip("the MLP's output is not what is added")
+def test_the_parts_sum_up_to_the_whole(lm_at, kind):
     ids = tokens()
-    mid, mlp, post = (lm_at(kind, f"{name}.1").acts(ids, full(ids)) for name in ("resid_mid", "mlp_out", "resid_post"))
-    torch.testing.assert_close(mid + mlp, post)
+    pre, attention, mlp, post = (lm_at(kind, f"{name}.1").acts(ids, full(ids)) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
+    torch.testing.assert_close(pre + attention + mlp, post)
+    if kind not in PARALLEL:
+        torch.testing.assert_close(lm_at(kind, "resid_mid.1").acts(ids, full(ids)) + mlp, post)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PARALLEL])
+def test_a_change_of_resid_mid_reaches_the_mlp_and_the_skip_around_it(lm_at, kind):
+    lm, ids = lm_at(kind, "resid_mid.1"), tokens()
+    block = blocks(lm.model, kind)[1]
+    shift = torch.randn(16, generator=torch.Generator().manual_seed(3))
+    reader = {"gpt2": "ln_2", "gpt_neo": "ln_2", "gemma2": "pre_feedforward_layernorm"}.get(kind, "post_attention_layernorm")
+    mlp = [getattr(block, reader), block.mlp] + ([block.post_feedforward_layernorm] if kind == "gemma2" else [])
+    mid = lm.acts(ids, full(ids))
+    for change in (lambda x: x + shift, torch.zeros_like):
+        seen = []
+        handle = block.register_forward_hook(lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        lm.replay(lm.watch(ids, full(ids)), change)
+        handle.remove()
+        with torch.no_grad():
+            torch.testing.assert_close(seen[-1], change(mid) + nn.Sequential(*mlp)(change(mid)))
 
 
 def test_a_module_may_be_named_and_its_input_taken(tiny_lm):
@@ -174,7 +188,7 @@ def test_rotary_tables_are_no_site(tiny_lm):
 def test_sites_of_a_model_without_blocks_are_its_modules():
     model = nn.Sequential(nn.Linear(2, 2))
     assert "0" in describe_sites(model) or "I" in describe_sites(model)
-    assert resolve(model, "0") == (model[0], "out")
+    assert resolve(model, "0")[:2] == (model[0], "out")
     with pytest.raises(InputError, match="does not exist"):
         resolve(model, "resid_post.0")
 
@@ -205,7 +219,7 @@ def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, k
     assert torch.equal(lm.replay(watched, lambda x: x), watched.logits)
 
 
-@pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if not (kind in PARALLEL and "mid" in site)])
+@pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if "mid" not in site])
 def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
     lm, ids = lm_at(kind, site), tokens()
     watched = lm.watch(ids, full(ids))
@@ -218,6 +232,7 @@ def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
     def zero_in(module, args):
         return (torch.zeros_like(args[0]), *args[1:])
 
+    assert lm.site.scale == 1 and not lm.site.others
     handle = lm.module.register_forward_hook(zero_out) if lm.at == "out" else lm.module.register_forward_pre_hook(zero_in)
     with torch.no_grad():
         expected = lm.model(ids, use_cache=False).logits

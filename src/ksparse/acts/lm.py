@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import logging
-import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ksparse import pylm
-from ksparse.acts.text import Contexts, token_strings
+from ksparse.acts import agreement
+from ksparse.acts.sites import Site, blocks_before, describe_sites, hooked, not_activations, replaced_forward, resolve
+from ksparse.acts.text import Contexts, token_strings, without_bos
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "ffn")
-BEFORE_MLP = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")  # Gemma 2 has the first and the last
-ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _log = logging.getLogger("ksparse")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+"""What configurations call the longest context."""
 
 
 class Watched(NamedTuple):
@@ -54,35 +54,69 @@ class LM:
         folder = find_model(self.options.lm)
         common = {"revision": self.options.revision, "trust_remote_code": trust_remote_code} if not Path(folder).exists() else {
             "trust_remote_code": trust_remote_code}
-        self.model = _load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
+        self.model = load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
         self.tokenizer = _load_tokenizer(self.options.tokenizer or folder, common)
         self.folder = Path(folder) if Path(folder).exists() else None
         self.vocab = self.model.get_input_embeddings().weight.shape[0]
         self._check_tokenizer()
-        self.module, self.at = resolve(self.model, self.options.site)
-        self._before = _blocks_before(self.model, self.module, self.at)
-        self._forks: dict[str, type[Fork]] = {}  # by site: what `fork` has found to be right
+        if acts is not None:
+            self.check_length(acts.context, "acts.context")
+        self._told_of_length = False
+        self._place(self.options.site)
+
+    def _place(self, site: str) -> None:
+        """Take a site, once passes that must agree on it do."""
+        self.options = dataclasses.replace(self.options, site=site)
+        self.site = resolve(self.model, site)
+        self._before = blocks_before(self.model, self.site)
+        self._fork: type[Fork] | None = None  # what `fork` has seen to be right
+        self.refused = ""  # why activations at the site cannot be changed
+        agreement.check(self)
         self.d_model = self._width()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module at whose input or output (`at`) the site's activations lie."""
+        return self.site.place.module
+
+    @property
+    def at(self) -> str:
+        """'in' or 'out'."""
+        return self.site.place.at
+
+    def at_site(self, site: str) -> LM:
+        """Return the same LM at another site."""
+        other = copy.copy(self)
+        other._place(site)
+        return other
 
     def __call__(self, text: str) -> Tensor:
         """Return x[t, d], the raw activations of the text's tokens; BOS is put before it and its own row left out."""
         tokens = self.tokenize(text)
-        lead = int(self._bos is not None)
+        if tokens.shape[1] > self.options.context and not self._told_of_length:
+            self._told_of_length = True
+            _log.warning("a text of %s tokens is longer than acts.context, %s: an autoencoder that was trained on such contexts "
+                         "has not seen the positions behind them", f"{tokens.shape[1]:,}", self.options.context)
+        lead = int(self.bos is not None)
         return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, lead:]
 
     def tokens(self, text: str) -> list[str]:
         """Return the strings of the text's tokens, one for each row of lm(text)."""
-        return token_strings(self.tokenizer, self.tokenize(text)[0, int(self._bos is not None) :].tolist())
+        return token_strings(self.tokenizer, self.tokenize(text)[0, int(self.bos is not None) :].tolist())
 
     def tokenize(self, text: str) -> Tensor:
-        """Return ids [1, t] with BOS first, as in training."""
+        """Return ids [1, t] with BOS first, as in training; of a text that begins with BOS (a rendered chat), its own."""
+        if not isinstance(text, str):
+            raise InputError(f"a text is a str, got {type(text).__name__}; of several, take one at a time")
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = without_bos(ids, self.bos)
         if not ids:
             raise InputError(f"the text {text!r} has no token")
-        return torch.tensor([([] if self._bos is None else [self._bos]) + ids], device=self.device)
+        return torch.tensor([([] if self.bos is None else [self.bos]) + ids], device=self.device)
 
     @property
-    def _bos(self) -> int | None:
+    def bos(self) -> int | None:
+        """The token that each context begins with; None without one."""
         return self.tokenizer.bos_token_id if self.options.bos == "auto" else None
 
     def acts(self, tokens: Tensor, attention: Tensor) -> Tensor:
@@ -113,12 +147,10 @@ class LM:
         if site not in seen:
             raise InputError(f"site {site!r} was not reached in a forward pass of {self.options.lm}; "
                              f"choose another:\n{describe_sites(self.model)}")
-        x = seen[site]
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 3 or x.shape[:2] != tokens.shape:
-            found = f"a tensor of shape {list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise InputError(f"site {site!r} of {self.options.lm} gives {found}, not activations [contexts, tokens, width]; "
+        if wrong := not_activations(seen[site], tokens.shape):
+            raise InputError(f"site {site!r} of {self.options.lm} gives {wrong}, not activations [contexts, tokens, width]; "
                              f"choose another:\n{describe_sites(self.model)}")
-        return x
+        return seen[site]
 
     @torch.inference_mode()
     def watch(self, tokens: Tensor, attention: Tensor) -> Watched:
@@ -130,15 +162,16 @@ class LM:
         prefix: list[Any] = []
         with ExitStack() as hooks:
             if self._before:
-                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(output))
+                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(_copied(output)))
                 hooks.callback(last.remove)
-            hooks.enter_context(self._hooked(seen.append))
+            hooks.enter_context(self._hooked(lambda x: seen.append(x.to(torch.float32, copy=True))))
             logits = self._forward(tokens, attention, past).logits
-        return Watched(logits, seen[0].float(), tokens, attention, prefix[0] if prefix else None)
+        return Watched(logits, seen[0], tokens, attention, prefix[0] if prefix else None)
 
     @torch.inference_mode()
     def replay(self, watched: Watched, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Return logits[b, t, v] with the site's x[b, t, d] (float32) mapped by `edit`; blocks before the site are not run again."""
+        self.check_changes()
         with ExitStack() as changes:
             for block in self._before if watched.prefix is not None else ():
                 changes.enter_context(_passing(block, watched.prefix))
@@ -158,9 +191,10 @@ class LM:
             raise InputError(f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to {tokens.shape[1] - 1}")
         if not bool(attention[:, :end].all()):
             raise InputError(f"positions {at} to {end - 1} cannot be forked: some context has padding before position {end}")
-        if self.options.site not in self._forks:
-            self._forks[self.options.site] = self._fork_kind(tokens.to(self.device), attention, at, length)
-        return self._forks[self.options.site](self, tokens.to(self.device), at, length)
+        self.check_changes()
+        if self._fork is None:
+            self._fork = self._fork_kind(tokens.to(self.device), attention, at, length)
+        return self._fork(self, tokens.to(self.device), at, length)
 
     def _fork_kind(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Fork]:
         """Return the fork that is right: the cached one if it gives what `replay` gives, at `at` and as deep as the first contexts go."""
@@ -173,23 +207,37 @@ class LM:
                 return _ReplayedFork
         return _CachedFork
 
+    def check_changes(self) -> None:
+        """Raise InputError where activations at the site can be read but not changed."""
+        if self.refused:
+            raise InputError(f"activations at site {self.options.site!r} of {self.options.lm} can be read but not changed: {self.refused}; "
+                             f"choose another:\n{describe_sites(self.model)}")
+
     @property
     def context(self) -> int | None:
         """The longest context the LM takes, if its config says."""
-        found = [getattr(self.model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
-        return next((length for length in found if isinstance(length, int) and length > 0), None)
+        config = self.model.config.get_text_config()
+        lengths = [getattr(config, name, None) for name in _LENGTHS]
+        return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+    def check_length(self, tokens: int, what: str = "a context") -> None:
+        """Raise InputError for a context longer than the LM takes: it would see positions it was never trained on, or fail."""
+        if self.context is not None and tokens > self.context:
+            raise InputError(f"{what} is {tokens:,} tokens long, but {self.options.lm} takes at most {self.context:,}; "
+                             "give a shorter --acts.context, or a shorter text")
 
     def on_device(self, contexts: Contexts) -> Contexts:
         return Contexts(*(field.to(self.device) for field in contexts))
 
     def _forward(self, tokens: Tensor, attention: Tensor, past: Any = None) -> Any:
+        if past is None:
+            self.check_length(tokens.shape[1])
         mask = None if bool(attention.all()) else attention.long()
         cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
 
     def _hooked(self, change: Callable[[Tensor], Tensor | None], site: str = "") -> AbstractContextManager[None]:
-        module, at = resolve(self.model, site) if site and site != self.options.site else (self.module, self.at)
-        return hooked(module, at, change)
+        return hooked(resolve(self.model, site) if site and site != self.options.site else self.site, change)
 
     def _width(self) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
@@ -320,70 +368,28 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
     expected = torch.cat([slow.logits, slow(rows, halves)]).float()
     try:
         fast = _CachedFork(lm, tokens, at, length)
-        wrong = torch.cat([fast.logits, fast(rows, halves)]).float() - expected
+        given = torch.cat([fast.logits, fast(rows, halves)]).float()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture's own code does with a cache that it does not expect
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    size = ((wrong - wrong.mean(-1, keepdim=True)).norm() / (expected - expected.mean(-1, keepdim=True)).norm()).item()
-    limit = math.sqrt(torch.finfo(getattr(torch, lm.options.lm_dtype)).eps)  # far above rounding, far below the effect of another x
-    return "" if size <= limit else f"relative difference of logits {size:.2g}"
-
-
-@contextmanager
-def hooked(module: nn.Module, at: str, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Pass a module's hidden states ('in' or 'out') through `change` in each forward pass; where that returns None they stay as they are."""
-
-    def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-        rest = output[1:] if isinstance(output, tuple) else None
-        new = change(_first(output))
-        return None if new is None else new if rest is None else (new, *rest)
-
-    def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            new = change(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = change(kwargs.get("hidden_states"))
-        return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-    handle = module.register_forward_hook(on_output) if at == "out" else module.register_forward_pre_hook(on_input, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return agreement.difference(lm, given, expected)
 
 
 class _Stop(Exception):
     """Leaves the forward pass once the site has been seen."""
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _copied(output: Any) -> Any:
+    """Return what a block gives, with hidden states of its own: blocks after it may add to them in place."""
+    if isinstance(output, tuple):
+        return (_copied(output[0]), *output[1:])
+    return output.clone() if isinstance(output, Tensor) else output
 
 
-@contextmanager
-def _passing(block: nn.Module, output: Any) -> Iterator[None]:
+def _passing(block: nn.Module, output: Any) -> AbstractContextManager[None]:
     """Make a block return `output` (a tensor or, in some models, a tuple that begins with it) without computing anything."""
-    own = block.__dict__.get("forward")
-    block.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
-
-
-def _blocks_before(model: nn.Module, site: nn.Module, at: str) -> list[nn.Module]:
-    """Return the blocks whose work is done when the site is read: those before the site's own, and that one too if its output is the site."""
-    blocks = _blocks(model)
-    for i, block in enumerate(blocks):
-        if block is site:
-            return blocks[: i + 1] if at == "out" else blocks[:i]
-        if any(module is site for module in block.modules()):
-            return blocks[:i]
-    return []
+    return replaced_forward(block, lambda *args, **kwargs: _copied(output))
 
 
 def resolve_device(name: str) -> str:
@@ -395,63 +401,6 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; cpu always is") from None
     return name
-
-
-# ---- sites -------------------------------------------------------------------------------------------------------
-
-
-def resolve(model: nn.Module, site: str) -> tuple[nn.Module, str]:
-    """Return (module, 'in' | 'out') of a site: an alias such as resid_post.8, or a module's name, or NAME:in."""
-    alias = re.fullmatch(rf"({'|'.join(ALIASES)})\.(-?\d+)", site)
-    if alias:
-        kind, number = alias[1], int(alias[2])
-        blocks = _blocks(model)
-        if -len(blocks) <= number < len(blocks):
-            found = _in_block(blocks[number], kind)
-            if found:
-                return found
-        raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
-    name, _, at = site.partition(":")
-    modules = dict(model.named_modules())
-    if not name or name not in modules or at not in ("", "in", "out"):
-        raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
-    return modules[name], at or "out"
-
-
-def sites_of(model: nn.Module, kinds: Sequence[str] = ("attn_out", "mlp_out", "resid_post")) -> list[str]:
-    """Return the sites of these kinds that exist, block by block."""
-    return [f"{kind}.{number}" for number, block in enumerate(_blocks(model)) for kind in kinds if _in_block(block, kind)]
-
-
-def describe_sites(model: nn.Module) -> str:
-    """List the sites of a model: the aliases that exist, and the modules' names with the block number as I."""
-    blocks = _blocks(model)
-    aliases = [f"{kind}.0 … {kind}.{len(blocks) - 1}" for kind in ALIASES if blocks and _in_block(blocks[0], kind)]
-    names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name)
-    return f"  {', '.join(aliases)}\n  {', '.join(names)}\n  (NAME is a module's output, NAME:in its input)"
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the transformer blocks: the longest list of modules of which each has attention and MLP."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    lists = [blocks for blocks in lists if _child(blocks[0], ATTENTION) is not None]
-    return max(lists, key=len, default=[])
-
-
-def _in_block(block: nn.Module, kind: str) -> tuple[nn.Module, str] | None:
-    if kind in ("resid_pre", "resid_post"):
-        return block, "in" if kind == "resid_pre" else "out"
-    if kind == "resid_mid":
-        parallel = getattr(block, "use_parallel_residual", False)
-        module = None if parallel else _child(block, BEFORE_MLP)
-        return None if module is None else (module, "in")
-    module = _child(block, ATTENTION if kind == "attn_out" else MLP)
-    return None if module is None else (module, "out")
-
-
-def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    children = dict(module.named_children())
-    return next((children[name] for name in names if name in children), None)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -472,16 +421,58 @@ def find_model(name: str) -> str:
     return name
 
 
-def _load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
-    from safetensors import SafetensorError
+def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+    """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold beside what the model has."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"model {source!r} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of transformers, safetensors, a quantiser's package, or code that comes with the model
+        raise InputError(f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}") from error
+    _check_weights(model, source, report)
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with what to do where code of the model's own is needed."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        return (f"{line[:200].rstrip('.')}. If you have read that code and trust it, give --trust-remote-code True "
+                "(in Python trust_remote_code=True)")
+    return line
+
+
+def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> None:
+    """Raise InputError where a model's file and the model do not hold the same tensors: what is missing would be random.
+
+    Whole parts that the model does not have (a vision tower, a second head) may be in the file; a line says so.
+    """
+    modules = {_numberless(name) for name, _ in model.named_modules()}
+    buffers = {name for name, _ in model.named_buffers()}
+    extra = sorted(set(report.get("unexpected_keys", ())) - buffers)
+    inside = [name for name in extra if _numberless(name.rpartition(".")[0]) in modules]
+    missing = sorted(report.get("missing_keys", ()))
+    shaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get("mismatched_keys", ()))
+    wrong = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("of another shape", shaped), ("unknown to the model", inside)) if names]
+    if not wrong and len(extra) and not missing:
+        _log.warning("model %s: its files hold parts that the causal LM does not have, which are left out: %s", source, _some(extra))
+    if wrong:
+        if missing and extra and not inside:
+            wrong.append(f"unknown to the model: {_some(extra)}")
+        raise InputError(f"model {source!r}: its weights do not fit its config, so that the LM would not be what its files say. "
+                         f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own names, or complete the folder")
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
@@ -492,6 +483,5 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
         raise InputError(f"folder {source} has no tokenizer; name one with --acts.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {source!r} cannot be loaded: {str(error).splitlines()[0]}; "
-                         "name another with --acts.tokenizer") from error
+    except Exception as error:  # of transformers, tokenizers, a missing package, or code that comes with the model
+        raise InputError(f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with --acts.tokenizer") from error

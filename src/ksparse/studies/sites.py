@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ksparse.acts import shards
-from ksparse.acts.lm import LM, resolve_device, sites_of
+from ksparse.acts.lm import LM, resolve_device
+from ksparse.acts.sites import sites_of
 from ksparse.acts.text import Corpus
 from ksparse.recipe import Recipe
 from ksparse.studies.study import Curve, Figure, Study, said

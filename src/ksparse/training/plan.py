@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ksparse.acts.lm import find_model, resolve, resolve_device
+from ksparse.acts.lm import find_model, resolve_device
+from ksparse.acts.sites import outline
 from ksparse.acts.shards import Shards
 from ksparse.errors import InputError
 from ksparse.kernels import native
@@ -224,7 +225,7 @@ def look(recipe: Recipe) -> Subject:
                          "instead: --subject.d-model, --subject.parameters, --subject.before-site") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    module, at = resolve(model, recipe.acts.site)
+    module, at = outline(model, recipe.acts.site)
     everything = sum(p.numel() for p in model.parameters())
     ends = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()}
     return Subject(_width(module, config), everything, flops.before_site(model, module, at), everything - sum(ends.values()))
