@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as T
 from torch import nn
 
 from ksparse import steering
@@ -235,3 +236,83 @@ def masked(lm, sae):
 def test_what_cannot_be_steered_is_refused_with_the_reason(tiny, call, message):
     with pytest.raises(InputError, match=message):
         call(*tiny)
+
+
+# ---- what is called with what
+
+
+def test_a_site_that_no_call_reaches_is_not_steered_in_silence(tiny):
+    lm, sae = tiny
+    lm.model.aside = nn.Linear(16, 16)
+    with pytest.raises(InputError, match="site 'aside' was not reached in 2 calls of the model, so nothing was read or changed"):
+        with steer(lm.model, sae, {1: 4.0}, site="aside"):
+            lm.model(lm.tokenize("the"))
+            lm.model(lm.tokenize("the"))
+    with steer(lm.model, sae, {1: 4.0}, site="aside"):
+        pass  # nothing was asked of the model
+
+
+def test_a_site_that_runs_twice_in_a_call_is_refused_and_one_in_two_calls_is_not(tiny):
+    lm, sae = tiny
+    mlp, block = lm.model.transformer.h[1].mlp, lm.model.transformer.h[1]
+    with steer(lm.model, sae, {1: 4.0}, site="transformer.h.1.mlp"):
+        lm.model(lm.tokenize("the"))
+        lm.model(lm.tokenize("the"))
+        mlp(torch.zeros(1, 2, 16))  # by somebody else, outside a call
+    handle = block.register_forward_hook(lambda module, args, output: (mlp(args[0]), None)[1])
+    with pytest.raises(InputError, match="site 'transformer.h.1.mlp' runs several times in one call"):
+        with steer(lm.model, sae, {1: 4.0}, site="transformer.h.1.mlp"):
+            lm.model(lm.tokenize("the"))
+    handle.remove()
+
+
+RECURRENT = {
+    "mamba": lambda: T.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
+    "mamba2": lambda: T.Mamba2Config(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4, num_heads=4, head_dim=8, n_groups=1, expand=2),
+    "falcon_mamba": lambda: T.FalconMambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
+    "rwkv": lambda: T.RwkvConfig(hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, vocab_size=300, context_length=128),
+    "jamba": lambda: T.JambaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=300,
+                                   attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1, mamba_d_state=4, use_mamba_kernels=False),
+    "llama": lambda: T.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=300),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_generation_is_steered_alike_with_every_kind_of_memory(kind):
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(RECURRENT[kind]()).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    sae = make_sae(16, 32, 4, dtype=torch.float32, metadata={"policy": {"keep": "text", "bos_token": 1, "separator_token": 1}})
+    ids, block = torch.tensor([[1, 70, 80, 90, 100]]), resolve(model, "resid_post.0").module
+    name = next(name for name, module in model.named_modules() if module is block)
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    logits = []
+    for cache in (True, False):
+        with steer(model, sae, {3: 4.0}, site=name):
+            logits.append(torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=cache, **how).logits))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+    plain = torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **how).logits)
+    assert not torch.allclose(plain[0], logits[0][0], atol=1e-3), "the prompt is steered too"
+
+
+def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, caplog):
+    lm, sae = tiny
+    sae.metadata["policy"] |= {"context": 6}
+    with attach(lm.model, sae), caplog.at_level("WARNING", logger="ksparse"):
+        lm.model(torch.full((1, 6), 7))
+        assert not caplog.records
+        lm.model(torch.full((1, 9), 7))
+        lm.model(torch.full((1, 9), 7))
+    assert [record.getMessage() for record in caplog.records] == [
+        "contexts of 9 tokens are longer than the 6 that this autoencoder was trained on; it has not seen the positions behind them"]
+
+
+@pytest.mark.parametrize("state, continues", [
+    (None, False), ([], False), ([None], False), ([torch.zeros(1)], True), (torch.zeros(1), True), (SimpleNamespace(seqlen_offset=0), False),
+    (SimpleNamespace(seqlen_offset=3), True), (SimpleNamespace(get_seq_length=lambda: 0), False), (SimpleNamespace(get_seq_length=lambda: 4), True),
+    (SimpleNamespace(has_previous_state=True), True), (SimpleNamespace(has_previous_state=False), False)])
+def test_a_memory_says_whether_it_holds_earlier_tokens(state, continues):
+    assert steering._remembers(state) is continues

@@ -88,6 +88,7 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     tap, where = Tap(sae), _Called(sae, positions)
 
     def put(old: Tensor) -> Tensor | None:
+        where.reached(site)
         if wrong := not_activations(old, where.shape):
             raise InputError(f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose another")
         raw = old.to(sae.W_enc, copy=True)  # the model may go on in place
@@ -106,6 +107,9 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
 
     with where.watching(model), hooked(place, put):
         yield tap
+    if where.calls and not where.reads:
+        raise InputError(f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was read or changed there; "
+                         "choose another site")
 
 
 @contextmanager
@@ -190,6 +194,8 @@ class _Called:
         self.context: int | None = policy.get("context")
         self.ids: Tensor | None = None
         self.begins, self.attention = True, None
+        self.calls = self.reads = 0
+        self.running = False  # within a call whose activations have been read
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -199,11 +205,13 @@ class _Called:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Note the ids of each call of the model, or of the part of it that both the model and its users call."""
-        handle = getattr(model, "base_model", model).register_forward_pre_hook(self._note, with_kwargs=True)
+        called = getattr(model, "base_model", model)
+        handles = [called.register_forward_pre_hook(self._note, with_kwargs=True), called.register_forward_hook(self._end)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
@@ -212,7 +220,17 @@ class _Called:
         attention = called.get("attention_mask")
         self.attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
         self.begins = not self._continues(called)
-        self._tell_of_length(called)
+        self.calls, self.running = self.calls + 1, False
+        self._tell_of_length()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.running, self.begins, self.ids, self.attention = False, True, None, None
+
+    def reached(self, site: str) -> None:
+        """Count that a site is read; raise InputError for the second time in one call."""
+        if self.running:
+            raise InputError(f"site {site!r} runs several times in one call of the model, so that it has no single activation of a token; choose another")
+        self.reads, self.running = self.reads + 1, self.calls > 0
 
     def _continues(self, called: dict[str, Any]) -> bool:
         """Return whether earlier tokens of the same contexts have been seen: in a cache, a state, or by their positions."""
@@ -223,7 +241,7 @@ class _Called:
             return True
         return any(_remembers(called.get(name)) for name in _STATES)
 
-    def _tell_of_length(self, called: dict[str, Any]) -> None:
+    def _tell_of_length(self) -> None:
         """Say once that positions are changed which the SAE was never trained on."""
         length = max((part.shape[1] for part in (self.ids, self.attention) if part is not None), default=0)
         if self.context is not None and length > self.context:
