@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -396,3 +397,111 @@ def test_real_stories_model_reads_stories_best(shared_data):
     loss = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert loss < 2.0
     assert json.loads((shared_data / "models" / "stories260k" / "config.json").read_text())["vocab_size"] == lm.vocab
+
+
+# ---- weights that are not those of the file
+
+
+def renamed(folder, to, change):
+    """Return a copy of a model whose file holds other tensors."""
+    copied(folder, to)
+    file = to / "model.safetensors"
+    weights = change(load_file(file))
+    save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata={"format": "pt"})
+    return str(to)
+
+
+def without(*endings):
+    return lambda weights: {name: value for name, value in weights.items() if not name.endswith(endings)}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
+     r"Tensors missing: .* and \d+ more; unknown to the model: _orig_mod\.\S+, .* and \d+ more\. Save the model again"),
+    (without("layers.1.mlp.down_proj.weight"), r"Tensors missing: model\.layers\.1\.mlp\.down_proj\.weight\. Save"),
+    (without("lm_head.weight"), r"Tensors missing: lm_head\.weight\. Save"),
+    (lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)},
+     r"Tensors unknown to the model: model\.layers\.0\.self_attn\.q_proj\.bias\. Save"),
+    (lambda weights: weights | {"model.layers.3.mlp.down_proj.weight": torch.zeros(16, 32)},
+     r"Tensors unknown to the model: model\.layers\.3\.mlp\.down_proj\.weight\. Save"),
+    (lambda weights: weights | {"model.norm.weight": torch.zeros(8)}, r"Tensors of another shape: model\.norm\.weight\. Save"),
+], ids=["orig_mod", "one", "head", "bias", "layer", "shape"])
+def test_an_lm_whose_weights_do_not_fit_its_file_is_refused_by_their_names(tiny_lm, tmp_path, change, message):
+    folder = renamed(tiny_lm("llama", tie_word_embeddings=False), tmp_path / "m", change)
+    with pytest.raises(InputError, match=message):
+        LM(folder, "resid_post.1")
+
+
+def test_parts_that_a_causal_lm_does_not_have_are_left_out_with_a_word(tiny_lm, tmp_path, caplog):
+    folder = renamed(tiny_lm("llama"), tmp_path / "m", lambda weights: weights | {"vision_tower.patch.weight": torch.zeros(2, 2)})
+    with caplog.at_level("WARNING", logger="ksparse"):
+        assert LM(folder, "resid_post.1").d_model == 16
+    assert "which are left out: vision_tower.patch.weight" in caplog.text
+
+
+def test_a_tied_head_is_not_missing(tiny_lm, tmp_path):
+    folder = renamed(tiny_lm("llama", tie_word_embeddings=True), tmp_path / "m", without("lm_head.weight"))
+    assert LM(folder, "resid_post.1").d_model == 16
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}], ids=lambda method: method["quant_method"])
+def test_a_quantised_lm_whose_package_is_missing_is_one_line(tiny_lm, tmp_path, method):
+    folder = copied(tiny_lm("llama"), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": method}))
+    with pytest.raises(InputError, match="cannot be loaded as a causal LM: [^\n]+$"):
+        LM(folder, "resid_post.1")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_of_the_model_runs_only_if_this_call_says_so(tiny_lm, tmp_path, allowed):
+    folder = copied(tiny_lm("llama"), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}}))
+    (tmp_path / "m" / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\nclass OwnLM(LlamaForCausalLM):\n    config_class = Own\n")
+    if allowed:
+        assert LM(folder, "resid_post.1", trust_remote_code=True).d_model == 16 and (tmp_path / "ran").exists()
+    else:
+        with pytest.raises(InputError, match="cannot be loaded .*give --trust-remote-code True"):
+            LM(folder, "resid_post.1")
+        assert not (tmp_path / "ran").exists()
+
+
+# ---- lengths and beginnings
+
+
+def test_a_context_longer_than_the_lm_takes_is_refused_before_any_work(tiny_lm):
+    """GPT-2's table of positions ends there; others would compute positions they were never trained on."""
+    for kind in ("gpt2", "llama"):
+        with pytest.raises(InputError, match=r"acts.context is 129 tokens long, but .* takes at most 128; give a shorter --acts.context"):
+            LM(acts=Acts(lm=str(tiny_lm(kind)), site="resid_post.1", context=129))
+        lm = LM(acts=Acts(lm=str(tiny_lm(kind)), site="resid_post.1", context=128))
+        for call in (lambda: lm("the cat " * 100), lambda: lm.acts(*(torch.ones(1, 129, dtype=torch.long),) * 2)):
+            with pytest.raises(InputError, match="a context is .* tokens long, but .* takes at most 128"):
+                call()
+
+
+def test_a_text_longer_than_acts_context_has_a_word_once(tiny_lm, caplog):
+    lm = LM(acts=Acts(lm=str(tiny_lm("llama")), site="resid_post.1", context=8))
+    with caplog.at_level("WARNING", logger="ksparse"):
+        assert len(lm("the cat sat")) < 8 and not caplog.records
+        lm("the cat sat on a mat and saw two black dogs")
+        lm("the cat sat on a mat and saw two black dogs")
+    assert len(caplog.records) == 1 and "is longer than acts.context, 8" in caplog.text
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tiny_lm):
+    lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
+    text = "the cat sat on old hills"
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rendered = lm.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    assert rendered != text and torch.equal(lm.tokenize(rendered), lm.tokenize(text))
+    assert torch.equal(lm(rendered), lm(text)) and lm.tokens(rendered) == lm.tokens(text)
+
+
+@pytest.mark.parametrize("text", [["the", "cat"], 3, None])
+def test_a_text_is_a_str(tiny_lm, text):
+    with pytest.raises(InputError, match="a text is a str, got"):
+        LM(str(tiny_lm("gpt2")), "resid_post.1")(text)

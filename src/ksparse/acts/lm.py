@@ -427,12 +427,16 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of tensors that do not fit is said below, in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of transformers, safetensors, a quantiser's package, or code that comes with the model
         raise InputError(f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}") from error
+    finally:
+        logging.set_verbosity(level)
     _check_weights(model, source, report)
     return model
 
