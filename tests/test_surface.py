@@ -19,7 +19,6 @@ KEYS = {
     "curve.held_out", "curve.per_octave", "curve.octaves", "curve.converged", "curve.window",
     "run.device", "run.kernels", "run.ahead", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
     "run.alarm_grad_norm", "run.alarm_dead", "run.alarm_dead_growth",
-    "run.trust_remote_code",
     "mesh.data", "mesh.latent", "mesh.capacity", "mesh.timeout",
     "tokens", "batch", "seed", "order", "threads",
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import tomllib
 import typing
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse.errors import InputError
+
+_log = logging.getLogger("ksparse")
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,6 @@ class Run:
     """Warn where the share of dead latents has risen by more than this; 0: never."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where to send the metrics besides metrics.jsonl."""
-    trust_remote_code: bool = False
-    """Run code that comes with a model. Only if you have read it."""
 
 
 @dataclass(frozen=True)
@@ -505,6 +506,11 @@ def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in table.items():
+        if f"{prefix}{key}" == "run.trust_remote_code":  # of older recipes
+            if value:
+                _log.warning("run.trust_remote_code%s is passed over: a file cannot allow code to run. If you trust the code that comes "
+                             "with the model, give --trust-remote-code True with this command", where)
+            continue
         if key not in hints:
             raise InputError(f"unknown key '{prefix}{key}'{where}{_suggest(prefix + key)}")
         hint = hints[key]

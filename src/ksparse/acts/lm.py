@@ -22,6 +22,7 @@ from ksparse.acts.sites import Site, blocks_before, describe_sites, hooked, not_
 from ksparse.acts.text import Contexts, token_strings, without_bos
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
+from ksparse.trust import code_is_trusted
 
 _log = logging.getLogger("ksparse")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -48,12 +49,14 @@ class LM:
 
     def __init__(self, name: str = "pylm/1.9m", site: str = "resid_post.3", *, acts: Acts | None = None, device: str = "cpu",
                  trust_remote_code: bool = False):
-        """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given."""
+        """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given.
+
+        trust_remote_code: let code that comes with the model run. Nothing else than this argument can.
+        """
         self.options = acts or Acts(lm=name, site=site)
         self.device = torch.device(device)
         folder = find_model(self.options.lm)
-        common = {"revision": self.options.revision, "trust_remote_code": trust_remote_code} if not Path(folder).exists() else {
-            "trust_remote_code": trust_remote_code}
+        common = {"trust_remote_code": trust_remote_code or code_is_trusted()} | ({} if Path(folder).exists() else {"revision": self.options.revision})
         self.model = load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
         self.tokenizer = _load_tokenizer(self.options.tokenizer or folder, common)
         self.folder = Path(folder) if Path(folder).exists() else None

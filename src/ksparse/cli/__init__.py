@@ -18,9 +18,10 @@ import os
 import sys
 
 from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
-from ksparse.cli.arguments import VERBS
+from ksparse.cli.arguments import LOAD_LM, VERBS
 from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
+from ksparse.trust import taken_from, trusted
 
 EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody reads the output"
 STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
@@ -58,7 +59,9 @@ def _run(arguments: list[str]) -> None:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
             raise InputError(f"there is no verb {verb!r}" + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`"))
-        VERBS[verb](rest)
+        code, rest = taken_from(rest) if verb in LOAD_LM else (False, rest)
+        with trusted(code):
+            VERBS[verb](rest)
     except KsparseError as error:
         print(visible(f"ksparse {verb}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -11,9 +11,12 @@ from typing import Any
 from ksparse import recipe as recipes
 from ksparse.errors import InputError
 from ksparse.recipe import Recipe
+from ksparse.trust import FLAG
 
 VERBS: dict[str, Callable[[list[str]], None]] = {}
 """Every verb by its name, the first word of its docstring."""
+LOAD_LM = ("train", "resume", "eval", "compare", "study", "steer", "attribute", "convert", "shard", "plan", "sweep", "view")
+"""Verbs that take --trust-remote-code True: it lets code that comes with a language model run, in this call alone."""
 
 
 def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -48,6 +51,8 @@ def parse(kind: type, verb: str, arguments: list[str], default: Any = None, pref
     import tyro
 
     description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
+    if verb.split()[0] in LOAD_LM:
+        description += f"\n\n{FLAG} True lets code that comes with the language model run, in this call alone; no file can say so."
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
     return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

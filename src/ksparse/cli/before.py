@@ -37,7 +37,7 @@ def shard(arguments: list[str]) -> None:
     from ksparse.acts.lm import LM, resolve_device
     from ksparse.acts.text import Corpus
 
-    lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device), trust_remote_code=recipe.run.trust_remote_code)
+    lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with Progress("activations", recipe.tokens) as progress:

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from ksparse import files
 from ksparse.errors import InputError
+from ksparse.trust import FLAG, code_is_trusted
 
 POLL = 0.5  # seconds
 
@@ -148,7 +149,7 @@ def processes(folder: Path, workers: int) -> Start:
 
 def command(folder: Path, names: list[str]) -> list[str]:
     """Return the command line that trains some runs of a sweep as one cohort."""
-    return [sys.executable, "-m", "ksparse", "sweep", str(folder), "--only", *names]
+    return [sys.executable, "-m", "ksparse", "sweep", str(folder), "--only", *names, *([FLAG, "True"] if code_is_trusted() else [])]
 
 
 def _gpus() -> list[str]:

@@ -44,7 +44,7 @@ def study(study: Study) -> dict[str, Any]:
 def activations(study: Study) -> dict[str, Path]:
     """Write the activations of all sites in one pass over the text; return {site: its shards}."""
     acts = dataclasses.replace(study.acts, shards="")
-    lm = LM(acts=acts, device=resolve_device(study.options.device), trust_remote_code=study.base.run.trust_remote_code)
+    lm = LM(acts=acts, device=resolve_device(study.options.device))
     sites = sites_of(lm.model)
     rows = study.options.tokens or TOKENS
     written = shards.write_sites(lm, Corpus(acts, lm.tokenizer, "train"), study.path / "acts", sites, rows=rows, dtype="bfloat16",

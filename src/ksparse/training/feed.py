@@ -91,7 +91,7 @@ class Feed:
         """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out` says. To be read before the stream is, whose thread uses the LM."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         acts = dataclasses.replace(recipe.acts, mix=rows)
-        lm = self.source.lm if isinstance(self.source, LiveStream) else LM(acts=acts, device=str(self.device), trust_remote_code=recipe.run.trust_remote_code)
+        lm = self.source.lm if isinstance(self.source, LiveStream) else LM(acts=acts, device=str(self.device))
         return LiveStream(lm, Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT), batch=rows, seed=0).sample(rows)
 
 
@@ -104,7 +104,7 @@ def open_stream(recipe: Recipe, device: torch.device, mesh: Mesh = ALONE) -> tup
         return ShardStream(shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh), shards.manifest["policy"]
     if acts.mix < recipe.batch:
         raise InputError(f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches")
-    lm = LM(acts=acts, device=str(device), trust_remote_code=recipe.run.trust_remote_code)
+    lm = LM(acts=acts, device=str(device))
     corpus = Corpus(acts, lm.tokenizer, "train")
     return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.data_seed, mesh=mesh), corpus.policy()
 

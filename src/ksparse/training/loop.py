@@ -27,19 +27,22 @@ from ksparse.training import checkpoint
 from ksparse.training.feed import Feed
 from ksparse.training.member import Member
 from ksparse.training.plan import explain_memory
+from ksparse.trust import trusted
 
 log = logging.getLogger("ksparse")
 
 Observer = Callable[[dict[str, Any]], None]
 
 
-def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = lambda row: None) -> RunFolder:
+def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = lambda row: None, trust_remote_code: bool = False) -> RunFolder:
     """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go on with it.
 
     out: runs/<a hash of the recipe> if not given.
     observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.
+    trust_remote_code: let code that comes with the LM run, in this call alone.
     """
-    return train_cohort([recipe], [out or f"runs/{files.digest(recipe.identity())}"], observe=lambda run, row: observe(row))[0]
+    with trusted(trust_remote_code):
+        return train_cohort([recipe], [out or f"runs/{files.digest(recipe.identity())}"], observe=lambda run, row: observe(row))[0]
 
 
 def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
@@ -119,7 +122,7 @@ def _stream_of(recipe: Recipe) -> dict[str, Any]:
     identity = recipe.identity()
     return {"acts": identity["acts"], "batch": recipe.batch, "order": recipe.data_seed, "threads": recipe.threads,
             "curve": {"held_out": recipe.curve.held_out}, "mesh": asdict(recipe.mesh),
-            "run": {key: getattr(recipe.run, key) for key in ("device", "trust_remote_code")}}
+            "run": {"device": recipe.run.device}}
 
 
 def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:

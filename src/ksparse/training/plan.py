@@ -26,6 +26,7 @@ from ksparse.training import costs, flops, hardware
 from ksparse.training.costs import Case, Estimate, Step, Subject
 from ksparse.training.feed import ahead
 from ksparse.training.hardware import CARDS, Card
+from ksparse.trust import code_is_trusted
 
 FORMAT = 1
 
@@ -219,12 +220,12 @@ def look(recipe: Recipe) -> Subject:
 
     source = find_model(recipe.acts.lm)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=recipe.run.trust_remote_code)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=code_is_trusted())
+    except Exception as error:  # of transformers, or of code that comes with the model
         raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
                          "instead: --subject.d-model, --subject.parameters, --subject.before-site") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code_is_trusted())
     module, at = outline(model, recipe.acts.site)
     everything = sum(p.numel() for p in model.parameters())
     ends = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()}

@@ -39,7 +39,7 @@ class Live:
         recipe = self.run.recipe()
         device = resolve_device("auto")
         sae = load(self.run.path).to(device).eval()
-        return sae, LM(acts=recipe.acts, device=device, trust_remote_code=recipe.run.trust_remote_code)
+        return sae, LM(acts=recipe.acts, device=device)
 
     def activations(self, text: str) -> dict[str, Any]:
         """Return the text's tokens, and of each the latents active there, [latent, value], the largest first."""
