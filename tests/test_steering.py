@@ -81,7 +81,7 @@ def test_scaling_multiplies_the_latents_own_activation():
 
 def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
     model, sae = Linear(), make_sae(metadata={"policy": {"keep": "all"}})
-    lm = SimpleNamespace(model=model, site=resolve(model, "block"), tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]))
+    lm = SimpleNamespace(model=model, site=resolve(model, "block"), check_changes=lambda: None, tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]))
     model.embed.weight.data, model.head.weight.data, model.head.bias.data = (t.float() for t in (model.embed.weight, model.head.weight, model.head.bias))
     sae = sae.float()
     contributions = attribution(lm, sae, "31415", lambda logits: logits[2] - logits[7])

@@ -111,3 +111,12 @@ def test_the_flag_takes_true_or_false(words, message):
 def test_the_flag_is_taken_off_and_the_rest_stays():
     assert taken_from(["a", "--trust-remote-code=True", "--b", "c"]) == (True, ["a", "--b", "c"])
     assert taken_from(["--trust_remote_code", "False", "d"]) == (False, ["d"])
+
+
+def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_path):
+    shutil.copytree(tiny_lm("llama"), tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
+        with pytest.raises(InputError, match="its config names 'somebody/kernel', code of the Hub, for its attention"):
+            ksparse.LM(str(tmp_path / "lm"), site="resid_post.1")

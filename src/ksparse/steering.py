@@ -304,6 +304,7 @@ def attribute(lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric) -> Tenso
 
 def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
     """Return activation x gradient of the active latents at each position of a prompt, BOS first, as a code [t, k] of contributions."""
+    lm.check_changes()
     leaf: list[Tensor] = []
 
     def take(x: Tensor) -> Tensor:

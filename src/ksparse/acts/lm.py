@@ -426,15 +426,21 @@ def find_model(name: str) -> str:
 
 def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
     """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold beside what the model has."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of tensors that do not fit is said below, in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except (torch.OutOfMemoryError, MemoryError):
+        config = AutoConfig.from_pretrained(source, **options)
+        kernel = str(getattr(config, "_attn_implementation", None) or "")
+        if "/" in kernel and not options["trust_remote_code"]:
+            raise InputError(f"model {source!r}: its config names {kernel!r}, code of the Hub, for its attention. If you have read that code and "
+                             "trust it, give --trust-remote-code True; else take the name out of its config.json")
+        model, report = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
+                                                             ignore_mismatched_sizes=True, **options)
+    except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
     except Exception as error:  # of transformers, safetensors, a quantiser's package, or code that comes with the model
         raise InputError(f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}") from error
