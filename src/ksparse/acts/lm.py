@@ -219,15 +219,11 @@ class LM:
     @property
     def context(self) -> int | None:
         """The longest context the LM takes, if its config says."""
-        config = self.model.config.get_text_config()
-        lengths = [getattr(config, name, None) for name in _LENGTHS]
-        return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+        return longest_context(self.model.config)
 
     def check_length(self, tokens: int, what: str = "a context") -> None:
         """Raise InputError for a context longer than the LM takes: it would see positions it was never trained on, or fail."""
-        if self.context is not None and tokens > self.context:
-            raise InputError(f"{what} is {tokens:,} tokens long, but {self.options.lm} takes at most {self.context:,}; "
-                             "give a shorter --acts.context, or a shorter text")
+        check_length(tokens, self.context, self.options.lm, what)
 
     def on_device(self, contexts: Contexts) -> Contexts:
         return Contexts(*(field.to(self.device) for field in contexts))
@@ -252,6 +248,19 @@ class LM:
         if max([largest, *used]) >= self.vocab:
             raise InputError(f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
                              f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer")
+
+
+def longest_context(config: Any) -> int | None:
+    """Return the longest context of a model, if its config says."""
+    text = config.get_text_config()
+    lengths = [getattr(text, name, None) for name in _LENGTHS]
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+
+def check_length(tokens: int, longest: int | None, lm: str, what: str = "a context") -> None:
+    """Raise InputError for a context longer than the LM takes."""
+    if longest is not None and tokens > longest:
+        raise InputError(f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter --acts.context, or a shorter text")
 
 
 # ---- continuations -----------------------------------------------------------------------------------------------

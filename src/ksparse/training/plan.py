@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ksparse.acts.lm import find_model, resolve_device
+from ksparse.acts.lm import check_length, find_model, longest_context, resolve_device
 from ksparse.acts.sites import outline
 from ksparse.acts.shards import Shards
 from ksparse.errors import InputError
@@ -224,6 +224,7 @@ def look(recipe: Recipe) -> Subject:
     except Exception as error:  # of transformers, or of code that comes with the model
         raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
                          "instead: --subject.d-model, --subject.parameters, --subject.before-site") from error
+    check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=code_is_trusted())
     module, at = outline(model, recipe.acts.site)
