@@ -18,7 +18,7 @@ import pytest
 from ksparse.recipe import Recipe, from_dict
 from ksparse.runs import RunFolder, open_run
 
-N = 192
+N, TOKEN = 192, "a-token_of-tests"
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +68,11 @@ def run(trained: RunFolder, tmp_path: Path) -> RunFolder:
 
 @contextmanager
 def serving(run: RunFolder) -> Iterator[int]:
-    """Serve a run from another thread; yield the port."""
+    """Serve a run from another thread, with TOKEN; yield the port."""
     from ksparse.viewer import server
 
     listener = server.listen(0)
-    made = server.server(run)
+    made = server.server(run, TOKEN)
     thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

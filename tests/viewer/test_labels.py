@@ -22,7 +22,7 @@ def test_a_label_is_there_again(labels):
     labels.set(3, "", True)
     assert labels.all() == {"3": {"label": "", "star": True}, "17": {"label": "lists of numbers", "star": True}}
     assert json.loads(labels.file.read_text())["format"] == 1
-    assert [file.name for file in labels.file.parent.iterdir()] == ["labels.json"]
+    assert {file.name for file in labels.file.parent.iterdir()} == {"labels.json", ".labels.lock"}
 
 
 def test_an_empty_label_without_a_star_is_removed(labels):

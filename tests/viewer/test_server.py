@@ -17,15 +17,15 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
 from ksparse.viewer import server  # noqa: E402
 
-from .conftest import N, serving  # noqa: E402
+from .conftest import N, TOKEN, serving  # noqa: E402
 
 
 def ask(port: int, path: str, *, method: str = "GET", body: object = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Send one request with exactly these headers and this path."""
+    """Send one request with the token, and else exactly these headers and this path; a header of '' is left out."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
     data = json.dumps(body).encode() if not isinstance(body, (bytes, type(None))) else body
-    given = {"Host": f"127.0.0.1:{port}"} | ({"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {})
+    given = {"Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {TOKEN}"} | ({"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {})
     for name, value in (given | {name.replace("_", "-"): value for name, value in headers.items()}).items():
         if value:
             connection.putheader(name, value)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ksparse.cli.arguments import no_options, parse, take_folder, verb
 from ksparse.cli.judging import show_study
-from ksparse.cli.shown import Progress, write_report
+from ksparse.cli.shown import Progress, say, write_report
 from ksparse.cli.sweeps import survey_of
+from ksparse.errors import Interrupted
 from ksparse.runs import open_run
 
 
@@ -42,6 +49,8 @@ def view(arguments: list[str]) -> None:
         """Folder to write static pages to, without the parts that need the LM; nothing is served then."""
         port: int = 8765
         """Port on 127.0.0.1; 0 takes any that is free."""
+        trust_remote_code: bool = False
+        """Let code that comes with the LM run, if you trust whoever wrote it. Nothing in the run can say so."""
 
     folder, rest = take_folder("view", arguments)
     options = parse(ViewArgs, "view RUN", rest)
@@ -49,10 +58,29 @@ def view(arguments: list[str]) -> None:
     from ksparse import viewer
 
     if options.export:
-        with Progress("pages", 0) as progress:
+        with Progress("pages", 0) as progress, stopped_by(signal.SIGTERM):
             page = viewer.export(run, Path(options.export), observe=lambda what, done, total: progress(done, "", total, what))
         print(f"pages    {page.resolve().as_uri()}")
         return
-    listener = viewer.listen(options.port)
-    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/   (Ctrl-C ends it)", flush=True)
-    viewer.serve(run, listener)
+    listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
+    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/?token={token}   (Ctrl-C ends it)", flush=True)
+    try:
+        viewer.serve(run, listener, token, trust_remote_code=options.trust_remote_code)
+    except Interrupted as stopped:
+        say(f"ksparse view: {stopped}")
+        os._exit(stopped.exit_code)  # the LM may be at work in another thread, for a reader who is gone
+
+
+@contextmanager
+def stopped_by(signum: int) -> Iterator[None]:
+    """Raise Interrupted where a signal comes, so that nothing half written is left behind."""
+    def stop(signum: int, frame: Any) -> None:
+        raise Interrupted("stopped", signum)
+
+    before = signal.getsignal(signum)
+    if before is not signal.SIG_IGN:
+        signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)

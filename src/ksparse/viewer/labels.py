@@ -5,50 +5,98 @@
 
 from __future__ import annotations
 
-import threading
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ksparse import files
-from ksparse.errors import CorruptError, InputError
+from ksparse.errors import CorruptError, DiskError, InputError
 from ksparse.runs import RunFolder
+from ksparse.viewer.reading import own_file, written
 
 FORMAT, LONGEST = 1, 1000
+PATIENCE = 15.0
+"""Seconds to wait for another viewer that is writing."""
 
 
 class Labels:
-    """The labels of one run, read anew each time: the file may also be edited by hand."""
+    """The labels of one run, read anew each time: the file may also be edited by hand, and written by other viewers."""
 
     def __init__(self, run: RunFolder, n_latents: int):
-        self.file, self.n_latents, self._lock = run.path / "labels.json", n_latents, threading.Lock()
+        self.file, self.n_latents = run.path / "labels.json", n_latents
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """Return {latent: {"label", "star"}} of all that have either."""
-        if not self.file.is_file():
-            return {}
-        found = files.read_json(self.file)
-        latents = found.get("latents") if isinstance(found, dict) and found.get("format") == FORMAT else None
-        if not isinstance(latents, dict) or not all(isinstance(entry, dict) for entry in latents.values()):
-            raise CorruptError(f"{self.file} is no table of labels of format {FORMAT}; mend it, or move it away to begin anew")
-        return latents
+        """Return {latent: {"label", "star"}} of the run's latents that have either; what else the file may hold is left out."""
+        shown = {}
+        for key, entry in self._table().items():
+            label, star = entry.get("label"), entry.get("star") is True
+            label = label if isinstance(label, str) else ""
+            if (label or star) and re.fullmatch("0|[1-9][0-9]{0,11}", key) and int(key) < self.n_latents:
+                shown[key] = {"label": label, "star": star}
+        return shown
 
     def set(self, latent: Any, label: Any, star: Any) -> dict[str, Any]:
         """Replace what is said of one latent; an empty label without a star removes it."""
         if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < self.n_latents:
-            raise InputError(f"latent {latent!r} is not one of 0 to {self.n_latents - 1}")
+            raise InputError(f"latent {written(latent)} is not one of 0 to {self.n_latents - 1}")
         if not isinstance(label, str) or not isinstance(star, bool):
             raise InputError("a label is a text and a star true or false")
         if len(label) > LONGEST:
             raise InputError(f"a label has {len(label):,} characters; at most {LONGEST:,} are kept")
         entry = {"label": label.encode("utf-8", "replace").decode().strip(), "star": star}
-        with self._lock:
-            latents = self.all()
+        with self._locked():
+            latents = self._table()
             latents.pop(str(latent), None)
             if entry["label"] or star:
                 latents[str(latent)] = entry
-            files.write_json(self.file, {"format": FORMAT, "latents": {key: latents[key] for key in sorted(latents, key=_number)}})
+            table = {"format": FORMAT, "latents": {key: latents[key] for key in sorted(latents, key=_order)}}
+            files.write_text(self.file, _dumps(table, self.file) + "\n")
         return entry
 
+    def _table(self) -> dict[str, dict[str, Any]]:
+        """Return the file's table as it is: also what a reader wrote there by hand is kept."""
+        if own_file(self.file) is None:
+            return {}
+        content = files.read_json(self.file)
+        latents = content.get("latents") if isinstance(content, dict) and content.get("format") == FORMAT else None
+        if not isinstance(latents, dict) or not all(isinstance(entry, dict) for entry in latents.values()):
+            raise CorruptError(f"{self.file} is no table of labels of format {FORMAT}; mend it, or move it away to begin anew")
+        return latents
 
-def _number(key: str) -> tuple[bool, int, str]:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other threads and other viewers from changing the file between reading and writing. The system lets go when a process dies."""
+        lock, end = self.file.with_name(".labels.lock"), time.monotonic() + PATIENCE
+        with files.explained(self.file):
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            try:
+                while True:
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > end:
+                            raise DiskError(f"{self.file} is being written by another process, which holds {lock.name}; try again") from None
+                        time.sleep(0.01)
+                yield
+            finally:
+                os.close(handle)
+
+
+def _order(key: str) -> tuple[bool, int, str]:
     """Order keys as numbers, and what somebody wrote by hand after them."""
-    return (not key.isdecimal(), int(key) if key.isdecimal() else 0, key)
+    return (not (key.isascii() and key.isdecimal()), len(key), key)
+
+
+def _dumps(table: dict[str, Any], file: Any) -> str:
+    """Return a table as JSON that can be read by eye. Half a character, which has no UTF-8, stays the escape that it was."""
+    try:
+        text = json.dumps(table, indent=1, allow_nan=False, ensure_ascii=False)
+    except RecursionError:
+        raise CorruptError(f"{file} is nested too deep; mend it, or move it away to begin anew") from None
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

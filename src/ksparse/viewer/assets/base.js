@@ -3,6 +3,13 @@
 
 const ksparse = { views: {}, live: document.documentElement.hasAttribute("data-live") };
 
+// The server's token comes in the address that it printed, and is kept for reloads and other tabs of this port alone.
+ksparse.token = ksparse.live && (new URLSearchParams(location.search).get("token") ?? localStorage.getItem("ksparse token"));
+if (ksparse.token) {
+  localStorage.setItem("ksparse token", ksparse.token);
+  history.replaceState(null, "", location.pathname + location.hash);
+}
+
 // ---- elements ---------------------------------------------------------------------------------------------------
 
 const SVG = new Set(["svg", "title", "g", "rect", "line"]);
@@ -42,13 +49,14 @@ ksparse.load = function load(name) {
 };
 
 async function fetched(name) {
-  return answered(await fetch(`data/${name}.json`));
+  return answered(await fetch(`data/${name}.json`, { headers: { Authorization: `Bearer ${ksparse.token}` } }));
 }
 
 function scripted(name) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
-    const script = ksparse.el("script", { src: `data/${name}.js`, on: { error: () => reject(new Error(`data/${name}.js is missing`)) } });
+    const file = `${document.documentElement.dataset.home ?? ""}data/${name}.js`;
+    const script = ksparse.el("script", { src: file, on: { error: () => reject(new Error(`${file} is missing; load the page anew`)) } });
     script.addEventListener("load", () => script.remove());
     document.head.append(script);
   });
@@ -58,7 +66,7 @@ ksparse.take = (name, piece) => { awaited.get(name)?.(piece); awaited.delete(nam
 
 // Ask the server for something that it works out.
 ksparse.ask = async (name, asked) => answered(await fetch(`api/${name}`, {
-  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) }));
+  method: "POST", headers: { "Content-Type": "application/json", Authorization: `Bearer ${ksparse.token}` }, body: JSON.stringify(asked) }));
 
 async function answered(response) {
   if (response.ok) return response.json();
