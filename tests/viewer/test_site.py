@@ -175,7 +175,7 @@ def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_t
 
         return do
 
-    for moment in range(0, 1_000, 3):
+    for moment in range(0, 1_000, 5):
         folder = shutil.copytree(tmp_path / "old", tmp_path / f"at{moment}")
         left = moment
         with monkeypatch.context() as patched:
@@ -188,7 +188,7 @@ def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_t
         finished = left >= 0
         seen.append(whole(folder))
         assert seen[-1] in sites and (folder / "CNAME").read_text() == "mine"
-        if moment % 4 == 0:
+        if moment % 3 == 0:
             viewer.export(bare, folder)
             assert tree(folder) == fresh | {"CNAME": b"mine"}
         shutil.rmtree(folder)

@@ -200,19 +200,21 @@ class Turns:
     """One thread for all that needs the LM, and a short queue, so that pages keep their threads. The end of the process does not wait for it."""
 
     def __init__(self) -> None:
-        self._asked: queue.Queue[tuple[concurrent.futures.Future, Callable[..., Any], Any]] = queue.Queue(WAITING)
-        self._thread: threading.Thread | None = None
+        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[..., Any], Any]] = queue.SimpleQueue()
+        self._thread, self._here = threading.Thread(target=self._work, daemon=True), 0
 
     async def __call__(self, answer: Callable[[dict[str, Any]], dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True)
+        if self._here > WAITING:
+            raise Busy
+        if self._thread.ident is None:
             self._thread.start()
         future: concurrent.futures.Future = concurrent.futures.Future()
+        self._asked.put((future, answer, asked))
+        self._here += 1
         try:
-            self._asked.put_nowait((future, answer, asked))
-        except queue.Full:
-            raise Busy from None
-        return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(future)
+        finally:
+            self._here -= 1
 
     def _work(self) -> None:
         while True:
