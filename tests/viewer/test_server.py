@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from ksparse import files
 from ksparse.errors import InputError
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
@@ -239,7 +238,7 @@ def test_a_link_in_a_run_is_not_served(run, tmp_path, name, path):
     (run.path / name).symlink_to(tmp_path / "secret")
     with serving(run) as port:
         status, _, body = ask(port, path)
-        assert status == 400 and f"{name} is a link, which may lead out of the run" in json.loads(body)["error"]
+        assert status == 400 and f"{name} leads out of" in json.loads(body)["error"]
         assert ask(port, "/api/label", method="POST", body={"latent": 1, "label": "x", "star": True})[0] == (400 if name == "labels.json" else 200)
     assert "secret" in (tmp_path / "secret").read_text()
 
@@ -251,7 +250,7 @@ def test_a_label_that_finds_no_room_is_answered_with_the_reason(run, monkeypatch
 
     with serving(run) as port:
         ask(port, "/api/label", method="POST", body={"latent": 1, "label": "kept", "star": True})
-        monkeypatch.setattr(files.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
         found, _, body = ask(port, "/api/label", method="POST", body={"latent": 2, "label": "x", "star": True})
         assert found == status and why in json.loads(body)["error"]
         assert json.loads(ask(port, "/data/labels.json")[2])["latents"] == {"1": {"label": "kept", "star": True}}

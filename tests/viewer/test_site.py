@@ -221,7 +221,7 @@ def test_one_export_at_a_time(bare, tmp_path, monkeypatch):
     put = site._put
 
     def meanwhile(*given):
-        with pytest.raises(InputError, match="another process is writing pages to .*site; wait for it"):
+        with pytest.raises(InputError, match=f"is in use by process {os.getpid()}; wait for it"):
             viewer.export(bare, tmp_path / "site")
         put(*given)
 
@@ -263,6 +263,6 @@ def test_a_link_in_a_run_is_not_published(bare, tmp_path, name):
     (bare.path / name).parent.mkdir(exist_ok=True)
     (bare.path / name).unlink(missing_ok=True)
     (bare.path / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(CorruptError, match=f"{name} is a link, which may lead out of the run"):
+    with pytest.raises(InputError, match=f"{name} leads out of .*ksparse follows no such link"):
         viewer.export(bare, tmp_path / "site")
     assert not (tmp_path / "site").exists()

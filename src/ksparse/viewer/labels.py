@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ksparse import files
-from ksparse.errors import CorruptError, DiskError, InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.runs import RunFolder
-from ksparse.viewer.reading import own_file, written
+from ksparse.viewer.reading import written
 
 FORMAT, LONGEST = 1, 1000
 PATIENCE = 15.0
@@ -28,7 +24,7 @@ class Labels:
     """The labels of one run, read anew each time: the file may also be edited by hand, and written by other viewers."""
 
     def __init__(self, run: RunFolder, n_latents: int):
-        self.file, self.n_latents = run.path / "labels.json", n_latents
+        self.folder, self.file, self.n_latents = run.path, run.path / "labels.json", n_latents
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Return {latent: {"label", "star"}} of the run's latents that have either; what else the file may hold is left out."""
@@ -49,7 +45,7 @@ class Labels:
         if len(label) > LONGEST:
             raise InputError(f"a label has {len(label):,} characters; at most {LONGEST:,} are kept")
         entry = {"label": label.encode("utf-8", "replace").decode().strip(), "star": star}
-        with self._locked():
+        with files.locked(self.folder, ".labels.lock", wait=PATIENCE, advice="try again"):
             latents = self._table()
             latents.pop(str(latent), None)
             if entry["label"] or star:
@@ -60,32 +56,13 @@ class Labels:
 
     def _table(self) -> dict[str, dict[str, Any]]:
         """Return the file's table as it is: also what a reader wrote there by hand is kept."""
-        if own_file(self.file) is None:
+        if not os.path.lexists(files.inside(self.folder, self.file.name)):
             return {}
         content = files.read_json(self.file)
         latents = content.get("latents") if isinstance(content, dict) and content.get("format") == FORMAT else None
         if not isinstance(latents, dict) or not all(isinstance(entry, dict) for entry in latents.values()):
             raise CorruptError(f"{self.file} is no table of labels of format {FORMAT}; mend it, or move it away to begin anew")
         return latents
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other threads and other viewers from changing the file between reading and writing. The system lets go when a process dies."""
-        lock, end = self.file.with_name(".labels.lock"), time.monotonic() + PATIENCE
-        with files.explained(self.file):
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-            try:
-                while True:
-                    try:
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    except BlockingIOError:
-                        if time.monotonic() > end:
-                            raise DiskError(f"{self.file} is being written by another process, which holds {lock.name}; try again") from None
-                        time.sleep(0.01)
-                yield
-            finally:
-                os.close(handle)
 
 
 def _order(key: str) -> tuple[bool, int, str]:

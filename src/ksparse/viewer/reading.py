@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import stat
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ksparse import files
-from ksparse.errors import CorruptError
 from ksparse.report.source import Arrays, Source
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
@@ -25,9 +22,8 @@ class Reading:
     """A run's files, read when they are first needed."""
 
     def __init__(self, run: RunFolder):
-        results = run.path / "evals"
-        for path in (results, *sorted(results.glob("*"))):
-            own_file(path)
+        for path in sorted(files.inside(run.path, "evals").glob("*")):
+            files.inside(run.path, "evals", path.name)
         self.source = Source(run)
         self.n = self.source.recipe.sae.n_latents
         self._tokens: dict[int, str] = {}
@@ -66,19 +62,6 @@ def number(value: Any, digits: int = 5) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{float(value):.{digits}g}")
-
-
-def own_file(path: Path) -> Path | None:
-    """Return a file or folder of a run if it is there; raise CorruptError for a link and the like: what it leads to is none of the run's."""
-    with files.read_errors(path):
-        try:
-            mode = path.lstat().st_mode
-        except FileNotFoundError:
-            return None
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        what = "a link" if stat.S_ISLNK(mode) else "no file"
-        raise CorruptError(f"{path} is {what}, which may lead out of the run; nothing is read or shown through it. Put the file itself there, or take it away")
-    return path
 
 
 def written(value: Any) -> str:

@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
 
+from ksparse import files
 from ksparse.errors import InputError, Interrupted, KsparseError, NonFiniteError
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
@@ -33,7 +34,6 @@ from ksparse.viewer import site
 from ksparse.viewer.labels import Labels
 from ksparse.viewer.live import Live
 from ksparse.viewer.pieces import Pieces
-from ksparse.viewer.reading import own_file
 
 try:
     import uvicorn
@@ -149,7 +149,7 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        if name == "report.html" and own_file(run.report_file):
+        if name == "report.html" and files.inside(run.path, name).is_file():
             return Response(run.report_file.read_bytes(), media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": REPORT_POLICY})
         kind = site.ASSETS.get(name)
         return Response(site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'), media_type=kind) if kind else _nothing(request)

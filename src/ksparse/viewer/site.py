@@ -14,7 +14,6 @@ files of the other, which the mark lists and the next export removes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +30,6 @@ from ksparse.errors import CorruptError, InputError
 from ksparse.runs import RunFolder
 from ksparse.viewer.labels import Labels
 from ksparse.viewer.pieces import Pieces
-from ksparse.viewer.reading import own_file
 
 BLOCK = 16
 """Latents in a file of details."""
@@ -77,23 +75,18 @@ def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], No
 @contextmanager
 def _working(folder: Path) -> Iterator[Path]:
     """Yield an empty folder in `folder`, which is gone afterwards; refuse where another process has one."""
-    work, lock = folder / WORK, folder / WORK / "lock"
+    work = folder / WORK
     _check_way(folder, f"{WORK}/lock", mine=True)
-    work.mkdir(exist_ok=True)
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing pages to {folder}; wait for it") from None
-        for left in {*work.iterdir()} - {lock}:  # by one that was killed
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    with files.locked(work, "lock"):
+        for left in work.iterdir():  # by one that was killed
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name != "lock":
+                left.unlink()
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
@@ -115,7 +108,7 @@ def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
 
 def _listed(folder: Path) -> set[str]:
     """Return the names that the mark of an earlier site lists, as far as they are there."""
-    if own_file(folder / MARK) is None:
+    if not files.inside(folder, MARK).exists():
         return set()
     mark = files.read_table(folder / MARK)
     if "files" not in mark:  # of before there was a list
@@ -167,8 +160,8 @@ def _fill(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) 
     for name in ASSETS:
         page = page.replace(f'"{name}"'.encode(), f'"{home}/{name}"'.encode())
     (work / PAGE).write_bytes(page)
-    if own_file(run.report_file):
-        shutil.copyfile(run.report_file, work / REPORT, follow_symlinks=False)
+    if files.inside(run.path, run.report_file.name).is_file():
+        shutil.copyfile(run.report_file, work / REPORT)
     return [PAGE, *([REPORT] if (work / REPORT).exists() else []), *(f"{home}/{name}" for name in names)]
 
 
