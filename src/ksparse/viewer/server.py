@@ -36,6 +36,7 @@ from ksparse.viewer.live import Live
 from ksparse.viewer.pieces import Pieces
 
 try:
+    import h11
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -133,6 +134,16 @@ class Connection(H11Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._limit.cancel()
         super().connection_lost(error)
+
+    def send_400_response(self, message: str) -> None:
+        """Say what is no HTTP, unless an answer is under way already; nobody else answers then."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(message)
+        else:
+            self.transport.close()
 
     def _late(self) -> None:
         answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
