@@ -9,7 +9,7 @@ import torch
 
 from ksparse import files, steering
 from ksparse.acts.text import token_strings
-from ksparse.errors import InputError, NonFiniteError
+from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
 from ksparse.viewer.live import CONTINUED, Live
 
@@ -100,7 +100,7 @@ def test_a_value_that_float32_does_not_have_is_refused(asked, value):
 
 
 def test_predictions_of_nan_are_no_result(asked):
-    with pytest.raises(NonFiniteError, match="the LM with latent 1 held at -1e.38 predicts NaN after this text; hold it nearer to the values"):
+    with pytest.raises(NonFiniteError, match="with latent 1 held at -1e.38 the LM predicts NaN; hold it nearer to the values"):
         asked.change(TEXT, 1, -1e38)
 
 
@@ -108,6 +108,15 @@ def test_activations_of_nan_are_no_result(asked, parts, monkeypatch):
     monkeypatch.setattr(type(parts[1]), "acts", lambda self, tokens, attention: torch.full((*tokens.shape, parts[0].shape.d_model), float("nan")))
     with pytest.raises(NonFiniteError, match="gives NaN or infinity on this text"):
         asked.activations(TEXT)
+
+
+def test_too_little_memory_is_said(asked, parts, monkeypatch):
+    def full(self, text):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(type(parts[1]), "tokenize", full)
+    with pytest.raises(OutOfMemoryError, match="out of memory: DefaultCPUAllocator.* Take a shorter text"):
+        asked.change(TEXT, 1, 1.0)
 
 
 def test_an_endless_text_is_refused_before_it_is_tokenized(asked, parts, monkeypatch):

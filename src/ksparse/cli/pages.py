@@ -50,7 +50,7 @@ def view(arguments: list[str]) -> None:
         port: int = 8765
         """Port on 127.0.0.1; 0 takes any that is free."""
         trust_remote_code: bool = False
-        """Let code that comes with the LM run, if you trust whoever wrote it. Nothing in the run can say so."""
+        """Let code that comes with the LM run, if you trust its author. The run cannot say so."""
 
     folder, rest = take_folder("view", arguments)
     options = parse(ViewArgs, "view RUN", rest)
@@ -63,12 +63,13 @@ def view(arguments: list[str]) -> None:
         print(f"pages    {page.resolve().as_uri()}")
         return
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
-    print(f"latents  http://127.0.0.1:{listener.getsockname()[1]}/?token={token}   (Ctrl-C ends it)", flush=True)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/?token={token}"
+    print(f"latents  {address}   (Ctrl-C ends it)", flush=True)
     try:
         viewer.serve(run, listener, token, trust_remote_code=options.trust_remote_code)
     except Interrupted as stopped:
         say(f"ksparse view: {stopped}")
-        os._exit(stopped.exit_code)  # the LM may be at work in another thread, for a reader who is gone
+        os._exit(stopped.exit_code)  # the LM may be at work in another thread, for nobody
 
 
 @contextmanager

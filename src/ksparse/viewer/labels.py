@@ -16,23 +16,25 @@ from ksparse.runs import RunFolder
 from ksparse.viewer.reading import written
 
 FORMAT, LONGEST = 1, 1000
+MEND = "mend it, or move it away to begin anew"
 PATIENCE = 15.0
 """Seconds to wait for another viewer that is writing."""
 
 
 class Labels:
-    """The labels of one run, read anew each time: the file may also be edited by hand, and written by other viewers."""
+    """The labels of one run, read anew each time: others may write the file too, also by hand."""
 
     def __init__(self, run: RunFolder, n_latents: int):
         self.folder, self.file, self.n_latents = run.path, run.path / "labels.json", n_latents
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """Return {latent: {"label", "star"}} of the run's latents that have either; what else the file may hold is left out."""
+        """Return {latent: {"label", "star"}} of those of the run's latents that have either."""
         shown = {}
         for key, entry in self._table().items():
             label, star = entry.get("label"), entry.get("star") is True
             label = label if isinstance(label, str) else ""
-            if (label or star) and re.fullmatch("0|[1-9][0-9]{0,11}", key) and int(key) < self.n_latents:
+            number = int(key) if re.fullmatch("0|[1-9][0-9]{0,11}", key) else self.n_latents
+            if (label or star) and number < self.n_latents:
                 shown[key] = {"label": label, "star": star}
         return shown
 
@@ -50,8 +52,8 @@ class Labels:
             latents.pop(str(latent), None)
             if entry["label"] or star:
                 latents[str(latent)] = entry
-            table = {"format": FORMAT, "latents": {key: latents[key] for key in sorted(latents, key=_order)}}
-            files.write_text(self.file, _dumps(table, self.file) + "\n")
+            ordered = {key: latents[key] for key in sorted(latents, key=_order)}
+            files.write_text(self.file, self._dumps({"format": FORMAT, "latents": ordered}) + "\n")
         return entry
 
     def _table(self) -> dict[str, dict[str, Any]]:
@@ -59,21 +61,21 @@ class Labels:
         if not os.path.lexists(files.inside(self.folder, self.file.name)):
             return {}
         content = files.read_json(self.file)
-        latents = content.get("latents") if isinstance(content, dict) and content.get("format") == FORMAT else None
-        if not isinstance(latents, dict) or not all(isinstance(entry, dict) for entry in latents.values()):
-            raise CorruptError(f"{self.file} is no table of labels of format {FORMAT}; mend it, or move it away to begin anew")
+        ours = isinstance(content, dict) and content.get("format") == FORMAT
+        latents = content.get("latents") if ours else None
+        if not isinstance(latents, dict) or not all(isinstance(e, dict) for e in latents.values()):
+            raise CorruptError(f"{self.file} is no table of labels of format {FORMAT}; {MEND}")
         return latents
+
+    def _dumps(self, table: dict[str, Any]) -> str:
+        """Return a table as JSON for the eye; half a character has no UTF-8: it stays escaped."""
+        try:
+            text = json.dumps(table, indent=1, allow_nan=False, ensure_ascii=False)
+        except RecursionError:
+            raise CorruptError(f"{self.file} is nested too deep; {MEND}") from None
+        return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def _order(key: str) -> tuple[bool, int, str]:
     """Order keys as numbers, and what somebody wrote by hand after them."""
     return (not (key.isascii() and key.isdecimal()), len(key), key)
-
-
-def _dumps(table: dict[str, Any], file: Any) -> str:
-    """Return a table as JSON that can be read by eye. Half a character, which has no UTF-8, stays the escape that it was."""
-    try:
-        text = json.dumps(table, indent=1, allow_nan=False, ensure_ascii=False)
-    except RecursionError:
-        raise CorruptError(f"{file} is nested too deep; mend it, or move it away to begin anew") from None
-    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)

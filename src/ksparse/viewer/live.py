@@ -4,10 +4,12 @@ the autoencoder does not explain stays as it was."""
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ksparse.errors import InputError, NonFiniteError
+from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
 from ksparse.runs import RunFolder
 from ksparse.viewer.reading import number, written
@@ -30,7 +32,8 @@ CONTINUED, LISTED = 24, 12
 class Live:
     """The LM and the autoencoder of a run, loaded when first asked, one request at a time.
 
-    trust_remote_code: whether code that comes with the LM may run. Whoever opens the run says so; the run's own files never do.
+    trust_remote_code: whether code that comes with the LM may run. Whoever opens the run says so,
+        never the run's own files.
     """
 
     def __init__(self, run: RunFolder, *, trust_remote_code: bool = False):
@@ -45,23 +48,27 @@ class Live:
         device = resolve_device("auto")
         sae = load(self.run.path).to(device).eval()
         try:
-            return sae, LM(acts=recipe.acts, device=device, trust_remote_code=self.trust_remote_code)
+            trusted = self.trust_remote_code
+            return sae, LM(acts=recipe.acts, device=device, trust_remote_code=trusted)
         except InputError as error:
-            if self.trust_remote_code or "trust_remote_code" not in f"{error} {error.__cause__}":
+            if trusted or "trust_remote_code" not in f"{error} {error.__cause__}":
                 raise
-            raise InputError(f"{recipe.acts.lm} comes with code of its own, which is not run unasked; if you trust whoever wrote it, "
-                             f"restart with `ksparse view {self.run.path} --trust-remote-code True`") from error
+            raise InputError(
+                f"{recipe.acts.lm} comes with code of its own, which is not run unasked; if you "
+                "trust whoever wrote it, restart with "
+                f"`ksparse view {self.run.path} --trust-remote-code True`"
+            ) from error
 
     def activations(self, text: str) -> dict[str, Any]:
         """Return the text's tokens, and of each the latents active there, [latent, value], the largest first."""
         import torch
 
-        with self._lock, torch.inference_mode():
+        with self._lock, room_explained(), torch.inference_mode():
             sae, lm = self._loaded
             text, tokens, shown = self._read(lm, text)
             values, indices = self._code(tokens, len(shown))
             if not bool(values.isfinite().all()):
-                raise NonFiniteError("the LM or the autoencoder gives NaN or infinity on this text; `ksparse eval` says on how many")
+                raise NonFiniteError("the LM or the autoencoder gives NaN or infinity on this text")
             found = [[[i, rounded(v)] for v, i in zip(value, index) if v > 0] for value, index in zip(values.tolist(), indices.tolist())]
             return {"tokens": shown, "latents": found}
 
@@ -72,7 +79,7 @@ class Live:
         """
         from ksparse import steering
 
-        with self._lock:
+        with self._lock, room_explained():
             sae, lm = self._loaded
             text, tokens, shown = self._read(lm, text)
             if not isinstance(latent, int) or isinstance(latent, bool):
@@ -87,11 +94,14 @@ class Live:
             before = steering.continue_text(lm, text, tokens=CONTINUED)
             with steering.attach(lm.model, sae, lm.options.site, change=change):
                 found = steering.Comparison(before, steering.continue_text(lm, text, tokens=CONTINUED))
-            for log_probs, when in ((found.before.log_probs, "as it is"), (found.after.log_probs, f"with latent {latent} held at {value:g}")):
-                if bool(log_probs.isnan().any()):
-                    raise NonFiniteError(f"the LM {when} predicts NaN after this text; hold it nearer to the values that it has on text")
+            if bool(before.log_probs.isnan().any()):
+                raise NonFiniteError("the LM predicts NaN after this text")
+            if bool(found.after.log_probs.isnan().any()):
+                raise NonFiniteError(f"with latent {latent} held at {value:g} the LM predicts NaN; "
+                                     "hold it nearer to the values that it has on text")
             plain, changed = (self._strings(lm, each.tokens) for each in found)
-            return {"tokens": shown, "kl": number(found.kl), "predictions": self._predictions(lm, found), "plain": plain, "changed": changed}
+            return {"tokens": shown, "kl": number(found.kl), "plain": plain, "changed": changed,
+                    "predictions": self._predictions(lm, found)}
 
     def _code(self, tokens: Tensor, last: int) -> Code:
         """Return the codes [t, k] of the last so many tokens."""
@@ -101,11 +111,12 @@ class Live:
         return sae.encode(lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, -last:])
 
     def _read(self, lm: LM, text: str) -> tuple[str, Tensor, list[str]]:
-        """Return the text as it is read, ids [1, t], a BOS first as in training, and the text's tokens made safe to show."""
+        """Return the text as it is read, ids [1, t] with BOS as in training, and safe tokens."""
         if not text:
             raise InputError("there is no text to read")
         if len(text) > CHARACTERS:
-            raise InputError(f"the text has {len(text):,} characters; at most {CHARACTERS:,} are read here")
+            raise InputError(f"the text has {len(text):,} characters; "
+                             f"at most {CHARACTERS:,} are read here")
         text = text.encode("utf-8", "replace").decode()  # half a character from a browser is none
         tokens, most = lm.tokenize(text), min(TOKENS, (lm.context or TOKENS) - CONTINUED)
         if tokens.shape[1] > most:
@@ -141,10 +152,23 @@ def once_at(change: Change, position: int) -> Change:
 
 
 def finite(value: Any) -> float:
-    """Return the value that a latent is to be held at, a number that the autoencoder's float32 has."""
+    """Return the value that a latent is to be held at, one that the autoencoder's float32 has."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FLOAT32:
-        raise InputError(f"a latent is held at a number, not at {written(value)}; at most {FLOAT32:.1e} either way")
+        raise InputError(f"a latent is held at a number, not at {written(value)}; "
+                         f"at most {FLOAT32:.1e} either way")
     return float(value)
+
+
+@contextmanager
+def room_explained() -> Iterator[None]:
+    """Turn what torch says of too little memory into an error of ours."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        why = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemoryError(f"out of memory: {why} Take a shorter text") from error
 
 
 def rounded(value: Any) -> float:

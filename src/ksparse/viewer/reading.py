@@ -65,5 +65,5 @@ def number(value: Any, digits: int = 5) -> float | None:
 
 
 def written(value: Any) -> str:
-    """Return what a request gave in place of a number, to be quoted in an error; nested values by their type alone."""
+    """Return what a request gave in place of a number, for an error; lists and tables by name."""
     return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)

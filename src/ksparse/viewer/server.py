@@ -48,11 +48,13 @@ except ImportError as error:
     raise InputError(f"serving pages needs {error.name}, which is not installed: pip install 'ksparse[serve]'. "
                      "`ksparse view RUN --export FOLDER` writes pages that need no server") from None
 
+Table = dict[str, Any]
+Answer = Callable[[Table], Table]
 ADDRESS, HOSTS = "127.0.0.1", re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 LARGEST = 1_000_000
 """Bytes of a request."""
 PATIENCE, ENDING = 30.0, 3
-"""Seconds for a request to arrive and for an answer to be taken; seconds to the end when asked to end."""
+"""Seconds for a request to arrive or an answer to be taken; seconds to end when asked to."""
 WAITING = 4
 """Requests that wait for the LM, at most, besides the one that it answers."""
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -76,7 +78,8 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
-def serve(run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False) -> None:
+def serve(run: RunFolder, listener: socket.socket, token: str, *,
+          trust_remote_code: bool = False) -> None:
     """Answer those who have the token until SIGINT or SIGTERM, then raise Interrupted."""
     made = server(run, token, trust_remote_code=trust_remote_code)
     made.run(sockets=[listener])
@@ -103,7 +106,8 @@ class Server(uvicorn.Server):
         """End at SIGINT and SIGTERM; one that is ignored, as in a background job, stays ignored."""
         before = {}
         if threading.current_thread() is threading.main_thread():
-            before = {signum: signal.signal(signum, self._end) for signum in (signal.SIGINT, signal.SIGTERM)
+            signums = (signal.SIGINT, signal.SIGTERM)
+            before = {signum: signal.signal(signum, self._end) for signum in signums
                       if signal.getsignal(signum) is not signal.SIG_IGN}
         try:
             yield
@@ -112,15 +116,12 @@ class Server(uvicorn.Server):
                 signal.signal(signum, handler)
 
     def _end(self, signum: int, frame: Any) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off is no error
         self.force_exit, self.should_exit, self.ended_by = self.should_exit, True, signum
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # requests that are cut off are no errors
-        await super().shutdown(sockets)
 
 
 class Connection(H11Protocol):
-    """A connection that is closed where a request does not arrive, or an answer is not taken, for some time."""
+    """A connection that is closed where a request does not arrive or an answer is not taken."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -146,7 +147,8 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def _late(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        cycle = self.cycle
+        answering = cycle is not None and not cycle.response_complete and not cycle.more_body
         if answering and not self.flow.write_paused:
             self._limit = self.loop.call_later(PATIENCE, self._late)
         else:
@@ -182,9 +184,12 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
         return live.change(_text(asked), asked.get("latent"), asked.get("value"), asked.get("at"))
 
     return Guard(Starlette(
-        routes=[Route("/", page), Route("/data/{name:path}.json", data), _api("label", label, run_in_threadpool), _api("activations", activations, turns),
+        routes=[Route("/", page), Route("/data/{name:path}.json", data),
+                _api("label", label, run_in_threadpool), _api("activations", activations, turns),
                 _api("change", change, turns), Route("/{name}", page)],
-        exception_handlers={KsparseError: _refused, OSError: _refused, ClientDisconnect: _refused, Busy: _busy, 404: lambda request, error: _nothing(request)}), token)
+        exception_handlers={
+            KsparseError: _refused, OSError: _refused, ClientDisconnect: _refused, Busy: _busy,
+            404: lambda request, error: _nothing(request)}), token)
 
 
 class Fresh:
@@ -208,13 +213,17 @@ class Busy(Exception):
 
 
 class Turns:
-    """One thread for all that needs the LM, and a short queue, so that pages keep their threads. The end of the process does not wait for it."""
+    """One thread for all that needs the LM, and a short queue, so that pages keep their threads.
+
+    The end of the process does not wait for it.
+    """
 
     def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future, Callable[..., Any], Any]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future, Answer, Table]]
+        self._asked = queue.SimpleQueue()
         self._thread, self._here = threading.Thread(target=self._work, daemon=True), 0
 
-    async def __call__(self, answer: Callable[[dict[str, Any]], dict[str, Any]], asked: dict[str, Any]) -> dict[str, Any]:
+    async def __call__(self, answer: Answer, asked: Table) -> Table:
         if self._here > WAITING:
             raise Busy
         if self._thread.ident is None:
@@ -238,10 +247,11 @@ class Turns:
                 future.set_exception(error)
 
 
-def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]], run: Callable[..., Awaitable[dict[str, Any]]]) -> Route:
-    """Return a route that takes a JSON table and answers with one, which `run` works out elsewhere."""
+def _api(name: str, answer: Answer, run: Callable[[Answer, Table], Awaitable[Table]]) -> Route:
+    """Return a route that takes a JSON table and answers with one, worked out by `run`."""
     async def respond(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
             return PlainTextResponse("a request's body is JSON, and says so", 415)
         body = b""
         async for part in request.stream():
@@ -254,7 +264,8 @@ def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]], run: Cal
             asked = None
         if not isinstance(asked, dict):
             return PlainTextResponse("a request's body is a JSON table", 400)
-        answering, left = asyncio.ensure_future(run(answer, asked)), asyncio.ensure_future(_left(request))
+        answering = asyncio.ensure_future(run(answer, asked))
+        left = asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait((answering, left), return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -289,12 +300,13 @@ def _nothing(request: Request) -> Response:
 
 def _refused(request: Request, error: Exception) -> Response:
     """Answer what ksparse refuses with its own words, which may quote what is hostile, or endless."""
-    status = 400 if isinstance(error, (InputError, NonFiniteError, ClientDisconnect)) else 507  # no room, or none that may be written
-    return _json({"error": safe_text(str(error))}, status)
+    asked = isinstance(error, (InputError, NonFiniteError, ClientDisconnect))
+    return _json({"error": safe_text(str(error))}, 400 if asked else 507)  # else there is no room
 
 
 def _busy(request: Request, error: Exception) -> Response:
-    return PlainTextResponse(f"the LM is at work, and {WAITING} requests wait for it already; ask again in a moment", 429)
+    return PlainTextResponse(f"the LM is at work, and {WAITING} requests wait for it already; "
+                             "ask again in a moment", 429)
 
 
 class Guard:
@@ -306,10 +318,13 @@ class Guard:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         if scope["type"] != "http":  # no websockets
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1")
+                   for name, value in scope["headers"]}
         why = refusal(scope["method"], headers)
-        if not why and scope["path"].removeprefix("/") not in {"", *site.ASSETS} and not self._knows(scope, headers):
-            why = "open the address that `ksparse view` printed when it began: it ends in a token, without which nothing of the run is shown"
+        of_the_run = scope["path"].removeprefix("/") not in {"", *site.ASSETS}
+        if not why and of_the_run and not self._knows(scope, headers):
+            why = ("open the address that `ksparse view` printed when it began: it ends in a "
+                   "token, without which nothing of the run is shown")
 
         async def with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -323,8 +338,10 @@ class Guard:
 
     def _knows(self, scope: dict[str, Any], headers: dict[str, str]) -> bool:
         """Tell whether a request has the token, in a header or in the address."""
-        given = [headers.get("authorization", "").removeprefix("Bearer "), *parse_qs(scope["query_string"].decode("latin-1")).get("token", ())]
-        return any(secrets.compare_digest(word.encode("utf-8", "replace"), self.token) for word in given)
+        asked = parse_qs(scope["query_string"].decode("latin-1"))
+        given = [headers.get("authorization", "").removeprefix("Bearer "), *asked.get("token", ())]
+        return any(secrets.compare_digest(word.encode("utf-8", "replace"), self.token)
+                   for word in given)
 
 
 def refusal(method: str, headers: dict[str, str]) -> str:

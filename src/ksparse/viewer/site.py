@@ -2,7 +2,7 @@
 
     index.html, report.html        what people open
     ksparse-SUM/                   all that the page loads, under a name that its contents give it
-    ksparse-site.json              the mark: the files that ksparse wrote, the only ones it ever touches
+    ksparse-site.json              the mark: the files that ksparse wrote, the only ones it touches
 
 From the disk a page may not fetch, so each piece is also a script that hands its JSON to the page.
 
@@ -41,8 +41,9 @@ STYLE = "style.css"
 """The report's style, on which the viewer's stands."""
 ASSETS = {PAGE: "text/html; charset=utf-8", STYLE: "text/css; charset=utf-8", "viewer.css": "text/css; charset=utf-8",
           **{name: "text/javascript; charset=utf-8" for name in SCRIPTS}}
-OURS = re.compile("|".join([r"(ksparse-[0-9a-f]{16}/)?data/([a-z]+/)?\w+\.js", r"ksparse-[0-9a-f]{16}/[a-z]+\.(js|css)",
-                            *map(re.escape, (*ASSETS, REPORT))]), re.ASCII)
+OURS = re.compile("|".join([
+    r"(ksparse-[0-9a-f]{16}/)?data/([a-z]+/)?\w+\.js", r"ksparse-[0-9a-f]{16}/[a-z]+\.(js|css)",
+    *map(re.escape, (*ASSETS, REPORT))]), re.ASCII)
 """Names that any version has written: a mark that lists others is not ours."""
 
 
@@ -53,7 +54,7 @@ def asset(name: str) -> bytes:
 
 
 def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], None] = lambda what, done, total: None) -> Path:
-    """Write the pages of a run, in the place of an earlier site if there is one; return the page to open."""
+    """Write the pages of a run, in the place of an earlier site's; return the page to open."""
     folder = Path(folder)
     with files.explained(folder):
         if folder.exists() and not folder.is_dir():
@@ -62,7 +63,8 @@ def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], No
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if not (folder / MARK).exists() and any(path.name != WORK for path in folder.iterdir()):
-                raise InputError(f"{folder} holds something else than an exported site; give an empty or a new folder")
+                raise InputError(f"{folder} holds something else than an exported site; "
+                                 "give an empty or a new folder")
             with _working(folder) as work:
                 new = _fill(work, run, observe)
                 _put(work, new, folder, run.name)
@@ -74,7 +76,7 @@ def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], No
 
 @contextmanager
 def _working(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder in `folder`, which is gone afterwards; refuse where another process has one."""
+    """Yield an empty folder in `folder` that is gone afterwards; one process at a time has it."""
     work = folder / WORK
     _check_way(folder, f"{WORK}/lock", mine=True)
     with files.locked(work, "lock"):
@@ -90,7 +92,7 @@ def _working(folder: Path) -> Iterator[Path]:
 
 
 def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
-    """Move files into their place one by one, the page last, and remove the earlier ones that are not among them."""
+    """Move files into their place one by one, the page last; then remove the earlier ones."""
     old = _listed(folder)
     for name in sorted({*new, *old}):
         _check_way(folder, name, mine=name in old)
@@ -100,7 +102,7 @@ def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
         os.replace(work / name, folder / name)
     for name in sorted(old - {*new}, reverse=True):
         (folder / name).unlink(missing_ok=True)
-    for place in sorted({parent for name in old for parent in Path(name).parents if parent.name}, reverse=True):
+    for place in sorted({parent for name in old for parent in _parents(name)}, reverse=True):
         if (folder / place).is_dir() and not any((folder / place).iterdir()):
             (folder / place).rmdir()
     _mark(work, sorted(new), folder, run)
@@ -112,35 +114,48 @@ def _listed(folder: Path) -> set[str]:
         return set()
     mark = files.read_table(folder / MARK)
     if "files" not in mark:  # of before there was a list
-        names = {path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("data/**/*.js")]}
+        paths = [*folder.glob("*"), *folder.glob("data/**/*.js")]
+        names = {path.relative_to(folder).as_posix() for path in paths}
         return {name for name in names if _wrote(folder / name, name)}
     names = mark["files"]
-    if not isinstance(names, list) or not all(isinstance(name, str) and OURS.fullmatch(name) for name in names):
-        raise CorruptError(f"{folder / MARK} does not list files that ksparse writes; give a new folder, or take it out of this one")
+    if not isinstance(names, list) or not all(
+            isinstance(name, str) and OURS.fullmatch(name) for name in names):
+        raise CorruptError(f"{folder / MARK} does not list files that ksparse writes; "
+                           "give a new folder, or take it out of this one")
     return {name for name in names if os.path.lexists(folder / name)}
 
 
 def _wrote(file: Path, name: str) -> bool:
-    """Tell whether a file of a site without a list is one that ksparse wrote: the page's always were there, the others begin as ours do."""
+    """Tell whether ksparse wrote a file of a site without a list: it looks like one of ours."""
     if not file.is_file() or file.is_symlink() or not OURS.fullmatch(name):
         return False
     with file.open("rb") as stream:
         beginning = stream.read(4_096)
-    return name in ASSETS or (b"ksparse report</title>" in beginning if name == REPORT else beginning.startswith(b"ksparse.take("))
+    if name == REPORT:
+        return b"ksparse report</title>" in beginning
+    return name in ASSETS or beginning.startswith(b"ksparse.take(")
+
+
+def _parents(name: str) -> list[Path]:
+    """Return the folders that a name is in, the outermost first."""
+    return [parent for parent in Path(name).parents if parent.name][::-1]
 
 
 def _check_way(folder: Path, name: str, *, mine: bool) -> None:
     """Raise InputError where a file of somebody else's, or a link, is in the way of one of ours."""
-    *parents, file = [folder / name, *(folder / parent for parent in Path(name).parents if parent.name)][::-1]
-    strange = [parent for parent in parents if parent.is_symlink() or parent.exists() and not parent.is_dir()]
+    file, parents = folder / name, [folder / parent for parent in _parents(name)]
+    strange = [parent for parent in parents if os.path.lexists(parent)
+               and (parent.is_symlink() or not parent.is_dir())]
     if os.path.lexists(file) and not (mine and file.is_file() and not file.is_symlink()):
         strange.append(file)
     if strange:
-        raise InputError(f"{strange[0]} is in the way of the pages, and ksparse did not write it; move it, or give another folder. Nothing was changed")
+        raise InputError(f"{strange[0]} is in the way of the pages, and ksparse did not write it; "
+                         "move it, or give another folder. Nothing was changed")
 
 
 def _mark(work: Path, names: list[str], folder: Path, run: str) -> None:
-    (work / MARK).write_text(json.dumps({"format": 2, "run": run, "files": names}, indent=0) + "\n", encoding="utf-8")
+    mark = json.dumps({"format": 2, "run": run, "files": names}, indent=0)
+    (work / MARK).write_text(mark + "\n", encoding="utf-8")
     os.replace(work / MARK, folder / MARK)
 
 
@@ -156,16 +171,19 @@ def _fill(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) 
         names.append(name)
     home = f"ksparse-{sums.hexdigest()[:16]}"
     pages.rename(work / home)
-    page = asset(PAGE).replace(b'<html lang="en">', f'<html lang="en" data-home="{home}/">'.encode())
+    root = f'<html lang="en" data-home="{home}/">'
+    page = asset(PAGE).replace(b'<html lang="en">', root.encode())
     for name in ASSETS:
         page = page.replace(f'"{name}"'.encode(), f'"{home}/{name}"'.encode())
     (work / PAGE).write_bytes(page)
     if files.inside(run.path, run.report_file.name).is_file():
         shutil.copyfile(run.report_file, work / REPORT)
-    return [PAGE, *([REPORT] if (work / REPORT).exists() else []), *(f"{home}/{name}" for name in names)]
+    report = [REPORT] if (work / REPORT).exists() else []
+    return [PAGE, *report, *(f"{home}/{name}" for name in names)]
 
 
-def _contents(run: RunFolder, pieces: Pieces, observe: Callable[[str, int, int], None]) -> Iterator[tuple[str, bytes]]:
+def _contents(run: RunFolder, pieces: Pieces,
+              observe: Callable[[str, int, int], None]) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the contents of all that the page loads."""
     yield from ((name, asset(name)) for name in ASSETS if name != PAGE)
     yield _script("labels", {"latents": Labels(run, pieces.n).all()})
@@ -176,7 +194,8 @@ def _contents(run: RunFolder, pieces: Pieces, observe: Callable[[str, int, int],
 
 
 def _script(name: str, piece: Any) -> tuple[str, bytes]:
-    return f"data/{name}.js", f"ksparse.take({json.dumps(name)}, {script_json(piece)});\n".encode("ascii")
+    script = f"ksparse.take({json.dumps(name)}, {script_json(piece)});\n"
+    return f"data/{name}.js", script.encode("ascii")
 
 
 def script_json(value: Any) -> str:

@@ -3,8 +3,10 @@
 
 const ksparse = { views: {}, live: document.documentElement.hasAttribute("data-live") };
 
-// The server's token comes in the address that it printed, and is kept for reloads and other tabs of this port alone.
-ksparse.token = ksparse.live && (new URLSearchParams(location.search).get("token") ?? localStorage.getItem("ksparse token"));
+// The server's token comes in the address that it printed. It is kept for reloads and other tabs:
+// in storage, which belongs to this port, since a cookie would go to every server of the machine.
+const given = new URLSearchParams(location.search).get("token");
+ksparse.token = ksparse.live && (given ?? localStorage.getItem("ksparse token"));
 if (ksparse.token) {
   localStorage.setItem("ksparse token", ksparse.token);
   history.replaceState(null, "", location.pathname + location.hash);
@@ -49,14 +51,15 @@ ksparse.load = function load(name) {
 };
 
 async function fetched(name) {
-  return answered(await fetch(`data/${name}.json`, { headers: { Authorization: `Bearer ${ksparse.token}` } }));
+  return answered(await fetch(`data/${name}.json`, { headers: knowing() }));
 }
 
 function scripted(name) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
     const file = `${document.documentElement.dataset.home ?? ""}data/${name}.js`;
-    const script = ksparse.el("script", { src: file, on: { error: () => reject(new Error(`${file} is missing; load the page anew`)) } });
+    const missing = () => reject(new Error(`${file} is missing; load the page anew`));
+    const script = ksparse.el("script", { src: file, on: { error: missing } });
     script.addEventListener("load", () => script.remove());
     document.head.append(script);
   });
@@ -66,7 +69,9 @@ ksparse.take = (name, piece) => { awaited.get(name)?.(piece); awaited.delete(nam
 
 // Ask the server for something that it works out.
 ksparse.ask = async (name, asked) => answered(await fetch(`api/${name}`, {
-  method: "POST", headers: { "Content-Type": "application/json", Authorization: `Bearer ${ksparse.token}` }, body: JSON.stringify(asked) }));
+  method: "POST", headers: { "Content-Type": "application/json", ...knowing() }, body: JSON.stringify(asked) }));
+
+const knowing = () => ({ Authorization: `Bearer ${ksparse.token}` });
 
 async function answered(response) {
   if (response.ok) return response.json();
