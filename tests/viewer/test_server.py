@@ -366,7 +366,7 @@ def test_a_signal_ends_it_whatever_is_under_way(run, signum, code):
         assert ask(port, "/data/overview.json", Authorization=f"Bearer {token}")[0] == 200
         process.send_signal(signum)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, "ksparse view: stopped\n")
+    assert (process.returncode, err) == (code, "stopped\n")
 
 
 def test_a_background_job_whose_interrupts_are_ignored_goes_on(run):

@@ -68,7 +68,7 @@ def view(arguments: list[str]) -> None:
     try:
         viewer.serve(run, listener, token, trust_remote_code=options.trust_remote_code)
     except Interrupted as stopped:
-        say(f"ksparse view: {stopped}")
+        say(str(stopped))
         os._exit(stopped.exit_code)  # the LM may be at work in another thread, for nobody
 
 
