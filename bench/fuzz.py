@@ -25,8 +25,10 @@ import logging
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -561,6 +563,177 @@ def small_recipe(folder: Path) -> Recipe:
         "acts": {"lm": "pylm/0.3m", "site": "resid_post.2", "text": str(folder / "texts.jsonl"), "mix": 256, "context": 32, "lm_batch": 8}, "sae": {"n_latents": 64, "k": 4, "dead_after": 64, "k_aux": 8},
         "curve": {"held_out": 64, "octaves": 3}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 3, "keep": 3}, "tokens": 12 * 32, "batch": 32,
         "threads": 1})
+
+
+# ---- requests to the viewer ----------------------------------------------------------------------
+
+
+def requests(run: RunFolder, count: int, seed: int, *,
+             observe: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+    """Send requests at random to a viewer of a run, over labels of all kinds; count the answers.
+
+    bad: status 500, an exception in the log, no end within a minute, a label or an unreadable
+    file of labels that is gone. The run's own labels are put back.
+    """
+    from ksparse.viewer import server
+
+    draw, statuses, bad, raised = random.Random(seed), collections.Counter(), [], []
+    listener, made = server.listen(0), server.server(run, "token")
+    port, patience, server.PATIENCE = listener.getsockname()[1], server.PATIENCE, 0.1
+    noted = logging.Handler()
+    noted.emit = lambda record: raised.append(logging.Formatter().format(record))
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addHandler(noted)
+    thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    labels, kept = run.path / "labels.json", run.path / "labels.json.kept"
+    if labels.exists():
+        labels.rename(kept)
+    try:
+        for number in range(count):
+            if number == 0 or draw.random() < 0.03:
+                with files.locked(run.path, ".labels.lock", wait=60):  # an answer may be under way
+                    content = _labels(draw, labels)
+            sent = b"".join(_request(draw, port) for _ in range(draw.choice((1, 1, 1, 1, 2))))
+            answer = _answer(port, sent)
+            statuses[answer[:12].decode("latin-1").partition(" ")[2] or "closed"] += 1
+            why = [*raised, *(["500"] if b"HTTP/1.1 500" in answer else []),
+                   *([] if answer != b"late" else ["no end"]), *_lost(labels, content)]
+            if why:
+                bad.append({"number": number, "sent": repr(sent[:600]), "why": why[0][-1500:]})
+                raised.clear()
+            observe(number + 1)
+    finally:
+        made.should_exit = True
+        thread.join(30)
+        listener.close()
+        server.PATIENCE = patience
+        _remove(labels)
+        if kept.exists():
+            kept.rename(labels)
+    return {"requests": count, "seed": seed, "statuses": dict(statuses.most_common()), "bad": bad}
+
+
+STRANGE = (None, True, False, "", "x", "\0", "\ud800", "\u202e<script>", "日本 \U0001f600", "x" * 30_000,
+           -1, 0, 1, 3, 2**31, 2**63, 10**400, -(10**4000), 0.5, -1e38, 1e38, 1e308, 1e-320,
+           float("nan"), float("inf"), [], {}, [1], {"a": 1}, [[[[]]]], "<|endoftext|>",
+           "def f(x):\n    return ")
+_PATHS = ("/", "/report.html", "/main.js", "/data/overview.json", "/data/labels.json",
+          "/data/latents/3.json", "/data/near/0.json", "/data/glosses/0.json", "/data/tasks.json",
+          "/data/tokens/0.json", "/data/columns/pca_1.json", *("/api/label", "/api/change") * 5,
+          *("/api/activations",) * 3)
+_PARTS = ("..", "%2e%2e", "%00", "%ff", "%ed%a0%80", "//", "latents/-1", "9" * 5_000, "?token=", "#")
+_HEADERS = (
+    ("Host", "localhost"), ("Host", ""), ("Host", "evil.example"), ("Host", "\xe9"), ("Origin", "null"),
+    ("Authorization", "Bearer \xff"), ("Authorization", ""), ("Authorization", "x" * 5_000),
+    ("Content-Type", "APPLICATION/JSON ; x"), ("Content-Type", ""), ("Content-Type", "\xff"),
+    ("Content-Length", "10"), ("Content-Length", "-1"), ("Content-Length", "9" * 30),
+    ("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "x"), ("Expect", "100-continue"),
+    ("Upgrade", "websocket"), ("Connection", "upgrade"), ("Connection", "keep-alive"),
+    ("X-Forwarded-For", "\xff,,"), ("X-Forwarded-Proto", "x"), ("Range", "bytes=9-"),
+    ("Sec-Fetch-Site", "x"), ("Cookie", "a=\xff;;"), ("X" * 300, "y" * 70_000))
+
+
+def _request(draw: random.Random, port: int) -> bytes:
+    """Return the bytes of one request, each part of it right or not."""
+    path = draw.choice(_PATHS)
+    if draw.random() < 0.1:
+        at = draw.randrange(1, len(path) + 1)
+        path = path[:at] + draw.choice(_PARTS) + path[at:]
+    if draw.random() < 0.1:
+        path += draw.choice(("?token=token", "?token=%ff&token=token", "?" + "&" * 500, "?token"))
+    api = path.startswith("/api")
+    method = draw.choice(("GET", "HEAD", "PUT", "OPTIONS", "FOO", "get")) if draw.random() < 0.1 \
+        else "POST" if api else "GET"
+    body = _body(draw) if api or draw.random() < 0.05 else b""
+    headers = {"Host": f"127.0.0.1:{port}", "Connection": "close", "Authorization": "Bearer token",
+               "Content-Type": "application/json", "Content-Length": str(len(body))}
+    for _ in range(draw.choice((0, 0, 0, 1, 2))):
+        name, value = draw.choice(_HEADERS)
+        headers[name] = value
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    whole = f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body
+    if draw.random() < 0.05:
+        at = draw.randrange(len(whole))
+        whole = draw.choice((whole[:at], whole[:at] + draw.randbytes(3) + whole[at:],
+                             draw.randbytes(99)))
+    return whole
+
+
+def _body(draw: random.Random) -> bytes:
+    table: dict[str, Any] = {"text": "def f(x):", "latent": 3, "value": 1.5, "star": True,
+                             "label": f"a label {draw.random()}"}
+    if draw.random() < 0.3:
+        table["at"] = 1
+    for _ in range(draw.choice((0, 0, 1, 1, 2))):
+        key = draw.choice(("text", "latent", "value", "label", "star", "at", ""))
+        table[key] = draw.choice(STRANGE)
+    text = json.dumps(table)
+    return draw.choice((
+        *(text.encode(),) * 12, text.encode("utf-16"), b"",
+        text[: draw.randrange(len(text))].encode(),
+        json.dumps(list(table)).encode(), draw.randbytes(50), b"[" * 100_000, b" " * 1_000_001,
+        b'{"latent": %s1%s, "text": "x"}' % (b"[" * 900, b"]" * 900),
+        b'{"value": 1e400, "text": "x"}',
+        b'{"latent": 1' + b"0" * 5_000 + b"}", text.replace("}", ', "latent": 5}').encode()))
+
+
+def _answer(port: int, sent: bytes) -> bytes:
+    """Return what comes back until the server closes the connection, which may be nothing."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        answer = b""
+        try:
+            client.sendall(sent)
+            while part := client.recv(1 << 16):
+                answer += part
+        except TimeoutError:
+            return b"late"
+        except OSError:  # it did not want to hear the rest
+            pass
+        return answer
+
+
+def _labels(draw: random.Random, file: Path) -> Any:
+    """Put labels of some kind beside a run; return its latents, or the text that is none."""
+    _remove(file)
+    keys = ("1", "3", "017", "x", "\u0661", "\ud800", "1" * 5_000, "-1", "__proto__", "9" * 12)
+    entries = ({}, {"label": "y", "star": True}, {"label": draw.choice(STRANGE[:10])},
+               {"star": draw.choice(STRANGE[:10]), "more": [1]})
+    latents = {draw.choice(keys): draw.choice(entries) for _ in range(5)}
+    unreadable = ("", "{", "[]", "null", "[" * 100_000, '{"format": 2, "latents": {}}',
+                  '{"format": 1, "latents": {"1": 5}}', '{"format": NaN}')
+    what = draw.choice(("ours",) * 5 + ("unreadable",) * 3 + ("deep", "link", "folder", "fifo"))
+    if what == "link":
+        file.symlink_to(draw.choice(("/etc/hostname", "nowhere", ".", "labels.json")))
+    elif what == "folder":
+        file.mkdir()
+    elif what == "fifo":
+        os.mkfifo(file)
+    elif what == "deep":
+        nested = "[" * 900 + "]" * 900
+        file.write_text('{"format": 1, "latents": {"1": {"a": %s}}}' % nested)
+    else:
+        text = draw.choice(unreadable)
+        file.write_text(json.dumps({"format": 1, "latents": latents}) if what == "ours" else text)
+        return latents if what == "ours" else text
+    return None
+
+
+def _lost(file: Path, content: Any) -> list[str]:
+    """Return what is gone of labels that were there; requests write to a few of them."""
+    if isinstance(content, str) and file.read_text() != content:
+        return ["unreadable labels were overwritten"]
+    if isinstance(content, dict):
+        left = json.loads(file.read_text())["latents"]
+        return ["a label is gone"] if {*content} - {*left} - {"0", "1", "3", "5"} else []
+    return []
+
+
+def _remove(file: Path) -> None:
+    if file.is_dir() and not file.is_symlink():
+        file.rmdir()
+    else:
+        file.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def times(latents: list[int], width: int, rounds: int, export: bool) -> None:
             run = synthetic(Path(folder) / f"n{n}", n, width)
             began = time.monotonic()
             with module.serving(run) as port:
-                base = f"http://127.0.0.1:{port}/"
+                base = f"http://127.0.0.1:{port}/?token={module.TOKEN}"
                 browser.open(base)
                 browser.find("tbody tr")
                 rows.append({"n": n, "pages": "served", "start_s": round(time.monotonic() - began, 2), **measure(browser, base, n, rounds, random)})
@@ -155,7 +155,7 @@ def shots(run: RunFolder, out: Path) -> None:
     latent = Pieces(run, 1).columns.first_rows["latents"][0]
     text = "def area(self, width, height):\n    return"
     pages = {"latents": ("#/", "td.words .pair, td.words"), "latent": (f"#/latent/{latent}", ".panel .list .row"), "map": ("#/map", "canvas"), "search": ("#/search?q=self", "#hits-text .row, #hits-text .missing"),
-             "try": (f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("report.html", "h1")}
+             "try": (f"#/try?latent={latent}&value=1&text=" + text.replace(" ", "%20").replace("\n", "%0A"), "#predictions tr, .missing"), "report": ("", "h1")}
     out.mkdir(parents=True, exist_ok=True)
     with module.serving(run) as port:
         for name, (path, ready) in pages.items():
@@ -165,7 +165,7 @@ def shots(run: RunFolder, out: Path) -> None:
                     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
                     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
                     browser.open("about:blank")
-                    browser.open(f"http://127.0.0.1:{port}/{path}")
+                    browser.open(f"http://127.0.0.1:{port}/{'' if path else 'report.html'}?token={module.TOKEN}{path}")
                     browser.find(ready)
                     time.sleep(0.4)  # for what comes after
                     height = min(2400, browser.js("return document.documentElement.scrollHeight"))

@@ -64,7 +64,7 @@ def test_view_serves_until_it_is_interrupted(small_recipe, tmp_path):
     try:
         address = server.stdout.readline().split()[1]
         assert address.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(address + "data/overview.json", timeout=30) as answer:
+        with urllib.request.urlopen(address.replace("?token", "data/overview.json?token"), timeout=30) as answer:
             assert json.load(answer)["n"] == 64
     finally:
         server.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksparse import files
-from ksparse.errors import CorruptError, DiskError
+from ksparse.errors import CorruptError, DiskError, InputError
 
 OLD, NEW = {"a.txt": "old a", "b.txt": "old b"}, {"a.txt": "new a, longer", "c.txt": "new c"}
 
@@ -108,7 +109,7 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monke
     put(tmp_path / "one", NEW)
     at = events.index("rename")
     before = {path.name for path in events[:at]}
-    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-one") for name in before)
+    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one") for name in before)
     assert events[at + 1 :] == [tmp_path]
 
 
@@ -321,7 +322,7 @@ def test_a_process_killed_while_it_removes_a_folder_leaves_no_half_of_it_under_i
     put(tmp_path / "one", OLD)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (path / "a.txt").unlink())
     files.remove(tmp_path / "one")
-    assert not (tmp_path / "one").exists() and [path.name for path in tmp_path.iterdir()] == [f".tmp-gone-one-{os.getpid()}"]
+    assert not (tmp_path / "one").exists() and re.fullmatch(r"\.tmp-gone-[0-9a-f]{16}-one", *[path.name for path in tmp_path.iterdir()])
     monkeypatch.undo()
     files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -350,3 +351,173 @@ def test_tensors_that_the_manifest_does_not_list_are_not_read(tmp_path):
     (tmp_path / "one" / "sae.0-of-1.safetensors").write_text("x")
     with pytest.raises(CorruptError, match="holds sae.0-of-1.safetensors, which its manifest.json does not list"):
         files.verify(tmp_path / "one")
+
+
+# ---- whose files
+
+
+@pytest.mark.parametrize("names", [("x.txt",), ("sub", "x.txt"), ("sub", "new", "x.txt")])
+def test_a_path_of_the_folder_itself_is_returned_whether_it_is_there_or_not(tmp_path, names):
+    (tmp_path / "sub").mkdir()
+    assert files.inside(tmp_path, *names) == tmp_path.joinpath(*names)
+    (tmp_path / "sub" / "x.txt").write_text("")
+    (tmp_path / "link").symlink_to("sub")
+    assert files.inside(tmp_path, "link", "x.txt").is_file(), "a link that stays in the folder"
+    (tmp_path.parent / "other").symlink_to(tmp_path)
+    assert files.inside(tmp_path.parent / "other", *names) == (tmp_path.parent / "other").joinpath(*names)
+    (tmp_path.parent / "other").unlink()
+
+
+@pytest.mark.parametrize("names, link, target", [
+    (("x.txt",), "x.txt", "{out}/key"), (("x.txt",), "x.txt", "{out}/nothing"), (("x.txt",), "x.txt", "../out/key"),
+    (("sub", "x.txt"), "sub", "{out}"), (("sub", "x.txt"), "sub", "two"), (("..", "out", "key"), None, None)])
+def test_a_link_that_leads_out_of_a_folder_is_refused_and_named(tmp_path, names, link, target):
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    out.mkdir()
+    (out / "key").write_text("secret")
+    (run / "two").symlink_to(out)
+    if link:
+        (run / link).symlink_to(target.format(out=out))
+    with pytest.raises(InputError, match=f"{link or 'key'} leads out of .*run, to .*out.*put a copy of what is meant"):
+        files.inside(run, *names)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(InputError, match="x.jsonl is neither a file nor a folder"):
+        files.inside(tmp_path, "x.jsonl")
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs_and_to_nothing_else(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc" / "run", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "sum").write_text("tokens = 1")
+    (snapshot / "recipe.toml").symlink_to("../../../blobs/sum")
+    assert files.inside(snapshot, "recipe.toml").read_text() == "tokens = 1"
+    (tmp_path / "key").write_text("secret")
+    (blobs / "link").symlink_to("../key")
+    (snapshot / "report.html").symlink_to("../../../blobs/link")
+    with pytest.raises(InputError, match="report.html leads out"):
+        files.inside(snapshot, "report.html")
+
+
+# ---- temporary names, modes, leftovers
+
+
+def writers(folder: Path) -> None:
+    files.write_text(folder / "x.txt", "new")
+    files.write_bytes(folder / "x.bin", b"new")
+    with files.placed(folder / "x.safetensors") as tmp:
+        tmp.write_text("new")
+        tmp.chmod(0o600)
+    put(folder / "one", NEW)
+    with files.filled(folder / "two") as tmp:
+        (tmp / "below").mkdir()
+        (tmp / "below" / "x.txt").write_text("new")
+
+
+@pytest.mark.parametrize("umask, file, folder", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o027, 0o640, 0o750)], ids=oct)
+def test_modes_are_what_the_umask_leaves(tmp_path, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        writers(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert len(modes) == 10 and all(mode == (folder if (tmp_path / path).is_dir() else file) for path, mode in modes.items()), modes
+
+
+def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monkeypatch):
+    """Also not where somebody did guess one."""
+    (tmp_path / "victim").write_text("mine")
+    names = []
+    make = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, **options: (options or names.append(path.name), make(path, **options)))
+    for _ in range(2):
+        writers(tmp_path)
+    made = [name for name in names if re.fullmatch(r"\.tmp-[0-9a-f]{16}-.*", name)]
+    assert len(made) == len(set(made)) == 12
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 16)
+    (tmp_path / ".tmp-0000000000000000-y.txt").symlink_to("victim")
+    files.write_text(tmp_path / "y.txt", "new")
+    assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "y.txt").is_symlink()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_name_and_nothing_else_does(tmp_path):
+    for name in ("x.txt", "other.txt"):
+        (tmp_path / f".tmp-0123456789abcdef-{name}").mkdir()
+        (tmp_path / f".tmp-0123456789abcdef-{name}" / name).write_text("half")
+    (tmp_path / ".tmp-of-somebody").mkdir()
+    files.write_text(tmp_path / "x.txt", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt", ".tmp-of-somebody"}
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_what_a_living_process_is_writing_is_no_leftover(tmp_path):
+    with files.placed(tmp_path / "x.txt") as file, files.committed(tmp_path / "one") as folder:
+        (folder / "a").write_text("a")
+        file.write_text("first")
+        files.remove_leftovers(tmp_path)
+        files.write_text(tmp_path / "x.txt", "second")
+        put(tmp_path / "one", OLD)
+        assert file.is_file() and (folder / "a").is_file()
+    assert (tmp_path / "x.txt").read_text() == "first" and content(tmp_path / "one") == {"a": "a"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", "one"}
+
+
+def test_an_old_folder_that_a_living_process_moved_away_is_not_given_back(tmp_path, monkeypatch):
+    put(tmp_path / "one", OLD)
+    rename = Path.rename
+
+    def watched(path, target):
+        if path.parent == tmp_path and path.name.startswith(".tmp-") and not (tmp_path / "one").exists():
+            files.remove_leftovers(tmp_path)
+            assert not (tmp_path / "one").exists()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    put(tmp_path / "one", NEW)
+    assert content(tmp_path / "one") == NEW and [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_two_processes_that_commit_the_same_folder_leave_one_of_the_two_whole(tmp_path, monkeypatch):
+    """The other's folder comes between the two renames."""
+    put(tmp_path / "one", OLD)
+    rename, between = Path.rename, []
+
+    def disturbed(path, target):
+        done = rename(path, target)
+        if ".tmp-old-" in str(target) and not between:
+            between.append(1)
+            put(tmp_path / "one", {"b": "the other's"})
+        return done
+
+    monkeypatch.setattr(Path, "rename", disturbed)
+    put(tmp_path / "one", NEW)
+    assert between and content(tmp_path / "one") == NEW and [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_lock_is_of_one_at_a_time_and_waited_for_as_long_as_is_said(tmp_path):
+    with files.locked(tmp_path, ".x.lock"):
+        with pytest.raises(InputError, match=rf"{tmp_path} is in use by process {os.getpid()}; close it first"):
+            with files.locked(tmp_path, ".x.lock", advice="close it first"):
+                pass
+        with files.locked(tmp_path, ".y.lock"):
+            pass
+    with files.locked(tmp_path, ".x.lock", wait=60):
+        pass
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    for target in ("../victim", "victim"):
+        (tmp_path / "run" / target).write_text("mine")
+        (tmp_path / "run" / ".lock").symlink_to(target)
+        with pytest.raises((InputError, DiskError), match="leads out|cannot write"):
+            with files.locked(tmp_path / "run"):
+                pass
+        assert (tmp_path / "run" / target).read_text() == "mine"
+        (tmp_path / "run" / ".lock").unlink()

@@ -1,8 +1,13 @@
-"""Folders that are there whole or not at all, and that notice a flipped bit.
+"""Folders and files that are there whole or not at all, and that notice a flipped bit.
 
     with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest of SHA-256 sums
+    with filled(path) as tmp: ...      the same without a manifest, also for folders of folders
+    with placed(path) as tmp: ...      write the file tmp; on success it becomes path
+    inside(folder, name, ...)          a path of a folder, refused where a link leads out of it
+    with locked(folder, name): ...     one process at a time
     verify(path)                       raise CorruptError unless every file is as the manifest says
     remove(path)                       a folder that is gone at once or not at all
+    remove_leftovers(folder)           what killed processes left; what a living one is writing stays
     write_json / read_json             one JSON file, replaced atomically; sealed, it has its own sum in it
     read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged ones left out
 
@@ -12,74 +17,228 @@ Neither safetensors nor torch.save notices an altered bit, and neither syncs to 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
+import re
+import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ksparse.errors import CorruptError, DiskError
+from ksparse.errors import CorruptError, DiskError, InputError
 
 log = logging.getLogger("ksparse")
 
 MANIFEST = "manifest.json"
 SEAL = "checksum"
 _PREFIX = ".tmp-"
+_OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
+_DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+
+
+# ---- whose files -------------------------------------------------------------------------------
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """Return folder/names, there or not; raise InputError where that is not in the folder.
+
+    Somebody else's folder may hold links to any file of whoever opens it. What is read through one
+    would be shown or published, and what is written would land behind it. Links that stay in the
+    folder are followed, and those of the Hub's cache, whose snapshots link to its blobs.
+    """
+    path, home = Path(folder, *names), Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(path))
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in [home, *blobs]):
+        steps = [Path(folder, *names[:number]) for number in range(1, len(names) + 1)]
+        link = next((step for step in steps if step.is_symlink()), path)
+        raise InputError(f"{link} leads out of {folder}, to {real}; ksparse follows no such link. "
+                         "Remove it, or put a copy of what is meant in its place")
+    with suppress(OSError):
+        mode = os.lstat(real).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path} is neither a file nor a folder; remove it")
+    return path
+
+
+@contextmanager
+def locked(folder: Path, name: str = ".lock", *, wait: float = 0.0,
+           advice: str = "wait for it") -> Iterator[None]:
+    """Keep other processes, and threads, from what the lock folder/name stands for.
+
+    The system lets go of a lock when its process dies. Raise InputError, naming the process that
+    holds it, if that has not let go after `wait` seconds.
+    """
+    with explained(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        stream = open(os.open(inside(folder, name), flags, 0o666), "r+b", buffering=0)
+    with stream:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                holder = stream.read().decode(errors="replace").strip() or "unknown"
+                raise InputError(f"{folder} is in use by process {holder}; {advice}") from None
+        with explained(folder):
+            stream.truncate(0)
+            stream.seek(0)
+            stream.write(str(os.getpid()).encode())
+        yield
+
+
+# ---- whole or not at all -----------------------------------------------------------------------
 
 
 @contextmanager
 def committed(path: Path, **facts: Any) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` once all of it is synced, with its manifest.
+    """Yield a temporary folder beside `path` that takes its place once all of it is synced, with its manifest.
 
     `facts` go into the manifest. On any error the temporary folder is removed and `path` stays what it was.
     """
+    with filled(path) as tmp:
+        yield tmp
+        sums = {file.name: sha256(file) for file in sorted(tmp.iterdir())}
+        write_json(tmp / MANIFEST, {**facts, "sha256": sums}, sealed=True)
+
+
+@contextmanager
+def filled(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place once all of it is synced."""
     path = Path(path)
-    tmp = path.parent / f"{_PREFIX}{path.name}-{os.getpid()}"
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(tmp, ignore_errors=True)
+    with explained(path), _temporary(path) as tmp:
+        yield tmp
+        mode = _mode(tmp)
+        for file in sorted(tmp.rglob("*"), reverse=True):
+            if file.is_file():
+                file.chmod(mode)  # safetensors makes files that only their owner can read
+            _sync(file)
+        _sync(tmp)
+        _replace(tmp, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file at, which takes the place of `path` once it is synced."""
+    path = Path(path)
+    with explained(path), _temporary(path) as folder:
+        tmp = folder / path.name
+        yield tmp
+        tmp.chmod(_mode(folder))
+        _sync(tmp)
+        tmp.replace(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, of a name that nobody can guess; remove it in the end.
+
+    A folder for a single file too: whoever writes it may do so by way of names of its own, and
+    none of those is one that others could have put a link at.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_for(path)
+    while True:
+        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}"
         tmp.mkdir()
-        try:
-            yield tmp
-            sums = {file.name: sha256(file) for file in sorted(tmp.iterdir())}
-            write_json(tmp / MANIFEST, {**facts, "sha256": sums}, sealed=True)
-            for file in tmp.iterdir():
-                file.chmod(0o644)  # safetensors makes files that only their owner can read
-                _sync(file)
-            _sync(tmp)
-            _replace(tmp, path)
-            _sync(path.parent)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+        handle = _hold(tmp)
+        if handle is not None:
+            break
+    try:
+        yield tmp
+    finally:
+        _discard(tmp)
+        os.close(handle)
+
+
+def _hold(path: Path, *, aged: bool = False) -> int | None:
+    """Return a handle that says, until it is closed, that a living process uses `path`.
+
+    None where another one has said so. The lock is on what is there, whatever its name comes to
+    be, and ends with its process. aged: on a file system without locks, only what is a day old.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = path.exists()  # else another process took it for a leftover, just now
+    except BlockingIOError:
+        free = False
+    except OSError:
+        free = not aged or time.time() - os.fstat(handle).st_mtime > _DAY
+    if free:
+        return handle
+    os.close(handle)
+    return None
+
+
+def _mode(folder: Path) -> int:
+    """Return the mode of a new file in a folder: what the umask leaves of 0666."""
+    probe = folder / ".mode"
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
 
 
 def _replace(tmp: Path, path: Path) -> None:
-    """Put `tmp` in the place of `path`, moving away what is there, since a folder with files cannot be overwritten."""
-    if path.exists() or path.is_symlink():
-        old = path.parent / f"{_PREFIX}old-{path.name}-{os.getpid()}"
-        _discard(old)
-        path.rename(old)
-        try:
-            tmp.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-        _discard(old)
-    else:
+    """Put `tmp` in the place of `path`; move away what is there, since no folder with files can be overwritten."""
+    while not _renamed(tmp, path):
+        old = path.parent / f"{_PREFIX}old-{secrets.token_hex(8)}-{path.name}"
+        with ExitStack() as stack:
+            with suppress(OSError):  # a link cannot be held
+                if (handle := _hold(path)) is not None:
+                    stack.callback(os.close, handle)
+            with suppress(FileNotFoundError):
+                path.rename(old)
+            try:
+                if _renamed(tmp, path):
+                    break
+            except OSError:
+                old.rename(path)
+                raise
+            finally:
+                if os.path.lexists(path):
+                    _discard(old)
+
+
+def _renamed(tmp: Path, path: Path) -> bool:
+    """Rename, if nothing is in the way; another process may put something there at any time."""
+    try:
         tmp.rename(path)
+    except OSError as error:
+        if error.errno in _OCCUPIED:
+            return False
+        raise
+    return True
 
 
 def remove(path: Path) -> None:
     """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary name, never half of it under its own."""
     with explained(path):
-        _discard(path.rename(path.parent / f"{_PREFIX}gone-{path.name}-{os.getpid()}"))
+        _discard(path.rename(path.parent / f"{_PREFIX}gone-{secrets.token_hex(8)}-{path.name}"))
 
 
 def _discard(path: Path) -> None:
@@ -88,6 +247,42 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders and files that killed processes left in `folder`; give back an old one that was moved away."""
+    for tmp in Path(folder).glob(f"{_PREFIX}*"):
+        _clear(tmp)
+
+
+def _clear_for(path: Path) -> None:
+    """Remove what killed processes left of `path`, and nothing else, since its folder may be anybody's."""
+    ours = re.compile(rf"{re.escape(_PREFIX)}(old-|gone-)?[0-9a-f]{{16}}-{re.escape(path.name)}")
+    for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
+        _clear(path.parent / entry)
+
+
+def _clear(tmp: Path) -> None:
+    """Remove a leftover, or give it back, unless its process lives or it is not ours to remove."""
+    with suppress(OSError):
+        if tmp.is_symlink():
+            tmp.unlink()
+            return
+        handle = _hold(tmp, aged=True)
+        if handle is None:
+            return
+        try:
+            moved = _OLD.fullmatch(tmp.name)
+            name = moved and (moved["name"] or moved["formerly"])
+            if name and not os.path.lexists(tmp.parent / name):
+                tmp.rename(tmp.parent / name)
+            else:
+                _discard(tmp)
+        finally:
+            os.close(handle)
+
+
+# ---- what is in them ---------------------------------------------------------------------------
 
 
 def verify(path: Path, *names: str) -> dict[str, Any]:
@@ -125,16 +320,6 @@ def plain_name(name: Any, where: Path) -> str:
     return name
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders and files that a killed process left in `folder`; give back an old one that was moved away."""
-    for tmp in Path(folder).glob(f"{_PREFIX}*"):
-        name = tmp.name.removeprefix(f"{_PREFIX}old-").rpartition("-")[0]
-        if tmp.name.startswith(f"{_PREFIX}old-") and not (tmp.parent / name).exists():
-            tmp.rename(tmp.parent / name)
-        else:
-            _discard(tmp)
-
-
 def sha256(file: Path) -> str:
     """Return the sum of a file's bytes."""
     with read_errors(file), file.open("rb") as stream:
@@ -162,18 +347,14 @@ def _seal(table: dict[str, Any]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text to a temporary name, sync, rename."""
-    path = Path(path)
-    tmp = path.with_name(f"{_PREFIX}{path.name}-{os.getpid()}")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with tmp.open("w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            tmp.replace(path)
-        finally:
-            tmp.unlink(missing_ok=True)
+    with placed(path) as tmp, tmp.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes to a temporary name, sync, rename."""
+    with placed(path) as tmp:
+        tmp.write_bytes(content)
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ import pytest
 from ksparse.recipe import Recipe, from_dict
 from ksparse.runs import RunFolder, open_run
 
-N = 192
+N, TOKEN = 192, "a-token_of-tests"
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +69,14 @@ def run(trained: RunFolder, tmp_path: Path) -> RunFolder:
 
 @contextmanager
 def serving(run: RunFolder) -> Iterator[int]:
-    """Serve a run from another thread; yield the port."""
+    """Serve a run from another thread, with TOKEN; yield the port. The server must have had no error of its own."""
     from ksparse.viewer import server
 
     listener = server.listen(0)
-    made = server.server(run)
+    made, noted, errors = server.server(run, TOKEN), logging.Handler(logging.ERROR), []
+    noted.emit = lambda record: errors.append(logging.Formatter().format(record))
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addHandler(noted)
     thread = threading.Thread(target=made.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
@@ -81,7 +85,10 @@ def serving(run: RunFolder) -> Iterator[int]:
         made.should_exit = True
         thread.join(20)
         listener.close()
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).removeHandler(noted)
         assert not thread.is_alive()
+        assert errors == []
 
 
 @pytest.fixture(scope="session")

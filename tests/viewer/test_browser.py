@@ -18,7 +18,7 @@ from ksparse.runs import RunFolder
 from ..report.conftest import DEAD, RESULTS, WORDS, build
 from ..report.conftest import N as MADE
 from ..report.test_page import HOSTILE
-from .conftest import Browser, serving
+from .conftest import TOKEN, Browser, serving
 
 ELEMENTS = {"html", "head", "meta", "title", "link", "script", "style", "body", "a", "header", "form", "input", "nav", "button", "main", "noscript", "dialog", "h1", "h2", "h3", "h4",
             "h5", "dl", "dt", "dd", "div", "kbd", "p", "section", "article", "span", "ol", "ul", "li", "data", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre",
@@ -27,7 +27,8 @@ ELEMENTS = {"html", "head", "meta", "title", "link", "script", "style", "body", 
 
 
 def at(port: int, path: str = "#/") -> str:
-    return f"http://127.0.0.1:{port}/{path}"
+    """Return the address of a page as the command prints it, with the token."""
+    return f"http://127.0.0.1:{port}/?token={TOKEN}{path}"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Bro
         browser.find("#star[aria-pressed=true]")
         browser.press("e")
         browser.js("return document.activeElement").send_keys("things of area\n")
-        browser.until("return fetch('data/labels.json').then((r) => r.json()).then((t) => JSON.stringify(t).includes('things of area'))")
+        browser.until("return fetch('data/labels.json', { headers: { Authorization: `Bearer ${ksparse.token}` } }).then((r) => r.json()).then((t) => JSON.stringify(t).includes('things of area'))")
         browser.find(".latent-head .button").click()  # hold it
         browser.find("#text").send_keys("def area(self, width):")
         browser.find("#read").click()
@@ -78,7 +79,8 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Bro
         assert browser.js("return document.querySelector('#label').value") == "things of area"
         browser.open(at(port, "#/latents?own=1"))
         browser.until("return document.querySelectorAll('tbody tr').length == 1")
-        assert "things of area" in browser.text("tbody") and "★" in browser.text("tbody")
+        browser.until("return document.querySelector('tbody').innerText.includes('things of area')")
+        assert "★" in browser.text("tbody")
         browser.open(at(port, "#/search?q=things"))
         assert browser.find("#hits-labels a.to").text == str(number)
         browser.until("return document.querySelector('#hits-text').hasChildNodes() && !document.querySelector('[role=status]')")
@@ -161,6 +163,30 @@ def test_what_is_not_there_is_said(browser: Browser, served: int):
     assert "400" in browser.heard()[0]  # the browser itself writes of a refused request
 
 
+def test_the_token_leaves_the_address_and_serves_reloads_other_tabs_and_the_report(browser: Browser, served: int):
+    browser.open(at(served, "#/latent/7"))
+    browser.title("Latent 7 ·")
+    assert browser.js("return location.href") == f"http://127.0.0.1:{served}/#/latent/7"
+    browser.driver.refresh()
+    browser.title("Latent 7 ·")
+    first = browser.driver.current_window_handle
+    browser.driver.switch_to.new_window("tab")
+    browser.open(f"http://127.0.0.1:{served}/#/latent/9")
+    browser.title("Latent 9 ·")
+    browser.find("#report").click()
+    browser.title("report")
+    browser.driver.close()
+    browser.driver.switch_to.window(first)
+
+
+def test_a_page_without_the_token_says_where_it_is(browser: Browser, served: int):
+    browser.open(f"http://127.0.0.1:{served}/?token=of-another-start#/latent/7")
+    browser.until("return document.querySelector('main .missing')?.innerText.includes('open the address that `ksparse view` printed')")
+    assert "403" in browser.heard()[0]
+    browser.open(at(served, "#/latent/7"))
+    browser.title("Latent 7 ·")
+
+
 # ---- the export --------------------------------------------------------------------------------------------------
 
 
@@ -181,22 +207,6 @@ def test_the_export_works_from_the_disk(browser: Browser, trained: RunFolder, tm
         browser.until("return document.querySelector('main').innerText.includes(arguments[0])", words)
     assert browser.find("#report").is_displayed()
     browser.js("localStorage.clear()")
-
-
-def test_an_export_replaces_its_own_kind_alone(trained: RunFolder, tmp_path: Path):
-    from ksparse.errors import InputError
-
-    site = tmp_path / "site"
-    viewer.export(trained, site)
-    (site / "left-over.html").write_text("x")
-    viewer.export(trained, site)
-    assert not (site / "left-over.html").exists() and (site / "index.html").is_file()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="holds something else than an exported site; give an empty or a new folder"):
-        viewer.export(trained, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
-    assert not list(tmp_path.glob(".tmp-*"))
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
@@ -266,7 +276,7 @@ def assert_inert(browser: Browser, *shown: str) -> None:
     found = browser.js("return [...document.querySelectorAll('*')].map((e) => [e.localName, e.getAttributeNames(), e.src || e.getAttribute('href') || ''])")
     assert {name for name, _, _ in found} <= ELEMENTS
     assert not [names for _, names, _ in found if any(name.startswith("on") or name == "srcset" for name in names)]
-    assert all(re.match(r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|[a-z]+\.(css|js)$|$", link) for _, _, link in found), found
+    assert all(re.match(r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$", link) for _, _, link in found), found
     text = browser.js("return document.body.textContent")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
     assert len(text) < 1_000_000

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from ksparse import steering
+from ksparse import files, steering
 from ksparse.acts.text import token_strings
-from ksparse.errors import InputError
+from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
 from ksparse.viewer.live import CONTINUED, Live
 
@@ -88,3 +90,54 @@ def test_what_cannot_be_held_is_said(asked, text, latent, value, at, why):
 
 def test_half_a_character_is_read_as_a_question_mark(asked):
     assert asked.activations("x \ud800")["tokens"][-1].endswith("?")
+    assert asked.change("x \ud800", 1, 0.5) == asked.change("x ?", 1, 0.5)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, 3e38, float("inf")])
+def test_a_value_that_float32_does_not_have_is_refused(asked, value):
+    with pytest.raises(InputError, match="a latent is held at a number, not at .*; at most 1.7e.38 either way"):
+        asked.change(TEXT, 1, value)
+
+
+def test_predictions_of_nan_are_no_result(asked):
+    with pytest.raises(NonFiniteError, match="with latent 1 held at -1e.38 the LM predicts NaN; hold it nearer to the values"):
+        asked.change(TEXT, 1, -1e38)
+
+
+def test_activations_of_nan_are_no_result(asked, parts, monkeypatch):
+    monkeypatch.setattr(type(parts[1]), "acts", lambda self, tokens, attention: torch.full((*tokens.shape, parts[0].shape.d_model), float("nan")))
+    with pytest.raises(NonFiniteError, match="gives NaN or infinity on this text"):
+        asked.activations(TEXT)
+
+
+def test_too_little_memory_is_said(asked, parts, monkeypatch):
+    def full(self, text):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(type(parts[1]), "tokenize", full)
+    with pytest.raises(OutOfMemoryError, match="out of memory: DefaultCPUAllocator.* Take a shorter text"):
+        asked.change(TEXT, 1, 1.0)
+
+
+def test_an_endless_text_is_refused_before_it_is_tokenized(asked, parts, monkeypatch):
+    monkeypatch.setattr(type(parts[1]), "tokenize", lambda self, text: pytest.fail("it was tokenized"))
+    with pytest.raises(InputError, match="the text has 20,001 characters; at most 20,000 are read here"):
+        asked.activations("x" * 20_001)
+
+
+def test_code_that_comes_with_the_lm_runs_only_where_the_viewer_was_told_so(run, tmp_path):
+    """Whatever the run's recipe says: it may be somebody else's."""
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise ValueError('it ran')\n")
+    recipe = run.recipe_file.read_text().replace('lm = "pylm/0.3m"', f'lm = "{folder}"')
+    run.recipe_file.write_text(recipe.replace("trust_remote_code = false", "trust_remote_code = true"))
+    manifest = run.checkpoints()[-1] / files.MANIFEST
+    files.write_json(manifest, {key: value for key, value in files.read_table(manifest).items() if key != "recipe"}, sealed=True)
+    with pytest.raises(InputError, match="comes with code of its own, which is not run unasked; .*`ksparse view .* --trust-remote-code True`"):
+        Live(run).activations(TEXT)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(InputError, match="it ran"):
+        Live(run, trust_remote_code=True).activations(TEXT)
+    assert (tmp_path / "ran").exists()

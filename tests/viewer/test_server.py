@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import http.client
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -17,15 +23,15 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
 from ksparse.viewer import server  # noqa: E402
 
-from .conftest import N, serving  # noqa: E402
+from .conftest import N, TOKEN, serving  # noqa: E402
 
 
 def ask(port: int, path: str, *, method: str = "GET", body: object = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Send one request with exactly these headers and this path."""
+    """Send one request with the token, and else exactly these headers and this path; a header of '' is left out."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
     data = json.dumps(body).encode() if not isinstance(body, (bytes, type(None))) else body
-    given = {"Host": f"127.0.0.1:{port}"} | ({"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {})
+    given = {"Host": f"127.0.0.1:{port}", "Authorization": f"Bearer {TOKEN}"} | ({"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {})
     for name, value in (given | {name.replace("_", "-"): value for name, value in headers.items()}).items():
         if value:
             connection.putheader(name, value)
@@ -165,3 +171,227 @@ def test_without_the_extra_the_command_says_what_to_install(trained):
             f"cli.main(['view', {str(trained.path)!r}, '--port', '0'])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "pip install 'ksparse[serve]'" in done.stderr and "--export FOLDER" in done.stderr
+
+
+# ---- the token -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/data/overview.json", "/data/labels.json", "/data/latents/0.json", "/report.html", "/nothing", "/api/label"])
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer x", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", "Bearer \u00e9"])
+def test_nothing_of_the_run_is_told_without_the_token(served, path, given):
+    status, headers, body = ask(served, path, Authorization=given)
+    assert status == 403 and b"open the address that `ksparse view` printed" in body and headers["x-content-type-options"] == "nosniff"
+
+
+def test_no_label_is_written_without_the_token(served, trained):
+    for query in ("", "?token=", "?token=x", f"?token={TOKEN}x", "?token=%ff", "?token=%ed%a0%80"):
+        assert ask(served, f"/api/label{query}", method="POST", body={"latent": 1, "label": "x", "star": True}, Authorization="")[0] == 403
+    assert not (trained.path / "labels.json").exists()
+
+
+def test_the_token_may_be_in_the_address(served):
+    assert ask(served, f"/report.html?token={TOKEN}", Authorization="")[0] == 200
+    assert ask(served, f"/data/overview.json?x=1&token=x&token={TOKEN}", Authorization="")[0] == 200
+
+
+def test_the_page_itself_tells_nothing_of_a_run_and_needs_no_token(served):
+    assert b"tiny" not in ask(served, "/", Authorization="")[2]
+    assert ask(served, "/", Authorization="")[0] == ask(served, "/base.js", Authorization="")[0] == 200
+
+
+def test_the_token_does_not_open_the_door_to_other_sites(served):
+    assert ask(served, f"/data/overview.json?token={TOKEN}", Origin="http://evil.example")[0] == 403
+    assert ask(served, f"/data/overview.json?token={TOKEN}", Host="evil.example")[0] == 403
+
+
+# ---- what a request may hold ---------------------------------------------------------------------
+
+
+def test_types_have_no_case(served):
+    assert ask(served, "/api/activations", method="POST", body={"text": "x"}, Content_Type="Application/JSON; charset=UTF-8")[0] == 200
+
+
+@pytest.mark.parametrize("body, why", [
+    ('{"text": "x", "latent": 1, "value": 1%s}' % ("0" * 400), "held at a number"), ('{"text": "x", "latent": 1, "value": -1e308}', "held at a number"),
+    ('{"text": "x", "latent": 1, "value": 1e38}', "predicts NaN"), ('{"text": "x", "latent": 1, "value": -1e38}', "predicts NaN"),
+    ('{"text": "x", "latent": 1%s, "value": 1}' % ("0" * 400), "does not exist"), ('{"text": "x", "latent": 1, "value": 1, "at": 1%s}' % ("0" * 400), "is not one of 0 to"),
+    ('{"text": "x", "latent": %s1%s, "value": 1}' % ("[" * 900, "]" * 900), "named by its number, not by a list"), ('{"text": "x", "latent": 1, "value": {"a": 1}}', "not at a dict"),
+    ('{"text": "%s", "latent": 1, "value": 1}' % ("x" * 20_001), "20,001 characters; at most 20,000"), ('{"text": 1, "latent": 1, "value": 1}', "the text to read is missing")])
+def test_what_cannot_be_held_is_answered_with_its_reason(served, body, why):
+    status, _, said = ask(served, "/api/change", method="POST", body=body.encode())
+    assert status == 400 and why in json.loads(said)["error"]
+
+
+def test_half_a_character_is_read_as_a_question_mark(served):
+    status, _, body = ask(served, "/api/change", method="POST", body={"text": "x \ud800", "latent": 1, "value": 1.0})
+    assert status == 200 and json.loads(body)["tokens"][-1].endswith("?")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, path", [("report.html", "/report.html"), ("labels.json", "/data/labels.json"), ("evals/n2g.json", "/data/overview.json"),
+                                        ("evals/stats.safetensors", "/data/overview.json")])
+def test_a_link_in_a_run_is_not_served(run, tmp_path, name, path):
+    (tmp_path / "secret").write_text('{"format": 1, "latents": {"1": {"label": "secret"}}}')
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "secret")
+    with serving(run) as port:
+        status, _, body = ask(port, path)
+        assert status == 400 and f"{name} leads out of" in json.loads(body)["error"]
+        assert ask(port, "/api/label", method="POST", body={"latent": 1, "label": "x", "star": True})[0] == (400 if name == "labels.json" else 200)
+    assert "secret" in (tmp_path / "secret").read_text()
+
+
+@pytest.mark.parametrize("number, status, why", [(errno.ENOSPC, 507, "disk full while writing"), (errno.EACCES, 507, "cannot write"), (errno.EIO, 507, "Input/output error")])
+def test_a_label_that_finds_no_room_is_answered_with_the_reason(run, monkeypatch, number, status, why):
+    def full(handle):
+        raise OSError(number, os.strerror(number))
+
+    with serving(run) as port:
+        ask(port, "/api/label", method="POST", body={"latent": 1, "label": "kept", "star": True})
+        monkeypatch.setattr(os, "fsync", full)
+        found, _, body = ask(port, "/api/label", method="POST", body={"latent": 2, "label": "x", "star": True})
+        assert found == status and why in json.loads(body)["error"]
+        assert json.loads(ask(port, "/data/labels.json")[2])["latents"] == {"1": {"label": "kept", "star": True}}
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [b"", b"GET /data/overview.json HTTP/1.1\r\nHost: 127", b"POST /api/label HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\n"
+                                  b"Content-Length: 100\r\n\r\n{" % TOKEN.encode()])
+def test_a_request_that_does_not_arrive_is_given_up(trained, monkeypatch, half):
+    monkeypatch.setattr(server, "PATIENCE", 0.05)
+    with serving(trained) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(half)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1_000) == b""
+
+
+def test_a_connection_is_given_up_after_its_last_answer_too(trained, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.05)
+    with serving(trained) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"GET /nothing HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := client.recv(1_000):
+                answer += part
+    assert answer.startswith(b"HTTP/1.1 403")
+
+
+def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(self, text):
+        begun.set()
+        go_on.wait(60)
+        return {"text": text}
+
+    monkeypatch.setattr(server.Live, "activations", slow)
+    waiting = server.WAITING + 1
+    with serving(trained) as port:
+        answers: list[int] = []
+        ask_one = lambda: answers.append(ask(port, "/api/activations", method="POST", body={"text": "x"})[0])  # noqa: E731
+        threads = [threading.Thread(target=ask_one) for _ in range(60)]
+        threads[0].start()
+        assert begun.wait(30)
+        for thread in threads[1:]:
+            thread.start()
+        while len(answers) < 60 - waiting:
+            assert ask(port, "/data/overview.json")[0] == 200
+        assert {*answers} == {429}
+        status, _, body = ask(port, "/api/change", method="POST", body={"text": "x"})
+        assert status == 429 and body == b"the LM is at work, and 4 requests wait for it already; ask again in a moment"
+        go_on.set()
+        for thread in threads:
+            thread.join(60)
+    assert answers.count(200) == waiting and answers.count(429) == 60 - waiting
+
+
+def test_who_is_gone_does_not_keep_a_place(trained, monkeypatch):
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow(self, text):
+        read.append(text)
+        begun.set()
+        go_on.wait(60)
+        return {"text": text}
+
+    monkeypatch.setattr(server.Live, "activations", slow)
+    head = f"POST /api/activations HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n"
+    with serving(trained) as port:
+        gone = threading.Event()
+        left = server._left
+
+        async def noted(request):
+            await left(request)
+            gone.set()
+
+        monkeypatch.setattr(server, "_left", noted)
+        first = threading.Thread(target=ask, args=(port, "/api/activations"), kwargs={"method": "POST", "body": {"text": "first"}})
+        first.start()
+        assert begun.wait(30)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+            client.sendall(head.encode() + b'{"text": "gone"}')
+        assert gone.wait(30)
+        assert {ask(port, "/nothing")[0] for _ in range(3)} == {404}  # by then its place is free
+        go_on.set()
+        first.join(30)
+        assert ask(port, "/api/activations", method="POST", body={"text": "last"})[0] == 200
+    assert read == ["first", "last"]
+
+
+@contextlib.contextmanager
+def viewing(folder: Path, *words: str, ignoring: int = 0):
+    """Run `ksparse view`; yield the process and the port."""
+    code = f"import signal, sys; {ignoring} and signal.signal({ignoring}, signal.SIG_IGN); from ksparse.cli import main; main(sys.argv[1:])"
+    with subprocess.Popen([sys.executable, "-c", code, "view", str(folder), "--port", "0", *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            address = process.stdout.readline().split()[1]
+            assert address.startswith("http://127.0.0.1:") and len(address.partition("/?token=")[2]) == 32
+            port = int(address.split(":")[2].partition("/")[0])
+            ask(port, "/")  # it answers, so the signals are its own by now
+            yield process, port, address.partition("=")[2]
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_whatever_is_under_way(run, signum, code):
+    with viewing(run.path) as (process, port, token), contextlib.ExitStack() as clients:
+        halves = (b"GET / HT", b"POST /api/label HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{" % token.encode())
+        for half in (*halves, b"") * 5:
+            clients.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)).sendall(half)
+        assert ask(port, "/data/overview.json", Authorization=f"Bearer {token}")[0] == 200
+        process.send_signal(signum)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (code, "stopped\n")
+
+
+def test_a_background_job_whose_interrupts_are_ignored_goes_on(run):
+    with viewing(run.path, ignoring=signal.SIGINT) as (process, port, token):
+        process.send_signal(signal.SIGINT)
+        assert ask(port, "/data/overview.json", Authorization=f"Bearer {token}")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+
+
+def test_an_export_ended_by_a_signal_leaves_nothing(run, tmp_path):
+    code = ("import os, signal, sys; from ksparse import cli; from ksparse.viewer import site\n"
+            "site._put = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
+            f"cli.main(['view', {str(run.path)!r}, '--export', {str(tmp_path / 'site')!r}])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143 and "ksparse view: stopped" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_request_that_turns_out_to_be_no_http_ends_quietly(trained):
+    """Its head began to be answered when its body was seen to be none."""
+    head = "GET /data/overview.json HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(trained) as port:
+        for rest in (b"x\r\n", b"1\r\nxx\r\n", b"0\r\n\r\nGET x\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+                client.sendall(head.encode() + rest)
+                assert client.recv(100).startswith((b"HTTP/1.1 400", b"HTTP/1.1 403"))
+        assert ask(port, "/data/overview.json")[0] == 200

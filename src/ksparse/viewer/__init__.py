@@ -1,7 +1,7 @@
 """A run's latents in the browser, one by one. The static part reads files and needs no torch.
 
     export(run, folder)   pages for any web host, or for a folder that is opened by a double click
-    serve(run, socket)    the same pages from 127.0.0.1, with the LM behind them
+    serve(run, socket, token)    the same pages from 127.0.0.1 for who has the token, and the LM
 
     pieces    the run's files -> pieces of JSON, each small whatever the number of latents
     reading   what all pieces need of the files          columns   one number of every latent after another
@@ -40,11 +40,15 @@ def listen(port: int) -> socket.socket:
     return server.listen(port)
 
 
-def serve(run: RunFolder, listener: socket.socket) -> None:
-    """Answer browsers on this machine until interrupted."""
+def serve(run: RunFolder, listener: socket.socket, token: str, *,
+          trust_remote_code: bool = False) -> None:
+    """Answer browsers on this machine that have the token; raise Interrupted at SIGINT and SIGTERM.
+
+    trust_remote_code: let code that comes with the LM run; nothing in the run's folder can.
+    """
     from ksparse.viewer import server
 
-    server.serve(run, listener)
+    server.serve(run, listener, token, trust_remote_code=trust_remote_code)
 
 
 __all__ = ["export", "listen", "serve"]

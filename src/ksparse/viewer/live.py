@@ -3,14 +3,16 @@ the autoencoder does not explain stays as it was."""
 
 from __future__ import annotations
 
-import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ksparse.errors import InputError
+from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
 from ksparse.runs import RunFolder
+from ksparse.viewer.reading import number, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,17 +21,23 @@ if TYPE_CHECKING:
     from ksparse.sae.model import SAE, Code
     from ksparse.steering import Change, Comparison
 
-TOKENS = 512
-"""Tokens of a text at most."""
+CHARACTERS, TOKENS = 20_000, 512
+"""Characters and tokens of a text at most."""
+FLOAT32 = 2.0**127
+"""The largest value that a latent is held at."""
 CONTINUED, LISTED = 24, 12
 """Tokens that a text is continued by; predictions listed."""
 
 
 class Live:
-    """The LM and the autoencoder of a run, loaded when first asked, one request at a time."""
+    """The LM and the autoencoder of a run, loaded when first asked, one request at a time.
 
-    def __init__(self, run: RunFolder):
-        self.run, self._lock = run, threading.Lock()
+    trust_remote_code: whether code that comes with the LM may run. Whoever opens the run says so,
+        never the run's own files.
+    """
+
+    def __init__(self, run: RunFolder, *, trust_remote_code: bool = False):
+        self.run, self.trust_remote_code, self._lock = run, trust_remote_code, threading.Lock()
 
     @cached_property
     def _loaded(self) -> tuple[SAE, LM]:
@@ -39,16 +47,18 @@ class Live:
         recipe = self.run.recipe()
         device = resolve_device("auto")
         sae = load(self.run.path).to(device).eval()
-        return sae, LM(acts=recipe.acts, device=device)
+        return sae, LM(acts=recipe.acts, device=device, trust_remote_code=self.trust_remote_code)
 
     def activations(self, text: str) -> dict[str, Any]:
         """Return the text's tokens, and of each the latents active there, [latent, value], the largest first."""
         import torch
 
-        with self._lock, torch.inference_mode():
+        with self._lock, room_explained(), torch.inference_mode():
             sae, lm = self._loaded
-            tokens, shown = self._read(lm, text)
+            text, tokens, shown = self._read(lm, text)
             values, indices = self._code(tokens, len(shown))
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError("the LM or the autoencoder gives NaN or infinity on this text")
             found = [[[i, rounded(v)] for v, i in zip(value, index) if v > 0] for value, index in zip(values.tolist(), indices.tolist())]
             return {"tokens": shown, "latents": found}
 
@@ -59,24 +69,29 @@ class Live:
         """
         from ksparse import steering
 
-        with self._lock:
+        with self._lock, room_explained():
             sae, lm = self._loaded
-            tokens, shown = self._read(lm, text)
+            text, tokens, shown = self._read(lm, text)
             if not isinstance(latent, int) or isinstance(latent, bool):
-                raise InputError(f"a latent is named by its number, not by {latent!r}")
+                raise InputError(f"a latent is named by its number, not by {written(latent)}")
             steering.check_latents(sae, [latent])
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-                raise InputError(f"a latent is held at a number, not at {value!r}")
+            value = finite(value)
             if at is not None and (not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(shown)):
-                raise InputError(f"token {at!r} is not one of 0 to {len(shown) - 1}")
-            change = steering.clamped({latent: float(value)})
+                raise InputError(f"token {written(at)} is not one of 0 to {len(shown) - 1}")
+            change = steering.clamped({latent: value})
             if at is not None:
                 change = once_at(change, tokens.shape[1] - len(shown) + at)  # BOS is none of the text's tokens
             before = steering.continue_text(lm, text, tokens=CONTINUED)
             with steering.attach(lm.model, sae, lm.options.site, change=change):
                 found = steering.Comparison(before, steering.continue_text(lm, text, tokens=CONTINUED))
+            if bool(before.log_probs.isnan().any()):
+                raise NonFiniteError("the LM predicts NaN after this text")
+            if bool(found.after.log_probs.isnan().any()):
+                raise NonFiniteError(f"with latent {latent} held at {value:g} the LM predicts NaN; "
+                                     "hold it nearer to the values that it has on text")
             plain, changed = (self._strings(lm, each.tokens) for each in found)
-            return {"tokens": shown, "kl": rounded(found.kl), "predictions": self._predictions(lm, found), "plain": plain, "changed": changed}
+            return {"tokens": shown, "kl": number(found.kl), "plain": plain, "changed": changed,
+                    "predictions": self._predictions(lm, found)}
 
     def _code(self, tokens: Tensor, last: int) -> Code:
         """Return the codes [t, k] of the last so many tokens."""
@@ -85,15 +100,18 @@ class Live:
         sae, lm = self._loaded
         return sae.encode(lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, -last:])
 
-    def _read(self, lm: LM, text: str) -> tuple[Tensor, list[str]]:
-        """Return ids [1, t], a BOS first as in training, and the text's tokens made safe to show."""
-        text = text.encode("utf-8", "replace").decode()  # half a character from a browser is none
+    def _read(self, lm: LM, text: str) -> tuple[str, Tensor, list[str]]:
+        """Return the text as it is read, ids [1, t] with BOS as in training, and safe tokens."""
         if not text:
             raise InputError("there is no text to read")
+        if len(text) > CHARACTERS:
+            raise InputError(f"the text has {len(text):,} characters; "
+                             f"at most {CHARACTERS:,} are read here")
+        text = text.encode("utf-8", "replace").decode()  # half a character from a browser is none
         tokens, most = lm.tokenize(text), min(TOKENS, (lm.context or TOKENS) - CONTINUED)
         if tokens.shape[1] > most:
             raise InputError(f"the text has {tokens.shape[1]:,} tokens; at most {most:,} are read here")
-        return tokens, [safe_token(token) for token in lm.tokens(text)]
+        return text, tokens, [safe_token(token) for token in lm.tokens(text)]
 
     def _strings(self, lm: LM, tokens: list[int]) -> list[str]:
         from ksparse.acts.text import token_strings
@@ -121,6 +139,26 @@ def once_at(change: Change, position: int) -> Change:
         return added._replace(values=added.values * keep)
 
     return there
+
+
+def finite(value: Any) -> float:
+    """Return the value that a latent is to be held at, one that the autoencoder's float32 has."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FLOAT32:
+        raise InputError(f"a latent is held at a number, not at {written(value)}; "
+                         f"at most {FLOAT32:.1e} either way")
+    return float(value)
+
+
+@contextmanager
+def room_explained() -> Iterator[None]:
+    """Turn what torch says of too little memory into an error of ours."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        why = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemoryError(f"out of memory: {why} Take a shorter text") from error
 
 
 def rounded(value: Any) -> float:

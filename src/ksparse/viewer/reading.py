@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse import files
 from ksparse.report.source import Arrays, Source
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
@@ -21,6 +22,8 @@ class Reading:
     """A run's files, read when they are first needed."""
 
     def __init__(self, run: RunFolder):
+        for path in sorted(files.inside(run.path, "evals").glob("*")):
+            files.inside(run.path, "evals", path.name)
         self.source = Source(run)
         self.n = self.source.recipe.sae.n_latents
         self._tokens: dict[int, str] = {}
@@ -59,3 +62,8 @@ def number(value: Any, digits: int = 5) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return float(f"{float(value):.{digits}g}")
+
+
+def written(value: Any) -> str:
+    """Return what a request gave in place of a number, for an error; lists and tables by name."""
+    return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)

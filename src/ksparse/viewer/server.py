@@ -1,21 +1,33 @@
-"""The pages over HTTP, for browsers on this machine.
+"""The pages over HTTP, for the browser of one person on this machine.
 
-Only 127.0.0.1 listens. A request must name this machine in Host (or another site's name could be pointed here), and come from
-our own pages if it comes from a page at all (or any site that is open in the browser could read a run, and write labels).
+Only 127.0.0.1 listens. A request must name this machine in Host (or another site's name could be
+pointed here), and come from our own pages if it comes from a page at all (or any site that is open
+in the browser could read a run, and write labels). Whatever says something of the run wants the
+token of this start, or other users of the machine could ask: it comes in the address that is
+opened, and the page sends it with each request. A cookie would go to all ports of the machine.
 What is answered is looked up in tables; no path is ever joined to a folder.
 """
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import errno
 import json
+import logging
+import queue
 import re
+import secrets
+import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qs
 
-from ksparse.errors import InputError, KsparseError
+from ksparse import files
+from ksparse.errors import InputError, Interrupted, KsparseError, NonFiniteError
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 from ksparse.viewer import site
@@ -24,19 +36,27 @@ from ksparse.viewer.live import Live
 from ksparse.viewer.pieces import Pieces
 
 try:
+    import h11
     import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(f"serving pages needs {error.name}, which is not installed: pip install 'ksparse[serve]'. "
                      "`ksparse view RUN --export FOLDER` writes pages that need no server") from None
 
+Table = dict[str, Any]
+Answer = Callable[[Table], Table]
 ADDRESS, HOSTS = "127.0.0.1", re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 LARGEST = 1_000_000
 """Bytes of a request."""
+PATIENCE, ENDING = 30.0, 3
+"""Seconds for a request to arrive or an answer to be taken; seconds to end when asked to."""
+WAITING = 4
+"""Requests that wait for the LM, at most, besides the one that it answers."""
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,23 +78,91 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
-def serve(run: RunFolder, listener: socket.socket) -> None:
-    """Answer until interrupted."""
-    server(run).run(sockets=[listener])
+def serve(run: RunFolder, listener: socket.socket, token: str, *,
+          trust_remote_code: bool = False) -> None:
+    """Answer those who have the token until SIGINT or SIGTERM, then raise Interrupted."""
+    made = server(run, token, trust_remote_code=trust_remote_code)
+    made.run(sockets=[listener])
+    if made.ended_by:
+        raise Interrupted("stopped", made.ended_by)
 
 
-def server(run: RunFolder) -> uvicorn.Server:
+def server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
     """Return the server of a run."""
-    return uvicorn.Server(uvicorn.Config(app(run), log_level="warning", access_log=False, server_header=False, lifespan="off"))
+    answers = app(run, token, trust_remote_code=trust_remote_code)
+    return Server(uvicorn.Config(
+        answers, http=Connection, ws="none", lifespan="off", log_level="error", access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=ENDING))
 
 
-def app(run: RunFolder) -> Any:
+class Server(uvicorn.Server):
+    """uvicorn's, which ends at once and without a word when asked to."""
+
+    ended_by = 0
+    """The signal that ended it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End at SIGINT and SIGTERM; one that is ignored, as in a background job, stays ignored."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            signums = (signal.SIGINT, signal.SIGTERM)
+            before = {signum: signal.signal(signum, self._end) for signum in signums
+                      if signal.getsignal(signum) is not signal.SIG_IGN}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _end(self, signum: int, frame: Any) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off is no error
+        self.force_exit, self.should_exit, self.ended_by = self.should_exit, True, signum
+
+
+class Connection(H11Protocol):
+    """A connection that is closed where a request does not arrive or an answer is not taken."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._limit = self.loop.call_later(PATIENCE, self._late)
+
+    def on_response_complete(self) -> None:
+        self._limit.cancel()
+        self._limit = self.loop.call_later(PATIENCE, self._late)
+        super().on_response_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._limit.cancel()
+        super().connection_lost(error)
+
+    def send_400_response(self, message: str) -> None:
+        """Say what is no HTTP, unless an answer is under way already; nobody else answers then."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(message)
+        else:
+            self.transport.close()
+
+    def _late(self) -> None:
+        cycle = self.cycle
+        answering = cycle is not None and not cycle.response_complete and not cycle.more_body
+        if answering and not self.flow.write_paused:
+            self._limit = self.loop.call_later(PATIENCE, self._late)
+        else:
+            self.transport.abort()
+
+
+def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
     """Return what answers requests, behind the guard."""
-    pieces, live, labels = Fresh(run), Live(run), Labels(run, run.recipe().sae.n_latents)
+    pieces, labels = Fresh(run), Labels(run, run.recipe().sae.n_latents)
+    live, turns = Live(run, trust_remote_code=trust_remote_code), Turns()
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        if name == "report.html" and run.report_file.is_file():
+        if name == "report.html" and files.inside(run.path, name).is_file():
             return Response(run.report_file.read_bytes(), media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": REPORT_POLICY})
         kind = site.ASSETS.get(name)
         return Response(site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'), media_type=kind) if kind else _nothing(request)
@@ -96,9 +184,12 @@ def app(run: RunFolder) -> Any:
         return live.change(_text(asked), asked.get("latent"), asked.get("value"), asked.get("at"))
 
     return Guard(Starlette(
-        routes=[Route("/", page), Route("/data/{name:path}.json", data), _api("label", label), _api("activations", activations),
-                _api("change", change), Route("/{name}", page)],
-        exception_handlers={KsparseError: _refused, 404: lambda request, error: _nothing(request)}))
+        routes=[Route("/", page), Route("/data/{name:path}.json", data),
+                _api("label", label, run_in_threadpool), _api("activations", activations, turns),
+                _api("change", change, turns), Route("/{name}", page)],
+        exception_handlers={
+            KsparseError: _refused, OSError: _refused, ClientDisconnect: _refused, Busy: _busy,
+            404: lambda request, error: _nothing(request)}), token)
 
 
 class Fresh:
@@ -117,10 +208,50 @@ class Fresh:
             return self._pieces
 
 
-def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Route:
-    """Return a route that takes a JSON table and answers with one."""
+class Busy(Exception):
+    """Too many requests wait for the LM."""
+
+
+class Turns:
+    """One thread for all that needs the LM, and a short queue, so that pages keep their threads.
+
+    The end of the process does not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future, Answer, Table]]
+        self._asked = queue.SimpleQueue()
+        self._thread, self._here = threading.Thread(target=self._work, daemon=True), 0
+
+    async def __call__(self, answer: Answer, asked: Table) -> Table:
+        if self._here > WAITING:
+            raise Busy
+        if self._thread.ident is None:
+            self._thread.start()
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self._asked.put((future, answer, asked))
+        self._here += 1
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._here -= 1
+
+    def _work(self) -> None:
+        while True:
+            future, answer, asked = self._asked.get()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(answer(asked))
+            except Exception as error:  # which the request's own task raises
+                future.set_exception(error)
+
+
+def _api(name: str, answer: Answer, run: Callable[[Answer, Table], Awaitable[Table]]) -> Route:
+    """Return a route that takes a JSON table and answers with one, worked out by `run`."""
     async def respond(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
             return PlainTextResponse("a request's body is JSON, and says so", 415)
         body = b""
         async for part in request.stream():
@@ -133,9 +264,23 @@ def _api(name: str, answer: Callable[[dict[str, Any]], dict[str, Any]]) -> Route
             asked = None
         if not isinstance(asked, dict):
             return PlainTextResponse("a request's body is a JSON table", 400)
-        return _json(await run_in_threadpool(answer, asked))
+        answering = asyncio.ensure_future(run(answer, asked))
+        left = asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait((answering, left), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ClientDisconnect
+            return _json(answering.result())
+        finally:
+            answering.cancel(), left.cancel()
 
     return Route(f"/api/{name}", respond, methods=["POST"])
+
+
+async def _left(request: Request) -> None:
+    """Wait until whoever asked is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -155,19 +300,31 @@ def _nothing(request: Request) -> Response:
 
 def _refused(request: Request, error: Exception) -> Response:
     """Answer what ksparse refuses with its own words, which may quote what is hostile, or endless."""
-    return _json({"error": safe_text(str(error))}, 400 if isinstance(error, InputError) else 500)
+    asked = isinstance(error, (InputError, NonFiniteError, ClientDisconnect))
+    return _json({"error": safe_text(str(error))}, 400 if asked else 507)  # else there is no room
+
+
+def _busy(request: Request, error: Exception) -> Response:
+    return PlainTextResponse(f"the LM is at work, and {WAITING} requests wait for it already; "
+                             "ask again in a moment", 429)
 
 
 class Guard:
     """Refuses requests that are not from our own pages, and says to browsers what pages may do."""
 
-    def __init__(self, inner: Any):
-        self.inner = inner
+    def __init__(self, inner: Any, token: str):
+        self.inner, self.token = inner, token.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
         if scope["type"] != "http":  # no websockets
             return
-        why = refusal(scope["method"], {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]})
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1")
+                   for name, value in scope["headers"]}
+        why = refusal(scope["method"], headers)
+        of_the_run = scope["path"].removeprefix("/") not in {"", *site.ASSETS}
+        if not why and of_the_run and not self._knows(scope, headers):
+            why = ("open the address that `ksparse view` printed when it began: it ends in a "
+                   "token, without which nothing of the run is shown")
 
         async def with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -178,6 +335,13 @@ class Guard:
             await send(message)
 
         await (PlainTextResponse(why, 403) if why else self.inner)(scope, receive, with_headers)
+
+    def _knows(self, scope: dict[str, Any], headers: dict[str, str]) -> bool:
+        """Tell whether a request has the token, in a header or in the address."""
+        asked = parse_qs(scope["query_string"].decode("latin-1"))
+        given = [headers.get("authorization", "").removeprefix("Bearer "), *asked.get("token", ())]
+        return any(secrets.compare_digest(word.encode("utf-8", "replace"), self.token)
+                   for word in given)
 
 
 def refusal(method: str, headers: dict[str, str]) -> str:

@@ -3,6 +3,15 @@
 
 const ksparse = { views: {}, live: document.documentElement.hasAttribute("data-live") };
 
+// The server's token comes in the address that it printed. It is kept for reloads and other tabs:
+// in storage, which belongs to this port, since a cookie would go to every server of the machine.
+const given = new URLSearchParams(location.search).get("token");
+ksparse.token = ksparse.live && (given ?? localStorage.getItem("ksparse token"));
+if (ksparse.token) {
+  localStorage.setItem("ksparse token", ksparse.token);
+  history.replaceState(null, "", location.pathname + location.hash);
+}
+
 // ---- elements ---------------------------------------------------------------------------------------------------
 
 const SVG = new Set(["svg", "title", "g", "rect", "line"]);
@@ -42,13 +51,15 @@ ksparse.load = function load(name) {
 };
 
 async function fetched(name) {
-  return answered(await fetch(`data/${name}.json`));
+  return answered(await fetch(`data/${name}.json`, { headers: knowing() }));
 }
 
 function scripted(name) {
   return new Promise((resolve, reject) => {
     awaited.set(name, resolve);
-    const script = ksparse.el("script", { src: `data/${name}.js`, on: { error: () => reject(new Error(`data/${name}.js is missing`)) } });
+    const file = `${document.documentElement.dataset.home ?? ""}data/${name}.js`;
+    const missing = () => reject(new Error(`${file} is missing; load the page anew`));
+    const script = ksparse.el("script", { src: file, on: { error: missing } });
     script.addEventListener("load", () => script.remove());
     document.head.append(script);
   });
@@ -58,7 +69,9 @@ ksparse.take = (name, piece) => { awaited.get(name)?.(piece); awaited.delete(nam
 
 // Ask the server for something that it works out.
 ksparse.ask = async (name, asked) => answered(await fetch(`api/${name}`, {
-  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) }));
+  method: "POST", headers: { "Content-Type": "application/json", ...knowing() }, body: JSON.stringify(asked) }));
+
+const knowing = () => ({ Authorization: `Bearer ${ksparse.token}` });
 
 async function answered(response) {
   if (response.ok) return response.json();

@@ -66,7 +66,7 @@ ksparse.views.try = async function tryView(path, asked, current) {
       const most = Math.max(...predictions.flatMap((each) => [each.plain, each.changed]));
       const bar = (value, kind) => el("td", {}, el("span", { class: "track" }, el("span", { class: `fill ${kind}`, style: { width: `${(100 * value) / most}%` } })), el("span", { class: "said" }, ksparse.percent(value)));
       const side = (title, tokens, kind) => el("div", { class: `side ${kind}` }, el("h3", {}, title), el("p", { class: "text" }, el("span", { class: "prompt" }, ksparse.visible(state.text.slice(-160)).replaceAll("⟨U+000A⟩", "↵")), el("span", { class: "written" }, tokens.join(""))));
-      effect.replaceChildren(el("h2", {}, Number(state.value) === 0 ? "Without it" : `Held at ${ksparse.number(Number(state.value))}`, el("span", { class: "aside" }, `KL of the next prediction ${ksparse.number(kl)} nats`)),
+      effect.replaceChildren(el("h2", {}, Number(state.value) === 0 ? "Without it" : `Held at ${ksparse.number(Number(state.value))}`, el("span", { class: "aside" }, `KL of the next prediction ${ksparse.written(kl)} nats`)),
         el("div", { class: "sides", id: "continuations" }, side("As it is", plain, "was"), side(Number(state.value) === 0 ? "Ablated" : "Held", changed, "held")),
         el("table", { class: "predictions", id: "predictions" }, el("thead", {}, el("tr", {}, ["Next token", "As it is", Number(state.value) === 0 ? "Ablated" : "Held"].map((word) => el("th", { scope: "col" }, word)))),
           el("tbody", {}, predictions.map((each) => el("tr", {}, el("th", { scope: "row" }, el("bdi", { class: "text" }, `"${each.token}"`)), bar(each.plain, "was"), bar(each.changed, "held"))))));

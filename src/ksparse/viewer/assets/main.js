@@ -70,6 +70,7 @@
   }
   document.getElementById("brand").textContent = ksparse.run.name;
   document.getElementById("report").hidden = !ksparse.run.has.report;
+  if (ksparse.live) document.getElementById("report").search = `?token=${encodeURIComponent(ksparse.token)}`;
   search.placeholder = ksparse.live ? "Number, token, task, label, or any text" : "Number, token, task or label";
   addEventListener("hashchange", async () => {
     await show();
