@@ -132,10 +132,10 @@ def test_code_that_comes_with_the_lm_runs_only_where_the_viewer_was_told_so(run,
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise ValueError('it ran')\n")
     recipe = run.recipe_file.read_text().replace('lm = "pylm/0.3m"', f'lm = "{folder}"')
-    run.recipe_file.write_text(recipe.replace("trust_remote_code = false", "trust_remote_code = true"))
+    run.recipe_file.write_text(recipe.replace("[run]", "[run]\ntrust_remote_code = true"))
     manifest = run.checkpoints()[-1] / files.MANIFEST
     files.write_json(manifest, {key: value for key, value in files.read_table(manifest).items() if key != "recipe"}, sealed=True)
-    with pytest.raises(InputError, match="comes with code of its own, which is not run unasked; .*`ksparse view .* --trust-remote-code True`"):
+    with pytest.raises(InputError, match="cannot be loaded .*give --trust-remote-code True"):
         Live(run).activations(TEXT)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(InputError, match="it ran"):
