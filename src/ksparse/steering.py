@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ksparse.acts.lm import LM, resolve_device
-from ksparse.acts.sites import hooked, not_activations, resolve
+from ksparse.acts.sites import hooked, not_activations, probing, resolve
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
@@ -214,6 +214,8 @@ class _Called:
                 handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if probing():
+            return
         called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         ids = called.get("input_ids", args[0] if args else None)
         self.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
@@ -224,6 +226,8 @@ class _Called:
         self._tell_of_length()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if probing():
+            return
         self.running, self.begins, self.ids, self.attention = False, True, None, None
 
     def reached(self, site: str) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ksparse import files
 from ksparse.acts import shards as module
+from ksparse.acts import agreement
 from ksparse.acts.lm import LM
 from ksparse.acts.shards import Shards, write, write_sites
 from ksparse.acts.stream import ShardStream
@@ -125,6 +126,7 @@ def test_what_does_not_change_the_activations_does_not_change_the_folder(make, t
 
 def test_activations_that_are_not_finite_are_refused_with_the_document(make, tmp_path, monkeypatch):
     own = LM.acts_at
+    monkeypatch.setattr(agreement, "check", lambda lm: None)
     monkeypatch.setattr(LM, "acts_at", lambda self, *args: {site: x / 0 for site, x in own(self, *args).items()})
     with pytest.raises(NonFiniteError, match=r"activations at resid_post\.1 are NaN or infinite in document 'words\.txt:\d+'"):
         make(tmp_path)
@@ -132,6 +134,7 @@ def test_activations_that_are_not_finite_are_refused_with_the_document(make, tmp
 
 def test_activations_too_large_for_float16_are_refused_and_not_written_as_infinity(make, tmp_path, monkeypatch):
     own = LM.acts_at
+    monkeypatch.setattr(agreement, "check", lambda lm: None)
     monkeypatch.setattr(LM, "acts_at", lambda self, *args: {site: x * 1e5 for site, x in own(self, *args).items()})
     assert Shards(make(tmp_path / "wide")).rows >= ROWS
     with pytest.raises(NonFiniteError, match=r"NaN or infinite in document .words\.txt:\d+., as float16"):

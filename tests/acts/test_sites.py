@@ -210,3 +210,12 @@ def test_a_block_that_goes_on_in_place_does_not_change_what_was_seen(tiny_lm):
     handle.remove()
     assert torch.equal(watched.x, clean.x)
     assert torch.equal(first, second) and torch.equal(first, watched.logits)
+
+
+def test_looking_at_a_model_is_not_seen_by_what_is_attached_to_it():
+    model, seen = Model(), []
+    with hooked(resolve(model, "blocks.0.mlp"), lambda x: seen.append(x.shape)):
+        resolve(model, "attn_out.1")
+        assert seen == []
+        model(torch.zeros(1, 3, dtype=torch.long))
+    assert seen == [(1, 3, 8)]

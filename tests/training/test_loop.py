@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ksparse
 from ksparse import files
+from ksparse.acts import agreement
 from ksparse.acts.lm import LM
 from ksparse.acts.shards import write
 from ksparse.acts.stream import Batch
@@ -445,12 +446,14 @@ def test_nan_activations_stop_the_run_and_name_the_document(small_recipe, tmp_pa
         x[-1, -1] = torch.nan
         return x
 
+    monkeypatch.setattr(agreement, "check", lambda lm: None)
     monkeypatch.setattr(LM, "acts", broken)
     with pytest.raises(NonFiniteError, match=r"activations at resid_post\.1 are NaN or infinite, the first in document 'words\.txt:\d+'"):
         train(small_recipe(), tmp_path / "run")
 
 
 def test_activations_that_are_all_the_same_are_refused(small_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "check", lambda lm: None)
     monkeypatch.setattr(LM, "acts", lambda self, tokens, attention: torch.ones(*tokens.shape, 16))
     with pytest.raises(InputError, match=r"all 256 activations at resid_post\.1 are the same: there is nothing to learn"):
         train(small_recipe({"acts.normalize": "none"}), tmp_path / "run")

@@ -23,6 +23,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ _CLASSES = {
 """What a part of a block is, by its name; the first that fits."""
 _PARTS = 3  # at most so many outputs are summed up to what a block adds
 _TOKENS = 8
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
 _confirmed: weakref.WeakKeyDictionary[nn.Module, dict[str, Site]] = weakref.WeakKeyDictionary()
 
 
@@ -93,14 +95,19 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
 
 @contextmanager
 def _through(place: Place, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Pass the hidden states at a place through `change`, which sees whatever lies there."""
+    """Pass the hidden states at a place through `change`, which sees whatever lies there, but for others' probes."""
+    own = _probing.get()
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
+        if probing() and not own:
+            return None
         rest = output[1:] if isinstance(output, tuple) else None
         new = change(first(output))
         return None if new is None else new if rest is None else (new, *rest)
 
     def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if probing() and not own:
+            return None
         key = _key(args, kwargs)
         new = change(args[0] if args else kwargs.get(key))
         if new is None:
@@ -175,7 +182,11 @@ def resolve(model: nn.Module, site: str) -> Site:
     if not _ALIAS.fullmatch(site):
         return Site(*found)
     if site not in (known := _confirmed.setdefault(model, {})):
-        known[site] = _confirm(model, site)
+        token = _probing.set(True)
+        try:
+            known[site] = _confirm(model, site)
+        finally:
+            _probing.reset(token)
     return known[site]
 
 
@@ -246,6 +257,11 @@ def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
 
 def _class(name: str) -> str:
     return next((what for what, pattern in _CLASSES.items() if re.search(pattern, name)), "")
+
+
+def probing() -> bool:
+    """Return whether the pass that is running only looks at what a model is; hooks of others have nothing to do with it."""
+    return _probing.get()
 
 
 # ---- confirming --------------------------------------------------------------------------------------------------
