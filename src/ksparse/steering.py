@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ksparse.acts.lm import LM, hooked, resolve, resolve_device
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
-from ksparse.recipe import Acts
+from ksparse.sae import store
 from ksparse.sae.model import SAE, Code
 
 Change = Callable[[Code], Code]
@@ -34,10 +34,7 @@ Metric = Callable[[Tensor], Tensor]
 
 def lm_of(sae: SAE, device: str = "auto") -> LM:
     """Return the LM that an SAE was trained on, with its site."""
-    own: dict[str, Any] | None = sae.metadata.get("acts")
-    if not own:
-        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
-    return LM(acts=Acts(**own), device=resolve_device(device))
+    return LM(acts=store.acts_of(sae.metadata), device=resolve_device(device))
 
 
 # ---- an SAE in the way of a forward pass -------------------------------------------------------------------------

@@ -93,10 +93,10 @@ class Weights:
 
     def finish(self, ignored: Collection[str] = ()) -> None:
         """Raise for tensors that were neither taken nor are without effect."""
-        left = sorted(set(self._tensors) - self._taken - set(ignored))
+        left = sorted(map(str, set(self._tensors) - self._taken - set(ignored)))
         if left:
             more = f" and {len(left) - 8} more" if len(left) > 8 else ""
-            raise self.error(f"{self.file} holds {', '.join(map(str, left[:8]))}{more}, which an SAE of this kind does not have; "
+            raise self.error(f"{self.file} holds {', '.join(left[:8])[:300]}{more}, which an SAE of this kind does not have; "
                              "reading it would lose that")
 
     def names(self) -> str:
