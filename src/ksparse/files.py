@@ -207,18 +207,23 @@ def read_numbered(path: Path, newest: int, keys: Mapping[str, Types], optional: 
     """
     found, optional = read_table(path), optional or {}
     number = found.pop("format", unnumbered)
-    if type(number) is int and number > newest:
-        raise InputError(f"{path} was written by a newer ksparse (format {number}); this one reads up to {newest}. "
-                         "Install a newer ksparse to read it")
-    if type(number) is not int or number < 1:
-        raise CorruptError(f"{path} has format {number!r}, expected a number of 1 to {newest}; "
-                           "it was not written by ksparse or is damaged")
+    check_format(path, number, newest)
     unknown = sorted(set(found) - set(keys) - set(optional))
     if unknown:
         raise CorruptError(f"{path} has the key {unknown[0][:80]!r}, which this ksparse does not know in format {number}; "
                            "it was written by another version or is damaged")
     check_keys(path, found, {**keys, **{key: kind for key, kind in optional.items() if key in found}})
     return found
+
+
+def check_format(path: Path, number: Any, newest: int) -> None:
+    """Raise InputError unless the format number of a file is one of 1 to `newest`."""
+    if type(number) is int and number > newest:
+        raise InputError(f"{path} was written by a newer ksparse (format {number}); this one reads up to {newest}. "
+                         "Install a newer ksparse to read it")
+    if type(number) is not int or number < 1:
+        raise CorruptError(f"{path} has format {str(number)[:80]!r}, expected a number of 1 to {newest}; "
+                           "it was not written by ksparse or is damaged")
 
 
 def check_keys(path: Path, table: Mapping[str, Any], keys: Mapping[str, Types], under: str = "") -> None:

@@ -50,6 +50,9 @@ class Weights:
     def __contains__(self, key: str) -> bool:
         return key in self._tensors
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
     def take(self, key: str, *dims: str | int) -> Tensor:
         """Return a tensor as float32 of that shape; the first call that names a letter decides its length."""
         values = self._read(key, dims, FLOATS).to(torch.float32).contiguous()
