@@ -309,9 +309,11 @@ def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(t
 
 @pytest.mark.parametrize("table, said", [
     ({"format": 2, "n": 1}, None), ({"format": 1, "n": 1, "x": 0.5}, None), ({"n": 1}, None),
-    ({"format": 3, "new": {}}, r"was written by a newer ksparse \(format 3\); this one reads up to 2. Install a newer ksparse"),
-    ({"format": 0, "n": 1}, "has format '0', expected a number of 1 to 2"), ({"format": True, "n": 1}, "has format 'True'"), ({"format": 2}, "has no key 'n'"),
-    ({"format": 2, "n": 1, "y": 1}, "has the key 'y', which this ksparse does not know"), ({"format": 2, "n": 1, "x": "1"}, "'x' is '1', expected float"),
+    ({"format": 3, "new": {}}, r"was written by a newer ksparse \(format 3\); this one reads up to 2"),
+    ({"format": 0, "n": 1}, "has format '0', expected a number of 1 to 2"),
+    ({"format": True, "n": 1}, "has format 'True'"), ({"format": 2}, "has no key 'n'"),
+    ({"format": 2, "n": 1, "y": 1}, "has the key 'y', which this ksparse does not know"),
+    ({"format": 2, "n": 1, "x": "1"}, "'x' is '1', expected float"),
     ({"format": 2, "n": 2**63}, "'n' is too large a number")])
 def test_a_numbered_table_holds_the_keys_of_its_format_and_no_others(tmp_path, table, said):
     files.write_json(tmp_path / "x.json", table)
@@ -329,7 +331,8 @@ def test_a_table_that_must_have_a_format_number_is_refused_without(tmp_path):
         files.read_numbered(tmp_path / "x.json", 2, {"n": int})
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.read_table, files.read_lines, files.read_strings, files.sha256], ids=lambda read: read.__name__)
+@pytest.mark.parametrize("read", [
+    files.read_json, files.read_table, files.read_lines, files.read_strings, files.sha256])
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, read):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(CorruptError, match="x.json is a FIFO, expected a file"):

@@ -198,9 +198,16 @@ def read_table(path: Path, **keys: Types) -> dict[str, Any]:
     return found
 
 
-def read_numbered(path: Path, newest: int, keys: Mapping[str, Types], optional: Mapping[str, Types] | None = None, *,
-                  unnumbered: int | None = None) -> dict[str, Any]:
-    """Read a JSON table whose `format` is a number of 1 to `newest`, and return all else in it: `keys`, perhaps `optional`
+def read_numbered(
+    path: Path,
+    newest: int,
+    keys: Mapping[str, Types],
+    optional: Mapping[str, Types] | None = None,
+    *,
+    unnumbered: int | None = None,
+) -> dict[str, Any]:
+    """Read a JSON table whose `format` is a number of 1 to `newest`, and return all else in it:
+    `keys`, perhaps `optional`
     ones, and nothing that a newer ksparse may mean something by.
 
     unnumbered: the format of a table without a number; None: there is none.
@@ -210,34 +217,53 @@ def read_numbered(path: Path, newest: int, keys: Mapping[str, Types], optional: 
     check_format(path, number, newest)
     unknown = sorted(set(found) - set(keys) - set(optional))
     if unknown:
-        raise CorruptError(f"{path} has the key {unknown[0][:80]!r}, which this ksparse does not know in format {number}; "
-                           "it was written by another version or is damaged")
-    check_keys(path, found, {**keys, **{key: kind for key, kind in optional.items() if key in found}})
+        raise CorruptError(
+            f"{path} has the key {unknown[0][:80]!r}, which this ksparse does not know in format "
+            f"{number}; "
+            "it was written by another version or is damaged"
+        )
+    check_keys(
+        path, found, {**keys, **{key: kind for key, kind in optional.items() if key in found}}
+    )
     return found
 
 
 def check_format(path: Path, number: Any, newest: int) -> None:
     """Raise InputError unless the format number of a file is one of 1 to `newest`."""
     if type(number) is int and number > newest:
-        raise InputError(f"{path} was written by a newer ksparse (format {number}); this one reads up to {newest}. "
-                         "Install a newer ksparse to read it")
+        raise InputError(
+            f"{path} was written by a newer ksparse (format {number}); this one reads up to "
+            f"{newest}. "
+            "Install a newer ksparse to read it"
+        )
     if type(number) is not int or number < 1:
-        raise CorruptError(f"{path} has format {str(number)[:80]!r}, expected a number of 1 to {newest}; "
-                           "it was not written by ksparse or is damaged")
+        raise CorruptError(
+            f"{path} has format {str(number)[:80]!r}, expected a number of 1 to {newest}; "
+            "it was not written by ksparse or is damaged"
+        )
 
 
-def check_keys(path: Path, table: Mapping[str, Any], keys: Mapping[str, Types], under: str = "") -> None:
-    """Raise CorruptError, naming the key, unless a table of a file has these keys with values of these types.
+def check_keys(
+    path: Path, table: Mapping[str, Any], keys: Mapping[str, Types], under: str = ""
+) -> None:
+    """Raise CorruptError, naming the key, unless a table of a file has these keys with values of
+    these types.
 
-    A boolean is no number, and no whole number has more than 63 bits. under: where in the file the table is.
+    A boolean is no number, and no whole number has more than 63 bits. under: where in the file the
+    table is.
     """
     for key, kind in keys.items():
         name = f"{under}{key}"
         if key not in table:
-            raise CorruptError(f"{path} has no {'table' if kind is dict else 'key'} {name!r}; it was not written by ksparse or is damaged")
+            raise CorruptError(
+                f"{path} has no {'table' if kind is dict else 'key'} {name!r}; it was not "
+                f"written by ksparse or is damaged"
+            )
         kinds, value = kind if isinstance(kind, tuple) else (kind,), table[key]
         if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
-            expected = " or ".join("null" if each is type(None) else each.__name__ for each in kinds)
+            expected = " or ".join(
+                "null" if each is type(None) else each.__name__ for each in kinds
+            )
             raise CorruptError(f"{path}: {name!r} is {str(value)[:80]!r}, expected {expected}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise CorruptError(f"{path}: {name!r} is too large a number; it must be below 2^63")
@@ -289,7 +315,9 @@ def _finite(digits: str) -> float:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors of reading `path` into a CorruptError; refuse what would keep a reader waiting."""
+    """Turn the system's errors of reading `path` into a CorruptError; refuse what would keep a
+    reader waiting.
+    """
     try:
         check_regular(path)
         yield
@@ -302,15 +330,26 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise CorruptError for what is there and is neither a file nor a folder: opening a FIFO or a device may never end."""
+    """Raise CorruptError for what is there and is neither a file nor a folder: opening a FIFO or a
+    device may never end.
+    """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        names = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-        raise CorruptError(f"{path} is {names.get(stat.S_IFMT(mode), 'of a special kind')}, expected a file")
+        names = {
+            stat.S_IFIFO: "a FIFO",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        raise CorruptError(
+            f"{path} is {names.get(stat.S_IFMT(mode), 'of a special kind')}, expected a file"
+        )
 
 
 def exists(path: Path) -> bool:
-    """Return whether a path is there; a name that the system cannot have (too long, with NUL, half characters) is not."""
+    """Return whether a path is there; a name that the system cannot have (too long, with NUL, half
+    characters) is not.
+    """
     try:
         return path.exists()
     except ValueError:

@@ -40,7 +40,7 @@ def test_what_we_write_of_it_in_its_own_format_still_gives_that(kind, tmp_path):
     again = interop.convert(kind / "sae", tmp_path / "again", kind.parent.name)
     assert again.shape.n_latents == sae.shape.n_latents
     expected = dict(np.load(kind / "expected.npz"))
-    if kind.name == "AutoEncoderTopK-backup":  # its factor is folded so that decoder rows stay of norm 1, so latents are divided by it
+    if kind.name == "AutoEncoderTopK-backup":  # folded so that decoder rows stay of norm 1
         assert sae.shape.normalize == "dataset" and again.shape.normalize == "none"
         expected["latents"] = expected["latents"] / sae.shape.factor
     latents, recon = differences(again, expected)

@@ -1,4 +1,6 @@
-"""Files of others that are odd, damaged or made to harm: read as their library reads them, or refused by name, at once."""
+"""Files of others that are odd, damaged or made to harm: read as their library reads them, or
+refused by name, at once.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from ksparse.interop import foreign
 TOPK_CONFIG = '{"trainer": {"dict_class": "AutoEncoderTopK"}}'
 
 
-# ---- the layout that openai/sparse_autoencoder writes: a module's state_dict, with its activation's inside -------
+# ---- the layout that openai/sparse_autoencoder writes: a module's state_dict, with its activation'
 
 
 class TopK(nn.Module):
@@ -33,7 +35,9 @@ class TopK(nn.Module):
         self.k, self.postact_fn = k, postact_fn
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        table = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        table = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
         table[f"{prefix}k"], table[f"{prefix}postact_fn"] = self.k, type(self.postact_fn).__name__
         return table
 
@@ -56,7 +60,9 @@ class Theirs(nn.Module):
         self.register_buffer("latents_mean_square", torch.zeros(n))
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        table = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        table = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
         table[f"{prefix}activation"] = type(self.activation).__name__
         table[f"{prefix}activation_state_dict"] = self.activation.state_dict()
         return table
@@ -80,7 +86,9 @@ class Theirs(nn.Module):
 @pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
 @pytest.mark.parametrize("activation", [TopK(4, nn.ReLU()), nn.ReLU()], ids=["topk", "relu"])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_what_openais_module_writes_by_torch_save_is_read_and_gives_its_numbers(activation, tied, legacy, x, tmp_path):
+def test_what_openais_module_writes_by_torch_save_is_read_and_gives_its_numbers(
+    activation, tied, legacy, x, tmp_path
+):
     torch.manual_seed(0)
     theirs = Theirs(20, 6, activation, tied=tied)
     torch.save(theirs.state_dict(), tmp_path / "8.pt", _use_new_zipfile_serialization=not legacy)
@@ -93,9 +101,16 @@ def test_what_openais_module_writes_by_torch_save_is_read_and_gives_its_numbers(
         torch.testing.assert_close(sae(x), recon, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("activation, message", [
-    (TopK(4, nn.Identity()), "postact_fn is 'Identity'; ksparse reads 'ReLU'"), (nn.Identity(), "activation is 'Identity'; ksparse reads 'TopK', 'ReLU'")])
-def test_what_openais_module_writes_with_an_activation_that_there_is_not_is_named(activation, message, tmp_path):
+@pytest.mark.parametrize(
+    "activation, message",
+    [
+        (TopK(4, nn.Identity()), "postact_fn is 'Identity'; ksparse reads 'ReLU'"),
+        (nn.Identity(), "activation is 'Identity'; ksparse reads 'TopK', 'ReLU'"),
+    ],
+)
+def test_what_openais_module_writes_with_an_activation_that_there_is_not_is_named(
+    activation, message, tmp_path
+):
     torch.save(Theirs(20, 6, activation).state_dict(), tmp_path / "8.pt")
     with pytest.raises(InputError, match=message):
         ksparse.load(tmp_path / "8.pt")
@@ -105,12 +120,21 @@ def test_a_tied_decoder_that_is_not_the_encoder_is_refused(tmp_path):
     table = Theirs(20, 6, nn.ReLU(), tied=True).state_dict()
     table["decoder.linear.weight"] = table["decoder.linear.weight"] + 1
     torch.save(table, tmp_path / "8.pt")
-    with pytest.raises(InputError, match="decoder.linear.weight is that of a tied decoder, and differs from encoder.weight"):
+    with pytest.raises(
+        InputError,
+        match="decoder.linear.weight is that of a tied decoder, and differs from encoder.weight",
+    ):
         ksparse.load(tmp_path / "8.pt")
 
 
-@pytest.mark.parametrize("make", [collections.OrderedDict, lambda table: collections.OrderedDict(ae=collections.OrderedDict(table), norm_factor=2.0)],
-                         ids=["state_dict", "backup"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        collections.OrderedDict,
+        lambda table: collections.OrderedDict(ae=collections.OrderedDict(table), norm_factor=2.0),
+    ],
+    ids=["state_dict", "backup"],
+)
 def test_ordered_dictionaries_of_dictionary_learning_are_dictionaries(make, make_sae, tmp_path):
     interop.write(make_sae(), tmp_path, "dictionary_learning")
     torch.save(make(torch.load(tmp_path / "ae.pt", weights_only=True)), tmp_path / "ae.pt")
@@ -118,12 +142,18 @@ def test_ordered_dictionaries_of_dictionary_learning_are_dictionaries(make, make
     assert ksparse.load(tmp_path).shape.n_latents == 20
 
 
-# ---- tensors -----------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 
 def table(**changes):
-    whole = {"encoder.weight": torch.ones(20, 6), "encoder.bias": torch.ones(20), "decoder.weight": torch.ones(6, 20), "b_dec": torch.ones(6),
-             "k": torch.tensor(4), "threshold": torch.tensor(-1.0)}
+    whole = {
+        "encoder.weight": torch.ones(20, 6),
+        "encoder.bias": torch.ones(20),
+        "decoder.weight": torch.ones(6, 20),
+        "b_dec": torch.ones(6),
+        "k": torch.tensor(4),
+        "threshold": torch.tensor(-1.0),
+    }
     return {key: value for key, value in (whole | changes).items() if value is not None}
 
 
@@ -133,27 +163,51 @@ def saved(folder, changes):
     return folder
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"encoder.weight": torch.ones(1).expand(2**24, 2**12)}, "tensor 'encoder.weight' is expanded: 68,719,476,736 numbers on 1 that are stored"),
-    ({"encoder.bias": torch.ones(1).expand(20)}, "tensor 'encoder.bias' is expanded: 20 numbers on 1"),
-    ({"encoder.weight": torch.ones(20, 6).to_sparse()}, "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is no plain tensor"),
-    ({"encoder.weight": torch.ones(20, 6, device="meta")}, "'encoder.weight' has shape .*"),
-    ({"encoder.weight": torch.ones(20, 6, dtype=torch.int32)}, "'encoder.weight' is of type int32, expected float64, float32"),
-    ({"encoder.weight": torch.ones(20, 6, dtype=torch.bool)}, "'encoder.weight' is of type bool"),
-    ({"encoder.weight": torch.ones(20, 6, dtype=torch.complex64)}, "'encoder.weight' is of type complex64"),
-    ({"encoder.bias": torch.full((20,), torch.inf)}, "'encoder.bias' holds NaN or infinity"),
-    ({"encoder.bias": "text"}, "'encoder.bias' has shape|'encoder.bias' is of type a str"),
-    ({"k": torch.tensor(torch.nan)}, "'k' is nan, expected a finite number"),
-    ({"k": torch.tensor(4.5)}, "'k' is 4.5, expected a whole number"),
-    ({"k": torch.tensor(0)}, "k of an SAE is 0"),
-    ({"k": torch.tensor([4, 4])}, r"'k' has shape \[2\], expected a single number"),
-    ({"k": torch.tensor(True)}, "'k' is of type bool"),
-    ({"k": "4"}, "'k' is of type a str that is no plain tensor"),
-    ({"W_skip": torch.ones(6, 6)}, "holds W_skip, which an SAE of this kind does not have"),
-    ({"skip": "yes"}, "holds skip, which an SAE of this kind does not have"),
-    ({7: torch.ones(1)}, "holds 7, which an SAE of this kind does not have"),
-])
-def test_a_tensor_of_a_torch_file_that_is_none_of_finite_numbers_is_refused_by_name(changes, message, tmp_path):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"encoder.weight": torch.ones(1).expand(2**24, 2**12)},
+            "tensor 'encoder.weight' is expanded: 68,719,476,736 numbers on 1 that are stored",
+        ),
+        (
+            {"encoder.bias": torch.ones(1).expand(20)},
+            "tensor 'encoder.bias' is expanded: 20 numbers on 1",
+        ),
+        (
+            {"encoder.weight": torch.ones(20, 6).to_sparse()},
+            "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is no plain "
+            "tensor",
+        ),
+        ({"encoder.weight": torch.ones(20, 6, device="meta")}, "'encoder.weight' has shape .*"),
+        (
+            {"encoder.weight": torch.ones(20, 6, dtype=torch.int32)},
+            "'encoder.weight' is of type int32, expected float64, float32",
+        ),
+        (
+            {"encoder.weight": torch.ones(20, 6, dtype=torch.bool)},
+            "'encoder.weight' is of type bool",
+        ),
+        (
+            {"encoder.weight": torch.ones(20, 6, dtype=torch.complex64)},
+            "'encoder.weight' is of type complex64",
+        ),
+        ({"encoder.bias": torch.full((20,), torch.inf)}, "'encoder.bias' holds NaN or infinity"),
+        ({"encoder.bias": "text"}, "'encoder.bias' has shape|'encoder.bias' is of type a str"),
+        ({"k": torch.tensor(torch.nan)}, "'k' is nan, expected a finite number"),
+        ({"k": torch.tensor(4.5)}, "'k' is 4.5, expected a whole number"),
+        ({"k": torch.tensor(0)}, "k of an SAE is 0"),
+        ({"k": torch.tensor([4, 4])}, r"'k' has shape \[2\], expected a single number"),
+        ({"k": torch.tensor(True)}, "'k' is of type bool"),
+        ({"k": "4"}, "'k' is of type a str that is no plain tensor"),
+        ({"W_skip": torch.ones(6, 6)}, "holds W_skip, which an SAE of this kind does not have"),
+        ({"skip": "yes"}, "holds skip, which an SAE of this kind does not have"),
+        ({7: torch.ones(1)}, "holds 7, which an SAE of this kind does not have"),
+    ],
+)
+def test_a_tensor_of_a_torch_file_that_is_none_of_finite_numbers_is_refused_by_name(
+    changes, message, tmp_path
+):
     torch.save({**table(), **changes}, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(TOPK_CONFIG)
     with pytest.raises(InputError, match=message) as caught:
@@ -177,14 +231,24 @@ def test_the_factor_of_a_backup_is_a_number_above_0(factor, tmp_path):
 def test_what_is_no_dictionary_in_a_torch_file_is_named(held, tmp_path):
     torch.save({"ae": held}, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(TOPK_CONFIG)
-    with pytest.raises(InputError, match=f"holds a {type(held).__name__} in the place of a dictionary of tensors"):
+    with pytest.raises(
+        InputError, match=f"holds a {type(held).__name__} in the place of a dictionary of tensors"
+    ):
         ksparse.load(tmp_path)
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("W_enc", torch.ones(6, 20, dtype=torch.int8), "'W_enc' is of type int8"), ("b_enc", torch.ones(20, dtype=torch.bool), "'b_enc' is of type BOOL"),
-    ("W_dec", torch.full((20, 6), -torch.inf), "'W_dec' holds NaN or infinity"), ("log_threshold", torch.full((20,), 1e4), "make a threshold that holds NaN or infinity")])
-def test_a_tensor_of_a_foreign_safetensors_file_is_checked_the_same(key, value, message, make_sae, tmp_path):
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("W_enc", torch.ones(6, 20, dtype=torch.int8), "'W_enc' is of type int8"),
+        ("b_enc", torch.ones(20, dtype=torch.bool), "'b_enc' is of type BOOL"),
+        ("W_dec", torch.full((20, 6), -torch.inf), "'W_dec' holds NaN or infinity"),
+        ("log_threshold", torch.full((20,), 1e4), "make a threshold that holds NaN or infinity"),
+    ],
+)
+def test_a_tensor_of_a_foreign_safetensors_file_is_checked_the_same(
+    key, value, message, make_sae, tmp_path
+):
     interop.write(make_sae("jump_relu"), tmp_path, "sae_lens")
     file = tmp_path / "sae_weights.safetensors"
     found = load_file(file)
@@ -202,11 +266,19 @@ def test_half_precision_of_others_is_read_as_before(tmp_path):
     assert ksparse.load(saved(tmp_path, halves)).W_enc.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arrays, message", [
-    ({"W_enc": np.ones((6, 20), dtype="i4")}, "'W_enc' is of type int32"), ({"W_enc": np.ones((6, 20), dtype=bool)}, "'W_enc' is of type bool"),
-    ({"W_enc": np.ones((6, 20), dtype="c8")}, "'W_enc' is of type complex64"), ({"W_enc": np.ones((6, 20), dtype="U3")}, "'W_enc' is of type str"),
-    ({"W_enc": np.full((6, 20), np.nan)}, "'W_enc' holds NaN or infinity"), ({"W_enc": np.zeros((2**13, 2**11))}, "would grow from .* bytes to"),
-    ({"extra": np.zeros(3)}, "holds extra, which"), ({"W_enc": np.ones((6, 20), dtype=">f4")}, None)])
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"W_enc": np.ones((6, 20), dtype="i4")}, "'W_enc' is of type int32"),
+        ({"W_enc": np.ones((6, 20), dtype=bool)}, "'W_enc' is of type bool"),
+        ({"W_enc": np.ones((6, 20), dtype="c8")}, "'W_enc' is of type complex64"),
+        ({"W_enc": np.ones((6, 20), dtype="U3")}, "'W_enc' is of type str"),
+        ({"W_enc": np.full((6, 20), np.nan)}, "'W_enc' holds NaN or infinity"),
+        ({"W_enc": np.zeros((2**13, 2**11))}, "would grow from .* bytes to"),
+        ({"extra": np.zeros(3)}, "holds extra, which"),
+        ({"W_enc": np.ones((6, 20), dtype=">f4")}, None),
+    ],
+)
 def test_an_array_of_a_numpy_archive_is_checked_the_same(arrays, message, make_sae, tmp_path):
     interop.write(make_sae("jump_relu"), tmp_path, "gemma_scope")
     whole = dict(np.load(tmp_path / "params.npz"))
@@ -223,23 +295,56 @@ def test_an_array_of_a_numpy_archive_is_checked_the_same(arrays, message, make_s
 def test_an_array_whose_header_asks_for_more_than_there_is_takes_no_memory(tmp_path):
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 4), }"
-        archive.writestr("W_enc.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        archive.writestr(
+            "W_enc.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        )
     with pytest.raises(CorruptError, match=r"too few for an array of shape \[1099511627776, 4\]"):
         ksparse.load(tmp_path)
 
 
-# ---- files that are none, pickles without end --------------------------------------------------------------------
+# ---- files that are none, pickles without end ----------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: bind(path), lambda path: os.symlink("/dev/zero", path), lambda path: path.mkdir()],
-                         ids=["fifo", "socket", "device", "folder"])
-@pytest.mark.parametrize("name", ["ae.pt", "autoencoder.pt", "params.npz", "sae_weights.safetensors", "sae_weights.pt", "cfg.json", "config.json", "sae.json"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        lambda path: bind(path),
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: path.mkdir(),
+    ],
+    ids=["fifo", "socket", "device", "folder"],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ae.pt",
+        "autoencoder.pt",
+        "params.npz",
+        "sae_weights.safetensors",
+        "sae_weights.pt",
+        "cfg.json",
+        "config.json",
+        "sae.json",
+    ],
+)
 def test_what_is_no_file_is_refused_and_not_waited_for(make, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's name must be short
-    for other in {"sae_weights.safetensors": ["cfg.json"], "sae_weights.pt": ["config.json"], "ae.pt": ["config.json"]}.get(name, []):
-        (tmp_path / other).write_text('{"trainer": {"dict_class": "AutoEncoderTopK"}, "hook_point_in": "a", "hook_point_out": "a"}')
+    for other in {
+        "sae_weights.safetensors": ["cfg.json"],
+        "sae_weights.pt": ["config.json"],
+        "ae.pt": ["config.json"],
+    }.get(name, []):
+        (tmp_path / other).write_text(
+            '{"trainer": {"dict_class": "AutoEncoderTopK"}, "hook_point_in": "a", '
+            '"hook_point_out": "a"}'
+        )
     make(tmp_path / name)
-    with pytest.raises(InputError, match=r"is a (FIFO|socket|device), expected a file|cannot be read|holds no SAE|no file of torch.save|is not a"):
+    with pytest.raises(
+        InputError,
+        match=r"is a (FIFO|socket|device), expected a file|cannot be read|holds no SAE|no file "
+        r"of torch.save|is not a",
+    ):
         ksparse.load(tmp_path)
     with pytest.raises(InputError):
         ksparse.load(tmp_path / name)
@@ -251,17 +356,27 @@ def bind(path):
     assert stat.S_ISSOCK(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("opcodes", [b"(" * 2**20, b"]" * 2**20, b"K\x01" * 2**19], ids=["marks", "lists", "numbers"])
+@pytest.mark.parametrize(
+    "opcodes", [b"(" * 2**20, b"]" * 2**20, b"K\x01" * 2**19], ids=["marks", "lists", "numbers"]
+)
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_pickle_without_end_is_given_up_soon(opcodes, legacy, tmp_path):
     file = tmp_path / "8.pt"
     if legacy:
         torch.save({}, file, _use_new_zipfile_serialization=False)
-        file.write_bytes(pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + b"\x80\x02" + opcodes)
+        file.write_bytes(
+            pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
+            + pickle.dumps(1001, 2)
+            + pickle.dumps({}, 2)
+            + b"\x80\x02"
+            + opcodes
+        )
     else:
         torch.save({}, file)
         replace_in_archive(file, "data.pkl", b"\x80\x02" + opcodes)
-    with pytest.raises(InputError, match="8.pt holds a pickle of more than 262,144 bytes beside its tensors"):
+    with pytest.raises(
+        InputError, match="8.pt holds a pickle of more than 262,144 bytes beside its tensors"
+    ):
         ksparse.load(file)
 
 
@@ -276,7 +391,10 @@ def replace_in_archive(file, suffix, data, compression=zipfile.ZIP_STORED):
 def test_a_compressed_torch_file_is_refused(tmp_path):
     saved(tmp_path, {})
     replace_in_archive(tmp_path / "ae.pt", "no such", b"", zipfile.ZIP_DEFLATED)
-    with pytest.raises(CorruptError, match="ae.pt is not a file of torch.save, or is damaged: .* in it is compressed"):
+    with pytest.raises(
+        CorruptError,
+        match="ae.pt is not a file of torch.save, or is damaged: .* in it is compressed",
+    ):
         ksparse.load(tmp_path)
 
 
@@ -296,23 +414,56 @@ def test_a_list_that_holds_itself_many_times_is_not_written_out(tmp_path):
         ksparse.load(tmp_path / "8.pt")
 
 
-# ---- settings of other types -------------------------------------------------------------------------------------
+# ---- settings of other types ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form, file, changes, message", [
-    ("sae_lens", "cfg.json", {"k": True}, "'k' is True, expected a value of type int"),
-    ("sae_lens", "cfg.json", {"k": 10**30}, "'k' is .*, expected a value of type int"),
-    ("sae_lens", "cfg.json", {"d_in": "6"}, "'d_in' is '6', expected a value of type int"),
-    ("sae_lens", "cfg.json", {"apply_b_dec_to_input": "no"}, "'apply_b_dec_to_input' is 'no', expected a value of type bool"),
-    ("sae_lens", "cfg.json", {"metadata": []}, "'metadata' is not a table"),
-    ("sae_lens", "cfg.json", {"architecture": ["topk"]}, r"architecture is \['topk'\]"),
-    ("sae_lens", "cfg.json", {"reshape_activations": "spin"}, "reshape_activations is 'spin'; ksparse reads 'none', 'hook_z'"),
-    ("sparsify", "cfg.json", {"d_in": [6]}, r"'d_in' is \[6\], expected a value of type int"),
-    ("sparsify", "cfg.json", {"num_latents": 0, "expansion_factor": "x"}, "'expansion_factor' is 'x'"),
-    ("dictionary_learning", "config.json", {"buffer": [1]}, r"'buffer' is \[1\], expected a value of type dict"),
-    ("llamascopium", "config.json", {"use_decoder_bias": "yes"}, "'use_decoder_bias' is 'yes', expected a value of type bool"),
-    ("llamascopium", "config.json", {"hook_point_in": 3}, "'hook_point_in' is 3, expected a value of type str"),
-])
+@pytest.mark.parametrize(
+    "form, file, changes, message",
+    [
+        ("sae_lens", "cfg.json", {"k": True}, "'k' is True, expected a value of type int"),
+        ("sae_lens", "cfg.json", {"k": 10**30}, "'k' is .*, expected a value of type int"),
+        ("sae_lens", "cfg.json", {"d_in": "6"}, "'d_in' is '6', expected a value of type int"),
+        (
+            "sae_lens",
+            "cfg.json",
+            {"apply_b_dec_to_input": "no"},
+            "'apply_b_dec_to_input' is 'no', expected a value of type bool",
+        ),
+        ("sae_lens", "cfg.json", {"metadata": []}, "'metadata' is not a table"),
+        ("sae_lens", "cfg.json", {"architecture": ["topk"]}, r"architecture is \['topk'\]"),
+        (
+            "sae_lens",
+            "cfg.json",
+            {"reshape_activations": "spin"},
+            "reshape_activations is 'spin'; ksparse reads 'none', 'hook_z'",
+        ),
+        ("sparsify", "cfg.json", {"d_in": [6]}, r"'d_in' is \[6\], expected a value of type int"),
+        (
+            "sparsify",
+            "cfg.json",
+            {"num_latents": 0, "expansion_factor": "x"},
+            "'expansion_factor' is 'x'",
+        ),
+        (
+            "dictionary_learning",
+            "config.json",
+            {"buffer": [1]},
+            r"'buffer' is \[1\], expected a value of type dict",
+        ),
+        (
+            "llamascopium",
+            "config.json",
+            {"use_decoder_bias": "yes"},
+            "'use_decoder_bias' is 'yes', expected a value of type bool",
+        ),
+        (
+            "llamascopium",
+            "config.json",
+            {"hook_point_in": 3},
+            "'hook_point_in' is 3, expected a value of type str",
+        ),
+    ],
+)
 def test_a_setting_of_another_type_is_named(form, file, changes, message, make_sae, tmp_path):
     interop.write(make_sae(), tmp_path, form)
     (tmp_path / "manifest.json").unlink()
@@ -328,28 +479,45 @@ def test_what_metadata_says_in_another_type_is_not_known_and_is_kept_as_it_is(ma
     (tmp_path / "a" / "manifest.json").unlink()
     (tmp_path / "a" / "ksparse.json").unlink()
     settings = json.loads((tmp_path / "a" / "cfg.json").read_text())
-    settings["metadata"] |= {"model_name": 3, "hook_name": ["x"], "context_size": "64", "prepend_bos": 1, "dataset_path": {}}
+    settings["metadata"] |= {
+        "model_name": 3,
+        "hook_name": ["x"],
+        "context_size": "64",
+        "prepend_bos": 1,
+        "dataset_path": {},
+    }
     (tmp_path / "a" / "cfg.json").write_text(json.dumps(settings))
     sae = interop.convert(tmp_path / "a", tmp_path / "b", "ksparse")
     assert set(sae.metadata) == {"origin"} and set(sae.metadata["origin"]) == {"format", "settings"}
     assert sae.metadata["origin"]["settings"] == settings
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"metadata": [1]}, "'metadata' is"), ({"k": True}, "'k' is 'True', expected int"), ({"format": 9}, r"written by a newer ksparse \(format 9\)"),
-    ({"metadata": {"acts": {"lm": 3}}}, "'acts.lm' in metadata.acts is 3"), ({"k": 21}, "k is 21, more than the 20 latents")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"metadata": [1]}, "'metadata' is"),
+        ({"k": True}, "'k' is 'True', expected int"),
+        ({"format": 9}, r"written by a newer ksparse \(format 9\)"),
+        ({"metadata": {"acts": {"lm": 3}}}, "'acts.lm' in metadata.acts is 3"),
+        ({"k": 21}, "k is 21, more than the 20 latents"),
+    ],
+)
 def test_what_is_beside_the_files_is_checked_like_sae_json(changes, message, make_sae, tmp_path):
     interop.write(make_sae(), tmp_path, "sparsify")
     (tmp_path / "manifest.json").unlink()
-    (tmp_path / "ksparse.json").write_text(json.dumps(json.loads((tmp_path / "ksparse.json").read_text()) | changes))
+    (tmp_path / "ksparse.json").write_text(
+        json.dumps(json.loads((tmp_path / "ksparse.json").read_text()) | changes)
+    )
     with pytest.raises(InputError, match=message):
         ksparse.load(tmp_path)
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "a\0b", "half\ud800", "/proc/self/mem", "/dev/zero"])
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "a\0b", "half\ud800", "/proc/self/mem", "/dev/zero"]
+)
 def test_convert_says_of_any_source_that_it_is_none_in_one_line(source, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["convert", source, str(tmp_path / "out"), "--to", "sparsify"])
@@ -357,7 +525,9 @@ def test_convert_says_of_any_source_that_it_is_none_in_one_line(source, tmp_path
     assert end.value.code == 2 and len(said.splitlines()) == 1 and len(said) < 700
 
 
-def test_folders_that_may_not_be_entered_and_links_are_passed_over_in_looking_for_an_sae(make_sae, tmp_path, monkeypatch):
+def test_folders_that_may_not_be_entered_and_links_are_passed_over_in_looking_for_an_sae(
+    make_sae, tmp_path, monkeypatch
+):
     (tmp_path / "a" / "closed").mkdir(parents=True)
     (tmp_path / "a" / "link").symlink_to("/")
     ksparse.save(make_sae(), tmp_path / "a" / "deep" / "sae")
@@ -370,11 +540,15 @@ def test_folders_that_may_not_be_entered_and_links_are_passed_over_in_looking_fo
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(InputError, match="holds no SAE itself; its folders a/deep/sae do: name one"):
+    with pytest.raises(
+        InputError, match="holds no SAE itself; its folders a/deep/sae do: name one"
+    ):
         ksparse.load(tmp_path)
 
 
-def test_a_folder_with_something_damaged_below_still_names_the_saes_that_there_are(make_sae, tmp_path):
+def test_a_folder_with_something_damaged_below_still_names_the_saes_that_there_are(
+    make_sae, tmp_path
+):
     ksparse.save(make_sae(), tmp_path / "good")
     (tmp_path / "odd").mkdir()
     os.mkfifo(tmp_path / "odd" / "8.pt")

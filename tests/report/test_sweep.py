@@ -74,7 +74,7 @@ def test_a_whole_sweep_has_every_section_and_figure(whole):
 
 def test_laws_of_a_newer_ksparse_say_so(tmp_path):
     (tmp_path / "law.json").write_text('{"format": 2, "laws": {}, "subject": {}}')
-    with pytest.raises(InputError, match=r"law.json was written by a newer ksparse \(format 2\); this one reads up to 1"):
+    with pytest.raises(InputError, match=r"law.json was written by a newer ksparse \(format 2\)"):
         pages.Sweep(tmp_path).found  # noqa: B018
 
 

@@ -78,25 +78,78 @@ def tensors(folder, **changes):
     save_file({key: value for key, value in found.items() if value is not None}, folder / store.WEIGHTS)
 
 
-@pytest.mark.parametrize("damage, error, message", [
-    (lambda f: tensors(f, W_dec=torch.zeros(6, 20)), CorruptError, r"sae\.safetensors: tensor 'W_dec' has shape \[6, 20\], expected \[20, 6\]"),
-    (lambda f: tensors(f, b_enc=None), CorruptError, r"sae\.safetensors lacks the tensor 'b_enc'; it has W_dec, W_enc, b_pre"),
-    (lambda f: (f / store.WEIGHTS).write_bytes((f / store.WEIGHTS).read_bytes()[:-1]), CorruptError, r"sae\.safetensors is truncated or damaged"),
-    (lambda f: (f / store.WEIGHTS).write_bytes((f / store.WEIGHTS).read_bytes()[:5]), CorruptError, r"sae\.safetensors is truncated or damaged"),
-    (lambda f: (f / store.WEIGHTS).write_bytes(b""), CorruptError, r"sae\.safetensors is truncated or damaged"),
-    (lambda f: (f / store.WEIGHTS).unlink(), CorruptError, r"sae\.safetensors is missing"),
-    (lambda f: (f / store.CONFIG).write_text("{"), CorruptError, r"sae\.json is not JSON"),
-    (lambda f: change(f, k=...), CorruptError, r"sae\.json has no key 'k'"),
-    (lambda f: change(f, factor=...), CorruptError, r"sae\.json has no key 'factor'"),
-    (lambda f: change(f, format=2), InputError, r"sae\.json was written by a newer ksparse \(format 2\); this one reads up to 1"),
-    (lambda f: change(f, format=...), InputError, r"sae\.json has format 'None'"),
-    (lambda f: change(f, k=21), InputError, r"k is 21, more than the 20 latents"),
-    (lambda f: change(f, k="4"), CorruptError, r"sae\.json: 'k' is '4', expected int"),
-    (lambda f: change(f, normalize="x"), InputError, r"normalisation 'x' is unknown"),
-    (lambda f: change(f, n_latents=21), CorruptError, r"tensor 'W_enc' has shape \[20, 6\], expected \[21, 6\]"),
-    (lambda f: (f / store.CONFIG).unlink(), InputError, r"holds no SAE: expected sae\.json and sae\.safetensors, or a run with recipe\.toml; found sae\.safetensors"),
-], ids=["wrong_shape", "missing_tensor", "truncated", "nearly_nothing", "empty", "no_weights", "half_a_config", "no_k", "no_factor", "unknown_format",
-        "no_format", "k_too_large", "k_is_text", "unknown_normalisation", "another_n", "no_config"])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (
+            lambda f: tensors(f, W_dec=torch.zeros(6, 20)),
+            CorruptError,
+            r"sae\.safetensors: tensor 'W_dec' has shape \[6, 20\], expected \[20, 6\]",
+        ),
+        (
+            lambda f: tensors(f, b_enc=None),
+            CorruptError,
+            r"sae\.safetensors lacks the tensor 'b_enc'; it has W_dec, W_enc, b_pre",
+        ),
+        (
+            lambda f: (f / store.WEIGHTS).write_bytes((f / store.WEIGHTS).read_bytes()[:-1]),
+            CorruptError,
+            r"sae\.safetensors is truncated or damaged",
+        ),
+        (
+            lambda f: (f / store.WEIGHTS).write_bytes((f / store.WEIGHTS).read_bytes()[:5]),
+            CorruptError,
+            r"sae\.safetensors is truncated or damaged",
+        ),
+        (
+            lambda f: (f / store.WEIGHTS).write_bytes(b""),
+            CorruptError,
+            r"sae\.safetensors is truncated or damaged",
+        ),
+        (lambda f: (f / store.WEIGHTS).unlink(), CorruptError, r"sae\.safetensors is missing"),
+        (lambda f: (f / store.CONFIG).write_text("{"), CorruptError, r"sae\.json is not JSON"),
+        (lambda f: change(f, k=...), CorruptError, r"sae\.json has no key 'k'"),
+        (lambda f: change(f, factor=...), CorruptError, r"sae\.json has no key 'factor'"),
+        (
+            lambda f: change(f, format=2),
+            InputError,
+            r"sae\.json was written by a newer ksparse \(format 2\); this one reads up to 1",
+        ),
+        (lambda f: change(f, format=...), InputError, r"sae\.json has format 'None'"),
+        (lambda f: change(f, k=21), InputError, r"k is 21, more than the 20 latents"),
+        (lambda f: change(f, k="4"), CorruptError, r"sae\.json: 'k' is '4', expected int"),
+        (lambda f: change(f, normalize="x"), InputError, r"normalisation 'x' is unknown"),
+        (
+            lambda f: change(f, n_latents=21),
+            CorruptError,
+            r"tensor 'W_enc' has shape \[20, 6\], expected \[21, 6\]",
+        ),
+        (
+            lambda f: (f / store.CONFIG).unlink(),
+            InputError,
+            r"holds no SAE: expected sae\.json and sae\.safetensors, or a run with recipe\.toml; "
+            r"found sae\.safetensors",
+        ),
+    ],
+    ids=[
+        "wrong_shape",
+        "missing_tensor",
+        "truncated",
+        "nearly_nothing",
+        "empty",
+        "no_weights",
+        "half_a_config",
+        "no_k",
+        "no_factor",
+        "unknown_format",
+        "no_format",
+        "k_too_large",
+        "k_is_text",
+        "unknown_normalisation",
+        "another_n",
+        "no_config",
+    ],
+)
 def test_what_is_wrong_is_named(folder, damage, error, message):
     damage(folder)
     with pytest.raises(error, match=message) as caught:
@@ -108,19 +161,44 @@ WHOLE = torch.ones(20, 6)
 
 
 @pytest.mark.parametrize("sums", [True, False], ids=["with_sums", "without_sums"])
-@pytest.mark.parametrize("key, value, message", [
-    ("W_enc", WHOLE * torch.nan, "tensor 'W_enc' holds NaN or infinity"),
-    ("W_dec", WHOLE * torch.inf, "tensor 'W_dec' holds NaN or infinity"),
-    ("b_pre", torch.tensor([0.0, 0, 0, 0, 0, -torch.inf]), "tensor 'b_pre' holds NaN or infinity"),
-    ("W_enc", WHOLE.double() * 1e300, "tensor 'W_enc' holds NaN or infinity"),
-    ("W_enc", WHOLE.bool(), "tensor 'W_enc' is of type BOOL, expected float64, float32"),
-    ("W_enc", WHOLE.to(torch.int8), "tensor 'W_enc' is of type int8, expected float64, float32"),
-    ("b_enc", torch.ones(20, dtype=torch.int64), "tensor 'b_enc' is of type int64, expected float64, float32"),
-    ("W_dec", WHOLE.to(torch.complex64), "tensor 'W_dec' is of type C64, expected float64, float32"),
-    ("W_dec", WHOLE.to(torch.float8_e4m3fn), "tensor 'W_dec' is of type F8_E4M3, expected float64, float32"),
-    ("threshold", torch.ones(1), "holds threshold, which an SAE of this kind does not have"),
-])
-def test_a_tensor_that_is_not_of_finite_numbers_is_refused_by_name(folder, tmp_path, key, value, message, sums):
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("W_enc", WHOLE * torch.nan, "tensor 'W_enc' holds NaN or infinity"),
+        ("W_dec", WHOLE * torch.inf, "tensor 'W_dec' holds NaN or infinity"),
+        (
+            "b_pre",
+            torch.tensor([0.0, 0, 0, 0, 0, -torch.inf]),
+            "tensor 'b_pre' holds NaN or infinity",
+        ),
+        ("W_enc", WHOLE.double() * 1e300, "tensor 'W_enc' holds NaN or infinity"),
+        ("W_enc", WHOLE.bool(), "tensor 'W_enc' is of type BOOL, expected float64, float32"),
+        (
+            "W_enc",
+            WHOLE.to(torch.int8),
+            "tensor 'W_enc' is of type int8, expected float64, float32",
+        ),
+        (
+            "b_enc",
+            torch.ones(20, dtype=torch.int64),
+            "tensor 'b_enc' is of type int64, expected float64, float32",
+        ),
+        (
+            "W_dec",
+            WHOLE.to(torch.complex64),
+            "tensor 'W_dec' is of type C64, expected float64, float32",
+        ),
+        (
+            "W_dec",
+            WHOLE.to(torch.float8_e4m3fn),
+            "tensor 'W_dec' is of type F8_E4M3, expected float64, float32",
+        ),
+        ("threshold", torch.ones(1), "holds threshold, which an SAE of this kind does not have"),
+    ],
+)
+def test_a_tensor_that_is_not_of_finite_numbers_is_refused_by_name(
+    folder, tmp_path, key, value, message, sums
+):
     tensors(folder, **{key: value})
     if sums:
         with files.committed(tmp_path / "again") as again:
@@ -134,28 +212,52 @@ def test_a_tensor_that_is_not_of_finite_numbers_is_refused_by_name(folder, tmp_p
 
 @pytest.fixture
 def sliced(sae, tmp_path):
-    """Return a folder where two files hold half of the latents each, and a function that changes tensors of the second."""
+    """Return a folder where two files hold half of the latents each, and a function that changes
+    tensors of the second.
+    """
     (tmp_path / "sliced").mkdir()
     store.write_shape(sae.shape, sae.metadata, tmp_path / "sliced")
     for i, rows in enumerate((slice(0, 10), slice(10, 20))):
-        own = {key: value[rows] if store.by_rows(key, value.shape) else value for key, value in sae.state_dict().items()}
+        own = {
+            key: value[rows] if store.by_rows(key, value.shape) else value
+            for key, value in sae.state_dict().items()
+        }
         store.write_weights(own, tmp_path / "sliced" / piece("sae", i, 2))
     second = tmp_path / "sliced" / piece("sae", 1, 2)
 
     def change_second(**changes):
-        save_file({key: value for key, value in (load_file(second) | changes).items() if value is not None}, second)
+        save_file(
+            {
+                key: value
+                for key, value in (load_file(second) | changes).items()
+                if value is not None
+            },
+            second,
+        )
 
     return second.parent, change_second
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"W_enc": torch.full((10, 6), torch.nan)}, "tensor 'W_enc' holds NaN or infinity"),
-    ({"W_enc": torch.ones(10, 6).bool()}, "tensor 'W_enc' of sae is of different shapes or types in its 2 files"),
-    ({"W_enc": torch.ones(10, 5)}, "tensor 'W_enc' of sae is of different shapes or types in its 2 files"),
-    ({"W_enc": torch.ones(9, 6)}, "sae.1-of-2.safetensors: tensor 'W_enc' has 9 rows, others have 10"),
-    ({"b_enc": None}, r"tensor 'b_enc' has shape \[10\], expected \[20\]"),
-    ({"extra": torch.ones(10)}, "holds extra, which an SAE of this kind does not have"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"W_enc": torch.full((10, 6), torch.nan)}, "tensor 'W_enc' holds NaN or infinity"),
+        (
+            {"W_enc": torch.ones(10, 6).bool()},
+            "tensor 'W_enc' of sae is of different shapes or types in its 2 files",
+        ),
+        (
+            {"W_enc": torch.ones(10, 5)},
+            "tensor 'W_enc' of sae is of different shapes or types in its 2 files",
+        ),
+        (
+            {"W_enc": torch.ones(9, 6)},
+            "sae.1-of-2.safetensors: tensor 'W_enc' has 9 rows, others have 10",
+        ),
+        ({"b_enc": None}, r"tensor 'b_enc' has shape \[10\], expected \[20\]"),
+        ({"extra": torch.ones(10)}, "holds extra, which an SAE of this kind does not have"),
+    ],
+)
 def test_a_file_in_slices_is_checked_like_a_whole_one(sliced, changes, message):
     folder, change_second = sliced
     change_second(**changes)
@@ -165,7 +267,9 @@ def test_a_file_in_slices_is_checked_like_a_whole_one(sliced, changes, message):
 
 def test_a_range_of_latents_is_read_without_the_rest(sae, sliced):
     folder, change_second = sliced
-    change_second(W_enc=torch.cat([sae.W_enc[10:12].detach(), torch.full((8, 6), torch.nan)]))  # nobody asks for these
+    change_second(
+        W_enc=torch.cat([sae.W_enc[10:12].detach(), torch.full((8, 6), torch.nan)])
+    )  # nobody asks for these
     weights = store.rows_of(folder, "sae", slice(8, 12))
     assert torch.equal(weights.take("W_enc", 4, 6), sae.W_enc[8:12])
     assert torch.equal(weights.take("b_pre", 6), sae.b_pre)
@@ -173,47 +277,79 @@ def test_a_range_of_latents_is_read_without_the_rest(sae, sliced):
 
 def test_a_shape_that_asks_for_more_memory_than_there_is_is_refused_by_the_header(folder):
     change(folder, n_latents=2**40, d_model=2**20)
-    with pytest.raises(CorruptError, match=r"'W_enc' has shape \[20, 6\], expected \[1099511627776, 1048576\]"):
+    with pytest.raises(
+        CorruptError, match=r"'W_enc' has shape \[20, 6\], expected \[1099511627776, 1048576\]"
+    ):
         ksparse.load(folder)
 
 
 ACTS = {"lm": "gpt2", "site": "resid_post.8", "text": "t"}
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"activation": [1]}, "'activation' is '[1]', expected str"),
-    ({"activation": "relo"}, "activation 'relo' is unknown"),
-    ({"normalize": {}}, "'normalize' is '{}', expected str"),
-    ({"k": True}, "'k' is 'True', expected int"),
-    ({"k": 4.0}, "'k' is '4.0', expected int"),
-    ({"k": 0}, "k of an SAE is 0"),
-    ({"d_model": 10**30}, "'d_model' is too large a number"),
-    ({"factor": "x"}, "'factor' is 'x', expected int or float"),
-    ({"factor": False}, "'factor' is 'False', expected int or float"),
-    ({"factor": 0}, "factor of an SAE is 0"),
-    ({"factor": -1.0}, "factor of an SAE is -1.0"),
-    ({"factor": 1e300}, "factor of an SAE is 1e+300"),
-    ({"factor": 10**400}, "'factor' is too large a number"),
-    ({"bandwidth": 1}, "has the key 'bandwidth', which this ksparse does not know in format 1"),
-    ({"format": True}, "has format 'True'"),
-    ({"format": "1"}, "has format '1'"),
-    ({"metadata": []}, "'metadata' is '[]', expected dict or null"),
-    ({"metadata": {"acts": []}}, "'metadata.acts' is '[]', expected dict"),
-    ({"metadata": {"acts": {**ACTS, "lm_dtyp": "float32"}}}, "unknown key 'acts.lm_dtyp' in metadata.acts; did you mean 'acts.lm_dtype'?"),
-    ({"metadata": {"acts": {**ACTS, "lm_dtype": "evil"}}}, "'acts.lm_dtype' in metadata.acts is 'evil'; it must be one of"),
-    ({"metadata": {"acts": {**ACTS, "site": 3}}}, "'acts.site' in metadata.acts is 3, of type int; it must be of type str"),
-    ({"metadata": {"acts": {**ACTS, "context": True}}}, "'acts.context' in metadata.acts is True"),
-    ({"metadata": {"acts": {**ACTS, "context": 10**30}}}, "'acts.context' in metadata.acts is too large a number"),
-    ({"metadata": {"acts": {**ACTS, "context": 1}}}, "metadata.acts: acts.context is 1; a context needs at least 3 tokens"),
-    ({"metadata": {"policy": 3}}, "'metadata.policy' is '3', expected dict"),
-    ({"metadata": {"policy": {"bos_token": "x"}}}, "'metadata.policy.bos_token' is 'x', expected int or null"),
-    ({"metadata": {"policy": {"keep": "some"}}}, "'acts.keep' in metadata.policy is 'some'; it must be one of 'text', 'all'"),
-    ({"metadata": {"policy": {"kept": "text"}}}, "the unknown key 'metadata.policy.kept'"),
-    ({"metadata": {"origin": {"site": 3}}}, "'metadata.origin.site' is '3', expected str"),
-    ({"metadata": {"tokens": -1}}, "'metadata.tokens' is -1, expected a number from 0"),
-    ({"metadata": {"dead_fraction_training": 2}}, "'metadata.dead_fraction_training' is 2, expected a number from 0 to 1"),
-    ({"metadata": {"step": "7"}}, "'metadata.step' is '7', expected int"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"activation": [1]}, "'activation' is '[1]', expected str"),
+        ({"activation": "relo"}, "activation 'relo' is unknown"),
+        ({"normalize": {}}, "'normalize' is '{}', expected str"),
+        ({"k": True}, "'k' is 'True', expected int"),
+        ({"k": 4.0}, "'k' is '4.0', expected int"),
+        ({"k": 0}, "k of an SAE is 0"),
+        ({"d_model": 10**30}, "'d_model' is too large a number"),
+        ({"factor": "x"}, "'factor' is 'x', expected int or float"),
+        ({"factor": False}, "'factor' is 'False', expected int or float"),
+        ({"factor": 0}, "factor of an SAE is 0"),
+        ({"factor": -1.0}, "factor of an SAE is -1.0"),
+        ({"factor": 1e300}, "factor of an SAE is 1e+300"),
+        ({"factor": 10**400}, "'factor' is too large a number"),
+        ({"bandwidth": 1}, "has the key 'bandwidth', which this ksparse does not know in format 1"),
+        ({"format": True}, "has format 'True'"),
+        ({"format": "1"}, "has format '1'"),
+        ({"metadata": []}, "'metadata' is '[]', expected dict or null"),
+        ({"metadata": {"acts": []}}, "'metadata.acts' is '[]', expected dict"),
+        (
+            {"metadata": {"acts": {**ACTS, "lm_dtyp": "float32"}}},
+            "unknown key 'acts.lm_dtyp' in metadata.acts; did you mean 'acts.lm_dtype'?",
+        ),
+        (
+            {"metadata": {"acts": {**ACTS, "lm_dtype": "evil"}}},
+            "'acts.lm_dtype' in metadata.acts is 'evil'; it must be one of",
+        ),
+        (
+            {"metadata": {"acts": {**ACTS, "site": 3}}},
+            "'acts.site' in metadata.acts is 3, of type int; it must be of type str",
+        ),
+        (
+            {"metadata": {"acts": {**ACTS, "context": True}}},
+            "'acts.context' in metadata.acts is True",
+        ),
+        (
+            {"metadata": {"acts": {**ACTS, "context": 10**30}}},
+            "'acts.context' in metadata.acts is too large a number",
+        ),
+        (
+            {"metadata": {"acts": {**ACTS, "context": 1}}},
+            "metadata.acts: acts.context is 1; a context needs at least 3 tokens",
+        ),
+        ({"metadata": {"policy": 3}}, "'metadata.policy' is '3', expected dict"),
+        (
+            {"metadata": {"policy": {"bos_token": "x"}}},
+            "'metadata.policy.bos_token' is 'x', expected int or null",
+        ),
+        (
+            {"metadata": {"policy": {"keep": "some"}}},
+            "'acts.keep' in metadata.policy is 'some'; it must be one of 'text', 'all'",
+        ),
+        ({"metadata": {"policy": {"kept": "text"}}}, "the unknown key 'metadata.policy.kept'"),
+        ({"metadata": {"origin": {"site": 3}}}, "'metadata.origin.site' is '3', expected str"),
+        ({"metadata": {"tokens": -1}}, "'metadata.tokens' is -1, expected a number from 0"),
+        (
+            {"metadata": {"dead_fraction_training": 2}},
+            "'metadata.dead_fraction_training' is 2, expected a number from 0 to 1",
+        ),
+        ({"metadata": {"step": "7"}}, "'metadata.step' is '7', expected int"),
+    ],
+)
 def test_what_sae_json_says_is_checked_key_by_key(folder, changes, message):
     change(folder, **changes)
     with pytest.raises(CorruptError) as caught:
@@ -222,7 +358,12 @@ def test_what_sae_json_says_is_checked_key_by_key(folder, changes, message):
 
 
 def test_metadata_of_an_older_ksparse_and_what_users_add_is_kept(folder):
-    said = {"acts": {"site": "resid_post.1"}, "policy": {"keep": "text"}, "notes": [1, {"a": None}], "tokens": None}
+    said = {
+        "acts": {"site": "resid_post.1"},
+        "policy": {"keep": "text"},
+        "notes": [1, {"a": None}],
+        "tokens": None,
+    }
     change(folder, metadata=said)
     assert ksparse.load(folder).metadata == said
 
@@ -260,9 +401,13 @@ def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(sae, folder
         files.verify(folder) if name == files.MANIFEST else ksparse.load(folder)
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "a/" * 2500, "with\0nul", "half\ud800", "nobody/" + "x" * 5000])
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "a/" * 2500, "with\0nul", "half\ud800", "nobody/" + "x" * 5000]
+)
 def test_a_source_that_no_file_can_have_as_its_name_is_refused_in_one_short_line(source):
-    with pytest.raises(InputError, match="is neither a folder here nor a Hub repository that can be reached") as caught:
+    with pytest.raises(
+        InputError, match="is neither a folder here nor a Hub repository that can be reached"
+    ) as caught:
         ksparse.load(source)
     assert len(str(caught.value)) < 600 and len(str(caught.value).splitlines()) == 1
 

@@ -256,8 +256,8 @@ class ShardStream:
 def _check_cursor(cursor: Cursor, key: str) -> None:
     """Raise CorruptError for the cursor of another kind of stream."""
     if key not in cursor:
-        raise CorruptError(f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: it is not of these activations; "
-                           "use an older checkpoint")
+        raise CorruptError(f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: "
+                           "it is not of these activations; use an older checkpoint")
 
 
 class Ahead:

@@ -79,7 +79,9 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
     if form is None:
         near = difflib.get_close_matches(to, FORMATS, 1)
         raise InputError(f"there is no format {to!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}"))
-    fitted = fit.fitted(sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False))
+    fitted = fit.fitted(
+        sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
+    )
     with files.committed(Path(folder)) as tmp:
         form.write(fitted, tmp)
         files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})
@@ -109,7 +111,11 @@ def _read(form: Format, place: Path) -> SAE:
         raise error if str(folder) in str(error) else type(error)(f"{place}: {error}") from None
     if not ours:
         return sae
-    said = files.read_numbered(folder / SIDECAR, store.FORMAT, {"activation": str, "k": int, "metadata": (dict, type(None))})
+    said = files.read_numbered(
+        folder / SIDECAR,
+        store.FORMAT,
+        {"activation": str, "k": int, "metadata": (dict, type(None))},
+    )
     store.check_metadata(said["metadata"] or {}, folder / SIDECAR)
     if sae.shape.activation == said["activation"]:
         sae.shape = dataclasses.replace(sae.shape, k=said["k"])  # most activations need none to be used, so most formats have none
@@ -118,11 +124,18 @@ def _read(form: Format, place: Path) -> SAE:
 
 
 def _folders_with_saes(path: Path) -> list[str]:
-    """Return the folders below, three deep at most, that hold an SAE; links, and what may not be entered or read, are passed over."""
+    """Return the folders below, three deep at most, that hold an SAE; links, and what may not be
+    entered or read, are passed over.
+    """
     with_saes, level = [], [path]
     looked = 0
     for _ in range(3):
-        below = [Path(entry.path) for folder in level for entry in _entries(folder) if not entry.name.startswith(".")]
+        below = [
+            Path(entry.path)
+            for folder in level
+            for entry in _entries(folder)
+            if not entry.name.startswith(".")
+        ]
         level = below[: max(0, _MOST_FOLDERS - looked)]
         looked += len(level)
         with_saes += [str(folder.relative_to(path)) for folder in level if _holds_sae(folder)]
@@ -133,7 +146,10 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """Return the folders in a folder by name; none where it cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if entry.is_dir(follow_symlinks=False)), key=lambda entry: entry.name)
+            return sorted(
+                (entry for entry in entries if entry.is_dir(follow_symlinks=False)),
+                key=lambda entry: entry.name,
+            )
     except OSError:
         return []
 

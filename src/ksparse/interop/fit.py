@@ -2,7 +2,8 @@
 
 | from | to | |
 |---|---|---|
-| dataset | none | exact: the constant goes into the weights. Of a format that wants decoder rows of norm 1 (UNIT_ROWS): into biases and thresholds; latents are then divided by it |
+| dataset | none | exact: the constant goes into the weights |
+| | of a format with UNIT_ROWS | into biases and thresholds: latents are divided by it |
 | batch_topk, relu | jump_relu | exact in use: a threshold for each latent |
 | unit_norm | layer_norm | when asked: layer_norm divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation |
 | unit_norm, layer_norm, constant_norm | none | when asked: whoever uses the SAE normalises |
@@ -25,15 +26,32 @@ Normalization = Literal["exact", "layer_norm", "outside"]
 """exact: carried or folded, or refused. layer_norm: also unit_norm as layer_norm. outside: left to whoever uses the SAE."""
 
 
-def fitted(sae: SAE, form: str, holds: Mapping[str, Collection[str]], normalization: Normalization = "exact", *, unit_rows: bool = False) -> SAE:
+def fitted(
+    sae: SAE,
+    form: str,
+    holds: Mapping[str, Collection[str]],
+    normalization: Normalization = "exact",
+    *,
+    unit_rows: bool = False,
+) -> SAE:
     """Return the SAE as a format can hold it; raise InputError, naming it, for what the format cannot hold.
 
-    holds: the activations that the format can hold, and with each the normalisations. unit_rows: whether decoder rows are to keep their norm.
+    holds: the activations that the format can hold, and with each the normalisations. unit_rows:
+    whether decoder rows are to keep their norm.
     """
     made = _activation(sae, form, holds)
-    if unit_rows and made.shape.normalize == "dataset" and "dataset" not in holds[made.shape.activation]:
+    if (
+        unit_rows
+        and made.shape.normalize == "dataset"
+        and "dataset" not in holds[made.shape.activation]
+    ):
         made = in_raw_units(made)
-        _log.info("latents are divided by the constant of the data set, %.6g, since %s wants decoder rows of norm 1", sae.shape.factor, form)
+        _log.info(
+            "latents are divided by the constant of the data set, %.6g, since %s wants decoder "
+            "rows of norm 1",
+            sae.shape.factor,
+            form,
+        )
     return _normalization(made, form, holds[made.shape.activation], normalization)
 
 
@@ -48,9 +66,11 @@ def in_units(sae: SAE, size: float, normalize: str) -> SAE:
 
 
 def in_raw_units(sae: SAE) -> SAE:
-    """Return the SAE without the constant of the data set, and with the rows that it has: biases and thresholds, and so latents, are divided by it.
+    """Return the SAE without the constant of the data set, and with the rows that it has: biases
+    and thresholds, and so latents, are divided by it.
 
-    Exact, since every activation is positively homogeneous: values, biases and thresholds times a number give values times that number.
+    Exact, since every activation is positively homogeneous: values, biases and thresholds times a
+    number give values times that number.
     """
     made = like(sae, normalize="none", factor=1.0)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensors`), settings by key and type.
+"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensors`),
+settings by key and type.
 
     settings.want("k", int)             the value of a key, of that type
 
@@ -24,15 +25,22 @@ from torch import Tensor
 from ksparse import files
 from ksparse.errors import CorruptError, InputError, KsparseError
 from ksparse.sae.model import SAE, Shape
-from ksparse.sae.tensors import Stored, Weights, safetensors_file
+from ksparse.sae.tensors import Stored
+from ksparse.sae.tensors import Weights as Weights
+from ksparse.sae.tensors import safetensors_file as safetensors_file
 
-__all__ = ["Settings", "Weights", "safetensors_file"]
 _PLAIN = (bool, int, float, str, type(None))
 _PICKLE = 2**18
-"""Bytes of a pickle, or calls to read one: tensors lie outside it, and reading much more would take long."""
+"""Bytes of a pickle, or calls to read one: tensors lie outside it, and reading much more would take
+long.
+"""
 _REQUIRED: Any = object()
 _short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80  # a pickle of 1 kB can name a list of 2^60 entries
+_short.maxlevel, _short.maxstring, _short.maxother = (
+    2,
+    80,
+    80,
+)  # a pickle of 1 kB can name a list of 2^60 entries
 
 
 class Settings:
@@ -48,7 +56,8 @@ class Settings:
         return default if found is None else found
 
     def want(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Return the value of a key, which must be of a type; `default`, if given, where there is none or null.
+        """Return the value of a key, which must be of a type; `default`, if given, where there is
+        none or null.
 
         Subclasses of dict are dicts; a boolean is no number.
         """
@@ -59,8 +68,17 @@ class Settings:
         found = self.table[key]
         if kind is float and type(found) is int and abs(found) < 2**63:
             found = float(found)
-        if not isinstance(found, kind) or isinstance(found, bool) and kind is not bool or kind is int and abs(found) >= 2**63:
-            raise InputError(f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type {kind.__name__}")
+        if (
+            not isinstance(found, kind)
+            or isinstance(found, bool)
+            and kind is not bool
+            or kind is int
+            and abs(found) >= 2**63
+        ):
+            raise InputError(
+                f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
+                f"{kind.__name__}"
+            )
         return found
 
     def under(self, key: str) -> Settings:
@@ -68,7 +86,9 @@ class Settings:
         return Settings(self.file, self.want(key, dict, {}))
 
     def text(self, key: str) -> str | None:
-        """Return a string that says where an SAE comes from; None where it says nothing, or not in a string."""
+        """Return a string that says where an SAE comes from; None where it says nothing, or not in
+        a string.
+        """
         found = self.table.get(key)
         return found if isinstance(found, str) and found else None
 
@@ -76,14 +96,20 @@ class Settings:
         """Return the value of a key, which must be one that ksparse knows."""
         found = self.get(key, default)
         if found not in list(choices):  # a list, because what is found may have no hash
-            raise InputError(f"{self.file}: {key} is {_short.repr(found)}; ksparse reads {', '.join(map(repr, choices))}")
+            raise InputError(
+                f"{self.file}: {key} is {_short.repr(found)}; ksparse reads "
+                f"{', '.join(map(repr, choices))}"
+            )
         return found
 
     def refuse(self, **harmless: Any) -> None:
         """Raise InputError for a setting that changes what the SAE computes in a way that ksparse does not have."""
         for key, value in harmless.items():
             if self.get(key, value) != value:
-                raise InputError(f"{self.file}: {key} is {_short.repr(self.table[key])}; ksparse has no such SAE, and only reads {key} = {value!r}")
+                raise InputError(
+                    f"{self.file}: {key} is {_short.repr(self.table[key])}; ksparse has no such "
+                    f"SAE, and only reads {key} = {value!r}"
+                )
 
 
 def new_folder(folder: Path | str) -> Path:
@@ -126,7 +152,9 @@ def torch_file(file: Path) -> dict[str, Any]:
 
 
 class _Counted(io.BufferedReader):
-    """A file whose pickle ends the reading after so many calls; the tensors behind it are read in a few."""
+    """A file whose pickle ends the reading after so many calls; the tensors behind it are read in a
+    few.
+    """
 
     def __init__(self, file: Path):
         super().__init__(io.FileIO(file))
@@ -140,7 +168,9 @@ class _Counted(io.BufferedReader):
 
 
 def _check_archive(file: Path) -> None:
-    """Raise unless an archive is one that torch.save makes: nothing compressed, and no large pickle."""
+    """Raise unless an archive is one that torch.save makes: nothing compressed, and no large
+    pickle.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -148,20 +178,30 @@ def _check_archive(file: Path) -> None:
         raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {error}") from None
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
-            raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {member.filename[:80]} in it is compressed")
+            raise CorruptError(
+                f"{file} is not a file of torch.save, or is damaged: {member.filename[:80]} in "
+                f"it is compressed"
+            )
         if member.filename.endswith(".pkl") and member.file_size > _PICKLE:
             raise _too_long(file)
 
 
 def _too_long(file: Path) -> InputError:
-    return InputError(f"{file} holds a pickle of more than {_PICKLE:,} bytes beside its tensors; that of an SAE is a few kB. Load it where you trust "
-                      "it, and save its state_dict")
+    return InputError(
+        f"{file} holds a pickle of more than {_PICKLE:,} bytes beside its tensors; that of an "
+        f"SAE is a few kB. Load it where you trust "
+        "it, and save its state_dict"
+    )
 
 
 def tensors_of(file: Path, table: Any) -> Weights:
-    """Return the tensors of a dictionary out of a torch file; values of other types are left over like tensors."""
+    """Return the tensors of a dictionary out of a torch file; values of other types are left over
+    like tensors.
+    """
     if not isinstance(table, dict):
-        raise InputError(f"{file} holds a {type(table).__name__} in the place of a dictionary of tensors")
+        raise InputError(
+            f"{file} holds a {type(table).__name__} in the place of a dictionary of tensors"
+        )
     return Weights(file, {key: _stored(file, key, value) for key, value in table.items()})
 
 
@@ -169,15 +209,24 @@ def _stored(file: Path, key: Any, value: Any) -> Stored:
     """Return a value of a torch file as a tensor that is read when it is taken."""
     if type(value) in (int, float):
         return Stored((), torch.float64, lambda: torch.tensor(value, dtype=torch.float64))
-    plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.device.type == "cpu"
+    plain = (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+    )
     if not plain or value.is_quantized or value.is_nested:
-        return Stored((), f"a {type(value).__name__} that is no plain tensor", lambda: torch.empty(()))
+        return Stored(
+            (), f"a {type(value).__name__} that is no plain tensor", lambda: torch.empty(())
+        )
 
     def read() -> Tensor:
         held = value.untyped_storage().nbytes() // value.element_size()
         if held < value.numel():
-            raise InputError(f"{file}: tensor {key!r} is expanded: {value.numel():,} numbers on {held:,} that are stored; "
-                             "save a copy of it (tensor.contiguous())")
+            raise InputError(
+                f"{file}: tensor {key!r} is expanded: {value.numel():,} numbers on {held:,} that "
+                f"are stored; "
+                "save a copy of it (tensor.contiguous())"
+            )
         return value
 
     return Stored(tuple(value.shape), value.dtype, read)
@@ -190,7 +239,9 @@ def npz_file(file: Path) -> Weights:
             if not zipfile.is_zipfile(file):
                 raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
             with np.load(file, allow_pickle=False) as archive:
-                return Weights(file, {key: _in_archive(file, archive, key) for key in archive.files})
+                return Weights(
+                    file, {key: _in_archive(file, archive, key) for key in archive.files}
+                )
     except KsparseError:
         raise
     except Exception as error:  # of zipfile, zlib or NumPy
@@ -202,15 +253,28 @@ def _in_archive(file: Path, archive: Any, key: str) -> Stored:
     name = f"{key}.npy" if f"{key}.npy" in archive.zip.namelist() else key
     with archive.zip.open(name) as stream:
         version = np.lib.format.read_magic(stream)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = header(stream)
     if dtype.hasobject:
-        raise InputError(f"{file} is a pickle with code in it; ksparse reads arrays of numbers only")
+        raise InputError(
+            f"{file} is a pickle with code in it; ksparse reads arrays of numbers only"
+        )
     held, packed = archive.zip.getinfo(name).file_size, archive.zip.getinfo(name).compress_size
     if held < math.prod(shape) * dtype.itemsize:
-        raise _no_archive(file, ValueError(f"{name[:80]} has {held:,} bytes, too few for an array of shape {list(shape)}"))
+        raise _no_archive(
+            file,
+            ValueError(
+                f"{name[:80]} has {held:,} bytes, too few for an array of shape {list(shape)}"
+            ),
+        )
     if held > 2**26 + 100 * packed:
-        raise _no_archive(file, ValueError(f"{name[:80]} would grow from {packed:,} bytes to {held:,}"))
+        raise _no_archive(
+            file, ValueError(f"{name[:80]} would grow from {packed:,} bytes to {held:,}")
+        )
 
     def read() -> Tensor:
         try:
@@ -219,7 +283,11 @@ def _in_archive(file: Path, archive: Any, key: str) -> Stored:
         except Exception as error:
             raise _no_archive(file, error) from None
 
-    return Stored(tuple(shape), getattr(torch, dtype.name, dtype.name) if dtype.kind in "fiu" else dtype.name, read)
+    return Stored(
+        tuple(shape),
+        getattr(torch, dtype.name, dtype.name) if dtype.kind in "fiu" else dtype.name,
+        read,
+    )
 
 
 def _no_archive(file: Path, error: Exception) -> CorruptError:
@@ -279,7 +347,9 @@ def no_scaling(weights: Weights) -> None:
 
 
 def unit_rows(W_dec: Tensor) -> bool:
-    """Return whether decoder rows have norm 1, so that multiplying by their norms changes nothing."""
+    """Return whether decoder rows have norm 1, so that multiplying by their norms changes
+    nothing.
+    """
     return bool(((W_dec.norm(dim=1) - 1).abs() <= 1e-6).all())
 
 
@@ -298,6 +368,9 @@ def built(file: Path, shape: Shape, tensors: Mapping[str, Tensor], metadata: dic
     with torch.no_grad():
         for key in made.keys:
             if not all(math.isfinite(end) for end in tensors[key].aminmax()):
-                raise InputError(f"{file}: its numbers make a {key} that holds NaN or infinity; it is damaged, or training had failed")
+                raise InputError(
+                    f"{file}: its numbers make a {key} that holds NaN or infinity; it is "
+                    f"damaged, or training had failed"
+                )
             getattr(made, key).copy_(tensors[key])
     return made

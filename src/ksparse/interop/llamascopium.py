@@ -28,7 +28,7 @@ import torch
 from ksparse import files
 from ksparse.errors import InputError
 from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Settings, Weights
+from ksparse.interop.foreign import Weights
 from ksparse.sae.model import SAE, Shape
 
 CONFIG, WEIGHTS = "config.json", "sae_weights"
@@ -50,7 +50,10 @@ def read(folder: Path) -> SAE:
     settings.refuse(sae_type="sae", use_glu_encoder=False)
     site = settings.want("hook_point_in", str)
     settings.refuse(hook_point_out=site)
-    flags = {key: settings.want(key, bool, True) for key in ("use_decoder_bias", "sparsity_include_decoder_norm")}
+    flags = {
+        key: settings.want(key, bool, True)
+        for key in ("use_decoder_bias", "sparsity_include_decoder_norm")
+    }
     activation = ACTIVATIONS[settings.among("act_fn", ACTIVATIONS, "relu")]
     normalize = NORMALIZATIONS[settings.among("norm_activation", NORMALIZATIONS, "dataset-wise")]
     tensors = {"W_enc": weights.take("W_E", *"dn").t(), "b_enc": weights.take("b_E", "n"), "W_dec": weights.take("W_D", *"nd")}
@@ -69,8 +72,17 @@ def read(folder: Path) -> SAE:
     if flags["sparsity_include_decoder_norm"]:
         _choose_by_decoder_norm_(tensors, activation, folder)
     k = settings.want("top_k", int) if activation == "topk" else 1
-    return foreign.built(weights.file, Shape(d, n, k, normalize, factor, activation), tensors,
-                         sites.metadata("llamascopium", settings.table, lm=settings.text("model_name"), site=sites.from_hook(site)))
+    return foreign.built(
+        weights.file,
+        Shape(d, n, k, normalize, factor, activation),
+        tensors,
+        sites.metadata(
+            "llamascopium",
+            settings.table,
+            lm=settings.text("model_name"),
+            site=sites.from_hook(site),
+        ),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -105,7 +117,10 @@ def _choose_by_decoder_norm_(tensors: dict[str, torch.Tensor], activation: str, 
     norms = tensors["W_dec"].norm(dim=1)
     if activation == "jump_relu":
         if not bool((norms > 0).all()):
-            raise InputError(f"{folder}: a decoder row is 0, though thresholds are of values times the norms of their rows")
+            raise InputError(
+                f"{folder}: a decoder row is 0, though thresholds are of values times the norms "
+                f"of their rows"
+            )
         tensors["threshold"] = tensors["threshold"] / norms
     elif activation == "topk" and not foreign.unit_rows(tensors["W_dec"]):
         foreign.weigh_by_decoder_(tensors)

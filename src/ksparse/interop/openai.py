@@ -7,12 +7,14 @@
 |---|---|
 | W_enc[n, d] | encoder.weight[n, d] |
 | b_enc[n] | latent_bias[n] |
-| W_dec[n, d] | decoder.weight[d, n], transposed; of a tied decoder decoder.linear.weight[n, d], which is encoder.weight |
+| W_dec[n, d] | decoder.weight[d, n], transposed |
+| the same of a tied decoder | decoder.linear.weight[n, d], which is encoder.weight |
 | b_pre[d] | pre_bias[d] |
 | k | activation_state_dict.k |
 | activation | activation: TopK or ReLU |
 
-Their state_dict holds k and postact_fn a second time, as activation.k and activation.postact_fn, since the activation is a module too.
+Their state_dict holds k and postact_fn a second time, as activation.k and activation.postact_fn,
+since the activation is a module too.
 The statistics stats_last_nonzero, latents_activation_frequency and latents_mean_square [n] change nothing; they are written as zeros.
 """
 
@@ -47,8 +49,12 @@ def find(path: Path) -> Path | None:
 def read(file: Path) -> SAE:
     """Read one file."""
     found = foreign.torch_file(file)
-    settings = Settings(file, {key: value for key, value in found.items() if not isinstance(value, torch.Tensor)})
-    weights = foreign.tensors_of(file, {key: value for key, value in found.items() if key not in _SETTINGS})
+    settings = Settings(
+        file, {key: value for key, value in found.items() if not isinstance(value, torch.Tensor)}
+    )
+    weights = foreign.tensors_of(
+        file, {key: value for key, value in found.items() if key not in _SETTINGS}
+    )
     activation = ACTIVATIONS[settings.among("activation", ACTIVATIONS, "ReLU")]
     tensors = {"W_enc": weights.take("encoder.weight", *"nd"), "b_enc": weights.take("latent_bias", "n"), "b_pre": weights.take("pre_bias", "d"),
                "W_dec": _decoder(weights)}
@@ -59,7 +65,12 @@ def read(file: Path) -> SAE:
         inner.among("postact_fn", ("ReLU",), "ReLU")
         k, normalize = inner.want("k", int), "layer_norm"
     shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, 1.0, activation)
-    return foreign.built(file, shape, tensors, sites.metadata("openai", {"activation": settings.get("activation")}, **_published(file)))
+    return foreign.built(
+        file,
+        shape,
+        tensors,
+        sites.metadata("openai", {"activation": settings.get("activation")}, **_published(file)),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -77,7 +88,10 @@ def _decoder(weights: Weights) -> torch.Tensor:
         return weights.take("decoder.weight", *"dn").t()
     tied = weights.take("decoder.linear.weight", *"nd")
     if not torch.equal(tied, weights.take("encoder.weight", *"nd")):
-        raise InputError(f"{weights.file}: decoder.linear.weight is that of a tied decoder, and differs from encoder.weight")
+        raise InputError(
+            f"{weights.file}: decoder.linear.weight is that of a tied decoder, and differs from "
+            f"encoder.weight"
+        )
     return tied
 
 

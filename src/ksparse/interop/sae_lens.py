@@ -55,7 +55,11 @@ def read(folder: Path) -> SAE:
     activation = ACTIVATIONS[architecture]
     settings.refuse(activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False)
     if settings.among("reshape_activations", ("none", "hook_z"), "none") == "hook_z":
-        _log.warning("%s: of hook_z, so x is the heads' outputs one after another, [..., heads x width of a head]", folder)
+        _log.warning(
+            "%s: of hook_z, so x is the heads' outputs one after another, [..., heads x width of "
+            "a head]",
+            folder,
+        )
     normalize, factor = _normalization(folder, settings)
     W_enc, b_pre = weights.take("W_enc", "d", "n").t().contiguous(), weights.take("b_dec", "d")
     tensors = {"W_enc": W_enc, "b_enc": weights.take("b_gate" if activation == "gated" else "b_enc", "n"),
@@ -71,9 +75,15 @@ def read(folder: Path) -> SAE:
     _check_size(settings, weights)
     if not settings.want("apply_b_dec_to_input", bool, True):
         foreign.centre_(tensors)
-    if settings.want("rescale_acts_by_decoder_norm", bool, False) and not foreign.unit_rows(tensors["W_dec"]):
+    if settings.want("rescale_acts_by_decoder_norm", bool, False) and not foreign.unit_rows(
+        tensors["W_dec"]
+    ):
         foreign.weigh_by_decoder_(tensors)
-    k = settings.want("k", int) if activation == "topk" else max(1, int(settings.want("k", float, 1.0)))
+    k = (
+        settings.want("k", int)
+        if activation == "topk"
+        else max(1, int(settings.want("k", float, 1.0)))
+    )
     shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, factor, activation)
     return foreign.built(weights.file, shape, tensors, _metadata(settings))
 
@@ -90,17 +100,26 @@ def write(sae: SAE, folder: Path) -> None:
         "architecture": WRITTEN[shape.activation], "d_in": shape.d_model, "d_sae": shape.n_latents, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": normalize, "reshape_activations": "none"}
     if shape.activation == "topk":
-        config |= {"k": shape.k, "rescale_acts_by_decoder_norm": foreign.unit_rows(sae.W_dec.detach())}  # their own default, and the same then
+        config |= {
+            "k": shape.k,
+            "rescale_acts_by_decoder_norm": foreign.unit_rows(sae.W_dec.detach()),
+        }  # their own default, and the same then
     carried = sites.carried(sae, "sae_lens")
     config |= {key: carried[key] for key in ("reshape_activations",) if key in carried}
-    files.write_json(folder / CONFIG, config | {"metadata": sites.table(carried, "metadata") | _their_metadata(sae, carried)})
+    files.write_json(
+        folder / CONFIG,
+        config | {"metadata": sites.table(carried, "metadata") | _their_metadata(sae, carried)},
+    )
 
 
 def _check_size(settings: Settings, weights: Weights) -> None:
     for key, letter in (("d_in", "d"), ("d_sae", "n")):
         said = settings.want(key, int, weights.lengths[letter])
         if said != weights.lengths[letter]:
-            raise InputError(f"{settings.file}: {key} is {said}, the tensors of {weights.file.name} have {weights.lengths[letter]}")
+            raise InputError(
+                f"{settings.file}: {key} is {said}, the tensors of {weights.file.name} have "
+                f"{weights.lengths[letter]}"
+            )
 
 
 def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
@@ -129,20 +148,46 @@ def _metadata(settings: Settings) -> dict[str, Any]:
     theirs = settings.under("metadata")
     name, hook = theirs.text("model_name"), theirs.text("hook_name")
     text = theirs.text("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
-    return sites.metadata("sae_lens", settings.table, lm=name and sites.from_model(name), site=hook and sites.from_hook(hook),
-                          context=theirs.get("context_size"), bos=theirs.get("prepend_bos"), text=text)
+    return sites.metadata(
+        "sae_lens",
+        settings.table,
+        lm=name and sites.from_model(name),
+        site=hook and sites.from_hook(hook),
+        context=theirs.get("context_size"),
+        bos=theirs.get("prepend_bos"),
+        text=text,
+    )
 
 
 def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
-    """Return what SAELens wants to know of where an SAE belongs; what it said itself, in `carried`, stays."""
+    """Return what SAELens wants to know of where an SAE belongs; what it said itself, in `carried`,
+    stays.
+    """
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
     hook = sites.to_hook(site)
-    known = {"sae_lens_version": _VERSION, "sae_lens_training_version": None, "model_name": acts.get("lm"), "hook_name": hook or None,
-             "hook_layer": sites.layer_of(site), "hook_head_index": None, "context_size": acts.get("context"), "dataset_path": acts.get("text"),
-             "prepend_bos": acts.get("bos", "auto") == "auto",
-             "model_class_name": "HookedTransformer" if hook.startswith("blocks.") else "AutoModelForCausalLM",  # whose names hook_name is of
-             "exclude_special_tokens": sites.trained_without_special_tokens(sae)}
+    known = {
+        "sae_lens_version": _VERSION,
+        "sae_lens_training_version": None,
+        "model_name": acts.get("lm"),
+        "hook_name": hook or None,
+        "hook_layer": sites.layer_of(site),
+        "hook_head_index": None,
+        "context_size": acts.get("context"),
+        "dataset_path": acts.get("text"),
+        "prepend_bos": acts.get("bos", "auto") == "auto",
+        "model_class_name": "HookedTransformer"
+        if hook.startswith("blocks.")
+        else "AutoModelForCausalLM",  # whose names hook_name is of
+        "exclude_special_tokens": sites.trained_without_special_tokens(sae),
+    }
     theirs = sites.table(carried, "metadata")
-    own = ("sae_lens_version", "hook_name") if theirs.get("hook_name") != hook else ("sae_lens_version",)
-    return {key: theirs[key] if key in theirs and key not in own else value for key, value in known.items()}
+    own = (
+        ("sae_lens_version", "hook_name")
+        if theirs.get("hook_name") != hook
+        else ("sae_lens_version",)
+    )
+    return {
+        key: theirs[key] if key in theirs and key not in own else value
+        for key, value in known.items()
+    }

@@ -63,13 +63,28 @@ def layer_of(site: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def metadata(form: str, settings: dict[str, Any], *, lm: Any = None, site: Any = None, context: Any = None, bos: Any = None,
-             text: Any = None) -> dict[str, Any]:
-    """Return the metadata of an SAE that another library made: `origin`, and `acts` where LM, site and text are all known.
+def metadata(
+    form: str,
+    settings: dict[str, Any],
+    *,
+    lm: Any = None,
+    site: Any = None,
+    context: Any = None,
+    bos: Any = None,
+    text: Any = None,
+) -> dict[str, Any]:
+    """Return the metadata of an SAE that another library made: `origin`, and `acts` where LM, site
+    and text are all known.
 
     What is not of its type is not known; `settings` has it as it is.
     """
-    said = {"lm": lm, "site": site, "context": context, "text": text, "bos": ("none", "auto")[bos] if isinstance(bos, bool) else None}
+    said = {
+        "lm": lm,
+        "site": site,
+        "context": context,
+        "text": text,
+        "bos": ("none", "auto")[bos] if isinstance(bos, bool) else None,
+    }
     known = {}
     for key, value in said.items():
         try:
@@ -81,12 +96,19 @@ def metadata(form: str, settings: dict[str, Any], *, lm: Any = None, site: Any =
 
 
 def trained_without_special_tokens(sae: SAE) -> bool:
-    """Return whether ksparse trained an SAE, and left BOS and separators out; of others' it is not known."""
-    return "origin" not in sae.metadata and (sae.metadata.get("policy") or sae.metadata.get("acts") or {}).get("keep") == "text"
+    """Return whether ksparse trained an SAE, and left BOS and separators out; of others' it is not
+    known.
+    """
+    return (
+        "origin" not in sae.metadata
+        and (sae.metadata.get("policy") or sae.metadata.get("acts") or {}).get("keep") == "text"
+    )
 
 
 def carried(sae: SAE, form: str) -> dict[str, Any]:
-    """Return the settings that an SAE came with in a format, for writing it in the same one again; {} if it came otherwise."""
+    """Return the settings that an SAE came with in a format, for writing it in the same one again;
+    {} if it came otherwise.
+    """
     origin = sae.metadata.get("origin") or {}
     return copy.deepcopy(origin.get("settings") or {}) if origin.get("format") == form else {}
 

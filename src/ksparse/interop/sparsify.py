@@ -43,7 +43,12 @@ def read(folder: Path) -> SAE:
     said = settings.want("num_latents", int, 0) or width * settings.want("expansion_factor", int, 0)
     if width != d or (said and said != n):
         raise InputError(f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the tensors of {WEIGHTS} have {d} and {n}")
-    return foreign.built(weights.file, Shape(d, n, settings.want("k", int), "none"), tensors, _metadata(folder, settings))
+    return foreign.built(
+        weights.file,
+        Shape(d, n, settings.want("k", int), "none"),
+        tensors,
+        _metadata(folder, settings),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -59,5 +64,11 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     hookpoint = folder.parent.name if folder.name.startswith("seed") else folder.name
     above = folder.parent.parent if folder.name.startswith("seed") else folder.parent
     run = foreign.json_file(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
-    return sites.metadata("sparsify", settings.table, lm=run.text("model"), site=sites.from_module(hookpoint), context=run.get("ctx_len"),
-                          text=run.text("dataset"))
+    return sites.metadata(
+        "sparsify",
+        settings.table,
+        lm=run.text("model"),
+        site=sites.from_module(hookpoint),
+        context=run.get("ctx_len"),
+        text=run.text("dataset"),
+    )

@@ -74,8 +74,14 @@ class Shape:
             if not isinstance(value, str) or value not in known:
                 what = "normalisation" if name == "normalize" else name
                 raise InputError(f"{what} {value!r} is unknown; there are {', '.join(known)}")
-        if type(self.factor) not in (int, float) or not _LEAST_FACTOR <= self.factor <= 1 / _LEAST_FACTOR:
-            raise InputError(f"factor of an SAE is {self.factor!r}; it must be a number from {_LEAST_FACTOR:g} to {1 / _LEAST_FACTOR:g}")
+        if (
+            type(self.factor) not in (int, float)
+            or not _LEAST_FACTOR <= self.factor <= 1 / _LEAST_FACTOR
+        ):
+            raise InputError(
+                f"factor of an SAE is {self.factor!r}; it must be a number from "
+                f"{_LEAST_FACTOR:g} to {1 / _LEAST_FACTOR:g}"
+            )
 
 
 class SAE(nn.Module):

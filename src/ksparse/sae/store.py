@@ -26,13 +26,18 @@ from ksparse.sae.tensors import Stored, Weights, safetensors_file, views
 
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
 _SHAPE = {"d_model": int, "n_latents": int, "k": int, "normalize": str, "factor": (int, float)}
-_METADATA = {"acts": dict, "policy": dict, "origin": dict, "tokens": int, "step": int, "dead_after": int, "ksparse": str,
-             "baseline": (int, float), "dead_fraction_training": (int, float)}
-_LARGEST = {"tokens": 2**63, "step": 2**63, "dead_after": 2**63, "baseline": 1e300, "dead_fraction_training": 1}
-_ORIGIN = {"format": str, "lm": str, "site": str, "context": int, "bos": str, "text": str, "settings": dict}
+_METADATA = {
+    "acts": dict, "policy": dict, "origin": dict, "tokens": int, "step": int, "dead_after": int,
+    "ksparse": str, "baseline": (int, float), "dead_fraction_training": (int, float)}
+_LARGEST = {
+    "tokens": 2**63, "step": 2**63, "dead_after": 2**63, "baseline": 1e300,
+    "dead_fraction_training": 1}
+_ORIGIN = {
+    "format": str, "lm": str, "site": str, "context": int, "bos": str, "text": str,
+    "settings": dict}
 POLICY: dict[str, files.Types] = {
-    "context": int, "bos_token": (int, type(None)), "separator_token": (int, type(None)), "borders": str, "keep": str,
-    "split": str, "tokens_per_document": (int, type(None))}
+    "context": int, "bos_token": (int, type(None)), "separator_token": (int, type(None)),
+    "borders": str, "keep": str, "split": str, "tokens_per_document": (int, type(None))}
 """The keys of `metadata.policy`, as `Corpus.policy` writes them."""
 
 
@@ -81,7 +86,8 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
     """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not here."""
     path = Path(source)
-    place = (path if files.exists(path) else _download(str(source), revision, subfolder)) / subfolder
+    found = path if files.exists(path) else _download(str(source), revision, subfolder)
+    place = found / subfolder
     if not files.exists(place):
         raise InputError(f"{path} has no {subfolder[:80]!r} in it")
     return place
@@ -90,7 +96,8 @@ def locate(source: Path | str, *, revision: str | None = None, subfolder: str = 
 def read(folder: Path) -> SAE:
     """Read an autoencoder from its folder, naming whatever does not fit."""
     shape, metadata = read_shape(folder)
-    tensors = rows_of(folder, "sae").all(tensor_shapes(shape))  # before memory is taken for what a damaged file asks for
+    # checked before memory is taken for what a damaged file asks for
+    tensors = rows_of(folder, "sae").all(tensor_shapes(shape))
     sae = SAE(shape, metadata)
     sae.load_state_dict(tensors)
     return sae
@@ -99,13 +106,17 @@ def read(folder: Path) -> SAE:
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Return the tensors of an autoencoder, its activation's own among them, with their shapes."""
     n, d, activation = shape.n_latents, shape.d_model, activations.in_use(shape.activation)
-    return dict(zip(KEYS, ((n, d), (n,), (n, d), (d,)))) | {name: activation.shape(name, n) for name in activation.own}
+    return dict(zip(KEYS, ((n, d), (n,), (n, d), (d,)))) | {
+        name: activation.shape(name, n) for name in activation.own
+    }
 
 
 def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
     """Read what an autoencoder is, and what it was trained on."""
     file = folder / CONFIG
-    table = files.read_numbered(file, FORMAT, _SHAPE, {"activation": str, "metadata": (dict, type(None))})
+    table = files.read_numbered(
+        file, FORMAT, _SHAPE, {"activation": str, "metadata": (dict, type(None))}
+    )
     metadata = table.pop("metadata", None) or {}
     check_metadata(metadata, file)
     try:
@@ -115,17 +126,40 @@ def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
 
 
 def check_metadata(metadata: dict[str, Any], file: Path) -> None:
-    """Raise CorruptError, naming the key, where metadata that ksparse reads is not of its type; other keys may hold anything."""
-    files.check_keys(file, metadata, {key: kind for key, kind in _METADATA.items() if metadata.get(key) is not None}, "metadata.")
+    """Raise CorruptError, naming the key, where metadata that ksparse reads is not of its type;
+    other keys may hold anything.
+    """
+    files.check_keys(
+        file,
+        metadata,
+        {key: kind for key, kind in _METADATA.items() if metadata.get(key) is not None},
+        "metadata.",
+    )
     for key, largest in _LARGEST.items():
         if not 0 <= (metadata.get(key) or 0) <= largest:
-            raise CorruptError(f"{file}: 'metadata.{key}' is {metadata[key]!r}, expected a number from 0 to {largest:g}")
+            raise CorruptError(
+                f"{file}: 'metadata.{key}' is {metadata[key]!r}, expected a number from 0 to "
+                f"{largest:g}"
+            )
     origin, policy = metadata.get("origin") or {}, metadata.get("policy") or {}
-    files.check_keys(file, origin, {key: kind for key, kind in _ORIGIN.items() if key in origin}, "metadata.origin.")
+    files.check_keys(
+        file,
+        origin,
+        {key: kind for key, kind in _ORIGIN.items() if key in origin},
+        "metadata.origin.",
+    )
     unknown = sorted(set(policy) - set(POLICY))
     if unknown:
-        raise CorruptError(f"{file} has the unknown key 'metadata.policy.{unknown[0][:80]}'; the keys are {', '.join(POLICY)}")
-    files.check_keys(file, policy, {key: kind for key, kind in POLICY.items() if key in policy}, "metadata.policy.")
+        raise CorruptError(
+            f"{file} has the unknown key 'metadata.policy.{unknown[0][:80]}'; the keys are "
+            f"{', '.join(POLICY)}"
+        )
+    files.check_keys(
+        file,
+        policy,
+        {key: kind for key, kind in POLICY.items() if key in policy},
+        "metadata.policy.",
+    )
     shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
     for part, table in (("acts", metadata.get("acts") or {}), ("policy", shared)):
         try:
@@ -135,10 +169,14 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
 
 
 def acts_of(metadata: dict[str, Any]) -> Acts:
-    """Return the activations that an autoencoder was trained on; raise InputError where its metadata does not say, or is wrong."""
+    """Return the activations that an autoencoder was trained on; raise InputError where its
+    metadata does not say, or is wrong.
+    """
     acts = metadata.get("acts")
     if not acts or not isinstance(acts, dict) or not acts.get("lm"):
-        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
+        raise InputError(
+            "this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)"
+        )
     return recipe.from_dict({"acts": acts}, where=" of this SAE's metadata").acts
 
 
@@ -148,7 +186,8 @@ def by_rows(key: str, shape: Sequence[int]) -> bool:
 
 
 def rows_of(folder: Path, stem: str, rows: slice | None = None) -> Weights:
-    """Return all tensors of `stem` in a folder, whether one file holds all latents or several hold some each.
+    """Return all tensors of `stem` in a folder, whether one file holds all latents or several hold
+    some each.
 
     rows: which of the latents, if not all; no others are read.
     """
@@ -159,25 +198,34 @@ def rows_of(folder: Path, stem: str, rows: slice | None = None) -> Weights:
     at = 0
     for file in held:
         at = _add(parts, file, at, rows or slice(0, 2**62))
-    return Weights(held[0] if len(held) == 1 else folder / f"{stem}.*.safetensors",
-                   {key: _joined(folder, stem, key, some) for key, some in parts.items()}, CorruptError)
+    return Weights(
+        held[0] if len(held) == 1 else folder / f"{stem}.*.safetensors",
+        {key: _joined(folder, stem, key, some) for key, some in parts.items()},
+        CorruptError,
+    )
 
 
 def _add(parts: dict[str, list[Stored]], file: Path, at: int, rows: slice) -> int:
     """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row after its last."""
     held = views(file)
-    lengths = {key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)}
+    lengths = {
+        key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)
+    }
     count = max(lengths.values(), default=0)
     other = [key for key, length in lengths.items() if length != count]
     if other:
-        raise CorruptError(f"{file}: tensor {other[0]!r} has {lengths[other[0]]} rows, others have {count}")
+        raise CorruptError(
+            f"{file}: tensor {other[0]!r} has {lengths[other[0]]} rows, others have {count}"
+        )
     for key, (stored, read) in held.items():
         if key not in lengths:
             parts.setdefault(key, [stored])
             continue
         some = slice(max(0, rows.start - at), min(count, rows.stop - at))
         if some.start < some.stop:
-            part = Stored((some.stop - some.start, *stored.shape[1:]), stored.dtype, partial(read, some))
+            part = Stored(
+                (some.stop - some.start, *stored.shape[1:]), stored.dtype, partial(read, some)
+            )
             parts.setdefault(key, []).append(part)
     return at + count
 
@@ -185,7 +233,10 @@ def _add(parts: dict[str, list[Stored]], file: Path, at: int, rows: slice) -> in
 def _joined(folder: Path, stem: str, key: str, parts: list[Stored]) -> Stored:
     """Return one tensor whose rows lie in several files."""
     if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
-        raise CorruptError(f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its {len(parts)} files")
+        raise CorruptError(
+            f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its "
+            f"{len(parts)} files"
+        )
     if len(parts) == 1:
         return parts[0]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
@@ -202,5 +253,8 @@ def _download(repository: str, revision: str | None, subfolder: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = next(iter(str(error).splitlines()), "")[:200]
-        raise InputError(f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a folder here nor a Hub repository "
-                         f"that can be reached ({type(error).__name__}: {said})") from None
+        raise InputError(
+            f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
+            f"folder here nor a Hub repository "
+            f"that can be reached ({type(error).__name__}: {said})"
+        ) from None

@@ -59,11 +59,27 @@ class State:
 
 FORMAT = 2
 """Of state.json: 1 had no number, and nothing else is different."""
-STATE: dict[str, files.Types] = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
+STATE: dict[str, files.Types] = {
+    "step": int,
+    "tokens": int,
+    "cursor": (dict, type(None)),
+    "baseline": (int, float),
+    "updates": int,
+}
 """The keys that state.json must have."""
-MORE: dict[str, files.Types] = {"skipped": int, "converged": bool, "flops_auxk": (int, float), "seconds": (int, float), "threads": int, "mesh": list}
+MORE: dict[str, files.Types] = {
+    "skipped": int,
+    "converged": bool,
+    "flops_auxk": (int, float),
+    "seconds": (int, float),
+    "threads": int,
+    "mesh": list,
+}
 """Those that it may lack."""
-CURSORS: tuple[dict[str, files.Types], ...] = ({"block": int, "place": list, "skip": int, "batch": int}, {"step": int})
+CURSORS: tuple[dict[str, files.Types], ...] = (
+    {"block": int, "place": list, "skip": int, "batch": int},
+    {"step": int},
+)
 """Where live activations go on, and where shards do."""
 
 
@@ -194,10 +210,16 @@ def load(path: Path, optimizer: Optimizer) -> State:
     mesh, n = optimizer.mesh, sae.shape.n_latents
     weights = store.rows_of(path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
     for key in sae.keys:
-        moments = {f"exp_avg.{key}": shapes[f"raw.{key}"], f"exp_avg_sq.{key}": shapes[f"raw.{key}"], f"step.{key}": ()}
+        moments = {
+            f"exp_avg.{key}": shapes[f"raw.{key}"],
+            f"exp_avg_sq.{key}": shapes[f"raw.{key}"],
+            f"step.{key}": (),
+        }
         if any(name in weights for name in moments):  # what has had no gradient has none
             shapes |= moments
-    counts = {name: () for name in ("screen.candidates", "screen.again") if name in weights} | {"since": (n,)}
+    counts = {name: () for name in ("screen.candidates", "screen.again") if name in weights} | {
+        "since": (n,)
+    }
     tensors = weights.all(shapes, counts)
     optimizer.restore(tensors, facts.pop("updates"))
     return State(since=tensors["since"].to(sae.W_enc.device), **facts)
@@ -211,20 +233,29 @@ def read_state(file: Path) -> dict[str, Any]:
         keys = next((keys for keys in CURSORS if set(keys) == set(cursor)), None)
         if keys is None:
             known = " or ".join(", ".join(keys) for keys in CURSORS)
-            raise CorruptError(f"{file}: 'cursor' has the keys {', '.join(cursor)[:80] or 'none'}, expected {known}")
+            raise CorruptError(
+                f"{file}: 'cursor' has the keys {', '.join(cursor)[:80] or 'none'}, expected "
+                f"{known}"
+            )
         files.check_keys(file, cursor, keys, "cursor.")
     numbers = {**facts, **{f"cursor.{key}": value for key, value in (cursor or {}).items()}}
     for name, length in (("mesh", 2), ("cursor.place", 3)):
         values = numbers.get(name, [1] * length)
         if len(values) != length or any(type(value) is not int for value in values):
-            raise CorruptError(f"{file}: {name!r} is {str(values)[:80]}, expected {length} whole numbers")
+            raise CorruptError(
+                f"{file}: {name!r} is {str(values)[:80]}, expected {length} whole numbers"
+            )
         numbers |= {f"{name}.{i}": value for i, value in enumerate(values)}
     for name, value in numbers.items():
         least = int(name == "threads" or name.startswith("mesh."))
         if isinstance(value, (int, float)) and not least <= value < 2**63:
-            raise CorruptError(f"{file}: {name!r} is {value}, expected a number from {least} to 2^63")
+            raise CorruptError(
+                f"{file}: {name!r} is {value}, expected a number from {least} to 2^63"
+            )
     if file.parent.name != RunFolder(file.parent).checkpoint(facts["step"]).name:
-        raise CorruptError(f"{file}: 'step' is {facts['step']}, though its folder is named {file.parent.name}")
+        raise CorruptError(
+            f"{file}: 'step' is {facts['step']}, though its folder is named {file.parent.name}"
+        )
     return facts
 
 
