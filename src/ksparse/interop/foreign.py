@@ -31,16 +31,11 @@ from ksparse.sae.tensors import safetensors_file as safetensors_file
 
 _PLAIN = (bool, int, float, str, type(None))
 _PICKLE = 2**18
-"""Bytes of a pickle, or calls to read one: tensors lie outside it, and reading much more would take
-long.
-"""
+"""Bytes of a pickle, or calls to read one: tensors lie outside it, and much more would take long."""
 _REQUIRED: Any = object()
 _short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = (
-    2,
-    80,
-    80,
-)  # a pickle of 1 kB can name a list of 2^60 entries
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+# since a pickle of 1 kB can name a list of 2^60 entries
 
 
 class Settings:
