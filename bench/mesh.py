@@ -219,7 +219,8 @@ def held(out: str, step: int | None = None) -> dict[str, Any]:
 
     run = RunFolder(Path(out))
     path = run.checkpoint(step) if step else run.newest_intact()[0]
-    return {f"{stem}/{key}": value for stem in ("sae", "optim") for key, value in rows_of(path, stem, {}).items()}
+    parts = {stem: rows_of(path, stem) for stem in ("sae", "optim")}
+    return {f"{stem}/{key}": weights.stored(key).read() for stem, weights in parts.items() for key in weights}
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:

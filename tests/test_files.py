@@ -308,6 +308,53 @@ def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(t
             files.read_table(tmp_path / "x.json", n=int, t=dict, x=(int, float))
 
 
+@pytest.mark.parametrize("table, said", [
+    ({"format": 2, "n": 1}, None), ({"format": 1, "n": 1, "x": 0.5}, None), ({"n": 1}, None),
+    ({"format": 3, "new": {}}, r"was written by a newer ksparse \(format 3\); this one reads up to 2"),
+    ({"format": 0, "n": 1}, "has format '0', expected a number of 1 to 2"),
+    ({"format": True, "n": 1}, "has format 'True'"), ({"format": 2}, "has no key 'n'"),
+    ({"format": 2, "n": 1, "y": 1}, "has the key 'y', which this ksparse does not know"),
+    ({"format": 2, "n": 1, "x": "1"}, "'x' is '1', expected float"),
+    ({"format": 2, "n": 2**63}, "'n' is too large a number")])
+def test_a_numbered_table_holds_the_keys_of_its_format_and_no_others(tmp_path, table, said):
+    files.write_json(tmp_path / "x.json", table)
+    if said is None:
+        read = files.read_numbered(tmp_path / "x.json", 2, {"n": int}, {"x": float}, unnumbered=1)
+        assert read == {key: value for key, value in table.items() if key != "format"}
+    else:
+        with pytest.raises(InputError, match=f"x.json:? {said}"):
+            files.read_numbered(tmp_path / "x.json", 2, {"n": int}, {"x": float}, unnumbered=1)
+
+
+def test_a_table_that_must_have_a_format_number_is_refused_without(tmp_path):
+    files.write_json(tmp_path / "x.json", {"n": 1})
+    with pytest.raises(CorruptError, match="x.json has format 'None', expected a number of 1 to 2"):
+        files.read_numbered(tmp_path / "x.json", 2, {"n": int})
+
+
+@pytest.mark.parametrize("read", [
+    files.read_json, files.read_table, files.read_lines, files.read_strings, files.sha256])
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(CorruptError, match="x.json is a FIFO, expected a file"):
+        read(tmp_path / "x.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(CorruptError, match="zero.json is a device, expected a file"):
+        read(tmp_path / "zero.json")
+
+
+def test_a_name_that_no_file_can_have_is_not_there(tmp_path, monkeypatch):
+    assert files.exists(tmp_path) and not files.exists(tmp_path / "x")
+    assert not any(files.exists(Path(name)) for name in ("x" * 5000, "a\0b", "half\ud800"))
+
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(InputError, match="secret cannot be looked at: Permission denied"):
+        files.exists(Path("secret"))
+
+
 def test_damaged_lines_are_left_out_with_one_warning_and_a_half_last_one_without(tmp_path, caplog):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"step": 1}\n{"step": 2, "x": NaN}\n{"step": "3"}\n\xff\n[]\n{"x": 1}\n{"step": true}\n{"step": 4}\n{"step": 5')

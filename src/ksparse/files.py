@@ -10,6 +10,7 @@
     remove_leftovers(folder)           what killed processes left; what a living one is writing stays
     write_json / read_json             one JSON file, replaced atomically; sealed, it has its own sum in it
     read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged ones left out
+    read_numbered                      a table with a format number and a known list of keys
 
 Neither safetensors nor torch.save notices an altered bit, and neither syncs to disk, so both happen here.
 """
@@ -28,7 +29,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ _PREFIX = ".tmp-"
 _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
 _DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Types = type | tuple[type, ...]
 _BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -367,18 +369,84 @@ def read_json(path: Path) -> Any:
     return found
 
 
-def read_table(path: Path, **keys: type | tuple[type, ...]) -> dict[str, Any]:
+def read_table(path: Path, **keys: Types) -> dict[str, Any]:
     """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values of these types."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise CorruptError(f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or is damaged")
-    for key, kind in keys.items():
-        if key not in found:
-            raise CorruptError(f"{path} has no {'table' if kind is dict else 'key'} {key!r}; it was not written by ksparse or is damaged")
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(found[key], kinds) or isinstance(found[key], bool) and bool not in kinds:
-            raise CorruptError(f"{path}: {key!r} is {str(found[key])[:80]!r}, expected {' or '.join(each.__name__ for each in kinds)}")
+    check_keys(path, found, keys)
     return found
+
+
+def read_numbered(
+    path: Path,
+    newest: int,
+    keys: Mapping[str, Types],
+    optional: Mapping[str, Types] | None = None,
+    *,
+    unnumbered: int | None = None,
+) -> dict[str, Any]:
+    """Read a JSON table whose `format` is a number of 1 to `newest`, and return all else in it:
+    `keys`, perhaps `optional`
+    ones, and nothing that a newer ksparse may mean something by.
+
+    unnumbered: the format of a table without a number; None: there is none.
+    """
+    found, optional = read_table(path), optional or {}
+    number = found.pop("format", unnumbered)
+    check_format(path, number, newest)
+    unknown = sorted(set(found) - set(keys) - set(optional))
+    if unknown:
+        raise CorruptError(
+            f"{path} has the key {unknown[0][:80]!r}, which this ksparse does not know in format "
+            f"{number}; "
+            "it was written by another version or is damaged"
+        )
+    check_keys(
+        path, found, {**keys, **{key: kind for key, kind in optional.items() if key in found}}
+    )
+    return found
+
+
+def check_format(path: Path, number: Any, newest: int) -> None:
+    """Raise InputError unless the format number of a file is one of 1 to `newest`."""
+    if type(number) is int and number > newest:
+        raise InputError(
+            f"{path} was written by a newer ksparse (format {number}); this one reads up to "
+            f"{newest}. "
+            "Install a newer ksparse to read it"
+        )
+    if type(number) is not int or number < 1:
+        raise CorruptError(
+            f"{path} has format {str(number)[:80]!r}, expected a number of 1 to {newest}; "
+            "it was not written by ksparse or is damaged"
+        )
+
+
+def check_keys(
+    path: Path, table: Mapping[str, Any], keys: Mapping[str, Types], under: str = ""
+) -> None:
+    """Raise CorruptError, naming the key, unless a table of a file has these keys with values of
+    these types.
+
+    A boolean is no number, and no whole number has more than 63 bits. under: where in the file the
+    table is.
+    """
+    for key, kind in keys.items():
+        name = f"{under}{key}"
+        if key not in table:
+            raise CorruptError(
+                f"{path} has no {'table' if kind is dict else 'key'} {name!r}; it was not "
+                f"written by ksparse or is damaged"
+            )
+        kinds, value = kind if isinstance(kind, tuple) else (kind,), table[key]
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+            expected = " or ".join(
+                "null" if each is type(None) else each.__name__ for each in kinds
+            )
+            raise CorruptError(f"{path}: {name!r} is {str(value)[:80]!r}, expected {expected}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise CorruptError(f"{path}: {name!r} is too large a number; it must be below 2^63")
 
 
 def read_strings(path: Path) -> list[str]:
@@ -389,7 +457,7 @@ def read_strings(path: Path) -> list[str]:
     return found
 
 
-def read_lines(path: Path, **keys: type | tuple[type, ...]) -> list[dict[str, Any]]:
+def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
     """Return the tables of a file of JSON lines that have these keys; leave out others with a warning, the last without: a killed process was writing it."""
     with read_errors(path):
         lines = path.read_bytes().splitlines()
@@ -427,8 +495,11 @@ def _finite(digits: str) -> float:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors of reading `path` into a CorruptError."""
+    """Turn the system's errors of reading `path` into a CorruptError; refuse what would keep a
+    reader waiting.
+    """
     try:
+        check_regular(path)
         yield
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing") from None
@@ -436,6 +507,37 @@ def read_errors(path: Path) -> Iterator[None]:
         raise CorruptError(f"{path} is not JSON: {error}; it is truncated or was altered") from None
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise CorruptError for what is there and is neither a file nor a folder: opening a FIFO or a
+    device may never end.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        names = {
+            stat.S_IFIFO: "a FIFO",
+            stat.S_IFSOCK: "a socket",
+            stat.S_IFCHR: "a device",
+            stat.S_IFBLK: "a device",
+        }
+        raise CorruptError(
+            f"{path} is {names.get(stat.S_IFMT(mode), 'of a special kind')}, expected a file"
+        )
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path is there; a name that the system cannot have (too long, with NUL, half
+    characters) is not.
+    """
+    try:
+        return path.exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise InputError(f"{path} cannot be looked at: {error.strerror or error}") from None
 
 
 @contextmanager

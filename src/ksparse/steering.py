@@ -25,7 +25,7 @@ from ksparse.acts.lm import LM, resolve_device
 from ksparse.acts.sites import hooked, not_activations, probing, resolve
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
-from ksparse.recipe import Acts
+from ksparse.sae import store
 from ksparse.sae.model import SAE, Code
 
 _log = logging.getLogger("ksparse")
@@ -38,10 +38,7 @@ Metric = Callable[[Tensor], Tensor]
 
 def lm_of(sae: SAE, device: str = "auto") -> LM:
     """Return the LM that an SAE was trained on, with its site."""
-    own: dict[str, Any] | None = sae.metadata.get("acts")
-    if not own:
-        raise InputError("this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)")
-    return LM(acts=Acts(**own), device=resolve_device(device))
+    return LM(acts=store.acts_of(sae.metadata), device=resolve_device(device))
 
 
 # ---- an SAE in the way of a forward pass -------------------------------------------------------------------------

@@ -190,7 +190,8 @@ def manifest(folder, change):
     (lambda f: manifest(f, lambda m: m.update(d_model=17)), CorruptError, r"column 'x' has shape .*, the manifest speaks of .* d_model 17"),
     (lambda f: manifest(f, lambda m: m["shards"][0].update(rows="many")), CorruptError, r"is no shard; expected its file, rows and sha256"),
     (lambda f: manifest(f, lambda m: m.update(shards=7)), CorruptError, r"'shards' is '7', expected list"),
-    (lambda f: manifest(f, lambda m: m.update(format=2)), InputError, r"manifest\.json is not a manifest of shards of format 1"),
+    (lambda f: manifest(f, lambda m: m.update(format=2)), InputError,
+     r"manifest\.json was written by a newer ksparse \(format 2\); this one reads up to 1"),
     (lambda f: manifest(f, lambda m: m.update(complete=False)), InputError, r"is not complete; run the same `ksparse shard` again"),
 ], ids=["flipped_bit", "flipped_bit_in_a_header", "truncated", "deleted", "names_altered", "no_manifest", "half_a_manifest", "outside", "absolute", "altered", "d_model", "rows", "no_list", "format",
         "incomplete"])

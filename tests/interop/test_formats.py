@@ -21,10 +21,16 @@ HELD = [(form, activation, normalize) for form, module in interop.FORMATS.items(
 CENTRED = {"sae_lens", "sparsify", "openai"}  # formats whose encoders take b_pre off, so that no number changes
 
 
-def assert_same(a, b, x, atol=2e-6):
+def assert_same(a, b, x, atol=2e-6, unit=1.0):
+    """Compare latents and reconstructions; unit: what latents of `a` are divided by in `b`."""
     with torch.no_grad():
-        size = a.encode(x).values.abs().max().item()
-        torch.testing.assert_close(a.encode(x).dense(a.shape.n_latents), b.encode(x).dense(b.shape.n_latents), atol=atol * max(1, size), rtol=0)
+        latents = a.encode(x).dense(a.shape.n_latents) / unit
+        torch.testing.assert_close(
+            latents,
+            b.encode(x).dense(b.shape.n_latents),
+            atol=atol * max(1, latents.abs().max().item()),
+            rtol=0,
+        )
         torch.testing.assert_close(a(x), b(x), atol=10 * atol, rtol=1e-5)
 
 
@@ -53,10 +59,13 @@ def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(form, a
     try:
         again = written(sae, tmp_path / "sae", form)
     except InputError as error:
-        assert f"{form} cannot hold this SAE's" in str(error) and (activation in str(error) or normalize in str(error))
+        assert f"{form} cannot hold this SAE's" in str(error) and (
+            activation in str(error) or normalize in str(error)
+        )
         assert not (tmp_path / "sae").exists()
-    else:
-        assert_same(sae, again, x)
+    else:  # dictionary_learning wants decoder rows of norm 1, so latents take the data set's constant
+        in_raw_units = form == "dictionary_learning" and normalize == "dataset"
+        assert_same(sae, again, x, unit=sae.shape.factor if in_raw_units else 1.0)
 
 
 def written(sae, folder, form, **options):
@@ -69,6 +78,34 @@ def test_the_constant_of_the_data_set_goes_into_the_weights_exactly(make_sae, x)
     folded = fit.fitted(sae, "sparsify", {"topk": ("none",)})
     assert folded.shape.normalize == "none"
     assert_same(sae, folded, x)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batch_topk", "relu", "jump_relu", "gated"])
+def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
+    activation, make_sae, x, tmp_path, caplog
+):
+    """Those who load them refuse other rows."""
+    sae = make_sae(activation, "dataset")
+    with caplog.at_level("INFO", "ksparse"):
+        again = written(sae, tmp_path / "sae", "dictionary_learning")
+    assert (
+        "latents are divided by the constant of the data set, 0.3, since dictionary_learning "
+        "wants decoder rows of norm 1"
+        in caplog.text
+    )
+    torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(20))
+    assert_same(sae, again, x, unit=0.3)
+    dict_class = json.loads((tmp_path / "sae" / "config.json").read_text())["trainer"]["dict_class"]
+    assert (
+        dict_class
+        == {
+            "topk": "AutoEncoderTopK",
+            "batch_topk": "BatchTopKSAE",
+            "relu": "AutoEncoder",
+            "jump_relu": "JumpReluAutoEncoder",
+            "gated": "GatedAutoEncoder",
+        }[activation]
+    )
 
 
 def test_unit_norm_goes_as_layer_norm_only_when_asked_and_is_off_by_the_epsilon(make_sae, x, tmp_path):
@@ -166,6 +203,124 @@ def test_sae_lens_gets_to_know_where_an_sae_belongs(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "sae", "sae_lens")
     theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert theirs["hook_name"] == "blocks.8.hook_resid_post" and theirs["model_name"] == "gpt2" and theirs["context_size"] == 64
+
+
+@pytest.mark.parametrize(
+    "site, hook, model_class",
+    [
+        ("resid_post.8", "blocks.8.hook_resid_post", "HookedTransformer"),
+        ("mlp_out.0", "blocks.0.hook_mlp_out", "HookedTransformer"),
+        ("blocks.8.attn.hook_z", "blocks.8.attn.hook_z", "HookedTransformer"),
+        ("transformer.h.8", "transformer.h.8", "AutoModelForCausalLM"),
+    ],
+)
+def test_sae_lens_is_told_the_class_of_models_whose_names_the_hook_is_of(
+    site, hook, model_class, make_sae, tmp_path
+):
+    sae = make_sae()
+    sae.metadata["acts"] = sae.metadata["acts"] | {"site": site}
+    interop.write(sae, tmp_path / "sae", "sae_lens")
+    theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert (theirs["hook_name"], theirs["model_class_name"]) == (hook, model_class)
+
+
+def test_sae_lens_is_told_that_values_are_times_decoder_norms_where_these_are_1(
+    make_sae, x, tmp_path
+):
+    """Its own default for TopK, which its dashboards want."""
+    sae = make_sae()
+    for norm, said in ((1.0, True), (2.0, False)):
+        sae.W_dec.data *= norm
+        interop.write(sae, tmp_path / str(norm), "sae_lens")
+        assert (
+            json.loads((tmp_path / str(norm) / "cfg.json").read_text())[
+                "rescale_acts_by_decoder_norm"
+            ]
+            is said
+        )
+        assert_same(sae, ksparse.load(tmp_path / str(norm)), x)
+
+
+@pytest.mark.parametrize("keep, said", [("text", True), ("all", False)])
+def test_sae_lens_is_told_whether_an_sae_saw_bos(keep, said, make_sae, tmp_path):
+    sae = make_sae()
+    sae.metadata["policy"] = {"keep": keep}
+    interop.write(sae, tmp_path / "sae", "sae_lens")
+    assert (
+        json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"][
+            "exclude_special_tokens"
+        ]
+        is said
+    )
+
+
+THEIRS = {
+    "sae_lens": (
+        "cfg.json",
+        {
+            "metadata": {
+                "exclude_special_tokens": [0, 50256],
+                "seqpos_slice": [1, None],
+                "neuronpedia_id": "gpt2/8-res",
+                "prepend_bos": False,
+                "model_class_name": "HookedTransformer",
+                "model_name": "gpt2-small",
+                "hook_name": "blocks.8.hook_resid_post",
+                "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            },
+            "reshape_activations": "hook_z",
+        },
+    ),
+    "sparsify": ("cfg.json", {"expansion_factor": 32, "wandb": "some/run"}),
+    "dictionary_learning": (
+        "config.json",
+        {
+            "trainer": {"dict_class": "AutoEncoderTopK", "lr": 3e-4, "seed": 7},
+            "buffer": {"n_ctxs": 100},
+            "sweep": 3,
+        },
+    ),
+    "llamascopium": ("config.json", {"dtype": "torch.float32", "jumprelu_threshold_window": 2.0}),
+}
+
+
+@pytest.mark.parametrize("form", list(THEIRS))
+def test_what_a_format_said_of_an_sae_is_there_again_when_it_is_written_in_that_format(
+    form, make_sae, tmp_path, caplog
+):
+    name, said = THEIRS[form]
+    interop.write(make_sae(), tmp_path / "a", form)
+    for other in ("manifest.json", "ksparse.json"):
+        (tmp_path / "a" / other).unlink()
+    merged = json.loads((tmp_path / "a" / name).read_text())
+    for key, value in said.items():
+        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    (tmp_path / "a" / name).write_text(json.dumps(merged))
+    with caplog.at_level("WARNING", "ksparse"):
+        interop.convert(tmp_path / "a", tmp_path / "ours", "ksparse")
+    assert ("of hook_z, so x is the heads' outputs one after another" in caplog.text) == (
+        form == "sae_lens"
+    )
+    interop.convert(tmp_path / "ours", tmp_path / "b", form)
+    again = json.loads((tmp_path / "b" / name).read_text())
+    for key, value in said.items():
+        if isinstance(value, dict):
+            assert {inner: again[key][inner] for inner in value} == value
+        else:
+            assert again[key] == value
+
+
+def test_what_another_format_said_is_not_carried_into_this_one(make_sae, tmp_path):
+    sae = make_sae()
+    sae.metadata = {
+        "origin": {
+            "format": "sparsify",
+            "settings": {"wandb": "some/run", "metadata": {"exclude_special_tokens": True}},
+        }
+    }
+    interop.write(sae, tmp_path / "sae", "sae_lens")
+    theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert "wandb" not in theirs and theirs["metadata"]["exclude_special_tokens"] is False
 
 
 def test_a_constant_beside_the_weights_of_sae_lens_is_used_and_one_that_is_missing_is_asked_for(make_sae, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ksparse import interop
-from ksparse.errors import InputError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "interop"
 KINDS = sorted(path.parent for path in GOLDEN.glob("*/*/sae"))
@@ -38,11 +37,11 @@ def test_we_read_what_the_library_wrote_and_get_what_it_gets(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.parent.name}-{kind.name}")
 def test_what_we_write_of_it_in_its_own_format_still_gives_that(kind, tmp_path):
     sae = interop.load(kind / "sae")
-    try:
-        again = interop.convert(kind / "sae", tmp_path / "again", kind.parent.name)
-    except InputError as error:
-        assert kind.name.startswith("AutoEncoderTopK-backup") and "normalisation" in str(error)  # a format that loses its own backups' factor
-        return
+    again = interop.convert(kind / "sae", tmp_path / "again", kind.parent.name)
     assert again.shape.n_latents == sae.shape.n_latents
-    latents, recon = differences(again, np.load(kind / "expected.npz"))
+    expected = dict(np.load(kind / "expected.npz"))
+    if kind.name == "AutoEncoderTopK-backup":  # folded so that decoder rows stay of norm 1
+        assert sae.shape.normalize == "dataset" and again.shape.normalize == "none"
+        expected["latents"] = expected["latents"] / sae.shape.factor
+    latents, recon = differences(again, expected)
     assert latents <= BOUND and recon <= BOUND

@@ -22,6 +22,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_study_of_a_newer_ksparse_says_so(folder):
+    file = folder / "study.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match=r"study.json was written by a newer ksparse \(format 2\)"):
+        studies.write(folder)
+
+
 def test_the_page_shows_findings_members_and_figures_and_needs_no_network(folder):
     html = studies.write(folder).read_text()
     assert "TopK &lt;b&gt;wins" in html and "8.00 ± 0.25" in html and "7.00</td>" in html and "–</td>" in html

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ksparse import files
-from ksparse.errors import CorruptError
+from ksparse.errors import CorruptError, InputError
 from ksparse.report import laws as figures
 from ksparse.report import sweep as pages
 from ksparse.scaling import published
@@ -70,6 +70,12 @@ def test_a_whole_sweep_has_every_section_and_figure(whole):
     summary = page.all("p", **{"class": "summary"})[0].text
     assert "45 runs on pylm/0.3m, n from 512 to 8,192, k from 8 to 32" in summary and "Tokens to convergence grow as n^0.60" in summary
     assert "added or taken away" not in page.text
+
+
+def test_laws_of_a_newer_ksparse_say_so(tmp_path):
+    (tmp_path / "law.json").write_text('{"format": 2, "laws": {}, "subject": {}}')
+    with pytest.raises(InputError, match=r"law.json was written by a newer ksparse \(format 2\)"):
+        pages.Sweep(tmp_path).found  # noqa: B018
 
 
 def test_the_coefficients_on_the_page_are_those_of_the_file(whole):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ksparse import pylm
+from ksparse import files, pylm
 from ksparse.acts import agreement
 from ksparse.acts.sites import Site, blocks_before, describe_sites, hooked, not_activations, replaced_forward, resolve
 from ksparse.acts.text import Contexts, token_strings, without_bos
@@ -56,10 +56,10 @@ class LM:
         self.options = acts or Acts(lm=name, site=site)
         self.device = torch.device(device)
         folder = find_model(self.options.lm)
-        common = {"trust_remote_code": trust_remote_code or code_is_trusted()} | ({} if Path(folder).exists() else {"revision": self.options.revision})
+        common = {"trust_remote_code": trust_remote_code or code_is_trusted()} | ({} if files.exists(Path(folder)) else {"revision": self.options.revision})
         self.model = load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
         self.tokenizer = _load_tokenizer(self.options.tokenizer or folder, common)
-        self.folder = Path(folder) if Path(folder).exists() else None
+        self.folder = Path(folder) if files.exists(Path(folder)) else None
         self.vocab = self.model.get_input_embeddings().weight.shape[0]
         self._check_tokenizer()
         if acts is not None:
@@ -426,7 +426,7 @@ def find_model(name: str) -> str:
         except ValueError as error:
             raise InputError(str(error)) from None
     path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if not files.exists(path) and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise InputError(f"model folder {name} does not exist; give a folder with config.json, a Hub name such as gpt2, or pylm")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")

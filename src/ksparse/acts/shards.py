@@ -80,8 +80,7 @@ def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a folder of shards, finished or not."""
     found = files.read_table(folder / files.MANIFEST, format=int, acts=dict, policy=dict, rows=int, d_model=int, shards=list, place=list, contexts=int, complete=bool)
-    if found["format"] != FORMAT:
-        raise InputError(f"{folder / files.MANIFEST} is not a manifest of shards of format {FORMAT}")
+    files.check_format(folder / files.MANIFEST, found["format"], FORMAT)
     for entry in found["shards"]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in (("file", str), ("rows", int), ("sha256", str))):
             raise CorruptError(f"{folder / files.MANIFEST}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256")

@@ -30,7 +30,7 @@ from ksparse.acts.lm import LM
 from ksparse.acts.order import permutation
 from ksparse.acts.shards import Shards
 from ksparse.acts.text import Context, Corpus, Place
-from ksparse.errors import InputError, NonFiniteError
+from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.mesh import ALONE, Mesh
 from ksparse.recipe import Acts
 
@@ -93,6 +93,7 @@ class LiveStream:
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
         cursor = cursor or {"block": 0, "place": list(Place()), "skip": 0, "batch": 0}
+        _check_cursor(cursor, "block")
         number, start, done = cursor["block"], (Place(*cursor["place"]), cursor["skip"]), cursor["batch"]
         while True:
             block = self._block(start)
@@ -218,6 +219,7 @@ class ShardStream:
         self.halt = threading.Event()
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+        _check_cursor(cursor or {"step": 0}, "step")
         step = cursor["step"] if cursor else 0
         while True:
             rows = self.rows(step)
@@ -249,6 +251,13 @@ class ShardStream:
 
     def mixing(self) -> float | None:
         return self._mixing
+
+
+def _check_cursor(cursor: Cursor, key: str) -> None:
+    """Raise CorruptError for the cursor of another kind of stream."""
+    if key not in cursor:
+        raise CorruptError(f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: "
+                           "it is not of these activations; use an older checkpoint")
 
 
 class Ahead:

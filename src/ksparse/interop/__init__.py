@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ksparse import files
 from ksparse.errors import InputError
@@ -25,6 +26,10 @@ from ksparse.sae.model import SAE
 
 SIDECAR = "ksparse.json"
 """Beside what we write in another's format: what that cannot say of where an SAE comes from."""
+
+
+_MOST_FOLDERS = 10_000
+"""Folders that are looked into for an SAE to propose."""
 
 
 class Format(Protocol):
@@ -45,6 +50,11 @@ FORMATS: dict[str, Format] = {"sae_lens": sae_lens, "sparsify": sparsify, "dicti
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file here, or one in a Hub repository."""
     path = store.locate(source, revision=revision, subfolder=subfolder)
+    with files.read_errors(path):
+        return _load(path)
+
+
+def _load(path: Path) -> SAE:
     if not _is_ours(path):
         for name, form in FORMATS.items():
             place = form.find(path)
@@ -69,7 +79,9 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
     if form is None:
         near = difflib.get_close_matches(to, FORMATS, 1)
         raise InputError(f"there is no format {to!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}"))
-    fitted = fit.fitted(sae, to, form.HOLDS, normalization)
+    fitted = fit.fitted(
+        sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
+    )
     with files.committed(Path(folder)) as tmp:
         form.write(fitted, tmp)
         files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})
@@ -93,17 +105,57 @@ def _read(form: Format, place: Path) -> SAE:
     ours = (folder / SIDECAR).is_file()
     if (folder / files.MANIFEST).is_file() and (ours or "sha256" in foreign.json_file(folder / files.MANIFEST).table):
         files.verify(folder)
-    sae = form.read(place)
+    try:
+        sae = form.read(place)
+    except InputError as error:
+        raise error if str(folder) in str(error) else type(error)(f"{place}: {error}") from None
     if not ours:
         return sae
-    said: dict[str, Any] = foreign.json_file(folder / SIDECAR).table
-    if sae.shape.activation == said.get("activation") and isinstance(said.get("k"), int):
+    said = files.read_numbered(
+        folder / SIDECAR,
+        store.FORMAT,
+        {"activation": str, "k": int, "metadata": (dict, type(None))},
+    )
+    store.check_metadata(said["metadata"] or {}, folder / SIDECAR)
+    if sae.shape.activation == said["activation"]:
         sae.shape = dataclasses.replace(sae.shape, k=said["k"])  # most activations need none to be used, so most formats have none
-    sae.metadata = dict(said.get("metadata") or sae.metadata)
+    sae.metadata = dict(said["metadata"] or sae.metadata)
     return sae
 
 
 def _folders_with_saes(path: Path) -> list[str]:
-    """Return the folders below, three deep at most, that hold an SAE."""
-    folders = [each for depth in ("*", "*/*", "*/*/*") for each in sorted(path.glob(depth)) if each.is_dir() and not each.name.startswith(".")]
-    return [str(each.relative_to(path)) for each in folders if _is_ours(each) or any(form.find(each) for form in FORMATS.values())]
+    """Return the folders below, three deep at most, that hold an SAE; links, and what may not be
+    entered or read, are passed over.
+    """
+    with_saes, level = [], [path]
+    looked = 0
+    for _ in range(3):
+        below = [
+            Path(entry.path)
+            for folder in level
+            for entry in _entries(folder)
+            if not entry.name.startswith(".")
+        ]
+        level = below[: max(0, _MOST_FOLDERS - looked)]
+        looked += len(level)
+        with_saes += [str(folder.relative_to(path)) for folder in level if _holds_sae(folder)]
+    return with_saes
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the folders in a folder by name; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                (entry for entry in entries if entry.is_dir(follow_symlinks=False)),
+                key=lambda entry: entry.name,
+            )
+    except OSError:
+        return []
+
+
+def _holds_sae(folder: Path) -> bool:
+    try:
+        return _is_ours(folder) or any(form.find(folder) for form in FORMATS.values())
+    except (InputError, OSError):
+        return False

@@ -14,6 +14,8 @@
 
 AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by what they had, so it is here too. What is written for
 ReLU is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written.
+The constant of `dataset` goes into biases and thresholds, latents are then in the activations'
+unit, and decoder rows keep their norm.
 A backup from the midst of a run holds {ae, norm_factor, …}: the SAE of activations that are divided by that factor.
 """
 
@@ -35,6 +37,10 @@ from ksparse.sae.model import SAE, Shape
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = {activation: ("none",) for activation in ("topk", "batch_topk", "relu", "jump_relu", "gated")}
+UNIT_ROWS = True
+"""Those who load its files want decoder rows of norm 1, so a constant of the data set goes into the
+latents' unit.
+"""
 _LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
 _MATRICES = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
 _TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer", "AutoEncoder": "StandardTrainer",
@@ -44,21 +50,38 @@ _TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer
 def find(path: Path) -> Path | None:
     """Return the file of an SAE in this format, if the path is one or its folder holds one."""
     file = path / WEIGHTS if path.is_dir() else path
-    return file if file.is_file() and (file.name == WEIGHTS or file.suffix == ".pt" and (_config(file) is not None)) else None
+    return (
+        file
+        if files.exists(file)
+        and not file.is_dir()
+        and (file.name == WEIGHTS or file.suffix == ".pt" and (_config(file) is not None))
+        else None
+    )
 
 
 def read(file: Path) -> SAE:
     """Read ae.pt, or checkpoints/ae_STEP.pt, with the config.json of its trainer."""
     found, settings = foreign.torch_file(file), _config(file)
     backup = "ae" in found
-    weights = Weights(file, found["ae"] if backup else found)
-    trainer = Settings(settings.file, settings.table.get("trainer")) if settings else None
+    weights = foreign.tensors_of(file, found["ae"] if backup else found)
+    trainer = settings.under("trainer") if settings else None
     kind = _kind(weights, trainer)
     shape, tensors = _READ[kind](weights, trainer)
     weights.finish(("group_sizes", "threshold") if kind in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE") else ())
-    factor = found.get("norm_factor") if backup else None
-    normalize = {"normalize": "dataset", "factor": 1 / float(factor)} if factor else {"normalize": "none"}
-    return foreign.built(Shape(weights.lengths["d"], weights.lengths["n"], **shape, **normalize), tensors, _metadata(settings, trainer))
+    normalize: dict[str, Any] = {"normalize": "none"}
+    if backup and found.get("norm_factor") is not None:
+        factor = foreign.tensors_of(file, {"norm_factor": found["norm_factor"]}).number(
+            "norm_factor"
+        )
+        if factor <= 0:
+            raise InputError(f"{file}: norm_factor is {factor}, expected a number above 0")
+        normalize = {"normalize": "dataset", "factor": 1 / factor}
+    return foreign.built(
+        file,
+        Shape(weights.lengths["d"], weights.lengths["n"], **shape, **normalize),
+        tensors,
+        _metadata(settings, trainer),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -75,7 +98,15 @@ def write(sae: SAE, folder: Path) -> None:
     trainer |= {"k": sae.shape.k} if sae.shape.activation in ("topk", "batch_topk") else {}
     buffer = {"d_submodule": sae.shape.d_model, "io": "in" if site.endswith(":in") or site.startswith("resid_pre") else "out",
               "ctx_len": acts.get("context"), "device": "cpu"}
-    files.write_json(folder / CONFIG, {"trainer": trainer, "buffer": buffer})
+    carried = sites.carried(sae, "dictionary_learning")
+    files.write_json(
+        folder / CONFIG,
+        carried
+        | {
+            "trainer": sites.table(carried, "trainer") | trainer,
+            "buffer": sites.table(carried, "buffer") | buffer,
+        },
+    )
 
 
 # ---- one of each kind --------------------------------------------------------------------------------------------
@@ -83,7 +114,7 @@ def write(sae: SAE, folder: Path) -> None:
 
 def _topk(weights: Weights, trainer: Settings | None, activation: str = "topk") -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "b_dec")
-    k = int(weights.number("k", trainer.want("k", int) if trainer and "k" in trainer.table else None))
+    k = weights.whole("k", trainer.want("k", int, None) if trainer else None)
     if activation == "batch_topk":
         tensors["threshold"] = torch.tensor([weights.number("threshold")])
     return {"k": k, "activation": activation}, tensors
@@ -94,7 +125,9 @@ def _batch_topk(weights: Weights, trainer: Settings | None) -> tuple[dict[str, A
 
 
 def _matryoshka(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return {"k": int(weights.number("k")), "activation": "batch_topk"}, _matrices(weights) | {"threshold": torch.tensor([weights.number("threshold")])}
+    return {"k": weights.whole("k"), "activation": "batch_topk"}, _matrices(weights) | {
+        "threshold": torch.tensor([weights.number("threshold")])
+    }
 
 
 def _standard(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -187,8 +220,13 @@ def _kind(weights: Weights, trainer: Settings | None) -> str:
 def _metadata(settings: Settings | None, trainer: Settings | None) -> dict[str, Any]:
     if settings is None or trainer is None:
         return sites.metadata("dictionary_learning", {})
-    name = str(trainer.get("submodule_name", ""))
+    name = trainer.text("submodule_name") or ""
     numbered = re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", name)
     site = f"{numbered[1]}.{numbered[2]}" if numbered else name
-    buffer = Settings(settings.file, settings.get("buffer", {}))
-    return sites.metadata("dictionary_learning", settings.table, lm=trainer.get("lm_name") or None, site=site or None, context=buffer.get("ctx_len"))
+    return sites.metadata(
+        "dictionary_learning",
+        settings.table,
+        lm=trainer.text("lm_name"),
+        site=site or None,
+        context=settings.under("buffer").get("ctx_len"),
+    )

@@ -3,6 +3,7 @@
 | from | to | |
 |---|---|---|
 | dataset | none | exact: the constant goes into the weights |
+| | of a format with UNIT_ROWS | into biases and thresholds: latents are divided by it |
 | batch_topk, relu | jump_relu | exact in use: a threshold for each latent |
 | unit_norm | layer_norm | when asked: layer_norm divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation |
 | unit_norm, layer_norm, constant_norm | none | when asked: whoever uses the SAE normalises |
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -19,16 +21,37 @@ import torch
 from ksparse.errors import InputError
 from ksparse.sae.model import SAE
 
+_log = logging.getLogger("ksparse")
 Normalization = Literal["exact", "layer_norm", "outside"]
 """exact: carried or folded, or refused. layer_norm: also unit_norm as layer_norm. outside: left to whoever uses the SAE."""
 
 
-def fitted(sae: SAE, form: str, holds: Mapping[str, Collection[str]], normalization: Normalization = "exact") -> SAE:
+def fitted(
+    sae: SAE,
+    form: str,
+    holds: Mapping[str, Collection[str]],
+    normalization: Normalization = "exact",
+    *,
+    unit_rows: bool = False,
+) -> SAE:
     """Return the SAE as a format can hold it; raise InputError, naming it, for what the format cannot hold.
 
-    holds: the activations that the format can hold, and with each the normalisations.
+    holds: the activations that the format can hold, and with each the normalisations. unit_rows:
+    whether decoder rows are to keep their norm.
     """
     made = _activation(sae, form, holds)
+    if (
+        unit_rows
+        and made.shape.normalize == "dataset"
+        and "dataset" not in holds[made.shape.activation]
+    ):
+        made = in_raw_units(made)
+        _log.info(
+            "latents are divided by the constant of the data set, %.6g, since %s wants decoder "
+            "rows of norm 1",
+            sae.shape.factor,
+            form,
+        )
     return _normalization(made, form, holds[made.shape.activation], normalization)
 
 
@@ -39,6 +62,20 @@ def in_units(sae: SAE, size: float, normalize: str) -> SAE:
         made.W_enc.mul_(size)
         made.W_dec.div_(size)
         made.b_pre.div_(size)
+    return made
+
+
+def in_raw_units(sae: SAE) -> SAE:
+    """Return the SAE without the constant of the data set, and with the rows that it has: biases
+    and thresholds, and so latents, are divided by it.
+
+    Exact, since every activation is positively homogeneous: values, biases and thresholds times a
+    number give values times that number.
+    """
+    made = like(sae, normalize="none", factor=1.0)
+    with torch.no_grad():
+        for key in {"b_enc", "b_pre", "threshold", "b_mag"} & set(made.keys):
+            getattr(made, key).div_(sae.shape.factor)
     return made
 
 

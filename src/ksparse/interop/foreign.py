@@ -1,7 +1,6 @@
-"""Reading what others wrote, without trust: tensors by name and shape, settings by key and type, and nothing left over.
+"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensors`),
+settings by key and type.
 
-    weights.take("W_enc", "d", "n")     a tensor of that shape as float32; a letter stands for the same length in all calls
-    weights.finish(ignored)             raises if the file holds a tensor that nobody took: it would be lost
     settings.want("k", int)             the value of a key, of that type
 
 Pickles are not run: of a torch file only tensors and plain values are read, and one that wants more is refused.
@@ -10,7 +9,9 @@ Pickles are not run: of a torch file only tensors and plain values are read, and
 from __future__ import annotations
 
 import io
+import math
 import re
+import reprlib
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,62 +19,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ksparse import files
-from ksparse.errors import CorruptError, InputError
+from ksparse.errors import CorruptError, InputError, KsparseError
 from ksparse.sae.model import SAE, Shape
+from ksparse.sae.tensors import Stored
+from ksparse.sae.tensors import Weights as Weights
+from ksparse.sae.tensors import safetensors_file as safetensors_file
 
 _PLAIN = (bool, int, float, str, type(None))
-
-
-class Weights:
-    """The tensors of one file."""
-
-    def __init__(self, file: Path, tensors: Mapping[str, Any]):
-        self.file, self.lengths, self._taken = file, {}, set()
-        self._tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
-
-    def take(self, key: str, *dims: str) -> Tensor:
-        """Return a tensor as float32, whose dims are the lengths of those letters; the first to name a letter decides its length."""
-        if key not in self._tensors:
-            raise InputError(f"{self.file} lacks the tensor {key!r}; it has {self.names()}")
-        found = self._tensors[key]
-        shape = [self.lengths.setdefault(letter, length) for letter, length in zip(dims, found.shape)]
-        if len(found.shape) != len(dims) or list(found.shape) != shape:
-            expected = ", ".join(f"{letter} = {self.lengths[letter]}" if letter in self.lengths else letter for letter in dims)
-            raise InputError(f"{self.file}: tensor {key!r} has shape {list(found.shape)}, expected [{expected}]")
-        if found.is_complex() or found.dtype == torch.bool:
-            raise InputError(f"{self.file}: tensor {key!r} is of type {found.dtype}, expected numbers")
-        self._taken.add(key)
-        found = found.detach().to(torch.float32).contiguous()
-        if not torch.isfinite(found).all():
-            raise InputError(f"{self.file}: tensor {key!r} holds NaN or infinity; it is damaged, or training had failed")
-        return found
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a tensor with one element as a number; `default`, if given, where there is none."""
-        if key not in self._tensors and default is not None:
-            return default
-        if key in self._tensors and self._tensors[key].numel() == 1:
-            self._taken.add(key)
-            return float(self._tensors[key])
-        raise InputError(f"{self.file} lacks the number {key!r}" if key not in self._tensors
-                         else f"{self.file}: {key!r} has shape {list(self._tensors[key].shape)}, expected a single number")
-
-    def finish(self, ignored: Collection[str] = ()) -> None:
-        """Raise InputError for tensors that were neither taken nor are without effect."""
-        left = sorted(set(self._tensors) - self._taken - set(ignored))
-        if left:
-            raise InputError(f"{self.file} holds {', '.join(left)}, which an SAE of this kind does not have; reading it would lose that")
-
-    def names(self) -> str:
-        return ", ".join(sorted(self._tensors)) or "none"
+_PICKLE = 2**18
+"""Bytes of a pickle, or calls to read one: tensors lie outside it, and much more would take long."""
+_REQUIRED: Any = object()
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+# since a pickle of 1 kB can name a list of 2^60 entries
 
 
 class Settings:
@@ -88,29 +50,61 @@ class Settings:
         found = self.table.get(key, default)
         return default if found is None else found
 
-    def want(self, key: str, kind: type) -> Any:
-        """Return the value of a key that must be there and be of a type."""
+    def want(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """Return the value of a key, which must be of a type; `default`, if given, where there is
+        none or null.
+
+        Subclasses of dict are dicts; a boolean is no number.
+        """
+        if default is not _REQUIRED and self.table.get(key) is None:
+            return default
         if key not in self.table:
             raise InputError(f"{self.file} lacks the key {key!r}")
         found = self.table[key]
-        if kind is float and type(found) is int:
+        if kind is float and type(found) is int and abs(found) < 2**63:
             found = float(found)
-        if type(found) is not kind:
-            raise InputError(f"{self.file}: {key!r} is {found!r}, expected a value of type {kind.__name__}")
+        if (
+            not isinstance(found, kind)
+            or isinstance(found, bool)
+            and kind is not bool
+            or kind is int
+            and abs(found) >= 2**63
+        ):
+            raise InputError(
+                f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
+                f"{kind.__name__}"
+            )
         return found
+
+    def under(self, key: str) -> Settings:
+        """Return the table of a key, an empty one where there is none."""
+        return Settings(self.file, self.want(key, dict, {}))
+
+    def text(self, key: str) -> str | None:
+        """Return a string that says where an SAE comes from; None where it says nothing, or not in
+        a string.
+        """
+        found = self.table.get(key)
+        return found if isinstance(found, str) and found else None
 
     def among(self, key: str, choices: Collection[Any], default: Any = None) -> Any:
         """Return the value of a key, which must be one that ksparse knows."""
         found = self.get(key, default)
         if found not in list(choices):  # a list, because what is found may have no hash
-            raise InputError(f"{self.file}: {key} is {found!r}; ksparse reads {', '.join(map(repr, choices))}")
+            raise InputError(
+                f"{self.file}: {key} is {_short.repr(found)}; ksparse reads "
+                f"{', '.join(map(repr, choices))}"
+            )
         return found
 
     def refuse(self, **harmless: Any) -> None:
         """Raise InputError for a setting that changes what the SAE computes in a way that ksparse does not have."""
         for key, value in harmless.items():
             if self.get(key, value) != value:
-                raise InputError(f"{self.file}: {key} is {self.table[key]!r}; ksparse has no such SAE, and only reads {key} = {value!r}")
+                raise InputError(
+                    f"{self.file}: {key} is {_short.repr(self.table[key])}; ksparse has no such "
+                    f"SAE, and only reads {key} = {value!r}"
+                )
 
 
 def new_folder(folder: Path | str) -> Path:
@@ -128,47 +122,172 @@ def json_file(file: Path) -> Settings:
     return Settings(file, files.read_json(file))
 
 
-def safetensors_file(file: Path) -> Weights:
-    try:
-        return Weights(file, load_file(file))
-    except FileNotFoundError:
-        raise CorruptError(f"{file} is missing") from None
-    except SafetensorError as error:
-        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
-
-
 def torch_file(file: Path) -> dict[str, Any]:
     """Return the dictionary of a file of torch.save, if it holds tensors and plain values only."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CorruptError(f"{file} is missing") from None
+        with files.read_errors(file), _Counted(file) as stream:
+            if zipfile.is_zipfile(file):
+                _check_archive(file)
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                found = torch.load(stream, map_location="cpu", weights_only=True)
+    except KsparseError:
+        raise
     except Exception as error:  # of many types, those of the unpickler among them
         wanted = re.search(r"GLOBAL (\S+)|`([\w.]+)`? (?:was not|is not)", str(error))
         if type(error).__name__ == "UnpicklingError" and "weights_only" in str(error).lower().replace(" ", "_"):
             what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
             raise InputError(f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values only. Load it where you trust it, "
                              "and save its state_dict") from None
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {said}") from None
     if not isinstance(found, dict):
         raise InputError(f"{file} holds a {type(found).__name__}, expected a dictionary of tensors")
     return found
 
 
-def npz_file(file: Path) -> Weights:
-    """Return the arrays of a NumPy archive."""
-    if file.is_file() and not zipfile.is_zipfile(file):
-        raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
+class _Counted(io.BufferedReader):
+    """A file whose pickle ends the reading after so many calls; the tensors behind it are read in a
+    few.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__(io.FileIO(file))
+        self.file, self.left = file, _PICKLE
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise _too_long(self.file)
+        return super().read(size)
+
+
+def _check_archive(file: Path) -> None:
+    """Raise unless an archive is one that torch.save makes: nothing compressed, and no large
+    pickle.
+    """
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return Weights(file, {key: torch.from_numpy(np.array(archive[key])) for key in archive.files})
-    except FileNotFoundError:
-        raise CorruptError(f"{file} is missing") from None
-    except Exception as error:  # of zipfile, zlib, NumPy, or torch for a type that it lacks
-        if "allow_pickle" in str(error):
-            raise InputError(f"{file} is a pickle with code in it; ksparse reads arrays of numbers only") from None
-        raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged: {str(error).splitlines()[0]}") from None
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {error}") from None
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise CorruptError(
+                f"{file} is not a file of torch.save, or is damaged: {member.filename[:80]} in "
+                f"it is compressed"
+            )
+        if member.filename.endswith(".pkl") and member.file_size > _PICKLE:
+            raise _too_long(file)
+
+
+def _too_long(file: Path) -> InputError:
+    return InputError(
+        f"{file} holds a pickle of more than {_PICKLE:,} bytes beside its tensors; that of an "
+        f"SAE is a few kB. Load it where you trust "
+        "it, and save its state_dict"
+    )
+
+
+def tensors_of(file: Path, table: Any) -> Weights:
+    """Return the tensors of a dictionary out of a torch file; values of other types are left over
+    like tensors.
+    """
+    if not isinstance(table, dict):
+        raise InputError(
+            f"{file} holds a {type(table).__name__} in the place of a dictionary of tensors"
+        )
+    return Weights(file, {key: _stored(file, key, value) for key, value in table.items()})
+
+
+def _stored(file: Path, key: Any, value: Any) -> Stored:
+    """Return a value of a torch file as a tensor that is read when it is taken."""
+    if type(value) in (int, float):
+        return Stored((), torch.float64, lambda: torch.tensor(value, dtype=torch.float64))
+    plain = (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+    )
+    if not plain or value.is_quantized or value.is_nested:
+        return Stored(
+            (), f"a {type(value).__name__} that is no plain tensor", lambda: torch.empty(())
+        )
+
+    def read() -> Tensor:
+        held = value.untyped_storage().nbytes() // value.element_size()
+        if held < value.numel():
+            raise InputError(
+                f"{file}: tensor {key!r} is expanded: {value.numel():,} numbers on {held:,} that "
+                f"are stored; "
+                "save a copy of it (tensor.contiguous())"
+            )
+        return value
+
+    return Stored(tuple(value.shape), value.dtype, read)
+
+
+def npz_file(file: Path) -> Weights:
+    """Return the arrays of a NumPy archive; each is read when it is taken."""
+    try:
+        with files.read_errors(file):
+            if not zipfile.is_zipfile(file):
+                raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
+            with np.load(file, allow_pickle=False) as archive:
+                return Weights(
+                    file, {key: _in_archive(file, archive, key) for key in archive.files}
+                )
+    except KsparseError:
+        raise
+    except Exception as error:  # of zipfile, zlib or NumPy
+        raise _no_archive(file, error) from None
+
+
+def _in_archive(file: Path, archive: Any, key: str) -> Stored:
+    """Return an array of a NumPy archive by its header."""
+    name = f"{key}.npy" if f"{key}.npy" in archive.zip.namelist() else key
+    with archive.zip.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = header(stream)
+    if dtype.hasobject:
+        raise InputError(
+            f"{file} is a pickle with code in it; ksparse reads arrays of numbers only"
+        )
+    held, packed = archive.zip.getinfo(name).file_size, archive.zip.getinfo(name).compress_size
+    if held < math.prod(shape) * dtype.itemsize:
+        raise _no_archive(
+            file,
+            ValueError(
+                f"{name[:80]} has {held:,} bytes, too few for an array of shape {list(shape)}"
+            ),
+        )
+    if held > 2**26 + 100 * packed:
+        raise _no_archive(
+            file, ValueError(f"{name[:80]} would grow from {packed:,} bytes to {held:,}")
+        )
+
+    def read() -> Tensor:
+        try:
+            with np.load(file, allow_pickle=False) as again:
+                return torch.from_numpy(np.array(again[key], dtype=dtype.newbyteorder("=")))
+        except Exception as error:
+            raise _no_archive(file, error) from None
+
+    return Stored(
+        tuple(shape),
+        getattr(torch, dtype.name, dtype.name) if dtype.kind in "fiu" else dtype.name,
+        read,
+    )
+
+
+def _no_archive(file: Path, error: Exception) -> CorruptError:
+    said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+    return CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged: {said}")
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -222,6 +341,13 @@ def no_scaling(weights: Weights) -> None:
                          "Put it into the weights and leave it out")
 
 
+def unit_rows(W_dec: Tensor) -> bool:
+    """Return whether decoder rows have norm 1, so that multiplying by their norms changes
+    nothing.
+    """
+    return bool(((W_dec.norm(dim=1) - 1).abs() <= 1e-6).all())
+
+
 def weigh_by_decoder_(tensors: dict[str, Tensor]) -> None:
     """Account, in place, for latents that are multiplied by the norm of their decoder row before the choice, and divided by it in decoding."""
     norms = tensors["W_dec"].norm(dim=1)
@@ -231,10 +357,15 @@ def weigh_by_decoder_(tensors: dict[str, Tensor]) -> None:
     tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
 
 
-def built(shape: Shape, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> SAE:
-    """Return an SAE of that shape with those tensors."""
+def built(file: Path, shape: Shape, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> SAE:
+    """Return an SAE of that shape with those tensors, which were computed from those of a file."""
     made = SAE(shape, metadata)
     with torch.no_grad():
         for key in made.keys:
+            if not all(math.isfinite(end) for end in tensors[key].aminmax()):
+                raise InputError(
+                    f"{file}: its numbers make a {key} that holds NaN or infinity; it is "
+                    f"damaged, or training had failed"
+                )
             getattr(made, key).copy_(tensors[key])
     return made

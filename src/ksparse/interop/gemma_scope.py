@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ksparse import files
 from ksparse.interop import foreign, sites
 from ksparse.sae.model import SAE, Shape
 
@@ -32,7 +33,7 @@ _KEYS = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d", "threshold": 
 def find(path: Path) -> Path | None:
     """Return the file of an SAE in this format, if the path is one or its folder holds one."""
     file = path / WEIGHTS if path.is_dir() else path
-    return file if file.is_file() and file.suffix == ".npz" else None
+    return file if file.suffix == ".npz" and files.exists(file) and not file.is_dir() else None
 
 
 def read(file: Path) -> SAE:
@@ -47,7 +48,7 @@ def read(file: Path) -> SAE:
         tensors |= {"W_enc": tensors["W_enc"] / weights.lengths["d"] ** 0.5, "W_dec": tensors["W_dec"] * weights.lengths["d"] ** 0.5}
     foreign.centre_(tensors)
     shape = Shape(weights.lengths["d"], weights.lengths["n"], 1, "none", 1.0, "jump_relu")
-    return foreign.built(shape, tensors, _metadata(file))
+    return foreign.built(file, shape, tensors, _metadata(file))
 
 
 def write(sae: SAE, folder: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from ksparse import files
 from ksparse.errors import InputError
 from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Settings, Weights
+from ksparse.interop.foreign import Weights
 from ksparse.sae.model import SAE, Shape
 
 CONFIG, WEIGHTS = "config.json", "sae_weights"
@@ -50,21 +50,39 @@ def read(folder: Path) -> SAE:
     settings.refuse(sae_type="sae", use_glu_encoder=False)
     site = settings.want("hook_point_in", str)
     settings.refuse(hook_point_out=site)
+    flags = {
+        key: settings.want(key, bool, True)
+        for key in ("use_decoder_bias", "sparsity_include_decoder_norm")
+    }
     activation = ACTIVATIONS[settings.among("act_fn", ACTIVATIONS, "relu")]
     normalize = NORMALIZATIONS[settings.among("norm_activation", NORMALIZATIONS, "dataset-wise")]
     tensors = {"W_enc": weights.take("W_E", *"dn").t(), "b_enc": weights.take("b_E", "n"), "W_dec": weights.take("W_D", *"nd")}
     d, n = weights.lengths["d"], weights.lengths["n"]
-    tensors["b_pre"] = weights.take("b_D", "d") if settings.get("use_decoder_bias", True) else torch.zeros(d)
+    tensors["b_pre"] = weights.take("b_D", "d") if flags["use_decoder_bias"] else torch.zeros(d)
     foreign.centre_(tensors)
-    factor = math.sqrt(d) / weights.number(f"{_NORM}{site}") if normalize == "dataset" else 1.0
+    factor = 1.0
+    if normalize == "dataset":
+        norm = weights.number(f"{_NORM}{site}")
+        if norm <= 0:
+            raise InputError(f"{weights.file}: {_NORM}{site} is {norm}, expected a number above 0")
+        factor = math.sqrt(d) / norm
     if activation == "jump_relu":
         tensors["threshold"] = weights.take(_THRESHOLD, "n").exp()
     weights.finish([f"{_NORM}{site}"])
-    if settings.get("sparsity_include_decoder_norm", True):
+    if flags["sparsity_include_decoder_norm"]:
         _choose_by_decoder_norm_(tensors, activation, folder)
     k = settings.want("top_k", int) if activation == "topk" else 1
-    return foreign.built(Shape(d, n, k, normalize, factor, activation), tensors,
-                         sites.metadata("llamascopium", settings.table, lm=settings.get("model_name"), site=sites.from_hook(site)))
+    return foreign.built(
+        weights.file,
+        Shape(d, n, k, normalize, factor, activation),
+        tensors,
+        sites.metadata(
+            "llamascopium",
+            settings.table,
+            lm=settings.text("model_name"),
+            site=sites.from_hook(site),
+        ),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -77,7 +95,7 @@ def write(sae: SAE, folder: Path) -> None:
     if shape.normalize == "dataset":
         tensors[f"{_NORM}{site}"] = torch.tensor(math.sqrt(shape.d_model) / shape.factor)
     foreign.write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors")
-    files.write_json(folder / CONFIG, {
+    files.write_json(folder / CONFIG, sites.carried(sae, "llamascopium") | {
         "sae_type": "sae", "d_model": shape.d_model, "expansion_factor": _expansion(shape), "use_decoder_bias": True,
         "act_fn": _inverse(ACTIVATIONS)[shape.activation], "norm_activation": _inverse(NORMALIZATIONS)[shape.normalize],
         "sparsity_include_decoder_norm": False, "top_k": shape.k, "hook_point_in": site, "hook_point_out": site, "use_glu_encoder": False})
@@ -85,11 +103,11 @@ def write(sae: SAE, folder: Path) -> None:
 
 def _weights(folder: Path) -> Weights:
     """Return the tensors of whichever file there is."""
-    if (folder / f"{WEIGHTS}.safetensors").is_file():
+    if files.exists(folder / f"{WEIGHTS}.safetensors"):
         return foreign.safetensors_file(folder / f"{WEIGHTS}.safetensors")
     file = folder / f"{WEIGHTS}.pt"
-    if file.is_file():
-        return Weights(file, Settings(file, foreign.torch_file(file).get("sae")).table)
+    if files.exists(file):
+        return foreign.tensors_of(file, foreign.torch_file(file).get("sae"))
     raise InputError(f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in "
                      "Llamascopium")
 
@@ -98,8 +116,13 @@ def _choose_by_decoder_norm_(tensors: dict[str, torch.Tensor], activation: str, 
     """Account, in place, for values that are compared after multiplying them by the norm of their decoder row."""
     norms = tensors["W_dec"].norm(dim=1)
     if activation == "jump_relu":
+        if not bool((norms > 0).all()):
+            raise InputError(
+                f"{folder}: a decoder row is 0, though thresholds are of values times the norms "
+                f"of their rows"
+            )
         tensors["threshold"] = tensors["threshold"] / norms
-    elif activation == "topk" and not torch.allclose(norms, torch.ones_like(norms), atol=1e-6):
+    elif activation == "topk" and not foreign.unit_rows(tensors["W_dec"]):
         foreign.weigh_by_decoder_(tensors)
         _log.warning("%s: latents are multiplied by the norms that their decoder rows had, %.3g to %.3g, because they are chosen by that; "
                      "reconstructions are the same", folder, norms.min().item(), norms.max().item())

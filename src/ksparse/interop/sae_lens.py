@@ -16,6 +16,7 @@ What we write centres the input, so every number is carried as it is.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jump_relu", "gat
 WRITTEN = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "gated": "gated"}
 NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 HOLDS = {ours: tuple(NORMALIZATIONS.values()) for ours in WRITTEN}
+_log = logging.getLogger("ksparse")
 _VERSION = "6.54.12"  # whose format this is: without one the file would be taken for the flat format of before 6
 
 
@@ -46,10 +48,18 @@ def read(folder: Path) -> SAE:
     settings = foreign.json_file(folder / CONFIG)
     if "metadata" not in settings.table:
         settings = _from_flat(settings)
+    elif not isinstance(settings.table["metadata"], dict):
+        raise InputError(f"{settings.file}: 'metadata' is not a table of settings")
     weights = foreign.safetensors_file(folder / WEIGHTS)
     architecture = settings.among("architecture", ACTIVATIONS, "standard")
     activation = ACTIVATIONS[architecture]
     settings.refuse(activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False)
+    if settings.among("reshape_activations", ("none", "hook_z"), "none") == "hook_z":
+        _log.warning(
+            "%s: of hook_z, so x is the heads' outputs one after another, [..., heads x width of "
+            "a head]",
+            folder,
+        )
     normalize, factor = _normalization(folder, settings)
     W_enc, b_pre = weights.take("W_enc", "d", "n").t().contiguous(), weights.take("b_dec", "d")
     tensors = {"W_enc": W_enc, "b_enc": weights.take("b_gate" if activation == "gated" else "b_enc", "n"),
@@ -63,13 +73,19 @@ def read(folder: Path) -> SAE:
     foreign.no_scaling(weights)
     weights.finish()
     _check_size(settings, weights)
-    if not settings.get("apply_b_dec_to_input", True):
+    if not settings.want("apply_b_dec_to_input", bool, True):
         foreign.centre_(tensors)
-    if settings.get("rescale_acts_by_decoder_norm", False):
+    if settings.want("rescale_acts_by_decoder_norm", bool, False) and not foreign.unit_rows(
+        tensors["W_dec"]
+    ):
         foreign.weigh_by_decoder_(tensors)
-    k = settings.want("k", int) if activation == "topk" else max(1, int(settings.get("k", 1)))
+    k = (
+        settings.want("k", int)
+        if activation == "topk"
+        else max(1, int(settings.want("k", float, 1.0)))
+    )
     shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, factor, activation)
-    return foreign.built(shape, tensors, _metadata(settings))
+    return foreign.built(weights.file, shape, tensors, _metadata(settings))
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -84,14 +100,26 @@ def write(sae: SAE, folder: Path) -> None:
         "architecture": WRITTEN[shape.activation], "d_in": shape.d_model, "d_sae": shape.n_latents, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": normalize, "reshape_activations": "none"}
     if shape.activation == "topk":
-        config |= {"k": shape.k, "rescale_acts_by_decoder_norm": False}
-    files.write_json(folder / CONFIG, config | {"metadata": _their_metadata(sae)})
+        config |= {
+            "k": shape.k,
+            "rescale_acts_by_decoder_norm": foreign.unit_rows(sae.W_dec.detach()),
+        }  # their own default, and the same then
+    carried = sites.carried(sae, "sae_lens")
+    config |= {key: carried[key] for key in ("reshape_activations",) if key in carried}
+    files.write_json(
+        folder / CONFIG,
+        config | {"metadata": sites.table(carried, "metadata") | _their_metadata(sae, carried)},
+    )
 
 
 def _check_size(settings: Settings, weights: Weights) -> None:
     for key, letter in (("d_in", "d"), ("d_sae", "n")):
-        if settings.get(key, weights.lengths[letter]) != weights.lengths[letter]:
-            raise InputError(f"{settings.file}: {key} is {settings.get(key)!r}, the tensors of {weights.file.name} have {weights.lengths[letter]}")
+        said = settings.want(key, int, weights.lengths[letter])
+        if said != weights.lengths[letter]:
+            raise InputError(
+                f"{settings.file}: {key} is {said}, the tensors of {weights.file.name} have "
+                f"{weights.lengths[letter]}"
+            )
 
 
 def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
@@ -110,25 +138,56 @@ def _from_flat(settings: Settings) -> Settings:
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     table = {renamed.get(key, key): value for key, value in settings.table.items()}
     if table.get("activation_fn") == "topk":
-        table |= {"architecture": "topk", "k": (table.get("activation_fn_kwargs") or {}).get("k")}
+        table |= {"architecture": "topk", "k": settings.under("activation_fn_kwargs").get("k")}
     if isinstance(table.get("normalize_activations"), bool):
         table["normalize_activations"] = "expected_average_only_in" if table["normalize_activations"] else "none"
     return Settings(settings.file, table | {"metadata": table})
 
 
 def _metadata(settings: Settings) -> dict[str, Any]:
-    theirs = Settings(settings.file, settings.table["metadata"])
-    name = theirs.get("model_name")
-    context, bos = theirs.get("context_size"), theirs.get("prepend_bos")
-    text = theirs.get("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
-    return sites.metadata("sae_lens", settings.table, lm=name and sites.from_model(name),
-                          site=sites.from_hook(theirs.get("hook_name", "")) or None, context=context, bos=bos, text=text)
+    theirs = settings.under("metadata")
+    name, hook = theirs.text("model_name"), theirs.text("hook_name")
+    text = theirs.text("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
+    return sites.metadata(
+        "sae_lens",
+        settings.table,
+        lm=name and sites.from_model(name),
+        site=hook and sites.from_hook(hook),
+        context=theirs.get("context_size"),
+        bos=theirs.get("prepend_bos"),
+        text=text,
+    )
 
 
-def _their_metadata(sae: SAE) -> dict[str, Any]:
-    """Return what SAELens wants to know of where an SAE belongs."""
+def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
+    """Return what SAELens wants to know of where an SAE belongs; what it said itself, in `carried`,
+    stays.
+    """
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
-    return {"sae_lens_version": _VERSION, "sae_lens_training_version": None, "model_name": acts.get("lm"), "hook_name": sites.to_hook(site) or None,
-            "hook_layer": sites.layer_of(site), "hook_head_index": None, "context_size": acts.get("context"), "dataset_path": acts.get("text"),
-            "prepend_bos": acts.get("bos", "auto") == "auto", "model_class_name": "AutoModelForCausalLM", "exclude_special_tokens": False}
+    hook = sites.to_hook(site)
+    known = {
+        "sae_lens_version": _VERSION,
+        "sae_lens_training_version": None,
+        "model_name": acts.get("lm"),
+        "hook_name": hook or None,
+        "hook_layer": sites.layer_of(site),
+        "hook_head_index": None,
+        "context_size": acts.get("context"),
+        "dataset_path": acts.get("text"),
+        "prepend_bos": acts.get("bos", "auto") == "auto",
+        "model_class_name": "HookedTransformer"
+        if hook.startswith("blocks.")
+        else "AutoModelForCausalLM",  # whose names hook_name is of
+        "exclude_special_tokens": sites.trained_without_special_tokens(sae),
+    }
+    theirs = sites.table(carried, "metadata")
+    own = (
+        ("sae_lens_version", "hook_name")
+        if theirs.get("hook_name") != hook
+        else ("sae_lens_version",)
+    )
+    return {
+        key: theirs[key] if key in theirs and key not in own else value
+        for key, value in known.items()
+    }

@@ -13,11 +13,14 @@ A name that is in no row is a module's name, and stays what it is.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from typing import Any
 
-from ksparse.recipe import Acts
+from ksparse.errors import InputError
+from ksparse.recipe import Acts, from_dict
+from ksparse.sae.model import SAE
 
 _KINDS = "resid_pre|resid_mid|resid_post|attn_out|mlp_out"
 _ATTENTION = "attn|self_attn|attention|self_attention"
@@ -60,10 +63,57 @@ def layer_of(site: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def metadata(form: str, settings: dict[str, Any], *, lm: str | None = None, site: str | None = None, context: int | None = None,
-             bos: bool | None = None, text: str | None = None) -> dict[str, Any]:
-    """Return the metadata of an SAE that another library made: `origin`, and `acts` where LM, site and text are all known."""
-    known = {"lm": lm, "site": site, "context": context, "text": text, "bos": None if bos is None else "auto" if bos else "none"}
-    known = {key: value for key, value in known.items() if value is not None}
+def metadata(
+    form: str,
+    settings: dict[str, Any],
+    *,
+    lm: Any = None,
+    site: Any = None,
+    context: Any = None,
+    bos: Any = None,
+    text: Any = None,
+) -> dict[str, Any]:
+    """Return the metadata of an SAE that another library made: `origin`, and `acts` where LM, site
+    and text are all known.
+
+    What is not of its type is not known; `settings` has it as it is.
+    """
+    said = {
+        "lm": lm,
+        "site": site,
+        "context": context,
+        "text": text,
+        "bos": ("none", "auto")[bos] if isinstance(bos, bool) else None,
+    }
+    known = {}
+    for key, value in said.items():
+        try:
+            known |= {key: getattr(from_dict({"acts": {key: value}}).acts, key)}
+        except InputError:
+            continue
     origin = {"format": form, **known, "settings": settings}
     return {"origin": origin, "acts": dataclasses.asdict(Acts(**known))} if {"lm", "site", "text"} <= set(known) else {"origin": origin}
+
+
+def trained_without_special_tokens(sae: SAE) -> bool:
+    """Return whether ksparse trained an SAE, and left BOS and separators out; of others' it is not
+    known.
+    """
+    return (
+        "origin" not in sae.metadata
+        and (sae.metadata.get("policy") or sae.metadata.get("acts") or {}).get("keep") == "text"
+    )
+
+
+def carried(sae: SAE, form: str) -> dict[str, Any]:
+    """Return the settings that an SAE came with in a format, for writing it in the same one again;
+    {} if it came otherwise.
+    """
+    origin = sae.metadata.get("origin") or {}
+    return copy.deepcopy(origin.get("settings") or {}) if origin.get("format") == form else {}
+
+
+def table(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return a table in settings; {} where there is none."""
+    found = settings.get(key)
+    return found if isinstance(found, dict) else {}

@@ -39,16 +39,22 @@ def read(folder: Path) -> SAE:
                "b_pre": weights.take("b_dec", "d")}
     weights.finish()
     n, d = weights.lengths["n"], weights.lengths["d"]
-    said = settings.get("num_latents", 0) or settings.get("d_in", d) * settings.get("expansion_factor", 0)
-    if settings.get("d_in", d) != d or (said and said != n):
+    width = settings.want("d_in", int, d)
+    said = settings.want("num_latents", int, 0) or width * settings.want("expansion_factor", int, 0)
+    if width != d or (said and said != n):
         raise InputError(f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the tensors of {WEIGHTS} have {d} and {n}")
-    return foreign.built(Shape(d, n, settings.want("k", int), "none"), tensors, _metadata(folder, settings))
+    return foreign.built(
+        weights.file,
+        Shape(d, n, settings.want("k", int), "none"),
+        tensors,
+        _metadata(folder, settings),
+    )
 
 
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files of an SAE that this format can hold."""
     foreign.write_safetensors({"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_pre}, folder / WEIGHTS)
-    files.write_json(folder / CONFIG, {
+    files.write_json(folder / CONFIG, sites.carried(sae, "sparsify") | {
         "activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": sae.shape.n_latents, "k": sae.shape.k, "multi_topk": False,
         "skip_connection": False, "transcode": False, "d_in": sae.shape.d_model})
 
@@ -58,5 +64,11 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     hookpoint = folder.parent.name if folder.name.startswith("seed") else folder.name
     above = folder.parent.parent if folder.name.startswith("seed") else folder.parent
     run = foreign.json_file(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
-    return sites.metadata("sparsify", settings.table, lm=run.get("model"), site=sites.from_module(hookpoint), context=run.get("ctx_len"),
-                          text=run.get("dataset"))
+    return sites.metadata(
+        "sparsify",
+        settings.table,
+        lm=run.text("model"),
+        site=sites.from_module(hookpoint),
+        context=run.get("ctx_len"),
+        text=run.text("dataset"),
+    )

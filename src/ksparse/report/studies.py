@@ -40,7 +40,9 @@ def read(folder: Path) -> dict[str, Any]:
     """Return a study's answer; raise InputError where there is none."""
     if not (folder / "study.json").is_file():
         raise InputError(f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` makes one")
-    return files.read_table(folder / "study.json", name=str, members=dict, figures=list)
+    found = files.read_table(folder / "study.json", name=str, members=dict, figures=list)
+    files.check_format(folder / "study.json", found.get("format", 1), 1)
+    return found
 
 
 def draw(figure: dict[str, Any]) -> Picture | None:

@@ -36,6 +36,8 @@ class Sweep:
     def found(self) -> dict[str, Any]:
         """Return law.json."""
         found = files.read_json(self.folder / "law.json")
+        if isinstance(found, dict):
+            files.check_format(self.folder / "law.json", found.get("format", 1), 1)
         if not isinstance(found, dict) or not isinstance(found.get("laws"), dict) or not isinstance(found.get("subject"), dict):
             raise CorruptError(f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` writes it again")
         return found

@@ -46,6 +46,9 @@ class Code(NamedTuple):
         return Code(*(torch.cat(parts) for parts in zip(*(code.widened(width) for code in codes))))
 
 
+_LEAST_FACTOR = 1e-30  # beyond it or its inverse, float32 activations become 0 or infinity
+
+
 class RawCode(Code):
     """A code of raw activations. It remembers the mean and scale that their normalisation took off."""
 
@@ -88,14 +91,23 @@ class Shape:
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents", "k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"{name} of an SAE is {value!r}; it must be a whole number of at least 1")
         if self.k > self.n_latents:
             raise InputError(f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k")
-        if self.normalize not in KINDS:
-            raise InputError(f"normalisation {self.normalize!r} is unknown; there are {', '.join(KINDS)}")
-        if self.activation not in activations.KINDS:
-            raise InputError(f"activation {self.activation!r} is unknown; there are {', '.join(activations.KINDS)}")
+        for name, known in (("normalize", KINDS), ("activation", tuple(activations.KINDS))):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                what = "normalisation" if name == "normalize" else name
+                raise InputError(f"{what} {value!r} is unknown; there are {', '.join(known)}")
+        if (
+            type(self.factor) not in (int, float)
+            or not _LEAST_FACTOR <= self.factor <= 1 / _LEAST_FACTOR
+        ):
+            raise InputError(
+                f"factor of an SAE is {self.factor!r}; it must be a number from "
+                f"{_LEAST_FACTOR:g} to {1 / _LEAST_FACTOR:g}"
+            )
 
 
 class SAE(nn.Module):

@@ -6,23 +6,39 @@ range of latents from either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ksparse import files
+from ksparse import files, recipe
 from ksparse.errors import CorruptError, InputError
+from ksparse.recipe import Acts
 from ksparse.runs import RunFolder, pieces
+from ksparse.sae import activations
 from ksparse.sae.model import KEYS as KEYS
 from ksparse.sae.model import SAE, Shape
+from ksparse.sae.tensors import Stored, Weights, safetensors_file, views
 
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
+_SHAPE = {"d_model": int, "n_latents": int, "k": int, "normalize": str, "factor": (int, float)}
+_METADATA = {
+    "acts": dict, "policy": dict, "origin": dict, "tokens": int, "step": int, "dead_after": int,
+    "ksparse": str, "baseline": (int, float), "dead_fraction_training": (int, float)}
+_LARGEST = {
+    "tokens": 2**63, "step": 2**63, "dead_after": 2**63, "baseline": 1e300,
+    "dead_fraction_training": 1}
+_ORIGIN = {
+    "format": str, "lm": str, "site": str, "context": int, "bos": str, "text": str,
+    "settings": dict}
+POLICY: dict[str, files.Types] = {
+    "context": int, "bos_token": (int, type(None)), "separator_token": (int, type(None)),
+    "borders": str, "keep": str, "split": str, "tokens_per_document": (int, type(None))}
+"""The keys of `metadata.policy`, as `Corpus.policy` writes them."""
 
 
 def save(sae: SAE, folder: Path | str) -> None:
@@ -44,6 +60,7 @@ def write_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
 
 def write_shape(shape: Shape, metadata: dict[str, Any], folder: Path) -> None:
     """Write what an autoencoder is, without its weights."""
+    check_metadata(metadata, folder / CONFIG)
     files.write_json(folder / CONFIG, {"format": FORMAT, **asdict(shape), "metadata": metadata})
 
 
@@ -69,59 +86,98 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
     """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not here."""
     path = Path(source)
-    return (path if path.exists() else _download(str(source), revision, subfolder)) / subfolder
+    found = path if files.exists(path) else _download(str(source), revision, subfolder)
+    place = found / subfolder
+    if not files.exists(place):
+        raise InputError(f"{path} has no {subfolder[:80]!r} in it")
+    return place
 
 
 def read(folder: Path) -> SAE:
     """Read an autoencoder from its folder, naming whatever does not fit."""
     shape, metadata = read_shape(folder)
-    rows = (shape.n_latents, shape.d_model)
-    found = rows_of(folder, "sae", {"W_enc": rows, "W_dec": rows})  # before memory is taken for what a damaged file asks for
+    # checked before memory is taken for what a damaged file asks for
+    tensors = rows_of(folder, "sae").all(tensor_shapes(shape))
     sae = SAE(shape, metadata)
-    check_shapes(pieces(folder, "sae")[0], found, {key: tuple(getattr(sae, key).shape) for key in sae.keys})
-    sae.load_state_dict({key: found[key] for key in sae.keys})
+    sae.load_state_dict(tensors)
     return sae
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an autoencoder, its activation's own among them, with their shapes."""
+    n, d, activation = shape.n_latents, shape.d_model, activations.in_use(shape.activation)
+    return dict(zip(KEYS, ((n, d), (n,), (n, d), (d,)))) | {
+        name: activation.shape(name, n) for name in activation.own
+    }
 
 
 def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
     """Read what an autoencoder is, and what it was trained on."""
-    config = files.read_table(folder / CONFIG)
-    if config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG} has format {config.get('format')!r}; this version of ksparse reads {FORMAT}")
+    file = folder / CONFIG
+    table = files.read_numbered(
+        file, FORMAT, _SHAPE, {"activation": str, "metadata": (dict, type(None))}
+    )
+    metadata = table.pop("metadata", None) or {}
+    check_metadata(metadata, file)
     try:
-        shape = Shape(**{key: config[key] for key in Shape.__dataclass_fields__ if key != "activation" or key in config})  # none said: TopK
-    except KeyError as error:
-        raise CorruptError(f"{folder / CONFIG} lacks the key {error}") from None
-    if not isinstance(config.get("metadata", {}), dict | None):
-        raise CorruptError(f"{folder / CONFIG}: 'metadata' is not a table")
-    return shape, config.get("metadata")
+        return Shape(**table), metadata  # no activation said: TopK
+    except InputError as error:
+        raise CorruptError(f"{file}: {error}") from None
 
 
-def tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Read the tensors named in `shapes`, each of its shape; raise CorruptError for a file or tensor that is not so."""
-    with _reading(file):
-        found = load_file(file)
-    check_shapes(file, found, shapes)
-    return found
+def check_metadata(metadata: dict[str, Any], file: Path) -> None:
+    """Raise CorruptError, naming the key, where metadata that ksparse reads is not of its type;
+    other keys may hold anything.
+    """
+    files.check_keys(
+        file,
+        metadata,
+        {key: kind for key, kind in _METADATA.items() if metadata.get(key) is not None},
+        "metadata.",
+    )
+    for key, largest in _LARGEST.items():
+        if not 0 <= (metadata.get(key) or 0) <= largest:
+            raise CorruptError(
+                f"{file}: 'metadata.{key}' is {metadata[key]!r}, expected a number from 0 to "
+                f"{largest:g}"
+            )
+    origin, policy = metadata.get("origin") or {}, metadata.get("policy") or {}
+    files.check_keys(
+        file,
+        origin,
+        {key: kind for key, kind in _ORIGIN.items() if key in origin},
+        "metadata.origin.",
+    )
+    unknown = sorted(set(policy) - set(POLICY))
+    if unknown:
+        raise CorruptError(
+            f"{file} has the unknown key 'metadata.policy.{unknown[0][:80]}'; the keys are "
+            f"{', '.join(POLICY)}"
+        )
+    files.check_keys(
+        file,
+        policy,
+        {key: kind for key, kind in POLICY.items() if key in policy},
+        "metadata.policy.",
+    )
+    shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
+    for part, table in (("acts", metadata.get("acts") or {}), ("policy", shared)):
+        try:
+            recipe.from_dict({"acts": table}, where=f" in metadata.{part}")
+        except InputError as error:
+            raise CorruptError(f"{file}: metadata.{part}: {error}") from None
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading tensors into a CorruptError."""
-    try:
-        with files.read_errors(file):
-            yield
-    except SafetensorError as error:
-        raise CorruptError(f"{file} is truncated or damaged: {error}") from None
-
-
-def check_shapes(file: Path, found: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise CorruptError unless all tensors named in `shapes` were found, each of its shape."""
-    for key, shape in shapes.items():
-        if key not in found:
-            raise CorruptError(f"{file} lacks the tensor {key!r}; it has {', '.join(sorted(found))}")
-        if tuple(found[key].shape) != shape:
-            raise CorruptError(f"{file}: tensor {key!r} has shape {list(found[key].shape)}, expected {list(shape)}")
+def acts_of(metadata: dict[str, Any]) -> Acts:
+    """Return the activations that an autoencoder was trained on; raise InputError where its
+    metadata does not say, or is wrong.
+    """
+    acts = metadata.get("acts")
+    if not acts or not isinstance(acts, dict) or not acts.get("lm"):
+        raise InputError(
+            "this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)"
+        )
+    return recipe.from_dict({"acts": acts}, where=" of this SAE's metadata").acts
 
 
 def by_rows(key: str, shape: Sequence[int]) -> bool:
@@ -129,39 +185,62 @@ def by_rows(key: str, shape: Sequence[int]) -> bool:
     return len(shape) > 0 and key.rpartition(".")[2] != "b_pre"
 
 
-def rows_of(folder: Path, stem: str, shapes: dict[str, tuple[int, ...]], rows: slice | None = None) -> dict[str, torch.Tensor]:
-    """Read all tensors of `stem` in a folder, whether one file holds all latents or several hold some each.
+def rows_of(folder: Path, stem: str, rows: slice | None = None) -> Weights:
+    """Return all tensors of `stem` in a folder, whether one file holds all latents or several hold
+    some each.
 
-    rows: which of the latents, if not all. Raises CorruptError unless the tensors named in `shapes` are of these shapes.
+    rows: which of the latents, if not all; no others are read.
     """
-    found, parts, at = pieces(folder, stem), {}, 0
-    if len(found) == 1 and rows is None:
-        return tensors(found[0], shapes)
-    for file in found:
+    held = pieces(folder, stem)
+    if len(held) == 1 and rows is None:
+        return safetensors_file(held[0], CorruptError)
+    parts: dict[str, list[Stored]] = {}
+    at = 0
+    for file in held:
         at = _add(parts, file, at, rows or slice(0, 2**62))
-    for key, values in parts.items():
-        if len({(value.dtype, value.shape[1:]) for value in values}) > 1:
-            raise CorruptError(f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its {len(found)} files")
-    joined = {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
-    for key, shape in shapes.items():
-        got = list(joined[key].shape) if key in joined else "none"
-        if got != list(shape):
-            raise CorruptError(f"{folder}: tensor {key!r} of {stem}, in {len(found)} files, has shape {got}, expected {list(shape)}")
-    return joined
+    return Weights(
+        held[0] if len(held) == 1 else folder / f"{stem}.*.safetensors",
+        {key: _joined(folder, stem, key, some) for key, some in parts.items()},
+        CorruptError,
+    )
 
 
-def _add(parts: dict[str, list[Any]], file: Path, at: int, rows: slice) -> int:
+def _add(parts: dict[str, list[Stored]], file: Path, at: int, rows: slice) -> int:
     """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row after its last."""
-    with _reading(file), safe_open(file, framework="pt") as held:
-        views = {key: held.get_slice(key) for key in held.keys()}
-        sizes = {key: view.get_shape() for key, view in views.items()}
-        own = max((shape[0] for key, shape in sizes.items() if by_rows(key, shape)), default=0)
-        for key, shape in sizes.items():
-            if not by_rows(key, shape):
-                parts.setdefault(key, [held.get_tensor(key)])
-            elif rows.start < at + own and at < rows.stop:
-                parts.setdefault(key, []).append(views[key][max(0, rows.start - at) : min(own, rows.stop - at)])
-    return at + own
+    held = views(file)
+    lengths = {
+        key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)
+    }
+    count = max(lengths.values(), default=0)
+    other = [key for key, length in lengths.items() if length != count]
+    if other:
+        raise CorruptError(
+            f"{file}: tensor {other[0]!r} has {lengths[other[0]]} rows, others have {count}"
+        )
+    for key, (stored, read) in held.items():
+        if key not in lengths:
+            parts.setdefault(key, [stored])
+            continue
+        some = slice(max(0, rows.start - at), min(count, rows.stop - at))
+        if some.start < some.stop:
+            part = Stored(
+                (some.stop - some.start, *stored.shape[1:]), stored.dtype, partial(read, some)
+            )
+            parts.setdefault(key, []).append(part)
+    return at + count
+
+
+def _joined(folder: Path, stem: str, key: str, parts: list[Stored]) -> Stored:
+    """Return one tensor whose rows lie in several files."""
+    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        raise CorruptError(
+            f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its "
+            f"{len(parts)} files"
+        )
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Stored(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _download(repository: str, revision: str | None, subfolder: str) -> Path:
@@ -173,5 +252,9 @@ def _download(repository: str, revision: str | None, subfolder: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{repository} is neither a folder here nor a Hub repository that can be reached "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        said = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(
+            f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
+            f"folder here nor a Hub repository "
+            f"that can be reached ({type(error).__name__}: {said})"
+        ) from None

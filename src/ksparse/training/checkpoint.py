@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ksparse import files
-from ksparse.errors import DiskError, InputError, PeerError
+from ksparse.errors import CorruptError, DiskError, InputError, PeerError
 from ksparse.mesh import ALONE, Mesh
 from ksparse.runs import RunFolder, piece
 from ksparse.sae import store
@@ -57,8 +57,30 @@ class State:
     """Gives the latents that have been silent for long, in order; None where `since` was not set by a step. Not in the file."""
 
 
-STATE = {"step": int, "tokens": int, "cursor": (dict, type(None)), "baseline": (int, float), "updates": int}
+FORMAT = 2
+"""Of state.json: 1 had no number, and nothing else is different."""
+STATE: dict[str, files.Types] = {
+    "step": int,
+    "tokens": int,
+    "cursor": (dict, type(None)),
+    "baseline": (int, float),
+    "updates": int,
+}
 """The keys that state.json must have."""
+MORE: dict[str, files.Types] = {
+    "skipped": int,
+    "converged": bool,
+    "flops_auxk": (int, float),
+    "seconds": (int, float),
+    "threads": int,
+    "mesh": list,
+}
+"""Those that it may lack."""
+CURSORS: tuple[dict[str, files.Types], ...] = (
+    {"block": int, "place": list, "skip": int, "batch": int},
+    {"step": int},
+)
+"""Where live activations go on, and where shards do."""
 
 
 class Saver:
@@ -137,7 +159,7 @@ def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
             save_file({key: value.contiguous() for key, value in taken.tensors.items()}, tmp / piece("optim", mesh.latent_rank, mesh.latent))
         if mesh.first:
             store.write_shape(taken.shape, taken.metadata, tmp)
-            files.write_json(tmp / "state.json", taken.facts)
+            files.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
     if mesh.first:
         there = run.checkpoints()
         newest = there.index(path) + 1
@@ -181,14 +203,60 @@ def dead_fraction(state: State, dead_after: int, mesh: Mesh = ALONE) -> float:
 
 def load(path: Path, optimizer: Optimizer) -> State:
     """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
-    facts = files.read_table(path / "state.json", **STATE)
+    facts = read_state(path / "state.json")
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
     mesh, n = optimizer.mesh, sae.shape.n_latents
-    tensors = store.rows_of(path, "optim", shapes | {"since": (n,)}, mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
+    weights = store.rows_of(path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
+    for key in sae.keys:
+        moments = {
+            f"exp_avg.{key}": shapes[f"raw.{key}"],
+            f"exp_avg_sq.{key}": shapes[f"raw.{key}"],
+            f"step.{key}": (),
+        }
+        if any(name in weights for name in moments):  # what has had no gradient has none
+            shapes |= moments
+    counts = {name: () for name in ("screen.candidates", "screen.again") if name in weights} | {
+        "since": (n,)
+    }
+    tensors = weights.all(shapes, counts)
     optimizer.restore(tensors, facts.pop("updates"))
     return State(since=tensors["since"].to(sae.W_enc.device), **facts)
+
+
+def read_state(file: Path) -> dict[str, Any]:
+    """Read state.json; raise CorruptError, naming the key, for what a run cannot go on from."""
+    facts = files.read_numbered(file, FORMAT, STATE, MORE, unnumbered=1)
+    cursor = facts["cursor"]
+    if cursor is not None:
+        keys = next((keys for keys in CURSORS if set(keys) == set(cursor)), None)
+        if keys is None:
+            known = " or ".join(", ".join(keys) for keys in CURSORS)
+            raise CorruptError(
+                f"{file}: 'cursor' has the keys {', '.join(cursor)[:80] or 'none'}, expected "
+                f"{known}"
+            )
+        files.check_keys(file, cursor, keys, "cursor.")
+    numbers = {**facts, **{f"cursor.{key}": value for key, value in (cursor or {}).items()}}
+    for name, length in (("mesh", 2), ("cursor.place", 3)):
+        values = numbers.get(name, [1] * length)
+        if len(values) != length or any(type(value) is not int for value in values):
+            raise CorruptError(
+                f"{file}: {name!r} is {str(values)[:80]}, expected {length} whole numbers"
+            )
+        numbers |= {f"{name}.{i}": value for i, value in enumerate(values)}
+    for name, value in numbers.items():
+        least = int(name == "threads" or name.startswith("mesh."))
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
+            raise CorruptError(
+                f"{file}: {name!r} is {value}, expected a number from {least} to 2^63"
+            )
+    if file.parent.name != RunFolder(file.parent).checkpoint(facts["step"]).name:
+        raise CorruptError(
+            f"{file}: 'step' is {facts['step']}, though its folder is named {file.parent.name}"
+        )
+    return facts
 
 
 def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
