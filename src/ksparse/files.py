@@ -3,6 +3,7 @@
     with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest of SHA-256 sums
     with filled(path) as tmp: ...      the same without a manifest, also for folders of folders
     with placed(path) as tmp: ...      write the file tmp; on success it becomes path
+    with temporary(path) as tmp: ...   a folder beside path that is removed in the end
     inside(folder, name, ...)          a path of a folder, refused where a link leads out of it
     with locked(folder, name): ...     one process at a time
     verify(path)                       raise CorruptError unless every file is as the manifest says
@@ -122,7 +123,7 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
 def filled(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place once all of it is synced."""
     path = Path(path)
-    with explained(path), _temporary(path) as tmp:
+    with explained(path), temporary(path) as tmp:
         yield tmp
         mode = _mode(tmp)
         for file in sorted(tmp.rglob("*"), reverse=True):
@@ -138,7 +139,7 @@ def filled(path: Path) -> Iterator[Path]:
 def placed(path: Path) -> Iterator[Path]:
     """Yield a path to write a file at, which takes the place of `path` once it is synced."""
     path = Path(path)
-    with explained(path), _temporary(path) as folder:
+    with explained(path), temporary(path) as folder:
         tmp = folder / path.name
         yield tmp
         tmp.chmod(_mode(folder))
@@ -148,7 +149,7 @@ def placed(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, of a name that nobody can guess; remove it in the end.
 
     A folder for a single file too: whoever writes it may do so by way of names of its own, and
@@ -301,7 +302,7 @@ def verify(path: Path, *names: str) -> dict[str, Any]:
 
 def check_file(folder: Path, name: str, expected: str) -> Path:
     """Return folder/name if it is a plain name whose file has the SHA-256 sum `expected`."""
-    file = folder / plain_name(name, folder / MANIFEST)
+    file = inside(folder, plain_name(name, folder / MANIFEST))
     if not file.is_file():
         raise CorruptError(f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}")
     found = sha256(file)

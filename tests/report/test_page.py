@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ksparse import report
-from ksparse.errors import CorruptError, InputError
+from ksparse.errors import InputError
 from ksparse.report.numbers import GROUPS
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
@@ -223,12 +223,46 @@ def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
         report.write(RunFolder(tmp_path))
 
 
-@pytest.mark.parametrize("name, content", [("stats", "{"), ("downstream", "[1]"), ("vocabulary", "{}")])
-def test_a_damaged_result_is_named(make_run, name, content) -> None:
+def damage_json(file: Path) -> None:
+    file.write_text("{")
+
+
+def change_type(file: Path) -> None:
+    file.write_text("[1]")
+
+
+def damage_arrays(file: Path) -> None:
+    arrays = file.with_suffix(".safetensors")
+    arrays.write_bytes(arrays.read_bytes()[:1000])
+
+
+def put_another_sum(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"arrays_sha256": "0" * 64}))
+
+
+def name_other_arrays(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"arrays": "gone-0123456789abcdef.safetensors"}))
+
+
+def drop_rows(file: Path) -> None:
+    arrays = load_file(file.with_suffix(".safetensors"))
+    save_file({name: array[:1] for name, array in arrays.items()}, file.with_suffix(".safetensors"))
+
+
+@pytest.mark.parametrize("name, damage, again", [
+    ("stats", damage_json, "stats"), ("downstream", change_type, "downstream"), ("vocabulary", change_type, "stats"), ("stats", damage_arrays, "stats"),
+    ("n2g", put_another_sum, "n2g"), ("ablation", name_other_arrays, "ablation"), ("stats", drop_rows, "stats")])
+def test_a_damaged_result_is_left_out_with_a_line_and_the_others_are_shown(make_run, caplog, name, damage, again) -> None:
     run = make_run()
-    run.eval_file(name).write_text(content)
-    with pytest.raises(CorruptError, match=f"{name}.json"):
-        report.write(run)
+    damage(run.eval_file(name))
+    page = written(run)
+    lines = [element.text for element in page.all("p") if "is damaged and left out" in element.text]
+    assert len(lines) == 1 and f"The result of {name} is damaged and left out. ksparse eval " in " ".join(lines[0].split())
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and said[0].startswith(f"the result of {name} is left out: ") and said[0].endswith(f"To write it again: ksparse eval demo {again}")
+    assert str(run.path) in said[0] and str(run.path) not in page.text
+    others = {"stats": "explains", "downstream": "the LM’s loss rises", "probes": "task_00"}
+    assert all((part.replace("’", "'") in page.text) == (key != name) for key, part in others.items())
 
 
 def test_live_latents_have_cards_and_dead_ones_do_not(page) -> None:
