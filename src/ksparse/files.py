@@ -166,8 +166,10 @@ def temporary(path: Path) -> Iterator[Path]:
     try:
         yield tmp
     finally:
-        _discard(tmp)
-        os.close(handle)
+        try:
+            _discard(tmp)
+        finally:
+            os.close(handle)
 
 
 def _hold(path: Path, *, aged: bool = False) -> int | None:
