@@ -44,7 +44,8 @@ _PREFIX = ".tmp-"
 _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
 _DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+           errno.EBUSY)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -120,9 +121,14 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def filled(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place once all of it is synced."""
+def filled(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place once all of it is synced.
+
+    new: raise InputError, and leave what is there, where `path` has come to hold anything.
+    """
     path = Path(path)
+    if os.path.realpath(path) == os.getcwd():
+        raise InputError(f"{path} is the working folder, which cannot be replaced; give the name of a new one")
     with explained(path), temporary(path) as tmp:
         yield tmp
         mode = _mode(tmp)
@@ -131,7 +137,10 @@ def filled(path: Path) -> Iterator[Path]:
                 file.chmod(mode)  # safetensors makes files that only their owner can read
             _sync(file)
         _sync(tmp)
-        _replace(tmp, path)
+        if not new:
+            _replace(tmp, path)
+        elif not _renamed(tmp, path):
+            raise InputError(f"{path} is there already and not empty; give a new folder")
         _sync(path.parent)
 
 
@@ -236,6 +245,15 @@ def _renamed(tmp: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError if a folder holds anything but what `committed` put there."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    listed = read_table(folder / MANIFEST, sha256=dict)["sha256"] if MANIFEST in names else {}
+    strange = next((name for name in names if name not in listed and name != MANIFEST), None)
+    if strange or folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} {f'holds {strange}' if strange else 'is a file'}, which would be lost; give a new folder")
 
 
 def remove(path: Path) -> None:

@@ -70,6 +70,7 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
         near = difflib.get_close_matches(to, FORMATS, 1)
         raise InputError(f"there is no format {to!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}"))
     fitted = fit.fitted(sae, to, form.HOLDS, normalization)
+    files.check_replaceable(Path(folder))
     with files.committed(Path(folder)) as tmp:
         form.write(fitted, tmp)
         files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})

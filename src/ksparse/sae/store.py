@@ -27,6 +27,7 @@ WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
 
 def save(sae: SAE, folder: Path | str) -> None:
     """Write an autoencoder as a folder of its own."""
+    files.check_replaceable(Path(folder))
     with files.committed(Path(folder)) as tmp:
         write(sae, tmp)
 
