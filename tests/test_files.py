@@ -109,7 +109,7 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monke
     put(tmp_path / "one", NEW)
     at = events.index("rename")
     before = {path.name for path in events[:at]}
-    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one") for name in before)
+    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one~") for name in before)
     assert events[at + 1 :] == [tmp_path]
 
 
@@ -440,18 +440,18 @@ def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monk
     made = [name for name in names if re.fullmatch(r"\.tmp-[0-9a-f]{16}-.*", name)]
     assert len(made) == len(set(made)) == 12
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 16)
-    (tmp_path / ".tmp-0000000000000000-y.txt").symlink_to("victim")
+    (tmp_path / ".tmp-0000000000000000-y.txt~").symlink_to("victim")
     files.write_text(tmp_path / "y.txt", "new")
     assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "y.txt").is_symlink()
 
 
 def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_name_and_nothing_else_does(tmp_path):
     for name in ("x.txt", "other.txt"):
-        (tmp_path / f".tmp-0123456789abcdef-{name}").mkdir()
-        (tmp_path / f".tmp-0123456789abcdef-{name}" / name).write_text("half")
+        (tmp_path / f".tmp-0123456789abcdef-{name}~").mkdir()
+        (tmp_path / f".tmp-0123456789abcdef-{name}~" / name).write_text("half")
     (tmp_path / ".tmp-of-somebody").mkdir()
     files.write_text(tmp_path / "x.txt", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt", ".tmp-of-somebody"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt~", ".tmp-of-somebody"}
     files.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 

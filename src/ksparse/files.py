@@ -167,7 +167,7 @@ def temporary(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_for(path)
     while True:
-        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}"
+        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}~"  # not *.json, and the like
         tmp.mkdir()
         handle = _hold(tmp)
         if handle is not None:
@@ -278,7 +278,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _clear_for(path: Path) -> None:
     """Remove what killed processes left of `path`, and nothing else, since its folder may be anybody's."""
-    ours = re.compile(rf"{re.escape(_PREFIX)}(old-|gone-)?[0-9a-f]{{16}}-{re.escape(path.name)}")
+    name = re.escape(path.name)
+    ours = re.compile(rf"\.tmp-([0-9a-f]{{16}}-{name}~|(old|gone)-[0-9a-f]{{16}}-{name})")
     for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
         _clear(path.parent / entry)
 

@@ -196,7 +196,7 @@ class RunFolder:
             finally:
                 files.remove_leftovers(folder)
                 for file in folder.glob("*.safetensors"):
-                    if not self._in_use(file):
+                    if file.is_file() and not self._in_use(file):
                         file.unlink(missing_ok=True)
 
     def _in_use(self, file: Path) -> bool:
