@@ -364,3 +364,26 @@ def contrast(one: list[float], other: list[float]) -> float:
 
     bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
     return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("name", ["figures", "report.html", "metrics.jsonl", "evals/stats.json", "evals/vocabulary.json", "evals/stats.safetensors"])
+def test_a_report_neither_shows_nor_writes_what_a_link_leads_to(make_run, tmp_path, name) -> None:
+    run = make_run()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "key").write_text("secret")
+    if (run.path / name).exists():
+        (run.path / name).unlink()
+    (run.path / name).symlink_to("../out" if name == "figures" else f"{'../' * (name.count('/') + 1)}out/key")
+    with pytest.raises(InputError, match=f"{name} leads out of .*demo"):
+        report.write(run)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["key"] and (tmp_path / "out" / "key").read_text() == "secret"
+    assert name == "report.html" or not run.report_file.exists()
+
+
+def test_a_report_removes_what_killed_ones_left(make_run) -> None:
+    run = make_run()
+    for folder in ("figures", "evals", "."):
+        (run.path / folder).mkdir(exist_ok=True)
+        (run.path / folder / ".tmp-loss.svg-123").write_text("<svg")
+    report.write(run)
+    assert not list(run.path.rglob(".tmp-*"))
