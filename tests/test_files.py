@@ -521,3 +521,36 @@ def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
                 pass
         assert (tmp_path / "run" / target).read_text() == "mine"
         (tmp_path / "run" / ".lock").unlink()
+
+
+# ---- what is not ours
+
+
+def test_only_what_was_committed_is_replaceable(tmp_path):
+    put(tmp_path / "one", OLD)
+    (tmp_path / "empty").mkdir()
+    for name in ("one", "empty", "new"):
+        files.check_replaceable(tmp_path / name)
+    (tmp_path / "one" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / ".git").mkdir()
+    for name, said in (("one", "holds thesis.tex"), ("two", "holds .git"), ("file", "is a file")):
+        with pytest.raises(InputError, match=f"{name} {said}, which would be lost; give a new folder"):
+            files.check_replaceable(tmp_path / name)
+
+
+def test_a_new_folder_takes_no_others_place_that_came_meanwhile(tmp_path):
+    with pytest.raises(InputError, match="one is there already and not empty; give a new folder"):
+        with files.filled(tmp_path / "one", new=True) as tmp:
+            (tmp / "a").write_text("a")
+            put(tmp_path / "one", OLD)
+    assert content(tmp_path / "one") == OLD and [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "../" + tmp_path.name, tmp_path):
+        with pytest.raises(InputError, match="is the working folder, which cannot be replaced; give the name of a new one"):
+            put(name, NEW)
+    assert list(tmp_path.iterdir()) == []
