@@ -3,6 +3,8 @@
     python bench/faults.py --kills 200                                   one process
     python bench/faults.py --kills 200 --ranks 4 --mesh.data 2 --mesh.latent 2    one rank or all of them, by turns of a coin
     python bench/faults.py --kills 20 --ranks 2 --through torchrun ...   each life is a whole `torchrun`
+    python bench/faults.py --kills 100 --only eval report export labels shard convert    kill those instead (writers.py), a line of JSON each:
+                                                                         kills, those in_writing, what was wrong (must be none), leftovers (none)
 
 A life is `ksparse train`, the same command each time, in a process forked from one that has imported everything, since importing takes
 longer than training; with several ranks, as many processes with torchrun's environment. Those that have lost a rank are to end by themselves, with an
@@ -38,6 +40,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads would not survive the fork
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import writers
 
 from ksparse import cli, files
 from ksparse.errors import CorruptError
@@ -240,9 +244,12 @@ def main() -> None:
     parser.add_argument("--lm", default="pylm/0.3m")
     parser.add_argument("--site", default="resid_post.2")
     parser.add_argument("--text", default="", help="some Python source, if not given")
+    parser.add_argument("--only", nargs="+", choices=tuple(writers.KINDS), default=(), help="kill these in the place of training")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options.text = options.text or some_text(Path(folder))
+        if options.only:
+            kill_writers(options, Path(folder))
         hold_against_each_other(options, Path(folder))
 
 
@@ -253,14 +260,48 @@ def some_text(folder: Path) -> str:
     return str(folder / "texts.jsonl")
 
 
+def kill_writers(options: argparse.Namespace, folder: Path) -> None:
+    """Kill what reads a run and writes something, print the counts of each kind, and exit."""
+    run = folder / "run"
+    life = writers.Life(lambda: cli.main(["train", *words_of(options, steps=40), "--out", str(run)]), folder / "train.log")
+    if life.end():
+        sys.exit(f"the run failed:\n{life.said()}")
+    import matplotlib.figure  # noqa: F401, so that they are there in each life
+    import starlette.applications  # noqa: F401
+    import uvicorn  # noqa: F401
+
+    import ksparse.evals
+    import ksparse.interop
+    import ksparse.report.page
+    import ksparse.viewer  # noqa: F401
+    from ksparse.acts.lm import LM
+
+    LM(acts=RunFolder(run).recipe().acts, device="cpu")  # imports what an LM of this kind needs
+    life = writers.Life(lambda: cli.main(["eval", str(run), "stats", "downstream", "--tokens", "600", "--examples", "2", "--device", "cpu"]), folder / "eval.log")
+    if life.end():
+        sys.exit(f"the evaluation failed:\n{life.said()}")
+    good = True
+    for kind in options.only:
+        counts = writers.disturbed(kind, options.kills, options.seed, run)
+        good &= not counts["wrong"] and not counts["leftovers"]
+        print(json.dumps(counts), flush=True)
+    sys.exit(0 if good else 1)
+
+
+def words_of(options: argparse.Namespace, steps: int) -> list[str]:
+    """Return the options of a small run."""
+    words = ["--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text, "--acts.mix", "2048", "--sae.n-latents", "256",
+             "--sae.k", "8", "--sae.dead-after", "1024", "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
+             "--run.save-every", str(options.save_every), "--run.device", "cpu"]
+    for axis in ("data", "latent"):
+        words += [f"--mesh.{axis}", str(getattr(options, axis))] if getattr(options, axis) else []
+    return words
+
+
 def hold_against_each_other(options: argparse.Namespace, folder: Path) -> None:
     """Run both, print the counts, and exit."""
     steps = options.steps or 12 * options.kills + 20
-    options.words = ["train", "--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text, "--acts.mix", "2048", "--sae.n-latents", "256",
-                     "--sae.k", "8", "--sae.dead-after", "1024", "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
-                     "--run.save-every", str(options.save_every), "--run.device", "cpu"]
-    for axis in ("data", "latent"):
-        options.words += [f"--mesh.{axis}", str(getattr(options, axis))] if getattr(options, axis) else []
+    options.words = ["train", *words_of(options, steps)]
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, so that they are there in each life
 

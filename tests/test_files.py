@@ -109,7 +109,7 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monke
     put(tmp_path / "one", NEW)
     at = events.index("rename")
     before = {path.name for path in events[:at]}
-    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one") for name in before)
+    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one~") for name in before)
     assert events[at + 1 :] == [tmp_path]
 
 
@@ -487,18 +487,18 @@ def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monk
     made = [name for name in names if re.fullmatch(r"\.tmp-[0-9a-f]{16}-.*", name)]
     assert len(made) == len(set(made)) == 12
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 16)
-    (tmp_path / ".tmp-0000000000000000-y.txt").symlink_to("victim")
+    (tmp_path / ".tmp-0000000000000000-y.txt~").symlink_to("victim")
     files.write_text(tmp_path / "y.txt", "new")
     assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "y.txt").is_symlink()
 
 
 def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_name_and_nothing_else_does(tmp_path):
     for name in ("x.txt", "other.txt"):
-        (tmp_path / f".tmp-0123456789abcdef-{name}").mkdir()
-        (tmp_path / f".tmp-0123456789abcdef-{name}" / name).write_text("half")
+        (tmp_path / f".tmp-0123456789abcdef-{name}~").mkdir()
+        (tmp_path / f".tmp-0123456789abcdef-{name}~" / name).write_text("half")
     (tmp_path / ".tmp-of-somebody").mkdir()
     files.write_text(tmp_path / "x.txt", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt", ".tmp-of-somebody"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt~", ".tmp-of-somebody"}
     files.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 
@@ -568,3 +568,36 @@ def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
                 pass
         assert (tmp_path / "run" / target).read_text() == "mine"
         (tmp_path / "run" / ".lock").unlink()
+
+
+# ---- what is not ours
+
+
+def test_only_what_was_committed_is_replaceable(tmp_path):
+    put(tmp_path / "one", OLD)
+    (tmp_path / "empty").mkdir()
+    for name in ("one", "empty", "new"):
+        files.check_replaceable(tmp_path / name)
+    (tmp_path / "one" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / ".git").mkdir()
+    for name, said in (("one", "holds thesis.tex"), ("two", "holds .git"), ("file", "is a file")):
+        with pytest.raises(InputError, match=f"{name} {said}, which would be lost; give a new folder"):
+            files.check_replaceable(tmp_path / name)
+
+
+def test_a_new_folder_takes_no_others_place_that_came_meanwhile(tmp_path):
+    with pytest.raises(InputError, match="one is there already and not empty; give a new folder"):
+        with files.filled(tmp_path / "one", new=True) as tmp:
+            (tmp / "a").write_text("a")
+            put(tmp_path / "one", OLD)
+    assert content(tmp_path / "one") == OLD and [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "../" + tmp_path.name, tmp_path):
+        with pytest.raises(InputError, match="is the working folder, which cannot be replaced; give the name of a new one"):
+            put(name, NEW)
+    assert list(tmp_path.iterdir()) == []

@@ -174,3 +174,37 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
             1 / 0
     with RunFolder(tmp_path).locked():
         pass
+
+
+@pytest.mark.parametrize("name, ask", [
+    ("recipe.toml", lambda run: run.recipe()), ("environment.json", lambda run: run.environment()), ("metrics.jsonl", lambda run: run.metrics()),
+    ("metrics.jsonl", lambda run: run.append_metrics({"step": 1})), ("curve.jsonl", lambda run: run.curve()), ("curve.jsonl", lambda run: run.append_curve({"step": 1})),
+    ("alarms.jsonl", lambda run: run.append_alarm({"step": 1})), ("report.html", lambda run: run.report_file), ("evals", lambda run: run.eval("stats")),
+    ("evals/stats.json", lambda run: run.eval("stats")), ("evals/n2g.safetensors", lambda run: run.arrays_file("n2g")), ("evals", lambda run: run.writing_evals().__enter__()),
+    ("checkpoints", lambda run: run.checkpoints()), ("checkpoints", lambda run: run.checkpoint(4)), ("checkpoints/step-00000004", lambda run: run.newest_intact()),
+    (".lock", lambda run: run.locked().__enter__()), ("figures", lambda run: run.remove_leftovers())])
+def test_nothing_of_a_run_is_read_or_written_where_a_link_leads_out_of_it(run, tmp_path, name, ask):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".tmp-mine").write_text("")
+    for folder in ("evals", "checkpoints"):
+        (run.path / folder).mkdir()
+    files.write_json(run.path / "evals" / "n2g.json", {"name": "n2g"})
+    link = run.path / name
+    if link.is_dir():
+        link.rename(tmp_path / "out" / "away")
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "out")
+    with pytest.raises(InputError, match=f"{name} leads out of .*run, to .*out"):
+        ask(run)
+    assert (tmp_path / "out" / ".tmp-mine").exists()
+
+
+def test_leftovers_of_results_and_figures_go_and_what_is_being_written_stays(run):
+    for folder in ("evals", "figures", "checkpoints", "."):
+        (run.path / folder / ".tmp-x").mkdir(parents=True)
+        (run.path / folder / ".tmp-x.json-123").write_text("of an older version")
+    with files.placed(run.eval_file("stats")) as tmp:
+        tmp.write_text("{}")
+        run.remove_leftovers()
+        assert [path.name for path in run.path.rglob(".tmp-*")] == [tmp.parent.name]
+    assert run.eval("stats") == {}

@@ -3,6 +3,7 @@
     with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest of SHA-256 sums
     with filled(path) as tmp: ...      the same without a manifest, also for folders of folders
     with placed(path) as tmp: ...      write the file tmp; on success it becomes path
+    with temporary(path) as tmp: ...   a folder beside path that is removed in the end
     inside(folder, name, ...)          a path of a folder, refused where a link leads out of it
     with locked(folder, name): ...     one process at a time
     verify(path)                       raise CorruptError unless every file is as the manifest says
@@ -45,7 +46,8 @@ _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)
 _DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Types = type | tuple[type, ...]
-_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+           errno.EBUSY)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -121,10 +123,15 @@ def committed(path: Path, **facts: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def filled(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place once all of it is synced."""
+def filled(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its place once all of it is synced.
+
+    new: raise InputError, and leave what is there, where `path` has come to hold anything.
+    """
     path = Path(path)
-    with explained(path), _temporary(path) as tmp:
+    if os.path.realpath(path) == os.getcwd():
+        raise InputError(f"{path} is the working folder, which cannot be replaced; give the name of a new one")
+    with explained(path), temporary(path) as tmp:
         yield tmp
         mode = _mode(tmp)
         for file in sorted(tmp.rglob("*"), reverse=True):
@@ -132,7 +139,10 @@ def filled(path: Path) -> Iterator[Path]:
                 file.chmod(mode)  # safetensors makes files that only their owner can read
             _sync(file)
         _sync(tmp)
-        _replace(tmp, path)
+        if not new:
+            _replace(tmp, path)
+        elif not _renamed(tmp, path):
+            raise InputError(f"{path} is there already and not empty; give a new folder")
         _sync(path.parent)
 
 
@@ -140,7 +150,7 @@ def filled(path: Path) -> Iterator[Path]:
 def placed(path: Path) -> Iterator[Path]:
     """Yield a path to write a file at, which takes the place of `path` once it is synced."""
     path = Path(path)
-    with explained(path), _temporary(path) as folder:
+    with explained(path), temporary(path) as folder:
         tmp = folder / path.name
         yield tmp
         tmp.chmod(_mode(folder))
@@ -150,7 +160,7 @@ def placed(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, of a name that nobody can guess; remove it in the end.
 
     A folder for a single file too: whoever writes it may do so by way of names of its own, and
@@ -159,7 +169,7 @@ def _temporary(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_for(path)
     while True:
-        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}"
+        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}~"  # not *.json, and the like
         tmp.mkdir()
         handle = _hold(tmp)
         if handle is not None:
@@ -167,8 +177,10 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield tmp
     finally:
-        _discard(tmp)
-        os.close(handle)
+        try:
+            _discard(tmp)
+        finally:
+            os.close(handle)
 
 
 def _hold(path: Path, *, aged: bool = False) -> int | None:
@@ -237,6 +249,15 @@ def _renamed(tmp: Path, path: Path) -> bool:
     return True
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError if a folder holds anything but what `committed` put there."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    listed = read_table(folder / MANIFEST, sha256=dict)["sha256"] if MANIFEST in names else {}
+    strange = next((name for name in names if name not in listed and name != MANIFEST), None)
+    if strange or folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} {f'holds {strange}' if strange else 'is a file'}, which would be lost; give a new folder")
+
+
 def remove(path: Path) -> None:
     """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary name, never half of it under its own."""
     with explained(path):
@@ -259,7 +280,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _clear_for(path: Path) -> None:
     """Remove what killed processes left of `path`, and nothing else, since its folder may be anybody's."""
-    ours = re.compile(rf"{re.escape(_PREFIX)}(old-|gone-)?[0-9a-f]{{16}}-{re.escape(path.name)}")
+    name = re.escape(path.name)
+    ours = re.compile(rf"\.tmp-([0-9a-f]{{16}}-{name}~|(old|gone)-[0-9a-f]{{16}}-{name})")
     for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
         _clear(path.parent / entry)
 
@@ -303,7 +325,7 @@ def verify(path: Path, *names: str) -> dict[str, Any]:
 
 def check_file(folder: Path, name: str, expected: str) -> Path:
     """Return folder/name if it is a plain name whose file has the SHA-256 sum `expected`."""
-    file = folder / plain_name(name, folder / MANIFEST)
+    file = inside(folder, plain_name(name, folder / MANIFEST))
     if not file.is_file():
         raise CorruptError(f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}")
     found = sha256(file)

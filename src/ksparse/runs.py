@@ -7,6 +7,7 @@
     alarms.jsonl              what called for attention while it trained, if anything did
     checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors, state.json: to go on
     evals/NAME.json           a result: values with standard errors, and the options they came from
+    evals/NAME-SUM.safetensors   its arrays, which it names
     report.html, figures/
 
 `docs/formats.md` has every field.
@@ -14,11 +15,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import re
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,25 @@ class RunFolder:
 
     path: Path
 
+    def file(self, *names: str) -> Path:
+        """Return a path in the run's folder, there or not; raise InputError where a link leads out of that."""
+        return files.inside(self.path, *names)
+
     @property
     def recipe_file(self) -> Path:
-        return self.path / "recipe.toml"
+        return self.file("recipe.toml")
 
     @property
     def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.file("metrics.jsonl")
 
     @property
     def curve_file(self) -> Path:
-        return self.path / "curve.jsonl"
+        return self.file("curve.jsonl")
 
     @property
     def report_file(self) -> Path:
-        return self.path / "report.html"
+        return self.file("report.html")
 
     @property
     def name(self) -> str:
@@ -61,8 +66,16 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out {self.path}` makes one")
         return recipe.load(self.recipe_file)
 
+    def begun(self) -> bool:
+        """Return whether a step was taken, or anything judged: until then another recipe may take this one's place."""
+        return bool(self.checkpoints() or self.metrics() or list(self.file("evals").glob("*.json")))
+
+    @property
+    def environment_file(self) -> Path:
+        return self.file("environment.json")
+
     def environment(self) -> dict[str, Any]:
-        file = self.path / "environment.json"
+        file = self.environment_file
         return files.read_table(file) if file.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -81,7 +94,7 @@ class RunFolder:
 
     @property
     def alarms_file(self) -> Path:
-        return self.path / "alarms.jsonl"
+        return self.file("alarms.jsonl")
 
     def alarms(self) -> list[dict[str, Any]]:
         """Return what called for attention, in order."""
@@ -100,11 +113,13 @@ class RunFolder:
     # ---- checkpoints
 
     def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:08d}"
+        return self.file("checkpoints", f"step-{step:08d}")
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints there are, oldest first; each was committed whole, which does not prove it intact."""
-        return sorted(path for path in (self.path / "checkpoints").glob("step-*") if path.is_dir() and path.name[5:].isdecimal() and path.name.isascii())
+        found = sorted(self.file("checkpoints").glob("step-*"))
+        return [path for path in found if path.name[5:].isdecimal() and path.name.isascii()
+                and self.file("checkpoints", path.name).is_dir()]
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones; raise InputError if it is of another recipe."""
@@ -132,7 +147,7 @@ class RunFolder:
     # ---- evals
 
     def eval_file(self, name: str) -> Path:
-        return self.path / "evals" / f"{name}.json"
+        return self.file("evals", f"{name}.json")
 
     def eval(self, name: str) -> dict[str, Any] | None:
         """Return one result, or None if that evaluation has not been run."""
@@ -144,23 +159,66 @@ class RunFolder:
             raise CorruptError(f"{file} is a result of {found['name']!r}, under another name; run the evaluation again")
         return found
 
+    def arrays_file(self, name: str, result: dict[str, Any] | None = None) -> Path | None:
+        """Return the arrays that a result was written with, None where it has none.
+
+        Raise CorruptError if they are missing or damaged. result: if it has been read already.
+        """
+        result = self.eval(name) if result is None else result
+        if result is None:
+            return None
+        file = self._arrays_of(name, result)
+        expected = result.get("arrays_sha256")
+        if not file.is_file():
+            if "arrays" in result:
+                raise CorruptError(f"{file} is missing, though {name}.json names it; {self._again(name)}")
+            return None
+        if expected and files.sha256(file) != expected:
+            raise CorruptError(f"{file} is damaged or of another result than {name}.json; {self._again(name)}")
+        return file
+
+    def _arrays_of(self, name: str, result: dict[str, Any]) -> Path:
+        """Return where the arrays of a result are; before they were named by their sum that was NAME.safetensors."""
+        named = result.get("arrays", f"{name}.safetensors")
+        return self.file("evals", files.plain_name(named, self.eval_file(name)))
+
+    def _again(self, name: str) -> str:
+        place = self.name if self.path.is_absolute() else str(self.path)
+        return f"{shlex.join(['ksparse', 'eval', place, name])} writes both again"
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder. The system lets go of the lock when a process dies."""
-        with files.explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / ".lock").open("a+")
-        with stream:
+    def writing_evals(self, wait: float = 60.0) -> Iterator[None]:
+        """Keep other processes from writing results; in the end remove what killed ones left, and arrays that no result names."""
+        folder = self.file("evals")
+        with files.locked(folder, wait=wait, advice="try again when that has written its results"):
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                holder = stream.read().strip() or "unknown"
-                raise InputError(f"{self.path} is in use by process {holder}; wait for it, or give another --out") from None
-            with files.explained(self.path):
-                os.ftruncate(stream.fileno(), 0)
-                os.write(stream.fileno(), str(os.getpid()).encode())  # not buffered, or closing would meet a full disk once more
-            yield
+                yield
+            finally:
+                files.remove_leftovers(folder)
+                for file in folder.glob("*.safetensors"):
+                    if file.is_file() and not self._in_use(file):
+                        file.unlink(missing_ok=True)
+
+    def _in_use(self, file: Path) -> bool:
+        """Return whether a result names these arrays, or cannot be asked."""
+        named_by_sum = re.fullmatch(r"(.+)-[0-9a-f]{16}", file.stem)
+        name = named_by_sum[1] if named_by_sum else file.stem
+        try:
+            result = self.eval(name)
+            return not named_by_sum if result is None else self._arrays_of(name, result).name == file.name
+        except InputError:
+            return True
+
+    # ---- one process at a time
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from training in this folder. The system lets go of the lock when a process dies."""
+        return files.locked(self.path, advice="wait for it, or give another --out")
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left; what living ones are writing stays."""
+        for names in ((), ("checkpoints",), ("evals",), ("figures",)):
+            files.remove_leftovers(self.file(*names))
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ksparse import evals
+from ksparse import evals, files
 from ksparse.acts.lm import LM
 from ksparse.acts.text import Corpus
-from ksparse.errors import InputError, NonFiniteError
+from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.evals import downstream, stats
-from ksparse.evals.estimate import DocumentSums, ratio, share
+from ksparse.evals.estimate import DocumentSums, Result, ratio, share
 from ksparse.options import EvalOptions
 from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE, Shape
@@ -307,7 +309,129 @@ def test_results_are_written_as_json_and_arrays(subject, tmp_path):
     evals.write(run, evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS))
     written = run.eval("stats")
     assert written["policy"]["context"] == 16 and written["options"]["per_document"] == 60
-    assert (tmp_path / "evals" / "stats.safetensors").stat().st_mode & 0o777 == 0o644
+    arrays = tmp_path / "evals" / f"stats-{written['arrays_sha256'][:16]}.safetensors"
+    assert run.arrays_file("stats") == arrays and written["arrays"] == arrays.name and arrays.stat().st_mode & 0o777 == 0o644
     vocabulary = json.loads((tmp_path / "evals" / "vocabulary.json").read_text())
     assert len(vocabulary) == lm.vocab and vocabulary[0] == "<|endoftext|>"
     assert run.eval("probes") is None
+
+
+@pytest.fixture
+def results():
+    """Return two results of `stats`, of other tensors each."""
+    return [Result({"name": "stats", "value": value}, {"density": torch.full((5,), float(value))}, {"vocabulary": ["a"]}) for value in (1, 2)]
+
+
+def whole(run):
+    """Return the result of a run and its arrays, which belong together or this raises."""
+    result = run.eval("stats")
+    arrays = load_file(run.arrays_file("stats", result))
+    assert arrays["density"].tolist() == [float(result["value"])] * 5
+    return result["value"]
+
+
+def names(run):
+    return sorted(file.name for file in (run.path / "evals").iterdir())
+
+
+class Killed(BaseException):
+    """From here on nothing changes on the disk."""
+
+
+def killed_at(place, function):
+    """Call a function that comes no further than a call of those that change what is on the disk; return whether there are so many."""
+    calls = 0
+
+    def counted(own):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls >= place:
+                raise Killed
+            return own(*args, **options)
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            function()
+        except Killed:
+            return True
+    return False
+
+
+def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_one_whole(results, tmp_path):
+    run, place, seen = RunFolder(tmp_path), 0, []
+    killed = True
+    while killed:
+        place += 1
+        evals.write(run, {"stats": results[0]})
+        killed = killed_at(place, lambda: evals.write(run, {"stats": results[1]}))
+        seen.append(whole(run))
+        evals.write(run, {"stats": results[1]})
+        assert whole(run) == 2 and len(names(run)) == 4 and not [name for name in names(run) if ".tmp-" in name], "leftovers"
+    assert place > 12 and set(seen) == {1, 2} and seen == sorted(seen)
+
+
+def test_nobody_else_writes_results_between_the_arrays_and_their_json(results, tmp_path, monkeypatch):
+    run, write, refused = RunFolder(tmp_path), files.write_json, []
+
+    def between(path, value, **options):
+        if path.name == "stats.json":
+            with pytest.raises(InputError, match=f"evals is in use by process {os.getpid()}; try again when that has written its results"):
+                with run.writing_evals(wait=0.0):
+                    pass
+            refused.append(path)
+        write(path, value, **options)
+
+    monkeypatch.setattr(files, "write_json", between)
+    evals.write(run, {"stats": results[0]})
+    assert len(refused) == 1 and whole(run) == 1
+
+
+def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_json(results, tmp_path):
+    run = RunFolder(tmp_path)
+    for _ in range(3):
+        pids = []
+        for result in results:
+            pids.append(os.fork())
+            if not pids[-1]:
+                try:
+                    evals.write(run, {"stats": result})
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+        assert whole(run) in (1, 2) and len(names(run)) == 4
+
+
+def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replaced(results, tmp_path):
+    run = RunFolder(tmp_path)
+    evals.write(run, {"stats": results[0]})
+    old = run.path / "evals" / "stats.safetensors"
+    run.arrays_file("stats").rename(old)
+    files.write_json(run.eval_file("stats"), {key: value for key, value in run.eval("stats").items() if key != "arrays"}, sealed=True)
+    assert run.arrays_file("stats") == old and whole(run) == 1
+    evals.write(run, {"stats": results[1]})
+    assert whole(run) == 2 and not old.exists() and len(names(run)) == 4
+
+
+def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_path):
+    run = RunFolder(tmp_path)
+    evals.write(run, {"stats": results[0]})
+    for name, text in (("n2g.json", "{"), ("n2g-0123456789abcdef.safetensors", ""), ("mine.safetensors", ""), ("gone-0123456789abcdef.safetensors", "")):
+        (run.path / "evals" / name).write_text(text)
+    evals.write(run, {"downstream": Result({"name": "downstream"})})
+    assert {"n2g.json", "n2g-0123456789abcdef.safetensors", "mine.safetensors", run.arrays_file("stats").name} < set(names(run))
+    assert "gone-0123456789abcdef.safetensors" not in names(run), "no result names these"
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda file: file.unlink(), "is missing, though stats.json names it"), (lambda file: file.write_bytes(b"x"), "is damaged or of another result than stats.json")])
+def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(results, tmp_path, damage, said):
+    run = RunFolder(tmp_path / "run")
+    evals.write(run, {"stats": results[0]})
+    damage(run.arrays_file("stats"))
+    with pytest.raises(CorruptError, match=rf"stats-[0-9a-f]{{16}}.safetensors {said}; ksparse eval run stats writes both again"):
+        run.arrays_file("stats")

@@ -84,7 +84,7 @@ def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
 def test_the_ablated_variant_has_an_entry_for_each_prediction(run, tmp_path):
     atoms.export(run, tmp_path / "viewer")
     files = sorted((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
-    table = load_file(run.eval_file("ablation").with_suffix(".safetensors"))
+    table = load_file(run.arrays_file("ablation"))
     assert len(files) == len(table["latent"]) > 0
     for row, latent in enumerate(table["latent"].tolist()):
         [sequence] = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}-ablated.json").read_text())["top"]

@@ -1,6 +1,11 @@
 """The fast copies agree with the definition, and both with autograd of dense code. Bugs T1, T2 of other libraries."""
 
+import ctypes
 import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksparse import kernels
-from ksparse.kernels import fast, reference
+from ksparse.kernels import fast, native, reference
 
 SHAPES = {  # b, k, n, d
     "plain": (7, 3, 40, 8), "k_is_1": (5, 1, 33, 4), "k_is_n": (4, 6, 6, 5), "d_not_a_power_of_two": (9, 5, 50, 37),
@@ -197,3 +202,108 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     values, indices, _, weight = inputs((4, 3, 9, 5))
     kernels.gather_sum(values.requires_grad_(), indices, weight).sum().backward()
     assert values.grad is not None and not calls
+
+
+# ---- the library that is kept
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """Return a new cache, in which building a library is copying one that says where it was built."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nwhile [ \"$1\" != -o ]; do shift; done; echo built > \"$2\"\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ksparse"
+
+
+def test_a_library_is_kept_where_this_user_alone_can_write(cache):
+    cache.parent.mkdir()
+    before = os.umask(0)
+    try:
+        path = native.build()
+    finally:
+        os.umask(before)
+    assert path.parent == cache and path.read_text() == "built\n"
+    assert (cache.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert [file.name for file in cache.iterdir()] == [path.name]
+
+
+def give_away(path):
+    if os.geteuid():
+        pytest.skip("only root gives a file to another user")
+    os.chown(path, 54321, 54321)
+
+
+@pytest.mark.parametrize("plant", [lambda path: path.chmod(0o666), lambda path: path.chmod(0o620), give_away, lambda path: shutil.move(path, f"{path}.so") and path.symlink_to(f"{path}.so")],
+                         ids=["writable_by_all", "writable_by_the_group", "of_another_user", "a_link"])
+def test_a_library_that_others_may_have_put_there_is_replaced(cache, plant):
+    path = native.build()
+    path.write_text("planted")
+    plant(path)
+    assert native.build() == path and path.read_text() == "built\n" and not path.is_symlink()
+    assert path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("plant", [lambda folder: folder.chmod(0o777), lambda folder: folder.chmod(0o1777), lambda folder: folder.chmod(0o770), give_away,
+                                   lambda folder: folder.rename(folder.with_name("x")) and folder.symlink_to("x"), lambda folder: folder.parent.chmod(0o777)],
+                         ids=["writable_by_all", "sticky", "writable_by_the_group", "of_another_user", "a_link", "below_one_that_all_can_write"])
+def test_a_cache_that_others_can_write_to_is_not_used(cache, plant, monkeypatch, caplog):
+    path = native.build()
+    path.write_text("planted")
+    plant(cache)
+    with pytest.raises(native.NoCache, match="others can write to .*cache.*; set XDG_CACHE_HOME to a folder of this user alone"):
+        native.build()
+    opened = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda file: opened.append((Path(file).read_text(), Path(file).parent)) or ctypes.PyDLL(None))
+    caplog.set_level("INFO")
+    assert native.load.__wrapped__() is None, "it has none of the symbols"
+    assert [text for text, _ in opened] == ["built\n"] and not opened[0][1].exists(), "built anew, in a folder that is gone"
+    assert [record.getMessage()[:34] for record in caplog.records] == ["compiled kernels are not kept (oth", "the compiled kernels are not avail"]
+
+
+def test_a_cache_below_a_sticky_folder_is_used(cache):
+    cache.parent.mkdir()
+    cache.parent.chmod(0o1777)
+    assert native.build().parent == cache
+
+
+def test_a_relative_cache_is_ignored(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert native.build().parent == tmp_path / "home" / ".cache" / "ksparse" and not (tmp_path / "relative").exists()
+
+
+@pytest.mark.parametrize("home", [None, "relative"])
+def test_without_a_home_a_library_is_built_for_this_process_alone(cache, monkeypatch, tmp_path, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user without an entry, as in a container
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(native.NoCache, match="this user has no home folder; set XDG_CACHE_HOME"):
+        native.build()
+    opened = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda file: opened.append(Path(file).parent) or ctypes.PyDLL(None))
+    assert native.load.__wrapped__() is None and len(opened) == 1 and not opened[0].exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"compiler", "cache"}
+
+
+@pytest.mark.parametrize("content", ["", "no library"])
+def test_what_is_no_library_of_ours_is_one_line_and_plain_torch(cache, monkeypatch, caplog, content):
+    native.build().write_text(content)
+    caplog.set_level("INFO")
+    assert native.load.__wrapped__() is None
+    assert len(caplog.records) == 1 and "training goes on with plain torch" in caplog.text and "\n" not in caplog.records[0].getMessage()
+
+
+def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(cache, monkeypatch, caplog, tmp_path):
+    (tmp_path / "compiler").write_text("#!/bin/sh\necho what >&2; echo is wrong >&2; exit 1\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        native.build()
+    caplog.set_level("INFO")
+    assert native.load.__wrapped__() is None and list(cache.iterdir()) == []
+    assert [record.getMessage() for record in caplog.records] == ["the compiled kernels are not available (is wrong); training goes on with plain torch"]

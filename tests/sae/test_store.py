@@ -456,3 +456,13 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(source):
 def test_a_file_in_place_of_a_folder_is_refused(folder):
     with pytest.raises(InputError, match="holds no SAE: expected"):
         ksparse.load(folder / store.WEIGHTS)
+
+
+def test_saving_over_a_folder_with_something_else_in_it_is_refused(sae, tmp_path):
+    folder = tmp_path / "one"
+    store.save(sae, folder)
+    store.save(sae, folder)
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="holds thesis.tex, which would be lost; give a new folder"):
+        store.save(sae, folder)
+    assert (folder / "thesis.tex").read_text() == "mine" and store.load(folder).shape == sae.shape

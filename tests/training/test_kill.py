@@ -76,7 +76,7 @@ for item in sys.argv[3:]:
     found.setdefault(name, []).append([code, (base / "message").read_text(), steps])
 print(json.dumps(found))
 """
-KILLS = [("fsync", 2), ("fsync", 9), ("step", 6), ("fsync", 12), ("step", 12)]
+KILLS = [("fsync", 2), ("fsync", 12), ("step", 6), ("fsync", 27), ("step", 12)]
 
 
 @pytest.fixture

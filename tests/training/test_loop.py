@@ -22,6 +22,7 @@ from ksparse.acts.stream import Batch
 from ksparse.acts.text import Corpus
 from ksparse.errors import DiskError, InputError, Interrupted, NonFiniteError, OutOfMemoryError
 from ksparse.recipe import load as load_recipe
+from ksparse.recipe import to_toml
 from ksparse.sae.loss import Losses
 from ksparse.sae.model import Code
 from ksparse.training import checkpoint, feed, member, optim
@@ -337,6 +338,26 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small_recipe, tm
     same(everything(run), whole())
 
 
+def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
+    """As SIGINT is in a script's background jobs."""
+    def observe(row):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            seen.append(signal.getsignal(signum))
+        if row["step"] == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    before, seen = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        run = train(small_recipe(), tmp_path / "run", observe=observe)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        with pytest.raises(Interrupted, match="everything is saved"):
+            train(small_recipe({"seed": 1}), tmp_path / "other", observe=lambda row: row["step"] == 6 and signal.raise_signal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(seen[::2]) == {signal.SIG_IGN} and signal.SIG_DFL not in seen[1::2]
+    same(everything(run), whole())
+
+
 def test_a_second_signal_stops_at_once(small_recipe, tmp_path):
     def twice(row):
         signal.raise_signal(signal.SIGINT)
@@ -592,3 +613,56 @@ def test_every_option_of_the_autoencoder_trains(small_recipe, tmp_path):
             {"optim.warmup": 3, "optim.decay": 0.5, "optim.clip": 0.1}, {"acts.bos": "none"}, {"acts.keep": "all"}]):
         rows = train(small_recipe({"tokens": 5 * 64, "sae.dead_after": 64} | changes), tmp_path / str(number)).metrics()
         assert all(math.isfinite(row["nmse"]) for row in rows) and rows[-1]["auxk"] > 0, changes
+
+
+# ---- a start that fails, and the corrected one
+
+
+@pytest.mark.parametrize("wrong", [{"acts.site": "resid_post.99"}, {"acts.lm": "./nowhere"}, {"acts.text": "./nowhere.txt"}, {"acts.field": "nothing"},
+                                   {"optim.lr": 1e30}], ids=lambda changes: next(iter(changes)))
+def test_after_a_start_that_failed_the_corrected_recipe_is_trained_in_the_same_folder(small_recipe, tmp_path, wrong, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the cat sat on a mat and saw {i} black dogs " * 4}) + "\n" for i in range(60)))
+    if "optim.lr" in wrong:
+        monkeypatch.setattr(member, "advance", lambda optimizer, x, state, recipe: (backward(optimizer, x, state, recipe), math.nan))
+    with pytest.raises((InputError, NonFiniteError)):
+        train(small_recipe({"acts.text": str(text)} | wrong), tmp_path / "run")
+    monkeypatch.undo()
+    right = small_recipe({"acts.text": str(text)})
+    run = train(right, tmp_path / "run")
+    assert load_recipe(run.recipe_file) == right
+    same(everything(run), everything(train(right, tmp_path / "fresh")))
+    assert {path.name for path in run.path.iterdir()} == {path.name for path in (tmp_path / "fresh").iterdir()}
+
+
+def test_another_recipe_is_refused_once_a_step_was_taken_even_without_a_checkpoint(small_recipe, tmp_path):
+    run = train(small_recipe(), tmp_path / "run")
+    for gone in (run.path / "checkpoints", run.metrics_file):
+        with pytest.raises(InputError, match="was begun with another recipe: sae.k: 4 -> 2"):
+            train(small_recipe({"sae.k": 2}), run.path)
+        files.remove(gone) if gone.is_dir() else gone.unlink()
+    files.write_json(run.eval_file("stats"), {"name": "stats"})
+    with pytest.raises(InputError, match="was begun with another recipe"):
+        train(small_recipe({"sae.k": 2}), run.path)
+
+
+def test_a_recipe_that_somebody_put_there_is_not_replaced(small_recipe, tmp_path):
+    (tmp_path / "recipe.toml").write_text("# mine\n" + to_toml(small_recipe()))
+    with pytest.raises(InputError, match="was begun with another recipe: sae.k: 4 -> 2"):
+        train(small_recipe({"sae.k": 2}), tmp_path)
+    assert (tmp_path / "recipe.toml").read_text().startswith("# mine\n")
+
+
+def test_a_run_is_not_trained_where_a_link_leads(small_recipe, tmp_path):
+    """In somebody's unfinished run that is gone on with."""
+    (tmp_path / "out").mkdir()
+    for name in ("checkpoints", "metrics.jsonl", "environment.json", "recipe.toml", ".lock"):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / "environment.json").write_text("{}")
+        (folder / "recipe.toml").write_text(to_toml(small_recipe()))
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("../out" if name == "checkpoints" else "../out/x")
+        with pytest.raises(InputError, match=f"{name} leads out of .*with-{name}, to .*out"):
+            train(small_recipe(), folder)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -34,7 +34,7 @@ def at(port: int, path: str = "#/") -> str:
 @pytest.fixture(scope="module")
 def loudest(trained) -> int:
     """Return the latent with the largest effect that also fires often."""
-    stats = load_file(trained.eval_file("stats").with_suffix(".safetensors"))
+    stats = load_file(trained.arrays_file("stats"))
     return int(stats["density"].argmax())
 
 
@@ -105,7 +105,7 @@ def test_keys_lead_everywhere(browser: Browser, served: int):
 
 
 def test_the_table_is_sorted_filtered_and_linked(browser: Browser, served: int, trained: RunFolder):
-    density = load_file(trained.eval_file("stats").with_suffix(".safetensors"))["density"]
+    density = load_file(trained.arrays_file("stats"))["density"]
     browser.open(at(served, "#/latents?sort=density"))
     browser.until("return document.querySelector('[aria-sort=descending]')?.innerText.startsWith('Density')")
     shown = [int(text) for text in browser.js("return [...document.querySelectorAll('tbody a.to')].map((a) => a.innerText)")]

@@ -69,8 +69,7 @@ def write_sites(lm: LM, corpus: Corpus, parent: Path, sites: Sequence[str], *, r
 
 
 def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """Return the manifest of a folder, made where there is none."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Return the manifest of a folder, or one to begin with. The folder is made with the first shard."""
     files.remove_leftovers(folder)
     corpus.names.update(enumerate(files.read_strings(folder / NAMES)) if (folder / NAMES).is_file() else ())
     return _manifest(folder) if (folder / files.MANIFEST).is_file() else {
@@ -90,11 +89,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _add(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], corpus: Corpus, place: Place, contexts: int, done: int) -> None:
     """Write one shard, and the manifest that has it, in place."""
     name = f"{len(manifest['shards']):05d}.safetensors"
-    tmp = folder / f".tmp-{name}"
-    save_file(tensors, tmp)
-    tmp.chmod(0o644)
-    entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
-    tmp.replace(folder / name)
+    with files.placed(folder / name) as tmp:
+        save_file(tensors, tmp)
+        entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
     last = max(corpus.names)
     files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
     manifest |= {"shards": [*manifest["shards"], entry], "place": list(place), "contexts": contexts,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ksparse.cli.arguments import parse, take_folder, verb
 from ksparse.cli.shown import visible
-from ksparse.errors import InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.runs import RunFolder
 
 
@@ -64,8 +64,11 @@ def steer(arguments: list[str]) -> None:
 
 def _what_is_known(folder: str, latent: int) -> str:
     """Return what `stats` has found of a latent, so that a value can be chosen; nothing if it has not been run."""
-    arrays = RunFolder(Path(folder)).eval_file("stats").with_suffix(".safetensors")
-    if not arrays.is_file():
+    try:
+        arrays = RunFolder(Path(folder)).arrays_file("stats")
+    except CorruptError:
+        arrays = None
+    if arrays is None:
         return ""
     from safetensors.numpy import load_file
 

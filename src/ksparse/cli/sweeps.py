@@ -32,7 +32,7 @@ def sweep(arguments: list[str]) -> None:
     source, rest = take_folder("sweep", arguments, "a sweep.toml, such as recipes/sweeps/pylm.toml, or the folder of a sweep")
     options = parse(SweepArgs, "sweep SWEEP.toml", rest)
     inside = Path(source).is_dir()
-    grid = read(Path(source) / "sweep.toml" if inside else source)
+    grid = read(files.inside(Path(source), "sweep.toml") if inside else source)
     folder = SweepFolder(Path(options.out or (source if inside else f"sweeps/{Path(source).stem}")))
     say("loading torch and looking at the language models")
     from ksparse.scaling import sweep as sweeping

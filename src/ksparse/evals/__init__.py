@@ -165,20 +165,26 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def write(run: RunFolder, results: dict[str, Result]) -> None:
-    """Write results into a run's folder evals/."""
-    for name, result in results.items():
-        path = run.eval_file(name)
-        with files.explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    """Write results into a run's folder evals/. A result's JSON names its arrays, so its rename commits both."""
+    with run.writing_evals():
+        for name, result in results.items():
             if result.arrays:
-                tmp = path.with_name(f".tmp-{name}.safetensors")
-                save_file({key: array.contiguous() for key, array in result.arrays.items()}, tmp)
-                tmp.chmod(0o644)
-                result["arrays_sha256"] = files.sha256(tmp)
-                tmp.replace(path.with_suffix(".safetensors"))
-        for other, value in result.files.items():
-            files.write_json(run.eval_file(other), value)
-        files.write_json(path, result, sealed=True)
+                result |= _placed(run, name, result.arrays)
+            for other, value in result.files.items():
+                files.write_json(run.eval_file(other), value)
+            files.write_json(run.eval_file(name), result, sealed=True)
+
+
+def _placed(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Write arrays under a name made of their sum, beside those that the older result names; return both."""
+    file = run.file("evals", f"{name}.safetensors")
+    with files.explained(file), files.temporary(file) as folder:
+        save_file({key: array.contiguous() for key, array in arrays.items()}, folder / file.name)
+        total = files.sha256(folder / file.name)
+        named = f"{name}-{total[:16]}.safetensors"
+        with files.placed(run.file("evals", named)) as tmp:
+            (folder / file.name).rename(tmp)
+    return {"arrays": named, "arrays_sha256": total}
 
 
 def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:

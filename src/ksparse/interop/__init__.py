@@ -82,6 +82,7 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
     fitted = fit.fitted(
         sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
     )
+    files.check_replaceable(Path(folder))
     with files.committed(Path(folder)) as tmp:
         form.write(fitted, tmp)
         files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})

@@ -24,8 +24,8 @@ def export(run: RunFolder, folder: Path) -> int:
     foreign.new_folder(folder)
     shown = Shown(run)
     latents = shown.live()
-    with files.explained(folder):
-        (folder / "atoms").mkdir(parents=True, exist_ok=True)
+    with files.filled(folder, new=True) as folder:
+        (folder / "atoms").mkdir()
         for latent in latents:
             _write(folder / "atoms" / f"{latent}.json", atom(shown, latent))
         for row, latent in enumerate(shown.ablation.get("latent", np.zeros(0)).tolist()):

@@ -64,9 +64,8 @@ def push(source: Path | str, repository: str, *, subfolder: str = "", private: b
 def prepare(source: Path | str, folder: Path | str, repository: str, *, subfolder: str = "", normalization: Normalization = "exact") -> Path:
     """Write what is uploaded into a new folder; return that folder."""
     _check_name(repository)
-    folder, run, sae = foreign.new_folder(folder), RunFolder(Path(source)), interop.load(source)
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    place, run, sae = foreign.new_folder(folder), RunFolder(Path(source)), interop.load(source)
+    with files.filled(place, new=True) as folder:
         store.write(sae, folder)
         refused = ""
         try:
@@ -77,12 +76,13 @@ def prepare(source: Path | str, folder: Path | str, repository: str, *, subfolde
         if run.exists():
             (folder / "run" / "evals").mkdir(parents=True)  # not in the folder itself, which would then be taken for a run
             shutil.copy(run.recipe_file, folder / "run" / "recipe.toml")
-            for file in sorted((run.path / "evals").glob("*.json")):
+            for file in sorted(run.file("evals").glob("*.json")):
+                file = run.file("evals", file.name)
                 if file.stem != "vocabulary":
                     results[file.stem] = files.read_table(file)
                     shutil.copy(file, folder / "run" / "evals" / file.name)
         files.write_text(folder / "README.md", card(sae, repository, subfolder=subfolder, results=results, refused=refused))
-    return folder
+    return place
 
 
 def card(sae: SAE, repository: str, *, subfolder: str = "", results: dict[str, Any] | None = None, refused: str = "") -> str:

@@ -61,7 +61,7 @@ def dashboard(run: RunFolder, folder: Path, publication: Publication = Publicati
     shown, sae, lm = _opened(run, folder)
     head = {"model_id": publication.model or shown.acts.lm, "layer": _layer(shown), "sae_set": publication.set, "sae_id_suffix": None}
     count = 0
-    with files.explained(folder):
+    with files.filled(folder, new=True) as folder:
         for number, features in enumerate(_batches(shown, sae, lm)):
             files.write_json(folder / f"batch-{number}.json", head | {"features": features})
             count += len(features)
@@ -75,12 +75,13 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     for name in (model, source):
         if Path(name).name != name or name == "..":
             raise InputError(f"{name!r} cannot be the name of a folder; give --model and --set plain names")
-    home, now = folder / model / source, datetime.datetime.now(datetime.timezone.utc).isoformat()
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
     common = {"creatorId": publication.creator, "createdAt": now}
     release = publication.release or publication.set
     explained = _explanations(run, shown)
     count = 0
-    with files.explained(folder):
+    with files.filled(folder, new=True) as filled:
+        home = filled / model / source
         home.mkdir(parents=True)
         _lines(home / "release.jsonl", [{"name": release, "description": release, "descriptionShort": release, "urls": [publication.url] if publication.url else [],
                                          "creatorNameShort": publication.creator, "creatorName": publication.creator, **common}])
@@ -106,8 +107,6 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
 def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
     foreign.new_folder(folder)
     shown = Shown(run)
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     return shown, store.load(run.path), LM(acts=shown.acts)
 
 

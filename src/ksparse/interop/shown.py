@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ksparse import files
-from ksparse.errors import CorruptError, InputError
+from ksparse.errors import InputError
 from ksparse.runs import RunFolder
 
 
@@ -42,11 +42,10 @@ class Shown:
 
     def read(self, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return an evaluation's JSON and arrays."""
-        result, arrays = self.run.eval(name), self.run.eval_file(name).with_suffix(".safetensors")
-        if result is None or not arrays.is_file():
+        result = self.run.eval(name)
+        arrays = self.run.arrays_file(name, result)
+        if result is None or arrays is None:
             raise InputError(f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it")
-        if "arrays_sha256" in result and files.sha256(arrays) != result["arrays_sha256"]:
-            raise CorruptError(f"{arrays} is damaged or of another result than {name}.json; run the evaluation again")
         return result, load_file(arrays)
 
     def live(self) -> list[int]:

@@ -10,6 +10,8 @@ Without Triton this module can still be imported, `available()` is then False. W
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +25,8 @@ try:
     import triton.language as tl
 except ImportError:  # no wheel for this system, or a torch for CPUs alone
     triton = tl = None
+
+_log = logging.getLogger("ksparse")
 
 CHUNK = 512
 """Tokens of one latent that one program adds up; a latent with more is taken in parts."""
@@ -54,7 +58,16 @@ FLOAT32_TILE = Tile(tokens=64, latents=128, depth=32, warps=8)
 
 def available() -> bool:
     """Return whether the kernels can be compiled and run here."""
-    return triton is not None and torch.cuda.is_available()
+    return triton is not None and torch.cuda.is_available() and _keeps_at_home()
+
+
+@functools.cache
+def _keeps_at_home() -> bool:
+    """Return whether Triton has a place for what it compiles; without a home that is the working folder, from which anybody's would be run."""
+    place = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    if not os.path.isabs(place):
+        _log.info("no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder of this user alone")
+    return os.path.isabs(place)
 
 
 def usable(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 It is not in the wheel, because code for any processor would leave out what most of them can do, and because a wheel that carried it
 would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch.
+Where others may have written to the cache it is built anew in each process: a library of theirs would be run.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ksparse import files
+from ksparse.errors import DiskError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
@@ -49,42 +54,89 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
+_SYMBOLS = ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose", "ks_update")
+
+
+class NoCache(OSError):
+    """There is no folder that this user alone can have written libraries to."""
+
+
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """Return the library, built if need be; None where that cannot be done, said once in the log."""
     if os.environ.get("KSPARSE_NATIVE", "1") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        _log.info("the compiled kernels are not available (%s); training goes on with plain torch", detail.strip().splitlines()[-1:] or detail)
+        library = _opened()
+        for name in _SYMBOLS:
+            getattr(library, name).restype = None
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
+        _log.info("the compiled kernels are not available (%s); training goes on with plain torch", said.splitlines()[-1])
         return None
-    for name in ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose", "ks_update"):
-        getattr(library, name).restype = None
     return library
 
 
-def build(compiler: str | None = None) -> Path:
-    """Return the built library; raise OSError without a compiler, SubprocessError if it fails."""
+def _opened() -> ctypes.CDLL:
+    """Load the library from the cache; from a folder that is gone right after where there is no cache."""
+    try:
+        return ctypes.CDLL(str(build()))
+    except (NoCache, DiskError) as error:
+        _log.info("compiled kernels are not kept (%s)", error)
+    with tempfile.TemporaryDirectory(prefix="ksparse-") as folder:
+        return ctypes.CDLL(str(build(folder=Path(folder))))
+
+
+def build(compiler: str | None = None, folder: Path | None = None) -> Path:
+    """Return the built library; raise OSError without a compiler, SubprocessError if it fails.
+
+    folder: where it is kept; the user's cache if not given, or NoCache where that is none.
+    """
     compiler = compiler or next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
     tune = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
     key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, tune, _FLAGS, _processor())).encode()).hexdigest()[:20]
-    path = _cache() / f"native-{key}.so"
-    if path.is_file():
+    path = (folder or _cache()) / f"native-{key}.so"
+    if path.is_file() and _of_this_user(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with files.placed(path) as made:  # whole or not at all, also where two processes build
         subprocess.run([compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
-        made.replace(path)  # whole or not at all, also where two processes build
+    path.chmod(0o600)
     return path
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ksparse"
+    """Return the folder of libraries, made if need be; raise NoCache unless this user alone can write there.
+
+    A library is run as it is loaded, and anybody can work out the name of ours.
+    """
+    try:
+        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        home = given if given.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+    except RuntimeError:
+        home = Path()
+    if not home.is_absolute():
+        raise NoCache("this user has no home folder; set XDG_CACHE_HOME to a folder of its own")
+    folder = home / "ksparse"
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shared = next((above for above in folder.resolve().parents if _open_to_all(above)), None)
+        if shared or not _of_this_user(folder):
+            raise NoCache(f"others can write to {shared or folder}; set XDG_CACHE_HOME to a folder of this user alone")
+    return folder
+
+
+def _of_this_user(path: Path) -> bool:
+    """Return whether nobody but this user and root can have put there what is there."""
+    found = path.lstat()
+    return found.st_uid in (0, os.geteuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _open_to_all(folder: Path) -> bool:
+    """Return whether everybody may take away what others have in a folder."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _processor() -> str:

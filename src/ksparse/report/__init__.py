@@ -27,8 +27,9 @@ def write(run: RunFolder) -> Path:
     from ksparse.report import page
 
     html, pictures = page.render(run)
+    run.remove_leftovers()
     for picture in pictures:
-        files.write_text(run.path / "figures" / f"{picture.name}.svg", picture.svg)
+        files.write_text(run.file("figures", f"{picture.name}.svg"), picture.svg)
     files.write_text(run.report_file, html)
     return run.report_file
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ksparse.errors import CorruptError
 from ksparse.report import figures, findings
 from ksparse.report.figures import Picture
 from ksparse.report.findings import Effect, Explanation
@@ -160,8 +159,7 @@ class _Reader:
         context, position, value, acts = (
             self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES] for name in ("context", "position", "value", "acts"))
         if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
-            raise CorruptError(f"{self.arrays.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says "
-                               f"{self.before + 1 + self.after}; run the evaluation again")
+            raise self.arrays.damaged(f": '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says {self.before + 1 + self.after}")
         return [self._example(int(c), int(p), float(v), a, largest)
                 for c, p, v, a in zip(context, position, value, acts) if c >= 0]
 

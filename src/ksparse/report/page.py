@@ -16,7 +16,7 @@ from ksparse import recipe as recipes
 from ksparse.recipe import WITH_AUXK, Recipe
 from ksparse.report import claims, codes, figures, findings, latents, numbers, probes
 from ksparse.report.figures import Picture
-from ksparse.report.source import Source, is_number
+from ksparse.report.source import DamagedResult, Source, is_number
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 
@@ -43,9 +43,14 @@ class Section:
 def render(run: RunFolder) -> tuple[str, list[Picture]]:
     """Return the page and the pictures on it."""
     source = Source(run)
-    shown = [(section, section.facts(source)) for section in SECTIONS]
+    while True:
+        try:
+            shown = [(section, section.facts(source)) for section in SECTIONS]
+            break
+        except DamagedResult as error:
+            source.leave_out(error.evaluation, str(error))
     template = environment().get_template("report.html.jinja")
-    html = template.render(name=run.name, summary=summary(source), sections=shown)
+    html = template.render(name=run.name, summary=summary(source), sections=shown, left_out=source.left_out)
     return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
 
 

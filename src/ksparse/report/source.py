@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 from dataclasses import dataclass, field
@@ -16,6 +17,16 @@ from ksparse.errors import CorruptError
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder
 
+log = logging.getLogger("ksparse")
+
+
+class DamagedResult(CorruptError):
+    """What an evaluation left cannot be read; the others can do without."""
+
+    def __init__(self, evaluation: str, says: str):
+        super().__init__(says)
+        self.evaluation = evaluation
+
 
 @dataclass(frozen=True)
 class Number:
@@ -27,9 +38,11 @@ class Number:
 
 @dataclass
 class Source:
-    """What the sections read. A result that is not there is None, never an error."""
+    """What the sections read. A result that is not there is None, never an error; nor is one that is damaged, which is said once."""
 
     run: RunFolder
+    left_out: dict[str, str] = field(default_factory=dict)
+    """{damaged result: the command that writes it again}."""
     _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     _arrays: dict[str, Arrays | None] = field(default_factory=dict)
 
@@ -49,26 +62,46 @@ class Source:
     def vocabulary(self) -> list[str]:
         """Return the string of each token id, or nothing if no evaluation wrote it."""
         file = self.run.eval_file("vocabulary")
-        return files.read_strings(file) if file.is_file() else []
+        try:
+            return files.read_strings(file) if file.is_file() else []
+        except CorruptError as error:
+            self.leave_out("vocabulary", str(error))
+            return []
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """Return one evaluation's JSON, or None if it has not been run."""
+        """Return one evaluation's JSON, or None if it has not been run, or if what it left is damaged."""
         if name not in self._results:
-            self._results[name] = self.run.eval(name)
+            self._results[name], self._arrays[name] = None, None
+            try:
+                self._read(name)
+            except CorruptError as error:
+                self.leave_out(name, str(error))
         return self._results[name]
+
+    def _read(self, name: str) -> None:
+        """Read a result, and check its arrays; again if another process has replaced both meanwhile."""
+        result = self.run.eval(name)
+        try:
+            file = self.run.arrays_file(name, result)
+        except CorruptError:
+            if self.run.eval(name) != result:
+                return self._read(name)
+            raise
+        self._results[name], self._arrays[name] = result, Arrays(file, name) if file else None
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Go on without a damaged result, and say so."""
+        self._results[name], self._arrays[name] = None, None
+        self.left_out[name] = self.command("eval", "stats" if name == "vocabulary" else name)
+        log.warning("the result of %s is left out: %s. To write it again: %s", name, why, self.left_out[name])
 
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
         return number((self.result(name) or {}).get(key))
 
     def arrays(self, name: str) -> Arrays | None:
-        """Return the arrays beside a result, or None if there are none; raise CorruptError if they are not those that the result was written with."""
-        if name not in self._arrays:
-            file = self.run.eval_file(name).with_suffix(".safetensors")
-            expected = (self.result(name) or {}).get("arrays_sha256") if file.is_file() else None
-            if expected and files.sha256(file) != expected:
-                raise CorruptError(f"{file} is damaged or of another result than {name}.json; {self.command('eval', name)} writes both again")
-            self._arrays[name] = Arrays(file) if file.is_file() else None
+        """Return the arrays of a result, or None if there are none."""
+        self.result(name)
         return self._arrays[name]
 
     @property
@@ -86,6 +119,11 @@ class Arrays:
     """A safetensors file, of which a section reads the rows it shows."""
 
     file: Path
+    evaluation: str = ""
+
+    def damaged(self, what: str) -> DamagedResult:
+        """Return the error that says what is wrong with the arrays."""
+        return DamagedResult(self.evaluation, f"{self.file}{what}; run the evaluation again")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -95,8 +133,8 @@ class Arrays:
         try:
             with safe_open(self.file, framework="np") as tensors:
                 return tuple(tensors.keys())
-        except SafetensorError as error:
-            raise CorruptError(f"{self.file} is no readable safetensors file: {error}; run the evaluation again") from None
+        except (SafetensorError, OSError) as error:
+            raise self.damaged(f" is no readable safetensors file: {error}") from None
 
     def whole(self, name: str) -> np.ndarray:
         return self._rows(name, slice(None))
@@ -109,7 +147,7 @@ class Arrays:
         """Return the rows first to last, last not among them, without reading the others."""
         found = self._rows(name, slice(first, last)) if 0 <= first < last else self.whole(name)[:0]
         if len(found) != last - first:
-            raise CorruptError(f"{self.file}: '{name}' has no rows {first} to {last}; run the evaluation again")
+            raise self.damaged(f": '{name}' has no rows {first} to {last}")
         return found
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
@@ -118,8 +156,8 @@ class Arrays:
         try:
             with safe_open(self.file, framework="np") as tensors:
                 return tensors.get_tensor(name) if rows == slice(None) else tensors.get_slice(name)[rows]  # no slice of an empty one
-        except (SafetensorError, IndexError) as error:
-            raise CorruptError(f"{self.file} has no readable '{name}': {error}; run the evaluation again") from None
+        except (SafetensorError, IndexError, OSError) as error:
+            raise self.damaged(f" has no readable '{name}': {error}") from None
 
 
 def number(found: Any) -> Number | None:

@@ -31,14 +31,14 @@ def write(folder: Path | str) -> Path:
     html = environment().get_template("study.html.jinja").render(
         study=study, name=study["name"], pictures=pictures, columns=[column.replace("_", " ") for column in columns], table=table)
     for picture in pictures:
-        files.write_text(folder / "figures" / f"{files.plain_name(picture.name, folder / 'study.json')}.svg", picture.svg)
-    files.write_text(folder / "report.html", html)
+        files.write_text(files.inside(folder, "figures", f"{files.plain_name(picture.name, folder / 'study.json')}.svg"), picture.svg)
+    files.write_text(files.inside(folder, "report.html"), html)
     return folder / "report.html"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return a study's answer; raise InputError where there is none."""
-    if not (folder / "study.json").is_file():
+    if not files.inside(folder, "study.json").is_file():
         raise InputError(f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` makes one")
     found = files.read_table(folder / "study.json", name=str, members=dict, figures=list)
     files.check_format(folder / "study.json", found.get("format", 1), 1)

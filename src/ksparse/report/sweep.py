@@ -35,7 +35,7 @@ class Sweep:
     @cached_property
     def found(self) -> dict[str, Any]:
         """Return law.json."""
-        found = files.read_json(self.folder / "law.json")
+        found = files.read_json(files.inside(self.folder, "law.json"))
         if isinstance(found, dict):
             files.check_format(self.folder / "law.json", found.get("format", 1), 1)
         if not isinstance(found, dict) or not isinstance(found.get("laws"), dict) or not isinstance(found.get("subject"), dict):
@@ -45,12 +45,12 @@ class Sweep:
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:
         """Return points.csv."""
-        return read(self.folder / "points.csv", ("n", "k", "loss"))
+        return read(files.inside(self.folder, "points.csv"), ("n", "k", "loss"))
 
     @cached_property
     def curves(self) -> dict[str, np.ndarray]:
         """Return the subject's curves.csv with compute as c; empty without one."""
-        file = self.folder / "curves.csv"
+        file = files.inside(self.folder, "curves.csv")
         if not file.is_file():
             return {}
         rows = read(file, ("run", "n", "k", "flops", "loss"))
@@ -99,8 +99,8 @@ def write(folder: Path) -> Path:
         absent=absent(sweep, {picture.name for picture in pictures}), forms=compared(sweep), points=point_tables(sweep), commands=commands(sweep),
         stale=sweep.found.get("runs") != len(sweep.rows["n"]), fit=shlex.join(["ksparse", "fit", sweep.place]))
     for picture in pictures:
-        files.write_text(folder / "figures" / f"{picture.name}.svg", picture.svg)
-    files.write_text(folder / "report.html", html)
+        files.write_text(files.inside(folder, "figures", f"{picture.name}.svg"), picture.svg)
+    files.write_text(files.inside(folder, "report.html"), html)
     return folder / "report.html"
 
 

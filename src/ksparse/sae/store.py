@@ -43,6 +43,7 @@ POLICY: dict[str, files.Types] = {
 
 def save(sae: SAE, folder: Path | str) -> None:
     """Write an autoencoder as a folder of its own."""
+    files.check_replaceable(Path(folder))
     with files.committed(Path(folder)) as tmp:
         write(sae, tmp)
 

@@ -46,29 +46,30 @@ class SweepFolder:
 
     @property
     def file(self) -> Path:
-        return self.path / "sweep.toml"
+        return files.inside(self.path, "sweep.toml")
 
     @property
     def plan_file(self) -> Path:
-        return self.path / "plan.json"
+        return files.inside(self.path, "plan.json")
 
     @property
     def points_file(self) -> Path:
-        return self.path / "points.csv"
+        return files.inside(self.path, "points.csv")
 
     @property
     def curves_file(self) -> Path:
-        return self.path / "curves.csv"
+        return files.inside(self.path, "curves.csv")
 
     def run(self, name: str) -> RunFolder:
-        return RunFolder(self.path / "runs" / name)
+        return RunFolder(files.inside(self.path, "runs", name))
 
     def error_file(self, name: str) -> Path:
-        return self.run(name).path / "error.json"
+        return self.run(name).file("error.json")
 
     def runs(self) -> list[RunFolder]:
         """Return every run that there is, also those of an earlier, other grid."""
-        return [run for run in map(RunFolder, sorted((self.path / "runs").glob("*"))) if run.exists()]
+        folders = sorted(files.inside(self.path, "runs").glob("*"))
+        return [run for run in (self.run(folder.name) for folder in folders) if run.exists()]
 
     def locked(self):
         """Keep other processes from leading this sweep."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from ksparse.errors import InputError
 from ksparse.trust import FLAG, code_is_trusted
 
 POLL = 0.5  # seconds
+SAFE = {"PYTHONSAFEPATH": "1"}
+"""What keeps `python -m` from looking for modules in the working folder, which may be anybody's."""
 
 
 @dataclass(frozen=True)
@@ -138,18 +141,20 @@ def processes(folder: Path, workers: int) -> Start:
     cores = max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else max(1, (os.cpu_count() or 1) // workers)
 
     def start(names: list[str], place: int) -> Worker:
-        environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
+        environment = os.environ | SAFE | {"OMP_NUM_THREADS": str(cores)}
+        log = files.inside(folder, "logs", f"{names[0]}.log")
         gpus = _gpus()
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
-        return Process(command(folder, names), folder / "logs" / f"{names[0]}.log", environment)
+        return Process(command(folder, names), log, environment)
 
     return start
 
 
 def command(folder: Path, names: list[str]) -> list[str]:
     """Return the command line that trains some runs of a sweep as one cohort."""
-    return [sys.executable, "-m", "ksparse", "sweep", str(folder), "--only", *names, *([FLAG, "True"] if code_is_trusted() else [])]
+    trust = [FLAG, "True"] if code_is_trusted() else []
+    return [sys.executable, "-P", "-m", "ksparse", "sweep", str(folder), "--only", *names, *trust]
 
 
 def _gpus() -> list[str]:
@@ -187,11 +192,19 @@ def submitted(folder: Path, options: Launch) -> Start:
         import submitit
     except ModuleNotFoundError:
         raise InputError(f"the launcher {options.launcher!r} needs the package submitit: pip install 'ksparse[slurm]'") from None
-    executor = submitit.AutoExecutor(folder=folder / "logs" / "jobs", cluster=options.launcher)
+    home = files.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")  # its pickles are run: nobody else is to know the name
+    executor = submitit.AutoExecutor(folder=home, cluster=options.launcher)
     more = {name: int(value) if value.lstrip("-").isdigit() else value for name, _, value in (item.partition("=") for item in options.slurm)}
-    executor.update_parameters(name="ksparse", timeout_min=options.minutes, **more)
+    safe = {"slurm_setup": [f"export {name}={value}" for name, value in SAFE.items()]}
+    executor.update_parameters(name="ksparse", timeout_min=options.minutes, **safe | more)
 
     def start(names: list[str], place: int) -> Worker:
-        return Submitted(executor.submit(submitit.helpers.CommandFunction(command(folder.resolve(), names))))
+        before = dict(os.environ)
+        os.environ |= SAFE  # submitit starts `python -m` with it
+        try:
+            return Submitted(executor.submit(submitit.helpers.CommandFunction(command(folder.resolve(), names))))
+        finally:
+            os.environ.clear()
+            os.environ |= before
 
     return start

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse import files
 from ksparse.errors import InputError
 from ksparse.scaling import law as laws
 from ksparse.scaling.forms import Columns, law_of
@@ -168,7 +169,7 @@ ENOUGH = 4
 
 def _read(folder: Path) -> _Rows:
     """Read the points of the subject that most runs are of; say what is left out."""
-    file = folder / "points.csv"
+    file = files.inside(folder, "points.csv")
     if not file.is_file():
         raise InputError(f"{folder} holds no points.csv; `ksparse sweep` writes it as runs finish")
     rows = read(file, ("n", "k", "loss"), positive=("n", "k"))
@@ -280,7 +281,7 @@ def best_rates(rows: Columns, notes: list[str]) -> dict[str, np.ndarray]:
 
 def _curves(folder: Path, found: _Rows) -> dict[str, np.ndarray]:
     """Return the curves of the runs that count, without points of no finite loss."""
-    file = folder / "curves.csv"
+    file = files.inside(folder, "curves.csv")
     if not file.is_file():
         return {}
     rows = read(file, ("run", "n", "k", "flops", "loss"))

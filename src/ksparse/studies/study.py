@@ -10,6 +10,7 @@ Figures are data (`Figure`), drawn by the report; findings are sentences with nu
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from ksparse import evals, files
-from ksparse.errors import InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.options import EvalOptions, StudyOptions
 from ksparse.recipe import SAE as SAEOptions
 from ksparse.recipe import Activation, Recipe
@@ -30,6 +31,8 @@ from ksparse.sae import store
 from ksparse.sae.model import SAE
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train_cohort
+
+log = logging.getLogger("ksparse")
 
 FORMAT = 1
 TOGETHER = 8  # SAEs that are judged in one pass: what has been judged is not lost
@@ -88,7 +91,7 @@ class Study:
 
     def run(self, member: str) -> RunFolder:
         """Return a member's folder, named so that a shell takes it as one word."""
-        return RunFolder(self.path / "runs" / re.sub(r"[^\w.-]+", "_", member))
+        return RunFolder(files.inside(self.path, "runs", re.sub(r"[^\w.-]+", "_", member)))
 
     # ---- training
 
@@ -125,7 +128,11 @@ class Study:
         return found
 
     def _judged(self, member: str, name: str, options: EvalOptions) -> dict[str, Any] | None:
-        result = self.run(member).eval(name)
+        try:
+            result = self.run(member).eval(name)
+        except CorruptError as error:
+            log.warning("%s: %s is judged again", error, member)
+            result = None
         same = result is not None and result["options"] == options.resolved().for_eval(name)
         return result if same else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ksparse.errors import InputError
-from ksparse.files import explained
+from ksparse.files import write_bytes
 
 LEAST = 20  # rows of each label: with fewer, the best of many thousand latents fits a task by chance
 SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -64,7 +63,7 @@ def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> P
         text, label = _checked(row, f"task {name!r}, row {number}")
         lines.append(json.dumps({**row, "text": text, "label": label}, ensure_ascii=False, allow_nan=False) + "\n")
     path = folder / f"{name}.jsonl.gz"
-    _write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))  # gzip would put the time of writing into the file
+    write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))  # gzip would put the time of writing into the file
     return path
 
 
@@ -129,17 +128,3 @@ def _check_counts(file: Path, labels: list[int]) -> None:
     if min(counts.values()) < LEAST:
         few = min(counts, key=lambda label: counts[label])
         raise InputError(f"{file}: only {counts[few]} of {len(labels)} rows have the label {few}; expected at least {LEAST} rows of each label")
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with tmp.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            tmp.replace(path)
-        finally:
-            tmp.unlink(missing_ok=True)

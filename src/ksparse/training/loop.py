@@ -126,19 +126,22 @@ def _stream_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
-    """Lock the runs, and begin those that are new."""
+    """Lock the runs, and begin those that are new, or that ended before their first step."""
     for run, recipe in zip(runs, recipes, strict=True):
         stack.enter_context(run.locked())
-        checkpoint.check_same(run, recipe) if run.exists() else begin(run, recipe)
+        if run.exists() and (run.begun() or not run.environment_file.is_file()):
+            checkpoint.check_same(run, recipe)  # a recipe alone is its owner's
+        else:
+            begin(run, recipe)
 
 
 def begin(run: RunFolder, recipe: Recipe) -> None:
     """Write what the run is, before anything else."""
-    begun = (".lock", "environment.json")  # what a process that was killed in here leaves
-    if any(file.name not in begun and not file.name.startswith(".tmp-") for file in run.path.iterdir()):
+    started = (".lock", "environment.json")  # what a process that was killed in here leaves
+    if not run.exists() and any(file.name not in started and not file.name.startswith(".tmp-") for file in run.path.iterdir()):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
-    files.remove_leftovers(run.path)
-    files.write_json(run.path / "environment.json", environment())
+    run.remove_leftovers()
+    files.write_json(run.environment_file, environment())
     files.write_text(run.recipe_file, to_toml(recipe))
 
 
@@ -176,7 +179,9 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(signum, before[signum])
         log.warning("stopping after this step and saving; once more to stop at once")
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [signum for signum in (signal.SIGINT, signal.SIGTERM)  # a script's background jobs ignore SIGINT
+              if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
+    before = {signum: signal.signal(signum, handle) for signum in heeded}
     try:
         yield seen
     finally:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksparse import files
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import gpu, native
@@ -179,8 +178,7 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = A
 
 def newest(run: RunFolder) -> Path | None:
     """Clean up after a process that was killed, and return the newest intact checkpoint; lines of later steps are dropped."""
-    for folder in (run.path, run.path / "checkpoints"):
-        files.remove_leftovers(folder)
+    run.remove_leftovers()
     path, wrong = run.newest_intact()
     for message in wrong:
         log.warning("%s", message)
