@@ -210,9 +210,8 @@ def test_a_killed_first_export_is_no_foreign_folder(bare, tmp_path, monkeypatch)
 
 
 def test_a_failed_export_leaves_nothing(bare, tmp_path):
-    bare.eval_file("stats").parent.mkdir()
-    bare.eval_file("stats").write_text("{")
-    with pytest.raises(CorruptError, match=r"stats\.json"):
+    bare.recipe_file.write_text("[")
+    with pytest.raises(InputError, match=r"recipe\.toml is not TOML"):
         viewer.export(bare, tmp_path / "site")
     assert not (tmp_path / "site").exists()
 
