@@ -214,7 +214,7 @@ def test_damaged_shards_are_refused_and_the_file_named(make, tmp_path, damage, e
     (lambda x: {"x": x["x"].double()}, r"column 'x' is F64 of shape \[\d+, 16\], the manifest speaks of F32"),
     (lambda x: {"x": x["x"].half()}, r"column 'x' is F16"), (lambda x: {"x": x["x"].view(torch.int32)}, r"column 'x' is I32"),
     (lambda x: {"document": x["document"].view(torch.float32)}, r"column 'document' is F32 of shape \[\d+\], the manifest speaks of I32"),
-    (lambda x: {"position": x["position"].long()}, r"column 'position' is I64"), (lambda x: {"document": x["document"][:, None]}, r"of shape \[\d+, 1\]"),
+    (lambda x: {"position": x["position"].long()}, r"column 'position' is I64"), (lambda x: {"document": x["document"][:, None]}, r"column 'document' is I32 of shape \[\d+, 1\]"),
     (lambda x: {"document": x["document"] - 9}, r"column 'document' has numbers from -9 to -?\d+; expected 0 to \d+"),
     (lambda x: {"document": x["document"] + 9999}, r"column 'document' has numbers from 9999 to"), (lambda x: {"context": x["context"] + 9999}, r"column 'context' has numbers"),
     (lambda x: {"position": -x["position"]}, r"column 'position' has numbers from -15 to"),
