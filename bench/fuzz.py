@@ -870,7 +870,7 @@ def alter(file: Path, draw: random.Random) -> str:
         tensor = tensors[name]
         ways: dict[str, Callable[[], Any]] = {
             "nan in": lambda: torch.full_like(tensor, float("nan") if tensor.is_floating_point() else -1), "huge": lambda: tensor.fill_(3e38 if tensor.is_floating_point() else 2**30),
-            "no rows of": lambda: tensor[:0], "half of": lambda: tensor[: len(tensor) // 2] if tensor.ndim else tensor, "double": lambda: tensor.double(), "int": lambda: tensor.int(),
+            "no rows of": lambda: tensor[:0] if tensor.ndim else tensor[None][:0], "half of": lambda: tensor[: len(tensor) // 2] if tensor.ndim else tensor, "double": lambda: tensor.double(), "int": lambda: tensor.int(),
             "bool": lambda: tensor.bool(), "complex": lambda: tensor.to(torch.complex64), "turned": lambda: tensor.T if tensor.ndim == 2 else tensor[None], "negative": lambda: -tensor,
             "no": lambda: None, "scalar": lambda: torch.tensor(1.0)}
         way = draw.choice(sorted(ways))

@@ -373,7 +373,7 @@ def check(recipe: Recipe) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} is {value}; it must be a finite number")
         if isinstance(value, str) and has_half(value):  # a name of a file may have other bytes; no TOML can hold them
-            raise InputError(f"{key} is {_said(value)}, which is not UTF-8; give another name")
+            raise InputError(f"{key} is {said(value)}, which is not UTF-8; give another name")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
                 "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves,
@@ -567,13 +567,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value not in options:
-            near = difflib.get_close_matches(_said(value).strip("'"), options, 1)
-            raise InputError(f"{name} is {_said(value)}; it must be one of {', '.join(map(repr, options))}"
+            near = difflib.get_close_matches(said(value).strip("'"), options, 1)
+            raise InputError(f"{name} is {said(value)}; it must be one of {', '.join(map(repr, options))}"
                              + (f". Did you mean {near[0]!r}?" if near else ""))
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name} is {_said(value)}; it must be a list")
+            raise InputError(f"{name} is {said(value)}; it must be a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
@@ -582,11 +582,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
         raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
-        raise InputError(f"{name} is {_said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}")
+        raise InputError(f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}")
     return value
 
 
-def _said(value: Any) -> str:
+def said(value: Any) -> str:
     """Return a value as it can stand in a message, whatever a file has in its place."""
     try:
         text = repr(value)
