@@ -510,7 +510,7 @@ class Damage:
     def odd_toml(self) -> None:
         """Add TOML that nobody would write."""
         text = self.file.read_text(encoding="utf-8", errors="replace")
-        more = self.draw.choice(("a" + ".a" * 300 + " = 1", "[" + "a." * 5_000 + "a]", "[[sae]]", "[sae]\n[sae]", "k" * 5_000 + " = 1", 'acts.lm = "' + "x" * 5_000 + '"', "acts.lm = 0x" + "f" * 5_000,
+        more = self.draw.choice(("a" + ".a" * 300 + " = 1", "[" + "a." * 2_500 + "a]", "[[sae]]", "[sae]\n[sae]", "k" * 5_000 + " = 1", 'acts.lm = "' + "x" * 5_000 + '"', "acts.lm = 0x" + "f" * 5_000,
                                  "sae.activation.kind = [1]", 'sae.activation = "relu"', "run.loggers = [[], 1]", "seed = 07:32:00", "[grid]\nseed = [" + "1, " * 300 + "]", '[grid]\n"sae.k" = 3',
                                  "[grid]\na = {b = [1, 2]}", "[[grid]]\n[[grid]]", "grid = 7", '[grid]\nseed = [1]\n"" = [1]', "\r\r", "\0", "\ufeff", 'acts.text = "\\u0000"', "x = {a = 1, a = 2}",
                                  *(f"[grid]\n{key} = [{', '.join(map(str, range(400)))}]\nseed = [{', '.join(map(str, range(4_000)))}]" for key in ("tokens", "batch"))))

@@ -330,3 +330,8 @@ def contrast(one: list[float], other: list[float]) -> float:
 
     bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
     return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("environment", [{"versions": 7}, {"versions": ["x"]}, {"versions": None}, {"threads": "two", "gpus": 3}, {}], ids=str)
+def test_an_environment_of_other_types_still_gives_a_page(tmp_path, environment):
+    assert_inert(written(build(tmp_path / "demo", environment=environment)))
