@@ -12,6 +12,12 @@ with other headers, manifests that are right but name something outside), and wh
     wrong       weights, activations or codes other than those that were written, without a word: must be 0
     crash       any other exception: must be 0
 
+    python bench/fuzz.py --minutes 10
+
+Try inputs that somebody may give, of each of KINDS in turn: texts, suites, recipes, flags, labels, results, shards, autoencoders, checkpoints. The last four
+are right files whose contents were changed and whose sums were made to fit. Each input is read or refused with a KsparseError, within a time; anything else is
+a crash or slow, is printed, and can be had again with --again.
+
 Numbers without a sum (metrics, CSV files, labels, a recipe that a user writes) may be read as they are: no weights come of them. Exit code 1 for wrong or crash.
 """
 
@@ -19,46 +25,59 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
+import gzip
+import io
+import itertools
 import json
 import logging
+import lzma
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-from ksparse import evals, files, interop
+from ksparse import evals, files, interop, suites
 from ksparse import recipe as recipes
 from ksparse import report as reports
 from ksparse.acts import shards
+from ksparse.acts import text as text_of_acts
 from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus
+from ksparse.acts.stream import ShardStream
+from ksparse.acts.text import SPLITS, Corpus
+from ksparse.cli.arguments import recipe_of
+from ksparse.cli.training import TrainArgs
 from ksparse.errors import Interrupted, KsparseError
 from ksparse.options import EvalOptions
-from ksparse.recipe import Recipe
+from ksparse.recipe import Acts, Recipe
 from ksparse.report import studies
 from ksparse.report import sweep as sweeps
 from ksparse.runs import RunFolder, open_run, piece
 from ksparse.sae import store
 from ksparse.scaling import grid
 from ksparse.scaling.survey import survey
+from ksparse.steering import lm_of
 from ksparse.suites import folder as suite
 from ksparse.training.feed import Feed
 from ksparse.training.loop import train, train_cohort
+from ksparse.viewer.labels import Labels
 from ksparse.viewer.pieces import Pieces
 
 STOP = 8  # the step after which the run is stopped
@@ -78,6 +97,7 @@ class World:
         self._exports()
         self._shards()
         self._texts()
+        self.tokenizer = LM(acts=recipe.acts, device="cpu").tokenizer
         self.feed = Feed(recipe, torch.device("cpu"))
         self.feed.look, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
         self.stations: dict[str, Callable[[Path], str]] = {
@@ -225,12 +245,12 @@ def _same_tree(one: Path, other: Path, but: str) -> bool:
 class Damage:
     """One random thing done to a tree of files; `said` is what."""
 
-    def __init__(self, root: Path, outside: Path, draw: random.Random):
+    def __init__(self, root: Path, outside: Path, draw: random.Random, ways: Sequence[Callable[[Damage], bool | None]] = (), file: Path | None = None):
         self.root, self.outside, self.draw = root, outside, draw
         self.files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
         for _ in range(20):
-            self.file = draw.choice(self.files)
-            ways = [*BYTES, *PLACES, *(3 * JSON if self.file.suffix == ".json" else ()), *(2 * LINES if self.file.suffix == ".jsonl" else ()),
+            self.file = file or draw.choice(self.files)
+            ways = ways or [*BYTES, *PLACES, *(3 * JSON if self.file.suffix == ".json" else ()), *(2 * LINES if self.file.suffix == ".jsonl" else ()),
                     *(3 * TENSORS if self.file.suffix == ".safetensors" else ()), *(3 * TOML if self.file.suffix == ".toml" else ())]
             self.way = draw.choice(ways)
             if self.way(self) is not False:
@@ -476,14 +496,27 @@ class Damage:
     # TOML
 
     def other_toml(self) -> bool | None:
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        at = self.draw.choice([i for i, line in enumerate(lines) if " = " in line])
+        lines = self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+        places = [i for i, line in enumerate(lines) if " = " in line]
+        if not places:
+            return False
+        at = self.draw.choice(places)
         key, _, value = lines[at].partition(" = ")
         values = ("0", "-1", "1.5", "true", '"x"', "[]", "{}", "[[]]", "nan", "inf", "1e400", "9" * 30, "0x" + "f" * 5000, "1979-05-27", '"../x"', '"\\u0000"', "'''", "[" * 5000, value + "1",
                   "-" + value)
         lines[at] = self.draw.choice((f"{key} = {self.draw.choice(values)}",) * 4 + ("", f"{key}x = {value}", f"[{key}]", lines[at] + "\n" + lines[at]))
         self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return None
+
+
+    def odd_toml(self) -> None:
+        """Add TOML that nobody would write."""
+        text = self.file.read_text(encoding="utf-8", errors="replace")
+        more = self.draw.choice(("a" + ".a" * 300 + " = 1", "[" + "a." * 2_500 + "a]", "[[sae]]", "[sae]\n[sae]", "k" * 5_000 + " = 1", 'acts.lm = "' + "x" * 5_000 + '"', "acts.lm = 0x" + "f" * 5_000,
+                                 "sae.activation.kind = [1]", 'sae.activation = "relu"', "run.loggers = [[], 1]", "seed = 07:32:00", "[grid]\nseed = [" + "1, " * 300 + "]", '[grid]\n"sae.k" = 3',
+                                 "[grid]\na = {b = [1, 2]}", "[[grid]]\n[[grid]]", "grid = 7", '[grid]\nseed = [1]\n"" = [1]', "\r\r", "\0", "\ufeff", 'acts.text = "\\u0000"', "x = {a = 1, a = 2}",
+                                 *(f"[grid]\n{key} = [{', '.join(map(str, range(400)))}]\nseed = [{', '.join(map(str, range(4_000)))}]" for key in ("tokens", "batch"))))
+        self.file.write_text(self.draw.choice((f"{more}\n{text}", f"{text}\n{more}")), encoding="utf-8")
 
 
 BYTES = (Damage.truncate, Damage.truncate, Damage.empty, Damage.flip, Damage.flip, Damage.flip, Damage.flip_early, Damage.zero, Damage.garble, Damage.cut_out, Damage.double,
@@ -553,6 +586,379 @@ def fuzz(world: World, corruptions: int, seed: int, *, pages: int = 0, observe: 
         observe(number + 1)
     return {"corruptions": corruptions, "seed": seed, **{name: counts[name] for name in ("detected", "older", "harmless", "wrong", "crash")},
             "by_folder": {name: dict(found) for name, found in by_station.items()}, "by_damage": dict(kinds.most_common()), "bad": bad}
+
+
+# ---- what somebody may give --------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """An input: what it is, and what reads it. It may be read or refused with a KsparseError."""
+
+    said: str
+    run: Callable[[], Any]
+
+
+class TooLong(BaseException):
+    """An input took longer than it may; no `except Exception` is to take it."""
+
+
+def text_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A text of any kind, right or wrong in its bytes, lines, rows, columns or compression."""
+    form = draw.choice((".txt", ".jsonl", ".jsonl", ".parquet"))
+    column = draw.choice(("text", "text", "text", "a.b", "", "\u00e9"))
+    texts = [words(draw) for _ in range(draw.choice((0, 1, 5, 60)))]
+    if form == ".txt":
+        data = encoded("<|endoftext|>".join(texts), draw)
+    elif form == ".jsonl":
+        data = b"".join(line(draw, {column: text}) for text in texts)
+    else:
+        data = table(draw, column, texts)
+    squeeze = draw.choice(("", "", ".gz", ".xz", ".zst"))
+    data = garbled(packed(squeeze, data), draw) if draw.random() < 0.4 else packed(squeeze, data)
+    name = "a" + (form if draw.random() < 0.9 else draw.choice((".txt", ".jsonl", ".parquet")))
+    name += squeeze if draw.random() < 0.9 else draw.choice(("", ".gz", ".xz", ".zst"))
+    (folder / name).write_bytes(data)
+    acts = Acts(text=str(folder / draw.choice((name, name, ""))), text_field=column, context=8)
+
+    def read() -> None:
+        text_of_acts._warn_once.cache_clear()
+        for split in SPLITS:
+            for document in text_of_acts.documents(acts, split):
+                document.text.encode()
+        corpus = Corpus(acts, world.tokenizer, "train", per_document=5)
+        corpus.batch(list(itertools.islice(corpus.contexts(), 3)))
+
+    return Trial(name, read)
+
+
+def suite_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A suite, or rows of which one is built."""
+    rows = [{"text": f"x = {i} {words(draw) if draw.random() < 0.1 else ''}", "label": i % 2} for i in range(60)]
+    if draw.random() < 0.5:
+        data = b"".join(line(draw, row, odd=0.01) for row in rows)
+        name = draw.choice(("task.jsonl", "task.jsonl.gz"))
+        data = packed(".gz" if name.endswith(".gz") else "", data)
+        (folder / name).write_bytes(garbled(data, draw) if draw.random() < 0.3 else data)
+        return Trial(name, lambda: suite.read(folder))
+    name = draw.choice(("train.jsonl", "train.csv", "train.tsv", "train.parquet", "train.jsonl.gz"))
+    place = folder / "local" / "nyu-mll__glue"
+    place.mkdir(parents=True)
+    if name.endswith("sv"):
+        comma = draw.choice((",", "\t", ";"))
+        lines = [comma.join(("sentence", "label")), *(comma.join((words(draw)[:200], str(row["label"]))) for row in rows)]
+        data = encoded(draw.choice(("\n", "\r", "\r\n")).join(lines), draw)
+    elif name.endswith("parquet"):
+        data = table(draw, "sentence", [row["text"] for row in rows])
+    else:
+        data = b"".join(line(draw, {"sentence": row["text"], "label": row["label"]}, odd=0.01) for row in rows)
+    data = packed(".gz" if name.endswith(".gz") else "", data)
+    (place / f"cola.{name}").write_bytes(garbled(data, draw) if draw.random() < 0.3 else data)
+    text = place / f"cola.{name}" if draw.random() < 0.5 else folder
+    return Trial(f"build {name}", lambda: suites.build(folder / "suite", rows=40, local=folder / "local", text=str(text), only=["cola", "base64"]))
+
+
+def recipe_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A recipe or a sweep: a right one with other values, or TOML that nobody would write."""
+    given = draw.choice(sorted((world.base / "recipes").glob("*.toml")) + [world.base / "sweep" / "sweep.toml"] * 2)
+    shutil.copy(given, folder / "r.toml")
+    for _ in range(draw.choice((1, 1, 3))):
+        Damage(folder, folder, draw, (Damage.other_toml,) * 3 + (Damage.odd_toml, Damage.garble, Damage.flip, Damage.cut_out))
+    return Trial(given.name, lambda: grid.read(folder / "r.toml") if given.name == "sweep.toml" else recipes.load(folder / "r.toml"))
+
+
+def flags_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """Flags of `train`, some with values that do not fit."""
+    keys = list(recipes.flat(recipes.to_dict(Recipe()))) + ["out", "sae.activation.l1", "help", "x", "sae", ""]
+    arguments = []
+    for _ in range(draw.choice((1, 2, 6))):
+        key = draw.choice(keys)
+        key = draw.choice((key, key, key.replace("_", "-"), key[:-1], key + "x"))
+        value = draw.choice(("0", "-1", "7", "1e9", "1.5", "nan", "inf", "-inf", "1e400", "9" * 30, "1" * 5_000, "True", "none", "", " ", "relu", "auto", "x" * 5_000, "\udcff",
+                             "\0", "--", "[]", "{}", "../x", "0x10", "1_0", "\u0663"))
+        arguments += draw.choice(([f"--{key}", value], [f"--{key}={value}"], [f"--{key}"], [value]))
+
+    def read() -> None:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                recipe, _, _ = recipe_of(TrainArgs, "train", arguments)
+            except SystemExit as done:  # of tyro, which has said why
+                if done.code not in (0, 2):
+                    raise AssertionError(f"exit code {done.code}") from None
+                return
+            files.write_text(folder / "r.toml", recipes.to_toml(recipe))
+            if recipes.load(folder / "r.toml") != recipe:
+                raise AssertionError("the stored recipe is another")
+
+    return Trial(" ".join(map(repr, arguments))[:300], read)
+
+
+def labels_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A run's labels.json, edited by hand."""
+    shutil.copytree(world.base / "run", folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    file = folder / "run" / "labels.json"
+    keys = ["3", "007", "-1", "1" * 5_000, "x", "", "\u0663", "\ud800", "9" * 30, " 3", "1.5", "__proto__"]
+    table = {"format": 1, "latents": {key: {"label": words(draw)[:50], "star": draw.random() < 0.5} for key in draw.sample(keys, draw.randrange(5))}}
+    file.write_bytes(odd_json(table, draw))
+    latent, label, star = draw.choice((3, 0, 63, 64, -1, True, None, "3", 10**400)), odd_value(draw, words(draw)[:2000]), draw.choice((True, False, None, 1))
+
+    def read() -> None:
+        labels = Labels(RunFolder(folder / "run"), 64)
+        json.dumps(labels.all())
+        labels.set(latent, label, star)
+        json.dumps(labels.all())
+
+    return Trial(file.name, read)
+
+
+def results_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A run's results, lines or environment, changed as somebody would who makes the sums fit."""
+    said = altered(world, "run", folder, draw, ("evals/*", "evals/*", "metrics.jsonl", "environment.json", "alarms.jsonl", "curve.jsonl", "recipe.toml"))
+    run = RunFolder(folder / "run")
+
+    def read() -> None:
+        reports.write(run)
+        pieces = Pieces(run, 16)
+        for name in pieces.names():
+            json.dumps(pieces.get(name), allow_nan=False)
+
+    return Trial(said, read)
+
+
+def shards_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """Shards, changed as somebody would who makes the sums fit."""
+    said = altered(world, "shards", folder, draw, ("manifest.json", "manifest.json", "*.safetensors", "documents.json"))
+
+    def read() -> None:
+        found = shards.Shards(folder / "shards")
+        stream = ShardStream(found, batch=16, seed=0)
+        for batch in itertools.islice(stream.batches(), 3):
+            stream.document_names(batch.documents)
+        found.check_fits(world.recipe.acts)
+
+    return Trial(said, read)
+
+
+def sae_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """An autoencoder in our own format, changed as somebody would who makes the sums fit."""
+    name = draw.choice(("export", "sliced"))
+    said = altered(world, name, folder, draw, ("sae.json", "sae.json", "*.safetensors", "manifest.json"))
+    with_lm = draw.random() < 0.2
+
+    def read() -> None:
+        sae = store.load(folder / name)
+        sae.decode(sae.encode(torch.randn(3, sae.shape.d_model)))
+        if with_lm:
+            lm_of(sae, "cpu")
+
+    return Trial(said, read)
+
+
+def state_input(world: World, folder: Path, draw: random.Random) -> Trial:
+    """A run whose checkpoints were changed as somebody would who makes the sums fit; it is gone on with."""
+    said = altered(world, "run", folder, draw, ("checkpoints/*/state.json", "checkpoints/*/state.json", "checkpoints/*/*.json", "checkpoints/*/*.safetensors"))
+    return Trial(said, lambda: world.read_run(folder / "run"))
+
+
+KINDS: dict[str, Callable[[World, Path, random.Random], Trial]] = {
+    "text": text_input, "suites": suite_input, "recipes": recipe_input, "flags": flags_input, "labels": labels_input, "results": results_input, "shards": shards_input,
+    "sae": sae_input, "state": state_input}
+"""A fuzzer for each kind of input: f(world, empty folder, draw) -> Trial."""
+
+
+# ---- how it is made odd
+
+
+def words(draw: random.Random) -> str:
+    """Return a text of characters that are known for trouble."""
+    parts = ("the old dog ", "\n", "\r", "\r\n", "\t", "\0", "\ud83d", "\ude00", "\U0001f600", "\ufeff", "\ufffe", "\u2028", "\x85", "\x1b[31m", "<|endoftext|>", "<|endof", "text|>", "<s>",
+             "caf\u00e9 ", "\u202e", "\u0301", '"', "'", ",", "\\", "<script>", "x" * 300, " " * 300)
+    text = "".join(draw.choice(parts) for _ in range(draw.choice((0, 1, 3, 10, 40))))
+    return text * draw.choice((1,) * 9 + (200,))
+
+
+def encoded(text: str, draw: random.Random) -> bytes:
+    code = draw.choice(("utf-8",) * 8 + ("utf-8-sig", "utf-16", "utf-16-le", "latin-1", "utf-32"))
+    return text.encode(code, "surrogatepass" if code.startswith("utf") else "replace")
+
+
+def odd_value(draw: random.Random, value: Any) -> Any:
+    """Return a value, or another that may be in its place."""
+    return value if draw.random() < 0.7 else draw.choice((
+        None, True, 0, -1, 1.5, 10**400, float("nan"), float("inf"), "", "x", "\ud800", "x" * 5_000, [], [None], {}, {"a": 1}, [[[[]]]], [value], {"value": value}, "../x", 2**63, -(2**31)))
+
+
+def odd_json(value: Any, draw: random.Random) -> bytes:
+    """Return JSON of a value of which some places are changed, or one number has thousands of digits, or one list thousands of brackets."""
+    value = copy.deepcopy(value)
+    for _ in range(draw.choice((0, 1, 1, 2, 5))):
+        if places := list(_places(value)):
+            holder, key = draw.choice(places)
+            holder[key] = odd_value(draw, holder[key])
+    text = json.dumps(value, ensure_ascii=draw.random() < 0.7)
+    if draw.random() < 0.1:
+        text = text.replace(draw.choice((":", ",", "[")), draw.choice((":" + "1" * 5_000 + ",", ":" + "[" * 5_000, "[" * 3_000, '{"a":' * 3_000)), 1)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def line(draw: random.Random, row: dict[str, Any], odd: float = 0.05) -> bytes:
+    """Return a line of JSON, or with the given chance something else."""
+    if draw.random() > odd:
+        return json.dumps(row).encode() + b"\n"
+    return draw.choice((odd_json(row, draw), odd_json(row, draw), b"", b"null", b"[]", b"7", b"{}", b"\xff", b"\xef\xbb\xbf{}", b"[" * 5_000, b"1" * 5_000, b'{"text": "\xed\xa0\xbd"}')) + \
+        draw.choice((b"\n", b"\r", b"\r\n", b"\n\n", b"", b"\x85"))
+
+
+def table(draw: random.Random, column: str, texts: list[str]) -> bytes:
+    """Return a parquet file whose column holds texts, or something else."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+    data = [item.encode("utf-8", "surrogatepass") for item in texts]
+    binary = pa.array(data, pa.binary())
+    made = draw.choice((
+        lambda: pa.array(whole, pa.string()), lambda: pa.array(whole, pa.large_string()), lambda: pa.array(whole, pa.string()).dictionary_encode(), lambda: pa.nulls(len(whole)),
+        lambda: pa.array([item if draw.random() < 0.8 else None for item in whole], pa.string()), lambda: binary, lambda: pa.array(list(map(len, whole))), lambda: pa.array([[item] for item in whole]),
+        lambda: pa.array([{"a": item} for item in whole], pa.struct({"a": pa.string()})), lambda: pa.Array.from_buffers(pa.string(), len(binary), binary.buffers()),
+        lambda: pa.array([draw.random() for _ in whole])))()
+    columns = {column: made, "label": pa.array([i % 2 for i in range(len(texts))]), "n": pa.array(range(len(texts)))}
+    if draw.random() < 0.1:
+        columns.pop(column)
+    stream = io.BytesIO()
+    parquet.write_table(pa.table(columns), stream, compression=draw.choice(("none", "snappy", "gzip", "zstd")), row_group_size=draw.choice((1, 7, 1000)),
+                        use_dictionary=draw.random() < 0.5, data_page_version=draw.choice(("1.0", "2.0")))
+    return stream.getvalue()
+
+
+def packed(squeeze: str, data: bytes) -> bytes:
+    import zstandard
+
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda data: zstandard.ZstdCompressor().compress(data)}[squeeze](data)
+
+
+def garbled(data: bytes, draw: random.Random) -> bytes:
+    """Return bytes of which some are cut off, changed, doubled or put elsewhere."""
+    found = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 10))):
+        at, n = draw.randrange(len(found) + 1), draw.choice((1, 1, 4, 100))
+        found[at : at + n] = draw.choice((lambda: b"", lambda: draw.randbytes(n), lambda: bytes(n), lambda: found[at : at + n] * 2, lambda: draw.choice((b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf"))))()
+    return bytes(found[: draw.randrange(len(found) + 1)] if draw.random() < 0.3 else found)
+
+
+def altered(world: World, station: str, folder: Path, draw: random.Random, patterns: Sequence[str]) -> str:
+    """Copy a station, change contents of some of its files, and make the sums fit; return what was done."""
+    root = folder / station
+    shutil.copytree(world.base / station, root)
+    said = []
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        there = sorted(root.glob(draw.choice(patterns)))
+        if not there:
+            continue
+        file = draw.choice(there)
+        try:
+            said.append(f"{alter(file, draw)} {file.relative_to(root)}")
+        except (ValueError, RecursionError, OSError):
+            continue  # it was spoilt already
+    for file in sorted(root.rglob("*.json")):
+        resum(file)
+    return ", ".join(said)
+
+
+def alter(file: Path, draw: random.Random) -> str:
+    """Change what a file holds; return how."""
+    if file.suffix == ".safetensors":
+        tensors = load_file(file)
+        name = draw.choice(sorted(tensors))
+        tensor = tensors[name]
+        ways: dict[str, Callable[[], Any]] = {
+            "nan in": lambda: torch.full_like(tensor, float("nan") if tensor.is_floating_point() else -1), "huge": lambda: tensor.fill_(3e38 if tensor.is_floating_point() else 2**30),
+            "no rows of": lambda: tensor[:0] if tensor.ndim else tensor[None][:0], "half of": lambda: tensor[: len(tensor) // 2] if tensor.ndim else tensor, "double": lambda: tensor.double(), "int": lambda: tensor.int(),
+            "bool": lambda: tensor.bool(), "complex": lambda: tensor.to(torch.complex64), "turned": lambda: tensor.T if tensor.ndim == 2 else tensor[None], "negative": lambda: -tensor,
+            "no": lambda: None, "scalar": lambda: torch.tensor(1.0)}
+        way = draw.choice(sorted(ways))
+        tensors[draw.choice((name, name, name, "other"))] = ways[way]()
+        save_file({key: value.contiguous().clone() for key, value in tensors.items() if value is not None}, file)
+        return f"{way} {name}"
+    if file.suffix in (".json", ".jsonl"):
+        text = file.read_text(encoding="utf-8")
+        rows = [json.loads(text)] if file.suffix == ".json" else [json.loads(row) for row in text.splitlines() if row]
+        file.write_bytes(b"\n".join(odd_json(row, draw) if draw.random() < 0.3 or len(rows) == 1 else json.dumps(row).encode() for row in rows) + b"\n")
+        return "odd"
+    Damage(file.parent, file.parent, draw, (Damage.other_toml,) * 3 + (Damage.odd_toml,), file)
+    return "odd"
+
+
+def resum(file: Path) -> None:
+    """Make the sums in a JSON file fit what lies beside it, and its seal what is in it."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(found, dict) or not {files.SEAL, "sha256", "arrays_sha256"} & set(found):
+        return
+    sums, beside = found.get("sha256"), file.with_suffix(".safetensors")
+    if isinstance(sums, dict):
+        found["sha256"] = {name: files.sha256(file.parent / name) if (file.parent / name[:200]).is_file() else sum for name, sum in sums.items()}
+    for entry in found["shards"] if isinstance(found.get("shards"), list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("file"), str) and (file.parent / entry["file"][:200]).is_file():
+            entry["sha256"] = files.sha256(file.parent / entry["file"])
+    if "names_sha256" in found and (file.parent / shards.NAMES).is_file():
+        found["names_sha256"] = files.sha256(file.parent / shards.NAMES)
+    if "arrays_sha256" in found and beside.is_file():
+        found["arrays_sha256"] = files.sha256(beside)
+    found.pop(files.SEAL, None)
+    _seal(file, found)
+
+
+# ---- and tried
+
+
+def try_input(world: World, kind: str, folder: Path, seed: int, number: int, limit: float = 0.0) -> tuple[str, str, str]:
+    """Return what came of input `number` of a kind, the same one each time: the outcome, what it was, and what was said."""
+    draw = random.Random(f"{kind} {seed} {number}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    trial = KINDS[kind](world, folder, draw)
+
+    def stop(signum: int, frame: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop) if limit else None
+    try:
+        if limit:
+            signal.setitimer(signal.ITIMER_REAL, limit)
+        trial.run()
+    except KsparseError as error:
+        return ("refused" if str(error).strip() else "crash"), trial.said, str(error)
+    except TooLong:
+        return "slow", trial.said, traceback.format_exc()
+    except Exception:
+        return "crash", trial.said, traceback.format_exc()
+    finally:
+        if limit:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    return "read", trial.said, ""
+
+
+def try_inputs(world: World, kinds: Sequence[str], seed: int, *, each: int = 0, seconds: float = 0.0, limit: float = 0.0,
+               observe: Callable[[str], None] = lambda said: None) -> dict[str, Any]:
+    """Try so many inputs of each kind, or as many as so many seconds hold, the kinds in turn; return counts by kind, and the inputs that are bad."""
+    counts = {kind: collections.Counter() for kind in kinds}
+    bad, began, folder = [], time.monotonic(), world.base.parent / "input"
+    for number in itertools.count():
+        for kind in kinds:
+            until = time.monotonic() + 2.0  # cheap kinds get more inputs than dear ones
+            for part in range(100 if seconds else 1):
+                outcome, said, why = try_input(world, kind, folder, seed, 100 * number + part, limit)
+                counts[kind][outcome] += 1
+                if outcome in ("crash", "slow"):
+                    bad.append({"input": f"{kind} {seed} {100 * number + part}", "outcome": outcome, "said": said, "why": why[-1500:]})
+                    observe(f"{kind} {seed} {100 * number + part}: {outcome}, {said[:200]}\n{why[-1500:]}")
+                if time.monotonic() > until:
+                    break
+        if number + 1 == each or seconds and time.monotonic() - began > seconds:
+            return {"seed": seed, "inputs": {kind: dict(counts[kind]) for kind in kinds}, "bad": bad}
 
 
 def small_recipe(folder: Path) -> Recipe:
@@ -739,6 +1145,10 @@ def _remove(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=0.0, help="try inputs of all kinds in turn for so long, instead of corruptions")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of these kinds alone: %(default)s")
+    parser.add_argument("--again", default="", help="one input, such as 'text 0 17', and leave it in ./fuzz-input")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long one input may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pages", type=int, default=200, help="reports that are written, at most; a second each")
     options = parser.parse_args()
@@ -754,9 +1164,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "whole").mkdir()
         world = World(Path(folder) / "whole", small_recipe(Path(folder)))
-        found = fuzz(world, options.corruptions, options.seed, pages=options.pages, observe=progress)
+        if options.again:
+            kind, seed, number = options.again.split()
+            print(*try_input(world, kind, Path("fuzz-input"), int(seed), int(number), options.seconds), sep="\n")
+            return
+        if options.minutes:
+            found = try_inputs(world, options.kinds.split(","), options.seed, seconds=60 * options.minutes, limit=options.seconds,
+                               observe=lambda said: print(said, file=sys.stderr, flush=True))
+        else:
+            found = fuzz(world, options.corruptions, options.seed, pages=options.pages, observe=progress)
     print(json.dumps(found | {"seconds": round(time.monotonic() - began)}, indent=1))
-    sys.exit(1 if found["wrong"] or found["crash"] else 0)
+    sys.exit(1 if found["bad"] else 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
-LINES = [{"errors"}, {"files", "trust"}, {"recipe", "options"}, {"runs", "mesh", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"steering"}, {"evals", "training", "interop"},
+LINES = [{"errors"}, {"files", "rows", "trust"}, {"recipe", "options"}, {"runs", "mesh", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"steering"}, {"evals", "training", "interop"},
          {"scaling"}, {"studies"}, {"report", "viewer", "doctor", "bench"}, {"cli"}, {"__main__"}]
 LEVEL = {station: level for level, line in enumerate(LINES) for station in line}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -164,7 +164,7 @@ def test_the_parser_sees_a_pickle_that_would_be_run(call):
     assert unsafe(ast.parse("torch.load(f, weights_only=True)"), foreign=False) != []
 
 
-@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.recipe", "ksparse.options", "ksparse.runs", "ksparse.pylm",
+@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.rows", "ksparse.recipe", "ksparse.options", "ksparse.runs", "ksparse.pylm",
                                     "ksparse.cli"])
 def test_importing_is_free_of(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'numpy', 'tokenizers'}} & set(sys.modules)))"

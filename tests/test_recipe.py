@@ -161,6 +161,34 @@ def test_a_file_with_a_mistake_is_named(tmp_path, text, message):
     assert "it.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize("text, message", [
+    ("a" + ".a" * 3_001 + " = 1", "or 3,000 dots in a line"), ("[a" + ".a" * 3_001 + "]", "or 3,000 dots in a line"),
+    ("".join(f"[{i}{'.a' * 400}]\n" for i in range(60)), "or 3,000 dots in a line"), ("#" * 9_000_000, "more than 8,388,608 bytes"),
+    ("[" * 5_000, "is not TOML"), ("seed = [" + "[" * 5_000, "is not TOML: maximum recursion"), ("seed = " + "1" * 5_000, "is not TOML: Exceeds the limit"),
+    ("acts.lm = 0x" + "f" * 5_000, "is a number of thousands of digits, of type int; it must be of type str"), ("acts.bos = 0x" + "f" * 5_000, "must be one of 'auto', 'none'"),
+    ("k" * 100_000 + " = 1", "unknown key 'kkkk"), ("sae.activation." + "k" * 100_000 + " = 1", "unknown key 'sae.activation.kkkk"), ("seed = '" + "x" * 100_000 + "'", "is 'xxxx"),
+    ("run.loggers = '" + "x" * 100_000 + "'", "it must be a list"), ("acts = 7", "'acts' in .* is a section"), ("seed = 1\r\n\r\n\0", "is not TOML")],
+    ids=["dots", "dotted_header", "many_headers", "large", "brackets", "lists", "digits", "hex", "hex_choice", "long_key", "long_key_of_a_kind", "long_value", "long_list", "no_section", "nul"])
+def test_a_hostile_file_is_one_short_error(tmp_path, text, message):
+    (tmp_path / "r.toml").write_text(text, newline="")
+    with pytest.raises(InputError, match=message) as error:
+        recipes.load(tmp_path / "r.toml")
+    assert "r.toml" in str(error.value) and len(str(error.value)) < 1_500
+
+
+def test_lines_may_end_as_on_windows(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b"seed = 3\r\n[acts]\r\nlm = \"x\"\r\n")
+    assert recipes.load(tmp_path / "r.toml").acts.lm == "x"
+
+
+@pytest.mark.parametrize("table, message", [([], "a recipe is a table of keys, not list"), (None, "a recipe is a table of keys, not NoneType"), ({1: 2}, "unknown key '1'"),
+                                            ({"acts": {"lm": 10**5000}}, "is a number of thousands of digits"), ({"acts": {"lm": "\ud800"}}, r"acts\.lm is '\\ud800', which is not UTF-8"),
+                                            ({"acts": {"text": "a\udcff"}}, r"acts\.text is 'a\\udcff', which is not UTF-8; give another name")])
+def test_what_is_no_recipe_is_refused(table, message):
+    with pytest.raises(InputError, match=message):
+        recipes.from_dict(table)
+
+
 def test_a_missing_or_binary_file_is_named(tmp_path):
     with pytest.raises(InputError, match="no.toml does not exist"):
         load(tmp_path / "no.toml")

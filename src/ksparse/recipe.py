@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse.errors import InputError
+from ksparse.rows import has_half
 
 _log = logging.getLogger("ksparse")
 
@@ -371,6 +372,8 @@ def check(recipe: Recipe) -> None:
     for key, value in flat(dataclasses.asdict(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} is {value}; it must be a finite number")
+        if isinstance(value, str) and has_half(value):  # a name of a file may have other bytes; no TOML can hold them
+            raise InputError(f"{key} is {said(value)}, which is not UTF-8; give another name")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
                 "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves,
@@ -451,14 +454,24 @@ def load(path: Path | str) -> Recipe:
     return from_dict(read_toml(path, "recipe"), where=f" in {path}")
 
 
+LARGEST_TOML = 2**23
+MOST_DOTS = 3_000  # in a line, or fewer in many: the parser's memory is quadratic in the parts of a key
+
+
 def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
     """Read a TOML file; raise InputError, saying what it should have been, where it is not there or none."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as stream:
+            data = stream.read(LARGEST_TOML + 1)
+        if len(data) > LARGEST_TOML or sum(line.count(b".") ** 2 for line in data.split(b"\n")) > MOST_DOTS**2:
+            raise InputError(f"{what} {path} is no file of ours: it has more than {LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line")
+        return tomllib.loads(data.decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist{advice}") from None
     except OSError as error:
         raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
         raise InputError(f"{what} {path} is not TOML: {error}") from None
 
@@ -503,16 +516,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
+    if not isinstance(table, dict):
+        raise InputError(f"a recipe{where} is a table of keys, not {type(table).__name__}")
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in table.items():
+        key = str(key)
         if f"{prefix}{key}" == "run.trust_remote_code":  # of older recipes
             if value:
                 _log.warning("run.trust_remote_code%s is passed over: a file cannot allow code to run. If you trust the code that comes "
                              "with the model, give --trust-remote-code True with this command", where)
             continue
         if key not in hints:
-            raise InputError(f"unknown key '{prefix}{key}'{where}{_suggest(prefix + key)}")
+            raise InputError(f"unknown key '{prefix}{key:.80}'{where}{_suggest(prefix + key[:80])}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint) or hint == Activation:
             if not isinstance(value, dict):
@@ -532,8 +548,8 @@ def activation_kind(table: dict[str, Any], prefix: str = "sae.activation.", wher
     for key in table:
         if key not in own:
             others = [name for name, other in ACTIVATIONS.items() if key in {each.name for each in dataclasses.fields(other)}]
-            near = difflib.get_close_matches(key, own, 1, 0.6)
-            raise InputError(f"unknown key '{prefix}{key}' of kind {kind!r}{where}; "
+            near = difflib.get_close_matches(key[:80], own, 1, 0.6)
+            raise InputError(f"unknown key '{prefix}{key:.80}' of kind {kind!r}{where}; "
                              + (f"did you mean '{prefix}{near[0]}'?" if near else f"it is a key of kind {', '.join(others)}" if others
                                 else f"its keys are {', '.join(own)}"))
     return ACTIVATIONS[kind]
@@ -551,13 +567,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value not in options:
-            near = difflib.get_close_matches(str(value), options, 1)
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, options))}"
+            near = difflib.get_close_matches(said(value).strip("'"), options, 1)
+            raise InputError(f"{name} is {said(value)}; it must be one of {', '.join(map(repr, options))}"
                              + (f". Did you mean {near[0]!r}?" if near else ""))
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name} is {value!r}; it must be a list")
+            raise InputError(f"{name} is {said(value)}; it must be a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
@@ -566,8 +582,17 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
         raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
-        raise InputError(f"{name} is {value!r}, of type {type(value).__name__}; it must be of type {hint.__name__}")
+        raise InputError(f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}")
     return value
+
+
+def said(value: Any) -> str:
+    """Return a value as it can stand in a message, whatever a file has in its place."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 80 else text[:80] + "…"
 
 
 def _plain(value: Any) -> Any:

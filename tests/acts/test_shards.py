@@ -187,14 +187,24 @@ def manifest(folder, change):
     (lambda f: manifest(f, lambda m: m["shards"][0].update(file="../x.safetensors")), CorruptError, r"names '\.\./x\.safetensors', which is not a file of its own folder"),
     (lambda f: manifest(f, lambda m: m["shards"][0].update(file="/etc/passwd")), CorruptError, r"names '/etc/passwd', which is not a file"),
     (lambda f: (f / files.MANIFEST).write_text((f / files.MANIFEST).read_text().replace('"d_model": 16', '"d_model": 17')), CorruptError, r"manifest\.json was altered"),
-    (lambda f: manifest(f, lambda m: m.update(d_model=17)), CorruptError, r"column 'x' has shape .*, the manifest speaks of .* d_model 17"),
+    (lambda f: manifest(f, lambda m: m.update(d_model=17)), CorruptError, r"column 'x' is F32 of shape .*, the manifest speaks of F32 of shape \[\d+, 17\]"),
     (lambda f: manifest(f, lambda m: m["shards"][0].update(rows="many")), CorruptError, r"is no shard; expected its file, rows and sha256"),
     (lambda f: manifest(f, lambda m: m.update(shards=7)), CorruptError, r"'shards' is '7', expected list"),
     (lambda f: manifest(f, lambda m: m.update(format=2)), InputError,
      r"manifest\.json was written by a newer ksparse \(format 2\); this one reads up to 1"),
-    (lambda f: manifest(f, lambda m: m.update(complete=False)), InputError, r"is not complete; run the same `ksparse shard` again"),
+    (lambda f: manifest(f, lambda m: m.update(complete=False, rows=9999)), InputError, r"is not complete; run the same `ksparse shard` again"),
+    *[(lambda f, wrong=wrong: manifest(f, wrong), CorruptError, message) for wrong, message in [
+        (lambda m: m["shards"][0].update(rows=0), r"manifest\.json: rows of '00000\.safetensors' is 0; expected a number of at least 1"),
+        (lambda m: m["shards"][0].update(rows=-5), r"rows of '00000\.safetensors' is -5"), (lambda m: m["shards"][0].update(rows=10**300), r"is 1000+; expected a number"),
+        (lambda m: m["shards"][0].update(rows=True), r"is no shard; expected"), (lambda m: m.update(rows=0), r"rows is 0; expected"),
+        (lambda m: m.update(d_model=-1), r"d_model is -1; expected"), (lambda m: m.update(shards=[]), r"says complete, with 0 of \d+ rows in its shards"),
+        (lambda m: m.update(complete=False), r"says not complete, with \d+ of \d+ rows"), (lambda m: m.update(rows=9999), r"says complete, with \d+ of 9,999 rows"),
+        (lambda m: m.update(dtype="int8"), r"'dtype' is 'int8'; expected float32, float16, bfloat16"), (lambda m: m.update(dtype=None), r"'dtype' is 'None', expected str"),
+        (lambda m: m.update(dtype="bfloat16"), r"column 'x' is F32 .*, the manifest speaks of BF16"), (lambda m: m.update(place=[0, 1]), r"'place' is \[0, 1\] and"),
+        (lambda m: m.update(place=[0, "1", 2]), r"'place' is"), (lambda m: m.update(contexts=-1), r"'contexts' -1; expected three numbers and one, none below 0")]],
 ], ids=["flipped_bit", "flipped_bit_in_a_header", "truncated", "deleted", "names_altered", "no_manifest", "half_a_manifest", "outside", "absolute", "altered", "d_model", "rows", "no_list", "format",
-        "incomplete"])
+        "incomplete", "no_rows_in_a_shard", "negative", "endless", "true", "no_rows", "no_width", "no_shards", "complete_but_says_not", "not_complete_but_says_so", "int8",
+        "no_dtype", "other_dtype", "short_place", "words", "contexts"])
 def test_damaged_shards_are_refused_and_the_file_named(make, tmp_path, damage, error, message):
     folder = make(tmp_path)
     (tmp_path / "x.safetensors").write_bytes((folder / "00000.safetensors").read_bytes())
@@ -203,17 +213,27 @@ def test_damaged_shards_are_refused_and_the_file_named(make, tmp_path, damage, e
         Shards(folder)
 
 
-def test_columns_that_do_not_fit_are_refused_though_the_sums_are_right(make, tmp_path):
+@pytest.mark.parametrize("change, message", [
+    (lambda x: {"context": None}, r"column 'context' is nothing of shape none, the manifest speaks of I32 of shape \[\d+\]"),
+    (lambda x: {"x": x["x"].double()}, r"column 'x' is F64 of shape \[\d+, 16\], the manifest speaks of F32"),
+    (lambda x: {"x": x["x"].half()}, r"column 'x' is F16"), (lambda x: {"x": x["x"].view(torch.int32)}, r"column 'x' is I32"),
+    (lambda x: {"document": x["document"].view(torch.float32)}, r"column 'document' is F32 of shape \[\d+\], the manifest speaks of I32"),
+    (lambda x: {"position": x["position"].long()}, r"column 'position' is I64"), (lambda x: {"document": x["document"][:, None]}, r"column 'document' is I32 of shape \[\d+, 1\]"),
+    (lambda x: {"document": x["document"] - 9}, r"column 'document' has numbers from -9 to -?\d+; expected 0 to \d+"),
+    (lambda x: {"document": x["document"] + 9999}, r"column 'document' has numbers from 9999 to"), (lambda x: {"context": x["context"] + 9999}, r"column 'context' has numbers"),
+    (lambda x: {"position": -x["position"]}, r"column 'position' has numbers from -15 to"),
+    (lambda x: {key: value[:0] for key, value in x.items()}, r"column 'x' is F32 of shape \[0, 16\], the manifest speaks of F32 of shape \[\d+, 16\]"),
+], ids=["gone", "double", "half", "bits", "floats", "long", "wider", "negative", "no_name", "no_context", "no_position", "no_rows"])
+def test_a_column_of_another_type_shape_or_range_is_refused_though_the_sums_are_right(make, tmp_path, change, message):
     from safetensors.torch import load_file, save_file
 
     folder = make(tmp_path)
     file = folder / "00000.safetensors"
     whole = load_file(file)
-    for bad in ({key: value for key, value in whole.items() if key != "context"}, whole | {"x": whole["x"].double()}):
-        save_file(bad, file)
-        manifest(folder, lambda m: m["shards"][0].update(sha256=files.sha256(file)))
-        with pytest.raises(CorruptError, match=r"00000\.safetensors lacks the column '(context|x)', or has it in a type that is not known"):
-            Shards(folder)
+    save_file({key: value.contiguous() for key, value in (whole | change(whole)).items() if value is not None}, file)
+    manifest(folder, lambda m: m["shards"][0].update(sha256=files.sha256(file)))
+    with pytest.raises(CorruptError, match=rf"00000\.safetensors: {message}"):
+        Shards(folder)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -228,6 +248,9 @@ def test_a_recipe_that_asks_for_other_activations_is_refused_and_the_keys_named(
         shards.check_fits(small_acts(site="resid_post.0"))
     with pytest.raises(InputError, match=r"acts\.context: the shards have 16, the recipe 32; acts\.keep: the shards have 'text', the recipe 'all'"):
         shards.check_fits(dataclasses.replace(small_acts(), context=32, keep="all"))
+    shards.manifest["acts"]["novelty"] = 1
+    with pytest.raises(InputError, match=r"acts\.novelty: the shards have 1, the recipe None"):
+        shards.check_fits(small_acts())
 
 
 # ---- the stream of shards

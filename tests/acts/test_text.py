@@ -1,20 +1,25 @@
 """Text to documents to contexts: nothing lost, nothing twice, nothing on both sides; and what is wrong is named."""
 
 import gzip
-import importlib.util
 import itertools
 import json
 import lzma
 import random
+import sys
+import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from transformers import AutoTokenizer
 
 from ksparse.acts import text
-from ksparse.acts.text import PIECE, SEPARATOR, Corpus, Place, documents
+from ksparse.acts.text import PIECE, Corpus, Place, documents
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
+from ksparse.rows import SEPARATOR
 
 SPLITS = ("train", "validation", "held-out")
 
@@ -99,10 +104,19 @@ def reader_files(folder):
         stream.write(rows)
     with lzma.open(folder / "f.jsonl.xz", "wt", encoding="utf-8") as stream:
         stream.write(rows)
+    write_parquet(folder / "g.parquet", {"label": [1] * 40, "text": texts})
+    packed = [zstandard.ZstdCompressor().compress(part.encode()) for part in (joined[:300], joined[300:])]
+    (folder / "h.txt.zst").write_bytes(b"".join(packed))
+    (folder / "i.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(rows.encode()))
     return texts
 
 
-@pytest.mark.parametrize("name", ["a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "f.jsonl.xz"])
+def write_parquet(file, columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.txt.xz", "c.txt.gz", "d.jsonl", "e.jsonl.gz", "f.jsonl.xz", "g.parquet",
+                                  "h.txt.zst", "i.jsonl.zst"])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
     texts = reader_files(tmp_path)
     found = sorted((doc for split in SPLITS for doc in every(Acts(text=str(tmp_path / name)), split)), key=lambda doc: doc.index)
@@ -115,7 +129,7 @@ def test_a_folder_gives_the_documents_of_its_files_by_name(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "z.txt").write_text("the last one")
     found = sorted((doc for split in SPLITS for doc in every(Acts(text=str(tmp_path)), split)), key=lambda doc: doc.index)
-    assert [doc.text for doc in found] == texts * 6 + ["the last one"]
+    assert [doc.text for doc in found] == texts * 9 + ["the last one"]
 
 
 def test_a_large_file_is_read_in_parts_with_separators_across_their_ends(tmp_path, monkeypatch):
@@ -149,20 +163,20 @@ def bad(tmp_path, kind):
 
 @pytest.mark.parametrize("kind, message", [
     ("missing", r"text .*no\.txt does not exist; give a file or folder of \.txt"),
-    ("not_utf8", r"text .*a\.txt is not UTF-8: .*; convert it first"),
-    ("not_utf8_jsonl", r"text .*a\.jsonl is not UTF-8: .*; convert it first"),
+    ("not_utf8", r"a\.txt is not UTF-8: .*; convert it first"),
+    ("not_utf8_jsonl", r"a\.jsonl, line 1: not UTF-8: .*; convert the file first"),
     ("unknown_suffix", r"text .*a\.docx is of no known kind; expected a name ending in \.txt"),
     ("no_suffix", r"text .*README is of no known kind"),
-    ("truncated_xz", r"text .*a\.txt\.xz cannot be read: .*truncated"),
-    ("truncated_gz", r"text .*a\.txt\.gz cannot be read: .*truncated"),
-    ("altered_gz", r"text .*a\.txt\.gz (cannot be read: .*truncated|is not UTF-8)"),
-    ("not_xz", r"text .*a\.txt\.xz cannot be read: .*not what its name says"),
-    ("not_gz", r"text .*a\.txt\.gz cannot be read: .*not what its name says"),
-    ("truncated_jsonl_xz", r"text .*a\.jsonl\.xz cannot be read: .*truncated"),
+    ("truncated_xz", r"a\.txt\.xz cannot be read: .*truncated"),
+    ("truncated_gz", r"a\.txt\.gz cannot be read: .*truncated"),
+    ("altered_gz", r"a\.txt\.gz (cannot be read: .*truncated|is not UTF-8)"),
+    ("not_xz", r"a\.txt\.xz cannot be read: .*not what its name says"),
+    ("not_gz", r"a\.txt\.gz cannot be read: .*not what its name says"),
+    ("truncated_jsonl_xz", r"a\.jsonl\.xz cannot be read after line [\d,]+: .*truncated"),
     ("not_json", r"a\.jsonl, line 2: not JSON"),
     ("no_column", r"a\.jsonl, line 1: no text in the column 'text'; there are content, id\. Name it with --acts\.text-field"),
     ("not_a_table", r"a\.jsonl, line 1: no text in the column 'text'; there are list"),
-    ("number_in_the_column", r"a\.jsonl, line 1: no text in the column 'text'"),
+    ("number_in_the_column", r"a\.jsonl, line 1: the column 'text' holds '3', of type int, not text"),
     ("empty_folder", r"folder .*folder holds no text: expected files ending in \.txt"),
 ])
 def test_a_text_that_cannot_be_read_is_named(tmp_path, kind, message):
@@ -171,12 +185,262 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, kind, message):
 
 
 @pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path, name, package):
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, name, package):
+    for module in (package, f"{package}.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'ksparse\["):
         every(Acts(text=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("suffix, compress", [
+    (".gz", gzip.compress), (".xz", lzma.compress), (".zst", lambda data: zstandard.ZstdCompressor().compress(data))], ids=["gz", "xz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("kept", [0.02, 0.6, 0.999])
+def test_a_compressed_text_that_is_cut_off_is_an_error_not_a_shorter_text(tmp_path, name, suffix, compress, kept):
+    texts = paragraphs(500)
+    whole = compress(SEPARATOR.join(texts).encode() if name == "a.txt" else "".join(json.dumps({"text": item}) + "\n" for item in texts).encode())
+    (tmp_path / (name + suffix)).write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(InputError, match=rf"{name}{suffix} cannot be read.*; it is truncated or not what its name says"):
+        every(Acts(text=str(tmp_path / (name + suffix))))
+
+
+def test_bytes_that_are_no_zstandard_are_refused(tmp_path):
+    (tmp_path / "a.txt.zst").write_bytes(b"just some text, and not packed")
+    with pytest.raises(InputError, match=r"a\.txt\.zst cannot be read: .*not what its name says"):
+        every(Acts(text=str(tmp_path / "a.txt.zst")))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"PAR1" + data[-40:], lambda data: data[:-8] + b"\xff" * 8,
+                                    lambda data: data[:40] + b"\xff" * 200 + data[240:], lambda data: b"not parquet at all"],
+                         ids=["empty", "half", "no_body", "no_footer", "garbled_page", "text"])
+def test_a_damaged_parquet_is_one_error_that_names_it(tmp_path, damage):
+    write_parquet(tmp_path / "a.parquet", {"text": paragraphs(300)})
+    (tmp_path / "a.parquet").write_bytes(damage((tmp_path / "a.parquet").read_bytes()))
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read after row [\d,]+: .*; it is truncated or not what its name says"):
+        every(Acts(text=str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("columns, message", [
+    ({"content": ["a"], "id": [1]}, "no text in the column 'text'; there are content, id"),
+    ({"text": [1, 2]}, "the column 'text' holds int64, not text; there are text"),
+    ({"text": [1.5]}, "the column 'text' holds double, not text"), ({"text": [["a"]]}, "the column 'text' holds list<"),
+    ({"text": [{"a": "b"}]}, "the column 'text' holds struct<"), ({"text": [b"a"]}, "the column 'text' holds binary, not text"),
+    ({"text": [None, None]}, "the column 'text' is null in every row"), ({"text": pyarrow.array([None, None], "string")}, "the column 'text' is null in every row")])
+def test_a_parquet_without_such_a_column_of_text_is_named_with_those_there_are(tmp_path, columns, message):
+    write_parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(InputError) as error:
+        every(Acts(text=str(tmp_path / "a.parquet")))
+    assert str(error.value).startswith(f"{tmp_path}/a.parquet: {message}") and "--acts.text-field" in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["string", "large_string", "string_view", "dictionary"])
+def test_every_form_of_text_in_a_parquet_is_read_and_a_name_may_have_dots(tmp_path, form):
+    texts = paragraphs(9)
+    column = pyarrow.array(texts).dictionary_encode() if form == "dictionary" else pyarrow.array(texts, getattr(pyarrow, form)())
+    write_parquet(tmp_path / "a.parquet", {"a": [1] * 9, "a.text": column})
+    found = sorted(doc for split in SPLITS for doc in every(Acts(text=str(tmp_path / "a.parquet"), text_field="a.text"), split))
+    assert [doc.text for doc in found] == texts
+
+
+# ---- rows without text, and halves of characters
+
+
+def put_rows(folder, kind, texts):
+    """Write texts, some of them None or with half a character, as a source of that kind; return its Acts."""
+    if kind == "parquet":
+        encoded = [None if item is None else item.encode("utf-8", "surrogatepass") for item in texts]
+        array = pyarrow.array(encoded, "binary")
+        array = pyarrow.Array.from_buffers(pyarrow.string(), len(array), array.buffers())  # as another program may write it
+        write_parquet(folder / "a.parquet", {"text": array})
+    elif kind == "jsonl":
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": item}) + "\n" for item in texts))
+    elif kind == "bytes":
+        (folder / "a.jsonl").write_bytes("".join(json.dumps({"text": item}, ensure_ascii=False) + "\n" for item in texts).encode("utf-8", "surrogatepass"))
+    elif kind == "txt":
+        (folder / "a.txt").write_bytes(SEPARATOR.join(texts).encode("utf-8", "surrogatepass"))
+    return Acts(text="owner/data" if kind == "hub" else str(next(folder.iterdir())), context=16)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Return a list that stands for the rows of a data set of the Hub."""
+    given: list = []
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *args, **options: iter(given)))
+    text._warn_once.cache_clear()
+    return given
+
+
+def everything(acts):
+    return [doc.text for doc in sorted(doc for split in SPLITS for doc in every(acts, split))]
+
+
+@pytest.mark.parametrize("kind, name", [("jsonl", "a.jsonl"), ("bytes", "a.jsonl"), ("parquet", "a.parquet"), ("txt", "a.txt"), ("hub", "owner/data")])
+def test_half_a_character_is_read_as_ufffd_and_told_once(tmp_path, tiny_lm, caplog, hub, kind, name):
+    texts = [f"{i} \ud83d lone" if i % 20 == 7 else f"{i} \U0001f600 both" for i in range(100)]
+    hub.extend({"text": item} for item in texts)
+    acts = put_rows(tmp_path, kind, texts)
+    assert everything(acts) == [item.replace("\ud83d", "\ufffd") for item in texts]
+    next(corpus(acts, tiny_lm()).contexts())  # and the tokenizer takes it
+    assert [record.message for record in caplog.records] == [
+        f"text {acts.text}: {name}:7 holds half a character (a lone surrogate), which is read as U+FFFD, like all others of this kind",
+        f"text {acts.text}: 5 texts in all hold half a character (a lone surrogate), which is read as U+FFFD"]
+
+
+@pytest.mark.parametrize("kind, name", [("jsonl", "a.jsonl"), ("parquet", "a.parquet"), ("hub", "owner/data")])
+def test_null_rows_are_skipped_and_counted_and_the_first_is_named(tmp_path, caplog, hub, kind, name):
+    texts = paragraphs(300)
+    given = [*texts[:200], None, *texts[200:], None]
+    hub.extend({"text": item} for item in given)
+    acts = put_rows(tmp_path, kind, given)
+    assert everything(acts) == texts
+    assert [record.message for record in caplog.records] == [
+        f"text {acts.text}: {name}:200 holds null in the column 'text', which is skipped, like all others of this kind",
+        f"text {acts.text}: 2 texts in all hold null in the column 'text', which is skipped"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+def test_a_column_that_is_null_in_every_row_is_an_error(tmp_path, hub, kind):
+    hub.extend({"text": None} for _ in range(9))
+    with pytest.raises(InputError, match=r"the column 'text' is null in every row; name another with --acts\.text-field"):
+        every(put_rows(tmp_path, kind, [None] * 9))
+
+
+def test_a_connection_to_the_hub_that_breaks_says_after_which_row(hub, monkeypatch):
+    def broken(*args, **options):
+        yield {"text": "one"}
+        raise ConnectionError("connection lost")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", broken)
+    with pytest.raises(InputError, match=r"text 'owner/data' cannot be read after row 0 \(ConnectionError: connection lost\)"):
+        everything(Acts(text="owner/data"))
+
+
+@pytest.mark.parametrize("row, message", [({"content": "x", "id": 3}, "no text in the column 'text'; there are content, id"),
+                                          ({"text": 3}, "the column 'text' holds '3', of type int, not text; there are text")])
+def test_a_row_of_the_hub_without_text_is_named(hub, row, message):
+    hub.extend([{"text": "x"}, row])
+    with pytest.raises(InputError, match=rf"owner/data, row 1: {message}"):
+        everything(Acts(text="owner/data"))
+
+
+# ---- hostile files
+
+
+@pytest.mark.parametrize("line, message", [
+    (b"[" * 100_000, "not JSON: maximum recursion depth"), (b'{"a":' * 100_000, "not JSON: maximum recursion depth"),
+    (b'{"text": ' + b"9" * 5_000 + b"}", "not JSON: Exceeds the limit"), (b"\xef\xbb\xbf{}", "not JSON: Unexpected UTF-8 BOM"),
+    (b'{"text": "a\0b"}', "not JSON: Invalid control character"), (b"\0", "not JSON"), ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
+    ('{"text": "a"}'.encode("utf-16-le"), "not JSON"), (b'{"text": "\xc3"}', "not UTF-8"), (b"7", "no text in the column 'text'; there are int"),
+    (b"null", "no text in the column 'text'; there are NoneType"), (b'{"text": ["a"]}', "the column 'text' holds"), (b'{"\\ud800": 1}', "no text in the column 'text'; there are \ufffd"),
+    (b"{" + b", ".join(b'"%d": 1' % i for i in range(1000)) + b"}", "no text in the column 'text'; there are 0, 1, 2, "), (b'{"text": "' + b"x" * 3_000_000, "longer than 2,000,000 bytes")])
+def test_a_hostile_line_is_named_and_the_message_is_short(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(text.rows, "LONGEST", 2_000_000)
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "good"}\n\n' + line + b"\n")
+    with pytest.raises(InputError) as error:
+        every(Acts(text=str(tmp_path / "a.jsonl")))
+    assert str(error.value).startswith(f"{tmp_path}/a.jsonl, line 3: {message}") and len(str(error.value)) < 1_000
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["no_bom", "bom"])
+def test_lines_end_as_they_may_and_a_byte_order_mark_is_no_text(tmp_path, end, mark):
+    texts = paragraphs(20)
+    (tmp_path / "a.jsonl").write_bytes((mark + end.join(json.dumps({"text": item}) for item in texts)).encode())
+    (tmp_path / "a.txt").write_bytes((mark + SEPARATOR.join(texts).replace("\n", end)).encode())
+    assert everything(Acts(text=str(tmp_path / "a.jsonl"))) == everything(Acts(text=str(tmp_path / "a.txt"))) == texts
+
+
+@pytest.mark.parametrize("content", ["some words of text\n".encode("utf-16-le"), bytes(10_000)], ids=["utf16", "zeros"])
+def test_text_that_is_full_of_nul_is_refused(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 text: it is full of NUL, as UTF-16 and binary files are; convert it first"):
+        every(Acts(text=str(tmp_path / "a.txt")))
+
+
+class Counting(str):
+    """A text that counts the characters that are looked at when it is split."""
+
+    looked = 0
+
+    def __add__(self, other):
+        return Counting(str(self) + other)
+
+    def __radd__(self, other):
+        return Counting(other + str(self))
+
+    def split(self, *args):
+        Counting.looked += len(self)
+        return super().split(*args)
+
+
+def test_an_endless_line_is_looked_at_once_and_given_in_pieces_as_it_comes(tmp_path, monkeypatch):
+    """What is held is less than two parts, however long the line: else each part would be joined to all before it."""
+    part, number = 10_000, 50
+    monkeypatch.setattr(text.rows, "_CHUNK", part)
+    monkeypatch.setattr(text, "PIECE", 1_000)
+    parts = iter(["x" * part] * number)
+
+    class Stream:
+        read = staticmethod(lambda size: Counting(next(parts, "")))
+
+    monkeypatch.setattr(Counting, "looked", 0)
+    chunks = (chunk for _, chunk in text.rows._chunks(tmp_path, Stream()))
+    pieces = text._pieces(iter([("line", chunks)]))
+    next(pieces)
+    assert Counting.looked <= 2 * part, "the first piece waits for the end of no line"
+    assert sum(len(piece) for _, piece in pieces) == number * part - 1_000
+    assert Counting.looked < 1.01 * number * part
+
+
+@pytest.mark.parametrize("size", [1, 5, 13, 14, 1000])
+def test_separators_are_seen_wherever_a_part_ends(tmp_path, monkeypatch, size):
+    texts = ["one", "<|end", "two <|endoftext|", "|>", "three\n" * 40, "<" * 30, "four"]
+    (tmp_path / "a.txt").write_text(SEPARATOR.join([" \n", *texts, "\t"]))
+    monkeypatch.setattr(text.rows, "_CHUNK", size)
+    assert everything(Acts(text=str(tmp_path / "a.txt"))) == texts
+
+
+def test_a_document_in_parts_is_cut_as_a_whole_one_is(monkeypatch):
+    draw = random.Random(0)
+    whole = "".join(draw.choice("abc \n") if draw.random() < 0.9 else "x" * draw.randrange(300) for _ in range(3_000))
+    monkeypatch.setattr(text, "PIECE", 100)
+    expected = list(text._pieces(iter([("a", whole), ("b", "short"), ("c", "")])))
+    for size in (1, 7, 99, 100, 101, 5_000):
+        chunks = (whole[at : at + size] for at in range(0, len(whole), size))
+        assert list(text._pieces(iter([("a", chunks), ("b", iter(["sh", "ort"])), ("c", iter([]))]))) == expected
+    assert expected[0][0] == "a#0" and expected[-2:] == [("b", "short"), ("c", "")]
+
+
+@pytest.mark.parametrize("name, compress", [("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress),
+                                            ("a.jsonl.zst", lambda data: zstandard.ZstdCompressor().compress(data))])
+def test_a_small_file_that_unpacks_to_an_endless_line_is_refused_before_it_is_read(tmp_path, monkeypatch, name, compress):
+    monkeypatch.setattr(text.rows, "LONGEST", 1_000_000)
+    (tmp_path / name).write_bytes(compress(b'{"text": "good"}\n{"text": "' + b"x" * 5_000_000 + b'"}\n'))
+    with pytest.raises(InputError, match=rf"{name}, line 2: longer than 1,000,000 bytes"):
+        every(Acts(text=str(tmp_path / name)))
+
+
+def test_blanks_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text.rows, "LONGEST", 100_000)
+    monkeypatch.setattr(text.rows, "_CHUNK", 10_000)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b" " * 200_000))
+    with pytest.raises(InputError, match=r"a\.txt\.gz has 100,000 blank characters in one document"):
+        every(Acts(text=str(tmp_path / "a.txt.gz")))
+
+
+def test_a_cell_of_a_parquet_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text.rows, "LONGEST", 1_000)
+    write_parquet(tmp_path / "a.parquet", {"text": ["good", "x" * 2_000]})
+    with pytest.raises(InputError, match=r"a\.parquet, row 1: longer than 1,000 bytes"):
+        every(Acts(text=str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "a/" * 3_000])
+def test_a_name_that_no_file_can_have_is_one_error(name):
+    with pytest.raises(InputError, match="text '(x|a/).* cannot be looked up: File name too long"):
+        every(Acts(text=name))
 
 
 @pytest.mark.parametrize("content", ["", "  \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}"], ids=repr)

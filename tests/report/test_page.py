@@ -387,3 +387,8 @@ def test_a_report_removes_what_killed_ones_left(make_run) -> None:
         (run.path / folder / ".tmp-loss.svg-123").write_text("<svg")
     report.write(run)
     assert not list(run.path.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("environment", [{"versions": 7}, {"versions": ["x"]}, {"versions": None}, {"threads": "two", "gpus": 3}, {}], ids=str)
+def test_an_environment_of_other_types_still_gives_a_page(tmp_path, environment):
+    assert_inert(written(build(tmp_path / "demo", environment=environment)))

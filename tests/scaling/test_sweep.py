@@ -66,6 +66,9 @@ def test_seeds_of_a_grid_share_the_order_of_the_data(small_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("grid, message", [
+    ("[grid]\n" + "".join(f"{key} = [{', '.join(map(str, range(1, 1001)))}]\n" for key in ("tokens", "seed")), r"has 1,000,000 points; at most 100,000 make a sweep"),
+    ('[grid]\n"acts.lm" = 0x' + "f" * 5_000, r"'acts\.lm' of the grid in .* is a number of thousands of digits; it must be a list"),
+    ('[grid]\n"acts.lm" = [0x' + "f" * 5_000 + "]", r"acts\.lm = a number of thousands of digits"),
     ("", r"has no grid; write \[grid\] and lists of values"), ("[grid]\n", "has no grid"), ("grid = 3\n", "is not TOML|has no grid"),
     ('[grid]\n"sae.k" = 3\n', r"'sae\.k' of the grid in .*small\.toml is 3; it must be a list"), ('[grid]\n"sae.k" = []\n', r"is \[\]; it must be a list of at least one"),
     ('[grid]\n"sae.kk" = [3]\n', r"unknown key 'sae\.kk' in .*did you mean 'sae\.k'\? \(at the point sae\.kk = 3 of the grid\)"),

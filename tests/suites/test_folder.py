@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ksparse import rows as rows_of
 from ksparse.errors import InputError
 from ksparse.suites import LEAST, TextTask, read, write
 
@@ -44,6 +45,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write(tmp_path, "task", [ROWS[0], {"text": "x", "label": 2}])
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["task.jsonl.gz"]
+
+
+@pytest.mark.parametrize("more", [{"x": float("nan")}, {"x": "\ud800"}, {"x": object()}, {"\ud800": 1}], ids=["nan", "half", "object", "half_key"])
+def test_a_row_that_json_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, more):
+    path = write(tmp_path, "task", ROWS)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="task 'task', row 2: cannot be written as JSON: "):
+        write(tmp_path, "task", [ROWS[0], {"text": "x", "label": 1, **more}])
+    assert path.read_bytes() == before
+
+
+def test_lines_that_end_with_carriage_returns_are_lines(tmp_path):
+    put(tmp_path, lines(ROWS).replace("\n", "\r"))
+    assert len(read(tmp_path)[0].texts) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", ".x", "a b"])
@@ -87,12 +102,19 @@ def test_other_files_are_no_tasks(tmp_path):
     ('{"text": "x", "label": 2}', "'label' is 2; expected 0 or 1"),
     ('{"text": "x", "label": "1"}', "'label' is '1'; expected 0 or 1"),
     ('{"text": "x", "label": 1.0}', "'label' is 1.0; expected 0 or 1"),
-    ('{"text": "x", "label": null}', "'label' is None; expected 0 or 1")])
-def test_a_wrong_row_is_named_with_its_file_and_line(tmp_path, line, message):
+    ('{"text": "x", "label": null}', "'label' is None; expected 0 or 1"),
+    ("[" * 50_000, "not JSON: maximum recursion depth"), ('{"a":' * 20_000, "not JSON: maximum recursion depth"),
+    ('{"text": "x", "label": ' + "1" * 5_000 + "}", "not JSON: Exceeds the limit"), ('{"text": "x", "label": ' + "1" * 4_000 + "}", "'label' is 11111"),
+    ('{"text": "x", "label": "' + "y" * 10_000 + '"}', "'label' is 'yyyy"), ("{" + ", ".join(f'"{i}": 1' for i in range(999)) + "}", "no 'text', only 0, 1, 2"),
+    ('{"\\ud800": 1}', "no 'text', only \ufffd;"), ("\ufeff{}", "not JSON: Unexpected UTF-8 BOM"), ('{"text": "a\0b", "label": 1}', "not JSON: Invalid control character"),
+    ("null", "NoneType instead of a row"), ('{"text": "' + "x" * 200_000 + '", "label": 1}', "longer than 150,000 bytes")])
+def test_a_wrong_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, line, message):
+    monkeypatch.setattr(rows_of, "LONGEST", 150_000)
     file = put(tmp_path, lines(ROWS[:3]) + "\n" + line + "\n")
     with pytest.raises(InputError) as error:
         read(tmp_path)
-    assert str(error.value).startswith(f"{file}, line 5: {message}")
+    assert str(error.value).startswith(f"{file}, line 5: {message}") and len(str(error.value)) < 1_000
+    str(error.value).encode()
 
 
 def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):

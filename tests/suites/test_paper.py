@@ -354,7 +354,8 @@ def test_a_failure_is_forgotten_once_the_task_is_made(tmp_path, local, no_hub):
     ('{"sentence": "x", "label": "?"}\n', "the column 'label' holds '\\?', not a number"),
     ('{"sentence": 5, "label": 1}\n', "the column 'sentence' holds int, not text"),
     ('{"sentence": null, "label": 1}\n', "too few texts: 0 with the label 1 and 0"),
-    ("", "too few texts"), (b"\xff\xfe", "is not UTF-8")])
+    ("", "too few texts"), (b"\xff\xfe", "cola.train.jsonl, line 1: not UTF-8"),
+    ("[" * 100_000, "cola.train.jsonl, line 1: not JSON: maximum recursion"), ('{"label": ' + "1" * 5000 + "}", "line 1: not JSON: Exceeds the limit")])
 def test_a_damaged_source_fails_alone(tmp_path, local, no_hub, content, reason):
     (local / "nyu-mll__glue" / "cola.train.jsonl.gz").unlink()
     (local / "nyu-mll__glue" / "cola.train.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -77,12 +77,24 @@ def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder of shards, finished or not."""
-    found = files.read_table(folder / files.MANIFEST, format=int, acts=dict, policy=dict, rows=int, d_model=int, shards=list, place=list, contexts=int, complete=bool)
-    files.check_format(folder / files.MANIFEST, found["format"], FORMAT)
+    """Read the manifest of a folder of shards, finished or not; raise CorruptError where its numbers cannot be right."""
+    file = folder / files.MANIFEST
+    found = files.read_table(file, format=int, acts=dict, policy=dict, dtype=str, rows=int, d_model=int, shards=list, place=list, contexts=int, complete=bool)
+    files.check_format(file, found["format"], FORMAT)
     for entry in found["shards"]:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in (("file", str), ("rows", int), ("sha256", str))):
-            raise CorruptError(f"{folder / files.MANIFEST}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256")
+        if not isinstance(entry, dict) or not all(type(entry.get(key)) is kind for key, kind in (("file", str), ("rows", int), ("sha256", str))):
+            raise CorruptError(f"{file}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256")
+    counts = {"rows": found["rows"], "d_model": found["d_model"], **{f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in found["shards"]}}
+    for name, count in counts.items():
+        if not 1 <= count < 2**40:
+            raise CorruptError(f"{file}: {name} is {count}; expected a number of at least 1")
+    if found["dtype"] not in DTYPES:
+        raise CorruptError(f"{file}: 'dtype' is {found['dtype'][:40]!r}; expected {', '.join(DTYPES)}")
+    if len(found["place"]) != 3 or not all(type(number) is int and number >= 0 for number in [*found["place"], found["contexts"]]):
+        raise CorruptError(f"{file}: 'place' is {str(found['place'])[:80]} and 'contexts' {found['contexts']}; expected three numbers and one, none below 0")
+    written = sum(entry["rows"] for entry in found["shards"])
+    if found["complete"] != (written >= found["rows"]):
+        raise CorruptError(f"{file} says {'complete' if found['complete'] else 'not complete'}, with {written:,} of {found['rows']:,} rows in its shards")
     return found
 
 
@@ -133,12 +145,13 @@ class Shards:
         if not self.folder.is_dir():
             raise InputError(f"{folder} is no folder of shards; `ksparse shard` writes one")
         self.manifest = _manifest(self.folder)
-        if not self.manifest["complete"] or not self.manifest["shards"]:
+        if not self.manifest["complete"]:
             raise InputError(f"{folder} is not complete; run the same `ksparse shard` again to finish it")
         files.check_file(self.folder, NAMES, self.manifest.get("names_sha256", ""))
         self.names = files.read_strings(self.folder / NAMES)
         self.d_model: int = self.manifest["d_model"]
-        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"], self.d_model) for entry in self.manifest["shards"]]
+        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"], self.manifest, len(self.names))
+                      for entry in self.manifest["shards"]]
         self.ends = np.cumsum([len(part.document) for part in self.parts])
         self.rows = int(self.ends[-1])
 
@@ -171,7 +184,7 @@ class Shards:
     def check_fits(self, acts: Acts) -> None:
         """Raise InputError unless the shards hold what a recipe asks for."""
         ours = {key: value for key, value in asdict(acts).items() if key in self.manifest["acts"]}
-        wrong = [f"acts.{key}: the shards have {theirs!r}, the recipe {ours[key]!r}"
+        wrong = [f"acts.{key}: the shards have {theirs!r}, the recipe {ours.get(key)!r}"
                  for key, theirs in self.manifest["acts"].items() if ours.get(key) != theirs]
         if self.manifest["policy"].get("split") != "train":
             wrong.append(f"the shards are of the split {self.manifest['policy'].get('split')!r}, training needs 'train'")
@@ -182,7 +195,8 @@ class Shards:
 class _Part:
     """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of offsets."""
 
-    def __init__(self, file: Path, rows: int, d_model: int):
+    def __init__(self, file: Path, rows: int, manifest: dict[str, Any], names: int):
+        """Map a file of so many rows; raise CorruptError unless each column is of the type, shape and range that the manifest says."""
         try:
             safe_open(file, "np")  # reads the header, and sees to it that all it names is within the file
         except (OSError, SafetensorError) as error:
@@ -190,12 +204,14 @@ class _Part:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-        kinds = {code: kind for code, kind in DTYPES.values()} | {"I32": np.int32}
-        for name in ("x", "document", "context", "position"):
-            entry = header.get(name)
-            if entry is None or entry["dtype"] not in kinds:
-                raise CorruptError(f"{file} lacks the column {name!r}, or has it in a type that is not known")
-            kind = np.dtype(kinds[entry["dtype"]])
-            if entry["shape"] != ([rows, d_model] if name == "x" else [rows]):
-                raise CorruptError(f"{file}: column {name!r} has shape {entry['shape']}, the manifest speaks of {rows:,} rows and d_model {d_model:,}")
-            setattr(self, name, np.memmap(file, kind, "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"])))
+        ends = {"document": names, "context": manifest["contexts"], "position": 2**31}
+        for name in ("x", *ends):
+            code, kind = DTYPES[manifest["dtype"]] if name == "x" else ("I32", np.int32)
+            shape = [rows, manifest["d_model"]] if name == "x" else [rows]
+            entry = header.get(name, {"dtype": "nothing", "shape": "none"})
+            if entry["dtype"] != code or entry["shape"] != shape:
+                raise CorruptError(f"{file}: column {name!r} is {entry['dtype']} of shape {entry['shape']}, the manifest speaks of {code} of shape {shape}")
+            column = np.memmap(file, kind, "r", 8 + length + entry["data_offsets"][0], tuple(shape))
+            if name in ends and not 0 <= column.min() <= column.max() < ends[name]:
+                raise CorruptError(f"{file}: column {name!r} has numbers from {column.min()} to {column.max()}; expected 0 to {ends[name] - 1:,}")
+            setattr(self, name, column)

@@ -12,30 +12,25 @@ not it is BOS (in a model without BOS the first token takes its role), all BOS, 
 
 from __future__ import annotations
 
-import gzip
+import functools
 import hashlib
-import io
 import itertools
-import json
-import lzma
-import zlib
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ksparse import pylm
+from ksparse import pylm, rows
 from ksparse.errors import InputError
 from ksparse.pylm.text import SPLITS
 from ksparse.recipe import Acts
 
-SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 PIECE = 20_000
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".xz", ".gz", ".zst")
+_log = logging.getLogger("ksparse")
 
 
 class Document(NamedTuple):
@@ -82,137 +77,143 @@ def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
         for index, (name, text) in enumerate(itertools.islice(_pieces(pairs), start, None), start):
             yield Document(index, name, text)
         return
-    pairs = _local(Path(acts.text), acts.text_field) if _is_local(acts.text) else _hub(acts)
+    halves = _Noted(acts.text, "half a character (a lone surrogate), which is read as U+FFFD")
+    nulls = _Noted(acts.text, f"null in the column {acts.text_field!r}, which is skipped")
+    pairs = _local(Path(acts.text), acts.text_field, nulls) if _is_local(acts.text) else _hub(acts, nulls)
     for index, (name, text) in enumerate(_pieces(pairs)):
+        if rows.has_half(text):
+            halves.add(name)
+            text = rows.whole_characters(text)
         if index >= start and _key(text) % 100 in SPLITS[split]:
             yield Document(index, name, text)
+    halves.end()
+    nulls.end()
+
+
+class _Noted:
+    """Texts of a source that are not used as they are: the first is named at once, all are counted where the source ends."""
+
+    def __init__(self, source: str, what: str):
+        self.source, self.what, self.count = source, what, 0
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if self.count == 1:
+            _warn_once(f"text {self.source}: {name} holds {self.what}, like all others of this kind")
+
+    def end(self) -> None:
+        if self.count > 1:
+            _warn_once(f"text {self.source}: {self.count:,} texts in all hold {self.what}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning("%s", message)
 
 
 def _key(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _pieces(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _pieces(pairs: Iterator[tuple[str, str | Iterable[str]]]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of documents that are given whole or in chunks; what is cut has the number of the piece in its name."""
     for name, text in pairs:
-        if len(text) <= PIECE:
-            yield name, text
-            continue
-        at, part = 0, 0
-        while at < len(text):
-            end = text.rfind("\n", at + PIECE // 2, at + PIECE) + 1 if at + PIECE < len(text) else len(text)
-            end = end or at + PIECE
-            yield f"{name}#{part}", text[at:end]
-            at, part = end, part + 1
+        pieces = _cut([text] if isinstance(text, str) else text)
+        first, second = next(pieces, ""), next(pieces, None)
+        if second is None:
+            yield name, first
+        else:
+            for part, piece in enumerate(itertools.chain([first, second], pieces)):
+                yield f"{name}#{part}", piece
+
+
+def _cut(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield a document's pieces as soon as they are known, so that one without end takes no more memory than another."""
+    rest = ""
+    for chunk in chunks:
+        rest, at = rest + chunk, 0
+        while len(rest) - at > PIECE:
+            end = rest.rfind("\n", at + PIECE // 2, at + PIECE) + 1 or at + PIECE
+            yield rest[at:end]
+            at = end
+        rest = rest[at:]
+    if rest:
+        yield rest
 
 
 def _is_local(source: str) -> bool:
     path = Path(source)
-    return path.exists() or path.is_absolute() or source.startswith(".") or path.suffix in (*SUFFIXES, *COMPRESSIONS)
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name of thousands of characters
+        raise InputError(f"text {source[:60]!r} cannot be looked up: {error.strerror or error}") from None
+    return exists or path.is_absolute() or source.startswith(".") or path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
 
 
-def _local(path: Path, field: str) -> Iterator[tuple[str, str]]:
+def _local(path: Path, field: str, nulls: _Noted) -> Iterator[tuple[str, str | Iterable[str]]]:
     if not path.exists():
         raise InputError(f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'")
-    files = sorted(file for file in path.rglob("*") if _kind(file)) if path.is_dir() else [path]
+    try:
+        files = sorted(file for file in path.rglob("*") if _kind(file)) if path.is_dir() else [path]
+    except OSError as error:
+        raise InputError(f"folder {path} cannot be read: {error.strerror or error}") from None
     if not files:
         raise InputError(f"folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)} "
-                         f"(also with {', '.join(COMPRESSIONS)})")
+                         f"(also with {', '.join(rows.COMPRESSIONS)})")
     for file in files:
-        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
         kind = _kind(file)
         if kind is None:
             raise InputError(f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
-                             f"(also with {', '.join(COMPRESSIONS)})")
-        yield from readers[kind](file, field)
+                             f"(also with {', '.join(rows.COMPRESSIONS)})")
+        if kind == ".txt":
+            yield from ((f"{file.name}:{number}", chunks) for number, chunks in enumerate(rows.documents(file)))
+        elif kind == ".jsonl":
+            texts = ((number - 1, rows.text_of(row, field, f"{file}, line {number}")) for number, row in rows.jsonl(file))
+            yield from _without_nulls(texts, file, file.name, field, nulls)
+        else:
+            yield from _without_nulls(enumerate(rows.parquet(file, field)), file, file.name, field, nulls)
 
 
 def _kind(file: Path) -> str | None:
-    suffixes = [suffix for suffix in file.suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix for suffix in file.suffixes if suffix not in rows.COMPRESSIONS]
     return suffixes[-1] if file.is_file() and suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _open(file: Path) -> io.TextIOBase:
-    if file.suffix == ".xz":
-        return lzma.open(file, "rt", encoding="utf-8")
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    if file.suffix == ".zst":
-        zstandard = _extra("zstandard", "zstandard", f"reading {file}")
-        return zstandard.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+def _without_nulls(texts: Iterable[tuple[int, str | None]], source: Path | str, name: str, field: str, nulls: _Noted) -> Iterator[tuple[str, str]]:
+    """Yield ('NAME:ROW', text) of (row, text); raise InputError where there are rows, and no text in any."""
+    row, is_empty = -1, True
+    for row, text in texts:
+        if text is None:
+            nulls.add(f"{name}:{row}")
+        else:
+            is_empty = False
+            yield f"{name}:{row}", text
+    if is_empty and row >= 0:
+        raise InputError(f"{source}: the column {field!r} is null in every row; name another with --acts.text-field")
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[io.TextIOBase]:
-    """Open a text file; say which one is cut off, altered, or not UTF-8, whenever that shows."""
+def _hub(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str]]:
+    datasets = rows.extra("datasets", "datasets", f"the data set {acts.text!r}")
     try:
-        with _open(file) as stream:
-            yield stream
-    except UnicodeDecodeError as error:
-        raise InputError(f"text {file} is not UTF-8: {error}; convert it first") from None
-    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise InputError(f"text {file} cannot be read: {error}; it is truncated or not what its name says") from None
-
-
-def _read_txt(file: Path, field: str) -> Iterator[tuple[str, str]]:
-    """Read documents between separators without holding the whole file."""
-    with _reading(file) as stream:
-        rest, number = "", 0
-        while chunk := stream.read(1 << 20):
-            *whole, rest = (rest + chunk).split(SEPARATOR)
-            for text in whole:
-                if text.strip():
-                    yield f"{file.name}:{number}", text
-                    number += 1
-        if rest.strip():
-            yield f"{file.name}:{number}", rest
-
-
-def _read_jsonl(file: Path, field: str) -> Iterator[tuple[str, str]]:
-    with _reading(file) as stream:
-        for number, line in enumerate(stream):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{file}, line {number + 1}: not JSON: {error}") from None
-                yield f"{file.name}:{number}", _text_of(row, field, f"{file}, line {number + 1}")
-
-
-def _read_parquet(file: Path, field: str) -> Iterator[tuple[str, str]]:
-    parquet = _extra("pyarrow.parquet", "datasets", f"reading {file}")
-    number = 0
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            yield f"{file.name}:{number}", _text_of(row, field, f"{file}, row {number}")
-            number += 1
-
-
-def _hub(acts: Acts) -> Iterator[tuple[str, str]]:
-    datasets = _extra("datasets", "datasets", f"the data set {acts.text!r}")
-    try:
-        rows = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split, streaming=True)
+        found = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split, streaming=True)
     except Exception as error:  # whatever it is, the user has named something that cannot be read
-        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be read "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    for number, row in enumerate(rows):
-        yield f"{acts.text}:{number}", _text_of(row, acts.text_field, f"{acts.text}, row {number}")
+        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be read ({_in_short(error)})") from error
+    yield from _without_nulls(_texts_of(found, acts), f"text {acts.text!r}", acts.text, acts.text_field, nulls)
 
 
-def _text_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise InputError(f"{where}: no text in the column {field!r}; there are {there}. Name it with --acts.text-field")
-    return row[field]
-
-
-def _extra(module: str, extra: str, purpose: str) -> Any:
-    import importlib
-
+def _texts_of(found: Iterable[Any], acts: Acts) -> Iterator[tuple[int, str | None]]:
+    number = 0
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f"{purpose} needs the package {module.split('.')[0]}: pip install 'ksparse[{extra}]'") from None
+        for number, row in enumerate(found):
+            yield number, rows.text_of(row, acts.text_field, f"{acts.text}, row {number}")
+    except InputError:
+        raise
+    except Exception as error:  # a connection that breaks, a damaged file of the data set
+        raise InputError(f"text {acts.text!r} cannot be read after row {number:,} ({_in_short(error)})") from error
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def again(source: Source) -> dict[str, Any]:
     if not source.recipe.threads and is_number(source.environment.get("threads")):
         train += ["--threads", str(source.environment["threads"])]  # the recipe left it to the machine
     return {"train": shlex.join(train), "evaluate": evaluations(source), "report": source.command("report"),
-            "version": (source.environment.get("versions") or {}).get("ksparse")}
+            "version": versions.get("ksparse") if isinstance(versions := source.environment.get("versions"), dict) else None}
 
 
 def evaluations(source: Source) -> list[str]:

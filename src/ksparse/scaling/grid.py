@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder
 
 COPIES = 7  # of the weights: raw, two moments, average; averaged, low-precision and one being written
+MOST_POINTS = 100_000
 PRODUCT = 2**27  # numbers of a step's product that are in memory at once
 
 
@@ -97,7 +99,9 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     lists = recipes.flat(grid)
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
-            raise InputError(f"'{key}' of the grid in {file} is {values!r}; it must be a list of at least one value")
+            raise InputError(f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at least one value")
+    if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
+        raise InputError(f"the grid in {file} has {points:,} points; at most {MOST_POINTS:,} make a sweep")
     return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
 
 
@@ -111,7 +115,7 @@ def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
     try:
         return recipes.from_dict(merged, where=f" in {file}")
     except InputError as error:
-        raise InputError(f"{error} (at the point {', '.join(f'{key} = {value!r}' for key, value in point.items())} of the grid)") from None
+        raise InputError(f"{error} (at the point {', '.join(f'{key} = {recipes.said(value)}' for key, value in point.items())} of the grid)") from None
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ksparse.errors import InputError
 from ksparse.files import write_bytes
+from ksparse.rows import columns, has_half, jsonl, shown
 
 LEAST = 20  # rows of each label: with fewer, the best of many thousand latents fits a task by chance
 SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -39,8 +39,12 @@ def read(folder: Path | str) -> list[TextTask]:
     if not folder.is_dir():
         raise InputError(f"suite {folder} {'is not a folder' if folder.exists() else 'does not exist'}; give a folder of TASK.jsonl or "
                          f"TASK.jsonl.gz with rows {ROW}, or make one: ksparse probes build {folder}")
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"suite {folder} cannot be read: {error.strerror or error}") from None
     found: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
+    for file in files:
         name = _task_of(file)
         if name in found:
             raise InputError(f"the task {name!r} is in {folder} twice: {found[name].name} and {file.name}; remove one of them")
@@ -61,9 +65,12 @@ def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> P
     lines = []
     for number, row in enumerate(rows, 1):
         text, label = _checked(row, f"task {name!r}, row {number}")
-        lines.append(json.dumps({**row, "text": text, "label": label}, ensure_ascii=False, allow_nan=False) + "\n")
+        try:
+            lines.append(json.dumps({**row, "text": text, "label": label}, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        except (ValueError, TypeError, RecursionError) as error:  # in the other keys: NaN, half a character, an object
+            raise InputError(f"task {name!r}, row {number}: cannot be written as JSON: {error}") from None
     path = folder / f"{name}.jsonl.gz"
-    write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))  # gzip would put the time of writing into the file
+    write_bytes(path, gzip.compress(b"".join(lines), mtime=0))  # gzip would put the time of writing into the file
     return path
 
 
@@ -74,11 +81,7 @@ def _task_of(file: Path) -> str | None:
 
 def _read_task(file: Path, name: str) -> TextTask:
     texts, labels = [], []
-    for number, line in _lines(file):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {number}: not JSON: {error}; expected {ROW}") from None
+    for number, row in jsonl(file):
         text, label = _checked(row, f"{file}, line {number}")
         texts.append(text)
         labels.append(label)
@@ -86,35 +89,21 @@ def _read_task(file: Path, name: str) -> TextTask:
     return TextTask(name, tuple(texts), tuple(labels))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line), without blank ones; lines are decoded one by one so that an error has its number."""
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}, line {number}: not UTF-8: {error}; convert the file first") from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{file} cannot be read after line {number}: {error}; it is truncated or not what its name says") from None
-
-
 def _checked(row: Any, where: str) -> tuple[str, int]:
     if not isinstance(row, Mapping):
-        raise InputError(f"{where}: {type(row).__name__} instead of a row; expected {ROW}")
+        raise InputError(f"{where}: {columns(row)} instead of a row; expected {ROW}")
     text, label = row.get("text"), row.get("label")
     if not isinstance(text, str):
-        what = f"'text' is {type(text).__name__}, not a string" if "text" in row else f"no 'text', only {', '.join(map(str, row)) or 'nothing'}"
+        what = f"'text' is {columns(text)}, not a string" if "text" in row else f"no 'text', only {columns(row)}"
         raise InputError(f"{where}: {what}; expected {ROW}")
     if not text.strip():
         raise InputError(f"{where}: 'text' is empty; a probe needs a token to look at")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half(text):
         raise InputError(f"{where}: 'text' holds half of a surrogate pair, which is no character; repair the file")
     if "label" not in row:
-        raise InputError(f"{where}: no 'label', only {', '.join(map(str, row))}; expected {ROW}")
+        raise InputError(f"{where}: no 'label', only {columns(row)}; expected {ROW}")
     if not isinstance(label, int) or label not in (0, 1):
-        raise InputError(f"{where}: 'label' is {label!r}; expected 0 or 1 (or false, true)")
+        raise InputError(f"{where}: 'label' is {shown(repr(label))}; expected 0 or 1 (or false, true)")
     return text, int(label)
 
 

@@ -11,24 +11,18 @@ these repositories hold a script, which `datasets` no longer runs. Code from a r
 
 from __future__ import annotations
 
-import csv
-import gzip
 import importlib
-import json
-import lzma
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ksparse import rows
 from ksparse.errors import InputError
 
 CONVERTED = "refs/convert/parquet"
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
 _PURPOSE = "reading data sets of the Hugging Face Hub"
 
 
@@ -94,17 +88,9 @@ def folder_of(source: Source, local: Path | None) -> Path:
     return (local or Path("LOCAL")) / source.repo.replace("/", "__")
 
 
-def extra(module: str, purpose: str) -> Any:
-    """Import a package of the extra 'datasets', or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise InputError(f"{purpose} needs the package {module.split('.')[0]}: pip install 'ksparse[datasets]'") from None
-
-
 def check_hub() -> None:
     """Raise InputError unless data sets of the Hub can be read at all."""
-    extra("datasets", _PURPOSE)
+    rows.extra("datasets", "datasets", _PURPOSE)
 
 
 def _joined(parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -117,7 +103,7 @@ def _joined(parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int) -> Ite
 
 
 def _hub(source: Source, each: int) -> Opened:
-    datasets = extra("datasets", _PURPOSE)
+    datasets = rows.extra("datasets", "datasets", _PURPOSE)
     reasons = []
     for asked, load in ((source.revision, _as_it_is), (CONVERTED, _as_converted)):
         revision = _commit(source.repo, asked)
@@ -201,51 +187,17 @@ def _is_named(name: str, stem: str, extension: str) -> bool:
 
 def _read(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of one file; say which one cannot be read, and where."""
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".txt": _txt}
-    try:
-        if file.suffix == ".parquet":
-            yield from _parquet(file)
-            return
-        name = file.name.removesuffix(file.suffix) if file.suffix in OPENERS else file.name
-        reader = next((readers[suffix] for suffix in readers if name.endswith(suffix)), None)
-        if reader is None:
-            raise InputError(f"{file} is of no known kind; expected .txt, {', '.join(EXTENSIONS)}")
-        with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            yield from reader(stream, file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: {error}") from None
-    except (EOFError, zlib.error, lzma.LZMAError, csv.Error, OSError) as error:
-        raise InputError(f"{file} cannot be read: {error}; it is truncated or not what its name says") from None
-
-
-def _jsonl(stream: Any, file: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file}, line {number}: not JSON: {error}") from None
+    name = file.name.removesuffix(file.suffix) if file.suffix in rows.COMPRESSIONS else file.name
+    if name.endswith(".parquet"):
+        yield from rows.parquet(file)
+    elif name.endswith((".csv", ".tsv")):
+        yield from rows.table(file, "\t" if name.endswith(".tsv") else ",")
+    elif name.endswith(".txt"):
+        yield from ({"text": rows.joined(chunks, file)} for chunks in rows.documents(file))
+    elif name.endswith(".jsonl"):
+        for number, row in rows.jsonl(file):
             if not isinstance(row, dict):
-                raise InputError(f"{file}, line {number}: {type(row).__name__} instead of a row")
+                raise InputError(f"{file}, line {number}: {rows.columns(row)} instead of a row")
             yield row
-
-
-def _csv(stream: Any, file: Path) -> Iterator[dict[str, Any]]:
-    yield from csv.DictReader(stream, delimiter="\t" if ".tsv" in file.name else ",")
-
-
-def _txt(stream: Any, file: Path) -> Iterator[dict[str, Any]]:
-    rest = ""
-    while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(SEPARATOR)
-        yield from ({"text": text} for text in whole)
-    yield {"text": rest}
-
-
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    parquet = extra("pyarrow.parquet", f"reading {file}")
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's own errors are of these kinds
-        raise InputError(f"{file} cannot be read: {in_short(error)}; it is truncated or not what its name says") from None
+    else:
+        raise InputError(f"{file} is of no known kind; expected .txt, {', '.join(EXTENSIONS)}")
