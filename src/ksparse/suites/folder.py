@@ -63,7 +63,8 @@ def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> P
         text, label = _checked(row, f"task {name!r}, row {number}")
         lines.append(json.dumps({**row, "text": text, "label": label}, ensure_ascii=False, allow_nan=False) + "\n")
     path = folder / f"{name}.jsonl.gz"
-    write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))  # gzip would put the time of writing into the file
+    # mtime: gzip would put the time of writing into the file
+    write_bytes(path, gzip.compress("".join(lines).encode(), mtime=0))
     return path
 
 
