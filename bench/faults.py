@@ -3,8 +3,10 @@
     python bench/faults.py --kills 200                                   one process
     python bench/faults.py --kills 200 --ranks 4 --mesh.data 2 --mesh.latent 2    one rank or all of them, by turns of a coin
     python bench/faults.py --kills 20 --ranks 2 --through torchrun ...   each life is a whole `torchrun`
-    python bench/faults.py --kills 100 --only eval report export labels shard convert    kill those instead (writers.py), a line of JSON each:
-                                                                         kills, those in_writing, what was wrong (must be none), leftovers (none)
+    python bench/faults.py --kills 100 --only eval report export labels shard convert
+
+The last kills those commands instead (writers.py), and prints a line of JSON for each: kills, those that
+left something half written, what was wrong and what was left over in the end (there must be none).
 
 A life is `ksparse train`, the same command each time, in a process forked from one that has imported everything, since importing takes
 longer than training; with several ranks, as many processes with torchrun's environment. Those that have lost a rank are to end by themselves, with an
@@ -244,7 +246,8 @@ def main() -> None:
     parser.add_argument("--lm", default="pylm/0.3m")
     parser.add_argument("--site", default="resid_post.2")
     parser.add_argument("--text", default="", help="some Python source, if not given")
-    parser.add_argument("--only", nargs="+", choices=tuple(writers.KINDS), default=(), help="kill these in the place of training")
+    parser.add_argument("--only", nargs="+", choices=tuple(writers.KINDS), default=(),
+                        help="kill these in the place of training")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options.text = options.text or some_text(Path(folder))
@@ -263,7 +266,10 @@ def some_text(folder: Path) -> str:
 def kill_writers(options: argparse.Namespace, folder: Path) -> None:
     """Kill what reads a run and writes something, print the counts of each kind, and exit."""
     run = folder / "run"
-    life = writers.Life(lambda: cli.main(["train", *words_of(options, steps=40), "--out", str(run)]), folder / "train.log")
+    life = writers.Life(
+        lambda: cli.main(["train", *words_of(options, steps=40), "--out", str(run)]),
+        folder / "train.log",
+    )
     if life.end():
         sys.exit(f"the run failed:\n{life.said()}")
     import matplotlib.figure  # noqa: F401, so that they are there in each life
@@ -277,7 +283,8 @@ def kill_writers(options: argparse.Namespace, folder: Path) -> None:
     from ksparse.acts.lm import LM
 
     LM(acts=RunFolder(run).recipe().acts, device="cpu")  # imports what an LM of this kind needs
-    life = writers.Life(lambda: cli.main(["eval", str(run), "stats", "downstream", "--tokens", "600", "--examples", "2", "--device", "cpu"]), folder / "eval.log")
+    words = ["eval", str(run), *"stats downstream --tokens 600 --examples 2 --device cpu".split()]
+    life = writers.Life(lambda: cli.main(words), folder / "eval.log")
     if life.end():
         sys.exit(f"the evaluation failed:\n{life.said()}")
     good = True
@@ -290,8 +297,9 @@ def kill_writers(options: argparse.Namespace, folder: Path) -> None:
 
 def words_of(options: argparse.Namespace, steps: int) -> list[str]:
     """Return the options of a small run."""
-    words = ["--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text, "--acts.mix", "2048", "--sae.n-latents", "256",
-             "--sae.k", "8", "--sae.dead-after", "1024", "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
+    words = ["--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text,
+             "--acts.mix", "2048", "--sae.n-latents", "256", "--sae.k", "8", "--sae.dead-after", "1024",
+             "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
              "--run.save-every", str(options.save_every), "--run.device", "cpu"]
     for axis in ("data", "latent"):
         words += [f"--mesh.{axis}", str(getattr(options, axis))] if getattr(options, axis) else []

@@ -2,9 +2,9 @@
 
 Each kind is a command whose life is a process forked from one that has imported everything. Half of
 the lives are killed at a random moment of their time, half at a random call of those that change
-what is on the disk, since most moments are spent on other things. After each kill all that was there
-before must be whole; after the last one the command must work, give what an undisturbed one gives,
-and leave no temporary file.
+what is on the disk, since most moments are spent on other things. After each kill all that was
+there before must be whole; after the last one the command must work, give what an undisturbed one
+gives, and leave no temporary file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PATIENCE = 120.0  # seconds for a life that is not killed
 
 
 class Life:
-    """A forked process that does one thing; killed at call number `at` of CALLS, if that is not 0."""
+    """A forked process that does one thing; killed at call number `at` of CALLS, if not 0."""
 
     def __init__(self, work: Callable[[], Any], log: Path, at: int = 0):
         self.log, self.began = log, time.monotonic()
@@ -122,7 +122,19 @@ def whole_results(run: RunFolder, names: set[str]) -> list[str]:
 
 class Eval(Kind):
     def work(self) -> None:
-        cli.main(["eval", str(self.run.path), "stats", "--tokens", "600", "--examples", "2", "--device", "cpu"])
+        cli.main(
+            [
+                "eval",
+                str(self.run.path),
+                "stats",
+                "--tokens",
+                "600",
+                "--examples",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        )
 
     def wrong(self) -> list[str]:
         return whole_results(self.run, {"stats", "downstream"}) + whole_page(self.run.report_file)
@@ -144,7 +156,12 @@ class Report(Kind):
     def wrong(self) -> list[str]:
         figures = list((self.run.path / "figures").glob("*.svg"))
         cut = [str(file) for file in figures if not file.read_text().rstrip().endswith("</svg>")]
-        return whole_results(self.run, {"stats", "downstream"}) + whole_page(self.run.report_file) + cut + ["no figures"] * (not figures)
+        return (
+            whole_results(self.run, {"stats", "downstream"})
+            + whole_page(self.run.report_file)
+            + cut
+            + ["no figures"] * (not figures)
+        )
 
     def contents(self) -> Any:
         return {path.name for path in self.run.path.rglob("*")}, self.run.report_file.read_bytes()
@@ -159,14 +176,19 @@ class Export(Kind):
         if not site.exists():
             return [] if not hasattr(self, "made") else ["the site is gone"]
         if not hasattr(self, "made"):
-            if not (site / "ksparse-site.json").exists() or Life(self.work, self.home / "first.log").end():
+            if (
+                not (site / "ksparse-site.json").exists()
+                or Life(self.work, self.home / "first.log").end()
+            ):
                 return []
             (site / "CNAME").write_text("mine")
             (site / ".git").mkdir()
             (site / ".git" / "HEAD").write_text("mine")
             self.made = self.contents()
         now = self.contents()
-        return [f"{name} is not what it was" for name in self.made if now.get(name) != self.made[name]]
+        return [
+            f"{name} is not what it was" for name in self.made if now.get(name) != self.made[name]
+        ]
 
     def contents(self) -> Any:
         place = self.home / "site"
@@ -191,12 +213,19 @@ class Labels(Kind):
                 return
             time.sleep(0.005)
         port, token = int(address[1]), address[2]
-        head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        head = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {token}"} if token else {}
+        )
         while time.monotonic() < until and not life.over():
             latent, label = str(random.randrange(64)), f"label {time.monotonic_ns()}"
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-                connection.request("POST", "/api/label", json.dumps({"latent": int(latent), "label": label, "star": False}), head)
+                connection.request(
+                    "POST",
+                    "/api/label",
+                    json.dumps({"latent": int(latent), "label": label, "star": False}),
+                    head,
+                )
                 answer = connection.getresponse()
                 answer.read()
             except OSError:
@@ -214,7 +243,11 @@ class Labels(Kind):
     def wrong(self) -> list[str]:
         file = self.run.path / "labels.json"
         found = files.read_json(file)["latents"] if file.is_file() else {}
-        return [f"latent {latent}: {found.get(latent)} instead of {label!r}" for latent, label in self.kept.items() if found.get(latent, {}).get("label") != label]
+        return [
+            f"latent {latent}: {found.get(latent)} instead of {label!r}"
+            for latent, label in self.kept.items()
+            if found.get(latent, {}).get("label") != label
+        ]
 
 
 class Shard(Kind):
@@ -227,10 +260,14 @@ class Shard(Kind):
 
         acts = self.run.recipe().acts
         lm = LM(acts=acts, device="cpu")
-        shards.write(lm, Corpus(acts, lm.tokenizer, "train"), self.home / "acts", rows=1200, shard_rows=150)
+        shards.write(
+            lm, Corpus(acts, lm.tokenizer, "train"), self.home / "acts", rows=1200, shard_rows=150
+        )
 
     def folder(self) -> Path | None:
-        return next((path for path in (self.home / "acts").glob("*") if not path.name.startswith(".")), None)
+        return next(
+            (path for path in (self.home / "acts").glob("*") if not path.name.startswith(".")), None
+        )
 
     def wrong(self) -> list[str]:
         folder = self.folder()
@@ -258,10 +295,22 @@ class Shard(Kind):
 
 class Convert(Kind):
     def work(self) -> None:
-        cli.main(["convert", str(self.run.path), str(self.home / "converted"), "--to", "sae_lens", "--normalization", "outside"])
+        cli.main(
+            [
+                "convert",
+                str(self.run.path),
+                str(self.home / "converted"),
+                "--to",
+                "sae_lens",
+                "--normalization",
+                "outside",
+            ]
+        )
 
     def wrong(self) -> list[str]:
-        wrong = whole_results(self.run, {"stats", "downstream"}) + ([] if self.run.newest_intact()[0] else ["the run has no checkpoint"])
+        wrong = whole_results(self.run, {"stats", "downstream"}) + (
+            [] if self.run.newest_intact()[0] else ["the run has no checkpoint"]
+        )
         if (self.home / "converted").exists():
             try:
                 files.verify(self.home / "converted")
@@ -277,16 +326,29 @@ class Convert(Kind):
         return {path.name: path.read_bytes() for path in (self.home / "converted").iterdir()}
 
 
-KINDS: dict[str, type[Kind]] = {"eval": Eval, "report": Report, "export": Export, "labels": Labels, "shard": Shard, "convert": Convert}
+KINDS: dict[str, type[Kind]] = {
+    "eval": Eval,
+    "report": Report,
+    "export": Export,
+    "labels": Labels,
+    "shard": Shard,
+    "convert": Convert,
+}
 
 
 def disturbed(kind: str, kills: int, seed: int, run: Path) -> dict[str, Any]:
-    """Kill one kind of command so often; return the counts, of which `wrong` must be empty and `leftovers` too."""
+    """Kill one kind of command so often; return the counts: `wrong` and `leftovers` must be empty."""
     draw, began = random.Random(seed), time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home = Path(folder)
         subject = KINDS[kind](home, run)
-        counts: dict[str, Any] = {"kind": kind, "kills": 0, "in_writing": 0, "not_reached": 0, "wrong": []}
+        counts: dict[str, Any] = {
+            "kind": kind,
+            "kills": 0,
+            "in_writing": 0,
+            "not_reached": 0,
+            "wrong": [],
+        }
         killed = _labels_killed if isinstance(subject, Labels) else _killed
         killed(subject, kills, draw, counts)
         counts["leftovers"] = [str(path.relative_to(home)) for path in home.rglob(".tmp-*")]
@@ -299,7 +361,11 @@ def _killed(subject: Kind, kills: int, draw: random.Random, counts: dict[str, An
     life = Life(subject.work, log)
     if life.end():
         raise SystemExit(f"the undisturbed command failed:\n{life.said()}")
-    longest, calls, expected = time.monotonic() - life.began, int(log.with_suffix(".calls").read_text()), subject.contents()
+    longest, calls, expected = (
+        time.monotonic() - life.began,
+        int(log.with_suffix(".calls").read_text()),
+        subject.contents(),
+    )
     subject.again()
     while counts["kills"] < kills:
         by_time = draw.random() < 0.5
@@ -325,13 +391,17 @@ def _killed(subject: Kind, kills: int, draw: random.Random, counts: dict[str, An
         counts["wrong"] += subject.wrong() if isinstance(subject, Export) else []
 
 
-def _labels_killed(subject: Labels, kills: int, draw: random.Random, counts: dict[str, Any]) -> None:
+def _labels_killed(
+    subject: Labels, kills: int, draw: random.Random, counts: dict[str, Any]
+) -> None:
     log = subject.home / "life.log"
     while counts["kills"] < kills:
         log.unlink(missing_ok=True)
         by_time = draw.random() < 0.5
         life = Life(subject.work, log, 0 if by_time else draw.randint(1, 60))
-        subject.post_until(life, time.monotonic() + (draw.uniform(0.3, 1.5) if by_time else PATIENCE))
+        subject.post_until(
+            life, time.monotonic() + (draw.uniform(0.3, 1.5) if by_time else PATIENCE)
+        )
         if not life.over():
             life.kill()
             life.end()

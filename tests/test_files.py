@@ -109,7 +109,9 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monke
     put(tmp_path / "one", NEW)
     at = events.index("rename")
     before = {path.name for path in events[:at]}
-    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(name.startswith(".tmp-") and name.endswith("-one~") for name in before)
+    assert {"a.txt", "c.txt", files.MANIFEST} <= before and any(
+        name.startswith(".tmp-") and name.endswith("-one~") for name in before
+    )
     assert events[at + 1 :] == [tmp_path]
 
 
@@ -369,7 +371,9 @@ def test_a_process_killed_while_it_removes_a_folder_leaves_no_half_of_it_under_i
     put(tmp_path / "one", OLD)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (path / "a.txt").unlink())
     files.remove(tmp_path / "one")
-    assert not (tmp_path / "one").exists() and re.fullmatch(r"\.tmp-gone-[0-9a-f]{16}-one", *[path.name for path in tmp_path.iterdir()])
+    assert not (tmp_path / "one").exists() and re.fullmatch(
+        r"\.tmp-gone-[0-9a-f]{16}-one", *[path.name for path in tmp_path.iterdir()]
+    )
     monkeypatch.undo()
     files.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -411,13 +415,23 @@ def test_a_path_of_the_folder_itself_is_returned_whether_it_is_there_or_not(tmp_
     (tmp_path / "link").symlink_to("sub")
     assert files.inside(tmp_path, "link", "x.txt").is_file(), "a link that stays in the folder"
     (tmp_path.parent / "other").symlink_to(tmp_path)
-    assert files.inside(tmp_path.parent / "other", *names) == (tmp_path.parent / "other").joinpath(*names)
+    assert files.inside(tmp_path.parent / "other", *names) == (tmp_path.parent / "other").joinpath(
+        *names
+    )
     (tmp_path.parent / "other").unlink()
 
 
-@pytest.mark.parametrize("names, link, target", [
-    (("x.txt",), "x.txt", "{out}/key"), (("x.txt",), "x.txt", "{out}/nothing"), (("x.txt",), "x.txt", "../out/key"),
-    (("sub", "x.txt"), "sub", "{out}"), (("sub", "x.txt"), "sub", "two"), (("..", "out", "key"), None, None)])
+@pytest.mark.parametrize(
+    "names, link, target",
+    [
+        (("x.txt",), "x.txt", "{out}/key"),
+        (("x.txt",), "x.txt", "{out}/nothing"),
+        (("x.txt",), "x.txt", "../out/key"),
+        (("sub", "x.txt"), "sub", "{out}"),
+        (("sub", "x.txt"), "sub", "two"),
+        (("..", "out", "key"), None, None),
+    ],
+)
 def test_a_link_that_leads_out_of_a_folder_is_refused_and_named(tmp_path, names, link, target):
     run, out = tmp_path / "run", tmp_path / "out"
     run.mkdir()
@@ -426,7 +440,10 @@ def test_a_link_that_leads_out_of_a_folder_is_refused_and_named(tmp_path, names,
     (run / "two").symlink_to(out)
     if link:
         (run / link).symlink_to(target.format(out=out))
-    with pytest.raises(InputError, match=f"{link or 'key'} leads out of .*run, to .*out.*put a copy of what is meant"):
+    with pytest.raises(
+        InputError,
+        match=f"{link or 'key'} leads out of .*run, to .*out.*put a copy of what is meant",
+    ):
         files.inside(run, *names)
 
 
@@ -465,15 +482,23 @@ def writers(folder: Path) -> None:
         (tmp / "below" / "x.txt").write_text("new")
 
 
-@pytest.mark.parametrize("umask, file, folder", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o027, 0o640, 0o750)], ids=oct)
+@pytest.mark.parametrize(
+    "umask, file, folder",
+    [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0o002, 0o664, 0o775), (0o027, 0o640, 0o750)],
+    ids=oct,
+)
 def test_modes_are_what_the_umask_leaves(tmp_path, umask, file, folder):
     before = os.umask(umask)
     try:
         writers(tmp_path)
     finally:
         os.umask(before)
-    modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
-    assert len(modes) == 10 and all(mode == (folder if (tmp_path / path).is_dir() else file) for path, mode in modes.items()), modes
+    modes = {
+        path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")
+    }
+    assert len(modes) == 10 and all(
+        mode == (folder if (tmp_path / path).is_dir() else file) for path, mode in modes.items()
+    ), modes
 
 
 def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monkeypatch):
@@ -481,7 +506,11 @@ def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monk
     (tmp_path / "victim").write_text("mine")
     names = []
     make = Path.mkdir
-    monkeypatch.setattr(Path, "mkdir", lambda path, **options: (options or names.append(path.name), make(path, **options)))
+    monkeypatch.setattr(
+        Path,
+        "mkdir",
+        lambda path, **options: (options or names.append(path.name), make(path, **options)),
+    )
     for _ in range(2):
         writers(tmp_path)
     made = [name for name in names if re.fullmatch(r"\.tmp-[0-9a-f]{16}-.*", name)]
@@ -492,13 +521,19 @@ def test_no_temporary_name_can_be_guessed_and_none_follows_a_link(tmp_path, monk
     assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "y.txt").is_symlink()
 
 
-def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_name_and_nothing_else_does(tmp_path):
+def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_name_and_nothing_else_does(
+    tmp_path,
+):
     for name in ("x.txt", "other.txt"):
         (tmp_path / f".tmp-0123456789abcdef-{name}~").mkdir()
         (tmp_path / f".tmp-0123456789abcdef-{name}~" / name).write_text("half")
     (tmp_path / ".tmp-of-somebody").mkdir()
     files.write_text(tmp_path / "x.txt", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", ".tmp-0123456789abcdef-other.txt~", ".tmp-of-somebody"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "x.txt",
+        ".tmp-0123456789abcdef-other.txt~",
+        ".tmp-of-somebody",
+    }
     files.remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 
@@ -520,17 +555,25 @@ def test_an_old_folder_that_a_living_process_moved_away_is_not_given_back(tmp_pa
     rename = Path.rename
 
     def watched(path, target):
-        if path.parent == tmp_path and path.name.startswith(".tmp-") and not (tmp_path / "one").exists():
+        if (
+            path.parent == tmp_path
+            and path.name.startswith(".tmp-")
+            and not (tmp_path / "one").exists()
+        ):
             files.remove_leftovers(tmp_path)
             assert not (tmp_path / "one").exists()
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", watched)
     put(tmp_path / "one", NEW)
-    assert content(tmp_path / "one") == NEW and [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert content(tmp_path / "one") == NEW and [path.name for path in tmp_path.iterdir()] == [
+        "one"
+    ]
 
 
-def test_two_processes_that_commit_the_same_folder_leave_one_of_the_two_whole(tmp_path, monkeypatch):
+def test_two_processes_that_commit_the_same_folder_leave_one_of_the_two_whole(
+    tmp_path, monkeypatch
+):
     """The other's folder comes between the two renames."""
     put(tmp_path / "one", OLD)
     rename, between = Path.rename, []
@@ -544,12 +587,18 @@ def test_two_processes_that_commit_the_same_folder_leave_one_of_the_two_whole(tm
 
     monkeypatch.setattr(Path, "rename", disturbed)
     put(tmp_path / "one", NEW)
-    assert between and content(tmp_path / "one") == NEW and [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert (
+        between
+        and content(tmp_path / "one") == NEW
+        and [path.name for path in tmp_path.iterdir()] == ["one"]
+    )
 
 
 def test_a_lock_is_of_one_at_a_time_and_waited_for_as_long_as_is_said(tmp_path):
     with files.locked(tmp_path, ".x.lock"):
-        with pytest.raises(InputError, match=rf"{tmp_path} is in use by process {os.getpid()}; close it first"):
+        with pytest.raises(
+            InputError, match=rf"{tmp_path} is in use by process {os.getpid()}; close it first"
+        ):
             with files.locked(tmp_path, ".x.lock", advice="close it first"):
                 pass
         with files.locked(tmp_path, ".y.lock"):
@@ -583,7 +632,9 @@ def test_only_what_was_committed_is_replaceable(tmp_path):
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / ".git").mkdir()
     for name, said in (("one", "holds thesis.tex"), ("two", "holds .git"), ("file", "is a file")):
-        with pytest.raises(InputError, match=f"{name} {said}, which would be lost; give a new folder"):
+        with pytest.raises(
+            InputError, match=f"{name} {said}, which would be lost; give a new folder"
+        ):
             files.check_replaceable(tmp_path / name)
 
 
@@ -592,12 +643,17 @@ def test_a_new_folder_takes_no_others_place_that_came_meanwhile(tmp_path):
         with files.filled(tmp_path / "one", new=True) as tmp:
             (tmp / "a").write_text("a")
             put(tmp_path / "one", OLD)
-    assert content(tmp_path / "one") == OLD and [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert content(tmp_path / "one") == OLD and [path.name for path in tmp_path.iterdir()] == [
+        "one"
+    ]
 
 
 def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (".", "../" + tmp_path.name, tmp_path):
-        with pytest.raises(InputError, match="is the working folder, which cannot be replaced; give the name of a new one"):
+        with pytest.raises(
+            InputError,
+            match="is the working folder, which cannot be replaced; give the name of a new one",
+        ):
             put(name, NEW)
     assert list(tmp_path.iterdir()) == []

@@ -176,13 +176,28 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name, ask", [
-    ("recipe.toml", lambda run: run.recipe()), ("environment.json", lambda run: run.environment()), ("metrics.jsonl", lambda run: run.metrics()),
-    ("metrics.jsonl", lambda run: run.append_metrics({"step": 1})), ("curve.jsonl", lambda run: run.curve()), ("curve.jsonl", lambda run: run.append_curve({"step": 1})),
-    ("alarms.jsonl", lambda run: run.append_alarm({"step": 1})), ("report.html", lambda run: run.report_file), ("evals", lambda run: run.eval("stats")),
-    ("evals/stats.json", lambda run: run.eval("stats")), ("evals/n2g.safetensors", lambda run: run.arrays_file("n2g")), ("evals", lambda run: run.writing_evals().__enter__()),
-    ("checkpoints", lambda run: run.checkpoints()), ("checkpoints", lambda run: run.checkpoint(4)), ("checkpoints/step-00000004", lambda run: run.newest_intact()),
-    (".lock", lambda run: run.locked().__enter__()), ("figures", lambda run: run.remove_leftovers())])
+@pytest.mark.parametrize(
+    "name, ask",
+    [
+        ("recipe.toml", lambda run: run.recipe()),
+        ("environment.json", lambda run: run.environment()),
+        ("metrics.jsonl", lambda run: run.metrics()),
+        ("metrics.jsonl", lambda run: run.append_metrics({"step": 1})),
+        ("curve.jsonl", lambda run: run.curve()),
+        ("curve.jsonl", lambda run: run.append_curve({"step": 1})),
+        ("alarms.jsonl", lambda run: run.append_alarm({"step": 1})),
+        ("report.html", lambda run: run.report_file),
+        ("evals", lambda run: run.eval("stats")),
+        ("evals/stats.json", lambda run: run.eval("stats")),
+        ("evals/n2g.safetensors", lambda run: run.arrays_file("n2g")),
+        ("evals", lambda run: run.writing_evals().__enter__()),
+        ("checkpoints", lambda run: run.checkpoints()),
+        ("checkpoints", lambda run: run.checkpoint(4)),
+        ("checkpoints/step-00000004", lambda run: run.newest_intact()),
+        (".lock", lambda run: run.locked().__enter__()),
+        ("figures", lambda run: run.remove_leftovers()),
+    ],
+)
 def test_nothing_of_a_run_is_read_or_written_where_a_link_leads_out_of_it(run, tmp_path, name, ask):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".tmp-mine").write_text("")

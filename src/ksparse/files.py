@@ -8,7 +8,7 @@
     with locked(folder, name): ...     one process at a time
     verify(path)                       raise CorruptError unless every file is as the manifest says
     remove(path)                       a folder that is gone at once or not at all
-    remove_leftovers(folder)           what killed processes left; what a living one is writing stays
+    remove_leftovers(folder)           what killed processes left; what living ones write stays
     write_json / read_json             one JSON file, replaced atomically; sealed, it has its own sum in it
     read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged ones left out
     read_numbered                      a table with a format number and a known list of keys
@@ -46,8 +46,8 @@ _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)
 _DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Types = type | tuple[type, ...]
-_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
-           errno.EBUSY)
+_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+           errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -112,7 +112,7 @@ def locked(folder: Path, name: str = ".lock", *, wait: float = 0.0,
 
 @contextmanager
 def committed(path: Path, **facts: Any) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place once all of it is synced, with its manifest.
+    """Yield a temporary folder beside `path` that takes its place, with a manifest, once it is synced.
 
     `facts` go into the manifest. On any error the temporary folder is removed and `path` stays what it was.
     """
@@ -130,7 +130,8 @@ def filled(path: Path, *, new: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if os.path.realpath(path) == os.getcwd():
-        raise InputError(f"{path} is the working folder, which cannot be replaced; give the name of a new one")
+        raise InputError(f"{path} is the working folder, which cannot be replaced; "
+                         "give the name of a new one")
     with explained(path), temporary(path) as tmp:
         yield tmp
         mode = _mode(tmp)
@@ -169,7 +170,7 @@ def temporary(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_for(path)
     while True:
-        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}~"  # not *.json, and the like
+        tmp = path.parent / f"{_PREFIX}{secrets.token_hex(8)}-{path.name}~"  # no *.json or the like
         tmp.mkdir()
         handle = _hold(tmp)
         if handle is not None:
@@ -218,7 +219,7 @@ def _mode(folder: Path) -> int:
 
 
 def _replace(tmp: Path, path: Path) -> None:
-    """Put `tmp` in the place of `path`; move away what is there, since no folder with files can be overwritten."""
+    """Put `tmp` in the place of `path`; move away what is there: no folder with files is overwritten."""
     while not _renamed(tmp, path):
         old = path.parent / f"{_PREFIX}old-{secrets.token_hex(8)}-{path.name}"
         with ExitStack() as stack:
@@ -255,7 +256,8 @@ def check_replaceable(folder: Path) -> None:
     listed = read_table(folder / MANIFEST, sha256=dict)["sha256"] if MANIFEST in names else {}
     strange = next((name for name in names if name not in listed and name != MANIFEST), None)
     if strange or folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} {f'holds {strange}' if strange else 'is a file'}, which would be lost; give a new folder")
+        what = f"holds {strange}" if strange else "is a file"
+        raise InputError(f"{folder} {what}, which would be lost; give a new folder")
 
 
 def remove(path: Path) -> None:
@@ -273,13 +275,13 @@ def _discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders and files that killed processes left in `folder`; give back an old one that was moved away."""
+    """Remove temporary folders and files that killed processes left; give back what was moved away."""
     for tmp in Path(folder).glob(f"{_PREFIX}*"):
         _clear(tmp)
 
 
 def _clear_for(path: Path) -> None:
-    """Remove what killed processes left of `path`, and nothing else, since its folder may be anybody's."""
+    """Remove what killed processes left of `path`, and nothing else: the folder may be anybody's."""
     name = re.escape(path.name)
     ours = re.compile(rf"\.tmp-([0-9a-f]{{16}}-{name}~|(old|gone)-[0-9a-f]{{16}}-{name})")
     for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:

@@ -35,7 +35,7 @@ class RunFolder:
     path: Path
 
     def file(self, *names: str) -> Path:
-        """Return a path in the run's folder, there or not; raise InputError where a link leads out of that."""
+        """Return a path of the run, there or not; raise InputError where a link leads out of it."""
         return files.inside(self.path, *names)
 
     @property
@@ -67,7 +67,7 @@ class RunFolder:
         return recipe.load(self.recipe_file)
 
     def begun(self) -> bool:
-        """Return whether a step was taken, or anything judged: until then another recipe may take this one's place."""
+        """Return whether a step was taken, or judged: before, another recipe may take this one's place."""
         return bool(self.checkpoints() or self.metrics() or list(self.file("evals").glob("*.json")))
 
     @property
@@ -171,14 +171,16 @@ class RunFolder:
         expected = result.get("arrays_sha256")
         if not file.is_file():
             if "arrays" in result:
-                raise CorruptError(f"{file} is missing, though {name}.json names it; {self._again(name)}")
+                raise CorruptError(f"{file} is missing, though {name}.json names it; "
+                                   f"{self._again(name)}")
             return None
         if expected and files.sha256(file) != expected:
-            raise CorruptError(f"{file} is damaged or of another result than {name}.json; {self._again(name)}")
+            raise CorruptError(f"{file} is damaged or of another result than {name}.json; "
+                               f"{self._again(name)}")
         return file
 
     def _arrays_of(self, name: str, result: dict[str, Any]) -> Path:
-        """Return where the arrays of a result are; before they were named by their sum that was NAME.safetensors."""
+        """Return where the arrays of a result are: NAME.safetensors, before their sum was in the name."""
         named = result.get("arrays", f"{name}.safetensors")
         return self.file("evals", files.plain_name(named, self.eval_file(name)))
 
@@ -188,7 +190,7 @@ class RunFolder:
 
     @contextmanager
     def writing_evals(self, wait: float = 60.0) -> Iterator[None]:
-        """Keep other processes from writing results; in the end remove what killed ones left, and arrays that no result names."""
+        """Keep other processes from writing results; at the end remove what no result needs."""
         folder = self.file("evals")
         with files.locked(folder, wait=wait, advice="try again when that has written its results"):
             try:
@@ -205,14 +207,16 @@ class RunFolder:
         name = named_by_sum[1] if named_by_sum else file.stem
         try:
             result = self.eval(name)
-            return not named_by_sum if result is None else self._arrays_of(name, result).name == file.name
+            if result is None:
+                return not named_by_sum
+            return self._arrays_of(name, result).name == file.name
         except InputError:
             return True
 
     # ---- one process at a time
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes from training in this folder. The system lets go of the lock when a process dies."""
+        """Keep other processes from training in this folder."""
         return files.locked(self.path, advice="wait for it, or give another --out")
 
     def remove_leftovers(self) -> None:

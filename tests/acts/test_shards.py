@@ -89,7 +89,16 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(make, tmp_path, monk
 
     with monkeypatch.context() as patch:
         if where == "before_the_shard_is_renamed":
-            patch.setattr(module.files, "sha256", die(files.sha256, lambda path: path.parent.name.startswith(".tmp-") and path.suffix == ".safetensors"))
+            patch.setattr(
+                module.files,
+                "sha256",
+                die(
+                    files.sha256,
+                    lambda path: (
+                        path.parent.name.startswith(".tmp-") and path.suffix == ".safetensors"
+                    ),
+                ),
+            )
         elif where != "before_a_shard":
             name = module.NAMES if where == "before_the_names" else files.MANIFEST
             patch.setattr(module.files, "write_json", die(files.write_json, lambda path: path.name == name))

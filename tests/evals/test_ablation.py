@@ -480,7 +480,10 @@ def test_it_is_one_of_the_evaluations(subject, monkeypatch, tmp_path):
     assert results["ablation"]["options"]["ablation_error"] == "keep" and results["ablation"]["n_positions"] == 6
     assert ("ablating latents", 13, 13) in seen
     evals.write(RunFolder(tmp_path), results)
-    assert RunFolder(tmp_path).eval("ablation")["horizon"] == 4 and RunFolder(tmp_path).arrays_file("ablation").is_file()
+    assert (
+        RunFolder(tmp_path).eval("ablation")["horizon"] == 4
+        and RunFolder(tmp_path).arrays_file("ablation").is_file()
+    )
 
 
 def test_a_bfloat16_lm_gets_a_note(small_acts):

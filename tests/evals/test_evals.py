@@ -310,7 +310,11 @@ def test_results_are_written_as_json_and_arrays(subject, tmp_path):
     written = run.eval("stats")
     assert written["policy"]["context"] == 16 and written["options"]["per_document"] == 60
     arrays = tmp_path / "evals" / f"stats-{written['arrays_sha256'][:16]}.safetensors"
-    assert run.arrays_file("stats") == arrays and written["arrays"] == arrays.name and arrays.stat().st_mode & 0o777 == 0o644
+    assert (
+        run.arrays_file("stats") == arrays
+        and written["arrays"] == arrays.name
+        and arrays.stat().st_mode & 0o777 == 0o644
+    )
     vocabulary = json.loads((tmp_path / "evals" / "vocabulary.json").read_text())
     assert len(vocabulary) == lm.vocab and vocabulary[0] == "<|endoftext|>"
     assert run.eval("probes") is None
@@ -319,7 +323,14 @@ def test_results_are_written_as_json_and_arrays(subject, tmp_path):
 @pytest.fixture
 def results():
     """Return two results of `stats`, of other tensors each."""
-    return [Result({"name": "stats", "value": value}, {"density": torch.full((5,), float(value))}, {"vocabulary": ["a"]}) for value in (1, 2)]
+    return [
+        Result(
+            {"name": "stats", "value": value},
+            {"density": torch.full((5,), float(value))},
+            {"vocabulary": ["a"]},
+        )
+        for value in (1, 2)
+    ]
 
 
 def whole(run):
@@ -339,7 +350,7 @@ class Killed(BaseException):
 
 
 def killed_at(place, function):
-    """Call a function that comes no further than a call of those that change what is on the disk; return whether there are so many."""
+    """Stop a function at a call that changes the disk; return whether there are so many."""
     calls = 0
 
     def counted(own):
@@ -361,7 +372,9 @@ def killed_at(place, function):
     return False
 
 
-def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_one_whole(results, tmp_path):
+def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_one_whole(
+    results, tmp_path
+):
     run, place, seen = RunFolder(tmp_path), 0, []
     killed = True
     while killed:
@@ -370,16 +383,25 @@ def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_o
         killed = killed_at(place, lambda: evals.write(run, {"stats": results[1]}))
         seen.append(whole(run))
         evals.write(run, {"stats": results[1]})
-        assert whole(run) == 2 and len(names(run)) == 4 and not [name for name in names(run) if ".tmp-" in name], "leftovers"
+        assert (
+            whole(run) == 2
+            and len(names(run)) == 4
+            and not [name for name in names(run) if ".tmp-" in name]
+        ), "leftovers"
     assert place > 12 and set(seen) == {1, 2} and seen == sorted(seen)
 
 
-def test_nobody_else_writes_results_between_the_arrays_and_their_json(results, tmp_path, monkeypatch):
+def test_nobody_else_writes_results_between_the_arrays_and_their_json(
+    results, tmp_path, monkeypatch
+):
     run, write, refused = RunFolder(tmp_path), files.write_json, []
 
     def between(path, value, **options):
         if path.name == "stats.json":
-            with pytest.raises(InputError, match=f"evals is in use by process {os.getpid()}; try again when that has written its results"):
+            with pytest.raises(
+                InputError,
+                match=f"evals is in use by process {os.getpid()}; try again when",
+            ):
                 with run.writing_evals(wait=0.0):
                     pass
             refused.append(path)
@@ -390,7 +412,9 @@ def test_nobody_else_writes_results_between_the_arrays_and_their_json(results, t
     assert len(refused) == 1 and whole(run) == 1
 
 
-def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_json(results, tmp_path):
+def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_json(
+    results, tmp_path
+):
     run = RunFolder(tmp_path)
     for _ in range(3):
         pids = []
@@ -406,12 +430,18 @@ def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_
         assert whole(run) in (1, 2) and len(names(run)) == 4
 
 
-def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replaced(results, tmp_path):
+def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replaced(
+    results, tmp_path
+):
     run = RunFolder(tmp_path)
     evals.write(run, {"stats": results[0]})
     old = run.path / "evals" / "stats.safetensors"
     run.arrays_file("stats").rename(old)
-    files.write_json(run.eval_file("stats"), {key: value for key, value in run.eval("stats").items() if key != "arrays"}, sealed=True)
+    files.write_json(
+        run.eval_file("stats"),
+        {key: value for key, value in run.eval("stats").items() if key != "arrays"},
+        sealed=True,
+    )
     assert run.arrays_file("stats") == old and whole(run) == 1
     evals.write(run, {"stats": results[1]})
     assert whole(run) == 2 and not old.exists() and len(names(run)) == 4
@@ -420,18 +450,38 @@ def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replace
 def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_path):
     run = RunFolder(tmp_path)
     evals.write(run, {"stats": results[0]})
-    for name, text in (("n2g.json", "{"), ("n2g-0123456789abcdef.safetensors", ""), ("mine.safetensors", ""), ("gone-0123456789abcdef.safetensors", "")):
+    for name, text in (
+        ("n2g.json", "{"),
+        ("n2g-0123456789abcdef.safetensors", ""),
+        ("mine.safetensors", ""),
+        ("gone-0123456789abcdef.safetensors", ""),
+    ):
         (run.path / "evals" / name).write_text(text)
     evals.write(run, {"downstream": Result({"name": "downstream"})})
-    assert {"n2g.json", "n2g-0123456789abcdef.safetensors", "mine.safetensors", run.arrays_file("stats").name} < set(names(run))
+    assert {
+        "n2g.json",
+        "n2g-0123456789abcdef.safetensors",
+        "mine.safetensors",
+        run.arrays_file("stats").name,
+    } < set(names(run))
     assert "gone-0123456789abcdef.safetensors" not in names(run), "no result names these"
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda file: file.unlink(), "is missing, though stats.json names it"), (lambda file: file.write_bytes(b"x"), "is damaged or of another result than stats.json")])
-def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(results, tmp_path, damage, said):
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda file: file.unlink(), "is missing, though stats.json names it"),
+        (lambda file: file.write_bytes(b"x"), "is damaged or of another result than stats.json"),
+    ],
+)
+def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
+    results, tmp_path, damage, said
+):
     run = RunFolder(tmp_path / "run")
     evals.write(run, {"stats": results[0]})
     damage(run.arrays_file("stats"))
-    with pytest.raises(CorruptError, match=rf"stats-[0-9a-f]{{16}}.safetensors {said}; ksparse eval run stats writes both again"):
+    with pytest.raises(
+        CorruptError,
+        match=rf"stats-[0-9a-f]{{16}}.safetensors {said}; ksparse eval run stats writes both again",
+    ):
         run.arrays_file("stats")

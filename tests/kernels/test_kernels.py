@@ -209,7 +209,7 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """Return a new cache, in which building a library is copying one that says where it was built."""
+    """Return a new cache, in which building a library is writing a line."""
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\nwhile [ \"$1\" != -o ]; do shift; done; echo built > \"$2\"\n")
     compiler.chmod(0o755)
@@ -236,8 +236,16 @@ def give_away(path):
     os.chown(path, 54321, 54321)
 
 
-@pytest.mark.parametrize("plant", [lambda path: path.chmod(0o666), lambda path: path.chmod(0o620), give_away, lambda path: shutil.move(path, f"{path}.so") and path.symlink_to(f"{path}.so")],
-                         ids=["writable_by_all", "writable_by_the_group", "of_another_user", "a_link"])
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda path: path.chmod(0o666),
+        lambda path: path.chmod(0o620),
+        give_away,
+        lambda path: shutil.move(path, f"{path}.so") and path.symlink_to(f"{path}.so"),
+    ],
+    ids=["writable_by_all", "writable_by_the_group", "of_another_user", "a_link"],
+)
 def test_a_library_that_others_may_have_put_there_is_replaced(cache, plant):
     path = native.build()
     path.write_text("planted")
@@ -246,21 +254,51 @@ def test_a_library_that_others_may_have_put_there_is_replaced(cache, plant):
     assert path.stat().st_uid == os.geteuid() and path.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("plant", [lambda folder: folder.chmod(0o777), lambda folder: folder.chmod(0o1777), lambda folder: folder.chmod(0o770), give_away,
-                                   lambda folder: folder.rename(folder.with_name("x")) and folder.symlink_to("x"), lambda folder: folder.parent.chmod(0o777)],
-                         ids=["writable_by_all", "sticky", "writable_by_the_group", "of_another_user", "a_link", "below_one_that_all_can_write"])
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda folder: folder.chmod(0o777),
+        lambda folder: folder.chmod(0o1777),
+        lambda folder: folder.chmod(0o770),
+        give_away,
+        lambda folder: folder.rename(folder.with_name("x")) and folder.symlink_to("x"),
+        lambda folder: folder.parent.chmod(0o777),
+    ],
+    ids=[
+        "writable_by_all",
+        "sticky",
+        "writable_by_the_group",
+        "of_another_user",
+        "a_link",
+        "below_one_that_all_can_write",
+    ],
+)
 def test_a_cache_that_others_can_write_to_is_not_used(cache, plant, monkeypatch, caplog):
     path = native.build()
     path.write_text("planted")
     plant(cache)
-    with pytest.raises(native.NoCache, match="others can write to .*cache.*; set XDG_CACHE_HOME to a folder of this user alone"):
+    with pytest.raises(
+        native.NoCache,
+        match="others can write to .*cache.*; set XDG_CACHE_HOME to a folder of this user alone",
+    ):
         native.build()
     opened = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda file: opened.append((Path(file).read_text(), Path(file).parent)) or ctypes.PyDLL(None))
+    monkeypatch.setattr(
+        ctypes,
+        "CDLL",
+        lambda file: (
+            opened.append((Path(file).read_text(), Path(file).parent)) or ctypes.PyDLL(None)
+        ),
+    )
     caplog.set_level("INFO")
     assert native.load.__wrapped__() is None, "it has none of the symbols"
-    assert [text for text, _ in opened] == ["built\n"] and not opened[0][1].exists(), "built anew, in a folder that is gone"
-    assert [record.getMessage()[:34] for record in caplog.records] == ["compiled kernels are not kept (oth", "the compiled kernels are not avail"]
+    assert [text for text, _ in opened] == ["built\n"] and not opened[0][1].exists(), (
+        "built anew, in a folder that is gone"
+    )
+    assert [record.getMessage()[:34] for record in caplog.records] == [
+        "compiled kernels are not kept (oth",
+        "the compiled kernels are not avail",
+    ]
 
 
 def test_a_cache_below_a_sticky_folder_is_used(cache):
@@ -273,31 +311,46 @@ def test_a_relative_cache_is_ignored(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert native.build().parent == tmp_path / "home" / ".cache" / "ksparse" and not (tmp_path / "relative").exists()
+    assert (
+        native.build().parent == tmp_path / "home" / ".cache" / "ksparse"
+        and not (tmp_path / "relative").exists()
+    )
 
 
 @pytest.mark.parametrize("home", [None, "relative"])
-def test_without_a_home_a_library_is_built_for_this_process_alone(cache, monkeypatch, tmp_path, home):
+def test_without_a_home_a_library_is_built_for_this_process_alone(
+    cache, monkeypatch, tmp_path, home
+):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     if home is not None:
         monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user without an entry, as in a container
+    monkeypatch.setattr(
+        os, "getuid", lambda: 2**31 - 7
+    )  # a user without an entry, as in a container
     monkeypatch.chdir(tmp_path)
     with pytest.raises(native.NoCache, match="this user has no home folder; set XDG_CACHE_HOME"):
         native.build()
     opened = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda file: opened.append(Path(file).parent) or ctypes.PyDLL(None))
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda file: opened.append(Path(file).parent) or ctypes.PyDLL(None)
+    )
     assert native.load.__wrapped__() is None and len(opened) == 1 and not opened[0].exists()
     assert {path.name for path in tmp_path.iterdir()} <= {"compiler", "cache"}
 
 
 @pytest.mark.parametrize("content", ["", "no library"])
-def test_what_is_no_library_of_ours_is_one_line_and_plain_torch(cache, monkeypatch, caplog, content):
+def test_what_is_no_library_of_ours_is_one_line_and_plain_torch(
+    cache, monkeypatch, caplog, content
+):
     native.build().write_text(content)
     caplog.set_level("INFO")
     assert native.load.__wrapped__() is None
-    assert len(caplog.records) == 1 and "training goes on with plain torch" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert (
+        len(caplog.records) == 1
+        and "training goes on with plain torch" in caplog.text
+        and "\n" not in caplog.records[0].getMessage()
+    )
 
 
 def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(cache, monkeypatch, caplog, tmp_path):
@@ -306,4 +359,6 @@ def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(cache, monkeypatch
         native.build()
     caplog.set_level("INFO")
     assert native.load.__wrapped__() is None and list(cache.iterdir()) == []
-    assert [record.getMessage() for record in caplog.records] == ["the compiled kernels are not available (is wrong); training goes on with plain torch"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the compiled kernels are not available (is wrong); training goes on with plain torch"
+    ]

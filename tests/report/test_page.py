@@ -241,7 +241,9 @@ def put_another_sum(file: Path) -> None:
 
 
 def name_other_arrays(file: Path) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"arrays": "gone-0123456789abcdef.safetensors"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"arrays": "gone-0123456789abcdef.safetensors"})
+    )
 
 
 def drop_rows(file: Path) -> None:
@@ -249,20 +251,41 @@ def drop_rows(file: Path) -> None:
     save_file({name: array[:1] for name, array in arrays.items()}, file.with_suffix(".safetensors"))
 
 
-@pytest.mark.parametrize("name, damage, again", [
-    ("stats", damage_json, "stats"), ("downstream", change_type, "downstream"), ("vocabulary", change_type, "stats"), ("stats", damage_arrays, "stats"),
-    ("n2g", put_another_sum, "n2g"), ("ablation", name_other_arrays, "ablation"), ("stats", drop_rows, "stats")])
-def test_a_damaged_result_is_left_out_with_a_line_and_the_others_are_shown(make_run, caplog, name, damage, again) -> None:
+@pytest.mark.parametrize(
+    "name, damage, again",
+    [
+        ("stats", damage_json, "stats"),
+        ("downstream", change_type, "downstream"),
+        ("vocabulary", change_type, "stats"),
+        ("stats", damage_arrays, "stats"),
+        ("n2g", put_another_sum, "n2g"),
+        ("ablation", name_other_arrays, "ablation"),
+        ("stats", drop_rows, "stats"),
+    ],
+)
+def test_a_damaged_result_is_left_out_with_a_line_and_the_others_are_shown(
+    make_run, caplog, name, damage, again
+) -> None:
     run = make_run()
     damage(run.eval_file(name))
     page = written(run)
     lines = [element.text for element in page.all("p") if "is damaged and left out" in element.text]
-    assert len(lines) == 1 and f"The result of {name} is damaged and left out. ksparse eval " in " ".join(lines[0].split())
+    assert len(
+        lines
+    ) == 1 and f"The result of {name} is damaged and left out. ksparse eval " in " ".join(
+        lines[0].split()
+    )
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and said[0].startswith(f"the result of {name} is left out: ") and said[0].endswith(f"To write it again: ksparse eval demo {again}")
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"the result of {name} is left out: ")
+        and said[0].endswith(f"To write it again: ksparse eval demo {again}")
+    )
     assert str(run.path) in said[0] and str(run.path) not in page.text
     others = {"stats": "explains", "downstream": "the LM’s loss rises", "probes": "task_00"}
-    assert all((part.replace("’", "'") in page.text) == (key != name) for key, part in others.items())
+    assert all(
+        (part.replace("’", "'") in page.text) == (key != name) for key, part in others.items()
+    )
 
 
 def test_live_latents_have_cards_and_dead_ones_do_not(page) -> None:
@@ -366,17 +389,31 @@ def contrast(one: list[float], other: list[float]) -> float:
     return (bright + 0.05) / (dim + 0.05)
 
 
-@pytest.mark.parametrize("name", ["figures", "report.html", "metrics.jsonl", "evals/stats.json", "evals/vocabulary.json", "evals/stats.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "figures",
+        "report.html",
+        "metrics.jsonl",
+        "evals/stats.json",
+        "evals/vocabulary.json",
+        "evals/stats.safetensors",
+    ],
+)
 def test_a_report_neither_shows_nor_writes_what_a_link_leads_to(make_run, tmp_path, name) -> None:
     run = make_run()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "key").write_text("secret")
     if (run.path / name).exists():
         (run.path / name).unlink()
-    (run.path / name).symlink_to("../out" if name == "figures" else f"{'../' * (name.count('/') + 1)}out/key")
+    (run.path / name).symlink_to(
+        "../out" if name == "figures" else f"{'../' * (name.count('/') + 1)}out/key"
+    )
     with pytest.raises(InputError, match=f"{name} leads out of .*demo"):
         report.write(run)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["key"] and (tmp_path / "out" / "key").read_text() == "secret"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["key"] and (
+        tmp_path / "out" / "key"
+    ).read_text() == "secret"
     assert name == "report.html" or not run.report_file.exists()
 
 

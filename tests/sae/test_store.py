@@ -463,6 +463,8 @@ def test_saving_over_a_folder_with_something_else_in_it_is_refused(sae, tmp_path
     store.save(sae, folder)
     store.save(sae, folder)
     (folder / "thesis.tex").write_text("mine")
-    with pytest.raises(InputError, match="holds thesis.tex, which would be lost; give a new folder"):
+    with pytest.raises(
+        InputError, match="holds thesis.tex, which would be lost; give a new folder"
+    ):
         store.save(sae, folder)
     assert (folder / "thesis.tex").read_text() == "mine" and store.load(folder).shape == sae.shape

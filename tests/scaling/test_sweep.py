@@ -285,11 +285,13 @@ def test_a_process_says_how_it_ended(tmp_path):
 
 @pytest.fixture
 def hostile_folder(tmp_path, monkeypatch):
-    """Work in a folder with modules of the names that a worker imports; return what is written if one of them is run."""
+    """Work in a folder with modules that a worker imports; return what they write when run."""
     folder, mark = tmp_path / "somebodys", tmp_path / "was_run"
     folder.mkdir()
     for name in ("ksparse", "tyro", "torch", "json", "submitit", "pathlib"):
-        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r}); raise SystemExit(1)")
+        (folder / f"{name}.py").write_text(
+            f"open({str(mark)!r}, 'a').write({name!r}); raise SystemExit(1)"
+        )
     monkeypatch.chdir(folder)
     return mark
 
@@ -298,8 +300,12 @@ def test_a_worker_runs_no_module_of_the_working_folder(hostile_folder, tmp_path)
     worker = launching.processes(tmp_path / "sweep", 1)(["x"], 0)
     worker.process.wait(120)
     assert worker.why().startswith("exit code 2: ksparse sweep: ") and not hostile_folder.exists()
-    done = subprocess.run(launching.command(tmp_path / "sweep", ["x"]), capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in done.stderr and done.returncode == 2 and not hostile_folder.exists(), "what submitit is given"
+    done = subprocess.run(
+        launching.command(tmp_path / "sweep", ["x"]), capture_output=True, text=True, timeout=120
+    )
+    assert (
+        "Traceback" not in done.stderr and done.returncode == 2 and not hostile_folder.exists()
+    ), "what submitit is given"
 
 
 def test_a_sweeps_logs_do_not_go_where_a_link_leads(tmp_path):
@@ -345,8 +351,10 @@ def test_the_cluster_launcher_names_its_extra(tmp_path, monkeypatch):
         launching.submitted(tmp_path, Launch(launcher="slurm"))
 
 
-def test_submitit_runs_the_cohorts_and_a_killed_job_is_submitted_again(sweep_file, tmp_path, monkeypatch, hostile_folder):
-    """submitit's local executor stands for a cluster. Nobody can know where it keeps its pickles, which are run."""
+def test_submitit_runs_the_cohorts_and_a_killed_job_is_submitted_again(
+    sweep_file, tmp_path, monkeypatch, hostile_folder
+):
+    """submitit's local executor stands for a cluster. Nobody knows where its pickles are."""
     pytest.importorskip("submitit", reason="submitit is not installed (the extra slurm)")
     grid = read(sweep_file(changes={"tokens": 400 * 64, "run.save_every": 20, "run.log_every": 100}))
     undisturbed, folder = SweepFolder(tmp_path / "undisturbed"), SweepFolder(tmp_path / "sweep")
@@ -367,4 +375,10 @@ def test_submitit_runs_the_cohorts_and_a_killed_job_is_submitted_again(sweep_fil
     monkeypatch.setattr(launching.Submitted, "done", done)
     assert sweeping.sweep(grid, folder, Launch(launcher="local", workers=2)) == {}
     assert killed and points(folder) == points(undisturbed) and not hostile_folder.exists()
-    assert all(re.fullmatch("jobs-[0-9a-f]{16}", path.name) for path in (folder.path / "logs").iterdir()) and "PYTHONSAFEPATH" not in os.environ
+    assert (
+        all(
+            re.fullmatch("jobs-[0-9a-f]{16}", path.name)
+            for path in (folder.path / "logs").iterdir()
+        )
+        and "PYTHONSAFEPATH" not in os.environ
+    )

@@ -351,7 +351,11 @@ def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
         run = train(small_recipe(), tmp_path / "run", observe=observe)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         with pytest.raises(Interrupted, match="everything is saved"):
-            train(small_recipe({"seed": 1}), tmp_path / "other", observe=lambda row: row["step"] == 6 and signal.raise_signal(signal.SIGTERM))
+            train(
+                small_recipe({"seed": 1}),
+                tmp_path / "other",
+                observe=lambda row: row["step"] == 6 and signal.raise_signal(signal.SIGTERM),
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     assert set(seen[::2]) == {signal.SIG_IGN} and signal.SIG_DFL not in seen[1::2]
@@ -618,13 +622,33 @@ def test_every_option_of_the_autoencoder_trains(small_recipe, tmp_path):
 # ---- a start that fails, and the corrected one
 
 
-@pytest.mark.parametrize("wrong", [{"acts.site": "resid_post.99"}, {"acts.lm": "./nowhere"}, {"acts.text": "./nowhere.txt"}, {"acts.field": "nothing"},
-                                   {"optim.lr": 1e30}], ids=lambda changes: next(iter(changes)))
-def test_after_a_start_that_failed_the_corrected_recipe_is_trained_in_the_same_folder(small_recipe, tmp_path, wrong, monkeypatch):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"acts.site": "resid_post.99"},
+        {"acts.lm": "./nowhere"},
+        {"acts.text": "./nowhere.txt"},
+        {"acts.field": "nothing"},
+        {"optim.lr": 1e30},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_after_a_start_that_failed_the_corrected_recipe_is_trained_in_the_same_folder(
+    small_recipe, tmp_path, wrong, monkeypatch
+):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": f"the cat sat on a mat and saw {i} black dogs " * 4}) + "\n" for i in range(60)))
+    text.write_text(
+        "".join(
+            json.dumps({"text": f"the cat sat on a mat and saw {i} black dogs " * 4}) + "\n"
+            for i in range(60)
+        )
+    )
     if "optim.lr" in wrong:
-        monkeypatch.setattr(member, "advance", lambda optimizer, x, state, recipe: (backward(optimizer, x, state, recipe), math.nan))
+        monkeypatch.setattr(
+            member,
+            "advance",
+            lambda optimizer, x, state, recipe: (backward(optimizer, x, state, recipe), math.nan),
+        )
     with pytest.raises((InputError, NonFiniteError)):
         train(small_recipe({"acts.text": str(text)} | wrong), tmp_path / "run")
     monkeypatch.undo()
@@ -632,10 +656,14 @@ def test_after_a_start_that_failed_the_corrected_recipe_is_trained_in_the_same_f
     run = train(right, tmp_path / "run")
     assert load_recipe(run.recipe_file) == right
     same(everything(run), everything(train(right, tmp_path / "fresh")))
-    assert {path.name for path in run.path.iterdir()} == {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in run.path.iterdir()} == {
+        path.name for path in (tmp_path / "fresh").iterdir()
+    }
 
 
-def test_another_recipe_is_refused_once_a_step_was_taken_even_without_a_checkpoint(small_recipe, tmp_path):
+def test_another_recipe_is_refused_once_a_step_was_taken_even_without_a_checkpoint(
+    small_recipe, tmp_path
+):
     run = train(small_recipe(), tmp_path / "run")
     for gone in (run.path / "checkpoints", run.metrics_file):
         with pytest.raises(InputError, match="was begun with another recipe: sae.k: 4 -> 2"):

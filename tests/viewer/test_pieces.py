@@ -30,7 +30,10 @@ def pieces(trained) -> Pieces:
 
 @pytest.fixture(scope="module")
 def files(trained):
-    return {name: load_file(trained.arrays_file(name)) for name in ("stats", "n2g", "ablation", "probes")}
+    return {
+        name: load_file(trained.arrays_file(name))
+        for name in ("stats", "n2g", "ablation", "probes")
+    }
 
 
 def decoded(piece) -> np.ndarray:
@@ -164,8 +167,13 @@ def test_altered_arrays_are_left_out(run, caplog):
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 4
     file.write_bytes(whole)
-    assert [lack["command"] for lack in Pieces(run, 16).get("overview")["lacks"]] == ["ksparse eval tiny stats"]
-    assert "is damaged or of another result than stats.json; ksparse eval tiny stats writes both again" in caplog.text
+    assert [lack["command"] for lack in Pieces(run, 16).get("overview")["lacks"]] == [
+        "ksparse eval tiny stats"
+    ]
+    assert (
+        "is damaged or of another result than stats.json; ksparse eval tiny stats writes both again"
+        in caplog.text
+    )
 
 
 def test_results_of_before_there_were_counts_open(run):

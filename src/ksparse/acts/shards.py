@@ -69,7 +69,7 @@ def write_sites(lm: LM, corpus: Corpus, parent: Path, sites: Sequence[str], *, r
 
 
 def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """Return the manifest of a folder, or one to begin with. The folder is made with the first shard."""
+    """Return a folder's manifest, or one to begin with; the first shard makes the folder."""
     files.remove_leftovers(folder)
     corpus.names.update(enumerate(files.read_strings(folder / NAMES)) if (folder / NAMES).is_file() else ())
     return _manifest(folder) if (folder / files.MANIFEST).is_file() else {

@@ -165,7 +165,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def write(run: RunFolder, results: dict[str, Result]) -> None:
-    """Write results into a run's folder evals/. A result's JSON names its arrays, so its rename commits both."""
+    """Write results into a run's folder evals/. A JSON names its arrays: its rename commits both."""
     with run.writing_evals():
         for name, result in results.items():
             if result.arrays:
@@ -176,7 +176,7 @@ def write(run: RunFolder, results: dict[str, Result]) -> None:
 
 
 def _placed(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Write arrays under a name made of their sum, beside those that the older result names; return both."""
+    """Write arrays under a name made of their sum, beside the older result's; return both."""
     file = run.file("evals", f"{name}.safetensors")
     with files.explained(file), files.temporary(file) as folder:
         save_file({key: array.contiguous() for key, array in arrays.items()}, folder / file.name)

@@ -63,10 +63,15 @@ def available() -> bool:
 
 @functools.cache
 def _keeps_at_home() -> bool:
-    """Return whether Triton has a place for what it compiles; without a home that is the working folder, from which anybody's would be run."""
-    place = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    """Return whether Triton keeps what it compiles in a fixed place.
+
+    Without a home that is the working folder, from which it would run anybody's.
+    """
+    given = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME")
+    place = given or os.path.expanduser("~")
     if not os.path.isabs(place):
-        _log.info("no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder of this user alone")
+        _log.info("no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder "
+                  "of this user alone")
     return os.path.isabs(place)
 
 

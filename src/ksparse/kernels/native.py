@@ -2,7 +2,7 @@
 
 It is not in the wheel, because code for any processor would leave out what most of them can do, and because a wheel that carried it
 would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch.
-Where others may have written to the cache it is built anew in each process: a library of theirs would be run.
+Where others may have written to the cache it is built anew in each process, or theirs might be run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-_SYMBOLS = ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose", "ks_update")
+_SYMBOLS = ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose",
+            "ks_update")
 
 
 class NoCache(OSError):
@@ -72,13 +73,14 @@ def load() -> ctypes.CDLL | None:
             getattr(library, name).restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
-        _log.info("the compiled kernels are not available (%s); training goes on with plain torch", said.splitlines()[-1])
+        _log.info("the compiled kernels are not available (%s); training goes on with plain torch",
+                  said.splitlines()[-1])
         return None
     return library
 
 
 def _opened() -> ctypes.CDLL:
-    """Load the library from the cache; from a folder that is gone right after where there is no cache."""
+    """Load the library from the cache, or from a folder that is gone right after."""
     try:
         return ctypes.CDLL(str(build()))
     except (NoCache, DiskError) as error:
@@ -107,13 +109,14 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
 
 
 def _cache() -> Path:
-    """Return the folder of libraries, made if need be; raise NoCache unless this user alone can write there.
+    """Return the folder of libraries; raise NoCache unless this user alone can write there.
 
     A library is run as it is loaded, and anybody can work out the name of ours.
     """
     try:
         given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        home = given if given.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+        # a relative one is to be ignored
+        home = given if given.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         home = Path()
     if not home.is_absolute():
@@ -123,14 +126,16 @@ def _cache() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         shared = next((above for above in folder.resolve().parents if _open_to_all(above)), None)
         if shared or not _of_this_user(folder):
-            raise NoCache(f"others can write to {shared or folder}; set XDG_CACHE_HOME to a folder of this user alone")
+            raise NoCache(f"others can write to {shared or folder}; "
+                          "set XDG_CACHE_HOME to a folder of this user alone")
     return folder
 
 
 def _of_this_user(path: Path) -> bool:
     """Return whether nobody but this user and root can have put there what is there."""
     found = path.lstat()
-    return found.st_uid in (0, os.geteuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    of_others = stat.S_ISLNK(found.st_mode) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (0, os.geteuid()) and not of_others
 
 
 def _open_to_all(folder: Path) -> bool:

@@ -159,7 +159,8 @@ class _Reader:
         context, position, value, acts = (
             self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES] for name in ("context", "position", "value", "acts"))
         if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
-            raise self.arrays.damaged(f": '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says {self.before + 1 + self.after}")
+            raise self.arrays.damaged(f": '{kind}_acts' has windows of {acts.shape[-1]} tokens, "
+                                      f"the result says {self.before + 1 + self.after}")
         return [self._example(int(c), int(p), float(v), a, largest)
                 for c, p, v, a in zip(context, position, value, acts) if c >= 0]
 

@@ -50,7 +50,8 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
         except DamagedResult as error:
             source.leave_out(error.evaluation, str(error))
     template = environment().get_template("report.html.jinja")
-    html = template.render(name=run.name, summary=summary(source), sections=shown, left_out=source.left_out)
+    html = template.render(name=run.name, summary=summary(source), sections=shown,
+                           left_out=source.left_out)
     return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
 
 

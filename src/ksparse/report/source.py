@@ -38,7 +38,7 @@ class Number:
 
 @dataclass
 class Source:
-    """What the sections read. A result that is not there is None, never an error; nor is one that is damaged, which is said once."""
+    """What the sections read. A result that is not there is None, never an error; so is a damaged one."""
 
     run: RunFolder
     left_out: dict[str, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Source:
             return []
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """Return one evaluation's JSON, or None if it has not been run, or if what it left is damaged."""
+        """Return one evaluation's JSON; None if it was not run, or if what it left is damaged."""
         if name not in self._results:
             self._results[name], self._arrays[name] = None, None
             try:
@@ -79,7 +79,7 @@ class Source:
         return self._results[name]
 
     def _read(self, name: str) -> None:
-        """Read a result, and check its arrays; again if another process has replaced both meanwhile."""
+        """Read a result and check its arrays; again if both have been replaced meanwhile."""
         result = self.run.eval(name)
         try:
             file = self.run.arrays_file(name, result)
@@ -93,7 +93,8 @@ class Source:
         """Go on without a damaged result, and say so."""
         self._results[name], self._arrays[name] = None, None
         self.left_out[name] = self.command("eval", "stats" if name == "vocabulary" else name)
-        log.warning("the result of %s is left out: %s. To write it again: %s", name, why, self.left_out[name])
+        log.warning("the result of %s is left out: %s. To write it again: %s",
+                    name, why, self.left_out[name])
 
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""

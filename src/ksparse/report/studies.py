@@ -31,7 +31,8 @@ def write(folder: Path | str) -> Path:
     html = environment().get_template("study.html.jinja").render(
         study=study, name=study["name"], pictures=pictures, columns=[column.replace("_", " ") for column in columns], table=table)
     for picture in pictures:
-        files.write_text(files.inside(folder, "figures", f"{files.plain_name(picture.name, folder / 'study.json')}.svg"), picture.svg)
+        name = files.plain_name(picture.name, folder / "study.json")
+        files.write_text(files.inside(folder, "figures", f"{name}.svg"), picture.svg)
     files.write_text(files.inside(folder, "report.html"), html)
     return folder / "report.html"
 

@@ -192,7 +192,8 @@ def submitted(folder: Path, options: Launch) -> Start:
         import submitit
     except ModuleNotFoundError:
         raise InputError(f"the launcher {options.launcher!r} needs the package submitit: pip install 'ksparse[slurm]'") from None
-    home = files.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")  # its pickles are run: nobody else is to know the name
+    # pickles in there are run, so nobody else is to know the name
+    home = files.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")
     executor = submitit.AutoExecutor(folder=home, cluster=options.launcher)
     more = {name: int(value) if value.lstrip("-").isdigit() else value for name, _, value in (item.partition("=") for item in options.slurm)}
     safe = {"slurm_setup": [f"export {name}={value}" for name, value in SAFE.items()]}
@@ -202,7 +203,8 @@ def submitted(folder: Path, options: Launch) -> Start:
         before = dict(os.environ)
         os.environ |= SAFE  # submitit starts `python -m` with it
         try:
-            return Submitted(executor.submit(submitit.helpers.CommandFunction(command(folder.resolve(), names))))
+            work = submitit.helpers.CommandFunction(command(folder.resolve(), names))
+            return Submitted(executor.submit(work))
         finally:
             os.environ.clear()
             os.environ |= before

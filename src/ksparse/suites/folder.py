@@ -70,7 +70,8 @@ def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> P
         except (ValueError, TypeError, RecursionError) as error:  # in the other keys: NaN, half a character, an object
             raise InputError(f"task {name!r}, row {number}: cannot be written as JSON: {error}") from None
     path = folder / f"{name}.jsonl.gz"
-    write_bytes(path, gzip.compress(b"".join(lines), mtime=0))  # gzip would put the time of writing into the file
+    # mtime: gzip would put the time of writing into the file
+    write_bytes(path, gzip.compress(b"".join(lines), mtime=0))
     return path
 
 

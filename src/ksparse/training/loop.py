@@ -138,7 +138,8 @@ def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe
 def begin(run: RunFolder, recipe: Recipe) -> None:
     """Write what the run is, before anything else."""
     started = (".lock", "environment.json")  # what a process that was killed in here leaves
-    if not run.exists() and any(file.name not in started and not file.name.startswith(".tmp-") for file in run.path.iterdir()):
+    names = [file.name for file in run.path.iterdir()]
+    if not run.exists() and any(name not in started and not name.startswith(".tmp-") for name in names):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
     run.remove_leftovers()
     files.write_json(run.environment_file, environment())
@@ -179,7 +180,8 @@ def _signals() -> Iterator[list[int]]:
         signal.signal(signum, before[signum])
         log.warning("stopping after this step and saving; once more to stop at once")
 
-    heeded = [signum for signum in (signal.SIGINT, signal.SIGTERM)  # a script's background jobs ignore SIGINT
+    # a script's background jobs ignore SIGINT, which is to stay so
+    heeded = [signum for signum in (signal.SIGINT, signal.SIGTERM)
               if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
     before = {signum: signal.signal(signum, handle) for signum in heeded}
     try:
