@@ -21,7 +21,7 @@ from ksparse import files
 from ksparse import mesh as mesh_of
 from ksparse.acts.lm import resolve_device
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
-from ksparse.recipe import Recipe, differences, to_toml
+from ksparse.recipe import Recipe, check_schedule, differences, to_toml
 from ksparse.runs import RunFolder
 from ksparse.training import checkpoint
 from ksparse.training.feed import Feed
@@ -134,6 +134,7 @@ def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe
 
 def begin(run: RunFolder, recipe: Recipe) -> None:
     """Write what the run is, before anything else."""
+    check_schedule(recipe)
     begun = (".lock", "environment.json")  # what a process that was killed in here leaves
     if any(file.name not in begun and not file.name.startswith(".tmp-") for file in run.path.iterdir()):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
