@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import math
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_the_best_latent_is_chosen_in_training_and_judged_on_the_other_half(subj
         assert found["loss"]["value"] == pytest.approx(loss.item(), rel=1e-4)
         assert found["loss_in_sample"]["value"] == pytest.approx(fit.loss[best].item(), rel=1e-4)
         assert [entry["latent"] for entry in found["best_latents"]] == fit.loss.argsort()[:10].tolist()
+
+
+def test_texts_that_are_cut_are_counted(subject, suite):
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite, probe_tokens=5))["probes"]
+    assert any(re.fullmatch(r"\d+ of \d+ texts are longer than 5 tokens and lose their beginning: [\d,]+ tokens were not seen", note) for note in result["notes"])
+    result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite))["probes"]
+    assert not any("lose" in note for note in result["notes"])
 
 
 def test_the_means_are_over_tasks(subject, suite):
@@ -301,8 +311,8 @@ def test_a_single_cluster_has_no_error_and_nothing_no_mean():
 
 @pytest.mark.parametrize("change, message", [
     ({"probe_l2": 0.0}, "probe_l2 is 0.0; it must be above 0"), ({"latents": -1}, "latents of an evaluation is -1; it must be 0"),
-    ({"position": "first"}, "position of an evaluation is 'first'; there are last, mean, max"),
-    ({"budget": "huge"}, "budget of an evaluation is 'huge'; there are small, paper"),
+    ({"position": "first"}, "'position' is 'first'; it must be one of 'last', 'mean', 'max'"),
+    ({"budget": "huge"}, "'budget' is 'huge'; it must be one of 'small', 'paper'"),
     ({"ablation_horizon": 0}, "ablation_horizon of an evaluation is 0; it must be at least 1")])
 def test_options_that_cannot_be_are_refused(change, message):
     with pytest.raises(InputError, match=message):

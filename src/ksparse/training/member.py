@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksparse.acts.provenance import describe
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import gpu, native
@@ -105,7 +106,7 @@ class Member:
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""
         state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {"loss_raw": curve.loss(sae, self.held_out),
+        losses = {"loss_raw": curve.loss(self.optimizer.raw(), self.held_out),
                   "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out) if recipe.ema else None}
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
@@ -190,7 +191,8 @@ def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimi
     """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a slice of the same SAE."""
     look = feed.look
     shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
-    sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
+    subject = {"subject": describe(lm.model)} if (lm := getattr(feed.source, "lm", None)) else {}
+    sae = SAE(shape, {"acts": asdict(recipe.acts), **subject, "policy": feed.policy, "dead_after": recipe.dead_after,
                       "ksparse": version("ksparse")})
     sae = sae if mesh.latent > 1 else sae.to(feed.device)  # the whole may be too large for one device
     sample, b_pre = look.x.to(sae.W_enc.device), feed.center(recipe.sae.b_pre_init)
