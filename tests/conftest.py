@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost other processes dearly
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors here are tiny; threads would only wait for each other
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ hypothesis.settings.register_profile("ksparse", deadline=None, max_examples=25, 
 hypothesis.settings.load_profile("ksparse")
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("the cat sat on a mat and saw two black dogs run over old green hills while rain fell from grey skies "
