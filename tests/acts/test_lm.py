@@ -505,3 +505,8 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(tiny_lm):
 def test_a_text_is_a_str(tiny_lm, text):
     with pytest.raises(InputError, match="a text is a str, got"):
         LM(str(tiny_lm("gpt2")), "resid_post.1")(text)
+
+
+def test_half_a_character_in_a_prompt_is_read_as_a_replacement(tiny_lm):
+    lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
+    assert torch.equal(lm.tokenize("the cat \ud83d sat"), lm.tokenize("the cat \ufffd sat"))
