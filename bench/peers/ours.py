@@ -68,7 +68,7 @@ def main() -> None:
     args = arguments()
     logging.disable(logging.INFO)
     stream = Saved(training_rows(args), args.batch)
-    feed.open_stream = lambda recipe, device: (stream, {})
+    feed.open_stream = lambda recipe, device, mesh: (stream, {})
     recipe, folder = recipe_of(args), args.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()

@@ -90,7 +90,8 @@ class BatchTopK:
     kind: Literal["batch_topk"] = "batch_topk"
     """The kind."""
     threshold_decay: float = 0.99
-    """Decay of the running average, over steps, of the smallest value that a batch keeps: the threshold in use."""
+    """Decay of the running average, over steps, of the smallest value that a batch keeps, from which training looks for the largest. The threshold
+    in use is another: it is set at each checkpoint, so that the saved weights have an L0 of k on the last batch."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import ksparse
-from ksparse import files
+from ksparse import evals, files
 from ksparse import recipe as R
+from ksparse.options import EvalOptions
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
 from ksparse.training import member
@@ -35,11 +36,11 @@ def planted(d=16, m=32, seed=0):
     return draw
 
 
-def begun(activation, *, k=4, n=64, steps=200, **options):
+def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.Optim(lr=3e-3), **options):
     """Return (optimiser, draw) of an SAE on planted data."""
     draw = planted()
-    recipe = R.Recipe(sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options), batch=128, tokens=128 * steps,
-                      optim=R.Optim(lr=3e-3), threads=1)
+    recipe = R.Recipe(sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options), batch=batch, tokens=batch * steps,
+                      optim=optim, threads=1)
     sae = SAE(Shape(16, n, k, "unit_norm", 1.0, activation.kind))
     initialize_(sae, draw(2048), recipe.sae, torch.Generator().manual_seed(0))
     return open_optimizer(sae, recipe), draw
@@ -85,9 +86,6 @@ def test_open_optimizer_writes_out_topk_alone(kind, small_recipe):
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_evaluation_takes_a_run_of_every_kind(kind, small_recipe, tmp_path):
-    from ksparse import evals
-    from ksparse.options import EvalOptions
-
     run = train(small_recipe({"sae.activation": {"kind": kind, **EVERY[kind]}}), tmp_path / "run")
     found = evals.evaluate(ksparse.load(run.path), names=["stats", "downstream", "positions", "n2g", "ablation"], options=EvalOptions(
         tokens=400, device="cpu", examples=2, latents=4, ablation_positions=2, ablation_latents=4, ablation_horizon=2))
@@ -101,12 +99,37 @@ def test_every_evaluation_takes_a_run_of_every_kind(kind, small_recipe, tmp_path
 # ---- BatchTopK's threshold
 
 
-def test_the_threshold_in_use_gives_about_the_l0_of_training():
+def l0(sae, x):
+    return (sae.encode(x).values > 0).sum(1).float().mean().item()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.999], ids=["raw", "averaged"])
+@pytest.mark.parametrize("steps", [30, 200])
+def test_the_threshold_that_is_saved_gives_the_l0_that_is_asked_for(steps, ema):
+    """Not that of a mean over weights that are long gone: 12 in the place of 16 after 200 steps."""
+    optimizer, draw = begun(R.BatchTopK(), steps=200, optim=R.Optim(lr=3e-3, ema=ema), batch=1024)
+    part = advance(optimizer, draw, steps)
+    assert (part.code.values > 0).sum() == 4 * 1024
+    for sae in (optimizer.raw(), optimizer.averaged()):
+        assert l0(sae, draw(8192)) == pytest.approx(4, rel=0.03)
+
+
+def test_every_checkpoint_of_a_short_run_has_the_l0_that_is_asked_for(small_recipe, tmp_path):
+    recipe = small_recipe({"sae.activation": {"kind": "batch_topk"}, "run.save_every": 6, "run.keep": 9, "batch": 512, "acts.mix": 2048, "tokens": 12 * 512})
+    run = train(recipe, tmp_path / "run")
+    assert [path.name for path in run.checkpoints()] == ["step-00000006", "step-00000012"]
+    for path in run.checkpoints():
+        result = evals.evaluate(ksparse.load(path), names=["stats"], options=EvalOptions(tokens=2000, device="cpu", examples=0))["stats"]
+        assert result["l0"]["value"] == pytest.approx(recipe.sae.k, rel=0.05)
+
+
+def test_a_checkpoint_of_a_step_that_is_left_out_keeps_its_threshold_when_resumed():
     optimizer, draw = begun(R.BatchTopK())
-    part = advance(optimizer, draw, 200)
-    assert (part.code.values > 0).sum() == 4 * 128
-    for sae in (optimizer.sae, optimizer.averaged()):
-        assert (sae.encode(draw(4096)).values > 0).sum(1).float().mean().item() == pytest.approx(4, rel=0.15)
+    advance(optimizer, draw, 20)
+    whole = optimizer.averaged().threshold
+    again, _ = begun(R.BatchTopK())
+    again.restore({key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates)
+    assert torch.equal(again.averaged().threshold, whole) and not torch.equal(again.sae.threshold, whole)
 
 
 def test_the_threshold_is_the_running_average_of_the_smallest_value_kept_and_moves_in_steps_alone():

@@ -8,7 +8,7 @@ thresholds also see what is just below them. A kind's own tensors (`own`) lie in
 | kind | value z of p = the product, a = p + b_enc | own tensors |
 |---|---|---|
 | topk | ReLU(a) of the k largest a | |
-| batch_topk | ReLU(a) of the b k largest a of b tokens; in use, where a > threshold | threshold[1] |
+| batch_topk | ReLU(a) of the b k largest a of b tokens; in use, where a > threshold, set on a batch for the weights that are saved | threshold[1] |
 | relu | ReLU(a) | |
 | jump_relu | a where a > threshold | threshold[n] |
 | gated | ReLU(exp(r_mag) p + b_mag) where a > 0 | r_mag[n], b_mag[n] |
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ksparse import kernels, recipe
 
+SETTLED = 4096  # activations on which a threshold is set: L0 is then known to about 1 %
+_NUMBERS = 2**24  # pre-activations in memory at once
 SPARSE = 8
 """Training lists latents where no token has more than one in so many of all; above that, dense products are faster (docs/lab-book.md)."""
 
@@ -37,6 +39,8 @@ class Weights(Protocol):
     b_mag: Tensor
     k: int
     input_norm: float
+
+    def pre_acts_normalized(self, x: Tensor) -> Tensor: ...
 
 
 class Chosen(NamedTuple):
@@ -101,6 +105,9 @@ class Activation:
     def constrain_(self, sae: Weights) -> None:
         """Bring its tensors back to where they mean something, after a step, in place."""
 
+    def settle_(self, sae: Weights, x: Tensor) -> None:
+        """Set tensors that are followed to what these very weights need, on normalised activations x[b, d], in place."""
+
 
 class TopK(Activation):
     """z = ReLU(TopK(a)); `SAE.code` chooses, for any k."""
@@ -129,6 +136,10 @@ class BatchTopK(ReLU):
 
     def reach(self, sae: Weights, products: Tensor) -> Tensor:
         return largest(products + sae.b_enc, len(products) * sae.k, guess=sae.threshold.item() / 2)
+
+    @torch.no_grad()
+    def settle_(self, sae: Weights, x: Tensor) -> None:
+        sae.threshold.fill_(threshold_for(sae, x[:SETTLED]))
 
 
 class JumpReLU(Activation):
@@ -199,6 +210,16 @@ def of(options: recipe.Activation) -> Activation:
 def in_use(kind: str) -> Activation:
     """Return the activation of an autoencoder in use; its training options are the defaults."""
     return of(recipe.ACTIVATIONS[kind]())
+
+
+def threshold_for(sae: Weights, x: Tensor) -> float:
+    """Return the value above which k latents are active on average on normalised activations x[b, d]; 0 if fewer are positive."""
+    count = len(x) * sae.k
+    top = x.new_empty(0)
+    for part in x.split(max(1, _NUMBERS // len(sae.b_enc))):
+        values = torch.cat([top, sae.pre_acts_normalized(part).flatten()])
+        top = values.topk(min(len(values), count + 1)).values
+    return max(0.0, top[-2:].mean().item()) if len(top) > count else 0.0
 
 
 def largest(pre_acts: Tensor, count: int, guess: float = 0.0) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ksparse.recipe import SAE as Options
+from ksparse.sae.activations import threshold_for
 from ksparse.sae.model import SAE
 
 _NUMBERS = 2**24  # pre-activations that are looked at, at most
@@ -41,14 +42,8 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
             sae.W_enc.mul_(centred / recon)
     if "threshold" in sae.keys:
         given = getattr(options.activation, "threshold", 0.0)
-        sae.threshold.fill_(given * sae.input_norm or _threshold(sae, sample))
-
-
-def _threshold(sae: SAE, sample: Tensor) -> float:
-    """Return the value above which k latents are active on average on normalised activations sample[s, d]; 0 if fewer are positive."""
-    rows = sample[: max(1, min(len(sample), _NUMBERS // sae.shape.n_latents))]
-    largest = sae.pre_acts_normalized(rows).flatten().topk(len(rows) * sae.shape.k).values
-    return max(0.0, largest[-1].item())
+        rows = sample[: max(1, _NUMBERS // sae.shape.n_latents)]
+        sae.threshold.fill_(given * sae.input_norm or threshold_for(sae, rows))
 
 
 def center(sample: Tensor, kind: str) -> Tensor:

@@ -105,7 +105,7 @@ class Member:
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""
         state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {"loss_raw": curve.loss(sae, self.held_out),
+        losses = {"loss_raw": curve.loss(self.optimizer.raw(), self.held_out),
                   "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out) if recipe.ema else None}
         row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
             key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}

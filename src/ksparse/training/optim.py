@@ -42,6 +42,10 @@ class Optimizer:
         """The loss of this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
         """The batch of this step (x, code, dead), where something is followed that is not a gradient."""
+        self.batch: Tensor | None = None
+        """The last batch that counted, where the activation has tensors that are set on one."""
+        self.settled: dict[str, Tensor] = {}
+        """These tensors, as the averaged weights last had them."""
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
         """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code.
@@ -102,9 +106,10 @@ class Optimizer:
     @torch.no_grad()
     def _follow(self, x: Tensor, code: Code, dead: Tensor) -> None:
         """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead latents anew where it is time to."""
-        fired = code.values[code.values > 0]
-        if self.sae.activation.running and len(fired):
-            self.sae.threshold.lerp_(fired.min(), max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay))
+        if self.sae.activation.running:
+            self.batch = x
+            if len(fired := code.values[code.values > 0]):
+                self.sae.threshold.lerp_(fired.min(), max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay))
         if resampling(self.updates, self.recipe):
             new = starts(self.sae, x, code, dead, self.recipe.seed * 1_000_003 + self.updates)
             for key, rows in (new or {}).items():
@@ -131,14 +136,29 @@ class Optimizer:
 
     @torch.no_grad()
     def averaged(self) -> SAE:
-        """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1."""
+        """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1.
+
+        What is followed is set anew for them, on the last batch: BatchTopK's threshold of other weights would give another L0.
+        """
         copy = self.sae.empty()
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
         for key in self.sae.keys:
             averaged = self.updates and key in self.average
-            getattr(copy, key).copy_(self.average[key] / weight if averaged else getattr(self.sae, key))
+            getattr(copy, key).copy_(self.average[key] / weight if averaged else self.settled.get(key, getattr(self.sae, key)))
         if self.recipe.sae.unit_norm:
             copy.normalize_decoder_()
+        if self.batch is not None:
+            copy.activation.settle_(copy, self.batch.to(copy.W_enc))
+            self.settled = {key: getattr(copy, key).clone() for key in copy.activation.own}
+        return copy
+
+    def raw(self) -> SAE:
+        """Return the SAE with the weights of this step, as it would be in use; a copy where something is followed."""
+        if self.batch is None:
+            return self.sae
+        copy = self.sae.empty()
+        copy.load_state_dict(self.sae.state_dict())
+        copy.activation.settle_(copy, self.batch.to(copy.W_enc))
         return copy
 
     # ---- for checkpoints
@@ -146,7 +166,7 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name."""
         out = {f"raw.{key}": getattr(self.sae, key).detach() for key in self.sae.keys}
-        out |= {f"average.{key}": mean for key, mean in self.average.items()}
+        out |= {f"average.{key}": mean for key, mean in (self.average | self.settled).items()}
         for key in self.sae.keys:
             for moment, value in self.adam.state.get(getattr(self.sae, key), {}).items():
                 out[f"{moment}.{key}"] = value
@@ -156,6 +176,8 @@ class Optimizer:
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Take back what `tensors` gave."""
         self.updates = updates
+        followed = self.sae.activation.own if self.sae.activation.running else ()
+        self.settled = {key: tensors[f"average.{key}"] for key in followed if f"average.{key}" in tensors}  # older files have none
         for key in self.sae.keys:
             weight = getattr(self.sae, key)
             weight.copy_(tensors[f"raw.{key}"])
