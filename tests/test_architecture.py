@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
-LINES = [{"errors"}, {"files", "rows", "trust"}, {"recipe", "options"}, {"runs", "mesh", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"steering"}, {"evals", "training", "interop"},
+LINES = [{"errors"}, {"files", "rows", "trust"}, {"recipe"}, {"options"}, {"runs", "mesh", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"steering"}, {"evals", "training", "interop"},
          {"scaling"}, {"studies"}, {"report", "viewer", "doctor", "bench"}, {"cli"}, {"__main__"}]
 LEVEL = {station: level for level, line in enumerate(LINES) for station in line}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from ksparse import recipe as recipes
 from ksparse.errors import InputError
+from ksparse.options import EvalOptions, StudyOptions
 from ksparse.recipe import SAE, Acts, Curve, Mesh, Optim, Recipe, Run, from_dict, k_aux, load, to_dict, to_toml
+from ksparse.runs import RunFolder
+from ksparse.training import loop
+from ksparse.training.optim import rate_share
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -26,7 +30,7 @@ def values(hint):
 
 
 def sections(kind):
-    hints = typing.get_type_hints(kind)
+    hints = {each.name: typing.get_type_hints(kind)[each.name] for each in dataclasses.fields(kind)}
     return st.builds(kind, **{name: sections(hint) if dataclasses.is_dataclass(hint) else values(hint) for name, hint in hints.items()
                               if (kind, name) not in {(SAE, "k"), (SAE, "n_latents"), (SAE, "activation"), (Optim, "decay"), (Curve, "window"), (Mesh, "capacity")}})  # what other values may forbid
 
@@ -135,13 +139,64 @@ def test_a_recipe_is_frozen():
                                   ("run", "save_every", -1)]],
     *[({"optim": {key: value}}, rf"optim\.{key} is {value}; it must be from 0 up to, but not including, 1")
       for key, value in [("ema", 1.0), ("ema", -0.1), ("beta1", 1.0), ("beta2", 1.5), ("decay", 1.5)]],
-    *[({section: {key: math.nan}}, rf"{section}\.{key} is nan; it must be a finite number") for section, key in
+    *[({section: {key: math.nan}}, rf"{section}\.{key}' is nan; it must be a finite number") for section, key in
       [("optim", "lr"), ("optim", "clip"), ("optim", "eps"), ("optim", "lr_at_32k"), ("sae", "auxk_coef"), ("sae", "multi_topk"), ("optim", "ema"), ("run", "save_minutes")]],
-    *[({section: {key: math.inf}}, rf"{section}\.{key} is inf") for section, key in [("optim", "lr"), ("sae", "auxk_coef")]],
+    *[({section: {key: math.inf}}, rf"{section}\.{key}' is inf") for section, key in [("optim", "lr"), ("sae", "auxk_coef")]],
 ], ids=str)
 def test_every_mistake_is_named(table, message):
     with pytest.raises(InputError, match=message):
         from_dict(table)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Recipe(tokens="200k"), r"'tokens' is '200k', of type str; it must be of type int"),
+    (lambda: Recipe(tokens=None), r"'tokens' is None, of type NoneType; it must be of type int"),
+    (lambda: recipes.SAE(k=1.5), r"'sae\.k' is 1\.5, of type float; it must be of type int"),
+    (lambda: recipes.Optim(lr="fast"), r"'optim\.lr' is 'fast', of type str; it must be of type float"),
+    (lambda: recipes.Optim(beta1=math.nan), r"'optim\.beta1' is nan; it must be a finite number$"),
+    (lambda: recipes.Optim(lr=1e308), r"'optim\.lr' is 1e\+308; it must be a finite number, at most 3e\+38"),
+    (lambda: recipes.ReLU(l1=math.inf), r"'sae\.activation\.l1' is inf; it must be a finite number"),
+    (lambda: recipes.Acts(bos="always"), r"'acts\.bos' is 'always'; it must be one of 'auto', 'none'"),
+    (lambda: recipes.Run(loggers="wandb"), r"'run\.loggers' is 'wandb'; it must be a list"),
+    (lambda: Recipe(sae=3), r"'sae' is 3; it must be SAE\(…\), or a dictionary of its keys"),
+    (lambda: Recipe(sae=recipes.Acts()), r"'sae' is Acts\(.*; it must be SAE"),
+    (lambda: Recipe(sae={"kk": 3}), r"unknown key 'sae\.kk'"),
+    (lambda: recipes.SAE(activation="relu"), r"'sae\.activation' is 'relu'; it must be TopK\(…\) or BatchTopK"),
+    (lambda: EvalOptions(tokens="many"), r"'tokens' is 'many', of type str; it must be of type int"),
+    (lambda: EvalOptions(probe_l2=math.inf), r"'probe_l2' is inf; it must be a finite number"),
+    (lambda: EvalOptions(seed=-1), r"seed of an evaluation is -1; it must be at least 0"),
+    (lambda: StudyOptions(tokens=1.5), r"'tokens' is 1\.5, of type float; it must be of type int"),
+    (lambda: Recipe(optim=recipes.Optim(lr_at_32k=0.0)), r"optim\.lr_at_32k is 0\.0; it must be above 0"),
+    (lambda: Recipe(optim=recipes.Optim(eps=0.0)), r"optim\.eps is 0\.0; it must be above 0"),
+    (lambda: Recipe(order=-2), r"order is -2; it must be -1, as seed, or not be negative"),
+    (lambda: Recipe(run=recipes.Run(save_minutes=-1.0)), r"run\.save_minutes is -1\.0; it must not be negative"),
+])
+def test_python_is_told_what_toml_is_told(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_what_stands_for_a_value_becomes_it_in_python_as_in_toml():
+    made = Recipe(tokens=1e6, sae={"n_latents": 128, "k": 4, "activation": {"kind": "relu", "l1": 1}}, run=recipes.Run(loggers=["wandb"]))
+    assert (made.tokens, made.sae.n_latents, made.sae.activation, made.run.loggers) == (1_000_000, 128, recipes.ReLU(l1=1.0), ("wandb",))
+    assert type(made.tokens) is int and made == from_dict(recipes.to_dict(made))
+
+
+@pytest.mark.parametrize("optim, message", [
+    ({"warmup": 101}, r"optim\.warmup is 101 steps; the run has 100 \(6,400 tokens in batches of 64\): it would never reach its learning rate\. Give a shorter warm-up, or more tokens"),
+    ({"warmup": 60, "decay": 0.5}, r"the run has 100 .*, of which the rate falls in the last 50: it would never reach .*less optim\.decay")])
+def test_a_run_that_never_reaches_its_learning_rate_is_refused_before_it_begins(optim, message, tmp_path):
+    recipe = from_dict({"optim": optim, "tokens": 6400, "batch": 64})
+    with pytest.raises(InputError, match=message):
+        loop.begin(RunFolder(tmp_path), recipe)
+    assert not (tmp_path / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize("optim", [{"warmup": 100}, {"warmup": 51, "decay": 0.5}, {"decay": 1}, {"warmup": 1, "decay": 1}])
+def test_a_run_that_has_its_learning_rate_at_one_step_is_not(optim):
+    recipe = from_dict({"optim": optim, "tokens": 6400, "batch": 64})
+    recipes.check_schedule(recipe)
+    assert max(rate_share(step, recipe) for step in range(1, 101)) == 1.0
 
 
 def test_decay_may_be_the_whole_run():

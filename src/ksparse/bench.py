@@ -29,13 +29,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from ksparse.errors import InputError
+from ksparse.recipe import Options
 
 _WARM = 2  # steps before any is timed
 Step = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Options):
     """What a step is timed on."""
 
     d: int = 768
@@ -54,9 +55,8 @@ class Setting:
     """CPU threads; 0: what torch takes."""
 
     def __post_init__(self) -> None:
-        for name in ("d", "n", "k", "batch", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} of a benchmark is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        self.at_least("a benchmark", d=1, n=1, k=1, batch=1, rounds=1, threads=0)
         if self.k > self.n:
             raise InputError(f"k of a benchmark is {self.k}, more than the {self.n} latents")
         if not 0 <= self.dead < 1:

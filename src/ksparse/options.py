@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ksparse.errors import InputError
+from ksparse.recipe import Options
 
 BUDGETS: dict[str, dict[str, int]] = {
     "small": {"tokens": 100_000, "probe_rows": 1_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 1_000_000,
@@ -19,7 +19,7 @@ BUDGETS: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(Options):
     """Which text, how much of it, and how each question is asked. A sample size of 0 is the budget's."""
 
     budget: Literal["small", "paper"] = "small"
@@ -82,17 +82,13 @@ class EvalOptions:
     """subspaces: how latents are put into an order: spectral, or the paper's UMAP to one dimension (pip install 'ksparse[umap]')."""
 
     def __post_init__(self) -> None:
-        for name, least in {"per_document": 1, "examples": 0, "probe_tokens": 1, "ablation_horizon": 1}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be at least {least}")
+        super().__post_init__()
+        self.at_least("an evaluation", per_document=1, examples=0, probe_tokens=1, ablation_horizon=1, seed=0)
         for name in (*BUDGETS["small"], "refine_exact"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
         if not self.probe_l2 > 0:
             raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
-        for name, kind in typing.get_type_hints(type(self)).items():
-            if typing.get_origin(kind) is Literal and getattr(self, name) not in typing.get_args(kind):
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)!r}; there are {', '.join(typing.get_args(kind))}")
 
     def resolved(self) -> EvalOptions:
         """Return the same options with the budget's sample sizes in place of 0."""
@@ -104,7 +100,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
-class StudyOptions:
+class StudyOptions(Options):
     """What a study trains, on what, and how long. 0 or nothing is the study's own choice, which takes minutes on two cores for the built-in LM."""
 
     run: str = ""
@@ -135,12 +131,11 @@ class StudyOptions:
     """auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("tokens", "n_latents", "k", "threads"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's own choice, or more")
-        for name in ("batch", "seeds", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be at least 1")
+        self.at_least("a study", batch=1, seeds=1, eval_tokens=1)
 
 
 COMMON = ("budget", "tokens", "per_document", "split", "text", "seed", "device")

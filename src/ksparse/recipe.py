@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
@@ -24,17 +25,55 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ksparse.errors import InputError
 from ksparse.rows import has_half
 
 _log = logging.getLogger("ksparse")
+LARGEST = 3e38  # a float of single precision
+
+
+class Options:
+    """Frozen data whose fields hold what they are declared to: the type, one of the choices, a finite number. One rule for all options.
+
+    What stands for a value becomes it, as in TOML: 1e6 for a whole number, 1 for a float, a list for a tuple, a dictionary for a section.
+    """
+
+    SECTION: ClassVar[str] = ""
+    """What its keys begin with in a recipe."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.SECTION)
+
+    def at_least(self, what: str, **lowest: float) -> None:
+        """Raise InputError, saying of what they are options, for a number below its lowest."""
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise InputError(f"{name} of {what} is {getattr(self, name)}; it must be at least {low}")
+
+
+def check_fields(options: Any, prefix: str = "") -> None:
+    """Give each field of a dataclass the type that it declares, in place; raise InputError, naming the field, for a value that is none of it."""
+    for name, hint in _hints(type(options)).items():
+        value = getattr(options, name)
+        fitting = _convert(value, hint, f"'{prefix}{name}'")
+        if fitting is not value:
+            object.__setattr__(options, name, fitting)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types that a dataclass declares."""
+    hints = typing.get_type_hints(kind)
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
 
 
 @dataclass(frozen=True)
-class Acts:
+class Acts(Options):
     """Where activations come from."""
+
+    SECTION = "acts."
 
     lm: str = "pylm/1.9m"
     """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m; pylm is 1.9m)."""
@@ -76,16 +115,20 @@ class Acts:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Options):
     """The k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["topk"] = "topk"
     """What becomes of pre-activations: topk, batch_topk, relu, jump_relu, gated, prolu. `--sae.activation.kind KIND --help` lists the keys of a kind."""
 
 
 @dataclass(frozen=True)
-class BatchTopK:
+class BatchTopK(Options):
     """The k x b largest pre-activations of a batch of b tokens, then ReLU; in use, those above a threshold (Bussmann et al. 2024)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["batch_topk"] = "batch_topk"
     """The kind."""
@@ -95,8 +138,10 @@ class BatchTopK:
 
 
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(Options):
     """ReLU with an L1 penalty (Gao et al. 2024, sections 2.2 and B.2; Conerly et al. 2024)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["relu"] = "relu"
     """The kind."""
@@ -111,8 +156,10 @@ class ReLU:
 
 
 @dataclass(frozen=True)
-class JumpReLU:
+class JumpReLU(Options):
     """Values above a threshold of their latent, trained through kernel estimates of the gradient (Rajamanoharan et al. 2024b)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["jump_relu"] = "jump_relu"
     """The kind."""
@@ -129,8 +176,10 @@ class JumpReLU:
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(Options):
     """Gates say which latents are active, magnitudes how much; L1 and an auxiliary loss on the gates (Rajamanoharan et al. 2024a)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["gated"] = "gated"
     """The kind."""
@@ -145,8 +194,10 @@ class Gated:
 
 
 @dataclass(frozen=True)
-class ProLU:
+class ProLU(Options):
     """The product itself where product and biased product are positive, with one of two made-up gradients (Taggart 2024)."""
+
+    SECTION = "sae.activation."
 
     kind: Literal["prolu"] = "prolu"
     """The kind."""
@@ -162,14 +213,16 @@ class ProLU:
 
 _SPOKEN = {"topk": "{k} of them active at a time", "batch_topk": "{k} of them active on average", "jump_relu": "about {k} of them active at a time"}
 Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
-ACTIVATIONS: dict[str, type] = {kind().kind: kind for kind in typing.get_args(Activation)}
+ACTIVATIONS: dict[str, type] = {kind.kind: kind for kind in typing.get_args(Activation)}
 WITH_AUXK = ("topk", "batch_topk", "jump_relu")
 """Kinds whose dead latents are revived by AuxK; the others resample them."""
 
 
 @dataclass(frozen=True)
-class SAE:
+class SAE(Options):
     """The autoencoder (Gao et al. 2024, section 2 and appendix A)."""
+
+    SECTION = "sae."
 
     n_latents: int = 4096
     """Latents."""
@@ -209,8 +262,10 @@ class SAE:
 
 
 @dataclass(frozen=True)
-class Optim:
+class Optim(Options):
     """Adam as in appendix A.3-A.6."""
+
+    SECTION = "optim."
 
     lr: float = 0.0
     """Learning rate; 0: the law lr_at_32k x sqrt(32,768 / n_latents)."""
@@ -241,8 +296,10 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Options):
     """The held-out loss along a run, from which scaling laws are fitted (section 3)."""
+
+    SECTION = "curve."
 
     held_out: int = 0
     """Activations of the validation side of the text on which the loss is measured at log-spaced points, with raw and with averaged weights; 0: not at all."""
@@ -258,8 +315,10 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Options):
     """What may change between a run and its resumption, because it does not change the result."""
+
+    SECTION = "run."
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -290,8 +349,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class Mesh(Options):
     """How the processes that torchrun starts share one run; data x latent of them. Another mesh may go on with a run: results agree up to rounding."""
+
+    SECTION = "mesh."
 
     data: int = 1
     """Parts that each batch is cut into; 0: as many as processes / latent."""
@@ -305,7 +366,7 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """One run, completely."""
 
     acts: Acts = field(default_factory=Acts)
@@ -326,6 +387,7 @@ class Recipe:
     """CPU threads; 0: as many as the machine has. Recorded, since sums depend on it in the last digit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self)
 
     @property
@@ -371,8 +433,6 @@ def check(recipe: Recipe) -> None:
     """Raise InputError for values that cannot be right whatever the model."""
     sae, acts = recipe.sae, recipe.acts
     for key, value in flat(dataclasses.asdict(recipe)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key} is {value}; it must be a finite number")
         if isinstance(value, str) and has_half(value):  # a name of a file may have other bytes; no TOML can hold them
             raise InputError(f"{key} is {said(value)}, which is not UTF-8; give another name")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
@@ -399,13 +459,18 @@ def check(recipe: Recipe) -> None:
         raise InputError(f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals")
     if recipe.mesh.timeout <= 0:
         raise InputError(f"mesh.timeout is {recipe.mesh.timeout}; it must be above 0 seconds")
+    for key, value in {"optim.lr_at_32k": recipe.optim.lr_at_32k, "optim.eps": recipe.optim.eps, "curve.window": recipe.curve.window}.items():
+        if value <= 0:
+            raise InputError(f"{key} is {value}; it must be above 0")
+    if recipe.order < -1:
+        raise InputError(f"order is {recipe.order}; it must be -1, as seed, or not be negative")
     for key, value in {"optim.ema_span": recipe.optim.ema_span, "sae.auxk_share": sae.auxk_share}.items():
         if not 0 < value <= 1:
             raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
     at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
                      "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
                      "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out,
+                     "run.save_every": recipe.run.save_every, "run.save_minutes": recipe.run.save_minutes, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out,
                      "mesh.data": recipe.mesh.data}
     for key, value in at_least_zero.items():
         if value < 0:
@@ -419,6 +484,15 @@ def check(recipe: Recipe) -> None:
                        "optim.beta2": recipe.optim.beta2, "optim.decay": recipe.optim.decay}.items():
         if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):
             raise InputError(f"{key} is {value}; it must be from 0 up to, but not including, 1")
+
+
+def check_schedule(recipe: Recipe) -> None:
+    """Raise InputError where no step of the run has the whole learning rate. Runs that were begun without this question may go on."""
+    falling = recipe.optim.decay * recipe.steps
+    if recipe.optim.warmup > min(recipe.steps, recipe.steps + 1 - falling):
+        raise InputError(f"optim.warmup is {recipe.optim.warmup:,} steps; the run has {recipe.steps:,} ({recipe.tokens:,} tokens in batches of {recipe.batch:,})"
+                         + (f", of which the rate falls in the last {falling:,.0f}" if falling else "")
+                         + ": it would never reach its learning rate. Give a shorter warm-up" + (", less optim.decay" if falling else "") + ", or more tokens")
 
 
 def check_activation(sae: SAE) -> None:
@@ -519,7 +593,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
     if not isinstance(table, dict):
         raise InputError(f"a recipe{where} is a table of keys, not {type(table).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     values = {}
     for key, value in table.items():
         key = str(key)
@@ -531,15 +605,15 @@ def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
         if key not in hints:
             raise InputError(f"unknown key '{prefix}{key:.80}'{where}{_suggest(prefix + key[:80])}")
         hint = hints[key]
-        if dataclasses.is_dataclass(hint) or hint == Activation:
-            if not isinstance(value, dict):
-                raise InputError(f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys")
-            if hint == Activation:
-                hint = activation_kind(value, f"{prefix}{key}.", where)
-            values[key] = _build(hint, value, f"{prefix}{key}.", where)
-        else:
-            values[key] = _convert(value, hint, f"'{prefix}{key}'{where}")
+        section = dataclasses.is_dataclass(hint) or hint == Activation
+        if section and not isinstance(value, dict):
+            raise InputError(f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys")
+        values[key] = _section(value, hint, f"{prefix}{key}.", where) if section else _convert(value, hint, f"'{prefix}{key}'{where}")
     return kind(**values)
+
+
+def _section(table: dict[str, Any], hint: Any, prefix: str, where: str = "") -> Any:
+    return _build(activation_kind(table, prefix, where) if hint == Activation else hint, table, prefix, where)
 
 
 def activation_kind(table: dict[str, Any], prefix: str = "sae.activation.", where: str = "") -> type:
@@ -565,6 +639,16 @@ def _suggest(key: str) -> str:
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Return a value as its type; raise InputError, naming the option, if it is none of it."""
+    if dataclasses.is_dataclass(hint) or hint == Activation:
+        kinds = typing.get_args(hint) or (hint,)
+        if isinstance(value, dict):
+            return _section(value, hint, f"{name.strip(chr(39))}.")
+        if not isinstance(value, kinds):
+            raise InputError(f"{name} is {value!r}; it must be {' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its keys")
+        return value
+    if type(None) in typing.get_args(hint):
+        return None if value is None else _convert(value, typing.get_args(hint)[0], name)
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value not in options:
@@ -578,6 +662,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
+    if hint is float and type(value) is float and not abs(value) <= LARGEST:
+        raise InputError(f"{name} is {value}; it must be a finite number" + (f", at most {LARGEST:g}" if math.isfinite(value) else ""))
     if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)  # so that tokens = 1e9 may be written
     if hint in (int, float) and type(value) is int and abs(value) >= 2**63:

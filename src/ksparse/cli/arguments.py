@@ -55,8 +55,10 @@ def parse(kind: type, verb: str, arguments: list[str], default: Any = None, pref
         description += f"\n\n{FLAG} True lets code that comes with the language model run, in this call alone; no file can say so."
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
-    return tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    made = tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
                     **({} if default is None else {"default": default}))
+    recipes.check_fields(made)
+    return made
 
 
 def take_folder(verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo") -> tuple[str, list[str]]:

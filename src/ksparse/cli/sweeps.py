@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def fit(arguments: list[str]) -> None:
     from ksparse.scaling import law as laws
 
     at = _assignments("--predict", options.predict)
+    if options.budget < 0:
+        raise InputError(f"--budget is {options.budget}; it is a number of FLOPs, 0 for none")
     if options.draws < 0:
         raise InputError(f"--draws is {options.draws}; it is a number of bootstrap draws, 0 for none")
     if Path(place).is_dir():
@@ -143,9 +146,9 @@ def _assignments(flag: str, text: str) -> dict[str, Any]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
         try:
-            found[name.strip()] = value.strip() if name.strip() == "lm" else float(value)
+            number = found[name.strip()] = value.strip() if name.strip() == "lm" else float(value)
         except ValueError:
             equals = ""
-        if not equals or not name.strip():
+        if not equals or not name.strip() or isinstance(number, float) and not 0 < number < math.inf:
             raise InputError(f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}")
     return found

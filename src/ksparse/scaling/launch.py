@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 from ksparse import files
 from ksparse.errors import InputError
 from ksparse.trust import FLAG, code_is_trusted
+from ksparse.recipe import Options
 
 POLL = 0.5  # seconds
 SAFE = {"PYTHONSAFEPATH": "1"}
@@ -28,7 +29,7 @@ SAFE = {"PYTHONSAFEPATH": "1"}
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launch(Options):
     """Where and how a sweep's cohorts run."""
 
     launcher: Literal["here", "processes", "local", "slurm"] = "here"
@@ -46,6 +47,8 @@ class Launch:
     """slurm: more parameters as submitit names them, such as slurm_partition=gpu gpus_per_node=1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("a sweep", minutes=1)
         if self.workers < 1 or self.retries < 0 or self.memory_gb < 0:
             raise InputError(f"a sweep needs workers of at least 1, retries and memory_gb of at least 0; got {self.workers}, {self.retries}, {self.memory_gb}")
         if self.launcher == "here" and self.workers > 1:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ksparse.errors import InputError
-from ksparse.recipe import WITH_AUXK, Mesh, Recipe, auxk_tokens, k_aux
+from ksparse.recipe import WITH_AUXK, Mesh, Options, Recipe, auxk_tokens, k_aux
 from ksparse.training import flops, hardware
 from ksparse.training.hardware import Card
 
@@ -56,8 +56,10 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Unseen:
+class Unseen(Options):
     """A subject that is not at hand, by its sizes; without a d_model it is the recipe's."""
+
+    SECTION = "subject."
 
     d_model: int = 0
     """Width of its activations."""

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ksparse.errors import InputError
+from ksparse.recipe import Options
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ GIVEN = {"memory_gb": ("memory", 1e9), "float32_tflops": ("float32", 1e12), "bfl
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(Options):
     """Figures that replace the card's; 0: the card's own."""
+
+    SECTION = "hardware."
 
     memory_gb: float = 0.0
     """Memory of a device."""

@@ -21,7 +21,7 @@ from ksparse import files
 from ksparse import mesh as mesh_of
 from ksparse.acts.lm import resolve_device
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
-from ksparse.recipe import Recipe, differences, to_toml
+from ksparse.recipe import Recipe, check_schedule, differences, to_toml
 from ksparse.runs import RunFolder
 from ksparse.training import checkpoint
 from ksparse.training.feed import Feed
@@ -137,6 +137,7 @@ def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe
 
 def begin(run: RunFolder, recipe: Recipe) -> None:
     """Write what the run is, before anything else."""
+    check_schedule(recipe)
     started = (".lock", "environment.json")  # what a process that was killed in here leaves
     names = [file.name for file in run.path.iterdir()]
     if not run.exists() and any(name not in started and not name.startswith(".tmp-") for name in names):
