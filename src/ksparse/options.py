@@ -28,10 +28,12 @@ class EvalOptions(Options):
     """Kept activations of held-out text to look at (small: 100,000; paper: 10 M); fewer if the text has fewer."""
     per_document: int = 512
     """Tokens used of each document, so that few tokens still come from many documents."""
-    split: str = "held-out"
-    """Side of the text that training never saw."""
+    split: Literal["held-out", "validation", "train"] = "held-out"
+    """Side of the text. Training sees neither of the first two; results of the others than held-out are files of their own, such as stats-train.json."""
     text: str = ""
     """Another text than the SAE's own."""
+    force: bool = False
+    """Evaluate where the SAE was not trained all the same: at another site, in other contexts or positions. The results say so."""
     seed: int = 0
     """Draws every random sample."""
     device: str = "auto"

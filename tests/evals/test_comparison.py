@@ -74,7 +74,7 @@ def test_different_contexts_are_refused_unless_one_is_named_for_all(small_acts, 
     code, _, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu")
     assert code == 2 and "acts.context is 16 of one and 8 of the other" in err and "--like" in err
     code, out, err = verb("compare", a, b, "--like", b, "--tokens", 100, "--device", "cpu")
-    assert code == 0, err
+    assert code == 0 and f"note: {a}: context is 8, as asked, but 16 where the SAE was trained" in out, err
     numbers = [line.split()[1:] for line in out.splitlines()[1:3]]
     assert numbers[0] == numbers[1]
 
@@ -82,7 +82,10 @@ def test_different_contexts_are_refused_unless_one_is_named_for_all(small_acts, 
 def test_another_site_is_refused(small_acts, tmp_path, verb):
     a, b = made(small_acts(), tmp_path / "a"), made(small_acts(), tmp_path / "b", site="resid_post.0")
     code, _, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu")
-    assert code == 2 and "is of site 'resid_post.0', the others are compared on 'resid_post.1'" in err
+    assert code == 2 and f"{b}: site is 'resid_post.1', but 'resid_post.0' where the SAE was trained" in err and "--force True" in err
+    code, out, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu", "--force", True)
+    assert code == 0 and f"note: {b}: by force: site is 'resid_post.1'" in out and f"note: {a}: by force" not in out
+    assert verb("compare", a, "--site", "transformer.h.1", "--tokens", 100, "--device", "cpu")[0] == 0, "the same place by another name"
     assert verb("compare", a, a)[0] == 2
     assert "--like names 'c', which is not compared" in verb("compare", a, b, "--like", "c")[2]
 

@@ -33,7 +33,7 @@ def evaluate(arguments: list[str]) -> None:
         if len(sources) > 1:
             print(f"\n{source}")
         for name, result in results.items():
-            show_result(result, run.eval_file(name) if run.exists() else "")
+            show_result(result, run.eval_file(result["name"]) if run.exists() else "")
         if run.exists():
             write_report(run)
             print(f"report   {run.report_file.resolve().as_uri()}")
@@ -61,7 +61,7 @@ def evaluate_saes(sources: list[str], names: list[str], options: EvalOptions) ->
     for source, results in found.items():
         run = RunFolder(Path(source))
         if run.exists():
-            evals.write(run, results)
+            evals.write(run, {result["name"]: result for result in results.values()})
     return found
 
 
@@ -103,6 +103,9 @@ def compare(arguments: list[str]) -> None:
     for row in rows:
         print(f"{row.name:<{width}}" + "".join(f"{written(each):>22}" for each in row.values.values()))
     print("± one standard error over documents; the SAEs saw the same ones, so differences are known better than that")
+    for source, found in results.items():
+        for note in dict.fromkeys(note for result in found.values() for note in result["notes"]):
+            print(f"note: {source}: {note}")
     if args.json:
         files.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
 
@@ -126,22 +129,13 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
     if args.like and args.like not in saes:
         raise InputError(f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}")
     told = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
-    places = {source: acts or sae.metadata.get("origin") or {} for (source, sae), acts in zip(saes.items(), told.values())}
     own = told[args.like] if args.like else next((acts for acts in told.values() if acts), {})
     acts = recipes.Acts(**own | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))})
     if not own and not (args.lm and args.site):
         raise InputError("no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text")
-    for source, place in places.items():
-        for key in ("lm", "site"):
-            if place.get(key, getattr(acts, key)) != getattr(acts, key) and not getattr(args, key):
-                raise InputError(f"{source} is of {key} {place[key]!r}, the others are compared on {getattr(acts, key)!r}; if that is the same by another name, "
-                                 f"say so with --{key}")
-    if args.like:
-        for sae in saes.values():
-            sae.metadata["acts"] = dataclasses.asdict(dataclasses.replace(acts, normalize=sae.shape.normalize))
     options = EvalOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalOptions)})
     with Progress("evaluating", 0) as progress:
-        return evals.evaluate_many(saes, LM(acts=acts, device=resolve_device(args.device)), NAMES, options,
+        return evals.evaluate_many(saes, LM(acts=acts, device=resolve_device(args.device)), NAMES, options, like=acts if args.like else None,
                                    observe=lambda what, done, total: progress(done, "", total, what))
 
 

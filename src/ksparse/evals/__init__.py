@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from ksparse import files
+from ksparse.acts import provenance
 from ksparse.acts.lm import LM
 from ksparse.errors import InputError
 from ksparse.evals.ablation import Ablation
@@ -58,26 +59,37 @@ EVALS: dict[str, type[Eval]] = {**DEFAULT, "positions": Positions, "refinement":
 _OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
 
 
-def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
+def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *, force: bool = False,
              observe: Observe = lambda what, done, total: None) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
     lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to its device.
+    force: evaluate at another site, or in other contexts and positions, than those it was trained at; the results say so.
     observe: called with what is being done, and how much of how much is done.
     """
-    return evaluate_many({"": sae}, lm, names, options, observe=observe)[""]
+    if not isinstance(sae, SAE):
+        raise InputError(f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a folder or a name on the Hub")
+    return evaluate_many({"": sae}, lm, names, dataclasses.replace(options, force=options.force or force), observe=observe)[""]
 
 
 @torch.inference_mode()
 def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
-                  observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
-    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`."""
+                  like: Acts | None = None, observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
+    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`.
+
+    like: text, contexts and positions for all, in place of their own.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
+    if lm is not None and not isinstance(lm, LM):
+        raise InputError(f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)")
     options = options.resolved()
     first = next(iter(saes.values()))
     lm = lm or lm_of(first, options.device)
-    data = HeldOut(lm, _common_acts(saes, lm, options), options)
-    subjects = {label: Subject(sae.to(lm.device).eval(), data) for label, sae in saes.items()}
+    acts = _common_acts(saes, lm, options, like)
+    notes = {label: _checked(label, sae, lm, options, like) for label, sae in saes.items()}
+    data = HeldOut(lm, acts, options)
+    subjects = {label: Subject(sae.to(lm.device).eval(), data, notes[label]) for label, sae in saes.items()}
     asked = {label: {name: subject.part(EVALS[name]) for name in names} for label, subject in subjects.items()}
     clock = _Clock()
     for part, seen in _pass(subjects, data, 1, observe):
@@ -118,15 +130,19 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
     """Return a part's result with what all results say."""
     with clock.of(part):
         result = part.result()
-    data, sae, notes = part.subject.data, part.subject.sae, []
-    values: dict[str, Any] = {"name": name, "options": data.options.for_eval(name), "lm": data.acts.lm, "site": data.acts.site,
+    data, sae, notes = part.subject.data, part.subject.sae, part.subject.notes
+    values: dict[str, Any] = {"name": file_name(name, data.options), "options": data.options.for_eval(name), "lm": data.acts.lm, "site": data.acts.site,
                               "checkpoint": sae.metadata.get("step")}
     if part.passes:
         values |= {"policy": data.corpus.policy(), "text": data.acts.text, "n_tokens": data.tokens, "n_documents": len(data.documents)}
-        if len(data.documents) < 10:
-            notes = [f"only {len(data.documents)} documents: the standard errors are rough"]
+        notes = notes + data.notes()
     values |= {**result, "notes": [*notes, *result.get("notes", [])], "seconds": round(clock.seconds[part], 2)}
     return Result(values, result.arrays, result.files)
+
+
+def file_name(name: str, options: EvalOptions) -> str:
+    """Return what a result is called in a run: one of text that was trained on never takes the place of the held-out one."""
+    return name if options.split == "held-out" else f"{name}-{options.split}"
 
 
 def _put_beside(results: dict[str, dict[str, Result]]) -> None:
@@ -187,13 +203,25 @@ def _placed(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[
     return {"arrays": named, "arrays_sha256": total}
 
 
-def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions) -> Acts:
+def _checked(label: str, sae: SAE, lm: LM, options: EvalOptions, like: Acts | None) -> list[str]:
+    """Return what is to be said of an SAE on this LM; raise InputError, naming it, where it does not belong there."""
+    try:
+        return provenance.check(sae.metadata, lm, force=options.force, like=like)
+    except InputError as error:
+        raise InputError(f"{label}: {error}" if label else str(error)) from None
+
+
+def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions, like: Acts | None) -> Acts:
     """Return what all SAEs are evaluated on; raise InputError where they were trained on different contexts or positions."""
-    found = {label: acts_of(sae, lm, options) for label, sae in saes.items()}
+    if like is not None:
+        return dataclasses.replace(like, lm=lm.options.lm, site=lm.options.site, lm_batch=lm.options.lm_batch, text=options.text or like.text)
+    found = {label: provenance.own_acts(sae.metadata, lm) for label, sae in saes.items()}
+    if options.text:
+        found = {label: dataclasses.replace(acts, text=options.text) for label, acts in found.items()}
     (label, acts), *others = found.items()
     for other, theirs in others:
         for name, value in dataclasses.asdict(acts).items():
             if name not in _OF_TRAINING and getattr(theirs, name) != value:
                 raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
                                  "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`")
-    return acts
+    return acts_of(saes[label], lm, options)

@@ -46,14 +46,13 @@ class DocumentSums:
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
     """Return sum / sum over documents, with the linearised standard error of a ratio of cluster totals (Cochran 1977, 6.3)."""
-    total = denominators.sum()
+    total = float(denominators.sum())
     if not total:
         return {"value": None, "se": None}
-    value = numerators.sum() / total
+    value = float(numerators.sum()) / total
     m = len(numerators)
-    spread = ((numerators - value * denominators) ** 2).sum()
-    se = math.sqrt(spread * m / (m - 1)) / abs(total) if m > 1 else None
-    return {"value": float(value), "se": se}
+    spread = float(((numerators - value * denominators) ** 2).sum())
+    return {"value": value, "se": math.sqrt(spread * m / (m - 1)) / abs(total) if m > 1 else None}
 
 
 def share(count: int, of: int) -> Estimate:
@@ -85,10 +84,23 @@ class Clustered:
         return {"value": float(np.mean(means)), "se": math.sqrt((sums**2).sum() * m / (m - 1)) if m > 1 else None}
 
 
+def check_plain(value: Any, where: str = "the result") -> None:
+    """Raise TypeError for what is not JSON as Python has it: a number of numpy or torch looks and compares like one, and is none elsewhere."""
+    if type(value) is dict:
+        for key, item in value.items():
+            check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for number, item in enumerate(value):
+            check_plain(item, f"{where}[{number}]")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}, not a plain value")
+
+
 class Result(dict[str, Any]):
-    """A result as JSON; `arrays` holds what belongs into a safetensors file beside it, `files` other JSON files."""
+    """A result as JSON, plain values alone; `arrays` holds what belongs into a safetensors file beside it, `files` other JSON files."""
 
     def __init__(self, values: dict[str, Any], arrays: dict[str, Tensor] | None = None, files: dict[str, Any] | None = None):
         super().__init__(values)
+        check_plain(values)
         self.arrays = arrays or {}
         self.files = files or {}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ksparse.acts.lm import LM, Watched
+from ksparse.acts.provenance import read_with
 from ksparse.acts.text import Contexts, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.evals.estimate import Result
@@ -198,6 +199,15 @@ class HeldOut(_Shared):
             raise self.nothing()
         return (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(self.lm.device)
 
+    def notes(self) -> list[str]:
+        """Return what is to be said of the text of the last pass."""
+        few = len(self.documents)
+        notes = [f"only {few} documents: the standard errors are rough"] if few < 10 else []
+        if self.corpus.cut_documents:
+            notes.append(f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} documents are longer than the limit of {self.options.per_document:,} tokens "
+                         f"(per_document); {self.corpus.cut_tokens:,} of their tokens were not seen")
+        return notes
+
     def nothing(self) -> InputError:
         return InputError(f"text {self.acts.text!r} has nothing to evaluate on in its split {self.options.split!r}; "
                           "give more text, or another with --text")
@@ -206,13 +216,15 @@ class HeldOut(_Shared):
 class Subject:
     """One SAE under evaluation, and the parts that ask it something."""
 
-    def __init__(self, sae: SAE, data: HeldOut):
+    def __init__(self, sae: SAE, data: HeldOut, notes: Sequence[str] = ()):
         if data.lm.d_model != sae.shape.d_model:
             own, lm = sae.metadata.get("acts", {}), data.lm
             raise InputError(f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
                              f"the SAE was trained on {own.get('lm', 'an unknown LM')} at {own.get('site', 'an unknown site')}")
         self.sae, self.data, self.options, self.lm = sae, data, data.options, data.lm
         self.parts: dict[type, Eval] = {}
+        self.notes = list(notes)
+        """What belongs to every number of it."""
 
     def part(self, kind: type[Part]) -> Part:
         """Return the one part of a kind, made when it is first asked for; what it needs comes before it."""
@@ -251,7 +263,5 @@ Part = TypeVar("Part", bound=Eval)
 
 def acts_of(sae: SAE, lm: LM, options: EvalOptions) -> Acts:
     """Return the activations to evaluate on: the text and policy the SAE was trained with, on the given LM."""
-    own = sae.metadata.get("acts")
-    acts = Acts(**own) if own else lm.options
-    acts = dataclasses.replace(acts, lm=lm.options.lm, site=lm.options.site, lm_batch=lm.options.lm_batch)
+    acts = read_with(sae.metadata, lm)
     return dataclasses.replace(acts, text=options.text) if options.text else acts

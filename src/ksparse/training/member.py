@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksparse.acts.provenance import describe
 from ksparse.acts.stream import Batch
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.kernels import gpu, native
@@ -190,7 +191,8 @@ def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimi
     """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a slice of the same SAE."""
     look = feed.look
     shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
-    sae = SAE(shape, {"acts": asdict(recipe.acts), "policy": feed.policy, "dead_after": recipe.dead_after,
+    subject = {"subject": describe(lm.model)} if (lm := getattr(feed.source, "lm", None)) else {}
+    sae = SAE(shape, {"acts": asdict(recipe.acts), **subject, "policy": feed.policy, "dead_after": recipe.dead_after,
                       "ksparse": version("ksparse")})
     sae = sae if mesh.latent > 1 else sae.to(feed.device)  # the whole may be too large for one device
     sample, b_pre = look.x.to(sae.W_enc.device), feed.center(recipe.sae.b_pre_init)
