@@ -123,6 +123,20 @@ def test_train_eval_report_leave_a_whole_run(verb, recipe_file, tmp_path):
     assert (run.checkpoint(12) / "sae.safetensors").read_bytes() == weights
 
 
+def test_a_result_of_the_text_that_was_trained_on_never_takes_the_held_out_ones_place(verb, recipe_file, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert verb("train", recipe_file, "--out", run.path)[0] == 0
+    assert verb("eval", run.path, "stats", "--tokens", 200, "--device", "cpu")[0] == 0
+    before = run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()
+    code, out, err = verb("eval", run.path, "stats", "--split", "train", "--tokens", 200, "--device", "cpu")
+    assert code == 0 and f"stats-train   {run.eval_file('stats-train')}" in out, err
+    assert (run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()) == before
+    assert run.eval("stats-train")["policy"]["split"] == "train" and run.eval("stats")["policy"]["split"] == "held-out"
+    assert "each with held-out text, which training never saw." in run.report_file.read_text()
+    code, _, err = verb("eval", run.path, "stats", "--split", "test", "--device", "cpu")
+    assert code == 2
+
+
 QUICK = ("--tokens", 600, "--probe-rows", 80, "--latents", 5, "--n2g-examples", 3, "--ngram-tokens", 500, "--ablation-positions", 3,
          "--ablation-latents", 3, "--ablation-horizon", 4, "--device", "cpu")
 

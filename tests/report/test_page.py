@@ -96,6 +96,18 @@ def test_a_result_of_an_older_checkpoint_says_so(make_run) -> None:
     assert "step 30, though training went on to step 50" in written(run).text
 
 
+@pytest.mark.parametrize("changes, says", [
+    ({}, "each with held-out text, which training never saw."),
+    ({"policy": {"split": "validation"}}, "each with validation text, which training never saw."),
+    ({"policy": {"split": "train"}}, "each with text that it was trained on."),
+    ({"text": "other.txt"}, "each with text of other.txt, which is not what it was trained on.")], ids=str)
+def test_the_page_says_which_text_its_numbers_are_of(make_run, changes, says) -> None:
+    run = make_run()
+    run.eval_file("stats").write_text(json.dumps(STATS | {"text": run.recipe().acts.text} | changes))
+    text = written(run).text
+    assert says in text and ("training never saw" in text) == ("never saw" in says)
+
+
 @pytest.mark.parametrize("missing", [tuple(RESULTS), *((name,) for name in RESULTS)], ids="-".join)
 def test_a_missing_result_names_the_command_that_adds_it(make_run, missing) -> None:
     page = written(make_run(evals=[name for name in RESULTS if name not in missing]))

@@ -120,7 +120,8 @@ def _measured(results: dict[str, Any]) -> list[str]:
         return []
     rows = [f"| {_HEADLINE[name, key]} | {_value(value)} | {name} |" for (name, key), value in shown.items()]
     settings = {name: {key: results[name].get(key) for key in ("options", "policy", "text", "n_tokens", "n_documents")} for name in dict.fromkeys(name for name, _ in shown)}
-    return ["## Measured", "", "On held-out text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "",
+    splits = sorted({(results[name].get("policy") or {}).get("split", "held-out") for name in settings})
+    return ["## Measured", "", f"On {' and '.join(splits)} text, ± one standard error over documents.", "", "| | | evaluation |", "|---|---|---|", *rows, "",
             "Settings, from `run/evals/*.json`:", "", "```json", json.dumps(settings), "```"]
 
 

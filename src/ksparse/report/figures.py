@@ -64,20 +64,20 @@ class Picture:
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-def training(metrics: list[dict[str, Any]], k: int, held_out: float | None) -> list[Picture]:
-    """Return the curves of a run against the tokens it has seen; held_out: the normalised MSE of the evaluation."""
-    drawn = (error_curve(metrics, held_out), dead_curve(metrics), step_curves(metrics), l0_curve(metrics, k))
+def training(metrics: list[dict[str, Any]], k: int, held_out: float | None, text: str = "held-out text") -> list[Picture]:
+    """Return the curves of a run against the tokens it has seen; held_out: the normalised MSE of the evaluation, text: of what."""
+    drawn = (error_curve(metrics, held_out, text), dead_curve(metrics), step_curves(metrics), l0_curve(metrics, k))
     return [picture for picture in drawn if picture is not None]
 
 
-def error_curve(metrics: list[dict[str, Any]], held_out: float | None) -> Picture | None:
+def error_curve(metrics: list[dict[str, Any]], held_out: float | None, text: str = "held-out text") -> Picture | None:
     tokens, values = column(metrics, "nmse")
     if not positive(values):
         return None
     with canvas() as (figure, axes):
         curve(axes, tokens, values, log=True)
         if held_out is not None and held_out > 0:
-            reference(axes, held_out, f"held-out text: {significant(held_out)}")
+            reference(axes, held_out, f"{text}: {significant(held_out)}")
         axes.set_ylabel("normalised MSE")
         against_tokens(axes, tokens, log=True)
         svg = save(figure)

@@ -199,6 +199,6 @@ def facts(source: Source) -> dict[str, Any]:
     count = len(arrays.whole("density")) if arrays is not None else None
     found = samples(source)
     cards = [card for sample in found for card in sample.cards]
-    return {"pictures": pictures(source), "samples": found, "count": count, "command": source.command("eval", "stats"), "view": source.command("view"),
+    return {"pictures": pictures(source), "samples": found, "count": count, "text": source.text_of("stats"), "command": source.command("eval", "stats"), "view": source.command("view"),
             "has_patterns": any(card.explanation and card.explanation.patterns for card in cards), "has_effects": any(card.effect for card in cards),
             "has_stats": source.result("stats") is not None, "has_vocabulary": bool(source.vocabulary)}

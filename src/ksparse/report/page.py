@@ -169,7 +169,7 @@ def evaluated(source: Source) -> list[Picture]:
 def training(source: Source) -> dict[str, Any]:
     held_out = source.number("stats", "nmse")
     skipped = source.metrics[-1].get("skipped") if source.metrics else 0
-    return {"pictures": figures.training(source.metrics, source.recipe.sae.k, held_out.value if held_out else None),
+    return {"pictures": figures.training(source.metrics, source.recipe.sae.k, held_out.value if held_out else None, source.brief_text_of("stats")),
             "skipped": skipped or 0, "command": source.command("resume")}
 
 

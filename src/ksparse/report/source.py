@@ -28,6 +28,10 @@ class DamagedResult(CorruptError):
         self.evaluation = evaluation
 
 
+SPLITS = {"held-out": "held-out text, which training never saw", "validation": "validation text, which training never saw", "train": "text that it was trained on"}
+"""What the sides of a run's text are to it."""
+
+
 @dataclass(frozen=True)
 class Number:
     """A value of a result with its standard error, if it has one."""
@@ -96,6 +100,18 @@ class Source:
         log.warning("the result of %s is left out: %s. To write it again: %s",
                     name, why, self.left_out[name])
 
+    def text_of(self, name: str) -> str:
+        """Say which text a result is of, as far as training is concerned."""
+        result = self.result(name) or {}
+        if result.get("text") not in (None, self.recipe.acts.text):
+            return f"text of {result['text']}, which is not what it was trained on"
+        return SPLITS.get(split_of(result), "text of an unknown side")
+
+    def brief_text_of(self, name: str) -> str:
+        """Return the same in two or three words."""
+        words = self.text_of(name)
+        return words.partition(",")[0] if words in SPLITS.values() else "another text"
+
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
         return number((self.result(name) or {}).get(key))
@@ -159,6 +175,12 @@ class Arrays:
                 return tensors.get_tensor(name) if rows == slice(None) else tensors.get_slice(name)[rows]  # no slice of an empty one
         except (SafetensorError, IndexError, OSError) as error:
             raise self.damaged(f" has no readable '{name}': {error}") from None
+
+
+def split_of(result: dict[str, Any]) -> str:
+    """Return the side of the text that a result is of; older ones are of the held-out one where they do not say."""
+    policy = result.get("policy")
+    return str(policy.get("split", "held-out")) if isinstance(policy, dict) else "held-out"
 
 
 def number(found: Any) -> Number | None:
