@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from ksparse import cli
 from ksparse import recipe as recipes
@@ -127,10 +128,11 @@ def test_a_result_of_the_text_that_was_trained_on_never_takes_the_held_out_ones_
     run = RunFolder(tmp_path / "run")
     assert verb("train", recipe_file, "--out", run.path)[0] == 0
     assert verb("eval", run.path, "stats", "--tokens", 200, "--device", "cpu")[0] == 0
-    before = run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()
+    before = run.eval_file("stats").read_bytes(), run.arrays_file("stats").read_bytes()
     code, out, err = verb("eval", run.path, "stats", "--split", "train", "--tokens", 200, "--device", "cpu")
     assert code == 0 and f"stats-train   {run.eval_file('stats-train')}" in out, err
-    assert (run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()) == before
+    assert (run.eval_file("stats").read_bytes(), run.arrays_file("stats").read_bytes()) == before
+    assert run.arrays_file("stats-train").is_file()
     assert run.eval("stats-train")["policy"]["split"] == "train" and run.eval("stats")["policy"]["split"] == "held-out"
     assert "each with held-out text, which training never saw." in run.report_file.read_text()
     code, _, err = verb("eval", run.path, "stats", "--split", "test", "--device", "cpu")
@@ -197,6 +199,39 @@ def test_steering_shows_both_continuations_and_attribution_what_to_steer(verb, r
     assert len(changes) == 3 and all(0 <= number <= 1 for pair in changes for number in pair)
     assert verb("eval", tmp_path / "run", "stats", "--tokens", 300, "--device", "cpu")[0] == 0
     assert "fires on" in verb("steer", tmp_path / "run", "--latent", latent, "--scale", 0, "--prompt", "the cat", "--tokens", 2, "--device", "cpu")[1]
+
+
+def test_steering_far_beyond_a_latents_values_is_said(verb, recipe_file, tmp_path, caplog):
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    steer = ("steer", tmp_path / "run", "--prompt", "the cat", "--tokens", 2, "--device", "cpu", "--latent")
+    _, out, _ = verb(*steer, 3, "--value", 1e4)
+    assert "latent 3 at 10000 is " in caplog.text and "times its largest value" in caplog.text and "at most on this prompt" in out
+    assert verb("eval", tmp_path / "run", "stats", "--tokens", 300, "--device", "cpu")[0] == 0
+    largest = load_file(RunFolder(tmp_path / "run").arrays_file("stats"))["max_act"]
+    latent = int(largest.argmax())
+    for times, said in ((2.9, False), (3.1, True), (-3.1, True)):
+        caplog.clear()
+        code, out, err = verb(*steer, latent, "--value", times * float(largest[latent]))
+        assert code == 0 and (f"latent {latent} at" in caplog.text) == said, err
+
+
+def test_steering_says_where_nothing_changed_and_shows_tokens_with_their_spaces(verb, recipe_file, tmp_path):
+    assert verb("train", recipe_file, "--out", tmp_path / "run")[0] == 0
+    steer = ("steer", tmp_path / "run", "--prompt", "the cat", "--tokens", 2, "--device", "cpu", "--latent", 3)
+    code, out, err = verb(*steer, "--scale", 1)
+    assert code == 0 and out.splitlines()[-1] == "nothing changed" and "next token" not in out, err
+    _, out, _ = verb(*steer, "--value", -20, "--shown", 300)
+    tokens = [line.strip().rpartition("   ")[0].split("   ")[0] for line in out.splitlines() if line.startswith(("  '", '  "'))]
+    assert len(tokens) == len(set(tokens)) and any(token.startswith("' ") for token in tokens)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--value", "nan"), "'value' is nan; it must be a finite number"), (("--value", "-inf"), "'value' is -inf"), (("--value", "1e308"), "at most 3e+38"),
+    (("--scale", "nan"), "'scale' is nan"), (("--value", 1, "--temperature", "inf"), "'temperature' is inf"), (("--value", 1, "--temperature", "1e-300"), "at least 0.001"),
+    (("--value", 1, "--shown", -1), "shown of the command is -1; it must be at least 0")])
+def test_numbers_that_are_none_end_steering_before_it_loads_anything(verb, flags, message):
+    code, out, err = verb("steer", "run", "--latent", 3, "--prompt", "x", *flags)
+    assert code == 2 and message in " ".join((out + err).split()) and "Traceback" not in err
 
 
 def test_probe_tasks_are_built_from_local_copies_and_probed(verb, recipe_file, tmp_path):

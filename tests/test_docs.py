@@ -91,6 +91,76 @@ def test_the_examples_with_other_libraries_run(tmp_path, monkeypatch, small_reci
     assert names["copy"].shape.normalize == "layer_norm"
 
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
+
+
+def commands() -> dict[str, set[str]]:
+    """Return the flags that the documents give to each verb."""
+    found: dict[str, set[str]] = {}
+    for file in DOCUMENTS:
+        for verb, rest in COMMAND.findall(file.read_text()):
+            found.setdefault(verb, set()).update(re.findall(r"--([a-zA-Z][\w.-]*\w)", rest.partition(" #")[0]))
+    return found
+
+
+@pytest.mark.parametrize("verb, flags", sorted(commands().items()))
+def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, flags, capsys):
+    from dataclasses import fields
+
+    from ksparse import cli
+    from ksparse.recipe import ACTIVATIONS
+
+    assert verb in cli.VERBS
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
+    assert flags <= {flag.replace("_", "-") for flag in known} | known
+
+
+def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
+    """Values too: each is parsed, and nothing is run."""
+    import shlex
+
+    from ksparse import cli
+    from ksparse.cli import arguments
+
+    class Parsed(Exception):
+        pass
+
+    parse = arguments.parse
+
+    def stop(*args, **options):
+        parse(*args, **options)
+        raise Parsed
+
+    for module in (arguments, *cli.STATIONS):
+        if hasattr(module, "parse"):
+            monkeypatch.setattr(module, "parse", stop)
+    monkeypatch.chdir(ROOT)
+    lines = [line.partition("#")[0].replace("torchrun", "\ntorchrun") for line in re.findall(r"^(?:ksparse|torchrun) .*$", (ROOT / "README.md").read_text(), re.MULTILINE)]
+    seen = 0
+    for line in lines:
+        verb, *words = shlex.split(line.partition("ksparse ")[2] if "torchrun" not in line else line.partition("-m ksparse ")[2])
+        if verb in ("report", "doctor", "resume") or verb == "probes":
+            continue  # without options, or of a run that is there
+        with pytest.raises(Parsed):
+            cli.VERBS[verb](words)
+        seen += 1
+    assert seen > 18
+
+
+def python_blocks():
+    return [(file.name, block) for file in DOCUMENTS for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize("file, block", python_blocks(), ids=lambda value: value if value.endswith(".md") else "")
+def test_python_in_the_documents_calls_what_there_is(file, block):
+    from .test_bench import misused
+
+    assert misused(block) == []
+
+
 def test_formats_in_the_docs_are_those_there_are():
     from ksparse.interop import FORMATS
 

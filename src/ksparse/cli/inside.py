@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ksparse.cli.arguments import parse, take_folder, verb
 from ksparse.cli.shown import visible
-from ksparse.errors import CorruptError, InputError
+from ksparse.errors import CorruptError, InputError, NonFiniteError
+from ksparse.recipe import Options
 from ksparse.runs import RunFolder
+
+if TYPE_CHECKING:
+    from ksparse.acts.lm import LM
+    from ksparse.sae.model import SAE
+
+
+COLDEST = 1e-3  # below, logits over the temperature overflow
 
 
 @dataclass(frozen=True)
-class SteerArgs:
+class SteerArgs(Options):
     latent: tuple[int, ...] = ()
     """Latents to steer, several if wanted."""
     prompt: str = ""
@@ -35,6 +45,10 @@ class SteerArgs:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("the command", shown=0)
+
 
 @verb
 def steer(arguments: list[str]) -> None:
@@ -45,40 +59,71 @@ def steer(arguments: list[str]) -> None:
         raise InputError(f"steering needs {'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}")
     if (asked.value is None) == (asked.scale is None):
         raise InputError("give one of --value V, which latents are held at, and --scale S, which their own activations are multiplied by")
+    if asked.temperature and asked.temperature < COLDEST:
+        raise InputError(f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at least {COLDEST}")
     from ksparse import steering
+    from ksparse.acts.text import token_strings
+    from ksparse.sae.ranges import warn_beyond
     from ksparse.sae.store import load
 
     sae = load(folder)
     steering.check_latents(sae, asked.latent)
     lm = steering.lm_of(sae, asked.device)
+    known = _stats_of(folder)
+    largest = _largest(lm, sae.to(lm.device), asked.prompt, asked.latent, known)
+    if asked.value is not None:
+        warn_beyond(sae, dict.fromkeys(asked.latent, asked.value), largest)
     how = {"clamp" if asked.scale is None else "scale": dict.fromkeys(asked.latent, asked.value if asked.scale is None else asked.scale)}
-    found = steering.compare(lm, sae.to(lm.device), asked.prompt, error=asked.error, tokens=asked.tokens, temperature=asked.temperature,
+    found = steering.compare(lm, sae, asked.prompt, error=asked.error, tokens=asked.tokens, temperature=asked.temperature,
                              seed=asked.seed, **how)
+    if not math.isfinite(found.kl):
+        raise NonFiniteError("with these latents held there the LM's predictions are not finite; give a value from the latents' own range")
     for latent in asked.latent:
-        print(f"latent   {latent}{_what_is_known(folder, latent)}")
+        print(f"latent   {latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}")
     print(f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  {asked.prompt}{visible(found.after.text)}")
+    moved = [(token, f"{before:>10.4f}", f"{after:>10.4f}") for token, before, after in found.moved(asked.shown)]
+    moved = [row for row in moved if row[1] != row[2]]
+    if not moved:
+        print("nothing changed" if found.before.tokens == found.after.tokens else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later tokens do")
+        return
     print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
-    for token, before, after in found.moved(asked.shown):
-        print(f"  {lm.tokenizer.decode([token])!r:<40}{before:>10.4f}{after:>10.4f}")
+    for (_, before, after), string in zip(moved, token_strings(lm.tokenizer, [token for token, _, _ in moved])):
+        print(f"  {string!r:<40}{before}{after}")
 
 
-def _what_is_known(folder: str, latent: int) -> str:
-    """Return what `stats` has found of a latent, so that a value can be chosen; nothing if it has not been run."""
+def _largest(lm: LM, sae: SAE, prompt: str, latents: Sequence[int], found: Mapping[str, Any]) -> dict[int, float]:
+    """Return the largest value of each latent: that `stats` has found, else that on the tokens of the prompt."""
+    import torch
+
+    from ksparse.steering import acts_at
+
+    if found:
+        return {latent: float(found["max_act"][latent]) for latent in latents}
+    with torch.no_grad():
+        acts = acts_at(sae.encode(lm(prompt)), torch.tensor(latents))
+    return dict(zip(latents, acts.max(0).values.tolist()))
+
+
+def _stats_of(folder: str) -> dict[str, Any]:
+    """Return what `stats` has found of each latent, so that a value can be chosen; nothing if it has not been run."""
     try:
         arrays = RunFolder(Path(folder)).arrays_file("stats")
     except CorruptError:
         arrays = None
     if arrays is None:
-        return ""
+        return {}
     from safetensors.numpy import load_file
 
-    found = load_file(arrays)
+    return load_file(arrays)
+
+
+def _what_is_known(found: Mapping[str, Any], latent: int) -> str:
     return (f": fires on {found['density'][latent]:.2%} of tokens, with {found['mean_act'][latent]:.3g} on average and "
-            f"{found['max_act'][latent]:.3g} at most")
+            f"{found['max_act'][latent]:.3g} at most") if found else ""
 
 
 @dataclass(frozen=True)
-class AttributeArgs:
+class AttributeArgs(Options):
     prompt: tuple[str, ...] = ()
     """Texts; what counts is the token after each."""
     toward: tuple[str, ...] = ()
@@ -89,6 +134,10 @@ class AttributeArgs:
     """Latents listed on either side."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("the command", shown=0)
 
 
 @verb
@@ -102,9 +151,10 @@ def attribute(arguments: list[str]) -> None:
     sae = load(folder)
     lm = steering.lm_of(sae, asked.device)
     scores = steering.attribute(lm, sae.to(lm.device), asked.prompt, steering.logit_difference(lm, asked.toward, asked.away))
+    known = _stats_of(folder)
     order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
     print(f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} prompts, all together {scores.sum():+.4f}")
     for latent in sorted(order[: asked.shown], key=lambda i: -scores[i]):
-        print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(folder, latent)}")
+        print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(known, latent)}")
     if order:
         print(f"next     ksparse steer {folder} --latent {order[0]} --value 0 --prompt …")
