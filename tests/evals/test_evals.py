@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ksparse import evals, files
 from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus
+from ksparse.acts.text import Corpus, documents
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.evals import downstream, stats
 from ksparse.evals.estimate import DocumentSums, Result, ratio, share
@@ -94,6 +94,13 @@ def test_document_sums_do_not_depend_on_how_the_tokens_are_batched():
         parts.add(owners[i : i + 1], value=values[i : i + 1])
     assert sorted(whole["value"]) == sorted(parts["value"]) == [3.0, 5.0, 7.0]
     assert len(parts) == 3
+
+
+def test_a_result_is_plain_values_alone():
+    for value in (np.float64(1.0), np.int64(1), torch.tensor(1.0), {1, 2}, np.zeros(2)):
+        with pytest.raises(TypeError, match=r"the result\['a'\]\[0\]\['se'\] is a \w+\.\w+, not a plain value"):
+            Result({"a": [{"se": value}]})
+    assert [type(each) for each in (*ratio(np.array([1.0, 3.0]), np.array([2.0, 2.0])).values(), *share(1, 4).values())] == [float] * 4
 
 
 # ---- stats
@@ -485,3 +492,24 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
         match=rf"stats-[0-9a-f]{{16}}.safetensors {said}; ksparse eval run stats writes both again",
     ):
         run.arrays_file("stats")
+
+# ---- what is not seen is said
+
+
+def test_documents_longer_than_the_limit_are_counted_in_the_result(subject):
+    acts, lm = subject
+    result = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=20, tokens=10**6))["stats"]
+    lengths = [len(lm.tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in documents(acts, "held-out")]
+    lost = [length - 20 for length in lengths if length > 20]
+    assert lost and any(note.startswith(f"{len(lost)} of {len(lengths)} documents are longer than the limit of 20 tokens") and f"; {sum(lost):,} of their tokens were not seen" in note
+                        for note in result["notes"]), result["notes"]
+    whole = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=10**6))["stats"]
+    assert not any("limit" in note for note in whole["notes"])
+
+
+def test_examples_of_a_part_of_the_text_are_said_to_be(subject, monkeypatch):
+    acts, lm = subject
+    assert not any("first" in note for note in evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"])
+    monkeypatch.setattr(stats, "_EXAMPLE_TOKENS", 100)
+    notes = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"]
+    assert any(note.startswith("examples, and what is counted beside them, are of the first 8 of ") for note in notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import re
 import math
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_the_best_latent_is_chosen_in_training_and_judged_on_the_other_half(subj
         assert found["loss"]["value"] == pytest.approx(loss.item(), rel=1e-4)
         assert found["loss_in_sample"]["value"] == pytest.approx(fit.loss[best].item(), rel=1e-4)
         assert [entry["latent"] for entry in found["best_latents"]] == fit.loss.argsort()[:10].tolist()
+
+
+def test_texts_that_are_cut_are_counted(subject, suite):
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite, probe_tokens=5))["probes"]
+    assert any(re.fullmatch(r"\d+ of \d+ texts are longer than 5 tokens and lose their beginning: [\d,]+ tokens were not seen", note) for note in result["notes"])
+    result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite))["probes"]
+    assert not any("lose" in note for note in result["notes"])
 
 
 def test_the_means_are_over_tasks(subject, suite):

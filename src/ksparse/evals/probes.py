@@ -56,6 +56,8 @@ class Probes(Eval):
     def __init__(self, subject: Subject):
         super().__init__(subject)
         self.judged: dict[str, Judged] = {}
+        self.unseen: list[int] = []
+        self.texts = 0
         self.gain = torch.full((subject.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
         self.best_task = torch.full((subject.sae.shape.n_latents,), -1, dtype=torch.int32)
 
@@ -66,6 +68,7 @@ class Probes(Eval):
         for number, name in enumerate(self.tasks.names):
             rows = data.once(f"probe rows {name}", lambda: self.tasks.rows(name)) if data.options.position == "last" else self.tasks.rows(name)
             _check(rows)
+            self.unseen, self.texts = [*self.unseen, *rows.unseen], self.texts + len(rows.label)
             self.judged[name] = self._judge(number, rows, rivals)
             observe("fitting probes", number + 1, len(self.tasks.names))
 
@@ -100,8 +103,7 @@ class Probes(Eval):
         values |= {f"gain_over_{name}": Clustered.mean([a - b for a, b in zip(of[kind], of["probe"])])
                    for name, kind in (("channels", "channel"), ("random_sae", "random_sae"))}
         notes = list(self.tasks.notes) + [f"{name} is left out: {why}" for name, why in self.tasks.left_out.items()]
-        if options.position != "last" or options.suite:
-            notes.append(f"texts longer than {options.probe_tokens} tokens (or than the LM takes) lose their beginning")
+        notes += tasks.lost(self.unseen, self.texts, "texts", min(options.probe_tokens, self.subject.lm.context or options.probe_tokens), "beginning")
         arrays = {"best_task": self.best_task, "best_gain": self.gain.float()}
         return Result({**values, "suite": self.tasks.suite, "n_tasks": len(judged), "tasks": {name: _shown(each) for name, each in judged.items()},
                        "notes": notes}, arrays)

@@ -77,6 +77,8 @@ class Stats(Eval):
             values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
         arrays = {"density": density.float(), "mean_act": self.powers.mean_act.float(), "max_act": self.powers.largest,
                   "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, "power_means": self.powers.means[1:].float(), **self._bars(), **self._examples()}
+        held, read = sum(map(len, self.tokens)), self.subject.data.contexts
+        values["notes"] = [f"examples, and what is counted beside them, are of the first {held:,} of {read:,} contexts"] if 0 < held < read else []
         vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 

@@ -10,7 +10,7 @@ standard errors.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Rows:
     label: Tensor
     cluster: Tensor
     train: Tensor
+    unseen: tuple[int, ...] = ()
+    """Tokens that each text that is too long has lost."""
 
     def half(self, train: bool) -> Rows:
         """Return the rows of the training or of the test half, numbered anew."""
@@ -79,10 +81,10 @@ def text_tasks(lm: LM, acts: Acts, options: EvalOptions) -> Tasks:
         task = found[name]
         chosen, train = _halves(task.texts, task.labels, options.probe_rows)
         texts = [task.texts[i] for i in chosen]
-        x, owner = _activations(lm, acts, texts, options)
+        x, owner, unseen = _activations(lm, acts, texts, options)
         label, cluster, side = (torch.tensor(column, device=x.device) for column in (
             [task.labels[i] for i in chosen], [_key(text) for text in texts], train))
-        return Rows(name, x, owner, label, cluster, side)
+        return Rows(name, x, owner, label, cluster, side, unseen)
 
     return Tasks(Path(options.suite).name, tuple(found), rows, {})
 
@@ -106,8 +108,8 @@ def _halves(texts: tuple[str, ...], labels: tuple[int, ...], most: int) -> tuple
 
 
 @torch.inference_mode()
-def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> tuple[Tensor, Tensor]:
-    """Return x[m, d] and the text that each is of; texts of like length run together, padded behind their end."""
+def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return x[m, d], the text that each is of, and the tokens that each text longer than `probe_tokens` loses; texts of like length run together, padded behind their end."""
     head = [lm.tokenizer.bos_token_id] if acts.bos == "auto" and lm.tokenizer.bos_token_id is not None else []
     room = min(options.probe_tokens, lm.context or options.probe_tokens) - len(head)
     ids = lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -127,7 +129,7 @@ def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> 
         owners.append(torch.tensor(group, device=lm.device)[wanted.nonzero()[:, 0]])
     x, owner = torch.cat(xs), torch.cat(owners)
     by_row = owner.argsort(stable=True)
-    return x[by_row], owner[by_row]
+    return x[by_row], owner[by_row], tuple(len(own) - room for own in ids if len(own) > room)
 
 
 def _filler(lm: LM) -> int:
@@ -170,7 +172,13 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
             labels[mine, column].astype(np.int64), document[mine], document[mine] % 2 == 0))
         return Rows(name, x[at], torch.arange(len(mine), device=x.device), label, cluster, train)
 
-    return Tasks("python", tuple(chosen), rows, left_out, (f"{len(document):,} tokens of {len(pool.labels)} held-out files to draw rows from",))
+    notes = [f"{len(document):,} tokens of {len(pool.labels)} held-out files to draw rows from", *lost(pool.unseen, len(pool.labels), "files", _PER_FILE, "end")]
+    return Tasks("python", tuple(chosen), rows, left_out, tuple(notes))
+
+
+def lost(unseen: Sequence[int], of: int, what: str, limit: int, where: str) -> list[str]:
+    """Return a note on texts that were cut, if any were."""
+    return [f"{len(unseen):,} of {of:,} {what} are longer than {limit:,} tokens and lose their {where}: {sum(unseen):,} tokens were not seen"] if unseen else []
 
 
 def _balanced(labels: np.ndarray, document: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
@@ -190,6 +198,7 @@ class _Pool:
         self.labels: list[np.ndarray] = []
         self.documents: list[np.ndarray] = []
         self.tokens: list[list[int]] = []  # one list for each file
+        self.unseen: list[int] = []  # tokens of each file that is too long
 
     def add(self, number: int, source: str) -> None:
         """Add a file, if Python can parse it."""
@@ -203,6 +212,8 @@ class _Pool:
             return  # a test of the parser itself, most likely
         if not self.head:
             own[:: self.acts.context] = -1  # the first position of a context is no activation
+        if len(found["input_ids"]) > _PER_FILE:
+            self.unseen.append(len(found["input_ids"]) - _PER_FILE)
         self.labels.append(own)
         self.documents.append(np.full(len(ids), number))
         self.tokens.append(ids)

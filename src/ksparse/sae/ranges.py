@@ -19,9 +19,9 @@ def reach(sae: SAE, latent: int) -> float:
     """Return the value of a latent on the input of typical norm that it likes best: none that it has in a text is much larger."""
     row = sae.W_enc[latent]
     product = float(sae.input_norm * row.norm() - row @ sae.b_pre)
-    if "r_mag" in sae.keys:
+    if sae.shape.activation == "gated":
         return max(0.0, float(sae.r_mag[latent].exp()) * product + float(sae.b_mag[latent]))
-    return max(0.0, product, product + float(sae.b_enc[latent]))
+    return max(0.0, product + (0.0 if sae.shape.activation == "prolu" else float(sae.b_enc[latent])))
 
 
 def warn_beyond(sae: SAE, values: Mapping[int, float], largest: Mapping[int, float] | None = None) -> None:
