@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ksparse.acts.lm import LM, find_model, resolve
+from ksparse.acts.lm import LM, find_model
+from ksparse.acts.sites import resolve
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 

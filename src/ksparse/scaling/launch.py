@@ -20,8 +20,8 @@ from typing import Any, Literal, Protocol
 
 from ksparse import files
 from ksparse.errors import InputError
-from ksparse.trust import FLAG, code_is_trusted
 from ksparse.recipe import Options
+from ksparse.trust import FLAG, code_is_trusted
 
 POLL = 0.5  # seconds
 SAFE = {"PYTHONSAFEPATH": "1"}
