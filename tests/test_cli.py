@@ -128,10 +128,11 @@ def test_a_result_of_the_text_that_was_trained_on_never_takes_the_held_out_ones_
     run = RunFolder(tmp_path / "run")
     assert verb("train", recipe_file, "--out", run.path)[0] == 0
     assert verb("eval", run.path, "stats", "--tokens", 200, "--device", "cpu")[0] == 0
-    before = run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()
+    before = run.eval_file("stats").read_bytes(), run.arrays_file("stats").read_bytes()
     code, out, err = verb("eval", run.path, "stats", "--split", "train", "--tokens", 200, "--device", "cpu")
     assert code == 0 and f"stats-train   {run.eval_file('stats-train')}" in out, err
-    assert (run.eval_file("stats").read_bytes(), run.eval_file("stats").with_suffix(".safetensors").read_bytes()) == before
+    assert (run.eval_file("stats").read_bytes(), run.arrays_file("stats").read_bytes()) == before
+    assert run.arrays_file("stats-train").is_file()
     assert run.eval("stats-train")["policy"]["split"] == "train" and run.eval("stats")["policy"]["split"] == "held-out"
     assert "each with held-out text, which training never saw." in run.report_file.read_text()
     code, _, err = verb("eval", run.path, "stats", "--split", "test", "--device", "cpu")
@@ -206,7 +207,7 @@ def test_steering_far_beyond_a_latents_values_is_said(verb, recipe_file, tmp_pat
     _, out, _ = verb(*steer, 3, "--value", 1e4)
     assert "latent 3 at 10000 is " in caplog.text and "times its largest value" in caplog.text and "at most on this prompt" in out
     assert verb("eval", tmp_path / "run", "stats", "--tokens", 300, "--device", "cpu")[0] == 0
-    largest = load_file(RunFolder(tmp_path / "run").eval_file("stats").with_suffix(".safetensors"))["max_act"]
+    largest = load_file(RunFolder(tmp_path / "run").arrays_file("stats"))["max_act"]
     latent = int(largest.argmax())
     for times, said in ((2.9, False), (3.1, True), (-3.1, True)):
         caplog.clear()

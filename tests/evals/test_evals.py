@@ -493,7 +493,6 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
     ):
         run.arrays_file("stats")
 
-
 # ---- what is not seen is said
 
 

@@ -209,6 +209,10 @@ def load(path: Path, optimizer: Optimizer) -> State:
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
     mesh, n = optimizer.mesh, sae.shape.n_latents
     weights = store.rows_of(path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
+    followed = sae.activation.own if sae.activation.running else ()
+    shapes |= {  # older files have none
+        f"average.{key}": shapes[f"raw.{key}"] for key in followed if f"average.{key}" in weights
+    }
     for key in sae.keys:
         moments = {
             f"exp_avg.{key}": shapes[f"raw.{key}"],
