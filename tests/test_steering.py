@@ -316,3 +316,30 @@ def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, capl
     (SimpleNamespace(has_previous_state=True), True), (SimpleNamespace(has_previous_state=False), False)])
 def test_a_memory_says_whether_it_holds_earlier_tokens(state, continues):
     assert steering._remembers(state) is continues
+
+
+def test_a_value_far_beyond_what_a_latent_can_reach_is_warned_of(tiny, caplog):
+    lm, sae = tiny
+    with caplog.at_level("WARNING", logger="ksparse"):
+        with steer(lm.model, sae, {1: 0.5}, largest={1: 0.4}):
+            pass
+        assert not caplog.records
+        with steer(lm.model, sae, {1: 4.0}, largest={1: 0.4}):
+            pass
+        with steer(lm.model, sae, {1: 4e6}):
+            pass
+    assert [record.getMessage()[:20] for record in caplog.records] == ["latent 1 at 4 is 10 ", "latent 1 at 4e+06 is"]
+
+
+def test_an_sae_at_another_site_than_its_own_is_not_used_in_silence(tiny, caplog):
+    lm, sae = tiny
+    with caplog.at_level("WARNING", logger="ksparse"), attach(lm.model, sae, "transformer.h.1"), attach(lm.model, sae):
+        assert not caplog.records, "its own site by another name"
+    with attach(lm.model, sae, "resid_post.0"):
+        assert "is attached at resid_post.0, but was trained at resid_post.1" in caplog.text
+    elsewhere = lm.at_site("resid_post.0")
+    for call in (lambda force: compare(elsewhere, sae, "the cat", {1: 0.1}, tokens=2, force=force),
+                 lambda force: attribute(elsewhere, sae, ["the cat"], lambda logits: logits[3], force=force)):
+        with pytest.raises(InputError, match="site is 'resid_post.0', but 'resid_post.1' where the SAE was trained"):
+            call(False)
+        call(True)

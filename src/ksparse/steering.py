@@ -21,12 +21,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ksparse.acts import provenance
 from ksparse.acts.lm import LM, resolve_device
 from ksparse.acts.sites import hooked, not_activations, probing, resolve
 from ksparse.acts.text import token_strings
 from ksparse.errors import InputError
 from ksparse.sae import store
 from ksparse.sae.model import SAE, Code
+from ksparse.sae.ranges import warn_beyond
 
 _log = logging.getLogger("ksparse")
 Change = Callable[[Code], Code]
@@ -80,8 +82,10 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     """
     if error not in ("keep", "drop"):
         raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
+    place = resolve(model, site or _own_site(sae))
+    if site and (own := provenance.trained_on(sae.metadata).get("site")) and not provenance.same_site(model, site, own):
+        _log.warning("the autoencoder is attached at %s, but was trained at %s", site, own)
     site = site or _own_site(sae)
-    place = resolve(model, site)
     tap, where = Tap(sae), _Called(sae, positions)
 
     def put(old: Tensor) -> Tensor | None:
@@ -111,10 +115,12 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
 
 @contextmanager
 def steer(model: nn.Module, sae: SAE, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None, site: str = "",
-          error: Literal["keep", "drop"] = "keep", positions: Positions = "trained") -> Iterator[Tap]:
+          error: Literal["keep", "drop"] = "keep", positions: Positions = "trained",
+          largest: Mapping[int, float] | None = None) -> Iterator[Tap]:
     """Hold latents of an SAE at values, and multiply others' own activations, in every forward pass inside a with block.
 
     clamp: {latent: value}, of either sign; 0 takes the latent out. scale: {latent: factor}. All else as `attach`.
+    largest: {latent: its largest value on a text}: a value far beyond it is warned of; without it, one beyond what the latent can reach.
 
         with ksparse.steer(model, sae, {123: -5.0}):
             model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
@@ -125,6 +131,7 @@ def steer(model: nn.Module, sae: SAE, clamp: Mapping[int, float] | None = None, 
     if both := sorted(set(clamp) & set(scale)):
         raise InputError(f"latent {both[0]} is to be both clamped and scaled; give it in one of the two")
     check_latents(sae, [*clamp, *scale])
+    warn_beyond(sae, clamp, largest)
     with attach(model, sae, site, change=changes(clamped(clamp), scaled(scale)), error=error, positions=positions) as tap:
         yield tap
 
@@ -165,6 +172,12 @@ def _change(code: Code, given: Mapping[int, float], rule: Callable[[Tensor, Tens
     latents = torch.tensor(list(given), device=code.indices.device)
     values = rule(acts_at(code, latents), torch.tensor(list(given.values()), dtype=code.values.dtype, device=code.values.device))
     return Code(values, latents.expand(values.shape))
+
+
+def _check_own(sae: SAE, lm: LM, force: bool) -> None:
+    """Raise InputError where an SAE says that it was trained on another LM or site, unless by force."""
+    if provenance.trained_on(sae.metadata):
+        provenance.check(sae.metadata, lm, force=force)
 
 
 def _own_site(sae: SAE) -> str:
@@ -289,13 +302,14 @@ def _remembers(state: Any) -> bool:
 # ---- finding -----------------------------------------------------------------------------------------------------
 
 
-def attribute(lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric) -> Tensor:
+def attribute(lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric, *, force: bool = False) -> Tensor:
     """Return for each latent [n] how much it adds to a metric of the token after a prompt, summed over positions, mean over prompts.
 
     To first order: activation x gradient, the error kept. On an LM that is linear after the site it is what ablating the latent takes away.
     """
     if not prompts:
         raise InputError("attribution needs at least one prompt")
+    _check_own(sae, lm, force)
     total = torch.zeros(sae.shape.n_latents, dtype=torch.float64)
     for prompt in prompts:
         contributions = attribution(lm, sae, prompt, metric)
@@ -403,8 +417,13 @@ class Comparison(NamedTuple):
 
 
 def compare(lm: LM, sae: SAE, prompt: str, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None,
-            error: Literal["keep", "drop"] = "keep", tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> Comparison:
-    """Continue a prompt with the LM as it is and inside `steer`, with the same random numbers."""
+            error: Literal["keep", "drop"] = "keep", tokens: int = 40, temperature: float = 0.0, seed: int = 0,
+            largest: Mapping[int, float] | None = None, force: bool = False) -> Comparison:
+    """Continue a prompt with the LM as it is and inside `steer`, with the same random numbers.
+
+    Raises InputError where the LM or its site is not the SAE's own, unless by force.
+    """
+    _check_own(sae, lm, force)
     before = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
-    with steer(lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error):
+    with steer(lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error, largest=largest):
         return Comparison(before, continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed))

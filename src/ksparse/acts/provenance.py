@@ -72,7 +72,7 @@ def check(metadata: dict[str, Any], lm: LM, *, force: bool = False, like: Acts |
 def _contradictions(metadata: dict[str, Any], trained: dict[str, Any], lm: LM, policy: bool) -> list[tuple[str, Any, Any]]:
     """Return (what, asked, trained with) for each."""
     found = [(key, value, trained[key]) for key, value in _asked(trained, lm).items()] if policy else []
-    if "site" in trained and not _same_site(lm.model, lm.options.site, trained["site"]):
+    if "site" in trained and not same_site(lm.model, lm.options.site, trained["site"]):
         found.append(("site", lm.options.site, trained["site"]))
     if "tokenizer" in trained and trained["tokenizer"] != lm.options.tokenizer:
         found.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
@@ -100,7 +100,7 @@ def _longer(trained: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return [f"contexts of {context} tokens are longer than the {own} that the SAE was trained on; it never saw such positions"] if own and context and context > own else []
 
 
-def _same_site(model: nn.Module, asked: str, own: str) -> bool:
+def same_site(model: nn.Module, asked: str, own: str) -> bool:
     """Return whether two names are of one place in the model."""
     try:
         return asked == own or resolve(model, asked) == resolve(model, own)

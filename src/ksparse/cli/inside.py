@@ -63,7 +63,6 @@ def steer(arguments: list[str]) -> None:
         raise InputError(f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at least {COLDEST}")
     from ksparse import steering
     from ksparse.acts.text import token_strings
-    from ksparse.sae.ranges import warn_beyond
     from ksparse.sae.store import load
 
     sae = load(folder)
@@ -71,11 +70,9 @@ def steer(arguments: list[str]) -> None:
     lm = steering.lm_of(sae, asked.device)
     known = _stats_of(folder)
     largest = _largest(lm, sae.to(lm.device), asked.prompt, asked.latent, known)
-    if asked.value is not None:
-        warn_beyond(sae, dict.fromkeys(asked.latent, asked.value), largest)
     how = {"clamp" if asked.scale is None else "scale": dict.fromkeys(asked.latent, asked.value if asked.scale is None else asked.scale)}
     found = steering.compare(lm, sae, asked.prompt, error=asked.error, tokens=asked.tokens, temperature=asked.temperature,
-                             seed=asked.seed, **how)
+                             seed=asked.seed, largest=largest, **how)
     if not math.isfinite(found.kl):
         raise NonFiniteError("with these latents held there the LM's predictions are not finite; give a value from the latents' own range")
     for latent in asked.latent:
