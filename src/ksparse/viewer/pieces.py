@@ -85,7 +85,9 @@ class Pieces:
         found = [(name, what) for name, what in LACKS.items() if not self.reading.has(name)]
         if self.reading.has("stats") and self.reading.fires_on is None:
             found.append(("stats", "histograms, examples by size, the tokens that each latent fires on, latents that fire together"))
-        return [{"adds": what, "command": safe_text(self.reading.source.command("eval", name))} for name, what in found]
+        source = self.reading.source
+        damaged = {name: f"{what} (its result is damaged and left out)" for name, what in found if name in source.left_out}
+        return [{"adds": damaged.get(name, what), "command": safe_text(source.command("eval", name))} for name, what in found]
 
     def glosses(self, first: int, last: int) -> dict[str, Any]:
         return {"glosses": [self.reading.gloss(i) for i in range(first, last)]}
