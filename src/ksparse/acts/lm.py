@@ -97,6 +97,7 @@ class LM:
     def __call__(self, text: str) -> Tensor:
         """Return x[t, d], the raw activations of the text's tokens; BOS is put before it and its own row left out."""
         tokens = self.tokenize(text)
+        self.check_length(tokens.shape[1], "the text")
         if tokens.shape[1] > self.options.context and not self._told_of_length:
             self._told_of_length = True
             _log.warning("a text of %s tokens is longer than acts.context, %s: an autoencoder that was trained on such contexts "
@@ -261,7 +262,8 @@ def longest_context(config: Any) -> int | None:
 def check_length(tokens: int, longest: int | None, lm: str, what: str = "a context") -> None:
     """Raise InputError for a context longer than the LM takes."""
     if longest is not None and tokens > longest:
-        raise InputError(f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter --acts.context, or a shorter text")
+        raise InputError(f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter "
+                         + ("--acts.context" if what == "acts.context" else "one"))
 
 
 # ---- continuations -----------------------------------------------------------------------------------------------
