@@ -251,6 +251,14 @@ def _shown(token: int, piece: str | None, text: str) -> str:
 # ---- contexts ----------------------------------------------------------------------------------------------------
 
 
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text that somebody gives by hand; half a character is read as U+FFFD."""
+    if rows.has_half(text):
+        _log.warning("the text holds half a character (a lone surrogate), which is read as U+FFFD")
+        text = rows.whole_characters(text)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def without_bos(ids: list[int], bos: int | None) -> list[int]:
     """Return a text's ids without the BOS that they begin with, if they do.
 
