@@ -14,7 +14,7 @@ with other headers, manifests that are right but name something outside), and wh
 
     python bench/fuzz.py --minutes 10
 
-Try inputs that somebody may give, of each of KINDS in turn: texts, suites, recipes, flags, labels, results, shards, autoencoders, checkpoints. The last four
+Try inputs that somebody may give, of each of KINDS in turn: texts, suites, recipes, flags, labels, results, shards, autoencoders, checkpoints; then requests to a viewer. Four
 are right files whose contents were changed and whose sums were made to fit. Each input is read or refused with a KsparseError, within a time; anything else is
 a crash or slow, is printed, and can be had again with --again.
 
@@ -857,7 +857,7 @@ def altered(world: World, station: str, folder: Path, draw: random.Random, patte
         file = draw.choice(there)
         try:
             said.append(f"{alter(file, draw)} {file.relative_to(root)}")
-        except (ValueError, RecursionError, OSError):
+        except (ValueError, RecursionError, OSError, RuntimeError):
             continue  # it was spoilt already
     for file in sorted(root.rglob("*.json")):
         resum(file)
@@ -1146,7 +1146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=0.0, help="try inputs of all kinds in turn for so long, instead of corruptions")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of these kinds alone: %(default)s")
+    parser.add_argument("--kinds", default=",".join([*KINDS, "requests"]), help="of these kinds alone: %(default)s")
     parser.add_argument("--again", default="", help="one input, such as 'text 0 17', and leave it in ./fuzz-input")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long one input may take")
     parser.add_argument("--seed", type=int, default=0)
@@ -1168,9 +1168,14 @@ def main() -> None:
             kind, seed, number = options.again.split()
             print(*try_input(world, kind, Path("fuzz-input"), int(seed), int(number), options.seconds), sep="\n")
             return
+        kinds = options.kinds.split(",")
         if options.minutes:
-            found = try_inputs(world, options.kinds.split(","), options.seed, seconds=60 * options.minutes, limit=options.seconds,
+            found = try_inputs(world, [kind for kind in kinds if kind != "requests"], options.seed,
+                               seconds=54 * options.minutes, limit=options.seconds,
                                observe=lambda said: print(said, file=sys.stderr, flush=True))
+            if "requests" in kinds:  # about a tenth of the time
+                asked = requests(world.run, int(150 * options.minutes), options.seed)
+                found = {**found, "requests": asked, "bad": found["bad"] + asked["bad"]}
         else:
             found = fuzz(world, options.corruptions, options.seed, pages=options.pages, observe=progress)
     print(json.dumps(found | {"seconds": round(time.monotonic() - began)}, indent=1))

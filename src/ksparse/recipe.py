@@ -433,7 +433,7 @@ def check(recipe: Recipe) -> None:
     """Raise InputError for values that cannot be right whatever the model."""
     sae, acts = recipe.sae, recipe.acts
     for key, value in flat(dataclasses.asdict(recipe)).items():
-        if isinstance(value, str) and has_half(value):  # a name of a file may have other bytes; no TOML can hold them
+        if isinstance(value, str) and has_half(value):  # as names of files may; no TOML holds it
             raise InputError(f"{key} is {said(value)}, which is not UTF-8; give another name")
     positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
                 "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
@@ -530,7 +530,7 @@ def load(path: Path | str) -> Recipe:
 
 
 LARGEST_TOML = 2**23
-MOST_DOTS = 3_000  # in a line, or fewer in many: the parser's memory is quadratic in the parts of a key
+MOST_DOTS = 3_000  # in a line, or fewer in many: a key's parts take the parser memory by the square
 
 
 def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
@@ -538,8 +538,10 @@ def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
     try:
         with Path(path).open("rb") as stream:
             data = stream.read(LARGEST_TOML + 1)
-        if len(data) > LARGEST_TOML or sum(line.count(b".") ** 2 for line in data.split(b"\n")) > MOST_DOTS**2:
-            raise InputError(f"{what} {path} is no file of ours: it has more than {LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line")
+        dots = sum(line.count(b".") ** 2 for line in data.split(b"\n"))
+        if len(data) > LARGEST_TOML or dots > MOST_DOTS**2:
+            raise InputError(f"{what} {path} is no file of ours: it has more than "
+                             f"{LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line")
         return tomllib.loads(data.decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist{advice}") from None
@@ -678,7 +680,8 @@ def said(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
-        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__} that cannot be shown"
+        return ("a number of thousands of digits" if isinstance(value, int)
+                else f"a {type(value).__name__} that cannot be shown")
     return text if len(text) <= 80 else text[:80] + "…"
 
 

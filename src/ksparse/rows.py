@@ -1,9 +1,10 @@
-"""Rows and documents in files that somebody else wrote: .txt .jsonl .csv .parquet, also .gz .xz .zst.
+"""Rows and documents of files that somebody else wrote: .txt .jsonl .csv .parquet, also compressed.
 
-Whatever is wrong with such a file is one InputError that names it, and the line or row. A file is never held whole; what must
-be, a line or a cell, may have LONGEST bytes, so that neither an endless line nor a small file that unpacks to terabytes takes
-the memory. Text is UTF-8, and half a character (a lone surrogate), which scraped JSON has, is let through: what reads texts
-decides whether to mend it or to refuse it. Lines end with LF, CR LF or CR; a byte order mark at the start is dropped.
+Whatever is wrong with such a file is one InputError that names it, and the line or row. A file is
+never held whole; what must be, a line or a cell, may have LONGEST bytes, so that neither an endless
+line nor a small file that unpacks to terabytes takes the memory. Text is UTF-8. Half a character (a
+lone surrogate), which scraped JSON has, is let through: what reads texts decides whether to mend it
+or to refuse it. Lines end with LF, CR LF or CR; a byte order mark at the start is dropped.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def extra(module: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         package = module.partition(".")[0]
-        raise InputError(f"{purpose} needs the package {package}: pip install 'ksparse[{extra}]'") from None
+        raise InputError(
+            f"{purpose} needs the package {package}: pip install 'ksparse[{extra}]'"
+        ) from None
 
 
 def columns(row: Any) -> str:
@@ -55,24 +58,28 @@ def shown(value: Any) -> str:
     return whole_characters(str(value)[:60])
 
 
-# ---- half characters ---------------------------------------------------------------------------------------------
+# ---- half characters -----------------------------------------------------------------------------
 
 
 def has_half(text: str) -> bool:
-    """Return whether a text holds half a character: a surrogate, which no tokenizer and no UTF-8 file takes."""
+    """Return whether a text holds half a character, which no tokenizer and no UTF-8 file takes."""
     return not text.isascii() and _HALF.search(text) is not None
 
 
 def whole_characters(text: str) -> str:
-    """Return a text with U+FFFD for each half character; two halves that belong together become the character."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if has_half(text) else text
+    """Return a text with U+FFFD for each half character; two that belong together become one."""
+    return (
+        text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if has_half(text)
+        else text
+    )
 
 
-# ---- bytes and lines ---------------------------------------------------------------------------------------------
+# ---- bytes and lines -----------------------------------------------------------------------------
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, unpacked; zstandard's own reader takes one that is cut off for one that ends."""
+    """The frames of a .zst file, unpacked; zstandard's own reader takes a cut one for a whole one."""
 
     def __init__(self, file: Path):
         self.package = extra("zstandard", "zstandard", f"reading {file}")
@@ -85,7 +92,9 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.unpacked:
-            self.packed = self.packed or self.source.read(4096)  # little, since it may unpack to 30,000 times as much
+            self.packed = self.packed or self.source.read(
+                4096
+            )  # little, since it may unpack to 30,000 times as much
             if not self.packed:
                 if self.frame is not None:
                     raise EOFError("the last frame has no end")
@@ -120,7 +129,9 @@ def _explained(file: Path, where: Callable[[], str] = str) -> Iterator[None]:
         yield
     except (lzma.LZMAError, zlib.error, EOFError, OSError, MemoryError) as error:
         why = str(error).strip() or type(error).__name__
-        raise InputError(f"{file} cannot be read{where()}: {why}; it is truncated or not what its name says") from None
+        raise InputError(
+            f"{file} cannot be read{where()}: {why}; it is truncated or not what its name says"
+        ) from None
 
 
 def lines(file: Path, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
@@ -129,17 +140,24 @@ def lines(file: Path, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
     with _explained(file, lambda: f" after line {number:,}"), _open(file) as stream:
         while block := stream.readline(LONGEST + 1):
             if len(block) > LONGEST:
-                raise InputError(f"{file}, line {number + 1}: longer than {LONGEST:,} bytes; a line holds one row")
+                raise InputError(
+                    f"{file}, line {number + 1}: longer than {LONGEST:,} bytes; "
+                    "a line holds one row"
+                )
             for line in block.splitlines(keep_ends):
                 number += 1
                 try:
-                    text = (line if number > 1 else line.removeprefix(codecs.BOM_UTF8)).decode("utf-8", "surrogatepass")
+                    text = (line if number > 1 else line.removeprefix(codecs.BOM_UTF8)).decode(
+                        "utf-8", "surrogatepass"
+                    )
                 except UnicodeDecodeError as error:
-                    raise InputError(f"{file}, line {number}: not UTF-8: {error}; convert the file first") from None
+                    raise InputError(
+                        f"{file}, line {number}: not UTF-8: {error}; convert the file first"
+                    ) from None
                 yield number, text
 
 
-# ---- kinds of files ----------------------------------------------------------------------------------------------
+# ---- kinds of files ------------------------------------------------------------------------------
 
 
 def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
@@ -149,7 +167,9 @@ def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{file}, line {number}: not JSON: {error}; expected one row in each line") from None
+                raise InputError(
+                    f"{file}, line {number}: not JSON: {error}; expected one row in each line"
+                ) from None
             yield number, value
 
 
@@ -163,8 +183,15 @@ def table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def documents(file: Path) -> Iterator[Iterator[str]]:
-    """Yield the documents of a .txt file that are not blank, each as chunks, to be read before the next one is asked for."""
-    with _explained(file), _open(file) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogatepass") as stream:
+    """Yield the documents of a .txt file that are not blank, each as chunks.
+
+    They are to be read before the next document is asked for.
+    """
+    with (
+        _explained(file),
+        _open(file) as raw,
+        io.TextIOWrapper(raw, "utf-8-sig", "surrogatepass") as stream,
+    ):
         try:
             for _, pairs in itertools.groupby(_chunks(file, stream), lambda pair: pair[0]):
                 rest = (chunk for _, chunk in pairs)
@@ -188,16 +215,22 @@ def joined(chunks: Iterable[str], file: Path) -> str:
         parts.append(chunk)
         length += len(chunk)
         if length > LONGEST:
-            raise InputError(f"{file} has a document of more than {LONGEST:,} characters; put {SEPARATOR} between documents")
+            raise InputError(
+                f"{file} has a document of more than {LONGEST:,} characters; "
+                f"put {SEPARATOR} between documents"
+            )
     return "".join(parts)
 
 
 def _chunks(file: Path, stream: io.TextIOBase) -> Iterator[tuple[int, str]]:
-    """Yield (document, a part of it). What may be the beginning of a separator waits for the next part."""
+    """Yield (document, a part of it). What may begin a separator waits for the next part."""
     number, rest = 0, ""
     while chunk := stream.read(_CHUNK):
         if 4 * chunk.count("\0") > len(chunk):
-            raise InputError(f"{file} is not UTF-8 text: it is full of NUL, as UTF-16 and binary files are; convert it first")
+            raise InputError(
+                f"{file} is not UTF-8 text: it is full of NUL, as UTF-16 and binary files are; "
+                "convert it first"
+            )
         first, *others = (rest + chunk).split(SEPARATOR)
         for text in others:
             yield number, first
@@ -209,7 +242,7 @@ def _chunks(file: Path, stream: io.TextIOBase) -> Iterator[tuple[int, str]]:
 
 
 def parquet(file: Path, column: str = "") -> Iterator[Any]:
-    """Yield the rows of a .parquet file; with a column of text, what is in it, None where that is null."""
+    """Yield the rows of a .parquet file; of a column of text what it holds, None for null."""
     reader = extra("pyarrow.parquet", "datasets", f"reading {file}")
     number = 0
     try:
@@ -224,7 +257,10 @@ def parquet(file: Path, column: str = "") -> Iterator[Any]:
         raise
     except Exception as error:  # pyarrow has many, of several kinds
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise InputError(f"{file} cannot be read after row {number:,}: {why}; it is truncated or not what its name says") from None
+        raise InputError(
+            f"{file} cannot be read after row {number:,}: {why}; "
+            "it is truncated or not what its name says"
+        ) from None
 
 
 def _check_column(file: Path, column: str, schema: Any) -> None:
@@ -232,8 +268,15 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
     held = schema.field(at).type if at >= 0 else None
     held = getattr(held, "value_type", held) if str(held).startswith("dictionary") else held
     if str(held) not in ("string", "large_string", "string_view", "null"):
-        what = f"the column {column!r} holds {held}, not text" if at >= 0 else f"no text in the column {column!r}"
-        raise InputError(f"{file}: {what}; there are {columns(dict.fromkeys(schema.names))}. Name it with --acts.text-field")
+        what = (
+            f"the column {column!r} holds {held}, not text"
+            if at >= 0
+            else f"no text in the column {column!r}"
+        )
+        raise InputError(
+            f"{file}: {what}; there are {columns(dict.fromkeys(schema.names))}. "
+            "Name it with --acts.text-field"
+        )
 
 
 def _cell(scalar: Any, where: str) -> str | None:
@@ -250,11 +293,16 @@ def _cell(scalar: Any, where: str) -> str | None:
 
 
 def text_of(row: Any, column: str, where: str) -> str | None:
-    """Return the text in a row's column, None where it is null; raise InputError where there is none."""
-    if isinstance(row, Mapping) and column in row and (row[column] is None or isinstance(row[column], str)):
+    """Return the text in a row's column, None where it is null; raise InputError for none."""
+    if (
+        isinstance(row, Mapping)
+        and column in row
+        and (row[column] is None or isinstance(row[column], str))
+    ):
         return row[column]
     if isinstance(row, Mapping) and column in row:
-        what = f"the column {column!r} holds {shown(row[column])!r}, of type {type(row[column]).__name__}, not text"
+        kind = type(row[column]).__name__
+        what = f"the column {column!r} holds {shown(row[column])!r}, of type {kind}, not text"
     else:
         what = f"no text in the column {column!r}"
     raise InputError(f"{where}: {what}; there are {columns(row)}. Name it with --acts.text-field")

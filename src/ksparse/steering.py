@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ksparse.acts import provenance
 from ksparse.acts.lm import LM, resolve_device
 from ksparse.acts.sites import hooked, not_activations, probing, resolve
-from ksparse.acts.text import token_strings
+from ksparse.acts.text import ids_of, token_strings
 from ksparse.errors import InputError
 from ksparse.sae import store
 from ksparse.sae.model import SAE, Code
@@ -352,7 +352,7 @@ def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) ->
 
 def one_token(lm: LM, text: str) -> int:
     """Return the id of the token that looks like this in a text, a leading space included; raise InputError if there is none."""
-    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = ids_of(lm.tokenizer, text)
     if len(ids) == 1:
         return int(ids[0])
     strings = token_strings(lm.tokenizer, range(len(lm.tokenizer)))  # SentencePiece puts a space of its own before a text

@@ -507,6 +507,8 @@ def test_a_text_is_a_str(tiny_lm, text):
         LM(str(tiny_lm("gpt2")), "resid_post.1")(text)
 
 
-def test_half_a_character_in_a_prompt_is_read_as_a_replacement(tiny_lm):
+def test_half_a_character_in_a_prompt_is_read_as_ufffd_and_told(tiny_lm, caplog):
     lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
-    assert torch.equal(lm.tokenize("the cat \ud83d sat"), lm.tokenize("the cat \ufffd sat"))
+    assert torch.equal(lm("a \ud83d b"), lm("a \ufffd b")) and torch.equal(lm("\ud83d\ude00"), lm("\U0001f600"))
+    assert [record.getMessage() for record in caplog.records if "half" in record.getMessage()] == [
+        "the text holds half a character (a lone surrogate), which is read as U+FFFD"] * 2

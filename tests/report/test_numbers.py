@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ksparse.report import numbers
-from ksparse.report.source import Number, Source
+from ksparse.report.source import Number, Source, is_number
 
 from .conftest import ABLATION, EXPLAINED_LOSS, N2G, OPTIONS, PROBES
 
@@ -75,3 +75,8 @@ def test_baselines_that_are_null_are_not_mentioned(make_run) -> None:
     tables = {entry["group"].eval: entry["cells"] for entry in numbers.table(Source(run))}
     assert [cell.compare for cell in tables["probes"]][0] == "" and tables["ablation"][0].compare == "64 %: noise"
     assert all(cell.number is None for name in ("probes", "ablation", "explained_loss") for cell in tables[name])
+
+
+@pytest.mark.parametrize("value, is_one", [(3, True), (0.5, True), (-1e308, True), (10**400, False), (-(10**400), False), (float("nan"), False), (float("inf"), False), (True, False), ("3", False), (None, False)])
+def test_only_what_a_float_can_be_is_a_number(value, is_one):
+    assert is_number(value) is is_one

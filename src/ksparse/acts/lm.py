@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from ksparse import files, pylm
 from ksparse.acts import agreement
 from ksparse.acts.sites import blocks_before, describe_sites, hooked, not_activations, replaced_forward, resolve
-from ksparse.acts.text import Contexts, token_strings, without_bos
+from ksparse.acts.text import Contexts, ids_of, token_strings, without_bos
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
-from ksparse.rows import whole_characters
 from ksparse.trust import code_is_trusted
 
 _log = logging.getLogger("ksparse")
@@ -113,8 +112,7 @@ class LM:
         """Return ids [1, t] with BOS first, as in training; of a text that begins with BOS (a rendered chat), its own."""
         if not isinstance(text, str):
             raise InputError(f"a text is a str, got {type(text).__name__}; of several, take one at a time")
-        ids = self.tokenizer(whole_characters(text), add_special_tokens=False, verbose=False)["input_ids"]
-        ids = without_bos(ids, self.bos)
+        ids = without_bos(ids_of(self.tokenizer, text), self.bos)
         if not ids:
             raise InputError(f"the text {text!r} has no token")
         return torch.tensor([([] if self.bos is None else [self.bos]) + ids], device=self.device)

@@ -77,24 +77,32 @@ def _begun(folder: Path, about: dict[str, Any], corpus: Corpus) -> dict[str, Any
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder of shards, finished or not; raise CorruptError where its numbers cannot be right."""
+    """Read and check the manifest of a folder of shards, finished or not."""
     file = folder / files.MANIFEST
     found = files.read_table(file, format=int, acts=dict, policy=dict, dtype=str, rows=int, d_model=int, shards=list, place=list, contexts=int, complete=bool)
     files.check_format(file, found["format"], FORMAT)
     for entry in found["shards"]:
-        if not isinstance(entry, dict) or not all(type(entry.get(key)) is kind for key, kind in (("file", str), ("rows", int), ("sha256", str))):
-            raise CorruptError(f"{file}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256")
-    counts = {"rows": found["rows"], "d_model": found["d_model"], **{f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in found["shards"]}}
+        wanted = {"file": str, "rows": int, "sha256": str}
+        if not isinstance(entry, dict) or {key: type(entry.get(key)) for key in wanted} != wanted:
+            raise CorruptError(f"{file}: {str(entry)[:80]!r} is no shard; "
+                               "expected its file, rows and sha256")
+    counts = {"rows": found["rows"], "d_model": found["d_model"]}
+    counts |= {f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in found["shards"]}
     for name, count in counts.items():
         if not 1 <= count < 2**40:
             raise CorruptError(f"{file}: {name} is {count}; expected a number of at least 1")
     if found["dtype"] not in DTYPES:
-        raise CorruptError(f"{file}: 'dtype' is {found['dtype'][:40]!r}; expected {', '.join(DTYPES)}")
-    if len(found["place"]) != 3 or not all(type(number) is int and number >= 0 for number in [*found["place"], found["contexts"]]):
-        raise CorruptError(f"{file}: 'place' is {str(found['place'])[:80]} and 'contexts' {found['contexts']}; expected three numbers and one, none below 0")
+        raise CorruptError(f"{file}: 'dtype' is {found['dtype'][:40]!r}; "
+                           f"expected {', '.join(DTYPES)}")
+    place, contexts = found["place"], found["contexts"]
+    numbers = [*place, contexts]
+    if len(numbers) != 4 or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CorruptError(f"{file}: 'place' is {str(place)[:80]} and 'contexts' {contexts}; "
+                           "expected three numbers and one, none below 0")
     written = sum(entry["rows"] for entry in found["shards"])
     if found["complete"] != (written >= found["rows"]):
-        raise CorruptError(f"{file} says {'complete' if found['complete'] else 'not complete'}, with {written:,} of {found['rows']:,} rows in its shards")
+        raise CorruptError(f"{file} says {'complete' if found['complete'] else 'not complete'}, "
+                           f"with {written:,} of {found['rows']:,} rows in its shards")
     return found
 
 
@@ -150,8 +158,9 @@ class Shards:
         files.check_file(self.folder, NAMES, self.manifest.get("names_sha256", ""))
         self.names = files.read_strings(self.folder / NAMES)
         self.d_model: int = self.manifest["d_model"]
-        self.parts = [_Part(files.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"], self.manifest, len(self.names))
-                      for entry in self.manifest["shards"]]
+        checked = [(files.check_file(self.folder, entry["file"], entry["sha256"]), entry["rows"])
+                   for entry in self.manifest["shards"]]
+        self.parts = [_Part(file, rows, self.manifest, len(self.names)) for file, rows in checked]
         self.ends = np.cumsum([len(part.document) for part in self.parts])
         self.rows = int(self.ends[-1])
 
@@ -196,7 +205,7 @@ class _Part:
     """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of offsets."""
 
     def __init__(self, file: Path, rows: int, manifest: dict[str, Any], names: int):
-        """Map a file of so many rows; raise CorruptError unless each column is of the type, shape and range that the manifest says."""
+        """Map a file of so many rows, each column of the type, shape and range of the manifest."""
         try:
             safe_open(file, "np")  # reads the header, and sees to it that all it names is within the file
         except (OSError, SafetensorError) as error:
@@ -210,8 +219,11 @@ class _Part:
             shape = [rows, manifest["d_model"]] if name == "x" else [rows]
             entry = header.get(name, {"dtype": "nothing", "shape": "none"})
             if entry["dtype"] != code or entry["shape"] != shape:
-                raise CorruptError(f"{file}: column {name!r} is {entry['dtype']} of shape {entry['shape']}, the manifest speaks of {code} of shape {shape}")
+                found = f"{entry['dtype']} of shape {entry['shape']}"
+                raise CorruptError(f"{file}: column {name!r} is {found}, "
+                                   f"the manifest speaks of {code} of shape {shape}")
             column = np.memmap(file, kind, "r", 8 + length + entry["data_offsets"][0], tuple(shape))
             if name in ends and not 0 <= column.min() <= column.max() < ends[name]:
-                raise CorruptError(f"{file}: column {name!r} has numbers from {column.min()} to {column.max()}; expected 0 to {ends[name] - 1:,}")
+                raise CorruptError(f"{file}: column {name!r} has numbers from {column.min()} to "
+                                   f"{column.max()}; expected 0 to {ends[name] - 1:,}")
             setattr(self, name, column)

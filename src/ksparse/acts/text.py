@@ -6,8 +6,9 @@ the train / validation / held-out split a document lies (of the path, for the bu
 
 A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another with a separator (BOS,
 else EOS, else nothing) between them; with 'split' each context belongs to one document and its end is padded. With
-bos = 'auto' position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS or separator gets no second one. keep = 'text' leaves out position 0 whether or
-not it is BOS (in a model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
+bos = 'auto' position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
+or separator gets no second one. keep = 'text' leaves out position 0 whether or not it is BOS (in a
+model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
         return
     halves = _Noted(acts.text, "half a character (a lone surrogate), which is read as U+FFFD")
     nulls = _Noted(acts.text, f"null in the column {acts.text_field!r}, which is skipped")
-    pairs = _local(Path(acts.text), acts.text_field, nulls) if _is_local(acts.text) else _hub(acts, nulls)
+    pairs = _local(acts, nulls) if _is_local(acts.text) else _hub(acts, nulls)
     for index, (name, text) in enumerate(_pieces(pairs)):
         if rows.has_half(text):
             halves.add(name)
@@ -91,7 +92,7 @@ def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
 
 
 class _Noted:
-    """Texts of a source that are not used as they are: the first is named at once, all are counted where the source ends."""
+    """Texts of a source that are not used as they are: the first is named, all are counted."""
 
     def __init__(self, source: str, what: str):
         self.source, self.what, self.count = source, what, 0
@@ -99,7 +100,8 @@ class _Noted:
     def add(self, name: str) -> None:
         self.count += 1
         if self.count == 1:
-            _warn_once(f"text {self.source}: {name} holds {self.what}, like all others of this kind")
+            _warn_once(f"text {self.source}: {name} holds {self.what}, "
+                       "like all others of this kind")
 
     def end(self) -> None:
         if self.count > 1:
@@ -116,7 +118,7 @@ def _key(text: str) -> int:
 
 
 def _pieces(pairs: Iterator[tuple[str, str | Iterable[str]]]) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of documents that are given whole or in chunks; what is cut has the number of the piece in its name."""
+    """Yield (name, text) of documents, given whole or in chunks; names of pieces have a number."""
     for name, text in pairs:
         pieces = _cut([text] if isinstance(text, str) else text)
         first, second = next(pieces, ""), next(pieces, None)
@@ -128,7 +130,7 @@ def _pieces(pairs: Iterator[tuple[str, str | Iterable[str]]]) -> Iterator[tuple[
 
 
 def _cut(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield a document's pieces as soon as they are known, so that one without end takes no more memory than another."""
+    """Yield a document's pieces as soon as they are known: one without end takes no more memory."""
     rest = ""
     for chunk in chunks:
         rest, at = rest + chunk, 0
@@ -146,11 +148,14 @@ def _is_local(source: str) -> bool:
     try:
         exists = path.exists()
     except OSError as error:  # a name of thousands of characters
-        raise InputError(f"text {source[:60]!r} cannot be looked up: {error.strerror or error}") from None
-    return exists or path.is_absolute() or source.startswith(".") or path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
+        raise InputError(f"text {source[:60]!r} cannot be looked up: "
+                         f"{error.strerror or error}") from None
+    is_named_so = path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
+    return exists or path.is_absolute() or source.startswith(".") or is_named_so
 
 
-def _local(path: Path, field: str, nulls: _Noted) -> Iterator[tuple[str, str | Iterable[str]]]:
+def _local(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str | Iterable[str]]]:
+    path, field = Path(acts.text), acts.text_field
     if not path.exists():
         raise InputError(f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'")
     try:
@@ -166,12 +171,13 @@ def _local(path: Path, field: str, nulls: _Noted) -> Iterator[tuple[str, str | I
             raise InputError(f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
                              f"(also with {', '.join(rows.COMPRESSIONS)})")
         if kind == ".txt":
-            yield from ((f"{file.name}:{number}", chunks) for number, chunks in enumerate(rows.documents(file)))
-        elif kind == ".jsonl":
-            texts = ((number - 1, rows.text_of(row, field, f"{file}, line {number}")) for number, row in rows.jsonl(file))
-            yield from _without_nulls(texts, file, file.name, field, nulls)
-        else:
-            yield from _without_nulls(enumerate(rows.parquet(file, field)), file, file.name, field, nulls)
+            for number, chunks in enumerate(rows.documents(file)):
+                yield f"{file.name}:{number}", chunks
+            continue
+        texts = enumerate(rows.parquet(file, field)) if kind == ".parquet" else (
+            (number - 1, rows.text_of(row, field, f"{file}, line {number}"))
+            for number, row in rows.jsonl(file))
+        yield from _without_nulls(texts, str(file), file.name, field, nulls)
 
 
 def _kind(file: Path) -> str | None:
@@ -179,8 +185,9 @@ def _kind(file: Path) -> str | None:
     return suffixes[-1] if file.is_file() and suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _without_nulls(texts: Iterable[tuple[int, str | None]], source: Path | str, name: str, field: str, nulls: _Noted) -> Iterator[tuple[str, str]]:
-    """Yield ('NAME:ROW', text) of (row, text); raise InputError where there are rows, and no text in any."""
+def _without_nulls(texts: Iterable[tuple[int, str | None]], source: str, name: str, field: str,
+                   nulls: _Noted) -> Iterator[tuple[str, str]]:
+    """Yield ('NAME:ROW', text) of (row, text); raise InputError where no row has text."""
     row, is_empty = -1, True
     for row, text in texts:
         if text is None:
@@ -189,16 +196,20 @@ def _without_nulls(texts: Iterable[tuple[int, str | None]], source: Path | str, 
             is_empty = False
             yield f"{name}:{row}", text
     if is_empty and row >= 0:
-        raise InputError(f"{source}: the column {field!r} is null in every row; name another with --acts.text-field")
+        raise InputError(f"{source}: the column {field!r} is null in every row; "
+                         "name another with --acts.text-field")
 
 
 def _hub(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str]]:
     datasets = rows.extra("datasets", "datasets", f"the data set {acts.text!r}")
     try:
-        found = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split, streaming=True)
+        found = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split,
+                                      streaming=True)
     except Exception as error:  # whatever it is, the user has named something that cannot be read
-        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be read ({_in_short(error)})") from error
-    yield from _without_nulls(_texts_of(found, acts), f"text {acts.text!r}", acts.text, acts.text_field, nulls)
+        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be "
+                         f"read ({_in_short(error)})") from error
+    texts = _texts_of(found, acts)
+    yield from _without_nulls(texts, f"text {acts.text!r}", acts.text, acts.text_field, nulls)
 
 
 def _texts_of(found: Iterable[Any], acts: Acts) -> Iterator[tuple[int, str | None]]:
@@ -209,7 +220,8 @@ def _texts_of(found: Iterable[Any], acts: Acts) -> Iterator[tuple[int, str | Non
     except InputError:
         raise
     except Exception as error:  # a connection that breaks, a damaged file of the data set
-        raise InputError(f"text {acts.text!r} cannot be read after row {number:,} ({_in_short(error)})") from error
+        raise InputError(f"text {acts.text!r} cannot be read after row {number:,} "
+                         f"({_in_short(error)})") from error
 
 
 def _in_short(error: Exception) -> str:
@@ -239,10 +251,19 @@ def _shown(token: int, piece: str | None, text: str) -> str:
 # ---- contexts ----------------------------------------------------------------------------------------------------
 
 
-def without_bos(ids: list[int], bos: int | None) -> list[int]:
-    """Return a text's ids without the BOS that they begin with, if they do: whoever puts BOS before them gives it one, not two.
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text that somebody gives by hand; half a character is read as U+FFFD."""
+    if rows.has_half(text):
+        _log.warning("the text holds half a character (a lone surrogate), which is read as U+FFFD")
+        text = rows.whole_characters(text)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    Chat templates that are rendered to text (`apply_chat_template(tokenize=False)`) begin with the string of BOS.
+
+def without_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Return a text's ids without the BOS that they begin with, if they do.
+
+    Whoever puts BOS before them then gives the text one, not two. Chat templates that are rendered
+    to text (`apply_chat_template(tokenize=False)`) begin with the string of BOS.
     """
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids
 
@@ -251,9 +272,10 @@ class Corpus:
     """One split of a text as contexts of tokens, from any place on, again and again."""
 
     def __init__(self, acts: Acts, tokenizer: Any, split: str, *, per_document: int | None = None):
-        """per_document: use only so many tokens of each document, so that a short evaluation sees many.
+        """per_document: use so many tokens of each document, so that a short evaluation sees many.
 
-        cut_documents and cut_tokens say how many documents that has cut so far, and how many of their tokens are never seen.
+        cut_documents and cut_tokens say how many documents that has cut so far, and how many of
+        their tokens are never seen.
         """
         if split not in SPLITS:
             raise InputError(f"split {split!r} does not exist; there are {', '.join(SPLITS)}")
@@ -265,7 +287,7 @@ class Corpus:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
         self.special = set(found)
         self.names: dict[int, str] = {}
-        self._cut: dict[int, int] = {}  # tokens that are never seen, by document, so that a second pass does not count them again
+        self._cut: dict[int, int] = {}  # tokens left out, by document: a second pass adds none
 
     @property
     def cut_documents(self) -> int:
@@ -304,7 +326,7 @@ class Corpus:
                 "5 % validation, 10 % held-out); give more text, or a smaller --acts.context")
 
     def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (index, ids) without the border that each context or document gets here, from document `start` on."""
+        """Yield (index, ids) from document `start` on, without the border that each gets here."""
         source, packed = documents(self.acts, self.split, start), self.acts.borders == "pack"
         while group := list(itertools.islice(source, 32)):
             rows = self.tokenizer([text for _, _, text in group], add_special_tokens=False, verbose=False)["input_ids"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -201,4 +201,7 @@ def number(found: Any) -> Number | None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value from JSON is a number that a float can be, which not every integer is."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max

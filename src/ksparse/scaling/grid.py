@@ -101,7 +101,8 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise InputError(f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at least one value")
     if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
-        raise InputError(f"the grid in {file} has {points:,} points; at most {MOST_POINTS:,} make a sweep")
+        raise InputError(f"the grid in {file} has {points:,} points; "
+                         f"at most {MOST_POINTS:,} make a sweep")
     return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
 
 

@@ -66,9 +66,12 @@ def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> P
     for number, row in enumerate(rows, 1):
         text, label = _checked(row, f"task {name!r}, row {number}")
         try:
-            lines.append(json.dumps({**row, "text": text, "label": label}, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        except (ValueError, TypeError, RecursionError) as error:  # in the other keys: NaN, half a character, an object
-            raise InputError(f"task {name!r}, row {number}: cannot be written as JSON: {error}") from None
+            line = json.dumps({**row, "text": text, "label": label}, ensure_ascii=False,
+                              allow_nan=False)
+            lines.append(line.encode() + b"\n")
+        except (ValueError, TypeError, RecursionError) as error:  # NaN, half a character, an object
+            raise InputError(f"task {name!r}, row {number}: cannot be written as JSON: "
+                             f"{error}") from None
     path = folder / f"{name}.jsonl.gz"
     # mtime: gzip would put the time of writing into the file
     write_bytes(path, gzip.compress(b"".join(lines), mtime=0))
@@ -95,7 +98,8 @@ def _checked(row: Any, where: str) -> tuple[str, int]:
         raise InputError(f"{where}: {columns(row)} instead of a row; expected {ROW}")
     text, label = row.get("text"), row.get("label")
     if not isinstance(text, str):
-        what = f"'text' is {columns(text)}, not a string" if "text" in row else f"no 'text', only {columns(row)}"
+        what = (f"'text' is {columns(text)}, not a string" if "text" in row
+                else f"no 'text', only {columns(row)}")
         raise InputError(f"{where}: {what}; expected {ROW}")
     if not text.strip():
         raise InputError(f"{where}: 'text' is empty; a probe needs a token to look at")
@@ -104,7 +108,8 @@ def _checked(row: Any, where: str) -> tuple[str, int]:
     if "label" not in row:
         raise InputError(f"{where}: no 'label', only {columns(row)}; expected {ROW}")
     if not isinstance(label, int) or label not in (0, 1):
-        raise InputError(f"{where}: 'label' is {shown(repr(label))}; expected 0 or 1 (or false, true)")
+        raise InputError(f"{where}: 'label' is {shown(repr(label))}; "
+                         "expected 0 or 1 (or false, true)")
     return text, int(label)
 
 
