@@ -29,8 +29,15 @@ HELD_OUT = 2_048  # activations: what is compared is training, and a short run's
 def recipes(file: Path, tokens: int) -> list[Recipe]:
     """Return the sweep's recipes, shortened, with dead latents as in the whole sweep and a loss at the end."""
     found = read(file).recipes.values()
-    return [dataclasses.replace(recipe, tokens=tokens, sae=dataclasses.replace(recipe.sae, dead_after=recipe.dead_after),
-                                curve=Curve(held_out=HELD_OUT, per_octave=1, octaves=1)) for recipe in found]
+    return [
+        dataclasses.replace(
+            recipe,
+            tokens=tokens,
+            sae=dataclasses.replace(recipe.sae, dead_after=recipe.dead_after),
+            curve=Curve(held_out=HELD_OUT, per_octave=1, octaves=1),
+        )
+        for recipe in found
+    ]
 
 
 def main() -> None:
@@ -43,23 +50,42 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         began = time.monotonic()
-        together = [run.curve()[-1]["loss"] for run in train_cohort(members, [folder / "together" / str(i) for i in range(len(members))])]
+        together = [
+            run.curve()[-1]["loss"]
+            for run in train_cohort(
+                members, [folder / "together" / str(i) for i in range(len(members))]
+            )
+        ]
         cohort = time.monotonic() - began
         shutil.rmtree(folder / "together")
         began, alone = time.monotonic(), []
         for i, recipe in enumerate(members):
             alone.append(train(recipe, folder / str(i)).curve()[-1]["loss"])
             shutil.rmtree(folder / str(i))
-            print(f"alone {i + 1} of {len(members)}: n {recipe.sae.n_latents}, k {recipe.sae.k}, loss {alone[-1]:.4f}, {time.monotonic() - began:.0f} s so far", flush=True)
+            print(
+                f"alone {i + 1} of {len(members)}: n {recipe.sae.n_latents}, k {recipe.sae.k}, loss {alone[-1]:.4f}, {time.monotonic() - began:.0f} s so far",
+                flush=True,
+            )
         single = time.monotonic() - began
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     tokens = members[0].steps * members[0].batch * len(members)
-    found = {"members": len(members), "tokens_each": members[0].steps * members[0].batch, "cohort_seconds": cohort, "single_seconds": single,
-             "cohort_tokens_per_s": tokens / cohort, "single_tokens_per_s": tokens / single, "ratio": single / cohort,
-             "worst_loss_difference": max(abs(one - other) / other for one, other in zip(together, alone))}
-    print(f"{len(members)} SAEs, {found['tokens_each']:,} tokens each: together {cohort:.0f} s, one after another {single:.0f} s, {found['ratio']:.2f} times as fast; "
-          f"final losses differ by {found['worst_loss_difference']:.2%} at most")
+    found = {
+        "members": len(members),
+        "tokens_each": members[0].steps * members[0].batch,
+        "cohort_seconds": cohort,
+        "single_seconds": single,
+        "cohort_tokens_per_s": tokens / cohort,
+        "single_tokens_per_s": tokens / single,
+        "ratio": single / cohort,
+        "worst_loss_difference": max(
+            abs(one - other) / other for one, other in zip(together, alone)
+        ),
+    }
+    print(
+        f"{len(members)} SAEs, {found['tokens_each']:,} tokens each: together {cohort:.0f} s, one after another {single:.0f} s, {found['ratio']:.2f} times as fast; "
+        f"final losses differ by {found['worst_loss_difference']:.2%} at most"
+    )
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1))
 

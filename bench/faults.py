@@ -61,7 +61,11 @@ class Life:
         self.log, self.failed = log, 0.0
         log.touch()
         words = [*options.words, "--out", str(out)]
-        self.pids = torchrun(options, words, log) if options.through == "torchrun" else forked(options, words, log)
+        self.pids = (
+            torchrun(options, words, log)
+            if options.through == "torchrun"
+            else forked(options, words, log)
+        )
         self.codes: dict[int, int] = {}
 
     def over(self) -> bool:
@@ -112,8 +116,14 @@ def forked(options: argparse.Namespace, words: list[str], log: Path) -> list[int
         code = 1
         try:
             if options.ranks > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks), "LOCAL_WORLD_SIZE": str(options.ranks),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(options.ranks),
+                    "LOCAL_WORLD_SIZE": str(options.ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
             stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             for handle in (1, 2):
                 os.dup2(stream, handle)
@@ -130,7 +140,18 @@ def forked(options: argparse.Namespace, words: list[str], log: Path) -> list[int
 def torchrun(options: argparse.Namespace, words: list[str], log: Path) -> list[int]:
     """Start the command under torchrun; return the one process that the others are children of."""
     with log.open("ab") as stream:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), "--master-port", str(free_port()), "-m", "ksparse", *words]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(options.ranks),
+            "--master-port",
+            str(free_port()),
+            "-m",
+            "ksparse",
+            *words,
+        ]
         return [subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True).pid]
 
 
@@ -162,7 +183,20 @@ def newest(run: RunFolder) -> int:
 def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, int]:
     """Run to the end, killed `kills` times."""
     run, draw = RunFolder(out), random.Random(options.seed)
-    counts = dict.fromkeys(("kills", "of_all_ranks", "left_alone", "ended", "while_starting", "in_checkpoint", "steps_again", "steps_lost", "corrupt"), 0)
+    counts = dict.fromkeys(
+        (
+            "kills",
+            "of_all_ranks",
+            "left_alone",
+            "ended",
+            "while_starting",
+            "in_checkpoint",
+            "steps_again",
+            "steps_lost",
+            "corrupt",
+        ),
+        0,
+    )
     saved = 0  # the newest checkpoint that has been seen
     began = time.monotonic()
     while True:
@@ -173,12 +207,17 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
         every = options.ranks == 1 or draw.random() < 0.5
         until = time.monotonic() + draw.uniform(0, options.start)
         began_at = None if saved else 0
-        while not life.over() and (left == 0 or (time.monotonic() < until if starting else began_at is None or last_step(run) < aim)):
+        while not life.over() and (
+            left == 0
+            or (time.monotonic() < until if starting else began_at is None or last_step(run) < aim)
+        ):
             began_at = life.began_at() if began_at is None else began_at
             saved = max(saved, newest(run))
             time.sleep(0.001)
         if left and not life.codes:
-            time.sleep(draw.uniform(0, options.phase))  # any moment of a step, or of the writing after it
+            time.sleep(
+                draw.uniform(0, options.phase)
+            )  # any moment of a step, or of the writing after it
             saved = max(saved, newest(run))
             life.kill(life.ranks() if every else [draw.choice(life.ranks())])
             if every:
@@ -188,7 +227,11 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
         if not any(life.codes.values()):
             if left:
                 sys.exit(f"the run ended after {counts['kills']} kills; give more --steps")
-        elif not left or not any(code == -signal.SIGKILL for code in life.codes.values()) and options.through == "fork":
+        elif (
+            not left
+            or not any(code == -signal.SIGKILL for code in life.codes.values())
+            and options.through == "fork"
+        ):
             sys.exit(f"the run failed by itself:\n{life.said()}")
         began_at = life.began_at()
         if began_at is not None:
@@ -197,7 +240,14 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
             return {key: value for key, value in counts.items() if key != "newest"}
         counts["kills"] += 1
         counts["of_all_ranks"] += options.ranks > 1 and every
-        counts["left_alone"] += 0 if every else sum(code != -signal.SIGKILL or time.monotonic() - life.failed > GRACE for code in life.codes.values())
+        counts["left_alone"] += (
+            0
+            if every
+            else sum(
+                code != -signal.SIGKILL or time.monotonic() - life.failed > GRACE
+                for code in life.codes.values()
+            )
+        )
         counts["ended"] += sum(code == 6 for code in life.codes.values())
         counts["while_starting"] += starting
         counts["in_checkpoint"] += any((out / "checkpoints").glob(".tmp-*"))
@@ -207,8 +257,12 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
         counts["steps_again"] += max(0, last_step(run) - counts["newest"])
         if counts["kills"] % 10 == 0:
             spent = time.monotonic() - began
-            print(f"{counts['kills']} of {options.kills} kills, step {last_step(run):,} of {steps:,}, {spent:.0f} s, about "
-                  f"{spent / counts['kills'] * (options.kills - counts['kills']):.0f} s to go", file=sys.stderr, flush=True)
+            print(
+                f"{counts['kills']} of {options.kills} kills, step {last_step(run):,} of {steps:,}, {spent:.0f} s, about "
+                f"{spent / counts['kills'] * (options.kills - counts['kills']):.0f} s to go",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def corrupt(path: Path) -> bool:
@@ -232,7 +286,9 @@ def kept(out: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--mesh.data", dest="data", type=int, default=0)
@@ -240,14 +296,29 @@ def main() -> None:
     parser.add_argument("--through", choices=("fork", "torchrun"), default="fork")
     parser.add_argument("--steps", type=int, default=0, help="12 for each kill, if not given")
     parser.add_argument("--save-every", type=int, default=2)
-    parser.add_argument("--start", type=float, default=0.8, help="seconds of a start, at most, after which it may be killed")
-    parser.add_argument("--phase", type=float, default=0.05, help="seconds after a step, at most, after which it may be killed")
+    parser.add_argument(
+        "--start",
+        type=float,
+        default=0.8,
+        help="seconds of a start, at most, after which it may be killed",
+    )
+    parser.add_argument(
+        "--phase",
+        type=float,
+        default=0.05,
+        help="seconds after a step, at most, after which it may be killed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lm", default="pylm/0.3m")
     parser.add_argument("--site", default="resid_post.2")
     parser.add_argument("--text", default="", help="some Python source, if not given")
-    parser.add_argument("--only", nargs="+", choices=tuple(writers.KINDS), default=(),
-                        help="kill these in the place of training")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(writers.KINDS),
+        default=(),
+        help="kill these in the place of training",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options.text = options.text or some_text(Path(folder))
@@ -258,8 +329,13 @@ def main() -> None:
 
 def some_text(folder: Path) -> str:
     """Write a small text, since looking through the built-in one takes longer than a life."""
-    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = [
+        file.read_text(encoding="utf-8")[:4_000]
+        for file in sorted(Path(json.__file__).parents[1].glob("*.py"))
+    ]
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     return str(folder / "texts.jsonl")
 
 
@@ -297,10 +373,34 @@ def kill_writers(options: argparse.Namespace, folder: Path) -> None:
 
 def words_of(options: argparse.Namespace, steps: int) -> list[str]:
     """Return the options of a small run."""
-    words = ["--acts.lm", options.lm, "--acts.site", options.site, "--acts.text", options.text,
-             "--acts.mix", "2048", "--sae.n-latents", "256", "--sae.k", "8", "--sae.dead-after", "1024",
-             "--tokens", str(steps * 128), "--batch", "128", "--threads", "1", "--run.log-every", "1",
-             "--run.save-every", str(options.save_every), "--run.device", "cpu"]
+    words = [
+        "--acts.lm",
+        options.lm,
+        "--acts.site",
+        options.site,
+        "--acts.text",
+        options.text,
+        "--acts.mix",
+        "2048",
+        "--sae.n-latents",
+        "256",
+        "--sae.k",
+        "8",
+        "--sae.dead-after",
+        "1024",
+        "--tokens",
+        str(steps * 128),
+        "--batch",
+        "128",
+        "--threads",
+        "1",
+        "--run.log-every",
+        "1",
+        "--run.save-every",
+        str(options.save_every),
+        "--run.device",
+        "cpu",
+    ]
     for axis in ("data", "latent"):
         words += [f"--mesh.{axis}", str(getattr(options, axis))] if getattr(options, axis) else []
     return words
@@ -325,10 +425,23 @@ def hold_against_each_other(options: argparse.Namespace, folder: Path) -> None:
         sys.exit(f"the undisturbed run failed:\n{life.said()}")
     undisturbed, began = time.monotonic() - began, time.monotonic()
     counts = disturbed(options, killed, steps)
-    result = counts | {"ranks": options.ranks, "steps": steps, "seconds": round(time.monotonic() - began), "seconds_undisturbed": round(undisturbed),
-                       "same_files": state_of(whole) == state_of(killed), "same_metrics": kept(whole) == kept(killed)}
+    result = counts | {
+        "ranks": options.ranks,
+        "steps": steps,
+        "seconds": round(time.monotonic() - began),
+        "seconds_undisturbed": round(undisturbed),
+        "same_files": state_of(whole) == state_of(killed),
+        "same_metrics": kept(whole) == kept(killed),
+    }
     print(json.dumps(result))
-    sys.exit(0 if result["same_files"] and result["same_metrics"] and not result["steps_lost"] and not result["corrupt"] else 1)
+    sys.exit(
+        0
+        if result["same_files"]
+        and result["same_metrics"]
+        and not result["steps_lost"]
+        and not result["corrupt"]
+        else 1
+    )
 
 
 if __name__ == "__main__":

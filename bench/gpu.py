@@ -35,11 +35,17 @@ from ksparse.training.checkpoint import State  # noqa: E402
 from ksparse.training.member import advance, open_optimizer  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
-SIZES = {768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768}, 4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768}}
+SIZES = {
+    768: {"d": 768, "n": 131_072, "k": 32, "b": 32_768},
+    4096: {"d": 4096, "n": 131_072, "k": 64, "b": 32_768},
+}
 TRAINING = {
-    "train, torch": {"run": {"kernels": "torch"}}, "train, triton": {"run": {"kernels": "triton"}},
-    "train, screened by bfloat16": {"optim": {"screen": "bfloat16"}}, "train, screened by int8": {"optim": {"screen": "int8"}},
-    "train, int8, read in bfloat16": {"optim": {"screen": "int8", "precision": "bfloat16"}}}
+    "train, torch": {"run": {"kernels": "torch"}},
+    "train, triton": {"run": {"kernels": "triton"}},
+    "train, screened by bfloat16": {"optim": {"screen": "bfloat16"}},
+    "train, screened by int8": {"optim": {"screen": "int8"}},
+    "train, int8, read in bfloat16": {"optim": {"screen": "int8", "precision": "bfloat16"}},
+}
 """Steps of `ksparse train`, the last as fast as it gets."""
 REPEAT = 4  # steps that are timed together
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 6e-10}
@@ -83,10 +89,21 @@ def machine() -> dict[str, Any]:
     import triton
 
     card = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return {"gpu": card.name, "GiB": round(card.total_memory / 2**30), "processors": card.multi_processor_count,
-            "driver": driver.stdout.strip(), "cuda": torch.version.cuda, "torch": torch.__version__, "triton": triton.__version__,
-            "python": platform.python_version()}
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "gpu": card.name,
+        "GiB": round(card.total_memory / 2**30),
+        "processors": card.multi_processor_count,
+        "driver": driver.stdout.strip(),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def tests() -> dict[str, Any]:
@@ -94,11 +111,39 @@ def tests() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), environment.get("PYTHONPATH")]))
     processes = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", *processes, "--noconftest", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "--tb=short",
-               "tests/kernels/test_gpu.py", "tests/kernels/test_hopper.py", "tests/training/test_arriving.py", "tests/training/test_on_gpu.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240)
-    out = {"last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:], "exit": done.returncode}
-    return out if done.returncode == 0 else out | {"failed": done.stdout[-8000:] + done.stderr[-2000:]}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *processes,
+        "--noconftest",
+        "-o",
+        "addopts=",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "tests/kernels/test_gpu.py",
+        "tests/kernels/test_hopper.py",
+        "tests/training/test_arriving.py",
+        "tests/training/test_on_gpu.py",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    out = {
+        "last": (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:],
+        "exit": done.returncode,
+    }
+    return (
+        out if done.returncode == 0 else out | {"failed": done.stdout[-8000:] + done.stderr[-2000:]}
+    )
 
 
 # ---- against the definition
@@ -109,20 +154,41 @@ def errors() -> dict[str, Any]:
     b, d, n, k, out = 512, 768, 8192, 32, {}
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         x, weight = (torch.randn(rows, d, device="cuda").to(dtype) for rows in (b, n))
-        values, indices = torch.randn(b, k, device="cuda").to(dtype), torch.rand(b, n, device="cuda").topk(k).indices
+        values, indices = (
+            torch.randn(b, k, device="cuda").to(dtype),
+            torch.rand(b, n, device="cuda").topk(k).indices,
+        )
         indices[:, 0] = 5  # a hot latent
         v, x64, w = values.double(), x.double(), weight.double()
-        pairs = {"gather_sum": (lambda: gpu.gather_sum(values, indices, weight), reference.gather_sum(v, indices, w)),
-                 "gather_dot": (lambda: gpu.gather_dot(x, indices, weight), reference.gather_dot(x64, indices, w)),
-                 "scatter_outer": (lambda: gpu.scatter_outer(values, indices, x, n), reference.scatter_outer(v, indices, x64, n)),
-                 "scatter_outer_in_parts": (lambda: gpu.scatter_transposed(gpu.transposed(indices, n, chunk=64), values, x),
-                                            reference.scatter_outer(v, indices, x64, n))}
+        pairs = {
+            "gather_sum": (
+                lambda: gpu.gather_sum(values, indices, weight),
+                reference.gather_sum(v, indices, w),
+            ),
+            "gather_dot": (
+                lambda: gpu.gather_dot(x, indices, weight),
+                reference.gather_dot(x64, indices, w),
+            ),
+            "scatter_outer": (
+                lambda: gpu.scatter_outer(values, indices, x, n),
+                reference.scatter_outer(v, indices, x64, n),
+            ),
+            "scatter_outer_in_parts": (
+                lambda: gpu.scatter_transposed(gpu.transposed(indices, n, chunk=64), values, x),
+                reference.scatter_outer(v, indices, x64, n),
+            ),
+        }
         for name, (call, exact) in pairs.items():
             poison(exact.numel())
-            out[f"{name} {str(dtype)[6:]}"] = ((call().double() - exact).norm() / exact.norm()).item(), limit
+            out[f"{name} {str(dtype)[6:]}"] = (
+                ((call().double() - exact).norm() / exact.norm()).item(),
+                limit,
+            )
     out["adam_rows_"] = adam_error(n, d), 1e-5
     wrong = [name for name, (error, limit) in out.items() if not error <= limit]
-    return {name: error for name, (error, _) in out.items()} | ({"failed": f"too far off: {wrong}"} if wrong else {})
+    return {name: error for name, (error, _) in out.items()} | (
+        {"failed": f"too far off: {wrong}"} if wrong else {}
+    )
 
 
 def poison(size: int) -> None:
@@ -142,7 +208,19 @@ def adam_error(n: int, d: int) -> float:
         exact.grad = grad.double() - (grad * exact.detach()).sum(1, keepdim=True) * exact.detach()
         adam.step()
         exact.data /= exact.data.norm(dim=1, keepdim=True)
-        gpu.adam_rows_(weight, grad, first, second, step=step, rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-6, project=True, unit_norm=True)
+        gpu.adam_rows_(
+            weight,
+            grad,
+            first,
+            second,
+            step=step,
+            rate=1e-2,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-6,
+            project=True,
+            unit_norm=True,
+        )
     return ((weight.double() - exact.detach()).norm() / (exact.detach() - start).norm()).item()
 
 
@@ -153,36 +231,76 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
         x, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((b, d), (n, d), (n,)))
         x, weight = x.bfloat16(), weight.bfloat16()
         if name != "random":
-            bias[gpu._latents(torch.tensor(1234), torch.arange(gpu.TILE.latents // 4), gpu.TILE).cuda()] += 1000 * d**0.5
+            bias[
+                gpu._latents(
+                    torch.tensor(1234), torch.arange(gpu.TILE.latents // 4), gpu.TILE
+                ).cuda()
+            ] += 1000 * d**0.5
         pairs, compete = [], gpu._compete
         gpu._compete = lambda *args: (pairs.append(len(args[6])), compete(*args))
         poison(b * k)
         values, indices = gpu.topk_encode(x, weight, bias, k)
         gpu._compete = compete
-        pre = torch.cat([x.double() @ part.double().t() for part in weight.split(16_384)], 1).add_(bias.double())
-        best, mine = pre.topk(k, dim=1).values, pre.gather(1, indices).sort(1, descending=True).values
-        same = torch.zeros(b, n, dtype=torch.bool, device="cuda").scatter_(1, indices, True).gather(1, pre.topk(k, dim=1).indices)
-        out[name] = {"latents_as_float64": same.double().mean().item(), "tokens_as_float64": same.all(1).double().mean().item(),
-                     "worst_loss": ((best - mine).max() / best.abs().max()).item(), "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
-                     "value_error": ((values.double() - pre.gather(1, indices)).norm() / best.norm()).item(), "repaired_buckets_a_token": sum(pairs) / b}
+        pre = torch.cat([x.double() @ part.double().t() for part in weight.split(16_384)], 1).add_(
+            bias.double()
+        )
+        best, mine = (
+            pre.topk(k, dim=1).values,
+            pre.gather(1, indices).sort(1, descending=True).values,
+        )
+        same = (
+            torch.zeros(b, n, dtype=torch.bool, device="cuda")
+            .scatter_(1, indices, True)
+            .gather(1, pre.topk(k, dim=1).indices)
+        )
+        out[name] = {
+            "latents_as_float64": same.double().mean().item(),
+            "tokens_as_float64": same.all(1).double().mean().item(),
+            "worst_loss": ((best - mine).max() / best.abs().max()).item(),
+            "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
+            "value_error": ((values.double() - pre.gather(1, indices)).norm() / best.norm()).item(),
+            "repaired_buckets_a_token": sum(pairs) / b,
+        }
     out["screened"] = screened(b, d, n, k)
-    wrong = [name for name, each in out.items() if not (each["worst_loss"] < 1e-4 and each["value_error"] < 1e-4) or not each["distinct"]]
+    wrong = [
+        name
+        for name, each in out.items()
+        if not (each["worst_loss"] < 1e-4 and each["value_error"] < 1e-4) or not each["distinct"]
+    ]
     return out | ({"failed": f"not exact: {wrong}"} if wrong else {})
 
 
 def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
     """Compare what training chooses by int8 with a float64 product of the same float32 numbers."""
-    recipe = from_dict({"acts": {"normalize": "none"}, "run": {"kernels": "triton"}, "optim": {"screen": "int8"}, "sae": {"n_latents": n, "k": k}})
+    recipe = from_dict(
+        {
+            "acts": {"normalize": "none"},
+            "run": {"kernels": "triton"},
+            "optim": {"screen": "int8"},
+            "sae": {"n_latents": n, "k": k},
+        }
+    )
     sae = SAE(Shape(d, n, k, "none")).cuda()
     sae.W_enc.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
     optimizer, x = open_optimizer(sae, recipe), torch.randn(b, d, device="cuda")
     values, indices = optimizer.choose(x)
     pre = torch.cat([x.double() @ part.double().t() for part in sae.W_enc.data.split(16_384)], 1)
     best, mine = pre.topk(k, dim=1), pre.gather(1, indices.long()).sort(1, descending=True).values
-    same = torch.zeros(b, n, dtype=torch.bool, device="cuda").scatter_(1, indices.long(), True).gather(1, best.indices)
-    return {"latents_as_float64": same.double().mean().item(), "tokens_as_float64": same.all(1).double().mean().item(),
-            "worst_loss": ((best.values - mine).max() / best.values.abs().max()).item(), "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
-            "value_error": ((values.double() - pre.gather(1, indices.long())).norm() / best.values.norm()).item(), "redone": optimizer.redone / b}
+    same = (
+        torch.zeros(b, n, dtype=torch.bool, device="cuda")
+        .scatter_(1, indices.long(), True)
+        .gather(1, best.indices)
+    )
+    return {
+        "latents_as_float64": same.double().mean().item(),
+        "tokens_as_float64": same.all(1).double().mean().item(),
+        "worst_loss": ((best.values - mine).max() / best.values.abs().max()).item(),
+        "distinct": bool((indices.sort(1).values.diff(dim=1) > 0).all()),
+        "value_error": (
+            (values.double() - pre.gather(1, indices.long())).norm() / best.values.norm()
+        ).item(),
+        "redone": optimizer.redone / b,
+    }
 
 
 # ---- times
@@ -191,7 +309,10 @@ def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
 def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     """Return median milliseconds of each variant, those of the parts first and of the whole steps after."""
     torch.manual_seed(0)
-    product, x = torch.empty(b, n, dtype=torch.bfloat16, device="cuda"), torch.randn(b, d, device="cuda")
+    product, x = (
+        torch.empty(b, n, dtype=torch.bfloat16, device="cuda"),
+        torch.randn(b, d, device="cuda"),
+    )
     milliseconds = measured(pieces(x, n, k, product), rounds)
     del product, x
     release()
@@ -199,7 +320,9 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     for name, options in TRAINING.items():
         try:
             step = Training(b, d, n, k, options)
-            milliseconds |= measured({name: step}, max(2, rounds // 2), REPEAT if "optim" in options else 1)
+            milliseconds |= measured(
+                {name: step}, max(2, rounds // 2), REPEAT if "optim" in options else 1
+            )
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
             redone[name] = step.redone()
         except torch.cuda.OutOfMemoryError:
@@ -215,44 +338,96 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError:
         milliseconds["dense step"] = None
     base = milliseconds["product"]
-    return {"b": b, "d": d, "n": n, "k": k, "ms": milliseconds, "ratio": {name: ms and ms / base for name, ms in milliseconds.items()},
-            "product_tflops": 2 * b * d * n / base / 1e9, "peak_GiB": peak, "share_redone": redone}
+    return {
+        "b": b,
+        "d": d,
+        "n": n,
+        "k": k,
+        "ms": milliseconds,
+        "ratio": {name: ms and ms / base for name, ms in milliseconds.items()},
+        "product_tflops": 2 * b * d * n / base / 1e9,
+        "peak_GiB": peak,
+        "share_redone": redone,
+    }
 
 
 def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
     """Return the pieces of a step on x[b, d], beside what they replace."""
-    (b, d), c, unit, bias = x.shape, k + max(16, k // 2), torch.nn.functional.normalize, torch.zeros(n, device="cuda")
+    (b, d), c, unit, bias = (
+        x.shape,
+        k + max(16, k // 2),
+        torch.nn.functional.normalize,
+        torch.zeros(n, device="cuda"),
+    )
     weight = unit(torch.randn(n, d, device="cuda"), dim=1)
-    low, x_low, x_half, half = screen.lower(weight, "int8"), screen.lower(x, "int8"), x.bfloat16(), weight.bfloat16()
+    low, x_low, x_half, half = (
+        screen.lower(weight, "int8"),
+        screen.lower(x, "int8"),
+        x.bfloat16(),
+        weight.bfloat16(),
+    )
     found = screen.candidates(x, low, bias, c)
     values, indices, _ = gpu.choose(x, found.latents, found.scores, weight, bias, k)
     error, lists = torch.empty_like(x), gpu.transposed(indices, n)
-    grad, zeros = torch.randn(n, d, device="cuda"), [torch.zeros(n, d, device="cuda") for _ in range(3)]
+    grad, zeros = (
+        torch.randn(n, d, device="cuda"),
+        [torch.zeros(n, d, device="cuda") for _ in range(3)],
+    )
 
     def by_topk() -> Tensor:
         torch.mm(x_half, half.t(), out=product)
         return product.topk(k, dim=1, sorted=False).values
 
     def adam(**options: Any) -> None:
-        gpu.adam_rows_(weight, grad, zeros[0], zeros[1], step=1, rate=1e-6, **ADAM, average=zeros[2], decay=0.999, **options)
+        gpu.adam_rows_(
+            weight,
+            grad,
+            zeros[0],
+            zeros[1],
+            step=1,
+            rate=1e-6,
+            **ADAM,
+            average=zeros[2],
+            decay=0.999,
+            **options,
+        )
 
-    calls: dict[str, Call] = {"product": lambda: torch.mm(x_half, half.t(), out=product), "product + torch.topk": by_topk}
+    calls: dict[str, Call] = {
+        "product": lambda: torch.mm(x_half, half.t(), out=product),
+        "product + torch.topk": by_topk,
+    }
     if hopper.usable(x.device) and (plan := hopper.plan(d, c)):
-        calls["candidates, hopper"] = lambda: hopper.candidates(x_low.rows, x_low.scale, low.rows, low.scale, bias, c, plan)
+        calls["candidates, hopper"] = lambda: hopper.candidates(
+            x_low.rows, x_low.scale, low.rows, low.scale, bias, c, plan
+        )
     return calls | {
-        "candidates, triton": lambda: screen.candidates(x, low, bias, c, k=k + k // 8, tile=screen.BYTES_TILE), "topk_encode (bfloat16)":
-        lambda: gpu.topk_encode(x_half, half, bias, k), "choose": lambda: gpu.choose(x, found.latents, found.scores, weight, bias, k),
-        "decode": lambda: gpu.decode(values, indices, weight, x[0], x, error), "transposed": lambda: gpu.transposed(indices, n),
-        "scatter_measured": lambda: gpu.scatter_measured(lists, values, x, values), "lower(x)": lambda: screen.lower(x, "int8"),
-        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True), "adam_rows_ (encoder)": lambda: adam(whole=low.rows, scale=low.scale)}
+        "candidates, triton": lambda: screen.candidates(
+            x, low, bias, c, k=k + k // 8, tile=screen.BYTES_TILE
+        ),
+        "topk_encode (bfloat16)": lambda: gpu.topk_encode(x_half, half, bias, k),
+        "choose": lambda: gpu.choose(x, found.latents, found.scores, weight, bias, k),
+        "decode": lambda: gpu.decode(values, indices, weight, x[0], x, error),
+        "transposed": lambda: gpu.transposed(indices, n),
+        "scatter_measured": lambda: gpu.scatter_measured(lists, values, x, values),
+        "lower(x)": lambda: screen.lower(x, "int8"),
+        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True),
+        "adam_rows_ (encoder)": lambda: adam(whole=low.rows, scale=low.scale),
+    }
 
 
 def profile(call: Call, name: str) -> None:
     """Write where the time of a step goes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as seen:
         call()
         torch.cuda.synchronize()
-    (OUT.parent / name).write_text(seen.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=60), encoding="utf-8")
+    (OUT.parent / name).write_text(
+        seen.key_averages().table(
+            sort_by="cuda_time_total", row_limit=45, max_name_column_width=60
+        ),
+        encoding="utf-8",
+    )
 
 
 def measured(calls: dict[str, Call], rounds: int, repeat: int = 1) -> dict[str, float]:
@@ -288,7 +463,15 @@ class Training:
     """
 
     def __init__(self, b: int, d: int, n: int, k: int, options: dict[str, dict[str, str]]):
-        self.recipe = from_dict({"acts": {"normalize": "none"}, "batch": b, "tokens": 10**6 * b, "sae": {"n_latents": n, "k": k}} | options)
+        self.recipe = from_dict(
+            {
+                "acts": {"normalize": "none"},
+                "batch": b,
+                "tokens": 10**6 * b,
+                "sae": {"n_latents": n, "k": k},
+            }
+            | options
+        )
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
@@ -306,7 +489,11 @@ class Training:
 
     def __call__(self) -> None:
         self.state.step += 1
-        if not math.isfinite(advance(self.optimizer, torch.randn(self.shape, device="cuda"), self.state, self.recipe)[1]):
+        if not math.isfinite(
+            advance(
+                self.optimizer, torch.randn(self.shape, device="cuda"), self.state, self.recipe
+            )[1]
+        ):
             raise ArithmeticError("the loss or its gradient is not finite")
 
     def redone(self) -> dict[str, float] | None:
@@ -322,16 +509,34 @@ class Dense:
 
     def __init__(self, b: int, d: int, n: int, k: int):
         W_dec = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
-        self.weights = [torch.nn.Parameter(each) for each in (W_dec.clone(), W_dec, torch.zeros(n, device="cuda"), torch.zeros(d, device="cuda"))]
+        self.weights = [
+            torch.nn.Parameter(each)
+            for each in (
+                W_dec.clone(),
+                W_dec,
+                torch.zeros(n, device="cuda"),
+                torch.zeros(d, device="cuda"),
+            )
+        ]
         self.average = [torch.zeros_like(each) for each in self.weights]
-        self.adam, self.k, self.shape = torch.optim.Adam(self.weights, lr=1e-4, fused=True), k, (b, d)
+        self.adam, self.k, self.shape = (
+            torch.optim.Adam(self.weights, lr=1e-4, fused=True),
+            k,
+            (b, d),
+        )
 
     def __call__(self) -> Tensor:
-        (W_enc, W_dec, b_enc, b_pre), x = self.weights, torch.randn(self.shape, device="cuda").bfloat16()
+        (W_enc, W_dec, b_enc, b_pre), x = (
+            self.weights,
+            torch.randn(self.shape, device="cuda").bfloat16(),
+        )
         with torch.autocast("cuda", torch.bfloat16):
             pre = torch.nn.functional.linear(x - b_pre, W_enc, b_enc)
             values, indices = pre.topk(self.k, dim=1, sorted=False)
-            recon = torch.zeros_like(pre).scatter_(1, indices, values.relu().to(pre.dtype)) @ W_dec + b_pre
+            recon = (
+                torch.zeros_like(pre).scatter_(1, indices, values.relu().to(pre.dtype)) @ W_dec
+                + b_pre
+            )
         loss = (recon.float() - x.float()).square().mean()
         loss.backward()
         with torch.no_grad():
@@ -347,12 +552,23 @@ def show(report: dict[str, Any]) -> None:
     print(json.dumps(report["machine"]))
     for name, part in report.items():
         if "ms" in part:
-            print(f"\nd={part['d']} n={part['n']} k={part['k']} b={part['b']}: product at {part['product_tflops']:.0f} TFLOP/s, "
-                  f"peak GiB {part['peak_GiB']}, redone {part['share_redone']}\n{'':32}{'ms':>10}{'x product':>12}")
+            print(
+                f"\nd={part['d']} n={part['n']} k={part['k']} b={part['b']}: product at {part['product_tflops']:.0f} TFLOP/s, "
+                f"peak GiB {part['peak_GiB']}, redone {part['share_redone']}\n{'':32}{'ms':>10}{'x product':>12}"
+            )
             for variant, ms in part["ms"].items():
-                print(f"{variant:32}" + (f"{ms:10.3f}{part['ratio'][variant]:12.3f}" if ms else f"{'out of memory':>22}"))
+                print(
+                    f"{variant:32}"
+                    + (
+                        f"{ms:10.3f}{part['ratio'][variant]:12.3f}"
+                        if ms
+                        else f"{'out of memory':>22}"
+                    )
+                )
         elif name != "machine":
-            print(f"\n{name}: {json.dumps({key: value for key, value in part.items() if key != 'failed'})}")
+            print(
+                f"\n{name}: {json.dumps({key: value for key, value in part.items() if key != 'failed'})}"
+            )
         if "failed" in part:
             print(f"{name} FAILED\n{part['failed'][-3000:]}")
 

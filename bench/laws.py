@@ -18,7 +18,11 @@ from ksparse.scaling import published, solve
 from ksparse.scaling.forms import forms
 from ksparse.scaling.solve import Fit
 
-ALONG_K256 = {"alpha": float(np.exp(-0.50 + 0.26 * np.log(256))), "beta": -0.017 - 0.042 * float(np.log(256)), "e": float(np.exp(-1.32 - 0.085 * np.log(256)))}
+ALONG_K256 = {
+    "alpha": float(np.exp(-0.50 + 0.26 * np.log(256))),
+    "beta": -0.017 - 0.042 * float(np.log(256)),
+    "e": float(np.exp(-1.32 - 0.085 * np.log(256))),
+}
 """L(N) of equation 3 at k = 256."""
 
 
@@ -33,11 +37,16 @@ def main() -> None:
     for name in chosen:
         coverage(name, asked.trials, asked.noise, asked.draws)
     if not asked.only:
-        for name, points in (("45 published GPT-4 points", published.gpt4()), ("25 published GPT-2 points", published.gpt2())):
+        for name, points in (
+            ("45 published GPT-4 points", published.gpt4()),
+            ("25 published GPT-2 points", published.gpt2()),
+        ):
             law = laws.fit(points, "nk")
             print(f"\n{name}", *law.says(), sep="\n  ")
             for each in law.candidates:
-                print(f"  {each.form.name:<20}{len(each.form.coefficients):>3} coefficients   log-RMS {each.log_rms:.4f}   AICc {each.aicc:8.1f}")
+                print(
+                    f"  {each.form.name:<20}{len(each.form.coefficients):>3} coefficients   log-RMS {each.log_rms:.4f}   AICc {each.aicc:8.1f}"
+                )
 
 
 def grid() -> dict[str, np.ndarray]:
@@ -49,7 +58,9 @@ def power(at: np.ndarray, c: dict[str, float]) -> np.ndarray:
     return c["alpha"] * at ** c["beta"] + c["e"]
 
 
-def along_n(count: int, c: dict[str, float]) -> tuple[str, dict[str, np.ndarray], dict[str, float], np.ndarray]:
+def along_n(
+    count: int, c: dict[str, float]
+) -> tuple[str, dict[str, np.ndarray], dict[str, float], np.ndarray]:
     n = np.geomspace(2**11, 2**19, count)
     return "n", {"n": n}, c, power(n, c)
 
@@ -61,8 +72,11 @@ def along_c(count: int) -> tuple[str, dict[str, np.ndarray], dict[str, float], n
 
 GRIDS: dict[str, Callable[[], tuple[str, dict[str, np.ndarray], dict[str, float], np.ndarray]]] = {
     "nk": lambda: ("nk", grid(), published.EQ3, published.eq3(published.EQ3, **grid())),
-    "n9": lambda: along_n(9, ALONG_K256), "n6": lambda: along_n(6, ALONG_K256), "gaussian9": lambda: along_n(9, published.GAUSSIAN),
-    "c30": lambda: along_c(30), "c9": lambda: along_c(9),
+    "n9": lambda: along_n(9, ALONG_K256),
+    "n6": lambda: along_n(6, ALONG_K256),
+    "gaussian9": lambda: along_n(9, published.GAUSSIAN),
+    "c30": lambda: along_c(30),
+    "c9": lambda: along_c(9),
 }
 """Law, points without the loss, true coefficients, true losses."""
 
@@ -72,8 +86,16 @@ def coverage(name: str, trials: int, noise: float, draws: int) -> None:
     law, points, truth, losses = GRIDS[name]()
     form = forms(law, points)[0]
     terms = form.terms(points)
-    true = np.array([np.log(truth[each.name]) if each.exponential and truth[each.name] else -np.inf if each.exponential else truth[each.name]
-                     for each in form.coefficients])
+    true = np.array(
+        [
+            np.log(truth[each.name])
+            if each.exponential and truth[each.name]
+            else -np.inf
+            if each.exponential
+            else truth[each.name]
+            for each in form.coefficients
+        ]
+    )
     held: dict[str, list[np.ndarray]] = {}
     wide: dict[str, list[np.ndarray]] = {}
     for trial in range(trials):
@@ -82,18 +104,30 @@ def coverage(name: str, trials: int, noise: float, draws: int) -> None:
         for kind, ends in kinds(found, draws, trial).items():
             held.setdefault(kind, []).append((ends[:, 0] <= true) & (true <= ends[:, 1]))
             wide.setdefault(kind, []).append(ends[:, 1] - ends[:, 0])
-    print(f"\n{name}: {trials} trials, noise {noise:g}\n{'':<12}" + "".join(f"{each.name:>16}" for each in form.coefficients))
+    print(
+        f"\n{name}: {trials} trials, noise {noise:g}\n{'':<12}"
+        + "".join(f"{each.name:>16}" for each in form.coefficients)
+    )
     for kind in held:
         share, width = np.mean(held[kind], 0), np.median(wide[kind], 0)
-        print(f"{kind:<12}" + "".join(f"{100 * part:>7.0f} % {size:>6.3g}" for part, size in zip(share, width)), flush=True)
+        print(
+            f"{kind:<12}"
+            + "".join(f"{100 * part:>7.0f} % {size:>6.3g}" for part, size in zip(share, width)),
+            flush=True,
+        )
 
 
 def kinds(found: Fit, draws: int, seed: int) -> dict[str, np.ndarray]:
     """Return the ends[p, 2] of each kind of 95 % interval."""
     spread = solve.quantile(found, 0.95) * np.sqrt(np.diag(solve.covariance(found)))
-    made = {"profile": np.array(solve.intervals(found)), "Student's t": np.stack([found.theta - spread, found.theta + spread], 1)}
+    made = {
+        "profile": np.array(solve.intervals(found)),
+        "Student's t": np.stack([found.theta - spread, found.theta + spread], 1),
+    }
     for kind in ("pairs", "residuals", "wild") if draws else ():
-        made[kind] = np.quantile(solve.resampled(found, draws, seed, kind=kind), [0.025, 0.975], axis=0).T
+        made[kind] = np.quantile(
+            solve.resampled(found, draws, seed, kind=kind), [0.025, 0.975], axis=0
+        ).T
     return made
 
 

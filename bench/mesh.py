@@ -26,17 +26,41 @@ MESHES = [(4, 1), (2, 2), (1, 4)]
 D, N, K, BATCH = 32, 1024, 8, 256
 ROUNDING = 2e-6  # of a loss
 AUXK_TOKENS = 77  # of a batch, where AuxK's share is 0.3
-KINDS = {"topk": {}, "multi_topk": {"multi_topk": 0.125}, "batch_norm": {"auxk_norm": "batch", "auxk_share": 0.3}, "no_b_enc": {"b_enc": False}}
+KINDS = {
+    "topk": {},
+    "multi_topk": {"multi_topk": 0.125},
+    "batch_norm": {"auxk_norm": "batch", "auxk_share": 0.3},
+    "no_b_enc": {"b_enc": False},
+}
 
 
-def recipe(steps: int, kind: str = "topk", mesh: tuple[int, int] = (1, 1), capacity: float = 0.0, save_every: int = 0) -> Any:
+def recipe(
+    steps: int,
+    kind: str = "topk",
+    mesh: tuple[int, int] = (1, 1),
+    capacity: float = 0.0,
+    save_every: int = 0,
+) -> Any:
     """Return a run whose latents die early, more of them than AuxK takes."""
     from ksparse.recipe import from_dict
 
-    return from_dict({"sae": {"n_latents": N, "k": K, "k_aux": 16, "dead_after": BATCH, **KINDS[kind]},
-                      "optim": {"lr": 1e-3, "ema": 0.9, "ema_span": 1.0, "clip": 1.0}, "tokens": steps * BATCH, "batch": BATCH, "threads": 1,
-                      "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": save_every or steps // 2, "keep": 2},
-                      "mesh": {"data": mesh[0], "latent": mesh[1], "capacity": capacity, "timeout": 60.0}})
+    return from_dict(
+        {
+            "sae": {"n_latents": N, "k": K, "k_aux": 16, "dead_after": BATCH, **KINDS[kind]},
+            "optim": {"lr": 1e-3, "ema": 0.9, "ema_span": 1.0, "clip": 1.0},
+            "tokens": steps * BATCH,
+            "batch": BATCH,
+            "threads": 1,
+            "run": {
+                "device": "cpu",
+                "kernels": "torch",
+                "log_every": 1,
+                "save_every": save_every or steps // 2,
+                "keep": 2,
+            },
+            "mesh": {"data": mesh[0], "latent": mesh[1], "capacity": capacity, "timeout": 60.0},
+        }
+    )
 
 
 class Stream:
@@ -46,13 +70,17 @@ class Stream:
         import torch
 
         self.d_model, self.mesh, self.reverse, self.halt = D, mesh, reverse, threading.Event()
-        self.directions = torch.nn.functional.normalize(torch.randn(4 * D, D, generator=torch.Generator().manual_seed(1)), dim=1)
+        self.directions = torch.nn.functional.normalize(
+            torch.randn(4 * D, D, generator=torch.Generator().manual_seed(1)), dim=1
+        )
 
     def rows(self, number: int, rows: int) -> Any:
         import torch
 
         draw = torch.Generator().manual_seed(number)
-        code = torch.rand(rows, 4 * D, generator=draw) * (torch.rand(rows, 4 * D, generator=draw) < 0.05)
+        code = torch.rand(rows, 4 * D, generator=draw) * (
+            torch.rand(rows, 4 * D, generator=draw) < 0.05
+        )
         return code @ self.directions + 0.01 * torch.randn(rows, D, generator=draw) + 0.1
 
     def batches(self, cursor: Any = None) -> Any:
@@ -63,7 +91,11 @@ class Stream:
         step = cursor["step"] if cursor else 0
         while True:
             x = self.rows(step + 1, BATCH)
-            x = (torch.cat([part.flip(0) for part in (x[:AUXK_TOKENS], x[AUXK_TOKENS:])]) if self.reverse else x)[self.mesh.part(BATCH)]
+            x = (
+                torch.cat([part.flip(0) for part in (x[:AUXK_TOKENS], x[AUXK_TOKENS:])])
+                if self.reverse
+                else x
+            )[self.mesh.part(BATCH)]
             step += 1
             yield Batch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
 
@@ -84,7 +116,14 @@ def feed(reverse: bool = False) -> Any:
 
     class Synthetic(Feed):
         def __init__(self, recipe: Any, device: Any, mesh: Any = ALONE):
-            self.recipe, self.device, self.mesh, self.policy, self.waited, self._centers = recipe, device, mesh, {}, 0.0, {}
+            self.recipe, self.device, self.mesh, self.policy, self.waited, self._centers = (
+                recipe,
+                device,
+                mesh,
+                {},
+                0.0,
+                {},
+            )
             self.source = self.stream = Stream(mesh, reverse=reverse)
 
     return Synthetic
@@ -99,7 +138,13 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     gaps: list[float] = []
     if tuple(task["mesh"]) == (1, 1):
         watch(gaps)
-    asked = recipe(task["steps"], task["kind"], tuple(task["mesh"]), task.get("capacity", 0.0), task.get("save_every", 0))
+    asked = recipe(
+        task["steps"],
+        task["kind"],
+        tuple(task["mesh"]),
+        task.get("capacity", 0.0),
+        task.get("save_every", 0),
+    )
     own, out = member.backward, Path(task["out"])
 
     def seen(optimizer: Any, x: Any, state: Any, recipe: Any) -> Any:
@@ -111,17 +156,25 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
         if state.step == 1:
             out.mkdir(parents=True, exist_ok=True)
             first = optimizer.mesh.slice(N).start
-            save_file({"values": part.code.values.contiguous(), "indices": part.code.indices + first}, out.with_name(f"{out.name}.chosen-{rank}"))
+            save_file(
+                {"values": part.code.values.contiguous(), "indices": part.code.indices + first},
+                out.with_name(f"{out.name}.chosen-{rank}"),
+            )
         if die == [rank, state.step]:
             os.kill(os.getpid(), signal.SIGKILL)
         if state.step == 2:
             optimizer.mesh.sent.clear()
         if state.step == 3:
-            out.with_name(f"{out.name}.sent-{rank}").write_text(json.dumps(dict(optimizer.mesh.sent)))
+            out.with_name(f"{out.name}.sent-{rank}").write_text(
+                json.dumps(dict(optimizer.mesh.sent))
+            )
         return part
 
     member.backward = seen
-    stop, die = task.get("stop", 0), task.get("die") if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else None
+    stop, die = (
+        task.get("stop", 0),
+        task.get("die") if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else None,
+    )
 
     def observe(run: Any, row: dict[str, Any]) -> None:
         if row["step"] == stop:
@@ -130,7 +183,9 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     from ksparse.errors import Interrupted
 
     try:
-        loop.train_cohort([asked], [out], observe=observe, open_feed=feed(task.get("reverse", False)))
+        loop.train_cohort(
+            [asked], [out], observe=observe, open_feed=feed(task.get("reverse", False))
+        )
     except Interrupted:
         pass
     finally:
@@ -164,7 +219,9 @@ def resave(task: dict[str, Any]) -> None:
 
     asked = recipe(task["steps"], task["kind"], tuple(task["mesh"]))
     with opened(asked, "cpu") as mesh:
-        state, optimizer = member.restore(RunFolder(Path(task["load"])), asked, torch.device("cpu"), mesh)
+        state, optimizer = member.restore(
+            RunFolder(Path(task["load"])), asked, torch.device("cpu"), mesh
+        )
         checkpoint.save(RunFolder(Path(task["out"])), state, optimizer)
 
 
@@ -191,9 +248,21 @@ def together(tasks: list[dict[str, Any]], processes: int = 4) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen([sys.executable, __file__, "--work", json.dumps(tasks)], env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-               for rank in range(processes)]
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--work", json.dumps(tasks)],
+            env=common | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
     said = [process.communicate()[1] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError("\n".join(said))
@@ -201,9 +270,22 @@ def together(tasks: list[dict[str, Any]], processes: int = 4) -> None:
 
 def elastic(task: dict[str, Any], processes: int) -> str:
     """Do a task under torchrun, which starts all processes again where one is lost; return what was said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts", "2",
-               __file__, "--work", json.dumps([task])]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "--max-restarts",
+        "2",
+        __file__,
+        "--work",
+        json.dumps([task]),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stderr
@@ -220,17 +302,29 @@ def held(out: str, step: int | None = None) -> dict[str, Any]:
     run = RunFolder(Path(out))
     path = run.checkpoint(step) if step else run.newest_intact()[0]
     parts = {stem: rows_of(path, stem) for stem in ("sae", "optim")}
-    return {f"{stem}/{key}": weights.stored(key).read() for stem, weights in parts.items() for key in weights}
+    return {
+        f"{stem}/{key}": weights.stored(key).read()
+        for stem, weights in parts.items()
+        for key in weights
+    }
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the worst relative difference of any raw or averaged tensor of weights: norm of the difference to norm."""
-    return max(((one[key] - other[key]).norm() / other[key].norm()).item() for key in other if key.startswith(("optim/raw", "sae/")))
+    return max(
+        ((one[key] - other[key]).norm() / other[key].norm()).item()
+        for key in other
+        if key.startswith(("optim/raw", "sae/"))
+    )
 
 
 def element(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the largest difference of a single weight, to the largest of its tensor; Adam divides by a gradient's own size, so rounding of one near 0 counts in full."""
-    return max(((one[key] - other[key]).abs().max() / other[key].abs().max()).item() for key in other if key.startswith(("optim/raw", "sae/")))
+    return max(
+        ((one[key] - other[key]).abs().max() / other[key].abs().max()).item()
+        for key in other
+        if key.startswith(("optim/raw", "sae/"))
+    )
 
 
 def curves_apart(one: str, other: str) -> list[float]:
@@ -238,7 +332,10 @@ def curves_apart(one: str, other: str) -> list[float]:
     from ksparse.runs import RunFolder
 
     pairs = zip(RunFolder(Path(one)).metrics(), RunFolder(Path(other)).metrics(), strict=True)
-    return [max(abs(a[key] - b[key]) / abs(b[key]) for key in ("nmse", "auxk", "grad_norm") if b[key]) for a, b in pairs]
+    return [
+        max(abs(a[key] - b[key]) / abs(b[key]) for key in ("nmse", "auxk", "grad_norm") if b[key])
+        for a, b in pairs
+    ]
 
 
 def differences(out: str, alone: str) -> dict[str, Any]:
@@ -246,8 +343,14 @@ def differences(out: str, alone: str) -> dict[str, Any]:
     curve = curves_apart(out, alone)
     forked = next((step for step, each in enumerate(curve) if each > ROUNDING), None)
     gaps = [float(line) for line in Path(f"{alone}.gaps").read_text().split()]
-    return {"parameters": apart(held(out), held(alone)), "element": element(held(out), held(alone)), "curve": max(curve), "before": max(curve[:forked], default=0.0),
-            "forked": forked and forked + 1, "gap": None if forked is None else min(gaps[max(0, forked - 1) : forked + 1])}
+    return {
+        "parameters": apart(held(out), held(alone)),
+        "element": element(held(out), held(alone)),
+        "curve": max(curve),
+        "before": max(curve[:forked], default=0.0),
+        "forked": forked and forked + 1,
+        "gap": None if forked is None else min(gaps[max(0, forked - 1) : forked + 1]),
+    }
 
 
 def chosen(out: str, mesh: tuple[int, int]) -> list[set[int]]:
@@ -258,7 +361,14 @@ def chosen(out: str, mesh: tuple[int, int]) -> list[set[int]]:
     for data in range(mesh[0]):
         parts = [load_file(f"{out}.chosen-{data * mesh[1] + latent}") for latent in range(mesh[1])]
         for token in range(BATCH // mesh[0]):
-            found.append({int(i) for part in parts for i, value in zip(part["indices"][token], part["values"][token]) if value > 0})
+            found.append(
+                {
+                    int(i)
+                    for part in parts
+                    for i, value in zip(part["indices"][token], part["values"][token])
+                    if value > 0
+                }
+            )
     return found
 
 
@@ -271,7 +381,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--json", default="")
-    parser.add_argument("--elastic", action=argparse.BooleanOptionalAction, default=True, help="kill a process under torchrun, and go on with other numbers of them")
+    parser.add_argument(
+        "--elastic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="kill a process under torchrun, and go on with other numbers of them",
+    )
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -287,15 +402,54 @@ def main() -> None:
     steps, half = options.steps, options.steps // 2
     base = Path(tempfile.mkdtemp(prefix="mesh-"))
     name = lambda *parts: str(base / "-".join(map(str, parts)))  # noqa: E731
-    tasks = [{"kind": kind, "mesh": mesh, "steps": steps, "out": name(kind, *mesh)} for kind in options.kinds for mesh in MESHES]
+    tasks = [
+        {"kind": kind, "mesh": mesh, "steps": steps, "out": name(kind, *mesh)}
+        for kind in options.kinds
+        for mesh in MESHES
+    ]
     for mesh in MESHES:
-        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("stopped", *mesh), "stop": half - 3, "save_every": 10**6})
-        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("stopped", *mesh)})
-        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("capacity", *mesh), "capacity": 1.25})
-        tasks.append({"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("loaded", *mesh), "load": name(options.kinds[0], 2, 2)})
+        tasks.append(
+            {
+                "kind": options.kinds[0],
+                "mesh": mesh,
+                "steps": steps,
+                "out": name("stopped", *mesh),
+                "stop": half - 3,
+                "save_every": 10**6,
+            }
+        )
+        tasks.append(
+            {"kind": options.kinds[0], "mesh": mesh, "steps": steps, "out": name("stopped", *mesh)}
+        )
+        tasks.append(
+            {
+                "kind": options.kinds[0],
+                "mesh": mesh,
+                "steps": steps,
+                "out": name("capacity", *mesh),
+                "capacity": 1.25,
+            }
+        )
+        tasks.append(
+            {
+                "kind": options.kinds[0],
+                "mesh": mesh,
+                "steps": steps,
+                "out": name("loaded", *mesh),
+                "load": name(options.kinds[0], 2, 2),
+            }
+        )
     for kind in options.kinds:
         train({"kind": kind, "mesh": (1, 1), "steps": steps, "out": name(kind, 1, 1)})
-        train({"kind": kind, "mesh": (1, 1), "steps": steps, "out": name(kind, "reversed"), "reverse": True})
+        train(
+            {
+                "kind": kind,
+                "mesh": (1, 1),
+                "steps": steps,
+                "out": name(kind, "reversed"),
+                "reverse": True,
+            }
+        )
     together(tasks)
 
     rows = []
@@ -305,34 +459,111 @@ def main() -> None:
         rows.append({"kind": kind, "mesh": "reversed", **differences(order, alone), "dead": dead})
         for mesh in MESHES:
             out = name(kind, *mesh)
-            rows.append({"kind": kind, "mesh": f"{mesh[0]}x{mesh[1]}", **differences(out, alone),
-                         "same_choice": chosen(out, mesh) == chosen(alone, (1, 1)), "sent": json.loads(Path(f"{out}.sent-0").read_text())})
-    print(f"{steps} steps against one process: worst relative difference of a tensor at the end (bound without a near tie: steps x 2^-23 = {steps * 2**-23:.1e}), of the curve")
+            rows.append(
+                {
+                    "kind": kind,
+                    "mesh": f"{mesh[0]}x{mesh[1]}",
+                    **differences(out, alone),
+                    "same_choice": chosen(out, mesh) == chosen(alone, (1, 1)),
+                    "sent": json.loads(Path(f"{out}.sent-0").read_text()),
+                }
+            )
+    print(
+        f"{steps} steps against one process: worst relative difference of a tensor at the end (bound without a near tie: steps x 2^-23 = {steps * 2**-23:.1e}), of the curve"
+    )
     for row in rows:
-        print(f"  {row['kind']:<12} {row['mesh']:<9} parameters {row['parameters']:.1e}  one weight {row['element']:.1e}  curve {row['curve']:.1e}  "
-              + (f"near tie in step {row['forked']}, gap {row['gap']:.0e}; curve before {row['before']:.1e}  " if row["forked"] else "")
-              + (f"same latents at step 1: {row['same_choice']}" if "same_choice" in row else f"(order of rows; up to {row['dead']:.0%} dead)"))
+        print(
+            f"  {row['kind']:<12} {row['mesh']:<9} parameters {row['parameters']:.1e}  one weight {row['element']:.1e}  curve {row['curve']:.1e}  "
+            + (
+                f"near tie in step {row['forked']}, gap {row['gap']:.0e}; curve before {row['before']:.1e}  "
+                if row["forked"]
+                else ""
+            )
+            + (
+                f"same latents at step 1: {row['same_choice']}"
+                if "same_choice" in row
+                else f"(order of rows; up to {row['dead']:.0%} dead)"
+            )
+        )
     alone = name("loaded", 1, 1)
-    resave({"kind": options.kinds[0], "mesh": (1, 1), "steps": steps, "out": alone, "load": name(options.kinds[0], 2, 2)})
-    loaded = {f"{m[0]}x{m[1]}": same(held(name("loaded", *m)), held(name(options.kinds[0], 2, 2))) for m in [*MESHES, (1, 1)]}
+    resave(
+        {
+            "kind": options.kinds[0],
+            "mesh": (1, 1),
+            "steps": steps,
+            "out": alone,
+            "load": name(options.kinds[0], 2, 2),
+        }
+    )
+    loaded = {
+        f"{m[0]}x{m[1]}": same(held(name("loaded", *m)), held(name(options.kinds[0], 2, 2)))
+        for m in [*MESHES, (1, 1)]
+    }
     print("written on 2x2, loaded and written again, bit for bit:", loaded)
-    resumed = {f"{m[0]}x{m[1]}": same(held(name("stopped", *m)), held(name(options.kinds[0], *m))) for m in MESHES}
+    resumed = {
+        f"{m[0]}x{m[1]}": same(held(name("stopped", *m)), held(name(options.kinds[0], *m)))
+        for m in MESHES
+    }
     print("stopped at", half - 3, "and gone on with, bit for bit:", resumed)
-    capacity = {f"{m[0]}x{m[1]}": {"nmse": RunFolder(Path(name("capacity", *m))).metrics()[-1]["nmse"],
-                                  "used_up": RunFolder(Path(name("capacity", *m))).metrics()[-1].get("capacity_used_up")} for m in MESHES}
-    print("capacity 1.25:", capacity, "exact", RunFolder(Path(name(options.kinds[0], 1, 1))).metrics()[-1]["nmse"])
+    capacity = {
+        f"{m[0]}x{m[1]}": {
+            "nmse": RunFolder(Path(name("capacity", *m))).metrics()[-1]["nmse"],
+            "used_up": RunFolder(Path(name("capacity", *m))).metrics()[-1].get("capacity_used_up"),
+        }
+        for m in MESHES
+    }
+    print(
+        "capacity 1.25:",
+        capacity,
+        "exact",
+        RunFolder(Path(name(options.kinds[0], 1, 1))).metrics()[-1]["nmse"],
+    )
     restarted: dict[str, Any] = {}
     if options.elastic:
         kind, out = options.kinds[0], name("killed")
-        elastic({"kind": kind, "mesh": (2, 2), "steps": steps, "out": out, "die": (3, half + 5), "save_every": half // 2}, 4)
+        elastic(
+            {
+                "kind": kind,
+                "mesh": (2, 2),
+                "steps": steps,
+                "out": out,
+                "die": (3, half + 5),
+                "save_every": half // 2,
+            },
+            4,
+        )
         restarted["2x2, process 3 killed, bit for bit"] = same(held(out), held(name(kind, 2, 2)))
         out = name("fewer")
         together([{"kind": kind, "mesh": (2, 2), "steps": steps, "out": out, "stop": half}])
-        elastic({"kind": kind, "mesh": (1, 2), "steps": steps, "out": out, "die": (0, half + 5), "save_every": half // 2}, 2)
-        restarted["2x2, then 1x2 with process 0 killed, against one process"] = {"parameters": apart(held(out), held(name(kind, 1, 1))), "curve": max(curves_apart(out, name(kind, 1, 1)))}
+        elastic(
+            {
+                "kind": kind,
+                "mesh": (1, 2),
+                "steps": steps,
+                "out": out,
+                "die": (0, half + 5),
+                "save_every": half // 2,
+            },
+            2,
+        )
+        restarted["2x2, then 1x2 with process 0 killed, against one process"] = {
+            "parameters": apart(held(out), held(name(kind, 1, 1))),
+            "curve": max(curves_apart(out, name(kind, 1, 1))),
+        }
         print("restarted:", restarted)
     if options.json:
-        Path(options.json).write_text(json.dumps({"rows": rows, "loaded": loaded, "resumed": resumed, "capacity": capacity, "restarted": restarted, "folder": str(base)}))
+        Path(options.json).write_text(
+            json.dumps(
+                {
+                    "rows": rows,
+                    "loaded": loaded,
+                    "resumed": resumed,
+                    "capacity": capacity,
+                    "restarted": restarted,
+                    "folder": str(base),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

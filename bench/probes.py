@@ -21,7 +21,13 @@ from ksparse.sae.model import SAE, Shape
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("latents", 32_768), ("tasks", 61), ("rows", 1_000), ("d-model", 768), ("sample", 300)):
+    for name, default in (
+        ("latents", 32_768),
+        ("tasks", 61),
+        ("rows", 1_000),
+        ("d-model", 768),
+        ("sample", 300),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     sae = made(asked.d_model, asked.latents)
@@ -33,15 +39,34 @@ def main() -> None:
         fit = bank.fit(train, 1e-3)
         ours += time.perf_counter() - began
         if number % 10 == 0:
-            for latent in torch.randint(asked.latents, (asked.sample // (1 + (asked.tasks - 1) // 10),)).tolist():
+            for latent in torch.randint(
+                asked.latents, (asked.sample // (1 + (asked.tasks - 1) // 10),)
+            ).tolist():
                 seconds, weight = scikit(bank.values(train, latent), train.label)
                 theirs.append(seconds)
-                largest = max(largest, abs(weight - fit.weight[latent].item() * bank.values(train, latent).std(correction=0).item()))
+                largest = max(
+                    largest,
+                    abs(
+                        weight
+                        - fit.weight[latent].item()
+                        * bank.values(train, latent).std(correction=0).item()
+                    ),
+                )
     each = sum(theirs) / len(theirs)
-    print(json.dumps({"fits": asked.latents * asked.tasks, "rows": asked.rows // 2, "seconds": round(ours, 1), "microseconds_per_fit":
-                      round(1e6 * ours / asked.latents / asked.tasks, 2), "scikit_learn_microseconds_per_fit": round(1e6 * each, 1),
-                      "ratio": round(each * asked.latents * asked.tasks / ours, 1), "largest_difference_of_weights": largest,
-                      "threads": torch.get_num_threads()}))
+    print(
+        json.dumps(
+            {
+                "fits": asked.latents * asked.tasks,
+                "rows": asked.rows // 2,
+                "seconds": round(ours, 1),
+                "microseconds_per_fit": round(1e6 * ours / asked.latents / asked.tasks, 2),
+                "scikit_learn_microseconds_per_fit": round(1e6 * each, 1),
+                "ratio": round(each * asked.latents * asked.tasks / ours, 1),
+                "largest_difference_of_weights": largest,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 @torch.no_grad()
@@ -55,8 +80,17 @@ def rows(seed: int, count: int, d: int) -> Rows:
     """Return a task with some of a label in every dimension."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(count) % 2
-    x = torch.randn(count, d, generator=generator) + 0.3 * label[:, None] * torch.randn(d, generator=generator)
-    return Rows(f"task {seed}", x, torch.arange(count), label, torch.arange(count), torch.arange(count) % 4 < 2)
+    x = torch.randn(count, d, generator=generator) + 0.3 * label[:, None] * torch.randn(
+        d, generator=generator
+    )
+    return Rows(
+        f"task {seed}",
+        x,
+        torch.arange(count),
+        label,
+        torch.arange(count),
+        torch.arange(count) % 4 < 2,
+    )
 
 
 def scikit(z: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
@@ -65,7 +99,9 @@ def scikit(z: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
 
     scaled = ((z - z.mean()) / z.std(correction=0)).numpy()[:, None]
     began = time.perf_counter()
-    model = LogisticRegression(C=1 / (1e-3 * len(y)), solver="newton-cholesky", tol=1e-8).fit(scaled, y.numpy())
+    model = LogisticRegression(C=1 / (1e-3 * len(y)), solver="newton-cholesky", tol=1e-8).fit(
+        scaled, y.numpy()
+    )
     return time.perf_counter() - began, float(model.coef_[0, 0])
 
 

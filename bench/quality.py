@@ -52,7 +52,9 @@ class Setting:
     batch: int = 2048
 
     def name(self) -> str:
-        return f"{self.source} n={self.n} k={self.k} tokens={self.tokens / 1e6:g}M batch={self.batch}"
+        return (
+            f"{self.source} n={self.n} k={self.k} tokens={self.tokens / 1e6:g}M batch={self.batch}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +70,31 @@ class Peer:
 OURS = Peer("ksparse", "ours.py")
 PEERS = (
     Peer("SAELens", "sae_lens_topk.py", "sae-lens"),
-    Peer("dictionary_learning", "dictionary_learning_topk.py", "dictionary-learning", "torchvision"),
+    Peer(
+        "dictionary_learning", "dictionary_learning_topk.py", "dictionary-learning", "torchvision"
+    ),
     Peer("sparsify", "sparsify_topk.py", "eai-sparsify", "torchvision"),
 )
-SETTINGS = (Setting("stories260k", 1024, 16), Setting("stories260k", 4096, 32), Setting("pylm/0.3m", 1024, 16))
+SETTINGS = (
+    Setting("stories260k", 1024, 16),
+    Setting("stories260k", 4096, 32),
+    Setting("pylm/0.3m", 1024, 16),
+)
 
 
 def main() -> None:
     args = arguments()
     # threads that wait asleep: on a machine that does other work too, those that spin take its cores from everybody
-    os.environ.update(OMP_NUM_THREADS=str(args.threads), MKL_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE")
-    settings = [dataclasses.replace(setting, tokens=args.tokens or setting.tokens) for setting in SETTINGS if setting.source in args.sources]
+    os.environ.update(
+        OMP_NUM_THREADS=str(args.threads),
+        MKL_NUM_THREADS=str(args.threads),
+        OMP_WAIT_POLICY="PASSIVE",
+    )
+    settings = [
+        dataclasses.replace(setting, tokens=args.tokens or setting.tokens)
+        for setting in SETTINGS
+        if setting.source in args.sources
+    ]
     report = {"hardware": hardware(args), "rows": []}
     if args.lr_sweep:
         sweep(args, settings, report)
@@ -87,22 +103,55 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/ksparse-bench").expanduser(), help="environments and activations")
-    parser.add_argument("--out", type=Path, default=Path("quality.json"), help="where the results go, as JSON")
-    parser.add_argument("--sources", nargs="+", default=["stories260k", "pylm/0.3m"], choices=["stories260k", "pylm/0.3m"])
-    parser.add_argument("--stories", default=str(SHARED / "models" / "stories260k"), help="folder of the stories260k model")
-    parser.add_argument("--text", default=str(SHARED / "text" / "tinystories.txt.xz"), help="text for it")
-    parser.add_argument("--skip-install", action="store_true", help="use the environments that are there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/ksparse-bench").expanduser(),
+        help="environments and activations",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("quality.json"), help="where the results go, as JSON"
+    )
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=["stories260k", "pylm/0.3m"],
+        choices=["stories260k", "pylm/0.3m"],
+    )
+    parser.add_argument(
+        "--stories",
+        default=str(SHARED / "models" / "stories260k"),
+        help="folder of the stories260k model",
+    )
+    parser.add_argument(
+        "--text", default=str(SHARED / "text" / "tinystories.txt.xz"), help="text for it"
+    )
+    parser.add_argument(
+        "--skip-install", action="store_true", help="use the environments that are there"
+    )
     parser.add_argument("--ours-only", action="store_true", help="leave the other libraries out")
-    parser.add_argument("--lr-sweep", action="store_true", help="ksparse alone, over optim.lr_at_32k")
+    parser.add_argument(
+        "--lr-sweep", action="store_true", help="ksparse alone, over optim.lr_at_32k"
+    )
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
-    parser.add_argument("--sweep-tokens", nargs="+", type=int, default=[250_000, 1_000_000, 4_000_000])
+    parser.add_argument(
+        "--sweep-tokens", nargs="+", type=int, default=[250_000, 1_000_000, 4_000_000]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, help="tokens of each comparison, instead of 1,000,000")
-    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON",
-                        help='changes of the defaults, to explain a difference: {"ksparse": {"optim": {"decay": 0.2}}, "SAELens": {"lr": 3e-3}}')
+    parser.add_argument(
+        "--tokens", type=int, help="tokens of each comparison, instead of 1,000,000"
+    )
+    parser.add_argument(
+        "--options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='changes of the defaults, to explain a difference: {"ksparse": {"optim": {"decay": 0.2}}, "SAELens": {"lr": 3e-3}}',
+    )
     return parser.parse_args()
 
 
@@ -116,11 +165,16 @@ def prepare(setting: Setting, args: argparse.Namespace) -> Path:
     """
     folder = args.cache / "acts" / f"{setting.source.replace('/', '-')}-{setting.batch}"
     rows = setting.tokens // setting.batch * setting.batch
-    if (folder / "train.npy").exists() and len(np.load(folder / "train.npy", mmap_mode="r")) >= rows:
+    if (folder / "train.npy").exists() and len(
+        np.load(folder / "train.npy", mmap_mode="r")
+    ) >= rows:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     print(f"activations of {setting.source}", file=sys.stderr)
-    source = {"stories260k": Source(args.stories, "resid_post.3", args.text), "pylm/0.3m": Source("pylm/0.3m", "resid_post.2", "pylm")}
+    source = {
+        "stories260k": Source(args.stories, "resid_post.3", args.text),
+        "pylm/0.3m": Source("pylm/0.3m", "resid_post.2", "pylm"),
+    }
     lm, acts = open_lm(source[setting.source])
     save(folder / "held_out.npy", scaled(held_out(lm, acts)))
     save(folder / "train.npy", training(lm, acts, rows, setting.batch))
@@ -168,6 +222,7 @@ def training(lm: Any, acts: Any, rows: int, batch: int) -> np.ndarray:
 def held_out(lm: Any, acts: Any) -> Any:
     """Return raw activations [<= HELD_OUT, d] of text that is trained on by nobody, each once: it is not repeated."""
     import torch
+
     from ksparse.acts.text import Corpus
 
     corpus = Corpus(acts, lm.tokenizer, "held-out")
@@ -192,7 +247,12 @@ def python_of(peer: Peer, args: argparse.Namespace) -> str | None:
     try:
         if not args.skip_install and not (folder / "installed").exists():
             install(peer, folder, python)
-        subprocess.run([python, "-m", "pip", "show", "-q", peer.package], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [python, "-m", "pip", "show", "-q", peer.package],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return str(python)
     except (subprocess.CalledProcessError, OSError) as error:
         lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
@@ -202,34 +262,84 @@ def python_of(peer: Peer, args: argparse.Namespace) -> str | None:
 
 def install(peer: Peer, folder: Path, python: Path) -> None:
     print(f"installing {peer.package}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", folder], check=True, capture_output=True, text=True
+    )
     # torch first and at our version: the requirement of the library is then met, and does not bring another build
     for arguments in (["install", TORCH], ["install", peer.package, TORCH]):
-        subprocess.run([python, "-m", "pip", "-q", *arguments], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [python, "-m", "pip", "-q", *arguments], check=True, capture_output=True, text=True
+        )
     if peer.unwanted:
         # pulled in by a dependency, built for another torch, used by nobody here, and fatal on import
-        subprocess.run([python, "-m", "pip", "-q", "uninstall", "-y", peer.unwanted], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [python, "-m", "pip", "-q", "uninstall", "-y", peer.unwanted],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     (folder / "installed").touch()
 
 
-def train(peer: Peer, python: str, setting: Setting, seed: int, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def train(
+    peer: Peer,
+    python: str,
+    setting: Setting,
+    seed: int,
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     """Train one library's autoencoder in a process of its own; return what it says and what we measure."""
     data = prepare(setting, args)
     with tempfile.TemporaryDirectory() as folder:
-        said = run_adapter(peer, python, data, Path(folder), dataclasses.asdict(setting) | {"seed": seed}, options, args)
-        return {"library": peer.name, "setting": setting.name(), "seed": seed, "changed": options, **measure(data, Path(folder)), **said}
+        said = run_adapter(
+            peer,
+            python,
+            data,
+            Path(folder),
+            dataclasses.asdict(setting) | {"seed": seed},
+            options,
+            args,
+        )
+        return {
+            "library": peer.name,
+            "setting": setting.name(),
+            "seed": seed,
+            "changed": options,
+            **measure(data, Path(folder)),
+            **said,
+        }
 
 
-def run_adapter(peer: Peer, python: str, data: Path, out: Path, values: dict[str, Any], options: dict[str, Any],
-                args: argparse.Namespace) -> dict[str, Any]:
+def run_adapter(
+    peer: Peer,
+    python: str,
+    data: Path,
+    out: Path,
+    values: dict[str, Any],
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
     """Run one adapter; it leaves its reconstructions in `out`. Return what it says: seconds, defaults, versions."""
-    values = values | {"data": data, "out": out, "threads": args.threads, "options": json.dumps(options)}
+    values = values | {
+        "data": data,
+        "out": out,
+        "threads": args.threads,
+        "options": json.dumps(options),
+    }
     flags = [f"--{key}={value}" for key, value in values.items() if key != "source"]
     command = [python, str(HERE / "peers" / peer.adapter), *flags]
-    quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    quiet = {
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": "",
+    }
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{peer.name} failed with exit status {done.returncode}:\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{peer.name} failed with exit status {done.returncode}:\n{done.stderr[-4000:]}"
+        )
     return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
 
@@ -238,7 +348,11 @@ def measure(data: Path, out: Path) -> dict[str, float]:
     x = np.load(data / "held_out.npy").astype(np.float64)
     made = np.load(out / "held_out.npz")
     total = np.square(x - x.mean(0)).sum()
-    numbers = {"nmse": np.square(x - made["recon"]).sum() / total, "l0": made["active"].mean(), "dead": (made["fired"] == 0).mean()}
+    numbers = {
+        "nmse": np.square(x - made["recon"]).sum() / total,
+        "l0": made["active"].mean(),
+        "dead": (made["fired"] == 0).mean(),
+    }
     if "raw_recon" in made:
         numbers["nmse_raw"] = np.square(x - made["raw_recon"]).sum() / total
     return {key: float(value) for key, value in numbers.items()}
@@ -249,16 +363,23 @@ def measure(data: Path, out: Path) -> dict[str, float]:
 
 def compare(args: argparse.Namespace, settings: list[Setting], report: dict[str, Any]) -> None:
     """Print one table: all libraries, all settings."""
-    found = [(peer, python_of(peer, args)) for peer in ((OURS,) if args.ours_only else (OURS, *PEERS))]
+    found = [
+        (peer, python_of(peer, args)) for peer in ((OURS,) if args.ours_only else (OURS, *PEERS))
+    ]
     print("| setting | library | normalised MSE | L0 | dead | seconds |\n|---|---|---|---|---|---|")
     for setting, seed, (peer, python) in itertools.product(settings, args.seeds, found):
         if python is None:
             continue
         row = train(peer, python, setting, seed, args.options.get(peer.name, {}), args)
         record(row, report, args)
-        name = f"{peer.name} {row['versions'][peer.package or 'ksparse']}" + (f" {row['changed']}" if row["changed"] else "")
-        print(f"| {row['setting']} | {name} | {row['nmse']:.4f} | {row['l0']:.1f} "
-              f"| {row['dead']:.1%} | {row['seconds']:.0f} |", flush=True)
+        name = f"{peer.name} {row['versions'][peer.package or 'ksparse']}" + (
+            f" {row['changed']}" if row["changed"] else ""
+        )
+        print(
+            f"| {row['setting']} | {name} | {row['nmse']:.4f} | {row['l0']:.1f} "
+            f"| {row['dead']:.1%} | {row['seconds']:.0f} |",
+            flush=True,
+        )
     if any(row["library"] != OURS.name for row in report["rows"]):
         print(verdict(report["rows"]))
 
@@ -274,13 +395,22 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 def sweep(args: argparse.Namespace, settings: list[Setting], report: dict[str, Any]) -> None:
     """Print one table: normalised MSE, averaged weights / raw weights, by learning rate."""
-    print("| setting | " + " | ".join(f"{rate:g}" for rate in args.rates) + " |\n|---|" + "---|" * len(args.rates))
+    print(
+        "| setting | "
+        + " | ".join(f"{rate:g}" for rate in args.rates)
+        + " |\n|---|"
+        + "---|" * len(args.rates)
+    )
     for tokens, setting in itertools.product(args.sweep_tokens, settings):
         setting, cells = dataclasses.replace(setting, tokens=tokens), []
-        prepare(dataclasses.replace(setting, tokens=max(args.sweep_tokens)), args)  # once, for all lengths
+        prepare(
+            dataclasses.replace(setting, tokens=max(args.sweep_tokens)), args
+        )  # once, for all lengths
         for rate in args.rates:
             options = merged(args.options.get(OURS.name, {}), rate)
-            row = train(OURS, sys.executable, setting, args.seeds[0], options, args) | {"lr_at_32k": rate}
+            row = train(OURS, sys.executable, setting, args.seeds[0], options, args) | {
+                "lr_at_32k": rate
+            }
             record(row, report, args)
             cells.append(f"{row['nmse']:.4f} / {row['nmse_raw']:.4f} ({row['dead']:.0%})")
         print(f"| {setting.name()} | " + " | ".join(cells) + " |", flush=True)
@@ -297,9 +427,24 @@ def merged(options: dict[str, Any], rate: float) -> dict[str, Any]:
 
 
 def hardware(args: argparse.Namespace) -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "") \
-        if Path("/proc/cpuinfo").exists() else ""
-    return {"platform": platform.platform(), "processor": model or platform.processor(), "cores": os.cpu_count(), "threads": args.threads}
+    model = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            "",
+        )
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
+    return {
+        "platform": platform.platform(),
+        "processor": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How does a step's cost grow with the number of latents? Runs `ksparse bench` for each and draws docs/figures/step-cost.svg.
 
-    python bench/sizes.py [--latents 1536 6144 24576 98304] [--rounds 5] [--from FOLDER of nN.json that there are already]
+python bench/sizes.py [--latents 1536 6144 24576 98304] [--rounds 5] [--from FOLDER of nN.json that there are already]
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from pathlib import Path
 
 from ksparse.bench import Setting, bench
 
-NAMES = {"torch": "plain torch", "exact": "compiled, exact", "product": "encoder product alone", "screened": "compiled, screened"}
+NAMES = {
+    "torch": "plain torch",
+    "exact": "compiled, exact",
+    "product": "encoder product alone",
+    "screened": "compiled, screened",
+}
 
 
 def main() -> None:
@@ -21,8 +26,12 @@ def main() -> None:
     parser.add_argument("--from", dest="folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/figures/step-cost.svg"))
     asked = parser.parse_args()
-    found = [json.loads((asked.folder / f"n{n}.json").read_text()) if asked.folder else bench(Setting(n=n, rounds=asked.rounds), only=tuple(NAMES))
-             for n in asked.latents]
+    found = [
+        json.loads((asked.folder / f"n{n}.json").read_text())
+        if asked.folder
+        else bench(Setting(n=n, rounds=asked.rounds), only=tuple(NAMES))
+        for n in asked.latents
+    ]
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     draw(found, asked.out)
 
@@ -33,8 +42,18 @@ def draw(found: list[dict], out: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, words in NAMES.items():
-        points = [(row["n"], 1000 * row["contestants"][name]["best_seconds"]) for row in found if name in row["contestants"]]
-        axes.plot(*zip(*points), marker="o", markersize=4, linestyle="--" if name == "product" else "-", label=words)
+        points = [
+            (row["n"], 1000 * row["contestants"][name]["best_seconds"])
+            for row in found
+            if name in row["contestants"]
+        ]
+        axes.plot(
+            *zip(*points),
+            marker="o",
+            markersize=4,
+            linestyle="--" if name == "product" else "-",
+            label=words,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([row["n"] for row in found], [f"{row['n']:,}" for row in found])
@@ -42,7 +61,11 @@ def draw(found: list[dict], out: Path) -> None:
     axes.set_xlabel("latents")
     axes.set_ylabel("milliseconds of a step")
     first = found[0]
-    axes.set_title(f"d {first['d']:,} · k {first['k']} · batch {first['batch']:,} · {first['threads']} threads", fontsize=10, loc="left")
+    axes.set_title(
+        f"d {first['d']:,} · k {first['k']} · batch {first['batch']:,} · {first['threads']} threads",
+        fontsize=10,
+        loc="left",
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(out, metadata={"Date": None})

@@ -50,6 +50,7 @@ class Life:
                 if calls == at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return own(*args, **options)
+
             return call
 
         try:
@@ -192,8 +193,11 @@ class Export(Kind):
 
     def contents(self) -> Any:
         place = self.home / "site"
-        return {str(path.relative_to(place)): path.read_bytes() for path in sorted(place.rglob("*"))
-                if path.is_file() and not str(path.relative_to(place)).startswith(".tmp-")}
+        return {
+            str(path.relative_to(place)): path.read_bytes()
+            for path in sorted(place.rglob("*"))
+            if path.is_file() and not str(path.relative_to(place)).startswith(".tmp-")
+        }
 
 
 class Labels(Kind):

@@ -20,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.IfExp, ast.ExceptHandler, ast.With, ast.AsyncWith, ast.Assert, ast.comprehension, ast.match_case)
+BRANCHES = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.IfExp,
+    ast.ExceptHandler,
+    ast.With,
+    ast.AsyncWith,
+    ast.Assert,
+    ast.comprehension,
+    ast.match_case,
+)
 LONG_LINE = 100
 
 
@@ -42,25 +54,51 @@ def measure(folder: Path) -> dict[str, Any]:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     lengths = sorted(len(line) for line in lines if line.strip())
-    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, Function)]
+    functions = [
+        node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, Function)
+    ]
     sizes = sorted(node.end_lineno - node.lineno + 1 for node in functions)
     complexities = sorted(complexity(node) for node in functions)
-    classes = collections.Counter(node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    classes = collections.Counter(
+        node.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
     public = [node for tree in trees.values() for node in public_definitions(tree)]
     parameters = [parameter for node in functions for parameter in parameters_of(node)]
     return {
-        "files": len(files), "lines": len(lines),
-        "line length, mean": round(statistics.mean(lengths), 1), "line length, 95th percentile": lengths[int(0.95 * len(lengths))],
-        "line length, longest": lengths[-1], f"lines over {LONG_LINE}": sum(length > LONG_LINE for length in lengths),
-        "functions": len(functions), "function length, median": int(statistics.median(sizes)), "function length, longest": sizes[-1],
+        "files": len(files),
+        "lines": len(lines),
+        "line length, mean": round(statistics.mean(lengths), 1),
+        "line length, 95th percentile": lengths[int(0.95 * len(lengths))],
+        "line length, longest": lengths[-1],
+        f"lines over {LONG_LINE}": sum(length > LONG_LINE for length in lengths),
+        "functions": len(functions),
+        "function length, median": int(statistics.median(sizes)),
+        "function length, longest": sizes[-1],
         "functions over 50 lines": sum(size > 50 for size in sizes),
         "longest file": max(len(file.read_text(encoding="utf-8").splitlines()) for file in files),
-        "complexity, mean": round(statistics.mean(complexities), 2), "complexity, largest": complexities[-1],
+        "complexity, mean": round(statistics.mean(complexities), 2),
+        "complexity, largest": complexities[-1],
         "complexity over 15": sum(value > 15 for value in complexities),
-        "public definitions with a docstring, %": share(sum(ast.get_docstring(node) is not None for node in public), len(public)),
-        "public docstrings with sections": sum(bool(re.search(r"^\s*(Args|Returns|Raises|Example):", ast.get_docstring(node) or "", re.M)) for node in public),
-        "parameters with a type, %": share(sum(parameter.annotation is not None for parameter in parameters), len(parameters)),
-        "functions with a return type, %": share(sum(node.returns is not None for node in functions), len(functions)),
+        "public definitions with a docstring, %": share(
+            sum(ast.get_docstring(node) is not None for node in public), len(public)
+        ),
+        "public docstrings with sections": sum(
+            bool(
+                re.search(
+                    r"^\s*(Args|Returns|Raises|Example):", ast.get_docstring(node) or "", re.M
+                )
+            )
+            for node in public
+        ),
+        "parameters with a type, %": share(
+            sum(parameter.annotation is not None for parameter in parameters), len(parameters)
+        ),
+        "functions with a return type, %": share(
+            sum(node.returns is not None for node in functions), len(functions)
+        ),
         "class names used more than once": sum(count > 1 for count in classes.values()),
         "type errors (mypy)": type_errors(folder),
     }
@@ -86,12 +124,21 @@ def public_definitions(tree: ast.Module) -> Iterator[Any]:
         if isinstance(node, (*Function.__args__, ast.ClassDef)) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from (inner for inner in node.body if isinstance(inner, Function) and not inner.name.startswith("_"))
+                yield from (
+                    inner
+                    for inner in node.body
+                    if isinstance(inner, Function) and not inner.name.startswith("_")
+                )
 
 
 def parameters_of(function: Function) -> list[ast.arg]:
     arguments = function.args
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *filter(None, (arguments.vararg, arguments.kwarg))]
+    named = [
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        *filter(None, (arguments.vararg, arguments.kwarg)),
+    ]
     return [parameter for parameter in named if parameter.arg not in ("self", "cls")]
 
 
@@ -101,7 +148,9 @@ def share(part: int, whole: int) -> float:
 
 def type_errors(folder: Path) -> int | str:
     try:
-        done = subprocess.run([sys.executable, "-m", "mypy", str(folder)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", str(folder)], capture_output=True, text=True
+        )
     except OSError:
         return "not run"
     if "No module named mypy" in done.stderr:

@@ -26,13 +26,18 @@ def run(*command: object, cwd: Path) -> None:
     began = time.monotonic()
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
-    print(f"{'ok  ' if done.returncode == 0 else 'FAIL'} {time.monotonic() - began:6.1f} s  {' '.join(words[1:])}", flush=True)
+    print(
+        f"{'ok  ' if done.returncode == 0 else 'FAIL'} {time.monotonic() - began:6.1f} s  {' '.join(words[1:])}",
+        flush=True,
+    )
     if done.returncode:
         sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     pinned = re.search(r"^torch==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     parser.add_argument("--keep-torch", default=pinned, help="version of torch; '' for the newest")
     torch = parser.parse_args().keep_torch
@@ -41,8 +46,27 @@ def main() -> None:
         venv.create(work / "env", with_pip=True)
         python, ksparse = work / "env/bin/python", work / "env/bin/ksparse"
         os.environ.pop("PYTHONPATH", None)
-        run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT, cwd=work)
-        run(python, "-m", "pip", "install", "--quiet", f"torch=={torch}" if torch else "torch", cwd=work)
+        run(
+            python,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            work,
+            ROOT,
+            cwd=work,
+        )
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            f"torch=={torch}" if torch else "torch",
+            cwd=work,
+        )
         run(python, "-m", "pip", "install", "--quiet", *work.glob("ksparse-*.whl"), cwd=work)
         run(ksparse, "--help", cwd=work)
         for verb in VERBS:

@@ -40,10 +40,18 @@ def train_tokenizer() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=[BOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=VOCAB,
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator((text for _, text in pylm.documents("train")), trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=PAD, model_max_length=512)
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=PAD,
+        model_max_length=512,
+    )
     wrapped.save_pretrained(MODELS / "tokenizer")
 
 
@@ -72,7 +80,9 @@ class HeldOut:
             logits = model(input_ids=batch).logits[:, 1:-1].float()
             targets = batch[:, 2:]
             keep = (targets != 0) & (batch[:, 1:-1] != 0)
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), reduction="none"
+            )
             total += losses[keep.flatten()].double().sum().item()
             count += int(keep.sum())
         return total / count
@@ -92,10 +102,22 @@ def optimizers(model: LlamaForCausalLM, width: int) -> list[torch.optim.Optimize
 def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) -> None:
     torch.manual_seed(seed)
     d_model, layers, heads = SHAPES[size]
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=d_model, intermediate_size=8 * round(d_model / 3), num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=d_model,
+            intermediate_size=8 * round(d_model / 3),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=512,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
     average = LlamaForCausalLM(model.config)
     average.load_state_dict(model.state_dict())
     ids, _ = tokenize("train")
@@ -103,7 +125,9 @@ def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) 
     n_params = sum(p.numel() for p in model.parameters())
     flops_per_token = 6 * n_params + 6 * layers * d_model * WINDOW
     steps, warmup = tokens // (batch * WINDOW), 30
-    evaluate_at = {round(2 ** (i / 2)) for i in range(6, 2 * math.ceil(math.log2(steps + 1)) + 1)} | {1, steps}
+    evaluate_at = {
+        round(2 ** (i / 2)) for i in range(6, 2 * math.ceil(math.log2(steps + 1)) + 1)
+    } | {1, steps}
     folder = MODELS / size
     folder.mkdir(parents=True, exist_ok=True)
     log = (folder / "training.jsonl").open("w")
@@ -124,15 +148,22 @@ def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) 
         for opt in opts:
             opt.step()
             opt.zero_grad()
-        with torch.no_grad():  # power-law average (Karras et al. 2023): always the last twentieth or so of training
+        with (
+            torch.no_grad()
+        ):  # power-law average (Karras et al. 2023): always the last twentieth or so of training
             decay = (1 - 1 / step) ** 17
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         out_of_time = time.monotonic() - start > minutes * 60
         if step in evaluate_at or out_of_time:
             nats = held_out(average)
-            row = {"step": step, "tokens": step * batch * WINDOW, "flops": flops_per_token * step * batch * WINDOW,
-                   "loss": nats, "bits_per_byte": nats * held_out.tokens_per_byte / math.log(2),
-                   "train_loss": loss.item()}
+            row = {
+                "step": step,
+                "tokens": step * batch * WINDOW,
+                "flops": flops_per_token * step * batch * WINDOW,
+                "loss": nats,
+                "bits_per_byte": nats * held_out.tokens_per_byte / math.log(2),
+                "train_loss": loss.item(),
+            }
             print(json.dumps(row), file=log, flush=True)
             print(f"{size} {row}", flush=True)
             save(average, folder)
@@ -153,14 +184,22 @@ def sample(size: str, prompt: str = "def ") -> None:
     model = LlamaForCausalLM.from_pretrained(MODELS / size, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODELS / size)
     ids = torch.tensor([[0, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-    print(tokenizer.decode(model.generate(ids, max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.95)[0]))
+    print(
+        tokenizer.decode(
+            model.generate(ids, max_new_tokens=200, do_sample=True, temperature=0.7, top_p=0.95)[0]
+        )
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["tokenizer", "sample", *SHAPES])
     parser.add_argument("--tokens", type=int, default=12_000_000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, with what there is")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so long, with what there is"
+    )
     parser.add_argument("--batch", type=int, default=32, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--size", default=pylm.DEFAULT, help="for 'sample'")

@@ -7,7 +7,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads that spin cost other processes dearly
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # waiting threads that spin cost other processes dearly
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors here are tiny; threads would only wait for each other
 
 import signal
@@ -24,7 +26,9 @@ from ksparse.acts.stream import LiveStream
 from ksparse.acts.text import Corpus
 from ksparse.recipe import Acts, Recipe, from_dict
 
-hypothesis.settings.register_profile("ksparse", deadline=None, max_examples=25, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "ksparse", deadline=None, max_examples=25, derandomize=True, database=None
+)
 hypothesis.settings.load_profile("ksparse")
 
 torch.set_num_threads(1)
@@ -32,19 +36,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ("the cat sat on a mat and saw two black dogs run over old green hills while rain fell from grey skies "
-         "def return self value for item in range print 0 1 2 3 = + ( ) : [ ] . , naïve café").split()
+WORDS = (
+    "the cat sat on a mat and saw two black dogs run over old green hills while rain fell from grey skies "
+    "def return self value for item in range print 0 1 2 3 = + ( ) : [ ] . , naïve café"
+).split()
 
 _COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-_WIDE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
-         "max_position_embeddings": 128}
+_WIDE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 128,
+}
 _GROUPED = {**_WIDE, "num_key_value_heads": 1, "head_dim": 8}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 128}),
     "gpt_neox": ("GPTNeoX", {**_WIDE, "use_parallel_residual": True}),
     "gpt_neox_serial": ("GPTNeoX", {**_WIDE, "use_parallel_residual": False}),
-    "gpt_neo": ("GPTNeo", {"hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 32, "window_size": 8,
-                           "max_position_embeddings": 128, "attention_types": [[["global", "local", "global"], 1]]}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "window_size": 8,
+            "max_position_embeddings": 128,
+            "attention_types": [[["global", "local", "global"], 1]],
+        },
+    ),
     "llama": ("Llama", _GROUPED),
     "mistral": ("Mistral", _GROUPED),
     "gemma": ("Gemma", _GROUPED),
@@ -55,12 +76,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def sentences(seed: int, words: int) -> str:
     """Return that many words, drawn with a seed, in lines of eight."""
-    chosen = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return "\n".join(" ".join(WORDS[i] for i in chosen[at : at + 8]) for at in range(0, words, 8)) + "\n"
+    chosen = torch.randint(
+        len(WORDS), (words,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return (
+        "\n".join(" ".join(WORDS[i] for i in chosen[at : at + 8]) for at in range(0, words, 8))
+        + "\n"
+    )
 
 
-def build_tokenizer(folder: Path, *, bos: str | None = "<|endoftext|>", eos: str | None = "<|endoftext|>",
-                    pad: str | None = "<|pad|>") -> None:
+def build_tokenizer(
+    folder: Path,
+    *,
+    bos: str | None = "<|endoftext|>",
+    eos: str | None = "<|endoftext|>",
+    pad: str | None = "<|pad|>",
+) -> None:
     """Write a byte-level BPE tokenizer of 300 tokens; <|endoftext|> has id 0, <|pad|> id 1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -68,14 +99,24 @@ def build_tokenizer(folder: Path, *, bos: str | None = "<|endoftext|>", eos: str
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([sentences(0, 400)], trainer)
-    named = {key: value for key, value in {"bos_token": bos, "eos_token": eos, "pad_token": pad}.items() if value}
+    named = {
+        key: value
+        for key, value in {"bos_token": bos, "eos_token": eos, "pad_token": pad}.items()
+        if value
+    }
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
 
 
-def build_lm(folder: Path, kind: str, *, tokenizer: dict[str, Any] | None = None, **changes: Any) -> Path:
+def build_lm(
+    folder: Path, kind: str, *, tokenizer: dict[str, Any] | None = None, **changes: Any
+) -> Path:
     """Write a Hugging Face folder with a randomly initialised LM, its weights large enough for blocks to differ."""
     import transformers
 
@@ -109,15 +150,26 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a .txt file of 120 documents of 5 to 40 words."""
     file = tmp_path_factory.mktemp("text") / "words.txt"
-    file.write_text("<|endoftext|>".join(sentences(i, 5 + i * 37 % 36) for i in range(120)), encoding="utf-8")
+    file.write_text(
+        "<|endoftext|>".join(sentences(i, 5 + i * 37 % 36) for i in range(120)), encoding="utf-8"
+    )
     return file
 
 
 @pytest.fixture
 def small_acts(tiny_lm, text_file) -> Callable[..., Acts]:
     """Return small_acts(**changes): that section of small_recipe."""
-    return lambda **changes: dataclasses.replace(Acts(
-        lm=str(tiny_lm("gpt2")), site="resid_post.1", text=str(text_file), context=16, mix=256, lm_batch=8), **changes)
+    return lambda **changes: dataclasses.replace(
+        Acts(
+            lm=str(tiny_lm("gpt2")),
+            site="resid_post.1",
+            text=str(text_file),
+            context=16,
+            mix=256,
+            lm_batch=8,
+        ),
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -126,9 +178,21 @@ def small_recipe(small_acts) -> Callable[..., Recipe]:
 
     def make(changes: dict[str, Any] | None = None) -> Recipe:
         table: dict[str, Any] = {
-            "acts": dataclasses.asdict(small_acts()), "sae": {"n_latents": 64, "k": 4, "dead_after": 192, "k_aux": 8},
-            "optim": {"lr": 3e-3, "ema": 0.9, "ema_span": 1.0}, "curve": {}, "run": {"device": "cpu", "kernels": "torch", "log_every": 1, "save_every": 4, "keep": 2},
-            "tokens": 12 * 64, "batch": 64, "threads": 1}
+            "acts": dataclasses.asdict(small_acts()),
+            "sae": {"n_latents": 64, "k": 4, "dead_after": 192, "k_aux": 8},
+            "optim": {"lr": 3e-3, "ema": 0.9, "ema_span": 1.0},
+            "curve": {},
+            "run": {
+                "device": "cpu",
+                "kernels": "torch",
+                "log_every": 1,
+                "save_every": 4,
+                "keep": 2,
+            },
+            "tokens": 12 * 64,
+            "batch": 64,
+            "threads": 1,
+        }
         for key, value in (changes or {}).items():
             section, _, name = key.rpartition(".")
             (table[section] if section else table)[name] = value

@@ -9,14 +9,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
-LINES = [{"errors"}, {"files", "rows", "trust"}, {"recipe"}, {"options"}, {"runs", "mesh", "kernels", "pylm", "suites"}, {"sae", "acts"}, {"steering"}, {"evals", "training", "interop"},
-         {"scaling"}, {"studies"}, {"report", "viewer", "doctor", "bench"}, {"cli"}, {"__main__"}]
+LINES = [
+    {"errors"},
+    {"files", "rows", "trust"},
+    {"recipe"},
+    {"options"},
+    {"runs", "mesh", "kernels", "pylm", "suites"},
+    {"sae", "acts"},
+    {"steering"},
+    {"evals", "training", "interop"},
+    {"scaling"},
+    {"studies"},
+    {"report", "viewer", "doctor", "bench"},
+    {"cli"},
+    {"__main__"},
+]
 LEVEL = {station: level for level, line in enumerate(LINES) for station in line}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
-    return ".".join(["ksparse", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    return ".".join(["ksparse", *file.relative_to(SOURCE).with_suffix("").parts]).removesuffix(
+        ".__init__"
+    )
 
 
 MODULES = {name_of(file) for file in FILES}
@@ -38,8 +53,16 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
             if node.level:
                 parts = module.split(".")[: len(module.split(".")) - node.level + is_package]
                 base = ".".join([*parts, *([node.module] if node.module else [])])
-            found |= {f"{base}.{alias.name}" if base == "ksparse" or f"{base}.{alias.name}" in MODULES else base for alias in node.names}
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            found |= {
+                f"{base}.{alias.name}"
+                if base == "ksparse" or f"{base}.{alias.name}" in MODULES
+                else base
+                for alias in node.names
+            }
+        elif (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+        ):
             found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return found
 
@@ -47,16 +70,25 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> set[str]:
 def upward(module: str, imported: set[str]) -> list[str]:
     """Return the imports that break the order."""
     own = station(module)
-    theirs = {name: station(name) for name in imported if name.split(".")[0] == "ksparse" and station(name) != own}
+    theirs = {
+        name: station(name)
+        for name in imported
+        if name.split(".")[0] == "ksparse" and station(name) != own
+    }
     wrong = []
     for name, other in sorted(theirs.items(), key=str):
-        allowed = other in LEVEL and (LEVEL[other] < LEVEL[own] or (own, other) in {("runs", "recipe"), ("acts", "pylm"), ("viewer", "report")})
+        allowed = other in LEVEL and (
+            LEVEL[other] < LEVEL[own]
+            or (own, other) in {("runs", "recipe"), ("acts", "pylm"), ("viewer", "report")}
+        )
         if not allowed:
             wrong.append(f"{module} imports {name}")
     return wrong
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != SOURCE / "__init__.py"], ids=name_of)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file != SOURCE / "__init__.py"], ids=name_of
+)
 def test_imports_point_one_way(file):
     module = name_of(file)
     assert station(module) in LEVEL, f"{module} has no place in the order; give it one here"
@@ -64,21 +96,32 @@ def test_imports_point_one_way(file):
     assert upward(module, found) == []
 
 
-@pytest.mark.parametrize("source, module", [
-    ("from ksparse.sae.model import SAE", "ksparse.files"), ("def f():\n    from ksparse import evals", "ksparse.training.loop"),
-    ("import ksparse.acts.lm", "ksparse.sae.model"), ("from ..training import loop", "ksparse.acts.lm"),
-    ("import_module('ksparse.cli')", "ksparse.runs")])
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("from ksparse.sae.model import SAE", "ksparse.files"),
+        ("def f():\n    from ksparse import evals", "ksparse.training.loop"),
+        ("import ksparse.acts.lm", "ksparse.sae.model"),
+        ("from ..training import loop", "ksparse.acts.lm"),
+        ("import_module('ksparse.cli')", "ksparse.runs"),
+    ],
+)
 def test_the_parser_sees_an_upward_import(source, module):
     assert upward(module, imports(ast.parse(source), module, False))
 
 
 def test_no_module_is_imported_in_a_circle():
-    graph = {name_of(file): imports(ast.parse(file.read_text(encoding="utf-8")), name_of(file), file.name == "__init__.py")
-             for file in FILES if file != SOURCE / "__init__.py"}
+    graph = {
+        name_of(file): imports(
+            ast.parse(file.read_text(encoding="utf-8")), name_of(file), file.name == "__init__.py"
+        )
+        for file in FILES
+        if file != SOURCE / "__init__.py"
+    }
     done: set[str] = set()
 
     def walk(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
         if name in graph and name not in done:
             for other in graph[name]:
                 walk(other, (*path, name))
@@ -92,11 +135,24 @@ def calls(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if SOURCE / "cli" not in file.parents], ids=name_of)
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if SOURCE / "cli" not in file.parents], ids=name_of
+)
 def test_only_the_command_line_prints_or_exits(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    assert not calls(tree) & {"print", "input", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
-    assert not any(isinstance(node, ast.Name) and node.id == "SystemExit" for node in ast.walk(tree))
+    assert not calls(tree) & {
+        "print",
+        "input",
+        "exit",
+        "quit",
+        "sys.exit",
+        "os._exit",
+        "sys.stdout.write",
+        "sys.stderr.write",
+    }
+    assert not any(
+        isinstance(node, ast.Name) and node.id == "SystemExit" for node in ast.walk(tree)
+    )
 
 
 FOREIGN = SOURCE / "interop" / "foreign.py"
@@ -110,9 +166,19 @@ def unsafe(tree: ast.AST, *, foreign: bool) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
-        said = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
-        allowed = foreign and (name == "torch.save" or name in SAFE and SAFE[name].items() <= said.items())
-        if name in {"torch.load", "torch.save", "np.load", "numpy.load", "eval", "exec", "__import__"} and not allowed:
+        said = {
+            word.arg: word.value.value
+            for word in node.keywords
+            if isinstance(word.value, ast.Constant)
+        }
+        allowed = foreign and (
+            name == "torch.save" or name in SAFE and SAFE[name].items() <= said.items()
+        )
+        if (
+            name
+            in {"torch.load", "torch.save", "np.load", "numpy.load", "eval", "exec", "__import__"}
+            and not allowed
+        ):
             wrong.append(ast.unparse(node))
     return wrong
 
@@ -122,16 +188,32 @@ TRUSTING = {"trust_remote_code": True, "weights_only": False, "allow_pickle": Tr
 
 def trusting(tree: ast.AST) -> list[str]:
     """Return the calls and defaults that trust what comes from elsewhere."""
-    words = [(node, node.arg, node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    words = [
+        (node, node.arg, node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword)
+    ]
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            named = [*zip(node.args.kwonlyargs, node.args.kw_defaults), *zip(node.args.args[len(node.args.args) - len(node.args.defaults) :], node.args.defaults)]
+            named = [
+                *zip(node.args.kwonlyargs, node.args.kw_defaults),
+                *zip(
+                    node.args.args[len(node.args.args) - len(node.args.defaults) :],
+                    node.args.defaults,
+                ),
+            ]
             words += [(argument, argument.arg, default) for argument, default in named]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             words.append((node, node.target.id, node.value))
         elif isinstance(node, ast.Dict):
-            words += [(node, key.value, value) for key, value in zip(node.keys, node.values) if isinstance(key, ast.Constant)]
-    return [f"{name}={value.value}" for _, name, value in words if name in TRUSTING and isinstance(value, ast.Constant) and value.value is TRUSTING[name]]
+            words += [
+                (node, key.value, value)
+                for key, value in zip(node.keys, node.values)
+                if isinstance(key, ast.Constant)
+            ]
+    return [
+        f"{name}={value.value}"
+        for _, name, value in words
+        if name in TRUSTING and isinstance(value, ast.Constant) and value.value is TRUSTING[name]
+    ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -139,12 +221,27 @@ def test_nothing_from_elsewhere_is_trusted_unasked(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert trusting(tree) == []
     found = imports(tree, name_of(file), file.name == "__init__.py")
-    assert not {name for name in found if name.startswith("torch.distributed.checkpoint")}, "its .metadata is a pickle"
-    assert "torch.distributed.checkpoint" not in ast.unparse(tree) and not calls(tree) & {"os.system", "os.popen", "yaml.load"}
+    assert not {name for name in found if name.startswith("torch.distributed.checkpoint")}, (
+        "its .metadata is a pickle"
+    )
+    assert "torch.distributed.checkpoint" not in ast.unparse(tree) and not calls(tree) & {
+        "os.system",
+        "os.popen",
+        "yaml.load",
+    }
 
 
-@pytest.mark.parametrize("source", ["f(trust_remote_code=True)", "def f(a, *, trust_remote_code: bool = True): pass", "def f(trust_remote_code=True): pass", "f(**{'trust_remote_code': True})",
-                                    "class R:\n    trust_remote_code: bool = True", "run('x', shell=True)"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "f(trust_remote_code=True)",
+        "def f(a, *, trust_remote_code: bool = True): pass",
+        "def f(trust_remote_code=True): pass",
+        "f(**{'trust_remote_code': True})",
+        "class R:\n    trust_remote_code: bool = True",
+        "run('x', shell=True)",
+    ],
+)
 def test_the_parser_sees_trust(source):
     assert len(trusting(ast.parse(source))) == 1
 
@@ -153,19 +250,42 @@ def test_the_parser_sees_trust(source):
 def test_nothing_is_pickled_or_evaluated(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     assert unsafe(tree, foreign=file == FOREIGN) == []
-    roots = {name.split(".")[0] for name in imports(tree, name_of(file), file.name == "__init__.py")}
+    roots = {
+        name.split(".")[0] for name in imports(tree, name_of(file), file.name == "__init__.py")
+    }
     assert not roots & {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
-@pytest.mark.parametrize("call", ["torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=trusted)", "np.load(f)", "np.load(f, allow_pickle=True)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "torch.load(f, weights_only=trusted)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=True)",
+    ],
+)
 def test_the_parser_sees_a_pickle_that_would_be_run(call):
     assert unsafe(ast.parse(call), foreign=True) == [call]
     assert unsafe(ast.parse("torch.load(f, weights_only=True)"), foreign=True) == []
     assert unsafe(ast.parse("torch.load(f, weights_only=True)"), foreign=False) != []
 
 
-@pytest.mark.parametrize("module", ["ksparse", "ksparse.errors", "ksparse.files", "ksparse.rows", "ksparse.recipe", "ksparse.options", "ksparse.runs", "ksparse.pylm",
-                                    "ksparse.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "ksparse",
+        "ksparse.errors",
+        "ksparse.files",
+        "ksparse.rows",
+        "ksparse.recipe",
+        "ksparse.options",
+        "ksparse.runs",
+        "ksparse.pylm",
+        "ksparse.cli",
+    ],
+)
 def test_importing_is_free_of(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'numpy', 'tokenizers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -174,15 +294,32 @@ def test_importing_is_free_of(module):
 
 
 def test_importing_the_package_reads_no_file_of_its_own_stations():
-    code = "import sys, ksparse; print(*[name for name in sys.modules if name.startswith('ksparse.')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout.strip() == ""
+    code = (
+        "import sys, ksparse; print(*[name for name in sys.modules if name.startswith('ksparse.')])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        ).stdout.strip()
+        == ""
+    )
 
 
 def test_no_source_or_test_is_ignored_by_git():
     """A pattern such as `acts/` would take src/ksparse/acts out of the repository and out of the wheel."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    files = [str(file.relative_to(ROOT)) for folder in ("src", "tests") for file in (ROOT / folder).rglob("*.py")]
-    done = subprocess.run(["git", "check-ignore", "--no-index", "--stdin"], input="\n".join(files), cwd=ROOT, capture_output=True, text=True)
+    files = [
+        str(file.relative_to(ROOT))
+        for folder in ("src", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"],
+        input="\n".join(files),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode in (0, 1), done.stderr
     assert done.stdout.split() == []

@@ -62,7 +62,11 @@ def disk(tmp_path) -> Iterator[Disk]:
     place.mkdir()
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"this machine does not let root mount a tmpfs: {done.stderr.strip()}")
     yield Disk(place)
@@ -96,20 +100,44 @@ def command(capsys, *words: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "metrics"])
-def test_a_disk_that_fills_up_while_training_ends_with_code_5_and_the_same_command_goes_on(small_recipe, disk, tmp_path, monkeypatch, capsys, where):
+def test_a_disk_that_fills_up_while_training_ends_with_code_5_and_the_same_command_goes_on(
+    small_recipe, disk, tmp_path, monkeypatch, capsys, where
+):
     (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
     words = ["train", str(tmp_path / "recipe.toml"), "--out", str(disk.path / "run")]
     with monkeypatch.context() as patch:
         if where == "checkpoint":
             own = checkpoint.commit
-            patch.setattr(checkpoint, "commit", lambda run, taken, mesh: (taken.facts["step"] == 8 and disk.fill(3), own(run, taken, mesh)))
+            patch.setattr(
+                checkpoint,
+                "commit",
+                lambda run, taken, mesh: (
+                    taken.facts["step"] == 8 and disk.fill(3),
+                    own(run, taken, mesh),
+                ),
+            )
         else:
             write = RunFolder.append_metrics
-            patch.setattr(RunFolder, "append_metrics", lambda run, row: (row["step"] == 6 and (disk.fill(0), pad(run.metrics_file)), write(run, row)))
+            patch.setattr(
+                RunFolder,
+                "append_metrics",
+                lambda run, row: (
+                    row["step"] == 6 and (disk.fill(0), pad(run.metrics_file)),
+                    write(run, row),
+                ),
+            )
         code, said = command(capsys, *words)
     run = open_run(disk.path / "run")
-    assert code == 5 and "disk full while writing" in said and "MB free" in said and "what was saved before is intact" in said and "Traceback" not in said
-    assert [path.name for path in run.checkpoints()] == ["step-00000004"] and run.newest_intact() == (run.checkpoints()[0], [])
+    assert (
+        code == 5
+        and "disk full while writing" in said
+        and "MB free" in said
+        and "what was saved before is intact" in said
+        and "Traceback" not in said
+    )
+    assert [path.name for path in run.checkpoints()] == [
+        "step-00000004"
+    ] and run.newest_intact() == (run.checkpoints()[0], [])
     assert store.load(run.path).metadata["step"] == 4
     disk.empty()
     assert command(capsys, *words)[0] == 0
@@ -123,15 +151,27 @@ def pad(file: Path) -> None:
         stream.write(b"\n" * (-file.stat().st_size % PAGE))
 
 
-def test_a_read_only_disk_ends_with_code_5_and_leaves_all_as_it_is(small_recipe, disk, tmp_path, capsys):
+def test_a_read_only_disk_ends_with_code_5_and_leaves_all_as_it_is(
+    small_recipe, disk, tmp_path, capsys
+):
     (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
     run = train(small_recipe(), disk.path / "run")
     before = last(run)
     disk.bar()
-    for words in (["resume", str(run.path)], ["train", str(tmp_path / "recipe.toml"), "--out", str(disk.path / "other")], ["report", str(run.path)],
-                  ["eval", str(run.path), "stats", "--tokens", "300", "--device", "cpu"], ["convert", str(run.path), str(disk.path / "other"), "--to", "ksparse"]):
+    for words in (
+        ["resume", str(run.path)],
+        ["train", str(tmp_path / "recipe.toml"), "--out", str(disk.path / "other")],
+        ["report", str(run.path)],
+        ["eval", str(run.path), "stats", "--tokens", "300", "--device", "cpu"],
+        ["convert", str(run.path), str(disk.path / "other"), "--to", "ksparse"],
+    ):
         code, said = command(capsys, *words)
-        assert code == 5 and "cannot write" in said and "Read-only file system; give a folder that you may write" in said and "Traceback" not in said, words
+        assert (
+            code == 5
+            and "cannot write" in said
+            and "Read-only file system; give a folder that you may write" in said
+            and "Traceback" not in said
+        ), words
     disk.unbar()
     assert last(run) == before and store.load(run.path).metadata["step"] == 12
 
@@ -149,11 +189,29 @@ def writers(run: RunFolder, small_acts: Callable) -> dict[str, tuple[Path, Calla
         "evals": (run.path / "evals", lambda: evals.write(run, found)),
         "report": (run.path / "figures", lambda: report.write(run)),
         "export": (home / "export", lambda: store.save(sae, home / "export")),
-        "convert": (home / "converted", lambda: interop.write(sae, home / "converted", "dictionary_learning", normalization="outside")),
-        "shards": (home / "acts", lambda: shards.write(lm, Corpus(lm.options, lm.tokenizer, "train"), home / "acts", rows=60, shard_rows=30)),
-        "suite": (home / "suite", lambda: suite.write(home / "suite", "t", [{"text": f"x = {i}", "label": i % 2} for i in range(60)])),
+        "convert": (
+            home / "converted",
+            lambda: interop.write(
+                sae, home / "converted", "dictionary_learning", normalization="outside"
+            ),
+        ),
+        "shards": (
+            home / "acts",
+            lambda: shards.write(
+                lm, Corpus(lm.options, lm.tokenizer, "train"), home / "acts", rows=60, shard_rows=30
+            ),
+        ),
+        "suite": (
+            home / "suite",
+            lambda: suite.write(
+                home / "suite", "t", [{"text": f"x = {i}", "label": i % 2} for i in range(60)]
+            ),
+        ),
         "lock": (home / "fresh", lambda: lock(RunFolder(home / "fresh"))),
-        "json": (home / "some", lambda: files.write_json(home / "some" / "x.json", list(range(3000)), sealed=False)),
+        "json": (
+            home / "some",
+            lambda: files.write_json(home / "some" / "x.json", list(range(3000)), sealed=False),
+        ),
     }
 
 
@@ -162,7 +220,9 @@ def lock(run: RunFolder) -> None:
         pass
 
 
-def test_whatever_writes_says_that_the_disk_is_full_and_leaves_what_was_there(trained, disk, small_acts):
+def test_whatever_writes_says_that_the_disk_is_full_and_leaves_what_was_there(
+    trained, disk, small_acts
+):
     found = writers(trained, small_acts)
     for name, (place, write) in found.items():
         full = pages = 0
@@ -177,7 +237,12 @@ def test_whatever_writes_says_that_the_disk_is_full_and_leaves_what_was_there(tr
                 full += 1
             disk.empty()
             for path, content in before.items():
-                assert path.read_bytes() == content or path.name in ("manifest.json", "documents.json", "report.html") or path.suffix == ".svg" or path.name == ".lock", (name, path)
+                assert (
+                    path.read_bytes() == content
+                    or path.name in ("manifest.json", "documents.json", "report.html")
+                    or path.suffix == ".svg"
+                    or path.name == ".lock"
+                ), (name, path)
             pages = pages + 1 if pages < 6 else pages * 2
         disk.empty()
         assert full > 0, name
@@ -186,17 +251,25 @@ def test_whatever_writes_says_that_the_disk_is_full_and_leaves_what_was_there(tr
 
 
 def whole(place: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} if place.is_dir() else {}
+    return (
+        {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        if place.is_dir()
+        else {}
+    )
 
 
 def at_step(step: int, taken: checkpoint.Taken) -> checkpoint.Taken:
     return taken._replace(facts=taken.facts | {"step": step})
 
 
-def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(small_recipe, disk, monkeypatch):
+def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(
+    small_recipe, disk, monkeypatch
+):
     kept = []
     own = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh)))
+    monkeypatch.setattr(
+        checkpoint, "commit", lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh))
+    )
     run = train(small_recipe(), disk.path / "run")
     taken = at_step(99, kept[-1])
     before, failures = last(run), 0
@@ -217,12 +290,18 @@ def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(s
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("call", ["mkdir", "open", "write", "fsync", "chmod", "rename", "tensors"])
-def test_whichever_call_finds_no_room_the_checkpoint_before_is_whole(small_recipe, tmp_path, monkeypatch, call, code):
+def test_whichever_call_finds_no_room_the_checkpoint_before_is_whole(
+    small_recipe, tmp_path, monkeypatch, call, code
+):
     """Whatever call fails first, of all that saving makes: the run has its last checkpoint, and says DiskError."""
     kept = []
     own = checkpoint.commit
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "commit", lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh)))
+        patch.setattr(
+            checkpoint,
+            "commit",
+            lambda run, taken, mesh: (kept.append(taken), own(run, taken, mesh)),
+        )
         run = train(small_recipe(), tmp_path / "run")
     taken = at_step(99, kept[-1])
     before, number = last(run), 0
@@ -249,12 +328,15 @@ def failing(patch: pytest.MonkeyPatch, call: str, number: int, error: OSError) -
 
     def counted(own):
         def made(*args, **options):
-            if call == "open" and not {"w", "a"} & set(str(args[1] if len(args) > 1 else options.get("mode", "r"))):
+            if call == "open" and not {"w", "a"} & set(
+                str(args[1] if len(args) > 1 else options.get("mode", "r"))
+            ):
                 return own(*args, **options)
             calls.append(1)
             if len(calls) == number:
                 raise error
             return own(*args, **options)
+
         return made
 
     if call == "tensors":

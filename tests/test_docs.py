@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+TESTS = {
+    name
+    for file in (ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"def (test_\w+)", file.read_text())
+}
 
 
 def test_everything_that_the_map_of_the_paper_names_exists():
@@ -41,10 +45,23 @@ def test_options_named_in_the_documents_exist():
 
     from ksparse.recipe import ACTIVATIONS, Recipe, flat, to_dict
 
-    keys = set(flat(to_dict(Recipe()))) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
-    flags = {key for file in ("README.md", "docs/paper.md", "docs/architecture.md")
-             for key in re.findall(r"--((?:acts|sae|optim|run|mesh|curve)\.[a-z0-9_.-]*[a-z0-9])", (ROOT / file).read_text())}
-    options = set(re.findall(r"`((?:acts|sae|optim|run|mesh|curve)\.[\w.]+)`", (ROOT / "docs" / "paper.md").read_text()))
+    keys = set(flat(to_dict(Recipe()))) | {
+        f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)
+    }
+    flags = {
+        key
+        for file in ("README.md", "docs/paper.md", "docs/architecture.md")
+        for key in re.findall(
+            r"--((?:acts|sae|optim|run|mesh|curve)\.[a-z0-9_.-]*[a-z0-9])",
+            (ROOT / file).read_text(),
+        )
+    }
+    options = set(
+        re.findall(
+            r"`((?:acts|sae|optim|run|mesh|curve)\.[\w.]+)`",
+            (ROOT / "docs" / "paper.md").read_text(),
+        )
+    )
     assert len(flags | options) > 12
     assert {key.replace("-", "_") for key in flags | options} <= keys
 
@@ -52,15 +69,25 @@ def test_options_named_in_the_documents_exist():
 def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     import ksparse
 
-    run = ksparse.train(small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}), tmp_path / "runs" / "demo")
+    run = ksparse.train(
+        small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}),
+        tmp_path / "runs" / "demo",
+    )
     assert run.report_file.parent == tmp_path / "runs" / "demo"
-    block = re.search(r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(
+        r"## In Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
     block = block.replace('"pylm/1.9m", site="resid_post.3"', '"pylm/0.3m", site="resid_post.2"')
     monkeypatch.chdir(tmp_path)
     from ksparse.options import EvalOptions
 
     whole = ksparse.evaluate
-    monkeypatch.setattr(ksparse, "evaluate", lambda sae, lm, names: whole(sae, lm, names, EvalOptions(tokens=300, device="cpu")), raising=False)
+    monkeypatch.setattr(
+        ksparse,
+        "evaluate",
+        lambda sae, lm, names: whole(sae, lm, names, EvalOptions(tokens=300, device="cpu")),
+        raising=False,
+    )
     names: dict = {}
     exec(block, names)
     assert names["code"].values.shape == names["code"].indices.shape
@@ -82,12 +109,24 @@ def test_what_the_page_on_metrics_asserts_is_so():
 def test_the_examples_with_other_libraries_run(tmp_path, monkeypatch, small_recipe):
     import ksparse
 
-    ksparse.train(small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}), tmp_path / "runs" / "demo")
+    ksparse.train(
+        small_recipe({"acts.lm": "pylm/0.3m", "acts.site": "resid_post.2", "acts.text": "pylm"}),
+        tmp_path / "runs" / "demo",
+    )
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(blocks("docs/interop.md").replace('"1.9m"', '"0.3m"').replace("resid_post.3", "resid_post.2"), names)
-    clean, spliced, without, steered = (names[key] for key in ("clean", "spliced", "without", "steered"))
-    assert clean.shape == spliced.shape and not any((clean == other).all() for other in (spliced, without, steered))
+    exec(
+        blocks("docs/interop.md")
+        .replace('"1.9m"', '"0.3m"')
+        .replace("resid_post.3", "resid_post.2"),
+        names,
+    )
+    clean, spliced, without, steered = (
+        names[key] for key in ("clean", "spliced", "without", "steered")
+    )
+    assert clean.shape == spliced.shape and not any(
+        (clean == other).all() for other in (spliced, without, steered)
+    )
     assert names["copy"].shape.normalize == "layer_norm"
 
 
@@ -100,7 +139,9 @@ def commands() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for file in DOCUMENTS:
         for verb, rest in COMMAND.findall(file.read_text()):
-            found.setdefault(verb, set()).update(re.findall(r"--([a-zA-Z][\w.-]*\w)", rest.partition(" #")[0]))
+            found.setdefault(verb, set()).update(
+                re.findall(r"--([a-zA-Z][\w.-]*\w)", rest.partition(" #")[0])
+            )
     return found
 
 
@@ -114,7 +155,9 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     assert verb in cli.VERBS
     with pytest.raises(SystemExit):
         cli.main([verb, "--help"])
-    known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)}
+    known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {
+        f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)
+    }
     assert flags <= {flag.replace("_", "-") for flag in known} | known
 
 
@@ -138,10 +181,19 @@ def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
         if hasattr(module, "parse"):
             monkeypatch.setattr(module, "parse", stop)
     monkeypatch.chdir(ROOT)
-    lines = [line.partition("#")[0].replace("torchrun", "\ntorchrun") for line in re.findall(r"^(?:ksparse|torchrun) .*$", (ROOT / "README.md").read_text(), re.MULTILINE)]
+    lines = [
+        line.partition("#")[0].replace("torchrun", "\ntorchrun")
+        for line in re.findall(
+            r"^(?:ksparse|torchrun) .*$", (ROOT / "README.md").read_text(), re.MULTILINE
+        )
+    ]
     seen = 0
     for line in lines:
-        verb, *words = shlex.split(line.partition("ksparse ")[2] if "torchrun" not in line else line.partition("-m ksparse ")[2])
+        verb, *words = shlex.split(
+            line.partition("ksparse ")[2]
+            if "torchrun" not in line
+            else line.partition("-m ksparse ")[2]
+        )
         if verb in ("report", "doctor", "resume") or verb == "probes":
             continue  # without options, or of a run that is there
         with pytest.raises(Parsed):
@@ -151,10 +203,16 @@ def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
 
 
 def python_blocks():
-    return [(file.name, block) for file in DOCUMENTS for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
+    return [
+        (file.name, block)
+        for file in DOCUMENTS
+        for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
+    ]
 
 
-@pytest.mark.parametrize("file, block", python_blocks(), ids=lambda value: value if value.endswith(".md") else "")
+@pytest.mark.parametrize(
+    "file, block", python_blocks(), ids=lambda value: value if value.endswith(".md") else ""
+)
 def test_python_in_the_documents_calls_what_there_is(file, block):
     from .test_bench import misused
 
@@ -164,7 +222,12 @@ def test_python_in_the_documents_calls_what_there_is(file, block):
 def test_formats_in_the_docs_are_those_there_are():
     from ksparse.interop import FORMATS
 
-    table = (ROOT / "docs" / "interop.md").read_text().split("## Formats")[1].split("Each format's file")[0]
+    table = (
+        (ROOT / "docs" / "interop.md")
+        .read_text()
+        .split("## Formats")[1]
+        .split("Each format's file")[0]
+    )
     rows = {row.split("|")[1].strip(" `"): row for row in table.strip().splitlines()[2:]}
     assert list(rows) == list(FORMATS)
     for name, form in FORMATS.items():
@@ -172,7 +235,18 @@ def test_formats_in_the_docs_are_those_there_are():
         assert all(kind in rows[name] for kinds in form.HOLDS.values() for kind in kinds), name
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/formats.md", "docs/interop.md", "docs/metrics.md", "docs/paper.md", "docs/scaling-out.md"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "README.md",
+        "docs/architecture.md",
+        "docs/formats.md",
+        "docs/interop.md",
+        "docs/metrics.md",
+        "docs/paper.md",
+        "docs/scaling-out.md",
+    ],
+)
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target
@@ -181,8 +255,16 @@ def test_links_between_documents_lead_somewhere(file):
 def test_the_built_in_tasks_are_in_the_docs():
     from ksparse.pylm.labels import TASKS
 
-    table = (ROOT / "docs" / "probes.md").read_text().split("<!-- python -->")[1].split("<!-- end of python -->")[0]
-    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.strip().splitlines()[2:]]
+    table = (
+        (ROOT / "docs" / "probes.md")
+        .read_text()
+        .split("<!-- python -->")[1]
+        .split("<!-- end of python -->")[0]
+    )
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in table.strip().splitlines()[2:]
+    ]
     assert rows == [(task.name, task.family, task.among, task.positive) for task in TASKS]
 
 
@@ -203,8 +285,12 @@ def planned(n_latents: int):
     from ksparse.training.costs import Unseen
 
     given = recipe.load(ROOT / "recipes" / "llama-16m.toml")
-    return plan.plan(replace(given, sae=replace(given.sae, n_latents=n_latents)), devices=[1, 8, 64, 512], card="h100",
-                     unseen=Unseen(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816))
+    return plan.plan(
+        replace(given, sae=replace(given.sae, n_latents=n_latents)),
+        devices=[1, 8, 64, 512],
+        card="h100",
+        unseen=Unseen(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816),
+    )
 
 
 def plan_lines(n_latents: int) -> list[str]:
@@ -217,6 +303,15 @@ def sizes_table() -> list[str]:
     """Return the lines of the table of sizes; to write it anew, print them."""
     lines = ["| latents | 1 | 8 | 64 | 512 |", "|---|---|---|---|---|"]
     for n in (2**17, 2**20, 2**22, 2**24):
-        cells = [f"{each.data} x {each.latent}, {each.bytes / 1e9:,.0f} GB, {each.tokens_per_s:,.0f}" for each in planned(n).meshes]
-        lines.append(f"| {n:,} | " + " | ".join(cell if each.fits else f"({cell})" for cell, each in zip(cells, planned(n).meshes)) + " |")
+        cells = [
+            f"{each.data} x {each.latent}, {each.bytes / 1e9:,.0f} GB, {each.tokens_per_s:,.0f}"
+            for each in planned(n).meshes
+        ]
+        lines.append(
+            f"| {n:,} | "
+            + " | ".join(
+                cell if each.fits else f"({cell})" for cell, each in zip(cells, planned(n).meshes)
+            )
+            + " |"
+        )
     return lines

@@ -54,7 +54,11 @@ def test_a_committed_folder_replaces_the_old_one_and_none_of_its_files_stay(tmp_
     put(tmp_path / "one", OLD)
     put(tmp_path / "one", NEW)
     assert content(tmp_path / "one") == NEW
-    assert {file.name for file in (tmp_path / "one").iterdir()} == {"a.txt", "c.txt", files.MANIFEST}
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {
+        "a.txt",
+        "c.txt",
+        files.MANIFEST,
+    }
 
 
 def test_committed_makes_the_folders_above(tmp_path):
@@ -70,8 +74,11 @@ def test_committed_files_can_be_read_by_others(tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, OLD], ids=["nothing_before", "an_old_folder_before"])
-@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "chmod")],
-                         ids=["fsync", "rename", "replace", "mkdir", "chmod"])
+@pytest.mark.parametrize(
+    "owner, name",
+    [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "chmod")],
+    ids=["fsync", "rename", "replace", "mkdir", "chmod"],
+)
 def test_whichever_call_fails_the_old_or_the_new_folder_is_whole(tmp_path, owner, name, before):
     number = 0
     while True:
@@ -94,7 +101,9 @@ def test_whichever_call_fails_the_old_or_the_new_folder_is_whole(tmp_path, owner
             assert content(folder / "one") in ([NEW] if before is None else [before, NEW])
         else:
             assert before is None, f"after call {number} of {name} failed, the old folder is gone"
-        assert [file.name for file in folder.iterdir() if file.name != "one"] == [], "a temporary folder is left"
+        assert [file.name for file in folder.iterdir() if file.name != "one"] == [], (
+            "a temporary folder is left"
+        )
     assert number > 1, f"{name} was never called"
 
 
@@ -104,8 +113,14 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path, monke
         pytest.skip("only Linux tells which file a handle is of")
     events = []
     sync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(os.readlink(f"/proc/self/fd/{handle}"))) or sync(handle))
-    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: events.append(Path(os.readlink(f"/proc/self/fd/{handle}"))) or sync(handle),
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda path, target: events.append("rename") or rename(path, target)
+    )
     put(tmp_path / "one", NEW)
     at = events.index("rename")
     before = {path.name for path in events[:at]}
@@ -125,8 +140,17 @@ def test_an_error_in_the_body_leaves_what_was_there(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"one"}
 
 
-@pytest.mark.parametrize("code, text", [(errno.ENOSPC, "disk full while writing .*one.* MB free"), (errno.EDQUOT, "disk full"), (errno.EFBIG, "disk full"),
-                                        (errno.EROFS, "cannot write .*one.*: Read-only.*--out"), (errno.EACCES, "cannot write"), (errno.EPERM, "cannot write")])
+@pytest.mark.parametrize(
+    "code, text",
+    [
+        (errno.ENOSPC, "disk full while writing .*one.* MB free"),
+        (errno.EDQUOT, "disk full"),
+        (errno.EFBIG, "disk full"),
+        (errno.EROFS, "cannot write .*one.*: Read-only.*--out"),
+        (errno.EACCES, "cannot write"),
+        (errno.EPERM, "cannot write"),
+    ],
+)
 def test_a_disk_error_says_what_to_do(tmp_path, monkeypatch, code, text):
     fail_at(monkeypatch, os, "fsync", 1, OSError(code, os.strerror(code)))
     with pytest.raises(DiskError, match=text):
@@ -138,7 +162,9 @@ def test_a_full_disk_as_safetensors_reports_it_is_a_disk_error(tmp_path):
 
     with pytest.raises(DiskError, match="disk full"):
         with files.committed(tmp_path / "one"):
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
 
 
 def test_another_systems_error_is_passed_on_as_it_is(tmp_path, monkeypatch):
@@ -171,23 +197,47 @@ def test_verify_notices_every_flipped_byte_of_the_table_of_sums(tmp_path):
     table = whole.index(b'"sha256"')
     seal = range(whole.index(b'"checksum"') + 1, whole.index(b'"checksum"') + 9)
     for at in range(table, whole.rindex(b'"') + 1):
-        if whole[at : at + 1].isspace() or at in seal:  # a seal under another name is none, and all else is as it was
+        if (
+            whole[at : at + 1].isspace() or at in seal
+        ):  # a seal under another name is none, and all else is as it was
             continue
         (folder / files.MANIFEST).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(CorruptError):
             files.verify(folder)
 
 
-@pytest.mark.parametrize("damage, text", [
-    (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing, though manifest.json lists it"),
-    (lambda folder: (folder / "a.txt").write_text(""), "a.txt is damaged.*0 bytes"),
-    (lambda folder: (folder / "a.txt").write_text("new a"), "a.txt is damaged"),
-    (lambda folder: (folder / files.MANIFEST).unlink(), "manifest.json is missing"),
-    (lambda folder: (folder / files.MANIFEST).write_text("{"), "manifest.json is not JSON.*truncated"),
-    (lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
-    (lambda folder: (folder / files.MANIFEST).write_text("{}"), "has no table 'sha256'"),
-    (lambda folder: (folder / files.MANIFEST).write_text("[]"), "is not a table but list"),
-], ids=["deleted", "emptied", "truncated", "no_manifest", "half_a_manifest", "not_utf8", "no_sums", "a_list"])
+@pytest.mark.parametrize(
+    "damage, text",
+    [
+        (
+            lambda folder: (folder / "a.txt").unlink(),
+            "a.txt is missing, though manifest.json lists it",
+        ),
+        (lambda folder: (folder / "a.txt").write_text(""), "a.txt is damaged.*0 bytes"),
+        (lambda folder: (folder / "a.txt").write_text("new a"), "a.txt is damaged"),
+        (lambda folder: (folder / files.MANIFEST).unlink(), "manifest.json is missing"),
+        (
+            lambda folder: (folder / files.MANIFEST).write_text("{"),
+            "manifest.json is not JSON.*truncated",
+        ),
+        (
+            lambda folder: (folder / files.MANIFEST).write_bytes(b"\xff\xfe"),
+            "manifest.json is not JSON",
+        ),
+        (lambda folder: (folder / files.MANIFEST).write_text("{}"), "has no table 'sha256'"),
+        (lambda folder: (folder / files.MANIFEST).write_text("[]"), "is not a table but list"),
+    ],
+    ids=[
+        "deleted",
+        "emptied",
+        "truncated",
+        "no_manifest",
+        "half_a_manifest",
+        "not_utf8",
+        "no_sums",
+        "a_list",
+    ],
+)
 def test_verify_names_the_file_that_is_wrong(tmp_path, damage, text):
     put(tmp_path / "one", NEW)
     damage(tmp_path / "one")
@@ -195,7 +245,10 @@ def test_verify_names_the_file_that_is_wrong(tmp_path, damage, text):
         files.verify(tmp_path / "one")
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../b", "sub/file", "..", ".", "", "./a.txt", "x\0y", "x" * 300])
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/passwd", "a/../b", "sub/file", "..", ".", "", "./a.txt", "x\0y", "x" * 300],
+)
 def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path, name):
     put(tmp_path / "one", NEW)
     (tmp_path / "x").write_text("outside")
@@ -225,7 +278,9 @@ def test_an_old_folder_that_was_moved_away_comes_back(tmp_path):
     (tmp_path / "step-1").rename(tmp_path / ".tmp-old-step-1-123")
     shutil.copytree(tmp_path / ".tmp-old-step-1-123", tmp_path / ".tmp-step-1-123")
     files.remove_leftovers(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"step-1"} and content(tmp_path / "step-1") == OLD
+    assert {file.name for file in tmp_path.iterdir()} == {"step-1"} and content(
+        tmp_path / "step-1"
+    ) == OLD
 
 
 def test_removing_leftovers_of_a_folder_that_is_not_there_does_nothing(tmp_path):
@@ -235,9 +290,19 @@ def test_removing_leftovers_of_a_folder_that_is_not_there_does_nothing(tmp_path)
 # ---- single files
 
 
-@given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-                          | st.text(st.characters(exclude_categories=["Cs"])),
-                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)))
+@given(
+    value=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters(exclude_categories=["Cs"])),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+        ),
+    )
+)
 def test_json_comes_back_as_it_went(tmp_path_factory, value):
     file = tmp_path_factory.getbasetemp() / "value.json"
     files.write_json(file, value)
@@ -251,7 +316,9 @@ def test_json_never_holds_nan_or_infinity(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
+@pytest.mark.parametrize(
+    "owner, name", [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"]
+)
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, owner, name):
     files.write_text(tmp_path / "x.txt", "old")
     fail_at(monkeypatch, owner, name, 1, OSError(errno.ENOSPC, "No space left on device"))
@@ -262,8 +329,18 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch,
 
 def test_digest_depends_on_every_fact_and_not_on_their_order():
     assert files.digest({"a": 1, "b": [2]}) == files.digest({"b": [2], "a": 1})
-    assert len({files.digest(facts) for facts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": 1, "b": None})}) == 5
-    assert json.loads(json.dumps(files.digest({}))) == files.digest({}) and len(files.digest({})) == 16
+    assert (
+        len(
+            {
+                files.digest(facts)
+                for facts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": 1, "b": None})
+            }
+        )
+        == 5
+    )
+    assert (
+        json.loads(json.dumps(files.digest({}))) == files.digest({}) and len(files.digest({})) == 16
+    )
 
 
 # ---- seals, tables, lines
@@ -272,17 +349,33 @@ def test_digest_depends_on_every_fact_and_not_on_their_order():
 def test_a_sealed_table_comes_back_without_its_seal_and_no_value_of_it_can_be_changed(tmp_path):
     file, table = tmp_path / "x.json", {"a": 1, "b": [1.5, None, "é"], "c": {"d": True}}
     files.write_json(file, table, sealed=True)
-    assert files.read_json(file) == table and set(json.loads(file.read_text())) == {*table, files.SEAL}
-    for change in ({"a": 2}, {"a": 1.0}, {"a": "1"}, {"b": []}, {"c": {"d": False}}, {"e": None}, {files.SEAL: "0"}):
+    assert files.read_json(file) == table and set(json.loads(file.read_text())) == {
+        *table,
+        files.SEAL,
+    }
+    for change in (
+        {"a": 2},
+        {"a": 1.0},
+        {"a": "1"},
+        {"b": []},
+        {"c": {"d": False}},
+        {"e": None},
+        {files.SEAL: "0"},
+    ):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        with pytest.raises(CorruptError, match="x.json was altered: it does not have the sum that it was written with"):
+        with pytest.raises(
+            CorruptError,
+            match="x.json was altered: it does not have the sum that it was written with",
+        ):
             files.read_json(file)
         files.write_json(file, table, sealed=True)
     file.write_text(json.dumps(dict(reversed(json.loads(file.read_text()).items()))))
     assert files.read_json(file) == table, "order and spacing are no content"
 
 
-@pytest.mark.parametrize("text", ["{", "", "[NaN]", "[Infinity]", "[1e999]", "[-1e999]", "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["{", "", "[NaN]", "[Infinity]", "[1e999]", "[-1e999]", "[" * 100_000, "9" * 5000]
+)
 def test_what_is_not_json_of_ours_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(CorruptError, match="x.json is not JSON: .* truncated or was altered"):
@@ -293,15 +386,31 @@ def test_a_folder_or_a_link_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "x.json").mkdir()
     (tmp_path / "y.json").symlink_to("y.json")
     (tmp_path / "z.json").symlink_to("nowhere")
-    for name, said in (("x", "cannot be read: Is a directory"), ("y", "cannot be read: Too many levels"), ("z", "is missing")):
+    for name, said in (
+        ("x", "cannot be read: Is a directory"),
+        ("y", "cannot be read: Too many levels"),
+        ("z", "is missing"),
+    ):
         with pytest.raises(CorruptError, match=f"{name}.json {said}"):
             files.read_json(tmp_path / f"{name}.json")
 
 
-@pytest.mark.parametrize("table, said", [({"n": 1, "t": {}, "x": 0.5}, None), ({"n": 1, "t": {}, "x": 2}, None), ([], "is not a table but list"), ({"t": {}, "x": 1}, "has no key 'n'"), ({"n": 1, "x": 1}, "has no table 't'"),
-                                         ({"n": "1", "t": {}, "x": 1}, "'n' is '1', expected int"), ({"n": True, "t": {}, "x": 1}, "'n' is 'True', expected int"),
-                                         ({"n": 1, "t": {}, "x": None}, "'x' is 'None', expected int or float")])
-def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(tmp_path, table, said):
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ({"n": 1, "t": {}, "x": 0.5}, None),
+        ({"n": 1, "t": {}, "x": 2}, None),
+        ([], "is not a table but list"),
+        ({"t": {}, "x": 1}, "has no key 'n'"),
+        ({"n": 1, "x": 1}, "has no table 't'"),
+        ({"n": "1", "t": {}, "x": 1}, "'n' is '1', expected int"),
+        ({"n": True, "t": {}, "x": 1}, "'n' is 'True', expected int"),
+        ({"n": 1, "t": {}, "x": None}, "'x' is 'None', expected int or float"),
+    ],
+)
+def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(
+    tmp_path, table, said
+):
     files.write_json(tmp_path / "x.json", table)
     if said is None:
         assert files.read_table(tmp_path / "x.json", n=int, t=dict, x=(int, float)) == table
@@ -310,14 +419,24 @@ def test_a_table_has_the_keys_and_types_that_are_asked_for_or_the_key_is_named(t
             files.read_table(tmp_path / "x.json", n=int, t=dict, x=(int, float))
 
 
-@pytest.mark.parametrize("table, said", [
-    ({"format": 2, "n": 1}, None), ({"format": 1, "n": 1, "x": 0.5}, None), ({"n": 1}, None),
-    ({"format": 3, "new": {}}, r"was written by a newer ksparse \(format 3\); this one reads up to 2"),
-    ({"format": 0, "n": 1}, "has format '0', expected a number of 1 to 2"),
-    ({"format": True, "n": 1}, "has format 'True'"), ({"format": 2}, "has no key 'n'"),
-    ({"format": 2, "n": 1, "y": 1}, "has the key 'y', which this ksparse does not know"),
-    ({"format": 2, "n": 1, "x": "1"}, "'x' is '1', expected float"),
-    ({"format": 2, "n": 2**63}, "'n' is too large a number")])
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ({"format": 2, "n": 1}, None),
+        ({"format": 1, "n": 1, "x": 0.5}, None),
+        ({"n": 1}, None),
+        (
+            {"format": 3, "new": {}},
+            r"was written by a newer ksparse \(format 3\); this one reads up to 2",
+        ),
+        ({"format": 0, "n": 1}, "has format '0', expected a number of 1 to 2"),
+        ({"format": True, "n": 1}, "has format 'True'"),
+        ({"format": 2}, "has no key 'n'"),
+        ({"format": 2, "n": 1, "y": 1}, "has the key 'y', which this ksparse does not know"),
+        ({"format": 2, "n": 1, "x": "1"}, "'x' is '1', expected float"),
+        ({"format": 2, "n": 2**63}, "'n' is too large a number"),
+    ],
+)
 def test_a_numbered_table_holds_the_keys_of_its_format_and_no_others(tmp_path, table, said):
     files.write_json(tmp_path / "x.json", table)
     if said is None:
@@ -334,8 +453,9 @@ def test_a_table_that_must_have_a_format_number_is_refused_without(tmp_path):
         files.read_numbered(tmp_path / "x.json", 2, {"n": int})
 
 
-@pytest.mark.parametrize("read", [
-    files.read_json, files.read_table, files.read_lines, files.read_strings, files.sha256])
+@pytest.mark.parametrize(
+    "read", [files.read_json, files.read_table, files.read_lines, files.read_strings, files.sha256]
+)
 def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path, read):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(CorruptError, match="x.json is a FIFO, expected a file"):
@@ -359,15 +479,21 @@ def test_a_name_that_no_file_can_have_is_not_there(tmp_path, monkeypatch):
 
 def test_damaged_lines_are_left_out_with_one_warning_and_a_half_last_one_without(tmp_path, caplog):
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"step": 1}\n{"step": 2, "x": NaN}\n{"step": "3"}\n\xff\n[]\n{"x": 1}\n{"step": true}\n{"step": 4}\n{"step": 5')
+    file.write_bytes(
+        b'{"step": 1}\n{"step": 2, "x": NaN}\n{"step": "3"}\n\xff\n[]\n{"x": 1}\n{"step": true}\n{"step": 4}\n{"step": 5'
+    )
     assert files.read_lines(file, step=int) == [{"step": 1}, {"step": 4}]
-    assert [record.getMessage() for record in caplog.records] == [f"{file}: 6 lines are damaged and left out, the first of them line 2"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file}: 6 lines are damaged and left out, the first of them line 2"
+    ]
     caplog.clear()
     file.write_text('{"step": 1}\n{"step": 5')
     assert files.read_lines(file, step=int) == [{"step": 1}] and not caplog.records
 
 
-def test_a_process_killed_while_it_removes_a_folder_leaves_no_half_of_it_under_its_name(tmp_path, monkeypatch):
+def test_a_process_killed_while_it_removes_a_folder_leaves_no_half_of_it_under_its_name(
+    tmp_path, monkeypatch
+):
     put(tmp_path / "one", OLD)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (path / "a.txt").unlink())
     files.remove(tmp_path / "one")
@@ -386,12 +512,26 @@ def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
     assert content(tmp_path / "one") == OLD and not (tmp_path / "two").exists()
 
 
-@pytest.mark.parametrize("there", [lambda path: path.symlink_to("other"), lambda path: path.symlink_to("nowhere"), lambda path: path.write_text("x")], ids=["link", "dead_link", "file"])
-def test_what_stands_in_the_place_of_a_folder_is_replaced_and_what_a_link_leads_to_is_left(tmp_path, there):
+@pytest.mark.parametrize(
+    "there",
+    [
+        lambda path: path.symlink_to("other"),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.write_text("x"),
+    ],
+    ids=["link", "dead_link", "file"],
+)
+def test_what_stands_in_the_place_of_a_folder_is_replaced_and_what_a_link_leads_to_is_left(
+    tmp_path, there
+):
     put(tmp_path / "other", OLD)
     there(tmp_path / "one")
     put(tmp_path / "one", NEW)
-    assert content(tmp_path / "one") == NEW and content(tmp_path / "other") == OLD and not (tmp_path / "one").is_symlink()
+    assert (
+        content(tmp_path / "one") == NEW
+        and content(tmp_path / "other") == OLD
+        and not (tmp_path / "one").is_symlink()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
 
 
@@ -400,7 +540,9 @@ def test_tensors_that_the_manifest_does_not_list_are_not_read(tmp_path):
     (tmp_path / "one" / "notes.txt").write_text("nobody reads this")
     assert content(tmp_path / "one") == NEW
     (tmp_path / "one" / "sae.0-of-1.safetensors").write_text("x")
-    with pytest.raises(CorruptError, match="holds sae.0-of-1.safetensors, which its manifest.json does not list"):
+    with pytest.raises(
+        CorruptError, match="holds sae.0-of-1.safetensors, which its manifest.json does not list"
+    ):
         files.verify(tmp_path / "one")
 
 

@@ -20,7 +20,9 @@ def run(tmp_path):
 
 
 def test_a_folder_without_recipe_is_no_run(tmp_path):
-    with pytest.raises(InputError, match="is not a run: it has no recipe.toml. `ksparse train --out .*` makes one"):
+    with pytest.raises(
+        InputError, match="is not a run: it has no recipe.toml. `ksparse train --out .*` makes one"
+    ):
         open_run(tmp_path)
     with pytest.raises(InputError, match="is not a run"):
         open_run(tmp_path / "nowhere")
@@ -28,14 +30,23 @@ def test_a_folder_without_recipe_is_no_run(tmp_path):
 
 def test_an_empty_run_has_nothing_and_says_so(run):
     assert open_run(run.path).recipe() == Recipe(seed=5) and run.name == "run"
-    assert run.metrics() == [] and run.checkpoints() == [] and run.eval("stats") is None and run.environment() == {}
+    assert (
+        run.metrics() == []
+        and run.checkpoints() == []
+        and run.eval("stats") is None
+        and run.environment() == {}
+    )
     assert run.newest_intact() == (None, [])
 
 
 def test_metrics_come_back_by_step_with_the_last_line_of_each(run):
     for step, nmse in [(1, 0.9), (3, 0.7), (2, 0.8), (3, 0.6)]:
         run.append_metrics({"step": step, "nmse": nmse})
-    assert run.metrics() == [{"step": 1, "nmse": 0.9}, {"step": 2, "nmse": 0.8}, {"step": 3, "nmse": 0.6}]
+    assert run.metrics() == [
+        {"step": 1, "nmse": 0.9},
+        {"step": 2, "nmse": 0.8},
+        {"step": 3, "nmse": 0.6},
+    ]
 
 
 def test_the_half_line_of_a_killed_process_is_passed_over(run):
@@ -72,7 +83,11 @@ def test_checkpoints_are_listed_by_step_without_temporary_ones(run):
         checkpoint(run, step)
     (run.path / "checkpoints" / ".tmp-step-00000021-99").mkdir()
     (run.path / "checkpoints" / "step-notes.txt").write_text("")
-    assert [path.name for path in run.checkpoints()] == ["step-00000003", "step-00000020", "step-100000000"]
+    assert [path.name for path in run.checkpoints()] == [
+        "step-00000003",
+        "step-00000020",
+        "step-100000000",
+    ]
 
 
 def test_the_newest_intact_checkpoint_is_found_and_the_damage_named(run):
@@ -82,7 +97,11 @@ def test_the_newest_intact_checkpoint_is_found_and_the_damage_named(run):
     (run.checkpoint(3) / files.MANIFEST).unlink()
     path, wrong = run.newest_intact()
     assert path == run.checkpoint(2)
-    assert len(wrong) == 2 and "step-00000004/state.json is damaged" in wrong[0] and "step-00000003/manifest.json is missing" in wrong[1]
+    assert (
+        len(wrong) == 2
+        and "step-00000004/state.json is damaged" in wrong[0]
+        and "step-00000003/manifest.json is missing" in wrong[1]
+    )
     for step in (1, 2):
         (run.checkpoint(step) / "state.json").unlink()
     assert run.newest_intact()[0] is None and len(run.newest_intact()[1]) == 4
@@ -95,7 +114,11 @@ def test_a_checkpoint_under_another_ones_name_is_passed_over(run):
     run.checkpoint(8).rename(run.checkpoint(4))
     (run.path / "away").rename(run.checkpoint(8))
     path, wrong = run.newest_intact()
-    assert path is None and "step-00000008 is that of step 4, under another name" in wrong[0] and len(wrong) == 2
+    assert (
+        path is None
+        and "step-00000008 is that of step 4, under another name" in wrong[0]
+        and len(wrong) == 2
+    )
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_the_keys_named(run):
@@ -104,7 +127,10 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_keys_named(run):
         (tmp / "state.json").write_text("{}")
     assert run.newest_intact() == (run.checkpoint(4), [])
     run.recipe_file.write_text(to_toml(Recipe(seed=5, tokens=1000, threads=3)))
-    with pytest.raises(InputError, match=r"step-00000004 was trained with another recipe than .*recipe.toml has now: tokens: 800000 -> 1000\. Put back what was there"):
+    with pytest.raises(
+        InputError,
+        match=r"step-00000004 was trained with another recipe than .*recipe.toml has now: tokens: 800000 -> 1000\. Put back what was there",
+    ):
         run.newest_intact()
 
 
@@ -125,12 +151,18 @@ def test_folders_that_are_no_checkpoints_are_not_looked_at(run):
 
 def test_a_result_under_another_ones_name_is_refused(run):
     files.write_json(run.eval_file("stats"), {"name": "downstream"}, sealed=True)
-    with pytest.raises(CorruptError, match="stats.json is a result of 'downstream', under another name"):
+    with pytest.raises(
+        CorruptError, match="stats.json is a result of 'downstream', under another name"
+    ):
         run.eval("stats")
 
 
 def test_alarms_come_back_in_order_and_those_of_steps_taken_again_are_dropped(run):
-    rows = [{"step": 3, "alarm": "dead"}, {"step": 3, "alarm": "grad_norm"}, {"step": 9, "alarm": "dead"}]
+    rows = [
+        {"step": 3, "alarm": "dead"},
+        {"step": 3, "alarm": "grad_norm"},
+        {"step": 9, "alarm": "dead"},
+    ]
     for row in rows:
         run.append_alarm(row)
     assert run.alarms() == rows
@@ -149,16 +181,27 @@ def test_a_damaged_result_is_named(run):
 def test_the_lock_refuses_a_second_process_and_names_the_first(tmp_path):
     code = f"import pathlib; from ksparse.runs import RunFolder\nwith RunFolder(pathlib.Path({str(tmp_path)!r})).locked(): pass"
     with RunFolder(tmp_path).locked():
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 1
-        assert f"is in use by process {os.getpid()}; wait for it, or give another --out" in done.stderr
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+        assert (
+            f"is in use by process {os.getpid()}; wait for it, or give another --out" in done.stderr
+        )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode
+        == 0
+    )
 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path):
-    code = ("import pathlib, time; from ksparse.runs import RunFolder\n"
-            f"with RunFolder(pathlib.Path({str(tmp_path)!r})).locked():\n    print('held', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+    code = (
+        "import pathlib, time; from ksparse.runs import RunFolder\n"
+        f"with RunFolder(pathlib.Path({str(tmp_path)!r})).locked():\n    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=f"in use by process {holder.pid}"):
             with RunFolder(tmp_path).locked():

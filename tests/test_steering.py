@@ -15,7 +15,17 @@ from ksparse.acts.lm import LM
 from ksparse.acts.sites import resolve
 from ksparse.errors import InputError
 from ksparse.sae.model import SAE, Shape
-from ksparse.steering import attach, attribute, attribution, clamped, compare, continue_text, logit_difference, scaled, steer
+from ksparse.steering import (
+    attach,
+    attribute,
+    attribution,
+    clamped,
+    compare,
+    continue_text,
+    logit_difference,
+    scaled,
+    steer,
+)
 
 D, N, K, VOCABULARY = 8, 24, 3, 11
 
@@ -26,7 +36,11 @@ class Linear(nn.Module):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        self.embed, self.block, self.head = nn.Embedding(VOCABULARY, D), nn.Identity(), nn.Linear(D, VOCABULARY)
+        self.embed, self.block, self.head = (
+            nn.Embedding(VOCABULARY, D),
+            nn.Identity(),
+            nn.Linear(D, VOCABULARY),
+        )
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
@@ -47,8 +61,16 @@ def tiny(small_acts):
     """Return (lm, its sae) on a tiny GPT-2, with the policy that training would have given."""
     acts = small_acts()
     lm = LM(acts=acts)
-    return lm, make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={
-        "acts": dataclasses.asdict(acts), "policy": {"keep": "text", "bos_token": 0, "separator_token": 0}})
+    return lm, make_sae(
+        lm.d_model,
+        32,
+        4,
+        dtype=torch.float32,
+        metadata={
+            "acts": dataclasses.asdict(acts),
+            "policy": {"keep": "text", "bos_token": 0, "separator_token": 0},
+        },
+    )
 
 
 @pytest.mark.parametrize("kind", ["unit_norm", "none"])
@@ -76,17 +98,28 @@ def test_scaling_multiplies_the_latents_own_activation():
     with steer(model, sae, {latent: 0.0}, site="block"):
         assert torch.equal(model(ids).logits, none)
     with steer(model, sae, scale={latent: 2.0}, site="block"):
-        assert torch.allclose(model(ids).logits - model.head(model.embed(ids)), model.head(model.embed(ids)) - none)
+        assert torch.allclose(
+            model(ids).logits - model.head(model.embed(ids)), model.head(model.embed(ids)) - none
+        )
 
 
 def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
     model, sae = Linear(), make_sae(metadata={"policy": {"keep": "all"}})
-    lm = SimpleNamespace(model=model, site=resolve(model, "block"), check_changes=lambda: None, tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]))
-    model.embed.weight.data, model.head.weight.data, model.head.bias.data = (t.float() for t in (model.embed.weight, model.head.weight, model.head.bias))
+    lm = SimpleNamespace(
+        model=model,
+        site=resolve(model, "block"),
+        check_changes=lambda: None,
+        tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]),
+    )
+    model.embed.weight.data, model.head.weight.data, model.head.bias.data = (
+        t.float() for t in (model.embed.weight, model.head.weight, model.head.bias)
+    )
     sae = sae.float()
     contributions = attribution(lm, sae, "31415", lambda logits: logits[2] - logits[7])
     scores = attribute(lm, sae, ["31415", "926"], lambda logits: logits[2] - logits[7])
-    assert contributions.values[:-1].abs().max() == 0  # nothing before the last token reaches its logits here
+    assert (
+        contributions.values[:-1].abs().max() == 0
+    )  # nothing before the last token reaches its logits here
     for latent in range(N):
         lost = []
         for prompt in ("31415", "926"):
@@ -94,7 +127,9 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
             with steer(model, sae, {latent: 0.0}, site="block"):
                 gone = model(ids).logits[0, -1]
             lost.append((model(ids).logits[0, -1] - gone)[[2, 7]])
-        assert scores[latent].item() == pytest.approx(sum((each[0] - each[1]).item() for each in lost) / 2, abs=1e-5)
+        assert scores[latent].item() == pytest.approx(
+            sum((each[0] - each[1]).item() for each in lost) / 2, abs=1e-5
+        )
     assert (scores != 0).sum() >= K
 
 
@@ -137,20 +172,31 @@ def test_generation_with_a_cache_is_steered_like_the_whole_context(tiny):
     lm, sae = tiny
     ids = lm.tokenize("the cat sat on")
     with steer(lm.model, sae, {5: 3.0}), torch.no_grad():
-        new = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=1,
-                                output_logits=True, return_dict_in_generate=True)
+        new = lm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         whole = lm.model(new.sequences[:, :-1], use_cache=False).logits[0, ids.shape[1] - 1 :]
     assert torch.allclose(torch.cat(new.logits), whole, atol=1e-4)
     with torch.no_grad():
-        assert not torch.allclose(lm.model(new.sequences[:, :-1]).logits[0, ids.shape[1] - 1 :], whole, atol=1e-2)
+        assert not torch.allclose(
+            lm.model(new.sequences[:, :-1]).logits[0, ids.shape[1] - 1 :], whole, atol=1e-2
+        )
 
 
 def test_dropping_the_error_splices_the_reconstruction_in(tiny):
     lm, sae = tiny
     ids = lm.tokenize("two black dogs run over old green hills")
     watched = lm.watch(ids, torch.ones_like(ids, dtype=torch.bool))
+
     def spliced(x):
         return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
+
     with torch.no_grad(), attach(lm.model, sae, error="drop"):
         logits = lm.model(ids).logits
     assert torch.allclose(logits, lm.replay(watched, spliced), atol=1e-5)
@@ -182,7 +228,9 @@ def test_two_saes_at_two_sites_are_attached_at_once(tiny):
 def test_a_bfloat16_lm_is_steered_in_its_own_precision(small_acts):
     acts = small_acts(lm_dtype="bfloat16")
     lm = LM(acts=acts)
-    sae = make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={"acts": dataclasses.asdict(acts)})
+    sae = make_sae(
+        lm.d_model, 32, 4, dtype=torch.float32, metadata={"acts": dataclasses.asdict(acts)}
+    )
     with steer(lm.model, sae, {3: 2.0}):
         assert lm.model(lm.tokenize("the cat")).logits.dtype == torch.bfloat16
 
@@ -196,12 +244,17 @@ def test_continuations_are_the_same_for_the_same_seed_and_the_shown_tokens_moved
     moved = found.moved(4)
     changes = (found.after.log_probs.exp() - found.before.log_probs.exp()).abs()
     assert [token for token, _, _ in moved] == changes.topk(4).indices.tolist()
-    assert compare(lm, sae, "the cat", {4: 6.0}, tokens=5).before.tokens == continue_text(lm, "the cat", tokens=5).tokens
+    assert (
+        compare(lm, sae, "the cat", {4: 6.0}, tokens=5).before.tokens
+        == continue_text(lm, "the cat", tokens=5).tokens
+    )
 
 
 def test_changes_are_sums_of_their_parts():
     sae = make_sae()
-    code = sae.encode(torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    code = sae.encode(
+        torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    )
     both = steering.changes(clamped({1: 2.0}), scaled({2: 3.0}), clamped({}))(code)
     dense = code.dense(N)
     expected = torch.zeros_like(dense)
@@ -214,25 +267,58 @@ def masked(lm, sae):
         lm.model(lm.tokenize("the"))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda lm, sae: steer(lm.model, sae).__enter__(), "steering needs a latent"),
-    (lambda lm, sae: steer(lm.model, sae, {32: 1.0}).__enter__(), "latent 32 does not exist: this SAE has latents 0 to 31"),
-    (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
-    (lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(), "latent 3 is to be both clamped and scaled"),
-    (lambda lm, sae: attach(lm.model, SAE(sae.shape)).__enter__(), "does not say at which site"),
-    (lambda lm, sae: attach(lm.model, sae, "resid_post.9").__enter__(), "site 'resid_post.9' does not exist"),
-    (lambda lm, sae: attach(lm.model, sae, error="lose").__enter__(), "error is 'lose'; it must be 'keep' or 'drop'"),
-    (lambda lm, sae: attach(lm.model, sae, positions="some").__enter__(), "positions is 'some'; it must be 'trained', 'all', or a mask"),
-    (lambda lm, sae: attach(lm.model, sae).__enter__().recon, "nothing has gone through the site yet, so there is no x"),
-    (lambda lm, sae: masked(lm, sae), r"positions are of shape \[1, 2\], the activations of \[1, 4\]"),
-    (lambda lm, sae: continue_text(lm, "the", tokens=200), "the prompt has 4 tokens, 200 more make 204; .* takes 128"),
-    (lambda lm, sae: continue_text(lm, "the", tokens=0), "a continuation of 0 tokens"),
-    (lambda lm, sae: continue_text(lm, "the", temperature=-1), "temperature is -1"),
-    (lambda lm, sae: attribute(lm, sae, [], lambda logits: logits[0]), "at least one prompt"),
-    (lambda lm, sae: logit_difference(lm, ["the cat sat"]), r"'the cat sat' is \d+ tokens of .*; give a text that is one"),
-    (lambda lm, sae: logit_difference(lm, []), "at least one token to look toward"),
-    (lambda lm, sae: steering.lm_of(SAE(sae.shape)), "does not say which LM it was trained on"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda lm, sae: steer(lm.model, sae).__enter__(), "steering needs a latent"),
+        (
+            lambda lm, sae: steer(lm.model, sae, {32: 1.0}).__enter__(),
+            "latent 32 does not exist: this SAE has latents 0 to 31",
+        ),
+        (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
+        (
+            lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(),
+            "latent 3 is to be both clamped and scaled",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, SAE(sae.shape)).__enter__(),
+            "does not say at which site",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, sae, "resid_post.9").__enter__(),
+            "site 'resid_post.9' does not exist",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, sae, error="lose").__enter__(),
+            "error is 'lose'; it must be 'keep' or 'drop'",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, sae, positions="some").__enter__(),
+            "positions is 'some'; it must be 'trained', 'all', or a mask",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, sae).__enter__().recon,
+            "nothing has gone through the site yet, so there is no x",
+        ),
+        (
+            lambda lm, sae: masked(lm, sae),
+            r"positions are of shape \[1, 2\], the activations of \[1, 4\]",
+        ),
+        (
+            lambda lm, sae: continue_text(lm, "the", tokens=200),
+            "the prompt has 4 tokens, 200 more make 204; .* takes 128",
+        ),
+        (lambda lm, sae: continue_text(lm, "the", tokens=0), "a continuation of 0 tokens"),
+        (lambda lm, sae: continue_text(lm, "the", temperature=-1), "temperature is -1"),
+        (lambda lm, sae: attribute(lm, sae, [], lambda logits: logits[0]), "at least one prompt"),
+        (
+            lambda lm, sae: logit_difference(lm, ["the cat sat"]),
+            r"'the cat sat' is \d+ tokens of .*; give a text that is one",
+        ),
+        (lambda lm, sae: logit_difference(lm, []), "at least one token to look toward"),
+        (lambda lm, sae: steering.lm_of(SAE(sae.shape)), "does not say which LM it was trained on"),
+    ],
+)
 def test_what_cannot_be_steered_is_refused_with_the_reason(tiny, call, message):
     with pytest.raises(InputError, match=message):
         call(*tiny)
@@ -244,7 +330,10 @@ def test_what_cannot_be_steered_is_refused_with_the_reason(tiny, call, message):
 def test_a_site_that_no_call_reaches_is_not_steered_in_silence(tiny):
     lm, sae = tiny
     lm.model.aside = nn.Linear(16, 16)
-    with pytest.raises(InputError, match="site 'aside' was not reached in 2 calls of the model, so nothing was read or changed"):
+    with pytest.raises(
+        InputError,
+        match="site 'aside' was not reached in 2 calls of the model, so nothing was read or changed",
+    ):
         with steer(lm.model, sae, {1: 4.0}, site="aside"):
             lm.model(lm.tokenize("the"))
             lm.model(lm.tokenize("the"))
@@ -260,20 +349,59 @@ def test_a_site_that_runs_twice_in_a_call_is_refused_and_one_in_two_calls_is_not
         lm.model(lm.tokenize("the"))
         mlp(torch.zeros(1, 2, 16))  # by somebody else, outside a call
     handle = block.register_forward_hook(lambda module, args, output: (mlp(args[0]), None)[1])
-    with pytest.raises(InputError, match="site 'transformer.h.1.mlp' runs several times in one call"):
+    with pytest.raises(
+        InputError, match="site 'transformer.h.1.mlp' runs several times in one call"
+    ):
         with steer(lm.model, sae, {1: 4.0}, site="transformer.h.1.mlp"):
             lm.model(lm.tokenize("the"))
     handle.remove()
 
 
 RECURRENT = {
-    "mamba": lambda: T.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
-    "mamba2": lambda: T.Mamba2Config(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4, num_heads=4, head_dim=8, n_groups=1, expand=2),
-    "falcon_mamba": lambda: T.FalconMambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4),
-    "rwkv": lambda: T.RwkvConfig(hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, vocab_size=300, context_length=128),
-    "jamba": lambda: T.JambaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=300,
-                                   attn_layer_period=2, attn_layer_offset=1, num_experts=1, num_experts_per_tok=1, mamba_d_state=4, use_mamba_kernels=False),
-    "llama": lambda: T.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=300),
+    "mamba": lambda: T.MambaConfig(
+        hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4
+    ),
+    "mamba2": lambda: T.Mamba2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        vocab_size=300,
+        state_size=4,
+        num_heads=4,
+        head_dim=8,
+        n_groups=1,
+        expand=2,
+    ),
+    "falcon_mamba": lambda: T.FalconMambaConfig(
+        hidden_size=16, num_hidden_layers=2, vocab_size=300, state_size=4
+    ),
+    "rwkv": lambda: T.RwkvConfig(
+        hidden_size=16,
+        attention_hidden_size=16,
+        num_hidden_layers=2,
+        vocab_size=300,
+        context_length=128,
+    ),
+    "jamba": lambda: T.JambaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=300,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        num_experts_per_tok=1,
+        mamba_d_state=4,
+        use_mamba_kernels=False,
+    ),
+    "llama": lambda: T.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=300,
+    ),
 }
 
 
@@ -285,14 +413,33 @@ def test_generation_is_steered_alike_with_every_kind_of_memory(kind):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.copy_(torch.randn(parameter.shape) * 0.2)
-    sae = make_sae(16, 32, 4, dtype=torch.float32, metadata={"policy": {"keep": "text", "bos_token": 1, "separator_token": 1}})
+    sae = make_sae(
+        16,
+        32,
+        4,
+        dtype=torch.float32,
+        metadata={"policy": {"keep": "text", "bos_token": 1, "separator_token": 1}},
+    )
     ids, block = torch.tensor([[1, 70, 80, 90, 100]]), resolve(model, "resid_post.0").module
     name = next(name for name, module in model.named_modules() if module is block)
-    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True, "return_dict_in_generate": True}
+    how = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     logits = []
     for cache in (True, False):
         with steer(model, sae, {3: 4.0}, site=name):
-            logits.append(torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=cache, **how).logits))
+            logits.append(
+                torch.stack(
+                    model.generate(
+                        ids, attention_mask=torch.ones_like(ids), use_cache=cache, **how
+                    ).logits
+                )
+            )
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
     plain = torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **how).logits)
     assert not torch.allclose(plain[0], logits[0][0], atol=1e-3), "the prompt is steered too"
@@ -307,13 +454,26 @@ def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, capl
         lm.model(torch.full((1, 9), 7))
         lm.model(torch.full((1, 9), 7))
     assert [record.getMessage() for record in caplog.records] == [
-        "contexts of 9 tokens are longer than the 6 that this autoencoder was trained on; it has not seen the positions behind them"]
+        "contexts of 9 tokens are longer than the 6 that this autoencoder was trained on; it has not seen the positions behind them"
+    ]
 
 
-@pytest.mark.parametrize("state, continues", [
-    (None, False), ([], False), ([None], False), ([torch.zeros(1)], True), (torch.zeros(1), True), (SimpleNamespace(seqlen_offset=0), False),
-    (SimpleNamespace(seqlen_offset=3), True), (SimpleNamespace(get_seq_length=lambda: 0), False), (SimpleNamespace(get_seq_length=lambda: 4), True),
-    (SimpleNamespace(has_previous_state=True), True), (SimpleNamespace(has_previous_state=False), False)])
+@pytest.mark.parametrize(
+    "state, continues",
+    [
+        (None, False),
+        ([], False),
+        ([None], False),
+        ([torch.zeros(1)], True),
+        (torch.zeros(1), True),
+        (SimpleNamespace(seqlen_offset=0), False),
+        (SimpleNamespace(seqlen_offset=3), True),
+        (SimpleNamespace(get_seq_length=lambda: 0), False),
+        (SimpleNamespace(get_seq_length=lambda: 4), True),
+        (SimpleNamespace(has_previous_state=True), True),
+        (SimpleNamespace(has_previous_state=False), False),
+    ],
+)
 def test_a_memory_says_whether_it_holds_earlier_tokens(state, continues):
     assert steering._remembers(state) is continues
 
@@ -328,18 +488,29 @@ def test_a_value_far_beyond_what_a_latent_can_reach_is_warned_of(tiny, caplog):
             pass
         with steer(lm.model, sae, {1: 4e6}):
             pass
-    assert [record.getMessage()[:20] for record in caplog.records] == ["latent 1 at 4 is 10 ", "latent 1 at 4e+06 is"]
+    assert [record.getMessage()[:20] for record in caplog.records] == [
+        "latent 1 at 4 is 10 ",
+        "latent 1 at 4e+06 is",
+    ]
 
 
 def test_an_sae_at_another_site_than_its_own_is_not_used_in_silence(tiny, caplog):
     lm, sae = tiny
-    with caplog.at_level("WARNING", logger="ksparse"), attach(lm.model, sae, "transformer.h.1"), attach(lm.model, sae):
+    with (
+        caplog.at_level("WARNING", logger="ksparse"),
+        attach(lm.model, sae, "transformer.h.1"),
+        attach(lm.model, sae),
+    ):
         assert not caplog.records, "its own site by another name"
     with attach(lm.model, sae, "resid_post.0"):
         assert "is attached at resid_post.0, but was trained at resid_post.1" in caplog.text
     elsewhere = lm.at_site("resid_post.0")
-    for call in (lambda force: compare(elsewhere, sae, "the cat", {1: 0.1}, tokens=2, force=force),
-                 lambda force: attribute(elsewhere, sae, ["the cat"], lambda logits: logits[3], force=force)):
-        with pytest.raises(InputError, match="site is 'resid_post.0', but 'resid_post.1' where the SAE was trained"):
+    for call in (
+        lambda force: compare(elsewhere, sae, "the cat", {1: 0.1}, tokens=2, force=force),
+        lambda force: attribute(elsewhere, sae, ["the cat"], lambda logits: logits[3], force=force),
+    ):
+        with pytest.raises(
+            InputError, match="site is 'resid_post.0', but 'resid_post.1' where the SAE was trained"
+        ):
             call(False)
         call(True)

@@ -7,22 +7,101 @@ import pytest
 import ksparse
 from ksparse import errors, recipe
 
-NAMES = ["Code", "KsparseError", "LM", "Recipe", "SAE", "attach", "convert", "evaluate", "load", "open_run", "save", "steer", "train"]
+NAMES = [
+    "Code",
+    "KsparseError",
+    "LM",
+    "Recipe",
+    "SAE",
+    "attach",
+    "convert",
+    "evaluate",
+    "load",
+    "open_run",
+    "save",
+    "steer",
+    "train",
+]
 KEYS = {
-    "acts.lm", "acts.revision", "acts.tokenizer", "acts.site", "acts.text", "acts.text_config", "acts.text_split", "acts.text_field",
-    "acts.context", "acts.bos", "acts.borders", "acts.keep", "acts.normalize", "acts.mix", "acts.lm_batch", "acts.lm_dtype", "acts.store",
+    "acts.lm",
+    "acts.revision",
+    "acts.tokenizer",
+    "acts.site",
+    "acts.text",
+    "acts.text_config",
+    "acts.text_split",
+    "acts.text_field",
+    "acts.context",
+    "acts.bos",
+    "acts.borders",
+    "acts.keep",
+    "acts.normalize",
+    "acts.mix",
+    "acts.lm_batch",
+    "acts.lm_dtype",
+    "acts.store",
     "acts.shards",
-    "sae.n_latents", "sae.k", "sae.auxk_coef", "sae.k_aux", "sae.auxk_share", "sae.auxk_norm", "sae.dead_after", "sae.multi_topk", "sae.b_enc", "sae.init",
-    "sae.init_scale", "sae.b_pre_init", "sae.unit_norm", "sae.activation.kind",
-    "optim.lr", "optim.lr_at_32k", "optim.beta1", "optim.beta2", "optim.eps", "optim.warmup", "optim.decay", "optim.clip", "optim.ema",
-    "optim.ema_span", "optim.screen", "optim.precision",
-    "curve.held_out", "curve.per_octave", "curve.octaves", "curve.converged", "curve.window",
-    "run.device", "run.kernels", "run.ahead", "run.log_every", "run.save_every", "run.save_minutes", "run.keep", "run.on_nonfinite", "run.loggers",
-    "run.alarm_grad_norm", "run.alarm_dead", "run.alarm_dead_growth",
-    "mesh.data", "mesh.latent", "mesh.capacity", "mesh.timeout",
-    "tokens", "batch", "seed", "order", "threads",
+    "sae.n_latents",
+    "sae.k",
+    "sae.auxk_coef",
+    "sae.k_aux",
+    "sae.auxk_share",
+    "sae.auxk_norm",
+    "sae.dead_after",
+    "sae.multi_topk",
+    "sae.b_enc",
+    "sae.init",
+    "sae.init_scale",
+    "sae.b_pre_init",
+    "sae.unit_norm",
+    "sae.activation.kind",
+    "optim.lr",
+    "optim.lr_at_32k",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.eps",
+    "optim.warmup",
+    "optim.decay",
+    "optim.clip",
+    "optim.ema",
+    "optim.ema_span",
+    "optim.screen",
+    "optim.precision",
+    "curve.held_out",
+    "curve.per_octave",
+    "curve.octaves",
+    "curve.converged",
+    "curve.window",
+    "run.device",
+    "run.kernels",
+    "run.ahead",
+    "run.log_every",
+    "run.save_every",
+    "run.save_minutes",
+    "run.keep",
+    "run.on_nonfinite",
+    "run.loggers",
+    "run.alarm_grad_norm",
+    "run.alarm_dead",
+    "run.alarm_dead_growth",
+    "mesh.data",
+    "mesh.latent",
+    "mesh.capacity",
+    "mesh.timeout",
+    "tokens",
+    "batch",
+    "seed",
+    "order",
+    "threads",
 }
-EXIT_CODES = {"KsparseError": 1, "InputError": 2, "CorruptError": 2, "NonFiniteError": 3, "OutOfMemoryError": 4, "DiskError": 5}
+EXIT_CODES = {
+    "KsparseError": 1,
+    "InputError": 2,
+    "CorruptError": 2,
+    "NonFiniteError": 3,
+    "OutOfMemoryError": 4,
+    "DiskError": 5,
+}
 
 
 def test_public_names_are_frozen():
@@ -56,11 +135,18 @@ def test_exit_codes_are_frozen(name, code):
 
 
 def test_interruption_exits_like_the_signal():
-    assert errors.Interrupted("stopped", 15).exit_code == 143 and errors.Interrupted("stopped", 2).exit_code == 130
+    assert (
+        errors.Interrupted("stopped", 15).exit_code == 143
+        and errors.Interrupted("stopped", 2).exit_code == 130
+    )
 
 
 def test_every_error_of_ours_is_a_ksparse_error_and_what_python_users_expect():
-    assert issubclass(errors.InputError, ValueError) and issubclass(errors.CorruptError, errors.InputError)
-    assert issubclass(errors.DiskError, OSError) and issubclass(errors.NonFiniteError, ArithmeticError)
+    assert issubclass(errors.InputError, ValueError) and issubclass(
+        errors.CorruptError, errors.InputError
+    )
+    assert issubclass(errors.DiskError, OSError) and issubclass(
+        errors.NonFiniteError, ArithmeticError
+    )
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert all(issubclass(kind, errors.KsparseError) for kind in kinds)

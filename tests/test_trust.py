@@ -20,10 +20,19 @@ def own_code(tiny_lm, tmp_path):
     folder, ran = tmp_path / "lm", tmp_path / "ran"
     shutil.copytree(tiny_lm("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            config
+            | {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"},
+            }
+        )
+    )
     (folder / "own.py").write_text(
         f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class Own(LlamaConfig):\n    model_type = 'own'\nclass OwnLM(LlamaForCausalLM):\n    config_class = Own\n")
+        "class Own(LlamaConfig):\n    model_type = 'own'\nclass OwnLM(LlamaForCausalLM):\n    config_class = Own\n"
+    )
     return folder, ran
 
 
@@ -34,7 +43,9 @@ def evil(own_code, small_recipe, tmp_path):
     run = ksparse.train(small_recipe({"run.save_every": 0}), tmp_path / "run")
     recipe = small_recipe()
     recipe = dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, lm=str(folder)))
-    run.recipe_file.write_text(recipes.to_toml(recipe).replace("[run]", "[run]\ntrust_remote_code = true"))
+    run.recipe_file.write_text(
+        recipes.to_toml(recipe).replace("[run]", "[run]\ntrust_remote_code = true")
+    )
     return run, ran
 
 
@@ -48,10 +59,23 @@ def cli(*arguments):
 def test_a_recipe_cannot_allow_code_to_run(own_code, small_recipe, tmp_path, caplog):
     folder, ran = own_code
     file = tmp_path / "evil.toml"
-    file.write_text(recipes.to_toml(small_recipe({"acts.lm": str(folder)})).replace("[run]", "[run]\ntrust_remote_code = true"))
-    assert "trust" not in recipes.to_toml(recipes.load(file)) and not hasattr(recipes.load(file).run, "trust_remote_code")
-    assert f"run.trust_remote_code in {file} is passed over: a file cannot allow code to run" in caplog.text
-    for verb in (["plan", file], ["train", file, "--out", tmp_path / "r"], ["shard", file, "--out", tmp_path / "s"]):
+    file.write_text(
+        recipes.to_toml(small_recipe({"acts.lm": str(folder)})).replace(
+            "[run]", "[run]\ntrust_remote_code = true"
+        )
+    )
+    assert "trust" not in recipes.to_toml(recipes.load(file)) and not hasattr(
+        recipes.load(file).run, "trust_remote_code"
+    )
+    assert (
+        f"run.trust_remote_code in {file} is passed over: a file cannot allow code to run"
+        in caplog.text
+    )
+    for verb in (
+        ["plan", file],
+        ["train", file, "--out", tmp_path / "r"],
+        ["shard", file, "--out", tmp_path / "s"],
+    ):
         assert cli(*verb) == 2
         assert not ran.exists()
 
@@ -64,28 +88,48 @@ def test_an_older_recipe_without_leave_is_read_without_a_word(tmp_path, caplog):
 
 def test_a_foreign_run_runs_no_code_in_any_verb(evil, tmp_path, capsys):
     run, ran = evil
-    for verb in (["plan", run.recipe_file], ["resume", run.path], ["eval", run.path, "stats"], ["report", run.path], ["view", run.path, "--export", tmp_path / "site"],
-                 ["steer", run.path, "--latent", 1, "--value", 1, "--prompt", "the"], ["study", "sites", "--run", run.path, "--out", tmp_path / "study"]):
+    for verb in (
+        ["plan", run.recipe_file],
+        ["resume", run.path],
+        ["eval", run.path, "stats"],
+        ["report", run.path],
+        ["view", run.path, "--export", tmp_path / "site"],
+        ["steer", run.path, "--latent", 1, "--value", 1, "--prompt", "the"],
+        ["study", "sites", "--run", run.path, "--out", tmp_path / "study"],
+    ):
         cli(*verb)
         assert not ran.exists(), verb
 
 
-def test_the_flag_of_the_call_lets_code_run_in_every_verb_that_loads_an_lm(own_code, small_recipe, tmp_path, capsys):
+def test_the_flag_of_the_call_lets_code_run_in_every_verb_that_loads_an_lm(
+    own_code, small_recipe, tmp_path, capsys
+):
     folder, ran = own_code
     file = tmp_path / "mine.toml"
     file.write_text(recipes.to_toml(small_recipe({"acts.lm": str(folder)})))
     run = tmp_path / "run"
-    for verb in (["plan", file], ["train", file, "--out", run], ["eval", run, "stats", "--tokens", 100],
-                 ["steer", run, "--latent", 1, "--value", 1, "--prompt", "the cat", "--tokens", 2]):
+    for verb in (
+        ["plan", file],
+        ["train", file, "--out", run],
+        ["eval", run, "stats", "--tokens", 100],
+        ["steer", run, "--latent", 1, "--value", 1, "--prompt", "the cat", "--tokens", 2],
+    ):
         assert cli(*verb, "--trust-remote-code", "True") == 0, capsys.readouterr().err
         assert ran.exists()
-        assert cli(*verb) == (2 if verb[0] != "train" else 0), "what the last call was allowed, this one is not"  # a finished run loads no LM
-    assert "trust" not in (run / "recipe.toml").read_text() and "trust" not in (run / "evals" / "stats.json").read_text()
+        assert cli(*verb) == (2 if verb[0] != "train" else 0), (
+            "what the last call was allowed, this one is not"
+        )  # a finished run loads no LM
+    assert (
+        "trust" not in (run / "recipe.toml").read_text()
+        and "trust" not in (run / "evals" / "stats.json").read_text()
+    )
 
 
 def test_in_python_it_is_an_argument_of_the_call(own_code, small_recipe, tmp_path):
     folder, ran = own_code
-    with pytest.raises(InputError, match="trust-remote-code True .in Python trust_remote_code=True"):
+    with pytest.raises(
+        InputError, match="trust-remote-code True .in Python trust_remote_code=True"
+    ):
         ksparse.train(small_recipe({"acts.lm": str(folder)}), tmp_path / "a")
     assert not ran.exists()
     ksparse.train(small_recipe({"acts.lm": str(folder)}), tmp_path / "a", trust_remote_code=True)
@@ -100,9 +144,18 @@ def test_workers_of_a_sweep_are_told_on_their_command_line(tmp_path):
             assert code_is_trusted(), "an inner call does not take back what the outer one allows"
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--trust-remote-code"], "is ''; it must be True or False"), (["--trust_remote_code=yes"], "is 'yes'; it must be True or False"),
-    (["--run.trust-remote-code", "True"], "is no key of a recipe, since a stored one could set it"), (["--run.trust_remote_code=True"], "is no key of a recipe")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--trust-remote-code"], "is ''; it must be True or False"),
+        (["--trust_remote_code=yes"], "is 'yes'; it must be True or False"),
+        (
+            ["--run.trust-remote-code", "True"],
+            "is no key of a recipe, since a stored one could set it",
+        ),
+        (["--run.trust_remote_code=True"], "is no key of a recipe"),
+    ],
+)
 def test_the_flag_takes_true_or_false(words, message):
     with pytest.raises(InputError, match=message):
         taken_from(words)
@@ -118,5 +171,8 @@ def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_p
     config = json.loads((tmp_path / "lm" / "config.json").read_text())
     for key in ("attn_implementation", "_attn_implementation"):
         (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
-        with pytest.raises(InputError, match="its config names 'somebody/kernel', code of the Hub, for its attention"):
+        with pytest.raises(
+            InputError,
+            match="its config names 'somebody/kernel', code of the Hub, for its attention",
+        ):
             ksparse.LM(str(tmp_path / "lm"), site="resid_post.1")

@@ -27,7 +27,12 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path, required=True)
     for name in ("n", "k", "tokens", "batch", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--options", type=json.loads, default={}, help="changes of the library's defaults, for explanations")
+    parser.add_argument(
+        "--options",
+        type=json.loads,
+        default={},
+        help="changes of the library's defaults, for explanations",
+    )
     args = parser.parse_args()
     args.steps = args.tokens // args.batch
     torch.set_num_threads(args.threads)
@@ -47,8 +52,16 @@ def batches(args: argparse.Namespace) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def finish(args: argparse.Namespace, encode: Callable[[torch.Tensor], torch.Tensor], decode: Callable[[torch.Tensor], torch.Tensor],
-           *, seconds: float, defaults: dict[str, Any], package: str, **arrays: np.ndarray) -> None:
+def finish(
+    args: argparse.Namespace,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    seconds: float,
+    defaults: dict[str, Any],
+    package: str,
+    **arrays: np.ndarray,
+) -> None:
     """Write reconstructions, active latents per row, and firings per latent of the held-out rows; and what was run.
 
     encode: x[b, d] -> acts[b, n], dense. decode: acts[b, n] -> recon[b, d].
@@ -62,7 +75,20 @@ def finish(args: argparse.Namespace, encode: Callable[[torch.Tensor], torch.Tens
         active.append((acts > 0).sum(1))
         fired += (acts > 0).sum(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    np.savez(args.out / "held_out.npz", recon=torch.cat(recon).numpy(), active=torch.cat(active).numpy(), fired=fired.numpy(), **arrays)
-    facts = {"seconds": seconds, "defaults": defaults, "versions": {
-        package: version(package), "torch": torch.__version__, "python": platform.python_version()}}
+    np.savez(
+        args.out / "held_out.npz",
+        recon=torch.cat(recon).numpy(),
+        active=torch.cat(active).numpy(),
+        fired=fired.numpy(),
+        **arrays,
+    )
+    facts = {
+        "seconds": seconds,
+        "defaults": defaults,
+        "versions": {
+            package: version(package),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
     (args.out / "facts.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")

@@ -18,8 +18,17 @@ WARMUP = 1000
 def main() -> None:
     args = arguments()
     rows = list(batches(args))
-    config = {"trainer": TopKTrainer, "steps": args.steps, "activation_dim": rows[0].shape[1], "dict_size": args.n, "k": args.k,
-              "layer": 0, "lm_name": "saved", "device": "cpu", "seed": args.seed}
+    config = {
+        "trainer": TopKTrainer,
+        "steps": args.steps,
+        "activation_dim": rows[0].shape[1],
+        "dict_size": args.n,
+        "k": args.k,
+        "layer": 0,
+        "lm_name": "saved",
+        "device": "cpu",
+        "seed": args.seed,
+    }
     if args.steps <= WARMUP:
         config["warmup_steps"] = args.steps // 10
     config |= args.options
@@ -30,14 +39,42 @@ def main() -> None:
 
         def __init__(self, **options):
             super().__init__(**options)
-            said.update(self.config, clip=1.0, optimizer="Adam", dead_feature_threshold=self.dead_feature_threshold, k_aux=self.top_k_aux)
+            said.update(
+                self.config,
+                clip=1.0,
+                optimizer="Adam",
+                dead_feature_threshold=self.dead_feature_threshold,
+                k_aux=self.top_k_aux,
+            )
 
     began = time.monotonic()
-    trainSAE(rows, [config | {"trainer": Named}], steps=args.steps, save_dir=str(args.out / "run"), device="cpu")
+    trainSAE(
+        rows,
+        [config | {"trainer": Named}],
+        steps=args.steps,
+        save_dir=str(args.out / "run"),
+        device="cpu",
+    )
     seconds = time.monotonic() - began
     sae = AutoEncoderTopK.from_pretrained(args.out / "run" / "trainer_0" / "ae.pt")
-    keys = ("lr", "warmup_steps", "decay_start", "auxk_alpha", "dead_feature_threshold", "k_aux", "clip", "optimizer")
-    finish(args, sae.encode, sae.decode, seconds=seconds, defaults={key: said[key] for key in keys}, package="dictionary-learning")
+    keys = (
+        "lr",
+        "warmup_steps",
+        "decay_start",
+        "auxk_alpha",
+        "dead_feature_threshold",
+        "k_aux",
+        "clip",
+        "optimizer",
+    )
+    finish(
+        args,
+        sae.encode,
+        sae.decode,
+        seconds=seconds,
+        defaults={key: said[key] for key in keys},
+        package="dictionary-learning",
+    )
 
 
 main()

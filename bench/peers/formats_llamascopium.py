@@ -26,8 +26,17 @@ def both(sae: SparseAutoEncoder) -> Both:
 
 def made(act_fn: str, free_norms: bool = False, **options: Any) -> Any:
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
-        sae = SparseAutoEncoder(SAEConfig(hook_point_in=SITE, hook_point_out=SITE, d_model=x.shape[1], expansion_factor=n / x.shape[1], act_fn=act_fn,
-                                          top_k=k, **options))
+        sae = SparseAutoEncoder(
+            SAEConfig(
+                hook_point_in=SITE,
+                hook_point_out=SITE,
+                d_model=x.shape[1],
+                expansion_factor=n / x.shape[1],
+                act_fn=act_fn,
+                top_k=k,
+                **options,
+            )
+        )
         with torch.no_grad():
             sae.W_D.normal_().div_(sae.W_D.norm(dim=1, keepdim=True))
             sae.W_E.copy_(sae.W_D.t())
@@ -47,14 +56,23 @@ def made(act_fn: str, free_norms: bool = False, **options: Any) -> Any:
         if not (act_fn == "topk" and free_norms):
             return encode, decode
         norms = sae.decoder_norm().detach()  # the values by which it chooses are what ksparse gives
-        return (lambda rows: encode(rows) * norms), (lambda latents, rows: decode(latents / norms, rows))
+        return (lambda rows: encode(rows) * norms), (
+            lambda latents, rows: decode(latents / norms, rows)
+        )
 
     return make
 
 
-MAKE = {"topk-dataset": made("topk"), "topk-inference": made("topk", norm_activation="inference"), "topk-token": made("topk", norm_activation="token-wise"),
-        "topk-decoder_norm": made("topk", free_norms=True), "relu": made("relu"), "jumprelu": made("jumprelu", free_norms=True),
-        "jumprelu-plain": made("jumprelu", sparsity_include_decoder_norm=False), "relu-no_bias": made("relu", use_decoder_bias=False)}
+MAKE = {
+    "topk-dataset": made("topk"),
+    "topk-inference": made("topk", norm_activation="inference"),
+    "topk-token": made("topk", norm_activation="token-wise"),
+    "topk-decoder_norm": made("topk", free_norms=True),
+    "relu": made("relu"),
+    "jumprelu": made("jumprelu", free_norms=True),
+    "jumprelu-plain": made("jumprelu", sparsity_include_decoder_norm=False),
+    "relu-no_bias": made("relu", use_decoder_bias=False),
+}
 
 
 def load(folder: Path) -> Both:

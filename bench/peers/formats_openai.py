@@ -21,7 +21,9 @@ def both(file: dict[str, Any]) -> Both:
         return (x - mean) / (deviation + 1e-5), mean, deviation
 
     def encode(x: Tensor) -> Tensor:
-        pre = torch.nn.functional.linear(inputs(x)[0] - file["pre_bias"], file["encoder.weight"], file["latent_bias"])
+        pre = torch.nn.functional.linear(
+            inputs(x)[0] - file["pre_bias"], file["encoder.weight"], file["latent_bias"]
+        )
         if not top:
             return pre.relu()
         values, indices = pre.topk(file["activation_state_dict"]["k"], dim=-1)
@@ -29,7 +31,9 @@ def both(file: dict[str, Any]) -> Both:
 
     def decode(latents: Tensor, x: Tensor) -> Tensor:
         _, mean, deviation = inputs(x)
-        return (torch.nn.functional.linear(latents, file["decoder.weight"]) + file["pre_bias"]) * deviation + mean
+        return (
+            torch.nn.functional.linear(latents, file["decoder.weight"]) + file["pre_bias"]
+        ) * deviation + mean
 
     return encode, decode
 
@@ -37,13 +41,33 @@ def both(file: dict[str, Any]) -> Both:
 def made(activation: str) -> Any:
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
         d = x.shape[1]
-        trained = {"pre_bias": torch.zeros(d), "encoder.weight": torch.randn(n, d) / d**0.5, "latent_bias": torch.zeros(n),
-                   "decoder.weight": torch.randn(d, n) / d**0.5}
-        statistics = {"stats_last_nonzero": torch.zeros(n, dtype=torch.long), "latents_activation_frequency": torch.zeros(n), "latents_mean_square": torch.zeros(n)}
-        file = {**trained, **statistics, "activation": activation, "activation_state_dict": {"k": k, "postact_fn": "ReLU"} if activation == "TopK" else {}}
+        trained = {
+            "pre_bias": torch.zeros(d),
+            "encoder.weight": torch.randn(n, d) / d**0.5,
+            "latent_bias": torch.zeros(n),
+            "decoder.weight": torch.randn(d, n) / d**0.5,
+        }
+        statistics = {
+            "stats_last_nonzero": torch.zeros(n, dtype=torch.long),
+            "latents_activation_frequency": torch.zeros(n),
+            "latents_mean_square": torch.zeros(n),
+        }
+        file = {
+            **trained,
+            **statistics,
+            "activation": activation,
+            "activation_state_dict": {"k": k, "postact_fn": "ReLU"} if activation == "TopK" else {},
+        }
         encode, decode = both(file)
-        fit([each.requires_grad_() for each in trained.values()], lambda rows: decode(encode(rows), rows), x)
-        file = {key: value.detach() if isinstance(value, Tensor) else value for key, value in file.items()}
+        fit(
+            [each.requires_grad_() for each in trained.values()],
+            lambda rows: decode(encode(rows), rows),
+            x,
+        )
+        file = {
+            key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in file.items()
+        }
         torch.save(file, folder / "autoencoder.pt")
         return both(file)
 
@@ -51,4 +75,7 @@ def made(activation: str) -> Any:
 
 
 if __name__ == "__main__":
-    run({"v5-TopK": made("TopK"), "v4-ReLU": made("ReLU")}, lambda folder: both(torch.load(folder / "autoencoder.pt", weights_only=True)))
+    run(
+        {"v5-TopK": made("TopK"), "v4-ReLU": made("ReLU")},
+        lambda folder: both(torch.load(folder / "autoencoder.pt", weights_only=True)),
+    )

@@ -17,8 +17,12 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
 
 warnings.simplefilter("ignore")
-CLASSES = {"standard": (StandardSAE, StandardSAEConfig), "topk": (TopKSAE, TopKSAEConfig), "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
-           "gated": (GatedSAE, GatedSAEConfig)}
+CLASSES = {
+    "standard": (StandardSAE, StandardSAEConfig),
+    "topk": (TopKSAE, TopKSAEConfig),
+    "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
+    "gated": (GatedSAE, GatedSAEConfig),
+}
 
 
 def both(sae: Any) -> Both:
@@ -34,7 +38,11 @@ def made(architecture: str, free_norms: bool = False, **options: Any) -> Any:
         kind, config = CLASSES[architecture]
         more = {"k": k} if architecture == "topk" else {}
         sae = kind(config(d_in=x.shape[1], d_sae=n, **more, **options))
-        sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name, sae.cfg.metadata.context_size = "gpt2-small", "blocks.2.hook_resid_post", 64
+        sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name, sae.cfg.metadata.context_size = (
+            "gpt2-small",
+            "blocks.2.hook_resid_post",
+            64,
+        )
         if architecture == "jumprelu":
             sae.threshold.data.uniform_(0, 1)
         if free_norms:
@@ -48,7 +56,11 @@ def made(architecture: str, free_norms: bool = False, **options: Any) -> Any:
 
 def batchtopk(inference: bool) -> Any:
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
-        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=x.shape[1], d_sae=n, k=k, rescale_acts_by_decoder_norm=True))
+        sae = BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(
+                d_in=x.shape[1], d_sae=n, k=k, rescale_acts_by_decoder_norm=True
+            )
+        )
         fit(sae.parameters(), sae, x)
         sae.topk_threshold.fill_(0.7)
         if inference:
@@ -63,10 +75,17 @@ def batchtopk(inference: bool) -> Any:
 
 
 MAKE = {
-    "standard": made("standard"), "topk": made("topk"), "jumprelu": made("jumprelu"), "gated": made("gated"),
-    "topk-not_centred": made("topk", apply_b_dec_to_input=False), "gated-not_centred": made("gated", apply_b_dec_to_input=False),
-    "topk-layer_norm": made("topk", normalize_activations="layer_norm"), "topk-constant_norm": made("topk", normalize_activations="constant_norm_rescale"),
-    "topk-decoder_norm": made("topk", free_norms=True, rescale_acts_by_decoder_norm=True), "batchtopk": batchtopk(True), "batchtopk-training": batchtopk(False),
+    "standard": made("standard"),
+    "topk": made("topk"),
+    "jumprelu": made("jumprelu"),
+    "gated": made("gated"),
+    "topk-not_centred": made("topk", apply_b_dec_to_input=False),
+    "gated-not_centred": made("gated", apply_b_dec_to_input=False),
+    "topk-layer_norm": made("topk", normalize_activations="layer_norm"),
+    "topk-constant_norm": made("topk", normalize_activations="constant_norm_rescale"),
+    "topk-decoder_norm": made("topk", free_norms=True, rescale_acts_by_decoder_norm=True),
+    "batchtopk": batchtopk(True),
+    "batchtopk-training": batchtopk(False),
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from torch import Tensor
 def both(sae: SparseCoder) -> Both:
     def encode(x: Tensor) -> Tensor:
         found = sae.encode(x)
-        return torch.zeros(len(x), sae.num_latents).scatter(1, found.top_indices.long(), found.top_acts.float())
+        return torch.zeros(len(x), sae.num_latents).scatter(
+            1, found.top_indices.long(), found.top_acts.float()
+        )
 
     return encode, lambda latents, x: sae.decode(*latents.topk(sae.cfg.k, dim=1))
 

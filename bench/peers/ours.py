@@ -42,10 +42,18 @@ class Saved:
 
 def recipe_of(args) -> Recipe:
     """Return the default recipe, on inputs that are normalised already."""
-    recipe = from_dict({
-        "acts": {"normalize": "none"}, "sae": {"n_latents": args.n, "k": args.k} | args.options.pop("sae", {}),
-        "optim": args.options.pop("optim", {}), "run": {"device": "cpu", "save_minutes": 1e9, "log_every": 10**9},
-        "tokens": args.steps * args.batch, "batch": args.batch, "seed": args.seed, "threads": args.threads})
+    recipe = from_dict(
+        {
+            "acts": {"normalize": "none"},
+            "sae": {"n_latents": args.n, "k": args.k} | args.options.pop("sae", {}),
+            "optim": args.options.pop("optim", {}),
+            "run": {"device": "cpu", "save_minutes": 1e9, "log_every": 10**9},
+            "tokens": args.steps * args.batch,
+            "batch": args.batch,
+            "seed": args.seed,
+            "threads": args.threads,
+        }
+    )
     return dataclasses.replace(recipe, **args.options)
 
 
@@ -77,9 +85,19 @@ def main() -> None:
     sae = ksparse.load(folder)
     held_out = torch.from_numpy(np.load(args.data / "held_out.npy"))
     raw = reconstruct(raw_weights(sae, run), held_out).numpy()
-    facts = {key: to_dict(recipe)[key] for key in ("sae", "optim")} | {"lr": recipe.lr, "dead_after": recipe.dead_after}
-    finish(args, lambda x: sae.encode(x).dense(args.n), lambda acts: acts @ sae.W_dec + sae.b_pre, seconds=seconds,
-           defaults=facts, package="ksparse", raw_recon=raw)
+    facts = {key: to_dict(recipe)[key] for key in ("sae", "optim")} | {
+        "lr": recipe.lr,
+        "dead_after": recipe.dead_after,
+    }
+    finish(
+        args,
+        lambda x: sae.encode(x).dense(args.n),
+        lambda acts: acts @ sae.W_dec + sae.b_pre,
+        seconds=seconds,
+        defaults=facts,
+        package="ksparse",
+        raw_recon=raw,
+    )
     shutil.rmtree(folder)
 
 

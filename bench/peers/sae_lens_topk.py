@@ -19,19 +19,50 @@ def main() -> None:
     source = batches(args)
     first = next(source)
     source = iter([first, *source])
-    shape = TopKTrainingSAEConfig(d_in=first.shape[1], d_sae=args.n, k=args.k, **args.options.pop("sae", {}))
-    config = SAETrainerConfig(total_training_samples=args.steps * args.batch, train_batch_size_samples=args.batch, **args.options)
-    config.lr_end = config.lr / 10  # as LanguageModelSAERunnerConfig sets it; the constant schedule does not read it
+    shape = TopKTrainingSAEConfig(
+        d_in=first.shape[1], d_sae=args.n, k=args.k, **args.options.pop("sae", {})
+    )
+    config = SAETrainerConfig(
+        total_training_samples=args.steps * args.batch,
+        train_batch_size_samples=args.batch,
+        **args.options,
+    )
+    config.lr_end = (
+        config.lr / 10
+    )  # as LanguageModelSAERunnerConfig sets it; the constant schedule does not read it
     sae = TopKTrainingSAE(shape)
     trainer = SAETrainer(config, sae, source)
     began = time.monotonic()
     trainer.fit()
     seconds = time.monotonic() - began
     sae.eval()
-    said = ("lr", "lr_scheduler_name", "lr_warm_up_steps", "lr_decay_steps", "adam_beta1", "adam_beta2", "dead_feature_window")
-    of_sae = ("aux_loss_coefficient", "rescale_acts_by_decoder_norm", "decoder_init_norm", "normalize_activations", "apply_b_dec_to_input")
-    defaults = {key: getattr(config, key) for key in said} | {key: dataclasses.asdict(shape)[key] for key in of_sae}
-    finish(args, sae.encode, sae.decode, seconds=seconds, defaults=defaults | {"optimizer": "Adam", "clip": 1.0}, package="sae-lens")
+    said = (
+        "lr",
+        "lr_scheduler_name",
+        "lr_warm_up_steps",
+        "lr_decay_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "dead_feature_window",
+    )
+    of_sae = (
+        "aux_loss_coefficient",
+        "rescale_acts_by_decoder_norm",
+        "decoder_init_norm",
+        "normalize_activations",
+        "apply_b_dec_to_input",
+    )
+    defaults = {key: getattr(config, key) for key in said} | {
+        key: dataclasses.asdict(shape)[key] for key in of_sae
+    }
+    finish(
+        args,
+        sae.encode,
+        sae.decode,
+        seconds=seconds,
+        defaults=defaults | {"optimizer": "Adam", "clip": 1.0},
+        package="sae-lens",
+    )
 
 
 main()

@@ -41,8 +41,16 @@ def main() -> None:
     rows = training_rows(args)
     tokens = [{"input_ids": numbers} for numbers in torch.arange(len(rows)).split(args.batch)]
     shape = SparseCoderConfig(num_latents=args.n, k=args.k)
-    config = TrainConfig(shape, batch_size=1, hookpoints=["site"], init_seeds=[args.seed], log_to_wandb=False,
-                         save_dir=str(args.out), run_name="run", **args.options)
+    config = TrainConfig(
+        shape,
+        batch_size=1,
+        hookpoints=["site"],
+        init_seeds=[args.seed],
+        log_to_wandb=False,
+        save_dir=str(args.out),
+        run_name="run",
+        **args.options,
+    )
     trainer = Trainer(config, tokens, Lookup(rows))
     rate = trainer.optimizers[0].param_groups[0]["lr"]
     began = time.monotonic()
@@ -56,9 +64,19 @@ def main() -> None:
 
     keys = ("optimizer", "lr", "auxk_alpha", "dead_feature_threshold", "loss_fn")
     defaults = {key: dataclasses.asdict(config)[key] for key in keys} | {
-        "lr": rate, "momentum": 0.95, "schedule_free": config.optimizer == "signum",
-        **{key: getattr(shape, key) for key in ("activation", "normalize_decoder", "multi_topk")}}
-    finish(args, encode, lambda acts: acts @ sae.W_dec + sae.b_dec, seconds=seconds, defaults=defaults, package="eai-sparsify")
+        "lr": rate,
+        "momentum": 0.95,
+        "schedule_free": config.optimizer == "signum",
+        **{key: getattr(shape, key) for key in ("activation", "normalize_decoder", "multi_topk")},
+    }
+    finish(
+        args,
+        encode,
+        lambda acts: acts @ sae.W_dec + sae.b_dec,
+        seconds=seconds,
+        defaults=defaults,
+        package="eai-sparsify",
+    )
 
 
 main()

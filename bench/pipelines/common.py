@@ -18,7 +18,19 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     for name in ("lm", "text", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    for name in ("d", "layer", "context", "lm-batch", "mix", "n", "k", "batch", "tokens", "seed", "threads"):
+    for name in (
+        "d",
+        "layer",
+        "context",
+        "lm-batch",
+        "mix",
+        "n",
+        "k",
+        "batch",
+        "tokens",
+        "seed",
+        "threads",
+    ):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -42,6 +54,20 @@ class Clock:
     def stop(self, args: argparse.Namespace, package: str, tokens: int, **defaults: object) -> None:
         """Print what was measured, as the last line; defaults: what the library chose by itself."""
         now = os.times()
-        cpu = sum(getattr(now, name) - getattr(self.cpu, name) for name in ("user", "system", "children_user", "children_system"))
-        print("\n" + json.dumps({"seconds": time.monotonic() - self.wall, "cpu_seconds": cpu, "tokens": tokens, "package": package, "version": version(package),
-                                 "defaults": {key: str(value) for key, value in defaults.items()}}))
+        cpu = sum(
+            getattr(now, name) - getattr(self.cpu, name)
+            for name in ("user", "system", "children_user", "children_system")
+        )
+        print(
+            "\n"
+            + json.dumps(
+                {
+                    "seconds": time.monotonic() - self.wall,
+                    "cpu_seconds": cpu,
+                    "tokens": tokens,
+                    "package": package,
+                    "version": version(package),
+                    "defaults": {key: str(value) for key, value in defaults.items()},
+                }
+            )
+        )

@@ -16,15 +16,37 @@ def main() -> None:
     args = arguments()
     clock = Clock()
     model = AutoModel.from_pretrained(args.lm, dtype="float32")
-    rows = Dataset.from_dict({"text": list(itertools.islice(texts(args), sum(1 for _ in args.text.open(encoding="utf-8"))))})
-    tokens = chunk_and_tokenize(rows, AutoTokenizer.from_pretrained(args.lm), max_seq_len=args.context, num_proc=1)
+    rows = Dataset.from_dict(
+        {
+            "text": list(
+                itertools.islice(texts(args), sum(1 for _ in args.text.open(encoding="utf-8")))
+            )
+        }
+    )
+    tokens = chunk_and_tokenize(
+        rows, AutoTokenizer.from_pretrained(args.lm), max_seq_len=args.context, num_proc=1
+    )
     sequences = args.tokens // args.batch * (args.batch // args.context)
     tokens = tokens.shuffle(args.seed).select(range(sequences))
-    config = TrainConfig(SparseCoderConfig(num_latents=args.n, k=args.k), batch_size=args.batch // args.context, hookpoints=[f"layers.{args.layer}"],
-                         init_seeds=[args.seed], log_to_wandb=False, save_dir=str(args.out), run_name="run")
+    config = TrainConfig(
+        SparseCoderConfig(num_latents=args.n, k=args.k),
+        batch_size=args.batch // args.context,
+        hookpoints=[f"layers.{args.layer}"],
+        init_seeds=[args.seed],
+        log_to_wandb=False,
+        save_dir=str(args.out),
+        run_name="run",
+    )
     trainer = Trainer(config, tokens, model)
     trainer.fit()
-    clock.stop(args, "eai-sparsify", sequences * args.context, optimizer=config.optimizer, auxk=config.auxk_alpha, buffer="none: the sequences of a step")
+    clock.stop(
+        args,
+        "eai-sparsify",
+        sequences * args.context,
+        optimizer=config.optimizer,
+        auxk=config.auxk_alpha,
+        buffer="none: the sequences of a step",
+    )
 
 
 main()

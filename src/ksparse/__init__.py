@@ -31,7 +31,9 @@ __all__ = sorted(_WHERE)
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module 'ksparse' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'ksparse' has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     from importlib import import_module
 
     return getattr(import_module(_WHERE[name]), name)

@@ -60,10 +60,18 @@ class Setting(Options):
         if self.k > self.n:
             raise InputError(f"k of a benchmark is {self.k}, more than the {self.n} latents")
         if not 0 <= self.dead < 1:
-            raise InputError(f"dead of a benchmark is {self.dead}; it is a share, from 0 to below 1")
+            raise InputError(
+                f"dead of a benchmark is {self.dead}; it is a share, from 0 to below 1"
+            )
 
 
-def bench(setting: Setting, others: dict[str, str] | None = None, *, only: Sequence[str] = (), observe: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def bench(
+    setting: Setting,
+    others: dict[str, str] | None = None,
+    *,
+    only: Sequence[str] = (),
+    observe: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
     """Time all contestants; others: {name: file with make(cfg)}; only: these, and the product. Return what `ksparse bench --json` writes."""
     names = [*BUILT_IN, *(others or {})]
     for name in only:
@@ -84,16 +92,36 @@ def bench(setting: Setting, others: dict[str, str] | None = None, *, only: Seque
     finally:
         for worker in workers.values():
             worker.process.terminate()
-    table = {name: _row(setting, times, seconds["product"], facts[name]) for name, times in seconds.items()}
-    return {**asdict(setting), "threads": facts["product"]["threads"], "processor": _processor(), "versions": {name: version(name) for name in ("ksparse", "torch")},
-            "contestants": table, "left_out": {name: why for name, why in ready.items() if why is not None},
-            **{f"{name}_ratio": table[name]["ratio"] if name in table else None for name in ("torch", "exact", "screened")}}
+    table = {
+        name: _row(setting, times, seconds["product"], facts[name])
+        for name, times in seconds.items()
+    }
+    return {
+        **asdict(setting),
+        "threads": facts["product"]["threads"],
+        "processor": _processor(),
+        "versions": {name: version(name) for name in ("ksparse", "torch")},
+        "contestants": table,
+        "left_out": {name: why for name, why in ready.items() if why is not None},
+        **{
+            f"{name}_ratio": table[name]["ratio"] if name in table else None
+            for name in ("torch", "exact", "screened")
+        },
+    }
 
 
-def _row(setting: Setting, times: list[float], product: list[float], facts: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    setting: Setting, times: list[float], product: list[float], facts: dict[str, Any]
+) -> dict[str, Any]:
     middle = statistics.median(times)
-    return {"ratio": statistics.median(own / floor for own, floor in zip(times, product)), "best_ratio": min(times) / min(product),
-            "seconds": middle, "best_seconds": min(times), "tokens_per_s": setting.batch / middle, **{key: value for key, value in facts.items() if key != "threads"}}
+    return {
+        "ratio": statistics.median(own / floor for own, floor in zip(times, product)),
+        "best_ratio": min(times) / min(product),
+        "seconds": middle,
+        "best_seconds": min(times),
+        "tokens_per_s": setting.batch / middle,
+        **{key: value for key, value in facts.items() if key != "threads"},
+    }
 
 
 class _Worker:
@@ -103,7 +131,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, name, setting, file), daemon=True)
+        self.process = context.Process(
+            target=_work, args=(theirs, name, setting, file), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -115,7 +145,9 @@ class _Worker:
         except (EOFError, OSError):
             if what == "ready":
                 return "its process ended"
-            raise InputError(f"contestant {self.name!r} ended before its time: too little memory, most likely; give a smaller --n or --batch") from None
+            raise InputError(
+                f"contestant {self.name!r} ended before its time: too little memory, most likely; give a smaller --n or --batch"
+            ) from None
 
 
 def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
@@ -129,12 +161,16 @@ def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
         x = activations(setting)
         before = _resident("VmRSS")
         step = (_from_file(file) if file else BUILT_IN[name])(_config(setting, x))
-        dead = torch.randperm(setting.n, generator=torch.Generator().manual_seed(1))[: int(setting.dead * setting.n)]
+        dead = torch.randperm(setting.n, generator=torch.Generator().manual_seed(1))[
+            : int(setting.dead * setting.n)
+        ]
         for _ in range(_WARM):
             _prepare(step, dead)
             step(x)
     except Exception as error:  # whatever another library does
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+        pipe.send(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
         return
     pipe.send(None)
     while pipe.recv() == "step":
@@ -142,7 +178,13 @@ def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
         began = time.perf_counter()
         step(x)
         pipe.send(time.perf_counter() - began)
-    pipe.send({"peak_mib": round((_resident("VmHWM") - before) / 1024), "threads": torch.get_num_threads()} | getattr(step, "facts", dict)())
+    pipe.send(
+        {
+            "peak_mib": round((_resident("VmHWM") - before) / 1024),
+            "threads": torch.get_num_threads(),
+        }
+        | getattr(step, "facts", dict)()
+    )
 
 
 def _prepare(step: Step, dead: Any) -> None:
@@ -151,8 +193,20 @@ def _prepare(step: Step, dead: Any) -> None:
 
 
 def _config(setting: Setting, x: Any) -> SimpleNamespace:
-    return SimpleNamespace(d=setting.d, n=setting.n, k=setting.k, B=setting.batch, lr=1e-4, seed=0, dead_tokens=10_000_000, auxk_coef=1 / 32,
-                           mean=x.mean(0), var=float((x - x.mean(0)).square().mean()), sample=x[:4096], opts={})
+    return SimpleNamespace(
+        d=setting.d,
+        n=setting.n,
+        k=setting.k,
+        B=setting.batch,
+        lr=1e-4,
+        seed=0,
+        dead_tokens=10_000_000,
+        auxk_coef=1 / 32,
+        mean=x.mean(0),
+        var=float((x - x.mean(0)).square().mean()),
+        sample=x[:4096],
+        opts={},
+    )
 
 
 def _from_file(file: str) -> Callable[[Any], Step]:
@@ -169,9 +223,17 @@ def activations(setting: Setting) -> Any:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4 * setting.d, setting.d, generator=generator) / setting.d**0.5
     often = 1 / torch.arange(1, 4 * setting.d + 1)
-    chosen = torch.multinomial(often.expand(setting.batch, -1), min(24, 4 * setting.d), generator=generator)
-    values = torch.zeros(setting.batch, len(features)).scatter_(1, chosen, torch.rand(chosen.shape, generator=generator).log().neg())
-    return values @ features + torch.randn(setting.d, generator=generator) + 0.05 * torch.randn(setting.batch, setting.d, generator=generator)
+    chosen = torch.multinomial(
+        often.expand(setting.batch, -1), min(24, 4 * setting.d), generator=generator
+    )
+    values = torch.zeros(setting.batch, len(features)).scatter_(
+        1, chosen, torch.rand(chosen.shape, generator=generator).log().neg()
+    )
+    return (
+        values @ features
+        + torch.randn(setting.d, generator=generator)
+        + 0.05 * torch.randn(setting.batch, setting.d, generator=generator)
+    )
 
 
 # ---- contestants -------------------------------------------------------------------------------------------------
@@ -211,6 +273,7 @@ def _dense(cfg: Any) -> Step:
 
 def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
     """Return make(cfg) of our own step, with everything that a step of training does but the average."""
+
     def make(cfg: Any) -> Step:
         import torch
 
@@ -219,11 +282,27 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
         from ksparse.training.checkpoint import State
         from ksparse.training.member import advance, open_optimizer
 
-        recipe = from_dict({"acts": {"normalize": "none"}, "batch": cfg.B, "tokens": 1000 * cfg.B, "seed": cfg.seed, "run": {"kernels": kernels},
-                            "sae": {"n_latents": cfg.n, "k": cfg.k, "auxk_coef": cfg.auxk_coef, "dead_after": cfg.dead_tokens},
-                            "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen}})
+        recipe = from_dict(
+            {
+                "acts": {"normalize": "none"},
+                "batch": cfg.B,
+                "tokens": 1000 * cfg.B,
+                "seed": cfg.seed,
+                "run": {"kernels": kernels},
+                "sae": {
+                    "n_latents": cfg.n,
+                    "k": cfg.k,
+                    "auxk_coef": cfg.auxk_coef,
+                    "dead_after": cfg.dead_tokens,
+                },
+                "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen},
+            }
+        )
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
-        optimizer, state = open_optimizer(sae, recipe), State(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var)
+        optimizer, state = (
+            open_optimizer(sae, recipe),
+            State(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var),
+        )
 
         def step(x: Any) -> None:
             state.step += 1
@@ -234,7 +313,14 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
             sae.b_enc.data[latents] = -1e4  # so that they stay dead
 
         step.set_dead, step.recon = set_dead, lambda x: sae(x).detach()
-        step.facts = lambda: {"screen": optimizer.screen, "screen_redone": optimizer.redone / max(1, optimizer.screened)} if screen != "off" else {}
+        step.facts = lambda: (
+            {
+                "screen": optimizer.screen,
+                "screen_redone": optimizer.redone / max(1, optimizer.screened),
+            }
+            if screen != "off"
+            else {}
+        )
         return step
 
     return make
@@ -246,12 +332,23 @@ def _initialized(sae: Any, cfg: Any) -> Any:
     from ksparse.recipe import SAE as Options
     from ksparse.sae.init import initialize_
 
-    initialize_(sae, getattr(cfg, "sample", cfg.mean.expand(2, -1)), Options(b_pre_init="mean"), torch.Generator().manual_seed(cfg.seed))
+    initialize_(
+        sae,
+        getattr(cfg, "sample", cfg.mean.expand(2, -1)),
+        Options(b_pre_init="mean"),
+        torch.Generator().manual_seed(cfg.seed),
+    )
     return sae
 
 
 BUILT_IN: dict[str, Callable[[Any], Step]] = {
-    "product": _product, "selection": _selection, "dense": _dense, "torch": ours("torch"), "exact": ours("native"), "screened": ours("native", "auto")}
+    "product": _product,
+    "selection": _selection,
+    "dense": _dense,
+    "torch": ours("torch"),
+    "exact": ours("native"),
+    "screened": ours("native", "auto"),
+}
 
 
 # ---- the machine, and a picture ----------------------------------------------------------------------------------
@@ -285,7 +382,11 @@ def picture(found: dict[str, Any]) -> str:
     axes.bar_label(bars, [f"{row['ratio']:.2f}" for _, row in rows], padding=3)
     axes.axvline(1, color="#1c1d22", linewidth=0.8, linestyle="--")
     axes.set_xlabel("time of a step, in encoder products of float32")
-    axes.set_title(f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · {found['threads']} threads", fontsize=10, loc="left")
+    axes.set_title(
+        f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · {found['threads']} threads",
+        fontsize=10,
+        loc="left",
+    )
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

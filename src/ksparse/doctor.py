@@ -18,7 +18,11 @@ Check = tuple[str, str, str]  # name, "yes" | "note" | "no", what was found and 
 def checks() -> Iterator[Check]:
     """Yield a verdict on everything that ksparse needs."""
     fit = sys.version_info >= (3, 11)
-    yield "python", "yes" if fit else "no", f"{platform.python_version()}" + ("" if fit else "; ksparse needs 3.11 or newer")
+    yield (
+        "python",
+        "yes" if fit else "no",
+        f"{platform.python_version()}" + ("" if fit else "; ksparse needs 3.11 or newer"),
+    )
     if importlib.util.find_spec("torch") is None:
         yield "torch", "no", "not installed: pip install torch"
         return
@@ -35,17 +39,35 @@ def _torch() -> Iterator[Check]:
     import torch
 
     yield "torch", "yes", f"{torch.__version__}, {torch.get_num_threads()} threads"
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    yield "device", "yes" if device != "cpu" else "note", f"{device} ({name})" + ("" if device != "cpu" else "; no accelerator: small models only")
+    yield (
+        "device",
+        "yes" if device != "cpu" else "note",
+        f"{device} ({name})" + ("" if device != "cpu" else "; no accelerator: small models only"),
+    )
     for kind in (torch.float32, torch.bfloat16, torch.float16):
         try:
             a = torch.ones(8, 8, dtype=kind, device=device)
             right = bool(((a @ a) == 8).all())
         except RuntimeError as error:
-            yield str(kind).removeprefix("torch."), "note", f"no product on {device}: {str(error).splitlines()[0]}"
+            yield (
+                str(kind).removeprefix("torch."),
+                "note",
+                f"no product on {device}: {str(error).splitlines()[0]}",
+            )
             continue
-        yield str(kind).removeprefix("torch."), "yes" if right else "no", f"products on {device}" + ("" if right else " are wrong")
+        yield (
+            str(kind).removeprefix("torch."),
+            "yes" if right else "no",
+            f"products on {device}" + ("" if right else " are wrong"),
+        )
 
 
 def _compiled() -> Check:
@@ -53,12 +75,24 @@ def _compiled() -> Check:
     from ksparse.kernels import native
 
     if native.load() is None:
-        return "compiler", "note", "no compiled kernels; training on a CPU is about a quarter slower: install g++ or clang++"
+        return (
+            "compiler",
+            "note",
+            "no compiled kernels; training on a CPU is about a quarter slower: install g++ or clang++",
+        )
     from ksparse.training.fused import fastest_screen
 
     screen = fastest_screen()
-    return "compiler", "yes", "training steps on a CPU are compiled; " + (
-        "no low-precision product is faster here" if screen == "off" else f"--optim.screen {screen} is faster still")
+    return (
+        "compiler",
+        "yes",
+        "training steps on a CPU are compiled; "
+        + (
+            "no low-precision product is faster here"
+            if screen == "off"
+            else f"--optim.screen {screen} is faster still"
+        ),
+    )
 
 
 def _triton() -> Check:
@@ -66,7 +100,12 @@ def _triton() -> Check:
 
     if importlib.util.find_spec("triton") is None:
         needed = torch.cuda.is_available()
-        return "triton", "note", "not installed; " + ("pip install triton for the fast kernels" if needed else "not needed without a GPU")
+        return (
+            "triton",
+            "note",
+            "not installed; "
+            + ("pip install triton for the fast kernels" if needed else "not needed without a GPU"),
+        )
     from importlib.metadata import version
 
     return "triton", "yes", version("triton")
@@ -77,7 +116,11 @@ def _packages() -> Iterator[Check]:
         found = importlib.util.find_spec(name) is not None
         from importlib.metadata import version
 
-        yield name, "yes" if found else "no", version(name) if found else f"not installed: pip install {name}"
+        yield (
+            name,
+            "yes" if found else "no",
+            version(name) if found else f"not installed: pip install {name}",
+        )
 
 
 def _disk() -> Check:
@@ -89,7 +132,11 @@ def _disk() -> Check:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return "disk", "no", f"cannot write in {here}: {error.strerror}; use another folder or --out"
+        return (
+            "disk",
+            "no",
+            f"cannot write in {here}: {error.strerror}; use another folder or --out",
+        )
     free = shutil.disk_usage(here).free
     return "disk", "yes" if free > 5e9 else "note", f"{free / 1e9:,.0f} GB free in {here}"
 
@@ -97,13 +144,27 @@ def _disk() -> Check:
 def _model() -> Check:
     from ksparse import pylm
 
-    missing = [size for size in pylm.SIZES if not (pylm.folder(size) / "model.safetensors").is_file()]
+    missing = [
+        size for size in pylm.SIZES if not (pylm.folder(size) / "model.safetensors").is_file()
+    ]
     if missing:
-        return "built-in LM", "no", f"{', '.join(missing)} missing from the package; install ksparse again"
+        return (
+            "built-in LM",
+            "no",
+            f"{', '.join(missing)} missing from the package; install ksparse again",
+        )
     files = sum(1 for _ in pylm.documents("held-out"))
     if not files:
-        return "built-in LM", "no", "this Python has no standard library in source, so the built-in text is empty"
-    return "built-in LM", "yes", f"{', '.join(pylm.SIZES)}; {files:,} held-out files of the standard library"
+        return (
+            "built-in LM",
+            "no",
+            "this Python has no standard library in source, so the built-in text is empty",
+        )
+    return (
+        "built-in LM",
+        "yes",
+        f"{', '.join(pylm.SIZES)}; {files:,} held-out files of the standard library",
+    )
 
 
 def _hub() -> Check:

@@ -46,8 +46,17 @@ _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)
 _DAY = 86_400  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Types = type | tuple[type, ...]
-_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
-           errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY)
+_BARRED = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EBUSY,
+)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -67,8 +76,10 @@ def inside(folder: Path, *names: str) -> Path:
     if not any(real.is_relative_to(place) for place in [home, *blobs]):
         steps = [Path(folder, *names[:number]) for number in range(1, len(names) + 1)]
         link = next((step for step in steps if step.is_symlink()), path)
-        raise InputError(f"{link} leads out of {folder}, to {real}; ksparse follows no such link. "
-                         "Remove it, or put a copy of what is meant in its place")
+        raise InputError(
+            f"{link} leads out of {folder}, to {real}; ksparse follows no such link. "
+            "Remove it, or put a copy of what is meant in its place"
+        )
     with suppress(OSError):
         mode = os.lstat(real).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -77,8 +88,9 @@ def inside(folder: Path, *names: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, name: str = ".lock", *, wait: float = 0.0,
-           advice: str = "wait for it") -> Iterator[None]:
+def locked(
+    folder: Path, name: str = ".lock", *, wait: float = 0.0, advice: str = "wait for it"
+) -> Iterator[None]:
     """Keep other processes, and threads, from what the lock folder/name stands for.
 
     The system lets go of a lock when its process dies. Raise InputError, naming the process that
@@ -130,8 +142,9 @@ def filled(path: Path, *, new: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if os.path.realpath(path) == os.getcwd():
-        raise InputError(f"{path} is the working folder, which cannot be replaced; "
-                         "give the name of a new one")
+        raise InputError(
+            f"{path} is the working folder, which cannot be replaced; give the name of a new one"
+        )
     with explained(path), temporary(path) as tmp:
         yield tmp
         mode = _mode(tmp)
@@ -317,10 +330,14 @@ def verify(path: Path, *names: str) -> dict[str, Any]:
     sums = manifest["sha256"]
     strangers = sorted({file.name for file in path.glob("*.safetensors")} - set(sums))
     if strangers:
-        raise CorruptError(f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use an older copy of {path.name}")
+        raise CorruptError(
+            f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use an older copy of {path.name}"
+        )
     for name in names or sums:
         if name not in sums:
-            raise CorruptError(f"{path / MANIFEST} does not list {name}; use an older copy of {path.name}")
+            raise CorruptError(
+                f"{path / MANIFEST} does not list {name}; use an older copy of {path.name}"
+            )
         check_file(path, name, sums[name])
     return manifest
 
@@ -329,20 +346,31 @@ def check_file(folder: Path, name: str, expected: str) -> Path:
     """Return folder/name if it is a plain name whose file has the SHA-256 sum `expected`."""
     file = inside(folder, plain_name(name, folder / MANIFEST))
     if not file.is_file():
-        raise CorruptError(f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}")
+        raise CorruptError(
+            f"{file} is missing, though {MANIFEST} lists it; use an older copy of {folder.name}"
+        )
     found = sha256(file)
     if found != expected:
         raise CorruptError(
             f"{file} is damaged: its SHA-256 is {found[:12]}…, {MANIFEST} says {str(expected)[:12]}… "
-            f"({file.stat().st_size:,} bytes there); use an older copy of {folder.name}")
+            f"({file.stat().st_size:,} bytes there); use an older copy of {folder.name}"
+        )
     return file
 
 
 def plain_name(name: Any, where: Path) -> str:
     """Return a name that a file gives another one, if that can only be beside it; raise CorruptError for a path, and for what cannot be a name."""
-    good = isinstance(name, str) and Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name.encode()) <= 255
+    good = (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name not in ("", "..")
+        and name.isprintable()
+        and len(name.encode()) <= 255
+    )
     if not good:
-        raise CorruptError(f"{where} names {str(name)[:80]!r}, which is not a file of its own folder")
+        raise CorruptError(
+            f"{where} names {str(name)[:80]!r}, which is not a file of its own folder"
+        )
     return name
 
 
@@ -389,7 +417,9 @@ def read_json(path: Path) -> Any:
     with read_errors(path):
         found = parse(path.read_text(encoding="utf-8"), path)
     if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
-        raise CorruptError(f"{path} was altered: it does not have the sum that it was written with; use an older copy, or have it written again")
+        raise CorruptError(
+            f"{path} was altered: it does not have the sum that it was written with; use an older copy, or have it written again"
+        )
     return found
 
 
@@ -397,7 +427,9 @@ def read_table(path: Path, **keys: Types) -> dict[str, Any]:
     """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values of these types."""
     found = read_json(path)
     if not isinstance(found, dict):
-        raise CorruptError(f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or is damaged")
+        raise CorruptError(
+            f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or is damaged"
+        )
     check_keys(path, found, keys)
     return found
 
@@ -477,7 +509,9 @@ def read_strings(path: Path) -> list[str]:
     """Read a JSON list of strings."""
     found = read_json(path)
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise CorruptError(f"{path} is not a list of strings; it was not written by ksparse or is damaged")
+        raise CorruptError(
+            f"{path} is not a list of strings; it was not written by ksparse or is damaged"
+        )
     return found
 
 
@@ -491,12 +525,20 @@ def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
             row = parse(line.decode("utf-8"), path)
         except (CorruptError, UnicodeDecodeError):
             row = None
-        if isinstance(row, dict) and all(isinstance(row.get(key), kind) and not isinstance(row[key], bool) for key, kind in keys.items()):
+        if isinstance(row, dict) and all(
+            isinstance(row.get(key), kind) and not isinstance(row[key], bool)
+            for key, kind in keys.items()
+        ):
             rows.append(row)
         elif number < len(lines):
             damaged.append(number)
     if damaged:
-        log.warning("%s: %s damaged and left out, the first of them line %s", path, "1 line is" if len(damaged) == 1 else f"{len(damaged):,} lines are", damaged[0])
+        log.warning(
+            "%s: %s damaged and left out, the first of them line %s",
+            path,
+            "1 line is" if len(damaged) == 1 else f"{len(damaged):,} lines are",
+            damaged[0],
+        )
     return rows
 
 
@@ -573,15 +615,25 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskError(f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
-                            "Make room and run the same command again") from error
+            raise DiskError(
+                f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
+                "Make room and run the same command again"
+            ) from error
         if error.errno in _BARRED:
-            raise DiskError(f"cannot write {path}: {error.strerror}; give a folder that you may write with --out") from error
+            raise DiskError(
+                f"cannot write {path}: {error.strerror}; give a folder that you may write with --out"
+            ) from error
         raise
     except Exception as error:  # safetensors reports a full disk in an exception of its own
-        if "No space left" in str(error) or "os error 28" in str(error) or "File too large" in str(error):
-            raise DiskError(f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
-                            "Make room and run the same command again") from error
+        if (
+            "No space left" in str(error)
+            or "os error 28" in str(error)
+            or "File too large" in str(error)
+        ):
+            raise DiskError(
+                f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
+                "Make room and run the same command again"
+            ) from error
         raise
 
 

@@ -30,7 +30,9 @@ AXES = ("data", "latent")
 class Mesh:
     """The grid as one process sees it."""
 
-    def __init__(self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0):
+    def __init__(
+        self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0
+    ):
         """Find this process's place among data x latent; torch.distributed has to be set up where these are more than one."""
         self.data, self.latent, self.timeout = data, latent, timeout
         self.rank, self.sent = 0, Counter()
@@ -48,7 +50,9 @@ class Mesh:
         grid = torch.arange(self.size).view(self.data, self.latent)
         for axis, lines in zip(AXES, (grid.t(), grid)):
             self.groups[axis], _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=wait)
-        self.grid = DeviceMesh.from_group([self.groups[axis] for axis in AXES], device, mesh=grid, mesh_dim_names=AXES)
+        self.grid = DeviceMesh.from_group(
+            [self.groups[axis] for axis in AXES], device, mesh=grid, mesh_dim_names=AXES
+        )
         self.groups["stream"] = dist.new_group(timeout=wait)
         for name in ("all", "save"):
             self.groups[name] = dist.new_group(timeout=wait, backend="gloo")
@@ -90,7 +94,9 @@ class Mesh:
         if self.width(over) == 1 or not value.numel():
             return lambda: None
         with self._explained(name):
-            work = dist.all_reduce(self._counted(name, value), group=self.groups[over], async_op=True)
+            work = dist.all_reduce(
+                self._counted(name, value), group=self.groups[over], async_op=True
+            )
 
         def wait() -> None:
             with self._explained(name):
@@ -102,7 +108,9 @@ class Mesh:
         """Take the largest over an axis, in place."""
         if self.width(over) > 1:
             with self._explained(name):
-                dist.all_reduce(self._counted(name, value), dist.ReduceOp.MAX, group=self.groups[over])
+                dist.all_reduce(
+                    self._counted(name, value), dist.ReduceOp.MAX, group=self.groups[over]
+                )
         return value
 
     def gather(self, name: str, value: Tensor, over: str) -> Tensor:
@@ -111,21 +119,33 @@ class Mesh:
             return value[None]
         out = value.new_empty(self.width(over), *value.shape)
         with self._explained(name):
-            dist.all_gather(list(out.unbind(0)), self._counted(name, value).contiguous(), group=self.groups[over])
+            dist.all_gather(
+                list(out.unbind(0)),
+                self._counted(name, value).contiguous(),
+                group=self.groups[over],
+            )
         return out
 
     def spread(self, name: str, value: Tensor, source: int, over: str = "stream") -> Tensor:
         """Give all processes what process `source` has, in place."""
         if self.size > 1 and value.numel():
             with self._explained(name):
-                dist.broadcast(self._counted(name, value) if self.rank == source else value, source, group=self.groups[over])
+                dist.broadcast(
+                    self._counted(name, value) if self.rank == source else value,
+                    source,
+                    group=self.groups[over],
+                )
         return value
 
     # ---- decisions that all processes take alike, by numbers on the CPU
 
     def agree(self, name: str, numbers: Sequence[int], over: str = "all") -> list[int]:
         """Return the largest of each number over all processes."""
-        return self.largest(name, torch.tensor(numbers), over).tolist() if self.size > 1 else list(numbers)
+        return (
+            self.largest(name, torch.tensor(numbers), over).tolist()
+            if self.size > 1
+            else list(numbers)
+        )
 
     def told(self, name: str, text: str, over: str = "all") -> str:
         """Return the text that the first process gives."""
@@ -144,7 +164,9 @@ class Mesh:
             except KsparseError as error:
                 wrong = error
         if self.agree(name, [int(wrong is not None)])[0]:
-            raise wrong or PeerError(f"process 0 of {self.size} could not go on; its own message says why")
+            raise wrong or PeerError(
+                f"process 0 of {self.size} could not go on; its own message says why"
+            )
 
     def _counted(self, name: str, value: Tensor) -> Tensor:
         with self._lock:  # threads count too
@@ -155,9 +177,14 @@ class Mesh:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # what torch.distributed raises, of many kinds, has no type of its own on Gloo
-            raise PeerError(f"process {self.rank} of {self.size} waited for the others at {name!r}: one of them is gone, or did not answer within {self.timeout:g} s "
-                            f"(mesh.timeout). Its own message says why; the same command goes on from the last checkpoint ({str(error).splitlines()[0]})") from error
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # what torch.distributed raises, of many kinds, has no type of its own on Gloo
+            raise PeerError(
+                f"process {self.rank} of {self.size} waited for the others at {name!r}: one of them is gone, or did not answer within {self.timeout:g} s "
+                f"(mesh.timeout). Its own message says why; the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+            ) from error
 
 
 ALONE = Mesh()
@@ -187,35 +214,65 @@ def connect(device: str, timeout: float) -> None:
     cuda = device.startswith("cuda")
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout),
-                            device_id=torch.device(device) if cuda else None)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+        device_id=torch.device(device) if cuda else None,
+    )
 
 
 def check(recipe: Recipe, data: int, world: int) -> None:
     """Raise InputError unless `world` processes make the mesh of a recipe, and it divides what they share."""
     latent, n = recipe.mesh.latent, recipe.sae.n_latents
     if data * latent != world or not data:
-        raise InputError(f"mesh.data x mesh.latent is {data} x {latent} = {data * latent}, but there {'is' if world == 1 else 'are'} {world} process{'' if world == 1 else 'es'}; "
-                         f"start `torchrun --nproc-per-node {max(1, data) * latent} -m ksparse …`, or give keys whose product is {world}")
+        raise InputError(
+            f"mesh.data x mesh.latent is {data} x {latent} = {data * latent}, but there {'is' if world == 1 else 'are'} {world} process{'' if world == 1 else 'es'}; "
+            f"start `torchrun --nproc-per-node {max(1, data) * latent} -m ksparse …`, or give keys whose product is {world}"
+        )
     if world == 1:
         return
     if n % latent:
-        raise InputError(f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple of {latent}")
+        raise InputError(
+            f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple of {latent}"
+        )
     if recipe.sae.k > n // latent:
-        raise InputError(f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a slice; give a smaller mesh.latent")
+        raise InputError(
+            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a slice; give a smaller mesh.latent"
+        )
     if recipe.batch % data:
-        raise InputError(f"batch is {recipe.batch}, which mesh.data = {data} does not divide; give a multiple of {data}")
+        raise InputError(
+            f"batch is {recipe.batch}, which mesh.data = {data} does not divide; give a multiple of {data}"
+        )
     if recipe.sae.activation.kind != "topk":
-        raise InputError(f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share 'topk' alone so far; train it in one process")
+        raise InputError(
+            f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share 'topk' alone so far; train it in one process"
+        )
     if data > 1 and recipe.sae.multi_topk and recipe.sae.auxk_norm == "batch":
-        raise InputError("sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; give 'token', or mesh.data 1")
+        raise InputError(
+            "sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; give 'token', or mesh.data 1"
+        )
     if recipe.run.ahead == "on" and not recipe.acts.shards:
-        raise InputError("run.ahead is 'on'; several processes compute a block of activations together, between two steps: leave it at 'auto', or read shards")
-    if recipe.run.kernels in ("native", "triton") or recipe.optim.screen not in ("off", "auto") or recipe.optim.precision != "float32":
-        raise InputError(f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and optim.precision {recipe.optim.precision!r}; several processes take the "
-                         "step in plain torch: leave them at 'auto', 'off' and 'float32'")
+        raise InputError(
+            "run.ahead is 'on'; several processes compute a block of activations together, between two steps: leave it at 'auto', or read shards"
+        )
+    if (
+        recipe.run.kernels in ("native", "triton")
+        or recipe.optim.screen not in ("off", "auto")
+        or recipe.optim.precision != "float32"
+    ):
+        raise InputError(
+            f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and optim.precision {recipe.optim.precision!r}; several processes take the "
+            "step in plain torch: leave them at 'auto', 'off' and 'float32'"
+        )
 
 
 def local_device(name: str) -> str:
     """Return the device of this process where a machine has one for each: cuda:3 for its fourth."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}"
+        if name == "cuda" and "LOCAL_RANK" in os.environ
+        else name
+    )

@@ -10,10 +10,30 @@ from ksparse.errors import InputError
 from ksparse.recipe import Options
 
 BUDGETS: dict[str, dict[str, int]] = {
-    "small": {"tokens": 100_000, "probe_rows": 1_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 1_000_000,
-              "ablation_positions": 64, "ablation_latents": 4_096, "refine_tokens": 30_000, "progressive_tokens": 30_000, "subspace_rows": 4_096},
-    "paper": {"tokens": 10_000_000, "probe_rows": 4_000, "latents": 400, "n2g_examples": 16, "ngram_tokens": 10_000_000,
-              "ablation_positions": 2_000, "ablation_latents": 0, "refine_tokens": 1_000_000, "progressive_tokens": 1_000_000, "subspace_rows": 16_384},
+    "small": {
+        "tokens": 100_000,
+        "probe_rows": 1_000,
+        "latents": 400,
+        "n2g_examples": 16,
+        "ngram_tokens": 1_000_000,
+        "ablation_positions": 64,
+        "ablation_latents": 4_096,
+        "refine_tokens": 30_000,
+        "progressive_tokens": 30_000,
+        "subspace_rows": 4_096,
+    },
+    "paper": {
+        "tokens": 10_000_000,
+        "probe_rows": 4_000,
+        "latents": 400,
+        "n2g_examples": 16,
+        "ngram_tokens": 10_000_000,
+        "ablation_positions": 2_000,
+        "ablation_latents": 0,
+        "refine_tokens": 1_000_000,
+        "progressive_tokens": 1_000_000,
+        "subspace_rows": 16_384,
+    },
 }
 """Sample sizes by the name of a budget. The paper names 400 latents and 16 examples; it leaves the others open."""
 
@@ -85,20 +105,33 @@ class EvalOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("an evaluation", per_document=1, examples=0, probe_tokens=1, ablation_horizon=1, seed=0)
+        self.at_least(
+            "an evaluation", per_document=1, examples=0, probe_tokens=1, ablation_horizon=1, seed=0
+        )
         for name in (*BUDGETS["small"], "refine_exact"):
             if getattr(self, name) < 0:
-                raise InputError(f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more")
+                raise InputError(
+                    f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the budget's, or more"
+                )
         if not self.probe_l2 > 0:
-            raise InputError(f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum")
+            raise InputError(
+                f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable data have no optimum"
+            )
 
     def resolved(self) -> EvalOptions:
         """Return the same options with the budget's sample sizes in place of 0."""
-        return dataclasses.replace(self, **{name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()})
+        return dataclasses.replace(
+            self,
+            **{name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()},
+        )
 
     def for_eval(self, name: str) -> dict[str, Any]:
         """Return the options that one evaluation depends on, as its result records them."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key in (*COMMON, *OWN.get(name, ()))}
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key in (*COMMON, *OWN.get(name, ()))
+        }
 
 
 @dataclass(frozen=True)
@@ -136,7 +169,9 @@ class StudyOptions(Options):
         super().__post_init__()
         for name in ("tokens", "n_latents", "k", "threads"):
             if getattr(self, name) < 0:
-                raise InputError(f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's own choice, or more")
+                raise InputError(
+                    f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's own choice, or more"
+                )
         self.at_least("a study", batch=1, seeds=1, eval_tokens=1)
 
 

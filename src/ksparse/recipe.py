@@ -50,7 +50,9 @@ class Options:
         """Raise InputError, saying of what they are options, for a number below its lowest."""
         for name, low in lowest.items():
             if getattr(self, name) < low:
-                raise InputError(f"{name} of {what} is {getattr(self, name)}; it must be at least {low}")
+                raise InputError(
+                    f"{name} of {what} is {getattr(self, name)}; it must be at least {low}"
+                )
 
 
 def check_fields(options: Any, prefix: str = "") -> None:
@@ -211,7 +213,11 @@ class ProLU(Options):
     """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
 
 
-_SPOKEN = {"topk": "{k} of them active at a time", "batch_topk": "{k} of them active on average", "jump_relu": "about {k} of them active at a time"}
+_SPOKEN = {
+    "topk": "{k} of them active at a time",
+    "batch_topk": "{k} of them active on average",
+    "jump_relu": "about {k} of them active at a time",
+}
 Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
 ACTIVATIONS: dict[str, type] = {kind.kind: kind for kind in typing.get_args(Activation)}
 WITH_AUXK = ("topk", "batch_topk", "jump_relu")
@@ -258,7 +264,9 @@ class SAE(Options):
     @property
     def bound(self) -> str:
         """Say how many latents are active, as far as that is set."""
-        return _SPOKEN.get(self.activation.kind, "as many of them active as its penalty leaves").format(k=self.k)
+        return _SPOKEN.get(
+            self.activation.kind, "as many of them active as its penalty leaves"
+        ).format(k=self.k)
 
 
 @dataclass(frozen=True)
@@ -416,7 +424,11 @@ class Recipe(Options):
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: everything but the sections `run` and `mesh` and the number of threads. Two spellings of one order are one."""
-        return {key: value for key, value in to_dict(self).items() if key not in ("run", "mesh", "threads")} | {"order": self.data_seed}
+        return {
+            key: value
+            for key, value in to_dict(self).items()
+            if key not in ("run", "mesh", "threads")
+        } | {"order": self.data_seed}
 
 
 def k_aux(recipe: SAE, d_model: int) -> int:
@@ -435,53 +447,105 @@ def check(recipe: Recipe) -> None:
     for key, value in flat(dataclasses.asdict(recipe)).items():
         if isinstance(value, str) and has_half(value):  # as names of files may; no TOML holds it
             raise InputError(f"{key} is {said(value)}, which is not UTF-8; give another name")
-    positive = {"sae.n_latents": sae.n_latents, "sae.k": sae.k, "tokens": recipe.tokens, "batch": recipe.batch,
-                "acts.lm_batch": acts.lm_batch, "acts.mix": acts.mix, "run.log_every": recipe.run.log_every,
-                "run.keep": recipe.run.keep, "curve.per_octave": recipe.curve.per_octave, "curve.octaves": recipe.curve.octaves,
-                "mesh.latent": recipe.mesh.latent}
+    positive = {
+        "sae.n_latents": sae.n_latents,
+        "sae.k": sae.k,
+        "tokens": recipe.tokens,
+        "batch": recipe.batch,
+        "acts.lm_batch": acts.lm_batch,
+        "acts.mix": acts.mix,
+        "run.log_every": recipe.run.log_every,
+        "run.keep": recipe.run.keep,
+        "curve.per_octave": recipe.curve.per_octave,
+        "curve.octaves": recipe.curve.octaves,
+        "mesh.latent": recipe.mesh.latent,
+    }
     for key, value in positive.items():
         if value <= 0:
             raise InputError(f"{key} is {value}; it must be at least 1")
     if sae.k > sae.n_latents:
-        raise InputError(f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a smaller k")
+        raise InputError(
+            f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a smaller k"
+        )
     if sae.multi_topk and 4 * sae.k > sae.n_latents:
-        raise InputError(f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}")
+        raise InputError(
+            f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}"
+        )
     check_activation(sae)
     if acts.context < 3:
-        raise InputError(f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text")
+        raise InputError(
+            f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text"
+        )
     if not 0 <= recipe.curve.converged < 1:
-        raise InputError(f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still falls, from 0 up to, but not including, 1")
+        raise InputError(
+            f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still falls, from 0 up to, but not including, 1"
+        )
     if recipe.curve.converged and not recipe.curve.held_out:
-        raise InputError("curve.converged needs a held-out loss: give curve.held_out, such as 16384")
+        raise InputError(
+            "curve.converged needs a held-out loss: give curve.held_out, such as 16384"
+        )
     if recipe.curve.converged and recipe.optim.decay:
-        raise InputError("optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them")
+        raise InputError(
+            "optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them"
+        )
     if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
-        raise InputError(f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals")
+        raise InputError(
+            f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals"
+        )
     if recipe.mesh.timeout <= 0:
         raise InputError(f"mesh.timeout is {recipe.mesh.timeout}; it must be above 0 seconds")
-    for key, value in {"optim.lr_at_32k": recipe.optim.lr_at_32k, "optim.eps": recipe.optim.eps, "curve.window": recipe.curve.window}.items():
+    for key, value in {
+        "optim.lr_at_32k": recipe.optim.lr_at_32k,
+        "optim.eps": recipe.optim.eps,
+        "curve.window": recipe.curve.window,
+    }.items():
         if value <= 0:
             raise InputError(f"{key} is {value}; it must be above 0")
     if recipe.order < -1:
         raise InputError(f"order is {recipe.order}; it must be -1, as seed, or not be negative")
-    for key, value in {"optim.ema_span": recipe.optim.ema_span, "sae.auxk_share": sae.auxk_share}.items():
+    for key, value in {
+        "optim.ema_span": recipe.optim.ema_span,
+        "sae.auxk_share": sae.auxk_share,
+    }.items():
         if not 0 < value <= 1:
             raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
-    at_least_zero = {"sae.auxk_coef": sae.auxk_coef, "sae.k_aux": sae.k_aux, "sae.dead_after": sae.dead_after,
-                     "sae.multi_topk": sae.multi_topk, "optim.lr": recipe.optim.lr, "optim.warmup": recipe.optim.warmup,
-                     "optim.clip": recipe.optim.clip, "threads": recipe.threads, "seed": recipe.seed,
-                     "run.save_every": recipe.run.save_every, "run.save_minutes": recipe.run.save_minutes, "run.alarm_grad_norm": recipe.run.alarm_grad_norm, "curve.held_out": recipe.curve.held_out,
-                     "mesh.data": recipe.mesh.data}
+    at_least_zero = {
+        "sae.auxk_coef": sae.auxk_coef,
+        "sae.k_aux": sae.k_aux,
+        "sae.dead_after": sae.dead_after,
+        "sae.multi_topk": sae.multi_topk,
+        "optim.lr": recipe.optim.lr,
+        "optim.warmup": recipe.optim.warmup,
+        "optim.clip": recipe.optim.clip,
+        "threads": recipe.threads,
+        "seed": recipe.seed,
+        "run.save_every": recipe.run.save_every,
+        "run.save_minutes": recipe.run.save_minutes,
+        "run.alarm_grad_norm": recipe.run.alarm_grad_norm,
+        "curve.held_out": recipe.curve.held_out,
+        "mesh.data": recipe.mesh.data,
+    }
     for key, value in at_least_zero.items():
         if value < 0:
             raise InputError(f"{key} is {value}; it must not be negative")
-    for key, value in {"run.alarm_dead": recipe.run.alarm_dead, "run.alarm_dead_growth": recipe.run.alarm_dead_growth}.items():
+    for key, value in {
+        "run.alarm_dead": recipe.run.alarm_dead,
+        "run.alarm_dead_growth": recipe.run.alarm_dead_growth,
+    }.items():
         if not 0 <= value < 1:
-            raise InputError(f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1")
+            raise InputError(
+                f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1"
+            )
     if recipe.mesh.capacity and recipe.mesh.capacity < 1:
-        raise InputError(f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k values together; give 0 (exact) or at least 1")
-    for key, value in {"optim.ema": recipe.optim.ema, "optim.beta1": recipe.optim.beta1,
-                       "optim.beta2": recipe.optim.beta2, "optim.decay": recipe.optim.decay}.items():
+        raise InputError(
+            f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k values together; give 0 (exact) or at least 1"
+        )
+    for key, value in {
+        "optim.ema": recipe.optim.ema,
+        "optim.beta1": recipe.optim.beta1,
+        "optim.beta2": recipe.optim.beta2,
+        "optim.decay": recipe.optim.decay,
+    }.items():
         if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):
             raise InputError(f"{key} is {value}; it must be from 0 up to, but not including, 1")
 
@@ -490,35 +554,62 @@ def check_schedule(recipe: Recipe) -> None:
     """Raise InputError where no step of the run has the whole learning rate. Runs that were begun without this question may go on."""
     falling = recipe.optim.decay * recipe.steps
     if recipe.optim.warmup > min(recipe.steps, recipe.steps + 1 - falling):
-        raise InputError(f"optim.warmup is {recipe.optim.warmup:,} steps; the run has {recipe.steps:,} ({recipe.tokens:,} tokens in batches of {recipe.batch:,})"
-                         + (f", of which the rate falls in the last {falling:,.0f}" if falling else "")
-                         + ": it would never reach its learning rate. Give a shorter warm-up" + (", less optim.decay" if falling else "") + ", or more tokens")
+        raise InputError(
+            f"optim.warmup is {recipe.optim.warmup:,} steps; the run has {recipe.steps:,} ({recipe.tokens:,} tokens in batches of {recipe.batch:,})"
+            + (f", of which the rate falls in the last {falling:,.0f}" if falling else "")
+            + ": it would never reach its learning rate. Give a shorter warm-up"
+            + (", less optim.decay" if falling else "")
+            + ", or more tokens"
+        )
 
 
 def check_activation(sae: SAE) -> None:
     """Raise InputError for options of the activation that cannot be right, and for others that its kind has no use for."""
     activation = sae.activation
     kind = activation.kind
-    lowest = {"l1": 0, "coef": 0, "aux": 0, "warmup": 0, "resample": 0, "threshold": 0, "threshold_decay": 0}
+    lowest = {
+        "l1": 0,
+        "coef": 0,
+        "aux": 0,
+        "warmup": 0,
+        "resample": 0,
+        "threshold": 0,
+        "threshold_decay": 0,
+    }
     for name, value in dataclasses.asdict(activation).items():
         if name in lowest and value < lowest[name]:
             raise InputError(f"sae.activation.{name} is {value}; it must not be negative")
         if name == "warmup" and value > 1 or name == "threshold_decay" and value >= 1:
-            raise InputError(f"sae.activation.{name} is {value}; it must be from 0 to 1" + (", and less than 1" if name != "warmup" else ""))
+            raise InputError(
+                f"sae.activation.{name} is {value}; it must be from 0 to 1"
+                + (", and less than 1" if name != "warmup" else "")
+            )
         if name == "bandwidth" and value <= 0:
-            raise InputError(f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would never move")
+            raise InputError(
+                f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would never move"
+            )
     if sae.multi_topk and kind != "topk":
-        raise InputError(f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not {kind!r}; leave it at 0")
+        raise InputError(
+            f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not {kind!r}; leave it at 0"
+        )
     if kind not in WITH_AUXK and sae.auxk_coef not in (0, SAE.auxk_coef):
-        raise InputError(f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but sae.activation.resample; leave it out")
+        raise InputError(
+            f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but sae.activation.resample; leave it out"
+        )
     by_norm = getattr(activation, "penalty", "") == "decoder_norm"
     if by_norm and sae.unit_norm:
-        raise InputError("sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; give sae.unit_norm = false, or the penalty 'paper'")
+        raise InputError(
+            "sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; give sae.unit_norm = false, or the penalty 'paper'"
+        )
     if hasattr(activation, "l1") and not by_norm and not sae.unit_norm:
-        raise InputError(f"sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of sae.activation.kind = {kind!r}; leave it true"
-                         + (", or give sae.activation.penalty = 'decoder_norm'" if kind == "relu" else ""))
+        raise InputError(
+            f"sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of sae.activation.kind = {kind!r}; leave it true"
+            + (", or give sae.activation.penalty = 'decoder_norm'" if kind == "relu" else "")
+        )
     if kind in ("prolu", "gated") and not sae.b_enc:
-        raise InputError(f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and needs them")
+        raise InputError(
+            f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and needs them"
+        )
 
 
 # ---- TOML and dictionaries ---------------------------------------------------------------------------------------
@@ -540,8 +631,10 @@ def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
             data = stream.read(LARGEST_TOML + 1)
         dots = sum(line.count(b".") ** 2 for line in data.split(b"\n"))
         if len(data) > LARGEST_TOML or dots > MOST_DOTS**2:
-            raise InputError(f"{what} {path} is no file of ours: it has more than "
-                             f"{LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line")
+            raise InputError(
+                f"{what} {path} is no file of ours: it has more than "
+                f"{LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line"
+            )
         return tomllib.loads(data.decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist{advice}") from None
@@ -549,7 +642,10 @@ def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
         raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from None
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
         raise InputError(f"{what} {path} is not TOML: {error}") from None
 
 
@@ -571,7 +667,10 @@ def to_toml(recipe: Recipe) -> str:
 
 def _toml_lines(table: dict[str, Any], name: str = "") -> list[str]:
     """Return a table's own keys, then those of the tables in it, each under its whole name."""
-    lines = [*(["", f"[{name}]"] if name else []), *(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict))]
+    lines = [
+        *(["", f"[{name}]"] if name else []),
+        *(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)),
+    ]
     for key, value in table.items():
         if isinstance(value, dict):
             lines += _toml_lines(value, f"{name}.{key}" if name else key)
@@ -582,14 +681,20 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {"sae.k": 32, …} of nested dictionaries."""
     out: dict[str, Any] = {}
     for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return out
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List what differs between two recipes' dictionaries, as 'sae.k: 32 -> 64'."""
     old, new = flat(old), flat(new)
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
@@ -601,34 +706,60 @@ def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
         key = str(key)
         if f"{prefix}{key}" == "run.trust_remote_code":  # of older recipes
             if value:
-                _log.warning("run.trust_remote_code%s is passed over: a file cannot allow code to run. If you trust the code that comes "
-                             "with the model, give --trust-remote-code True with this command", where)
+                _log.warning(
+                    "run.trust_remote_code%s is passed over: a file cannot allow code to run. If you trust the code that comes "
+                    "with the model, give --trust-remote-code True with this command",
+                    where,
+                )
             continue
         if key not in hints:
             raise InputError(f"unknown key '{prefix}{key:.80}'{where}{_suggest(prefix + key[:80])}")
         hint = hints[key]
         section = dataclasses.is_dataclass(hint) or hint == Activation
         if section and not isinstance(value, dict):
-            raise InputError(f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys")
-        values[key] = _section(value, hint, f"{prefix}{key}.", where) if section else _convert(value, hint, f"'{prefix}{key}'{where}")
+            raise InputError(
+                f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys"
+            )
+        values[key] = (
+            _section(value, hint, f"{prefix}{key}.", where)
+            if section
+            else _convert(value, hint, f"'{prefix}{key}'{where}")
+        )
     return kind(**values)
 
 
 def _section(table: dict[str, Any], hint: Any, prefix: str, where: str = "") -> Any:
-    return _build(activation_kind(table, prefix, where) if hint == Activation else hint, table, prefix, where)
+    return _build(
+        activation_kind(table, prefix, where) if hint == Activation else hint, table, prefix, where
+    )
 
 
-def activation_kind(table: dict[str, Any], prefix: str = "sae.activation.", where: str = "") -> type:
+def activation_kind(
+    table: dict[str, Any], prefix: str = "sae.activation.", where: str = ""
+) -> type:
     """Return the kind of activation that a table names, topk if it names none; raise InputError for keys that this kind does not have."""
-    kind = _convert(table.get("kind", "topk"), Literal[tuple(ACTIVATIONS)], f"'{prefix}kind'{where}")
+    kind = _convert(
+        table.get("kind", "topk"), Literal[tuple(ACTIVATIONS)], f"'{prefix}kind'{where}"
+    )
     own = [each.name for each in dataclasses.fields(ACTIVATIONS[kind])]
     for key in table:
         if key not in own:
-            others = [name for name, other in ACTIVATIONS.items() if key in {each.name for each in dataclasses.fields(other)}]
+            others = [
+                name
+                for name, other in ACTIVATIONS.items()
+                if key in {each.name for each in dataclasses.fields(other)}
+            ]
             near = difflib.get_close_matches(key[:80], own, 1, 0.6)
-            raise InputError(f"unknown key '{prefix}{key:.80}' of kind {kind!r}{where}; "
-                             + (f"did you mean '{prefix}{near[0]}'?" if near else f"it is a key of kind {', '.join(others)}" if others
-                                else f"its keys are {', '.join(own)}"))
+            raise InputError(
+                f"unknown key '{prefix}{key:.80}' of kind {kind!r}{where}; "
+                + (
+                    f"did you mean '{prefix}{near[0]}'?"
+                    if near
+                    else f"it is a key of kind {', '.join(others)}"
+                    if others
+                    else f"its keys are {', '.join(own)}"
+                )
+            )
     return ACTIVATIONS[kind]
 
 
@@ -636,7 +767,8 @@ def _suggest(key: str) -> str:
     known = list(flat(dataclasses.asdict(Recipe())))
     last = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, 1, 0.6) or [
-        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), 1, 0.6)]
+        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), 1, 0.6)
+    ]
     return f"; did you mean '{near[0]}'?" if near else f"; the keys are {', '.join(known)}"
 
 
@@ -647,7 +779,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, dict):
             return _section(value, hint, f"{name.strip(chr(39))}.")
         if not isinstance(value, kinds):
-            raise InputError(f"{name} is {value!r}; it must be {' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its keys")
+            raise InputError(
+                f"{name} is {value!r}; it must be {' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its keys"
+            )
         return value
     if type(None) in typing.get_args(hint):
         return None if value is None else _convert(value, typing.get_args(hint)[0], name)
@@ -655,23 +789,35 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         options = typing.get_args(hint)
         if value not in options:
             near = difflib.get_close_matches(said(value).strip("'"), options, 1)
-            raise InputError(f"{name} is {said(value)}; it must be one of {', '.join(map(repr, options))}"
-                             + (f". Did you mean {near[0]!r}?" if near else ""))
+            raise InputError(
+                f"{name} is {said(value)}; it must be one of {', '.join(map(repr, options))}"
+                + (f". Did you mean {near[0]!r}?" if near else "")
+            )
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{name} is {said(value)}; it must be a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+    if (
+        hint is float
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) < 2**63
+    ):
         return float(value)
     if hint is float and type(value) is float and not abs(value) <= LARGEST:
-        raise InputError(f"{name} is {value}; it must be a finite number" + (f", at most {LARGEST:g}" if math.isfinite(value) else ""))
+        raise InputError(
+            f"{name} is {value}; it must be a finite number"
+            + (f", at most {LARGEST:g}" if math.isfinite(value) else "")
+        )
     if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)  # so that tokens = 1e9 may be written
     if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
         raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
-        raise InputError(f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}")
+        raise InputError(
+            f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}"
+        )
     return value
 
 
@@ -680,8 +826,11 @@ def said(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
-        return ("a number of thousands of digits" if isinstance(value, int)
-                else f"a {type(value).__name__} that cannot be shown")
+        return (
+            "a number of thousands of digits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__} that cannot be shown"
+        )
     return text if len(text) <= 80 else text[:80] + "…"
 
 
@@ -695,7 +844,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's
+        return json.dumps(value, ensure_ascii=False).replace(
+            "\x7f", "\\u007f"
+        )  # JSON's escapes are TOML's
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     return repr(value)

@@ -63,7 +63,9 @@ class RunFolder:
 
     def recipe(self) -> recipe.Recipe:
         if not self.exists():
-            raise InputError(f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out {self.path}` makes one")
+            raise InputError(
+                f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out {self.path}` makes one"
+            )
         return recipe.load(self.recipe_file)
 
     def begun(self) -> bool:
@@ -105,10 +107,16 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be run again, so that the files of a resumed run read like any other's."""
-        for file, rows in ((self.metrics_file, self.metrics), (self.curve_file, self.curve), (self.alarms_file, self.alarms)):
+        for file, rows in (
+            (self.metrics_file, self.metrics),
+            (self.curve_file, self.curve),
+            (self.alarms_file, self.alarms),
+        ):
             if file.is_file():
                 rows = [row for row in rows() if row["step"] <= step]
-                files.write_text(file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+                files.write_text(
+                    file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+                )
 
     # ---- checkpoints
 
@@ -118,8 +126,13 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints there are, oldest first; each was committed whole, which does not prove it intact."""
         found = sorted(self.file("checkpoints").glob("step-*"))
-        return [path for path in found if path.name[5:].isdecimal() and path.name.isascii()
-                and self.file("checkpoints", path.name).is_dir()]
+        return [
+            path
+            for path in found
+            if path.name[5:].isdecimal()
+            and path.name.isascii()
+            and self.file("checkpoints", path.name).is_dir()
+        ]
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
         """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones; raise InputError if it is of another recipe."""
@@ -128,7 +141,9 @@ class RunFolder:
             try:
                 manifest = files.verify(path)
                 if manifest.get("step", int(path.name[5:])) != int(path.name[5:]):
-                    raise CorruptError(f"{path} is that of step {manifest['step']}, under another name; name it as it was")
+                    raise CorruptError(
+                        f"{path} is that of step {manifest['step']}, under another name; name it as it was"
+                    )
             except CorruptError as error:
                 wrong.append(str(error))
                 continue
@@ -140,9 +155,14 @@ class RunFolder:
         """Raise InputError unless a checkpoint is of this run's recipe, in all keys that both have (checkpoints of older versions say nothing)."""
         if self.exists() and isinstance(trained, dict):
             ours, theirs = recipe.flat(self.recipe().identity()), recipe.flat(trained)
-            changed = recipe.differences({key: theirs[key] for key in theirs if key in ours}, {key: ours[key] for key in ours if key in theirs})
+            changed = recipe.differences(
+                {key: theirs[key] for key in theirs if key in ours},
+                {key: ours[key] for key in ours if key in theirs},
+            )
             if changed:
-                raise InputError(f"{path} was trained with another recipe than {self.recipe_file} has now: {'; '.join(changed)}. Put back what was there")
+                raise InputError(
+                    f"{path} was trained with another recipe than {self.recipe_file} has now: {'; '.join(changed)}. Put back what was there"
+                )
 
     # ---- evals
 
@@ -156,7 +176,9 @@ class RunFolder:
             return None
         found = files.read_table(file)
         if found.get("name", name) != name:
-            raise CorruptError(f"{file} is a result of {found['name']!r}, under another name; run the evaluation again")
+            raise CorruptError(
+                f"{file} is a result of {found['name']!r}, under another name; run the evaluation again"
+            )
         return found
 
     def arrays_file(self, name: str, result: dict[str, Any] | None = None) -> Path | None:
@@ -171,12 +193,14 @@ class RunFolder:
         expected = result.get("arrays_sha256")
         if not file.is_file():
             if "arrays" in result:
-                raise CorruptError(f"{file} is missing, though {name}.json names it; "
-                                   f"{self._again(name)}")
+                raise CorruptError(
+                    f"{file} is missing, though {name}.json names it; {self._again(name)}"
+                )
             return None
         if expected and files.sha256(file) != expected:
-            raise CorruptError(f"{file} is damaged or of another result than {name}.json; "
-                               f"{self._again(name)}")
+            raise CorruptError(
+                f"{file} is damaged or of another result than {name}.json; {self._again(name)}"
+            )
         return file
 
     def _arrays_of(self, name: str, result: dict[str, Any]) -> Path:
@@ -252,7 +276,9 @@ def pieces(folder: Path, stem: str) -> list[Path]:
         return [folder / piece(stem, 0, 1)]
     of = first.name.removesuffix(".safetensors").rpartition("-of-")[2]
     if not of.isdecimal() or int(of) > 100_000:
-        raise CorruptError(f"{first} is not named as a slice of an autoencoder; the folder was not written by ksparse or is damaged")
+        raise CorruptError(
+            f"{first} is not named as a slice of an autoencoder; the folder was not written by ksparse or is damaged"
+        )
     return [folder / piece(stem, index, int(of)) for index in range(int(of))]
 
 

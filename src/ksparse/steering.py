@@ -61,7 +61,9 @@ class Tap:
 
     def __getattr__(self, name: str) -> Tensor:
         if name in ("x", "code", "keep"):
-            raise InputError(f"nothing has gone through the site yet, so there is no {name}; run the model inside the `with`")
+            raise InputError(
+                f"nothing has gone through the site yet, so there is no {name}; run the model inside the `with`"
+            )
         raise AttributeError(name)
 
     @property
@@ -70,8 +72,15 @@ class Tap:
 
 
 @contextmanager
-def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None = None, error: Literal["keep", "drop"] = "keep",
-           positions: Positions = "trained") -> Iterator[Tap]:
+def attach(
+    model: nn.Module,
+    sae: SAE,
+    site: str = "",
+    *,
+    change: Change | None = None,
+    error: Literal["keep", "drop"] = "keep",
+    positions: Positions = "trained",
+) -> Iterator[Tap]:
     """Put an SAE in the way of every forward pass of a causal LM inside a with block; gradients flow through it.
 
     site: where, as in a recipe (`resid_post.8`, a module's name, NAME:in); the SAE's own if not given.
@@ -83,7 +92,11 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     if error not in ("keep", "drop"):
         raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
     place = resolve(model, site or _own_site(sae))
-    if site and (own := provenance.trained_on(sae.metadata).get("site")) and not provenance.same_site(model, site, own):
+    if (
+        site
+        and (own := provenance.trained_on(sae.metadata).get("site"))
+        and not provenance.same_site(model, site, own)
+    ):
         _log.warning("the autoencoder is attached at %s, but was trained at %s", site, own)
     site = site or _own_site(sae)
     tap, where = Tap(sae), _Called(sae, positions)
@@ -91,14 +104,20 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     def put(old: Tensor) -> Tensor | None:
         where.reached(site)
         if wrong := not_activations(old, where.shape):
-            raise InputError(f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose another")
+            raise InputError(
+                f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose another"
+            )
         raw = old.to(sae.W_enc, copy=True)  # the model may go on in place
         inputs = sae.normalize(raw)
         code = sae.encode_normalized(inputs.x)
         tap.x, tap.code, tap.keep = raw, code, where.kept(old)
         added = None if change is None else sae.decoder(change(code))
         if error == "drop":
-            recon = sae.decode_normalized(code) if added is None else sae.decode_normalized(code) + added
+            recon = (
+                sae.decode_normalized(code)
+                if added is None
+                else sae.decode_normalized(code) + added
+            )
             new = inputs.restore(recon)
         elif added is None:
             return None
@@ -109,14 +128,24 @@ def attach(model: nn.Module, sae: SAE, site: str = "", *, change: Change | None 
     with where.watching(model), hooked(place, put):
         yield tap
     if where.calls and not where.reads:
-        raise InputError(f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was read or changed there; "
-                         "choose another site")
+        raise InputError(
+            f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was read or changed there; "
+            "choose another site"
+        )
 
 
 @contextmanager
-def steer(model: nn.Module, sae: SAE, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None, site: str = "",
-          error: Literal["keep", "drop"] = "keep", positions: Positions = "trained",
-          largest: Mapping[int, float] | None = None) -> Iterator[Tap]:
+def steer(
+    model: nn.Module,
+    sae: SAE,
+    clamp: Mapping[int, float] | None = None,
+    *,
+    scale: Mapping[int, float] | None = None,
+    site: str = "",
+    error: Literal["keep", "drop"] = "keep",
+    positions: Positions = "trained",
+    largest: Mapping[int, float] | None = None,
+) -> Iterator[Tap]:
     """Hold latents of an SAE at values, and multiply others' own activations, in every forward pass inside a with block.
 
     clamp: {latent: value}, of either sign; 0 takes the latent out. scale: {latent: factor}. All else as `attach`.
@@ -129,10 +158,19 @@ def steer(model: nn.Module, sae: SAE, clamp: Mapping[int, float] | None = None, 
     if not clamp and not scale:
         raise InputError("steering needs a latent: clamp={latent: value} or scale={latent: factor}")
     if both := sorted(set(clamp) & set(scale)):
-        raise InputError(f"latent {both[0]} is to be both clamped and scaled; give it in one of the two")
+        raise InputError(
+            f"latent {both[0]} is to be both clamped and scaled; give it in one of the two"
+        )
     check_latents(sae, [*clamp, *scale])
     warn_beyond(sae, clamp, largest)
-    with attach(model, sae, site, change=changes(clamped(clamp), scaled(scale)), error=error, positions=positions) as tap:
+    with attach(
+        model,
+        sae,
+        site,
+        change=changes(clamped(clamp), scaled(scale)),
+        error=error,
+        positions=positions,
+    ) as tap:
         yield tap
 
 
@@ -140,7 +178,9 @@ def check_latents(sae: SAE, latents: Sequence[int]) -> None:
     """Raise InputError for a latent that the SAE does not have."""
     for latent in latents:
         if not 0 <= latent < sae.shape.n_latents:
-            raise InputError(f"latent {latent} does not exist: this SAE has latents 0 to {sae.shape.n_latents - 1}")
+            raise InputError(
+                f"latent {latent} does not exist: this SAE has latents 0 to {sae.shape.n_latents - 1}"
+            )
 
 
 def clamped(values: Mapping[int, float]) -> Change:
@@ -155,22 +195,32 @@ def scaled(factors: Mapping[int, float]) -> Change:
 
 def changes(*parts: Change) -> Change:
     """Return the sum of several changes, each of the original code."""
+
     def change(code: Code) -> Code:
-        return Code(*(torch.cat(columns, dim=-1) for columns in zip(*(part(code) for part in parts))))
+        return Code(
+            *(torch.cat(columns, dim=-1) for columns in zip(*(part(code) for part in parts)))
+        )
 
     return change
 
 
 def acts_at(code: Code, latents: Tensor) -> Tensor:
     """Return the activations [..., m] of latents[m] in a code [..., k]; 0 where one is not active."""
-    return torch.stack([(code.values * (code.indices == latent)).sum(-1) for latent in latents.tolist()], dim=-1)
+    return torch.stack(
+        [(code.values * (code.indices == latent)).sum(-1) for latent in latents.tolist()], dim=-1
+    )
 
 
-def _change(code: Code, given: Mapping[int, float], rule: Callable[[Tensor, Tensor], Tensor]) -> Code:
+def _change(
+    code: Code, given: Mapping[int, float], rule: Callable[[Tensor, Tensor], Tensor]
+) -> Code:
     if not given:
         return Code(code.values[..., :0], code.indices[..., :0])
     latents = torch.tensor(list(given), device=code.indices.device)
-    values = rule(acts_at(code, latents), torch.tensor(list(given.values()), dtype=code.values.dtype, device=code.values.device))
+    values = rule(
+        acts_at(code, latents),
+        torch.tensor(list(given.values()), dtype=code.values.dtype, device=code.values.device),
+    )
     return Code(values, latents.expand(values.shape))
 
 
@@ -183,7 +233,9 @@ def _check_own(sae: SAE, lm: LM, force: bool) -> None:
 def _own_site(sae: SAE) -> str:
     site = (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site")
     if not site:
-        raise InputError("this SAE does not say at which site it was trained; give one: site='resid_post.8', say")
+        raise InputError(
+            "this SAE does not say at which site it was trained; give one: site='resid_post.8', say"
+        )
     return site
 
 
@@ -196,11 +248,19 @@ class _Called:
 
     def __init__(self, sae: SAE, positions: Positions = "trained"):
         if not isinstance(positions, Tensor) and positions not in ("trained", "all"):
-            raise InputError(f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts and tokens")
+            raise InputError(
+                f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts and tokens"
+            )
         policy = sae.metadata.get("policy") or {}
         self.positions = positions
-        self.everywhere = not isinstance(positions, Tensor) and (positions == "all" or policy.get("keep", "all") == "all")
-        self.special = [token for name in ("bos_token", "separator_token") if (token := policy.get(name)) is not None]
+        self.everywhere = not isinstance(positions, Tensor) and (
+            positions == "all" or policy.get("keep", "all") == "all"
+        )
+        self.special = [
+            token
+            for name in ("bos_token", "separator_token")
+            if (token := policy.get(name)) is not None
+        ]
         self.context: int | None = policy.get("context")
         self.ids: Tensor | None = None
         self.begins, self.attention = True, None
@@ -216,7 +276,10 @@ class _Called:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Note the ids of each call of the model, or of the part of it that both the model and its users call."""
         called = getattr(model, "base_model", model)
-        handles = [called.register_forward_pre_hook(self._note, with_kwargs=True), called.register_forward_hook(self._end)]
+        handles = [
+            called.register_forward_pre_hook(self._note, with_kwargs=True),
+            called.register_forward_hook(self._end),
+        ]
         try:
             yield
         finally:
@@ -228,9 +291,15 @@ class _Called:
             return
         called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         ids = called.get("input_ids", args[0] if args else None)
-        self.ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
+        self.ids = (
+            ids
+            if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2
+            else None
+        )
         attention = called.get("attention_mask")
-        self.attention = attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
+        self.attention = (
+            attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
+        )
         self.begins = not self._continues(called)
         self.calls, self.running = self.calls + 1, False
         self._tell_of_length()
@@ -243,31 +312,50 @@ class _Called:
     def reached(self, site: str) -> None:
         """Count that a site is read; raise InputError for the second time in one call."""
         if self.running:
-            raise InputError(f"site {site!r} runs several times in one call of the model, so that it has no single activation of a token; choose another")
+            raise InputError(
+                f"site {site!r} runs several times in one call of the model, so that it has no single activation of a token; choose another"
+            )
         self.reads, self.running = self.reads + 1, self.calls > 0
 
     def _continues(self, called: dict[str, Any]) -> bool:
         """Return whether earlier tokens of the same contexts have been seen: in a cache, a state, or by their positions."""
-        if self.ids is not None and self.attention is not None and self.attention.shape[1] > self.ids.shape[1]:
+        if (
+            self.ids is not None
+            and self.attention is not None
+            and self.attention.shape[1] > self.ids.shape[1]
+        ):
             return True
         places = called.get("position_ids", called.get("cache_position"))
-        if isinstance(places, Tensor) and places.numel() and not places.is_floating_point() and int(places.min()) > 0:
+        if (
+            isinstance(places, Tensor)
+            and places.numel()
+            and not places.is_floating_point()
+            and int(places.min()) > 0
+        ):
             return True
         return any(_remembers(called.get(name)) for name in _STATES)
 
     def _tell_of_length(self) -> None:
         """Say once that positions are changed which the SAE was never trained on."""
-        length = max((part.shape[1] for part in (self.ids, self.attention) if part is not None), default=0)
+        length = max(
+            (part.shape[1] for part in (self.ids, self.attention) if part is not None), default=0
+        )
         if self.context is not None and length > self.context:
-            _log.warning("contexts of %s tokens are longer than the %s that this autoencoder was trained on; "
-                         "it has not seen the positions behind them", f"{length:,}", self.context)
+            _log.warning(
+                "contexts of %s tokens are longer than the %s that this autoencoder was trained on; "
+                "it has not seen the positions behind them",
+                f"{length:,}",
+                self.context,
+            )
             self.context = None
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the positions [b, t] of activations x[b, t, d] of the call that is running."""
         if isinstance(self.positions, Tensor):
             if self.positions.shape != x.shape[:-1]:
-                raise InputError(f"positions are of shape {list(self.positions.shape)}, the activations of {list(x.shape[:-1])}, apart from their width")
+                raise InputError(
+                    f"positions are of shape {list(self.positions.shape)}, the activations of {list(x.shape[:-1])}, apart from their width"
+                )
             return self.positions.to(x.device).bool()
         keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         if self.everywhere:
@@ -302,7 +390,9 @@ def _remembers(state: Any) -> bool:
 # ---- finding -----------------------------------------------------------------------------------------------------
 
 
-def attribute(lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric, *, force: bool = False) -> Tensor:
+def attribute(
+    lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric, *, force: bool = False
+) -> Tensor:
     """Return for each latent [n] how much it adds to a metric of the token after a prompt, summed over positions, mean over prompts.
 
     To first order: activation x gradient, the error kept. On an LM that is linear after the site it is what ablating the latent takes away.
@@ -313,7 +403,9 @@ def attribute(lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric, *, force
     total = torch.zeros(sae.shape.n_latents, dtype=torch.float64)
     for prompt in prompts:
         contributions = attribution(lm, sae, prompt, metric)
-        total.index_add_(0, contributions.indices.flatten().cpu(), contributions.values.flatten().cpu().double())
+        total.index_add_(
+            0, contributions.indices.flatten().cpu(), contributions.values.flatten().cpu().double()
+        )
     return total / len(prompts)
 
 
@@ -338,16 +430,23 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
         raw = leaf[0].detach()
         inputs = sae.normalize(raw[0])
         code = sae.encode_normalized(inputs.x)
-        slopes = torch.einsum("td,tkd->tk", inputs.scale * gradient.to(inputs.x), sae.W_dec[code.indices])
+        slopes = torch.einsum(
+            "td,tkd->tk", inputs.scale * gradient.to(inputs.x), sae.W_dec[code.indices]
+        )
         return Code(code.values * slopes * where.kept(raw)[0][:, None], code.indices)
 
 
 def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) -> Metric:
     """Return the metric: mean logit of some tokens less the mean logit of others, each given as the text of one token."""
-    plus, minus = (torch.tensor([one_token(lm, text) for text in texts], dtype=torch.long, device=lm.device) for texts in (toward, away))
+    plus, minus = (
+        torch.tensor([one_token(lm, text) for text in texts], dtype=torch.long, device=lm.device)
+        for texts in (toward, away)
+    )
     if not len(plus):
         raise InputError("attribution needs at least one token to look toward")
-    return lambda logits: logits[plus].mean() - (logits[minus].mean() if len(minus) else logits.mean())
+    return lambda logits: (
+        logits[plus].mean() - (logits[minus].mean() if len(minus) else logits.mean())
+    )
 
 
 def one_token(lm: LM, text: str) -> int:
@@ -355,11 +454,15 @@ def one_token(lm: LM, text: str) -> int:
     ids = ids_of(lm.tokenizer, text)
     if len(ids) == 1:
         return int(ids[0])
-    strings = token_strings(lm.tokenizer, range(len(lm.tokenizer)))  # SentencePiece puts a space of its own before a text
+    strings = token_strings(
+        lm.tokenizer, range(len(lm.tokenizer))
+    )  # SentencePiece puts a space of its own before a text
     if text in strings:
         return strings.index(text)
     pieces = ", ".join(repr(piece) for piece in token_strings(lm.tokenizer, ids))
-    raise InputError(f"{text!r} is {len(ids)} tokens of {lm.options.lm} ({pieces}); give a text that is one, a leading space included")
+    raise InputError(
+        f"{text!r} is {len(ids)} tokens of {lm.options.lm} ({pieces}); give a text that is one, a leading space included"
+    )
 
 
 # ---- continuing --------------------------------------------------------------------------------------------------
@@ -374,26 +477,48 @@ class Continuation(NamedTuple):
 
 
 @torch.inference_mode()
-def continue_text(lm: LM, prompt: str, *, tokens: int = 40, temperature: float = 0.0, seed: int = 0) -> Continuation:
+def continue_text(
+    lm: LM, prompt: str, *, tokens: int = 40, temperature: float = 0.0, seed: int = 0
+) -> Continuation:
     """Continue a prompt by so many tokens at most; temperature 0 always takes the likeliest.
 
     The same seed gives the same random numbers, so that two continuations differ by what was done to the LM alone.
     """
     if temperature < 0:
-        raise InputError(f"temperature is {temperature}; it must be 0, for the likeliest token, or more")
+        raise InputError(
+            f"temperature is {temperature}; it must be 0, for the likeliest token, or more"
+        )
     if tokens < 1:
         raise InputError(f"a continuation of {tokens} tokens cannot be made; give at least 1")
     ids = lm.tokenize(prompt)
     if lm.context is not None and ids.shape[1] + tokens > lm.context:
-        raise InputError(f"the prompt has {ids.shape[1]} tokens, {tokens} more make {ids.shape[1] + tokens}; {lm.options.lm} takes {lm.context}")
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    pad = next((i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if i is not None), 0)
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, {tokens} more make {ids.shape[1] + tokens}; {lm.options.lm} takes {lm.context}"
+        )
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    pad = next(
+        (i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if i is not None), 0
+    )
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        made = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, output_logits=True,
-                                 return_dict_in_generate=True, **how)
+        made = lm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            pad_token_id=pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **how,
+        )
     new = made.sequences[0, ids.shape[1] :].tolist()
-    whole, before = (lm.tokenizer.decode(some, skip_special_tokens=True) for some in ([*ids[0].tolist(), *new], ids[0].tolist()))
+    whole, before = (
+        lm.tokenizer.decode(some, skip_special_tokens=True)
+        for some in ([*ids[0].tolist(), *new], ids[0].tolist())
+    )
     return Continuation(whole[len(before) :], new, made.logits[0][0].float().log_softmax(-1).cpu())
 
 
@@ -416,14 +541,29 @@ class Comparison(NamedTuple):
         return [(int(i), float(before[i]), float(after[i])) for i in order]
 
 
-def compare(lm: LM, sae: SAE, prompt: str, clamp: Mapping[int, float] | None = None, *, scale: Mapping[int, float] | None = None,
-            error: Literal["keep", "drop"] = "keep", tokens: int = 40, temperature: float = 0.0, seed: int = 0,
-            largest: Mapping[int, float] | None = None, force: bool = False) -> Comparison:
+def compare(
+    lm: LM,
+    sae: SAE,
+    prompt: str,
+    clamp: Mapping[int, float] | None = None,
+    *,
+    scale: Mapping[int, float] | None = None,
+    error: Literal["keep", "drop"] = "keep",
+    tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    largest: Mapping[int, float] | None = None,
+    force: bool = False,
+) -> Comparison:
     """Continue a prompt with the LM as it is and inside `steer`, with the same random numbers.
 
     Raises InputError where the LM or its site is not the SAE's own, unless by force.
     """
     _check_own(sae, lm, force)
     before = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
-    with steer(lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error, largest=largest):
-        return Comparison(before, continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed))
+    with steer(
+        lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error, largest=largest
+    ):
+        return Comparison(
+            before, continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
+        )

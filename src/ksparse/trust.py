@@ -39,7 +39,9 @@ def taken_from(arguments: list[str]) -> tuple[bool, list[str]]:
     for word in words:
         name, equals, value = word.replace("_", "-").partition("=")
         if name == "--run.trust-remote-code":
-            raise InputError(f"{word} is no key of a recipe, since a stored one could set it; give {FLAG} True, which counts for this call alone")
+            raise InputError(
+                f"{word} is no key of a recipe, since a stored one could set it; give {FLAG} True, which counts for this call alone"
+            )
         if name != FLAG:
             rest.append(word)
             continue

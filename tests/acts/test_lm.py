@@ -14,13 +14,46 @@ from ksparse.acts.sites import describe_sites, resolve
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 
-KINDS = ["gpt2", "gpt_neox", "gpt_neox_serial", "gpt_neo", "llama", "mistral", "gemma", "gemma2", "qwen2"]
+KINDS = [
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_serial",
+    "gpt_neo",
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "qwen2",
+]
 PARALLEL = {"gpt_neox"}
-BLOCKS = {"gpt2": "transformer.h", "gpt_neo": "transformer.h", "gpt_neox": "gpt_neox.layers", "gpt_neox_serial": "gpt_neox.layers"}
-FINAL_NORM = {"gpt2": "transformer.ln_f", "gpt_neo": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm",
-              "gpt_neox_serial": "gpt_neox.final_layer_norm"}
-ATTENTION = {"gpt2": "attn", "gpt_neo": "attn", "gpt_neox": "attention", "gpt_neox_serial": "attention"}
-SITES = ["resid_pre.0", "resid_pre.1", "resid_mid.1", "resid_post.0", "resid_post.1", "resid_post.2", "attn_out.1", "mlp_out.1"]
+BLOCKS = {
+    "gpt2": "transformer.h",
+    "gpt_neo": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt_neox_serial": "gpt_neox.layers",
+}
+FINAL_NORM = {
+    "gpt2": "transformer.ln_f",
+    "gpt_neo": "transformer.ln_f",
+    "gpt_neox": "gpt_neox.final_layer_norm",
+    "gpt_neox_serial": "gpt_neox.final_layer_norm",
+}
+ATTENTION = {
+    "gpt2": "attn",
+    "gpt_neo": "attn",
+    "gpt_neox": "attention",
+    "gpt_neox_serial": "attention",
+}
+SITES = [
+    "resid_pre.0",
+    "resid_pre.1",
+    "resid_mid.1",
+    "resid_post.0",
+    "resid_post.1",
+    "resid_post.2",
+    "attn_out.1",
+    "mlp_out.1",
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -72,7 +105,9 @@ def test_resid_aliases_are_the_hidden_states_of_transformers(lm_at, kind):
     for number in (0, 1, 2):
         assert torch.equal(lm_at(kind, f"resid_pre.{number}").acts(ids, full(ids)), hidden[number])
         if number < 2:
-            assert torch.equal(lm_at(kind, f"resid_post.{number}").acts(ids, full(ids)), hidden[number + 1])
+            assert torch.equal(
+                lm_at(kind, f"resid_post.{number}").acts(ids, full(ids)), hidden[number + 1]
+            )
 
 
 @every_kind
@@ -93,7 +128,11 @@ def test_attn_out_and_mlp_out_are_what_is_added_to_the_stream(lm_at, kind):
     """Gemma 2 normalises a module's output before it is added; the others add it as it is."""
     model, ids = lm_at(kind, "resid_post.0").model, tokens()
     block = blocks(model, kind)[1]
-    names = ("post_attention_layernorm", "post_feedforward_layernorm") if kind == "gemma2" else (ATTENTION.get(kind, "self_attn"), "mlp")
+    names = (
+        ("post_attention_layernorm", "post_feedforward_layernorm")
+        if kind == "gemma2"
+        else (ATTENTION.get(kind, "self_attn"), "mlp")
+    )
     for site, name in zip(("attn_out.1", "mlp_out.1"), names):
         expected = output_of(model, getattr(block, name), ids)
         assert torch.equal(lm_at(kind, site).acts(ids, full(ids)), expected)
@@ -104,12 +143,21 @@ def test_resid_mid_is_the_stream_between_attention_and_mlp(lm_at, kind):
     """resid_pre plus what attention adds to it; Gemma 2 normalises that first. With parallel residuals there is no such place."""
     ids = tokens()
     if kind in PARALLEL:
-        with pytest.raises(InputError, match=r"site 'resid_mid\.1' is refused: attention and MLP of its block read the same activations"):
+        with pytest.raises(
+            InputError,
+            match=r"site 'resid_mid\.1' is refused: attention and MLP of its block read the same activations",
+        ):
             lm_at(kind, "resid_mid.1")
         return
     model = lm_at(kind, "resid_post.0").model
     block = blocks(model, kind)[1]
-    added = output_of(model, block.post_attention_layernorm if kind == "gemma2" else getattr(block, ATTENTION.get(kind, "self_attn")), ids)
+    added = output_of(
+        model,
+        block.post_attention_layernorm
+        if kind == "gemma2"
+        else getattr(block, ATTENTION.get(kind, "self_attn")),
+        ids,
+    )
     expected = lm_at(kind, "resid_pre.1").acts(ids, full(ids)) + added
     torch.testing.assert_close(lm_at(kind, "resid_mid.1").acts(ids, full(ids)), expected)
 
@@ -117,7 +165,10 @@ def test_resid_mid_is_the_stream_between_attention_and_mlp(lm_at, kind):
 @every_kind
 def test_the_parts_sum_up_to_the_whole(lm_at, kind):
     ids = tokens()
-    pre, attention, mlp, post = (lm_at(kind, f"{name}.1").acts(ids, full(ids)) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
+    pre, attention, mlp, post = (
+        lm_at(kind, f"{name}.1").acts(ids, full(ids))
+        for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    )
     torch.testing.assert_close(pre + attention + mlp, post)
     if kind not in PARALLEL:
         torch.testing.assert_close(lm_at(kind, "resid_mid.1").acts(ids, full(ids)) + mlp, post)
@@ -128,12 +179,20 @@ def test_a_change_of_resid_mid_reaches_the_mlp_and_the_skip_around_it(lm_at, kin
     lm, ids = lm_at(kind, "resid_mid.1"), tokens()
     block = blocks(lm.model, kind)[1]
     shift = torch.randn(16, generator=torch.Generator().manual_seed(3))
-    reader = {"gpt2": "ln_2", "gpt_neo": "ln_2", "gemma2": "pre_feedforward_layernorm"}.get(kind, "post_attention_layernorm")
-    mlp = [getattr(block, reader), block.mlp] + ([block.post_feedforward_layernorm] if kind == "gemma2" else [])
+    reader = {"gpt2": "ln_2", "gpt_neo": "ln_2", "gemma2": "pre_feedforward_layernorm"}.get(
+        kind, "post_attention_layernorm"
+    )
+    mlp = [getattr(block, reader), block.mlp] + (
+        [block.post_feedforward_layernorm] if kind == "gemma2" else []
+    )
     mid = lm.acts(ids, full(ids))
     for change in (lambda x: x + shift, torch.zeros_like):
         seen = []
-        handle = block.register_forward_hook(lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output))
+        handle = block.register_forward_hook(
+            lambda module, args, output: seen.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
         lm.replay(lm.watch(ids, full(ids)), change)
         handle.remove()
         with torch.no_grad():
@@ -143,13 +202,20 @@ def test_a_change_of_resid_mid_reaches_the_mlp_and_the_skip_around_it(lm_at, kin
 def test_a_module_may_be_named_and_its_input_taken(tiny_lm):
     model, ids = AutoModelForCausalLM.from_pretrained(tiny_lm("gpt2")).eval(), tokens()
     module = model.transformer.h[1].mlp.c_fc
-    for site, at in (("transformer.h.1.mlp.c_fc", "out"), ("transformer.h.1.mlp.c_fc:out", "out"), ("transformer.h.1.mlp.c_fc:in", "in")):
+    for site, at in (
+        ("transformer.h.1.mlp.c_fc", "out"),
+        ("transformer.h.1.mlp.c_fc:out", "out"),
+        ("transformer.h.1.mlp.c_fc:in", "in"),
+    ):
         lm = LM(str(tiny_lm("gpt2")), site)
         assert torch.equal(lm.acts(ids, full(ids)), output_of(model, module, ids, at))
         assert lm.d_model == (64 if at == "out" else 16)
     llama = LM(str(tiny_lm("llama")), "model.layers.1.mlp.down_proj:in")  # the neurons
     assert llama.d_model == 32
-    assert torch.equal(llama.acts(ids, full(ids)), output_of(llama.model, llama.model.model.layers[1].mlp.down_proj, ids, "in"))
+    assert torch.equal(
+        llama.acts(ids, full(ids)),
+        output_of(llama.model, llama.model.model.layers[1].mlp.down_proj, ids, "in"),
+    )
 
 
 def test_a_module_that_takes_its_input_by_name_can_be_read_and_changed(tiny_lm):
@@ -161,13 +227,31 @@ def test_a_module_that_takes_its_input_by_name_can_be_read_and_changed(tiny_lm):
     assert not torch.allclose(lm.replay(watched, torch.zeros_like), watched.logits)
 
 
-@pytest.mark.parametrize("site", ["resid_post.3", "resid_post.-4", "resid_pos.1", "resid_post", "transformer.h.7", "transformer.h.1:up", "", "1"])
+@pytest.mark.parametrize(
+    "site",
+    [
+        "resid_post.3",
+        "resid_post.-4",
+        "resid_pos.1",
+        "resid_post",
+        "transformer.h.7",
+        "transformer.h.1:up",
+        "",
+        "1",
+    ],
+)
 def test_an_unknown_site_lists_those_there_are(lm_at, site):
     with pytest.raises(InputError) as caught:
         lm_at("gpt2", site)
     message = str(caught.value)
     assert f"site {site!r} does not exist; there are" in message
-    for part in ("resid_post.0 … resid_post.2", "resid_mid.0 … resid_mid.2", "mlp_out.0", "transformer.h.I.mlp.c_fc", "NAME:in its input"):
+    for part in (
+        "resid_post.0 … resid_post.2",
+        "resid_mid.0 … resid_mid.2",
+        "mlp_out.0",
+        "transformer.h.I.mlp.c_fc",
+        "NAME:in its input",
+    ):
         assert part in message
 
 
@@ -209,7 +293,10 @@ def test_what_comes_after_the_site_is_not_computed(tiny_lm, kind):
     assert 2 in calls
 
 
-@pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if not (kind in PARALLEL and "mid" in site)])
+@pytest.mark.parametrize(
+    "kind, site",
+    [(kind, site) for kind in KINDS for site in SITES if not (kind in PARALLEL and "mid" in site)],
+)
 def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, kind, site):
     lm, ids = lm_at(kind, site), tokens()
     watched = lm.watch(ids, full(ids))
@@ -220,7 +307,9 @@ def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, k
     assert torch.equal(lm.replay(watched, lambda x: x), watched.logits)
 
 
-@pytest.mark.parametrize("kind, site", [(kind, site) for kind in KINDS for site in SITES if "mid" not in site])
+@pytest.mark.parametrize(
+    "kind, site", [(kind, site) for kind in KINDS for site in SITES if "mid" not in site]
+)
 def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
     lm, ids = lm_at(kind, site), tokens()
     watched = lm.watch(ids, full(ids))
@@ -228,13 +317,21 @@ def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
     assert not torch.allclose(changed, watched.logits)
 
     def zero_out(module, args, output):
-        return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+        return (
+            (torch.zeros_like(output[0]), *output[1:])
+            if isinstance(output, tuple)
+            else torch.zeros_like(output)
+        )
 
     def zero_in(module, args):
         return (torch.zeros_like(args[0]), *args[1:])
 
     assert lm.site.scale == 1 and not lm.site.others
-    handle = lm.module.register_forward_hook(zero_out) if lm.at == "out" else lm.module.register_forward_pre_hook(zero_in)
+    handle = (
+        lm.module.register_forward_hook(zero_out)
+        if lm.at == "out"
+        else lm.module.register_forward_pre_hook(zero_in)
+    )
     with torch.no_grad():
         expected = lm.model(ids, use_cache=False).logits
     handle.remove()
@@ -248,7 +345,9 @@ def test_blocks_before_the_site_are_not_run_again(tiny_lm, kind):
     watched = lm.watch(ids, full(ids))
     calls = []
     for number, block in enumerate(blocks(lm.model, kind)):
-        block.get_submodule("mlp").register_forward_hook(lambda *_, number=number: calls.append(number))
+        block.get_submodule("mlp").register_forward_hook(
+            lambda *_, number=number: calls.append(number)
+        )
     lm.replay(watched, lambda x: x)
     assert calls == [2]
     with pytest.raises(ZeroDivisionError):
@@ -287,11 +386,15 @@ def test_a_text_gives_one_row_for_each_of_its_tokens(tiny_lm):
     lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
     x = lm("the cat sat on old hills")
     ids = lm.tokenize("the cat sat on old hills")
-    assert ids[0, 0] == 0 and len(x) == ids.shape[1] - 1 == len(lm.tokens("the cat sat on old hills"))
+    assert ids[0, 0] == 0 and len(x) == ids.shape[1] - 1 == len(
+        lm.tokens("the cat sat on old hills")
+    )
     assert "".join(lm.tokens("the cat sat")) == "the cat sat"
     assert torch.equal(x, lm.acts(ids, full(ids))[0, 1:])
     bare = LM(acts=Acts(lm=str(tiny_lm("gpt2")), site="resid_post.1", bos="none"))
-    assert len(bare("the cat sat on old hills")) == len(x) and not torch.allclose(bare("the cat sat on old hills"), x)
+    assert len(bare("the cat sat on old hills")) == len(x) and not torch.allclose(
+        bare("the cat sat on old hills"), x
+    )
     without = LM(str(tiny_lm("gpt2", tokenizer={"bos": None})), "resid_post.1")
     assert torch.equal(without("the cat sat on old hills"), bare("the cat sat on old hills"))
 
@@ -316,7 +419,10 @@ def test_activations_can_be_encoded_and_trained_on(tiny_lm):
 
 def test_the_lm_takes_no_gradient_and_no_dropout(tiny_lm):
     lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
-    assert not any(parameter.requires_grad for parameter in lm.model.parameters()) and not lm.model.training
+    assert (
+        not any(parameter.requires_grad for parameter in lm.model.parameters())
+        and not lm.model.training
+    )
 
 
 # ---- loading
@@ -329,7 +435,9 @@ def copied(folder, to, *leave_out):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     for name in (str(tmp_path / "no"), "./no/such", "a/b/c"):
-        with pytest.raises(InputError, match=f"model folder {name} does not exist; give a folder with config.json"):
+        with pytest.raises(
+            InputError, match=f"model folder {name} does not exist; give a folder with config.json"
+        ):
             LM(name)
 
 
@@ -342,7 +450,9 @@ def test_a_folder_without_tokenizer_is_named_and_another_may_be_given(tiny_lm, t
     folder = copied(tiny_lm("gpt2"), tmp_path / "m", "tokenizer*", "special*")
     with pytest.raises(InputError, match="has no tokenizer; name one with --acts.tokenizer"):
         LM(folder, "resid_post.1")
-    assert LM(acts=Acts(lm=folder, tokenizer=str(tiny_lm("gpt2")), site="resid_post.1")).d_model == 16
+    assert (
+        LM(acts=Acts(lm=folder, tokenizer=str(tiny_lm("gpt2")), site="resid_post.1")).d_model == 16
+    )
 
 
 def test_a_folder_without_weights_is_named(tiny_lm, tmp_path):
@@ -369,13 +479,18 @@ def test_a_config_that_is_not_json_or_of_no_known_kind_is_named(tiny_lm, tmp_pat
 def test_a_damaged_tokenizer_is_named(tiny_lm, tmp_path):
     folder = copied(tiny_lm("gpt2"), tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer .* cannot be loaded: .*name another with --acts.tokenizer"):
+    with pytest.raises(
+        InputError, match="tokenizer .* cannot be loaded: .*name another with --acts.tokenizer"
+    ):
         LM(folder, "resid_post.1")
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(tiny_lm):
     small = tiny_lm("gpt2", vocab_size=200)
-    with pytest.raises(InputError, match="gives ids up to 299, the model has 200 embeddings; give the model's own with --acts.tokenizer"):
+    with pytest.raises(
+        InputError,
+        match="gives ids up to 299, the model has 200 embeddings; give the model's own with --acts.tokenizer",
+    ):
         LM(str(small), "resid_post.1")
 
 
@@ -385,18 +500,27 @@ def test_a_name_that_is_not_on_this_machine_is_refused_without_network():
 
 
 def test_an_unknown_built_in_model_is_named():
-    with pytest.raises(InputError, match=r"built-in model '9m' does not exist; there are 0\.3m, 1\.9m, 7\.6m"):
+    with pytest.raises(
+        InputError, match=r"built-in model '9m' does not exist; there are 0\.3m, 1\.9m, 7\.6m"
+    ):
         LM("pylm/9m")
 
 
 def test_real_stories_model_reads_stories_best(shared_data):
     lm = LM(str(shared_data / "models" / "stories260k"), "resid_post.2")
     assert lm.d_model == 64
-    ids = lm.tokenize("Once upon a time, there was a little girl named Lily. She loved to play with her toys in the park.")
+    ids = lm.tokenize(
+        "Once upon a time, there was a little girl named Lily. She loved to play with her toys in the park."
+    )
     logits = lm.watch(ids, full(ids)).logits
     loss = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert loss < 2.0
-    assert json.loads((shared_data / "models" / "stories260k" / "config.json").read_text())["vocab_size"] == lm.vocab
+    assert (
+        json.loads((shared_data / "models" / "stories260k" / "config.json").read_text())[
+            "vocab_size"
+        ]
+        == lm.vocab
+    )
 
 
 # ---- weights that are not those of the file
@@ -407,44 +531,82 @@ def renamed(folder, to, change):
     copied(folder, to)
     file = to / "model.safetensors"
     weights = change(load_file(file))
-    save_file({name: value.contiguous() for name, value in weights.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()},
+        file,
+        metadata={"format": "pt"},
+    )
     return str(to)
 
 
 def without(*endings):
-    return lambda weights: {name: value for name, value in weights.items() if not name.endswith(endings)}
+    return lambda weights: {
+        name: value for name, value in weights.items() if not name.endswith(endings)
+    }
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
-     r"Tensors missing: .* and \d+ more; unknown to the model: _orig_mod\.\S+, .* and \d+ more\. Save the model again"),
-    (without("layers.1.mlp.down_proj.weight"), r"Tensors missing: model\.layers\.1\.mlp\.down_proj\.weight\. Save"),
-    (without("lm_head.weight"), r"Tensors missing: lm_head\.weight\. Save"),
-    (lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)},
-     r"Tensors unknown to the model: model\.layers\.0\.self_attn\.q_proj\.bias\. Save"),
-    (lambda weights: weights | {"model.layers.3.mlp.down_proj.weight": torch.zeros(16, 32)},
-     r"Tensors unknown to the model: model\.layers\.3\.mlp\.down_proj\.weight\. Save"),
-    (lambda weights: weights | {"model.norm.weight": torch.zeros(8)}, r"Tensors of another shape: model\.norm\.weight\. Save"),
-], ids=["orig_mod", "one", "head", "bias", "layer", "shape"])
-def test_an_lm_whose_weights_do_not_fit_its_file_is_refused_by_their_names(tiny_lm, tmp_path, change, message):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
+            r"Tensors missing: .* and \d+ more; unknown to the model: _orig_mod\.\S+, .* and \d+ more\. Save the model again",
+        ),
+        (
+            without("layers.1.mlp.down_proj.weight"),
+            r"Tensors missing: model\.layers\.1\.mlp\.down_proj\.weight\. Save",
+        ),
+        (without("lm_head.weight"), r"Tensors missing: lm_head\.weight\. Save"),
+        (
+            lambda weights: weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)},
+            r"Tensors unknown to the model: model\.layers\.0\.self_attn\.q_proj\.bias\. Save",
+        ),
+        (
+            lambda weights: weights | {"model.layers.3.mlp.down_proj.weight": torch.zeros(16, 32)},
+            r"Tensors unknown to the model: model\.layers\.3\.mlp\.down_proj\.weight\. Save",
+        ),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.zeros(8)},
+            r"Tensors of another shape: model\.norm\.weight\. Save",
+        ),
+    ],
+    ids=["orig_mod", "one", "head", "bias", "layer", "shape"],
+)
+def test_an_lm_whose_weights_do_not_fit_its_file_is_refused_by_their_names(
+    tiny_lm, tmp_path, change, message
+):
     folder = renamed(tiny_lm("llama", tie_word_embeddings=False), tmp_path / "m", change)
     with pytest.raises(InputError, match=message):
         LM(folder, "resid_post.1")
 
 
 def test_parts_that_a_causal_lm_does_not_have_are_left_out_with_a_word(tiny_lm, tmp_path, caplog):
-    folder = renamed(tiny_lm("llama"), tmp_path / "m", lambda weights: weights | {"vision_tower.patch.weight": torch.zeros(2, 2)})
+    folder = renamed(
+        tiny_lm("llama"),
+        tmp_path / "m",
+        lambda weights: weights | {"vision_tower.patch.weight": torch.zeros(2, 2)},
+    )
     with caplog.at_level("WARNING", logger="ksparse"):
         assert LM(folder, "resid_post.1").d_model == 16
     assert "which are left out: vision_tower.patch.weight" in caplog.text
 
 
 def test_a_tied_head_is_not_missing(tiny_lm, tmp_path):
-    folder = renamed(tiny_lm("llama", tie_word_embeddings=True), tmp_path / "m", without("lm_head.weight"))
+    folder = renamed(
+        tiny_lm("llama", tie_word_embeddings=True), tmp_path / "m", without("lm_head.weight")
+    )
     assert LM(folder, "resid_post.1").d_model == 16
 
 
-@pytest.mark.parametrize("method", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}], ids=lambda method: method["quant_method"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+    ],
+    ids=lambda method: method["quant_method"],
+)
 def test_a_quantised_lm_whose_package_is_missing_is_one_line(tiny_lm, tmp_path, method):
     folder = copied(tiny_lm("llama"), tmp_path / "m")
     config = tmp_path / "m" / "config.json"
@@ -457,12 +619,24 @@ def test_a_quantised_lm_whose_package_is_missing_is_one_line(tiny_lm, tmp_path, 
 def test_code_of_the_model_runs_only_if_this_call_says_so(tiny_lm, tmp_path, allowed):
     folder = copied(tiny_lm("llama"), tmp_path / "m")
     config = tmp_path / "m" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}}))
+    config.write_text(
+        json.dumps(
+            json.loads(config.read_text())
+            | {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"},
+            }
+        )
+    )
     (tmp_path / "m" / "own.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class Own(LlamaConfig):\n    model_type = 'own'\nclass OwnLM(LlamaForCausalLM):\n    config_class = Own\n")
+        "class Own(LlamaConfig):\n    model_type = 'own'\nclass OwnLM(LlamaForCausalLM):\n    config_class = Own\n"
+    )
     if allowed:
-        assert LM(folder, "resid_post.1", trust_remote_code=True).d_model == 16 and (tmp_path / "ran").exists()
+        assert (
+            LM(folder, "resid_post.1", trust_remote_code=True).d_model == 16
+            and (tmp_path / "ran").exists()
+        )
     else:
         with pytest.raises(InputError, match="cannot be loaded .*give --trust-remote-code True"):
             LM(folder, "resid_post.1")
@@ -475,11 +649,20 @@ def test_code_of_the_model_runs_only_if_this_call_says_so(tiny_lm, tmp_path, all
 def test_a_context_longer_than_the_lm_takes_is_refused_before_any_work(tiny_lm):
     """GPT-2's table of positions ends there; others would compute positions they were never trained on."""
     for kind in ("gpt2", "llama"):
-        with pytest.raises(InputError, match=r"acts.context is 129 tokens long, but .* takes at most 128; give a shorter --acts.context"):
+        with pytest.raises(
+            InputError,
+            match=r"acts.context is 129 tokens long, but .* takes at most 128; give a shorter --acts.context",
+        ):
             LM(acts=Acts(lm=str(tiny_lm(kind)), site="resid_post.1", context=129))
         lm = LM(acts=Acts(lm=str(tiny_lm(kind)), site="resid_post.1", context=128))
-        for call in (lambda: lm("the cat " * 100), lambda: lm.acts(*(torch.ones(1, 129, dtype=torch.long),) * 2)):
-            with pytest.raises(InputError, match="(a context|the text) is .* tokens long, but .* takes at most 128; give a shorter one"):
+        for call in (
+            lambda: lm("the cat " * 100),
+            lambda: lm.acts(*(torch.ones(1, 129, dtype=torch.long),) * 2),
+        ):
+            with pytest.raises(
+                InputError,
+                match="(a context|the text) is .* tokens long, but .* takes at most 128; give a shorter one",
+            ):
                 call()
 
 
@@ -495,7 +678,9 @@ def test_a_text_longer_than_acts_context_has_a_word_once(tiny_lm, caplog):
 def test_a_text_that_begins_with_bos_gets_no_second_one(tiny_lm):
     lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
     text = "the cat sat on old hills"
-    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    lm.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     rendered = lm.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
     assert rendered != text and torch.equal(lm.tokenize(rendered), lm.tokenize(text))
     assert torch.equal(lm(rendered), lm(text)) and lm.tokens(rendered) == lm.tokens(text)
@@ -509,6 +694,9 @@ def test_a_text_is_a_str(tiny_lm, text):
 
 def test_half_a_character_in_a_prompt_is_read_as_ufffd_and_told(tiny_lm, caplog):
     lm = LM(str(tiny_lm("gpt2")), "resid_post.1")
-    assert torch.equal(lm("a \ud83d b"), lm("a \ufffd b")) and torch.equal(lm("\ud83d\ude00"), lm("\U0001f600"))
+    assert torch.equal(lm("a \ud83d b"), lm("a \ufffd b")) and torch.equal(
+        lm("\ud83d\ude00"), lm("\U0001f600")
+    )
     assert [record.getMessage() for record in caplog.records if "half" in record.getMessage()] == [
-        "the text holds half a character (a lone surrogate), which is read as U+FFFD"] * 2
+        "the text holds half a character (a lone surrogate), which is read as U+FFFD"
+    ] * 2

@@ -13,7 +13,9 @@ def test_it_is_a_permutation(n, key):
     assert np.array_equal(np.sort(permutation(np.arange(n), n, key)), np.arange(n))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 65_536, 65_537])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 65_536, 65_537]
+)
 def test_it_is_a_permutation_at_and_beside_powers_of_two(n):
     assert np.array_equal(np.sort(permutation(np.arange(n), n, (0, 0))), np.arange(n))
 
@@ -35,7 +37,9 @@ def test_every_part_of_the_key_counts_and_so_does_their_order():
     keys = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (0, 2), (0,), (2**40, 0)]
     orders = {permutation(np.arange(100), 100, key).tobytes() for key in keys}
     assert len(orders) == len(keys)
-    assert np.array_equal(permutation(np.arange(100), 100, (5, 6)), permutation(np.arange(100), 100, (5, 6)))
+    assert np.array_equal(
+        permutation(np.arange(100), 100, (5, 6)), permutation(np.arange(100), 100, (5, 6))
+    )
 
 
 def test_the_argument_is_left_as_it_was():

@@ -25,7 +25,15 @@ def exact_stream(small_stream):
     """
 
     def acts(tokens, attention):
-        columns = torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens), tokens.cumsum(1), (tokens**2).cumsum(1)], -1).float()
+        columns = torch.stack(
+            [
+                tokens,
+                torch.arange(tokens.shape[1]).expand_as(tokens),
+                tokens.cumsum(1),
+                (tokens**2).cumsum(1),
+            ],
+            -1,
+        ).float()
         return torch.cat([columns, torch.zeros(*tokens.shape, 12)], -1)
 
     def make(**options):
@@ -43,8 +51,16 @@ def rows(x, documents):
 
 def text_rows(stream, epochs=1):
     """Return all kept activations of so many epochs, in the order of the text."""
-    contexts = stream.corpus.batch(list(itertools.takewhile(lambda context: context.start.epoch < epochs, stream.corpus.contexts())))
-    return stream.lm.acts(contexts.tokens, contexts.attention)[contexts.keep], contexts.documents[contexts.keep]
+    contexts = stream.corpus.batch(
+        list(
+            itertools.takewhile(
+                lambda context: context.start.epoch < epochs, stream.corpus.contexts()
+            )
+        )
+    )
+    return stream.lm.acts(contexts.tokens, contexts.attention)[contexts.keep], contexts.documents[
+        contexts.keep
+    ]
 
 
 def take(stream, number, cursor=None):
@@ -53,14 +69,20 @@ def take(stream, number, cursor=None):
 
 
 @pytest.mark.parametrize("borders", ["pack", "split"])
-@pytest.mark.parametrize("mix, batch", [(256, 32), (96, 96), (50, 7)], ids=["8_batches_a_block", "1_batch_a_block", "odd_sizes"])
+@pytest.mark.parametrize(
+    "mix, batch",
+    [(256, 32), (96, 96), (50, 7)],
+    ids=["8_batches_a_block", "1_batch_a_block", "odd_sizes"],
+)
 def test_every_kept_activation_is_used_exactly_once_an_epoch(exact_stream, mix, batch, borders):
     stream = exact_stream(mix=mix, batch=batch, borders=borders)
     x, owners = text_rows(stream)
     block = mix // batch * batch
     blocks = len(x) // block
     batches = take(stream, blocks * block // batch)
-    used = rows(torch.cat([each.x for each in batches]), torch.cat([each.documents for each in batches]))
+    used = rows(
+        torch.cat([each.x for each in batches]), torch.cat([each.documents for each in batches])
+    )
     assert blocks > 5 and used == rows(x[: blocks * block], owners[: blocks * block])
     assert all(each.x.shape == (batch, 16) and each.x.dtype == torch.float32 for each in batches)
 
@@ -71,8 +93,9 @@ def test_blocks_take_the_text_in_order(exact_stream):
     batches = take(stream, 7 * 20)
     for number in range(20):
         part = batches[7 * number : 7 * number + 7]
-        assert rows(torch.cat([each.x for each in part]), torch.cat([each.documents for each in part])) == rows(
-            x[49 * number : 49 * number + 49], owners[49 * number : 49 * number + 49])
+        assert rows(
+            torch.cat([each.x for each in part]), torch.cat([each.documents for each in part])
+        ) == rows(x[49 * number : 49 * number + 49], owners[49 * number : 49 * number + 49])
 
 
 def test_after_the_end_the_text_begins_again_without_a_gap(exact_stream):
@@ -81,7 +104,9 @@ def test_after_the_end_the_text_begins_again_without_a_gap(exact_stream):
     x, owners = text_rows(stream, epochs=3)
     assert len(x) == 3 * len(one)
     batches = take(stream, len(x) // 96 * 3)
-    used = rows(torch.cat([each.x for each in batches]), torch.cat([each.documents for each in batches]))
+    used = rows(
+        torch.cat([each.x for each in batches]), torch.cat([each.documents for each in batches])
+    )
     assert used == rows(x[: len(x) // 96 * 96], owners[: len(x) // 96 * 96])
     assert [batches[at].cursor["place"][0] for at in (0, len(batches) // 2, -1)] == [0, 1, 2]
 
@@ -90,19 +115,25 @@ def test_going_on_from_every_cursor_gives_the_same_bits(small_stream):
     stream = small_stream(mix=96, batch=32)
 
     def fresh():
-        return LiveStream(stream.lm, Corpus(stream.lm.options, stream.lm.tokenizer, "train"), batch=32, seed=0)
+        return LiveStream(
+            stream.lm, Corpus(stream.lm.options, stream.lm.tokenizer, "train"), batch=32, seed=0
+        )
 
     whole = take(stream, 40)
     assert any(each.cursor["skip"] for each in whole), "no context crosses the end of a block"
     for number in range(39):
         cursor = json.loads(json.dumps(whole[number].cursor))
         after = take(fresh(), 1, cursor)[0]
-        assert torch.equal(after.x, whole[number + 1].x) and torch.equal(after.documents, whole[number + 1].documents)
+        assert torch.equal(after.x, whole[number + 1].x) and torch.equal(
+            after.documents, whole[number + 1].documents
+        )
         assert after.cursor == whole[number + 1].cursor
 
 
 def test_the_seed_decides_the_order_and_nothing_else(exact_stream):
-    first, same, other = (torch.cat([each.x for each in take(exact_stream(seed=seed), 8)]) for seed in (0, 0, 1))
+    first, same, other = (
+        torch.cat([each.x for each in take(exact_stream(seed=seed), 8)]) for seed in (0, 0, 1)
+    )
     assert torch.equal(first, same) and not torch.equal(first, other)
     assert rows(first, torch.zeros(256)) == rows(other, torch.zeros(256))
 
@@ -110,8 +141,12 @@ def test_the_seed_decides_the_order_and_nothing_else(exact_stream):
 def test_blocks_are_mixed_in_different_orders(small_stream):
     stream = small_stream()
     numbers = itertools.count()
-    stream.lm.acts = lambda tokens, attention: torch.tensor([next(numbers) for _ in range(tokens.numel())]).view(*tokens.shape, 1).expand(
-        *tokens.shape, 16).float()
+    stream.lm.acts = lambda tokens, attention: (
+        torch.tensor([next(numbers) for _ in range(tokens.numel())])
+        .view(*tokens.shape, 1)
+        .expand(*tokens.shape, 16)
+        .float()
+    )
     batches = take(stream, 24)
     orders = []
     for at in (0, 8, 16):
@@ -121,7 +156,9 @@ def test_blocks_are_mixed_in_different_orders(small_stream):
 
 
 @pytest.mark.parametrize("batches", [1, 2, 4, 8])
-def test_the_share_of_neighbours_in_a_batch_is_about_one_over_the_batches_of_a_block(small_stream, batches):
+def test_the_share_of_neighbours_in_a_batch_is_about_one_over_the_batches_of_a_block(
+    small_stream, batches
+):
     """T22: in the order of the text it would be about 1."""
     stream = small_stream(mix=512, batch=512 // batches)
     assert stream.mixing() is None
@@ -184,7 +221,10 @@ def test_nan_activations_name_the_document(small_stream, monkeypatch):
 
     bad = list(itertools.islice(corpus.contexts(), 12))[5].tokens
     monkeypatch.setattr(stream.lm, "acts", broken)
-    with pytest.raises(NonFiniteError, match=rf"1 of \d+ activations at resid_post\.1 are NaN or infinite, the first in document 'words\.txt:{fifth}'"):
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"1 of \d+ activations at resid_post\.1 are NaN or infinite, the first in document 'words\.txt:{fifth}'",
+    ):
         take(stream, 1)
 
 
@@ -201,10 +241,17 @@ def test_nan_where_nothing_is_kept_does_no_harm(small_stream, monkeypatch):
     assert torch.isfinite(take(stream, 1)[0].x).all()
 
 
-def test_a_text_of_which_nothing_is_kept_is_refused_and_does_not_go_on_for_ever(small_stream, monkeypatch):
+def test_a_text_of_which_nothing_is_kept_is_refused_and_does_not_go_on_for_ever(
+    small_stream, monkeypatch
+):
     stream = small_stream(batch=8, mix=8)
-    monkeypatch.setattr(stream.corpus, "batch", lambda contexts, own=stream.corpus.batch: own(contexts)._replace(
-        keep=torch.zeros(len(contexts), 16, dtype=torch.bool)))
+    monkeypatch.setattr(
+        stream.corpus,
+        "batch",
+        lambda contexts, own=stream.corpus.batch: own(contexts)._replace(
+            keep=torch.zeros(len(contexts), 16, dtype=torch.bool)
+        ),
+    )
     one = next(stream.corpus.contexts())
     monkeypatch.setattr(stream.corpus, "contexts", lambda place=Place(): itertools.repeat(one))
     with pytest.raises(InputError, match="has only special tokens and padding: nothing is kept"):
@@ -215,12 +262,16 @@ def test_documents_of_a_batch_have_names(small_stream):
     stream = small_stream()
     batch = take(stream, 1)[0]
     names = stream.document_names(batch.documents)
-    assert len(names) == len(batch.documents.unique()) and all(name.startswith("words.txt:") for name in names)
+    assert len(names) == len(batch.documents.unique()) and all(
+        name.startswith("words.txt:") for name in names
+    )
 
 
 def test_a_mix_that_is_no_multiple_of_the_batch_is_rounded_down(small_stream):
     stream = small_stream(mix=100, batch=32)
-    assert stream.per_block == 3 and blocks_for(960, 32, 100) == 10 and blocks_for(961, 32, 100) == 11
+    assert (
+        stream.per_block == 3 and blocks_for(960, 32, 100) == 10 and blocks_for(961, 32, 100) == 11
+    )
     acts = stream.corpus.acts
     assert memory_bytes(acts, 32, 16) == 96 * (4 * 16 + 16)
     assert memory_bytes(dataclasses.replace(acts, store="bfloat16"), 32, 16) == 96 * (2 * 16 + 16)
@@ -229,7 +280,9 @@ def test_a_mix_that_is_no_multiple_of_the_batch_is_rounded_down(small_stream):
 def test_the_text_is_read_on_and_not_from_its_beginning_for_each_block(small_stream, monkeypatch):
     stream, places = small_stream(), []
     own = stream.corpus.contexts
-    monkeypatch.setattr(stream.corpus, "contexts", lambda place=Place(): places.append(place) or own(place))
+    monkeypatch.setattr(
+        stream.corpus, "contexts", lambda place=Place(): places.append(place) or own(place)
+    )
     take(stream, 40)  # 5 blocks
     assert places == [Place()]
 
@@ -247,7 +300,10 @@ def test_activations_kept_in_bfloat16_are_rounded_and_else_the_same(small_stream
 
 
 def test_of_an_lm_in_bfloat16_nothing_is_lost(small_stream):
-    exact, kept = take(small_stream(lm_dtype="bfloat16"), 3), take(small_stream(lm_dtype="bfloat16", store="bfloat16"), 3)
+    exact, kept = (
+        take(small_stream(lm_dtype="bfloat16"), 3),
+        take(small_stream(lm_dtype="bfloat16", store="bfloat16"), 3),
+    )
     assert all(torch.equal(one.x, other.x) for one, other in zip(exact, kept))
 
 
@@ -305,7 +361,9 @@ def test_an_error_in_the_thread_comes_out_where_the_batch_is_asked_for(small_str
 
     monkeypatch.setattr(stream.lm, "acts", broken)
     given = 0
-    with pytest.raises(NonFiniteError, match="are NaN or infinite, the first in document 'words.txt:"):
+    with pytest.raises(
+        NonFiniteError, match="are NaN or infinite, the first in document 'words.txt:"
+    ):
         for _ in Ahead(stream, 4).batches():
             given += 1
     assert given >= 8 and running() == []
@@ -330,7 +388,9 @@ def test_closing_gives_up_the_block_that_is_being_computed(small_stream, monkeyp
     batches.close()
     assert running() == [] and len(calls) < 260  # a block is 150 and more
     monkeypatch.setattr(stream.lm, "acts", own)
-    assert torch.equal(take(ahead, 1)[0].x, take(small_stream(mix=2048, lm_batch=1), 1)[0].x)  # and it can begin again
+    assert torch.equal(
+        take(ahead, 1)[0].x, take(small_stream(mix=2048, lm_batch=1), 1)[0].x
+    )  # and it can begin again
 
 
 def test_a_sample_may_be_asked_for_while_the_thread_computes(small_stream):
@@ -355,7 +415,9 @@ def test_the_lm_is_asked_for_activations_of_whole_contexts_of_its_options(small_
     stream = small_stream(lm_batch=3)
     seen = []
     own = stream.lm.acts
-    stream.lm.acts = lambda tokens, attention: seen.append(tuple(tokens.shape)) or own(tokens, attention)
+    stream.lm.acts = lambda tokens, attention: (
+        seen.append(tuple(tokens.shape)) or own(tokens, attention)
+    )
     take(stream, 1)
     assert {shape[1] for shape in seen} == {16} and max(shape[0] for shape in seen) == 3
     assert isinstance(stream.lm, LM)

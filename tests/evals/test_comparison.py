@@ -32,9 +32,14 @@ def verb(capsys):
 
 def made(acts, folder, **changes):
     """Write an SAE that reconstructs badly, but not at random."""
-    sae = SAE(Shape(16, 32, 8, "none"), {"acts": dataclasses.asdict(dataclasses.replace(acts, normalize="none", **changes))})
+    sae = SAE(
+        Shape(16, 32, 8, "none"),
+        {"acts": dataclasses.asdict(dataclasses.replace(acts, normalize="none", **changes))},
+    )
     eye = torch.eye(16)
-    sae.W_enc.data = torch.cat([eye, -eye]) + 0.01 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    sae.W_enc.data = torch.cat([eye, -eye]) + 0.01 * torch.randn(
+        32, 16, generator=torch.Generator().manual_seed(0)
+    )
     sae.W_dec.data = torch.cat([eye, -eye])
     sae.b_pre.data.fill_(0.1)
     ksparse.save(sae, folder)
@@ -47,26 +52,43 @@ def test_one_sae_in_five_formats_has_the_same_numbers_five_times(small_acts, tmp
     for form in ("sae_lens", "sparsify", "dictionary_learning", "llamascopium"):
         interop.convert(first, tmp_path / form, form)
         folders.append(tmp_path / form)
-    code, out, err = verb("compare", *folders, "--tokens", 300, "--device", "cpu", "--json", tmp_path / "table.json")
+    code, out, err = verb(
+        "compare", *folders, "--tokens", 300, "--device", "cpu", "--json", tmp_path / "table.json"
+    )
     assert code == 0, err
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert len(rows) == 5 and "ce_delta" in out and "±" in out and all(str(folder) in out for folder in folders)
+    assert (
+        len(rows) == 5
+        and "ce_delta" in out
+        and "±" in out
+        and all(str(folder) in out for folder in folders)
+    )
     for key in set(rows[0]) - {"name"}:
         for row in rows[1:]:
-            assert row[key]["value"] == pytest.approx(rows[0][key]["value"], rel=1e-4, abs=1e-7), key
+            assert row[key]["value"] == pytest.approx(rows[0][key]["value"], rel=1e-4, abs=1e-7), (
+                key
+            )
             assert row[key]["se"] == pytest.approx(rows[0][key]["se"], rel=1e-3, abs=1e-7), key
 
 
-def test_a_foreign_sae_that_does_not_say_where_it_belongs_is_compared_where_the_others_do(small_acts, tmp_path, verb):
+def test_a_foreign_sae_that_does_not_say_where_it_belongs_is_compared_where_the_others_do(
+    small_acts, tmp_path, verb
+):
     first = made(small_acts(), tmp_path / "ours")
     interop.convert(first, tmp_path / "theirs", "dictionary_learning")
     for name in ("ksparse.json", "manifest.json", "config.json"):
         (tmp_path / "theirs" / name).unlink()
-    (tmp_path / "theirs" / "config.json").write_text('{"trainer": {"dict_class": "AutoEncoderTopK"}}')
+    (tmp_path / "theirs" / "config.json").write_text(
+        '{"trainer": {"dict_class": "AutoEncoderTopK"}}'
+    )
     code, out, err = verb("compare", tmp_path / "theirs", first, "--tokens", 100, "--device", "cpu")
     assert code == 0, err
     code, _, err = verb("compare", tmp_path / "theirs", "--tokens", 100)
-    assert code == 2 and "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text" in err
+    assert (
+        code == 2
+        and "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
+        in err
+    )
 
 
 def test_different_contexts_are_refused_unless_one_is_named_for_all(small_acts, tmp_path, verb):
@@ -74,24 +96,49 @@ def test_different_contexts_are_refused_unless_one_is_named_for_all(small_acts, 
     code, _, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu")
     assert code == 2 and "acts.context is 16 of one and 8 of the other" in err and "--like" in err
     code, out, err = verb("compare", a, b, "--like", b, "--tokens", 100, "--device", "cpu")
-    assert code == 0 and f"note: {a}: context is 8, as asked, but 16 where the SAE was trained" in out, err
+    assert (
+        code == 0 and f"note: {a}: context is 8, as asked, but 16 where the SAE was trained" in out
+    ), err
     numbers = [line.split()[1:] for line in out.splitlines()[1:3]]
     assert numbers[0] == numbers[1]
 
 
 def test_another_site_is_refused(small_acts, tmp_path, verb):
-    a, b = made(small_acts(), tmp_path / "a"), made(small_acts(), tmp_path / "b", site="resid_post.0")
+    a, b = (
+        made(small_acts(), tmp_path / "a"),
+        made(small_acts(), tmp_path / "b", site="resid_post.0"),
+    )
     code, _, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu")
-    assert code == 2 and f"{b}: site is 'resid_post.1', but 'resid_post.0' where the SAE was trained" in err and "--force True" in err
+    assert (
+        code == 2
+        and f"{b}: site is 'resid_post.1', but 'resid_post.0' where the SAE was trained" in err
+        and "--force True" in err
+    )
     code, out, err = verb("compare", a, b, "--tokens", 100, "--device", "cpu", "--force", True)
-    assert code == 0 and f"note: {b}: by force: site is 'resid_post.1'" in out and f"note: {a}: by force" not in out
-    assert verb("compare", a, "--site", "transformer.h.1", "--tokens", 100, "--device", "cpu")[0] == 0, "the same place by another name"
+    assert (
+        code == 0
+        and f"note: {b}: by force: site is 'resid_post.1'" in out
+        and f"note: {a}: by force" not in out
+    )
+    assert (
+        verb("compare", a, "--site", "transformer.h.1", "--tokens", 100, "--device", "cpu")[0] == 0
+    ), "the same place by another name"
     assert verb("compare", a, a)[0] == 2
     assert "--like names 'c', which is not compared" in verb("compare", a, b, "--like", "c")[2]
 
 
-RESULT = {"ce_delta": {"value": 0.1, "se": 0.01}, "kl": {"value": 0.1, "se": 0.01}, "recovered": {"value": 0.9, "se": 0.01}, "lm": "a", "site": "b", "text": "c",
-          "policy": {"context": 16}, "n_tokens": 100, "n_documents": 9, "options": {"tokens": 100, "device": "cpu", "budget": "small"}}
+RESULT = {
+    "ce_delta": {"value": 0.1, "se": 0.01},
+    "kl": {"value": 0.1, "se": 0.01},
+    "recovered": {"value": 0.9, "se": 0.01},
+    "lm": "a",
+    "site": "b",
+    "text": "c",
+    "policy": {"context": 16},
+    "n_tokens": 100,
+    "n_documents": 9,
+    "options": {"tokens": 100, "device": "cpu", "budget": "small"},
+}
 
 
 def results(**changes):
@@ -102,30 +149,58 @@ def results(**changes):
     return {"x": {"downstream": RESULT}, "y": {"downstream": other}}
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"text": "d"}, "text is 'c' of one and 'd' of the other"), ({"policy__context": 64}, "policy.context is 16 of one and 64 of the other"),
-    ({"n_tokens": 99}, "n_tokens is 100 of one and 99"), ({"options__tokens": 99}, "options.tokens is 100 of one and 99"), ({"site": "e"}, "site is 'b' of one and 'e'")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"text": "d"}, "text is 'c' of one and 'd' of the other"),
+        ({"policy__context": 64}, "policy.context is 16 of one and 64 of the other"),
+        ({"n_tokens": 99}, "n_tokens is 100 of one and 99"),
+        ({"options__tokens": 99}, "options.tokens is 100 of one and 99"),
+        ({"site": "e"}, "site is 'b' of one and 'e'"),
+    ],
+)
 def test_results_of_different_policies_are_not_ranked(changes, message):
-    with pytest.raises(InputError, match=f"x and y cannot be ranked by downstream: .*{message}.*leave out --results saved"):
+    with pytest.raises(
+        InputError,
+        match=f"x and y cannot be ranked by downstream: .*{message}.*leave out --results saved",
+    ):
         comparison.table(results(**changes), {"x": "none", "y": "none"})
 
 
 def test_what_does_not_change_a_number_does_not_matter():
-    rows = comparison.table(results(options__device="cuda", options__budget="paper", ce_delta={"value": 0.05, "se": 0.01}), {"x": "none", "y": "none"})
+    rows = comparison.table(
+        results(
+            options__device="cuda", options__budget="paper", ce_delta={"value": 0.05, "se": 0.01}
+        ),
+        {"x": "none", "y": "none"},
+    )
     assert [row.name for row in rows] == ["y", "x"]
-    assert [row.name for row in comparison.table(results(), {"x": "none", "y": "none"}, "recovered")] == ["x", "y"]
+    assert [
+        row.name for row in comparison.table(results(), {"x": "none", "y": "none"}, "recovered")
+    ] == ["x", "y"]
 
 
 def test_what_is_not_ranked_is_named():
-    with pytest.raises(InputError, match="SAEs are not ranked by 'speed'; there are ce_delta, kl, recovered"):
+    with pytest.raises(
+        InputError, match="SAEs are not ranked by 'speed'; there are ce_delta, kl, recovered"
+    ):
         comparison.table(results(), {"x": "none", "y": "none"}, "speed")
-    with pytest.raises(InputError, match="of one there are results of downstream, of the other of stats"):
+    with pytest.raises(
+        InputError, match="of one there are results of downstream, of the other of stats"
+    ):
         comparison.check({"x": {"downstream": RESULT}, "y": {"stats": RESULT}})
 
 
 def test_errors_of_differently_normalised_activations_are_not_side_by_side():
-    stats = {"stats": {**RESULT, "nmse": {"value": 0.1, "se": None}, "explained_variance": {"value": 0.9, "se": None}, "l0": {"value": 8, "se": None},
-                       "dead_fraction": {"value": 0, "se": None}}}
+    stats = {
+        "stats": {
+            **RESULT,
+            "nmse": {"value": 0.1, "se": None},
+            "explained_variance": {"value": 0.9, "se": None},
+            "l0": {"value": 8, "se": None},
+            "dead_fraction": {"value": 0, "se": None},
+        }
+    }
     both = {"x": stats, "y": stats}
     assert "nmse" in comparison.table(both, {"x": "none", "y": "none"})[0].values
     assert "nmse" not in comparison.table(both, {"x": "none", "y": "unit_norm"})[0].values
@@ -133,7 +208,10 @@ def test_errors_of_differently_normalised_activations_are_not_side_by_side():
 
 def test_saved_results_are_taken_as_they_are(small_recipe, tmp_path, verb):
     run = ksparse.train(small_recipe(), tmp_path / "run")
-    assert "has no results of downstream and stats" in verb("compare", run.path, "--results", "saved")[2]
+    assert (
+        "has no results of downstream and stats"
+        in verb("compare", run.path, "--results", "saved")[2]
+    )
     assert verb("eval", run.path, "stats", "--tokens", 100, "--device", "cpu")[0] == 0
     code, out, err = verb("compare", run.path, "--results", "saved")
     assert code == 0, err

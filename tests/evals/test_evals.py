@@ -98,9 +98,17 @@ def test_document_sums_do_not_depend_on_how_the_tokens_are_batched():
 
 def test_a_result_is_plain_values_alone():
     for value in (np.float64(1.0), np.int64(1), torch.tensor(1.0), {1, 2}, np.zeros(2)):
-        with pytest.raises(TypeError, match=r"the result\['a'\]\[0\]\['se'\] is a \w+\.\w+, not a plain value"):
+        with pytest.raises(
+            TypeError, match=r"the result\['a'\]\[0\]\['se'\] is a \w+\.\w+, not a plain value"
+        ):
             Result({"a": [{"se": value}]})
-    assert [type(each) for each in (*ratio(np.array([1.0, 3.0]), np.array([2.0, 2.0])).values(), *share(1, 4).values())] == [float] * 4
+    assert [
+        type(each)
+        for each in (
+            *ratio(np.array([1.0, 3.0]), np.array([2.0, 2.0])).values(),
+            *share(1, 4).values(),
+        )
+    ] == [float] * 4
 
 
 # ---- stats
@@ -111,7 +119,11 @@ def test_nmse_explained_variance_and_l0_are_their_definitions(subject):
     sae = make_sae(acts, lm.d_model)
     raw, _ = kept(acts, lm)
     inputs = normalize(raw, "unit_norm")
-    pre = inputs.x.double() @ sae.W_enc.T.double() - (sae.W_enc.double() @ sae.b_pre.double()) + sae.b_enc.double()
+    pre = (
+        inputs.x.double() @ sae.W_enc.T.double()
+        - (sae.W_enc.double() @ sae.b_pre.double())
+        + sae.b_enc.double()
+    )
     cut = pre.topk(4).values[:, -1:]
     z = torch.where(pre >= cut, pre, 0).relu()
     recon = z @ sae.W_dec.double() + sae.b_pre.double()
@@ -119,11 +131,16 @@ def test_nmse_explained_variance_and_l0_are_their_definitions(subject):
     restored = recon * inputs.scale + inputs.mean
     result = evals.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))["stats"]
     assert result["n_tokens"] == len(raw)
-    assert result["nmse"]["value"] == pytest.approx(((x - recon) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-5)
+    assert result["nmse"]["value"] == pytest.approx(
+        ((x - recon) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-5
+    )
     assert result["explained_variance"]["value"] == pytest.approx(
-        1 - ((y - restored) ** 2).sum().item() / ((y - y.mean(0)) ** 2).sum().item(), rel=1e-4)
+        1 - ((y - restored) ** 2).sum().item() / ((y - y.mean(0)) ** 2).sum().item(), rel=1e-4
+    )
     assert result["l0"]["value"] == pytest.approx((z > 0).sum(1).double().mean().item())
-    assert result["dead_fraction"]["value"] == pytest.approx(((z > 0).sum(0) == 0).double().mean().item())
+    assert result["dead_fraction"]["value"] == pytest.approx(
+        ((z > 0).sum(0) == 0).double().mean().item()
+    )
     assert torch.allclose(result.arrays["density"].double(), (z > 0).double().mean(0), atol=1e-7)
 
 
@@ -153,8 +170,18 @@ def test_the_result_does_not_depend_on_the_size_of_batches(subject, small_acts):
     acts, lm = subject
     sae = make_sae(acts, lm.d_model)
     other = LM(acts=small_acts(lm_batch=9))
-    one, two = (evals.evaluate(sae, each, ["stats", "downstream"], dataclasses.replace(OPTIONS, tokens=10**6)) for each in (lm, other))
-    for name, key in (("stats", "nmse"), ("stats", "l0"), ("downstream", "ce_spliced"), ("downstream", "kl")):
+    one, two = (
+        evals.evaluate(
+            sae, each, ["stats", "downstream"], dataclasses.replace(OPTIONS, tokens=10**6)
+        )
+        for each in (lm, other)
+    )
+    for name, key in (
+        ("stats", "nmse"),
+        ("stats", "l0"),
+        ("downstream", "ce_spliced"),
+        ("downstream", "kl"),
+    ):
         assert one[name][key]["value"] == pytest.approx(two[name][key]["value"], rel=1e-5), key
 
 
@@ -172,7 +199,9 @@ def test_examples_are_the_strongest_one_a_context_and_their_window_shows_the_val
         for row in context:
             assert len(set(row[row >= 0].tolist())) == int((row >= 0).sum())
     fires = arrays["density"] > 0
-    assert torch.allclose(arrays["top_value"][fires, 0], arrays["max_act"][fires], rtol=1e-3)  # stored in half precision
+    assert torch.allclose(
+        arrays["top_value"][fires, 0], arrays["max_act"][fires], rtol=1e-3
+    )  # stored in half precision
     assert (arrays["top_value"][:, :-1] >= arrays["top_value"][:, 1:]).all()
     assert not torch.equal(arrays["top_context"], arrays["random_context"])
 
@@ -189,7 +218,9 @@ def test_windows_do_not_reach_into_another_context():
 
 def test_a_perfect_reconstruction_changes_nothing_downstream(subject):
     acts, lm = subject
-    result = evals.evaluate(identity_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]
+    result = evals.evaluate(identity_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)[
+        "downstream"
+    ]
     assert result["ce_delta"]["value"] == pytest.approx(0, abs=1e-5)
     assert result["kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert result["recovered"]["value"] == pytest.approx(1, abs=1e-3)
@@ -220,6 +251,7 @@ def test_all_runs_replace_and_measure_the_same_positions(subject):
             break
         batch = corpus.batch([context])
         for name in losses:
+
             def change(module, args, output, name=name):
                 hidden = (output[0] if isinstance(output, tuple) else output).clone()
                 at = batch.keep[0]
@@ -236,13 +268,17 @@ def test_all_runs_replace_and_measure_the_same_positions(subject):
             for t in range(len(logits) - 1):
                 if batch.keep[0, t] and batch.keep[0, t + 1]:
                     losses[name].append(-logits[t, batch.tokens[0, t + 1]].item())
-    result = evals.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, tokens=10**6))["downstream"]
+    result = evals.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, tokens=10**6))[
+        "downstream"
+    ]
     assert result["n_predictions"] == len(losses["clean"])
     for name, values in losses.items():
         assert result[f"ce_{name}"]["value"] == pytest.approx(np.mean(values), rel=1e-5), name
 
 
-@pytest.mark.parametrize("delta, expected", [(0.0, 1.0), (-0.1, 1.0), (1.0, 0.1), (0.5, math.sqrt(0.1)), (9.0, 0.01)])
+@pytest.mark.parametrize(
+    "delta, expected", [(0.0, 1.0), (-0.1, 1.0), (1.0, 0.1), (0.5, math.sqrt(0.1)), (9.0, 0.01)]
+)
 def test_the_compute_fraction_is_read_off_the_loss_table(delta, expected):
     table = [(1e10, 4.0), (1e11, 3.0), (1e12, 2.0)]
     found = downstream.compute_fraction(table, {"value": delta, "se": 0.0})
@@ -266,7 +302,9 @@ def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
     assert result["loss_table"]["shift"] == pytest.approx(result["ce_clean"]["value"] - 12)
     assert any("shifted" in note for note in result["notes"])
     file.write_text("not a table")
-    with pytest.raises(InputError, match="losses.jsonl is not lines of JSON with 'flops' and 'loss'"):
+    with pytest.raises(
+        InputError, match="losses.jsonl is not lines of JSON with 'flops' and 'loss'"
+    ):
         evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)
 
 
@@ -275,7 +313,10 @@ def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
 
 def test_an_sae_of_another_width_names_both_widths_and_its_own_lm(subject):
     acts, lm = subject
-    with pytest.raises(InputError, match=r"the SAE is for d_model = 7, .* has 16 at resid_post.1; the SAE was trained on"):
+    with pytest.raises(
+        InputError,
+        match=r"the SAE is for d_model = 7, .* has 16 at resid_post.1; the SAE was trained on",
+    ):
         evals.evaluate(make_sae(acts, 7), lm, ["stats"], OPTIONS)
 
 
@@ -294,7 +335,9 @@ def test_text_without_a_held_out_document_says_so(subject, tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("the cat sat on a mat " * 20)
     with pytest.raises(InputError, match="split 'held-out'"):
-        evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, text=str(file)))
+        evals.evaluate(
+            make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, text=str(file))
+        )
 
 
 def test_nan_activations_name_the_document(subject):
@@ -304,7 +347,12 @@ def test_nan_activations_name_the_document(subject):
         lm.model.get_input_embeddings().weight[common] = float("nan")
     try:
         with pytest.raises(NonFiniteError, match=r"in document 'words.txt:\d+'"):
-            evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))
+            evals.evaluate(
+                make_sae(acts, lm.d_model),
+                lm,
+                ["stats"],
+                dataclasses.replace(OPTIONS, tokens=10**6),
+            )
     finally:
         with torch.no_grad():
             lm.model.get_input_embeddings().weight[common] = 0.0
@@ -313,7 +361,9 @@ def test_nan_activations_name_the_document(subject):
 def test_results_are_written_as_json_and_arrays(subject, tmp_path):
     acts, lm = subject
     run = RunFolder(tmp_path)
-    evals.write(run, evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS))
+    evals.write(
+        run, evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS)
+    )
     written = run.eval("stats")
     assert written["policy"]["context"] == 16 and written["options"]["per_document"] == 60
     arrays = tmp_path / "evals" / f"stats-{written['arrays_sha256'][:16]}.safetensors"
@@ -367,6 +417,7 @@ def killed_at(place, function):
             if calls >= place:
                 raise Killed
             return own(*args, **options)
+
         return call
 
     with pytest.MonkeyPatch.context() as patch:
@@ -493,23 +544,47 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
     ):
         run.arrays_file("stats")
 
+
 # ---- what is not seen is said
 
 
 def test_documents_longer_than_the_limit_are_counted_in_the_result(subject):
     acts, lm = subject
-    result = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=20, tokens=10**6))["stats"]
-    lengths = [len(lm.tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in documents(acts, "held-out")]
+    result = evals.evaluate(
+        make_sae(acts, lm.d_model),
+        lm,
+        "stats",
+        dataclasses.replace(OPTIONS, per_document=20, tokens=10**6),
+    )["stats"]
+    lengths = [
+        len(lm.tokenizer(document.text, add_special_tokens=False)["input_ids"])
+        for document in documents(acts, "held-out")
+    ]
     lost = [length - 20 for length in lengths if length > 20]
-    assert lost and any(note.startswith(f"{len(lost)} of {len(lengths)} documents are longer than the limit of 20 tokens") and f"; {sum(lost):,} of their tokens were not seen" in note
-                        for note in result["notes"]), result["notes"]
-    whole = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=10**6))["stats"]
+    assert lost and any(
+        note.startswith(
+            f"{len(lost)} of {len(lengths)} documents are longer than the limit of 20 tokens"
+        )
+        and f"; {sum(lost):,} of their tokens were not seen" in note
+        for note in result["notes"]
+    ), result["notes"]
+    whole = evals.evaluate(
+        make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=10**6)
+    )["stats"]
     assert not any("limit" in note for note in whole["notes"])
 
 
 def test_examples_of_a_part_of_the_text_are_said_to_be(subject, monkeypatch):
     acts, lm = subject
-    assert not any("first" in note for note in evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"])
+    assert not any(
+        "first" in note
+        for note in evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"][
+            "notes"
+        ]
+    )
     monkeypatch.setattr(stats, "_EXAMPLE_TOKENS", 100)
     notes = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"]
-    assert any(note.startswith("examples, and what is counted beside them, are of the first 8 of ") for note in notes)
+    assert any(
+        note.startswith("examples, and what is counted beside them, are of the first 8 of ")
+        for note in notes
+    )

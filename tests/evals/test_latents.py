@@ -13,7 +13,16 @@ import torch
 from ksparse import evals
 from ksparse.acts.lm import LM
 from ksparse.evals import latents
-from ksparse.evals.latents import Firing, Latents, effective, law, opposites, repeats, somers, stratified
+from ksparse.evals.latents import (
+    Firing,
+    Latents,
+    effective,
+    law,
+    opposites,
+    repeats,
+    somers,
+    stratified,
+)
 from ksparse.evals.powers import Powers
 from ksparse.options import EvalOptions
 from ksparse.sae.model import SAE, Code, Shape
@@ -31,7 +40,9 @@ def planted() -> evals.Result:
     keep = torch.ones(CONTEXTS, LENGTH, dtype=torch.bool)
     keep[:, 0] = False
     place = torch.arange(LENGTH).expand(CONTEXTS, -1)
-    again = torch.tensor([[int(token in row[:i]) for i, token in enumerate(row)] for row in tokens.tolist()])
+    again = torch.tensor(
+        [[int(token in row[:i]) for i, token in enumerate(row)] for row in tokens.tolist()]
+    )
     noise = torch.from_numpy(draw.random((CONTEXTS, LENGTH, N)))
     active = torch.zeros(CONTEXTS, LENGTH, N, dtype=torch.bool)
     active[..., FIRST] = (place == 1) & (noise[..., 0] < 0.95)
@@ -48,17 +59,25 @@ def planted() -> evals.Result:
     sae.W_dec.data[EARLY] = -3 * sae.W_dec.data[LATE]
     options = dataclasses.replace(OPTIONS, tokens=10**6).resolved()
     data = SimpleNamespace(acts=SimpleNamespace(context=LENGTH, keep="text"), options=options)
-    subject = SimpleNamespace(sae=sae, data=data, options=options, lm=SimpleNamespace(vocab=VOCABULARY))
+    subject = SimpleNamespace(
+        sae=sae, data=data, options=options, lm=SimpleNamespace(vocab=VOCABULARY)
+    )
     parts: dict = {}
-    subject.part = lambda kind: parts[kind] if kind in parts else parts.setdefault(kind, kind(subject))
+    subject.part = lambda kind: (
+        parts[kind] if kind in parts else parts.setdefault(kind, kind(subject))
+    )
     part = Latents(subject)
     code = Code(*values.topk(8, dim=1))
     rows = keep.nonzero(as_tuple=True)[0]
     for some in torch.arange(CONTEXTS).chunk(3):
         mine = torch.isin(rows, some)
-        contexts = SimpleNamespace(tokens=tokens[some], attention=torch.ones(len(some), LENGTH, dtype=torch.bool))
-        seen = SimpleNamespace(code=Code(code.values[mine], code.indices[mine]), batch=SimpleNamespace(
-            keep=keep[some], contexts=contexts, documents=rows[mine]))
+        contexts = SimpleNamespace(
+            tokens=tokens[some], attention=torch.ones(len(some), LENGTH, dtype=torch.bool)
+        )
+        seen = SimpleNamespace(
+            code=Code(code.values[mine], code.indices[mine]),
+            batch=SimpleNamespace(keep=keep[some], contexts=contexts, documents=rows[mine]),
+        )
         for kind in (Powers, Firing):
             parts[kind].see(seen)
     part.work(lambda *_: None)
@@ -66,12 +85,19 @@ def planted() -> evals.Result:
 
 
 def test_planted_recurring_latents_are_found_by_their_rules_and_no_others(planted):
-    found = {rule: [entry["latent"] for entry in entries if entry["found"]] for rule, entries in planted["recurring"].items()}
+    found = {
+        rule: [entry["latent"] for entry in entries if entry["found"]]
+        for rule, entries in planted["recurring"].items()
+    }
     assert found == {"first": [FIRST], "late": [LATE], "early": [EARLY], "repetition": [REPEATED]}
     scores = planted.arrays
-    assert scores["score_first"][FIRST] == pytest.approx(0.95, abs=0.05) and scores["score_repetition"][REPEATED] == pytest.approx(0.9, abs=0.05)
+    assert scores["score_first"][FIRST] == pytest.approx(0.95, abs=0.05) and scores[
+        "score_repetition"
+    ][REPEATED] == pytest.approx(0.9, abs=0.05)
     assert all(abs(scores[f"score_{rule}"][NOISE]) < 0.06 for rule in latents.RULES)
-    assert abs(scores["score_repetition"][LATE]) < 1e-6  # repetition comes late too, but not more so where a token is repeated
+    assert (
+        abs(scores["score_repetition"][LATE]) < 1e-6
+    )  # repetition comes late too, but not more so where a token is repeated
     late = planted["recurring"]["late"][0]
     assert late["density"] == pytest.approx(5 / 15) and late["mean_act"] == 2
 
@@ -101,20 +127,33 @@ def test_moments_densities_and_dense_solutions_are_their_definitions(small_acts)
     lm = LM(acts=acts)
     sae = SAE(Shape(lm.d_model, 64, 4), {"acts": dataclasses.asdict(acts)})
     for i, parameter in enumerate(sae.parameters()):
-        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 4
+        parameter.data = (
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 4
+        )
     options = dataclasses.replace(OPTIONS, tokens=10**6)
     result = evals.evaluate(sae, lm, ["latents"], options)["latents"]
-    a = torch.cat([sae.encode(batch.x).dense(64) for batch in evals.HeldOut(lm, acts, options)]).double()
+    a = torch.cat(
+        [sae.encode(batch.x).dense(64) for batch in evals.HeldOut(lm, acts, options)]
+    ).double()
     second = a.square().mean(0)
     live = second > 0
-    for name, expected in (("density", (a > 0).double().mean(0)), ("mean_act", a.mean(0)), ("mean_act_squared", second),
-                           ("skew", (a**3).mean(0) / second**1.5), ("kurtosis", (a**4).mean(0) / second**2)):
+    for name, expected in (
+        ("density", (a > 0).double().mean(0)),
+        ("mean_act", a.mean(0)),
+        ("mean_act_squared", second),
+        ("skew", (a**3).mean(0) / second**1.5),
+        ("kurtosis", (a**4).mean(0) / second**2),
+    ):
         assert torch.allclose(result.arrays[name][live], expected[live].float(), rtol=1e-4), name
     density = (a > 0).double().mean(0).sort(descending=True).values
     assert result["densest_density"] == pytest.approx(density[:16].mean().item())
-    assert result["densest_over_l0"] == pytest.approx(density[:16].mean().item() / density.sum().item())
+    assert result["densest_over_l0"] == pytest.approx(
+        density[:16].mean().item() / density.sum().item()
+    )
     assert result["densest_share"] == pytest.approx((density[:16].sum() / density.sum()).item())
-    assert result["n_tokens"] == len(a) and result["l0"]["value"] == pytest.approx(density.sum().item())
+    assert result["n_tokens"] == len(a) and result["l0"]["value"] == pytest.approx(
+        density.sum().item()
+    )
 
 
 @pytest.mark.parametrize("name", ["norm", "laplace"])
@@ -125,13 +164,19 @@ def test_the_law_that_values_were_drawn_from_fits_better(name):
     assert abs(found["margin"]["value"]) > 3 * found["margin"]["se"]
     assert np.log10(found["mode"]) == pytest.approx(-3, abs=0.15)
     for ours, theirs in (("gaussian", scipy.stats.norm), ("laplace", scipy.stats.laplace)):
-        assert found[ours]["log_likelihood"] == pytest.approx(theirs(*theirs.fit(logs)).logpdf(logs).mean())
+        assert found[ours]["log_likelihood"] == pytest.approx(
+            theirs(*theirs.fit(logs)).logpdf(logs).mean()
+        )
     assert law(np.array([0.1, 0.1, 0.0]))["better"] is None
 
 
 def test_rank_scores_are_the_slow_definitions():
     draw = np.random.default_rng(2)
-    position, property_, active = draw.integers(0, 5, 300), draw.random(300) < 0.4, draw.random((3, 300)) < 0.3
+    position, property_, active = (
+        draw.integers(0, 5, 300),
+        draw.random(300) < 0.4,
+        draw.random((3, 300)) < 0.3,
+    )
     active[0] |= position > 2
     counts = np.stack([np.bincount(position[row], minlength=5) for row in active])
     everywhere = np.bincount(position, minlength=5)
@@ -147,7 +192,10 @@ def test_rank_scores_are_the_slow_definitions():
             weights.append(len(yes) * len(no) / (len(yes) + len(no)))
             gaps.append(yes.mean() - no.mean())
         assert score == pytest.approx(np.average(gaps, weights=weights))
-    assert np.isnan(somers(np.zeros((1, 3)), np.ones(3))).all() and np.isnan(stratified(counts, np.zeros(5), counts, everywhere)).all()
+    assert (
+        np.isnan(somers(np.zeros((1, 3)), np.ones(3))).all()
+        and np.isnan(stratified(counts, np.zeros(5), counts, everywhere)).all()
+    )
 
 
 def test_a_token_is_repeated_from_its_second_place_in_the_context_on():

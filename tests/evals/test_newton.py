@@ -41,9 +41,15 @@ def scikit(z: torch.Tensor, y: torch.Tensor) -> tuple[float, float, float]:
     from sklearn.linear_model import LogisticRegression
 
     scaled = ((z - z.mean()) / z.std(correction=0)).numpy()
-    model = LogisticRegression(C=1 / (L2 * len(y)), solver="newton-cholesky", tol=1e-12, max_iter=10_000).fit(scaled[:, None], y.numpy())
+    model = LogisticRegression(
+        C=1 / (L2 * len(y)), solver="newton-cholesky", tol=1e-12, max_iter=10_000
+    ).fit(scaled[:, None], y.numpy())
     weight, bias = model.coef_[0, 0], model.intercept_[0]
-    return weight, bias, newton.cross_entropy(torch.from_numpy(scaled * weight + bias), y).mean().item()
+    return (
+        weight,
+        bias,
+        newton.cross_entropy(torch.from_numpy(scaled * weight + bias), y).mean().item(),
+    )
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -61,26 +67,36 @@ def test_the_fit_is_that_of_scikit_learn(seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_the_sparse_fit_is_the_dense_one(seed):
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(40, 200, generator=generator).relu() * (torch.rand(40, 200, generator=generator) < 0.3) * 10.0 ** (seed % 5 - 2)
+    z = (
+        torch.randn(40, 200, generator=generator).relu()
+        * (torch.rand(40, 200, generator=generator) < 0.3)
+        * 10.0 ** (seed % 5 - 2)
+    )
     z[0] = 0
     z[1] = 3.0
     y = (torch.rand(200, generator=generator) < 0.4).long()
     latents, rows = z.nonzero(as_tuple=True)
     shuffled = torch.randperm(len(latents), generator=generator)
     dense = newton.fit(z, y, l2=L2)
-    sparse = newton.fit_sparse(latents[shuffled], rows[shuffled], z[latents, rows][shuffled], y, 40, l2=L2)
+    sparse = newton.fit_sparse(
+        latents[shuffled], rows[shuffled], z[latents, rows][shuffled], y, 40, l2=L2
+    )
     for one, other in zip(dense, sparse):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
 def test_the_probes_that_are_not_finished_are_near_and_the_best_are_exact():
-    problems = [problem(seed) for seed in range(0, 60, 6)] + [problem(seed) for seed in range(1, 60, 6)]
+    problems = [problem(seed) for seed in range(0, 60, 6)] + [
+        problem(seed) for seed in range(1, 60, 6)
+    ]
     y = problems[0][1]
     z = torch.stack([z for z, _ in problems])
     exact, some = newton.fit(z, y, l2=L2), newton.fit(z.float(), y, l2=L2, finish=3)
     torch.testing.assert_close(some.loss, exact.loss, rtol=1e-6, atol=1e-6)
     deviation = z.std(dim=1, correction=0)
-    torch.testing.assert_close(some.weight * deviation, exact.weight * deviation, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        some.weight * deviation, exact.weight * deviation, rtol=1e-4, atol=1e-4
+    )
     best = exact.loss.argsort()[:3]
     rounded = newton.fit(z.float(), y, l2=L2)
     torch.testing.assert_close(some.weight[best], rounded.weight[best], rtol=1e-12, atol=0)
@@ -91,7 +107,9 @@ def test_a_latent_without_variance_says_no_more_than_the_label():
     fit = newton.fit(torch.tensor([[7.0] * 6, [0.0] * 6, [1e-30] * 6]), y, l2=L2)
     assert fit.weight.tolist() == [0, 0, 0]
     assert fit.bias.tolist() == pytest.approx([math.log(2)] * 3)
-    assert fit.loss.tolist() == pytest.approx([-(4 * math.log(2 / 3) + 2 * math.log(1 / 3)) / 6] * 3)
+    assert fit.loss.tolist() == pytest.approx(
+        [-(4 * math.log(2 / 3) + 2 * math.log(1 / 3)) / 6] * 3
+    )
 
 
 def test_a_binary_latent_has_the_conditional_entropy_of_the_label():
@@ -132,12 +150,16 @@ def test_labels_of_one_kind_are_refused():
 
 @pytest.mark.parametrize("rows, width", [(50, 4), (30, 80)])
 def test_the_probe_on_all_dimensions_is_that_of_scikit_learn(rows, width):
-    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is what the fit is held against")
+    linear = pytest.importorskip(
+        "sklearn.linear_model", reason="scikit-learn is what the fit is held against"
+    )
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, width, generator=generator) + 3
     y = (x[:, 0] + torch.randn(rows, generator=generator) > 3).long()
     weight, bias = newton.fit_whole(x, y, l2=0.05)
-    model = linear.LogisticRegression(C=1 / (0.05 * rows), solver="lbfgs", tol=1e-10, max_iter=100_000).fit(x.double().numpy(), y.numpy())
+    model = linear.LogisticRegression(
+        C=1 / (0.05 * rows), solver="lbfgs", tol=1e-10, max_iter=100_000
+    ).fit(x.double().numpy(), y.numpy())
     np.testing.assert_allclose(weight.numpy(), model.coef_[0], atol=1e-5)
     assert bias.item() == pytest.approx(model.intercept_[0], abs=1e-4)
 

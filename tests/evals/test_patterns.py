@@ -19,13 +19,24 @@ def dense(matches, shape, latent):
     return out
 
 
-patterns_ = st.lists(st.builds(Pattern, st.lists(st.sampled_from([ANY, 0, 1, 2]), min_size=1, max_size=4).map(tuple), st.booleans(),
-                               st.floats(0.5, 4, width=32), st.integers(1, 3)), max_size=6)
+patterns_ = st.lists(
+    st.builds(
+        Pattern,
+        st.lists(st.sampled_from([ANY, 0, 1, 2]), min_size=1, max_size=4).map(tuple),
+        st.booleans(),
+        st.floats(0.5, 4, width=32),
+        st.integers(1, 3),
+    ),
+    max_size=6,
+)
 
 
 @settings(max_examples=150)
-@given(st.lists(patterns_, min_size=1, max_size=4), st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=3),
-       st.integers(0, 2**14))
+@given(
+    st.lists(patterns_, min_size=1, max_size=4),
+    st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=3),
+    st.integers(0, 2**14),
+)
 def test_the_table_predicts_what_the_definition_predicts(explanations, rows, bits):
     tokens = np.array(rows)
     begins = ((bits >> np.arange(tokens.size)) & 1).astype(bool).reshape(tokens.shape)
@@ -35,13 +46,29 @@ def test_the_table_predicts_what_the_definition_predicts(explanations, rows, bit
     by_latent = {10 * i: merged(patterns) for i, patterns in enumerate(explanations)}
     matches = Matcher(by_latent).match(tokens, begins, wanted)
     for latent, patterns in by_latent.items():
-        expected = np.array([predict(patterns, row, own) for row, own in zip(tokens.tolist(), begins.tolist())]) * wanted
+        expected = (
+            np.array(
+                [predict(patterns, row, own) for row, own in zip(tokens.tolist(), begins.tolist())]
+            )
+            * wanted
+        )
         np.testing.assert_allclose(dense(matches, tokens.shape, latent), expected, rtol=1e-6)
 
 
 def test_nothing_is_predicted_twice_for_a_position_and_a_latent():
-    explanation = {3: merged([Pattern((A,), False, 1), Pattern((ANY,), False, 2), Pattern((B, A), False, 3), Pattern((ANY, A), False, 4)])}
-    matches = Matcher(explanation).match(np.array([[B, A, A]]), np.array([[True, False, False]]), np.ones((1, 3), bool))
+    explanation = {
+        3: merged(
+            [
+                Pattern((A,), False, 1),
+                Pattern((ANY,), False, 2),
+                Pattern((B, A), False, 3),
+                Pattern((ANY, A), False, 4),
+            ]
+        )
+    }
+    matches = Matcher(explanation).match(
+        np.array([[B, A, A]]), np.array([[True, False, False]]), np.ones((1, 3), bool)
+    )
     assert list(zip(matches.position.tolist(), matches.value.tolist())) == [(0, 2), (1, 3), (2, 4)]
 
 
@@ -56,7 +83,14 @@ def test_no_explanation_predicts_nothing():
 
 
 def test_the_same_pattern_from_two_documents_has_the_mean_of_their_activations():
-    joined = merged([Pattern((A, B), False, 1.0), Pattern((A, B), False, 2.0), Pattern((A, B), False, 6.0), Pattern((A, B), True, 9.0)])
+    joined = merged(
+        [
+            Pattern((A, B), False, 1.0),
+            Pattern((A, B), False, 2.0),
+            Pattern((A, B), False, 6.0),
+            Pattern((A, B), True, 9.0),
+        ]
+    )
     assert joined == [Pattern((A, B), False, 3.0, 3), Pattern((A, B), True, 9.0, 1)]
 
 
@@ -79,10 +113,15 @@ def test_an_anchor_needs_the_beginning_of_a_document_wherever_in_the_context_it_
     assert predict([Pattern((ANY, A), True, 1.0)], [A, A, A], [True, False, False]) == [0, 1, 0]
 
 
-@pytest.mark.parametrize("pattern, longer", [(Pattern((ANY, A), False, 1.0), Pattern((ANY, ANY, A), False, 2.0)),
-                                             (Pattern((ANY, A), False, 1.0), Pattern((B, A), False, 2.0)),
-                                             (Pattern((B, A), False, 1.0), Pattern((B, A), True, 2.0)),
-                                             (Pattern((B, ANY, A), False, 1.0), Pattern((ANY, B, A), False, 2.0))])
+@pytest.mark.parametrize(
+    "pattern, longer",
+    [
+        (Pattern((ANY, A), False, 1.0), Pattern((ANY, ANY, A), False, 2.0)),
+        (Pattern((ANY, A), False, 1.0), Pattern((B, A), False, 2.0)),
+        (Pattern((B, A), False, 1.0), Pattern((B, A), True, 2.0)),
+        (Pattern((B, ANY, A), False, 1.0), Pattern((ANY, B, A), False, 2.0)),
+    ],
+)
 def test_length_then_tokens_then_value_decide(pattern, longer):
     assert max([longer, pattern], key=lambda each: each.specificity) is longer
 
@@ -116,8 +155,17 @@ def test_the_greedy_trie_finds_a_token_before_another_but_not_across_a_token_it_
 def test_the_greedy_table_is_the_greedy_trie():
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, 3, (4, 9))
-    explanations = {latent: [Pattern(tuple(generator.choice([ANY, 0, 1, 2], generator.integers(1, 4)).tolist()), bool(generator.integers(2)), 1.0 + i)
-                             for i in range(5)] for latent in range(6)}
+    explanations = {
+        latent: [
+            Pattern(
+                tuple(generator.choice([ANY, 0, 1, 2], generator.integers(1, 4)).tolist()),
+                bool(generator.integers(2)),
+                1.0 + i,
+            )
+            for i in range(5)
+        ]
+        for latent in range(6)
+    }
     matches = Greedy(explanations).match(tokens, tokens < 0, np.ones(tokens.shape, bool))
     for latent, patterns in explanations.items():
         expected = np.array([positions(patterns, row) for row in tokens.tolist()])

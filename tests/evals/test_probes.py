@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import re
 import math
+import re
 
 import numpy as np
 import pytest
@@ -37,19 +37,30 @@ def write_suite(folder, **found) -> str:
     folder.mkdir(exist_ok=True)
     for name, rows in found.items():
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as stream:
-            stream.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+            stream.writelines(
+                json.dumps({"text": text, "label": label}) + "\n" for text, label in rows
+            )
     return str(folder)
 
 
 def words(number: int, last: str) -> str:
-    return " ".join(f"{word}" for word in np.random.default_rng(number).choice("cat dog sun hat mat".split(), 4)) + f" {number}{last}"
+    return (
+        " ".join(
+            f"{word}"
+            for word in np.random.default_rng(number).choice("cat dog sun hat mat".split(), 4)
+        )
+        + f" {number}{last}"
+    )
 
 
 @pytest.fixture
 def suite(tmp_path):
     """Two tasks: what the last token is; nothing."""
-    return write_suite(tmp_path / "suite", ends=[(words(i, " cat" if i % 2 else " black"), i % 2) for i in range(160)],
-                       coin=[(words(i, " on"), int(np.random.default_rng(i).random() < 0.5)) for i in range(160)])
+    return write_suite(
+        tmp_path / "suite",
+        ends=[(words(i, " cat" if i % 2 else " black"), i % 2) for i in range(160)],
+        coin=[(words(i, " on"), int(np.random.default_rng(i).random() < 0.5)) for i in range(160)],
+    )
 
 
 @pytest.fixture
@@ -75,31 +86,57 @@ def test_the_best_latent_is_chosen_in_training_and_judged_on_the_other_half(subj
         z = sae.pre_acts_normalized(sae.normalize(rows.x).x).detach()
         fit = newton.fit(z[train].T, rows.label[train], l2=1e-6)
         best = int(fit.loss.argmin())
-        loss = newton.cross_entropy(z[test, best].double() * fit.weight[best] + fit.bias[best], rows.label[test].double()).mean()
+        loss = newton.cross_entropy(
+            z[test, best].double() * fit.weight[best] + fit.bias[best], rows.label[test].double()
+        ).mean()
         found = result["tasks"][name]
         assert found["latent"] == best
         assert found["loss"]["value"] == pytest.approx(loss.item(), rel=1e-4)
         assert found["loss_in_sample"]["value"] == pytest.approx(fit.loss[best].item(), rel=1e-4)
-        assert [entry["latent"] for entry in found["best_latents"]] == fit.loss.argsort()[:10].tolist()
+        assert [entry["latent"] for entry in found["best_latents"]] == fit.loss.argsort()[
+            :10
+        ].tolist()
 
 
 def test_texts_that_are_cut_are_counted(subject, suite):
     acts, lm = subject
     sae = make_sae(acts, lm.d_model)
-    result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite, probe_tokens=5))["probes"]
-    assert any(re.fullmatch(r"\d+ of \d+ texts are longer than 5 tokens and lose their beginning: [\d,]+ tokens were not seen", note) for note in result["notes"])
+    result = evals.evaluate(
+        sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite, probe_tokens=5)
+    )["probes"]
+    assert any(
+        re.fullmatch(
+            r"\d+ of \d+ texts are longer than 5 tokens and lose their beginning: [\d,]+ tokens were not seen",
+            note,
+        )
+        for note in result["notes"]
+    )
     result = evals.evaluate(sae, lm, "probes", dataclasses.replace(OPTIONS, suite=suite))["probes"]
     assert not any("lose" in note for note in result["notes"])
 
 
 def test_the_means_are_over_tasks(subject, suite):
     acts, lm = subject
-    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["probes"], dataclasses.replace(OPTIONS, suite=suite))["probes"]
-    for total, own in (("probe_loss", "loss"), ("probe_loss_in_sample", "loss_in_sample"), ("channel_loss", "channel_loss"),
-                       ("random_sae_loss", "random_sae_loss"), ("dense_probe_loss", "dense_probe_loss"), ("prior_loss", "prior_loss")):
-        assert result[total]["value"] == pytest.approx(np.mean([task[own]["value"] for task in result["tasks"].values()]))
-    assert result["gain_over_channels"]["value"] == pytest.approx(result["channel_loss"]["value"] - result["probe_loss"]["value"])
-    assert result["gain_over_random_sae"]["value"] == pytest.approx(result["random_sae_loss"]["value"] - result["probe_loss"]["value"])
+    result = evals.evaluate(
+        make_sae(acts, lm.d_model), lm, ["probes"], dataclasses.replace(OPTIONS, suite=suite)
+    )["probes"]
+    for total, own in (
+        ("probe_loss", "loss"),
+        ("probe_loss_in_sample", "loss_in_sample"),
+        ("channel_loss", "channel_loss"),
+        ("random_sae_loss", "random_sae_loss"),
+        ("dense_probe_loss", "dense_probe_loss"),
+        ("prior_loss", "prior_loss"),
+    ):
+        assert result[total]["value"] == pytest.approx(
+            np.mean([task[own]["value"] for task in result["tasks"].values()])
+        )
+    assert result["gain_over_channels"]["value"] == pytest.approx(
+        result["channel_loss"]["value"] - result["probe_loss"]["value"]
+    )
+    assert result["gain_over_random_sae"]["value"] == pytest.approx(
+        result["random_sae_loss"]["value"] - result["probe_loss"]["value"]
+    )
     assert result["suite"] == "suite" and result["n_tasks"] == 2
 
 
@@ -110,9 +147,15 @@ def test_a_planted_binary_latent_has_the_analytic_loss(subject, suite, monkeypat
     label = torch.arange(4000) % 2
     x = torch.randn(4000, lm.d_model, generator=generator) * 0.01
     x[:, 3] = (torch.rand(4000, generator=generator) < torch.where(label == 1, 0.9, 0.2)).float()
-    planted = Rows("planted", x, torch.arange(4000), label, torch.arange(4000), torch.arange(4000) % 4 < 2)
-    monkeypatch.setattr(tasks, "read", lambda *rest: tasks.Tasks("planted", ("planted",), lambda name: planted, {}))
-    sae = SAE(Shape(lm.d_model, lm.d_model, 1, normalize="none"), {"acts": dataclasses.asdict(acts)})
+    planted = Rows(
+        "planted", x, torch.arange(4000), label, torch.arange(4000), torch.arange(4000) % 4 < 2
+    )
+    monkeypatch.setattr(
+        tasks, "read", lambda *rest: tasks.Tasks("planted", ("planted",), lambda name: planted, {})
+    )
+    sae = SAE(
+        Shape(lm.d_model, lm.d_model, 1, normalize="none"), {"acts": dataclasses.asdict(acts)}
+    )
     sae.W_enc.data = torch.eye(lm.d_model)
     result = evals.evaluate(sae, lm, ["probes"], OPTIONS)["probes"]
     fires = 0.5 * (0.9 + 0.2)
@@ -132,8 +175,13 @@ def test_many_random_latents_look_good_only_in_sample(subject, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     x, label = torch.randn(200, lm.d_model, generator=generator), torch.arange(200) % 2
     noise = Rows("noise", x, torch.arange(200), label, torch.arange(200), torch.arange(200) % 4 < 2)
-    monkeypatch.setattr(tasks, "read", lambda *rest: tasks.Tasks("noise", ("noise",), lambda name: noise, {}))
-    few, many = (evals.evaluate(make_sae(acts, lm.d_model, n=n), lm, ["probes"], OPTIONS)["probes"] for n in (4, 3000))
+    monkeypatch.setattr(
+        tasks, "read", lambda *rest: tasks.Tasks("noise", ("noise",), lambda name: noise, {})
+    )
+    few, many = (
+        evals.evaluate(make_sae(acts, lm.d_model, n=n), lm, ["probes"], OPTIONS)["probes"]
+        for n in (4, 3000)
+    )
     assert many["probe_loss_in_sample"]["value"] < few["probe_loss_in_sample"]["value"] - 0.01
     assert many["probe_loss"]["value"] > math.log(2) - 2 * many["probe_loss"]["se"]
 
@@ -142,23 +190,35 @@ def test_many_random_latents_look_good_only_in_sample(subject, monkeypatch):
 @pytest.mark.parametrize("on", ["pre_acts", "acts"])
 def test_every_position_and_value_is_its_definition(subject, suite, position, on):
     acts, lm = subject
-    sae, options = make_sae(acts, lm.d_model), dataclasses.replace(OPTIONS, suite=suite, position=position, probe_on=on)
+    sae, options = (
+        make_sae(acts, lm.d_model),
+        dataclasses.replace(OPTIONS, suite=suite, position=position, probe_on=on),
+    )
     result = evals.evaluate(sae, lm, ["probes"], options)["probes"]
     texts = sorted(json.loads(line)["text"] for line in gzip.open(f"{suite}/ends.jsonl.gz", "rt"))
-    label = {json.loads(line)["text"]: json.loads(line)["label"] for line in gzip.open(f"{suite}/ends.jsonl.gz", "rt")}
+    label = {
+        json.loads(line)["text"]: json.loads(line)["label"]
+        for line in gzip.open(f"{suite}/ends.jsonl.gz", "rt")
+    }
     rows = rows_of(sae, lm, options)["ends"]
     by_key = {tasks._key(text): text for text in texts}
     z, y = [], []
     for cluster in rows.cluster.tolist():
         x = sae.normalize(lm(by_key[cluster])).x  # one text by itself, without padding
-        values = sae.pre_acts_normalized(x).detach() if on == "pre_acts" else sae.encode_normalized(x).dense(24).detach()
+        values = (
+            sae.pre_acts_normalized(x).detach()
+            if on == "pre_acts"
+            else sae.encode_normalized(x).dense(24).detach()
+        )
         z.append({"last": values[-1], "mean": values.mean(0), "max": values.amax(0)}[position])
         y.append(label[by_key[cluster]])
     z, y = torch.stack(z), torch.tensor(y)
     assert y.tolist() == rows.label.tolist()
     fit = newton.fit(z[rows.train].T, y[rows.train], l2=1e-6)
     # A few rows may tie in float32; the loss of the best is what is reported.
-    assert result["tasks"]["ends"]["loss_in_sample"]["value"] == pytest.approx(fit.loss.min().item(), abs=2e-4)
+    assert result["tasks"]["ends"]["loss_in_sample"]["value"] == pytest.approx(
+        fit.loss.min().item(), abs=2e-4
+    )
     assert result["options"]["position"] == position and result["options"]["probe_on"] == on
 
 
@@ -180,11 +240,20 @@ def test_each_latent_has_its_best_task(subject, suite):
     gains = []
     for rows in rows_of(sae, lm, options).values():
         train = rows.half(True)
-        fit = newton.fit(sae.pre_acts_normalized(sae.normalize(train.x).x).detach().T, train.label, l2=1e-6)
-        gains.append(newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double()).mean() - fit.loss)
+        fit = newton.fit(
+            sae.pre_acts_normalized(sae.normalize(train.x).x).detach().T, train.label, l2=1e-6
+        )
+        gains.append(
+            newton.cross_entropy(
+                torch.tensor(newton.log_odds(train.label)), train.label.double()
+            ).mean()
+            - fit.loss
+        )
     best = torch.stack(gains).max(0)
     assert result.arrays["best_task"].tolist() == best.indices.tolist()
-    torch.testing.assert_close(result.arrays["best_gain"].double(), best.values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        result.arrays["best_gain"].double(), best.values, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_random_autoencoder_has_the_shape_and_the_bias_and_rows_of_norm_1(subject):
@@ -193,7 +262,9 @@ def test_a_random_autoencoder_has_the_shape_and_the_bias_and_rows_of_norm_1(subj
     made = probes.random_sae(sae, 0)
     assert made.shape == sae.shape and torch.equal(made.b_pre, sae.b_pre)
     torch.testing.assert_close(made.W_enc.norm(dim=1), torch.ones(24))
-    assert torch.equal(made.W_enc, probes.random_sae(sae, 0).W_enc) and not torch.equal(made.W_enc, probes.random_sae(sae, 1).W_enc)
+    assert torch.equal(made.W_enc, probes.random_sae(sae, 0).W_enc) and not torch.equal(
+        made.W_enc, probes.random_sae(sae, 1).W_enc
+    )
 
 
 # ---- rows
@@ -202,7 +273,11 @@ def test_a_random_autoencoder_has_the_shape_and_the_bias_and_rows_of_norm_1(subj
 def test_a_text_is_on_one_side_however_often_it_occurs(subject, tmp_path):
     acts, lm = subject
     twice = [(words(i % 40, " on"), i % 2) for i in range(160)]
-    rows = rows_of(make_sae(acts, lm.d_model), lm, dataclasses.replace(OPTIONS, suite=write_suite(tmp_path / "s", twice=twice)))["twice"]
+    rows = rows_of(
+        make_sae(acts, lm.d_model),
+        lm,
+        dataclasses.replace(OPTIONS, suite=write_suite(tmp_path / "s", twice=twice)),
+    )["twice"]
     sides = {}
     for cluster, train in zip(rows.cluster.tolist(), rows.train.tolist()):
         assert sides.setdefault(cluster, train) == train
@@ -211,8 +286,12 @@ def test_a_text_is_on_one_side_however_often_it_occurs(subject, tmp_path):
 
 def test_rows_are_cut_to_the_number_asked_for_and_keep_their_balance(subject, tmp_path):
     acts, lm = subject
-    suite = write_suite(tmp_path / "s", uneven=[(words(i, " on"), int(i % 4 == 0)) for i in range(400)])
-    rows = rows_of(make_sae(acts, lm.d_model), lm, dataclasses.replace(OPTIONS, suite=suite, probe_rows=200))["uneven"]
+    suite = write_suite(
+        tmp_path / "s", uneven=[(words(i, " on"), int(i % 4 == 0)) for i in range(400)]
+    )
+    rows = rows_of(
+        make_sae(acts, lm.d_model), lm, dataclasses.replace(OPTIONS, suite=suite, probe_rows=200)
+    )["uneven"]
     assert len(rows.label) == 200 and rows.label.sum() == 50
     assert rows.label[rows.train].sum() == 25
 
@@ -221,9 +300,15 @@ def test_long_texts_keep_their_end(subject, tmp_path):
     acts, lm = subject
     long = [("hat " * 200 + words(i, " cat" if i % 2 else " on"), i % 2) for i in range(60)]
     sae = make_sae(acts, lm.d_model)
-    rows = rows_of(sae, lm, dataclasses.replace(OPTIONS, suite=write_suite(tmp_path / "s", long=long), probe_tokens=8))["long"]
+    rows = rows_of(
+        sae,
+        lm,
+        dataclasses.replace(OPTIONS, suite=write_suite(tmp_path / "s", long=long), probe_tokens=8),
+    )["long"]
     text = {tasks._key(text): text for text, _ in long}[rows.cluster[0].item()]
-    ids = [lm.tokenizer.bos_token_id] + lm.tokenizer(text, add_special_tokens=False)["input_ids"][-7:]
+    ids = [lm.tokenizer.bos_token_id] + lm.tokenizer(text, add_special_tokens=False)["input_ids"][
+        -7:
+    ]
     expected = lm.acts(torch.tensor([ids]), torch.ones(1, 8, dtype=torch.bool))[0, -1]
     torch.testing.assert_close(rows.x[0], expected, rtol=1e-4, atol=1e-5)
 
@@ -245,7 +330,10 @@ def test_python_tasks_have_balanced_rows_of_held_out_files(subject):
     column, number = [task.name for task in TASKS].index(name), int(rows.cluster[0])
     source = [text for _, text in pylm.documents("held-out")][number]
     encoded = lm.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)
-    ids, own = encoded["input_ids"][:2048], labels(source, encoded["offset_mapping"][:2048])[:, column]
+    ids, own = (
+        encoded["input_ids"][:2048],
+        labels(source, encoded["offset_mapping"][:2048])[:, column],
+    )
     room, best = acts.context - 1, math.inf
     for first in range(0, len(ids), room):
         batch = torch.tensor([[lm.tokenizer.bos_token_id, *ids[first : first + room]]])
@@ -258,35 +346,73 @@ def test_python_tasks_have_balanced_rows_of_held_out_files(subject):
 
 def test_pooling_is_refused_for_tasks_on_tokens(subject):
     acts, lm = subject
-    with pytest.raises(InputError, match="position 'mean' is for tasks on texts; the built-in tasks are on tokens"):
-        evals.evaluate(make_sae(acts, lm.d_model), lm, ["probes"], dataclasses.replace(OPTIONS, position="mean"))
+    with pytest.raises(
+        InputError, match="position 'mean' is for tasks on texts; the built-in tasks are on tokens"
+    ):
+        evals.evaluate(
+            make_sae(acts, lm.d_model),
+            lm,
+            ["probes"],
+            dataclasses.replace(OPTIONS, position="mean"),
+        )
 
 
 def test_a_task_with_too_few_rows_of_a_label_is_refused(subject, tmp_path):
     acts, lm = subject
     suite = write_suite(tmp_path / "s", few=[(words(i, " on"), int(i < 25)) for i in range(400)])
-    with pytest.raises(InputError, match="task few: . rows with label 1 in its training half; at least 5 are needed"):
-        evals.evaluate(make_sae(acts, lm.d_model), lm, ["probes"], dataclasses.replace(OPTIONS, suite=suite, probe_rows=100))
+    with pytest.raises(
+        InputError,
+        match="task few: . rows with label 1 in its training half; at least 5 are needed",
+    ):
+        evals.evaluate(
+            make_sae(acts, lm.d_model),
+            lm,
+            ["probes"],
+            dataclasses.replace(OPTIONS, suite=suite, probe_rows=100),
+        )
 
 
 def test_a_suite_that_is_not_there_is_an_error(subject):
     acts, lm = subject
     with pytest.raises(InputError, match="nowhere"):
-        evals.evaluate(make_sae(acts, lm.d_model), lm, ["probes"], dataclasses.replace(OPTIONS, suite="nowhere"))
+        evals.evaluate(
+            make_sae(acts, lm.d_model),
+            lm,
+            ["probes"],
+            dataclasses.replace(OPTIONS, suite="nowhere"),
+        )
 
 
 def test_a_whole_folder_of_real_tasks_runs(shared_data):
     """Issue 3: all 58 tasks, on another model than the built-in."""
     from ksparse.recipe import Acts
 
-    acts = Acts(lm=str(shared_data / "models" / "stories260k"), site="resid_post.2", text=str(shared_data / "text" / "tinystories.txt.xz"))
+    acts = Acts(
+        lm=str(shared_data / "models" / "stories260k"),
+        site="resid_post.2",
+        text=str(shared_data / "text" / "tinystories.txt.xz"),
+    )
     lm = LM(acts=acts)
-    options = dataclasses.replace(OPTIONS, suite=str(shared_data / "probes"), probe_rows=100, probe_l2=1e-3, probe_tokens=64)
+    options = dataclasses.replace(
+        OPTIONS, suite=str(shared_data / "probes"), probe_rows=100, probe_l2=1e-3, probe_tokens=64
+    )
     result = evals.evaluate(make_sae(acts, lm.d_model, n=100), lm, ["probes"], options)["probes"]
-    files = {file.name.removesuffix(".jsonl.gz") for file in (shared_data / "probes").glob("*.jsonl.gz")}
+    files = {
+        file.name.removesuffix(".jsonl.gz") for file in (shared_data / "probes").glob("*.jsonl.gz")
+    }
     assert set(result["tasks"]) == files and result["n_tasks"] == len(files) >= 58
-    assert all(0 < task[name]["value"] < math.inf for task in result["tasks"].values()
-               for name in ("loss", "loss_in_sample", "channel_loss", "random_sae_loss", "dense_probe_loss", "prior_loss"))
+    assert all(
+        0 < task[name]["value"] < math.inf
+        for task in result["tasks"].values()
+        for name in (
+            "loss",
+            "loss_in_sample",
+            "channel_loss",
+            "random_sae_loss",
+            "dense_probe_loss",
+            "prior_loss",
+        )
+    )
 
 
 # ---- standard errors
@@ -297,29 +423,48 @@ def test_the_error_of_a_mean_over_tasks_counts_clusters_that_tasks_share():
     means = []
     for _ in range(400):
         documents = draw.normal(0, 1, 30)
-        parts = [Clustered(torch.arange(30).repeat_interleave(4), torch.from_numpy(np.repeat(documents, 4) + draw.normal(0, 0.3, 120)))
-                 for _ in range(3)]
+        parts = [
+            Clustered(
+                torch.arange(30).repeat_interleave(4),
+                torch.from_numpy(np.repeat(documents, 4) + draw.normal(0, 0.3, 120)),
+            )
+            for _ in range(3)
+        ]
         means.append(Clustered.mean(parts))
     spread = np.std([mean["value"] for mean in means])
     assert np.mean([mean["se"] for mean in means]) == pytest.approx(spread, rel=0.15)
 
 
 def test_a_single_cluster_has_no_error_and_nothing_no_mean():
-    assert Clustered.mean([Clustered(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))]) == {"value": 2.0, "se": None}
+    assert Clustered.mean([Clustered(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))]) == {
+        "value": 2.0,
+        "se": None,
+    }
     assert Clustered.mean([]) == {"value": None, "se": None}
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"probe_l2": 0.0}, "probe_l2 is 0.0; it must be above 0"), ({"latents": -1}, "latents of an evaluation is -1; it must be 0"),
-    ({"position": "first"}, "'position' is 'first'; it must be one of 'last', 'mean', 'max'"),
-    ({"budget": "huge"}, "'budget' is 'huge'; it must be one of 'small', 'paper'"),
-    ({"ablation_horizon": 0}, "ablation_horizon of an evaluation is 0; it must be at least 1")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"probe_l2": 0.0}, "probe_l2 is 0.0; it must be above 0"),
+        ({"latents": -1}, "latents of an evaluation is -1; it must be 0"),
+        ({"position": "first"}, "'position' is 'first'; it must be one of 'last', 'mean', 'max'"),
+        ({"budget": "huge"}, "'budget' is 'huge'; it must be one of 'small', 'paper'"),
+        ({"ablation_horizon": 0}, "ablation_horizon of an evaluation is 0; it must be at least 1"),
+    ],
+)
 def test_options_that_cannot_be_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         EvalOptions(**change)
 
 
 def test_a_budget_names_its_sizes_and_a_number_overrides_them():
-    assert EvalOptions().resolved().tokens == 100_000 and EvalOptions(budget="paper").resolved().tokens == 10_000_000
+    assert (
+        EvalOptions().resolved().tokens == 100_000
+        and EvalOptions(budget="paper").resolved().tokens == 10_000_000
+    )
     assert EvalOptions(budget="paper", tokens=5).resolved().tokens == 5
-    assert EvalOptions(seed=3).resolved().for_eval("n2g").keys() >= {"latents", "seed"} and "suite" not in EvalOptions().for_eval("n2g")
+    assert EvalOptions(seed=3).resolved().for_eval("n2g").keys() >= {
+        "latents",
+        "seed",
+    } and "suite" not in EvalOptions().for_eval("n2g")

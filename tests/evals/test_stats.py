@@ -26,10 +26,16 @@ def test_bands_hold_equally_many_and_are_ordered_by_size(fired):
     for i in range(N - 1):
         sizes = [value[(latent == i) & (band == b)] for b in range(4)]
         assert max(map(len, sizes)) - min(map(len, sizes)) <= 1
-        assert all(above.min() >= below.max() for above, below in zip(sizes, sizes[1:]) if len(above) and len(below))
+        assert all(
+            above.min() >= below.max()
+            for above, below in zip(sizes, sizes[1:])
+            if len(above) and len(below)
+        )
 
 
-@pytest.mark.parametrize("examples, expected", [(0, (0, 0)), (1, (1, 1)), (3, (3, 1)), (8, (4, 2)), (9, (4, 2))])
+@pytest.mark.parametrize(
+    "examples, expected", [(0, (0, 0)), (1, (1, 1)), (3, (3, 1)), (8, (4, 2)), (9, (4, 2))]
+)
 def test_examples_are_dealt_evenly_to_bands(examples, expected):
     assert tuple(stats.bands(examples).values()) == expected
 
@@ -37,11 +43,15 @@ def test_examples_are_dealt_evenly_to_bands(examples, expected):
 def test_examples_of_a_band_are_of_that_band_one_a_context(fired):
     token, latent, value = fired
     context = token // 4
-    chosen, place = stats.best_per_band(latent, context, value, np.random.default_rng(0).random(len(value)), N, 8)
+    chosen, place = stats.best_per_band(
+        latent, context, value, np.random.default_rng(0).random(len(value)), N, 8
+    )
     band = stats.band_of(latent, value, N, 4)
     assert (band[chosen] == place // 2).all() and len(chosen) > 50
     keys = list(zip(latent[chosen], place))
-    assert len(set(keys)) == len(keys) == len(set(zip(latent[chosen], band[chosen], context[chosen])))
+    assert (
+        len(set(keys)) == len(keys) == len(set(zip(latent[chosen], band[chosen], context[chosen])))
+    )
 
 
 def test_a_histogram_counts_every_activation_of_its_latent_once(fired):
@@ -49,8 +59,13 @@ def test_a_histogram_counts_every_activation_of_its_latent_once(fired):
     largest = np.array([value[latent == i].max(initial=0) for i in range(N)])
     counted = stats.histograms(latent, value, largest)
     for i in range(N):
-        expected, _ = np.histogram(value[latent == i].astype(np.float32), bins=np.linspace(0, largest[i] or 1, stats.BINS + 1, dtype=np.float64))
-        assert counted[i].sum() == (latent == i).sum() and np.abs(counted[i] - expected).sum() <= 2  # a value on an edge
+        expected, _ = np.histogram(
+            value[latent == i].astype(np.float32),
+            bins=np.linspace(0, largest[i] or 1, stats.BINS + 1, dtype=np.float64),
+        )
+        assert (
+            counted[i].sum() == (latent == i).sum() and np.abs(counted[i] - expected).sum() <= 2
+        )  # a value on an edge
 
 
 def test_the_tokens_a_latent_fires_on_are_counted(fired):
@@ -75,10 +90,17 @@ def test_companions_are_the_latents_of_highest_correlation(fired):
         phi = np.nan_to_num(np.corrcoef(fires.T)) - 2 * np.eye(N)
     both = fires.T @ fires
     for i in range(N):
-        expected = sorted(((phi[i, j], j) for j in range(N) if phi[i, j] > 1e-9 and both[i, j] >= 2), key=lambda pair: (-round(pair[0], 9), pair[1]))
+        expected = sorted(
+            ((phi[i, j], j) for j in range(N) if phi[i, j] > 1e-9 and both[i, j] >= 2),
+            key=lambda pair: (-round(pair[0], 9), pair[1]),
+        )
         others = found["together_latent"][i]
         assert others[others >= 0].tolist() == [j for _, j in expected[: together.LISTED]]
-        assert np.allclose(found["together_phi"][i][others >= 0], [phi for phi, _ in expected[: together.LISTED]], atol=1e-6)
+        assert np.allclose(
+            found["together_phi"][i][others >= 0],
+            [phi for phi, _ in expected[: together.LISTED]],
+            atol=1e-6,
+        )
         assert (found["together_count"][i][others >= 0] == both[i, others[others >= 0]]).all()
     assert found["together_latent"][9, 0] == 10 and found["together_phi"][9, 0] == pytest.approx(1)
 
@@ -93,8 +115,15 @@ def test_companions_do_not_depend_on_the_size_of_blocks(fired, monkeypatch):
 
 def test_too_many_pairs_are_counted_on_the_first_tokens(fired, monkeypatch):
     token, latent, _ = fired
-    monkeypatch.setattr(together, "_PAIRS", int(np.bincount(token[token < 100]).astype(int) @ np.bincount(token[token < 100])))
-    few, first = together.companions(token, latent, N), together.companions(token[token < 100], latent[token < 100], N)
+    monkeypatch.setattr(
+        together,
+        "_PAIRS",
+        int(np.bincount(token[token < 100]).astype(int) @ np.bincount(token[token < 100])),
+    )
+    few, first = (
+        together.companions(token, latent, N),
+        together.companions(token[token < 100], latent[token < 100], N),
+    )
     assert all(np.array_equal(few[name], first[name]) for name in few)
 
 

@@ -19,7 +19,9 @@ from ksparse.sae.model import SAE, Shape
 OPTIONS = EvalOptions(tokens=300, per_document=60, device="cpu")
 
 
-def encoder(n: int = 400, d: int = 40, share: float = 0.25, noise: float = 0.02, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+def encoder(
+    n: int = 400, d: int = 40, share: float = 0.25, noise: float = 0.02, seed: int = 0
+) -> tuple[torch.Tensor, np.ndarray]:
     """Return rows [n, d] of which a share lie in that share of the dimensions, turned at random; and which do."""
     draw = np.random.default_rng(seed)
     inside = draw.permutation(n) < share * n
@@ -86,21 +88,38 @@ def test_the_result_says_what_both_sides_are_like(small_acts):
     result = evals.evaluate(planted_sae(acts, lm.d_model), lm, ["subspaces"], OPTIONS)["subspaces"]
     assert result["separation"] > result["separation_of_noise"] + 0.2
     assert result["dims_share"] == pytest.approx(0.25, abs=0.07)
-    norms = result["sides"]["first"]["encoder_norm"][2], result["sides"]["second"]["encoder_norm"][2]
+    norms = (
+        result["sides"]["first"]["encoder_norm"][2],
+        result["sides"]["second"]["encoder_norm"][2],
+    )
     assert norms[0] > norms[1] > 1
-    assert result["n_ordered"] == result["n_live"] == len(result.arrays["order"]) == int((result.arrays["side"] >= 0).sum())
+    assert (
+        result["n_ordered"]
+        == result["n_live"]
+        == len(result.arrays["order"])
+        == int((result.arrays["side"] >= 0).sum())
+    )
     assert sum(side["n_latents"] for side in result["sides"].values()) == result["n_live"]
     along, at = np.array(result["along_order"]), round(result["cut"] * len(result["along_order"]))
-    assert 50 < len(along) <= 100 and along[: at - 1].min() > along[at + 1 :].max()  # the first side comes first
+    assert (
+        50 < len(along) <= 100 and along[: at - 1].min() > along[at + 1 :].max()
+    )  # the first side comes first
     assert np.allclose([sum(shares) for shares in result["by_direction"].values()], 1)
 
 
 def test_more_latents_than_are_ordered_are_sampled_and_the_result_says_so(small_acts):
     acts = small_acts()
     lm = LM(acts=acts)
-    result = evals.evaluate(planted_sae(acts, lm.d_model, 2_000), lm, ["subspaces"], dataclasses.replace(OPTIONS, subspace_rows=150))["subspaces"]
+    result = evals.evaluate(
+        planted_sae(acts, lm.d_model, 2_000),
+        lm,
+        ["subspaces"],
+        dataclasses.replace(OPTIONS, subspace_rows=150),
+    )["subspaces"]
     assert result["n_ordered"] == 150 < result["n_live"]
-    assert any("150 of them, drawn at random, were put into an order" in note for note in result["notes"])
+    assert any(
+        "150 of them, drawn at random, were put into an order" in note for note in result["notes"]
+    )
     assert int((result.arrays["side"] >= 0).sum()) == result["n_live"]
 
 
@@ -108,11 +127,16 @@ def test_too_few_latents_that_fire_are_refused(small_acts):
     acts = small_acts()
     lm = LM(acts=acts)
     sae = SAE(Shape(lm.d_model, 20, 2), {"acts": dataclasses.asdict(acts)})
-    with pytest.raises(InputError, match="subspaces needs at least 30 latents that fire on the text; 0 do"):
+    with pytest.raises(
+        InputError, match="subspaces needs at least 30 latents that fire on the text; 0 do"
+    ):
         evals.evaluate(sae, lm, ["subspaces"], OPTIONS)
 
 
 def test_umap_asks_for_its_package_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(InputError, match=r"--ordering umap needs the package umap-learn: pip install 'ksparse\[umap\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"--ordering umap needs the package umap-learn: pip install 'ksparse\[umap\]'",
+    ):
         subspaces.order(np.eye(40), "umap")

@@ -9,12 +9,32 @@ import torch
 
 from ksparse.sae.model import SAE, Shape
 
-METADATA = {"acts": {"lm": "gpt2", "site": "resid_post.8", "text": "some/text", "context": 64, "bos": "auto"}, "step": 7, "tokens": 1000}
+METADATA = {
+    "acts": {
+        "lm": "gpt2",
+        "site": "resid_post.8",
+        "text": "some/text",
+        "context": 64,
+        "bos": "auto",
+    },
+    "step": 7,
+    "tokens": 1000,
+}
 
 
-def build(activation: str = "topk", normalize: str = "none", *, d: int = 6, n: int = 20, k: int = 4, factor: float = 0.3) -> SAE:
+def build(
+    activation: str = "topk",
+    normalize: str = "none",
+    *,
+    d: int = 6,
+    n: int = 20,
+    k: int = 4,
+    factor: float = 0.3,
+) -> SAE:
     """Return an SAE with random weights; decoder rows have norm 1."""
-    sae = SAE(Shape(d, n, k, normalize, factor if normalize == "dataset" else 1.0, activation), METADATA)
+    sae = SAE(
+        Shape(d, n, k, normalize, factor if normalize == "dataset" else 1.0, activation), METADATA
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key in sae.keys:

@@ -17,8 +17,17 @@ from ksparse.interop import fit, foreign, sites
 from ksparse.sae.activations import KINDS as ACTIVATIONS
 from ksparse.sae.normalize import KINDS as NORMALIZATIONS
 
-HELD = [(form, activation, normalize) for form, module in interop.FORMATS.items() for activation, kinds in module.HOLDS.items() for normalize in kinds]
-CENTRED = {"sae_lens", "sparsify", "openai"}  # formats whose encoders take b_pre off, so that no number changes
+HELD = [
+    (form, activation, normalize)
+    for form, module in interop.FORMATS.items()
+    for activation, kinds in module.HOLDS.items()
+    for normalize in kinds
+]
+CENTRED = {
+    "sae_lens",
+    "sparsify",
+    "openai",
+}  # formats whose encoders take b_pre off, so that no number changes
 
 
 def assert_same(a, b, x, atol=2e-6, unit=1.0):
@@ -40,7 +49,11 @@ def test_write_and_read_is_the_identity(form, activation, normalize, make_sae, x
     interop.write(sae, tmp_path / "sae", form)
     again = ksparse.load(tmp_path / "sae")
     assert again.metadata == sae.metadata
-    assert (again.shape.activation, again.shape.normalize, again.shape.k) == (activation, normalize, sae.shape.k)
+    assert (again.shape.activation, again.shape.normalize, again.shape.k) == (
+        activation,
+        normalize,
+        sae.shape.k,
+    )
     assert again.shape.factor == pytest.approx(sae.shape.factor, rel=1e-6)
     for key in sae.keys:
         old, new = getattr(sae, key).detach(), getattr(again, key).detach()
@@ -54,7 +67,9 @@ def test_write_and_read_is_the_identity(form, activation, normalize, make_sae, x
 @pytest.mark.parametrize("form", list(interop.FORMATS))
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(form, activation, normalize, make_sae, x, tmp_path):
+def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(
+    form, activation, normalize, make_sae, x, tmp_path
+):
     sae = make_sae(activation, normalize)
     try:
         again = written(sae, tmp_path / "sae", form)
@@ -90,8 +105,7 @@ def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
         again = written(sae, tmp_path / "sae", "dictionary_learning")
     assert (
         "latents are divided by the constant of the data set, 0.3, since dictionary_learning "
-        "wants decoder rows of norm 1"
-        in caplog.text
+        "wants decoder rows of norm 1" in caplog.text
     )
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(20))
     assert_same(sae, again, x, unit=0.3)
@@ -108,15 +122,25 @@ def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
     )
 
 
-def test_unit_norm_goes_as_layer_norm_only_when_asked_and_is_off_by_the_epsilon(make_sae, x, tmp_path):
+def test_unit_norm_goes_as_layer_norm_only_when_asked_and_is_off_by_the_epsilon(
+    make_sae, x, tmp_path
+):
     sae = make_sae("topk", "unit_norm")
-    with pytest.raises(InputError, match=r"cannot hold this SAE's normalisation, unit_norm; it holds none, layer_norm, constant_norm. "
-                                         r"Ask for --normalization layer_norm .* or --normalization outside"):
+    with pytest.raises(
+        InputError,
+        match=r"cannot hold this SAE's normalisation, unit_norm; it holds none, layer_norm, constant_norm. "
+        r"Ask for --normalization layer_norm .* or --normalization outside",
+    ):
         interop.write(sae, tmp_path / "a", "sae_lens")
     again = written(sae, tmp_path / "b", "sae_lens", normalization="layer_norm")
     deviation = x.std(1, keepdim=True)
     off = (again.encode(x).dense(20) - sae.encode(x).dense(20)).abs()
-    assert (off <= sae.encode(x).dense(20) * 2e-5 / deviation + (sae.W_enc @ sae.b_pre).abs().max() * 1e-6 + 3e-5).all()
+    assert (
+        off
+        <= sae.encode(x).dense(20) * 2e-5 / deviation
+        + (sae.W_enc @ sae.b_pre).abs().max() * 1e-6
+        + 3e-5
+    ).all()
 
 
 def test_outside_leaves_the_normalisation_to_the_user(make_sae, x, tmp_path):
@@ -133,11 +157,16 @@ def test_a_batch_topk_goes_as_a_threshold_for_each_latent(make_sae, x, tmp_path)
     assert_same(sae, again, x)
 
 
-def test_a_standard_autoencoder_with_free_norms_is_written_as_the_class_that_keeps_them(make_sae, x, tmp_path):
+def test_a_standard_autoencoder_with_free_norms_is_written_as_the_class_that_keeps_them(
+    make_sae, x, tmp_path
+):
     sae = make_sae("relu")
     sae.W_dec.data *= 2
     assert_same(sae, written(sae, tmp_path / "sae", "dictionary_learning"), x)
-    assert json.loads((tmp_path / "sae" / "config.json").read_text())["trainer"]["dict_class"] == "AutoEncoderNew"
+    assert (
+        json.loads((tmp_path / "sae" / "config.json").read_text())["trainer"]["dict_class"]
+        == "AutoEncoderNew"
+    )
 
 
 @pytest.mark.parametrize("n, d", [(20, 6), (49, 7), (1000, 3), (131072, 768), (4099, 640)])
@@ -151,9 +180,15 @@ def test_llamascopium_finds_the_number_of_latents_again(n, d):
 def test_four_formats_and_ours_are_told_apart_by_what_is_there(make_sae, tmp_path):
     for form in [*interop.FORMATS, "ksparse"]:
         activation = "jump_relu" if form == "gemma_scope" else "topk"
-        interop.write(make_sae(activation, "layer_norm" if form == "openai" else "none"), tmp_path / form, form)
+        interop.write(
+            make_sae(activation, "layer_norm" if form == "openai" else "none"),
+            tmp_path / form,
+            form,
+        )
         assert ksparse.load(tmp_path / form).shape.activation == activation
-    with pytest.raises(InputError, match="holds no SAE itself; its folders .*sae_lens.* do: name one"):
+    with pytest.raises(
+        InputError, match="holds no SAE itself; its folders .*sae_lens.* do: name one"
+    ):
         ksparse.load(tmp_path)
     assert ksparse.load(tmp_path, subfolder="sparsify").shape.k == 4
 
@@ -190,19 +225,39 @@ def test_the_flat_settings_of_old_sae_lens_are_read(make_sae, x, tmp_path):
     interop.write(sae, tmp_path, "sae_lens")
     for name in ("ksparse.json", "manifest.json"):
         (tmp_path / name).unlink()
-    old = {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_post", "d_in": 6, "d_sae": 20, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4},
-           "apply_b_dec_to_input": True, "normalize_activations": False, "context_size": 128, "prepend_bos": True, "dataset_path": "some/text"}
+    old = {
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.8.hook_resid_post",
+        "d_in": 6,
+        "d_sae": 20,
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 4},
+        "apply_b_dec_to_input": True,
+        "normalize_activations": False,
+        "context_size": 128,
+        "prepend_bos": True,
+        "dataset_path": "some/text",
+    }
     (tmp_path / "cfg.json").write_text(json.dumps(old))
     again = ksparse.load(tmp_path)
     assert_same(sae, again, x)
     acts = again.metadata["acts"]
-    assert (acts["lm"], acts["site"], acts["context"], acts["text"]) == ("gpt2", "resid_post.8", 128, "some/text")
+    assert (acts["lm"], acts["site"], acts["context"], acts["text"]) == (
+        "gpt2",
+        "resid_post.8",
+        128,
+        "some/text",
+    )
 
 
 def test_sae_lens_gets_to_know_where_an_sae_belongs(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "sae", "sae_lens")
     theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
-    assert theirs["hook_name"] == "blocks.8.hook_resid_post" and theirs["model_name"] == "gpt2" and theirs["context_size"] == 64
+    assert (
+        theirs["hook_name"] == "blocks.8.hook_resid_post"
+        and theirs["model_name"] == "gpt2"
+        and theirs["context_size"] == 64
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,23 +378,37 @@ def test_what_another_format_said_is_not_carried_into_this_one(make_sae, tmp_pat
     assert "wandb" not in theirs and theirs["metadata"]["exclude_special_tokens"] is False
 
 
-def test_a_constant_beside_the_weights_of_sae_lens_is_used_and_one_that_is_missing_is_asked_for(make_sae, tmp_path):
+def test_a_constant_beside_the_weights_of_sae_lens_is_used_and_one_that_is_missing_is_asked_for(
+    make_sae, tmp_path
+):
     interop.write(make_sae(), tmp_path, "sae_lens")
     (tmp_path / "manifest.json").unlink()
     change(tmp_path / "cfg.json", normalize_activations="expected_average_only_in")
-    with pytest.raises(InputError, match="multiplied by a constant .* that is not in the file, nor is there activation_scaler.json"):
+    with pytest.raises(
+        InputError,
+        match="multiplied by a constant .* that is not in the file, nor is there activation_scaler.json",
+    ):
         ksparse.load(tmp_path)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.5}')
-    assert (ksparse.load(tmp_path).shape.normalize, ksparse.load(tmp_path).shape.factor) == ("dataset", 0.5)
+    assert (ksparse.load(tmp_path).shape.normalize, ksparse.load(tmp_path).shape.factor) == (
+        "dataset",
+        0.5,
+    )
 
 
 def test_sparsify_says_by_its_folders_where_an_sae_belongs(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "run" / "layers.10", "sparsify")
     for name in ("ksparse.json", "manifest.json"):
         (tmp_path / "run" / "layers.10" / name).unlink()
-    (tmp_path / "run" / "config.json").write_text('{"model": "EleutherAI/pythia-160m", "dataset": "some/text", "ctx_len": 2048}')
+    (tmp_path / "run" / "config.json").write_text(
+        '{"model": "EleutherAI/pythia-160m", "dataset": "some/text", "ctx_len": 2048}'
+    )
     acts = ksparse.load(tmp_path / "run" / "layers.10").metadata["acts"]
-    assert (acts["lm"], acts["site"], acts["context"]) == ("EleutherAI/pythia-160m", "resid_post.10", 2048)
+    assert (acts["lm"], acts["site"], acts["context"]) == (
+        "EleutherAI/pythia-160m",
+        "resid_post.10",
+        2048,
+    )
 
 
 def test_a_published_file_of_openai_says_where_it_belongs(make_sae, tmp_path):
@@ -365,14 +434,29 @@ def test_gemma_scope_in_lower_case_and_of_embeddings(make_sae, x, tmp_path):
     torch.testing.assert_close(again.W_enc, sae.W_enc / math.sqrt(6))
 
 
-@pytest.mark.parametrize("ours, theirs", [("resid_post.8", "blocks.8.hook_resid_post"), ("mlp_out.0", "blocks.0.hook_mlp_out"), ("resid_pre.11", "blocks.11.hook_resid_pre"),
-                                          ("transformer.h.3.mlp.c_proj:in", "transformer.h.3.mlp.c_proj:in")])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        ("resid_post.8", "blocks.8.hook_resid_post"),
+        ("mlp_out.0", "blocks.0.hook_mlp_out"),
+        ("resid_pre.11", "blocks.11.hook_resid_pre"),
+        ("transformer.h.3.mlp.c_proj:in", "transformer.h.3.mlp.c_proj:in"),
+    ],
+)
 def test_hook_names_are_a_two_way_map(ours, theirs):
     assert sites.to_hook(ours) == theirs and sites.from_hook(theirs) == ours
 
 
-@pytest.mark.parametrize("module, site, layer", [("layers.10", "resid_post.10", 10), ("h.0.attn", "attn_out.0", 0), ("transformer.h.5.mlp", "mlp_out.5", 5),
-                                                 ("embed_tokens", "embed_tokens", None), ("model.layers.2.self_attn.o_proj:in", "model.layers.2.self_attn.o_proj:in", 2)])
+@pytest.mark.parametrize(
+    "module, site, layer",
+    [
+        ("layers.10", "resid_post.10", 10),
+        ("h.0.attn", "attn_out.0", 0),
+        ("transformer.h.5.mlp", "mlp_out.5", 5),
+        ("embed_tokens", "embed_tokens", None),
+        ("model.layers.2.self_attn.o_proj:in", "model.layers.2.self_attn.o_proj:in", 2),
+    ],
+)
 def test_module_names_become_sites(module, site, layer):
     assert sites.from_module(module) == site and sites.layer_of(site) == layer
 
@@ -385,12 +469,19 @@ class Code:
         return print, ("code has run",)
 
 
-@pytest.mark.parametrize("table", [{"encoder.weight": torch.zeros(4, 2), "k": Code()}, Code()], ids=["inside", "alone"])
+@pytest.mark.parametrize(
+    "table", [{"encoder.weight": torch.zeros(4, 2), "k": Code()}, Code()], ids=["inside", "alone"]
+)
 @pytest.mark.parametrize("name", ["ae.pt", "8.pt", "sae_weights.pt"])
 def test_a_pickle_with_code_is_refused_and_not_run(table, name, tmp_path, capsys):
     torch.save(table, tmp_path / name)
-    (tmp_path / "config.json").write_text('{"sae_type": "sae", "hook_point_in": "a", "hook_point_out": "a", "trainer": {"dict_class": "AutoEncoderTopK"}}')
-    with pytest.raises(InputError, match=r"is a pickle with code in it \(\S*print\S*\); ksparse reads tensors and plain values only"):
+    (tmp_path / "config.json").write_text(
+        '{"sae_type": "sae", "hook_point_in": "a", "hook_point_out": "a", "trainer": {"dict_class": "AutoEncoderTopK"}}'
+    )
+    with pytest.raises(
+        InputError,
+        match=r"is a pickle with code in it \(\S*print\S*\); ksparse reads tensors and plain values only",
+    ):
         ksparse.load(tmp_path / name if name == "8.pt" else tmp_path)
     assert "code has run" not in capsys.readouterr().out
 
@@ -411,39 +502,195 @@ def tensors(file, **changes):
     save_file({key: value for key, value in found.items() if value is not None}, file)
 
 
-@pytest.mark.parametrize("form, damage, error, message", [
-    ("sae_lens", lambda f: tensors(f / "sae_weights.safetensors", W_dec=torch.zeros(6, 20)), InputError, r"tensor 'W_dec' has shape \[6, 20\], expected \[n = 20, d = 6\]"),
-    ("sae_lens", lambda f: tensors(f / "sae_weights.safetensors", b_enc=None), InputError, r"lacks the tensor 'b_enc'; it has W_dec, W_enc, b_dec"),
-    ("sae_lens", lambda f: tensors(f / "sae_weights.safetensors", W_skip=torch.zeros(6, 6)), InputError, r"holds W_skip, which an SAE of this kind does not have"),
-    ("sae_lens", lambda f: tensors(f / "sae_weights.safetensors", b_enc=torch.full((20,), torch.nan)), InputError, r"'b_enc' holds NaN or infinity"),
-    ("sae_lens", lambda f: tensors(f / "sae_weights.safetensors", scaling_factor=torch.full((20,), 2.0)), InputError, r"scaling_factor is not 1"),
-    ("sae_lens", lambda f: change(f / "cfg.json", architecture="temporal"), InputError, r"architecture is 'temporal'; ksparse reads 'standard', 'topk'"),
-    ("sae_lens", lambda f: change(f / "cfg.json", normalize_activations="covariance_whitening"), InputError, r"normalize_activations is 'covariance_whitening'"),
-    ("sae_lens", lambda f: change(f / "cfg.json", k=...), InputError, r"cfg.json lacks the key 'k'"),
-    ("sae_lens", lambda f: change(f / "cfg.json", k="4"), InputError, r"'k' is '4', expected a value of type int"),
-    ("sae_lens", lambda f: change(f / "cfg.json", d_sae=21), InputError, r"d_sae is 21, the tensors of sae_weights.safetensors have 20"),
-    ("sae_lens", lambda f: (f / "cfg.json").write_text("{"), CorruptError, r"cfg.json is not JSON"),
-    ("sae_lens", lambda f: (f / "sae_weights.safetensors").write_bytes(b"x"), CorruptError, r"sae_weights.safetensors is truncated or damaged"),
-    ("sparsify", lambda f: change(f / "cfg.json", transcode=True), InputError, r"transcode is True; ksparse has no such SAE"),
-    ("sparsify", lambda f: change(f / "cfg.json", activation="groupmax"), InputError, r"activation is 'groupmax'"),
-    ("sparsify", lambda f: change(f / "cfg.json", num_latents=21), InputError, r"speaks of d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20"),
-    ("dictionary_learning", lambda f: change(f / "config.json", trainer={"dict_class": "CrossCoder"}), InputError, r"dict_class is 'CrossCoder'; ksparse reads"),
-    ("dictionary_learning", lambda f: (f / "config.json").unlink(), InputError, r"has no config.json beside it that says whether"),
-    ("dictionary_learning", lambda f: (f / "ae.pt").write_bytes(b"abc"), CorruptError, r"ae.pt is not a file of torch.save, or is damaged"),
-    ("dictionary_learning", lambda f: torch.save([1], f / "ae.pt"), InputError, r"ae.pt holds a list, expected a dictionary of tensors"),
-    ("openai", lambda f: repack(f / "autoencoder.pt", activation="Sigmoid"), InputError, r"activation is 'Sigmoid'; ksparse reads 'TopK', 'ReLU'"),
-    ("openai", lambda f: repack(f / "autoencoder.pt", activation_state_dict={}), InputError, r"lacks the key 'k'"),
-    ("openai", lambda f: repack(f / "autoencoder.pt", activation_state_dict={"k": 4, "postact_fn": "Identity"}), InputError, r"postact_fn is 'Identity'"),
-    ("gemma_scope", lambda f: (f / "params.npz").write_bytes(b"PK"), CorruptError, r"params.npz is not a NumPy archive of numbers, or is damaged"),
-    ("gemma_scope", lambda f: np.savez(f / "params.npz", W_enc=np.zeros((6, 20), "f4")), InputError, r"params.npz lacks the tensor 'b_enc'"),
-    ("llamascopium", lambda f: change(f / "config.json", act_fn="batchtopk"), InputError, r"act_fn is 'batchtopk'; ksparse reads 'relu', 'topk', 'jumprelu'"),
-    ("llamascopium", lambda f: change(f / "config.json", norm_activation="batch-wise"), InputError, r"norm_activation is 'batch-wise'"),
-    ("llamascopium", lambda f: change(f / "config.json", hook_point_out="blocks.9.hook_mlp_out"), InputError, r"hook_point_out is 'blocks.9.hook_mlp_out'"),
-    ("llamascopium", lambda f: change(f / "config.json", sae_type="clt"), InputError, r"sae_type is 'clt'"),
-    ("llamascopium", lambda f: (f / "sae_weights.safetensors").rename(f / "sae_weights.dcp"), InputError, r"holds a distributed checkpoint"),
-], ids=lambda value: value if isinstance(value, str) and " " not in value and "\\" not in value else "")
+@pytest.mark.parametrize(
+    "form, damage, error, message",
+    [
+        (
+            "sae_lens",
+            lambda f: tensors(f / "sae_weights.safetensors", W_dec=torch.zeros(6, 20)),
+            InputError,
+            r"tensor 'W_dec' has shape \[6, 20\], expected \[n = 20, d = 6\]",
+        ),
+        (
+            "sae_lens",
+            lambda f: tensors(f / "sae_weights.safetensors", b_enc=None),
+            InputError,
+            r"lacks the tensor 'b_enc'; it has W_dec, W_enc, b_dec",
+        ),
+        (
+            "sae_lens",
+            lambda f: tensors(f / "sae_weights.safetensors", W_skip=torch.zeros(6, 6)),
+            InputError,
+            r"holds W_skip, which an SAE of this kind does not have",
+        ),
+        (
+            "sae_lens",
+            lambda f: tensors(f / "sae_weights.safetensors", b_enc=torch.full((20,), torch.nan)),
+            InputError,
+            r"'b_enc' holds NaN or infinity",
+        ),
+        (
+            "sae_lens",
+            lambda f: tensors(f / "sae_weights.safetensors", scaling_factor=torch.full((20,), 2.0)),
+            InputError,
+            r"scaling_factor is not 1",
+        ),
+        (
+            "sae_lens",
+            lambda f: change(f / "cfg.json", architecture="temporal"),
+            InputError,
+            r"architecture is 'temporal'; ksparse reads 'standard', 'topk'",
+        ),
+        (
+            "sae_lens",
+            lambda f: change(f / "cfg.json", normalize_activations="covariance_whitening"),
+            InputError,
+            r"normalize_activations is 'covariance_whitening'",
+        ),
+        (
+            "sae_lens",
+            lambda f: change(f / "cfg.json", k=...),
+            InputError,
+            r"cfg.json lacks the key 'k'",
+        ),
+        (
+            "sae_lens",
+            lambda f: change(f / "cfg.json", k="4"),
+            InputError,
+            r"'k' is '4', expected a value of type int",
+        ),
+        (
+            "sae_lens",
+            lambda f: change(f / "cfg.json", d_sae=21),
+            InputError,
+            r"d_sae is 21, the tensors of sae_weights.safetensors have 20",
+        ),
+        (
+            "sae_lens",
+            lambda f: (f / "cfg.json").write_text("{"),
+            CorruptError,
+            r"cfg.json is not JSON",
+        ),
+        (
+            "sae_lens",
+            lambda f: (f / "sae_weights.safetensors").write_bytes(b"x"),
+            CorruptError,
+            r"sae_weights.safetensors is truncated or damaged",
+        ),
+        (
+            "sparsify",
+            lambda f: change(f / "cfg.json", transcode=True),
+            InputError,
+            r"transcode is True; ksparse has no such SAE",
+        ),
+        (
+            "sparsify",
+            lambda f: change(f / "cfg.json", activation="groupmax"),
+            InputError,
+            r"activation is 'groupmax'",
+        ),
+        (
+            "sparsify",
+            lambda f: change(f / "cfg.json", num_latents=21),
+            InputError,
+            r"speaks of d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20",
+        ),
+        (
+            "dictionary_learning",
+            lambda f: change(f / "config.json", trainer={"dict_class": "CrossCoder"}),
+            InputError,
+            r"dict_class is 'CrossCoder'; ksparse reads",
+        ),
+        (
+            "dictionary_learning",
+            lambda f: (f / "config.json").unlink(),
+            InputError,
+            r"has no config.json beside it that says whether",
+        ),
+        (
+            "dictionary_learning",
+            lambda f: (f / "ae.pt").write_bytes(b"abc"),
+            CorruptError,
+            r"ae.pt is not a file of torch.save, or is damaged",
+        ),
+        (
+            "dictionary_learning",
+            lambda f: torch.save([1], f / "ae.pt"),
+            InputError,
+            r"ae.pt holds a list, expected a dictionary of tensors",
+        ),
+        (
+            "openai",
+            lambda f: repack(f / "autoencoder.pt", activation="Sigmoid"),
+            InputError,
+            r"activation is 'Sigmoid'; ksparse reads 'TopK', 'ReLU'",
+        ),
+        (
+            "openai",
+            lambda f: repack(f / "autoencoder.pt", activation_state_dict={}),
+            InputError,
+            r"lacks the key 'k'",
+        ),
+        (
+            "openai",
+            lambda f: repack(
+                f / "autoencoder.pt", activation_state_dict={"k": 4, "postact_fn": "Identity"}
+            ),
+            InputError,
+            r"postact_fn is 'Identity'",
+        ),
+        (
+            "gemma_scope",
+            lambda f: (f / "params.npz").write_bytes(b"PK"),
+            CorruptError,
+            r"params.npz is not a NumPy archive of numbers, or is damaged",
+        ),
+        (
+            "gemma_scope",
+            lambda f: np.savez(f / "params.npz", W_enc=np.zeros((6, 20), "f4")),
+            InputError,
+            r"params.npz lacks the tensor 'b_enc'",
+        ),
+        (
+            "llamascopium",
+            lambda f: change(f / "config.json", act_fn="batchtopk"),
+            InputError,
+            r"act_fn is 'batchtopk'; ksparse reads 'relu', 'topk', 'jumprelu'",
+        ),
+        (
+            "llamascopium",
+            lambda f: change(f / "config.json", norm_activation="batch-wise"),
+            InputError,
+            r"norm_activation is 'batch-wise'",
+        ),
+        (
+            "llamascopium",
+            lambda f: change(f / "config.json", hook_point_out="blocks.9.hook_mlp_out"),
+            InputError,
+            r"hook_point_out is 'blocks.9.hook_mlp_out'",
+        ),
+        (
+            "llamascopium",
+            lambda f: change(f / "config.json", sae_type="clt"),
+            InputError,
+            r"sae_type is 'clt'",
+        ),
+        (
+            "llamascopium",
+            lambda f: (f / "sae_weights.safetensors").rename(f / "sae_weights.dcp"),
+            InputError,
+            r"holds a distributed checkpoint",
+        ),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) and " " not in value and "\\" not in value else ""
+    ),
+)
 def test_what_is_wrong_is_named(form, damage, error, message, make_sae, tmp_path):
-    activation, normalize = {"gemma_scope": ("jump_relu", "none"), "openai": ("topk", "layer_norm")}.get(form, ("topk", "none"))
+    activation, normalize = {
+        "gemma_scope": ("jump_relu", "none"),
+        "openai": ("topk", "layer_norm"),
+    }.get(form, ("topk", "none"))
     interop.write(make_sae(activation, normalize), tmp_path / "sae", form)
     for name in ("ksparse.json", "manifest.json"):
         (tmp_path / "sae" / name).unlink()
@@ -475,7 +722,9 @@ def test_only_tensors_and_plain_values_are_written(tmp_path):
         foreign.write_torch({"a": tmp_path}, tmp_path / "file.pt")
 
 
-def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit(make_sae, tmp_path, caplog):
+def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit(
+    make_sae, tmp_path, caplog
+):
     sae = make_sae()
     sae.W_dec.data *= torch.linspace(0.5, 2, 20)[:, None]
     interop.write(sae, tmp_path, "llamascopium")
@@ -483,7 +732,9 @@ def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit
     (tmp_path / "manifest.json").unlink()
     with caplog.at_level("WARNING", "ksparse"):
         ksparse.load(tmp_path)
-    assert "latents are multiplied by the norms that their decoder rows had, 0.5 to 2" in caplog.text
+    assert (
+        "latents are multiplied by the norms that their decoder rows had, 0.5 to 2" in caplog.text
+    )
 
 
 def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
@@ -497,4 +748,8 @@ def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
     assert_same(sae, ksparse.load(tmp_path / "c"), x)
     with pytest.raises(SystemExit) as end:
         cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "d"), "--to", "openai"])
-    assert end.value.code == 2 and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. There is no way around" in capsys.readouterr().err
+    assert (
+        end.value.code == 2
+        and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. There is no way around"
+        in capsys.readouterr().err
+    )

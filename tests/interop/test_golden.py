@@ -19,7 +19,9 @@ def differences(sae, expected):
     x = torch.from_numpy(expected["x"])
     with torch.no_grad():
         latents, recon = sae.encode(x).dense(sae.shape.n_latents), sae(x)
-    return abs(latents.numpy() - expected["latents"]).max(), abs(recon.numpy() - expected["recon"]).max()
+    return abs(latents.numpy() - expected["latents"]).max(), abs(
+        recon.numpy() - expected["recon"]
+    ).max()
 
 
 def test_there_is_a_file_of_every_format():

@@ -33,24 +33,52 @@ def published(request, tmp_path_factory):
     return publish
 
 
-def test_a_run_is_a_repository_that_ksparse_and_sae_lens_can_load(small_recipe, tmp_path, published):
+def test_a_run_is_a_repository_that_ksparse_and_sae_lens_can_load(
+    small_recipe, tmp_path, published
+):
     run = ksparse.train(small_recipe({"acts.normalize": "layer_norm"}), tmp_path / "run")
     sae = ksparse.load(run.path)
-    evals.write(run, ksparse.evaluate(sae, None, ["downstream", "stats"], EvalOptions(tokens=200, device="cpu")))
+    evals.write(
+        run,
+        ksparse.evaluate(sae, None, ["downstream", "stats"], EvalOptions(tokens=200, device="cpu")),
+    )
     published("somebody/small", lambda folder: hub.prepare(run.path, folder, "somebody/small"))
-    loaded, copy = ksparse.load("somebody/small"), ksparse.load("somebody/small", subfolder="sae_lens")
+    loaded, copy = (
+        ksparse.load("somebody/small"),
+        ksparse.load("somebody/small", subfolder="sae_lens"),
+    )
     x = torch.randn(20, sae.shape.d_model)
     for again in (loaded, copy):
         assert torch.equal(again(x), sae(x)) and again.metadata == sae.metadata
 
 
 def test_the_card_says_what_it_is_how_to_load_it_and_what_was_measured_how(make_sae, tmp_path):
-    results = {"stats": {"nmse": {"value": 0.0863, "se": 0.0017}, "l0": {"value": 4.0, "se": None}, "options": {"tokens": 200}, "policy": {"context": 16}, "text": "t",
-                         "n_tokens": 200, "n_documents": 9}}
-    card = hub.card(make_sae("topk", "dataset"), "somebody/small", subfolder="layer_8", results=results)
-    for said in ("library_name: ksparse", "tags: [sparse-autoencoder, topk, saelens]", "base_model: gpt2", 'ksparse.load("somebody/small", subfolder="layer_8")',
-                 'SAE.from_pretrained("somebody/small", "layer_8/sae_lens")', "| site | resid_post.8 |", "| normalisation of inputs | dataset, times 0.3 |",
-                 "| normalised MSE (1 = predicting the mean) | 0.0863 ± 0.0017 | stats |", '"policy": {"context": 16}', "| k | 4 |"):
+    results = {
+        "stats": {
+            "nmse": {"value": 0.0863, "se": 0.0017},
+            "l0": {"value": 4.0, "se": None},
+            "options": {"tokens": 200},
+            "policy": {"context": 16},
+            "text": "t",
+            "n_tokens": 200,
+            "n_documents": 9,
+        }
+    }
+    card = hub.card(
+        make_sae("topk", "dataset"), "somebody/small", subfolder="layer_8", results=results
+    )
+    for said in (
+        "library_name: ksparse",
+        "tags: [sparse-autoencoder, topk, saelens]",
+        "base_model: gpt2",
+        'ksparse.load("somebody/small", subfolder="layer_8")',
+        'SAE.from_pretrained("somebody/small", "layer_8/sae_lens")',
+        "| site | resid_post.8 |",
+        "| normalisation of inputs | dataset, times 0.3 |",
+        "| normalised MSE (1 = predicting the mean) | 0.0863 ± 0.0017 | stats |",
+        '"policy": {"context": 16}',
+        "| k | 4 |",
+    ):
         assert said in card, said
 
 
@@ -68,7 +96,11 @@ def test_what_sae_lens_cannot_hold_is_said_on_the_card_and_left_out(make_sae, tm
     hub.prepare(tmp_path / "sae", tmp_path / "a", "somebody/small")
     assert not (tmp_path / "a" / "sae_lens").exists()
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "There is no copy for SAELens: sae_lens cannot hold this SAE's normalisation, unit_norm" in card and "saelens" not in card.split("---")[1]
+    assert (
+        "There is no copy for SAELens: sae_lens cannot hold this SAE's normalisation, unit_norm"
+        in card
+        and "saelens" not in card.split("---")[1]
+    )
     hub.prepare(tmp_path / "sae", tmp_path / "b", "somebody/small", normalization="layer_norm")
     assert interop.load(tmp_path / "b" / "sae_lens").shape.normalize == "layer_norm"
 
@@ -84,23 +116,38 @@ def test_an_upload_sends_that_folder(make_sae, tmp_path, monkeypatch):
             done["made"] = (repository, options["private"])
 
         def upload_folder(self, *, repo_id, folder_path, path_in_repo, commit_message):
-            done["sent"] = (repo_id, path_in_repo, sorted(file.name for file in folder_path.iterdir()))
+            done["sent"] = (
+                repo_id,
+                path_in_repo,
+                sorted(file.name for file in folder_path.iterdir()),
+            )
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert hub.push(tmp_path / "sae", "somebody/small", subfolder="a", private=True) == "https://huggingface.co/somebody/small"
-    assert done == {"made": ("somebody/small", True), "sent": ("somebody/small", "a", ["README.md", "sae.json", "sae.safetensors", "sae_lens"])}
+    assert (
+        hub.push(tmp_path / "sae", "somebody/small", subfolder="a", private=True)
+        == "https://huggingface.co/somebody/small"
+    )
+    assert done == {
+        "made": ("somebody/small", True),
+        "sent": ("somebody/small", "a", ["README.md", "sae.json", "sae.safetensors", "sae_lens"]),
+    }
 
 
 def test_without_a_way_to_the_hub_the_message_says_what_to_do(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "sae")
-    with pytest.raises(InputError, match="somebody/small could not be written on the Hub .*log in with `hf auth login`, or write the same folder here with --folder DIR"):
+    with pytest.raises(
+        InputError,
+        match="somebody/small could not be written on the Hub .*log in with `hf auth login`, or write the same folder here with --folder DIR",
+    ):
         hub.push(tmp_path / "sae", "somebody/small")
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "some body/x"])
 def test_a_name_that_is_no_repository_is_refused(name, make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "sae")
-    with pytest.raises(InputError, match="is not the name of a repository on the Hub; give OWNER/NAME"):
+    with pytest.raises(
+        InputError, match="is not the name of a repository on the Hub; give OWNER/NAME"
+    ):
         hub.prepare(tmp_path / "sae", tmp_path / "a", name)
 
 
@@ -109,4 +156,6 @@ def test_the_verb_writes_a_folder_to_look_at(make_sae, tmp_path, capsys):
 
     ksparse.save(make_sae(), tmp_path / "sae")
     cli.main(["push", str(tmp_path / "sae"), "somebody/small", "--folder", str(tmp_path / "a")])
-    assert (tmp_path / "a" / "README.md").is_file() and str(tmp_path / "a") in capsys.readouterr().out
+    assert (tmp_path / "a" / "README.md").is_file() and str(
+        tmp_path / "a"
+    ) in capsys.readouterr().out

@@ -48,7 +48,9 @@ def test_splicing_is_the_replay_of_the_evaluations(model, sae, tokens, tiny_lm):
     with attach(model, sae, SITE, error="drop", positions="all"):
         spliced = logits(model, tokens)
     lm = LM(str(tiny_lm("gpt2")), site=SITE)
-    torch.testing.assert_close(spliced, lm.replay(lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)), sae))
+    torch.testing.assert_close(
+        spliced, lm.replay(lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)), sae)
+    )
 
 
 def test_ablating_takes_out_a_latents_own_contribution_and_keeps_the_error(model, sae, tokens):
@@ -58,7 +60,9 @@ def test_ablating_takes_out_a_latents_own_contribution_and_keeps_the_error(model
     value = (at.code.values * (at.code.indices == latent)).sum(-1, keepdim=True)
     wanted = at.x - value * sae.W_dec[latent] * sae.normalize(at.x).scale
     seen = []
-    handle = model.transformer.h[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = model.transformer.h[2].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     with steer(model, sae, {latent: 0.0}, site=SITE, positions="all"):
         logits(model, tokens)
     handle.remove()
@@ -75,7 +79,10 @@ def test_ablating_what_is_not_active_changes_nothing(model, sae, tokens):
 
 def test_several_saes_at_once_are_one_after_the_other(model, sae, make_sae, tokens):
     other = make_sae("topk", "none", d=16, n=24, k=3)
-    with attach(model, sae, "resid_post.0", error="drop", positions="all") as first, attach(model, other, "mlp_out.2", error="drop", positions="all") as second:
+    with (
+        attach(model, sae, "resid_post.0", error="drop", positions="all") as first,
+        attach(model, other, "mlp_out.2", error="drop", positions="all") as second,
+    ):
         logits(model, tokens)
     assert first.code.values.shape[-1] == 4 and second.code.values.shape[-1] == 3
     with attach(model, other, "mlp_out.2", positions="all") as alone:
@@ -117,20 +124,39 @@ def test_unit_norm_does_not_see_whether_a_model_was_centred(make_sae):
     x = 3 * torch.randn(50, 16) + 1
     centred = x - x.mean(-1, keepdim=True)
     assert torch.equal(sae.encode(x).indices, sae.encode(centred).indices)
-    torch.testing.assert_close(sae.encode(x).values, sae.encode(centred).values, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(sae(x) - x.mean(-1, keepdim=True), sae(centred), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sae.encode(x).values, sae.encode(centred).values, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        sae(x) - x.mean(-1, keepdim=True), sae(centred), atol=1e-5, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("use, message", [
-    (lambda m, s: attach(m, SAE(s.shape)), "does not say at which site it was trained; give one"),
-    (lambda m, s: attach(m, s, "resid_post.9", positions="all"), "site 'resid_post.9' does not exist"),
-    (lambda m, s: attach(m, s, SITE, error="forget", positions="all"), "error is 'forget'; it must be 'keep' or 'drop'"),
-])
+@pytest.mark.parametrize(
+    "use, message",
+    [
+        (
+            lambda m, s: attach(m, SAE(s.shape)),
+            "does not say at which site it was trained; give one",
+        ),
+        (
+            lambda m, s: attach(m, s, "resid_post.9", positions="all"),
+            "site 'resid_post.9' does not exist",
+        ),
+        (
+            lambda m, s: attach(m, s, SITE, error="forget", positions="all"),
+            "error is 'forget'; it must be 'keep' or 'drop'",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named(model, sae, use, message):
     with pytest.raises(InputError, match=message), use(model, sae):
         pass
 
 
 def test_a_latent_that_there_is_not_is_named(model, sae, tokens):
-    with pytest.raises(InputError, match="latent 40 does not exist: this SAE has latents 0 to 39"), steer(model, sae, {40: 0.0}, site=SITE, positions="all"):
+    with (
+        pytest.raises(InputError, match="latent 40 does not exist: this SAE has latents 0 to 39"),
+        steer(model, sae, {40: 0.0}, site=SITE, positions="all"),
+    ):
         logits(model, tokens)

@@ -21,10 +21,33 @@ from ksparse.options import EvalOptions
 from ksparse.runs import RunFolder
 
 SEQUENCE = {"density", "doc_id", "idx", "acts", "act", "tokens", "token_ints"}
-FEATURE = {"feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices", "correlated_neurons_pearson",
-           "correlated_neurons_l1", "correlated_features_indices", "correlated_features_pearson", "correlated_features_l1", "neg_str", "neg_values", "pos_str", "pos_values",
-           "frac_nonzero", "freq_hist_data_bar_heights", "freq_hist_data_bar_values", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
-           "n_prompts_total", "n_tokens_in_prompt", "dataset", "decoder_weights_dist", "vector", "activations"}
+FEATURE = {
+    "feature_index",
+    "neuron_alignment_indices",
+    "neuron_alignment_values",
+    "neuron_alignment_l1",
+    "correlated_neurons_indices",
+    "correlated_neurons_pearson",
+    "correlated_neurons_l1",
+    "correlated_features_indices",
+    "correlated_features_pearson",
+    "correlated_features_l1",
+    "neg_str",
+    "neg_values",
+    "pos_str",
+    "pos_values",
+    "frac_nonzero",
+    "freq_hist_data_bar_heights",
+    "freq_hist_data_bar_values",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+    "n_prompts_total",
+    "n_tokens_in_prompt",
+    "dataset",
+    "decoder_weights_dist",
+    "vector",
+    "activations",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +55,30 @@ def run(tmp_path_factory, tiny_lm, text_file):
     """Return a small run with stats, ablation and n2g."""
     from ksparse.recipe import from_dict
 
-    recipe = from_dict({"acts": {"lm": str(tiny_lm("gpt2")), "site": "resid_post.1", "text": str(text_file), "context": 16, "mix": 256, "lm_batch": 8},
-                        "sae": {"n_latents": 64, "k": 4, "k_aux": 8}, "tokens": 12 * 64, "batch": 64, "threads": 1, "run": {"device": "cpu", "kernels": "torch"}})
+    recipe = from_dict(
+        {
+            "acts": {
+                "lm": str(tiny_lm("gpt2")),
+                "site": "resid_post.1",
+                "text": str(text_file),
+                "context": 16,
+                "mix": 256,
+                "lm_batch": 8,
+            },
+            "sae": {"n_latents": 64, "k": 4, "k_aux": 8},
+            "tokens": 12 * 64,
+            "batch": 64,
+            "threads": 1,
+            "run": {"device": "cpu", "kernels": "torch"},
+        }
+    )
     made = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
-    options = EvalOptions(tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5)
-    evals.write(made, ksparse.evaluate(ksparse.load(made.path), None, ["stats", "ablation", "n2g"], options))
+    options = EvalOptions(
+        tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5
+    )
+    evals.write(
+        made, ksparse.evaluate(ksparse.load(made.path), None, ["stats", "ablation", "n2g"], options)
+    )
     return made
 
 
@@ -49,14 +91,18 @@ def values(run):
 
     data = HeldOut(lm, lm.options, EvalOptions(**result["options"] | {"device": "cpu"}))
     with torch.no_grad():
-        return torch.cat([sae.encode(batch.x).dense(64) for batch in data]).numpy().astype(np.float64)
+        return (
+            torch.cat([sae.encode(batch.x).dense(64) for batch in data]).numpy().astype(np.float64)
+        )
 
 
 def test_moments_and_histograms_are_their_definitions(run, values):
     shown = Shown(run)
     for latent in shown.live():
         column = values[:, latent]
-        np.testing.assert_allclose(shown.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4)
+        np.testing.assert_allclose(
+            shown.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
+        )
         bars = np.ceil(column[column > 0] / shown.stats["act_bin"]).astype(int)
         assert shown.bars(latent) == {int(bar): int((bars == bar).sum()) for bar in np.unique(bars)}
     assert shown.live() == np.flatnonzero((values > 0).any(0)).tolist()
@@ -64,20 +110,32 @@ def test_moments_and_histograms_are_their_definitions(run, values):
 
 def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
     count = atoms.export(run, tmp_path / "viewer")
-    assert count == len(list((tmp_path / "viewer" / "atoms").glob("[0-9]*.json"))) - len(list((tmp_path / "viewer" / "atoms").glob("*-ablated.json")))
+    assert count == len(list((tmp_path / "viewer" / "atoms").glob("[0-9]*.json"))) - len(
+        list((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
+    )
     shown = Shown(run)
     scale = math.sqrt(16)  # unit_norm: a component of the input is 1 / sqrt(d)
     for latent in shown.live():
         atom = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}.json").read_text())
         column = values[:, latent] * scale
         assert atom["density"] == pytest.approx((column > 0).mean(), rel=1e-5)
-        assert atom["mean_act"] == pytest.approx(column.mean(), rel=1e-4) and atom["mean_act_squared"] == pytest.approx((column**2).mean(), rel=1e-4)
-        assert atom["skew"] == pytest.approx((column**3).mean() / (column**2).mean() ** 1.5, rel=1e-3)
-        assert atom["kurtosis"] == pytest.approx((column**4).mean() / (column**2).mean() ** 2, rel=1e-3)
+        assert atom["mean_act"] == pytest.approx(column.mean(), rel=1e-4) and atom[
+            "mean_act_squared"
+        ] == pytest.approx((column**2).mean(), rel=1e-4)
+        assert atom["skew"] == pytest.approx(
+            (column**3).mean() / (column**2).mean() ** 1.5, rel=1e-3
+        )
+        assert atom["kurtosis"] == pytest.approx(
+            (column**4).mean() / (column**2).mean() ** 2, rel=1e-3
+        )
         assert sum(atom["hist"].values()) == (column > 0).sum()
-        assert max(each["act"] for each in atom["top"]) == pytest.approx(column.max(), rel=1e-3)  # kept in 16 bits
+        assert max(each["act"] for each in atom["top"]) == pytest.approx(
+            column.max(), rel=1e-3
+        )  # kept in 16 bits
         for each in atom["top"] + atom["random"]:
-            assert set(each) == SEQUENCE and len(each["acts"]) == len(each["tokens"]) == len(each["token_ints"])
+            assert set(each) == SEQUENCE and len(each["acts"]) == len(each["tokens"]) == len(
+                each["token_ints"]
+            )
             assert each["acts"][each["idx"]] == each["act"] > 0
 
 
@@ -87,28 +145,43 @@ def test_the_ablated_variant_has_an_entry_for_each_prediction(run, tmp_path):
     table = load_file(run.arrays_file("ablation"))
     assert len(files) == len(table["latent"]) > 0
     for row, latent in enumerate(table["latent"].tolist()):
-        [sequence] = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}-ablated.json").read_text())["top"]
+        [sequence] = json.loads(
+            (tmp_path / "viewer" / "atoms" / f"{latent}-ablated.json").read_text()
+        )["top"]
         predictions, at = len(sequence["tokens"]) - 1, sequence["idx"]
         lists = [key for key in sequence if key.startswith(("ablate", "kl", "top_"))]
         assert len(lists) == 10 and all(len(sequence[key]) == predictions for key in lists)
         assert sequence["kl"][:at] == [0.0] * at  # what comes before the position is not changed
         if at < predictions:
             assert sequence["kl"][at] == pytest.approx(float(table["kl"][row, 0]))
-            assert sequence["top_upvotes_logits"][at] == pytest.approx(table["up_values"][row, 0].tolist())
+            assert sequence["top_upvotes_logits"][at] == pytest.approx(
+                table["up_values"][row, 0].tolist()
+            )
 
 
 def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
-    count = neuronpedia.dashboard(run, tmp_path / "out", neuronpedia.Publication(model="tiny", set="test"))
+    count = neuronpedia.dashboard(
+        run, tmp_path / "out", neuronpedia.Publication(model="tiny", set="test")
+    )
     batch = json.loads((tmp_path / "out" / "batch-0.json").read_text())
-    assert (batch["model_id"], batch["layer"], batch["sae_set"], batch["sae_id_suffix"]) == ("tiny", 1, "test", None)
+    assert (batch["model_id"], batch["layer"], batch["sae_set"], batch["sae_id_suffix"]) == (
+        "tiny",
+        1,
+        "test",
+        None,
+    )
     assert len(batch["features"]) == count == len(Shown(run).live())
     for feature in batch["features"]:
         assert set(feature) == FEATURE
-        assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True) and feature["neg_values"] == sorted(feature["neg_values"])
+        assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True) and feature[
+            "neg_values"
+        ] == sorted(feature["neg_values"])
         groups = {(each["bin_min"], each["bin_contains"]) for each in feature["activations"]}
         assert (-1.0, -1.0) in groups
         for each in feature["activations"]:
-            assert each["values"][each["qualifying_token_index"]] > 0 and len(each["values"]) == len(each["tokens"])
+            assert each["values"][each["qualifying_token_index"]] > 0 and len(
+                each["values"]
+            ) == len(each["tokens"])
 
 
 def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_lm):
@@ -122,23 +195,54 @@ def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_l
     changed = (head(norm((x + small).double().float())) - head(norm(x))) / 1e-4 * deviation
     matrix = neuronpedia.unembedding(lm.model)
     normalised = (x - x.mean()) / deviation
-    along = (direction @ normalised / 16) * (matrix @ normalised)  # what the norm's own change of scale takes away
-    torch.testing.assert_close(matrix @ direction - along, changed, atol=0.05 * (matrix @ direction).abs().max().item(), rtol=0)
+    along = (direction @ normalised / 16) * (
+        matrix @ normalised
+    )  # what the norm's own change of scale takes away
+    torch.testing.assert_close(
+        matrix @ direction - along,
+        changed,
+        atol=0.05 * (matrix @ direction).abs().max().item(),
+        rtol=0,
+    )
 
 
 def test_the_bulk_folder_has_neuronpedias_files_and_rows(run, tmp_path):
-    count = neuronpedia.bulk(run, tmp_path / "out", neuronpedia.Publication(model="tiny", set="test", release="rel", creator="me", repository="me/tiny"))
+    count = neuronpedia.bulk(
+        run,
+        tmp_path / "out",
+        neuronpedia.Publication(
+            model="tiny", set="test", release="rel", creator="me", repository="me/tiny"
+        ),
+    )
     home = tmp_path / "out" / "tiny" / "1-test"
-    assert {file.name for file in home.iterdir()} == {"release.jsonl", "model.jsonl", "sourceset.jsonl", "source.jsonl", "features", "activations", "explanations"}
+    assert {file.name for file in home.iterdir()} == {
+        "release.jsonl",
+        "model.jsonl",
+        "sourceset.jsonl",
+        "source.jsonl",
+        "features",
+        "activations",
+        "explanations",
+    }
     assert json.loads((home / "source.jsonl").read_text())["hfRepoId"] == "me/tiny"
-    rows = {kind: [json.loads(line) for line in gzip.open(home / kind / "batch-0.jsonl.gz", "rt")] for kind in ("features", "activations", "explanations")}
-    assert len(rows["features"]) == count and {row["layer"] for kind in rows.values() for row in kind} == {"1-test"}
+    rows = {
+        kind: [json.loads(line) for line in gzip.open(home / kind / "batch-0.jsonl.gz", "rt")]
+        for kind in ("features", "activations", "explanations")
+    }
+    assert len(rows["features"]) == count and {
+        row["layer"] for kind in rows.values() for row in kind
+    } == {"1-test"}
     assert all(isinstance(row["index"], str) for kind in rows.values() for row in kind)
     assert len({row["id"] for row in rows["activations"]}) == len(rows["activations"])
     for row in rows["activations"]:
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
-    assert {row["index"] for row in rows["explanations"]} <= {row["index"] for row in rows["features"]}
-    assert rows["features"][0]["hookName"] == "blocks.1.hook_resid_post" and rows["features"][0]["sourceSetName"] == "test"
+    assert {row["index"] for row in rows["explanations"]} <= {
+        row["index"] for row in rows["features"]
+    }
+    assert (
+        rows["features"][0]["hookName"] == "blocks.1.hook_resid_post"
+        and rows["features"][0]["sourceSetName"] == "test"
+    )
 
 
 def test_what_is_missing_is_named(run, small_recipe, tmp_path):
@@ -147,7 +251,9 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
     empty = RunFolder(tmp_path / "empty")
     empty.path.mkdir()
     empty.recipe_file.write_text(to_toml(small_recipe()))
-    with pytest.raises(InputError, match="has no result of `stats`; `ksparse eval .*empty stats` makes it"):
+    with pytest.raises(
+        InputError, match="has no result of `stats`; `ksparse eval .*empty stats` makes it"
+    ):
         atoms.export(empty, tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
@@ -158,6 +264,10 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
 def test_the_verb_writes_each_of_them(run, tmp_path, capsys):
     from ksparse import cli
 
-    for kind, file in (("atoms", "atoms"), ("sae_dashboard", "batch-0.json"), ("neuronpedia", "tiny")):
+    for kind, file in (
+        ("atoms", "atoms"),
+        ("sae_dashboard", "batch-0.json"),
+        ("neuronpedia", "tiny"),
+    ):
         cli.main(["convert", str(run.path), str(tmp_path / kind), "--to", kind, "--model", "tiny"])
         assert (tmp_path / kind / file).exists() and "latents" in capsys.readouterr().out

@@ -16,9 +16,17 @@ from ksparse import kernels
 from ksparse.kernels import fast, native, reference
 
 SHAPES = {  # b, k, n, d
-    "plain": (7, 3, 40, 8), "k_is_1": (5, 1, 33, 4), "k_is_n": (4, 6, 6, 5), "d_not_a_power_of_two": (9, 5, 50, 37),
-    "d_is_1": (3, 2, 10, 1), "one_row": (1, 4, 9, 3), "n_is_1": (6, 1, 1, 7), "empty_batch": (0, 3, 10, 4), "k_is_0": (4, 0, 6, 3),
-    "more_tokens_than_latents": (70, 2, 5, 3), "more_rows_than_are_gathered_at_once": (2100, 2, 11, 3),
+    "plain": (7, 3, 40, 8),
+    "k_is_1": (5, 1, 33, 4),
+    "k_is_n": (4, 6, 6, 5),
+    "d_not_a_power_of_two": (9, 5, 50, 37),
+    "d_is_1": (3, 2, 10, 1),
+    "one_row": (1, 4, 9, 3),
+    "n_is_1": (6, 1, 1, 7),
+    "empty_batch": (0, 3, 10, 4),
+    "k_is_0": (4, 0, 6, 3),
+    "more_tokens_than_latents": (70, 2, 5, 3),
+    "more_rows_than_are_gathered_at_once": (2100, 2, 11, 3),
 }
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}
 
@@ -32,13 +40,22 @@ def inputs(shape, dtype=torch.float64, seed=0, repeated=False):
     if repeated:
         indices = torch.randint(min(n, 2), (b, k), generator=make)
     else:
-        indices = torch.stack([torch.randperm(n, generator=make)[:k] for _ in range(b)]) if b else torch.zeros(0, k, dtype=torch.long)
+        indices = (
+            torch.stack([torch.randperm(n, generator=make)[:k] for _ in range(b)])
+            if b
+            else torch.zeros(0, k, dtype=torch.long)
+        )
     return values, indices, x, weight
 
 
 def close(a, b, dtype):
     assert a.dtype == b.dtype == dtype and a.shape == b.shape
-    torch.testing.assert_close(a.float(), b.float(), rtol=DTYPES[dtype], atol=DTYPES[dtype] * max(1.0, b.float().abs().max().item() if b.numel() else 1))
+    torch.testing.assert_close(
+        a.float(),
+        b.float(),
+        rtol=DTYPES[dtype],
+        atol=DTYPES[dtype] * max(1.0, b.float().abs().max().item() if b.numel() else 1),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,16 +63,28 @@ def close(a, b, dtype):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_fast_kernels_agree_with_the_definition(shape, repeated, dtype):
     values, indices, x, weight = inputs(shape, dtype, repeated=repeated)
-    close(fast.gather_sum(values, indices, weight), reference.gather_sum(values, indices, weight), dtype)
+    close(
+        fast.gather_sum(values, indices, weight),
+        reference.gather_sum(values, indices, weight),
+        dtype,
+    )
     close(fast.gather_dot(x, indices, weight), reference.gather_dot(x, indices, weight), dtype)
-    if dtype != torch.bfloat16:  # the definition adds up in bfloat16, which is worse than the fast copy
-        close(fast.scatter_outer(values, indices, x, len(weight)), reference.scatter_outer(values, indices, x, len(weight)), dtype)
+    if (
+        dtype != torch.bfloat16
+    ):  # the definition adds up in bfloat16, which is worse than the fast copy
+        close(
+            fast.scatter_outer(values, indices, x, len(weight)),
+            reference.scatter_outer(values, indices, x, len(weight)),
+            dtype,
+        )
 
 
 def test_fast_weight_gradient_in_bfloat16_is_near_that_in_float32():
     values, indices, x, weight = inputs((9, 3, 12, 5), torch.bfloat16)
     exact = reference.scatter_outer(values.float(), indices, x.float(), 12)
-    torch.testing.assert_close(fast.scatter_outer(values, indices, x, 12).float(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        fast.scatter_outer(values, indices, x, 12).float(), exact, rtol=2e-2, atol=2e-2
+    )
 
 
 @pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
@@ -64,32 +93,55 @@ def test_definition_agrees_with_dense_matrices(kernel, shape):
     values, indices, x, weight = inputs(shape, repeated=True)
     dense = torch.zeros(len(x), len(weight), dtype=torch.float64).scatter_add_(1, indices, values)
     torch.testing.assert_close(kernel.gather_sum(values, indices, weight), dense @ weight)
-    torch.testing.assert_close(kernel.gather_dot(x, indices, weight), (x @ weight.T).gather(1, indices))
+    torch.testing.assert_close(
+        kernel.gather_dot(x, indices, weight), (x @ weight.T).gather(1, indices)
+    )
     torch.testing.assert_close(kernel.scatter_outer(values, indices, x, len(weight)), dense.T @ x)
 
 
 @pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
-@given(b=st.integers(1, 9), k=st.integers(1, 6), n=st.integers(6, 40), d=st.integers(1, 9), seed=st.integers(0, 999))
+@given(
+    b=st.integers(1, 9),
+    k=st.integers(1, 6),
+    n=st.integers(6, 40),
+    d=st.integers(1, 9),
+    seed=st.integers(0, 999),
+)
 def test_gather_sum_and_gather_dot_are_adjoint(kernel, b, k, n, d, seed):
     values, indices, x, weight = inputs((b, k, n, d), seed=seed)
     forward = (kernel.gather_sum(values, indices, weight) * x).sum()
     torch.testing.assert_close(forward, (values * kernel.gather_dot(x, indices, weight)).sum())
-    torch.testing.assert_close(forward, (kernel.scatter_outer(values, indices, x, n) * weight).sum())
+    torch.testing.assert_close(
+        forward, (kernel.scatter_outer(values, indices, x, n) * weight).sum()
+    )
 
 
 # ---- the selection
 
 
-@given(n=st.sampled_from([1, 5, 16, 17, 127, 128, 256, 257, 512, 1024]), k=st.integers(1, 6), seed=st.integers(0, 999),
-       levels=st.sampled_from([1, 2, 5, 0]))
+@given(
+    n=st.sampled_from([1, 5, 16, 17, 127, 128, 256, 257, 512, 1024]),
+    k=st.integers(1, 6),
+    seed=st.integers(0, 999),
+    levels=st.sampled_from([1, 2, 5, 0]),
+)
 def test_topk_is_exact_with_ties_and_any_width(n, k, seed, levels):
     k = min(k, n)
     make = torch.Generator().manual_seed(seed)
-    pre = torch.randn(4, n, generator=make) if not levels else torch.randint(levels, (4, n), generator=make).float()
+    pre = (
+        torch.randn(4, n, generator=make)
+        if not levels
+        else torch.randint(levels, (4, n), generator=make).float()
+    )
     indices = fast.topk(pre, k)
     assert indices.shape == (4, k) and indices.min() >= 0 and indices.max() < n
     assert all(len(set(row)) == k for row in indices.tolist()), "an index was chosen twice"
-    torch.testing.assert_close(pre.gather(1, indices).sort(1).values, pre.topk(k, dim=1).values.sort(1).values, rtol=0, atol=0)
+    torch.testing.assert_close(
+        pre.gather(1, indices).sort(1).values,
+        pre.topk(k, dim=1).values.sort(1).values,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_topk_by_groups_is_what_runs_on_wide_rows_and_agrees_with_the_definition(monkeypatch):
@@ -97,7 +149,11 @@ def test_topk_by_groups_is_what_runs_on_wide_rows_and_agrees_with_the_definition
     pre[:, 7 * 128 : 7 * 128 + 20] += 10  # the largest lie in the same sixteenth of the row
     widths = []
     whole = torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda self, *a, **kw: widths.append(self.shape[-1]) or whole(self, *a, **kw))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "topk",
+        lambda self, *a, **kw: widths.append(self.shape[-1]) or whole(self, *a, **kw),
+    )
     indices = fast.topk(pre, 16)
     assert max(widths) < 2048, "the two-stage selection was not used"
     assert torch.equal(indices.sort(1).values, reference.topk(pre, 16).sort(1).values)
@@ -115,7 +171,9 @@ def test_topk_carries_no_gradient():
 
 def test_using_reference_switches_and_switches_back(monkeypatch):
     calls = []
-    monkeypatch.setattr(reference, "gather_sum", lambda *a: calls.append("reference") or torch.zeros(1, 1))
+    monkeypatch.setattr(
+        reference, "gather_sum", lambda *a: calls.append("reference") or torch.zeros(1, 1)
+    )
     monkeypatch.setattr(fast, "gather_sum", lambda *a: calls.append("fast") or torch.zeros(1, 1))
     one = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)
     with pytest.raises(KeyError, match="stop"):
@@ -140,7 +198,9 @@ def test_gather_sum_passes_gradcheck_for_values_and_weight(kernel, shape, repeat
     values, indices, _, weight = inputs(shape, repeated=repeated)
     values.requires_grad_(), weight.requires_grad_()
     with kernels.using(kernel):
-        assert torch.autograd.gradcheck(lambda v, w: kernels.gather_sum(v, indices, w), (values, weight))
+        assert torch.autograd.gradcheck(
+            lambda v, w: kernels.gather_sum(v, indices, w), (values, weight)
+        )
 
 
 @both
@@ -148,7 +208,10 @@ def test_gather_sum_passes_gradcheck_for_values_and_weight(kernel, shape, repeat
 @pytest.mark.parametrize("shape", [(4, 3, 9, 5), (3, 1, 5, 4), (2, 4, 4, 3)], ids=str)
 def test_selected_passes_gradcheck_for_x_b_pre_W_enc_and_b_enc(kernel, shape, given_pre_acts):
     _, indices, x, weight = inputs(shape)
-    b_pre, b_enc = torch.randn(shape[3], dtype=torch.float64), torch.randn(shape[2], dtype=torch.float64)
+    b_pre, b_enc = (
+        torch.randn(shape[3], dtype=torch.float64),
+        torch.randn(shape[2], dtype=torch.float64),
+    )
     every = [x, b_pre, weight, b_enc]
 
     def chosen(x, b_pre, W_enc, b_enc):
@@ -166,18 +229,26 @@ def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
     b, k, n, d = shape
     _, indices, x, W_enc = inputs(shape, seed=1)
     make = torch.Generator().manual_seed(2)
-    W_dec, b_enc, b_pre = (torch.randn(*size, generator=make, dtype=torch.float64) for size in ((n, d), (n,), (d,)))
+    W_dec, b_enc, b_pre = (
+        torch.randn(*size, generator=make, dtype=torch.float64) for size in ((n, d), (n,), (d,))
+    )
     every = [tensor.requires_grad_() for tensor in (x, b_pre, W_enc, b_enc, W_dec)]
     target = torch.randn(b, d, generator=make, dtype=torch.float64)
 
     dense = (x - b_pre) @ W_enc.T + b_enc
     mask = torch.zeros(b, n, dtype=torch.float64).scatter_(1, indices, 1.0)
-    expected = torch.autograd.grad(((torch.relu(dense) * mask) @ W_dec + b_pre - target).square().sum(), every)
+    expected = torch.autograd.grad(
+        ((torch.relu(dense) * mask) @ W_dec + b_pre - target).square().sum(), every
+    )
     with kernels.using(kernel):
         values = torch.relu(kernels.selected(x, b_pre, W_enc, b_enc, indices, dense.detach()))
-        got = torch.autograd.grad((kernels.gather_sum(values, indices, W_dec) + b_pre - target).square().sum(), every)
+        got = torch.autograd.grad(
+            (kernels.gather_sum(values, indices, W_dec) + b_pre - target).square().sum(), every
+        )
     for name, ours, theirs in zip(("x", "b_pre", "W_enc", "b_enc", "W_dec"), got, expected):
-        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"gradient of {name}: {text}")
+        torch.testing.assert_close(
+            ours, theirs, msg=lambda text, name=name: f"gradient of {name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("piece", [1, 5, 15, 16, 1024])
@@ -211,7 +282,7 @@ def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
 def cache(monkeypatch, tmp_path):
     """Return a new cache, in which building a library is writing a line."""
     compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\nwhile [ \"$1\" != -o ]; do shift; done; echo built > \"$2\"\n")
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo built > "$2"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -36,7 +36,10 @@ def test_splits_of_the_text_are_disjoint_and_in_their_shares(names):
 def test_the_text_is_the_standard_library_and_nothing_of_installed_packages(names):
     root = Path(sysconfig.get_paths()["stdlib"])
     every = [name for split in names.values() for name in split]
-    assert all(name.endswith(".py") and not Path(name).is_absolute() and (root / name).is_file() for name in every)
+    assert all(
+        name.endswith(".py") and not Path(name).is_absolute() and (root / name).is_file()
+        for name in every
+    )
     assert not any(set(Path(name).parts) & EXCLUDED for name in every)
     assert not any("site-packages" in name or "torch" in Path(name).parts for name in every)
     assert {"argparse.py", "json/decoder.py"} <= set(every)
@@ -45,7 +48,13 @@ def test_the_text_is_the_standard_library_and_nothing_of_installed_packages(name
 def test_a_file_never_changes_sides(names):
     """It goes by a hash of its path alone: these must hold on any machine and for any version of Python."""
     where = {name: split for split, part in names.items() for name in part}
-    sides = {"argparse.py": "train", "json/decoder.py": "held-out", "ast.py": "held-out", "heapq.py": "train", "typing.py": "train"}
+    sides = {
+        "argparse.py": "train",
+        "json/decoder.py": "held-out",
+        "ast.py": "held-out",
+        "heapq.py": "train",
+        "typing.py": "train",
+    }
     assert {name: where[name] for name in sides} == sides
 
 
@@ -60,9 +69,14 @@ def test_documents_are_text_with_unix_line_ends():
 
 
 def test_an_unknown_split_or_size_is_named():
-    with pytest.raises(ValueError, match="split 'test' of the built-in text does not exist; there are train, validation, held-out"):
+    with pytest.raises(
+        ValueError,
+        match="split 'test' of the built-in text does not exist; there are train, validation, held-out",
+    ):
         next(pylm.documents("test"))
-    with pytest.raises(ValueError, match=r"built-in model '1b' does not exist; there are 0\.3m, 1\.9m, 7\.6m"):
+    with pytest.raises(
+        ValueError, match=r"built-in model '1b' does not exist; there are 0\.3m, 1\.9m, 7\.6m"
+    ):
         pylm.folder("1b")
     assert pylm.folder() == pylm.folder(pylm.DEFAULT) and pylm.DEFAULT in pylm.SIZES
 
@@ -70,7 +84,10 @@ def test_an_unknown_split_or_size_is_named():
 def test_the_tokenizer_gives_source_code_back(lm):
     for _, source in itertools.islice(pylm.documents("held-out"), 15):
         ids = lm.tokenizer(source, add_special_tokens=False, verbose=False)["input_ids"]
-        assert lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == source and max(ids) < lm.vocab
+        assert (
+            lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == source
+            and max(ids) < lm.vocab
+        )
     for text in ("\tif x:\n        return 'é😀'\n", "   \n\n", "a  b", "\x00\x7f"):
         ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
         assert lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

@@ -36,13 +36,23 @@ class Page(HTMLParser):
         self.declared = decl
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, {key: value or "" for key, value in attrs}, inside=[other.name for other in self.open])
+        element = Element(
+            tag,
+            {key: value or "" for key, value in attrs},
+            inside=[other.name for other in self.open],
+        )
         self.elements.append(element)
         if tag not in VOID:
             self.open.append(element)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(Element(tag, {key: value or "" for key, value in attrs}, inside=[other.name for other in self.open]))
+        self.elements.append(
+            Element(
+                tag,
+                {key: value or "" for key, value in attrs},
+                inside=[other.name for other in self.open],
+            )
+        )
 
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open[-1].name != tag:
@@ -55,8 +65,12 @@ class Page(HTMLParser):
             element.text += data
 
     def all(self, name: str, **attributes: str) -> list[Element]:
-        return [element for element in self.elements if element.name == name
-                and all(element.attributes.get(key) == value for key, value in attributes.items())]
+        return [
+            element
+            for element in self.elements
+            if element.name == name
+            and all(element.attributes.get(key) == value for key, value in attributes.items())
+        ]
 
     @property
     def text(self) -> str:

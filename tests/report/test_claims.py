@@ -28,25 +28,42 @@ def changed(run, name: str, changes: dict) -> Source:
     return Source(run)
 
 
-@pytest.mark.parametrize("value, se, said", [
-    (2.1, 1.0, "holds"), (-2.1, 1.0, "does not hold"), (2.0, 1.0, "unclear"), (-2.0, 1.0, "unclear"), (0.0, 0.0, "unclear"), (0.1, 0.0, "holds"),
-    (9.0, None, "unclear")])
+@pytest.mark.parametrize(
+    "value, se, said",
+    [
+        (2.1, 1.0, "holds"),
+        (-2.1, 1.0, "does not hold"),
+        (2.0, 1.0, "unclear"),
+        (-2.0, 1.0, "unclear"),
+        (0.0, 0.0, "unclear"),
+        (0.1, 0.0, "holds"),
+        (9.0, None, "unclear"),
+    ],
+)
 def test_a_claim_is_decided_at_two_standard_errors(value, se, said) -> None:
     assert verdict(Number(value, se)) == said
 
 
 def test_all_claims_hold_for_numbers_that_are_good(make_run) -> None:
     found = claims.judged(Source(make_run()))
-    assert [claim.verdict for claim in found] == ["holds"] * len(AGAINST) and not any(claim.meaning for claim in found)
+    assert [claim.verdict for claim in found] == ["holds"] * len(AGAINST) and not any(
+        claim.meaning for claim in found
+    )
     assert claims.tally(found) == "6 of 6 hold"
 
 
 @pytest.mark.parametrize("index", range(len(AGAINST)))
 def test_a_claim_that_does_not_hold_says_what_that_means(make_run, index) -> None:
     found = claims.judged(changed(make_run(), *AGAINST[index]))
-    assert [claim.verdict for claim in found] == ["does not hold" if i == index else "holds" for i in range(len(AGAINST))]
+    assert [claim.verdict for claim in found] == [
+        "does not hold" if i == index else "holds" for i in range(len(AGAINST))
+    ]
     otherwise = claims.CLAIMS[index].otherwise
-    assert found[index].meaning == otherwise if isinstance(otherwise, str) else "later predictions" in found[index].meaning
+    assert (
+        found[index].meaning == otherwise
+        if isinstance(otherwise, str)
+        else "later predictions" in found[index].meaning
+    )
     assert claims.tally(found) == "5 of 6 hold, 1 does not"
 
 
@@ -61,13 +78,19 @@ def test_a_claim_whose_numbers_have_large_errors_is_unclear(make_run, index) -> 
 @pytest.mark.parametrize("index", range(len(AGAINST)))
 def test_a_claim_without_its_numbers_is_not_made(make_run, index) -> None:
     name, changes = AGAINST[index]
-    found = claims.judged(changed(make_run(), name, {key: {"value": None, "se": None} for key in changes}))
-    assert [claim.says for claim in found] == [claim.says for i, claim in enumerate(claims.CLAIMS) if i != index]
+    found = claims.judged(
+        changed(make_run(), name, {key: {"value": None, "se": None} for key in changes})
+    )
+    assert [claim.says for claim in found] == [
+        claim.says for i, claim in enumerate(claims.CLAIMS) if i != index
+    ]
 
 
 def test_evaluations_that_were_not_run_claim_nothing(make_run) -> None:
     assert claims.judged(Source(make_run("a", evals=()))) == []
-    assert [claim.says for claim in claims.judged(Source(make_run("b", evals=("ablation",))))] == [claims.CLAIMS[-1].says]
+    assert [claim.says for claim in claims.judged(Source(make_run("b", evals=("ablation",))))] == [
+        claims.CLAIMS[-1].says
+    ]
 
 
 def test_numbers_without_a_standard_error_decide_nothing(make_run) -> None:
@@ -77,29 +100,58 @@ def test_numbers_without_a_standard_error_decide_nothing(make_run) -> None:
 
 def test_a_claims_numbers_are_the_results(make_run) -> None:
     said = " ".join(claim.numbers for claim in claims.judged(Source(make_run())))
-    for number in ("0.163 ± 0.006 nats per token, 4.7 % of the mean activation’s 3.47",
-                   "Probe loss 0.410 with its latents, 0.500 with channels: a gain of 0.090 ± 0.004 nats", "0.520 with random latents",
-                   "31.0 % ± 1.0; with another latent’s patterns 1.4 % ± 0.5", "73.0 % ± 1.0; with another latent’s patterns 0.8 % ± 0.2",
-                   "12.0 % ± 1.0 of the logits for a latent, 40.0 % ± 1.0 for a channel; the paired difference is 28.0 % ± 1.0"):
+    for number in (
+        "0.163 ± 0.006 nats per token, 4.7 % of the mean activation’s 3.47",
+        "Probe loss 0.410 with its latents, 0.500 with channels: a gain of 0.090 ± 0.004 nats",
+        "0.520 with random latents",
+        "31.0 % ± 1.0; with another latent’s patterns 1.4 % ± 0.5",
+        "73.0 % ± 1.0; with another latent’s patterns 0.8 % ± 0.2",
+        "12.0 % ± 1.0 of the logits for a latent, 40.0 % ± 1.0 for a channel; the paired difference is 28.0 % ± 1.0",
+    ):
         assert number in said
 
 
 def test_the_error_of_a_difference_is_never_too_small() -> None:
     """Two numbers of the same latents may hang together in any way; the sum of their errors covers all."""
     assert claims.less(Number(3, 1), Number(1, 2)) == Number(2, 3)
-    assert claims.less(Number(3, None), Number(1, 2)) == Number(2, None) and claims.less(None, Number(1, 2)) is None
+    assert (
+        claims.less(Number(3, None), Number(1, 2)) == Number(2, None)
+        and claims.less(None, Number(1, 2)) is None
+    )
 
 
-@pytest.mark.parametrize("verdicts, words", [
-    (["holds", "unclear"], "1 of 2 hold, 1 cannot be told"), (["does not hold"] * 2, "0 of 2 hold, 2 do not"),
-    (["holds", "does not hold", "unclear"], "1 of 3 hold, 1 does not, 1 cannot be told")])
+@pytest.mark.parametrize(
+    "verdicts, words",
+    [
+        (["holds", "unclear"], "1 of 2 hold, 1 cannot be told"),
+        (["does not hold"] * 2, "0 of 2 hold, 2 do not"),
+        (["holds", "does not hold", "unclear"], "1 of 3 hold, 1 does not, 1 cannot be told"),
+    ],
+)
 def test_the_claims_are_counted_in_words(verdicts, words) -> None:
     assert claims.tally([claims.Judged("", verdict, "", "") for verdict in verdicts]) == words
 
 
-@pytest.mark.parametrize("here, words", [(0.013, "does matter to less of the vocabulary"), (0.0001, "matters to no less of the vocabulary")])
-def test_a_latent_that_is_less_sparse_than_a_channel_is_explained_by_its_parts(make_run, here, words):
-    changes = {"difference": estimate(-0.02, 0.001), "difference_here": estimate(here, 0.001), "later": estimate(0.16), "channel_later": estimate(0.14)}
+@pytest.mark.parametrize(
+    "here, words",
+    [
+        (0.013, "does matter to less of the vocabulary"),
+        (0.0001, "matters to no less of the vocabulary"),
+    ],
+)
+def test_a_latent_that_is_less_sparse_than_a_channel_is_explained_by_its_parts(
+    make_run, here, words
+):
+    changes = {
+        "difference": estimate(-0.02, 0.001),
+        "difference_here": estimate(here, 0.001),
+        "later": estimate(0.16),
+        "channel_later": estimate(0.14),
+    }
     found = claims.judged(changed(make_run(), "ablation", changes))[-1]
     assert found.verdict == "does not hold"
-    assert words in found.meaning and "16 % of a latent’s squared effect falls on later predictions, 14 % of a channel’s" in found.meaning
+    assert (
+        words in found.meaning
+        and "16 % of a latent’s squared effect falls on later predictions, 14 % of a channel’s"
+        in found.meaning
+    )

@@ -13,21 +13,37 @@ import pytest
 from ksparse.report import figures
 from ksparse.report.source import Number
 
-from .conftest import ABLATION, EDGES, K, STATS, metrics
+from .conftest import ABLATION, EDGES, STATS, K, metrics
 
 
 def all_pictures() -> list[figures.Picture]:
     histogram = STATS["density_histogram"]
-    return [*figures.training(metrics(), K, 0.096), figures.density(histogram["edges"], histogram["counts"], 1 / 16),
-            figures.cosines(np.linspace(-0.1, 1, 50)), figures.explained({"clean": Number(2, 0.1), "n2g": Number(4, 0.1), "zero": None}, "n2g"),
-            figures.patterns(np.linspace(0, 1, 9), np.linspace(1, 0, 9), {"mean": (Number(0.5), Number(0.5)), "wrong": (Number(0.01), None)}),
-            figures.effects(ABLATION["histogram"], ABLATION["channel_histogram"]), figures.tasks(rows(5))]
+    return [
+        *figures.training(metrics(), K, 0.096),
+        figures.density(histogram["edges"], histogram["counts"], 1 / 16),
+        figures.cosines(np.linspace(-0.1, 1, 50)),
+        figures.explained({"clean": Number(2, 0.1), "n2g": Number(4, 0.1), "zero": None}, "n2g"),
+        figures.patterns(
+            np.linspace(0, 1, 9),
+            np.linspace(1, 0, 9),
+            {"mean": (Number(0.5), Number(0.5)), "wrong": (Number(0.01), None)},
+        ),
+        figures.effects(ABLATION["histogram"], ABLATION["channel_histogram"]),
+        figures.tasks(rows(5)),
+    ]
 
 
 def rows(count: int, loss: float | None = 0.3) -> list[tuple[str, str, dict[str, Number | None]]]:
     """Return tasks as the figure takes them."""
-    return [(f"task {i}", str(i), {key: Number(0.6, 0.02) for key, *_ in figures.PROBES} | {"loss": None if loss is None else Number(loss, 0.01)})
-            for i in range(count)]
+    return [
+        (
+            f"task {i}",
+            str(i),
+            {key: Number(0.6, 0.02) for key, *_ in figures.PROBES}
+            | {"loss": None if loss is None else Number(loss, 0.01)},
+        )
+        for i in range(count)
+    ]
 
 
 def test_each_figure_is_xml_with_text_as_text_and_without_metadata() -> None:
@@ -35,7 +51,11 @@ def test_each_figure_is_xml_with_text_as_text_and_without_metadata() -> None:
         root = ElementTree.fromstring(picture.svg)
         assert root.tag.endswith("svg")
         assert "".join(root.itertext()).strip()
-        assert "metadata" not in picture.svg and "Matplotlib" not in picture.svg and "DejaVu" not in picture.svg
+        assert (
+            "metadata" not in picture.svg
+            and "Matplotlib" not in picture.svg
+            and "DejaVu" not in picture.svg
+        )
 
 
 def test_ids_are_unique_over_all_figures_of_a_page() -> None:
@@ -49,26 +69,43 @@ def test_colours_on_a_page_are_the_pages() -> None:
     for picture in all_pictures():
         assert "currentColor" in picture.inline and "var(--first)" in picture.inline
         assert not re.search("#[0-9a-f]{6}", picture.inline)
-        assert 'role="img"' in picture.inline and "aria-label" in picture.inline and "xmlns" not in picture.inline
+        assert (
+            'role="img"' in picture.inline
+            and "aria-label" in picture.inline
+            and "xmlns" not in picture.inline
+        )
 
 
 def test_a_label_is_escaped() -> None:
     picture = figures.Picture("x", '<svg width="1"></svg>', '"><script>', "", "a & b")
-    assert picture.inline == '<svg role="img" aria-label="&#34;&gt;&lt;script&gt;. a &amp; b" focusable="false"></svg>'
+    assert (
+        picture.inline
+        == '<svg role="img" aria-label="&#34;&gt;&lt;script&gt;. a &amp; b" focusable="false"></svg>'
+    )
 
 
 def test_runs_without_anything_to_draw_have_no_figures() -> None:
     assert figures.training([], K, None) == []
     assert figures.density([], [], 0.1) is None and figures.density([0, 1], [0], 0.1) is None
     assert figures.cosines(np.array([])) is None
-    assert figures.explained({"clean": Number(2), "n2g": None}, "n2g") is None and figures.explained({"n2g": Number(2)}, "n2g") is None
-    assert figures.patterns(np.array([]), np.array([]), {}) is None and figures.patterns(np.ones(2), np.full(2, np.nan), {}) is None
+    assert (
+        figures.explained({"clean": Number(2), "n2g": None}, "n2g") is None
+        and figures.explained({"n2g": Number(2)}, "n2g") is None
+    )
+    assert (
+        figures.patterns(np.array([]), np.array([]), {}) is None
+        and figures.patterns(np.ones(2), np.full(2, np.nan), {}) is None
+    )
     assert figures.tasks([]) is None and figures.tasks(rows(3, loss=None)) is None
 
 
 def test_one_line_of_metrics_and_null_values_can_be_drawn() -> None:
     one = [{**metrics(1)[0], "nmse": None}]
-    assert [picture.name for picture in figures.training(one, K, 0.1)] == ["training-dead", "training-steps", "training-l0"]
+    assert [picture.name for picture in figures.training(one, K, 0.1)] == [
+        "training-dead",
+        "training-steps",
+        "training-l0",
+    ]
     assert len(figures.training(metrics(2), K, None)) == 4
 
 
@@ -78,17 +115,31 @@ def test_labels_say_where_a_curve_began_and_ended() -> None:
 
 
 def test_matplotlib_settings_and_pyplot_are_left_alone() -> None:
-    code = ("import matplotlib, sys; matplotlib.rcParams['font.size'] = 33; before = matplotlib.rcParams.copy();"
-            "from ksparse.report import figures; figures.cosines(__import__('numpy').ones(3));"
-            "assert matplotlib.rcParams.copy() == before; assert 'matplotlib.pyplot' not in sys.modules")
+    code = (
+        "import matplotlib, sys; matplotlib.rcParams['font.size'] = 33; before = matplotlib.rcParams.copy();"
+        "from ksparse.report import figures; figures.cosines(__import__('numpy').ones(3));"
+        "assert matplotlib.rcParams.copy() == before; assert 'matplotlib.pyplot' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("change", [{}, {"edges": EDGES[1:]}, {"counts": [0] * 40}, {"counts": None}, {"edges": [2 * edge for edge in EDGES]},
-                                    {"counts": [*ABLATION["histogram"]["counts"][:-1], None]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"edges": EDGES[1:]},
+        {"counts": [0] * 40},
+        {"counts": None},
+        {"edges": [2 * edge for edge in EDGES]},
+        {"counts": [*ABLATION["histogram"]["counts"][:-1], None]},
+    ],
+)
 def test_histograms_that_cannot_be_compared_are_not_drawn(change) -> None:
     other = ABLATION["channel_histogram"] | change if change else {}
-    assert figures.effects(ABLATION["histogram"], other) is None and figures.effects(other, ABLATION["histogram"]) is None
+    assert (
+        figures.effects(ABLATION["histogram"], other) is None
+        and figures.effects(other, ABLATION["histogram"]) is None
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 61])
@@ -96,33 +147,50 @@ def test_tasks_have_a_line_each_of_the_same_height(count) -> None:
     picture = figures.tasks(rows(count))
     root = ElementTree.fromstring(picture.svg)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert [text for text in texts if text.startswith("task ")] == [f"task {i}" for i in range(count)]
+    assert [text for text in texts if text.startswith("task ")] == [
+        f"task {i}" for i in range(count)
+    ]
     assert all(texts.count(str(i)) >= 1 for i in range(count))
     height = float(root.attrib["viewBox"].split()[3])
     assert height == pytest.approx(72 * (1.4 + 0.185 * count))
-    at = [float(match) for match in re.findall(r'translate\(\S+ ([\d.]+)\)[^>]*>task ', picture.svg)] or [
-        float(match) for match in re.findall(r'y="([\d.]+)"[^>]*>task ', picture.svg)]
-    assert len(at) == count and all(after - before > 9 for before, after in zip(at, at[1:]))  # points; the text is 8 high
+    at = [
+        float(match) for match in re.findall(r"translate\(\S+ ([\d.]+)\)[^>]*>task ", picture.svg)
+    ] or [float(match) for match in re.findall(r'y="([\d.]+)"[^>]*>task ', picture.svg)]
+    assert len(at) == count and all(
+        after - before > 9 for before, after in zip(at, at[1:])
+    )  # points; the text is 8 high
 
 
 def test_names_of_tasks_are_neither_formulas_nor_markup_nor_endless() -> None:
     names = ["$\\frac{$", "<script>", "\u202eevil", "語" * 10, "x" * 10_000, "a & b"]
-    picture = figures.tasks([(name, end, losses) for name, (_, end, losses) in zip(names, rows(len(names)))])
-    texts = [text.text for text in ElementTree.fromstring(picture.svg).iter("{http://www.w3.org/2000/svg}text")]
+    picture = figures.tasks(
+        [(name, end, losses) for name, (_, end, losses) in zip(names, rows(len(names)))]
+    )
+    texts = [
+        text.text
+        for text in ElementTree.fromstring(picture.svg).iter("{http://www.w3.org/2000/svg}text")
+    ]
     assert {"$\\frac{$", "<script>", "⟨U+202E⟩evil", "語" * 10, "a & b"} <= set(texts)
     assert max(map(len, texts)) < 80 and "\u202e" not in picture.svg
     assert "<script" not in picture.inline
 
 
 def test_explanations_are_drawn_among_the_losses_in_their_order() -> None:
-    picture = figures.explained({"zero": Number(9, 0.1), "n2g": Number(4.5, None), "clean": Number(2, 0)}, "n2g")
+    picture = figures.explained(
+        {"zero": Number(9, 0.1), "n2g": Number(4.5, None), "clean": Number(2, 0)}, "n2g"
+    )
     assert picture.label == "clean 2.00; n2g 4.50; zero 9.00 nats."
-    assert figures.explained({"clean": Number(2), "n2g": Number(2)}, "n2g") is not None  # all the same
+    assert (
+        figures.explained({"clean": Number(2), "n2g": Number(2)}, "n2g") is not None
+    )  # all the same
 
 
 def test_latents_without_a_precision_are_counted_not_drawn() -> None:
     picture = figures.patterns(np.array([0.5, 0.25, 0.1]), np.array([1, np.nan, np.nan]), {})
-    assert "2 latents whose patterns predicted nothing are left out" in picture.caption and picture.label.startswith("1 latents")
+    assert (
+        "2 latents whose patterns predicted nothing are left out" in picture.caption
+        and picture.label.startswith("1 latents")
+    )
 
 
 # ---- values on hover
@@ -131,25 +199,40 @@ def test_latents_without_a_precision_are_counted_not_drawn() -> None:
 def spots(picture) -> list[tuple[str, dict[str, str]]]:
     """Return the words of each place that says something, and its shape's attributes."""
     space = "{http://www.w3.org/2000/svg}"
-    groups = [group for group in ElementTree.fromstring(picture.svg).iter(f"{space}g") if group.get("class") == "spot"]
-    assert all([child.tag.removeprefix(space) for child in group] in (["title", "path"], ["title", "circle"]) for group in groups)
+    groups = [
+        group
+        for group in ElementTree.fromstring(picture.svg).iter(f"{space}g")
+        if group.get("class") == "spot"
+    ]
+    assert all(
+        [child.tag.removeprefix(space) for child in group]
+        in (["title", "path"], ["title", "circle"])
+        for group in groups
+    )
     return [(group[0].text, group[1].attrib) for group in groups]
 
 
 def test_every_figure_says_its_values_on_hover() -> None:
     for picture in all_pictures():
         found = spots(picture)
-        assert found and all(shape["fill"] == "none" and shape["pointer-events"] == "all" for _, shape in found), picture.name
+        assert found and all(
+            shape["fill"] == "none" and shape["pointer-events"] == "all" for _, shape in found
+        ), picture.name
         assert 'id="spot' not in picture.svg
 
 
 def test_a_bar_says_its_range_and_count_and_an_empty_one_nothing() -> None:
     picture = figures.density([-3.0, -2.0, -1.0, 0.0], [5, 0, 7], 0.1)
-    assert [words for words, _ in spots(picture)] == ["density 0.10 % to 1.0 %: 5 latents", "density 10 % to 100 %: 7 latents"]
+    assert [words for words, _ in spots(picture)] == [
+        "density 0.10 % to 1.0 %: 5 latents",
+        "density 10 % to 100 %: 7 latents",
+    ]
 
 
 def test_a_long_curve_says_some_of_its_values_and_its_last() -> None:
-    picture = figures.error_curve([{"tokens": 10 * i, "nmse": 1 / i} for i in range(1, 2_001)], None)
+    picture = figures.error_curve(
+        [{"tokens": 10 * i, "nmse": 1 / i} for i in range(1, 2_001)], None
+    )
     words = [words for words, _ in spots(picture)]
     assert len(words) == 120 and words[0] == "10 tokens: 1" and words[-1] == "20,000 tokens: 0.0005"
 

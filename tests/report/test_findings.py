@@ -18,15 +18,20 @@ from .conftest import DEAD, PROBES, WORDS, ablation_arrays, estimate, n2g_arrays
 DEF, OPEN, SPACES, ANY = WORDS.index("def"), WORDS.index("("), WORDS.index("\n    "), -1
 
 
-def explained(run, patterns: list[tuple[list[int], bool, float, int]], *, latent: int = 7, **arrays) -> Explanations:
+def explained(
+    run, patterns: list[tuple[list[int], bool, float, int]], *, latent: int = 7, **arrays
+) -> Explanations:
     """Return the reader of a run in which one latent has these patterns, between others."""
     made = [([1], False, 1.0, 1), *patterns, ([2], False, 1.0, 1)]
-    found = {**n2g_arrays(), "pattern_latent": np.array([latent - 1, *[latent] * len(patterns), latent + 1], np.int32),
-             "pattern_start": np.array([0, *np.cumsum([len(tokens) for tokens, *_ in made])], np.int32),
-             "pattern_tokens": np.array([token for tokens, *_ in made for token in tokens], np.int32),
-             "pattern_anchored": np.array([anchored for _, anchored, _, _ in made]),
-             "pattern_value": np.array([value for *_, value, _ in made], np.float32),
-             "pattern_support": np.array([support for *_, support in made], np.int32)} | arrays
+    found = {
+        **n2g_arrays(),
+        "pattern_latent": np.array([latent - 1, *[latent] * len(patterns), latent + 1], np.int32),
+        "pattern_start": np.array([0, *np.cumsum([len(tokens) for tokens, *_ in made])], np.int32),
+        "pattern_tokens": np.array([token for tokens, *_ in made for token in tokens], np.int32),
+        "pattern_anchored": np.array([anchored for _, anchored, _, _ in made]),
+        "pattern_value": np.array([value for *_, value, _ in made], np.float32),
+        "pattern_support": np.array([support for *_, support in made], np.int32),
+    } | arrays
     save_file(found, run.path / "evals" / "n2g.safetensors")
     return findings.explanations(Source(run))
 
@@ -36,13 +41,20 @@ def shown(explanation: findings.Explanation) -> list[str]:
 
 
 def test_a_pattern_reads_like_the_text_it_matches(make_run) -> None:
-    found = explained(make_run(), [([DEF, ANY, OPEN], False, 0.83, 5), ([SPACES], True, 0.5, 3)]).of(7)
+    found = explained(
+        make_run(), [([DEF, ANY, OPEN], False, 0.83, 5), ([SPACES], True, 0.5, 3)]
+    ).of(7)
     assert shown(found) == ['"def" * "("', '^ "↵····"']
-    assert [(pattern.value, pattern.support) for pattern in found.patterns] == [(pytest.approx(0.83), 5), (0.5, 3)]
+    assert [(pattern.value, pattern.support) for pattern in found.patterns] == [
+        (pytest.approx(0.83), 5),
+        (0.5, 3),
+    ]
 
 
 def test_a_stretch_of_any_token_is_counted(make_run) -> None:
-    assert shown(explained(make_run(), [([DEF, ANY, ANY, ANY, DEF, DEF], False, 1.0, 1)]).of(7)) == ['"def" *×3 "def" "def"']
+    assert shown(
+        explained(make_run(), [([DEF, ANY, ANY, ANY, DEF, DEF], False, 1.0, 1)]).of(7)
+    ) == ['"def" *×3 "def" "def"']
 
 
 def test_the_end_of_a_long_pattern_is_shown(make_run) -> None:
@@ -50,10 +62,29 @@ def test_the_end_of_a_long_pattern_is_shown(make_run) -> None:
     assert [part.text for part in pattern.parts] == ["…", *['"def"', '"("'] * (findings.PARTS // 2)]
 
 
-def test_patterns_with_the_most_examples_are_shown_then_those_with_the_largest_values(make_run) -> None:
-    found = explained(make_run(), [([i], False, value, support) for i, value, support in (
-        (1, 0.1, 1), (2, 0.2, 9), (3, 0.3, 1), (4, 0.4, 1), (5, 0.5, 2), (6, 0.6, 1))]).of(7)
-    assert [(round(pattern.value, 1), pattern.support) for pattern in found.patterns] == [(0.2, 9), (0.5, 2), (0.6, 1), (0.4, 1)]
+def test_patterns_with_the_most_examples_are_shown_then_those_with_the_largest_values(
+    make_run,
+) -> None:
+    found = explained(
+        make_run(),
+        [
+            ([i], False, value, support)
+            for i, value, support in (
+                (1, 0.1, 1),
+                (2, 0.2, 9),
+                (3, 0.3, 1),
+                (4, 0.4, 1),
+                (5, 0.5, 2),
+                (6, 0.6, 1),
+            )
+        ],
+    ).of(7)
+    assert [(round(pattern.value, 1), pattern.support) for pattern in found.patterns] == [
+        (0.2, 9),
+        (0.5, 2),
+        (0.6, 1),
+        (0.4, 1),
+    ]
     assert found.count == 6
 
 
@@ -62,7 +93,10 @@ def test_scores_are_those_of_the_latent_and_none_where_undefined(make_run) -> No
     reader = findings.explanations(Source(run))
     for i in (0, 5):
         assert reader.of(int(arrays["scored"][i])).scores == {
-            name: float(arrays[name][i]) for name in ("precision", "recall", "f1") if np.isfinite(arrays[name][i])}
+            name: float(arrays[name][i])
+            for name in ("precision", "recall", "f1")
+            if np.isfinite(arrays[name][i])
+        }
     assert set(reader.of(int(arrays["scored"][0])).scores) == {"recall"}
 
 
@@ -75,14 +109,27 @@ def test_latents_that_were_neither_explained_nor_scored_have_nothing(make_run) -
 
 def test_only_the_latents_own_patterns_are_read(make_run, monkeypatch) -> None:
     read = []
-    monkeypatch.setattr(Arrays, "_rows", lambda self, name, rows, real=Arrays._rows: read.append((name, rows)) or real(self, name, rows))
+    monkeypatch.setattr(
+        Arrays,
+        "_rows",
+        lambda self, name, rows, real=Arrays._rows: (
+            read.append((name, rows)) or real(self, name, rows)
+        ),
+    )
     findings.explanations(Source(make_run())).of(7)
     whole = {name for name, rows in read if rows == slice(None)}
     assert whole == {"pattern_latent", "scored"} and ("pattern_start", slice(36, 43)) in read
 
 
-@pytest.mark.parametrize("change", [{"pattern_start": np.array([0, 1, 9, 10], np.int32)}, {"pattern_start": np.array([0, 2, 1, 3], np.int32)},
-                                    {"pattern_value": np.zeros(1, np.float32)}, {"pattern_start": np.array([0, -3, -2, 3], np.int32)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern_start": np.array([0, 1, 9, 10], np.int32)},
+        {"pattern_start": np.array([0, 2, 1, 3], np.int32)},
+        {"pattern_value": np.zeros(1, np.float32)},
+        {"pattern_start": np.array([0, -3, -2, 3], np.int32)},
+    ],
+)
 def test_patterns_that_do_not_fit_together_are_refused(make_run, change) -> None:
     reader = explained(make_run(), [([1], False, 1.0, 1)], **change)
     with pytest.raises(CorruptError, match="n2g.safetensors.*run the evaluation again"):
@@ -118,12 +165,28 @@ def test_tokens_that_are_not_moved_and_numbers_that_are_none_are_left_out(make_r
 
 def test_tasks_are_sorted_by_their_gain_and_those_without_one_are_last(make_run) -> None:
     run = make_run()
-    odd = {"null": tasks(1)["task_00"] | {"loss": estimate(None)}, "bare": {}, "wrong": [1],
-           "know nothing": tasks(1)["task_00"] | {"loss": estimate(0.7), "channel_loss": estimate(0.9), "random_sae_loss": estimate(0.9)}}
+    odd = {
+        "null": tasks(1)["task_00"] | {"loss": estimate(None)},
+        "bare": {},
+        "wrong": [1],
+        "know nothing": tasks(1)["task_00"]
+        | {"loss": estimate(0.7), "channel_loss": estimate(0.9), "random_sae_loss": estimate(0.9)},
+    }
     run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": odd | tasks(3)}))
     found = findings.tasks(Source(run))
-    assert [task.name for task in found] == ["task_00", "task_01", "task_02", "know nothing", "bare", "null"]
-    assert found[0].gain == pytest.approx(0.2) and found[3].gain == pytest.approx(0.693 - 0.7) and found[4].gain is None
+    assert [task.name for task in found] == [
+        "task_00",
+        "task_01",
+        "task_02",
+        "know nothing",
+        "bare",
+        "null",
+    ]
+    assert (
+        found[0].gain == pytest.approx(0.2)
+        and found[3].gain == pytest.approx(0.693 - 0.7)
+        and found[4].gain is None
+    )
 
 
 def test_without_probes_there_are_no_tasks(make_run) -> None:
@@ -137,4 +200,9 @@ def test_a_vocabulary_that_is_missing_leaves_ids(make_run) -> None:
     run = make_run()
     run.eval_file("vocabulary").unlink()
     assert shown(explained(run, [([DEF], False, 1.0, 1)]).of(7)) == ['"⟨1⟩"']
-    assert findings.effects(Source(run)).of(int(ablation_arrays()["latent"][0])).up[0][0].startswith("⟨")
+    assert (
+        findings.effects(Source(run))
+        .of(int(ablation_arrays()["latent"][0]))
+        .up[0][0]
+        .startswith("⟨")
+    )

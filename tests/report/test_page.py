@@ -18,16 +18,49 @@ from ksparse.report.numbers import GROUPS
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 
-from .conftest import ABLATION, DEAD, DOWNSTREAM, N2G, PROBES, RESULTS, STATS, WORDS, build, n2g_arrays, tasks
+from .conftest import (
+    ABLATION,
+    DEAD,
+    DOWNSTREAM,
+    N2G,
+    PROBES,
+    RESULTS,
+    STATS,
+    WORDS,
+    build,
+    n2g_arrays,
+    tasks,
+)
 from .reading import Page
 
-ALLOWED = set("""html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
+ALLOWED = set(
+    """html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
               table thead tbody tr th td data details summary pre code figure figcaption strong b mark bdi
-              svg g path defs use rect circle text clippath tspan""".split())
-HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(1)</script>", "' onmouseover='alert(1)",
-           "</span></pre></table><h1>", "<!--<script>", "]]>", "\u202eevil", "\x00", "\ud800", "\u2028", "&lt;b&gt;", "{{ 7 * 7 }}",
-           "{% include 'x' %}", "javascript:alert(1)", "<table>", "<svg onload=alert(1)>", "https://evil.example/x.js",
-           "url(https://evil.example)", "</title><script>alert(1)</script>", "x" * 1_000_000]
+              svg g path defs use rect circle text clippath tspan""".split()
+)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</style><script>alert(1)</script>",
+    "' onmouseover='alert(1)",
+    "</span></pre></table><h1>",
+    "<!--<script>",
+    "]]>",
+    "\u202eevil",
+    "\x00",
+    "\ud800",
+    "\u2028",
+    "&lt;b&gt;",
+    "{{ 7 * 7 }}",
+    "{% include 'x' %}",
+    "javascript:alert(1)",
+    "<table>",
+    "<svg onload=alert(1)>",
+    "https://evil.example/x.js",
+    "url(https://evil.example)",
+    "</title><script>alert(1)</script>",
+    "x" * 1_000_000,
+]
 
 
 def written(run: RunFolder) -> Page:
@@ -41,7 +74,10 @@ def assert_inert(page: Page) -> None:
     for element in page.elements:
         for name, value in element.attributes.items():
             assert not name.startswith("on"), (element.name, name)
-            assert name not in ("src", "srcset", "action", "formaction", "ping", "background"), (element.name, name)
+            assert name not in ("src", "srcset", "action", "formaction", "ping", "background"), (
+                element.name,
+                name,
+            )
             if name in ("href", "xlink:href"):
                 assert value.startswith("#"), value
     ids = [element.attributes["id"] for element in page.elements if "id" in element.attributes]
@@ -65,23 +101,50 @@ def page(whole) -> Page:
 def test_a_run_with_all_results_has_every_section(whole, page) -> None:
     assert_inert(page)
     assert [heading.text for heading in page.all("h2")] == [
-        "What was run", "Is it good?", "What its latents know", "How it trained", "How its codes and latents are", "Its latents", "How to reproduce it"]
+        "What was run",
+        "Is it good?",
+        "What its latents know",
+        "How it trained",
+        "How its codes and latents are",
+        "Its latents",
+        "How to reproduce it",
+    ]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text
     assert sorted(file.name for file in (whole.path / "figures").iterdir()) == sorted(
-        f"{name}.svg" for name in ("training-nmse", "training-dead", "training-steps", "training-l0", "latents-density", "latents-cosine",
-                                   "explained-loss", "n2g-latents", "ablation-sparsity", "probes-tasks"))
+        f"{name}.svg"
+        for name in (
+            "training-nmse",
+            "training-dead",
+            "training-steps",
+            "training-l0",
+            "latents-density",
+            "latents-cosine",
+            "explained-loss",
+            "n2g-latents",
+            "ablation-sparsity",
+            "probes-tasks",
+        )
+    )
     assert len(page.all("svg", role="img")) == 10
 
 
 def test_the_tables_values_are_the_files(page) -> None:
-    table = [float(element.attributes["value"]) for element in page.all("data") if "table" in element.inside]
+    table = [
+        float(element.attributes["value"])
+        for element in page.all("data")
+        if "table" in element.inside
+    ]
     expected = []
     for group in GROUPS:
         for row in group.rows:
             found = RESULTS[group.eval][row.key]
-            expected += [part for part in (found["value"], found["se"]) if part is not None] if isinstance(found, dict) else [found]
+            expected += (
+                [part for part in (found["value"], found["se"]) if part is not None]
+                if isinstance(found, dict)
+                else [found]
+            )
     assert table == expected
 
 
@@ -96,14 +159,27 @@ def test_a_result_of_an_older_checkpoint_says_so(make_run) -> None:
     assert "step 30, though training went on to step 50" in written(run).text
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({}, "each with held-out text, which training never saw."),
-    ({"policy": {"split": "validation"}}, "each with validation text, which training never saw."),
-    ({"policy": {"split": "train"}}, "each with text that it was trained on."),
-    ({"text": "other.txt"}, "each with text of other.txt, which is not what it was trained on.")], ids=str)
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({}, "each with held-out text, which training never saw."),
+        (
+            {"policy": {"split": "validation"}},
+            "each with validation text, which training never saw.",
+        ),
+        ({"policy": {"split": "train"}}, "each with text that it was trained on."),
+        (
+            {"text": "other.txt"},
+            "each with text of other.txt, which is not what it was trained on.",
+        ),
+    ],
+    ids=str,
+)
 def test_the_page_says_which_text_its_numbers_are_of(make_run, changes, says) -> None:
     run = make_run()
-    run.eval_file("stats").write_text(json.dumps(STATS | {"text": run.recipe().acts.text} | changes))
+    run.eval_file("stats").write_text(
+        json.dumps(STATS | {"text": run.recipe().acts.text} | changes)
+    )
     text = written(run).text
     assert says in text and ("training never saw" in text) == ("never saw" in says)
 
@@ -121,7 +197,11 @@ def test_a_missing_result_names_the_command_that_adds_it(make_run, missing) -> N
 def nulled(value):
     """Return a result with null for each number."""
     if isinstance(value, dict):
-        return {"value": None, "se": None} if "value" in value else {key: nulled(item) for key, item in value.items()}
+        return (
+            {"value": None, "se": None}
+            if "value" in value
+            else {key: nulled(item) for key, item in value.items()}
+        )
     return value
 
 
@@ -131,19 +211,35 @@ def test_results_without_a_single_number_make_a_page(make_run) -> None:
         run.eval_file(name).write_text(json.dumps(nulled(result)))
     page = written(run)
     assert_inert(page)
-    assert "What a good autoencoder shows" not in page.text and "nan" not in page.text.lower().replace("nanogpt", "")
-    assert page.all("table", **{"class": "tasks"}) and not any("probes" in svg.attributes["aria-label"] for svg in page.all("svg"))
+    assert (
+        "What a good autoencoder shows" not in page.text
+        and "nan" not in page.text.lower().replace("nanogpt", "")
+    )
+    assert page.all("table", **{"class": "tasks"}) and not any(
+        "probes" in svg.attributes["aria-label"] for svg in page.all("svg")
+    )
 
 
 def test_verdicts_are_words_above_the_numbers(make_run) -> None:
     run = make_run()
-    run.eval_file("ablation").write_text(json.dumps(ABLATION | {"difference": {"value": -0.1, "se": 0.01}}))
+    run.eval_file("ablation").write_text(
+        json.dumps(ABLATION | {"difference": {"value": -0.1, "se": 0.01}})
+    )
     run.eval_file("n2g").write_text(json.dumps(N2G | {"recall": {"value": 0.02, "se": 0.01}}))
     page = written(run)
     assert_inert(page)
     assert [strong.text for strong in page.all("strong") if "li" in strong.inside] == [
-        "holds", "holds", "holds", "unclear", "holds", "does not hold"]
-    assert "4 of 6 hold, 1 does not, 1 cannot be told" in page.text and "counts reach as lack of sparsity" in page.text
+        "holds",
+        "holds",
+        "holds",
+        "unclear",
+        "holds",
+        "does not hold",
+    ]
+    assert (
+        "4 of 6 hold, 1 does not, 1 cannot be told" in page.text
+        and "counts reach as lack of sparsity" in page.text
+    )
     assert page.text.index("4 of 6 hold") < page.text.index("How to read it")
 
 
@@ -155,7 +251,22 @@ def test_every_task_is_in_the_figure_and_in_the_table(make_run, count) -> None:
     assert_inert(page)
     rows = [row.text.split() for row in page.all("tr") if "details" in row.inside]
     assert [row[0] for row in rows[1:]] == [f"task_{i:02}" for i in range(count)]
-    assert rows[1][2:] == ["+0.200", "0.300", "±", "0.010", "0.500", "0.520", "0.100", "0.693", "0.280", "500", "+", "498", "50", "%"]
+    assert rows[1][2:] == [
+        "+0.200",
+        "0.300",
+        "±",
+        "0.010",
+        "0.500",
+        "0.520",
+        "0.100",
+        "0.693",
+        "0.280",
+        "500",
+        "+",
+        "498",
+        "50",
+        "%",
+    ]
     assert {f"task_{i:02}" for i in range(count)} <= {text.text for text in page.all("text")}
 
 
@@ -169,14 +280,26 @@ def test_best_latents_with_a_card_are_linked_to_it_and_the_card_names_the_task(p
 
 def test_patterns_on_a_card_read_as_text(make_run) -> None:
     run, arrays = make_run(), n2g_arrays()
-    for name, value in (("tokens", [WORDS.index("def"), -1, WORDS.index("(")] * 2000), ("start", range(0, 6000, 3)), ("value", 0.83), ("support", 5),
-                        ("anchored", True)):
+    for name, value in (
+        ("tokens", [WORDS.index("def"), -1, WORDS.index("(")] * 2000),
+        ("start", range(0, 6000, 3)),
+        ("value", 0.83),
+        ("support", 5),
+        ("anchored", True),
+    ):
         old = arrays[f"pattern_{name}"]
-        arrays[f"pattern_{name}"] = np.resize(np.array(value), 6000 if name == "tokens" else len(old)).astype(old.dtype)
+        arrays[f"pattern_{name}"] = np.resize(
+            np.array(value), 6000 if name == "tokens" else len(old)
+        ).astype(old.dtype)
     save_file(arrays, run.path / "evals" / "n2g.safetensors")
-    patterns = [item for item in written(run).all("li") if "article" in item.inside and "→" in item.text]
+    patterns = [
+        item for item in written(run).all("li") if "article" in item.inside and "→" in item.text
+    ]
     assert len(patterns) == 30 * 4
-    assert all(" ".join(item.text.split()).startswith('^ "def" * "(" → 0.83') and "5 examples" in item.text for item in patterns)
+    assert all(
+        " ".join(item.text.split()).startswith('^ "def" * "(" → 0.83') and "5 examples" in item.text
+        for item in patterns
+    )
 
 
 def test_hostile_tokens_are_text_in_patterns_and_effects(make_run) -> None:
@@ -188,10 +311,15 @@ def test_hostile_tokens_are_text_in_patterns_and_effects(make_run) -> None:
 
 def test_one_command_asks_for_all_results_whose_options_agree(make_run) -> None:
     run = make_run()
-    run.eval_file("ablation").write_text(json.dumps(ABLATION | {"options": {"tokens": 5, "text": "other"}}))
+    run.eval_file("ablation").write_text(
+        json.dumps(ABLATION | {"options": {"tokens": 5, "text": "other"}})
+    )
     commands = [pre.text for pre in written(run).all("pre") if pre.text.startswith("ksparse eval")]
-    assert commands == ["ksparse eval runs/again stats downstream probes n2g explained_loss --tokens 100000 --per-document 512 --split held-out "
-                        "--examples 8 --seed 0 --suite suites/demo", "ksparse eval runs/again ablation --tokens 5 --text other"]
+    assert commands == [
+        "ksparse eval runs/again stats downstream probes n2g explained_loss --tokens 100000 --per-document 512 --split held-out "
+        "--examples 8 --seed 0 --suite suites/demo",
+        "ksparse eval runs/again ablation --tokens 5 --text other",
+    ]
 
 
 def test_arrays_that_are_missing_leave_a_page_without_what_they_hold(make_run) -> None:
@@ -200,7 +328,11 @@ def test_arrays_that_are_missing_leave_a_page_without_what_they_hold(make_run) -
         run.eval_file(name).with_suffix(".safetensors").unlink()
     page = written(run)
     assert_inert(page)
-    assert "Patterns that predict it" not in page.text and "raises" not in page.text and "Best at a task" in page.text
+    assert (
+        "Patterns that predict it" not in page.text
+        and "raises" not in page.text
+        and "Best at a task" in page.text
+    )
 
 
 def test_a_recipe_alone_makes_a_page(tmp_path) -> None:
@@ -214,9 +346,15 @@ def test_a_recipe_alone_makes_a_page(tmp_path) -> None:
 
 def test_numbers_that_are_null_or_absent_are_not_measured(make_run) -> None:
     run = make_run()
-    result = {key: value for key, value in DOWNSTREAM.items() if key != "kl"} | {"compute_fraction": {"value": None, "se": None}}
+    result = {key: value for key, value in DOWNSTREAM.items() if key != "kl"} | {
+        "compute_fraction": {"value": None, "se": None}
+    }
     run.eval_file("downstream").write_text(json.dumps(result))
-    rows = {row.text.split("\n")[1]: row.text for row in written(run).all("tr") if "not measured" in row.text}
+    rows = {
+        row.text.split("\n")[1]: row.text
+        for row in written(run).all("tr")
+        if "not measured" in row.text
+    }
     assert set(rows) == {"KL from the LM", "Compute fraction"}
     assert "which this LM comes without" in rows["Compute fraction"]
 
@@ -227,7 +365,9 @@ def test_arrays_or_vocabulary_that_are_missing_are_asked_for(make_run) -> None:
     assert "Tokens are shown as their ids" in written(run).text
     run.eval_file("stats").with_suffix(".safetensors").unlink()
     page = written(run)
-    assert "The text that latents fire on is not in this run" in page.text and not page.all("article")
+    assert "The text that latents fire on is not in this run" in page.text and not page.all(
+        "article"
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
@@ -306,26 +446,57 @@ def test_live_latents_have_cards_and_dead_ones_do_not(page) -> None:
     assert not {card.attributes["id"] for card in cards} & {f"latent-{number}" for number in DEAD}
 
 
-@pytest.mark.parametrize("name, last", [
-    ('"><img src=x onerror=alert(1)>', False), ("' onmouseover='alert(1)", True), ("\u202eevil\n", False), ("{{ 7 * 7 }}", True)])
+@pytest.mark.parametrize(
+    "name, last",
+    [
+        ('"><img src=x onerror=alert(1)>', False),
+        ("' onmouseover='alert(1)", True),
+        ("\u202eevil\n", False),
+        ("{{ 7 * 7 }}", True),
+    ],
+)
 def test_hostile_text_is_text_wherever_it_is(make_run, name, last) -> None:
-    payloads = HOSTILE[-len(WORDS):] if last else HOSTILE[: len(WORDS)]
+    payloads = HOSTILE[-len(WORDS) :] if last else HOSTILE[: len(WORDS)]
     payload = "".join(payloads)
-    in_recipe = payload.encode("utf-8", "replace").decode().replace("\x00", "")  # which TOML cannot hold
-    run = make_run(name, vocabulary=payloads, changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site", "shards")},
-                   environment={"versions": {payload: payload}, "platform": payload, "processor": payload, "gpus": [payload], "threads": 2})
+    in_recipe = (
+        payload.encode("utf-8", "replace").decode().replace("\x00", "")
+    )  # which TOML cannot hold
+    run = make_run(
+        name,
+        vocabulary=payloads,
+        changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site", "shards")},
+        environment={
+            "versions": {payload: payload},
+            "platform": payload,
+            "processor": payload,
+            "gpus": [payload],
+            "threads": 2,
+        },
+    )
     for eval_name, result in RESULTS.items():
-        hostile = {"text": payload, "notes": [payload], "policy": {payload: payload}, "options": {payload: payload}}
+        hostile = {
+            "text": payload,
+            "notes": [payload],
+            "policy": {payload: payload},
+            "options": {payload: payload},
+        }
         if eval_name == "probes":
-            hostile |= {"suite": payload, "tasks": dict(zip([*payloads, payload], tasks(len(payloads) + 1).values()))}
+            hostile |= {
+                "suite": payload,
+                "tasks": dict(zip([*payloads, payload], tasks(len(payloads) + 1).values())),
+            }
         run.eval_file(eval_name).write_text(json.dumps(result | hostile))
     page = written(run)
     assert_inert(page)
     html = run.report_file.read_text(encoding="utf-8")
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]", html)
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]", html
+    )
     assert len(html) < 3_000_000
     marks = {mark.text for mark in page.all("mark")}
-    assert {text for text in payloads if text.isprintable() and len(text) < 80} <= marks  # they are shown, as they are
+    assert {
+        text for text in payloads if text.isprintable() and len(text) < 80
+    } <= marks  # they are shown, as they are
     assert page.all("h1")[0].text == safe_text(name)
 
 
@@ -333,23 +504,44 @@ def test_the_page_loads_nothing_and_forbids_it(whole, page) -> None:
     html = whole.report_file.read_text(encoding="utf-8")
     policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0].attributes["content"]
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
-    assert "http:" not in html and "https:" not in html and "url(" not in html.replace("url(#", "") and "@import" not in html
+    assert (
+        "http:" not in html
+        and "https:" not in html
+        and "url(" not in html.replace("url(#", "")
+        and "@import" not in html
+    )
 
 
 def test_the_page_can_be_used_without_a_mouse_or_eyes(page) -> None:
     assert page.all("html")[0].attributes["lang"] == "en"
-    assert page.all("a")[0].attributes == {"class": "skip", "href": "#content"} and page.all("main", id="content")
-    levels = [int(element.name[1]) for element in page.elements if re.fullmatch("h[1-6]", element.name)]
-    assert levels[0] == 1 and levels.count(1) == 1 and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
-    assert all(svg.attributes["role"] == "img" and svg.attributes["aria-label"] for svg in page.all("svg"))
+    assert page.all("a")[0].attributes == {"class": "skip", "href": "#content"} and page.all(
+        "main", id="content"
+    )
+    levels = [
+        int(element.name[1]) for element in page.elements if re.fullmatch("h[1-6]", element.name)
+    ]
+    assert (
+        levels[0] == 1
+        and levels.count(1) == 1
+        and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
+    )
+    assert all(
+        svg.attributes["role"] == "img" and svg.attributes["aria-label"] for svg in page.all("svg")
+    )
     assert all("scope" in cell.attributes for cell in page.all("th"))
     assert page.all("div", tabindex="0", role="region")
 
 
 def test_the_same_files_make_the_same_bytes(make_run) -> None:
     run = make_run()
-    first = report.write(run).read_bytes(), [file.read_bytes() for file in sorted((run.path / "figures").iterdir())]
-    assert (report.write(run).read_bytes(), [file.read_bytes() for file in sorted((run.path / "figures").iterdir())]) == first
+    first = (
+        report.write(run).read_bytes(),
+        [file.read_bytes() for file in sorted((run.path / "figures").iterdir())],
+    )
+    assert (
+        report.write(run).read_bytes(),
+        [file.read_bytes() for file in sorted((run.path / "figures").iterdir())],
+    ) == first
     other = make_run("elsewhere/demo")
     assert report.write(other).read_bytes() == first[0]
 
@@ -357,24 +549,31 @@ def test_the_same_files_make_the_same_bytes(make_run) -> None:
 def test_commands_quote_what_a_shell_would_read(make_run) -> None:
     page = written(make_run("my run; rm x", evals=("stats", "downstream")))
     commands = [pre.text for pre in page.all("pre") if pre.text.startswith("ksparse")]
-    assert commands == ["ksparse train 'my run; rm x/recipe.toml' --out runs/again --threads 2",
-                        "ksparse eval runs/again stats downstream --tokens 100000 --per-document 512 --split held-out --examples 8 --seed 0",
-                        "ksparse report 'my run; rm x'"]
+    assert commands == [
+        "ksparse train 'my run; rm x/recipe.toml' --out runs/again --threads 2",
+        "ksparse eval runs/again stats downstream --tokens 100000 --per-document 512 --split held-out --examples 8 --seed 0",
+        "ksparse report 'my run; rm x'",
+    ]
 
 
 def test_writing_a_page_needs_no_torch_and_importing_it_no_matplotlib(make_run) -> None:
     run = make_run()
-    code = (f"import sys, pathlib; from ksparse import report; import ksparse.report.page; assert 'matplotlib' not in sys.modules;"
-            f"from ksparse.runs import RunFolder; report.write(RunFolder(pathlib.Path({str(run.path)!r})));"
-            "loaded = {name.partition('.')[0] for name in sys.modules};"
-            "assert not loaded & {'torch', 'transformers', 'scipy', 'pandas', 'tyro'}, loaded")
+    code = (
+        f"import sys, pathlib; from ksparse import report; import ksparse.report.page; assert 'matplotlib' not in sys.modules;"
+        f"from ksparse.runs import RunFolder; report.write(RunFolder(pathlib.Path({str(run.path)!r})));"
+        "loaded = {name.partition('.')[0] for name in sys.modules};"
+        "assert not loaded & {'torch', 'transformers', 'scipy', 'pandas', 'tyro'}, loaded"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
 
 
 def test_the_chosen_colours_can_be_read() -> None:
     """Text on the hottest token, and soft text on paper, have a contrast of at least 4.5 in light and in dark."""
     source = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
-    light, dark = source[: source.index("@media")], source[source.index("@media"): source.index("* {")]
+    light, dark = (
+        source[: source.index("@media")],
+        source[source.index("@media") : source.index("* {")],
+    )
     for scheme in (light, dark):
         colours = dict(re.findall(r"--([a-z]+): ([^;]+);", scheme))
         hot = mix(rgb(colours["heat"]), rgb(colours["card"]), float(colours["strength"]))
@@ -384,7 +583,11 @@ def test_the_chosen_colours_can_be_read() -> None:
 
 
 def rgb(colour: str) -> list[float]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)] if colour.startswith("#") else [float(part) for part in colour.split()]
+    return (
+        [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        if colour.startswith("#")
+        else [float(part) for part in colour.split()]
+    )
 
 
 def mix(above: list[float], below: list[float], share: float) -> list[float]:
@@ -393,8 +596,12 @@ def mix(above: list[float], below: list[float], share: float) -> list[float]:
 
 def contrast(one: list[float], other: list[float]) -> float:
     """Return the contrast ratio of WCAG 2."""
+
     def luminance(colour: list[float]) -> float:
-        parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        parts = [
+            c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4
+            for c in colour
+        ]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
     bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
@@ -438,6 +645,10 @@ def test_a_report_removes_what_killed_ones_left(make_run) -> None:
     assert not list(run.path.rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize("environment", [{"versions": 7}, {"versions": ["x"]}, {"versions": None}, {"threads": "two", "gpus": 3}, {}], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [{"versions": 7}, {"versions": ["x"]}, {"versions": None}, {"threads": "two", "gpus": 3}, {}],
+    ids=str,
+)
 def test_an_environment_of_other_types_still_gives_a_page(tmp_path, environment):
     assert_inert(written(build(tmp_path / "demo", environment=environment)))

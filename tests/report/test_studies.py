@@ -9,16 +9,47 @@ from ksparse.report import studies
 
 
 def figure(**changes):
-    curve = {"label": "TopK", "x": [8.0, 16.0, 32.0], "y": [0.3, 0.2, 0.1], "se": [0.01, None, 0.01], "reference": False}
-    return {"name": "f", "title": "A", "caption": "B", "x": "L0", "y": "error", "log": "xy", "curves": [curve | changes]}
+    curve = {
+        "label": "TopK",
+        "x": [8.0, 16.0, 32.0],
+        "y": [0.3, 0.2, 0.1],
+        "se": [0.01, None, 0.01],
+        "reference": False,
+    }
+    return {
+        "name": "f",
+        "title": "A",
+        "caption": "B",
+        "x": "L0",
+        "y": "error",
+        "log": "xy",
+        "curves": [curve | changes],
+    }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({
-        "format": 1, "name": "baselines", "question": "Which?", "lm": "pylm", "site": "resid_post.3", "text": "pylm", "findings": ["TopK <b>wins</b>"],
-        "members": {"TopK k8": {"l0": {"value": 8.0, "se": 0.25}, "nmse": {"value": None, "se": None}}, "other": {"l0": {"value": 7.0, "se": None}}},
-        "figures": [figure(), figure(y=[0.0, -1.0, None]) | {"name": "empty"}]}))
+    (tmp_path / "study.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "name": "baselines",
+                "question": "Which?",
+                "lm": "pylm",
+                "site": "resid_post.3",
+                "text": "pylm",
+                "findings": ["TopK <b>wins</b>"],
+                "members": {
+                    "TopK k8": {
+                        "l0": {"value": 8.0, "se": 0.25},
+                        "nmse": {"value": None, "se": None},
+                    },
+                    "other": {"l0": {"value": 7.0, "se": None}},
+                },
+                "figures": [figure(), figure(y=[0.0, -1.0, None]) | {"name": "empty"}],
+            }
+        )
+    )
     return tmp_path
 
 
@@ -31,7 +62,12 @@ def test_a_study_of_a_newer_ksparse_says_so(folder):
 
 def test_the_page_shows_findings_members_and_figures_and_needs_no_network(folder):
     html = studies.write(folder).read_text()
-    assert "TopK &lt;b&gt;wins" in html and "8.00 ± 0.25" in html and "7.00</td>" in html and "–</td>" in html
+    assert (
+        "TopK &lt;b&gt;wins" in html
+        and "8.00 ± 0.25" in html
+        and "7.00</td>" in html
+        and "–</td>" in html
+    )
     assert (folder / "figures" / "f.svg").read_text().startswith("<?xml") and "<svg" in html
     assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
 
@@ -51,10 +87,14 @@ def test_many_points_are_thinned_and_keep_their_ends():
 def test_a_figure_cannot_be_written_outside_the_folder(folder, name):
     study = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(study | {"figures": [figure() | {"name": name}]}))
-    with pytest.raises(CorruptError, match="study.json names .* which is not a file of its own folder"):
+    with pytest.raises(
+        CorruptError, match="study.json names .* which is not a file of its own folder"
+    ):
         studies.write(folder)
 
 
 def test_a_folder_without_a_study_is_named(tmp_path):
-    with pytest.raises(InputError, match="holds no study: it has no study.json. `ksparse study NAME --out"):
+    with pytest.raises(
+        InputError, match="holds no study: it has no study.json. `ksparse study NAME --out"
+    ):
         studies.write(tmp_path)

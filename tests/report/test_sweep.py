@@ -28,17 +28,39 @@ K, SIZES = (8, 16, 32), (512, 1_024, 2_048, 4_096, 8_192)
 PICTURES = {"law-compute", "law-size", "law-joint", "law-rates", "law-trends", "law-subject"}
 
 
-def build(folder: Path, *, ks: tuple[int, ...] = K, lms: tuple[str, ...] = ("pylm/0.3m", "pylm/1.9m"), rates: tuple[float, ...] = (0.5, 1.0, 2.0)) -> Path:
+def build(
+    folder: Path,
+    *,
+    ks: tuple[int, ...] = K,
+    lms: tuple[str, ...] = ("pylm/0.3m", "pylm/1.9m"),
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0),
+) -> Path:
     """Write a small sweep and its laws."""
-    points, curves = ["run,n,k,lr,seed,lm,lm_parameters,tokens_to_convergence,loss"], ["run,n,k,lm,tokens,flops,loss"]
+    points, curves = (
+        ["run,n,k,lr,seed,lm,lm_parameters,tokens_to_convergence,loss"],
+        ["run,n,k,lm,tokens,flops,loss"],
+    )
     for lm in lms:
         for n in SIZES:
             for k in ks:
                 for rate in rates:
-                    run, lr, end = f"{lm[5:]}-{n}-{k}-{rate}", rate * 0.1 / n**0.5, 2e4 * n**0.6 / rate**0.5
-                    loss = (2.5 * n**-0.25 * k**-0.1 + 0.1) * (1 + 0.02 * np.log(rate) ** 2) * (1.1 if lm == "pylm/1.9m" else 1)
-                    points.append(f"{run},{n},{k},{lr},0,{lm},{200_000 if lm == 'pylm/0.3m' else 1_500_000},{end},{loss}")
-                    curves += [f"{run},{n},{k},{lm},{t},{t * 320 * n},{loss * (1 + 0.05 * ((end / t) ** 0.6 - 1))}" for t in np.geomspace(end / 300, end, 12)]
+                    run, lr, end = (
+                        f"{lm[5:]}-{n}-{k}-{rate}",
+                        rate * 0.1 / n**0.5,
+                        2e4 * n**0.6 / rate**0.5,
+                    )
+                    loss = (
+                        (2.5 * n**-0.25 * k**-0.1 + 0.1)
+                        * (1 + 0.02 * np.log(rate) ** 2)
+                        * (1.1 if lm == "pylm/1.9m" else 1)
+                    )
+                    points.append(
+                        f"{run},{n},{k},{lr},0,{lm},{200_000 if lm == 'pylm/0.3m' else 1_500_000},{end},{loss}"
+                    )
+                    curves += [
+                        f"{run},{n},{k},{lm},{t},{t * 320 * n},{loss * (1 + 0.05 * ((end / t) ** 0.6 - 1))}"
+                        for t in np.geomspace(end / 300, end, 12)
+                    ]
     folder.mkdir(parents=True)
     (folder / "points.csv").write_text("\n".join(points) + "\n")
     (folder / "curves.csv").write_text("\n".join(curves) + "\n")
@@ -65,10 +87,21 @@ def read(folder: Path) -> Page:
 def test_a_whole_sweep_has_every_section_and_figure(whole):
     page = read(whole)
     assert_inert(page)
-    assert [heading.text for heading in page.all("h2")] == ["In figures", "The laws", "What else would fit", "The points", "How to reproduce it"]
-    assert {file.stem for file in (whole / "figures").iterdir()} == PICTURES and len(page.all("svg", role="img")) == 6
+    assert [heading.text for heading in page.all("h2")] == [
+        "In figures",
+        "The laws",
+        "What else would fit",
+        "The points",
+        "How to reproduce it",
+    ]
+    assert {file.stem for file in (whole / "figures").iterdir()} == PICTURES and len(
+        page.all("svg", role="img")
+    ) == 6
     summary = page.all("p", **{"class": "summary"})[0].text
-    assert "45 runs on pylm/0.3m, n from 512 to 8,192, k from 8 to 32" in summary and "Tokens to convergence grow as n^0.60" in summary
+    assert (
+        "45 runs on pylm/0.3m, n from 512 to 8,192, k from 8 to 32" in summary
+        and "Tokens to convergence grow as n^0.60" in summary
+    )
     assert "added or taken away" not in page.text
 
 
@@ -80,7 +113,9 @@ def test_laws_of_a_newer_ksparse_say_so(tmp_path):
 
 def test_the_coefficients_on_the_page_are_those_of_the_file(whole):
     found = json.loads((whole / "law.json").read_text())
-    expected = [each["value"] for law in found["laws"].values() for each in law["coefficients"].values()]
+    expected = [
+        each["value"] for law in found["laws"].values() for each in law["coefficients"].values()
+    ]
     assert [float(element.attributes["value"]) for element in read(whole).all("data")] == expected
 
 
@@ -88,7 +123,10 @@ def test_the_points_of_every_law_are_on_the_page(whole):
     found = json.loads((whole / "law.json").read_text())
     rows = sum(len(law["points"]) for law in found["laws"].values())
     page = read(whole)
-    assert len([row for row in page.all("tr") if "details" in row.inside and "tbody" in row.inside]) == rows
+    assert (
+        len([row for row in page.all("tr") if "details" in row.inside and "tbody" in row.inside])
+        == rows
+    )
 
 
 def test_what_the_points_do_not_allow_is_a_sentence_with_the_runs_that_would_add_it(tmp_path):
@@ -98,8 +136,13 @@ def test_what_the_points_do_not_allow_is_a_sentence_with_the_runs_that_would_add
     page = read(folder)
     assert_inert(page)
     assert {file.stem for file in (folder / "figures").iterdir()} == {"law-size", "law-trends"}
-    for said in ("runs at another k would add it", "on another LM would add it", "runs with curves.csv would add it", "three rates at each n would add it",
-                 "at k = 16 no n has runs of two rates"):
+    for said in (
+        "runs at another k would add it",
+        "on another LM would add it",
+        "runs with curves.csv would add it",
+        "three rates at each n would add it",
+        "at k = 16 no n has runs of two rates",
+    ):
         assert said in page.text
 
 
@@ -107,20 +150,28 @@ def test_runs_added_since_the_fit_are_noticed(copy):
     with (copy / "points.csv").open("a") as stream:
         stream.write("new,512,64,0.01,0,pylm/0.3m,200000,1e6,0.5\n")
     page = read(copy)
-    assert "Runs have been added or taken away since the laws were fitted" in page.text and any(code.text == "ksparse fit sweep" for code in page.all("code"))
+    assert "Runs have been added or taken away since the laws were fitted" in page.text and any(
+        code.text == "ksparse fit sweep" for code in page.all("code")
+    )
 
 
 def test_commands_name_the_folder_as_it_was_given_and_tell_nothing_of_the_machine(copy):
     (copy / "sweep.toml").write_text("")
     page = read(copy)
-    assert [pre.text for pre in page.all("pre")] == ["ksparse sweep sweep/sweep.toml", "ksparse fit sweep", "ksparse report sweep"]
+    assert [pre.text for pre in page.all("pre")] == [
+        "ksparse sweep sweep/sweep.toml",
+        "ksparse fit sweep",
+        "ksparse report sweep",
+    ]
     assert str(copy.parent) not in (copy / "report.html").read_text()
 
 
 @pytest.mark.parametrize("content", ["[]", '{"law": "nk"}'])
 def test_a_law_file_of_another_kind_is_refused(copy, content):
     (copy / "law.json").write_text(content)
-    with pytest.raises(CorruptError, match="is not that of a sweep; `ksparse fit .*` writes it again"):
+    with pytest.raises(
+        CorruptError, match="is not that of a sweep; `ksparse fit .*` writes it again"
+    ):
         pages.write(copy)
 
 
@@ -151,7 +202,11 @@ def test_figures_stand_alone_and_take_the_pages_colours(whole):
 
 def test_figures_without_their_law_are_not_drawn():
     assert figures.sizes(None) is figures.joint(None) is figures.subjects(None, "", []) is None
-    assert figures.trends({}) is None and figures.compute(None, [], {}, 8) is None and figures.rates({"k": np.ones(1)}, 1) is None
+    assert (
+        figures.trends({}) is None
+        and figures.compute(None, [], {}, 8) is None
+        and figures.rates({"k": np.ones(1)}, 1) is None
+    )
 
 
 def test_the_joint_figure_shows_every_point_and_the_worst_residual():

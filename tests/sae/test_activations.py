@@ -14,12 +14,28 @@ from ksparse.sae.loss import losses
 from ksparse.sae.model import SAE, Code, Shape
 
 B, D, N, K = 24, 6, 40, 5
-EVERY = {"batch_topk": R.BatchTopK(), "relu": R.ReLU(), "relu, decoder norm": R.ReLU(penalty="decoder_norm"), "jump_relu, target": R.JumpReLU(bandwidth=0.4),
-         "jump_relu, l0": R.JumpReLU(bandwidth=0.4, penalty="l0"), "gated": R.Gated(), "prolu, ste": R.ProLU(), "prolu, relu": R.ProLU(gradient="relu")}
+EVERY = {
+    "batch_topk": R.BatchTopK(),
+    "relu": R.ReLU(),
+    "relu, decoder norm": R.ReLU(penalty="decoder_norm"),
+    "jump_relu, target": R.JumpReLU(bandwidth=0.4),
+    "jump_relu, l0": R.JumpReLU(bandwidth=0.4, penalty="l0"),
+    "gated": R.Gated(),
+    "prolu, ste": R.ProLU(),
+    "prolu, relu": R.ProLU(gradient="relu"),
+}
 PATHS = {"dense": 10**9, "listed": 1}
 
 
-def some(activation: R.Activation, *, seed: int = 0, dtype: torch.dtype = torch.float64, n: int = N, d: int = D, k: int = K) -> tuple[SAE, Tensor, R.SAE]:
+def some(
+    activation: R.Activation,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    n: int = N,
+    d: int = D,
+    k: int = K,
+) -> tuple[SAE, Tensor, R.SAE]:
     """Return an SAE with random weights, inputs of norm 1, and its options."""
     torch.manual_seed(seed)
     by_norm = getattr(activation, "penalty", "") == "decoder_norm"
@@ -35,7 +51,9 @@ def some(activation: R.Activation, *, seed: int = 0, dtype: torch.dtype = torch.
     return sae, torch.nn.functional.normalize(torch.randn(B, d, dtype=dtype), dim=1), options
 
 
-def definition(sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tensor, k_aux: int) -> tuple[Tensor, Tensor]:
+def definition(
+    sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tensor, k_aux: int
+) -> tuple[Tensor, Tensor]:
     """Return (loss, values[b, n]) as the papers write them, densely; where a gradient is made up, by a surrogate whose derivative it is."""
     activation, b = options.activation, len(x)
     p = (x - sae.b_pre) @ sae.W_enc.T
@@ -51,14 +69,19 @@ def definition(sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tenso
             cost = activation.l1 * ((z * weights).sum(1) / x.norm(dim=1)).mean()
         case R.JumpReLU():
             width, hit = activation.bandwidth, (a.detach() > sae.threshold.detach()).double()
-            ramp = ((a.detach() - sae.threshold) / width + 0.5).clamp(0, 1)  # its slope in the threshold is -K((a - threshold) / width) / width
+            ramp = ((a.detach() - sae.threshold) / width + 0.5).clamp(
+                0, 1
+            )  # its slope in the threshold is -K((a - threshold) / width) / width
             z = a * hit + sae.threshold.detach() * (ramp - ramp.detach())
             l0 = (hit + ramp - ramp.detach()).sum(1).mean() / K
             cost = activation.coef * ((l0 - 1) ** 2 if activation.penalty == "target" else l0)
         case R.Gated():
             z = (a > 0).double() * torch.relu(sae.r_mag.exp() * p + sae.b_mag)
             frozen = torch.relu(a) @ sae.W_dec.detach() + sae.b_pre.detach()
-            cost = activation.l1 * (torch.relu(a).sum(1) / x.norm(dim=1)).mean() + activation.aux * (frozen - x).square().mean() / baseline
+            cost = (
+                activation.l1 * (torch.relu(a).sum(1) / x.norm(dim=1)).mean()
+                + activation.aux * (frozen - x).square().mean() / baseline
+            )
         case R.ProLU():
             hit = ((a > 0) & (p > 0)).double().detach()
             if activation.gradient == "ste":  # the step in a has the slope of ReLU
@@ -71,8 +94,16 @@ def definition(sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tenso
     if activation.kind in R.WITH_AUXK and len(dead):
         error = (x - recon).detach()
         masked = torch.full_like(a, -torch.inf).index_copy(1, dead, a[:, dead])
-        kept = torch.relu(torch.where(masked >= masked.sort(1, descending=True).values[:, k_aux - 1 : k_aux], masked, 0.0))
-        loss = loss + options.auxk_coef * ((kept @ sae.W_dec - error).square().sum(1) / error.square().sum(1)).mean()
+        kept = torch.relu(
+            torch.where(
+                masked >= masked.sort(1, descending=True).values[:, k_aux - 1 : k_aux], masked, 0.0
+            )
+        )
+        loss = (
+            loss
+            + options.auxk_coef
+            * ((kept @ sae.W_dec - error).square().sum(1) / error.square().sum(1)).mean()
+        )
     return loss, z
 
 
@@ -98,29 +129,53 @@ def test_loss_values_and_gradients_are_those_of_the_definition(name, path, dead,
 @pytest.mark.parametrize("name", ["relu", "relu, decoder norm", "gated"])
 def test_gradients_of_relu_and_gated_are_derivatives(name, monkeypatch):
     monkeypatch.setattr(activations, "SPARSE", 1)
-    sae, x, options = some(dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})), n=8, d=4, k=2)
+    sae, x, options = some(
+        dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})), n=8, d=4, k=2
+    )
     keys = [key for key, _ in sae.named_parameters()]
 
     def loss(*weights):
         with torch.no_grad():
             for key, weight in zip(keys, weights):
                 getattr(sae, key).copy_(weight)
-        return losses(sae, x[:6, :4], baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options).total
+        return losses(
+            sae,
+            x[:6, :4],
+            baseline=0.1,
+            dead=torch.zeros(0, dtype=torch.long),
+            k_aux=1,
+            options=options,
+        ).total
 
     start = [getattr(sae, key).detach().clone() for key in keys]
     whole = torch.autograd.grad(loss(*start), [getattr(sae, key) for key in keys])
     for number, key in enumerate(keys):
         direction = torch.randn_like(start[number])
-        up, down = ([weight + sign * 1e-6 * direction if i == number else weight for i, weight in enumerate(start)] for sign in (1, -1))
+        up, down = (
+            [
+                weight + sign * 1e-6 * direction if i == number else weight
+                for i, weight in enumerate(start)
+            ]
+            for sign in (1, -1)
+        )
         slope = (loss(*up) - loss(*down)).item() / 2e-6
-        assert slope == pytest.approx((whole[number] * direction).sum().item(), rel=1e-4, abs=1e-8), key
+        assert slope == pytest.approx(
+            (whole[number] * direction).sum().item(), rel=1e-4, abs=1e-8
+        ), key
 
 
 def test_gated_takes_no_gradient_to_the_decoder_from_its_auxiliary_loss():
     sae, x, options = some(R.Gated())
     without = dataclasses.replace(options, activation=R.Gated(aux=0.0))
-    with_, other = (torch.autograd.grad(losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each).total,
-                                        [sae.W_dec, sae.b_pre, sae.b_enc]) for each in (options, without))
+    with_, other = (
+        torch.autograd.grad(
+            losses(
+                sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+            ).total,
+            [sae.W_dec, sae.b_pre, sae.b_enc],
+        )
+        for each in (options, without)
+    )
     torch.testing.assert_close(with_[0], other[0])
     assert not torch.allclose(with_[1], other[1]), "b_pre is in the gates' pre-activations too"
     assert not torch.allclose(with_[2], other[2])
@@ -129,12 +184,20 @@ def test_gated_takes_no_gradient_to_the_decoder_from_its_auxiliary_loss():
 def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss():
     """JumpReLU's kernel estimate, averaged over many inputs, is the slope of E[(z - t)^2 + c H(a - threshold)] (Rajamanoharan et al. 2024b)."""
     a = torch.randn(4_000_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    threshold, target, price = torch.tensor([0.7], dtype=torch.float64, requires_grad=True), 0.4 * a.square(), 0.3
-    loss = (activations._Jump.apply(a, threshold, 0.05) - target).square().mean() + price * activations._Step.apply(a, threshold, 0.05).mean()
+    threshold, target, price = (
+        torch.tensor([0.7], dtype=torch.float64, requires_grad=True),
+        0.4 * a.square(),
+        0.3,
+    )
+    loss = (
+        activations._Jump.apply(a, threshold, 0.05) - target
+    ).square().mean() + price * activations._Step.apply(a, threshold, 0.05).mean()
     found = torch.autograd.grad(loss, threshold)[0].item()
     at = 0.7
-    density = torch.exp(torch.tensor(-at**2 / 2)).item() / (2 * torch.pi) ** 0.5
-    exact = -density * ((at - 0.4 * at**2) ** 2 - (0.4 * at**2) ** 2 + price)  # what is lost at the border, times how much is there
+    density = torch.exp(torch.tensor(-(at**2) / 2)).item() / (2 * torch.pi) ** 0.5
+    exact = -density * (
+        (at - 0.4 * at**2) ** 2 - (0.4 * at**2) ** 2 + price
+    )  # what is lost at the border, times how much is there
     assert found == pytest.approx(exact, rel=0.02)
 
 
@@ -145,15 +208,23 @@ def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss():
 def test_batch_topk_keeps_k_times_b_values_whatever_is_guessed(guess):
     sae, x, options = some(R.BatchTopK())
     sae.threshold.fill_(guess)
-    code = losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options).code
+    code = losses(
+        sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options
+    ).code
     counts = (code.values > 0).sum(1)
     assert counts.sum() == B * K and len(counts.unique()) > 1
 
 
 def test_the_largest_of_a_batch_are_exact_with_ties_and_where_few_are_positive():
     ties = torch.tensor([[1.0, 1.0, -1.0], [1.0, 0.5, 0.0]])
-    assert activations.largest(ties, 2).sum() == 2 and not activations.largest(ties, 2)[:, 2].any() and not activations.largest(ties, 2)[1, 1]
-    assert activations.largest(ties, 6).tolist() == [[True, True, False], [True, True, False]], "what is not above 0 is not kept"
+    assert (
+        activations.largest(ties, 2).sum() == 2
+        and not activations.largest(ties, 2)[:, 2].any()
+        and not activations.largest(ties, 2)[1, 1]
+    )
+    assert activations.largest(ties, 6).tolist() == [[True, True, False], [True, True, False]], (
+        "what is not above 0 is not kept"
+    )
     assert activations.largest(-ties.abs(), 3).sum() == 0
 
 
@@ -174,7 +245,9 @@ def test_in_use_no_code_depends_on_the_rest_of_the_batch(kind):
 def test_codes_in_use_are_the_values_of_the_definition(name):
     sae, x, options = some(EVERY[name])
     code = sae.encode(x)
-    z = definition(sae, sae.normalize(x).x, options, 0.1, torch.zeros(0, dtype=torch.long), 1)[1].detach()
+    z = definition(sae, sae.normalize(x).x, options, 0.1, torch.zeros(0, dtype=torch.long), 1)[
+        1
+    ].detach()
     if options.activation.kind == "batch_topk":
         a = (sae.normalize(x).x - sae.b_pre) @ sae.W_enc.T + sae.b_enc
         z = torch.where(a > sae.threshold, a, 0.0)
@@ -217,7 +290,12 @@ def test_the_penalty_by_decoder_norm_does_not_see_a_change_of_scale_and_the_pape
     paper = dataclasses.replace(options, activation=R.ReLU(l1=1.0), unit_norm=True)
 
     def both():
-        return [losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each).total.item() for each in (options, paper)]
+        return [
+            losses(
+                sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+            ).total.item()
+            for each in (options, paper)
+        ]
 
     before = both()
     with torch.no_grad():
@@ -228,9 +306,21 @@ def test_the_penalty_by_decoder_norm_does_not_see_a_change_of_scale_and_the_pape
 
 @pytest.mark.parametrize("name", ["relu", "gated", "prolu, ste", "jump_relu, l0"])
 def test_a_weaker_penalty_is_that_share_of_it(name):
-    sae, x, options = some(dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})))
-    none, half, full = (losses(sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options, strength=strength).total.item()
-                        for strength in (0.0, 0.5, 1.0))
+    sae, x, options = some(
+        dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {}))
+    )
+    none, half, full = (
+        losses(
+            sae,
+            x,
+            baseline=0.1,
+            dead=torch.zeros(0, dtype=torch.long),
+            k_aux=1,
+            options=options,
+            strength=strength,
+        ).total.item()
+        for strength in (0.0, 0.5, 1.0)
+    )
     assert full > none and half == pytest.approx((none + full) / 2)
 
 
@@ -240,26 +330,42 @@ def test_a_weaker_penalty_is_that_share_of_it(name):
 @pytest.mark.parametrize("name", ["relu", "gated", "prolu, ste"])
 def test_reconstructions_begin_with_the_norm_of_their_inputs(name):
     sae, x, options = some(EVERY[name], dtype=torch.float32, n=256, d=32)
-    initialize_(sae, torch.nn.functional.normalize(torch.randn(2048, 32), dim=1), options, torch.Generator().manual_seed(0))
+    initialize_(
+        sae,
+        torch.nn.functional.normalize(torch.randn(2048, 32), dim=1),
+        options,
+        torch.Generator().manual_seed(0),
+    )
     x = torch.nn.functional.normalize(torch.randn(512, 32), dim=1)
     recon = sae.decoder(sae.activate(x))
     assert recon.norm(dim=1).mean().item() == pytest.approx(1.0, rel=0.05)
-    assert torch.nn.functional.cosine_similarity(recon, x - sae.b_pre).mean() > 0.85, "half of the latents of a tied SAE add up to its input"
+    assert torch.nn.functional.cosine_similarity(recon, x - sae.b_pre).mean() > 0.85, (
+        "half of the latents of a tied SAE add up to its input"
+    )
 
 
-@pytest.mark.parametrize("activation", [R.BatchTopK(), R.JumpReLU()], ids=lambda activation: activation.kind)
+@pytest.mark.parametrize(
+    "activation", [R.BatchTopK(), R.JumpReLU()], ids=lambda activation: activation.kind
+)
 def test_thresholds_begin_where_k_latents_are_active(activation):
     sae, _, options = some(activation, dtype=torch.float32, n=256, d=32)
     sample = torch.nn.functional.normalize(torch.randn(4096, 32), dim=1)
     initialize_(sae, sample, options, torch.Generator().manual_seed(0))
     fresh = torch.nn.functional.normalize(torch.randn(4096, 32), dim=1)
-    assert (sae.activate(fresh).values > 0).sum(1).float().mean().item() == pytest.approx(K, rel=0.1)
+    assert (sae.activate(fresh).values > 0).sum(1).float().mean().item() == pytest.approx(
+        K, rel=0.1
+    )
 
 
 def test_a_given_threshold_is_in_the_unit_of_the_input():
     for normalize, expected in (("unit_norm", 0.01), ("layer_norm", 0.01 * 32**0.5)):
         sae = SAE(Shape(32, 64, 4, normalize, 1.0, "jump_relu"))
-        initialize_(sae, torch.randn(64, 32), R.SAE(n_latents=64, k=4, activation=R.JumpReLU(threshold=0.01)), torch.Generator().manual_seed(0))
+        initialize_(
+            sae,
+            torch.randn(64, 32),
+            R.SAE(n_latents=64, k=4, activation=R.JumpReLU(threshold=0.01)),
+            torch.Generator().manual_seed(0),
+        )
         torch.testing.assert_close(sae.threshold.detach(), torch.full((64,), expected))
         assert sae.activation.window(sae) == pytest.approx(0.1 * expected)
 
@@ -270,7 +376,11 @@ def test_an_autoencoder_comes_back_from_disk_with_all_its_tensors(name, tmp_path
     sae, x, _ = some(EVERY[name], dtype=torch.float32)
     store.save(sae, tmp_path / "sae")
     back = store.load(tmp_path / "sae")
-    assert back.shape == sae.shape and back.keys == sae.keys and set(sae.keys) > {"W_enc", "b_enc", "W_dec"}
+    assert (
+        back.shape == sae.shape
+        and back.keys == sae.keys
+        and set(sae.keys) > {"W_enc", "b_enc", "W_dec"}
+    )
     assert all(torch.equal(getattr(back, key), getattr(sae, key)) for key in sae.keys)
     for one, other in zip(back.encode(x), sae.encode(x)):
         assert torch.equal(one, other)
@@ -289,7 +399,9 @@ def test_a_file_without_an_activation_is_of_topk(tmp_path):
 
 
 def test_an_unknown_activation_lists_those_there_are():
-    with pytest.raises(InputError, match="activation 'relo' is unknown; there are topk, batch_topk, relu"):
+    with pytest.raises(
+        InputError, match="activation 'relo' is unknown; there are topk, batch_topk, relu"
+    ):
         Shape(D, N, K, activation="relo")
 
 

@@ -20,7 +20,10 @@ def hub(tmp_path, monkeypatch):
     def publish(sae: SAE, repository: str, subfolder: str = "") -> None:
         home = tmp_path / f"models--{repository.replace('/', '--')}"
         commit = "0" * 40
-        ksparse.save(sae, home / "snapshots" / commit / subfolder if subfolder else home / "snapshots" / commit)
+        ksparse.save(
+            sae,
+            home / "snapshots" / commit / subfolder if subfolder else home / "snapshots" / commit,
+        )
         (home / "refs").mkdir(parents=True, exist_ok=True)
         (home / "refs" / "main").write_text(commit)
 
@@ -36,5 +39,8 @@ def test_a_repository_is_loaded_by_its_name(hub, subfolder):
 
 
 def test_a_repository_that_is_not_to_be_had_is_named(hub):
-    with pytest.raises(InputError, match="nobody/nothing is neither a folder here nor a Hub repository that can be reached"):
+    with pytest.raises(
+        InputError,
+        match="nobody/nothing is neither a folder here nor a Hub repository that can be reached",
+    ):
         ksparse.load("nobody/nothing")

@@ -19,7 +19,9 @@ def sample(rows=600, d=8, seed=0):
 
 def start(seed=0, **options):
     sae = SAE(Shape(8, 48, 4, "none"))
-    initialize_(sae, sample(), Options(n_latents=48, k=4, **options), torch.Generator().manual_seed(seed))
+    initialize_(
+        sae, sample(), Options(n_latents=48, k=4, **options), torch.Generator().manual_seed(seed)
+    )
     return sae
 
 
@@ -29,21 +31,48 @@ def distances(points, at):
 
 @given(seed=st.integers(0, 10_000), rows=st.integers(3, 30), d=st.integers(1, 4))
 def test_geometric_median_has_the_least_sum_of_distances(seed, rows, d):
-    points = torch.randn(rows, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    points = (
+        torch.randn(rows, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ** 3
+    )
     found = geometric_median(points, iterations=3000, tolerance=1e-12)
-    best = min((minimize(lambda y: distances(points, y), x0, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 4000})
-                for x0 in (points.mean(0).numpy(), points.median(0).values.numpy())), key=lambda result: result.fun)
+    best = min(
+        (
+            minimize(
+                lambda y: distances(points, y),
+                x0,
+                method="Nelder-Mead",
+                options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 4000},
+            )
+            for x0 in (points.mean(0).numpy(), points.median(0).values.numpy())
+        ),
+        key=lambda result: result.fun,
+    )
     assert distances(points, found) <= best.fun * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("points, expected", [
-    ([[0.0], [0.0], [0.0], [4.0], [1.0]], [0.0]),  # the mean is a point and is not the median
-    ([[0.0, 0.0]] * 5 + [[10.0, 0.0], [0.0, 10.0]], [0.0, 0.0]),
-    ([[1.0, 2.0]] * 4, [1.0, 2.0]),
-    ([[3.0, 4.0]], [3.0, 4.0]),
-    ([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], [0.0, 0.0]),  # the mean is a point and is the median
-    ([[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [30.0, 1.0], [-10.0, 1.0]], [0.0, 1.0]),
-], ids=["mean_on_a_point", "coincident_majority", "all_the_same", "one_point", "centre_of_a_cross", "median_on_a_point"])
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        ([[0.0], [0.0], [0.0], [4.0], [1.0]], [0.0]),  # the mean is a point and is not the median
+        ([[0.0, 0.0]] * 5 + [[10.0, 0.0], [0.0, 10.0]], [0.0, 0.0]),
+        ([[1.0, 2.0]] * 4, [1.0, 2.0]),
+        ([[3.0, 4.0]], [3.0, 4.0]),
+        (
+            [[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]],
+            [0.0, 0.0],
+        ),  # the mean is a point and is the median
+        ([[0.0, 0.0], [0.0, 1.0], [0.0, 2.0], [30.0, 1.0], [-10.0, 1.0]], [0.0, 1.0]),
+    ],
+    ids=[
+        "mean_on_a_point",
+        "coincident_majority",
+        "all_the_same",
+        "one_point",
+        "centre_of_a_cross",
+        "median_on_a_point",
+    ],
+)
 def test_geometric_median_with_points_that_coincide_with_the_iterate(points, expected):
     found = geometric_median(torch.tensor(points, dtype=torch.float64), iterations=2000)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-3)
@@ -57,7 +86,9 @@ def test_geometric_median_is_not_the_mean():
 
 
 def test_b_pre_starts_where_it_is_asked_to():
-    torch.testing.assert_close(start(b_pre_init="geometric_median").b_pre.detach(), geometric_median(sample()))
+    torch.testing.assert_close(
+        start(b_pre_init="geometric_median").b_pre.detach(), geometric_median(sample())
+    )
     torch.testing.assert_close(start(b_pre_init="mean").b_pre.detach(), sample().mean(0))
     assert not start(b_pre_init="zero").b_pre.any() and not start().b_enc.any()
 
@@ -82,7 +113,11 @@ def test_tied_encoder_rows_point_along_the_decoders_and_independent_ones_do_not(
 @pytest.mark.parametrize("init", ["tied", "independent"])
 def test_scaled_init_gives_reconstructions_the_norm_of_their_inputs(init, b_pre_init):
     sae, x = start(init=init, b_pre_init=b_pre_init), sample()
-    recon = (sae.decode_normalized(sae.code(x, sae.pre_acts_normalized(x))) - sae.b_pre).norm(dim=1).mean()
+    recon = (
+        (sae.decode_normalized(sae.code(x, sae.pre_acts_normalized(x))) - sae.b_pre)
+        .norm(dim=1)
+        .mean()
+    )
     torch.testing.assert_close(recon, (x - sae.b_pre).norm(dim=1).mean(), rtol=1e-4, atol=0)
 
 
@@ -94,10 +129,14 @@ def test_decoder_rows_start_with_norm_1_and_unit_scale_keeps_the_encoders_too():
 
 
 def test_the_seed_decides_the_directions():
-    assert torch.equal(start(0).W_dec, start(0).W_dec) and not torch.equal(start(0).W_dec, start(1).W_dec)
+    assert torch.equal(start(0).W_dec, start(0).W_dec) and not torch.equal(
+        start(0).W_dec, start(1).W_dec
+    )
 
 
 def test_a_sample_of_zeros_leaves_finite_weights():
     sae = SAE(Shape(8, 48, 4, "none"))
-    initialize_(sae, torch.zeros(20, 8), Options(n_latents=48, k=4), torch.Generator().manual_seed(0))
+    initialize_(
+        sae, torch.zeros(20, 8), Options(n_latents=48, k=4), torch.Generator().manual_seed(0)
+    )
     assert all(torch.isfinite(value).all() for value in sae.parameters())

@@ -24,17 +24,28 @@ def make(seed=0):
 
 
 def batch(b=40, seed=1):
-    return torch.randn(b, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    return (
+        torch.randn(b, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    )
 
 
 def run(sae, x, *, dead=DEAD, k_aux=3, baseline=2.0, **options):
-    return losses(sae, x, baseline=baseline, dead=dead, k_aux=k_aux, options=Options(**{"n_latents": N, "k": K, **options}))
+    return losses(
+        sae,
+        x,
+        baseline=baseline,
+        dead=dead,
+        k_aux=k_aux,
+        options=Options(**{"n_latents": N, "k": K, **options}),
+    )
 
 
 def dense(sae, x, k, among=None, *, b_pre=None):
     """Write the code with autograd and matrices."""
     pre = (x - (sae.b_pre if b_pre is None else b_pre)) @ sae.W_enc.T + sae.b_enc
-    allowed = torch.zeros(N, dtype=torch.bool).index_fill_(0, torch.arange(N) if among is None else among, True)
+    allowed = torch.zeros(N, dtype=torch.bool).index_fill_(
+        0, torch.arange(N) if among is None else among, True
+    )
     k = min(k, int(allowed.sum()))
     chosen = pre.masked_fill(~allowed, -torch.inf).topk(k, dim=1).indices
     return torch.relu(pre * torch.zeros_like(pre).scatter_(1, chosen, 1.0))
@@ -42,7 +53,9 @@ def dense(sae, x, k, among=None, *, b_pre=None):
 
 def expected_aux(sae, x, norm, k_aux=3, dead=DEAD):
     error = (x - dense(sae, x, K) @ sae.W_dec - sae.b_pre).detach()
-    predicted = dense(sae, x, k_aux, dead) @ sae.W_dec  # no bias: it is in the reconstruction already
+    predicted = (
+        dense(sae, x, k_aux, dead) @ sae.W_dec
+    )  # no bias: it is in the reconstruction already
     square = (predicted - error).square()
     if norm == "token":
         return (square.sum(1) / error.square().sum(1)).mean()
@@ -52,12 +65,17 @@ def expected_aux(sae, x, norm, k_aux=3, dead=DEAD):
 def gradients(sae, loss):
     sae.zero_grad()
     loss.backward()
-    return {key: torch.zeros_like(value) if value.grad is None else value.grad.clone() for key, value in sae.named_parameters()}
+    return {
+        key: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        for key, value in sae.named_parameters()
+    }
 
 
 def same(got, expected):
     for key in expected:
-        torch.testing.assert_close(got[key], expected[key], msg=lambda text, key=key: f"gradient of {key}: {text}")
+        torch.testing.assert_close(
+            got[key], expected[key], msg=lambda text, key=key: f"gradient of {key}: {text}"
+        )
 
 
 def test_nmse_is_the_mean_squared_error_over_one_fixed_baseline():
@@ -87,7 +105,15 @@ def test_auxk_is_its_definition_and_so_is_its_gradient(norm, k_aux):
 @pytest.mark.parametrize("tokens", [2, 11, 40])
 def test_auxk_on_a_share_of_the_tokens_is_the_mean_over_the_first_of_them(norm, tokens):
     sae, x = make(), batch()
-    got = losses(sae, x, baseline=2.0, dead=DEAD, k_aux=3, options=Options(n_latents=N, k=K, auxk_norm=norm), auxk_tokens=tokens)
+    got = losses(
+        sae,
+        x,
+        baseline=2.0,
+        dead=DEAD,
+        k_aux=3,
+        options=Options(n_latents=N, k=K, auxk_norm=norm),
+        auxk_tokens=tokens,
+    )
     torch.testing.assert_close(got.auxk, expected_aux(sae, x[:tokens], norm))
     same(gradients(sae, got.auxk), gradients(sae, expected_aux(sae, x[:tokens], norm)))
     torch.testing.assert_close(got.nmse, run(sae, x).nmse)
@@ -113,7 +139,10 @@ def test_auxk_does_not_count_the_bias_twice():
     """With decode() in place of decoder(), the prediction of the error would hold b_pre."""
     sae, x = make(), batch()
     with torch.no_grad():
-        sae.W_enc[DEAD], sae.b_enc[DEAD] = 0, -1  # dead latents say nothing, so that the error is predicted as 0
+        sae.W_enc[DEAD], sae.b_enc[DEAD] = (
+            0,
+            -1,
+        )  # dead latents say nothing, so that the error is predicted as 0
     assert run(sae, x).auxk.item() == pytest.approx(1.0)
 
 
@@ -137,7 +166,10 @@ def test_few_dead_latents_or_none_need_no_special_case(dead, norm):
     sae, x = make(), batch()
     dead = torch.tensor(dead, dtype=torch.long)
     got = run(sae, x, dead=dead, auxk_norm=norm)
-    torch.testing.assert_close(got.auxk, expected_aux(sae, x, norm, 3, dead) if len(dead) else torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(
+        got.auxk,
+        expected_aux(sae, x, norm, 3, dead) if len(dead) else torch.zeros((), dtype=torch.float64),
+    )
     assert all(torch.isfinite(grad).all() for grad in gradients(sae, got.total).values())
     if not len(dead):
         torch.testing.assert_close(got.total, got.nmse)
@@ -178,7 +210,9 @@ def test_multi_topk_does_not_alter_the_code_that_is_returned():
     sae, x = make(), batch()
     plain, multi = run(sae, x), run(sae, x, multi_topk=0.125)
     assert multi.code.values.shape[1] == K
-    assert torch.equal(plain.code.indices, multi.code.indices) and torch.equal(plain.code.values, multi.code.values)
+    assert torch.equal(plain.code.indices, multi.code.indices) and torch.equal(
+        plain.code.values, multi.code.values
+    )
     assert torch.equal(plain.nmse, multi.nmse) and torch.equal(plain.auxk, multi.auxk)
 
 

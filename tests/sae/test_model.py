@@ -33,7 +33,13 @@ def dense_code(sae, x):
     return torch.relu(pre * kept)
 
 
-@given(d=st.integers(1, 9), n=st.integers(1, 40), k=st.integers(1, 40), b=st.integers(0, 6), seed=st.integers(0, 99))
+@given(
+    d=st.integers(1, 9),
+    n=st.integers(1, 40),
+    k=st.integers(1, 40),
+    b=st.integers(0, 6),
+    seed=st.integers(0, 99),
+)
 def test_code_and_reconstruction_are_the_definition(d, n, k, b, seed):
     sae, x = make(d, n, min(k, n), seed=seed), batch(b, d, seed)
     code = sae.code(x, sae.pre_acts_normalized(x))
@@ -47,7 +53,9 @@ def test_forward_takes_raw_activations_and_gives_raw_reconstructions(kind):
     sae = make(normalize=kind, factor=0.3) if kind == "dataset" else make(normalize=kind)
     raw = 4 * batch() + 3
     inputs = sae.normalize(raw)
-    torch.testing.assert_close(sae(raw), inputs.restore(dense_code(sae, inputs.x) @ sae.W_dec + sae.b_pre))
+    torch.testing.assert_close(
+        sae(raw), inputs.restore(dense_code(sae, inputs.x) @ sae.W_dec + sae.b_pre)
+    )
     torch.testing.assert_close(sae.encode(raw).dense(20), dense_code(sae, inputs.x))
 
 
@@ -58,7 +66,10 @@ def test_decoding_what_was_encoded_gives_the_reconstruction_of_raw_activations(k
     raw = 40 * batch(12).reshape(3, 4, 6) + 3
     code = sae.encode(raw)
     torch.testing.assert_close(sae.decode(code), sae(raw), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(sae.pre_acts(raw), sae.pre_acts_normalized(sae.normalize(raw).x.flatten(0, 1)).view(3, 4, -1))
+    torch.testing.assert_close(
+        sae.pre_acts(raw),
+        sae.pre_acts_normalized(sae.normalize(raw).x.flatten(0, 1)).view(3, 4, -1),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,10 +91,15 @@ def test_a_code_that_does_not_know_its_activations_is_never_decoded_on_a_guessed
     if kind in ("none", "dataset"):
         torch.testing.assert_close(sae.decode(code), sae(raw))
         return
-    with pytest.raises(InputError, match=f"does not say what was taken off its activations, and {kind} .*decode_normalized"):
+    with pytest.raises(
+        InputError,
+        match=f"does not say what was taken off its activations, and {kind} .*decode_normalized",
+    ):
         sae.decode(code)
     cut = sae.encode(raw)
-    with pytest.raises(InputError, match=r"of shape \[5, 4\], but it was made from activations \[9\]; .*code.at"):
+    with pytest.raises(
+        InputError, match=r"of shape \[5, 4\], but it was made from activations \[9\]; .*code.at"
+    ):
         sae.decode(cut._replace(values=cut.values[:5], indices=cut.indices[:5]))
 
 
@@ -146,7 +162,9 @@ def test_gradient_of_the_whole_model_is_that_of_the_dense_one():
     raw.grad = None
     sae.zero_grad()
     inputs = sae.normalize(raw)
-    (inputs.restore(dense_code(sae, inputs.x) @ sae.W_dec + sae.b_pre) - 1).square().sum().backward()
+    (
+        inputs.restore(dense_code(sae, inputs.x) @ sae.W_dec + sae.b_pre) - 1
+    ).square().sum().backward()
     for ours, theirs in zip(got, [raw.grad, *(value.grad for value in sae.parameters())]):
         torch.testing.assert_close(ours, theirs)
 
@@ -161,7 +179,9 @@ def test_choosing_among_some_latents_takes_the_best_of_them():
     pre = sae.pre_acts_normalized(x)
     code = sae.code(x, pre, 3, among=among)
     assert set(code.indices.flatten().tolist()) <= set(among.tolist())
-    torch.testing.assert_close(code.values.sort(1).values, torch.relu(pre[:, among]).topk(3, dim=1).values.sort(1).values)
+    torch.testing.assert_close(
+        code.values.sort(1).values, torch.relu(pre[:, among]).topk(3, dim=1).values.sort(1).values
+    )
 
 
 @pytest.mark.parametrize("many", [0, 1, 2])
@@ -178,9 +198,14 @@ def test_the_reference_kernels_give_the_same_model():
     torch.testing.assert_close(sae(raw), expected)
 
 
-@pytest.mark.parametrize("raw", [torch.zeros(3, 7), torch.zeros(2, 3, 5)], ids=["wider", "narrower"])
+@pytest.mark.parametrize(
+    "raw", [torch.zeros(3, 7), torch.zeros(2, 3, 5)], ids=["wider", "narrower"]
+)
 def test_another_d_model_is_refused(raw):
-    with pytest.raises(InputError, match=rf"this SAE is for activations of width d_model = 6, got {raw.shape[-1]} \(shape .*\); is it the right model and site"):
+    with pytest.raises(
+        InputError,
+        match=rf"this SAE is for activations of width d_model = 6, got {raw.shape[-1]} \(shape .*\); is it the right model and site",
+    ):
         make().encode(raw)
 
 
@@ -190,10 +215,21 @@ def test_activations_of_any_type_are_taken():
         assert sae(batch().to(dtype)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((4, 8, 9), "k is 9, more than the 8 latents; give a smaller k"), ((4, 8, 0), "k of an SAE is 0; it must be a whole number"),
-    ((0, 8, 1), "d_model of an SAE is 0"), ((4, -8, 1), "n_latents of an SAE is -8"), ((4, 8, 2.0), "k of an SAE is 2.0"),
-    ((4, 8, 2, "unit"), "normalisation 'unit' is unknown; there are unit_norm, layer_norm, dataset, none")], ids=str)
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((4, 8, 9), "k is 9, more than the 8 latents; give a smaller k"),
+        ((4, 8, 0), "k of an SAE is 0; it must be a whole number"),
+        ((0, 8, 1), "d_model of an SAE is 0"),
+        ((4, -8, 1), "n_latents of an SAE is -8"),
+        ((4, 8, 2.0), "k of an SAE is 2.0"),
+        (
+            (4, 8, 2, "unit"),
+            "normalisation 'unit' is unknown; there are unit_norm, layer_norm, dataset, none",
+        ),
+    ],
+    ids=str,
+)
 def test_a_shape_that_cannot_be_is_refused(shape, message):
     with pytest.raises(InputError, match=message):
         Shape(*shape)
@@ -211,7 +247,11 @@ def test_decoder_rows_get_norm_1_and_a_zero_row_stays_zero():
 
 def test_parameters_have_the_latents_first():
     assert {key: tuple(value.shape) for key, value in make().named_parameters()} == {
-        "W_enc": (20, 6), "b_enc": (20,), "W_dec": (20, 6), "b_pre": (6,)}
+        "W_enc": (20, 6),
+        "b_enc": (20,),
+        "W_dec": (20, 6),
+        "b_pre": (6,),
+    }
 
 
 def test_metadata_of_two_saes_is_not_shared():

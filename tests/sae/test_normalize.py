@@ -18,7 +18,9 @@ def test_restore_gives_back_the_raw_activations(kind, shape):
     x = raw(*shape)
     inputs = normalize(x, kind, 0.25)
     assert inputs.x.shape == x.shape
-    eps = 1e-5 if kind == "layer_norm" else 0.0  # of a deviation; up to 3.4 deviations from the mean with d = 12
+    eps = (
+        1e-5 if kind == "layer_norm" else 0.0
+    )  # of a deviation; up to 3.4 deviations from the mean with d = 12
     torch.testing.assert_close(inputs.restore(inputs.x), x, rtol=1e-5, atol=1e-5 + 3.4 * eps)
     torch.testing.assert_close((x - inputs.mean) / (inputs.scale + eps), inputs.x)
 
@@ -34,7 +36,9 @@ def test_layer_norm_divides_by_the_unbiased_deviation_so_that_the_norm_is_the_ro
     inputs = normalize(values, "layer_norm")
     torch.testing.assert_close(inputs.scale, values.std(dim=1, keepdim=True))
     torch.testing.assert_close(inputs.x, (values - inputs.mean) / (inputs.scale + 1e-5))
-    torch.testing.assert_close(inputs.x.norm(dim=1), torch.full((50,), math.sqrt(11)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        inputs.x.norm(dim=1), torch.full((50,), math.sqrt(11)), rtol=1e-4, atol=0
+    )
 
 
 def test_constant_norm_gives_norm_root_d_and_subtracts_nothing():
@@ -48,7 +52,9 @@ def test_dataset_factor_makes_the_mean_squared_norm_d_model():
     values = raw(500, 12)
     x = normalize(values, "dataset", dataset_factor(values)).x
     assert x.square().sum(1).mean().item() == pytest.approx(12, rel=1e-5)
-    torch.testing.assert_close(x / x[0, 0], values / values[0, 0])  # one constant, nothing subtracted
+    torch.testing.assert_close(
+        x / x[0, 0], values / values[0, 0]
+    )  # one constant, nothing subtracted
 
 
 def test_none_is_the_identity():

@@ -44,7 +44,11 @@ def test_save_and_load_are_the_identity(sae, tmp_path):
     same(sae, loaded)
     raw = torch.randn(3, 6)
     assert torch.equal(sae(raw), loaded(raw))
-    assert {file.name for file in (tmp_path / "sae").iterdir()} == {"sae.safetensors", "sae.json", "manifest.json"}
+    assert {file.name for file in (tmp_path / "sae").iterdir()} == {
+        "sae.safetensors",
+        "sae.json",
+        "manifest.json",
+    }
 
 
 def test_a_folder_without_sums_loads_too(sae, folder):
@@ -64,18 +68,25 @@ def test_the_loaded_autoencoder_can_be_trained(folder):
 
 
 def test_any_float_type_on_disk_is_read_as_float32(sae, folder):
-    save_file({key: value.half() for key, value in load_file(folder / store.WEIGHTS).items()}, folder / store.WEIGHTS)
+    save_file(
+        {key: value.half() for key, value in load_file(folder / store.WEIGHTS).items()},
+        folder / store.WEIGHTS,
+    )
     assert ksparse.load(folder).W_enc.dtype == torch.float32
 
 
 def change(folder, **changes):
     config = json.loads((folder / store.CONFIG).read_text()) | changes
-    (folder / store.CONFIG).write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    (folder / store.CONFIG).write_text(
+        json.dumps({key: value for key, value in config.items() if value is not ...})
+    )
 
 
 def tensors(folder, **changes):
     found = load_file(folder / store.WEIGHTS) | changes
-    save_file({key: value for key, value in found.items() if value is not None}, folder / store.WEIGHTS)
+    save_file(
+        {key: value for key, value in found.items() if value is not None}, folder / store.WEIGHTS
+    )
 
 
 @pytest.mark.parametrize(
@@ -391,9 +402,14 @@ def test_an_sae_that_names_no_lm_is_not_taken_for_one_of_the_default(sae):
         store.acts_of({"acts": {**ACTS, "x": 1}})
 
 
-@pytest.mark.parametrize("name, message", [
-    (store.WEIGHTS, "sae.safetensors is a FIFO, expected a file"), (store.CONFIG, "holds no SAE"),
-    (files.MANIFEST, "manifest.json is a FIFO, expected a file")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (store.WEIGHTS, "sae.safetensors is a FIFO, expected a file"),
+        (store.CONFIG, "holds no SAE"),
+        (files.MANIFEST, "manifest.json is a FIFO, expected a file"),
+    ],
+)
 def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(sae, folder, name, message):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
@@ -449,7 +465,10 @@ def test_a_run_gives_its_newest_intact_checkpoint(sae, tmp_path):
 
 @pytest.mark.parametrize("source", ["nobody/nothing", "no/such/folder/anywhere", "nothing"])
 def test_what_is_neither_here_nor_on_the_hub_is_refused(source):
-    with pytest.raises(InputError, match=f"{source} is neither a folder here nor a Hub repository that can be reached"):
+    with pytest.raises(
+        InputError,
+        match=f"{source} is neither a folder here nor a Hub repository that can be reached",
+    ):
         ksparse.load(source)
 
 

@@ -38,7 +38,9 @@ def tokens_of(n: float) -> float:
     return 2e6 * (n / 2048) ** TOKENS_EXPONENT
 
 
-def rows_of(n: float, k: float, *, lr: float, seed: int, lm: str, noise: np.random.Generator) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def rows_of(
+    n: float, k: float, *, lr: float, seed: int, lm: str, noise: np.random.Generator
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a run's row of points.csv and its rows of curves.csv."""
     run = f"{lm.replace('/', '-')}-{n}-{k}-{lr:.2e}-{seed}"
     worse = (1 + 0.02 * np.log(lr / best_lr(n)) ** 2) * (1 + 0.003 * noise.standard_normal())
@@ -46,16 +48,48 @@ def rows_of(n: float, k: float, *, lr: float, seed: int, lm: str, noise: np.rand
     tokens = np.geomspace(end / 300, end, 25)
     losses = limit(n, k, lm) * worse * (1 + 0.05 * ((end / tokens) ** 0.6 - 1))
     shared = {"run": run, "n": n, "k": k, "lr": lr, "seed": seed, "lm": lm}
-    point = shared | {"activation": "topk", "d_model": 160, "lm_parameters": LMS[lm], "lm_flops": "", "batch": 2048, "tokens": end,
-                      "tokens_to_convergence": end, "converged": "true", "flops": end * cost(n, k), "flops_lm": 1e12, "loss": losses[-1],
-                      "loss_raw": losses[-1] * 1.01, "loss_ema": losses[-1], "loss_se": "", "dead": 0.01}
-    curve = [shared | {"tokens": t, "flops": t * cost(n, k), "loss": loss, "loss_raw": loss * 1.01, "loss_ema": loss}
-             for t, loss in zip(tokens, losses)]
+    point = shared | {
+        "activation": "topk",
+        "d_model": 160,
+        "lm_parameters": LMS[lm],
+        "lm_flops": "",
+        "batch": 2048,
+        "tokens": end,
+        "tokens_to_convergence": end,
+        "converged": "true",
+        "flops": end * cost(n, k),
+        "flops_lm": 1e12,
+        "loss": losses[-1],
+        "loss_raw": losses[-1] * 1.01,
+        "loss_ema": losses[-1],
+        "loss_se": "",
+        "dead": 0.01,
+    }
+    curve = [
+        shared
+        | {
+            "tokens": t,
+            "flops": t * cost(n, k),
+            "loss": loss,
+            "loss_raw": loss * 1.01,
+            "loss_ema": loss,
+        }
+        for t, loss in zip(tokens, losses)
+    ]
     return point, curve
 
 
-def build(folder: Path, *, sizes: list[int] = SIZES, ks: list[int] = KS, rates: tuple[float, ...] = (0.5, 1.0, 2.0), seeds: int = 1,
-          lms: tuple[str, ...] = (MAIN,), change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row, curves: bool = True) -> Path:
+def build(
+    folder: Path,
+    *,
+    sizes: list[int] = SIZES,
+    ks: list[int] = KS,
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0),
+    seeds: int = 1,
+    lms: tuple[str, ...] = (MAIN,),
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
+    curves: bool = True,
+) -> Path:
     """Write a sweep: of the main LM every n, k, multiple of the best learning rate and seed; of the other LMs every n at the third k."""
     noise = np.random.default_rng(0)
     points, lines = [], []
@@ -64,7 +98,9 @@ def build(folder: Path, *, sizes: list[int] = SIZES, ks: list[int] = KS, rates: 
             for k in ks if lm == MAIN else ks[2:3]:
                 for rate in rates if lm == MAIN else (1.0,):
                     for seed in range(seeds):
-                        point, curve = rows_of(n, k, lr=rate * best_lr(n), seed=seed, lm=lm, noise=noise)
+                        point, curve = rows_of(
+                            n, k, lr=rate * best_lr(n), seed=seed, lm=lm, noise=noise
+                        )
                         points.append(change(point))
                         lines += curve
     write(folder / "points.csv", points)

@@ -17,7 +17,11 @@ def eq3() -> tuple[Terms, np.ndarray, np.ndarray]:
     """Return the columns, the true coefficients and the log losses of equation 3 on the grid of the GPT-4 points."""
     points = published.gpt4()
     form = forms("nk", points)[0]
-    return form.terms(points), np.array([published.EQ3[each.name] for each in form.coefficients]), np.log(published.eq3(published.EQ3, points["n"], points["k"]))
+    return (
+        form.terms(points),
+        np.array([published.EQ3[each.name] for each in form.coefficients]),
+        np.log(published.eq3(published.EQ3, points["n"], points["k"])),
+    )
 
 
 def power(x: np.ndarray) -> Terms:
@@ -35,7 +39,9 @@ def test_the_value_is_equation_3_and_the_slopes_are_its_derivatives():
     assert np.allclose(value, logs, atol=1e-12) and np.array_equal(value, terms.value(theta))
     for i in range(len(theta)):
         step = 1e-6 * np.eye(len(theta))[i]
-        assert np.allclose(slopes[:, i], (terms.value(theta + step) - terms.value(theta - step)) / 2e-6, atol=1e-7)
+        assert np.allclose(
+            slopes[:, i], (terms.value(theta + step) - terms.value(theta - step)) / 2e-6, atol=1e-7
+        )
 
 
 def test_points_without_noise_give_back_their_coefficients():
@@ -48,7 +54,10 @@ def test_many_fits_at_once_are_those_of_scipy():
     """`refit` is the fast copy, scipy's least squares the definition: with weights, Huber's loss, and a coefficient held."""
     terms, theta, logs = eq3()
     random = np.random.default_rng(1)
-    weights, data = random.integers(0, 3, (4, len(logs))).astype(float), np.stack([noisy(logs, seed, 0.02) for seed in range(4)])
+    weights, data = (
+        random.integers(0, 3, (4, len(logs))).astype(float),
+        np.stack([noisy(logs, seed, 0.02) for seed in range(4)]),
+    )
     held = np.zeros((4, 6), bool)
     held[2, 3] = held[3, 5] = True
     start = np.tile(theta, (4, 1))
@@ -67,10 +76,28 @@ def test_many_fits_at_once_are_those_of_scipy():
                 size, near = np.sqrt(z), np.minimum(np.sqrt(z), delta)
                 with np.errstate(divide="ignore"):
                     slope = np.where(size > near, near / np.maximum(size, 1e-300), 1.0)
-                return np.stack([weights[i] * 2 * near * (size - near / 2), weights[i] * slope, np.zeros_like(z)])
+                return np.stack(
+                    [
+                        weights[i] * 2 * near * (size - near / 2),
+                        weights[i] * slope,
+                        np.zeros_like(z),
+                    ]
+                )
 
-            expected = optimize.least_squares(residuals, start[i][free], loss=loss, x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=5000)
-            costs = [float(solve.loss(residuals(each), weights[i], delta)) for each in (found[i][free], expected.x)]
+            expected = optimize.least_squares(
+                residuals,
+                start[i][free],
+                loss=loss,
+                x_scale="jac",
+                ftol=1e-15,
+                xtol=1e-15,
+                gtol=1e-15,
+                max_nfev=5000,
+            )
+            costs = [
+                float(solve.loss(residuals(each), weights[i], delta))
+                for each in (found[i][free], expected.x)
+            ]
             assert costs[0] <= costs[1] * (1 + 1e-7)
             assert np.array_equal(found[i][held[i]], start[i][held[i]])
 
@@ -80,14 +107,25 @@ def test_an_outlier_hardly_moves_the_fit():
     clean, spoilt = noisy(logs, 3), noisy(logs, 3)
     spoilt[20] += 1.0
     plain = solve._scipy(terms, spoilt, np.ones(45), theta, math.inf).x
-    moved = [np.abs(terms.value(each) - terms.value(solve.fit(terms, clean).theta)).max() for each in (solve.fit(terms, spoilt).theta, plain)]
+    moved = [
+        np.abs(terms.value(each) - terms.value(solve.fit(terms, clean).theta)).max()
+        for each in (solve.fit(terms, spoilt).theta, plain)
+    ]
     assert moved[0] < moved[1] / 5, moved
 
 
 CASES = {
     "eq3": lambda: eq3(),
-    "power and floor": lambda: (power(x := np.geomspace(2**11, 2**19, 9)), np.array([1.0, -0.25, -1.8]), np.log(math.e * x**-0.25 + math.exp(-1.8))),
-    "compute": lambda: (power(x := np.geomspace(3.6e-11, 4e-4, 12)), np.log([0.056, math.exp(-0.084), 0.09]), np.log(0.056 * x**-0.084 + 0.09)),
+    "power and floor": lambda: (
+        power(x := np.geomspace(2**11, 2**19, 9)),
+        np.array([1.0, -0.25, -1.8]),
+        np.log(math.e * x**-0.25 + math.exp(-1.8)),
+    ),
+    "compute": lambda: (
+        power(x := np.geomspace(3.6e-11, 4e-4, 12)),
+        np.log([0.056, math.exp(-0.084), 0.09]),
+        np.log(0.056 * x**-0.084 + 0.09),
+    ),
 }
 
 
@@ -102,7 +140,9 @@ def test_each_coefficient_lies_in_its_interval_in_nine_trials_of_ten(name):
         inside += (ends[:, 0] <= theta) & (theta <= ends[:, 1])
         width.append(ends[:, 1] - ends[:, 0])
     assert (inside >= 0.9 * trials).all(), inside
-    scatter = solve.quantile(found, 0.95) * np.sqrt(np.diag(solve.covariance(solve.fit(terms, noisy(logs, 0)))))
+    scatter = solve.quantile(found, 0.95) * np.sqrt(
+        np.diag(solve.covariance(solve.fit(terms, noisy(logs, 0))))
+    )
     assert (np.median(width, 0) < 4 * scatter).all()  # twice the linear width at most
 
 
@@ -115,8 +155,18 @@ def test_an_interval_ends_where_the_loss_has_risen_to_the_bar():
         held = np.arange(6) == 1
         start = found.theta.copy()
         start[1] = value
-        end = solve.refit(terms, found.logs, start[None], weights=found.weights, delta=found.delta, held=held[None])[0]
-        rise.append(float(solve.loss(terms.value(end) - found.logs, found.weights, found.delta)) - found.cost)
+        end = solve.refit(
+            terms,
+            found.logs,
+            start[None],
+            weights=found.weights,
+            delta=found.delta,
+            held=held[None],
+        )[0]
+        rise.append(
+            float(solve.loss(terms.value(end) - found.logs, found.weights, found.delta))
+            - found.cost
+        )
     inside, variance = solve._psi(found.residuals, found)
     assert np.allclose(rise, solve.quantile(found, 0.95) ** 2 * variance / (2 * inside), rtol=0.02)
 
@@ -128,7 +178,9 @@ def test_without_an_irreducible_term_in_the_data_its_interval_reaches_down_to_no
         logs = noisy(np.log(1.03 * x**-0.04), seed)
         found = solve.fit(terms, logs)
         low, high = solve.intervals(found)[2]
-        assert low == -math.inf and math.log(0.05) < high < logs[-1]  # above it there would be no room for a power
+        assert (
+            low == -math.inf and math.log(0.05) < high < logs[-1]
+        )  # above it there would be no room for a power
 
 
 def test_more_independent_points_make_the_interval_narrower_and_copies_do_not():
@@ -145,7 +197,10 @@ def test_resampling_whole_clusters_spreads_wider_than_resampling_copies():
     x = np.geomspace(2**11, 2**19, 9)
     logs = noisy(np.log(2 * x**-0.25 + 0.1), 0)
     copies = solve.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
-    spread = [np.std(solve.resampled(copies, 200, clusters=clusters)[:, 1]) for clusters in (np.tile(np.arange(9), 4), None)]
+    spread = [
+        np.std(solve.resampled(copies, 200, clusters=clusters)[:, 1])
+        for clusters in (np.tile(np.arange(9), 4), None)
+    ]
     assert spread[0] > 1.5 * spread[1]
 
 
@@ -161,7 +216,9 @@ def test_predictions_hold_the_truth_in_nine_trials_of_ten():
     points = published.gpt4()
     form = forms("nk", points)[0]
     terms, theta, logs = eq3()
-    at = form.terms({"n": np.array([48_000.0, 2**20]), "k": np.array([90.0, 100.0])})  # between the points, and beyond them
+    at = form.terms(
+        {"n": np.array([48_000.0, 2**20]), "k": np.array([90.0, 100.0])}
+    )  # between the points, and beyond them
     inside = np.zeros(2)
     for seed in range(40):
         low, high = solve.interval_at(solve.fit(terms, noisy(logs, seed)), at)

@@ -26,10 +26,18 @@ from ksparse.training.loop import train
 @pytest.fixture
 def sweep_file(small_recipe, tmp_path):
     """Return sweep_file(grid="…", changes): a sweep.toml around small_recipe."""
-    def write(grid='[grid]\n"sae.n_latents" = [32, 64]\n"sae.k" = [2, 4]\n', changes=(), name="small"):
+
+    def write(
+        grid='[grid]\n"sae.n_latents" = [32, 64]\n"sae.k" = [2, 4]\n', changes=(), name="small"
+    ):
         file = tmp_path / f"{name}.toml"
-        file.write_text(to_toml(small_recipe({"curve.held_out": 64, "curve.octaves": 3} | dict(changes))) + "\n" + grid)
+        file.write_text(
+            to_toml(small_recipe({"curve.held_out": 64, "curve.octaves": 3} | dict(changes)))
+            + "\n"
+            + grid
+        )
         return file
+
     return write
 
 
@@ -43,36 +51,81 @@ def points(folder):
 
 def test_a_grid_is_every_combination_and_each_is_named_by_its_recipe(sweep_file):
     grid = read(sweep_file())
-    assert sorted((recipe.sae.n_latents, recipe.sae.k) for recipe in grid.recipes.values()) == [(32, 2), (32, 4), (64, 2), (64, 4)]
+    assert sorted((recipe.sae.n_latents, recipe.sae.k) for recipe in grid.recipes.values()) == [
+        (32, 2),
+        (32, 4),
+        (64, 2),
+        (64, 4),
+    ]
     assert all(name == files.digest(recipe.identity()) for name, recipe in grid.recipes.items())
 
 
 def test_what_does_not_change_the_result_does_not_change_the_name(sweep_file):
-    assert set(read(sweep_file(changes={"run.log_every": 7, "run.keep": 1})).recipes) == set(read(sweep_file()).recipes)
+    assert set(read(sweep_file(changes={"run.log_every": 7, "run.keep": 1})).recipes) == set(
+        read(sweep_file()).recipes
+    )
 
 
 def test_several_grids_are_put_together_and_points_in_both_counted_once(sweep_file):
-    grid = read(sweep_file('[[grid]]\n"sae.k" = [2, 4]\n[[grid]]\nsae.k = [4]\n"optim.lr" = [3e-3, 1e-2]\n'))
-    assert sorted((recipe.sae.k, recipe.optim.lr) for recipe in grid.recipes.values()) == [(2, 3e-3), (4, 3e-3), (4, 1e-2)]
+    grid = read(
+        sweep_file('[[grid]]\n"sae.k" = [2, 4]\n[[grid]]\nsae.k = [4]\n"optim.lr" = [3e-3, 1e-2]\n')
+    )
+    assert sorted((recipe.sae.k, recipe.optim.lr) for recipe in grid.recipes.values()) == [
+        (2, 3e-3),
+        (4, 3e-3),
+        (4, 1e-2),
+    ]
 
 
 def test_seeds_of_a_grid_share_the_order_of_the_data(small_recipe, tmp_path):
     file = tmp_path / "seeds.toml"
-    table = {key: value for key, value in to_dict(small_recipe()).items() if key not in ("order", "seed")}
-    file.write_text(to_toml(from_dict(table)).replace("order = -1\n", "") + "[grid]\nseed = [0, 1]\n")
+    table = {
+        key: value for key, value in to_dict(small_recipe()).items() if key not in ("order", "seed")
+    }
+    file.write_text(
+        to_toml(from_dict(table)).replace("order = -1\n", "") + "[grid]\nseed = [0, 1]\n"
+    )
     recipes = list(read(file).recipes.values())
-    assert {recipe.data_seed for recipe in recipes} == {0} and {recipe.seed for recipe in recipes} == {0, 1}
+    assert {recipe.data_seed for recipe in recipes} == {0} and {
+        recipe.seed for recipe in recipes
+    } == {0, 1}
     assert len({grids.stream_key(recipe) for recipe in recipes}) == 1
 
 
-@pytest.mark.parametrize("grid, message", [
-    ("[grid]\n" + "".join(f"{key} = [{', '.join(map(str, range(1, 1001)))}]\n" for key in ("tokens", "seed")), r"has 1,000,000 points; at most 100,000 make a sweep"),
-    ('[grid]\n"acts.lm" = 0x' + "f" * 5_000, r"'acts\.lm' of the grid in .* is a number of thousands of digits; it must be a list"),
-    ('[grid]\n"acts.lm" = [0x' + "f" * 5_000 + "]", r"acts\.lm = a number of thousands of digits"),
-    ("", r"has no grid; write \[grid\] and lists of values"), ("[grid]\n", "has no grid"), ("grid = 3\n", "is not TOML|has no grid"),
-    ('[grid]\n"sae.k" = 3\n', r"'sae\.k' of the grid in .*small\.toml is 3; it must be a list"), ('[grid]\n"sae.k" = []\n', r"is \[\]; it must be a list of at least one"),
-    ('[grid]\n"sae.kk" = [3]\n', r"unknown key 'sae\.kk' in .*did you mean 'sae\.k'\? \(at the point sae\.kk = 3 of the grid\)"),
-    ('[grid]\n"sae.k" = [4, 99]\n', r"sae\.k is 99, more than the 64 latents .* \(at the point sae\.k = 99 of the grid\)"), ("[grid\n", "is not TOML")])
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        (
+            "[grid]\n"
+            + "".join(
+                f"{key} = [{', '.join(map(str, range(1, 1001)))}]\n" for key in ("tokens", "seed")
+            ),
+            r"has 1,000,000 points; at most 100,000 make a sweep",
+        ),
+        (
+            '[grid]\n"acts.lm" = 0x' + "f" * 5_000,
+            r"'acts\.lm' of the grid in .* is a number of thousands of digits; it must be a list",
+        ),
+        (
+            '[grid]\n"acts.lm" = [0x' + "f" * 5_000 + "]",
+            r"acts\.lm = a number of thousands of digits",
+        ),
+        ("", r"has no grid; write \[grid\] and lists of values"),
+        ("[grid]\n", "has no grid"),
+        ("grid = 3\n", "is not TOML|has no grid"),
+        ('[grid]\n"sae.k" = 3\n', r"'sae\.k' of the grid in .*small\.toml is 3; it must be a list"),
+        ('[grid]\n"sae.k" = []\n', r"is \[\]; it must be a list of at least one"),
+        (
+            '[grid]\n"sae.kk" = [3]\n',
+            r"unknown key 'sae\.kk' in .*did you mean 'sae\.k'\? \(at the point sae\.kk = 3 of the grid\)",
+        ),
+        (
+            '[grid]\n"sae.k" = [4, 99]\n',
+            r"sae\.k is 99, more than the 64 latents .* \(at the point sae\.k = 99 of the grid\)",
+        ),
+        ("[grid\n", "is not TOML"),
+    ],
+)
 def test_a_sweep_that_is_none_is_refused(sweep_file, grid, message):
     with pytest.raises(InputError, match=message):
         read(sweep_file(grid))
@@ -92,7 +145,10 @@ def members(small_recipe, sizes, **changes):
 
 def test_runs_of_one_stream_are_one_cohort_and_others_are_not(small_recipe):
     todo = members(small_recipe, [64, 32]) | {"other": small_recipe({"acts.context": 12})}
-    assert sorted(map(sorted, cohorts(todo, dict.fromkeys(todo, 16), memory=1e9))) == [["32-1", "64-0"], ["other"]]
+    assert sorted(map(sorted, cohorts(todo, dict.fromkeys(todo, 16), memory=1e9))) == [
+        ["32-1", "64-0"],
+        ["other"],
+    ]
 
 
 def test_cohorts_fit_into_memory(small_recipe):
@@ -102,7 +158,11 @@ def test_cohorts_fit_into_memory(small_recipe):
         found = cohorts(todo, dict.fromkeys(todo, 16), memory=limit)
         assert sorted(name for names in found for name in names) == sorted(todo)
         for names in found:
-            assert sum(grids.memory_bytes(todo[name], 16) for name in names) + grids.shared_bytes([todo[name] for name in names]) <= limit
+            assert (
+                sum(grids.memory_bytes(todo[name], 16) for name in names)
+                + grids.shared_bytes([todo[name] for name in names])
+                <= limit
+            )
     assert len(found) == 1
 
 
@@ -111,7 +171,9 @@ def test_there_is_work_for_every_worker_and_it_is_even(small_recipe):
     found = cohorts(todo, dict.fromkeys(todo, 16), memory=1e12, workers=2)
     work = [sum(todo[name].sae.n_latents for name in names) for names in found]
     assert len(found) == 2 and max(work) < 1.1 * min(work)
-    assert len(cohorts(todo, dict.fromkeys(todo, 16), memory=1e12, workers=9)) == 5, "no more than there are runs"
+    assert len(cohorts(todo, dict.fromkeys(todo, 16), memory=1e12, workers=9)) == 5, (
+        "no more than there are runs"
+    )
 
 
 # ---- training
@@ -124,13 +186,25 @@ def test_a_sweep_trains_collects_and_is_the_same_as_single_runs(sweep_file, tmp_
     assert [len(cohort.runs) for cohort in plans[0].cohorts] == [4] and plans[0].flops > 0
     name, recipe = next(iter(grid.recipes.items()))
     alone = train(recipe, tmp_path / "alone")
-    assert [row["loss"] for row in folder.run(name).curve()] == [row["loss"] for row in alone.curve()]
+    assert [row["loss"] for row in folder.run(name).curve()] == [
+        row["loss"] for row in alone.curve()
+    ]
     rows = points(folder)
     assert [(int(row["n"]), int(row["k"])) for row in rows] == [(32, 2), (64, 2), (32, 4), (64, 4)]
     row = next(row for row in rows if row["run"] == name)
     last = alone.curve()[-1]
-    assert float(row["loss"]) == last["loss"] and int(row["tokens"]) == 768 and row["converged"] == "false" and row["tokens_to_convergence"] == ""
-    assert float(row["flops"]) == last["flops"] and row["d_model"] == "16" and row["activation"] == "topk" and float(row["lm_parameters"]) > 0
+    assert (
+        float(row["loss"]) == last["loss"]
+        and int(row["tokens"]) == 768
+        and row["converged"] == "false"
+        and row["tokens_to_convergence"] == ""
+    )
+    assert (
+        float(row["flops"]) == last["flops"]
+        and row["d_model"] == "16"
+        and row["activation"] == "topk"
+        and float(row["lm_parameters"]) > 0
+    )
     with folder.curves_file.open() as stream:
         assert len(list(csv.DictReader(stream))) == sum(len(run.curve()) for run in folder.runs())
 
@@ -139,11 +213,15 @@ def test_finished_runs_are_skipped_and_a_wider_grid_adds_to_them(sweep_file, tmp
     folder = SweepFolder(tmp_path / "sweep")
     sweeping.sweep(read(sweep_file()), folder)
     before = {run.name: run.metrics() for run in folder.runs()}
-    wider = read(sweep_file('[grid]\n"sae.n_latents" = [32, 64]\n"sae.k" = [2, 4, 8]\n', name="wider"))
+    wider = read(
+        sweep_file('[grid]\n"sae.n_latents" = [32, 64]\n"sae.k" = [2, 4, 8]\n', name="wider")
+    )
     plans = []
     sweeping.sweep(wider, folder, planned=plans.append)
     assert len(plans[0].done) == 4 and sum(len(cohort.runs) for cohort in plans[0].cohorts) == 2
-    assert len(points(folder)) == 6 and all(folder.run(name).metrics() == rows for name, rows in before.items())
+    assert len(points(folder)) == 6 and all(
+        folder.run(name).metrics() == rows for name, rows in before.items()
+    )
     assert folder.file.read_text() == wider.file.read_text() and len(read(folder.file)) == 6
 
 
@@ -151,15 +229,31 @@ def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch
     grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), member.backward
 
     def poisoned(optimizer, x, state, recipe):
-        return own(optimizer, x * float("nan") if recipe.sae.k == 4 and recipe.sae.n_latents == 64 else x, state, recipe)
+        return own(
+            optimizer,
+            x * float("nan") if recipe.sae.k == 4 and recipe.sae.n_latents == 64 else x,
+            state,
+            recipe,
+        )
 
     monkeypatch.setattr(member, "backward", poisoned)
     failed = sweeping.sweep(grid, folder)
-    name = next(name for name, recipe in grid.recipes.items() if (recipe.sae.k, recipe.sae.n_latents) == (4, 64))
+    name = next(
+        name
+        for name, recipe in grid.recipes.items()
+        if (recipe.sae.k, recipe.sae.n_latents) == (4, 64)
+    )
     assert list(failed) == [name] and "NaN or infinite at step 1" in failed[name]
-    assert files.read_json(folder.error_file(name)) == {"error": failed[name]} and len(points(folder)) == 3
+    assert (
+        files.read_json(folder.error_file(name)) == {"error": failed[name]}
+        and len(points(folder)) == 3
+    )
     monkeypatch.setattr(member, "backward", own)
-    assert sweeping.sweep(grid, folder) == {} and not folder.error_file(name).exists() and len(points(folder)) == 4
+    assert (
+        sweeping.sweep(grid, folder) == {}
+        and not folder.error_file(name).exists()
+        and len(points(folder)) == 4
+    )
 
 
 def test_two_leaders_of_one_sweep_are_refused(sweep_file, tmp_path):
@@ -174,7 +268,9 @@ def test_a_run_that_is_not_of_the_sweep_is_refused(sweep_file, tmp_path):
 
 
 def test_converged_runs_count_as_finished(small_recipe, tmp_path):
-    recipe = small_recipe({"curve.held_out": 64, "curve.converged": 0.9, "curve.octaves": 4, "tokens": 64 * 64})
+    recipe = small_recipe(
+        {"curve.held_out": 64, "curve.converged": 0.9, "curve.octaves": 4, "tokens": 64 * 64}
+    )
     run = train(recipe, tmp_path / "run")
     assert finished(run) and run.metrics()[-1]["step"] < recipe.steps
     (run.checkpoints()[-1] / "state.json").write_text("{")
@@ -185,7 +281,9 @@ def test_converged_runs_count_as_finished(small_recipe, tmp_path):
 
 
 def test_the_command_line_plans_sweeps_and_says_what_is_next(sweep_file, tmp_path, capsys):
-    cli_sweep = lambda *more: cli.main(["sweep", str(sweep_file()), "--out", str(tmp_path / "sweep"), *more])
+    cli_sweep = lambda *more: cli.main(
+        ["sweep", str(sweep_file()), "--out", str(tmp_path / "sweep"), *more]
+    )
     cli_sweep("--plan", "True")
     assert "4 to do in 1 cohorts" in capsys.readouterr().err and not (tmp_path / "sweep").exists()
     cli_sweep()
@@ -195,9 +293,15 @@ def test_the_command_line_plans_sweeps_and_says_what_is_next(sweep_file, tmp_pat
     assert "4 of them finished; 0 to do" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"workers": 0}, "workers of at least 1"), ({"workers": 2}, "the launcher 'here' is one process, but there are to be 2 workers"),
-    ({"launcher": "slurm", "slurm": ("gpu",)}, r"'gpu' of --slurm is not name=value")], ids=str)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"workers": 0}, "workers of at least 1"),
+        ({"workers": 2}, "the launcher 'here' is one process, but there are to be 2 workers"),
+        ({"launcher": "slurm", "slurm": ("gpu",)}, r"'gpu' of --slurm is not name=value"),
+    ],
+    ids=str,
+)
 def test_launches_that_cannot_be_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         Launch(**options)
@@ -238,14 +342,31 @@ def test_a_worker_that_died_is_started_again_with_what_is_left():
         first = sum(names == other for other in starts) == 1
         return Scripted(lambda: done.update(names[:1] if first else names))
 
-    failed = launching.run([["a", "b"], ["c"]], start, lambda names: [name for name in names if name not in done], workers=2, retries=2)
+    failed = launching.run(
+        [["a", "b"], ["c"]],
+        start,
+        lambda names: [name for name in names if name not in done],
+        workers=2,
+        retries=2,
+    )
     assert failed == {} and starts == [["a", "b"], ["c"], ["b"]]
 
 
 def test_a_job_that_never_ends_well_is_given_up_and_named():
     starts, warned = [], []
-    failed = launching.run([["a", "b"]], lambda names, place: starts.append(names) or Scripted(lambda: None), lambda names: names, workers=1, retries=2, warn=warned.append)
-    assert failed == {"a": "scripted end", "b": "scripted end"} and len(starts) == 3 and len(warned) == 2
+    failed = launching.run(
+        [["a", "b"]],
+        lambda names, place: starts.append(names) or Scripted(lambda: None),
+        lambda names: names,
+        workers=1,
+        retries=2,
+        warn=warned.append,
+    )
+    assert (
+        failed == {"a": "scripted end", "b": "scripted end"}
+        and len(starts) == 3
+        and len(warned) == 2
+    )
 
 
 def test_no_more_workers_than_asked_for_and_places_are_used_again():
@@ -257,7 +378,13 @@ def test_no_more_workers_than_asked_for_and_places_are_used_again():
         most.append(len(busy))
         return Scripted(lambda: (busy.discard(place), done.update(names)), polls=2)
 
-    launching.run([[str(i)] for i in range(7)], start, lambda names: [name for name in names if name not in done], workers=3, retries=0)
+    launching.run(
+        [[str(i)] for i in range(7)],
+        start,
+        lambda names: [name for name in names if name not in done],
+        workers=3,
+        retries=0,
+    )
     assert max(most) == 3 and set(places) == {0, 1, 2} and len(places) == 7
 
 
@@ -268,17 +395,31 @@ def test_stopping_stops_the_workers():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launching.run([["a"], ["b"]], lambda names, place: workers.append(Scripted(lambda: None, 99)) or workers[-1], lambda names: names, workers=2, retries=0, observe=observe)
+        launching.run(
+            [["a"], ["b"]],
+            lambda names, place: workers.append(Scripted(lambda: None, 99)) or workers[-1],
+            lambda names: names,
+            workers=2,
+            retries=0,
+            observe=observe,
+        )
     assert [worker.stopped for worker in workers] == [True, True]
 
 
 def test_a_process_says_how_it_ended(tmp_path):
-    for code, message in [("print('bad'); raise SystemExit(3)", "exit code 3: bad"), ("import os; os.kill(os.getpid(), 9)", "killed by signal 9")]:
-        worker = launching.Process([sys.executable, "-c", code], tmp_path / f"{len(code)}.log", dict(os.environ))
+    for code, message in [
+        ("print('bad'); raise SystemExit(3)", "exit code 3: bad"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9"),
+    ]:
+        worker = launching.Process(
+            [sys.executable, "-c", code], tmp_path / f"{len(code)}.log", dict(os.environ)
+        )
         while not worker.done():
             time.sleep(0.01)
         assert worker.why() == message
-    worker = launching.Process([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", dict(os.environ))
+    worker = launching.Process(
+        [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", dict(os.environ)
+    )
     worker.stop()
     assert worker.why() == "killed by signal 15"
 
@@ -336,18 +477,25 @@ def killed_once(folder, grid, launch, monkeypatch):
 
 def test_a_killed_worker_of_two_costs_no_run_and_changes_no_loss(sweep_file, tmp_path, monkeypatch):
     """Real processes, one of them killed with SIGKILL in the middle."""
-    grid = read(sweep_file(changes={"tokens": 400 * 64, "run.save_every": 20, "run.log_every": 100}))
+    grid = read(
+        sweep_file(changes={"tokens": 400 * 64, "run.save_every": 20, "run.log_every": 100})
+    )
     undisturbed, folder = SweepFolder(tmp_path / "undisturbed"), SweepFolder(tmp_path / "sweep")
     assert sweeping.sweep(grid, undisturbed) == {}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    victims, failed = killed_once(folder, grid, Launch(launcher="processes", workers=2), monkeypatch)
+    victims, failed = killed_once(
+        folder, grid, Launch(launcher="processes", workers=2), monkeypatch
+    )
     assert victims and failed == {}
     assert points(folder) == points(undisturbed)
 
 
 def test_the_cluster_launcher_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match=r"the launcher 'slurm' needs the package submitit: pip install 'ksparse\[slurm\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"the launcher 'slurm' needs the package submitit: pip install 'ksparse\[slurm\]'",
+    ):
         launching.submitted(tmp_path, Launch(launcher="slurm"))
 
 
@@ -356,7 +504,9 @@ def test_submitit_runs_the_cohorts_and_a_killed_job_is_submitted_again(
 ):
     """submitit's local executor stands for a cluster. Nobody knows where its pickles are."""
     pytest.importorskip("submitit", reason="submitit is not installed (the extra slurm)")
-    grid = read(sweep_file(changes={"tokens": 400 * 64, "run.save_every": 20, "run.log_every": 100}))
+    grid = read(
+        sweep_file(changes={"tokens": 400 * 64, "run.save_every": 20, "run.log_every": 100})
+    )
     undisturbed, folder = SweepFolder(tmp_path / "undisturbed"), SweepFolder(tmp_path / "sweep")
     sweeping.sweep(grid, undisturbed)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -28,7 +28,10 @@ def test_a_written_suite_is_read_back(tmp_path):
     write(tmp_path, "b_task", ROWS)
     write(tmp_path, "a-task.2", reversed(ROWS))
     texts = tuple(row["text"] for row in ROWS)
-    assert read(tmp_path) == [TextTask("a-task.2", texts[::-1], (1, 0) * LEAST), TextTask("b_task", texts, (0, 1) * LEAST)]
+    assert read(tmp_path) == [
+        TextTask("a-task.2", texts[::-1], (1, 0) * LEAST),
+        TextTask("b_task", texts, (0, 1) * LEAST),
+    ]
 
 
 def test_writing_twice_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
@@ -47,7 +50,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["task.jsonl.gz"]
 
 
-@pytest.mark.parametrize("more", [{"x": float("nan")}, {"x": "\ud800"}, {"x": object()}, {"\ud800": 1}], ids=["nan", "half", "object", "half_key"])
+@pytest.mark.parametrize(
+    "more",
+    [{"x": float("nan")}, {"x": "\ud800"}, {"x": object()}, {"\ud800": 1}],
+    ids=["nan", "half", "object", "half_key"],
+)
 def test_a_row_that_json_cannot_hold_is_refused_and_the_old_file_stays(tmp_path, more):
     path = write(tmp_path, "task", ROWS)
     before = path.read_bytes()
@@ -89,31 +96,43 @@ def test_other_files_are_no_tasks(tmp_path):
     assert [task.name for task in read(tmp_path)] == ["task"]
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"text": "x", "label": 1', "not JSON"),
-    ("[1, 2]", "list instead of a row"),
-    ('{"label": 1}', "no 'text', only label"),
-    ("{}", "no 'text', only nothing"),
-    ('{"text": 3, "label": 1}', "'text' is int, not a string"),
-    ('{"text": null, "label": 1}', "'text' is NoneType, not a string"),
-    ('{"text": " \\n", "label": 1}', "'text' is empty"),
-    ('{"text": "\\ud800", "label": 1}', "'text' holds half of a surrogate pair"),
-    ('{"text": "x"}', "no 'label', only text"),
-    ('{"text": "x", "label": 2}', "'label' is 2; expected 0 or 1"),
-    ('{"text": "x", "label": "1"}', "'label' is '1'; expected 0 or 1"),
-    ('{"text": "x", "label": 1.0}', "'label' is 1.0; expected 0 or 1"),
-    ('{"text": "x", "label": null}', "'label' is None; expected 0 or 1"),
-    ("[" * 50_000, "not JSON: maximum recursion depth"), ('{"a":' * 20_000, "not JSON: maximum recursion depth"),
-    ('{"text": "x", "label": ' + "1" * 5_000 + "}", "not JSON: Exceeds the limit"), ('{"text": "x", "label": ' + "1" * 4_000 + "}", "'label' is 11111"),
-    ('{"text": "x", "label": "' + "y" * 10_000 + '"}', "'label' is 'yyyy"), ("{" + ", ".join(f'"{i}": 1' for i in range(999)) + "}", "no 'text', only 0, 1, 2"),
-    ('{"\\ud800": 1}', "no 'text', only \ufffd;"), ("\ufeff{}", "not JSON: Unexpected UTF-8 BOM"), ('{"text": "a\0b", "label": 1}', "not JSON: Invalid control character"),
-    ("null", "NoneType instead of a row"), ('{"text": "' + "x" * 200_000 + '", "label": 1}', "longer than 150,000 bytes")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"text": "x", "label": 1', "not JSON"),
+        ("[1, 2]", "list instead of a row"),
+        ('{"label": 1}', "no 'text', only label"),
+        ("{}", "no 'text', only nothing"),
+        ('{"text": 3, "label": 1}', "'text' is int, not a string"),
+        ('{"text": null, "label": 1}', "'text' is NoneType, not a string"),
+        ('{"text": " \\n", "label": 1}', "'text' is empty"),
+        ('{"text": "\\ud800", "label": 1}', "'text' holds half of a surrogate pair"),
+        ('{"text": "x"}', "no 'label', only text"),
+        ('{"text": "x", "label": 2}', "'label' is 2; expected 0 or 1"),
+        ('{"text": "x", "label": "1"}', "'label' is '1'; expected 0 or 1"),
+        ('{"text": "x", "label": 1.0}', "'label' is 1.0; expected 0 or 1"),
+        ('{"text": "x", "label": null}', "'label' is None; expected 0 or 1"),
+        ("[" * 50_000, "not JSON: maximum recursion depth"),
+        ('{"a":' * 20_000, "not JSON: maximum recursion depth"),
+        ('{"text": "x", "label": ' + "1" * 5_000 + "}", "not JSON: Exceeds the limit"),
+        ('{"text": "x", "label": ' + "1" * 4_000 + "}", "'label' is 11111"),
+        ('{"text": "x", "label": "' + "y" * 10_000 + '"}', "'label' is 'yyyy"),
+        ("{" + ", ".join(f'"{i}": 1' for i in range(999)) + "}", "no 'text', only 0, 1, 2"),
+        ('{"\\ud800": 1}', "no 'text', only \ufffd;"),
+        ("\ufeff{}", "not JSON: Unexpected UTF-8 BOM"),
+        ('{"text": "a\0b", "label": 1}', "not JSON: Invalid control character"),
+        ("null", "NoneType instead of a row"),
+        ('{"text": "' + "x" * 200_000 + '", "label": 1}', "longer than 150,000 bytes"),
+    ],
+)
 def test_a_wrong_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, line, message):
     monkeypatch.setattr(rows_of, "LONGEST", 150_000)
     file = put(tmp_path, lines(ROWS[:3]) + "\n" + line + "\n")
     with pytest.raises(InputError) as error:
         read(tmp_path)
-    assert str(error.value).startswith(f"{file}, line 5: {message}") and len(str(error.value)) < 1_000
+    assert (
+        str(error.value).startswith(f"{file}, line 5: {message}") and len(str(error.value)) < 1_000
+    )
     str(error.value).encode()
 
 
@@ -126,7 +145,9 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
 @pytest.mark.parametrize("cut", [-12, 30, 5])
 def test_a_truncated_gzip_is_noticed(tmp_path, cut):
     put(tmp_path, gzip.compress(lines(ROWS).encode())[:cut], "task.jsonl.gz")
-    with pytest.raises(InputError, match=r"task.jsonl.gz cannot be read after line \d+: .*truncated"):
+    with pytest.raises(
+        InputError, match=r"task.jsonl.gz cannot be read after line \d+: .*truncated"
+    ):
         read(tmp_path)
 
 
@@ -136,11 +157,18 @@ def test_a_file_that_is_no_gzip_is_noticed(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], f"is empty; expected at least {LEAST} rows of each label"),
-    ([{"text": "x", "label": 1}] * 50, "all 50 rows have the label 1; expected at least"),
-    ([{"text": "x", "label": 0}] * 50, "all 50 rows have the label 0; expected at least"),
-    (ROWS[:-1], f"only {LEAST - 1} of {2 * LEAST - 1} rows have the label 1; expected at least {LEAST} rows of each label")])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], f"is empty; expected at least {LEAST} rows of each label"),
+        ([{"text": "x", "label": 1}] * 50, "all 50 rows have the label 1; expected at least"),
+        ([{"text": "x", "label": 0}] * 50, "all 50 rows have the label 0; expected at least"),
+        (
+            ROWS[:-1],
+            f"only {LEAST - 1} of {2 * LEAST - 1} rows have the label 1; expected at least {LEAST} rows of each label",
+        ),
+    ],
+)
 def test_too_few_rows_of_a_label_are_refused(tmp_path, rows, message):
     put(tmp_path, lines(rows))
     with pytest.raises(InputError, match=message):
@@ -150,7 +178,9 @@ def test_too_few_rows_of_a_label_are_refused(tmp_path, rows, message):
 def test_the_same_task_twice_is_refused(tmp_path):
     write(tmp_path, "task", ROWS)
     put(tmp_path, lines(ROWS))
-    with pytest.raises(InputError, match="the task 'task' is in .* twice: task.jsonl and task.jsonl.gz"):
+    with pytest.raises(
+        InputError, match="the task 'task' is in .* twice: task.jsonl and task.jsonl.gz"
+    ):
         read(tmp_path)
 
 

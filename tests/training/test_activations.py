@@ -18,8 +18,13 @@ from ksparse.training.member import counted, open_optimizer
 from ksparse.training.optim import Optimizer
 from ksparse.training.resample import resampling
 
-EVERY = {"batch_topk": {}, "relu": {"l1": 0.02, "resample": 2}, "jump_relu": {"bandwidth": 0.05}, "gated": {"l1": 0.02, "resample": 2},
-         "prolu": {"l1": 0.02, "gradient": "ste", "resample": 2}}
+EVERY = {
+    "batch_topk": {},
+    "relu": {"l1": 0.02, "resample": 2},
+    "jump_relu": {"bandwidth": 0.05},
+    "gated": {"l1": 0.02, "resample": 2},
+    "prolu": {"l1": 0.02, "gradient": "ste", "resample": 2},
+}
 EMPTY = torch.zeros(0, dtype=torch.long)
 
 
@@ -29,7 +34,9 @@ def planted(d=16, m=32, seed=0):
     directions = torch.nn.functional.normalize(torch.randn(m, d, generator=generator), dim=1)
 
     def draw(rows):
-        z = (torch.rand(rows, m, generator=generator) < 0.08) * (0.5 + torch.rand(rows, m, generator=generator))
+        z = (torch.rand(rows, m, generator=generator) < 0.08) * (
+            0.5 + torch.rand(rows, m, generator=generator)
+        )
         x = z @ directions + 0.05 * torch.randn(rows, d, generator=generator)
         return torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1)
 
@@ -39,8 +46,13 @@ def planted(d=16, m=32, seed=0):
 def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.Optim(lr=3e-3), **options):
     """Return (optimiser, draw) of an SAE on planted data."""
     draw = planted()
-    recipe = R.Recipe(sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options), batch=batch, tokens=batch * steps,
-                      optim=optim, threads=1)
+    recipe = R.Recipe(
+        sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options),
+        batch=batch,
+        tokens=batch * steps,
+        optim=optim,
+        threads=1,
+    )
     sae = SAE(Shape(16, n, k, "unit_norm", 1.0, activation.kind))
     initialize_(sae, draw(2048), recipe.sae, torch.Generator().manual_seed(0))
     return open_optimizer(sae, recipe), draw
@@ -73,7 +85,9 @@ def test_a_resumed_run_is_bitwise_the_same(kind, small_recipe, tmp_path):
     killed = train(recipe, tmp_path / "killed", observe=lambda row: seen.append(row["step"]))
     assert seen[8] == 6, "from step 5 on"
     for file in ("sae.safetensors", "optim.safetensors"):
-        assert files.sha256(killed.checkpoints()[-1] / file) == files.sha256(whole.checkpoints()[-1] / file)
+        assert files.sha256(killed.checkpoints()[-1] / file) == files.sha256(
+            whole.checkpoints()[-1] / file
+        )
     assert ksparse.load(tmp_path / "whole").shape.activation == kind
 
 
@@ -87,13 +101,28 @@ def test_open_optimizer_writes_out_topk_alone(kind, small_recipe):
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_evaluation_takes_a_run_of_every_kind(kind, small_recipe, tmp_path):
     run = train(small_recipe({"sae.activation": {"kind": kind, **EVERY[kind]}}), tmp_path / "run")
-    found = evals.evaluate(ksparse.load(run.path), names=["stats", "downstream", "positions", "n2g", "ablation"], options=EvalOptions(
-        tokens=400, device="cpu", examples=2, latents=4, ablation_positions=2, ablation_latents=4, ablation_horizon=2))
+    found = evals.evaluate(
+        ksparse.load(run.path),
+        names=["stats", "downstream", "positions", "n2g", "ablation"],
+        options=EvalOptions(
+            tokens=400,
+            device="cpu",
+            examples=2,
+            latents=4,
+            ablation_positions=2,
+            ablation_latents=4,
+            ablation_horizon=2,
+        ),
+    )
     assert found["stats"]["l0"]["value"] > 0 and found["stats"]["nmse"]["value"] < 3
-    assert found["stats"].arrays["top_value"].max() == pytest.approx(found["stats"].arrays["max_act"].max().item(), rel=1e-2)
+    assert found["stats"].arrays["top_value"].max() == pytest.approx(
+        found["stats"].arrays["max_act"].max().item(), rel=1e-2
+    )
     assert found["downstream"]["ce_spliced"]["value"] > 0
     errors = found["positions"]["error"]
-    assert len(errors) == len(found["positions"]["positions"]) and all(each["value"] > 0 for each in errors)
+    assert len(errors) == len(found["positions"]["positions"]) and all(
+        each["value"] > 0 for each in errors
+    )
 
 
 # ---- BatchTopK's threshold
@@ -115,11 +144,24 @@ def test_the_threshold_that_is_saved_gives_the_l0_that_is_asked_for(steps, ema):
 
 
 def test_every_checkpoint_of_a_short_run_has_the_l0_that_is_asked_for(small_recipe, tmp_path):
-    recipe = small_recipe({"sae.activation": {"kind": "batch_topk"}, "run.save_every": 6, "run.keep": 9, "batch": 512, "acts.mix": 2048, "tokens": 12 * 512})
+    recipe = small_recipe(
+        {
+            "sae.activation": {"kind": "batch_topk"},
+            "run.save_every": 6,
+            "run.keep": 9,
+            "batch": 512,
+            "acts.mix": 2048,
+            "tokens": 12 * 512,
+        }
+    )
     run = train(recipe, tmp_path / "run")
     assert [path.name for path in run.checkpoints()] == ["step-00000006", "step-00000012"]
     for path in run.checkpoints():
-        result = evals.evaluate(ksparse.load(path), names=["stats"], options=EvalOptions(tokens=2000, device="cpu", examples=0))["stats"]
+        result = evals.evaluate(
+            ksparse.load(path),
+            names=["stats"],
+            options=EvalOptions(tokens=2000, device="cpu", examples=0),
+        )["stats"]
         assert result["l0"]["value"] == pytest.approx(recipe.sae.k, rel=0.05)
 
 
@@ -128,8 +170,12 @@ def test_a_checkpoint_of_a_step_that_is_left_out_keeps_its_threshold_when_resume
     advance(optimizer, draw, 20)
     whole = optimizer.averaged().threshold
     again, _ = begun(R.BatchTopK())
-    again.restore({key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates)
-    assert torch.equal(again.averaged().threshold, whole) and not torch.equal(again.sae.threshold, whole)
+    again.restore(
+        {key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates
+    )
+    assert torch.equal(again.averaged().threshold, whole) and not torch.equal(
+        again.sae.threshold, whole
+    )
 
 
 def test_the_threshold_is_the_running_average_of_the_smallest_value_kept_and_moves_in_steps_alone():
@@ -164,7 +210,11 @@ def test_a_batch_without_a_positive_value_leaves_the_threshold():
 # ---- JumpReLU's thresholds
 
 
-@pytest.mark.parametrize("start, far", [(1e-4, lambda l0: l0 > 16), (0.0, lambda l0: True), (0.4, lambda l0: l0 < 1)], ids=["dense", "at k", "sparse"])
+@pytest.mark.parametrize(
+    "start, far",
+    [(1e-4, lambda l0: l0 > 16), (0.0, lambda l0: True), (0.4, lambda l0: l0 < 1)],
+    ids=["dense", "at k", "sparse"],
+)
 def test_jump_relu_nears_the_l0_that_it_aims_at_from_both_sides(start, far):
     """SAELens #494: thresholds whose logarithm is trained by Adam stay where they are."""
     optimizer, draw = begun(R.JumpReLU(bandwidth=0.1, threshold=start), steps=400)
@@ -187,11 +237,18 @@ def test_jump_relu_nears_the_l0_that_it_aims_at_from_both_sides(start, far):
 def test_a_larger_penalty_leaves_fewer_active(kind):
     found = []
     for weight in (0.002, 0.1):
-        make = {"relu": R.ReLU, "gated": R.Gated, "prolu": R.ProLU, "prolu, relu": lambda l1: R.ProLU(l1=l1, gradient="relu"),
-                "jump_relu": lambda l1: R.JumpReLU(penalty="l0", coef=l1, bandwidth=0.1)}[kind]
+        make = {
+            "relu": R.ReLU,
+            "gated": R.Gated,
+            "prolu": R.ProLU,
+            "prolu, relu": lambda l1: R.ProLU(l1=l1, gradient="relu"),
+            "jump_relu": lambda l1: R.JumpReLU(penalty="l0", coef=l1, bandwidth=0.1),
+        }[kind]
         optimizer, draw = begun(make(l1=weight) if kind != "jump_relu" else make(weight), steps=200)
         advance(optimizer, draw, 200)
-        found.append((optimizer.averaged().encode(draw(2048)).values > 0).sum(1).float().mean().item())
+        found.append(
+            (optimizer.averaged().encode(draw(2048)).values > 0).sum(1).float().mean().item()
+        )
     assert found[1] < 0.8 * found[0]
 
 
@@ -207,7 +264,11 @@ def test_the_penalty_rises_over_the_first_share_of_the_steps():
 def test_dead_latents_start_anew_four_times_in_the_first_half():
     recipe = R.Recipe(sae=R.SAE(activation=R.ReLU()), tokens=80 * 1024)
     assert [step for step in range(1, 81) if resampling(step, recipe)] == [10, 20, 30, 40]
-    assert not any(resampling(step, dataclasses.replace(recipe, sae=R.SAE(activation=other))) for other in (R.TopK(), R.ReLU(resample=0)) for step in range(1, 81))
+    assert not any(
+        resampling(step, dataclasses.replace(recipe, sae=R.SAE(activation=other)))
+        for other in (R.TopK(), R.ReLU(resample=0))
+        for step in range(1, 81)
+    )
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated", "prolu"])
@@ -220,7 +281,9 @@ def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
     others = torch.ones(64, dtype=torch.bool)
     others[dead] = False
     twin, _ = begun(R.ACTIVATIONS[kind](resample=0), steps=6)
-    twin.restore({key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates)
+    twin.restore(
+        {key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates
+    )
     for each in (optimizer, twin):
         each.backward(x, baseline=1 / 16, dead=dead, k_aux=4)
         each.step(3)
@@ -228,13 +291,24 @@ def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
     for key in ("W_enc", "W_dec", "b_enc", *sae.activation.own):
         ours, theirs = getattr(sae, key).detach(), getattr(plain, key).detach()
         assert torch.equal(ours[others], theirs[others]), key
-        assert not optimizer.adam.state[getattr(sae, key)]["exp_avg"][dead].any() and not optimizer.adam.state[getattr(sae, key)]["exp_avg_sq"][dead].any()
-        torch.testing.assert_close(getattr(optimizer.averaged(), key)[dead], ours[dead], rtol=1e-4, atol=1e-6)
+        assert (
+            not optimizer.adam.state[getattr(sae, key)]["exp_avg"][dead].any()
+            and not optimizer.adam.state[getattr(sae, key)]["exp_avg_sq"][dead].any()
+        )
+        torch.testing.assert_close(
+            getattr(optimizer.averaged(), key)[dead], ours[dead], rtol=1e-4, atol=1e-6
+        )
     new = sae.W_dec.detach()[dead]
     directions = torch.nn.functional.normalize(x - sae.b_pre.detach(), dim=1)
-    assert ((new @ directions.T).amax(1) > 1 - 1e-5).all(), "each is the direction of an activation of the batch"
-    torch.testing.assert_close(torch.nn.functional.cosine_similarity(new, sae.W_enc.detach()[dead]), torch.ones(3))
-    assert sae.W_enc.detach()[dead].norm(dim=1).mean() == pytest.approx(0.2 * sae.W_enc.detach()[others].norm(dim=1).mean().item(), rel=1e-5)
+    assert ((new @ directions.T).amax(1) > 1 - 1e-5).all(), (
+        "each is the direction of an activation of the batch"
+    )
+    torch.testing.assert_close(
+        torch.nn.functional.cosine_similarity(new, sae.W_enc.detach()[dead]), torch.ones(3)
+    )
+    assert sae.W_enc.detach()[dead].norm(dim=1).mean() == pytest.approx(
+        0.2 * sae.W_enc.detach()[others].norm(dim=1).mean().item(), rel=1e-5
+    )
     assert torch.equal(sae.b_pre, plain.b_pre)
 
 

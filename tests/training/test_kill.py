@@ -83,32 +83,70 @@ KILLS = [("fsync", 2), ("fsync", 12), ("step", 6), ("fsync", 27), ("step", 12)]
 def attempts(small_recipe, tmp_path):
     """Return what came of all attempts: {folder: [[exit code, message, steps of the checkpoints], ...]}."""
     (tmp_path / "recipe.toml").write_text(to_toml(small_recipe()))
-    asked = [*(f"killed:{way}:{number}" for way, number in KILLS), "full:full:6", "terminated:terminate:6", "commanded:command:7"]
-    done = subprocess.run([sys.executable, "-c", ATTEMPTS, str(tmp_path), str(tmp_path / "recipe.toml"), *asked], capture_output=True, text=True,
-                          timeout=200, env=os.environ)
+    asked = [
+        *(f"killed:{way}:{number}" for way, number in KILLS),
+        "full:full:6",
+        "terminated:terminate:6",
+        "commanded:command:7",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEMPTS, str(tmp_path), str(tmp_path / "recipe.toml"), *asked],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def final(run):
     last = run.checkpoints()[-1]
-    rows = [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "waiting")} for row in run.metrics()]
-    return last.name, (last / "sae.safetensors").read_bytes(), (last / "optim.safetensors").read_bytes(), rows
+    rows = [
+        {
+            key: value
+            for key, value in row.items()
+            if key not in ("seconds", "tokens_per_s", "waiting")
+        }
+        for row in run.metrics()
+    ]
+    return (
+        last.name,
+        (last / "sae.safetensors").read_bytes(),
+        (last / "optim.safetensors").read_bytes(),
+        rows,
+    )
 
 
 def test_a_killed_run_ends_bitwise_like_an_undisturbed_one(small_recipe, tmp_path, attempts):
     """Killed in the first lines, within a step, within a save before a file is synced and before the folder is renamed;
     a disk that fills up; SIGTERM from outside, to `train` in Python and to the command."""
-    assert [(code, steps) for code, _, steps in attempts["killed"]] == [(-signal.SIGKILL, steps) for steps in ([], [], [4], [4, 8], [4, 8])]
+    assert [(code, steps) for code, _, steps in attempts["killed"]] == [
+        (-signal.SIGKILL, steps) for steps in ([], [], [4], [4, 8], [4, 8])
+    ]
 
     code, message, steps = attempts["full"][0]
-    assert code == 5 and steps == [4] and "disk full while writing" in message and "what was saved before is intact" in message
+    assert (
+        code == 5
+        and steps == [4]
+        and "disk full while writing" in message
+        and "what was saved before is intact" in message
+    )
 
     code, message, steps = attempts["terminated"][0]
-    assert code == 143 and steps == [4, 6] and "stopped at step 6 of 12; everything is saved. Go on with: ksparse resume" in message
+    assert (
+        code == 143
+        and steps == [4, 6]
+        and "stopped at step 6 of 12; everything is saved. Go on with: ksparse resume" in message
+    )
 
     code, message, steps = attempts["commanded"][0]
-    assert code == 143 and steps == [4, 7] and "ksparse train: stopped at step 7 of 12; everything is saved. Go on with: ksparse resume" in message
+    assert (
+        code == 143
+        and steps == [4, 7]
+        and "ksparse train: stopped at step 7 of 12; everything is saved. Go on with: ksparse resume"
+        in message
+    )
 
     expected = final(train(small_recipe(), tmp_path / "whole"))
     for name in attempts:

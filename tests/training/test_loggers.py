@@ -22,13 +22,30 @@ def test_rows_and_the_recipe_are_sent(small_recipe, tmp_path, monkeypatch, name)
 
 def test_tensorboard_gets_numbers_by_step(small_recipe, tmp_path, monkeypatch):
     scalars = []
-    writer = types.SimpleNamespace(add_scalar=lambda *each: scalars.append(each), flush=lambda: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder: writer))
+    writer = types.SimpleNamespace(
+        add_scalar=lambda *each: scalars.append(each), flush=lambda: None
+    )
+    monkeypatch.setitem(
+        sys.modules,
+        "torch.utils.tensorboard",
+        types.SimpleNamespace(SummaryWriter=lambda folder: writer),
+    )
     run = train(small_recipe({"run.loggers": ["tensorboard"], "tokens": 3 * 64}), tmp_path / "mine")
-    assert [(value, step) for key, value, step in scalars if key == "nmse"] == [(row["nmse"], row["step"]) for row in run.metrics()]
+    assert [(value, step) for key, value, step in scalars if key == "nmse"] == [
+        (row["nmse"], row["step"]) for row in run.metrics()
+    ]
 
 
-def test_a_logger_that_is_not_installed_is_refused_with_the_command_that_installs_it(small_recipe, tmp_path, monkeypatch):
+def test_a_logger_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+    small_recipe, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(InputError, match=r"the logger trackio is not installed: pip install 'ksparse\[loggers\]', or leave out --run\.loggers"):
-        train(small_recipe({"run.loggers": ["trackio"]}), tmp_path / "run", observe=lambda row: pytest.fail("a step was run"))
+    with pytest.raises(
+        InputError,
+        match=r"the logger trackio is not installed: pip install 'ksparse\[loggers\]', or leave out --run\.loggers",
+    ):
+        train(
+            small_recipe({"run.loggers": ["trackio"]}),
+            tmp_path / "run",
+            observe=lambda row: pytest.fail("a step was run"),
+        )

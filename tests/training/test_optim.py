@@ -15,8 +15,13 @@ KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
 
 def make(*, normalize="none", sae_options=None, tokens=1000, **options):
     torch.manual_seed(0)
-    recipe = Recipe(acts=Acts(normalize=normalize), sae=Options(n_latents=12, k=3, **(sae_options or {})), tokens=tokens, batch=10,
-                    optim=Optim(**{"lr": 0.01, "ema": 0.9, "ema_span": 1.0} | options))
+    recipe = Recipe(
+        acts=Acts(normalize=normalize),
+        sae=Options(n_latents=12, k=3, **(sae_options or {})),
+        tokens=tokens,
+        batch=10,
+        optim=Optim(**{"lr": 0.01, "ema": 0.9, "ema_span": 1.0} | options),
+    )
     sae = SAE(Shape(5, 12, 3, normalize))
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -28,7 +33,9 @@ def make(*, normalize="none", sae_options=None, tokens=1000, **options):
 def give_gradients(sae, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in sae.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+        parameter.grad = (
+            torch.randn(parameter.shape, generator=generator) if parameter.requires_grad else None
+        )
 
 
 def by_hand(sae, optimizer, steps):
@@ -41,7 +48,9 @@ def by_hand(sae, optimizer, steps):
     for step in range(1, steps + 1):
         give_gradients(sae, step)
         grads = {key: getattr(sae, key).grad.double() for key in KEYS}
-        grads["W_dec"] -= (grads["W_dec"] * weights["W_dec"]).sum(1, keepdim=True) * weights["W_dec"]
+        grads["W_dec"] -= (grads["W_dec"] * weights["W_dec"]).sum(1, keepdim=True) * weights[
+            "W_dec"
+        ]
         norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
         norms.append(norm)
         if options.clip and norm > options.clip:
@@ -49,9 +58,18 @@ def by_hand(sae, optimizer, steps):
         for key, grad in grads.items():
             first[key] = options.beta1 * first[key] + (1 - options.beta1) * grad
             second[key] = options.beta2 * second[key] + (1 - options.beta2) * grad**2
-            rate = recipe.lr * rate_share(step, recipe) * (5**-0.5 if key in ("b_enc", "b_pre") and recipe.acts.normalize == "unit_norm" else 1)
+            rate = (
+                recipe.lr
+                * rate_share(step, recipe)
+                * (
+                    5**-0.5
+                    if key in ("b_enc", "b_pre") and recipe.acts.normalize == "unit_norm"
+                    else 1
+                )
+            )
             weights[key] = weights[key] - rate * (first[key] / (1 - options.beta1**step)) / (
-                (second[key] / (1 - options.beta2**step)).sqrt() + options.eps)
+                (second[key] / (1 - options.beta2**step)).sqrt() + options.eps
+            )
         weights["W_dec"] = weights["W_dec"] / weights["W_dec"].norm(dim=1, keepdim=True)
         history.append(dict(weights))
     return history, norms
@@ -63,7 +81,11 @@ def advance(optimizer: Optimizer, step: int) -> float:
     return norm
 
 
-@pytest.mark.parametrize("options", [{}, {"clip": 0.5}, {"warmup": 4, "decay": 0.03}, {"beta1": 0.0, "beta2": 0.99}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip": 0.5}, {"warmup": 4, "decay": 0.03}, {"beta1": 0.0, "beta2": 0.99}],
+    ids=str,
+)
 @pytest.mark.parametrize("normalize", ["none", "unit_norm"])
 def test_steps_are_project_clip_adam_renormalise(options, normalize):
     """T8, T38, and biases whose rate is in the unit of the input."""
@@ -73,17 +95,31 @@ def test_steps_are_project_clip_adam_renormalise(options, normalize):
         give_gradients(sae, step)
         norm_found = advance(optimizer, step)
         for key in KEYS:
-            torch.testing.assert_close(getattr(sae, key).detach().double(), expected[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                getattr(sae, key).detach().double(),
+                expected[key],
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text, key=key: f"{key}: {text}",
+            )
         assert norm_found == pytest.approx(norm, rel=1e-5)
-        assert optimizer.adam.param_groups[0]["lr"] == pytest.approx(0.01 * rate_share(step, optimizer.recipe))
-        assert all(parameter.grad is None for parameter in sae.parameters()), "gradients must be forgotten"
+        assert optimizer.adam.param_groups[0]["lr"] == pytest.approx(
+            0.01 * rate_share(step, optimizer.recipe)
+        )
+        assert all(parameter.grad is None for parameter in sae.parameters()), (
+            "gradients must be forgotten"
+        )
 
 
 def test_decoder_rows_have_norm_1_after_each_step(monkeypatch):
     sae, optimizer = make()
     own = optimizer.adam.step
     seen = []
-    monkeypatch.setattr(optimizer.adam, "step", lambda: seen.append((sae.W_dec.grad * sae.W_dec).sum(1).abs().max().item()) or own())
+    monkeypatch.setattr(
+        optimizer.adam,
+        "step",
+        lambda: seen.append((sae.W_dec.grad * sae.W_dec).sum(1).abs().max().item()) or own(),
+    )
     for step in range(1, 5):
         give_gradients(sae, step)
         advance(optimizer, step)
@@ -98,7 +134,10 @@ def test_free_decoder_norms_are_left_alone():
     norm = advance(optimizer, 1)
     assert along > 0.1 and (sae.W_dec.detach().norm(dim=1) - 1).abs().max() > 1e-3
     give_gradients(sae, 1)
-    assert norm == pytest.approx(math.sqrt(sum(parameter.grad.square().sum().item() for parameter in sae.parameters())), rel=1e-5)
+    assert norm == pytest.approx(
+        math.sqrt(sum(parameter.grad.square().sum().item() for parameter in sae.parameters())),
+        rel=1e-5,
+    )
 
 
 def test_the_part_along_a_row_is_taken_off_and_only_that():
@@ -126,13 +165,24 @@ def test_without_a_bias_in_the_topk_it_stays_at_0():
 def test_the_first_step_of_a_warm_up_is_not_at_0():
     """T38."""
     recipe = Recipe(tokens=1000, batch=10, optim=Optim(warmup=10))
-    assert [rate_share(step, recipe) for step in (1, 2, 9, 10, 11, 100)] == [0.1, 0.2, 0.9, 1.0, 1.0, 1.0]
+    assert [rate_share(step, recipe) for step in (1, 2, 9, 10, 11, 100)] == [
+        0.1,
+        0.2,
+        0.9,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_the_last_share_of_the_steps_falls_to_nearly_0():
     recipe = Recipe(tokens=1000, batch=10, optim=Optim(decay=0.2))
     shares = [rate_share(step, recipe) for step in range(1, 101)]
-    assert shares[:81] == [1.0] * 81 and shares[-1] == pytest.approx(1 / 20) and shares[89] == pytest.approx(11 / 20)
+    assert (
+        shares[:81] == [1.0] * 81
+        and shares[-1] == pytest.approx(1 / 20)
+        and shares[89] == pytest.approx(11 / 20)
+    )
     assert all(a >= b > 0 for a, b in zip(shares, shares[1:]))
 
 
@@ -143,7 +193,9 @@ def test_without_warm_up_and_decay_the_rate_is_constant():
 
 def test_warm_up_and_decay_together_take_the_smaller():
     recipe = Recipe(tokens=100, batch=10, optim=Optim(warmup=10, decay=1.0))
-    assert [rate_share(step, recipe) for step in (1, 5, 6, 10)] == pytest.approx([0.1, 0.5, 0.5, 0.1])
+    assert [rate_share(step, recipe) for step in (1, 5, 6, 10)] == pytest.approx(
+        [0.1, 0.5, 0.5, 0.1]
+    )
 
 
 # ---- the average
@@ -164,7 +216,9 @@ def test_the_average_is_bias_corrected_and_renormalised(steps):
         expected = total[key] / weight
         if key == "W_dec":
             expected = expected / expected.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(getattr(averaged, key).detach().double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            getattr(averaged, key).detach().double(), expected, rtol=1e-5, atol=1e-6
+        )
     if steps == 1:
         torch.testing.assert_close(averaged.W_enc, sae.W_enc)
 
@@ -209,8 +263,13 @@ def test_what_was_given_out_and_taken_back_goes_on_exactly():
         for each, its_sae in ((optimizer, sae), (fresh, other)):
             give_gradients(its_sae, step)
             advance(each, step)
-    assert all(torch.equal(value, fresh.tensors()[key]) for key, value in optimizer.tensors().items())
-    assert all(torch.equal(value, getattr(optimizer.averaged(), key)) for key, value in fresh.averaged().state_dict().items())
+    assert all(
+        torch.equal(value, fresh.tensors()[key]) for key, value in optimizer.tensors().items()
+    )
+    assert all(
+        torch.equal(value, getattr(optimizer.averaged(), key))
+        for key, value in fresh.averaged().state_dict().items()
+    )
     assert len(saved) == 4 + 4 + 3 * 4
 
 
@@ -227,6 +286,9 @@ def test_adams_moments_are_float32_and_its_epsilon_the_papers():
 def test_no_weight_moves_where_the_loss_is_not_finite_though_the_gradient_is(total):
     sae, optimizer = make()
     give_gradients(sae, 1)
-    before, optimizer.total = {key: value.clone() for key, value in optimizer.tensors().items()}, torch.tensor(total)
+    before, optimizer.total = (
+        {key: value.clone() for key, value in optimizer.tensors().items()},
+        torch.tensor(total),
+    )
     assert math.isnan(optimizer.step(1)) and optimizer.updates == 0
     assert all(torch.equal(value, before[key]) for key, value in optimizer.tensors().items())

@@ -36,13 +36,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     torch.set_num_threads(1)
     suite = folder.parent / "suite"
     suite.mkdir()
-    rows = [{"text": f"x{i} = [{i}, {i + 1}]" if i % 2 else f"def f{i}(self):", "label": i % 2} for i in range(80)]
+    rows = [
+        {"text": f"x{i} = [{i}, {i + 1}]" if i % 2 else f"def f{i}(self):", "label": i % 2}
+        for i in range(80)
+    ]
     (suite / "is_a_list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [file.read_text(encoding="utf-8")[:4_000] for file in sorted(Path(json.__file__).parents[1].glob("*.py"))]
-    (suite.parent / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    texts = [
+        file.read_text(encoding="utf-8")[:4_000]
+        for file in sorted(Path(json.__file__).parents[1].glob("*.py"))
+    ]
+    (suite.parent / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     run = train(recipe(suite.parent / "texts.jsonl"), folder)
-    options = EvalOptions(tokens=2_000, per_document=100, examples=8, device="cpu", suite=str(suite), latents=40, n2g_examples=4, ngram_tokens=2_000,
-                          ablation_positions=4, ablation_latents=64, ablation_horizon=6)
+    options = EvalOptions(
+        tokens=2_000,
+        per_document=100,
+        examples=8,
+        device="cpu",
+        suite=str(suite),
+        latents=40,
+        n2g_examples=4,
+        ngram_tokens=2_000,
+        ablation_positions=4,
+        ablation_latents=64,
+        ablation_horizon=6,
+    )
     sae = load(run.path)
     evals.write(run, evals.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options))
     report.write(run)
@@ -52,7 +71,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def recipe(text: Path) -> Recipe:
     """Return a run of 60 steps on the built-in LM."""
     table: dict[str, Any] = dataclasses.asdict(Recipe())
-    table["acts"] |= {"lm": "pylm/0.3m", "site": "resid_post.2", "text": str(text), "context": 64, "mix": 2_048, "lm_batch": 16}
+    table["acts"] |= {
+        "lm": "pylm/0.3m",
+        "site": "resid_post.2",
+        "text": str(text),
+        "context": 64,
+        "mix": 2_048,
+        "lm_batch": 16,
+    }
     table["sae"] |= {"n_latents": N, "k": 8}
     table["run"] |= {"device": "cpu", "kernels": "torch", "log_every": 5, "save_every": 100}
     return from_dict(table | {"tokens": 60 * 256, "batch": 256, "threads": 1})
@@ -107,9 +133,21 @@ def served(trained: RunFolder) -> Iterator[int]:
 def chromium() -> Iterator[Browser]:
     """Return a headless Chromium, or skip."""
     pytest.importorskip("selenium", reason="selenium is not installed: pip install 'ksparse[test]'")
-    programs = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None), shutil.which("chromedriver")
+    programs = (
+        next(
+            (
+                name
+                for name in ("chromium", "chromium-browser", "google-chrome")
+                if shutil.which(name)
+            ),
+            None,
+        ),
+        shutil.which("chromedriver"),
+    )
     if not all(programs):
-        pytest.skip("no Chromium with its chromedriver here (Debian: apt-get install chromium chromium-driver)")
+        pytest.skip(
+            "no Chromium with its chromedriver here (Debian: apt-get install chromium chromium-driver)"
+        )
     browser = Browser(*programs)
     try:
         yield browser
@@ -135,8 +173,15 @@ class Browser:
 
         options = Options()
         options.binary_location = shutil.which(program)
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,900", "--disable-background-networking",
-                     "--force-prefers-reduced-motion"):
+        for flag in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1280,900",
+            "--disable-background-networking",
+            "--force-prefers-reduced-motion",
+        ):
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(chromedriver))
@@ -154,8 +199,14 @@ class Browser:
     def drain(self) -> tuple[list[str], list[str]]:
         """Return what the console said and what was requested since the last time."""
         said = [entry["message"] for entry in self.driver.get_log("browser")]
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        events = [
+            json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
+        ]
+        asked = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return said, asked
 
     def heard(self, seconds: float = 30.0) -> list[str]:
@@ -170,7 +221,13 @@ class Browser:
         said, asked = self.drain()
         assert said == []
         places = {(urlsplit(url).scheme, urlsplit(url).hostname) for url in asked}
-        assert places <= {("http", "127.0.0.1"), ("file", None), ("data", None), ("blob", None), ("about", None)}, places
+        assert places <= {
+            ("http", "127.0.0.1"),
+            ("file", None),
+            ("data", None),
+            ("blob", None),
+            ("about", None),
+        }, places
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -179,7 +236,9 @@ class Browser:
         """Wait until a script's value is true, and return it."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.02).until(lambda driver: driver.execute_script(script, *arguments), f"never true: {script}")
+        return WebDriverWait(self.driver, seconds, poll_frequency=0.02).until(
+            lambda driver: driver.execute_script(script, *arguments), f"never true: {script}"
+        )
 
     def find(self, selector: str) -> Any:
         self.until("return !!document.querySelector(arguments[0])", selector)

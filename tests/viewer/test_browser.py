@@ -20,10 +20,78 @@ from ..report.conftest import N as MADE
 from ..report.test_page import HOSTILE
 from .conftest import TOKEN, Browser, serving
 
-ELEMENTS = {"html", "head", "meta", "title", "link", "script", "style", "body", "a", "header", "form", "input", "nav", "button", "main", "noscript", "dialog", "h1", "h2", "h3", "h4",
-            "h5", "dl", "dt", "dd", "div", "kbd", "p", "section", "article", "span", "ol", "ul", "li", "data", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre",
-            "code", "figure", "figcaption", "strong", "b", "mark", "bdi", "br", "label", "fieldset", "legend", "select", "option", "textarea", "canvas", "svg", "g", "path", "defs", "use",
-            "rect", "circle", "line", "text", "clipPath", "tspan"}
+ELEMENTS = {
+    "html",
+    "head",
+    "meta",
+    "title",
+    "link",
+    "script",
+    "style",
+    "body",
+    "a",
+    "header",
+    "form",
+    "input",
+    "nav",
+    "button",
+    "main",
+    "noscript",
+    "dialog",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "dl",
+    "dt",
+    "dd",
+    "div",
+    "kbd",
+    "p",
+    "section",
+    "article",
+    "span",
+    "ol",
+    "ul",
+    "li",
+    "data",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "details",
+    "summary",
+    "pre",
+    "code",
+    "figure",
+    "figcaption",
+    "strong",
+    "b",
+    "mark",
+    "bdi",
+    "br",
+    "label",
+    "fieldset",
+    "legend",
+    "select",
+    "option",
+    "textarea",
+    "canvas",
+    "svg",
+    "g",
+    "path",
+    "defs",
+    "use",
+    "rect",
+    "circle",
+    "line",
+    "text",
+    "clipPath",
+    "tspan",
+}
 
 
 def at(port: int, path: str = "#/") -> str:
@@ -41,17 +109,25 @@ def loudest(trained) -> int:
 # ---- the viewer --------------------------------------------------------------------------------------------------
 
 
-def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Browser, run: RunFolder):
+def test_search_open_follow_hold_star_reload_and_all_is_still_there(
+    browser: Browser, run: RunFolder
+):
     with serving(run) as port:
         browser.open(at(port))
-        assert len(browser.driver.find_elements("css selector", "tbody tr")) == 50 or browser.find("tbody tr")
+        assert len(browser.driver.find_elements("css selector", "tbody tr")) == 50 or browser.find(
+            "tbody tr"
+        )
         browser.press("/")
-        browser.js("return document.activeElement").send_keys("def area(self):\n")  # search by text, through the LM
+        browser.js("return document.activeElement").send_keys(
+            "def area(self):\n"
+        )  # search by text, through the LM
         link = browser.find("#hits-text .list a.to")
         first = int(link.text)
         link.click()
         browser.title(f"Latent {first} ·")
-        near = browser.find("section.panel:nth-last-of-type(2) .list a.to, .panel .list a.to")  # follow a neighbour
+        near = browser.find(
+            "section.panel:nth-last-of-type(2) .list a.to, .panel .list a.to"
+        )  # follow a neighbour
         number = int(near.text)
         near.click()
         browser.title(f"Latent {number} ·")
@@ -59,7 +135,9 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Bro
         browser.find("#star[aria-pressed=true]")
         browser.press("e")
         browser.js("return document.activeElement").send_keys("things of area\n")
-        browser.until("return fetch('data/labels.json', { headers: { Authorization: `Bearer ${ksparse.token}` } }).then((r) => r.json()).then((t) => JSON.stringify(t).includes('things of area'))")
+        browser.until(
+            "return fetch('data/labels.json', { headers: { Authorization: `Bearer ${ksparse.token}` } }).then((r) => r.json()).then((t) => JSON.stringify(t).includes('things of area'))"
+        )
         browser.find(".latent-head .button").click()  # hold it
         browser.find("#text").send_keys("def area(self, width):")
         browser.find("#read").click()
@@ -68,7 +146,10 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Bro
         value.send_keys("2.5")
         browser.find("#hold").click()
         browser.find("#predictions tbody tr")
-        assert [side.text.split("\n")[0] for side in browser.driver.find_elements("css selector", ".side")] == ["As it is", "Held"]
+        assert [
+            side.text.split("\n")[0]
+            for side in browser.driver.find_elements("css selector", ".side")
+        ] == ["As it is", "Held"]
         before = browser.text("#predictions"), browser.text("#continuations")
         assert "KL of the next prediction" in browser.text(".effect-of")
         browser.driver.refresh()
@@ -83,14 +164,26 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(browser: Bro
         assert "★" in browser.text("tbody")
         browser.open(at(port, "#/search?q=things"))
         assert browser.find("#hits-labels a.to").text == str(number)
-        browser.until("return document.querySelector('#hits-text').hasChildNodes() && !document.querySelector('[role=status]')")
-    assert json.loads((run.path / "labels.json").read_text())["latents"] == {str(number): {"label": "things of area", "star": True}}
+        browser.until(
+            "return document.querySelector('#hits-text').hasChildNodes() && !document.querySelector('[role=status]')"
+        )
+    assert json.loads((run.path / "labels.json").read_text())["latents"] == {
+        str(number): {"label": "things of area", "star": True}
+    }
 
 
 def test_keys_lead_everywhere(browser: Browser, served: int):
     browser.open(at(served, "#/latent/7"))
     browser.title("Latent 7 ·")
-    for key, words in (("j", "Latent 8 ·"), ("k", "Latent 7 ·"), ("k", "Latent 6 ·"), ("m", "map"), ("l", "latents"), ("r", "Latent "), ("t", "try it")):
+    for key, words in (
+        ("j", "Latent 8 ·"),
+        ("k", "Latent 7 ·"),
+        ("k", "Latent 6 ·"),
+        ("m", "map"),
+        ("l", "latents"),
+        ("r", "Latent "),
+        ("t", "try it"),
+    ):
         browser.press(key)
         browser.title(words)
     browser.press("?")
@@ -107,19 +200,32 @@ def test_keys_lead_everywhere(browser: Browser, served: int):
 def test_the_table_is_sorted_filtered_and_linked(browser: Browser, served: int, trained: RunFolder):
     density = load_file(trained.arrays_file("stats"))["density"]
     browser.open(at(served, "#/latents?sort=density"))
-    browser.until("return document.querySelector('[aria-sort=descending]')?.innerText.startsWith('Density')")
-    shown = [int(text) for text in browser.js("return [...document.querySelectorAll('tbody a.to')].map((a) => a.innerText)")]
+    browser.until(
+        "return document.querySelector('[aria-sort=descending]')?.innerText.startsWith('Density')"
+    )
+    shown = [
+        int(text)
+        for text in browser.js(
+            "return [...document.querySelectorAll('tbody a.to')].map((a) => a.innerText)"
+        )
+    ]
     assert shown == np.argsort(-density, kind="stable")[:50].tolist()
     browser.find("thead th:nth-child(2) button").click()
     browser.until("return document.querySelector('[aria-sort=ascending]')")
     assert "up=1" in browser.driver.current_url
     browser.open(at(served, "#/latents?density=1..5"))
     browser.until("return document.querySelector('.tally')?.innerText.includes(' of ')")
-    assert browser.text(".tally") == f"{((density >= 0.01) & (density <= 0.05)).sum()} of {len(density)} latents"
+    assert (
+        browser.text(".tally")
+        == f"{((density >= 0.01) & (density <= 0.05)).sum()} of {len(density)} latents"
+    )
     browser.find("input[name='density least']").clear()
     browser.find("input[name='density least']").send_keys("2\n")
     browser.until("return location.hash.includes('density=2..5')")
-    browser.until("return document.querySelector('.tally').innerText == arguments[0]", f"{((density >= 0.02) & (density <= 0.05)).sum()} of {len(density)} latents")
+    browser.until(
+        "return document.querySelector('.tally').innerText == arguments[0]",
+        f"{((density >= 0.02) & (density <= 0.05)).sum()} of {len(density)} latents",
+    )
 
 
 def test_the_map_opens_the_latent_that_is_clicked(browser: Browser, served: int):
@@ -135,35 +241,51 @@ def test_the_map_opens_the_latent_that_is_clicked(browser: Browser, served: int)
         moved.move_to_element_with_offset(canvas, offset, offset // 2)
     moved.perform()
     for offset in range(-120, 121, 15):
-        ActionChains(browser.driver).move_to_element_with_offset(canvas, offset, offset // 2).click().perform()
+        ActionChains(browser.driver).move_to_element_with_offset(
+            canvas, offset, offset // 2
+        ).click().perform()
         if "latent/" in browser.driver.current_url:
             break
     browser.title("Latent ")
 
 
 @pytest.mark.parametrize("name", ["stats", "n2g", "ablation", "probes"])
-def test_a_run_that_lacks_an_evaluation_opens_and_names_the_command(browser: Browser, run: RunFolder, loudest: int, name: str):
+def test_a_run_that_lacks_an_evaluation_opens_and_names_the_command(
+    browser: Browser, run: RunFolder, loudest: int, name: str
+):
     for file in run.eval_file(name).parent.glob(f"{name}.*"):
         file.unlink()
     with serving(run) as port:
         for path in ("#/", f"#/latent/{loudest}"):
             browser.open("about:blank")
             browser.open(at(port, path))
-            browser.until("return document.querySelector('.missing')?.innerText.includes(arguments[0])", f"ksparse eval tiny {name}")
+            browser.until(
+                "return document.querySelector('.missing')?.innerText.includes(arguments[0])",
+                f"ksparse eval tiny {name}",
+            )
         browser.open(at(port, "#/map"))
         browser.find("canvas")
 
 
 def test_what_is_not_there_is_said(browser: Browser, served: int):
-    for path, words in (("#/latent/99999", "There is no latent 99999"), ("#/latent/x<b>", "There is no latent"), ("#/nowhere", "There is no such page"),
-                        ("#/try?text=" + "x%20" * 2000, "tokens; at most")):
+    for path, words in (
+        ("#/latent/99999", "There is no latent 99999"),
+        ("#/latent/x<b>", "There is no latent"),
+        ("#/nowhere", "There is no such page"),
+        ("#/try?text=" + "x%20" * 2000, "tokens; at most"),
+    ):
         browser.open("about:blank")
         browser.open(at(served, path))
-        browser.until("return document.querySelector('main .missing')?.innerText.includes(arguments[0])", words)
+        browser.until(
+            "return document.querySelector('main .missing')?.innerText.includes(arguments[0])",
+            words,
+        )
     assert "400" in browser.heard()[0]  # the browser itself writes of a refused request
 
 
-def test_the_token_leaves_the_address_and_serves_reloads_other_tabs_and_the_report(browser: Browser, served: int):
+def test_the_token_leaves_the_address_and_serves_reloads_other_tabs_and_the_report(
+    browser: Browser, served: int
+):
     browser.open(at(served, "#/latent/7"))
     browser.title("Latent 7 ·")
     assert browser.js("return location.href") == f"http://127.0.0.1:{served}/#/latent/7"
@@ -181,7 +303,9 @@ def test_the_token_leaves_the_address_and_serves_reloads_other_tabs_and_the_repo
 
 def test_a_page_without_the_token_says_where_it_is(browser: Browser, served: int):
     browser.open(f"http://127.0.0.1:{served}/?token=of-another-start#/latent/7")
-    browser.until("return document.querySelector('main .missing')?.innerText.includes('open the address that `ksparse view` printed')")
+    browser.until(
+        "return document.querySelector('main .missing')?.innerText.includes('open the address that `ksparse view` printed')"
+    )
     assert "403" in browser.heard()[0]
     browser.open(at(served, "#/latent/7"))
     browser.title("Latent 7 ·")
@@ -190,7 +314,9 @@ def test_a_page_without_the_token_says_where_it_is(browser: Browser, served: int
 # ---- the export --------------------------------------------------------------------------------------------------
 
 
-def test_the_export_works_from_the_disk(browser: Browser, trained: RunFolder, tmp_path: Path, loudest: int):
+def test_the_export_works_from_the_disk(
+    browser: Browser, trained: RunFolder, tmp_path: Path, loudest: int
+):
     page = viewer.export(trained, tmp_path / "site").as_uri()
     browser.open(page)
     browser.find("tbody tr a.to")
@@ -202,9 +328,16 @@ def test_the_export_works_from_the_disk(browser: Browser, trained: RunFolder, tm
     browser.open("about:blank")
     browser.open(f"{page}#/latent/{loudest}")
     browser.find("#star[aria-pressed=true]")
-    for path, words in (("#/try", "needs the LM"), ("#/search?q=is_a_list", "ksparse view"), ("#/map", "Map"), ("#/latents?sort=f1", "F1 ↓")):
+    for path, words in (
+        ("#/try", "needs the LM"),
+        ("#/search?q=is_a_list", "ksparse view"),
+        ("#/map", "Map"),
+        ("#/latents?sort=f1", "F1 ↓"),
+    ):
         browser.open(f"{page}{path}")
-        browser.until("return document.querySelector('main').innerText.includes(arguments[0])", words)
+        browser.until(
+            "return document.querySelector('main').innerText.includes(arguments[0])", words
+        )
     assert browser.find("#report").is_displayed()
     browser.js("localStorage.clear()")
 
@@ -214,10 +347,22 @@ def test_the_export_works_from_the_disk(browser: Browser, trained: RunFolder, tm
 
 def test_the_report_opens_in_light_dark_narrow_and_print(browser: Browser, trained: RunFolder):
     browser.open(trained.report_file.as_uri())
-    for width, features in ((1280, {"prefers-color-scheme": "light"}), (1280, {"prefers-color-scheme": "dark"}), (390, {"prefers-color-scheme": "light"})):
-        browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
-        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": name, "value": value} for name, value in features.items()]})
-        assert browser.js("return document.documentElement.scrollWidth") <= width  # nothing sticks out
+    for width, features in (
+        (1280, {"prefers-color-scheme": "light"}),
+        (1280, {"prefers-color-scheme": "dark"}),
+        (390, {"prefers-color-scheme": "light"}),
+    ):
+        browser.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": name, "value": value} for name, value in features.items()]},
+        )
+        assert (
+            browser.js("return document.documentElement.scrollWidth") <= width
+        )  # nothing sticks out
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert browser.js("return getComputedStyle(document.querySelector('nav')).display") == "none"
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
@@ -226,28 +371,61 @@ def test_the_report_opens_in_light_dark_narrow_and_print(browser: Browser, train
 
 def test_figures_of_the_report_say_their_values_on_hover(browser: Browser, trained: RunFolder):
     browser.open(trained.report_file.as_uri())
-    spots = browser.js("return [...document.querySelectorAll('figure svg .spot')].map((s) => [s.querySelector('title').textContent, s.getBoundingClientRect().width])")
+    spots = browser.js(
+        "return [...document.querySelectorAll('figure svg .spot')].map((s) => [s.querySelector('title').textContent, s.getBoundingClientRect().width])"
+    )
     assert len(spots) > 20 and all(words and width > 0 for words, width in spots)
 
 
 # ---- hostile text ------------------------------------------------------------------------------------------------
 
-NAME = '"><img src=x onerror=alert(1)>\u202e<script>alert(1)<\u2215script>'  # which a folder can have
+NAME = (
+    '"><img src=x onerror=alert(1)>\u202e<script>alert(1)<\u2215script>'  # which a folder can have
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["first", "last"])
-def hostile(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[RunFolder, list[str]]:
+def hostile(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[RunFolder, list[str]]:
     """Return a run all of whose strings are hostile, and the strings of its tokens."""
-    payloads = (HOSTILE[-len(WORDS):] if request.param else HOSTILE[: len(WORDS)])
+    payloads = HOSTILE[-len(WORDS) :] if request.param else HOSTILE[: len(WORDS)]
     whole = "".join(payloads)
     in_recipe = whole[:100_000].encode("utf-8", "replace").decode().replace("\x00", "")
-    run = build(tmp_path_factory.mktemp("hostile") / NAME, vocabulary=payloads, changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site")},
-                environment={"versions": {whole: whole}, "platform": whole, "processor": whole, "gpus": [whole], "threads": 2})
+    run = build(
+        tmp_path_factory.mktemp("hostile") / NAME,
+        vocabulary=payloads,
+        changes={f"acts.{key}": in_recipe for key in ("lm", "text", "site")},
+        environment={
+            "versions": {whole: whole},
+            "platform": whole,
+            "processor": whole,
+            "gpus": [whole],
+            "threads": 2,
+        },
+    )
     task = dict(zip([*payloads, whole], RESULTS["probes"]["tasks"].values()))
     for name, result in RESULTS.items():
-        run.eval_file(name).write_text(json.dumps(result | {"text": whole, "notes": [whole], "policy": {whole: whole}} | ({"tasks": task, "suite": whole} if name == "probes" else {})))
+        run.eval_file(name).write_text(
+            json.dumps(
+                result
+                | {"text": whole, "notes": [whole], "policy": {whole: whole}}
+                | ({"tasks": task, "suite": whole} if name == "probes" else {})
+            )
+        )
     add_counts(run)
-    (run.path / "labels.json").write_text(json.dumps({"format": 1, "latents": {"3": {"label": whole[:5_000], "star": True}, whole[:50]: {"label": 5}, "4": {"label": ["x"]}}}))
+    (run.path / "labels.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "latents": {
+                    "3": {"label": whole[:5_000], "star": True},
+                    whole[:50]: {"label": 5},
+                    "4": {"label": ["x"]},
+                },
+            }
+        )
+    )
     report.write(run)
     return run, payloads
 
@@ -257,26 +435,56 @@ def add_counts(run: RunFolder) -> None:
     file, random = run.eval_file("stats").with_suffix(".safetensors"), np.random.default_rng(1)
     arrays: dict[str, Any] = load_file(file)
     shape = (MADE, 8)
-    arrays |= {"histogram": random.integers(0, 50, (MADE, 20)).astype(np.int32), "on_token": np.arange(MADE * 8, dtype=np.int32).reshape(shape) % len(WORDS),
-               "on_share": np.full(shape, 0.125, np.float32), "together_latent": random.integers(0, MADE, shape).astype(np.int32), "together_phi": np.full(shape, 0.5, np.float32),
-               "together_count": np.full(shape, 9, np.int32), **{f"band_{name}": arrays[f"top_{name}"] for name in ("context", "position", "value", "acts")}}
+    arrays |= {
+        "histogram": random.integers(0, 50, (MADE, 20)).astype(np.int32),
+        "on_token": np.arange(MADE * 8, dtype=np.int32).reshape(shape) % len(WORDS),
+        "on_share": np.full(shape, 0.125, np.float32),
+        "together_latent": random.integers(0, MADE, shape).astype(np.int32),
+        "together_phi": np.full(shape, 0.5, np.float32),
+        "together_count": np.full(shape, 9, np.int32),
+        **{
+            f"band_{name}": arrays[f"top_{name}"]
+            for name in ("context", "position", "value", "acts")
+        },
+    }
     save_file(arrays, file)
     ablation = run.eval_file("ablation").with_suffix(".safetensors")
     arrays = load_file(ablation)
     m = len(arrays["latent"])
-    arrays |= {"context_tokens": (np.arange(m * 40, dtype=np.int32) % len(WORDS)).reshape(m, 40), "position": np.full(m, 12, np.int32), "value": np.ones(m, np.float32),
-               "kl": random.random((m, 16)).astype(np.float32), "loss_difference": random.random((m, 16)).astype(np.float32)}
+    arrays |= {
+        "context_tokens": (np.arange(m * 40, dtype=np.int32) % len(WORDS)).reshape(m, 40),
+        "position": np.full(m, 12, np.int32),
+        "value": np.ones(m, np.float32),
+        "kl": random.random((m, 16)).astype(np.float32),
+        "loss_difference": random.random((m, 16)).astype(np.float32),
+    }
     save_file(arrays, ablation)
-    run.eval_file("stats").write_text(json.dumps(json.loads(run.eval_file("stats").read_text()) | {"bands": {"count": 4, "each": 2}}))
+    run.eval_file("stats").write_text(
+        json.dumps(
+            json.loads(run.eval_file("stats").read_text()) | {"bands": {"count": 4, "each": 2}}
+        )
+    )
     (run.path / "checkpoints").rmdir() if (run.path / "checkpoints").exists() else None
 
 
 def assert_inert(browser: Browser, *shown: str) -> None:
     """Check that a page has none but our elements, no handlers, and these texts as texts."""
-    found = browser.js("return [...document.querySelectorAll('*')].map((e) => [e.localName, e.getAttributeNames(), e.src || e.getAttribute('href') || ''])")
+    found = browser.js(
+        "return [...document.querySelectorAll('*')].map((e) => [e.localName, e.getAttributeNames(), e.src || e.getAttribute('href') || ''])"
+    )
     assert {name for name, _, _ in found} <= ELEMENTS
-    assert not [names for _, names, _ in found if any(name.startswith("on") or name == "srcset" for name in names)]
-    assert all(re.match(r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$", link) for _, _, link in found), found
+    assert not [
+        names
+        for _, names, _ in found
+        if any(name.startswith("on") or name == "srcset" for name in names)
+    ]
+    assert all(
+        re.match(
+            r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$",
+            link,
+        )
+        for _, _, link in found
+    ), found
     text = browser.js("return document.body.textContent")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
     assert len(text) < 1_000_000
@@ -285,25 +493,45 @@ def assert_inert(browser: Browser, *shown: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["viewer", "export"])
-def test_hostile_text_is_text_in(browser: Browser, hostile: tuple[RunFolder, list[str]], where: str, tmp_path: Path):
+def test_hostile_text_is_text_in(
+    browser: Browser, hostile: tuple[RunFolder, list[str]], where: str, tmp_path: Path
+):
     run, payloads = hostile
     tokens = [safe_token(payload) for payload in payloads]
     live = next(i for i in range(MADE) if i not in DEAD)
 
     def look(base: str) -> None:
-        for path, ready, shown in (("#/", "tbody td.words .pair", [safe_text(run.name)]), (f"#/latent/{live}", ".texts-list mark", []), ("#/latent/3", ".texts-list mark", []),
-                                   ("#/map", "canvas", []), ("#/search?q=script", "#hits-tokens a.to", [token for token in tokens if token == "<script>alert(1)</script>"])):
+        for path, ready, shown in (
+            ("#/", "tbody td.words .pair", [safe_text(run.name)]),
+            (f"#/latent/{live}", ".texts-list mark", []),
+            ("#/latent/3", ".texts-list mark", []),
+            ("#/map", "canvas", []),
+            (
+                "#/search?q=script",
+                "#hits-tokens a.to",
+                [token for token in tokens if token == "<script>alert(1)</script>"],
+            ),
+        ):
             browser.open("about:blank")
             browser.open(f"{base}{path}")
             browser.find(ready)
             assert_inert(browser, *shown)
-            if where == "viewer" and "search" in path:  # the request must have ended, or it is cut off, and the console says so at any time
+            if (
+                where == "viewer" and "search" in path
+            ):  # the request must have ended, or it is cut off, and the console says so at any time
                 said = browser.heard()
-                assert all("api/activations" in each and "400" in each for each in said), said  # there is no such LM
+                assert all("api/activations" in each and "400" in each for each in said), (
+                    said
+                )  # there is no such LM
         browser.open(f"{base}#/latents?own=1")
         browser.until("return document.querySelector('.gloss .own')")
         assert_inert(browser, "⟨U+202E⟩evil" if "\u202eevil" in payloads else "{{ 7 * 7 }}")
-        texts = " ".join(browser.js("return Promise.all([...Array(arguments[0]).keys()].map((i) => ksparse.latent(i))).then((all) => all.flatMap((l) => l.strings))", MADE))
+        texts = " ".join(
+            browser.js(
+                "return Promise.all([...Array(arguments[0]).keys()].map((i) => ksparse.latent(i))).then((all) => all.flatMap((l) => l.strings))",
+                MADE,
+            )
+        )
         assert all(token in texts for token in tokens)
 
     if where == "export":
@@ -316,4 +544,8 @@ def test_hostile_text_is_text_in(browser: Browser, hostile: tuple[RunFolder, lis
 def test_hostile_text_is_text_in_report(browser: Browser, hostile: tuple[RunFolder, list[str]]):
     run, payloads = hostile
     browser.open(run.report_file.as_uri())
-    assert_inert(browser, safe_text(run.name), *(safe_token(payload) for payload in payloads if payload.isprintable()))
+    assert_inert(
+        browser,
+        safe_text(run.name),
+        *(safe_token(payload) for payload in payloads if payload.isprintable()),
+    )

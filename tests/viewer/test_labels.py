@@ -26,7 +26,10 @@ def labels(tmp_path):
 def test_a_label_is_there_again(labels):
     labels.set(17, "  lists of numbers ", True)
     labels.set(3, "", True)
-    assert labels.all() == {"3": {"label": "", "star": True}, "17": {"label": "lists of numbers", "star": True}}
+    assert labels.all() == {
+        "3": {"label": "", "star": True},
+        "17": {"label": "lists of numbers", "star": True},
+    }
     assert json.loads(labels.file.read_text())["format"] == 1
     assert {file.name for file in labels.file.parent.iterdir()} == {"labels.json", ".labels.lock"}
 
@@ -37,9 +40,19 @@ def test_an_empty_label_without_a_star_is_removed(labels):
     assert labels.all() == {}
 
 
-@pytest.mark.parametrize("latent, label, star, why", [
-    (100, "x", True, "latent 100 is not one of 0 to 99"), (-1, "x", True, "not one of"), (True, "x", True, "not one of"), ("1", "x", True, "not one of"),
-    (1.0, "x", True, "not one of"), (1, None, True, "a label is a text"), (1, "x", 1, "a star true or false"), (1, "x" * 1001, False, "1,001 characters")])
+@pytest.mark.parametrize(
+    "latent, label, star, why",
+    [
+        (100, "x", True, "latent 100 is not one of 0 to 99"),
+        (-1, "x", True, "not one of"),
+        (True, "x", True, "not one of"),
+        ("1", "x", True, "not one of"),
+        (1.0, "x", True, "not one of"),
+        (1, None, True, "a label is a text"),
+        (1, "x", 1, "a star true or false"),
+        (1, "x" * 1001, False, "1,001 characters"),
+    ],
+)
 def test_what_is_no_label_is_refused(labels, latent, label, star, why):
     with pytest.raises(InputError, match=why):
         labels.set(latent, label, star)
@@ -51,7 +64,16 @@ def test_half_a_character_does_not_break_the_file(labels):
     assert labels.all()["1"]["label"] == "? x"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "latents": {}}', '{"format": 1, "latents": []}', '{"format": 1, "latents": {"1": "x"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": 2, "latents": {}}',
+        '{"format": 1, "latents": []}',
+        '{"format": 1, "latents": {"1": "x"}}',
+    ],
+)
 def test_a_damaged_file_is_named_and_not_overwritten(labels, content):
     labels.file.write_text(content)
     with pytest.raises(CorruptError, match=r"labels\.json"):
@@ -60,11 +82,18 @@ def test_a_damaged_file_is_named_and_not_overwritten(labels, content):
 
 
 def test_two_viewers_keep_every_label(labels):
-    code = ("import sys; from pathlib import Path; from ksparse.runs import RunFolder; from ksparse.viewer.labels import Labels\n"
-            "for i in range(int(sys.argv[2]), 200, 2): Labels(RunFolder(Path(sys.argv[1])), 200).set(i, f'label {i}', True)")
-    two = [subprocess.Popen([sys.executable, "-c", code, str(labels.file.parent), str(first)]) for first in range(2)]
+    code = (
+        "import sys; from pathlib import Path; from ksparse.runs import RunFolder; from ksparse.viewer.labels import Labels\n"
+        "for i in range(int(sys.argv[2]), 200, 2): Labels(RunFolder(Path(sys.argv[1])), 200).set(i, f'label {i}', True)"
+    )
+    two = [
+        subprocess.Popen([sys.executable, "-c", code, str(labels.file.parent), str(first)])
+        for first in range(2)
+    ]
     assert [process.wait(60) for process in two] == [0, 0]
-    assert Labels(module.RunFolder(labels.file.parent), 200).all() == {str(i): {"label": f"label {i}", "star": True} for i in range(200)}
+    assert Labels(module.RunFolder(labels.file.parent), 200).all() == {
+        str(i): {"label": f"label {i}", "star": True} for i in range(200)
+    }
 
 
 def test_many_clients_keep_every_label(labels):
@@ -78,17 +107,35 @@ def test_many_clients_keep_every_label(labels):
 
 def test_a_viewer_that_does_not_let_go_is_named(labels, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.0)
-    with files.locked(labels.folder, ".labels.lock"), pytest.raises(InputError, match=f"is in use by process {os.getpid()}; try again"):
+    with (
+        files.locked(labels.folder, ".labels.lock"),
+        pytest.raises(InputError, match=f"is in use by process {os.getpid()}; try again"),
+    ):
         labels.set(1, "x", True)
 
 
 def test_what_was_written_by_hand_is_kept_and_not_shown(labels):
-    strange = {"1" * 5_000: {"label": "many digits"}, "\u0661": {"label": "no digit of ours"}, "017": {"star": True}, "x": {"label": "x"}, "100": {"label": "beyond"}, "-1": {"star": True},
-               "5": {"label": "\ud800 half", "mood": [1]}, "6": {"label": 7, "star": "yes"}, "\udfff": {}, "__proto__": {"label": "x", "star": True}}
+    strange = {
+        "1" * 5_000: {"label": "many digits"},
+        "\u0661": {"label": "no digit of ours"},
+        "017": {"star": True},
+        "x": {"label": "x"},
+        "100": {"label": "beyond"},
+        "-1": {"star": True},
+        "5": {"label": "\ud800 half", "mood": [1]},
+        "6": {"label": 7, "star": "yes"},
+        "\udfff": {},
+        "__proto__": {"label": "x", "star": True},
+    }
     labels.file.write_text(json.dumps({"format": 1, "latents": strange}))
     labels.set(3, "numbers", True)
-    assert json.loads(labels.file.read_text())["latents"] == strange | {"3": {"label": "numbers", "star": True}}
-    assert labels.all() == {"3": {"label": "numbers", "star": True}, "5": {"label": "\ud800 half", "star": False}}
+    assert json.loads(labels.file.read_text())["latents"] == strange | {
+        "3": {"label": "numbers", "star": True}
+    }
+    assert labels.all() == {
+        "3": {"label": "numbers", "star": True},
+        "5": {"label": "\ud800 half", "star": False},
+    }
 
 
 def test_a_file_that_is_read_but_nested_too_deep_to_be_written_is_left_as_it_is(labels):

@@ -42,13 +42,41 @@ def decoded(piece) -> np.ndarray:
 
 def test_every_named_piece_is_there_and_is_json_without_nan(pieces):
     names = list(pieces.names())
-    assert len(names) == len(set(names)) and {"overview", "tasks", "tokens", "latents/0", f"latents/{N // 16 - 1}", "near/3", "glosses/0", "columns/f1"} <= set(names)
+    assert len(names) == len(set(names)) and {
+        "overview",
+        "tasks",
+        "tokens",
+        "latents/0",
+        f"latents/{N // 16 - 1}",
+        "near/3",
+        "glosses/0",
+        "columns/f1",
+    } <= set(names)
     for name in names:
         json.dumps(pieces.get(name), allow_nan=False)
 
 
-@pytest.mark.parametrize("name", ["latents/12", "latents/-1", "latents/01", "latents/1e3", "latents/", "latents/\u0661", "columns/name", "columns/__class__", "../recipe.toml",
-                                  "labels/0", "", "overview/0", "latents/0/0", "near/" + "9" * 30, "latents/" + "9" * 5_000, "latents/1\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "latents/12",
+        "latents/-1",
+        "latents/01",
+        "latents/1e3",
+        "latents/",
+        "latents/\u0661",
+        "columns/name",
+        "columns/__class__",
+        "../recipe.toml",
+        "labels/0",
+        "",
+        "overview/0",
+        "latents/0/0",
+        "near/" + "9" * 30,
+        "latents/" + "9" * 5_000,
+        "latents/1\n",
+    ],
+)
 def test_what_is_no_piece_is_none(pieces, name):
     assert pieces.get(name) is None
 
@@ -59,8 +87,14 @@ def test_columns_are_the_files_numbers(pieces, files):
     f1, effect = decoded(pieces.get("columns/f1")), decoded(pieces.get("columns/effect"))
     assert np.array_equal(f1[files["n2g"]["scored"]], files["n2g"]["f1"], equal_nan=True)
     assert np.isnan(np.delete(f1, files["n2g"]["scored"])).all()
-    assert np.allclose(effect[files["ablation"]["latent"]], np.nansum(files["ablation"]["kl"].astype(float), 1), rtol=1e-5)
-    assert {column["key"] for column in pieces.get("overview")["columns"]} == {column.key for column in COLUMNS} | {"pca_1", "pca_2"}
+    assert np.allclose(
+        effect[files["ablation"]["latent"]],
+        np.nansum(files["ablation"]["kl"].astype(float), 1),
+        rtol=1e-5,
+    )
+    assert {column["key"] for column in pieces.get("overview")["columns"]} == {
+        column.key for column in COLUMNS
+    } | {"pca_1", "pca_2"}
 
 
 def test_a_latents_examples_are_the_files_tokens_and_values(pieces, files, trained):
@@ -73,13 +107,26 @@ def test_a_latents_examples_are_the_files_tokens_and_values(pieces, files, train
         assert len(entry[kind]) == (stats[f"{kind}_context"][latent] >= 0).sum() > 0
         for example in entry[kind]:
             place = example["place"]
-            context, position = stats["contexts"][stats[f"{kind}_context"][latent, place]], stats[f"{kind}_position"][latent, place]
-            assert piece["strings"][example["t"][example["at"]]] == token_of(vocabulary, int(context[position]))
-            assert example["a"][example["at"]] == pytest.approx(float(stats[f"{kind}_acts"][latent, place, 24]), rel=1e-3)
-            assert len(example["t"]) == len(example["a"]) == (context[max(0, position - 24) : position + 9] >= 0).sum()
+            context, position = (
+                stats["contexts"][stats[f"{kind}_context"][latent, place]],
+                stats[f"{kind}_position"][latent, place],
+            )
+            assert piece["strings"][example["t"][example["at"]]] == token_of(
+                vocabulary, int(context[position])
+            )
+            assert example["a"][example["at"]] == pytest.approx(
+                float(stats[f"{kind}_acts"][latent, place, 24]), rel=1e-3
+            )
+            assert (
+                len(example["t"])
+                == len(example["a"])
+                == (context[max(0, position - 24) : position + 9] >= 0).sum()
+            )
     tokens = json.loads(trained.eval_file("stats").read_text())["n_tokens"]
     assert sum(entry["histogram"]) == pytest.approx(stats["density"][latent] * tokens, abs=1)
-    assert [other for other, *_ in entry["together"]] == [int(i) for i in stats["together_latent"][latent] if i >= 0]
+    assert [other for other, *_ in entry["together"]] == [
+        int(i) for i in stats["together_latent"][latent] if i >= 0
+    ]
 
 
 def test_the_effect_of_a_latent_is_read_place_by_place(pieces, files):
@@ -88,8 +135,13 @@ def test_the_effect_of_a_latent_is_read_place_by_place(pieces, files):
     latent = int(ablation["latent"][row])
     piece = pieces.get(f"latents/{latent // 16}")
     effect = piece["latents"][str(latent)]["effect"]
-    assert effect["kl"] == [None if np.isnan(each) else pytest.approx(float(each), rel=1e-4) for each in ablation["kl"][row]]
-    assert len(effect["up"]) == len(effect["kl"]) == 6 and all(change > 0 for _, change in effect["up"][0])
+    assert effect["kl"] == [
+        None if np.isnan(each) else pytest.approx(float(each), rel=1e-4)
+        for each in ablation["kl"][row]
+    ]
+    assert len(effect["up"]) == len(effect["kl"]) == 6 and all(
+        change > 0 for _, change in effect["up"][0]
+    )
     assert effect["at"] == min(16, ablation["position"][row])
 
 
@@ -104,7 +156,10 @@ def test_nearest_latents_are_those_of_the_largest_cosine(pieces, trained):
         expected = -np.sort(-np.delete(cosines[latent], latent))[:12]
         found = near[str(latent)]
         assert np.allclose([cosine for _, cosine, _ in found], expected[expected > 0], atol=1e-4)
-        assert all(other != latent and cosine == pytest.approx(cosines[latent, other], abs=1e-4) for other, cosine, _ in found)
+        assert all(
+            other != latent and cosine == pytest.approx(cosines[latent, other], abs=1e-4)
+            for other, cosine, _ in found
+        )
 
 
 def test_the_plane_is_the_first_two_principal_components(trained):
@@ -121,10 +176,16 @@ def test_the_index_of_tokens_lists_the_latents_that_fire_on_them_most(pieces, fi
     token = int(on[on >= 0][0])
     listed = pieces.get(f"tokens/{token // 512}")["tokens"][str(token)]
     latent, place = np.nonzero(on == token)
-    assert {entry[0] for entry in listed} <= set(latent.tolist()) and len(listed) == min(50, len(latent))
-    assert [entry[1] for entry in listed] == pytest.approx(-np.sort(-share[latent, place])[:50], rel=1e-4)
+    assert {entry[0] for entry in listed} <= set(latent.tolist()) and len(listed) == min(
+        50, len(latent)
+    )
+    assert [entry[1] for entry in listed] == pytest.approx(
+        -np.sort(-share[latent, place])[:50], rel=1e-4
+    )
     there = pieces.get("tokens")
-    assert there["numbers"] == np.unique(on[on >= 0]).tolist() and len(there["strings"]) == len(there["numbers"])
+    assert there["numbers"] == np.unique(on[on >= 0]).tolist() and len(there["strings"]) == len(
+        there["numbers"]
+    )
 
 
 def test_tasks_name_their_best_latents_and_latents_their_tasks(pieces, trained):
@@ -142,8 +203,12 @@ def test_a_run_that_lacks_an_evaluation_opens_and_names_the_command(run, missing
     pieces = Pieces(run, 16)
     for name in pieces.names():
         json.dumps(pieces.get(name), allow_nan=False)
-    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == [f"ksparse eval tiny {missing}"]
-    assert not {column.key for column in COLUMNS if column.eval == missing} & {column["key"] for column in pieces.get("overview")["columns"]}
+    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == [
+        f"ksparse eval tiny {missing}"
+    ]
+    assert not {column.key for column in COLUMNS if column.eval == missing} & {
+        column["key"] for column in pieces.get("overview")["columns"]
+    }
 
 
 def test_a_recipe_alone_opens(tmp_path, trained):
@@ -159,7 +224,9 @@ def put(run, arrays):
     """Replace the arrays of stats, and their sum in the result."""
     file = run.arrays_file("stats")
     save_file(arrays, file)
-    write_json(run.eval_file("stats"), run.eval("stats") | {"arrays_sha256": sha256(file)}, sealed=True)
+    write_json(
+        run.eval_file("stats"), run.eval("stats") | {"arrays_sha256": sha256(file)}, sealed=True
+    )
 
 
 def test_altered_arrays_are_left_out(run, caplog):
@@ -178,19 +245,28 @@ def test_altered_arrays_are_left_out(run, caplog):
 
 def test_results_of_before_there_were_counts_open(run):
     file = run.arrays_file("stats")
-    old = {name: array for name, array in load_file(file).items() if name.split("_")[0] not in ("band", "on", "together", "histogram")}
+    old = {
+        name: array
+        for name, array in load_file(file).items()
+        if name.split("_")[0] not in ("band", "on", "together", "histogram")
+    }
     put(run, old)
     pieces = Pieces(run, 16)
     entry = pieces.get("latents/0")["latents"]["0"]
     assert "histogram" not in entry and "band" not in entry and "top" in entry
-    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == ["ksparse eval tiny stats"]
+    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == [
+        "ksparse eval tiny stats"
+    ]
 
 
 def test_arrays_of_another_run_are_refused(run):
     file = run.arrays_file("stats")
     arrays = load_file(file)
     put(run, arrays | {"density": arrays["density"][:-1]})
-    with pytest.raises(CorruptError, match="'density' has shape .191. and is not about the run's 192 latents; run the evaluation again"):
+    with pytest.raises(
+        CorruptError,
+        match="'density' has shape .191. and is not about the run's 192 latents; run the evaluation again",
+    ):
         Pieces(run, 16).get("overview")
 
 
@@ -202,13 +278,17 @@ def test_a_piece_of_details_does_not_grow_with_the_number_of_latents(pieces):
 
 
 def test_the_static_part_needs_no_torch(trained, tmp_path):
-    code = (f"import sys; from pathlib import Path; from ksparse import viewer; from ksparse.runs import open_run;"
-            f"viewer.export(open_run({str(trained.path)!r}), Path({str(tmp_path / 'site')!r}));"
-            "loaded = {name.partition('.')[0] for name in sys.modules};"
-            "assert not loaded & {'torch', 'transformers', 'starlette', 'uvicorn', 'matplotlib'}, loaded & {'torch', 'matplotlib', 'transformers'}")
+    code = (
+        f"import sys; from pathlib import Path; from ksparse import viewer; from ksparse.runs import open_run;"
+        f"viewer.export(open_run({str(trained.path)!r}), Path({str(tmp_path / 'site')!r}));"
+        "loaded = {name.partition('.')[0] for name in sys.modules};"
+        "assert not loaded & {'torch', 'transformers', 'starlette', 'uvicorn', 'matplotlib'}, loaded & {'torch', 'matplotlib', 'transformers'}"
+    )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
     assert (tmp_path / "site" / "index.html").is_file()
 
 
 def test_columns_are_frozen_data():
-    assert dataclasses.is_dataclass(COLUMNS[0]) and len({column.key for column in COLUMNS}) == len(COLUMNS)
+    assert dataclasses.is_dataclass(COLUMNS[0]) and len({column.key for column in COLUMNS}) == len(
+        COLUMNS
+    )

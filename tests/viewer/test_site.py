@@ -29,7 +29,11 @@ def bare(tmp_path: Path) -> RunFolder:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def older(folder: Path, run: RunFolder) -> None:
@@ -49,7 +53,11 @@ def test_the_mark_lists_what_was_written_and_the_page_names_all_that_it_loads(ba
     mark = json.loads(files.pop(site.MARK))
     assert mark == {"format": 2, "run": "run", "files": sorted(files)}
     loaded = re.findall(r'(?:src|href)="([^"#]+\.(?:js|css))"', page.read_text())
-    assert len(loaded) == 9 and {*loaded} < {*files} and files["report.html"] == bare.report_file.read_bytes()
+    assert (
+        len(loaded) == 9
+        and {*loaded} < {*files}
+        and files["report.html"] == bare.report_file.read_bytes()
+    )
 
 
 def test_the_same_pages_have_the_same_names(bare, tmp_path):
@@ -64,7 +72,12 @@ def test_an_export_keeps_what_it_did_not_write(bare, tmp_path):
     folder = tmp_path / "site"
     viewer.export(bare, folder)
     old = {*tree(folder)}
-    for name in (".git/HEAD", "CNAME", "data/notes.js", f"{next(folder.glob('ksparse-*')).name}/mine.txt"):
+    for name in (
+        ".git/HEAD",
+        "CNAME",
+        "data/notes.js",
+        f"{next(folder.glob('ksparse-*')).name}/mine.txt",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"mine {name}")
     mine = {name: content for name, content in tree(folder).items() if name not in old}
@@ -82,11 +95,16 @@ def test_a_file_of_somebody_elses_in_the_way_is_named(bare, tmp_path, name):
     bare.report_file.unlink()
     viewer.export(bare, folder)
     mark = json.loads((folder / site.MARK).read_text())
-    (folder / site.MARK).write_text(json.dumps(mark | {"files": [file for file in mark["files"] if file != name]}))
+    (folder / site.MARK).write_text(
+        json.dumps(mark | {"files": [file for file in mark["files"] if file != name]})
+    )
     (folder / name).write_text("mine")
     bare.report_file.write_bytes(report)
     before = tree(folder)
-    with pytest.raises(InputError, match=f"{name} is in the way of the pages, and ksparse did not write it; .* Nothing was changed"):
+    with pytest.raises(
+        InputError,
+        match=f"{name} is in the way of the pages, and ksparse did not write it; .* Nothing was changed",
+    ):
         viewer.export(bare, folder)
     assert tree(folder) == before
 
@@ -111,7 +129,21 @@ def test_a_link_in_the_place_of_a_file_or_a_folder_of_ours_is_named(bare, tmp_pa
     assert tree(outside) == before
 
 
-@pytest.mark.parametrize("listed", [["../outside"], ["CNAME"], ["/etc/passwd"], ["data/../CNAME"], [".git/HEAD"], [5], "index.html", {"index.html": 1}, ["style.css\n"], ["ksparse-0123456789abcdef/../x.js"]])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        ["../outside"],
+        ["CNAME"],
+        ["/etc/passwd"],
+        ["data/../CNAME"],
+        [".git/HEAD"],
+        [5],
+        "index.html",
+        {"index.html": 1},
+        ["style.css\n"],
+        ["ksparse-0123456789abcdef/../x.js"],
+    ],
+)
 def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path, listed):
     (tmp_path / "outside").write_text("mine")
     folder = tmp_path / "site"
@@ -119,14 +151,21 @@ def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path
     (folder / "CNAME").write_text("mine")
     (folder / site.MARK).write_text(json.dumps({"format": 2, "run": "run", "files": listed}))
     before = tree(tmp_path)
-    with pytest.raises(CorruptError, match=r"ksparse-site\.json does not list files that ksparse writes"):
+    with pytest.raises(
+        CorruptError, match=r"ksparse-site\.json does not list files that ksparse writes"
+    ):
         viewer.export(bare, folder)
     assert tree(tmp_path) == before
 
 
 def test_a_site_of_before_there_was_a_list_is_replaced_but_for_what_is_not_ours(bare, tmp_path):
     older(tmp_path / "site", bare)
-    mine = {"CNAME": b"mine", "data/notes.js": b"mine", "data/notes.txt": b"mine", ".git/HEAD": b"mine"}
+    mine = {
+        "CNAME": b"mine",
+        "data/notes.js": b"mine",
+        "data/notes.txt": b"mine",
+        ".git/HEAD": b"mine",
+    }
     for name, content in mine.items():
         (tmp_path / "site" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "site" / name).write_bytes(content)
@@ -149,13 +188,23 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_the_rest(bare, tmp_path, monkeypatch):
+def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_the_rest(
+    bare, tmp_path, monkeypatch
+):
     """Killed before each single change of the folder, with nothing cleaned up."""
+
     def whole(folder: Path) -> set[str]:
         """Return what a visitor gets: the page, and all that belongs to it."""
         page = (folder / "index.html").read_text()
         home = re.search('data-home="([^"]+)"', page)[1]
-        return {page, *(f"{name} {content!r}" for name, content in tree(folder).items() if name.startswith(home))}
+        return {
+            page,
+            *(
+                f"{name} {content!r}"
+                for name, content in tree(folder).items()
+                if name.startswith(home)
+            ),
+        }
 
     viewer.export(bare, tmp_path / "old")
     Labels(bare, 32).set(3, "numbers", True)
@@ -163,7 +212,13 @@ def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_t
     sites, fresh = [whole(tmp_path / name) for name in ("old", "new")], tree(tmp_path / "new")
     (tmp_path / "old" / "CNAME").write_text("mine")
     left, seen = 0, []
-    changes = {"os.replace": os.replace, "os.unlink": os.unlink, "os.rmdir": os.rmdir, "os.mkdir": os.mkdir, "shutil.rmtree": shutil.rmtree}
+    changes = {
+        "os.replace": os.replace,
+        "os.unlink": os.unlink,
+        "os.rmdir": os.rmdir,
+        "os.mkdir": os.mkdir,
+        "shutil.rmtree": shutil.rmtree,
+    }
 
     def counted(change):
         def do(*given, **options):
@@ -241,11 +296,23 @@ def test_a_folder_may_be_named_by_a_link_or_a_dot(bare, tmp_path, monkeypatch):
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("make, code, why", [
-    (lambda path: path.write_text("mine"), 2, "is a file; give a folder for the pages"),
-    (lambda path: path.symlink_to("nowhere"), 5, "File exists"),
-    (lambda path: (path.mkdir(), (path / "thesis.tex").write_text("mine")), 2, "holds something else than an exported site; give an empty or a new folder"),
-    (lambda path: (path.mkdir(), (path / ".git").mkdir()), 2, "holds something else than an exported site")])
+@pytest.mark.parametrize(
+    "make, code, why",
+    [
+        (lambda path: path.write_text("mine"), 2, "is a file; give a folder for the pages"),
+        (lambda path: path.symlink_to("nowhere"), 5, "File exists"),
+        (
+            lambda path: (path.mkdir(), (path / "thesis.tex").write_text("mine")),
+            2,
+            "holds something else than an exported site; give an empty or a new folder",
+        ),
+        (
+            lambda path: (path.mkdir(), (path / ".git").mkdir()),
+            2,
+            "holds something else than an exported site",
+        ),
+    ],
+)
 def test_a_place_that_cannot_be_a_site_is_refused(bare, tmp_path, capsys, make, code, why):
     make(tmp_path / "site")
     before = tree(tmp_path)
@@ -256,7 +323,9 @@ def test_a_place_that_cannot_be_a_site_is_refused(bare, tmp_path, capsys, make, 
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["report.html", "labels.json", "evals/stats.json", "evals/vocabulary.json", "evals"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "labels.json", "evals/stats.json", "evals/vocabulary.json", "evals"]
+)
 def test_a_link_in_a_run_is_not_published(bare, tmp_path, name):
     (tmp_path / "secret").write_text("secret")
     (bare.path / name).parent.mkdir(exist_ok=True)

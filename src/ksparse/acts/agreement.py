@@ -35,24 +35,36 @@ def check(lm: LM) -> None:
     with torch.inference_mode():
         plain = lm._forward(tokens, attention).logits
         seen: list[Tensor] = []
-        with hooked(lm.site, lambda x: seen.append(x.clone()) if isinstance(x, Tensor) else seen.append(x)):
+        with hooked(
+            lm.site, lambda x: seen.append(x.clone()) if isinstance(x, Tensor) else seen.append(x)
+        ):
             read = lm._forward(tokens, attention).logits
     where = f"site {lm.options.site!r} of {lm.options.lm}"
     if not seen:
-        raise InputError(f"site {lm.options.site!r} was not reached in a forward pass of {lm.options.lm}; "
-                         f"choose another:\n{describe_sites(lm.model)}")
+        raise InputError(
+            f"site {lm.options.site!r} was not reached in a forward pass of {lm.options.lm}; "
+            f"choose another:\n{describe_sites(lm.model)}"
+        )
     if len(seen) > 1:
-        raise InputError(f"{where} runs {len(seen)} times in one pass, so that it has no single activation of a token; "
-                         f"choose another:\n{describe_sites(lm.model)}")
+        raise InputError(
+            f"{where} runs {len(seen)} times in one pass, so that it has no single activation of a token; "
+            f"choose another:\n{describe_sites(lm.model)}"
+        )
     lm._checked(lm.options.site, {lm.options.site: seen[0]}, tokens)
     if not bool(torch.isfinite(plain).all() and torch.isfinite(seen[0]).all()):
         return  # said where it matters, with the document: nothing can be compared here
     for what, rows in (("activations", seen[0]), ("logits", plain)):
         if wrong := difference(lm, rows[0, :-1], rows[1, :-1]):
-            raise InputError(f"{lm.options.lm} is not a causal LM: its {what} of a token change with the token after it ({wrong}); "
-                             "give a model that reads from left to right")
-    if wrong := difference(lm, lm.acts(tokens, attention), seen[0].float()) or difference(lm, read, plain):
-        raise InputError(f"{where} cannot be read: two passes over the same tokens do not agree ({wrong})")
+            raise InputError(
+                f"{lm.options.lm} is not a causal LM: its {what} of a token change with the token after it ({wrong}); "
+                "give a model that reads from left to right"
+            )
+    if wrong := difference(lm, lm.acts(tokens, attention), seen[0].float()) or difference(
+        lm, read, plain
+    ):
+        raise InputError(
+            f"{where} cannot be read: two passes over the same tokens do not agree ({wrong})"
+        )
     lm.refused = _changing(lm, tokens, attention, plain)
 
 
@@ -60,8 +72,13 @@ def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
     """Return why activations at the site cannot be changed, '' if they can; turn off what LM.replay leaves out where that is wrong."""
     why = _replays(lm, tokens, attention, plain)
     if why and lm._before:
-        _log.warning("%s at %s: leaving out the blocks before the site changes what comes after it (%s); "
-                     "they are run again, which is slower", lm.options.lm, lm.options.site, why)
+        _log.warning(
+            "%s at %s: leaving out the blocks before the site changes what comes after it (%s); "
+            "they are run again, which is slower",
+            lm.options.lm,
+            lm.options.site,
+            why,
+        )
         lm._before = []
         why = _replays(lm, tokens, attention, plain)
     return why
@@ -70,7 +87,9 @@ def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
 def _replays(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
     try:
         watched = lm.watch(tokens, attention)
-        if wrong := difference(lm, watched.logits, plain) or difference(lm, lm.replay(watched, lambda x: x), plain):
+        if wrong := difference(lm, watched.logits, plain) or difference(
+            lm, lm.replay(watched, lambda x: x), plain
+        ):
             return f"unchanged activations do not give the unchanged logits: {wrong}"
         changed = lm.replay(watched, lambda x: x.roll(1, -1))
         with torch.inference_mode(), hooked(lm.site, lambda x: x.roll(1, -1)):
@@ -100,5 +119,7 @@ def difference(lm: LM, a: Tensor, b: Tensor) -> str:
     a, b = a.double(), b.double()
     scale = (b - b.mean(-1, keepdim=True)).norm()
     size = float((a - b).norm() / scale) if scale > 0 else float((a - b).norm())
-    limit = math.sqrt(torch.finfo(getattr(torch, lm.options.lm_dtype)).eps)  # far above rounding, far below another token's effect
+    limit = math.sqrt(
+        torch.finfo(getattr(torch, lm.options.lm_dtype)).eps
+    )  # far above rounding, far below another token's effect
     return "" if size <= limit else f"relative difference {size:.2g}"

@@ -18,14 +18,28 @@ from torch import Tensor, nn
 
 from ksparse import files, pylm
 from ksparse.acts import agreement
-from ksparse.acts.sites import blocks_before, describe_sites, hooked, not_activations, replaced_forward, resolve
+from ksparse.acts.sites import (
+    blocks_before,
+    describe_sites,
+    hooked,
+    not_activations,
+    replaced_forward,
+    resolve,
+)
 from ksparse.acts.text import Contexts, ids_of, token_strings, without_bos
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 from ksparse.trust import code_is_trusted
 
 _log = logging.getLogger("ksparse")
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
 """What configurations call the longest context."""
 
 
@@ -47,8 +61,15 @@ class LM:
     the rest of a context many times, with another activation at one position.
     """
 
-    def __init__(self, name: str = "pylm/1.9m", site: str = "resid_post.3", *, acts: Acts | None = None, device: str = "cpu",
-                 trust_remote_code: bool = False):
+    def __init__(
+        self,
+        name: str = "pylm/1.9m",
+        site: str = "resid_post.3",
+        *,
+        acts: Acts | None = None,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ):
         """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given.
 
         trust_remote_code: let code that comes with the model run. Nothing else than this argument can.
@@ -56,8 +77,15 @@ class LM:
         self.options = acts or Acts(lm=name, site=site)
         self.device = torch.device(device)
         folder = find_model(self.options.lm)
-        common = {"trust_remote_code": trust_remote_code or code_is_trusted()} | ({} if files.exists(Path(folder)) else {"revision": self.options.revision})
-        self.model = load_model(folder, getattr(torch, self.options.lm_dtype), common).to(self.device).eval().requires_grad_(False)
+        common = {"trust_remote_code": trust_remote_code or code_is_trusted()} | (
+            {} if files.exists(Path(folder)) else {"revision": self.options.revision}
+        )
+        self.model = (
+            load_model(folder, getattr(torch, self.options.lm_dtype), common)
+            .to(self.device)
+            .eval()
+            .requires_grad_(False)
+        )
         self.tokenizer = _load_tokenizer(self.options.tokenizer or folder, common)
         self.folder = Path(folder) if files.exists(Path(folder)) else None
         self.vocab = self.model.get_input_embeddings().weight.shape[0]
@@ -99,19 +127,27 @@ class LM:
         self.check_length(tokens.shape[1], "the text")
         if tokens.shape[1] > self.options.context and not self._told_of_length:
             self._told_of_length = True
-            _log.warning("a text of %s tokens is longer than acts.context, %s: an autoencoder that was trained on such contexts "
-                         "has not seen the positions behind them", f"{tokens.shape[1]:,}", self.options.context)
+            _log.warning(
+                "a text of %s tokens is longer than acts.context, %s: an autoencoder that was trained on such contexts "
+                "has not seen the positions behind them",
+                f"{tokens.shape[1]:,}",
+                self.options.context,
+            )
         lead = int(self.bos is not None)
         return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, lead:]
 
     def tokens(self, text: str) -> list[str]:
         """Return the strings of the text's tokens, one for each row of lm(text)."""
-        return token_strings(self.tokenizer, self.tokenize(text)[0, int(self.bos is not None) :].tolist())
+        return token_strings(
+            self.tokenizer, self.tokenize(text)[0, int(self.bos is not None) :].tolist()
+        )
 
     def tokenize(self, text: str) -> Tensor:
         """Return ids [1, t] with BOS first, as in training; of a text that begins with BOS (a rendered chat), its own."""
         if not isinstance(text, str):
-            raise InputError(f"a text is a str, got {type(text).__name__}; of several, take one at a time")
+            raise InputError(
+                f"a text is a str, got {type(text).__name__}; of several, take one at a time"
+            )
         ids = without_bos(ids_of(self.tokenizer, text), self.bos)
         if not ids:
             raise InputError(f"the text {text!r} has no token")
@@ -132,7 +168,9 @@ class LM:
         seen: dict[str, Tensor] = {}
 
         def take(site: str, x: Tensor) -> None:
-            seen.setdefault(site, x.clone() if len(sites) > 1 else x)  # blocks may add to it in place
+            seen.setdefault(
+                site, x.clone() if len(sites) > 1 else x
+            )  # blocks may add to it in place
             if len(seen) == len(set(sites)):
                 raise _Stop
 
@@ -148,11 +186,15 @@ class LM:
     def _checked(self, site: str, seen: dict[str, Tensor], tokens: Tensor) -> Tensor:
         """Return what was seen at a site; raise InputError if that was nothing, or no activations."""
         if site not in seen:
-            raise InputError(f"site {site!r} was not reached in a forward pass of {self.options.lm}; "
-                             f"choose another:\n{describe_sites(self.model)}")
+            raise InputError(
+                f"site {site!r} was not reached in a forward pass of {self.options.lm}; "
+                f"choose another:\n{describe_sites(self.model)}"
+            )
         if wrong := not_activations(seen[site], tokens.shape):
-            raise InputError(f"site {site!r} of {self.options.lm} gives {wrong}, not activations [contexts, tokens, width]; "
-                             f"choose another:\n{describe_sites(self.model)}")
+            raise InputError(
+                f"site {site!r} of {self.options.lm} gives {wrong}, not activations [contexts, tokens, width]; "
+                f"choose another:\n{describe_sites(self.model)}"
+            )
         return seen[site]
 
     @torch.inference_mode()
@@ -165,7 +207,9 @@ class LM:
         prefix: list[Any] = []
         with ExitStack() as hooks:
             if self._before:
-                last = self._before[-1].register_forward_hook(lambda module, args, output: prefix.append(_copied(output)))
+                last = self._before[-1].register_forward_hook(
+                    lambda module, args, output: prefix.append(_copied(output))
+                )
                 hooks.callback(last.remove)
             hooks.enter_context(self._hooked(lambda x: seen.append(x.to(torch.float32, copy=True))))
             logits = self._forward(tokens, attention, past).logits
@@ -191,9 +235,13 @@ class LM:
         """
         end = at + length
         if at < 0 or length < 1 or end > tokens.shape[1]:
-            raise InputError(f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to {tokens.shape[1] - 1}")
+            raise InputError(
+                f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to {tokens.shape[1] - 1}"
+            )
         if not bool(attention[:, :end].all()):
-            raise InputError(f"positions {at} to {end - 1} cannot be forked: some context has padding before position {end}")
+            raise InputError(
+                f"positions {at} to {end - 1} cannot be forked: some context has padding before position {end}"
+            )
         self.check_changes()
         if self._fork is None:
             self._fork = self._fork_kind(tokens.to(self.device), attention, at, length)
@@ -201,20 +249,29 @@ class LM:
 
     def _fork_kind(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Fork]:
         """Return the fork that is right: the cached one if it gives what `replay` gives, at `at` and as deep as the first contexts go."""
-        text = int(attention[:2].long().cumprod(1).sum(1).min())  # deep, because sliding windows only count once they are full
+        text = int(
+            attention[:2].long().cumprod(1).sum(1).min()
+        )  # deep, because sliding windows only count once they are full
         for place in sorted({at, text - length}):
             why = _disagreement(self, tokens[:2], place, length)
             if why:
-                _log.warning("%s at %s: continuing from cached keys and values does not give what the whole context gives (%s); "
-                             "whole contexts are run instead, which is slower", self.options.lm, self.options.site, why)
+                _log.warning(
+                    "%s at %s: continuing from cached keys and values does not give what the whole context gives (%s); "
+                    "whole contexts are run instead, which is slower",
+                    self.options.lm,
+                    self.options.site,
+                    why,
+                )
                 return _ReplayedFork
         return _CachedFork
 
     def check_changes(self) -> None:
         """Raise InputError where activations at the site can be read but not changed."""
         if self.refused:
-            raise InputError(f"activations at site {self.options.site!r} of {self.options.lm} can be read but not changed: {self.refused}; "
-                             f"choose another:\n{describe_sites(self.model)}")
+            raise InputError(
+                f"activations at site {self.options.site!r} of {self.options.lm} can be read but not changed: {self.refused}; "
+                f"choose another:\n{describe_sites(self.model)}"
+            )
 
     @property
     def context(self) -> int | None:
@@ -232,22 +289,40 @@ class LM:
         if past is None:
             self.check_length(tokens.shape[1])
         mask = None if bool(attention.all()) else attention.long()
-        cache = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        cache = (
+            {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+        )
         return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
 
-    def _hooked(self, change: Callable[[Tensor], Tensor | None], site: str = "") -> AbstractContextManager[None]:
-        return hooked(resolve(self.model, site) if site and site != self.options.site else self.site, change)
+    def _hooked(
+        self, change: Callable[[Tensor], Tensor | None], site: str = ""
+    ) -> AbstractContextManager[None]:
+        return hooked(
+            resolve(self.model, site) if site and site != self.options.site else self.site, change
+        )
 
     def _width(self) -> int:
-        tokens = torch.zeros(2, 3, dtype=torch.long)  # not 1 x 1, so that a table of positions does not pass for activations
+        tokens = torch.zeros(
+            2, 3, dtype=torch.long
+        )  # not 1 x 1, so that a table of positions does not pass for activations
         return self.acts(tokens, torch.ones_like(tokens, dtype=torch.bool)).shape[-1]
 
     def _check_tokenizer(self) -> None:
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
-        used = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if i is not None]
+        used = [
+            i
+            for i in (
+                self.tokenizer.bos_token_id,
+                self.tokenizer.eos_token_id,
+                self.tokenizer.pad_token_id,
+            )
+            if i is not None
+        ]
         if max([largest, *used]) >= self.vocab:
-            raise InputError(f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
-                             f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer")
+            raise InputError(
+                f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
+                f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer"
+            )
 
 
 def longest_context(config: Any) -> int | None:
@@ -260,8 +335,10 @@ def longest_context(config: Any) -> int | None:
 def check_length(tokens: int, longest: int | None, lm: str, what: str = "a context") -> None:
     """Raise InputError for a context longer than the LM takes."""
     if longest is not None and tokens > longest:
-        raise InputError(f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter "
-                         + ("--acts.context" if what == "acts.context" else "one"))
+        raise InputError(
+            f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter "
+            + ("--acts.context" if what == "acts.context" else "one")
+        )
 
 
 # ---- continuations -----------------------------------------------------------------------------------------------
@@ -294,14 +371,27 @@ class _CachedFork(Fork):
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
         self.lm, self.tokens = lm, tokens[:, at : at + length]
         self.past = _past(lm.model, tokens[:, :at]) if at else None
-        self.unread = {number for block in lm._before for module in block.modules()
-                       if isinstance(number := getattr(module, "layer_idx", None), int)}
+        self.unread = {
+            number
+            for block in lm._before
+            for module in block.modules()
+            if isinstance(number := getattr(module, "layer_idx", None), int)
+        }
         everyone = torch.arange(len(tokens), device=tokens.device)
-        watched = lm._watch(self.tokens, torch.ones_like(self.tokens), self._past_of(everyone, frozenset()))
+        watched = lm._watch(
+            self.tokens, torch.ones_like(self.tokens), self._past_of(everyone, frozenset())
+        )
         self.logits, self.x, self.prefix = watched.logits, watched.x[:, 0], watched.prefix
-        read = [layer for i, layer in enumerate(self.past.layers) if i not in self.unread] if at else []
-        self.row_bytes = (4 * self.logits[0].numel()
-                          + sum(part[0].numel() * part.element_size() for layer in read for part in (layer.keys, layer.values)))
+        read = (
+            [layer for i, layer in enumerate(self.past.layers) if i not in self.unread]
+            if at
+            else []
+        )
+        self.row_bytes = 4 * self.logits[0].numel() + sum(
+            part[0].numel() * part.element_size()
+            for layer in read
+            for part in (layer.keys, layer.values)
+        )
 
     @torch.inference_mode()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -327,7 +417,9 @@ class _CachedFork(Fork):
         past = copy.copy(self.past)
         past.layers = [copy.copy(layer) for layer in self.past.layers]
         for number, layer in enumerate(past.layers):
-            if number not in unread:  # those of the blocks that are passed: only their length is asked for
+            if (
+                number not in unread
+            ):  # those of the blocks that are passed: only their length is asked for
                 layer.batch_select_indices(rows)
         return past
 
@@ -337,7 +429,11 @@ class _ReplayedFork(Fork):
 
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
         tokens = tokens[:, : at + length]
-        self.lm, self.at, self.watched = lm, at, lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.lm, self.at, self.watched = (
+            lm,
+            at,
+            lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)),
+        )
         self.logits, self.x = self.watched.logits[:, at:], self.watched.x[:, at]
         self.row_bytes = 4 * self.watched.logits[0].numel()
 
@@ -350,8 +446,11 @@ class _ReplayedFork(Fork):
             new[:, self.at] = x.to(old)
             return new
 
-        part = self.watched._replace(tokens=self.watched.tokens[rows], attention=self.watched.attention[rows],
-                                     prefix=_take(self.watched.prefix, rows))
+        part = self.watched._replace(
+            tokens=self.watched.tokens[rows],
+            attention=self.watched.attention[rows],
+            prefix=_take(self.watched.prefix, rows),
+        )
         return self.lm.replay(part, put)[:, self.at :]
 
 
@@ -359,10 +458,16 @@ def _past(model: nn.Module, tokens: Tensor) -> Any:
     """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that may be changed in place."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    past = model.base_model(input_ids=tokens, use_cache=True).past_key_values  # without the head: nobody asks for these logits
+    past = model.base_model(
+        input_ids=tokens, use_cache=True
+    ).past_key_values  # without the head: nobody asks for these logits
     layers = getattr(past, "layers", [])
-    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        raise TypeError(f"its cache is a {type(past).__name__} of {', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}")
+    if not layers or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    ):
+        raise TypeError(
+            f"its cache is a {type(past).__name__} of {', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}"
+        )
     return past
 
 
@@ -384,8 +489,12 @@ def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
         given = torch.cat([fast.logits, fast(rows, halves)]).float()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever an architecture's own code does with a cache that it does not expect
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    except (
+        Exception
+    ) as error:  # whatever an architecture's own code does with a cache that it does not expect
+        return (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
     return agreement.difference(lm, given, expected)
 
 
@@ -408,11 +517,19 @@ def _passing(block: nn.Module, output: Any) -> AbstractContextManager[None]:
 def resolve_device(name: str) -> str:
     """Return the device that a recipe asks for; auto takes an accelerator if there is one."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; cpu always is") from None
+        raise InputError(
+            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; cpu always is"
+        ) from None
     return name
 
 
@@ -427,8 +544,12 @@ def find_model(name: str) -> str:
         except ValueError as error:
             raise InputError(str(error)) from None
     path = Path(name)
-    if not files.exists(path) and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise InputError(f"model folder {name} does not exist; give a folder with config.json, a Hub name such as gpt2, or pylm")
+    if not files.exists(path) and (
+        path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    ):
+        raise InputError(
+            f"model folder {name} does not exist; give a folder with config.json, a Hub name such as gpt2, or pylm"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")
     return name
@@ -446,14 +567,24 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
         config = AutoConfig.from_pretrained(source, **options)
         kernel = str(getattr(config, "_attn_implementation", None) or "")
         if "/" in kernel and not options["trust_remote_code"]:
-            raise InputError(f"model {source!r}: its config names {kernel!r}, code of the Hub, for its attention. If you have read that code and "
-                             "trust it, give --trust-remote-code True; else take the name out of its config.json")
-        model, report = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True,
-                                                             ignore_mismatched_sizes=True, **options)
+            raise InputError(
+                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its attention. If you have read that code and "
+                "trust it, give --trust-remote-code True; else take the name out of its config.json"
+            )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
     except Exception as error:  # of transformers, safetensors, a quantiser's package, or code that comes with the model
-        raise InputError(f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}") from error
+        raise InputError(
+            f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
+        ) from error
     finally:
         logging.set_verbosity(level)
     _check_weights(model, source, report)
@@ -462,10 +593,14 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error, with what to do where code of the model's own is needed."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     if "trust_remote_code" in str(error):
-        return (f"{line[:200].rstrip('.')}. If you have read that code and trust it, give --trust-remote-code True "
-                "(in Python trust_remote_code=True)")
+        return (
+            f"{line[:200].rstrip('.')}. If you have read that code and trust it, give --trust-remote-code True "
+            "(in Python trust_remote_code=True)"
+        )
     return line
 
 
@@ -479,15 +614,31 @@ def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> Non
     extra = sorted(set(report.get("unexpected_keys", ())) - buffers)
     inside = [name for name in extra if _numberless(name.rpartition(".")[0]) in modules]
     missing = sorted(report.get("missing_keys", ()))
-    shaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get("mismatched_keys", ()))
-    wrong = [f"{what}: {_some(names)}" for what, names in (("missing", missing), ("of another shape", shaped), ("unknown to the model", inside)) if names]
+    shaped = sorted(
+        str(key[0] if isinstance(key, tuple) else key) for key in report.get("mismatched_keys", ())
+    )
+    wrong = [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("of another shape", shaped),
+            ("unknown to the model", inside),
+        )
+        if names
+    ]
     if not wrong and len(extra) and not missing:
-        _log.warning("model %s: its files hold parts that the causal LM does not have, which are left out: %s", source, _some(extra))
+        _log.warning(
+            "model %s: its files hold parts that the causal LM does not have, which are left out: %s",
+            source,
+            _some(extra),
+        )
     if wrong:
         if missing and extra and not inside:
             wrong.append(f"unknown to the model: {_some(extra)}")
-        raise InputError(f"model {source!r}: its weights do not fit its config, so that the LM would not be what its files say. "
-                         f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own names, or complete the folder")
+        raise InputError(
+            f"model {source!r}: its weights do not fit its config, so that the LM would not be what its files say. "
+            f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own names, or complete the folder"
+        )
 
 
 def _numberless(name: str) -> str:
@@ -495,16 +646,24 @@ def _numberless(name: str) -> str:
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in (
-            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if Path(source).is_dir() and not any(
+        (Path(source) / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    ):
         raise InputError(f"folder {source} has no tokenizer; name one with --acts.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, tokenizers, a missing package, or code that comes with the model
-        raise InputError(f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with --acts.tokenizer") from error
+    except (
+        Exception
+    ) as error:  # of transformers, tokenizers, a missing package, or code that comes with the model
+        raise InputError(
+            f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with --acts.tokenizer"
+        ) from error

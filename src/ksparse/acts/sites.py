@@ -81,14 +81,21 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
     def put(tensor: Any) -> Any:
         if not site.others and site.scale == 1:
             return change(tensor)
-        rest = sum((factor * held[number] for number, (_, factor) in enumerate(site.others)), start=torch.zeros_like(tensor))
+        rest = sum(
+            (factor * held[number] for number, (_, factor) in enumerate(site.others)),
+            start=torch.zeros_like(tensor),
+        )
         x = site.scale * tensor + rest
         new = change(x)
-        return None if new is None else torch.where(new == x, tensor, (new - rest) / site.scale)  # what stays, stays bit for bit
+        return (
+            None if new is None else torch.where(new == x, tensor, (new - rest) / site.scale)
+        )  # what stays, stays bit for bit
 
     with ExitStack() as hooks:
         for number, (place, _) in enumerate(site.others):
-            hooks.enter_context(_seen(place, lambda x, number=number: held.update({number: x.clone()})))
+            hooks.enter_context(
+                _seen(place, lambda x, number=number: held.update({number: x.clone()}))
+            )
         hooks.enter_context(_through(Place(site.module, site.at), put))
         yield
 
@@ -114,8 +121,11 @@ def _through(place: Place, change: Callable[[Any], Any]) -> Iterator[None]:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
 
-    handle = (place.module.register_forward_hook(on_output) if place.at == "out"
-              else place.module.register_forward_pre_hook(on_input, with_kwargs=True))
+    handle = (
+        place.module.register_forward_hook(on_output)
+        if place.at == "out"
+        else place.module.register_forward_pre_hook(on_input, with_kwargs=True)
+    )
     try:
         yield
     finally:
@@ -160,7 +170,11 @@ def first(output: Any) -> Any:
 
 def _key(args: Any, kwargs: Mapping[str, Any]) -> str:
     """Return the name under which a module is given its hidden states, where it is by name."""
-    named = [key for key, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3]
+    named = [
+        key
+        for key, value in kwargs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
+    ]
     return "hidden_states" if args or "hidden_states" in kwargs or not named else named[0]
 
 
@@ -202,7 +216,11 @@ def _outline(model: nn.Module, site: str) -> Place:
             block, wanted = numbered[int(alias[2])], alias[1]
             if wanted in ("resid_pre", "resid_post"):
                 return Place(block, "in" if wanted == "resid_pre" else "out")
-            parts = [part for name, part in block.named_children() if _class(name) == ("mlp" if wanted == "mlp_out" else "attention")]
+            parts = [
+                part
+                for name, part in block.named_children()
+                if _class(name) == ("mlp" if wanted == "mlp_out" else "attention")
+            ]
             if parts:
                 return Place(parts[-1], "out")
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
@@ -213,9 +231,16 @@ def _outline(model: nn.Module, site: str) -> Place:
     return Place(modules[name], at or "out")
 
 
-def sites_of(model: nn.Module, aliases: Sequence[str] = ("attn_out", "mlp_out", "resid_post")) -> list[str]:
+def sites_of(
+    model: nn.Module, aliases: Sequence[str] = ("attn_out", "mlp_out", "resid_post")
+) -> list[str]:
     """Return the sites of these aliases that the model confirms, block by block."""
-    return [site for number in range(len(blocks_of(model))) for alias in aliases if _exists(model, site := f"{alias}.{number}")]
+    return [
+        site
+        for number in range(len(blocks_of(model)))
+        for alias in aliases
+        if _exists(model, site := f"{alias}.{number}")
+    ]
 
 
 def _exists(model: nn.Module, site: str) -> bool:
@@ -231,15 +256,27 @@ def describe_sites(model: nn.Module) -> str:
     blocks = blocks_of(model)
     classes = {_class(name) for block in blocks for name, _ in block.named_children()}
     needs = {"resid_mid": {"attention", "mlp"}, "attn_out": {"attention"}, "mlp_out": {"mlp"}}
-    aliases = [f"{alias}.0 … {alias}.{len(blocks) - 1}" for alias in ALIASES if blocks and needs.get(alias, set()) <= classes]
-    names = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name)
+    aliases = [
+        f"{alias}.0 … {alias}.{len(blocks) - 1}"
+        for alias in ALIASES
+        if blocks and needs.get(alias, set()) <= classes
+    ]
+    names = dict.fromkeys(
+        re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name
+    )
     return f"  {', '.join(aliases)}\n  {', '.join(names)}\n  (NAME is a module's output, NAME:in its input)"
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the blocks: the longest list of modules that have attention or another mixer, and lie in no such list themselves."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    mixing = [blocks for blocks in lists if any(_class(name) in ("attention", "mixer") for name, _ in blocks[0].named_children())]
+    lists = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    mixing = [
+        blocks
+        for blocks in lists
+        if any(_class(name) in ("attention", "mixer") for name, _ in blocks[0].named_children())
+    ]
     inner = {id(module) for blocks in mixing for block in blocks for module in block.modules()}
     return max((list(blocks) for blocks in mixing if id(blocks) not in inner), key=len, default=[])
 
@@ -298,8 +335,10 @@ def _confirm(model: nn.Module, site: str) -> Site:
         sites = _parted(block, seen)
         _check_change(model, block, alias, sites, seen)
     except _Unconfirmed as why:
-        raise InputError(f"site {site!r} is refused: {why}. Name a module instead: NAME is its output, NAME:in its input; there are\n"
-                         f"{describe_sites(model)}") from None
+        raise InputError(
+            f"site {site!r} is refused: {why}. Name a module instead: NAME is its output, NAME:in its input; there are\n"
+            f"{describe_sites(model)}"
+        ) from None
     return sites[alias]
 
 
@@ -316,25 +355,38 @@ def _recorded(model: nn.Module, block: nn.Module, following: nn.Module | None) -
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             taken = args[0] if args else kwargs.get(_key(args, kwargs))
             parts.append(_Part(_class(name), module, _copy(taken), _copy(first(output)), 1))
+
         return hook
 
     with ExitStack() as hooks:
         hooks.enter_context(_seen(Place(block, "in"), lambda x: ends["pre"].append(_copy(x))))
         hooks.enter_context(_seen(Place(block, "out"), lambda x: ends["post"].append(_copy(x))))
         if following is not None:
-            hooks.enter_context(_seen(Place(following, "in"), lambda x: ends["next"].append(_copy(x))))
+            hooks.enter_context(
+                _seen(Place(following, "in"), lambda x: ends["next"].append(_copy(x)))
+            )
         for name, part in block.named_children():
             hooks.callback(part.register_forward_hook(note(name), with_kwargs=True).remove)
         shape = _run(model)
     if len(ends["post"]) != 1:
-        raise _Unconfirmed(f"its block runs {len(ends['post'])} times in one pass" if ends["post"] else "its block does not run in a pass over text")
+        raise _Unconfirmed(
+            f"its block runs {len(ends['post'])} times in one pass"
+            if ends["post"]
+            else "its block does not run in a pass over text"
+        )
     for name in ("pre", "post"):
         if wrong := not_activations(ends[name][0], shape):
-            raise _Unconfirmed(f"its block {'takes' if name == 'pre' else 'gives'} {wrong}, not activations [contexts, tokens, width]")
+            raise _Unconfirmed(
+                f"its block {'takes' if name == 'pre' else 'gives'} {wrong}, not activations [contexts, tokens, width]"
+            )
     pre, post = ends["pre"][0], ends["post"][0]
-    if ends["next"] and (not_activations(ends["next"][0], shape) or not torch.equal(ends["next"][0], post)):
+    if ends["next"] and (
+        not_activations(ends["next"][0], shape) or not torch.equal(ends["next"][0], post)
+    ):
         raise _Unconfirmed("what its block gives is not what the next block takes")
-    counts = {id(part.module): sum(other.module is part.module for other in parts) for part in parts}
+    counts = {
+        id(part.module): sum(other.module is part.module for other in parts) for part in parts
+    }
     limit = max(3 * torch.finfo(post.dtype).eps, 2e-6)
     return _Block(pre, post, [part._replace(runs=counts[id(part.module)]) for part in parts], limit)
 
@@ -348,9 +400,19 @@ def _run(model: nn.Module) -> tuple[int, int]:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
-    vocabulary = len(weight) if weight is not None else getattr(config, "vocab_size", None) or getattr(config, "d_vocab", None) or 2
-    device = weight.device if weight is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
-    ids = (torch.arange(2 * _TOKENS, device=device).view(2, _TOKENS) * 7919 + vocabulary // 3) % vocabulary
+    vocabulary = (
+        len(weight)
+        if weight is not None
+        else getattr(config, "vocab_size", None) or getattr(config, "d_vocab", None) or 2
+    )
+    device = (
+        weight.device
+        if weight is not None
+        else next((p.device for p in model.parameters()), torch.device("cpu"))
+    )
+    ids = (
+        torch.arange(2 * _TOKENS, device=device).view(2, _TOKENS) * 7919 + vocabulary // 3
+    ) % vocabulary
     takes = inspect.signature(model.forward).parameters
     training = [module for module in model.modules() if module.training]
     try:
@@ -364,7 +426,9 @@ def _run(model: nn.Module) -> tuple[int, int]:
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # whatever a model's own code does with plain token ids
-        raise _Unconfirmed(f"a pass over {_TOKENS} tokens fails ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0]})") from None
+        raise _Unconfirmed(
+            f"a pass over {_TOKENS} tokens fails ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0]})"
+        ) from None
     finally:
         for module in training:
             module.training = True
@@ -377,21 +441,31 @@ def _parted(block: nn.Module, seen: _Block) -> dict[str, Site]:
     usable = []
     for part in seen.parts:
         last = part.what if part.what not in ("", "norm") else last
-        if part.runs == 1 and not not_activations(part.given, seen.post.shape[:2]) and part.given.shape == seen.post.shape:
-            usable.append(part._replace(what=last))  # a norm or dropout belongs to what ran before it
+        if (
+            part.runs == 1
+            and not not_activations(part.given, seen.post.shape[:2])
+            and part.given.shape == seen.post.shape
+        ):
+            usable.append(
+                part._replace(what=last)
+            )  # a norm or dropout belongs to what ran before it
     factors = _summed(seen, usable)
     if factors is None:
         return _with_stream_inside(block, seen, usable)
     mixing = [(Place(part.module, "out"), factor) for part, factor in factors if part.what != "mlp"]
     mlp = [(Place(part.module, "out"), factor) for part, factor in factors if part.what == "mlp"]
-    attention = [(Place(part.module, "out"), factor) for part, factor in factors if part.what == "attention"]
+    attention = [
+        (Place(part.module, "out"), factor) for part, factor in factors if part.what == "attention"
+    ]
     sites = {}
     if len(attention) == 1:
         sites["attn_out"] = _sum_of(attention)
     if mlp:
         sites["mlp_out"] = _sum_of(mlp)
     if mixing and mlp:
-        middle = seen.pre + sum(factor * part.given for part, factor in factors if part.what != "mlp")
+        middle = seen.pre + sum(
+            factor * part.given for part, factor in factors if part.what != "mlp"
+        )
         reader = next((part.module for part in seen.parts if _same(seen, part.taken, middle)), None)
         sites["resid_mid"] = _sum_of([(Place(block, "in"), 1.0), *mixing])._replace(reader=reader)
     return sites
@@ -405,7 +479,9 @@ def _sum_of(terms: Sequence[tuple[Place, float]]) -> Site:
 
 def _summed(seen: _Block, parts: list[_Part]) -> list[tuple[_Part, float]] | None:
     """Return the fewest parts, with factors, that sum up to what the block adds; None if no few do."""
-    weight = 1 / (seen.pre.double().abs() + seen.post.double().abs()).clamp_min(torch.finfo(seen.post.dtype).tiny)
+    weight = 1 / (seen.pre.double().abs() + seen.post.double().abs()).clamp_min(
+        torch.finfo(seen.post.dtype).tiny
+    )
     target = ((seen.post.double() - seen.pre.double()) * weight).flatten()
     columns = [(part.given.double() * weight).flatten() for part in parts]
     for size in range(1, _PARTS + 1):
@@ -415,7 +491,10 @@ def _summed(seen: _Block, parts: list[_Part]) -> list[tuple[_Part, float]] | Non
             if not torch.isfinite(gram).all() or torch.linalg.matrix_rank(gram) < size:
                 continue
             factors = torch.linalg.solve(gram, matrix.T @ target)
-            error, sizes = _rms(target - matrix @ factors), factors.abs() * matrix.square().mean(0).sqrt()
+            error, sizes = (
+                _rms(target - matrix @ factors),
+                factors.abs() * matrix.square().mean(0).sqrt(),
+            )
             if error <= seen.limit < sizes.min() / 4:
                 rounded = [1.0 if abs(factor - 1) < 1e-3 else factor for factor in factors.tolist()]
                 return [(parts[i], factor) for i, factor in zip(chosen, rounded)]
@@ -426,44 +505,83 @@ def _with_stream_inside(block: nn.Module, seen: _Block, parts: list[_Part]) -> d
     """Return the sites of a block whose MLP module adds the stream itself (MPT), and whose attention may too (BLOOM)."""
     ends = [part for part in parts if part.what == "mlp" and _same(seen, part.given, seen.post)]
     for attention in (part for part in parts if part.what == "attention"):
-        read = [part.taken for part in seen.parts[seen.parts.index(next(p for p in seen.parts if p.module is attention.module)) + 1 :]]
+        read = [
+            part.taken
+            for part in seen.parts[
+                seen.parts.index(next(p for p in seen.parts if p.module is attention.module)) + 1 :
+            ]
+        ]
         for inside, middle in ((True, attention.given), (False, seen.pre + attention.given)):
             if ends and any(_same(seen, x, middle) for x in read):
                 pre, out = (Place(block, "in"), -1.0), Place(attention.module, "out")
                 mid = Site(*out) if inside else _sum_of([(pre[0], 1.0), (out, 1.0)])
                 lost = [(out, -1.0)] if inside else [pre, (out, -1.0)]
-                return {"attn_out": _sum_of([pre, (out, 1.0)]) if inside else Site(*out), "resid_mid": mid,
-                        "mlp_out": _sum_of([*lost, (Place(ends[0].module, "out"), 1.0)])}
-    raise _Unconfirmed("no outputs of its block's parts sum up to what the block adds to the residual stream")
+                return {
+                    "attn_out": _sum_of([pre, (out, 1.0)]) if inside else Site(*out),
+                    "resid_mid": mid,
+                    "mlp_out": _sum_of([*lost, (Place(ends[0].module, "out"), 1.0)]),
+                }
+    raise _Unconfirmed(
+        "no outputs of its block's parts sum up to what the block adds to the residual stream"
+    )
 
 
 def _same(seen: _Block, a: Any, b: Tensor) -> bool:
     """Return whether two tensors of one pass differ by rounding alone."""
     if not_activations(a) or a.shape != b.shape:
         return False
-    return _rms((a.double() - b.double()) / (b.double().abs() + seen.pre.double().abs()).clamp_min(1e-30)) <= seen.limit
+    return (
+        _rms(
+            (a.double() - b.double())
+            / (b.double().abs() + seen.pre.double().abs()).clamp_min(1e-30)
+        )
+        <= seen.limit
+    )
 
 
-def _check_change(model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], seen: _Block) -> None:
+def _check_change(
+    model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], seen: _Block
+) -> None:
     """Raise unless the parts sum up to the whole and a change at the alias arrives: on the skip, and in what reads it."""
     if alias not in sites:
-        raise _Unconfirmed("its block has no single attention and no MLP that adds to the residual stream alone" if not sites else
-                           f"its block has {', '.join(sorted(sites))}, but no {alias}")
-    reads = {"post": Site(block, "out")} | {name: sites[name] for name in ("attn_out", "mlp_out") if name in sites}
-    before, shift = _reading(model, reads), torch.randn(seen.post.shape[-1], generator=torch.Generator().manual_seed(0))
+        raise _Unconfirmed(
+            "its block has no single attention and no MLP that adds to the residual stream alone"
+            if not sites
+            else f"its block has {', '.join(sorted(sites))}, but no {alias}"
+        )
+    reads = {"post": Site(block, "out")} | {
+        name: sites[name] for name in ("attn_out", "mlp_out") if name in sites
+    }
+    before, shift = (
+        _reading(model, reads),
+        torch.randn(seen.post.shape[-1], generator=torch.Generator().manual_seed(0)),
+    )
     shift = (shift * _rms(seen.pre)).to(seen.post)
     after = _reading(model, reads, sites[alias], lambda x: x + shift)
     moved = {name: after[name].double() - before[name].double() for name in reads}
     direct = shift.double() if alias == "resid_mid" else moved[alias]
-    through = moved["mlp_out"] if alias != "mlp_out" and "mlp_out" in sites else torch.zeros_like(moved["post"])
-    size = (before["post"].double().abs() + after["post"].double().abs() + seen.pre.double().abs()).clamp_min(1e-30)
+    through = (
+        moved["mlp_out"]
+        if alias != "mlp_out" and "mlp_out" in sites
+        else torch.zeros_like(moved["post"])
+    )
+    size = (
+        before["post"].double().abs() + after["post"].double().abs() + seen.pre.double().abs()
+    ).clamp_min(1e-30)
     if _rms((moved["post"] - direct - through) / size) > 4 * seen.limit:
         raise _Unconfirmed("a change there does not arrive as it should at the block's end")
     if alias == "resid_mid" and _rms(moved["mlp_out"] / size) <= 4 * seen.limit:
-        raise _Unconfirmed("attention and MLP of its block read the same activations, so there is no stream between them")
+        raise _Unconfirmed(
+            "attention and MLP of its block read the same activations, so there is no stream between them"
+        )
 
 
-def _reading(model: nn.Module, sites: dict[str, Site], edited: Site | None = None, change: Change | None = None) -> dict[str, Tensor]:
+def _reading(
+    model: nn.Module,
+    sites: dict[str, Site],
+    edited: Site | None = None,
+    change: Change | None = None,
+) -> dict[str, Tensor]:
     """Return x at several sites in one pass, with another changed."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as hooks:

@@ -87,14 +87,20 @@ class LiveStream:
         self.per_block = max(1, corpus.acts.mix // batch)
         self._mixing: float | None = None
         self._newest: tuple[tuple[Place, int], Block] | None = None
-        self._reading: tuple[Place, Iterator[Context]] | None = None  # the text from a place on, left open there
+        self._reading: tuple[Place, Iterator[Context]] | None = (
+            None  # the text from a place on, left open there
+        )
         self._one = threading.Lock()  # a sample may be asked for while a thread computes
         self.halt = threading.Event()
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
         cursor = cursor or {"block": 0, "place": list(Place()), "skip": 0, "batch": 0}
         _check_cursor(cursor, "block")
-        number, start, done = cursor["block"], (Place(*cursor["place"]), cursor["skip"]), cursor["batch"]
+        number, start, done = (
+            cursor["block"],
+            (Place(*cursor["place"]), cursor["skip"]),
+            cursor["batch"],
+        )
         while True:
             block = self._block(start)
             rows = len(block.x)
@@ -104,7 +110,12 @@ class LiveStream:
                 chosen = order[i * self.batch : (i + 1) * self.batch][self.mesh.part(self.batch)]
                 after = {"block": number, "place": list(start[0]), "skip": start[1], "batch": i + 1}
                 if i + 1 == self.per_block:
-                    after = {"block": number + 1, "place": list(block.next[0]), "skip": block.next[1], "batch": 0}
+                    after = {
+                        "block": number + 1,
+                        "place": list(block.next[0]),
+                        "skip": block.next[1],
+                        "batch": 0,
+                    }
                 yield Batch(block.x[chosen].float(), block.documents[chosen], after)
             number, start, done = number + 1, block.next, 0
             del block  # so that two are never in memory
@@ -131,8 +142,16 @@ class LiveStream:
     def _compute(self, place: Place, skip: int) -> Block:
         wanted = self.batch * self.per_block
         groups, following = self._gather(place, skip, wanted)
-        x = torch.empty(wanted, self.d_model, dtype=getattr(torch, self.corpus.acts.store), device=self.lm.device)
-        owners, numbers = torch.empty(wanted, dtype=torch.long), torch.empty(wanted, dtype=torch.long)
+        x = torch.empty(
+            wanted,
+            self.d_model,
+            dtype=getattr(torch, self.corpus.acts.store),
+            device=self.lm.device,
+        )
+        owners, numbers = (
+            torch.empty(wanted, dtype=torch.long),
+            torch.empty(wanted, dtype=torch.long),
+        )
         borders, filled, seen = [0], 0, 0
         for number, group in enumerate(groups):
             if self.halt.is_set():
@@ -164,9 +183,13 @@ class LiveStream:
         for rank in range(self.mesh.size if self.mesh.size > 1 else 0):
             own = [group for group in range(groups) if self._whose(group, groups) == rank]
             if own:
-                self.mesh.spread("block", x[borders[own[0]] : borders[own[-1] + 1]].view(torch.uint8), rank)
+                self.mesh.spread(
+                    "block", x[borders[own[0]] : borders[own[-1] + 1]].view(torch.uint8), rank
+                )
 
-    def _gather(self, place: Place, skip: int, wanted: int) -> tuple[list[list[Context]], tuple[Place, int]]:
+    def _gather(
+        self, place: Place, skip: int, wanted: int
+    ) -> tuple[list[list[Context]], tuple[Place, int]]:
         """Take contexts until `wanted` activations are kept; return them grouped for the LM, and where the rest begins."""
         groups: list[list[Context]] = []
         source, self._reading = self._from(place), None
@@ -178,7 +201,9 @@ class LiveStream:
                 kept = int(self.corpus.batch([context]).keep.sum())
                 barren = 0 if kept else barren + 1
                 if barren > 10_000:
-                    raise InputError(f"text {self.corpus.acts.text!r} has only special tokens and padding: nothing is kept")
+                    raise InputError(
+                        f"text {self.corpus.acts.text!r} has only special tokens and padding: nothing is kept"
+                    )
                 group.append(context)
                 have += kept
                 if have > wanted:
@@ -191,7 +216,11 @@ class LiveStream:
 
     def _from(self, place: Place) -> Iterator[Context]:
         """Return the contexts from a place on: the open text if it is there, since finding a place means reading what is before it."""
-        return self._reading[1] if self._reading and self._reading[0] == place else self.corpus.contexts(place)
+        return (
+            self._reading[1]
+            if self._reading and self._reading[0] == place
+            else self.corpus.contexts(place)
+        )
 
     def _check_finite(self, rows: Tensor, documents: Tensor) -> None:
         bad = ~torch.isfinite(rows).all(1)
@@ -199,7 +228,8 @@ class LiveStream:
             name = self.document_names(documents[bad.cpu()][:1])[0]
             raise NonFiniteError(
                 f"{int(bad.sum())} of {len(rows)} activations at {self.lm.options.site} are NaN or infinite, the first in document "
-                f"{name!r}; leave that document out, or try --acts.lm-dtype float32")
+                f"{name!r}; leave that document out, or try --acts.lm-dtype float32"
+            )
 
     def _measure_mixing(self, block: Block, order: Tensor) -> None:
         batch_of = torch.empty(len(order), dtype=torch.long)
@@ -212,8 +242,22 @@ class LiveStream:
 class ShardStream:
     """Activations read back from disk."""
 
-    def __init__(self, shards: Shards, *, batch: int, seed: int, device: torch.device | str = "cpu", mesh: Mesh = ALONE):
-        self.shards, self.batch, self.seed, self.device, self.mesh = shards, batch, seed, device, mesh
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        mesh: Mesh = ALONE,
+    ):
+        self.shards, self.batch, self.seed, self.device, self.mesh = (
+            shards,
+            batch,
+            seed,
+            device,
+            mesh,
+        )
         self.d_model = shards.d_model
         self._mixing: float | None = None
         self.halt = threading.Event()
@@ -230,8 +274,10 @@ class ShardStream:
             documents = torch.from_numpy(self.shards.documents(rows))
             bad = ~torch.isfinite(x).all(1)
             if bad.any():
-                raise NonFiniteError(f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, the first in "
-                                     f"document {self.document_names(documents[bad.cpu()][:1])[0]!r}")
+                raise NonFiniteError(
+                    f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, the first in "
+                    f"document {self.document_names(documents[bad.cpu()][:1])[0]!r}"
+                )
             yield Batch(x, documents, {"step": step + 1})
             step += 1
 
@@ -240,11 +286,15 @@ class ShardStream:
         index = np.arange(step * self.batch, (step + 1) * self.batch)
         n = self.shards.rows
         epochs = range(index[0] // n, index[-1] // n + 1)
-        return np.concatenate([permutation(index[index // n == epoch] % n, n, (self.seed, epoch)) for epoch in epochs])
+        return np.concatenate(
+            [permutation(index[index // n == epoch] % n, n, (self.seed, epoch)) for epoch in epochs]
+        )
 
     def sample(self, rows: int) -> Tensor:
         n = self.shards.rows
-        return self.shards.read(permutation(np.arange(min(rows, n)), n, (self.seed, 0))).to(self.device)
+        return self.shards.read(permutation(np.arange(min(rows, n)), n, (self.seed, 0))).to(
+            self.device
+        )
 
     def document_names(self, documents: Tensor) -> list[str]:
         return [self.shards.names[i] for i in documents.unique().tolist()]
@@ -256,8 +306,10 @@ class ShardStream:
 def _check_cursor(cursor: Cursor, key: str) -> None:
     """Raise CorruptError for the cursor of another kind of stream."""
     if key not in cursor:
-        raise CorruptError(f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: "
-                           "it is not of these activations; use an older checkpoint")
+        raise CorruptError(
+            f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: "
+            "it is not of these activations; use an older checkpoint"
+        )
 
 
 class Ahead:
@@ -267,12 +319,19 @@ class Ahead:
     """
 
     def __init__(self, stream: Stream, depth: int):
-        self.stream, self.depth, self.d_model, self.halt = stream, depth, stream.d_model, stream.halt
+        self.stream, self.depth, self.d_model, self.halt = (
+            stream,
+            depth,
+            stream.d_model,
+            stream.halt,
+        )
         self._mixing: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
         ready: queue.Queue[tuple[Batch, float | None] | BaseException] = queue.Queue(self.depth)
-        thread = threading.Thread(target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True)
+        thread = threading.Thread(
+            target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True
+        )
         self.halt.clear()
         thread.start()
         try:
@@ -323,7 +382,9 @@ def _neighbours_in(rows: np.ndarray, contexts: np.ndarray) -> int:
 
 def memory_bytes(acts: Acts, batch: int, d_model: int) -> int:
     """Return what a live stream's block takes in memory."""
-    return max(1, acts.mix // batch) * batch * ((4 if acts.store == "float32" else 2) * d_model + 16)
+    return (
+        max(1, acts.mix // batch) * batch * ((4 if acts.store == "float32" else 2) * d_model + 16)
+    )
 
 
 def blocks_for(tokens: int, batch: int, mix: int) -> int:

@@ -100,8 +100,9 @@ class _Noted:
     def add(self, name: str) -> None:
         self.count += 1
         if self.count == 1:
-            _warn_once(f"text {self.source}: {name} holds {self.what}, "
-                       "like all others of this kind")
+            _warn_once(
+                f"text {self.source}: {name} holds {self.what}, like all others of this kind"
+            )
 
     def end(self) -> None:
         if self.count > 1:
@@ -148,8 +149,9 @@ def _is_local(source: str) -> bool:
     try:
         exists = path.exists()
     except OSError as error:  # a name of thousands of characters
-        raise InputError(f"text {source[:60]!r} cannot be looked up: "
-                         f"{error.strerror or error}") from None
+        raise InputError(
+            f"text {source[:60]!r} cannot be looked up: {error.strerror or error}"
+        ) from None
     is_named_so = path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
     return exists or path.is_absolute() or source.startswith(".") or is_named_so
 
@@ -157,26 +159,37 @@ def _is_local(source: str) -> bool:
 def _local(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str | Iterable[str]]]:
     path, field = Path(acts.text), acts.text_field
     if not path.exists():
-        raise InputError(f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'")
+        raise InputError(
+            f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'"
+        )
     try:
         files = sorted(file for file in path.rglob("*") if _kind(file)) if path.is_dir() else [path]
     except OSError as error:
         raise InputError(f"folder {path} cannot be read: {error.strerror or error}") from None
     if not files:
-        raise InputError(f"folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)} "
-                         f"(also with {', '.join(rows.COMPRESSIONS)})")
+        raise InputError(
+            f"folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)} "
+            f"(also with {', '.join(rows.COMPRESSIONS)})"
+        )
     for file in files:
         kind = _kind(file)
         if kind is None:
-            raise InputError(f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
-                             f"(also with {', '.join(rows.COMPRESSIONS)})")
+            raise InputError(
+                f"text {file} is of no known kind; expected a name ending in {', '.join(SUFFIXES)} "
+                f"(also with {', '.join(rows.COMPRESSIONS)})"
+            )
         if kind == ".txt":
             for number, chunks in enumerate(rows.documents(file)):
                 yield f"{file.name}:{number}", chunks
             continue
-        texts = enumerate(rows.parquet(file, field)) if kind == ".parquet" else (
-            (number - 1, rows.text_of(row, field, f"{file}, line {number}"))
-            for number, row in rows.jsonl(file))
+        texts = (
+            enumerate(rows.parquet(file, field))
+            if kind == ".parquet"
+            else (
+                (number - 1, rows.text_of(row, field, f"{file}, line {number}"))
+                for number, row in rows.jsonl(file)
+            )
+        )
         yield from _without_nulls(texts, str(file), file.name, field, nulls)
 
 
@@ -185,8 +198,9 @@ def _kind(file: Path) -> str | None:
     return suffixes[-1] if file.is_file() and suffixes and suffixes[-1] in SUFFIXES else None
 
 
-def _without_nulls(texts: Iterable[tuple[int, str | None]], source: str, name: str, field: str,
-                   nulls: _Noted) -> Iterator[tuple[str, str]]:
+def _without_nulls(
+    texts: Iterable[tuple[int, str | None]], source: str, name: str, field: str, nulls: _Noted
+) -> Iterator[tuple[str, str]]:
     """Yield ('NAME:ROW', text) of (row, text); raise InputError where no row has text."""
     row, is_empty = -1, True
     for row, text in texts:
@@ -196,18 +210,23 @@ def _without_nulls(texts: Iterable[tuple[int, str | None]], source: str, name: s
             is_empty = False
             yield f"{name}:{row}", text
     if is_empty and row >= 0:
-        raise InputError(f"{source}: the column {field!r} is null in every row; "
-                         "name another with --acts.text-field")
+        raise InputError(
+            f"{source}: the column {field!r} is null in every row; "
+            "name another with --acts.text-field"
+        )
 
 
 def _hub(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str]]:
     datasets = rows.extra("datasets", "datasets", f"the data set {acts.text!r}")
     try:
-        found = datasets.load_dataset(acts.text, acts.text_config or None, split=acts.text_split,
-                                      streaming=True)
+        found = datasets.load_dataset(
+            acts.text, acts.text_config or None, split=acts.text_split, streaming=True
+        )
     except Exception as error:  # whatever it is, the user has named something that cannot be read
-        raise InputError(f"text {acts.text!r} is neither a file here nor a data set that can be "
-                         f"read ({_in_short(error)})") from error
+        raise InputError(
+            f"text {acts.text!r} is neither a file here nor a data set that can be "
+            f"read ({_in_short(error)})"
+        ) from error
     texts = _texts_of(found, acts)
     yield from _without_nulls(texts, f"text {acts.text!r}", acts.text, acts.text_field, nulls)
 
@@ -220,8 +239,9 @@ def _texts_of(found: Iterable[Any], acts: Acts) -> Iterator[tuple[int, str | Non
     except InputError:
         raise
     except Exception as error:  # a connection that breaks, a damaged file of the data set
-        raise InputError(f"text {acts.text!r} cannot be read after row {number:,} "
-                         f"({_in_short(error)})") from error
+        raise InputError(
+            f"text {acts.text!r} cannot be read after row {number:,} ({_in_short(error)})"
+        ) from error
 
 
 def _in_short(error: Exception) -> str:
@@ -236,14 +256,21 @@ def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     ids = list(ids)
     known = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens([i if i < known else 0 for i in ids])
-    plain = tokenizer.batch_decode([[i] if i < known else [] for i in ids], clean_up_tokenization_spaces=False)
-    return [_shown(i, piece, text) if i < known else f"<id {i}>" for i, piece, text in zip(ids, pieces, plain)]
+    plain = tokenizer.batch_decode(
+        [[i] if i < known else [] for i in ids], clean_up_tokenization_spaces=False
+    )
+    return [
+        _shown(i, piece, text) if i < known else f"<id {i}>"
+        for i, piece, text in zip(ids, pieces, plain)
+    ]
 
 
 def _shown(token: int, piece: str | None, text: str) -> str:
     if piece is None:
         return f"<id {token}>"
-    if piece.startswith("\u2581"):  # SentencePiece marks a leading space so, and decoding a single token drops it
+    if piece.startswith(
+        "\u2581"
+    ):  # SentencePiece marks a leading space so, and decoding a single token drops it
         return piece.replace("\u2581", " ")
     return f"<{piece}>" if "\ufffd" in text else text
 
@@ -282,9 +309,13 @@ class Corpus:
         self.acts, self.split, self.per_document = acts, split, per_document
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id if acts.bos == "auto" else None
-        found = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]  # an id of 0 is an id
+        found = [
+            i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None
+        ]  # an id of 0 is an id
         self.separator = found[0] if found else None
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
+        self.pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
+        )
         self.special = set(found)
         self.names: dict[int, str] = {}
         self._cut: dict[int, int] = {}  # tokens left out, by document: a second pass adds none
@@ -301,9 +332,15 @@ class Corpus:
 
     def policy(self) -> dict[str, Any]:
         """Return what decides which activations are used, to be saved with every number that depends on it."""
-        return {"context": self.acts.context, "bos_token": self.bos, "separator_token": self.separator,
-                "borders": self.acts.borders, "keep": self.acts.keep, "split": self.split,
-                "tokens_per_document": self.per_document}
+        return {
+            "context": self.acts.context,
+            "bos_token": self.bos,
+            "separator_token": self.separator,
+            "borders": self.acts.borders,
+            "keep": self.acts.keep,
+            "split": self.split,
+            "tokens_per_document": self.per_document,
+        }
 
     def contexts(self, start: Place = Place()) -> Iterator[Context]:
         """Yield contexts for ever, beginning anew with the next epoch where the text ends."""
@@ -318,18 +355,24 @@ class Corpus:
             start = Place(epoch=start.epoch + 1)
 
     def _nothing(self) -> str:
-        total = sum(1 for split in SPLITS for _ in itertools.islice(documents(self.acts, split), 1000))
+        total = sum(
+            1 for split in SPLITS for _ in itertools.islice(documents(self.acts, split), 1000)
+        )
         if not total:
             return f"text {self.acts.text!r} is empty: no document in it"
-        return (f"text {self.acts.text!r} has no {self.acts.context}-token context in its split {self.split!r} "
-                f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 % train, "
-                "5 % validation, 10 % held-out); give more text, or a smaller --acts.context")
+        return (
+            f"text {self.acts.text!r} has no {self.acts.context}-token context in its split {self.split!r} "
+            f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 % train, "
+            "5 % validation, 10 % held-out); give more text, or a smaller --acts.context"
+        )
 
     def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
         """Yield (index, ids) from document `start` on, without the border that each gets here."""
         source, packed = documents(self.acts, self.split, start), self.acts.borders == "pack"
         while group := list(itertools.islice(source, 32)):
-            rows = self.tokenizer([text for _, _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
+            rows = self.tokenizer(
+                [text for _, _, text in group], add_special_tokens=False, verbose=False
+            )["input_ids"]
             for document, ids in zip(group, rows):
                 self.names[document.index] = document.name
                 ids = without_bos(ids, self.separator if packed else self.bos)
@@ -370,8 +413,12 @@ class Corpus:
                 if len(tokens) >= 3:  # fewer predict nothing from text
                     missing = self.acts.context - len(tokens)
                     owners = [index] * len(tokens) + [-1] * missing
-                    yield Context(tokens + [self.pad] * missing, owners, Place(start.epoch, index, at),
-                                  Place(start.epoch, index, at + room))
+                    yield Context(
+                        tokens + [self.pad] * missing,
+                        owners,
+                        Place(start.epoch, index, at),
+                        Place(start.epoch, index, at + room),
+                    )
 
     def batch(self, contexts: list[Context]) -> Contexts:
         """Stack contexts into tensors, with the mask of padding (by place, not by id) and of what is kept."""

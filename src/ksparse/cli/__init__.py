@@ -30,7 +30,9 @@ STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb and exit with its code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: waiting threads that spin cost others' work dearly
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # before torch: waiting threads that spin cost others' work dearly
     try:
         try:
             _run(sys.argv[1:] if arguments is None else arguments)
@@ -58,7 +60,10 @@ def _run(arguments: list[str]) -> None:
     try:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
-            raise InputError(f"there is no verb {verb!r}" + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`"))
+            raise InputError(
+                f"there is no verb {verb!r}"
+                + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`")
+            )
         code, rest = taken_from(rest) if verb in LOAD_LM else (False, rest)
         with trusted(code):
             VERBS[verb](rest)
@@ -71,6 +76,19 @@ def _run(arguments: list[str]) -> None:
 
 
 def usage() -> str:
-    lines = [f"  {(verb.__doc__ or '').splitlines()[0]}" for station in STATIONS for verb in VERBS.values() if verb.__module__ == station.__name__]
-    return "\n".join(["ksparse: train, scale and judge k-sparse autoencoders on language-model activations", "",
-                      *lines, "", "`ksparse VERB --help` shows a verb's options.", f"Exit codes: {EXIT_CODES}"])
+    lines = [
+        f"  {(verb.__doc__ or '').splitlines()[0]}"
+        for station in STATIONS
+        for verb in VERBS.values()
+        if verb.__module__ == station.__name__
+    ]
+    return "\n".join(
+        [
+            "ksparse: train, scale and judge k-sparse autoencoders on language-model activations",
+            "",
+            *lines,
+            "",
+            "`ksparse VERB --help` shows a verb's options.",
+            f"Exit codes: {EXIT_CODES}",
+        ]
+    )

@@ -15,7 +15,20 @@ from ksparse.trust import FLAG
 
 VERBS: dict[str, Callable[[list[str]], None]] = {}
 """Every verb by its name, the first word of its docstring."""
-LOAD_LM = ("train", "resume", "eval", "compare", "study", "steer", "attribute", "convert", "shard", "plan", "sweep", "view")
+LOAD_LM = (
+    "train",
+    "resume",
+    "eval",
+    "compare",
+    "study",
+    "steer",
+    "attribute",
+    "convert",
+    "shard",
+    "plan",
+    "sweep",
+    "view",
+)
 """Verbs that take --trust-remote-code True: it lets code that comes with a language model run, in this call alone."""
 
 
@@ -31,7 +44,12 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         given, name = recipes.load(file), Path(file).stem
-    given = dataclasses.replace(given, sae=dataclasses.replace(given.sae, activation=activation_of(given.sae.activation, arguments)))
+    given = dataclasses.replace(
+        given,
+        sae=dataclasses.replace(
+            given.sae, activation=activation_of(given.sae.activation, arguments)
+        ),
+    )
     fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
     parsed = parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
     own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
@@ -40,14 +58,23 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
 
 def activation_of(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
     """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of another kind where they name one."""
-    words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--") else [argument])]
-    flags = {word.removeprefix("--sae.activation.").replace("-", "_"): value for word, value in zip(words, [*words[1:], ""])
-             if word.startswith("--sae.activation.")}
+    words = [
+        word
+        for argument in arguments
+        for word in (argument.split("=", 1) if argument.startswith("--") else [argument])
+    ]
+    flags = {
+        word.removeprefix("--sae.activation.").replace("-", "_"): value
+        for word, value in zip(words, [*words[1:], ""])
+        if word.startswith("--sae.activation.")
+    }
     kind = recipes.activation_kind({"kind": given.kind} | flags, "--sae.activation.")
     return given if isinstance(given, kind) else kind()
 
 
-def parse(kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = "") -> Any:
+def parse(
+    kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = ""
+) -> Any:
     import tyro
 
     description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
@@ -55,13 +82,21 @@ def parse(kind: type, verb: str, arguments: list[str], default: Any = None, pref
         description += f"\n\n{FLAG} True lets code that comes with the language model run, in this call alone; no file can say so."
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
-    made = tyro.cli(kind, prog=f"ksparse {verb}", args=arguments, description=description, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-                    **({} if default is None else {"default": default}))
+    made = tyro.cli(
+        kind,
+        prog=f"ksparse {verb}",
+        args=arguments,
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        **({} if default is None else {"default": default}),
+    )
     recipes.check_fields(made)
     return made
 
 
-def take_folder(verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo") -> tuple[str, list[str]]:
+def take_folder(
+    verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo"
+) -> tuple[str, list[str]]:
     """Take the folder off the arguments; '' where only help is wanted."""
     if arguments and arguments[0] in ("-h", "--help"):
         return "", arguments

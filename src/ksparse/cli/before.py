@@ -41,8 +41,14 @@ def shard(arguments: list[str]) -> None:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with Progress("activations", recipe.tokens) as progress:
-        folder = shards.write(lm, Corpus(recipe.acts, lm.tokenizer, "train"), Path(extra["out"]), rows=recipe.tokens,
-                              dtype=extra["dtype"], progress=lambda done: progress(done, "activations"))
+        folder = shards.write(
+            lm,
+            Corpus(recipe.acts, lm.tokenizer, "train"),
+            Path(extra["out"]),
+            rows=recipe.tokens,
+            dtype=extra["dtype"],
+            progress=lambda done: progress(done, "activations"),
+        )
     print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
 
 
@@ -67,7 +73,14 @@ def plan(arguments: list[str]) -> None:
     devices = [_number("--devices", each) for each in asked["devices"].split(",") if each.strip()]
     from ksparse.training import plan as planning
 
-    made = planning.plan(recipe, devices=devices, card=asked["gpu"], figures=asked["hardware"], dead=asked["dead"], unseen=asked["subject"])
+    made = planning.plan(
+        recipe,
+        devices=devices,
+        card=asked["gpu"],
+        figures=asked["hardware"],
+        dead=asked["dead"],
+        unseen=asked["subject"],
+    )
     if asked["json"] == "-":
         print(json.dumps(planning.to_dict(made), indent=1))
         return
@@ -81,7 +94,9 @@ def _number(flag: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"{flag} takes whole numbers with commas between, such as 1,8,64; got {text.strip()!r}") from None
+        raise InputError(
+            f"{flag} takes whole numbers with commas between, such as 1,8,64; got {text.strip()!r}"
+        ) from None
 
 
 @verb
@@ -102,15 +117,24 @@ def bench(arguments: list[str]) -> None:
 
     options = parse(BenchArgs, "bench", arguments)
     own = {field.name for field in dataclasses.fields(benchmark.Setting)}
-    setting = benchmark.Setting(**{name: value for name, value in dataclasses.asdict(options).items() if name in own})
+    setting = benchmark.Setting(
+        **{name: value for name, value in dataclasses.asdict(options).items() if name in own}
+    )
     wrong = [each for each in options.contestant if not Path(each.partition("=")[2]).is_file()]
     if wrong:
         raise InputError(f"contestant {wrong[0]!r} is not NAME=FILE with a file that is there")
     with Progress("rounds", setting.rounds) as progress:
-        found = benchmark.bench(setting, dict(each.split("=", 1) for each in options.contestant), only=options.only, observe=lambda done, total: progress(done, ""))
+        found = benchmark.bench(
+            setting,
+            dict(each.split("=", 1) for each in options.contestant),
+            only=options.only,
+            observe=lambda done, total: progress(done, ""),
+        )
     print(f"{'':<12}{'ratio':>8}{'best':>8}{'ms':>9}{'tokens/s':>12}{'MiB':>8}")
     for name, row in sorted(found["contestants"].items(), key=lambda item: item[1]["ratio"]):
-        print(f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}")
+        print(
+            f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}"
+        )
     for name, why in found["left_out"].items():
         print(f"{name:<12}left out: {why}")
     if options.json:

@@ -40,15 +40,30 @@ class ConvertArgs:
 @verb
 def convert(arguments: list[str]) -> None:
     """convert SRC DST --to FORMAT           write an SAE of any format in another, or what viewers show of a run"""
-    source, rest = take_folder("convert", arguments, "an SAE: a run, a folder of any format, or a Hub repository; and a new folder")
-    folder, rest = take_folder("convert", rest, "a new folder, after the SAE") if source else ("", rest)
+    source, rest = take_folder(
+        "convert",
+        arguments,
+        "an SAE: a run, a folder of any format, or a Hub repository; and a new folder",
+    )
+    folder, rest = (
+        take_folder("convert", rest, "a new folder, after the SAE") if source else ("", rest)
+    )
     args = parse(ConvertArgs, "convert SRC DST", rest)
     viewers = ("neuronpedia", "sae_dashboard", "atoms")
     if args.to not in viewers:
         from ksparse import interop
 
-        sae = interop.convert(source, folder, args.to, revision=args.revision or None, subfolder=args.subfolder, normalization=args.normalization)
-        print(f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}")
+        sae = interop.convert(
+            source,
+            folder,
+            args.to,
+            revision=args.revision or None,
+            subfolder=args.subfolder,
+            normalization=args.normalization,
+        )
+        print(
+            f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}"
+        )
         return
     from ksparse.interop import atoms, neuronpedia
 
@@ -56,8 +71,15 @@ def convert(arguments: list[str]) -> None:
     if args.to == "atoms":
         count = atoms.export(run, Path(folder))
     else:
-        names = neuronpedia.Publication(**{field.name: getattr(args, field.name) for field in dataclasses.fields(neuronpedia.Publication)})
-        count = (neuronpedia.bulk if args.to == "neuronpedia" else neuronpedia.dashboard)(run, Path(folder), names)
+        names = neuronpedia.Publication(
+            **{
+                field.name: getattr(args, field.name)
+                for field in dataclasses.fields(neuronpedia.Publication)
+            }
+        )
+        count = (neuronpedia.bulk if args.to == "neuronpedia" else neuronpedia.dashboard)(
+            run, Path(folder), names
+        )
     print(f"{args.to} {folder}: {count:,} latents")
 
 
@@ -76,13 +98,27 @@ def push(arguments: list[str]) -> None:
         normalization: Literal["exact", "layer_norm", "outside"] = "exact"
         """For SAELens' copy, as of `ksparse convert`."""
 
-    source, rest = take_folder("push", arguments, "an SAE, such as runs/demo; and the name of a repository")
-    repository, rest = take_folder("push", rest, "the name of a repository on the Hub, OWNER/NAME, after the SAE") if source else ("", rest)
+    source, rest = take_folder(
+        "push", arguments, "an SAE, such as runs/demo; and the name of a repository"
+    )
+    repository, rest = (
+        take_folder("push", rest, "the name of a repository on the Hub, OWNER/NAME, after the SAE")
+        if source
+        else ("", rest)
+    )
     args = parse(PushArgs, "push RUN OWNER/NAME", rest)
     from ksparse.interop import hub
 
     if args.folder:
-        print(f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}")
+        print(
+            f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}"
+        )
     else:
-        address = hub.push(source, repository, subfolder=args.subfolder, private=args.visibility == "private", normalization=args.normalization)
+        address = hub.push(
+            source,
+            repository,
+            subfolder=args.subfolder,
+            private=args.visibility == "private",
+            normalization=args.normalization,
+        )
         print(f"hub      {address}")

@@ -56,11 +56,17 @@ def steer(arguments: list[str]) -> None:
     folder, rest = take_folder("steer", arguments)
     asked = parse(SteerArgs, "steer RUN", rest)
     if not asked.latent or not asked.prompt:
-        raise InputError(f"steering needs {'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}")
+        raise InputError(
+            f"steering needs {'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}"
+        )
     if (asked.value is None) == (asked.scale is None):
-        raise InputError("give one of --value V, which latents are held at, and --scale S, which their own activations are multiplied by")
+        raise InputError(
+            "give one of --value V, which latents are held at, and --scale S, which their own activations are multiplied by"
+        )
     if asked.temperature and asked.temperature < COLDEST:
-        raise InputError(f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at least {COLDEST}")
+        raise InputError(
+            f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at least {COLDEST}"
+        )
     from ksparse import steering
     from ksparse.acts.text import token_strings
     from ksparse.sae.store import load
@@ -70,25 +76,55 @@ def steer(arguments: list[str]) -> None:
     lm = steering.lm_of(sae, asked.device)
     known = _stats_of(folder)
     largest = _largest(lm, sae.to(lm.device), asked.prompt, asked.latent, known)
-    how = {"clamp" if asked.scale is None else "scale": dict.fromkeys(asked.latent, asked.value if asked.scale is None else asked.scale)}
-    found = steering.compare(lm, sae, asked.prompt, error=asked.error, tokens=asked.tokens, temperature=asked.temperature,
-                             seed=asked.seed, largest=largest, **how)
+    how = {
+        "clamp" if asked.scale is None else "scale": dict.fromkeys(
+            asked.latent, asked.value if asked.scale is None else asked.scale
+        )
+    }
+    found = steering.compare(
+        lm,
+        sae,
+        asked.prompt,
+        error=asked.error,
+        tokens=asked.tokens,
+        temperature=asked.temperature,
+        seed=asked.seed,
+        largest=largest,
+        **how,
+    )
     if not math.isfinite(found.kl):
-        raise NonFiniteError("with these latents held there the LM's predictions are not finite; give a value from the latents' own range")
+        raise NonFiniteError(
+            "with these latents held there the LM's predictions are not finite; give a value from the latents' own range"
+        )
     for latent in asked.latent:
-        print(f"latent   {latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}")
-    print(f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  {asked.prompt}{visible(found.after.text)}")
-    moved = [(token, f"{before:>10.4f}", f"{after:>10.4f}") for token, before, after in found.moved(asked.shown)]
+        print(
+            f"latent   {latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}"
+        )
+    print(
+        f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  {asked.prompt}{visible(found.after.text)}"
+    )
+    moved = [
+        (token, f"{before:>10.4f}", f"{after:>10.4f}")
+        for token, before, after in found.moved(asked.shown)
+    ]
     moved = [row for row in moved if row[1] != row[2]]
     if not moved:
-        print("nothing changed" if found.before.tokens == found.after.tokens else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later tokens do")
+        print(
+            "nothing changed"
+            if found.before.tokens == found.after.tokens
+            else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later tokens do"
+        )
         return
     print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
-    for (_, before, after), string in zip(moved, token_strings(lm.tokenizer, [token for token, _, _ in moved])):
+    for (_, before, after), string in zip(
+        moved, token_strings(lm.tokenizer, [token for token, _, _ in moved])
+    ):
         print(f"  {string!r:<40}{before}{after}")
 
 
-def _largest(lm: LM, sae: SAE, prompt: str, latents: Sequence[int], found: Mapping[str, Any]) -> dict[int, float]:
+def _largest(
+    lm: LM, sae: SAE, prompt: str, latents: Sequence[int], found: Mapping[str, Any]
+) -> dict[int, float]:
     """Return the largest value of each latent: that `stats` has found, else that on the tokens of the prompt."""
     import torch
 
@@ -115,8 +151,14 @@ def _stats_of(folder: str) -> dict[str, Any]:
 
 
 def _what_is_known(found: Mapping[str, Any], latent: int) -> str:
-    return (f": fires on {found['density'][latent]:.2%} of tokens, with {found['mean_act'][latent]:.3g} on average and "
-            f"{found['max_act'][latent]:.3g} at most") if found else ""
+    return (
+        (
+            f": fires on {found['density'][latent]:.2%} of tokens, with {found['mean_act'][latent]:.3g} on average and "
+            f"{found['max_act'][latent]:.3g} at most"
+        )
+        if found
+        else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -147,10 +189,14 @@ def attribute(arguments: list[str]) -> None:
 
     sae = load(folder)
     lm = steering.lm_of(sae, asked.device)
-    scores = steering.attribute(lm, sae.to(lm.device), asked.prompt, steering.logit_difference(lm, asked.toward, asked.away))
+    scores = steering.attribute(
+        lm, sae.to(lm.device), asked.prompt, steering.logit_difference(lm, asked.toward, asked.away)
+    )
     known = _stats_of(folder)
     order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
-    print(f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} prompts, all together {scores.sum():+.4f}")
+    print(
+        f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} prompts, all together {scores.sum():+.4f}"
+    )
     for latent in sorted(order[: asked.shown], key=lambda i: -scores[i]):
         print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(known, latent)}")
     if order:

@@ -48,7 +48,9 @@ def show_result(result: dict[str, Any], file: Path | str) -> None:
         print(f"  note: {note}")
 
 
-def evaluate_saes(sources: list[str], names: list[str], options: EvalOptions) -> dict[str, dict[str, Any]]:
+def evaluate_saes(
+    sources: list[str], names: list[str], options: EvalOptions
+) -> dict[str, dict[str, Any]]:
     """Evaluate the SAEs of runs or folders, and write the results of those that are runs."""
     from ksparse import evals
     from ksparse.interop import load
@@ -56,8 +58,13 @@ def evaluate_saes(sources: list[str], names: list[str], options: EvalOptions) ->
     evals.check_names(names)
     saes = {source: load(source) for source in sources}
     with Progress("evaluating", 0) as progress:
-        found = evals.evaluate_many(saes, None, names or list(evals.DEFAULT), options,
-                                    observe=lambda what, done, total: progress(done, "", total, what))
+        found = evals.evaluate_many(
+            saes,
+            None,
+            names or list(evals.DEFAULT),
+            options,
+            observe=lambda what, done, total: progress(done, "", total, what),
+        )
     for source, results in found.items():
         run = RunFolder(Path(source))
         if run.exists():
@@ -84,7 +91,11 @@ class CompareArgs(EvalOptions):
 @verb
 def compare(arguments: list[str]) -> None:
     """compare A B … [--key value …]         SAEs of any format on the same text, positions and baselines: one table"""
-    folder, rest = take_folder("compare", arguments, "the SAEs to compare: runs, folders of any format, or Hub repositories")
+    folder, rest = take_folder(
+        "compare",
+        arguments,
+        "the SAEs to compare: runs, folders of any format, or Hub repositories",
+    )
     sources = [folder]
     while rest and not rest[0].startswith("-"):
         sources.append(rest.pop(0))
@@ -97,12 +108,18 @@ def compare(arguments: list[str]) -> None:
         raise InputError(f"{repeated[0]} is named twice")
     saes = {source: interop.load(source) for source in sources}
     results = _saved(sources) if args.results == "saved" else _together(saes, args)
-    rows = comparison.table(results, {source: sae.shape.normalize for source, sae in saes.items()}, args.by)
+    rows = comparison.table(
+        results, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
+    )
     width = max(map(len, sources)) + 2
     print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
     for row in rows:
-        print(f"{row.name:<{width}}" + "".join(f"{written(each):>22}" for each in row.values.values()))
-    print("± one standard error over documents; the SAEs saw the same ones, so differences are known better than that")
+        print(
+            f"{row.name:<{width}}" + "".join(f"{written(each):>22}" for each in row.values.values())
+        )
+    print(
+        "± one standard error over documents; the SAEs saw the same ones, so differences are known better than that"
+    )
     for source, found in results.items():
         for note in dict.fromkeys(note for result in found.values() for note in result["notes"]):
             print(f"note: {source}: {note}")
@@ -113,10 +130,15 @@ def compare(arguments: list[str]) -> None:
 def _saved(sources: list[str]) -> dict[str, dict[str, Any]]:
     from ksparse.evals.comparison import NAMES
 
-    found = {source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))} for source in sources}
+    found = {
+        source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))}
+        for source in sources
+    }
     for source, results in found.items():
         if not results:
-            raise InputError(f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --results saved")
+            raise InputError(
+                f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --results saved"
+            )
     return found
 
 
@@ -127,16 +149,30 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
     from ksparse.evals.comparison import NAMES
 
     if args.like and args.like not in saes:
-        raise InputError(f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}")
+        raise InputError(
+            f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}"
+        )
     told = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
     own = told[args.like] if args.like else next((acts for acts in told.values() if acts), {})
-    acts = recipes.Acts(**own | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))})
+    acts = recipes.Acts(
+        **own | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))}
+    )
     if not own and not (args.lm and args.site):
-        raise InputError("no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text")
-    options = EvalOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalOptions)})
+        raise InputError(
+            "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
+        )
+    options = EvalOptions(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalOptions)}
+    )
     with Progress("evaluating", 0) as progress:
-        return evals.evaluate_many(saes, LM(acts=acts, device=resolve_device(args.device)), NAMES, options, like=acts if args.like else None,
-                                   observe=lambda what, done, total: progress(done, "", total, what))
+        return evals.evaluate_many(
+            saes,
+            LM(acts=acts, device=resolve_device(args.device)),
+            NAMES,
+            options,
+            like=acts if args.like else None,
+            observe=lambda what, done, total: progress(done, "", total, what),
+        )
 
 
 @verb
@@ -150,13 +186,21 @@ def study(arguments: list[str]) -> None:
     studies.check_name(name, tuple(EVALS))
     if name in studies.STUDIES:
         with Progress("reading", 0) as progress:
-            folder = studies.run(name, options, observe=lambda what, done, total: progress(done, "", total, what))
+            folder = studies.run(
+                name, options, observe=lambda what, done, total: progress(done, "", total, what)
+            )
         show_study(folder)
         return
     if not options.run:
-        raise InputError(f"study {name!r} is an evaluation of one SAE: say of which, with --run RUN")
+        raise InputError(
+            f"study {name!r} is an evaluation of one SAE: say of which, with --run RUN"
+        )
     run = open_run(options.run)
-    results = evaluate_saes([options.run], [name], EvalOptions(tokens=options.eval_tokens, text=options.text, device=options.device))
+    results = evaluate_saes(
+        [options.run],
+        [name],
+        EvalOptions(tokens=options.eval_tokens, text=options.text, device=options.device),
+    )
     show_result(results[options.run][name], run.eval_file(name))
     write_report(run)
     print(f"report   {run.report_file.resolve().as_uri()}")
@@ -194,15 +238,30 @@ def probes(arguments: list[str]) -> None:
     if arguments[:1] == ["build"]:
         arguments = arguments[1:]
     elif arguments[:1] not in (["-h"], ["--help"]):
-        raise InputError(f"`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got {' '.join(arguments) or 'nothing'}")
-    folder, rest = take_folder("probes build", arguments, "the folder to write the tasks to, such as suites/paper")
+        raise InputError(
+            f"`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got {' '.join(arguments) or 'nothing'}"
+        )
+    folder, rest = take_folder(
+        "probes build", arguments, "the folder to write the tasks to, such as suites/paper"
+    )
     options = parse(ProbesArgs, "probes build DIR", rest)
     from ksparse import suites
 
-    built = suites.build(folder, rows=options.rows, seed=options.seed, documents=options.documents, local=options.local or None,
-                         only=options.only, observe=lambda step: say(f"{step.state:<9}{step.name}" + (f" · {step.words}" if step.words else "")),
-                         **({"text": options.text} if options.text else {}))
-    print(f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, {len(built.failed)} failed")
+    built = suites.build(
+        folder,
+        rows=options.rows,
+        seed=options.seed,
+        documents=options.documents,
+        local=options.local or None,
+        only=options.only,
+        observe=lambda step: say(
+            f"{step.state:<9}{step.name}" + (f" · {step.words}" if step.words else "")
+        ),
+        **({"text": options.text} if options.text else {}),
+    )
+    print(
+        f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, {len(built.failed)} failed"
+    )
     for name, why in built.failed.items():
         print(f"  {name}: {why}")
     if built.made or built.kept:

@@ -60,7 +60,11 @@ def view(arguments: list[str]) -> None:
 
     if options.export:
         with Progress("pages", 0) as progress, stopped_by(signal.SIGTERM):
-            page = viewer.export(run, Path(options.export), observe=lambda what, done, total: progress(done, "", total, what))
+            page = viewer.export(
+                run,
+                Path(options.export),
+                observe=lambda what, done, total: progress(done, "", total, what),
+            )
         print(f"pages    {page.resolve().as_uri()}")
         return
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
@@ -76,6 +80,7 @@ def view(arguments: list[str]) -> None:
 @contextmanager
 def stopped_by(signum: int) -> Iterator[None]:
     """Raise Interrupted where a signal comes, so that nothing half written is left behind."""
+
     def stop(signum: int, frame: Any) -> None:
         raise Interrupted("stopped", signum)
 

@@ -17,7 +17,10 @@ def say(text: str) -> None:
 
 def visible(text: str) -> str:
     """Return a text that no terminal takes for a command: what cannot be printed, but ends of lines and tabs, as its code."""
-    return "".join(each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode() for each in text)
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 class Lines(logging.Formatter):
@@ -35,7 +38,9 @@ def first_process() -> bool:
 def written(estimate: dict[str, float | None]) -> str:
     if estimate["value"] is None:
         return "-"
-    return f"{estimate['value']:.4f}" + ("" if estimate["se"] is None else f" ± {estimate['se']:.4f}")
+    return f"{estimate['value']:.4f}" + (
+        "" if estimate["se"] is None else f" ± {estimate['se']:.4f}"
+    )
 
 
 def write_report(run: RunFolder) -> None:
@@ -50,17 +55,29 @@ class Progress:
     EVERY = 5.0
 
     def __init__(self, what: str, total: int):
-        self.what, self.total, self.began, self.last, self.first = what, total, time.monotonic(), 0.0, None
+        self.what, self.total, self.began, self.last, self.first = (
+            what,
+            total,
+            time.monotonic(),
+            0.0,
+            None,
+        )
         self.bar = self.task = None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                           TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
             self.task = self.bar.add_task(self.what, total=self.total or None, note="")
             self.bar.start()
         return self
@@ -82,7 +99,11 @@ class Progress:
             return
         self.last = now
         spent, moved = now - self.began, done - self.first
-        left = f", about {spent / moved * (self.total - done):,.0f} s left" if moved and done < self.total else ""
+        left = (
+            f", about {spent / moved * (self.total - done):,.0f} s left"
+            if moved and done < self.total
+            else ""
+        )
         say(f"{self.what} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else ""))
 
     def __exit__(self, *error: Any) -> None:

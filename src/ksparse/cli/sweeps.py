@@ -30,7 +30,11 @@ def sweep(arguments: list[str]) -> None:
         only: tuple[str, ...] = ()
         """Train these runs alone, as one cohort in this process: what a worker does."""
 
-    source, rest = take_folder("sweep", arguments, "a sweep.toml, such as recipes/sweeps/pylm.toml, or the folder of a sweep")
+    source, rest = take_folder(
+        "sweep",
+        arguments,
+        "a sweep.toml, such as recipes/sweeps/pylm.toml, or the folder of a sweep",
+    )
     options = parse(SweepArgs, "sweep SWEEP.toml", rest)
     inside = Path(source).is_dir()
     grid = read(files.inside(Path(source), "sweep.toml") if inside else source)
@@ -41,13 +45,23 @@ def sweep(arguments: list[str]) -> None:
     if options.only:
         sweeping.train_here(grid, folder, options.only)
         return
-    launch = Launch(**{each.name: getattr(options, each.name) for each in dataclasses.fields(Launch)})
+    launch = Launch(
+        **{each.name: getattr(options, each.name) for each in dataclasses.fields(Launch)}
+    )
     if options.plan:
         _show_plan(sweeping.plan(grid, folder, launch))
         return
     with Progress("training", 0) as progress:
-        failed = sweeping.sweep(grid, folder, launch, observe=lambda done, total, note: progress(done, note, total), planned=_show_plan)
-    print(f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   {folder.points_file}")
+        failed = sweeping.sweep(
+            grid,
+            folder,
+            launch,
+            observe=lambda done, total, note: progress(done, note, total),
+            planned=_show_plan,
+        )
+    print(
+        f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   {folder.points_file}"
+    )
     for name, why in failed.items():
         print(f"failed   {folder.run(name).path}: {why}")
     if failed:
@@ -59,13 +73,19 @@ def sweep(arguments: list[str]) -> None:
 def _show_plan(plan: Any) -> None:
     from ksparse.training.plan import amount_of_bytes, duration
 
-    say(f"sweep    {plan.total} runs, {len(plan.done)} of them finished; {sum(len(cohort.runs) for cohort in plan.cohorts)} to do in {len(plan.cohorts)} cohorts on {plan.device}")
+    say(
+        f"sweep    {plan.total} runs, {len(plan.done)} of them finished; {sum(len(cohort.runs) for cohort in plan.cohorts)} to do in {len(plan.cohorts)} cohorts on {plan.device}"
+    )
     for number, cohort in enumerate(plan.cohorts, 1):
-        say(f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most {cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
-             f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about {duration(cohort.seconds)}")
+        say(
+            f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most {cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
+            f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about {duration(cohort.seconds)}"
+        )
     if plan.cohorts:
-        say(f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of 2, {amount_of_bytes(plan.disk)} of checkpoints "
-             f"({amount_of_bytes(plan.free)} free here)")
+        say(
+            f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of 2, {amount_of_bytes(plan.disk)} of checkpoints "
+            f"({amount_of_bytes(plan.free)} free here)"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,10 +115,14 @@ def fit(arguments: list[str]) -> None:
     if options.budget < 0:
         raise InputError(f"--budget is {options.budget}; it is a number of FLOPs, 0 for none")
     if options.draws < 0:
-        raise InputError(f"--draws is {options.draws}; it is a number of bootstrap draws, 0 for none")
+        raise InputError(
+            f"--draws is {options.draws}; it is a number of bootstrap draws, 0 for none"
+        )
     if Path(place).is_dir():
         if options.law or options.out:
-            raise InputError("--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json")
+            raise InputError(
+                "--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json"
+            )
         found = survey_of(place, form=options.form, draws=options.draws)
         for law in found.laws.values():
             _show_law(law)
@@ -111,8 +135,12 @@ def fit(arguments: list[str]) -> None:
     if options.budget:
         raise InputError("--budget needs the curves of a sweep; a CSV of points has none")
     if not options.law:
-        raise InputError(f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}")
-    law = laws.fit(laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws)
+        raise InputError(
+            f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}"
+        )
+    law = laws.fit(
+        laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws
+    )
     file = Path(options.out or Path(place).parent) / "law.json"
     files.write_json(file, {"format": laws.FORMAT, **law.to_dict()}, sealed=True)
     _show_law(law)
@@ -126,7 +154,9 @@ def survey_of(folder: str, **options: Any) -> Any:
     from ksparse.scaling import survey
 
     with Progress("laws", len(survey.LAWS)) as progress:
-        found = survey.survey(folder, **options, observe=lambda done, total, what: progress(done, what, total))
+        found = survey.survey(
+            folder, **options, observe=lambda done, total, what: progress(done, what, total)
+        )
     files.write_json(Path(folder) / "law.json", found.to_dict(), sealed=True)
     return found
 
@@ -149,6 +179,13 @@ def _assignments(flag: str, text: str) -> dict[str, Any]:
             number = found[name.strip()] = value.strip() if name.strip() == "lm" else float(value)
         except ValueError:
             equals = ""
-        if not equals or not name.strip() or isinstance(number, float) and not 0 < number < math.inf:
-            raise InputError(f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}")
+        if (
+            not equals
+            or not name.strip()
+            or isinstance(number, float)
+            and not 0 < number < math.inf
+        ):
+            raise InputError(
+                f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}"
+            )
     return found

@@ -62,25 +62,29 @@ def demo(arguments: list[str]) -> None:
 
     run = RunFolder(Path(parse(DemoArgs, "demo", arguments).out))
     recipe, began = Recipe(), time.monotonic()
-    say(f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source")
+    say(
+        f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source"
+    )
     train_run(recipe, run)
     say("2/3 evaluating on held-out files")
     results = evaluate_saes([str(run.path)], [], EvalOptions())[str(run.path)]
     say("3/3 writing the report")
     write_report(run)
     stats, downstream, probe, n2g, explained, ablation = (
-        results[name] for name in ("stats", "downstream", "probes", "n2g", "explained_loss", "ablation"))
+        results[name]
+        for name in ("stats", "downstream", "probes", "n2g", "explained_loss", "ablation")
+    )
     print(f"""
 {recipe.acts.lm} at {recipe.acts.site}: {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens, {time.monotonic() - began:.0f} s
-  normalised MSE          {written(stats['nmse'])}   (1 = predicting the mean)
-  L0, dead latents        {written(stats['l0'])}, {written(stats['dead_fraction'])}
-  loss of the LM          {written(downstream['ce_clean'])} -> {written(downstream['ce_spliced'])} nats per token with the reconstruction spliced in
-  zero-ablation recovered {written(downstream['recovered'])}
-  compute fraction        {written(downstream['compute_fraction'])}   (a model of that share of the pre-training compute is as good)
-  probe loss              {written(probe['probe_loss'])}   (best channel {written(probe['channel_loss'])}, random SAE {written(probe['random_sae_loss'])})
-  explanations (N2G)      recall {written(n2g['recall'])}, precision {written(n2g['precision'])}
-  loss of explanations    {written(explained['ce_n2g'])}   (bigrams {written(explained['ce_bigram'])}, unigrams {written(explained['ce_unigram'])})
-  ablation sparsity       {written(ablation['ablation_sparsity'])}   (channels {written(ablation['channel_sparsity'])})
+  normalised MSE          {written(stats["nmse"])}   (1 = predicting the mean)
+  L0, dead latents        {written(stats["l0"])}, {written(stats["dead_fraction"])}
+  loss of the LM          {written(downstream["ce_clean"])} -> {written(downstream["ce_spliced"])} nats per token with the reconstruction spliced in
+  zero-ablation recovered {written(downstream["recovered"])}
+  compute fraction        {written(downstream["compute_fraction"])}   (a model of that share of the pre-training compute is as good)
+  probe loss              {written(probe["probe_loss"])}   (best channel {written(probe["channel_loss"])}, random SAE {written(probe["random_sae_loss"])})
+  explanations (N2G)      recall {written(n2g["recall"])}, precision {written(n2g["precision"])}
+  loss of explanations    {written(explained["ce_n2g"])}   (bigrams {written(explained["ce_bigram"])}, unigrams {written(explained["ce_unigram"])})
+  ablation sparsity       {written(ablation["ablation_sparsity"])}   (channels {written(ablation["channel_sparsity"])})
 
 report   {run.report_file.resolve().as_uri()}
 next     ksparse train recipes/gpt2-small-32k.toml      (the same on GPT-2 small; `ksparse plan` first)""")
@@ -96,9 +100,13 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
     from ksparse.training.loop import train as train_
 
     with Progress("training", recipe.steps * recipe.batch) as progress:
+
         def observe(row: dict[str, Any]) -> None:
             nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-            progress(row["tokens"], f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s")
+            progress(
+                row["tokens"],
+                f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s",
+            )
 
         train_(recipe, run.path, observe=observe)
 
@@ -107,4 +115,6 @@ def say_next(run: RunFolder) -> None:
     if not first_process():
         return
     write_report(run)
-    print(f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}")
+    print(
+        f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}"
+    )

@@ -52,15 +52,39 @@ from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE
 from ksparse.steering import lm_of
 
-DEFAULT: dict[str, type[Eval]] = {"downstream": Downstream, "stats": Stats, "probes": Probes, "n2g": N2G,
-                                 "explained_loss": ExplainedLoss, "ablation": Ablation}
-EVALS: dict[str, type[Eval]] = {**DEFAULT, "positions": Positions, "refinement": Refinement, "progressive": Progressive, "latents": Latents,
-                               "subspaces": Subspaces}
-_OF_TRAINING = ("normalize", "mix", "shards", "lm_batch")  # what may differ between SAEs that share a pass
+DEFAULT: dict[str, type[Eval]] = {
+    "downstream": Downstream,
+    "stats": Stats,
+    "probes": Probes,
+    "n2g": N2G,
+    "explained_loss": ExplainedLoss,
+    "ablation": Ablation,
+}
+EVALS: dict[str, type[Eval]] = {
+    **DEFAULT,
+    "positions": Positions,
+    "refinement": Refinement,
+    "progressive": Progressive,
+    "latents": Latents,
+    "subspaces": Subspaces,
+}
+_OF_TRAINING = (
+    "normalize",
+    "mix",
+    "shards",
+    "lm_batch",
+)  # what may differ between SAEs that share a pass
 
 
-def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *, force: bool = False,
-             observe: Observe = lambda what, done, total: None) -> dict[str, Result]:
+def evaluate(
+    sae: SAE,
+    lm: LM | None = None,
+    names: Sequence[str] = tuple(DEFAULT),
+    options: EvalOptions = EvalOptions(),
+    *,
+    force: bool = False,
+    observe: Observe = lambda what, done, total: None,
+) -> dict[str, Result]:
     """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
 
     lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to its device.
@@ -68,13 +92,28 @@ def evaluate(sae: SAE, lm: LM | None = None, names: Sequence[str] = tuple(DEFAUL
     observe: called with what is being done, and how much of how much is done.
     """
     if not isinstance(sae, SAE):
-        raise InputError(f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a folder or a name on the Hub")
-    return evaluate_many({"": sae}, lm, names, dataclasses.replace(options, force=options.force or force), observe=observe)[""]
+        raise InputError(
+            f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a folder or a name on the Hub"
+        )
+    return evaluate_many(
+        {"": sae},
+        lm,
+        names,
+        dataclasses.replace(options, force=options.force or force),
+        observe=observe,
+    )[""]
 
 
 @torch.inference_mode()
-def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[str] = tuple(DEFAULT), options: EvalOptions = EvalOptions(), *,
-                  like: Acts | None = None, observe: Observe = lambda what, done, total: None) -> dict[str, dict[str, Result]]:
+def evaluate_many(
+    saes: dict[str, SAE],
+    lm: LM | None = None,
+    names: Sequence[str] = tuple(DEFAULT),
+    options: EvalOptions = EvalOptions(),
+    *,
+    like: Acts | None = None,
+    observe: Observe = lambda what, done, total: None,
+) -> dict[str, dict[str, Result]]:
     """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`.
 
     like: text, contexts and positions for all, in place of their own.
@@ -82,15 +121,22 @@ def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[st
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
     if lm is not None and not isinstance(lm, LM):
-        raise InputError(f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)")
+        raise InputError(
+            f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
+        )
     options = options.resolved()
     first = next(iter(saes.values()))
     lm = lm or lm_of(first, options.device)
     acts = _common_acts(saes, lm, options, like)
     notes = {label: _checked(label, sae, lm, options, like) for label, sae in saes.items()}
     data = HeldOut(lm, acts, options)
-    subjects = {label: Subject(sae.to(lm.device).eval(), data, notes[label]) for label, sae in saes.items()}
-    asked = {label: {name: subject.part(EVALS[name]) for name in names} for label, subject in subjects.items()}
+    subjects = {
+        label: Subject(sae.to(lm.device).eval(), data, notes[label]) for label, sae in saes.items()
+    }
+    asked = {
+        label: {name: subject.part(EVALS[name]) for name in names}
+        for label, subject in subjects.items()
+    }
     clock = _Clock()
     for part, seen in _pass(subjects, data, 1, observe):
         with clock.of(part):
@@ -101,14 +147,22 @@ def evaluate_many(saes: dict[str, SAE], lm: LM | None = None, names: Sequence[st
     for part, seen in _pass(subjects, data, 2, observe):
         with clock.of(part):
             part.see_again(seen)
-    results = {label: {name: _finished(name, part, clock) for name, part in parts.items()} for label, parts in asked.items()}
+    results = {
+        label: {name: _finished(name, part, clock) for name, part in parts.items()}
+        for label, parts in asked.items()
+    }
     _put_beside(results)
     return results
 
 
 def _parts(subjects: dict[str, Subject], passes: int) -> list[Eval]:
     """Return the parts that see the text at least so often."""
-    return [part for subject in subjects.values() for part in subject.parts.values() if part.passes >= passes]
+    return [
+        part
+        for subject in subjects.values()
+        for part in subject.parts.values()
+        if part.passes >= passes
+    ]
 
 
 def _pass(subjects: dict[str, Subject], data: HeldOut, number: int, observe: Observe) -> Any:
@@ -131,12 +185,26 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
     with clock.of(part):
         result = part.result()
     data, sae, notes = part.subject.data, part.subject.sae, part.subject.notes
-    values: dict[str, Any] = {"name": file_name(name, data.options), "options": data.options.for_eval(name), "lm": data.acts.lm, "site": data.acts.site,
-                              "checkpoint": sae.metadata.get("step")}
+    values: dict[str, Any] = {
+        "name": file_name(name, data.options),
+        "options": data.options.for_eval(name),
+        "lm": data.acts.lm,
+        "site": data.acts.site,
+        "checkpoint": sae.metadata.get("step"),
+    }
     if part.passes:
-        values |= {"policy": data.corpus.policy(), "text": data.acts.text, "n_tokens": data.tokens, "n_documents": len(data.documents)}
+        values |= {
+            "policy": data.corpus.policy(),
+            "text": data.acts.text,
+            "n_tokens": data.tokens,
+            "n_documents": len(data.documents),
+        }
         notes = notes + data.notes()
-    values |= {**result, "notes": [*notes, *result.get("notes", [])], "seconds": round(clock.seconds[part], 2)}
+    values |= {
+        **result,
+        "notes": [*notes, *result.get("notes", [])],
+        "seconds": round(clock.seconds[part], 2),
+    }
     return Result(values, result.arrays, result.files)
 
 
@@ -152,7 +220,11 @@ def _put_beside(results: dict[str, dict[str, Result]]) -> None:
     for label, mine in results.items():
         for name, result in mine.items():
             if keys := EVALS[name].beside:
-                result["beside"] = {names[other]: {key: theirs[name][key] for key in keys} for other, theirs in results.items() if other != label}
+                result["beside"] = {
+                    names[other]: {key: theirs[name][key] for key in keys}
+                    for other, theirs in results.items()
+                    if other != label
+                }
 
 
 class _Clock:
@@ -169,7 +241,9 @@ class _Clock:
         pass
 
     def __exit__(self, *error: Any) -> None:
-        self.seconds[self._part] = self.seconds.get(self._part, 0.0) + time.monotonic() - self._began
+        self.seconds[self._part] = (
+            self.seconds.get(self._part, 0.0) + time.monotonic() - self._began
+        )
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -177,7 +251,10 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in EVALS:
             near = difflib.get_close_matches(name, EVALS, 1)
-            raise InputError(f"there is no evaluation {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EVALS)}"))
+            raise InputError(
+                f"there is no evaluation {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EVALS)}")
+            )
 
 
 def write(run: RunFolder, results: dict[str, Result]) -> None:
@@ -214,14 +291,24 @@ def _checked(label: str, sae: SAE, lm: LM, options: EvalOptions, like: Acts | No
 def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions, like: Acts | None) -> Acts:
     """Return what all SAEs are evaluated on; raise InputError where they were trained on different contexts or positions."""
     if like is not None:
-        return dataclasses.replace(like, lm=lm.options.lm, site=lm.options.site, lm_batch=lm.options.lm_batch, text=options.text or like.text)
+        return dataclasses.replace(
+            like,
+            lm=lm.options.lm,
+            site=lm.options.site,
+            lm_batch=lm.options.lm_batch,
+            text=options.text or like.text,
+        )
     found = {label: provenance.own_acts(sae.metadata, lm) for label, sae in saes.items()}
     if options.text:
-        found = {label: dataclasses.replace(acts, text=options.text) for label, acts in found.items()}
+        found = {
+            label: dataclasses.replace(acts, text=options.text) for label, acts in found.items()
+        }
     (label, acts), *others = found.items()
     for other, theirs in others:
         for name, value in dataclasses.asdict(acts).items():
             if name not in _OF_TRAINING and getattr(theirs, name) != value:
-                raise InputError(f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
-                                 "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`")
+                raise InputError(
+                    f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
+                    "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`"
+                )
     return acts_of(saes[label], lm, options)

@@ -67,11 +67,15 @@ class Ablation(Eval):
         super().__init__(subject)
         options, context = subject.options, subject.data.acts.context
         if context < 2:
-            raise InputError(f"contexts of {context} token have no position to ablate; train and evaluate with --acts.context of 2 or more")
+            raise InputError(
+                f"contexts of {context} token have no position to ablate; train and evaluate with --acts.context of 2 or more"
+            )
         self.horizon = min(options.ablation_horizon, context - 1)
         n = subject.sae.shape.n_latents
         self.sample = _Sample(options.ablation_positions, self.horizon, _random(options.seed, 0))
-        self.strongest = _Strongest(_random(options.seed, 1).permutation(n), options.ablation_latents or n)
+        self.strongest = _Strongest(
+            _random(options.seed, 1).permutation(n), options.ablation_latents or n
+        )
         self.latents, self.channels = _Pairs(), _Pairs()
         self.tables: dict[str, Tensor] = {}
 
@@ -85,8 +89,10 @@ class Ablation(Eval):
     def work(self, observe: Observe) -> None:
         places = self.sample.places()
         if not places:
-            raise InputError(f"no context of the text has a kept position with {self.horizon - 1} tokens after it, as ablation needs; "
-                             "give longer texts, or a smaller --ablation-horizon")
+            raise InputError(
+                f"no context of the text has a kept position with {self.horizon - 1} tokens after it, as ablation needs; "
+                "give longer texts, or a smaller --ablation-horizon"
+            )
         numbers, tops, values = self.strongest.found(self.horizon)
         total, done = len(places) + len(tops), 0
         draw = _random(self.subject.options.seed, 2)
@@ -102,7 +108,9 @@ class Ablation(Eval):
 
     # ---- ablations
 
-    def _ablate(self, fork: Fork, places: list[Place], numbers: list[int], draw: np.random.Generator) -> None:
+    def _ablate(
+        self, fork: Fork, places: list[Place], numbers: list[int], draw: np.random.Generator
+    ) -> None:
         """Ablate each active latent, and as many random channels, at the one place of each of the fork's contexts."""
         code, inputs, before = self._encoded(fork.x)
         row, slot = (code.values > 0).nonzero(as_tuple=True)
@@ -110,21 +118,27 @@ class Ablation(Eval):
         after = before[row] - self._contribution(inputs, row, latent, code.values[row, slot])
         for part, place, effects in self._effects(fork, places, row, before, after):
             self.latents.add(place, numbers[int(row[part.start])], effects, latent=latent[part])
-        for part, place, effects in self._effects(fork, places, *_without_channels(fork.x, row, draw)):
+        for part, place, effects in self._effects(
+            fork, places, *_without_channels(fork.x, row, draw)
+        ):
             self.channels.add(place, numbers[int(row[part.start])], effects)
 
     def _tabulate(self, fork: Fork, places: list[Place], numbers: Tensor) -> None:
         """Ablate one latent at each of the fork's contexts, where it is strongest."""
         _, inputs, before = self._encoded(fork.x)
         row = torch.arange(len(places), device=before.device)
-        latent, value = (self.tables[name][numbers].to(before.device) for name in ("latent", "value"))
+        latent, value = (
+            self.tables[name][numbers].to(before.device) for name in ("latent", "value")
+        )
         after = before - self._contribution(inputs, row, latent.long(), value)
         for part, place, effects in self._effects(fork, places, row, before, after):
             tables, number, length = self.tables, numbers[part.start], place.length
             tables["sparsity"][number] = effects.sparsity[0]
             tables["kl"][number, :length] = effects.kl[0].cpu()
             tables["loss_difference"][number, :length] = effects.loss_difference[0].cpu()
-            present = -effects.changes[0]  # what the latent's presence adds to the logits: original less ablated
+            present = -effects.changes[
+                0
+            ]  # what the latent's presence adds to the logits: original less ablated
             for name, largest in (("up", True), ("down", False)):
                 best = present.topk(LISTED, -1, largest)
                 tables[f"{name}_tokens"][number, :length] = best.indices.int().cpu()
@@ -135,36 +149,65 @@ class Ablation(Eval):
         sae = self.subject.sae
         inputs = sae.normalize(x)
         code = sae.encode_normalized(inputs.x)
-        return code, inputs, x if self.subject.options.ablation_error == "keep" else inputs.restore(sae.decode_normalized(code))
+        return (
+            code,
+            inputs,
+            x
+            if self.subject.options.ablation_error == "keep"
+            else inputs.restore(sae.decode_normalized(code)),
+        )
 
-    def _contribution(self, inputs: Normalized, row: Tensor, latent: Tensor, value: Tensor) -> Tensor:
+    def _contribution(
+        self, inputs: Normalized, row: Tensor, latent: Tensor, value: Tensor
+    ) -> Tensor:
         """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon without the latent)."""
         return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
 
-    def _effects(self, fork: Fork, places: list[Place], row: Tensor, before: Tensor, after: Tensor) -> Iterator[tuple[slice, Place, Effects]]:
+    def _effects(
+        self, fork: Fork, places: list[Place], row: Tensor, before: Tensor, after: Tensor
+    ) -> Iterator[tuple[slice, Place, Effects]]:
         """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m], in order, before[c, d] their originals.
 
         The original is run in the same call as its edits, so that both are rounded alike.
         """
         lm, acts = self.subject.lm, self.subject.data.acts
-        most = max(1, min(_BYTES // fork.row_bytes, acts.lm_batch * acts.context // places[0].length))
-        same = (after.to(lm.model.dtype) == before[row].to(lm.model.dtype)).all(1)  # no effect, and none by rounding either
+        most = max(
+            1, min(_BYTES // fork.row_bytes, acts.lm_batch * acts.context // places[0].length)
+        )
+        same = (after.to(lm.model.dtype) == before[row].to(lm.model.dtype)).all(
+            1
+        )  # no effect, and none by rounding either
         for first in range(0, len(row), most):
             own, inverse = row[first : first + most].unique_consecutive(return_inverse=True)
-            logits = fork(torch.cat([own, row[first : first + most]]), torch.cat([before[own], after[first : first + most]])).float()
+            logits = fork(
+                torch.cat([own, row[first : first + most]]),
+                torch.cat([before[own], after[first : first + most]]),
+            ).float()
             original, ablated = logits[: len(own)], logits[len(own) :]
             start = 0
             for i, count in enumerate(inverse.bincount().tolist()):
                 part, place = slice(first + start, first + start + count), places[int(own[i])]
                 changes = ablated[start : start + count].sub_(original[i])
                 changes[same[part]] = 0
-                yield part, place, measure(original[i].log_softmax(-1), changes, _targets(place).to(changes.device))
+                yield (
+                    part,
+                    place,
+                    measure(
+                        original[i].log_softmax(-1), changes, _targets(place).to(changes.device)
+                    ),
+                )
                 start += count
 
     @property
     def _most_contexts(self) -> int:
         """How many contexts are forked at a time: a batch of the LM, if their logits are not too large."""
-        return max(1, min(self.subject.data.acts.lm_batch, _BYTES // (4 * self.horizon * self.subject.lm.vocab)))
+        return max(
+            1,
+            min(
+                self.subject.data.acts.lm_batch,
+                _BYTES // (4 * self.horizon * self.subject.lm.vocab),
+            ),
+        )
 
     # ---- the answer
 
@@ -177,39 +220,82 @@ class Ablation(Eval):
             "ablation_sparsity_weighted": latents.weighted(),
             "channel_sparsity": channels.mean("sparsity"),
             "difference": _difference(channels, latents, "sparsity"),
-            "sparsity_here": latents.mean("sparsity_here"), "channel_sparsity_here": channels.mean("sparsity_here"),
+            "sparsity_here": latents.mean("sparsity_here"),
+            "channel_sparsity_here": channels.mean("sparsity_here"),
             "difference_here": _difference(channels, latents, "sparsity_here"),
-            "later": latents.mean("later"), "channel_later": channels.mean("later"),
-            "effective_tokens": {key: None if value is None else value * size for key, value in sparsity.items()},
-            "kl": latents.mean("kl"), "channel_kl": channels.mean("kl"), "loss_difference": latents.mean("loss_difference"),
-            "n_positions": len(self.sample.places()), "n_ablations": len(latents), "n_without_effect": latents.without_effect,
-            "n_channels": len(channels), "n_channels_without_effect": channels.without_effect,
-            "horizon": self.horizon, "n_latents": len(self.tables["latent"]),
-            "histogram": latents.histogram(), "channel_histogram": channels.histogram(), "notes": self._notes()}
-        pairs = {"pair_latent": latents["latent"].int(), "pair_document": latents["document"].int(),
-                 "pair_sparsity": latents["sparsity"].float(), "pair_norm": latents["norm"].float()}
+            "later": latents.mean("later"),
+            "channel_later": channels.mean("later"),
+            "effective_tokens": {
+                key: None if value is None else value * size for key, value in sparsity.items()
+            },
+            "kl": latents.mean("kl"),
+            "channel_kl": channels.mean("kl"),
+            "loss_difference": latents.mean("loss_difference"),
+            "n_positions": len(self.sample.places()),
+            "n_ablations": len(latents),
+            "n_without_effect": latents.without_effect,
+            "n_channels": len(channels),
+            "n_channels_without_effect": channels.without_effect,
+            "horizon": self.horizon,
+            "n_latents": len(self.tables["latent"]),
+            "histogram": latents.histogram(),
+            "channel_histogram": channels.histogram(),
+            "notes": self._notes(),
+        }
+        pairs = {
+            "pair_latent": latents["latent"].int(),
+            "pair_document": latents["document"].int(),
+            "pair_sparsity": latents["sparsity"].float(),
+            "pair_norm": latents["norm"].float(),
+        }
         return Result(values, {**self.tables, **pairs})
 
     def _notes(self) -> list[str]:
         options, lm, found = self.subject.options, self.subject.lm, len(self.sample.places())
         notes = []
         if self.horizon < options.ablation_horizon:
-            notes.append(f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room for {self.horizon}, "
-                         f"not {options.ablation_horizon}")
+            notes.append(
+                f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room for {self.horizon}, "
+                f"not {options.ablation_horizon}"
+            )
         if found < options.ablation_positions:
-            notes.append(f"ablation_positions: the text has {found} contexts with a position to ablate, one each, not {options.ablation_positions}")
+            notes.append(
+                f"ablation_positions: the text has {found} contexts with a position to ablate, one each, not {options.ablation_positions}"
+            )
         if lm.options.lm_dtype != "float32":
-            notes.append(f"the LM computes in {lm.options.lm_dtype}: small changes of logits are rounded, which makes them look less sparse")
+            notes.append(
+                f"the LM computes in {lm.options.lm_dtype}: small changes of logits are rounded, which makes them look less sparse"
+            )
         return notes
 
-    def _empty_tables(self, numbers: Tensor, tops: list[Place], values: Tensor) -> dict[str, Tensor]:
+    def _empty_tables(
+        self, numbers: Tensor, tops: list[Place], values: Tensor
+    ) -> dict[str, Tensor]:
         m, length, context = len(tops), self.horizon, self.subject.data.acts.context
-        tokens = torch.stack([place.tokens.masked_fill(torch.arange(context) >= place.text, -1) for place in tops]) if tops else torch.zeros(0, context)
+        tokens = (
+            torch.stack(
+                [
+                    place.tokens.masked_fill(torch.arange(context) >= place.text, -1)
+                    for place in tops
+                ]
+            )
+            if tops
+            else torch.zeros(0, context)
+        )
         nan, listed = torch.full((m, length), torch.nan), (m, length, LISTED)
-        return {"latent": numbers.int(), "context_tokens": tokens.int(), "value": values, "sparsity": torch.full((m,), torch.nan),
-                "position": torch.tensor([place.position for place in tops], dtype=torch.int32), "kl": nan, "loss_difference": nan.clone(),
-                "up_tokens": torch.full(listed, -1, dtype=torch.int32), "up_values": torch.zeros(listed),
-                "down_tokens": torch.full(listed, -1, dtype=torch.int32), "down_values": torch.zeros(listed)}
+        return {
+            "latent": numbers.int(),
+            "context_tokens": tokens.int(),
+            "value": values,
+            "sparsity": torch.full((m,), torch.nan),
+            "position": torch.tensor([place.position for place in tops], dtype=torch.int32),
+            "kl": nan,
+            "loss_difference": nan.clone(),
+            "up_tokens": torch.full(listed, -1, dtype=torch.int32),
+            "up_values": torch.zeros(listed),
+            "down_tokens": torch.full(listed, -1, dtype=torch.int32),
+            "down_values": torch.zeros(listed),
+        }
 
 
 # ---- the measure -------------------------------------------------------------------------------------------------
@@ -230,12 +316,24 @@ def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
     """
     changes = _centred(differences)
     l1, l2 = _norms(changes)
-    shift = (log_probs + changes).logsumexp(-1)  # of the changes alone, so that small ones do not drown in the logits
+    shift = (log_probs + changes).logsumexp(
+        -1
+    )  # of the changes alone, so that small ones do not drown in the logits
     kl = shift - (log_probs.exp() * changes).sum(-1)
-    chosen = changes.gather(-1, targets.clamp_min(0)[None, :, None].expand(len(changes), -1, 1)).squeeze(-1)
+    chosen = changes.gather(
+        -1, targets.clamp_min(0)[None, :, None].expand(len(changes), -1, 1)
+    ).squeeze(-1)
     loss = (shift - chosen).masked_fill(targets < 0, torch.nan)
     here, size = l2[:, 0].square() / l2.square().sum(1), changes.shape[-1]
-    return Effects(_sparsity(l1, l2, size), _sparsity(l1[:, :1], l2[:, :1], size), 1 - here, l2.square().sum(1).sqrt(), kl, loss, changes)
+    return Effects(
+        _sparsity(l1, l2, size),
+        _sparsity(l1[:, :1], l2[:, :1], size),
+        1 - here,
+        l2.square().sum(1).sqrt(),
+        kl,
+        loss,
+        changes,
+    )
 
 
 def _centred(differences: Tensor) -> Tensor:
@@ -244,9 +342,13 @@ def _centred(differences: Tensor) -> Tensor:
 
 def _norms(changes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the L1 and L2 norms [r, T] over V of changes[r, T, V], summed in float64, on the CPU."""
-    parts = [part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
-             for part in changes.split(max(1, _PART // max(1, changes[:1].numel())))]
-    return torch.cat([part.abs().sum(-1).cpu() for part in parts]), torch.cat([part.norm(dim=-1).cpu() for part in parts])
+    parts = [
+        part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
+        for part in changes.split(max(1, _PART // max(1, changes[:1].numel())))
+    ]
+    return torch.cat([part.abs().sum(-1).cpu() for part in parts]), torch.cat(
+        [part.norm(dim=-1).cpu() for part in parts]
+    )
 
 
 def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
@@ -257,14 +359,20 @@ def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
 def _targets(place: Place) -> Tensor:
     """Return the token after each of the place's positions, [T]; -1 where there is none."""
     positions = torch.arange(place.position + 1, place.position + 1 + place.length)
-    return torch.where(positions < place.text, place.tokens[positions.clamp_max(len(place.tokens) - 1)], -1)
+    return torch.where(
+        positions < place.text, place.tokens[positions.clamp_max(len(place.tokens) - 1)], -1
+    )
 
 
-def _without_channels(x: Tensor, row: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _without_channels(
+    x: Tensor, row: Tensor, draw: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (row, x[c, d], edits): in each context as many distinct random channels set to zero as it has rows, at most all."""
     d = x.shape[1]
     counts = row.bincount(minlength=len(x)).clamp_max(d)
-    channel = torch.from_numpy(np.concatenate([draw.permutation(d)[:count] for count in counts.tolist()])).to(x.device)
+    channel = torch.from_numpy(
+        np.concatenate([draw.permutation(d)[:count] for count in counts.tolist()])
+    ).to(x.device)
     row = torch.arange(len(x), device=x.device).repeat_interleave(counts)
     after = x[row]
     after[torch.arange(len(row), device=x.device), channel] = 0
@@ -273,6 +381,7 @@ def _without_channels(x: Tensor, row: Tensor, draw: np.random.Generator) -> tupl
 
 def _forks(lm: LM, places: list[Place], most: int) -> Iterator[tuple[list[int], Fork]]:
     """Yield (numbers of places, their fork), places at the same position together, at most so many."""
+
     def key(i: int) -> tuple[int, int]:
         return places[i].position, places[i].length
 
@@ -280,7 +389,10 @@ def _forks(lm: LM, places: list[Place], most: int) -> Iterator[tuple[list[int], 
         numbers = list(group)
         for some in (numbers[first : first + most] for first in range(0, len(numbers), most)):
             tokens = torch.stack([places[i].tokens for i in some])
-            attention = torch.arange(tokens.shape[1]) < torch.tensor([places[i].text for i in some])[:, None]
+            attention = (
+                torch.arange(tokens.shape[1])
+                < torch.tensor([places[i].text for i in some])[:, None]
+            )
             yield some, lm.fork(tokens, attention, at, length)
 
 
@@ -301,21 +413,33 @@ class _Sample:
 
     def __init__(self, size: int, horizon: int, draw: np.random.Generator):
         self.size, self.horizon, self.draw = size, horizon, draw
-        self._heap: list[tuple[float, int, Place]] = []  # those with the smallest random keys, the largest of them first
+        self._heap: list[
+            tuple[float, int, Place]
+        ] = []  # those with the smallest random keys, the largest of them first
         self._count = 0
 
     def offer(self, contexts: Contexts) -> None:
         position, texts = torch.arange(contexts.keep.shape[1]), _texts(contexts)
         possible = contexts.keep & (position >= 1) & (position + self.horizon <= texts[:, None])
         for row, where in enumerate(possible):
-            key, at = self.draw.random(2)  # for each context, so that the sample does not depend on batches
+            key, at = self.draw.random(
+                2
+            )  # for each context, so that the sample does not depend on batches
             self._count += 1
             where = where.nonzero().squeeze(1)
             if not len(where) or len(self._heap) == self.size and -key <= self._heap[0][0]:
                 continue
             p = int(where[int(at * len(where))])
-            place = Place(contexts.tokens[row].clone(), int(texts[row]), p, int(contexts.documents[row, p]), self.horizon)
-            (heapq.heappush if len(self._heap) < self.size else heapq.heapreplace)(self._heap, (-key, self._count, place))
+            place = Place(
+                contexts.tokens[row].clone(),
+                int(texts[row]),
+                p,
+                int(contexts.documents[row, p]),
+                self.horizon,
+            )
+            (heapq.heappush if len(self._heap) < self.size else heapq.heapreplace)(
+                self._heap, (-key, self._count, place)
+            )
 
     def places(self) -> list[Place]:
         """Return the sample in the order of the text."""
@@ -329,7 +453,9 @@ class _Strongest:
         self.order, self.most = torch.from_numpy(order), most
         self.value = torch.zeros(len(order))
         self.context, self.position = (torch.zeros(len(order), dtype=torch.long) for _ in range(2))
-        self._contexts: dict[int, tuple[Tensor, int, Tensor]] = {}  # tokens, text, documents of those that are still somebody's
+        self._contexts: dict[
+            int, tuple[Tensor, int, Tensor]
+        ] = {}  # tokens, text, documents of those that are still somebody's
         self._count = 0
 
     def see(self, seen: Seen, contexts: Contexts) -> None:
@@ -338,7 +464,9 @@ class _Strongest:
         latent, value, row = indices[active], values[active].float(), active.nonzero()[:, 0]
         best = torch.zeros_like(self.value).scatter_reduce_(0, latent, value, "amax")
         at_best = value == best[latent]
-        where = torch.full_like(self.context, len(values)).scatter_reduce_(0, latent[at_best], row[at_best], "amin")
+        where = torch.full_like(self.context, len(values)).scatter_reduce_(
+            0, latent[at_best], row[at_best], "amin"
+        )
         better = (best > self.value).nonzero().squeeze(1)
         context, position = contexts.keep.nonzero(as_tuple=True)
         self.value[better] = best[better]
@@ -348,10 +476,16 @@ class _Strongest:
 
     def _remember(self, contexts: Contexts) -> None:
         needed, texts = set(self.context[self.chosen()].tolist()), _texts(contexts)
-        self._contexts = {number: kept for number, kept in self._contexts.items() if number in needed}
+        self._contexts = {
+            number: kept for number, kept in self._contexts.items() if number in needed
+        }
         for number in needed - set(self._contexts):
             i = number - self._count
-            self._contexts[number] = contexts.tokens[i].clone(), int(texts[i]), contexts.documents[i].clone()
+            self._contexts[number] = (
+                contexts.tokens[i].clone(),
+                int(texts[i]),
+                contexts.documents[i].clone(),
+            )
         self._count += len(contexts.tokens)
 
     def chosen(self) -> Tensor:
@@ -363,7 +497,11 @@ class _Strongest:
         chosen, places = self.chosen(), []
         for context, position in zip(self.context[chosen].tolist(), self.position[chosen].tolist()):
             tokens, text, documents = self._contexts[context]
-            places.append(Place(tokens, text, position, int(documents[position]), min(horizon, text - position)))
+            places.append(
+                Place(
+                    tokens, text, position, int(documents[position]), min(horizon, text - position)
+                )
+            )
         return chosen, places, self.value[chosen]
 
 
@@ -378,9 +516,17 @@ class _Pairs:
 
     def add(self, place: Place, number: int, effects: Effects, **columns: Tensor) -> None:
         m = len(effects.sparsity)
-        rows = {"position": torch.full((m,), number), "document": torch.full((m,), place.document), "sparsity": effects.sparsity,
-                "sparsity_here": effects.sparsity_here, "later": effects.later, "norm": effects.norm, "kl": effects.kl.cpu().double().mean(1),
-                "loss_difference": effects.loss_difference.nanmean(1), **columns}
+        rows = {
+            "position": torch.full((m,), number),
+            "document": torch.full((m,), place.document),
+            "sparsity": effects.sparsity,
+            "sparsity_here": effects.sparsity_here,
+            "later": effects.later,
+            "norm": effects.norm,
+            "kl": effects.kl.cpu().double().mean(1),
+            "loss_difference": effects.loss_difference.nanmean(1),
+            **columns,
+        }
         for name, column in rows.items():
             self._columns[name].append(column.cpu())
 
@@ -409,8 +555,15 @@ class _Pairs:
         if not there.any():
             return {"value": None, "se": None}
         _, inverse, counts = self["position"][there].unique(return_inverse=True, return_counts=True)
-        means = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, inverse, self["sparsity"][there]) / counts
-        documents = torch.zeros(len(counts), dtype=torch.long).index_copy_(0, inverse, self["document"][there])
+        means = (
+            torch.zeros(len(counts), dtype=torch.float64).index_add_(
+                0, inverse, self["sparsity"][there]
+            )
+            / counts
+        )
+        documents = torch.zeros(len(counts), dtype=torch.long).index_copy_(
+            0, inverse, self["document"][there]
+        )
         return Clustered.mean([Clustered(documents, means)])
 
     def weighted(self) -> Estimate:
@@ -419,7 +572,11 @@ class _Pairs:
         if not there.any():
             return {"value": None, "se": None}
         sums = DocumentSums()
-        sums.add(self["document"][there], weight=self["norm"][there], weighted=(self["norm"] * self["sparsity"])[there])
+        sums.add(
+            self["document"][there],
+            weight=self["norm"][there],
+            weighted=(self["norm"] * self["sparsity"])[there],
+        )
         return ratio(sums["weighted"], sums["weight"])
 
     def histogram(self) -> dict[str, list[float]]:
@@ -433,5 +590,10 @@ def _difference(a: _Pairs, b: _Pairs, name: str) -> Estimate:
     ours, theirs = a.clustered(name), b.clustered(name)
     if not ours or not theirs:
         return {"value": None, "se": None}
-    half = Clustered.mean([ours[0], Clustered(torch.from_numpy(theirs[0].clusters), torch.from_numpy(-theirs[0].values))])
+    half = Clustered.mean(
+        [
+            ours[0],
+            Clustered(torch.from_numpy(theirs[0].clusters), torch.from_numpy(-theirs[0].values)),
+        ]
+    )
     return {key: None if value is None else 2 * value for key, value in half.items()}

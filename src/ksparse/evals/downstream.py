@@ -19,6 +19,7 @@ from ksparse.errors import InputError
 from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
 from ksparse.evals.held_out import Batch, Eval, HeldOut, Seen, Subject
 
+
 class Downstream(Eval):
     """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the spliced loss."""
 
@@ -28,31 +29,55 @@ class Downstream(Eval):
 
     def see(self, seen: Seen) -> None:
         batch = seen.batch
-        self.sums.add(batch.predicted_documents, clean=batch.losses(batch.clean), spliced=seen.spliced.losses, kl=seen.spliced.kl,
-                      zero=zero_losses(batch), mean=batch.once("mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))),
-                      tokens=torch.ones_like(seen.spliced.kl))
+        self.sums.add(
+            batch.predicted_documents,
+            clean=batch.losses(batch.clean),
+            spliced=seen.spliced.losses,
+            kl=seen.spliced.kl,
+            zero=zero_losses(batch),
+            mean=batch.once(
+                "mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))
+            ),
+            tokens=torch.ones_like(seen.spliced.kl),
+        )
 
     def result(self) -> Result:
         sums = self.sums
         tokens = sums["tokens"]
-        values = {f"ce_{name}": ratio(sums[name], tokens) for name in ("clean", "spliced", "zero", "mean")}
+        values = {
+            f"ce_{name}": ratio(sums[name], tokens) for name in ("clean", "spliced", "zero", "mean")
+        }
         delta = ratio(sums["spliced"] - sums["clean"], tokens)
         table, note = loss_table(self.subject.data)
         shift = values["ce_clean"]["value"] - table[-1][1] if table else None
         notes = [note] if note else []
         if shift is not None and abs(shift) > 0.02:
-            notes.append(f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has {values['ce_clean']['value']:.3f} on this "
-                         "text; the table is shifted by the difference")
-        return Result({
-            **values, "ce_delta": delta, "kl": ratio(sums["kl"], tokens),
-            "recovered": ratio(sums["zero"] - sums["spliced"], sums["zero"] - sums["clean"]),
-            "compute_fraction": compute_fraction(table, delta),
-            "loss_table": {"points": table, "shift": shift}, "n_predictions": int(tokens.sum()), "notes": notes})
+            notes.append(
+                f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has {values['ce_clean']['value']:.3f} on this "
+                "text; the table is shifted by the difference"
+            )
+        return Result(
+            {
+                **values,
+                "ce_delta": delta,
+                "kl": ratio(sums["kl"], tokens),
+                "recovered": ratio(sums["zero"] - sums["spliced"], sums["zero"] - sums["clean"]),
+                "compute_fraction": compute_fraction(table, delta),
+                "loss_table": {"points": table, "shift": shift},
+                "n_predictions": int(tokens.sum()),
+                "notes": notes,
+            }
+        )
 
 
 def zero_losses(batch: Batch) -> Tensor:
     """Return the loss of each measured position with zeros in place of the activations."""
-    return batch.once("zero", lambda: batch.losses(batch.log_probs(batch.spliced(torch.zeros(batch.lm.d_model, device=batch.lm.device)))))
+    return batch.once(
+        "zero",
+        lambda: batch.losses(
+            batch.log_probs(batch.spliced(torch.zeros(batch.lm.d_model, device=batch.lm.device)))
+        ),
+    )
 
 
 def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
@@ -63,7 +88,9 @@ def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
             points = [(float(row["flops"]), float(row["loss"])) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"loss table {path} is not lines of JSON with 'flops' and 'loss': {error!r}") from None
+            raise InputError(
+                f"loss table {path} is not lines of JSON with 'flops' and 'loss': {error!r}"
+            ) from None
     else:
         points = pylm.loss_table(data.lm.folder) if data.lm.folder else []
     falling: list[tuple[float, float]] = []
@@ -71,8 +98,10 @@ def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
         if not falling or loss < falling[-1][1]:
             falling.append((flops, loss))
     if len(falling) < 2:
-        return [], ("compute_fraction: no loss-compute table for this LM; give one with --loss-table FILE, lines of JSON "
-                    "{\"flops\": …, \"loss\": …} from its pre-training")
+        return [], (
+            "compute_fraction: no loss-compute table for this LM; give one with --loss-table FILE, lines of JSON "
+            '{"flops": …, "loss": …} from its pre-training'
+        )
     return falling, ""
 
 
@@ -91,8 +120,14 @@ def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estim
             return 1.0
         for (c0, l0), (c1, l1) in zip(table, table[1:]):
             if l1 <= loss <= l0:
-                return math.exp(math.log(c0) + (l0 - loss) / (l0 - l1) * math.log(c1 / c0)) / table[-1][0]
+                return (
+                    math.exp(math.log(c0) + (l0 - loss) / (l0 - l1) * math.log(c1 / c0))
+                    / table[-1][0]
+                )
         return table[0][0] / table[-1][0]  # worse than the first point: at most its compute
 
     se = delta["se"]
-    return {"value": read(delta["value"]), "se": None if se is None else (read(delta["value"] - se) - read(delta["value"] + se)) / 2}
+    return {
+        "value": read(delta["value"]),
+        "se": None if se is None else (read(delta["value"] - se) - read(delta["value"] + se)) / 2,
+    }

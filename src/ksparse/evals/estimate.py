@@ -26,7 +26,9 @@ class DocumentSums:
         rows = torch.tensor([self._rows.setdefault(int(i), len(self._rows)) for i in ids])
         for name, column in columns.items():
             column = column.cpu().double()
-            sums = torch.zeros(len(ids), *column.shape[1:], dtype=torch.float64).index_add_(0, inverse, column)
+            sums = torch.zeros(len(ids), *column.shape[1:], dtype=torch.float64).index_add_(
+                0, inverse, column
+            )
             self._grow(name, column.shape[1:])
             self._sums[name][rows.numpy()] += sums.numpy()
 
@@ -69,7 +71,9 @@ class Clustered:
 
     def __sub__(self, other: Clustered) -> Clustered:
         """Return the paired differences of values on the same rows."""
-        return Clustered(torch.from_numpy(self.clusters), torch.from_numpy(self.values - other.values))
+        return Clustered(
+            torch.from_numpy(self.clusters), torch.from_numpy(self.values - other.values)
+        )
 
     @staticmethod
     def mean(parts: Sequence[Clustered]) -> Estimate:
@@ -77,11 +81,21 @@ class Clustered:
         if not parts:
             return {"value": None, "se": None}
         means = [part.values.mean() for part in parts]
-        deviations = np.concatenate([(part.values - mean) / len(part.values) / len(parts) for part, mean in zip(parts, means)])
-        _, inverse = np.unique(np.concatenate([part.clusters for part in parts]), return_inverse=True)
+        deviations = np.concatenate(
+            [
+                (part.values - mean) / len(part.values) / len(parts)
+                for part, mean in zip(parts, means)
+            ]
+        )
+        _, inverse = np.unique(
+            np.concatenate([part.clusters for part in parts]), return_inverse=True
+        )
         sums = np.bincount(inverse, deviations)
         m = len(sums)
-        return {"value": float(np.mean(means)), "se": math.sqrt((sums**2).sum() * m / (m - 1)) if m > 1 else None}
+        return {
+            "value": float(np.mean(means)),
+            "se": math.sqrt((sums**2).sum() * m / (m - 1)) if m > 1 else None,
+        }
 
 
 def check_plain(value: Any, where: str = "the result") -> None:
@@ -93,13 +107,20 @@ def check_plain(value: Any, where: str = "the result") -> None:
         for number, item in enumerate(value):
             check_plain(item, f"{where}[{number}]")
     elif value is not None and type(value) not in (bool, int, float, str):
-        raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}, not a plain value")
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__name__}, not a plain value"
+        )
 
 
 class Result(dict[str, Any]):
     """A result as JSON, plain values alone; `arrays` holds what belongs into a safetensors file beside it, `files` other JSON files."""
 
-    def __init__(self, values: dict[str, Any], arrays: dict[str, Tensor] | None = None, files: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        values: dict[str, Any],
+        arrays: dict[str, Tensor] | None = None,
+        files: dict[str, Any] | None = None,
+    ):
         super().__init__(values)
         check_plain(values)
         self.arrays = arrays or {}

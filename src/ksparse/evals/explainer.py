@@ -39,7 +39,9 @@ def of_parts(documents: np.ndarray | Tensor, parts: tuple[int, ...]) -> np.ndarr
     return (dealt >= parts[0]) & (dealt <= parts[-1])
 
 
-def key(context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int, n: int) -> np.ndarray:
+def key(
+    context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int, n: int
+) -> np.ndarray:
     """Return one number for each position and latent, of contexts of that length and n latents."""
     return (context.astype(np.int64) * length + position) * n + latent
 
@@ -65,7 +67,9 @@ class Explainer(Eval):
         self.contexts: list[np.ndarray] = []
         self.count = 0
         self.explanations: dict[int, list[Pattern]] = {}
-        self.pad, self.pad_text = choose_pad(subject.lm.tokenizer, options.n2g_pad, set(data.corpus.special))
+        self.pad, self.pad_text = choose_pad(
+            subject.lm.tokenizer, options.n2g_pad, set(data.corpus.special)
+        )
 
     def want(self, latents: np.ndarray) -> None:
         """Ask for explanations of these latents."""
@@ -89,10 +93,14 @@ class Explainer(Eval):
         asked &= self.counts >= LEAST
         asked[list(self.explanations)] = False
         mine = self.drawn.among(asked[self.drawn.latent])
-        examples = [Example(latent, tuple(self.tokens[context, self.first : position + 1].tolist()), value)
-                    for latent, context, position, value in zip(*(column.tolist() for column in mine[:4]))]
+        examples = [
+            Example(latent, tuple(self.tokens[context, self.first : position + 1].tolist()), value)
+            for latent, context, position, value in zip(*(column.tolist() for column in mine[:4]))
+        ]
         reader = Reader(self.subject.sae, self.subject.lm, self.subject.data.acts, self.official)
-        self.explanations |= explain(examples, reader, self.pad, official=self.official, observe=observe)
+        self.explanations |= explain(
+            examples, reader, self.pad, official=self.official, observe=observe
+        )
 
     @property
     def official(self) -> bool:
@@ -100,7 +108,11 @@ class Explainer(Eval):
 
     def predictor(self, latents: np.ndarray | None = None) -> Predictor:
         """Return what predicts the given latents, or all that are explained."""
-        chosen = self.explanations if latents is None else {int(i): self.explanations[int(i)] for i in latents}
+        chosen = (
+            self.explanations
+            if latents is None
+            else {int(i): self.explanations[int(i)] for i in latents}
+        )
         return Greedy(chosen) if self.official else Matcher(chosen)
 
     def text(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +149,13 @@ def activations(seen: Seen, wanted: np.ndarray, first_context: int) -> Activatio
     at, slot, latent = at[mine], slot[mine], latent[mine]
     context, position = (column.numpy() for column in seen.batch.keep.cpu().nonzero(as_tuple=True))
     document = seen.batch.documents.cpu().numpy()
-    return Activations(latent, context[at] + first_context, position[at], values[at, slot].float().numpy(), document[at])
+    return Activations(
+        latent,
+        context[at] + first_context,
+        position[at],
+        values[at, slot].float().numpy(),
+        document[at],
+    )
 
 
 class Reservoir:
@@ -161,13 +179,23 @@ class Reservoir:
 
     def _compact(self) -> None:
         if not self.held:
-            self.held = [(Activations(*(np.zeros(0, kind) for kind in (int, int, int, np.float32, int))), np.zeros(0))]
-        columns = [np.concatenate(parts) for parts in zip(*((*found, noise) for found, noise in self.held))]
+            self.held = [
+                (
+                    Activations(*(np.zeros(0, kind) for kind in (int, int, int, np.float32, int))),
+                    np.zeros(0),
+                )
+            ]
+        columns = [
+            np.concatenate(parts) for parts in zip(*((*found, noise) for found, noise in self.held))
+        ]
         order = np.lexsort((columns[-1], columns[0]))
         latent = columns[0][order]
         place = np.arange(len(order)) - np.searchsorted(latent, latent)
         keep = order[place < self.size]
-        self.held, self.waiting = [(Activations(*(column[keep] for column in columns[:-1])), columns[-1][keep])], 0
+        self.held, self.waiting = (
+            [(Activations(*(column[keep] for column in columns[:-1])), columns[-1][keep])],
+            0,
+        )
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
@@ -182,19 +210,27 @@ class Reader:
     def __init__(self, sae: SAE, lm: LM, acts: Acts, official: bool = False):
         bos = lm.tokenizer.bos_token_id if acts.bos == "auto" and not official else None
         self.sae, self.lm, self.head = sae, lm, [] if bos is None else [bos]
-        self.first_counts = acts.keep == "all" or bool(self.head) or official  # a first position is no activation elsewhere either
+        self.first_counts = (
+            acts.keep == "all" or bool(self.head) or official
+        )  # a first position is no activation elsewhere either
 
     @torch.inference_mode()
     def __call__(self, sequences: np.ndarray, latents: np.ndarray) -> np.ndarray:
         if sequences.shape[1] == 1 and not self.first_counts:
             return np.zeros(len(sequences), np.float32)
         first, inverse = _distinct(sequences)
-        rows, wanted, out = torch.from_numpy(sequences[first]).long(), torch.from_numpy(latents), np.zeros(len(sequences), np.float32)
+        rows, wanted, out = (
+            torch.from_numpy(sequences[first]).long(),
+            torch.from_numpy(latents),
+            np.zeros(len(sequences), np.float32),
+        )
         order = np.argsort(inverse, kind="stable")
         size = max(1, _TOKENS // (sequences.shape[1] + len(self.head)))
         for at in range(0, len(rows), size):
             code = self._codes(rows[at : at + size])
-            mine = order[np.searchsorted(inverse[order], at) : np.searchsorted(inverse[order], at + size)]
+            mine = order[
+                np.searchsorted(inverse[order], at) : np.searchsorted(inverse[order], at + size)
+            ]
             values, indices = (part.cpu()[torch.from_numpy(inverse[mine]) - at] for part in code)
             out[mine] = ((indices == wanted[mine, None]) * values).sum(1).float().numpy()
         return out
@@ -202,24 +238,42 @@ class Reader:
     def _codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         head = torch.tensor(self.head, dtype=torch.long).expand(len(rows), -1)
         tokens = torch.cat([head, rows], 1).to(self.lm.device)
-        return self.sae.encode(self.lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, -1])
+        return self.sae.encode(
+            self.lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, -1]
+        )
 
 
 def _distinct(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first row of each distinct sequence, and for each row which of those it equals."""
-    whole = np.ascontiguousarray(sequences).view(np.dtype((np.void, sequences.dtype.itemsize * sequences.shape[1]))).ravel()
+    whole = (
+        np.ascontiguousarray(sequences)
+        .view(np.dtype((np.void, sequences.dtype.itemsize * sequences.shape[1])))
+        .ravel()
+    )
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     return first, inverse.ravel()
 
 
-def explain(examples: list[Example], read: Read, pad: int, *, official: bool = False,
-            observe: Observe = lambda what, done, total: None) -> dict[int, list[Pattern]]:
+def explain(
+    examples: list[Example],
+    read: Read,
+    pad: int,
+    *,
+    official: bool = False,
+    observe: Observe = lambda what, done, total: None,
+) -> dict[int, list[Pattern]]:
     """Return {latent: patterns}. Examples without activation say nothing and are left out."""
     examples = [example for example in examples if example.value > 0]
     suffixes = shortest_suffixes(examples, read, observe)
-    anchored = _apart(suffixes, lambda rows: np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1), read)
+    anchored = _apart(
+        suffixes,
+        lambda rows: np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1),
+        read,
+    )
     patterns: dict[int, list[Pattern]] = {}
-    for number, (example, suffix, act, wild) in enumerate(zip(examples, *_saliency(suffixes, read, pad, observe))):
+    for number, (example, suffix, act, wild) in enumerate(
+        zip(examples, *_saliency(suffixes, read, pad, observe))
+    ):
         tokens = tuple(ANY if any_ else token for token, any_ in zip(suffix, wild))
         lost = anchored[number] < HALF * example.value
         patterns.setdefault(example.latent, []).append(Pattern(tokens, bool(lost), act))
@@ -234,9 +288,14 @@ class Suffixes(NamedTuple):
     values: np.ndarray
 
 
-def shortest_suffixes(examples: list[Example], read: Read, observe: Observe = lambda what, done, total: None) -> Suffixes:
+def shortest_suffixes(
+    examples: list[Example], read: Read, observe: Observe = lambda what, done, total: None
+) -> Suffixes:
     """Return the shortest suffix of each example on which its latent has half of the activation; the whole where none has."""
-    latents, wanted = np.array([example.latent for example in examples], int), np.array([example.value for example in examples])
+    latents, wanted = (
+        np.array([example.latent for example in examples], int),
+        np.array([example.value for example in examples]),
+    )
     chosen = [example.tokens for example in examples]
     values, open_, length = wanted.astype(np.float32), np.arange(len(examples)), 0
     while len(open_):
@@ -254,7 +313,9 @@ def shortest_suffixes(examples: list[Example], read: Read, observe: Observe = la
     return Suffixes(latents, chosen, values)
 
 
-def _saliency(suffixes: Suffixes, read: Read, pad: int, observe: Observe) -> tuple[list[tuple[int, ...]], list[float], list[list[bool]]]:
+def _saliency(
+    suffixes: Suffixes, read: Read, pad: int, observe: Observe
+) -> tuple[list[tuple[int, ...]], list[float], list[list[bool]]]:
     """Return the suffixes, their activations, and which of their tokens can be anything."""
     wild: list[list[bool]] = [[False] * len(tokens) for tokens in suffixes.tokens]
     lengths = np.array([len(tokens) for tokens in suffixes.tokens], int)
@@ -273,13 +334,17 @@ def _saliency(suffixes: Suffixes, read: Read, pad: int, observe: Observe) -> tup
     return suffixes.tokens, suffixes.values.tolist(), wild
 
 
-def _apart(suffixes: Suffixes, change: Callable[[np.ndarray], np.ndarray], read: Read) -> np.ndarray:
+def _apart(
+    suffixes: Suffixes, change: Callable[[np.ndarray], np.ndarray], read: Read
+) -> np.ndarray:
     """Return the activation on each suffix as changed."""
     out = np.zeros(len(suffixes.tokens), np.float32)
     lengths = np.array([len(tokens) for tokens in suffixes.tokens], int)
     for length in np.unique(lengths):
         mine = np.flatnonzero(lengths == length)
-        out[mine] = read(change(np.array([suffixes.tokens[i] for i in mine], np.int32)), suffixes.latents[mine])
+        out[mine] = read(
+            change(np.array([suffixes.tokens[i] for i in mine], np.int32)), suffixes.latents[mine]
+        )
     return out
 
 
@@ -294,7 +359,9 @@ def choose_pad(tokenizer: object, asked: str, specials: set[int]) -> tuple[int, 
     if found is not None:
         return ids[found], found
     if asked:
-        raise InputError(f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or leave it out")
+        raise InputError(
+            f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or leave it out"
+        )
     unknown = tokenizer.unk_token_id
     chosen = unknown if unknown is not None else min(ids.values())
     return chosen, strings[chosen]

@@ -1,6 +1,6 @@
 """Held-out text, read once for all questions about all SAEs at one site.
 
-    HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶ Eval.see
+HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶ Eval.see
 """
 
 from __future__ import annotations
@@ -71,16 +71,23 @@ class Batch(_Shared):
     @cached_property
     def x(self) -> Tensor:
         """Kept raw activations [m, d]."""
-        whole = "watched" in self.__dict__  # the whole run has been asked for, so that the site need not be read again
-        x = (self.watched.x if whole else self.lm.acts(self.contexts.tokens, self.contexts.attention))[self.keep]
+        whole = (
+            "watched" in self.__dict__
+        )  # the whole run has been asked for, so that the site need not be read again
+        x = (
+            self.watched.x if whole else self.lm.acts(self.contexts.tokens, self.contexts.attention)
+        )[self.keep]
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
             document = self.documents[bad][0].item()
-            raise NonFiniteError(f"activations at {self.lm.options.site} are NaN or infinite in document {self.corpus.names[document]!r}")
+            raise NonFiniteError(
+                f"activations at {self.lm.options.site} are NaN or infinite in document {self.corpus.names[document]!r}"
+            )
         return x
 
     def spliced(self, rows: Tensor) -> Tensor:
         """Return logits [b, t, v] of the LM with rows[m, d] (or [d]) in place of the kept activations."""
+
         def put(x: Tensor) -> Tensor:
             x = x.clone()
             x[self.keep] = rows.expand(int(self.keep.sum()), -1)
@@ -143,12 +150,17 @@ class Seen:
     @cached_property
     def spliced(self) -> Spliced:
         """What the LM loses with reconstructions in place of the kept activations."""
-        clean, log_probs = self.batch.clean, self.batch.log_probs(self.batch.spliced(self.inputs.restore(self.recon)))
+        clean, log_probs = (
+            self.batch.clean,
+            self.batch.log_probs(self.batch.spliced(self.inputs.restore(self.recon))),
+        )
         return Spliced(self.batch.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1))
 
     def losses_with(self, recon: Tensor) -> Tensor:
         """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept activations."""
-        return self.batch.losses(self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon))))
+        return self.batch.losses(
+            self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon)))
+        )
 
     @cached_property
     def code_grid(self) -> Code:
@@ -186,7 +198,10 @@ class HeldOut(_Shared):
 
     def _batch(self, group: list) -> Batch:
         contexts = self.corpus.batch(group)
-        self.tokens, self.contexts = self.tokens + int(contexts.keep.sum()), self.contexts + len(group)
+        self.tokens, self.contexts = (
+            self.tokens + int(contexts.keep.sum()),
+            self.contexts + len(group),
+        )
         self.documents |= set(contexts.documents[contexts.keep].tolist())
         return Batch(self.lm, self.corpus, self.lm.on_device(contexts))
 
@@ -197,20 +212,26 @@ class HeldOut(_Shared):
         sums = [(x.sum(0), len(x)) for x in batches]
         if not sum(count for _, count in sums):
             raise self.nothing()
-        return (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(self.lm.device)
+        return (
+            (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(self.lm.device)
+        )
 
     def notes(self) -> list[str]:
         """Return what is to be said of the text of the last pass."""
         few = len(self.documents)
         notes = [f"only {few} documents: the standard errors are rough"] if few < 10 else []
         if self.corpus.cut_documents:
-            notes.append(f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} documents are longer than the limit of {self.options.per_document:,} tokens "
-                         f"(per_document); {self.corpus.cut_tokens:,} of their tokens were not seen")
+            notes.append(
+                f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} documents are longer than the limit of {self.options.per_document:,} tokens "
+                f"(per_document); {self.corpus.cut_tokens:,} of their tokens were not seen"
+            )
         return notes
 
     def nothing(self) -> InputError:
-        return InputError(f"text {self.acts.text!r} has nothing to evaluate on in its split {self.options.split!r}; "
-                          "give more text, or another with --text")
+        return InputError(
+            f"text {self.acts.text!r} has nothing to evaluate on in its split {self.options.split!r}; "
+            "give more text, or another with --text"
+        )
 
 
 class Subject:
@@ -219,8 +240,10 @@ class Subject:
     def __init__(self, sae: SAE, data: HeldOut, notes: Sequence[str] = ()):
         if data.lm.d_model != sae.shape.d_model:
             own, lm = sae.metadata.get("acts", {}), data.lm
-            raise InputError(f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
-                             f"the SAE was trained on {own.get('lm', 'an unknown LM')} at {own.get('site', 'an unknown site')}")
+            raise InputError(
+                f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
+                f"the SAE was trained on {own.get('lm', 'an unknown LM')} at {own.get('site', 'an unknown site')}"
+            )
         self.sae, self.data, self.options, self.lm = sae, data, data.options, data.lm
         self.parts: dict[type, Eval] = {}
         self.notes = list(notes)

@@ -21,9 +21,14 @@ from ksparse.evals.estimate import DocumentSums, Result, ratio
 from ksparse.evals.held_out import Eval, Observe, Seen, Subject
 from ksparse.evals.powers import Powers
 
-LEAST = 10  # activations of a latent that its density, importance and effective tokens are read from
+LEAST = (
+    10  # activations of a latent that its density, importance and effective tokens are read from
+)
 OPPOSITE = -0.9  # decoder cosine of a pair that undoes itself
-DENSE, FOUND = 0.05, 0.5  # a recurring latent fires on so many tokens, and its Somers' D is at least this; our choice
+DENSE, FOUND = (
+    0.05,
+    0.5,
+)  # a recurring latent fires on so many tokens, and its Somers' D is at least this; our choice
 RULES = ("first", "late", "early", "repetition")
 LISTED = 5
 _PAIRED = 32_768  # latents among which opposite pairs are looked for, the densest
@@ -40,8 +45,13 @@ class Firing(Eval):
         self.sums = DocumentSums()
         self.powers = subject.part(Powers)
         self.at = torch.zeros(n, length, dtype=torch.float64)  # how often it fires at each position
-        self.repeated_at = torch.zeros(n, length, dtype=torch.float64)  # the same where the token was in the context before
-        self.tokens_at, self.repeats_at = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+        self.repeated_at = torch.zeros(
+            n, length, dtype=torch.float64
+        )  # the same where the token was in the context before
+        self.tokens_at, self.repeats_at = (
+            torch.zeros(length, dtype=torch.float64),
+            torch.zeros(length, dtype=torch.float64),
+        )
         self.token_counts = torch.zeros(subject.lm.vocab, dtype=torch.float64)
         self._keys: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
@@ -62,7 +72,9 @@ class Firing(Eval):
         self.repeats_at += torch.bincount(position, repeated.double(), length)
         self.token_counts += torch.bincount(token, minlength=len(self.token_counts))
         self.sums.add(batch.documents, count=torch.ones(len(values)), l0=(values > 0).sum(1))
-        self._add_tokens(latent.numpy() * len(self.token_counts) + token[row].numpy(), value.square().numpy())
+        self._add_tokens(
+            latent.numpy() * len(self.token_counts) + token[row].numpy(), value.square().numpy()
+        )
 
     def _add_tokens(self, keys: np.ndarray, squares: np.ndarray) -> None:
         self._keys.append(keys)
@@ -92,7 +104,9 @@ class Firing(Eval):
         """Return exp of the entropy of each latent's mean squared activation over tokens, [n]; NaN where it never fires."""
         keys, squares = self._together()
         vocabulary = len(self.token_counts)
-        return effective(keys // vocabulary, squares / self.token_counts.numpy()[keys % vocabulary], len(self.at))
+        return effective(
+            keys // vocabulary, squares / self.token_counts.numpy()[keys % vocabulary], len(self.at)
+        )
 
 
 def repeats(tokens: Tensor, attention: Tensor) -> Tensor:
@@ -126,7 +140,9 @@ class Latents(Eval):
         sae, density = self.subject.sae, self.firing.density
         order = np.argsort(-density, kind="stable")
         self.paired = order[: min(_PAIRED, int((density > 0).sum()))]
-        self.opposite, self.partner = opposites(sae.W_dec[torch.from_numpy(self.paired.copy()).to(sae.W_dec.device)], observe)
+        self.opposite, self.partner = opposites(
+            sae.W_dec[torch.from_numpy(self.paired.copy()).to(sae.W_dec.device)], observe
+        )
 
     def result(self) -> Result:
         firing, sae = self.firing, self.subject.sae
@@ -140,20 +156,46 @@ class Latents(Eval):
         l0 = ratio(firing.sums["l0"], firing.sums["count"])
         densest = np.sort(density)[::-1][:d]
         values = {
-            "l0": l0, "n_described": int(often.sum()), "least": LEAST,
-            "density_fit": law(density[often]), "importance_fit": law(importance[often]),
-            "density_histogram": histogram(density), "importance_histogram": histogram(importance),
-            "densest_density": float(densest.mean()), "densest_over_l0": float(densest.mean() / l0["value"]) if l0["value"] else None,
+            "l0": l0,
+            "n_described": int(often.sum()),
+            "least": LEAST,
+            "density_fit": law(density[often]),
+            "importance_fit": law(importance[often]),
+            "density_histogram": histogram(density),
+            "importance_histogram": histogram(importance),
+            "densest_density": float(densest.mean()),
+            "densest_over_l0": float(densest.mean() / l0["value"]) if l0["value"] else None,
             "densest_share": float(densest.sum() / density.sum()) if density.sum() else None,
-            "skew": quartiles(skew[often]), "kurtosis": quartiles(kurtosis[often]), "effective_tokens": quartiles(tokens[often]),
+            "skew": quartiles(skew[often]),
+            "kurtosis": quartiles(kurtosis[often]),
+            "effective_tokens": quartiles(tokens[often]),
             "effective_histogram": histogram(tokens[often]),
-            **self._pairs(density), "recurring": self._recurring(scores, density), "rules": {"density": DENSE, "score": FOUND}}
-        arrays = {"density": density, "mean_act": moments[1], "mean_act_squared": importance, "skew": skew, "kurtosis": kurtosis,
-                  "effective_tokens": tokens, **{f"score_{rule}": score for rule, score in scores.items()}}
+            **self._pairs(density),
+            "recurring": self._recurring(scores, density),
+            "rules": {"density": DENSE, "score": FOUND},
+        }
+        arrays = {
+            "density": density,
+            "mean_act": moments[1],
+            "mean_act_squared": importance,
+            "skew": skew,
+            "kurtosis": kurtosis,
+            "effective_tokens": tokens,
+            **{f"score_{rule}": score for rule, score in scores.items()},
+        }
         opposite, partner = np.full(n, np.nan), np.full(n, -1)
-        opposite[self.paired], partner[self.paired] = self.opposite, self.paired[self.partner] if len(self.paired) > 1 else -1
-        tensors = {name: torch.from_numpy(np.asarray(array, np.float32)) for name, array in (arrays | {"opposite_cosine": opposite}).items()}
-        return Result({**values, "notes": self._notes(density)}, {**tensors, "opposite": torch.from_numpy(partner.astype(np.int32))})
+        opposite[self.paired], partner[self.paired] = (
+            self.opposite,
+            self.paired[self.partner] if len(self.paired) > 1 else -1,
+        )
+        tensors = {
+            name: torch.from_numpy(np.asarray(array, np.float32))
+            for name, array in (arrays | {"opposite_cosine": opposite}).items()
+        }
+        return Result(
+            {**values, "notes": self._notes(density)},
+            {**tensors, "opposite": torch.from_numpy(partner.astype(np.int32))},
+        )
 
     def _scores(self) -> dict[str, np.ndarray]:
         """Return each rule's Somers' D of every latent, NaN where it is not defined."""
@@ -161,39 +203,82 @@ class Latents(Eval):
         at, everywhere = firing.at.numpy(), firing.tokens_at.numpy()
         first = int(np.argmax(everywhere > 0))
         later = somers(at[:, first + 1 :], everywhere[first + 1 :])
-        return {"first": difference(at[:, first], everywhere[first], at[:, first + 1 :].sum(1), everywhere[first + 1 :].sum()),
-                "late": later, "early": -later, "repetition": stratified(firing.repeated_at.numpy(), firing.repeats_at.numpy(), at, everywhere)}
+        return {
+            "first": difference(
+                at[:, first],
+                everywhere[first],
+                at[:, first + 1 :].sum(1),
+                everywhere[first + 1 :].sum(),
+            ),
+            "late": later,
+            "early": -later,
+            "repetition": stratified(
+                firing.repeated_at.numpy(), firing.repeats_at.numpy(), at, everywhere
+            ),
+        }
 
-    def _recurring(self, scores: dict[str, np.ndarray], density: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    def _recurring(
+        self, scores: dict[str, np.ndarray], density: np.ndarray
+    ) -> dict[str, list[dict[str, Any]]]:
         """Return the latents with the highest scores by each rule, and whether the rule has found them."""
         dense = density >= DENSE
         mean = self.firing.powers.mean_act.numpy()
         found: dict[str, list[dict[str, Any]]] = {}
         for rule in RULES:
             score = np.nan_to_num(scores[rule], nan=-1.0)
-            among = self.firing.often if rule == "first" else dense  # one position cannot be many tokens
+            among = (
+                self.firing.often if rule == "first" else dense
+            )  # one position cannot be many tokens
             best = [i for i in np.argsort(-score, kind="stable").tolist() if among[i]][:LISTED]
-            found[rule] = [{"latent": i, "score": float(score[i]), "density": float(density[i]), "mean_act": float(mean[i]),
-                            "found": bool(score[i] >= FOUND)} for i in best]
+            found[rule] = [
+                {
+                    "latent": i,
+                    "score": float(score[i]),
+                    "density": float(density[i]),
+                    "mean_act": float(mean[i]),
+                    "found": bool(score[i] >= FOUND),
+                }
+                for i in best
+            ]
         return found
 
     def _pairs(self, density: np.ndarray) -> dict[str, Any]:
         """Return the pairs of latents that write opposite directions, the most opposite first."""
         rows = np.flatnonzero(self.opposite <= OPPOSITE)
-        cosines = {tuple(sorted((row, int(self.partner[row])))): float(self.opposite[row]) for row in rows.tolist()}  # of a pair once, the denser first
-        pairs = [{"latents": (both := self.paired[list(pair)]).tolist(), "cosine": cosine, "densities": density[both].tolist()}
-                 for pair, cosine in sorted(cosines.items(), key=lambda item: item[1])]
+        cosines = {
+            tuple(sorted((row, int(self.partner[row])))): float(self.opposite[row])
+            for row in rows.tolist()
+        }  # of a pair once, the denser first
+        pairs = [
+            {
+                "latents": (both := self.paired[list(pair)]).tolist(),
+                "cosine": cosine,
+                "densities": density[both].tolist(),
+            }
+            for pair, cosine in sorted(cosines.items(), key=lambda item: item[1])
+        ]
         ten = set(self.paired[:10].tolist())
-        return {"n_opposite_pairs": len(pairs), "n_opposite_among_densest": sum(set(pair["latents"]) <= ten for pair in pairs),
-                "opposite_pairs": pairs[:20], "opposite_cosine": quartiles(self.opposite), "n_paired": len(self.paired)}
+        return {
+            "n_opposite_pairs": len(pairs),
+            "n_opposite_among_densest": sum(set(pair["latents"]) <= ten for pair in pairs),
+            "opposite_pairs": pairs[:20],
+            "opposite_cosine": quartiles(self.opposite),
+            "n_paired": len(self.paired),
+        }
 
     def _notes(self, density: np.ndarray) -> list[str]:
         keep, live = self.subject.data.acts.keep, int((density > 0).sum())
-        notes = [f"laws, moments and effective tokens are of latents that fire on at least {LEAST} tokens"]
+        notes = [
+            f"laws, moments and effective tokens are of latents that fire on at least {LEAST} tokens"
+        ]
         if keep == "text":
-            notes.append("the first position of a context is not read (acts.keep is text): 'first' is the first that is")
+            notes.append(
+                "the first position of a context is not read (acts.keep is text): 'first' is the first that is"
+            )
         if live > _PAIRED:
-            notes.append(f"opposite pairs were looked for among the {_PAIRED:,} densest of {live:,} live latents")
+            notes.append(
+                f"opposite pairs were looked for among the {_PAIRED:,} densest of {live:,} live latents"
+            )
         return notes
 
 
@@ -211,23 +296,46 @@ def law(values: np.ndarray) -> dict[str, Any]:
     logs = np.log10(values[values > 0])
     n = len(logs)
     if n < 3 or not logs.std():
-        return {"n": n, "gaussian": None, "laplace": None, "margin": {"value": None, "se": None}, "better": None, "mode": None}
+        return {
+            "n": n,
+            "gaussian": None,
+            "laplace": None,
+            "margin": {"value": None, "se": None},
+            "better": None,
+            "mode": None,
+        }
     mean, sd = logs.mean(), logs.std()
     centre, scale = np.median(logs), np.abs(logs - np.median(logs)).mean()
     gaussian = -0.5 * ((logs - mean) / sd) ** 2 - np.log(sd * np.sqrt(2 * np.pi))
     laplace = -np.abs(logs - centre) / scale - np.log(2 * scale)
     margin = gaussian - laplace
     grid = np.linspace(logs.min(), logs.max(), 401)
-    return {"n": n, "gaussian": {"mean": float(mean), "sd": float(sd), "log_likelihood": float(gaussian.mean())},
-            "laplace": {"median": float(centre), "scale": float(scale), "log_likelihood": float(laplace.mean())},
-            "margin": {"value": float(margin.mean()), "se": float(margin.std(ddof=1) / np.sqrt(n))},
-            "better": "gaussian" if margin.mean() > 0 else "laplace", "mode": float(10 ** grid[np.argmax(gaussian_kde(logs)(grid))])}
+    return {
+        "n": n,
+        "gaussian": {
+            "mean": float(mean),
+            "sd": float(sd),
+            "log_likelihood": float(gaussian.mean()),
+        },
+        "laplace": {
+            "median": float(centre),
+            "scale": float(scale),
+            "log_likelihood": float(laplace.mean()),
+        },
+        "margin": {"value": float(margin.mean()), "se": float(margin.std(ddof=1) / np.sqrt(n))},
+        "better": "gaussian" if margin.mean() > 0 else "laplace",
+        "mode": float(10 ** grid[np.argmax(gaussian_kde(logs)(grid))]),
+    }
 
 
 def histogram(values: np.ndarray) -> dict[str, list[float]]:
     """Return a histogram of log10 of values > 0: edges (log10) and counts."""
     logs = np.log10(values[values > 0])
-    counts, edges = np.histogram(logs, 40, (np.floor(logs.min()), np.floor(logs.max()) + 1)) if len(logs) else (np.zeros(40, int), np.linspace(-6, 0, 41))
+    counts, edges = (
+        np.histogram(logs, 40, (np.floor(logs.min()), np.floor(logs.max()) + 1))
+        if len(logs)
+        else (np.zeros(40, int), np.linspace(-6, 0, 41))
+    )
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
@@ -243,7 +351,11 @@ def quartiles(values: np.ndarray) -> list[float] | None:
 def difference(active: np.ndarray, of: float, other: np.ndarray, other_of: float) -> np.ndarray:
     """Return the share of tokens with a property that are active less the share of the others, [n]; NaN where either has none."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(active) / of - np.asarray(other) / other_of if of and other_of else np.full(len(active), np.nan)
+        return (
+            np.asarray(active) / of - np.asarray(other) / other_of
+            if of and other_of
+            else np.full(len(active), np.nan)
+        )
 
 
 def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
@@ -256,7 +368,9 @@ def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
         return np.where(pairs > 0, (active * (before - after)).sum(1) / pairs, np.nan)
 
 
-def stratified(active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
+def stratified(
+    active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, everywhere: np.ndarray
+) -> np.ndarray:
     """Return P(active | property) - P(active | not) within positions, [n], as the Mantel-Haenszel risk difference; NaN where it is not defined.
 
     active_with[n, t] and with_[t] count what has the property; active[n, t] and everywhere[t] count all.

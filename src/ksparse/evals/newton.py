@@ -42,16 +42,27 @@ def fit(z: Tensor, y: Tensor, *, l2: float, finish: int | None = None) -> Fit:
     """
     base = log_odds(y)
     size = max(1, _BLOCK // max(1, z.shape[1]))
-    found = Fit(*(torch.cat(columns) for columns in zip(*(_near(part, y, l2, base) for part in z.split(size)))))
-    chosen = torch.arange(len(z), device=z.device) if finish is None else found.loss.argsort()[:finish]
+    found = Fit(
+        *(
+            torch.cat(columns)
+            for columns in zip(*(_near(part, y, l2, base) for part in z.split(size)))
+        )
+    )
+    chosen = (
+        torch.arange(len(z), device=z.device) if finish is None else found.loss.argsort()[:finish]
+    )
     for some in chosen.split(size):
-        exact = _exact(z[some].double(), y.double(), l2, base, Fit(*(column[some] for column in found)))
+        exact = _exact(
+            z[some].double(), y.double(), l2, base, Fit(*(column[some] for column in found))
+        )
         for column, new in zip(found, exact):
             column[some] = new
     return found
 
 
-def fit_sparse(latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int, *, l2: float) -> Fit:
+def fit_sparse(
+    latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int, *, l2: float
+) -> Fit:
     """Fit a probe for each of n latents whose value is values[e] on row rows[e] and 0 on all rows that are not named.
 
     The same as `fit` on the dense matrix, at the cost of the entries: all rows at 0 share one term.
@@ -59,7 +70,9 @@ def fit_sparse(latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int,
     base = log_odds(y)
     order = latents.argsort(stable=True)
     problem = _Sparse(latents[order], rows[order], values[order].double(), y.double(), n)
-    weight, bias = _solve(problem, l2, torch.zeros_like(problem.low), torch.full_like(problem.low, base))
+    weight, bias = _solve(
+        problem, l2, torch.zeros_like(problem.low), torch.full_like(problem.low, base)
+    )
     return Fit(weight / problem.scale, bias, problem.loss(weight, bias))
 
 
@@ -72,7 +85,9 @@ def log_odds(y: Tensor) -> float:
     """Return the log-odds of the label; raise InputError if there is only one label."""
     positive, rows = int(y.sum()), len(y)
     if not 0 < positive < rows:
-        raise InputError(f"a probe needs rows of both labels, got {positive} of {rows} with label 1")
+        raise InputError(
+            f"a probe needs rows of both labels, got {positive} of {rows} with label 1"
+        )
     return math.log(positive / (rows - positive))
 
 
@@ -81,11 +96,16 @@ class _Problem(Protocol):
 
     low: Tensor
     high: Tensor
-    def sums(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def sums(
+        self, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
     def among(self, chosen: Tensor) -> _Problem: ...
 
 
-def _solve(problem: _Problem, l2: float, weight: Tensor, bias: Tensor, last: float = _LAST) -> tuple[Tensor, Tensor]:
+def _solve(
+    problem: _Problem, l2: float, weight: Tensor, bias: Tensor, last: float = _LAST
+) -> tuple[Tensor, Tensor]:
     """Return (weight, bias), each [n], from where the steps begin; they end after one that changes no logit by more than `last`."""
     weight, bias = weight.clone(), bias.clone()
     at = torch.arange(len(weight), device=weight.device)
@@ -136,7 +156,9 @@ class _Dense:
     def among(self, chosen: Tensor) -> _Dense:
         part = object.__new__(_Dense)
         part.mean_y = self.mean_y
-        part.z, part.mean_yz, part.low, part.high = (each[chosen] for each in (self.z, self.mean_yz, self.low, self.high))
+        part.z, part.mean_yz, part.low, part.high = (
+            each[chosen] for each in (self.z, self.mean_yz, self.low, self.high)
+        )
         return part
 
 
@@ -157,7 +179,9 @@ def _exact(z: Tensor, y: Tensor, l2: float, base: float, near: Fit) -> Fit:
     weight = torch.where(torch.isfinite(scale), near.weight[:, None] * scale, 0.0).squeeze(1)
     bias = near.bias + near.weight * mean.squeeze(1)
     good = torch.isfinite(weight) & torch.isfinite(bias)
-    weight, bias = _solve(_Dense(scaled, y), l2, torch.where(good, weight, 0.0), torch.where(good, bias, base))
+    weight, bias = _solve(
+        _Dense(scaled, y), l2, torch.where(good, weight, 0.0), torch.where(good, bias, base)
+    )
     return _as_given(scaled, y, mean, scale, weight, bias)
 
 
@@ -165,11 +189,17 @@ def _scaled(z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Return z[n, s] with mean 0 and variance 1, and its standard deviation [n, 1]; of a latent without variance, zeros and infinity."""
     z = z - mean
     scale = torch.linalg.vector_norm(z, dim=1, keepdim=True) / math.sqrt(z.shape[1])
-    scale = torch.where(scale > 4 * torch.finfo(z.dtype).eps * mean.abs().clamp_min(torch.finfo(z.dtype).tiny), scale, math.inf)
+    scale = torch.where(
+        scale > 4 * torch.finfo(z.dtype).eps * mean.abs().clamp_min(torch.finfo(z.dtype).tiny),
+        scale,
+        math.inf,
+    )
     return z.div_(scale), scale
 
 
-def _as_given(scaled: Tensor, y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Fit:
+def _as_given(
+    scaled: Tensor, y: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+) -> Fit:
     """Return probes on the inputs as they were given, and their loss."""
     logits = torch.addcmul(bias[:, None], scaled, weight[:, None])
     loss = cross_entropy(logits, y.to(scaled)).mean(1, dtype=torch.float64)
@@ -187,31 +217,52 @@ class _Sparse:
         self.rows, self.n, self.j, self.t = len(y), n, latents, y[rows]
         total, square = self.add(values), self.add(values.square())
         variance = square / self.rows - (total / self.rows).square()
-        self.scale = torch.where(variance > 1e-24 * square.clamp_min(1e-300), variance.clamp_min(0).sqrt(), math.inf)
+        self.scale = torch.where(
+            variance > 1e-24 * square.clamp_min(1e-300), variance.clamp_min(0).sqrt(), math.inf
+        )
         self.z = values / self.scale[latents]
-        self.zeros, self.zero_positive = self.rows - self.add(torch.ones_like(values)), y.sum() - self.add(self.t)
+        self.zeros, self.zero_positive = (
+            self.rows - self.add(torch.ones_like(values)),
+            y.sum() - self.add(self.t),
+        )
         any_zero = torch.where(self.zeros > 0, 0.0, math.nan).to(values)
-        self.low, self.high = (torch.full((n,), bound, dtype=values.dtype, device=values.device).scatter_reduce(
-            0, latents, self.z, kind) for bound, kind in ((math.inf, "amin"), (-math.inf, "amax")))
+        self.low, self.high = (
+            torch.full((n,), bound, dtype=values.dtype, device=values.device).scatter_reduce(
+                0, latents, self.z, kind
+            )
+            for bound, kind in ((math.inf, "amin"), (-math.inf, "amax"))
+        )
         self.low, self.high = torch.fmin(self.low, any_zero), torch.fmax(self.high, any_zero)
 
     def add(self, values: Tensor) -> Tensor:
-        return torch.zeros(self.n, dtype=values.dtype, device=values.device).index_add_(0, self.j, values)
+        return torch.zeros(self.n, dtype=values.dtype, device=values.device).index_add_(
+            0, self.j, values
+        )
 
     def sums(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         p, p0 = torch.sigmoid(self.z * weight[self.j] + bias[self.j]), torch.sigmoid(bias)
         r, v, v0 = p - self.t, p * (1 - p), p0 * (1 - p0)
-        sums = (self.add(r * self.z), self.add(r) + self.zeros * p0 - self.zero_positive,
-                self.add(v * self.z.square()), self.add(v * self.z), self.add(v) + self.zeros * v0)
+        sums = (
+            self.add(r * self.z),
+            self.add(r) + self.zeros * p0 - self.zero_positive,
+            self.add(v * self.z.square()),
+            self.add(v * self.z),
+            self.add(v) + self.zeros * v0,
+        )
         return tuple(each / self.rows for each in sums)  # type: ignore[return-value]
 
     def among(self, chosen: Tensor) -> _Sparse:
         part = object.__new__(_Sparse)
         entries = chosen[self.j]
-        part.rows, part.n, part.j = self.rows, int(chosen.sum()), (chosen.long().cumsum(0) - 1)[self.j[entries]]
+        part.rows, part.n, part.j = (
+            self.rows,
+            int(chosen.sum()),
+            (chosen.long().cumsum(0) - 1)[self.j[entries]],
+        )
         part.t, part.z = self.t[entries], self.z[entries]
         part.zeros, part.zero_positive, part.low, part.high = (
-            each[chosen] for each in (self.zeros, self.zero_positive, self.low, self.high))
+            each[chosen] for each in (self.zeros, self.zero_positive, self.low, self.high)
+        )
         return part
 
     def loss(self, weight: Tensor, bias: Tensor) -> Tensor:
@@ -231,7 +282,11 @@ def fit_whole(x: Tensor, y: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
     """
     x, y = x.double(), y.double()
     mean = x.mean(0)
-    basis = torch.linalg.qr((x - mean).T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1], dtype=x.dtype)
+    basis = (
+        torch.linalg.qr((x - mean).T).Q
+        if len(x) < x.shape[1]
+        else torch.eye(x.shape[1], dtype=x.dtype)
+    )
     u = torch.cat([(x - mean) @ basis, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     penalty = torch.full((u.shape[1],), l2, dtype=x.dtype)
     penalty[-1] = 1e-12  # the bias has none, but the matrix must be invertible
@@ -261,5 +316,7 @@ def choose_penalty(x: Tensor, y: Tensor, clusters: Tensor) -> float:
     losses = {}
     for l2 in _PENALTIES:
         weight, bias = fit_whole(x[~aside], y[~aside], l2=l2)
-        losses[l2] = cross_entropy(x[aside].double() @ weight + bias, y[aside].double()).mean().item()
+        losses[l2] = (
+            cross_entropy(x[aside].double() @ weight + bias, y[aside].double()).mean().item()
+        )
     return min(losses, key=losses.__getitem__)

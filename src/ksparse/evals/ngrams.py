@@ -17,7 +17,13 @@ class Ngrams:
     bigram      absolute discounting: (count(v, w) - 0.75) / count(v), what is taken off going to the unigram
     """
 
-    def __init__(self, corpus: Corpus, vocabulary: int, tokens: int, observe: Observe = lambda what, done, total: None):
+    def __init__(
+        self,
+        corpus: Corpus,
+        vocabulary: int,
+        tokens: int,
+        observe: Observe = lambda what, done, total: None,
+    ):
         """Count so many kept tokens of a corpus, or one pass over it if it has fewer."""
         self.vocabulary, self.tokens = vocabulary, 0
         pairs: list[np.ndarray] = []
@@ -34,7 +40,9 @@ class Ngrams:
             pairs.append(self._pairs(corpus, group))
         found = np.concatenate(pairs) if pairs else np.zeros(0, np.int64)
         self.keys, self.counts = np.unique(found, return_counts=True)
-        self.after = np.bincount(self.keys // vocabulary, self.counts, vocabulary)  # tokens seen after each token
+        self.after = np.bincount(
+            self.keys // vocabulary, self.counts, vocabulary
+        )  # tokens seen after each token
         self.kinds = np.bincount(self.keys // vocabulary, minlength=vocabulary)  # distinct ones
         self.single = np.bincount(found % vocabulary, minlength=vocabulary) + 1.0
 
@@ -54,7 +62,11 @@ class Ngrams:
         """Return the loss of each token after the one before it."""
         key = before.astype(np.int64) * self.vocabulary + token
         at = np.minimum(np.searchsorted(self.keys, key), max(0, len(self.keys) - 1))
-        count = np.where(self.keys[at] == key, self.counts[at], 0) if len(self.keys) else np.zeros(len(key))
+        count = (
+            np.where(self.keys[at] == key, self.counts[at], 0)
+            if len(self.keys)
+            else np.zeros(len(key))
+        )
         seen = np.maximum(self.after[before], 1)
         rest = np.where(self.after[before] > 0, DISCOUNT * self.kinds[before] / seen, 1.0)
         return -np.log(np.maximum(count - DISCOUNT, 0) / seen + rest * self._single(token))

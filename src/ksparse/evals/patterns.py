@@ -32,7 +32,11 @@ class Pattern(NamedTuple):
     @property
     def specificity(self) -> tuple[int, int, float]:
         """Length (an anchor counts as one), then tokens that are not ANY; of equals the larger value."""
-        return len(self.tokens) + self.anchored, sum(token != ANY for token in self.tokens), self.value
+        return (
+            len(self.tokens) + self.anchored,
+            sum(token != ANY for token in self.tokens),
+            self.value,
+        )
 
 
 def merged(patterns: Iterable[Pattern]) -> list[Pattern]:
@@ -43,20 +47,35 @@ def merged(patterns: Iterable[Pattern]) -> list[Pattern]:
     joined = []
     for (tokens, anchored), same in found.items():
         support = sum(each.support for each in same)
-        joined.append(Pattern(tokens, anchored, sum(each.value * each.support for each in same) / support, support))
+        joined.append(
+            Pattern(
+                tokens, anchored, sum(each.value * each.support for each in same) / support, support
+            )
+        )
     return sorted(joined, key=lambda pattern: (-pattern.support, -pattern.value, pattern.tokens))
 
 
-def predict(patterns: Iterable[Pattern], tokens: Sequence[int], begins: Sequence[bool]) -> list[float]:
+def predict(
+    patterns: Iterable[Pattern], tokens: Sequence[int], begins: Sequence[bool]
+) -> list[float]:
     """Return what an explanation predicts at each of the tokens; begins: whether a document begins with the token."""
-    return [max((pattern for pattern in patterns if _matches(pattern, tokens, begins, at)), key=lambda pattern: pattern.specificity,
-                default=Pattern((), False, 0.0)).value for at in range(len(tokens))]
+    return [
+        max(
+            (pattern for pattern in patterns if _matches(pattern, tokens, begins, at)),
+            key=lambda pattern: pattern.specificity,
+            default=Pattern((), False, 0.0),
+        ).value
+        for at in range(len(tokens))
+    ]
 
 
 def _matches(pattern: Pattern, tokens: Sequence[int], begins: Sequence[bool], at: int) -> bool:
     start = at + 1 - len(pattern.tokens)
-    return start >= 0 and (not pattern.anchored or begins[start]) and all(
-        own in (ANY, token) for own, token in zip(pattern.tokens, tokens[start : at + 1]))
+    return (
+        start >= 0
+        and (not pattern.anchored or begins[start])
+        and all(own in (ANY, token) for own, token in zip(pattern.tokens, tokens[start : at + 1]))
+    )
 
 
 class Matches(NamedTuple):
@@ -106,15 +125,26 @@ class Matcher:
         found, at = [], 0
         ends = np.cumsum(counts)
         while at < len(counts):
-            end = max(at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + _PAIRS, "right")))
+            end = max(
+                at + 1, int(np.searchsorted(ends, (ends[at - 1] if at else 0) + _PAIRS, "right"))
+            )
             part = slice(at, end)
-            found.append(self._part(tokens, begins, context[part], position[part], low[part], counts[part]))
+            found.append(
+                self._part(tokens, begins, context[part], position[part], low[part], counts[part])
+            )
             at = end
         empty = Matches(*(np.zeros(0, kind) for kind in (int, int, int, np.float32)))
         return Matches(*(np.concatenate(columns) for columns in zip(empty, *found)))
 
-    def _part(self, tokens: np.ndarray, begins: np.ndarray, context: np.ndarray, position: np.ndarray, low: np.ndarray,
-              counts: np.ndarray) -> Matches:
+    def _part(
+        self,
+        tokens: np.ndarray,
+        begins: np.ndarray,
+        context: np.ndarray,
+        position: np.ndarray,
+        low: np.ndarray,
+        counts: np.ndarray,
+    ) -> Matches:
         pair = np.repeat(np.arange(len(counts)), counts)
         number = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts)
         run = np.where(number < self.any_last, number, low[pair] + number - self.any_last)
@@ -134,10 +164,14 @@ class Matcher:
             pair, run = pair[same], run[same]
         return self._best(context, position, np.concatenate(pairs), np.concatenate(runs))
 
-    def _best(self, context: np.ndarray, position: np.ndarray, pair: np.ndarray, run: np.ndarray) -> Matches:
+    def _best(
+        self, context: np.ndarray, position: np.ndarray, pair: np.ndarray, run: np.ndarray
+    ) -> Matches:
         """Keep for each position and latent the most specific run."""
         counts = self.count[run]
-        entry = np.repeat(self.first[run] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        entry = np.repeat(self.first[run] - np.cumsum(counts) + counts, counts) + np.arange(
+            counts.sum()
+        )
         pair, rank = np.repeat(pair, counts), np.repeat(self.rank[run], counts)
         latent, value = self.latent[entry], self.value[entry]
         order = np.lexsort((value, rank, latent, pair))
@@ -173,7 +207,9 @@ class Greedy:
                 if value > 0:
                     found.append((context, position, latent, value))
         columns = zip(*found) if found else ((), (), (), ())
-        return Matches(*(np.array(column, kind) for column, kind in zip(columns, (int, int, int, np.float32))))
+        return Matches(
+            *(np.array(column, kind) for column, kind in zip(columns, (int, int, int, np.float32)))
+        )
 
 
 def trie(patterns: Iterable[Pattern]) -> dict[Any, Any]:

@@ -23,32 +23,64 @@ class Positions(Eval):
         batch = seen.batch
         x, x_hat = seen.sae.normalize(batch.x).x.cpu().double(), seen.recon.cpu().double()
         position = torch.arange(batch.keep.shape[1]).expand(batch.keep.shape)
-        self._add(self.kept, position[batch.keep.cpu()], batch.documents, count=torch.ones(len(x)), norm=batch.x.norm(dim=1), l0=(seen.code.values > 0).sum(1),
-                  error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x)
+        self._add(
+            self.kept,
+            position[batch.keep.cpu()],
+            batch.documents,
+            count=torch.ones(len(x)),
+            norm=batch.x.norm(dim=1),
+            l0=(seen.code.values > 0).sum(1),
+            error=(x - x_hat).square().sum(1),
+            square=x.square().sum(1),
+            sum=x,
+        )
         clean, spliced = batch.losses(batch.clean), seen.spliced.losses
-        self._add(self.predicted, position[:, :-1][batch.predicted.cpu()], batch.predicted_documents, count=torch.ones(len(clean)), clean=clean,
-                  delta=spliced.double() - clean.double())
+        self._add(
+            self.predicted,
+            position[:, :-1][batch.predicted.cpu()],
+            batch.predicted_documents,
+            count=torch.ones(len(clean)),
+            clean=clean,
+            delta=spliced.double() - clean.double(),
+        )
 
     @staticmethod
-    def _add(sums: dict[int, DocumentSums], position: Tensor, documents: Tensor, **columns: Tensor) -> None:
+    def _add(
+        sums: dict[int, DocumentSums], position: Tensor, documents: Tensor, **columns: Tensor
+    ) -> None:
         """Add columns of tokens to the sums of their positions."""
         for at in position.unique().tolist():
             mine = position == at
-            sums.setdefault(at, DocumentSums()).add(documents.cpu()[mine], **{name: column.cpu()[mine] for name, column in columns.items()})
+            sums.setdefault(at, DocumentSums()).add(
+                documents.cpu()[mine],
+                **{name: column.cpu()[mine] for name, column in columns.items()},
+            )
 
     def result(self) -> Result:
-        kept, predicted = ([(at, sums[at]) for at in sorted(sums)] for sums in (self.kept, self.predicted))
-        whole = sum(sums["sum"].sum(0) for _, sums in kept) / sum(sums["count"].sum() for _, sums in kept)
-        baseline = sum(_around(sums, whole).sum() for _, sums in kept) / sum(sums["count"].sum() for _, sums in kept)
-        return Result({
-            "positions": [at for at, _ in kept],
-            "norm": [ratio(sums["norm"], sums["count"]) for _, sums in kept],
-            "l0": [ratio(sums["l0"], sums["count"]) for _, sums in kept],
-            "error": [ratio(sums["error"], baseline * sums["count"]) for _, sums in kept],
-            "nmse": [ratio(sums["error"], spread(sums["square"], sums["sum"], sums["count"])) for _, sums in kept],
-            "predicted": [at for at, _ in predicted],
-            "ce_clean": [ratio(sums["clean"], sums["count"]) for _, sums in predicted],
-            "ce_delta": [ratio(sums["delta"], sums["count"]) for _, sums in predicted]})
+        kept, predicted = (
+            [(at, sums[at]) for at in sorted(sums)] for sums in (self.kept, self.predicted)
+        )
+        whole = sum(sums["sum"].sum(0) for _, sums in kept) / sum(
+            sums["count"].sum() for _, sums in kept
+        )
+        baseline = sum(_around(sums, whole).sum() for _, sums in kept) / sum(
+            sums["count"].sum() for _, sums in kept
+        )
+        return Result(
+            {
+                "positions": [at for at, _ in kept],
+                "norm": [ratio(sums["norm"], sums["count"]) for _, sums in kept],
+                "l0": [ratio(sums["l0"], sums["count"]) for _, sums in kept],
+                "error": [ratio(sums["error"], baseline * sums["count"]) for _, sums in kept],
+                "nmse": [
+                    ratio(sums["error"], spread(sums["square"], sums["sum"], sums["count"]))
+                    for _, sums in kept
+                ],
+                "predicted": [at for at, _ in predicted],
+                "ce_clean": [ratio(sums["clean"], sums["count"]) for _, sums in predicted],
+                "ce_delta": [ratio(sums["delta"], sums["count"]) for _, sums in predicted],
+            }
+        )
 
 
 def _around(sums: DocumentSums, mean: np.ndarray) -> np.ndarray:

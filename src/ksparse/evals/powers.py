@@ -14,7 +14,11 @@ class Powers(Eval):
     def __init__(self, subject: Subject):
         super().__init__(subject)
         n = subject.sae.shape.n_latents
-        self.sums, self.largest, self.tokens = torch.zeros(5, n, dtype=torch.float64), torch.zeros(n), 0
+        self.sums, self.largest, self.tokens = (
+            torch.zeros(5, n, dtype=torch.float64),
+            torch.zeros(n),
+            0,
+        )
 
     def see(self, seen: Seen) -> None:
         values, indices = (part.cpu() for part in seen.code)

@@ -63,10 +63,16 @@ class Probes(Eval):
 
     def work(self, observe: Observe) -> None:
         sae, data = self.subject.sae, self.subject.data
-        self.tasks: Tasks = data.once("probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, observe))
+        self.tasks: Tasks = data.once(
+            "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, observe)
+        )
         rivals = random_sae(sae, data.options.seed)
         for number, name in enumerate(self.tasks.names):
-            rows = data.once(f"probe rows {name}", lambda: self.tasks.rows(name)) if data.options.position == "last" else self.tasks.rows(name)
+            rows = (
+                data.once(f"probe rows {name}", lambda: self.tasks.rows(name))
+                if data.options.position == "last"
+                else self.tasks.rows(name)
+            )
             _check(rows)
             self.unseen, self.texts = [*self.unseen, *rows.unseen], self.texts + len(rows.label)
             self.judged[name] = self._judge(number, rows, rivals)
@@ -75,44 +81,98 @@ class Probes(Eval):
     def _judge(self, number: int, rows: Rows, rivals: SAE) -> Judged:
         options, sae = self.subject.options, self.subject.sae
         train, test = rows.half(True), rows.half(False)
-        best, logits = _probe(_Latents(sae, options.probe_on, options.position), train, test, options.probe_l2)
-        _, random = _probe(_Latents(rivals, options.probe_on, options.position), train, test, options.probe_l2)
+        best, logits = _probe(
+            _Latents(sae, options.probe_on, options.position), train, test, options.probe_l2
+        )
+        _, random = _probe(
+            _Latents(rivals, options.probe_on, options.position), train, test, options.probe_l2
+        )
         losses = {"probe": logits, "random_sae": random} | self.subject.data.once(
-            f"probe baselines {rows.name}", lambda: baselines(train, test, options.position, options.probe_l2))
+            f"probe baselines {rows.name}",
+            lambda: baselines(train, test, options.position, options.probe_l2),
+        )
         y = test.label.double()
-        clustered = {kind: Clustered(test.cluster, newton.cross_entropy(losses[kind], y)) for kind in KINDS}
-        prior = newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double()).mean().item()
+        clustered = {
+            kind: Clustered(test.cluster, newton.cross_entropy(losses[kind], y)) for kind in KINDS
+        }
+        prior = (
+            newton.cross_entropy(torch.tensor(newton.log_odds(train.label)), train.label.double())
+            .mean()
+            .item()
+        )
         gain = prior - best.losses.cpu()
         better = gain > self.gain
         self.gain[better], self.best_task[better] = gain[better], number
         order = best.losses.argsort()[:LISTED].tolist()
         in_sample = Clustered(train.cluster, self._training_losses(best, train))
-        return Judged(best.latent, clustered, in_sample, [(i, float(best.losses[i])) for i in order],
-                      {"n_train": len(train.label), "n_test": len(test.label), "positive": rows.label.double().mean().item()})
+        return Judged(
+            best.latent,
+            clustered,
+            in_sample,
+            [(i, float(best.losses[i])) for i in order],
+            {
+                "n_train": len(train.label),
+                "n_test": len(test.label),
+                "positive": rows.label.double().mean().item(),
+            },
+        )
 
     def _training_losses(self, best: Best, train: Rows) -> Tensor:
         options = self.subject.options
-        z = _Latents(self.subject.sae, options.probe_on, options.position).values(train, best.latent)
+        z = _Latents(self.subject.sae, options.probe_on, options.position).values(
+            train, best.latent
+        )
         return newton.cross_entropy(best.weight * z + best.bias, train.label.double())
 
     def result(self) -> Result:
         judged, options = self.judged, self.subject.options
         of = {kind: [each.losses[kind] for each in judged.values()] for kind in KINDS}
-        values = {"probe_loss": Clustered.mean(of["probe"]), "probe_loss_in_sample": Clustered.mean([each.in_sample for each in judged.values()])}
+        values = {
+            "probe_loss": Clustered.mean(of["probe"]),
+            "probe_loss_in_sample": Clustered.mean([each.in_sample for each in judged.values()]),
+        }
         values |= {f"{kind}_loss": Clustered.mean(of[kind]) for kind in KINDS if kind != "probe"}
-        values |= {f"gain_over_{name}": Clustered.mean([a - b for a, b in zip(of[kind], of["probe"])])
-                   for name, kind in (("channels", "channel"), ("random_sae", "random_sae"))}
-        notes = list(self.tasks.notes) + [f"{name} is left out: {why}" for name, why in self.tasks.left_out.items()]
-        notes += tasks.lost(self.unseen, self.texts, "texts", min(options.probe_tokens, self.subject.lm.context or options.probe_tokens), "beginning")
+        values |= {
+            f"gain_over_{name}": Clustered.mean([a - b for a, b in zip(of[kind], of["probe"])])
+            for name, kind in (("channels", "channel"), ("random_sae", "random_sae"))
+        }
+        notes = list(self.tasks.notes) + [
+            f"{name} is left out: {why}" for name, why in self.tasks.left_out.items()
+        ]
+        notes += tasks.lost(
+            self.unseen,
+            self.texts,
+            "texts",
+            min(options.probe_tokens, self.subject.lm.context or options.probe_tokens),
+            "beginning",
+        )
         arrays = {"best_task": self.best_task, "best_gain": self.gain.float()}
-        return Result({**values, "suite": self.tasks.suite, "n_tasks": len(judged), "tasks": {name: _shown(each) for name, each in judged.items()},
-                       "notes": notes}, arrays)
+        return Result(
+            {
+                **values,
+                "suite": self.tasks.suite,
+                "n_tasks": len(judged),
+                "tasks": {name: _shown(each) for name, each in judged.items()},
+                "notes": notes,
+            },
+            arrays,
+        )
 
 
 def _shown(judged: Judged) -> dict[str, object]:
-    losses: dict[str, Estimate] = {("loss" if kind == "probe" else f"{kind}_loss"): Clustered.mean([each]) for kind, each in judged.losses.items()}
-    return {"latent": judged.latent, **losses, "loss_in_sample": Clustered.mean([judged.in_sample]), **judged.facts,
-            "best_latents": [{"latent": latent, "loss_in_sample": loss} for latent, loss in judged.listed]}
+    losses: dict[str, Estimate] = {
+        ("loss" if kind == "probe" else f"{kind}_loss"): Clustered.mean([each])
+        for kind, each in judged.losses.items()
+    }
+    return {
+        "latent": judged.latent,
+        **losses,
+        "loss_in_sample": Clustered.mean([judged.in_sample]),
+        **judged.facts,
+        "best_latents": [
+            {"latent": latent, "loss_in_sample": loss} for latent, loss in judged.listed
+        ],
+    }
 
 
 def _check(rows: Rows) -> None:
@@ -121,7 +181,9 @@ def _check(rows: Rows) -> None:
         for label in (0, 1):
             count = int((labels == label).sum())
             if count < 5:
-                raise InputError(f"task {rows.name}: {count} rows with label {label} in its {name} half; at least 5 are needed")
+                raise InputError(
+                    f"task {rows.name}: {count} rows with label {label} in its {name} half; at least 5 are needed"
+                )
 
 
 def random_sae(sae: SAE, seed: int) -> SAE:
@@ -136,14 +198,24 @@ def random_sae(sae: SAE, seed: int) -> SAE:
 def baselines(train: Rows, test: Rows, position: str, l2: float) -> dict[str, Tensor]:
     """Return test logits of what does not depend on the SAE: the best channel, a probe on all dimensions, the label's share."""
     _, channel = _probe(_Channels(position), train, test, l2)
-    x_train, x_test = (_pooled(rows.x, rows, "mean" if position == "mean" else position) for rows in (train, test))
+    x_train, x_test = (
+        _pooled(rows.x, rows, "mean" if position == "mean" else position) for rows in (train, test)
+    )
     mean = x_train.mean(0)
-    scale = (x_train - mean).square().mean().sqrt().clamp_min(1e-30)  # one for all, so that directions keep their proportions
+    scale = (
+        (x_train - mean).square().mean().sqrt().clamp_min(1e-30)
+    )  # one for all, so that directions keep their proportions
     u_train, u_test = (x_train - mean).cpu() / scale.cpu(), (x_test - mean).cpu() / scale.cpu()
     y = train.label.cpu()
-    weight, bias = newton.fit_whole(u_train, y, l2=newton.choose_penalty(u_train, y, train.cluster.cpu()))
+    weight, bias = newton.fit_whole(
+        u_train, y, l2=newton.choose_penalty(u_train, y, train.cluster.cpu())
+    )
     dense = (u_test.double() @ weight + bias).to(channel.device)
-    return {"channel": channel, "dense_probe": dense, "prior": torch.full_like(channel, newton.log_odds(train.label))}
+    return {
+        "channel": channel,
+        "dense_probe": dense,
+        "prior": torch.full_like(channel, newton.log_odds(train.label)),
+    }
 
 
 def _probe(bank: _Bank, train: Rows, test: Rows, l2: float) -> tuple[Best, Tensor]:
@@ -151,7 +223,9 @@ def _probe(bank: _Bank, train: Rows, test: Rows, l2: float) -> tuple[Best, Tenso
     fitted = bank.fit(train, l2)
     latent = int(fitted.loss.argmin())
     weight, bias = fitted.weight[latent], fitted.bias[latent]
-    return Best(latent, weight.item(), bias.item(), fitted.loss), weight * bank.values(test, latent) + bias
+    return Best(latent, weight.item(), bias.item(), fitted.loss), weight * bank.values(
+        test, latent
+    ) + bias
 
 
 # ---- what is probed ----------------------------------------------------------------------------------------------
@@ -185,10 +259,19 @@ class _Latents:
 
     def fit(self, rows: Rows, l2: float) -> newton.Fit:
         if self.on == "acts":
-            return newton.fit_sparse(*self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2)
+            return newton.fit_sparse(
+                *self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2
+            )
         centred = self._centred(rows)  # once for all slices
-        parts = (newton.fit(self._pre_acts(rows, centred, slice(at, at + _SLICE)), rows.label, l2=l2, finish=4 * LISTED)
-                 for at in range(0, self.sae.shape.n_latents, _SLICE))
+        parts = (
+            newton.fit(
+                self._pre_acts(rows, centred, slice(at, at + _SLICE)),
+                rows.label,
+                l2=l2,
+                finish=4 * LISTED,
+            )
+            for at in range(0, self.sae.shape.n_latents, _SLICE)
+        )
         return newton.Fit(*(torch.cat(column) for column in zip(*parts)))
 
     def values(self, rows: Rows, latent: int) -> Tensor:
@@ -196,7 +279,9 @@ class _Latents:
             return self._pre_acts(rows, self._centred(rows), slice(latent, latent + 1))[0].double()
         latents, owners, values = self._entries(rows)
         mine = latents == latent
-        return torch.zeros(len(rows.label), dtype=torch.float64, device=rows.x.device).index_add(0, owners[mine], values[mine].double())
+        return torch.zeros(len(rows.label), dtype=torch.float64, device=rows.x.device).index_add(
+            0, owners[mine], values[mine].double()
+        )
 
     def _centred(self, rows: Rows) -> Tensor:
         """Return x - b_pre; the mean over positions is taken of it, since pre-activations are linear in it."""
@@ -215,7 +300,8 @@ class _Latents:
         key = code.indices[at, slot] * len(rows.label) + rows.owner[at]
         keys, inverse = key.unique(return_inverse=True)
         values = torch.zeros(len(keys), device=key.device).scatter_reduce(
-            0, inverse, code.values[at, slot], "amax" if self.position == "max" else "sum")
+            0, inverse, code.values[at, slot], "amax" if self.position == "max" else "sum"
+        )
         owner = keys % len(rows.label)
         if self.position == "mean":
             values = values / torch.bincount(rows.owner, minlength=len(rows.label))[owner]
@@ -229,7 +315,9 @@ def _pooled(values: Tensor, rows: Rows, position: str) -> Tensor:
     shape = (len(rows.label), values.shape[1])
     owner = rows.owner[:, None].expand_as(values)
     if position == "max":
-        return torch.full(shape, -math.inf, device=values.device).scatter_reduce(0, owner, values, "amax")
-    return torch.zeros(shape, device=values.device).scatter_reduce(0, owner, values, "mean", include_self=False)
-
-
+        return torch.full(shape, -math.inf, device=values.device).scatter_reduce(
+            0, owner, values, "amax"
+        )
+    return torch.zeros(shape, device=values.device).scatter_reduce(
+        0, owner, values, "mean", include_self=False
+    )

@@ -39,7 +39,9 @@ class Progressive(Eval):
         self.sums, self.tokens, sae = DocumentSums(), 0, subject.sae
         rows = _first_rows(subject)
         own = float((sae.encode(rows).values > 0).sum(1).double().mean())
-        self.ks = sorted({min(sae.shape.n_latents, max(1, round(multiple * own))) for multiple in MULTIPLES})
+        self.ks = sorted(
+            {min(sae.shape.n_latents, max(1, round(multiple * own))) for multiple in MULTIPLES}
+        )
         self.chosen_on = len(rows)
         self.thresholds = thresholds_for(sae, rows, self.ks)
 
@@ -49,11 +51,19 @@ class Progressive(Eval):
         batch, sae, x = seen.batch, seen.sae, seen.inputs.x
         self.tokens += len(x)
         x64 = x.cpu().double()
-        self.sums.add(batch.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64)
-        self.sums.add(batch.predicted_documents, tokens=torch.ones(int(batch.predicted.sum())), ce_clean=batch.losses(batch.clean))
+        self.sums.add(
+            batch.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64
+        )
+        self.sums.add(
+            batch.predicted_documents,
+            tokens=torch.ones(int(batch.predicted.sum())),
+            ce_clean=batch.losses(batch.clean),
+        )
         self._add(seen, "own", (seen.code.values > 0).sum(1), seen.recon, seen.spliced.losses)
         acts = positive(sae, x)
-        widest = acts.topk(self.ks[-1], dim=1)  # the largest first, so that each k' is a beginning of it
+        widest = acts.topk(
+            self.ks[-1], dim=1
+        )  # the largest first, so that each k' is a beginning of it
         for k in self.ks:
             code = Code(widest.values[:, :k], widest.indices[:, :k])
             recon = sae.decode_normalized(code)
@@ -70,22 +80,42 @@ class Progressive(Eval):
 
     def _point(self, name: str, **what: Any) -> dict[str, Any]:
         sums = self.sums
-        return {**what, "l0": ratio(sums[f"l0 {name}"], sums["count"]),
-                "nmse": ratio(sums[f"error {name}"], spread(sums["square"], sums["sum"], sums["count"])),
-                "ce_delta": ratio(sums[f"ce {name}"] - sums["ce_clean"], sums["tokens"])}
+        return {
+            **what,
+            "l0": ratio(sums[f"l0 {name}"], sums["count"]),
+            "nmse": ratio(
+                sums[f"error {name}"], spread(sums["square"], sums["sum"], sums["count"])
+            ),
+            "ce_delta": ratio(sums[f"ce {name}"] - sums["ce_clean"], sums["tokens"]),
+        }
 
     def result(self) -> Result:
         own, everything = self._point("own"), self._point("threshold-0")
-        return Result({
-            "l0": own["l0"], "nmse": own["nmse"], "ce_delta": own["ce_delta"], "ce_clean": ratio(self.sums["ce_clean"], self.sums["tokens"]),
-            "own": own, "topk": [self._point(f"topk-{k}", k=k) for k in self.ks],
-            "threshold": [self._point(f"threshold-{k}", threshold=threshold, wanted=k) for k, threshold in zip(self.ks, self.thresholds)],
-            "all": everything, "n_tokens": self.tokens, "n_documents": len(self.sums),
-            "notes": [f"thresholds were chosen for the L0 they have on the first {self.chosen_on:,} tokens; l0 is what they have on all"]})
+        return Result(
+            {
+                "l0": own["l0"],
+                "nmse": own["nmse"],
+                "ce_delta": own["ce_delta"],
+                "ce_clean": ratio(self.sums["ce_clean"], self.sums["tokens"]),
+                "own": own,
+                "topk": [self._point(f"topk-{k}", k=k) for k in self.ks],
+                "threshold": [
+                    self._point(f"threshold-{k}", threshold=threshold, wanted=k)
+                    for k, threshold in zip(self.ks, self.thresholds)
+                ],
+                "all": everything,
+                "n_tokens": self.tokens,
+                "n_documents": len(self.sums),
+                "notes": [
+                    f"thresholds were chosen for the L0 they have on the first {self.chosen_on:,} tokens; l0 is what they have on all"
+                ],
+            }
+        )
 
 
 def _first_rows(subject: Subject) -> Tensor:
     """Return the first raw activations of the text [m, d]."""
+
     def read() -> Tensor:
         rows: list[Tensor] = []
         for batch in subject.data:
@@ -102,7 +132,11 @@ def _first_rows(subject: Subject) -> Tensor:
 @torch.no_grad()
 def positive(sae: SAE, x: Tensor) -> Tensor:
     """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left out for being too small."""
-    return sae.activate(x).dense(sae.shape.n_latents) if sae.shape.activation in GATES else torch.relu(sae.pre_acts_normalized(x))
+    return (
+        sae.activate(x).dense(sae.shape.n_latents)
+        if sae.shape.activation in GATES
+        else torch.relu(sae.pre_acts_normalized(x))
+    )
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:
@@ -118,7 +152,9 @@ def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
     """
     for l0 in l0s:
         if not 0 < l0 <= sae.shape.n_latents:
-            raise InputError(f"an L0 of {l0:g} is not to be had: give more than 0, and at most the {sae.shape.n_latents} latents")
+            raise InputError(
+                f"an L0 of {l0:g} is not to be had: give more than 0, and at most the {sae.shape.n_latents} latents"
+            )
     if not len(x):
         raise InputError("a threshold needs activations to be chosen on; got none")
     wanted = [round(l0 * len(x)) for l0 in l0s]
@@ -129,8 +165,14 @@ def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
         largest = torch.cat([largest, acts[acts > floor]])
         largest = largest.topk(min(len(largest), max(wanted) + 1)).values
     ends = torch.cat([largest, largest.new_zeros(2)]).double()
-    return [float((ends[min(count, len(largest)) - 1] + ends[min(count, len(largest))]) / 2) if 0 < count <= len(largest) else
-            0.0 if count else float(2 * ends[0]) for count in wanted]
+    return [
+        float((ends[min(count, len(largest)) - 1] + ends[min(count, len(largest))]) / 2)
+        if 0 < count <= len(largest)
+        else 0.0
+        if count
+        else float(2 * ends[0])
+        for count in wanted
+    ]
 
 
 @torch.no_grad()

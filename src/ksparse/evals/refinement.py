@@ -28,7 +28,16 @@ _BINS = np.linspace(-2, 2, 161)  # of (refined - raw) over the mean active value
 class Refinement(Eval):
     """Error and loss of the LM with values as encoded and refined, and the distribution of the difference."""
 
-    beside = ("histogram", "nmse_raw", "nmse_refined", "ce_delta_raw", "ce_delta_refined", "l0", "shift_mean", "shift_median")
+    beside = (
+        "histogram",
+        "nmse_raw",
+        "nmse_refined",
+        "ce_delta_raw",
+        "ce_delta_refined",
+        "l0",
+        "shift_mean",
+        "shift_median",
+    )
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -51,14 +60,31 @@ class Refinement(Eval):
         x64, active = x.cpu().double(), (code.values > 0).cpu()
         raw, refined = code.values.cpu().double(), found.values.cpu()
         shift = refined - raw
-        self.sums.add(batch.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64,
-                      raw=(x64 - seen.recon.cpu().double()).square().sum(1), refined=(x64 - recon.cpu().double()).square().sum(1),
-                      active=active.sum(1), acts=raw.sum(1), shift=shift.sum(1), up=(shift > 0).sum(1),
-                      zeroed=(active & (refined == 0)).sum(1), converged=found.converged)
+        self.sums.add(
+            batch.documents,
+            count=torch.ones(len(x)),
+            square=x64.square().sum(1),
+            sum=x64,
+            raw=(x64 - seen.recon.cpu().double()).square().sum(1),
+            refined=(x64 - recon.cpu().double()).square().sum(1),
+            active=active.sum(1),
+            acts=raw.sum(1),
+            shift=shift.sum(1),
+            up=(shift > 0).sum(1),
+            zeroed=(active & (refined == 0)).sum(1),
+            converged=found.converged,
+        )
         self.shifts.append(shift[active].float())
-        self.shift_documents.append(batch.documents.cpu()[:, None].expand(active.shape)[active].int())
-        self.sums.add(batch.predicted_documents, tokens=torch.ones(int(batch.predicted.sum())), ce_clean=batch.losses(batch.clean),
-                      ce_raw=seen.spliced.losses, ce_refined=seen.losses_with(recon))
+        self.shift_documents.append(
+            batch.documents.cpu()[:, None].expand(active.shape)[active].int()
+        )
+        self.sums.add(
+            batch.predicted_documents,
+            tokens=torch.ones(int(batch.predicted.sum())),
+            ce_clean=batch.losses(batch.clean),
+            ce_raw=seen.spliced.losses,
+            ce_refined=seen.losses_with(recon),
+        )
 
     def _check(self, sae: SAE, x: Tensor, code: Code, found: Refined) -> None:
         """Hold some tokens' errors against those of the exact solution."""
@@ -66,30 +92,62 @@ class Refinement(Eval):
         for row in rows.tolist():
             target = (x[row] - sae.b_pre).cpu().double()
             best = exact(sae, x[row], Code(code.values[row], code.indices[row]))
-            ours, theirs = (_error(sae, target, code.indices[row], values) for values in (found.values[row], best))
-            self.excess = max(self.excess, (ours - theirs) / max(float(target.square().sum()), 1e-300))
+            ours, theirs = (
+                _error(sae, target, code.indices[row], values)
+                for values in (found.values[row], best)
+            )
+            self.excess = max(
+                self.excess, (ours - theirs) / max(float(target.square().sum()), 1e-300)
+            )
         self.checked += len(rows)
 
     def result(self) -> Result:
         sums = self.sums
         error, count = spread(sums["square"], sums["sum"], sums["count"]), sums["count"]
-        active, tokens, ce = sums["active"], sums["tokens"], {name: sums[f"ce_{name}"] for name in ("clean", "raw", "refined")}
+        active, tokens, ce = (
+            sums["active"],
+            sums["tokens"],
+            {name: sums[f"ce_{name}"] for name in ("clean", "raw", "refined")},
+        )
         unit = float(sums["acts"].sum() / max(1.0, active.sum()))
-        shifts, documents = torch.cat(self.shifts).numpy() / (unit or 1.0), torch.cat(self.shift_documents).numpy()
+        shifts, documents = (
+            torch.cat(self.shifts).numpy() / (unit or 1.0),
+            torch.cat(self.shift_documents).numpy(),
+        )
         counts, edges = np.histogram(shifts.clip(_BINS[0], _BINS[-1]), _BINS)
         notes = []
-        if (missed := int(count.sum() - sums["converged"].sum())):
-            notes.append(f"{missed} tokens had not converged after {MOST_STEPS:,} steps; their values are those of the last one")
-        return Result({
-            "nmse_raw": ratio(sums["raw"], error), "nmse_refined": ratio(sums["refined"], error), "nmse_gain": ratio(sums["raw"] - sums["refined"], error),
-            "ce_clean": ratio(ce["clean"], tokens), "ce_delta_raw": ratio(ce["raw"] - ce["clean"], tokens),
-            "ce_delta_refined": ratio(ce["refined"] - ce["clean"], tokens), "ce_gain": ratio(ce["raw"] - ce["refined"], tokens),
-            "shift_mean": ratio(sums["shift"], sums["acts"]), "shift_median": median(shifts, documents), "shift_sd": float(shifts.std()) if len(shifts) else None,
-            "upward": ratio(sums["up"], active), "zeroed": ratio(sums["zeroed"], active), "l0": ratio(active, count),
-            "mean_act": unit, "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-            "converged": ratio(sums["converged"], count), "steps": self.most_steps, "tolerance": TOLERANCE,
-            "exact_tokens": self.checked, "exact_excess": self.excess if self.checked else None,
-            "n_tokens": self.tokens, "n_documents": len(sums), "n_predictions": int(tokens.sum()), "notes": notes})
+        if missed := int(count.sum() - sums["converged"].sum()):
+            notes.append(
+                f"{missed} tokens had not converged after {MOST_STEPS:,} steps; their values are those of the last one"
+            )
+        return Result(
+            {
+                "nmse_raw": ratio(sums["raw"], error),
+                "nmse_refined": ratio(sums["refined"], error),
+                "nmse_gain": ratio(sums["raw"] - sums["refined"], error),
+                "ce_clean": ratio(ce["clean"], tokens),
+                "ce_delta_raw": ratio(ce["raw"] - ce["clean"], tokens),
+                "ce_delta_refined": ratio(ce["refined"] - ce["clean"], tokens),
+                "ce_gain": ratio(ce["raw"] - ce["refined"], tokens),
+                "shift_mean": ratio(sums["shift"], sums["acts"]),
+                "shift_median": median(shifts, documents),
+                "shift_sd": float(shifts.std()) if len(shifts) else None,
+                "upward": ratio(sums["up"], active),
+                "zeroed": ratio(sums["zeroed"], active),
+                "l0": ratio(active, count),
+                "mean_act": unit,
+                "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+                "converged": ratio(sums["converged"], count),
+                "steps": self.most_steps,
+                "tolerance": TOLERANCE,
+                "exact_tokens": self.checked,
+                "exact_excess": self.excess if self.checked else None,
+                "n_tokens": self.tokens,
+                "n_documents": len(sums),
+                "n_predictions": int(tokens.sum()),
+                "notes": notes,
+            }
+        )
 
 
 class Refined(NamedTuple):
@@ -101,7 +159,9 @@ class Refined(NamedTuple):
 
 
 @torch.no_grad()
-def refine(sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, most: int = MOST_STEPS) -> Refined:
+def refine(
+    sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, most: int = MOST_STEPS
+) -> Refined:
     """Return the non-negative values of a code's active latents that have the least squared error on normalised x[b, d].
 
     Projected gradient with Nesterov's momentum, which restarts where it points uphill. A token is done when no component of its
@@ -110,11 +170,21 @@ def refine(sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, mos
     if len(x) != len(code.values):
         raise InputError(f"refinement got {len(x)} activations and codes of {len(code.values)}")
     device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
-    order = (code.values <= 0).long().argsort(dim=1, stable=True)  # active ones first, so that groups are no wider than they must be
+    order = (
+        (code.values <= 0).long().argsort(dim=1, stable=True)
+    )  # active ones first, so that groups are no wider than they must be
     start, indices = (part.gather(1, order).to(device) for part in code)
     start, active = start.double().clamp_min(0), start > 0
-    widths, weight, target = active.sum(1), sae.W_dec.detach().to(device), (x - sae.b_pre).to(device).double()
-    values, converged, steps = torch.zeros_like(start), torch.ones(len(x), dtype=torch.bool, device=device), 0
+    widths, weight, target = (
+        active.sum(1),
+        sae.W_dec.detach().to(device),
+        (x - sae.b_pre).to(device).double(),
+    )
+    values, converged, steps = (
+        torch.zeros_like(start),
+        torch.ones(len(x), dtype=torch.bool, device=device),
+        0,
+    )
     for rows in _groups(widths, weight.shape[1]):
         width = int(widths[rows].max())
         if not width:
@@ -122,10 +192,23 @@ def refine(sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, mos
         directions = weight[indices[rows, :width]].double() * active[rows, :width, None]
         norms = directions.norm(dim=2)
         directions /= torch.where(norms > 0, norms, 1.0)[..., None]
-        gram, pull = directions @ directions.mT, torch.einsum("bkd,bd->bk", directions, target[rows])
+        gram, pull = (
+            directions @ directions.mT,
+            torch.einsum("bkd,bd->bk", directions, target[rows]),
+        )
         found, done, taken = _descend(gram, pull, start[rows, :width] * norms, tolerance, most)
-        values[rows, :width], converged[rows], steps = found / torch.where(norms > 0, norms, 1.0), done, max(steps, taken)
-    return Refined(torch.zeros_like(values).scatter_(1, order.to(device), values).to(x.device if x.device.type != "mps" else "cpu"), converged.cpu(), steps)
+        values[rows, :width], converged[rows], steps = (
+            found / torch.where(norms > 0, norms, 1.0),
+            done,
+            max(steps, taken),
+        )
+    return Refined(
+        torch.zeros_like(values)
+        .scatter_(1, order.to(device), values)
+        .to(x.device if x.device.type != "mps" else "cpu"),
+        converged.cpu(),
+        steps,
+    )
 
 
 def _groups(widths: Tensor, d: int) -> list[Tensor]:
@@ -140,24 +223,35 @@ def _groups(widths: Tensor, d: int) -> list[Tensor]:
     return groups
 
 
-def _descend(gram: Tensor, pull: Tensor, start: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor, int]:
+def _descend(
+    gram: Tensor, pull: Tensor, start: Tensor, tolerance: float, most: int
+) -> tuple[Tensor, Tensor, int]:
     """Minimise z G z / 2 - c z over z >= 0 for G = gram[b, k, k], c = pull[b, k]; return (z, whether converged [b], steps)."""
-    result, converged = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    result, converged = (
+        start.clone(),
+        torch.zeros(len(start), dtype=torch.bool, device=start.device),
+    )
     rows = torch.arange(len(start), device=start.device)
-    rate = 1 / gram.abs().sum(2).amax(1).clamp_min(1e-12)[:, None]  # 1 over a bound of the largest eigenvalue
+    rate = (
+        1 / gram.abs().sum(2).amax(1).clamp_min(1e-12)[:, None]
+    )  # 1 over a bound of the largest eigenvalue
     limit = tolerance * pull.abs().amax(1).clamp_min(1e-300)
     z = ahead = start
     momentum = torch.ones_like(rate)
     for step in range(most + 1):
         if step % CHECK_EVERY == 0 or step == most:
             slope = _times(gram, z) - pull
-            done = torch.minimum(slope.abs(), torch.where(slope > 0, z, slope.abs())).amax(1) <= limit
+            done = (
+                torch.minimum(slope.abs(), torch.where(slope > 0, z, slope.abs())).amax(1) <= limit
+            )
             result[rows], converged[rows] = z, done
             if done.all() or step == most:
                 return result, converged, step
             if done.any():
                 left = ~done
-                rows, gram, pull, rate, limit, z, ahead, momentum = (part[left] for part in (rows, gram, pull, rate, limit, z, ahead, momentum))
+                rows, gram, pull, rate, limit, z, ahead, momentum = (
+                    part[left] for part in (rows, gram, pull, rate, limit, z, ahead, momentum)
+                )
         new = (ahead - rate * (_times(gram, ahead) - pull)).clamp_min(0)
         uphill = ((ahead - new) * (new - z)).sum(1, keepdim=True) > 0
         momentum = torch.where(uphill, 1.0, momentum)
@@ -179,7 +273,13 @@ def exact(sae: SAE, x: Tensor, code: Code) -> Tensor:
     values = torch.zeros(len(active), dtype=torch.float64)
     if active.any():
         directions = sae.W_dec.detach().cpu()[code.indices.cpu()[active]].double().numpy()
-        values[active] = torch.from_numpy(nnls(directions.T, (x - sae.b_pre).detach().cpu().double().numpy(), maxiter=100 * len(directions))[0])
+        values[active] = torch.from_numpy(
+            nnls(
+                directions.T,
+                (x - sae.b_pre).detach().cpu().double().numpy(),
+                maxiter=100 * len(directions),
+            )[0]
+        )
     return values
 
 
@@ -196,4 +296,7 @@ def median(values: np.ndarray, documents: np.ndarray) -> Estimate:
     low, middle, high = np.quantile(values, (0.4, 0.5, 0.6))
     _, inverse = np.unique(documents, return_inverse=True)
     below = ratio(np.bincount(inverse, values < middle), np.bincount(inverse).astype(float))
-    return {"value": float(middle), "se": None if below["se"] is None else float(below["se"] * (high - low) / 0.2)}
+    return {
+        "value": float(middle),
+        "se": None if below["se"] is None else float(below["se"] * (high - low) / 0.2),
+    }

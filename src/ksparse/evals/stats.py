@@ -18,8 +18,13 @@ BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
 BANDS = 4  # of equally many activations of a latent, by size
 BINS = 20  # of a latent's histogram, from 0 to its largest value
 TOKENS = 8  # tokens that a latent fires on most
-BIN, BARS = 0.2, 128  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
-_EXAMPLE_TOKENS = 2**20  # examples are drawn from so many tokens at most, all of whose codes are in memory
+BIN, BARS = (
+    0.2,
+    128,
+)  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
+_EXAMPLE_TOKENS = (
+    2**20
+)  # examples are drawn from so many tokens at most, all of whose codes are in memory
 _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
 
@@ -37,21 +42,38 @@ class Stats(Eval):
 
     def see(self, seen: Seen) -> None:
         raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
-        x, x_hat, y, y_hat = (part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon)))
+        x, x_hat, y, y_hat = (
+            part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon))
+        )
         self.sums.add(
-            seen.batch.documents, count=torch.ones(len(x)), l0=(seen.code.values > 0).sum(1),
-            error=(x - x_hat).square().sum(1), square=x.square().sum(1), sum=x,
-            raw_error=(y - y_hat).square().sum(1), raw_square=y.square().sum(1), raw_sum=y)
+            seen.batch.documents,
+            count=torch.ones(len(x)),
+            l0=(seen.code.values > 0).sum(1),
+            error=(x - x_hat).square().sum(1),
+            square=x.square().sum(1),
+            sum=x,
+            raw_error=(y - y_hat).square().sum(1),
+            raw_square=y.square().sum(1),
+            raw_sum=y,
+        )
         active = seen.code.values > 0
         indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
         bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
-        self.bars.view(-1).index_add_(0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32))
+        self.bars.view(-1).index_add_(
+            0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32)
+        )
         held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
         width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
-        if self.subject.options.examples and held < _EXAMPLE_TOKENS and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES:
+        if (
+            self.subject.options.examples
+            and held < _EXAMPLE_TOKENS
+            and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES
+        ):
             contexts = seen.batch.contexts
             self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
-            self.codes.append(Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu()))
+            self.codes.append(
+                Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu())
+            )
 
     def result(self) -> Result:
         sae, sums = self.subject.sae, self.sums
@@ -61,24 +83,46 @@ class Stats(Eval):
         n = sae.shape.n_latents
         density = self.powers.means[0]
         norms = sae.W_enc.norm(dim=1), sae.W_dec.norm(dim=1)
-        cosine = ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
+        cosine = (
+            ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
+        )
         live = density[density > 0].log10().numpy()
         counts, edges = np.histogram(live, bins=40, range=(-6, 0))
         values = {
             "nmse": nmse,
-            "explained_variance": {"value": 1 - fvu["value"], "se": fvu["se"]} if fvu["value"] is not None else fvu,
+            "explained_variance": {"value": 1 - fvu["value"], "se": fvu["se"]}
+            if fvu["value"] is not None
+            else fvu,
             "l0": ratio(sums["l0"], count),
             "dead_fraction": share(int((density == 0).sum()), n),
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
-            "window": {"before": BEFORE, "after": AFTER}, "bands": bands(self.subject.options.examples), "act_bin": self.bin,
+            "window": {"before": BEFORE, "after": AFTER},
+            "bands": bands(self.subject.options.examples),
+            "act_bin": self.bin,
         }
         if "dead_fraction_training" in sae.metadata:
-            values["dead_fraction_training"] = share(round(sae.metadata["dead_fraction_training"] * n), n)
-        arrays = {"density": density.float(), "mean_act": self.powers.mean_act.float(), "max_act": self.powers.largest,
-                  "encoder_norm": norms[0].detach().cpu(), "cosine": cosine, "power_means": self.powers.means[1:].float(), **self._bars(), **self._examples()}
+            values["dead_fraction_training"] = share(
+                round(sae.metadata["dead_fraction_training"] * n), n
+            )
+        arrays = {
+            "density": density.float(),
+            "mean_act": self.powers.mean_act.float(),
+            "max_act": self.powers.largest,
+            "encoder_norm": norms[0].detach().cpu(),
+            "cosine": cosine,
+            "power_means": self.powers.means[1:].float(),
+            **self._bars(),
+            **self._examples(),
+        }
         held, read = sum(map(len, self.tokens)), self.subject.data.contexts
-        values["notes"] = [f"examples, and what is counted beside them, are of the first {held:,} of {read:,} contexts"] if 0 < held < read else []
+        values["notes"] = (
+            [
+                f"examples, and what is counted beside them, are of the first {held:,} of {read:,} contexts"
+            ]
+            if 0 < held < read
+            else []
+        )
         vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
@@ -96,23 +140,44 @@ class Stats(Eval):
         tokens = torch.cat(self.tokens)
         values, indices = Code.joined(self.codes)
         context, position, slot = (values > 0).nonzero(as_tuple=True)
-        value, latent = values[context, position, slot].float().numpy(), indices[context, position, slot].numpy()
+        value, latent = (
+            values[context, position, slot].float().numpy(),
+            indices[context, position, slot].numpy(),
+        )
         token = tokens[context, position].numpy()
         context, position = context.numpy(), position.numpy()
-        noise, other_noise = np.random.default_rng(self.subject.options.seed).random((2, len(value)), np.float32)
+        noise, other_noise = np.random.default_rng(self.subject.options.seed).random(
+            (2, len(value)), np.float32
+        )
         m, n = self.subject.options.examples, self.subject.sae.shape.n_latents
-        drawn = {"top": best_per_group(latent, context, value, n, m), "random": best_per_group(latent, context, noise, n, m),
-                 "band": best_per_band(latent, context, value, other_noise, n, m)}
+        drawn = {
+            "top": best_per_group(latent, context, value, n, m),
+            "random": best_per_group(latent, context, noise, n, m),
+            "band": best_per_band(latent, context, value, other_noise, n, m),
+        }
         arrays: dict[str, Tensor] = {}
         for kind, (chosen, place) in drawn.items():
             for name, column in (("context", context), ("position", position), ("value", value)):
-                out = np.full((n, m), -1 if name != "value" else 0, np.int32 if name != "value" else np.float32)
+                out = np.full(
+                    (n, m),
+                    -1 if name != "value" else 0,
+                    np.int32 if name != "value" else np.float32,
+                )
                 out[latent[chosen], place] = column[chosen]
                 arrays[f"{kind}_{name}"] = torch.from_numpy(out)
-            arrays[f"{kind}_acts"] = windows(values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"])
-        counted = {"histogram": histograms(latent, value, self.powers.largest.numpy()), **fired_on(latent, token, n, self.subject.lm.vocab),
-                   **together.companions(context * tokens.shape[1] + position, latent, n)}
-        return arrays | {"contexts": tokens.int()} | {name: torch.from_numpy(array) for name, array in counted.items()}
+            arrays[f"{kind}_acts"] = windows(
+                values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"]
+            )
+        counted = {
+            "histogram": histograms(latent, value, self.powers.largest.numpy()),
+            **fired_on(latent, token, n, self.subject.lm.vocab),
+            **together.companions(context * tokens.shape[1] + position, latent, n),
+        }
+        return (
+            arrays
+            | {"contexts": tokens.int()}
+            | {name: torch.from_numpy(array) for name, array in counted.items()}
+        )
 
 
 def bands(examples: int) -> dict[str, int]:
@@ -121,11 +186,15 @@ def bands(examples: int) -> dict[str, int]:
     return {"count": count, "each": examples // max(1, count)}
 
 
-def best_per_band(latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+def best_per_band(
+    latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the largest activations' band."""
     count, each = bands(m).values()
     band = band_of(latent, value, n, count)
-    chosen, place = best_per_group(latent.astype(np.int64) * count + band, context, rank, n * count, each)
+    chosen, place = best_per_group(
+        latent.astype(np.int64) * count + band, context, rank, n * count, each
+    )
     return chosen, band[chosen] * each + place
 
 
@@ -140,10 +209,16 @@ def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.nda
 def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Count each latent's activations in bins of equal width from 0 to its largest value, [n, BINS]."""
     at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
-    return np.bincount(latent * BINS + at, minlength=len(largest) * BINS).reshape(-1, BINS).astype(np.int32)
+    return (
+        np.bincount(latent * BINS + at, minlength=len(largest) * BINS)
+        .reshape(-1, BINS)
+        .astype(np.int32)
+    )
 
 
-def fired_on(latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int) -> dict[str, np.ndarray]:
+def fired_on(
+    latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int
+) -> dict[str, np.ndarray]:
     """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and on_share, of its activations."""
     pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
     owner = pairs // vocabulary
@@ -162,11 +237,15 @@ def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarr
     return square - 2 * total @ mean + count * (mean @ mean)
 
 
-def best_per_group(latent: np.ndarray, context: np.ndarray, rank: np.ndarray, n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+def best_per_group(
+    latent: np.ndarray, context: np.ndarray, rank: np.ndarray, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return which entries are the m of highest rank of their latent, at most one of each context, and their place in 0..m-1."""
     order = np.lexsort((-rank, context, latent))
     first = np.ones(len(order), bool)
-    first[1:] = (latent[order][1:] != latent[order][:-1]) | (context[order][1:] != context[order][:-1])
+    first[1:] = (latent[order][1:] != latent[order][:-1]) | (
+        context[order][1:] != context[order][:-1]
+    )
     order = order[first]
     order = order[np.lexsort((-rank[order], latent[order]))]
     starts = np.searchsorted(latent[order], np.arange(n))
@@ -184,7 +263,10 @@ def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) 
         part = slice(first, first + size)
         at = position[part, :, None].long() + offsets
         inside = (at >= 0) & (at < values.shape[1]) & (context[part, :, None] >= 0)
-        rows, columns = context[part, :, None].long().clamp_min(0).expand_as(at), at.clamp(0, values.shape[1] - 1)
+        rows, columns = (
+            context[part, :, None].long().clamp_min(0).expand_as(at),
+            at.clamp(0, values.shape[1] - 1),
+        )
         latents = torch.arange(first, min(first + size, n)).view(-1, 1, 1, 1)
         hit = indices[rows, columns] == latents
         out[part] = ((values[rows, columns] * hit).sum(-1) * inside).half()

@@ -35,10 +35,14 @@ class Subspaces(Eval):
         options, sae = self.subject.options, self.subject.sae
         self.live = np.flatnonzero(self.firing.density > 0)
         if len(self.live) < 2 * NEIGHBOURS:
-            raise InputError(f"subspaces needs at least {2 * NEIGHBOURS} latents that fire on the text; {len(self.live)} do. Give more --tokens")
+            raise InputError(
+                f"subspaces needs at least {2 * NEIGHBOURS} latents that fire on the text; {len(self.live)} do. Give more --tokens"
+            )
         observe("decomposing the encoder", 0, 3)
         draw = np.random.default_rng([options.seed, 7])
-        self.shares, self.sizes = shares(sae.W_enc.detach()[torch.from_numpy(self.live).to(sae.W_enc.device)])
+        self.shares, self.sizes = shares(
+            sae.W_enc.detach()[torch.from_numpy(self.live).to(sae.W_enc.device)]
+        )
         self.sample = np.sort(draw.permutation(len(self.live))[: options.subspace_rows])
         observe("ordering latents", 1, 3)
         rows = self.shares[torch.from_numpy(self.sample)].numpy()
@@ -60,21 +64,50 @@ class Subspaces(Eval):
         norms = sae.W_enc.detach().norm(dim=1).cpu().double().numpy()
         tokens = np.where(firing.often, firing.effective_tokens(), np.nan)
         ordered = self.sample[self.order]
-        notes = [f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are looked at"]
+        notes = [
+            f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are looked at"
+        ]
         if len(self.sample) < len(self.live):
-            notes.append(f"{len(self.sample):,} of them, drawn at random, were put into an order; the others were then dealt by the directions that they read")
+            notes.append(
+                f"{len(self.sample):,} of them, drawn at random, were put into an order; the others were then dealt by the directions that they read"
+            )
         values = {
-            "separation": cut.separation, "separation_of_noise": self.chance, "latents_share": float(first.mean()),
-            "dims_share": len(cut.dims) / rows.shape[1], "n_live": len(self.live), "n_ordered": len(self.sample),
-            "own_share": [float(own[first].mean()) if first.any() else None, float(1 - own[~first].mean()) if (~first).any() else None],
-            "sides": {name: _side(self.live[where], norms, tokens, firing.density) for name, where in parts.items()},
-            "cut": cut.at / len(ordered), "along_order": [float(part.mean()) for part in np.array_split(own[ordered], min(_CELLS, len(ordered)))],
-            "by_direction": {name: rows[where].mean(0).tolist() for name, where in parts.items() if where.any()},
-            "singular_values": self.sizes.tolist(), "notes": notes}
+            "separation": cut.separation,
+            "separation_of_noise": self.chance,
+            "latents_share": float(first.mean()),
+            "dims_share": len(cut.dims) / rows.shape[1],
+            "n_live": len(self.live),
+            "n_ordered": len(self.sample),
+            "own_share": [
+                float(own[first].mean()) if first.any() else None,
+                float(1 - own[~first].mean()) if (~first).any() else None,
+            ],
+            "sides": {
+                name: _side(self.live[where], norms, tokens, firing.density)
+                for name, where in parts.items()
+            },
+            "cut": cut.at / len(ordered),
+            "along_order": [
+                float(part.mean())
+                for part in np.array_split(own[ordered], min(_CELLS, len(ordered)))
+            ],
+            "by_direction": {
+                name: rows[where].mean(0).tolist() for name, where in parts.items() if where.any()
+            },
+            "singular_values": self.sizes.tolist(),
+            "notes": notes,
+        }
         side = np.full(sae.shape.n_latents, -1)
         side[self.live] = np.where(first, 0, 1)
-        return Result(values, {"order": torch.from_numpy(self.live[ordered].astype(np.int32)), "side": torch.from_numpy(side.astype(np.int8)),
-                               "dims": torch.from_numpy(cut.dims.astype(np.int32)), "encoder_norm": torch.from_numpy(norms).float()})
+        return Result(
+            values,
+            {
+                "order": torch.from_numpy(self.live[ordered].astype(np.int32)),
+                "side": torch.from_numpy(side.astype(np.int8)),
+                "dims": torch.from_numpy(cut.dims.astype(np.int32)),
+                "encoder_norm": torch.from_numpy(norms).float(),
+            },
+        )
 
 
 class Split(NamedTuple):
@@ -129,14 +162,24 @@ def _fiedler(rows: np.ndarray) -> np.ndarray:
     away /= width[None, :]
     kernel = np.exp(away, out=away)
     root = 1 / np.sqrt(kernel.sum(1))
-    known = 1 / root / np.linalg.norm(1 / root)  # the first eigenvector, of value 1, which is taken out
+    known = (
+        1 / root / np.linalg.norm(1 / root)
+    )  # the first eigenvector, of value 1, which is taken out
 
     def times(v: np.ndarray) -> np.ndarray:
         v = v.ravel()
-        return root * (kernel @ (root * v)) + v - 2 * known * (known @ v)  # one more on all but the known one: nothing is negative
+        return (
+            root * (kernel @ (root * v)) + v - 2 * known * (known @ v)
+        )  # one more on all but the known one: nothing is negative
 
     start = np.random.default_rng(0).standard_normal(m)
-    _, vectors = eigsh(LinearOperator((m, m), matvec=times), k=1, which="LA", v0=start - known * (known @ start), tol=1e-6)
+    _, vectors = eigsh(
+        LinearOperator((m, m), matvec=times),
+        k=1,
+        which="LA",
+        v0=start - known * (known @ start),
+        tol=1e-6,
+    )
     return vectors[:, 0] * root
 
 
@@ -144,8 +187,12 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
     try:
         from umap import UMAP
     except ModuleNotFoundError:
-        raise InputError("--ordering umap needs the package umap-learn: pip install 'ksparse[umap]'; spectral needs nothing") from None
-    return UMAP(n_components=1, n_neighbors=min(NEIGHBOURS, len(rows) - 1), random_state=seed, n_jobs=1).fit_transform(rows)[:, 0]
+        raise InputError(
+            "--ordering umap needs the package umap-learn: pip install 'ksparse[umap]'; spectral needs nothing"
+        ) from None
+    return UMAP(
+        n_components=1, n_neighbors=min(NEIGHBOURS, len(rows) - 1), random_state=seed, n_jobs=1
+    ).fit_transform(rows)[:, 0]
 
 
 def split(rows: np.ndarray) -> Split:
@@ -156,7 +203,9 @@ def split(rows: np.ndarray) -> Split:
     at = np.arange(least, m - least + 1)
     left = before[at - 1] / at[:, None]
     right = (before[-1] - before[at - 1]) / (m - at)[:, None]
-    gaps = np.maximum(left - right, 0).sum(1)  # sum over the left's directions of left - right: own share of both, less 1
+    gaps = np.maximum(left - right, 0).sum(
+        1
+    )  # sum over the left's directions of left - right: own share of both, less 1
     best = int(np.argmax(gaps * np.sqrt(at * (m - at))))  # means of few rows differ by chance alone
     mine = left[best] > right[best]
     own = rows[:, mine].sum(1)
@@ -166,7 +215,13 @@ def split(rows: np.ndarray) -> Split:
     return Split(int(m - at[best]), True, np.flatnonzero(~mine), float(gaps[best]), 1 - border)
 
 
-def _side(latents: np.ndarray, norms: np.ndarray, tokens: np.ndarray, density: np.ndarray) -> dict[str, Any]:
+def _side(
+    latents: np.ndarray, norms: np.ndarray, tokens: np.ndarray, density: np.ndarray
+) -> dict[str, Any]:
     """Return what the latents on a side are like: quartiles of their encoder norm, effective tokens and density."""
-    return {"n_latents": len(latents), "encoder_norm": quartiles(norms[latents]), "effective_tokens": quartiles(tokens[latents]),
-            "density": quartiles(density[latents])}
+    return {
+        "n_latents": len(latents),
+        "encoder_norm": quartiles(norms[latents]),
+        "effective_tokens": quartiles(tokens[latents]),
+        "density": quartiles(density[latents]),
+    }

@@ -49,7 +49,14 @@ class Rows:
         chosen = self.train == train
         number = torch.where(chosen, chosen.long().cumsum(0) - 1, -1)
         here = number[self.owner] >= 0
-        return Rows(self.name, self.x[here], number[self.owner[here]], self.label[chosen], self.cluster[chosen], self.train[chosen])
+        return Rows(
+            self.name,
+            self.x[here],
+            number[self.owner[here]],
+            self.label[chosen],
+            self.cluster[chosen],
+            self.train[chosen],
+        )
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,10 @@ def text_tasks(lm: LM, acts: Acts, options: EvalOptions) -> Tasks:
         chosen, train = _halves(task.texts, task.labels, options.probe_rows)
         texts = [task.texts[i] for i in chosen]
         x, owner, unseen = _activations(lm, acts, texts, options)
-        label, cluster, side = (torch.tensor(column, device=x.device) for column in (
-            [task.labels[i] for i in chosen], [_key(text) for text in texts], train))
+        label, cluster, side = (
+            torch.tensor(column, device=x.device)
+            for column in ([task.labels[i] for i in chosen], [_key(text) for text in texts], train)
+        )
         return Rows(name, x, owner, label, cluster, side, unseen)
 
     return Tasks(Path(options.suite).name, tuple(found), rows, {})
@@ -93,24 +102,36 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:7], "big")
 
 
-def _halves(texts: tuple[str, ...], labels: tuple[int, ...], most: int) -> tuple[list[int], list[bool]]:
+def _halves(
+    texts: tuple[str, ...], labels: tuple[int, ...], most: int
+) -> tuple[list[int], list[bool]]:
     """Return which rows are used, as balanced as the task is, and which of them are for training: every other text of a label."""
     share = min(1.0, most / len(texts))
     chosen, train = [], []
     for label in (0, 1):
-        mine = sorted((i for i, own in enumerate(labels) if own == label), key=lambda i: _key(texts[i]))
+        mine = sorted(
+            (i for i, own in enumerate(labels) if own == label), key=lambda i: _key(texts[i])
+        )
         mine = mine[: round(share * len(mine))]
         number = {text: rank for rank, text in enumerate(dict.fromkeys(texts[i] for i in mine))}
         chosen += mine
         train += [number[texts[i]] % 2 == 0 for i in mine]
-    first = {texts[i]: side for i, side in zip(reversed(chosen), reversed(train))}  # a text of both labels is on one side
+    first = {
+        texts[i]: side for i, side in zip(reversed(chosen), reversed(train))
+    }  # a text of both labels is on one side
     return chosen, [first[texts[i]] for i in chosen]
 
 
 @torch.inference_mode()
-def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def _activations(
+    lm: LM, acts: Acts, texts: list[str], options: EvalOptions
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Return x[m, d], the text that each is of, and the tokens that each text longer than `probe_tokens` loses; texts of like length run together, padded behind their end."""
-    head = [lm.tokenizer.bos_token_id] if acts.bos == "auto" and lm.tokenizer.bos_token_id is not None else []
+    head = (
+        [lm.tokenizer.bos_token_id]
+        if acts.bos == "auto" and lm.tokenizer.bos_token_id is not None
+        else []
+    )
     room = min(options.probe_tokens, lm.context or options.probe_tokens) - len(head)
     ids = lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = [head + (own[-room:] or [_filler(lm)]) for own in ids]
@@ -118,13 +139,18 @@ def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> 
     xs, owners = [], []
     for group in (order[at : at + acts.lm_batch] for at in range(0, len(order), acts.lm_batch)):
         longest = max(len(tokens[i]) for i in group)
-        batch = torch.tensor([tokens[i] + [tokens[i][-1]] * (longest - len(tokens[i])) for i in group], device=lm.device)
+        batch = torch.tensor(
+            [tokens[i] + [tokens[i][-1]] * (longest - len(tokens[i])) for i in group],
+            device=lm.device,
+        )
         lengths = torch.tensor([len(tokens[i]) for i in group], device=lm.device)
         place = torch.arange(longest, device=lm.device)
         wanted = place == lengths[:, None] - 1
         if options.position != "last":  # not the first position, where there is another
             wanted = (place < lengths[:, None]) & ((place > 0) | (lengths[:, None] == 1))
-        x = lm.acts(batch, torch.ones_like(batch, dtype=torch.bool))  # what follows a token does not reach it
+        x = lm.acts(
+            batch, torch.ones_like(batch, dtype=torch.bool)
+        )  # what follows a token does not reach it
         xs.append(x[wanted])
         owners.append(torch.tensor(group, device=lm.device)[wanted.nonzero()[:, 0]])
     x, owner = torch.cat(xs), torch.cat(owners)
@@ -133,7 +159,9 @@ def _activations(lm: LM, acts: Acts, texts: list[str], options: EvalOptions) -> 
 
 
 def _filler(lm: LM) -> int:
-    return next((i for i in (lm.tokenizer.unk_token_id, lm.tokenizer.eos_token_id) if i is not None), 0)
+    return next(
+        (i for i in (lm.tokenizer.unk_token_id, lm.tokenizer.eos_token_id) if i is not None), 0
+    )
 
 
 # ---- Python source -----------------------------------------------------------------------------------------------
@@ -144,8 +172,10 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
     from ksparse.pylm.labels import TASKS
 
     if options.position != "last":
-        raise InputError(f"position {options.position!r} is for tasks on texts; the built-in tasks are on tokens: leave it at 'last', "
-                         "or name a folder of texts with --suite")
+        raise InputError(
+            f"position {options.position!r} is for tasks on texts; the built-in tasks are on tokens: leave it at 'last', "
+            "or name a folder of texts with --suite"
+        )
     pool = _Pool(lm, acts)
     wanted = _TOKENS_PER_ROW * options.probe_rows
     for number, (_, source) in enumerate(pylm.documents("held-out")):
@@ -159,7 +189,9 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
     for column, task in enumerate(TASKS):
         rows = _balanced(labels[:, column], document, options.probe_rows, generator)
         if len(rows) < 4 * LEAST:
-            left_out[task.name] = f"only {len(rows) // 4} rows of the rarer label in a half of {len(document):,} tokens; {LEAST} are needed"
+            left_out[task.name] = (
+                f"only {len(rows) // 4} rows of the rarer label in a half of {len(document):,} tokens; {LEAST} are needed"
+            )
         else:
             chosen[task.name] = rows
     needed = np.unique(np.concatenate(list(chosen.values())))
@@ -168,24 +200,47 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
     def rows(name: str) -> Rows:
         mine, column = chosen[name], next(i for i, task in enumerate(TASKS) if task.name == name)
         at = torch.from_numpy(np.searchsorted(needed, mine)).to(x.device)
-        label, cluster, train = (torch.from_numpy(each).to(x.device) for each in (
-            labels[mine, column].astype(np.int64), document[mine], document[mine] % 2 == 0))
+        label, cluster, train = (
+            torch.from_numpy(each).to(x.device)
+            for each in (
+                labels[mine, column].astype(np.int64),
+                document[mine],
+                document[mine] % 2 == 0,
+            )
+        )
         return Rows(name, x[at], torch.arange(len(mine), device=x.device), label, cluster, train)
 
-    notes = [f"{len(document):,} tokens of {len(pool.labels)} held-out files to draw rows from", *lost(pool.unseen, len(pool.labels), "files", _PER_FILE, "end")]
+    notes = [
+        f"{len(document):,} tokens of {len(pool.labels)} held-out files to draw rows from",
+        *lost(pool.unseen, len(pool.labels), "files", _PER_FILE, "end"),
+    ]
     return Tasks("python", tuple(chosen), rows, left_out, tuple(notes))
 
 
 def lost(unseen: Sequence[int], of: int, what: str, limit: int, where: str) -> list[str]:
     """Return a note on texts that were cut, if any were."""
-    return [f"{len(unseen):,} of {of:,} {what} are longer than {limit:,} tokens and lose their {where}: {sum(unseen):,} tokens were not seen"] if unseen else []
+    return (
+        [
+            f"{len(unseen):,} of {of:,} {what} are longer than {limit:,} tokens and lose their {where}: {sum(unseen):,} tokens were not seen"
+        ]
+        if unseen
+        else []
+    )
 
 
-def _balanced(labels: np.ndarray, document: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
+def _balanced(
+    labels: np.ndarray, document: np.ndarray, most: int, generator: np.random.Generator
+) -> np.ndarray:
     """Return tokens, as many of each label in each half, at most `most` in all."""
-    groups = [np.flatnonzero((labels == label) & (document % 2 == half)) for half in (0, 1) for label in (0, 1)]
+    groups = [
+        np.flatnonzero((labels == label) & (document % 2 == half))
+        for half in (0, 1)
+        for label in (0, 1)
+    ]
     size = min(most // 4, *map(len, groups))
-    return np.sort(np.concatenate([generator.choice(group, size, replace=False) for group in groups]))
+    return np.sort(
+        np.concatenate([generator.choice(group, size, replace=False) for group in groups])
+    )
 
 
 class _Pool:
@@ -204,7 +259,9 @@ class _Pool:
         """Add a file, if Python can parse it."""
         from ksparse.pylm.labels import labels
 
-        found = self.lm.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = self.lm.tokenizer(
+            source, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids, offsets = found["input_ids"][:_PER_FILE], found["offset_mapping"][:_PER_FILE]
         try:
             own = labels(source, offsets)

@@ -24,7 +24,11 @@ def companions(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.nd
     token, latent, tokens = token[few], latent[few], int(token[few].max(initial=-1)) + 1
     fires = csr_array((np.ones(len(latent), np.float32), (token, latent)), shape=(tokens, n))
     fired = np.bincount(latent, minlength=n).astype(np.float64)
-    other, phi, count = np.full((n, LISTED), -1, np.int32), np.zeros((n, LISTED), np.float32), np.zeros((n, LISTED), np.int32)
+    other, phi, count = (
+        np.full((n, LISTED), -1, np.int32),
+        np.zeros((n, LISTED), np.float32),
+        np.zeros((n, LISTED), np.int32),
+    )
     step = max(1, _CELLS // n)
     by_latent = fires.T.tocsr()
     for first in range(0, n, step):
@@ -45,7 +49,9 @@ def companions(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.nd
 def correlation(both: np.ndarray, one: np.ndarray, other: np.ndarray, tokens: int) -> np.ndarray:
     """Return phi = (n n11 - n1 n2) / sqrt(n1 (n - n1) n2 (n - n2)) from counts over n tokens; 0 where a latent fires always."""
     spread = one * (tokens - one) * other * (tokens - other)
-    return np.where(spread > 0, (tokens * both - one * other) / np.sqrt(np.where(spread > 0, spread, 1)), 0)
+    return np.where(
+        spread > 0, (tokens * both - one * other) / np.sqrt(np.where(spread > 0, spread, 1)), 0
+    )
 
 
 def _fewer(token: np.ndarray, tokens: int) -> np.ndarray:

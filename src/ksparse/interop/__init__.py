@@ -1,10 +1,10 @@
 """Other libraries' formats: one file each, with a table of its keys; all are read and written, or say why not.
 
-    load       an SAE of any format, recognised by what is there        convert, write     one in another's format
-    hub        a repository on the Hub, with a card                    neuronpedia, atoms   what Neuronpedia and OpenAI's viewer show, of a run
+load       an SAE of any format, recognised by what is there        convert, write     one in another's format
+hub        a repository on the Hub, with a card                    neuronpedia, atoms   what Neuronpedia and OpenAI's viewer show, of a run
 
-    sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
-    foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places
+sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
+foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from typing import Protocol
 
 from ksparse import files
 from ksparse.errors import InputError
-from ksparse.interop import dictionary_learning, fit, foreign, gemma_scope, llamascopium, openai, sae_lens, sparsify
+from ksparse.interop import (
+    dictionary_learning,
+    fit,
+    foreign,
+    gemma_scope,
+    llamascopium,
+    openai,
+    sae_lens,
+    sparsify,
+)
 from ksparse.interop.fit import Normalization
 from ksparse.runs import RunFolder
 from ksparse.sae import store
@@ -43,8 +52,14 @@ class Format(Protocol):
     def write(self, sae: SAE, folder: Path) -> None: ...
 
 
-FORMATS: dict[str, Format] = {"sae_lens": sae_lens, "sparsify": sparsify, "dictionary_learning": dictionary_learning, "openai": openai,
-                              "gemma_scope": gemma_scope, "llamascopium": llamascopium}
+FORMATS: dict[str, Format] = {
+    "sae_lens": sae_lens,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "openai": openai,
+    "gemma_scope": gemma_scope,
+    "llamascopium": llamascopium,
+}
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
@@ -63,7 +78,9 @@ def _load(path: Path) -> SAE:
         inside = _folders_with_saes(path)
         if inside:
             more = " …" if len(inside) > 8 else ""
-            raise InputError(f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name one (subfolder=…)")
+            raise InputError(
+                f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name one (subfolder=…)"
+            )
     return store.load(path)
 
 
@@ -78,21 +95,44 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
     form = FORMATS.get(to)
     if form is None:
         near = difflib.get_close_matches(to, FORMATS, 1)
-        raise InputError(f"there is no format {to!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}"))
+        raise InputError(
+            f"there is no format {to!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}")
+        )
     fitted = fit.fitted(
         sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
     )
     files.check_replaceable(Path(folder))
     with files.committed(Path(folder)) as tmp:
         form.write(fitted, tmp)
-        files.write_json(tmp / SIDECAR, {"format": store.FORMAT, "activation": fitted.shape.activation, "k": fitted.shape.k, "metadata": sae.metadata})
+        files.write_json(
+            tmp / SIDECAR,
+            {
+                "format": store.FORMAT,
+                "activation": fitted.shape.activation,
+                "k": fitted.shape.k,
+                "metadata": sae.metadata,
+            },
+        )
 
 
-def convert(source: Path | str, folder: Path | str, to: str, *, revision: str | None = None, subfolder: str = "",
-            normalization: Normalization = "exact") -> SAE:
+def convert(
+    source: Path | str,
+    folder: Path | str,
+    to: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    normalization: Normalization = "exact",
+) -> SAE:
     """Write an SAE of any format as a folder in another; return what is read from there."""
     foreign.new_folder(folder)
-    write(load(source, revision=revision, subfolder=subfolder), folder, to, normalization=normalization)
+    write(
+        load(source, revision=revision, subfolder=subfolder),
+        folder,
+        to,
+        normalization=normalization,
+    )
     return load(folder)
 
 
@@ -104,7 +144,9 @@ def _read(form: Format, place: Path) -> SAE:
     """Read an SAE of another format, with what its sidecar says."""
     folder = place if place.is_dir() else place.parent
     ours = (folder / SIDECAR).is_file()
-    if (folder / files.MANIFEST).is_file() and (ours or "sha256" in foreign.json_file(folder / files.MANIFEST).table):
+    if (folder / files.MANIFEST).is_file() and (
+        ours or "sha256" in foreign.json_file(folder / files.MANIFEST).table
+    ):
         files.verify(folder)
     try:
         sae = form.read(place)
@@ -119,7 +161,9 @@ def _read(form: Format, place: Path) -> SAE:
     )
     store.check_metadata(said["metadata"] or {}, folder / SIDECAR)
     if sae.shape.activation == said["activation"]:
-        sae.shape = dataclasses.replace(sae.shape, k=said["k"])  # most activations need none to be used, so most formats have none
+        sae.shape = dataclasses.replace(
+            sae.shape, k=said["k"]
+        )  # most activations need none to be used, so most formats have none
     sae.metadata = dict(said["metadata"] or sae.metadata)
     return sae
 

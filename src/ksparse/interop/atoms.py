@@ -38,11 +38,15 @@ def atom(shown: Shown, latent: int) -> dict[str, Any]:
     scale = _BAR / shown.stats["act_bin"]
     first, second, third, fourth = shown.moments(latent)
     return {
-        "density": float(shown.arrays["density"][latent]), "mean_act": first * scale, "mean_act_squared": second * scale**2,
-        "skew": third / second**1.5 if second else None, "kurtosis": fourth / second**2 if second else None,
+        "density": float(shown.arrays["density"][latent]),
+        "mean_act": first * scale,
+        "mean_act_squared": second * scale**2,
+        "skew": third / second**1.5 if second else None,
+        "kurtosis": fourth / second**2 if second else None,
         "hist": {str(bar): count for bar, count in shown.bars(latent).items()},
         "random": [_sequence(shown, each, scale) for each in shown.examples(latent, "random")],
-        "top": [_sequence(shown, each, scale) for each in shown.examples(latent, "top")]}
+        "top": [_sequence(shown, each, scale) for each in shown.examples(latent, "top")],
+    }
 
 
 def ablated(shown: Shown, row: int) -> dict[str, Any]:
@@ -52,7 +56,14 @@ def ablated(shown: Shown, row: int) -> dict[str, Any]:
     at, latent = int(table["position"][row]), int(table["latent"][row])
     acts = [0.0] * len(tokens)
     for each in shown.examples(latent, "top"):
-        start = next((first for first in range(len(tokens)) if first + each.at == at and tokens[first : first + len(each.tokens)] == each.tokens), None)
+        start = next(
+            (
+                first
+                for first in range(len(tokens))
+                if first + each.at == at and tokens[first : first + len(each.tokens)] == each.tokens
+            ),
+            None,
+        )
         if start is not None:
             acts[start : start + len(each.acts)] = each.acts
     acts[at] = float(table["value"][row])
@@ -65,19 +76,39 @@ def ablated(shown: Shown, row: int) -> dict[str, Any]:
         return [empty] * at + list(values[:horizon]) + [empty] * (predictions - at - horizon)
 
     finite = {name: np.nan_to_num(table[name][row]).tolist() for name in ("loss_difference", "kl")}
-    sequence |= {"ablate_loss_diff": spread(finite["loss_difference"], 0.0), "kl": spread(finite["kl"], 0.0)}
+    sequence |= {
+        "ablate_loss_diff": spread(finite["loss_difference"], 0.0),
+        "kl": spread(finite["kl"], 0.0),
+    }
     for way in ("up", "down"):
         strings = [shown.strings(each) for each in table[f"{way}_tokens"][row].tolist()]
         logits = table[f"{way}_values"][row].astype(float).tolist()
-        sequence |= {f"top_{way}vote_tokens_logits": spread(strings, []), f"top_{way}votes_logits": spread(logits, []),
-                     f"top_{way}vote_tokens_probs": [[]] * predictions, f"top_{way}votes_probs": [[]] * predictions}
-    return {**{key: value for key, value in atom(shown, latent).items() if key not in ("random", "top")}, "random": [], "top": [sequence]}
+        sequence |= {
+            f"top_{way}vote_tokens_logits": spread(strings, []),
+            f"top_{way}votes_logits": spread(logits, []),
+            f"top_{way}vote_tokens_probs": [[]] * predictions,
+            f"top_{way}votes_probs": [[]] * predictions,
+        }
+    return {
+        **{
+            key: value for key, value in atom(shown, latent).items() if key not in ("random", "top")
+        },
+        "random": [],
+        "top": [sequence],
+    }
 
 
 def _sequence(shown: Shown, example: Example, scale: float) -> dict[str, Any]:
     acts = [round(act * scale, 6) for act in example.acts]
-    return {"density": float(np.mean(np.array(acts) > 0)), "doc_id": example.context, "idx": example.at, "acts": acts, "act": acts[example.at],
-            "tokens": shown.strings(example.tokens), "token_ints": example.tokens}
+    return {
+        "density": float(np.mean(np.array(acts) > 0)),
+        "doc_id": example.context,
+        "idx": example.at,
+        "acts": acts,
+        "act": acts[example.at],
+        "tokens": shown.strings(example.tokens),
+        "token_ints": example.tokens,
+    }
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -36,15 +36,23 @@ from ksparse.interop.foreign import Settings, Weights
 from ksparse.sae.model import SAE, Shape
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-HOLDS = {activation: ("none",) for activation in ("topk", "batch_topk", "relu", "jump_relu", "gated")}
+HOLDS = {
+    activation: ("none",) for activation in ("topk", "batch_topk", "relu", "jump_relu", "gated")
+}
 UNIT_ROWS = True
 """Those who load its files want decoder rows of norm 1, so a constant of the data set goes into the
 latents' unit.
 """
 _LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
 _MATRICES = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
-_TRAINERS = {"AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer", "AutoEncoder": "StandardTrainer",
-             "AutoEncoderNew": "StandardTrainerAprilUpdate", "GatedAutoEncoder": "GatedSAETrainer", "JumpReluAutoEncoder": "JumpReluTrainer"}
+_TRAINERS = {
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderNew": "StandardTrainerAprilUpdate",
+    "GatedAutoEncoder": "GatedSAETrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+}
 
 
 def find(path: Path) -> Path | None:
@@ -67,7 +75,11 @@ def read(file: Path) -> SAE:
     trainer = settings.under("trainer") if settings else None
     kind = _kind(weights, trainer)
     shape, tensors = _READ[kind](weights, trainer)
-    weights.finish(("group_sizes", "threshold") if kind in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE") else ())
+    weights.finish(
+        ("group_sizes", "threshold")
+        if kind in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE")
+        else ()
+    )
     normalize: dict[str, Any] = {"normalize": "none"}
     if backup and found.get("norm_factor") is not None:
         factor = foreign.tensors_of(file, {"norm_factor": found["norm_factor"]}).number(
@@ -87,17 +99,35 @@ def read(file: Path) -> SAE:
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files of an SAE that this format can hold."""
     kind, tensors = _theirs(sae)
-    numbers = {"topk": {"k": torch.tensor(sae.shape.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}}
+    numbers = {
+        "topk": {"k": torch.tensor(sae.shape.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
+    }
     if sae.shape.activation == "batch_topk":
-        numbers["batch_topk"] = {"k": numbers["topk"]["k"], "threshold": sae.threshold.detach().reshape(())}
+        numbers["batch_topk"] = {
+            "k": numbers["topk"]["k"],
+            "threshold": sae.threshold.detach().reshape(()),
+        }
     foreign.write_torch(tensors | numbers.get(sae.shape.activation, {}), folder / WEIGHTS)
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
-    trainer = {"trainer_class": _TRAINERS[kind], "dict_class": kind, "activation_dim": sae.shape.d_model, "dict_size": sae.shape.n_latents,
-               "device": "cpu", "layer": sites.layer_of(site), "lm_name": acts.get("lm", ""), "submodule_name": site, "wandb_name": ""}
+    trainer = {
+        "trainer_class": _TRAINERS[kind],
+        "dict_class": kind,
+        "activation_dim": sae.shape.d_model,
+        "dict_size": sae.shape.n_latents,
+        "device": "cpu",
+        "layer": sites.layer_of(site),
+        "lm_name": acts.get("lm", ""),
+        "submodule_name": site,
+        "wandb_name": "",
+    }
     trainer |= {"k": sae.shape.k} if sae.shape.activation in ("topk", "batch_topk") else {}
-    buffer = {"d_submodule": sae.shape.d_model, "io": "in" if site.endswith(":in") or site.startswith("resid_pre") else "out",
-              "ctx_len": acts.get("context"), "device": "cpu"}
+    buffer = {
+        "d_submodule": sae.shape.d_model,
+        "io": "in" if site.endswith(":in") or site.startswith("resid_pre") else "out",
+        "ctx_len": acts.get("context"),
+        "device": "cpu",
+    }
     carried = sites.carried(sae, "dictionary_learning")
     files.write_json(
         folder / CONFIG,
@@ -112,7 +142,9 @@ def write(sae: SAE, folder: Path) -> None:
 # ---- one of each kind --------------------------------------------------------------------------------------------
 
 
-def _topk(weights: Weights, trainer: Settings | None, activation: str = "topk") -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _topk(
+    weights: Weights, trainer: Settings | None, activation: str = "topk"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "b_dec")
     k = weights.whole("k", trainer.want("k", int, None) if trainer else None)
     if activation == "batch_topk":
@@ -120,72 +152,122 @@ def _topk(weights: Weights, trainer: Settings | None, activation: str = "topk") 
     return {"k": k, "activation": activation}, tensors
 
 
-def _batch_topk(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _batch_topk(
+    weights: Weights, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _topk(weights, trainer, "batch_topk")
 
 
-def _matryoshka(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _matryoshka(
+    weights: Weights, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"k": weights.whole("k"), "activation": "batch_topk"}, _matrices(weights) | {
         "threshold": torch.tensor([weights.number("threshold")])
     }
 
 
-def _standard(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _standard(
+    weights: Weights, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "bias")
     if not _unit_rows(tensors["W_dec"]):
         foreign.weigh_by_decoder_(tensors)
     return {"k": 1, "activation": "relu"}, tensors
 
 
-def _standard_new(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _standard_new(
+    weights: Weights, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "decoder.bias")
     foreign.centre_(tensors)
     return {"k": 1, "activation": "relu"}, tensors
 
 
 def _gated(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors = {"W_enc": weights.take("encoder.weight", *"nd"), "b_enc": weights.take("gate_bias", "n"), "W_dec": weights.take("decoder.weight", *"dn").t(),
-               "b_pre": weights.take("decoder_bias", "d"), "r_mag": weights.take("r_mag", "n"), "b_mag": weights.take("mag_bias", "n")}
+    tensors = {
+        "W_enc": weights.take("encoder.weight", *"nd"),
+        "b_enc": weights.take("gate_bias", "n"),
+        "W_dec": weights.take("decoder.weight", *"dn").t(),
+        "b_pre": weights.take("decoder_bias", "d"),
+        "r_mag": weights.take("r_mag", "n"),
+        "b_mag": weights.take("mag_bias", "n"),
+    }
     return {"k": 1, "activation": "gated"}, tensors
 
 
-def _jump_relu(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _jump_relu(
+    weights: Weights, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _matrices(weights) | {"threshold": weights.take("threshold", "n")}
     foreign.centre_(tensors)
     return {"k": 1, "activation": "jump_relu"}, tensors
 
 
 _READ: dict[str, Callable[[Weights, Settings | None], tuple[dict[str, Any], dict[str, Tensor]]]] = {
-    "AutoEncoderTopK": _topk, "BatchTopKSAE": _batch_topk, "MatryoshkaBatchTopKSAE": _matryoshka, "AutoEncoder": _standard,
-    "AutoEncoderNew": _standard_new, "GatedAutoEncoder": _gated, "JumpReluAutoEncoder": _jump_relu}
+    "AutoEncoderTopK": _topk,
+    "BatchTopKSAE": _batch_topk,
+    "MatryoshkaBatchTopKSAE": _matryoshka,
+    "AutoEncoder": _standard,
+    "AutoEncoderNew": _standard_new,
+    "GatedAutoEncoder": _gated,
+    "JumpReluAutoEncoder": _jump_relu,
+}
 
 
 def _theirs(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     """Return the class that holds an SAE, and its tensors."""
     own = {key: getattr(sae, key).detach() for key in sae.keys}
-    linear = {"encoder.weight": own["W_enc"], "encoder.bias": own["b_enc"], "decoder.weight": own["W_dec"].t()}
+    linear = {
+        "encoder.weight": own["W_enc"],
+        "encoder.bias": own["b_enc"],
+        "decoder.weight": own["W_dec"].t(),
+    }
     activation = sae.shape.activation
     if activation in ("topk", "batch_topk"):
-        return ("AutoEncoderTopK" if activation == "topk" else "BatchTopKSAE"), linear | {"b_dec": own["b_pre"]}
+        return ("AutoEncoderTopK" if activation == "topk" else "BatchTopKSAE"), linear | {
+            "b_dec": own["b_pre"]
+        }
     if activation == "gated":
-        return "GatedAutoEncoder", {"encoder.weight": own["W_enc"], "decoder.weight": own["W_dec"].t(), "decoder_bias": own["b_pre"],
-                                    "gate_bias": own["b_enc"], "r_mag": own["r_mag"], "mag_bias": own["b_mag"]}
+        return "GatedAutoEncoder", {
+            "encoder.weight": own["W_enc"],
+            "decoder.weight": own["W_dec"].t(),
+            "decoder_bias": own["b_pre"],
+            "gate_bias": own["b_enc"],
+            "r_mag": own["r_mag"],
+            "mag_bias": own["b_mag"],
+        }
     if activation == "jump_relu":
-        return "JumpReluAutoEncoder", {"W_enc": own["W_enc"].t(), "W_dec": own["W_dec"], "b_dec": own["b_pre"], "threshold": own["threshold"],
-                                       **foreign.uncentred(sae)}
+        return "JumpReluAutoEncoder", {
+            "W_enc": own["W_enc"].t(),
+            "W_dec": own["W_dec"],
+            "b_dec": own["b_pre"],
+            "threshold": own["threshold"],
+            **foreign.uncentred(sae),
+        }
     if _unit_rows(own["W_dec"]):
         return "AutoEncoder", linear | {"bias": own["b_pre"]}
-    return "AutoEncoderNew", linear | {"encoder.bias": foreign.uncentred(sae)["b_enc"], "decoder.bias": own["b_pre"]}
+    return "AutoEncoderNew", linear | {
+        "encoder.bias": foreign.uncentred(sae)["b_enc"],
+        "decoder.bias": own["b_pre"],
+    }
 
 
 def _linear(weights: Weights, bias: str) -> dict[str, Tensor]:
-    return {"W_enc": weights.take("encoder.weight", *"nd"), "b_enc": weights.take("encoder.bias", "n"),
-            "W_dec": weights.take("decoder.weight", *"dn").t(), "b_pre": weights.take(bias, "d")}
+    return {
+        "W_enc": weights.take("encoder.weight", *"nd"),
+        "b_enc": weights.take("encoder.bias", "n"),
+        "W_dec": weights.take("decoder.weight", *"dn").t(),
+        "b_pre": weights.take(bias, "d"),
+    }
 
 
 def _matrices(weights: Weights) -> dict[str, Tensor]:
-    return {"W_enc": weights.take("W_enc", *"dn").t(), "b_enc": weights.take("b_enc", "n"), "W_dec": weights.take("W_dec", *"nd"),
-            "b_pre": weights.take("b_dec", "d")}
+    return {
+        "W_enc": weights.take("W_enc", *"dn").t(),
+        "b_enc": weights.take("b_enc", "n"),
+        "W_dec": weights.take("W_dec", *"nd"),
+        "b_pre": weights.take("b_dec", "d"),
+    }
 
 
 def _unit_rows(W_dec: Tensor) -> bool:
@@ -209,12 +291,19 @@ def _config(file: Path) -> Settings | None:
 def _kind(weights: Weights, trainer: Settings | None) -> str:
     if trainer:
         return trainer.among("dict_class", _READ)
-    for mark, kind in (("group_sizes", "MatryoshkaBatchTopKSAE"), ("gate_bias", "GatedAutoEncoder"), ("decoder.bias", "AutoEncoderNew"),
-                       ("bias", "AutoEncoder"), ("W_enc", "JumpReluAutoEncoder")):
+    for mark, kind in (
+        ("group_sizes", "MatryoshkaBatchTopKSAE"),
+        ("gate_bias", "GatedAutoEncoder"),
+        ("decoder.bias", "AutoEncoderNew"),
+        ("bias", "AutoEncoder"),
+        ("W_enc", "JumpReluAutoEncoder"),
+    ):
         if mark in weights:
             return kind
-    raise InputError(f"{weights.file} has no {CONFIG} beside it that says whether it is an AutoEncoderTopK or a BatchTopKSAE; "
-                     f'write one: {{"trainer": {{"dict_class": …}}}}')
+    raise InputError(
+        f"{weights.file} has no {CONFIG} beside it that says whether it is an AutoEncoderTopK or a BatchTopKSAE; "
+        f'write one: {{"trainer": {{"dict_class": …}}}}'
+    )
 
 
 def _metadata(settings: Settings | None, trainer: Settings | None) -> dict[str, Any]:

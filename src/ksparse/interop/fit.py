@@ -100,9 +100,14 @@ def _normalization(sae: SAE, form: str, held: Collection[str], asked: Normalizat
         return like(sae, normalize="none")
     choices = ["--normalization outside (whoever uses it must normalise)"] if "none" in held else []
     if kind == "unit_norm" and "layer_norm" in held:
-        choices.insert(0, "--normalization layer_norm (it divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation)")
-    raise InputError(f"{form} cannot hold this SAE's normalisation, {kind}; it holds {', '.join(held)}. "
-                     + (f"Ask for {' or '.join(choices)}" if choices else "There is no way around"))
+        choices.insert(
+            0,
+            "--normalization layer_norm (it divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation)",
+        )
+    raise InputError(
+        f"{form} cannot hold this SAE's normalisation, {kind}; it holds {', '.join(held)}. "
+        + (f"Ask for {' or '.join(choices)}" if choices else "There is no way around")
+    )
 
 
 def _activation(sae: SAE, form: str, held: Collection[str]) -> SAE:
@@ -111,4 +116,6 @@ def _activation(sae: SAE, form: str, held: Collection[str]) -> SAE:
         return sae
     if kind in ("batch_topk", "relu") and "jump_relu" in held:
         return like(sae, activation="jump_relu")  # ReLU has no threshold: those of the copy are 0
-    raise InputError(f"{form} cannot hold this SAE's activation, {kind}; it holds {', '.join(held)}")
+    raise InputError(
+        f"{form} cannot hold this SAE's activation, {kind}; it holds {', '.join(held)}"
+    )

@@ -135,10 +135,14 @@ def torch_file(file: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # of many types, those of the unpickler among them
         wanted = re.search(r"GLOBAL (\S+)|`([\w.]+)`? (?:was not|is not)", str(error))
-        if type(error).__name__ == "UnpicklingError" and "weights_only" in str(error).lower().replace(" ", "_"):
+        if type(error).__name__ == "UnpicklingError" and "weights_only" in str(
+            error
+        ).lower().replace(" ", "_"):
             what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
-            raise InputError(f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values only. Load it where you trust it, "
-                             "and save its state_dict") from None
+            raise InputError(
+                f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values only. Load it where you trust it, "
+                "and save its state_dict"
+            ) from None
         said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
         raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {said}") from None
     if not isinstance(found, dict):
@@ -296,9 +300,12 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 def write_torch(table: Mapping[str, Any], file: Path) -> None:
     """Write tensors and plain values as torch.save does."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.detach().cpu().contiguous().clone()  # of its own, or a view would bring the whole storage along
+            return (
+                value.detach().cpu().contiguous().clone()
+            )  # of its own, or a view would bring the whole storage along
         if isinstance(value, Mapping):
             return {key: plain(each) for key, each in value.items()}
         if isinstance(value, _PLAIN):
@@ -307,7 +314,9 @@ def write_torch(table: Mapping[str, Any], file: Path) -> None:
 
     made = io.BytesIO()
     torch.save(plain(table), made)
-    file.write_bytes(made.getbuffer())  # torch, writing by itself, says of a full disk only that its position is unexpected
+    file.write_bytes(
+        made.getbuffer()
+    )  # torch, writing by itself, says of a full disk only that its position is unexpected
 
 
 def write_npz(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -322,7 +331,9 @@ def centre_(tensors: dict[str, Tensor]) -> None:
     shift = tensors["W_enc"].double() @ tensors["b_pre"].double()
     tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
     if "b_mag" in tensors:
-        tensors["b_mag"] = (tensors["b_mag"].double() + tensors["r_mag"].double().exp() * shift).float()
+        tensors["b_mag"] = (
+            tensors["b_mag"].double() + tensors["r_mag"].double().exp() * shift
+        ).float()
 
 
 def uncentred(sae: SAE) -> dict[str, Tensor]:
@@ -330,15 +341,19 @@ def uncentred(sae: SAE) -> dict[str, Tensor]:
     shift = sae.W_enc.detach().double() @ sae.b_pre.detach().double()
     biases = {"b_enc": (sae.b_enc.detach().double() - shift).float()}
     if sae.shape.activation == "gated":
-        biases["b_mag"] = (sae.b_mag.detach().double() - sae.r_mag.detach().double().exp() * shift).float()
+        biases["b_mag"] = (
+            sae.b_mag.detach().double() - sae.r_mag.detach().double().exp() * shift
+        ).float()
     return biases
 
 
 def no_scaling(weights: Weights) -> None:
     """Raise InputError for a scaling factor of the latents that is not 1."""
     if "scaling_factor" in weights and not bool((weights.take("scaling_factor", "n") == 1).all()):
-        raise InputError(f"{weights.file}: scaling_factor is not 1; what it multiplies differs between releases, so it is not guessed. "
-                         "Put it into the weights and leave it out")
+        raise InputError(
+            f"{weights.file}: scaling_factor is not 1; what it multiplies differs between releases, so it is not guessed. "
+            "Put it into the weights and leave it out"
+        )
 
 
 def unit_rows(W_dec: Tensor) -> bool:
@@ -352,7 +367,9 @@ def weigh_by_decoder_(tensors: dict[str, Tensor]) -> None:
     """Account, in place, for latents that are multiplied by the norm of their decoder row before the choice, and divided by it in decoding."""
     norms = tensors["W_dec"].norm(dim=1)
     if not bool((norms > 0).all()):
-        raise InputError("a decoder row is 0, though latents are to be multiplied and divided by the norms of their rows")
+        raise InputError(
+            "a decoder row is 0, though latents are to be multiplied and divided by the norms of their rows"
+        )
     tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms[:, None], tensors["b_enc"] * norms
     tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
 

@@ -43,9 +43,18 @@ def read(file: Path) -> SAE:
     taken = {key: weights.take(names[key], *dims) for key, dims in _KEYS.items()}
     foreign.no_scaling(weights)
     weights.finish()
-    tensors = {"W_enc": taken["W_enc"].t(), "b_enc": taken["b_enc"], "W_dec": taken["W_dec"], "b_pre": taken["b_dec"], "threshold": taken["threshold"]}
+    tensors = {
+        "W_enc": taken["W_enc"].t(),
+        "b_enc": taken["b_enc"],
+        "W_dec": taken["W_dec"],
+        "b_pre": taken["b_dec"],
+        "threshold": taken["threshold"],
+    }
     if "embedding" in file.parts:
-        tensors |= {"W_enc": tensors["W_enc"] / weights.lengths["d"] ** 0.5, "W_dec": tensors["W_dec"] * weights.lengths["d"] ** 0.5}
+        tensors |= {
+            "W_enc": tensors["W_enc"] / weights.lengths["d"] ** 0.5,
+            "W_dec": tensors["W_dec"] * weights.lengths["d"] ** 0.5,
+        }
     foreign.centre_(tensors)
     shape = Shape(weights.lengths["d"], weights.lengths["n"], 1, "none", 1.0, "jump_relu")
     return foreign.built(file, shape, tensors, _metadata(file))
@@ -53,7 +62,13 @@ def read(file: Path) -> SAE:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write an SAE that this format can hold."""
-    tensors = {"W_enc": sae.W_enc.t(), **foreign.uncentred(sae), "W_dec": sae.W_dec, "b_dec": sae.b_pre, "threshold": sae.threshold}
+    tensors = {
+        "W_enc": sae.W_enc.t(),
+        **foreign.uncentred(sae),
+        "W_dec": sae.W_dec,
+        "b_dec": sae.b_pre,
+        "threshold": sae.threshold,
+    }
     foreign.write_npz(tensors, folder / WEIGHTS)
 
 
@@ -65,5 +80,14 @@ def _metadata(file: Path) -> dict[str, Any]:
     if not (repository and layer):
         return sites.metadata("gemma_scope", {})
     size, tuned, kind = repository.groups()
-    site = {"res": "resid_post.{}", "att": "model.layers.{}.self_attn.o_proj:in", "mlp": "model.layers.{}.post_feedforward_layernorm"}[kind]
-    return sites.metadata("gemma_scope", {}, lm=f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""), site=site.format(layer[1]))
+    site = {
+        "res": "resid_post.{}",
+        "att": "model.layers.{}.self_attn.o_proj:in",
+        "mlp": "model.layers.{}.post_feedforward_layernorm",
+    }[kind]
+    return sites.metadata(
+        "gemma_scope",
+        {},
+        lm=f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""),
+        site=site.format(layer[1]),
+    )

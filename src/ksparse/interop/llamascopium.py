@@ -56,7 +56,11 @@ def read(folder: Path) -> SAE:
     }
     activation = ACTIVATIONS[settings.among("act_fn", ACTIVATIONS, "relu")]
     normalize = NORMALIZATIONS[settings.among("norm_activation", NORMALIZATIONS, "dataset-wise")]
-    tensors = {"W_enc": weights.take("W_E", *"dn").t(), "b_enc": weights.take("b_E", "n"), "W_dec": weights.take("W_D", *"nd")}
+    tensors = {
+        "W_enc": weights.take("W_E", *"dn").t(),
+        "b_enc": weights.take("b_E", "n"),
+        "W_dec": weights.take("W_D", *"nd"),
+    }
     d, n = weights.lengths["d"], weights.lengths["n"]
     tensors["b_pre"] = weights.take("b_D", "d") if flags["use_decoder_bias"] else torch.zeros(d)
     foreign.centre_(tensors)
@@ -88,17 +92,39 @@ def read(folder: Path) -> SAE:
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files of an SAE that this format can hold."""
     shape = sae.shape
-    site = sites.to_hook((sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site", "") or "unknown")
-    tensors = {"W_E": sae.W_enc.t(), "b_E": foreign.uncentred(sae)["b_enc"], "W_D": sae.W_dec, "b_D": sae.b_pre}
+    site = sites.to_hook(
+        (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site", "") or "unknown"
+    )
+    tensors = {
+        "W_E": sae.W_enc.t(),
+        "b_E": foreign.uncentred(sae)["b_enc"],
+        "W_D": sae.W_dec,
+        "b_D": sae.b_pre,
+    }
     if shape.activation == "jump_relu":
-        tensors[_THRESHOLD] = sae.threshold.detach().clamp_min(torch.finfo(torch.float32).tiny).log()  # 0 has no logarithm; nothing lies between
+        tensors[_THRESHOLD] = (
+            sae.threshold.detach().clamp_min(torch.finfo(torch.float32).tiny).log()
+        )  # 0 has no logarithm; nothing lies between
     if shape.normalize == "dataset":
         tensors[f"{_NORM}{site}"] = torch.tensor(math.sqrt(shape.d_model) / shape.factor)
     foreign.write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors")
-    files.write_json(folder / CONFIG, sites.carried(sae, "llamascopium") | {
-        "sae_type": "sae", "d_model": shape.d_model, "expansion_factor": _expansion(shape), "use_decoder_bias": True,
-        "act_fn": _inverse(ACTIVATIONS)[shape.activation], "norm_activation": _inverse(NORMALIZATIONS)[shape.normalize],
-        "sparsity_include_decoder_norm": False, "top_k": shape.k, "hook_point_in": site, "hook_point_out": site, "use_glu_encoder": False})
+    files.write_json(
+        folder / CONFIG,
+        sites.carried(sae, "llamascopium")
+        | {
+            "sae_type": "sae",
+            "d_model": shape.d_model,
+            "expansion_factor": _expansion(shape),
+            "use_decoder_bias": True,
+            "act_fn": _inverse(ACTIVATIONS)[shape.activation],
+            "norm_activation": _inverse(NORMALIZATIONS)[shape.normalize],
+            "sparsity_include_decoder_norm": False,
+            "top_k": shape.k,
+            "hook_point_in": site,
+            "hook_point_out": site,
+            "use_glu_encoder": False,
+        },
+    )
 
 
 def _weights(folder: Path) -> Weights:
@@ -108,11 +134,15 @@ def _weights(folder: Path) -> Weights:
     file = folder / f"{WEIGHTS}.pt"
     if files.exists(file):
         return foreign.tensors_of(file, foreign.torch_file(file).get("sae"))
-    raise InputError(f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in "
-                     "Llamascopium")
+    raise InputError(
+        f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in "
+        "Llamascopium"
+    )
 
 
-def _choose_by_decoder_norm_(tensors: dict[str, torch.Tensor], activation: str, folder: Path) -> None:
+def _choose_by_decoder_norm_(
+    tensors: dict[str, torch.Tensor], activation: str, folder: Path
+) -> None:
     """Account, in place, for values that are compared after multiplying them by the norm of their decoder row."""
     norms = tensors["W_dec"].norm(dim=1)
     if activation == "jump_relu":
@@ -124,14 +154,21 @@ def _choose_by_decoder_norm_(tensors: dict[str, torch.Tensor], activation: str, 
         tensors["threshold"] = tensors["threshold"] / norms
     elif activation == "topk" and not foreign.unit_rows(tensors["W_dec"]):
         foreign.weigh_by_decoder_(tensors)
-        _log.warning("%s: latents are multiplied by the norms that their decoder rows had, %.3g to %.3g, because they are chosen by that; "
-                     "reconstructions are the same", folder, norms.min().item(), norms.max().item())
+        _log.warning(
+            "%s: latents are multiplied by the norms that their decoder rows had, %.3g to %.3g, because they are chosen by that; "
+            "reconstructions are the same",
+            folder,
+            norms.min().item(),
+            norms.max().item(),
+        )
 
 
 def _expansion(shape: Shape) -> float:
     """Return the number whose product with d_model, rounded down, is the number of latents."""
     found = shape.n_latents / shape.d_model
-    return found if int(shape.d_model * found) == shape.n_latents else math.nextafter(found, math.inf)
+    return (
+        found if int(shape.d_model * found) == shape.n_latents else math.nextafter(found, math.inf)
+    )
 
 
 def _inverse(table: dict[str, Any]) -> dict[Any, str]:

@@ -59,7 +59,12 @@ class Publication:
 def dashboard(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
     """Write SAEDashboard's files of a run's live latents; return how many latents."""
     shown, sae, lm = _opened(run, folder)
-    head = {"model_id": publication.model or shown.acts.lm, "layer": _layer(shown), "sae_set": publication.set, "sae_id_suffix": None}
+    head = {
+        "model_id": publication.model or shown.acts.lm,
+        "layer": _layer(shown),
+        "sae_set": publication.set,
+        "sae_id_suffix": None,
+    }
     count = 0
     with files.filled(folder, new=True) as folder:
         for number, features in enumerate(_batches(shown, sae, lm)):
@@ -71,11 +76,16 @@ def dashboard(run: RunFolder, folder: Path, publication: Publication = Publicati
 def bulk(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
     """Write the folder that Neuronpedia imports of a run's live latents; return how many latents."""
     shown, sae, lm = _opened(run, folder)
-    model, source = publication.model or shown.acts.lm.replace("/", "-"), f"{_layer(shown)}-{publication.set}"
+    model, source = (
+        publication.model or shown.acts.lm.replace("/", "-"),
+        f"{_layer(shown)}-{publication.set}",
+    )
     for name in (model, source):
         if Path(name).name != name or name == "..":
-            raise InputError(f"{name!r} cannot be the name of a folder; give --model and --set plain names")
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat()
+            raise InputError(
+                f"{name!r} cannot be the name of a folder; give --model and --set plain names"
+            )
+    now = datetime.datetime.now(datetime.UTC).isoformat()
     common = {"creatorId": publication.creator, "createdAt": now}
     release = publication.release or publication.set
     explained = _explanations(run, shown)
@@ -83,20 +93,86 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     with files.filled(folder, new=True) as filled:
         home = filled / model / source
         home.mkdir(parents=True)
-        _lines(home / "release.jsonl", [{"name": release, "description": release, "descriptionShort": release, "urls": [publication.url] if publication.url else [],
-                                         "creatorNameShort": publication.creator, "creatorName": publication.creator, **common}])
-        _lines(home / "model.jsonl", [{"id": model, "instruct": model.endswith("-it"), "displayNameShort": model, "displayName": model, "updatedAt": now, **common}])
-        _lines(home / "sourceset.jsonl", [{"modelId": model, "name": publication.set, "creatorName": publication.creator, "releaseName": release,
-                                           "description": f"{shown.acts.site}, {shown.n:,} latents", "visibility": "PUBLIC", **common}])
-        _lines(home / "source.jsonl", [{"modelId": model, "setName": publication.set, "visibility": "PUBLIC", "dataset": shown.acts.text, "id": source,
-                                        "num_prompts": len(shown.arrays["contexts"]), "num_tokens_in_prompt": shown.acts.context,
-                                        "hfRepoId": publication.repository or None, "hfFolderId": None, "creatorId": publication.creator}])
+        _lines(
+            home / "release.jsonl",
+            [
+                {
+                    "name": release,
+                    "description": release,
+                    "descriptionShort": release,
+                    "urls": [publication.url] if publication.url else [],
+                    "creatorNameShort": publication.creator,
+                    "creatorName": publication.creator,
+                    **common,
+                }
+            ],
+        )
+        _lines(
+            home / "model.jsonl",
+            [
+                {
+                    "id": model,
+                    "instruct": model.endswith("-it"),
+                    "displayNameShort": model,
+                    "displayName": model,
+                    "updatedAt": now,
+                    **common,
+                }
+            ],
+        )
+        _lines(
+            home / "sourceset.jsonl",
+            [
+                {
+                    "modelId": model,
+                    "name": publication.set,
+                    "creatorName": publication.creator,
+                    "releaseName": release,
+                    "description": f"{shown.acts.site}, {shown.n:,} latents",
+                    "visibility": "PUBLIC",
+                    **common,
+                }
+            ],
+        )
+        _lines(
+            home / "source.jsonl",
+            [
+                {
+                    "modelId": model,
+                    "setName": publication.set,
+                    "visibility": "PUBLIC",
+                    "dataset": shown.acts.text,
+                    "id": source,
+                    "num_prompts": len(shown.arrays["contexts"]),
+                    "num_tokens_in_prompt": shown.acts.context,
+                    "hfRepoId": publication.repository or None,
+                    "hfFolderId": None,
+                    "creatorId": publication.creator,
+                }
+            ],
+        )
         for number, features in enumerate(_batches(shown, sae, lm)):
             names = {"modelId": model, "layer": source}
-            rows = {"features": [_feature_row(each, shown.acts.site, names | common) for each in features],
-                    "activations": [_activation_row(each, place, names, common, one) for each in features for place, one in enumerate(each["activations"])],
-                    "explanations": [_explanation_row(each["feature_index"], explained[each["feature_index"]], names, publication.creator)
-                                     for each in features if each["feature_index"] in explained]}
+            rows = {
+                "features": [
+                    _feature_row(each, shown.acts.site, names | common) for each in features
+                ],
+                "activations": [
+                    _activation_row(each, place, names, common, one)
+                    for each in features
+                    for place, one in enumerate(each["activations"])
+                ],
+                "explanations": [
+                    _explanation_row(
+                        each["feature_index"],
+                        explained[each["feature_index"]],
+                        names,
+                        publication.creator,
+                    )
+                    for each in features
+                    if each["feature_index"] in explained
+                ],
+            }
             for kind, lines in rows.items():
                 (home / kind).mkdir(exist_ok=True)
                 _lines(home / kind / f"batch-{number}.jsonl.gz", lines)
@@ -113,7 +189,9 @@ def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
 def _layer(shown: Shown) -> int:
     layer = sites.layer_of(shown.acts.site)
     if layer is None:
-        raise InputError(f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants in a source's name")
+        raise InputError(
+            f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants in a source's name"
+        )
     return layer
 
 
@@ -128,17 +206,28 @@ def _batches(shown: Shown, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
         logits = rows @ unembed.T
-        yield [_feature(shown, latent, row, logit) for latent, row, logit in zip(latents, rows, logits)]
+        yield [
+            _feature(shown, latent, row, logit) for latent, row, logit in zip(latents, rows, logits)
+        ]
 
 
 def unembedding(model: nn.Module) -> Tensor:
     """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the final norm's weight; centred where that norm centres."""
     weight = model.get_output_embeddings().weight.detach().float()
-    norm = next((module for name, module in model.base_model.named_children() if name in _NORMS and getattr(module, "weight", None) is not None), None)
+    norm = next(
+        (
+            module
+            for name, module in model.base_model.named_children()
+            if name in _NORMS and getattr(module, "weight", None) is not None
+        ),
+        None,
+    )
     if norm is None:
         return weight
     scale = norm.weight.detach().float()
-    weight = weight * (1 + scale if type(norm).__name__.startswith("Gemma") else scale)  # Gemma's norms keep what they add to 1
+    weight = weight * (
+        1 + scale if type(norm).__name__.startswith("Gemma") else scale
+    )  # Gemma's norms keep what they add to 1
     return weight - weight.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
 
 
@@ -150,30 +239,51 @@ def _feature(shown: Shown, latent: int, row: Tensor, logits: Tensor) -> dict[str
     values = row[strongest]
     return {
         "feature_index": latent,
-        "neuron_alignment_indices": strongest.tolist(), "neuron_alignment_values": _rounded(values),
+        "neuron_alignment_indices": strongest.tolist(),
+        "neuron_alignment_values": _rounded(values),
         "neuron_alignment_l1": _rounded(values.abs() / row.abs().sum()),
-        "correlated_neurons_indices": [], "correlated_neurons_l1": [], "correlated_neurons_pearson": [],
-        "correlated_features_indices": [], "correlated_features_l1": [], "correlated_features_pearson": [],
-        "neg_str": shown.strings(bottom.indices.tolist()), "neg_values": _rounded(-bottom.values),
-        "pos_str": shown.strings(top.indices.tolist()), "pos_values": _rounded(top.values),
+        "correlated_neurons_indices": [],
+        "correlated_neurons_l1": [],
+        "correlated_neurons_pearson": [],
+        "correlated_features_indices": [],
+        "correlated_features_l1": [],
+        "correlated_features_pearson": [],
+        "neg_str": shown.strings(bottom.indices.tolist()),
+        "neg_values": _rounded(-bottom.values),
+        "pos_str": shown.strings(top.indices.tolist()),
+        "pos_values": _rounded(top.values),
         "frac_nonzero": float(shown.arrays["density"][latent]),
-        "freq_hist_data_bar_values": [round((bar - 0.5) * width, 6) for bar in bars], "freq_hist_data_bar_heights": list(bars.values()),
-        "logits_hist_data_bar_values": _rounded(torch.from_numpy((edges[1:] + edges[:-1]) / 2)), "logits_hist_data_bar_heights": heights.tolist(),
-        "n_prompts_total": len(shown.arrays["contexts"]), "n_tokens_in_prompt": shown.acts.context, "dataset": shown.acts.text,
-        "decoder_weights_dist": [], "vector": _rounded(row),
-        "activations": _examples(shown, latent)}
+        "freq_hist_data_bar_values": [round((bar - 0.5) * width, 6) for bar in bars],
+        "freq_hist_data_bar_heights": list(bars.values()),
+        "logits_hist_data_bar_values": _rounded(torch.from_numpy((edges[1:] + edges[:-1]) / 2)),
+        "logits_hist_data_bar_heights": heights.tolist(),
+        "n_prompts_total": len(shown.arrays["contexts"]),
+        "n_tokens_in_prompt": shown.acts.context,
+        "dataset": shown.acts.text,
+        "decoder_weights_dist": [],
+        "vector": _rounded(row),
+        "activations": _examples(shown, latent),
+    }
 
 
 def _examples(shown: Shown, latent: int) -> list[dict[str, Any]]:
     largest = float(shown.arrays["max_act"][latent])
     top = [_example(shown, each, (-1.0, -1.0, largest)) for each in shown.examples(latent, "top")]
-    return top + [_example(shown, each, (0.0, 1.0, largest)) for each in shown.examples(latent, "random")]
+    return top + [
+        _example(shown, each, (0.0, 1.0, largest)) for each in shown.examples(latent, "random")
+    ]
 
 
 def _example(shown: Shown, example: Example, group: tuple[float, float, float]) -> dict[str, Any]:
     low, share, high = group
-    return {"bin_min": low, "bin_max": high, "bin_contains": share, "tokens": shown.strings(example.tokens),
-            "values": [round(act, 4) for act in example.acts], "qualifying_token_index": example.at}
+    return {
+        "bin_min": low,
+        "bin_max": high,
+        "bin_contains": share,
+        "tokens": shown.strings(example.tokens),
+        "values": [round(act, 4) for act in example.acts],
+        "qualifying_token_index": example.at,
+    }
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -185,24 +295,76 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:
     largest = max((max(each["values"]) for each in feature["activations"]), default=0.0)
-    elsewhere = ("feature_index", "activations", "vector", "n_prompts_total", "n_tokens_in_prompt", "dataset")
-    return {**common, "index": str(feature["feature_index"]), "sourceSetName": common["layer"].partition("-")[2], "maxActApprox": largest,
-            "hasVector": True, "vector": feature["vector"], "vectorLabel": None, "vectorDefaultSteerStrength": largest, "hookName": sites.to_hook(site),
-            "topkCosSimIndices": [], "topkCosSimValues": [], **{key: value for key, value in feature.items() if key not in elsewhere}}
+    elsewhere = (
+        "feature_index",
+        "activations",
+        "vector",
+        "n_prompts_total",
+        "n_tokens_in_prompt",
+        "dataset",
+    )
+    return {
+        **common,
+        "index": str(feature["feature_index"]),
+        "sourceSetName": common["layer"].partition("-")[2],
+        "maxActApprox": largest,
+        "hasVector": True,
+        "vector": feature["vector"],
+        "vectorLabel": None,
+        "vectorDefaultSteerStrength": largest,
+        "hookName": sites.to_hook(site),
+        "topkCosSimIndices": [],
+        "topkCosSimValues": [],
+        **{key: value for key, value in feature.items() if key not in elsewhere},
+    }
 
 
-def _activation_row(feature: dict[str, Any], place: int, names: dict[str, str], common: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+def _activation_row(
+    feature: dict[str, Any],
+    place: int,
+    names: dict[str, str],
+    common: dict[str, Any],
+    example: dict[str, Any],
+) -> dict[str, Any]:
     values = example["values"]
     index = str(feature["feature_index"])
-    return {**names, **common, "id": _identity(*names.values(), index, str(place)), "index": index, "tokens": example["tokens"], "values": values,
-            "maxValue": max(values), "maxValueTokenIndex": int(np.argmax(values)), "minValue": min(values), "dataSource": None, "dataIndex": None,
-            "dfaValues": [], "dfaTargetIndex": None, "dfaMaxValue": None, "lossValues": [], "logitContributions": None, "binMin": example["bin_min"],
-            "binMax": example["bin_max"], "binContains": example["bin_contains"], "qualifyingTokenIndex": example["qualifying_token_index"]}
+    return {
+        **names,
+        **common,
+        "id": _identity(*names.values(), index, str(place)),
+        "index": index,
+        "tokens": example["tokens"],
+        "values": values,
+        "maxValue": max(values),
+        "maxValueTokenIndex": int(np.argmax(values)),
+        "minValue": min(values),
+        "dataSource": None,
+        "dataIndex": None,
+        "dfaValues": [],
+        "dfaTargetIndex": None,
+        "dfaMaxValue": None,
+        "lossValues": [],
+        "logitContributions": None,
+        "binMin": example["bin_min"],
+        "binMax": example["bin_max"],
+        "binContains": example["bin_contains"],
+        "qualifyingTokenIndex": example["qualifying_token_index"],
+    }
 
 
-def _explanation_row(latent: int, description: str, names: dict[str, str], author: str) -> dict[str, Any]:
-    return {**names, "id": _identity(*names.values(), str(latent), "n2g"), "index": str(latent), "description": description, "authorId": author,
-            "typeName": "n2g", "explanationModelName": None, "scores": []}
+def _explanation_row(
+    latent: int, description: str, names: dict[str, str], author: str
+) -> dict[str, Any]:
+    return {
+        **names,
+        "id": _identity(*names.values(), str(latent), "n2g"),
+        "index": str(latent),
+        "description": description,
+        "authorId": author,
+        "typeName": "n2g",
+        "explanationModelName": None,
+        "scores": [],
+    }
 
 
 def _explanations(run: RunFolder, shown: Shown) -> dict[int, str]:
@@ -212,10 +374,15 @@ def _explanations(run: RunFolder, shown: Shown) -> dict[int, str]:
     arrays = shown.read("n2g")[1]
     found: dict[int, list[tuple[int, str]]] = {}
     for number, latent in enumerate(arrays["pattern_latent"].tolist()):
-        tokens = arrays["pattern_tokens"][slice(*arrays["pattern_start"][number : number + 2].tolist())].tolist()
+        tokens = arrays["pattern_tokens"][
+            slice(*arrays["pattern_start"][number : number + 2].tolist())
+        ].tolist()
         words = "".join("*" if token < 0 else shown.strings([token])[0] for token in tokens)
         found.setdefault(latent, []).append((-int(arrays["pattern_support"][number]), words))
-    return {latent: " | ".join(words for _, words in sorted(patterns)[:3]) for latent, patterns in found.items()}
+    return {
+        latent: " | ".join(words for _, words in sorted(patterns)[:3])
+        for latent, patterns in found.items()
+    }
 
 
 def _identity(*parts: str) -> str:

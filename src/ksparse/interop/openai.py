@@ -33,7 +33,11 @@ from ksparse.sae.model import SAE, Shape
 WEIGHTS = "autoencoder.pt"
 ACTIVATIONS = {"TopK": "topk", "ReLU": "relu"}
 HOLDS = {"topk": ("layer_norm",), "relu": ("none",)}
-STATISTICS = {"stats_last_nonzero": torch.int64, "latents_activation_frequency": torch.float32, "latents_mean_square": torch.float32}
+STATISTICS = {
+    "stats_last_nonzero": torch.int64,
+    "latents_activation_frequency": torch.float32,
+    "latents_mean_square": torch.float32,
+}
 _SETTINGS = {"activation", "activation_state_dict", "activation.k", "activation.postact_fn"}
 _MARKS = {"pre_bias", "latent_bias", "encoder.weight"}
 
@@ -56,8 +60,12 @@ def read(file: Path) -> SAE:
         file, {key: value for key, value in found.items() if key not in _SETTINGS}
     )
     activation = ACTIVATIONS[settings.among("activation", ACTIVATIONS, "ReLU")]
-    tensors = {"W_enc": weights.take("encoder.weight", *"nd"), "b_enc": weights.take("latent_bias", "n"), "b_pre": weights.take("pre_bias", "d"),
-               "W_dec": _decoder(weights)}
+    tensors = {
+        "W_enc": weights.take("encoder.weight", *"nd"),
+        "b_enc": weights.take("latent_bias", "n"),
+        "b_pre": weights.take("pre_bias", "d"),
+        "W_dec": _decoder(weights),
+    }
     weights.finish(STATISTICS)
     k, normalize = 1, "none"
     if activation == "topk":
@@ -77,9 +85,19 @@ def write(sae: SAE, folder: Path) -> None:
     """Write an SAE that this format can hold."""
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[sae.shape.activation]
     state: dict[str, Any] = {"k": sae.shape.k, "postact_fn": "ReLU"} if activation == "TopK" else {}
-    tensors = {"pre_bias": sae.b_pre, "encoder.weight": sae.W_enc, "latent_bias": sae.b_enc, "decoder.weight": sae.W_dec.t()}
-    statistics = {name: torch.zeros(sae.shape.n_latents, dtype=kind) for name, kind in STATISTICS.items()}
-    foreign.write_torch(tensors | statistics | {"activation": activation, "activation_state_dict": state}, folder / WEIGHTS)
+    tensors = {
+        "pre_bias": sae.b_pre,
+        "encoder.weight": sae.W_enc,
+        "latent_bias": sae.b_enc,
+        "decoder.weight": sae.W_dec.t(),
+    }
+    statistics = {
+        name: torch.zeros(sae.shape.n_latents, dtype=kind) for name, kind in STATISTICS.items()
+    }
+    foreign.write_torch(
+        tensors | statistics | {"activation": activation, "activation_state_dict": state},
+        folder / WEIGHTS,
+    )
 
 
 def _decoder(weights: Weights) -> torch.Tensor:
@@ -100,7 +118,18 @@ def _published(file: Path) -> dict[str, Any]:
     parts = file.resolve().parts
     if len(parts) < 4 or parts[-2] != "autoencoders" or not file.stem.isdecimal():
         return {}
-    kinds = {"resid_delta_attn": "attn_out", "resid_delta_mlp": "mlp_out", "resid_post_attn": "resid_mid", "resid_post_mlp": "resid_post"}
+    kinds = {
+        "resid_delta_attn": "attn_out",
+        "resid_delta_mlp": "mlp_out",
+        "resid_post_attn": "resid_mid",
+        "resid_post_mlp": "resid_post",
+    }
     location = parts[-3].partition("_v")[0]
-    site = f"{kinds[location]}.{file.stem}" if location in kinds else f"transformer.h.{file.stem}.mlp.c_proj:in" if location == "mlp_post_act" else None
+    site = (
+        f"{kinds[location]}.{file.stem}"
+        if location in kinds
+        else f"transformer.h.{file.stem}.mlp.c_proj:in"
+        if location == "mlp_post_act"
+        else None
+    )
     return {"lm": sites.from_model(parts[-4]), "site": site, "context": 64}

@@ -28,11 +28,26 @@ from ksparse.interop import foreign, sites
 from ksparse.interop.foreign import Settings, Weights
 from ksparse.sae.model import SAE, Shape
 
-CONFIG, WEIGHTS, SCALER, SPARSITY = "cfg.json", "sae_weights.safetensors", "activation_scaler.json", "sparsity.safetensors"
-ACTIVATIONS = {"standard": "relu", "topk": "topk", "jumprelu": "jump_relu", "gated": "gated", "batchtopk": "batch_topk",
-               "matryoshka_batchtopk": "batch_topk"}
+CONFIG, WEIGHTS, SCALER, SPARSITY = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "activation_scaler.json",
+    "sparsity.safetensors",
+)
+ACTIVATIONS = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "jump_relu",
+    "gated": "gated",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "batch_topk",
+}
 WRITTEN = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "gated": "gated"}
-NORMALIZATIONS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+NORMALIZATIONS = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+}
 HOLDS = {ours: tuple(NORMALIZATIONS.values()) for ours in WRITTEN}
 _log = logging.getLogger("ksparse")
 _VERSION = "6.54.12"  # whose format this is: without one the file would be taken for the flat format of before 6
@@ -53,7 +68,9 @@ def read(folder: Path) -> SAE:
     weights = foreign.safetensors_file(folder / WEIGHTS)
     architecture = settings.among("architecture", ACTIVATIONS, "standard")
     activation = ACTIVATIONS[architecture]
-    settings.refuse(activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False)
+    settings.refuse(
+        activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False
+    )
     if settings.among("reshape_activations", ("none", "hook_z"), "none") == "hook_z":
         _log.warning(
             "%s: of hook_z, so x is the heads' outputs one after another, [..., heads x width of "
@@ -62,12 +79,20 @@ def read(folder: Path) -> SAE:
         )
     normalize, factor = _normalization(folder, settings)
     W_enc, b_pre = weights.take("W_enc", "d", "n").t().contiguous(), weights.take("b_dec", "d")
-    tensors = {"W_enc": W_enc, "b_enc": weights.take("b_gate" if activation == "gated" else "b_enc", "n"),
-               "W_dec": weights.take("W_dec", "n", "d"), "b_pre": b_pre}
+    tensors = {
+        "W_enc": W_enc,
+        "b_enc": weights.take("b_gate" if activation == "gated" else "b_enc", "n"),
+        "W_dec": weights.take("W_dec", "n", "d"),
+        "b_pre": b_pre,
+    }
     if activation == "gated":
         tensors |= {"r_mag": weights.take("r_mag", "n"), "b_mag": weights.take("b_mag", "n")}
     elif activation == "jump_relu":
-        tensors["threshold"] = weights.take("log_threshold", "n").exp() if "log_threshold" in weights else weights.take("threshold", "n")
+        tensors["threshold"] = (
+            weights.take("log_threshold", "n").exp()
+            if "log_threshold" in weights
+            else weights.take("threshold", "n")
+        )
     elif activation == "batch_topk":
         tensors["threshold"] = torch.tensor([weights.number("topk_threshold")])
     foreign.no_scaling(weights)
@@ -97,8 +122,15 @@ def write(sae: SAE, folder: Path) -> None:
     foreign.write_safetensors(tensors, folder / WEIGHTS)
     normalize = {ours: theirs for theirs, ours in NORMALIZATIONS.items()}[shape.normalize]
     config: dict[str, Any] = {
-        "architecture": WRITTEN[shape.activation], "d_in": shape.d_model, "d_sae": shape.n_latents, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": True, "normalize_activations": normalize, "reshape_activations": "none"}
+        "architecture": WRITTEN[shape.activation],
+        "d_in": shape.d_model,
+        "d_sae": shape.n_latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": normalize,
+        "reshape_activations": "none",
+    }
     if shape.activation == "topk":
         config |= {
             "k": shape.k,
@@ -128,8 +160,10 @@ def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
     if kind == "expected_average_only_in":
         if (folder / SCALER).is_file():
             return "dataset", foreign.json_file(folder / SCALER).want("scaling_factor", float)
-        raise InputError(f"{settings.file}: the input is to be multiplied by a constant (normalize_activations is 'expected_average_only_in') that is not "
-                         f"in the file, nor is there {SCALER}; fold it into the weights where it is known (fold_activation_norm_scaling_factor)")
+        raise InputError(
+            f"{settings.file}: the input is to be multiplied by a constant (normalize_activations is 'expected_average_only_in') that is not "
+            f"in the file, nor is there {SCALER}; fold it into the weights where it is known (fold_activation_norm_scaling_factor)"
+        )
     return NORMALIZATIONS[settings.among("normalize_activations", NORMALIZATIONS, "none")], 1.0
 
 
@@ -140,7 +174,9 @@ def _from_flat(settings: Settings) -> Settings:
     if table.get("activation_fn") == "topk":
         table |= {"architecture": "topk", "k": settings.under("activation_fn_kwargs").get("k")}
     if isinstance(table.get("normalize_activations"), bool):
-        table["normalize_activations"] = "expected_average_only_in" if table["normalize_activations"] else "none"
+        table["normalize_activations"] = (
+            "expected_average_only_in" if table["normalize_activations"] else "none"
+        )
     return Settings(settings.file, table | {"metadata": table})
 
 

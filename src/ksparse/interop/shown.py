@@ -35,7 +35,9 @@ class Shown:
         self.run, self.acts = run, run.recipe().acts
         self.stats, self.arrays = self.read("stats")
         if "power_means" not in self.arrays or "top_acts" not in self.arrays:
-            raise InputError(f"{run.eval_file('stats')} is of an older version; run `ksparse eval {run.path} stats` again")
+            raise InputError(
+                f"{run.eval_file('stats')} is of an older version; run `ksparse eval {run.path} stats` again"
+            )
         self.ablation = self.read("ablation")[1] if run.eval("ablation") else {}
         self.vocabulary = files.read_strings(run.eval_file("vocabulary"))
         self.n = len(self.arrays["density"])
@@ -45,7 +47,9 @@ class Shown:
         result = self.run.eval(name)
         arrays = self.run.arrays_file(name, result)
         if result is None or arrays is None:
-            raise InputError(f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it")
+            raise InputError(
+                f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it"
+            )
         return result, load_file(arrays)
 
     def live(self) -> list[int]:
@@ -53,7 +57,10 @@ class Shown:
         return np.flatnonzero(self.arrays["density"] > 0).tolist()
 
     def strings(self, tokens: list[int]) -> list[str]:
-        return [self.vocabulary[token] if token < len(self.vocabulary) else f"<id {token}>" for token in tokens]
+        return [
+            self.vocabulary[token] if token < len(self.vocabulary) else f"<id {token}>"
+            for token in tokens
+        ]
 
     def examples(self, latent: int, kind: str) -> Iterator[Example]:
         """Yield the 'top' or 'random' examples of a latent, with the text around them that was kept."""
@@ -62,7 +69,10 @@ class Shown:
             if context < 0:
                 return
             text = self.arrays["contexts"][context]
-            length, position = int((text >= 0).sum()), int(self.arrays[f"{kind}_position"][latent, place])
+            length, position = (
+                int((text >= 0).sum()),
+                int(self.arrays[f"{kind}_position"][latent, place]),
+            )
             values = self.arrays[f"{kind}_acts"][latent, place].astype(np.float32)
             first, last = max(0, position - before), min(length, position - before + len(values))
             acts = values[first - position + before : last - position + before]
@@ -76,4 +86,3 @@ class Shown:
     def moments(self, latent: int) -> list[float]:
         """Return the means of a, a^2, a^3, a^4 over all tokens."""
         return self.arrays["power_means"][:, latent].astype(float).tolist()
-

@@ -51,7 +51,11 @@ def from_model(name: str) -> str:
     """Return the Hub's name of a model that TransformerLens calls otherwise."""
     if name in ("gpt2-small", "gpt2"):
         return "gpt2"
-    for begin, owner in (("pythia-", "EleutherAI"), ("gemma-", "google"), ("gpt2-", "openai-community")):
+    for begin, owner in (
+        ("pythia-", "EleutherAI"),
+        ("gemma-", "google"),
+        ("gpt2-", "openai-community"),
+    ):
         if name.startswith(begin):
             return f"{owner}/{name}"
     return name
@@ -92,7 +96,11 @@ def metadata(
         except InputError:
             continue
     origin = {"format": form, **known, "settings": settings}
-    return {"origin": origin, "acts": dataclasses.asdict(Acts(**known))} if {"lm", "site", "text"} <= set(known) else {"origin": origin}
+    return (
+        {"origin": origin, "acts": dataclasses.asdict(Acts(**known))}
+        if {"lm", "site", "text"} <= set(known)
+        else {"origin": origin}
+    )
 
 
 def trained_without_special_tokens(sae: SAE) -> bool:

@@ -33,16 +33,25 @@ def find(path: Path) -> Path | None:
 
 def read(folder: Path) -> SAE:
     """Read a folder."""
-    settings, weights = foreign.json_file(folder / CONFIG), foreign.safetensors_file(folder / WEIGHTS)
+    settings, weights = (
+        foreign.json_file(folder / CONFIG),
+        foreign.safetensors_file(folder / WEIGHTS),
+    )
     settings.refuse(activation="topk", signed=False, transcode=False, skip_connection=False)
-    tensors = {"W_enc": weights.take("encoder.weight", *"nd"), "b_enc": weights.take("encoder.bias", "n"), "W_dec": weights.take("W_dec", *"nd"),
-               "b_pre": weights.take("b_dec", "d")}
+    tensors = {
+        "W_enc": weights.take("encoder.weight", *"nd"),
+        "b_enc": weights.take("encoder.bias", "n"),
+        "W_dec": weights.take("W_dec", *"nd"),
+        "b_pre": weights.take("b_dec", "d"),
+    }
     weights.finish()
     n, d = weights.lengths["n"], weights.lengths["d"]
     width = settings.want("d_in", int, d)
     said = settings.want("num_latents", int, 0) or width * settings.want("expansion_factor", int, 0)
     if width != d or (said and said != n):
-        raise InputError(f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the tensors of {WEIGHTS} have {d} and {n}")
+        raise InputError(
+            f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the tensors of {WEIGHTS} have {d} and {n}"
+        )
     return foreign.built(
         weights.file,
         Shape(d, n, settings.want("k", int), "none"),
@@ -53,10 +62,30 @@ def read(folder: Path) -> SAE:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files of an SAE that this format can hold."""
-    foreign.write_safetensors({"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_pre}, folder / WEIGHTS)
-    files.write_json(folder / CONFIG, sites.carried(sae, "sparsify") | {
-        "activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": sae.shape.n_latents, "k": sae.shape.k, "multi_topk": False,
-        "skip_connection": False, "transcode": False, "d_in": sae.shape.d_model})
+    foreign.write_safetensors(
+        {
+            "encoder.weight": sae.W_enc,
+            "encoder.bias": sae.b_enc,
+            "W_dec": sae.W_dec,
+            "b_dec": sae.b_pre,
+        },
+        folder / WEIGHTS,
+    )
+    files.write_json(
+        folder / CONFIG,
+        sites.carried(sae, "sparsify")
+        | {
+            "activation": "topk",
+            "expansion_factor": 32,
+            "normalize_decoder": True,
+            "num_latents": sae.shape.n_latents,
+            "k": sae.shape.k,
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "d_in": sae.shape.d_model,
+        },
+    )
 
 
 def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:

@@ -44,7 +44,14 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return _GatherSum.apply(values, indices, weight)
 
 
-def selected(x: Tensor, b_pre: Tensor, W_enc: Tensor, b_enc: Tensor | None, indices: Tensor, pre_acts: Tensor | None) -> Tensor:
+def selected(
+    x: Tensor,
+    b_pre: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    indices: Tensor,
+    pre_acts: Tensor | None,
+) -> Tensor:
     """Return pre-activations [b, k] at `indices` of W_enc (x - b_pre) + b_enc, or without bias.
 
     Their values are read from pre_acts[b, n] where that is given, else computed. The gradient is sparse.
@@ -63,7 +70,11 @@ class _GatherSum(torch.autograd.Function):
         values, indices, weight = ctx.saved_tensors
         grad = grad.contiguous()
         d_values = _current.gather_dot(grad, indices, weight) if ctx.needs_input_grad[0] else None
-        d_weight = _current.scatter_outer(values, indices, grad, len(weight)) if ctx.needs_input_grad[2] else None
+        d_weight = (
+            _current.scatter_outer(values, indices, grad, len(weight))
+            if ctx.needs_input_grad[2]
+            else None
+        )
         return d_values, None, d_weight
 
 
@@ -85,5 +96,7 @@ class _Selected(torch.autograd.Function):
         # b_pre's gradient is reduced over the batch before the multiplication (appendix D.2)
         per_latent = torch.bincount(indices.flatten(), grad.flatten(), n).to(grad.dtype)
         d_b_pre = -(per_latent @ W_enc) if ctx.needs_input_grad[1] else None
-        d_W_enc = _current.scatter_outer(grad, indices, centred, n) if ctx.needs_input_grad[2] else None
+        d_W_enc = (
+            _current.scatter_outer(grad, indices, centred, n) if ctx.needs_input_grad[2] else None
+        )
         return d_x, d_b_pre, d_W_enc, per_latent if ctx.needs_input_grad[3] else None, None, None

@@ -28,7 +28,9 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
     n = pre_acts.shape[-1]
     if k == 0 or n % _GROUP or n < 8 * _GROUP * k or pre_acts.device.type != "cpu":
         return pre_acts.topk(k, dim=-1, sorted=False).indices
-    grouped = pre_acts.view(-1, _GROUP, n // _GROUP)  # strided groups, so that the maximum is a vector operation
+    grouped = pre_acts.view(
+        -1, _GROUP, n // _GROUP
+    )  # strided groups, so that the maximum is a vector operation
     groups = grouped.amax(1).topk(k, dim=-1, sorted=False).indices
     candidates = grouped.gather(2, groups.unsqueeze(1).expand(-1, _GROUP, -1)).flatten(1)
     best = candidates.topk(k, dim=-1, sorted=False).indices
@@ -47,15 +49,23 @@ def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         return x.new_zeros(b, k)
     if not _has_sampled_product(x):
         parts = zip(indices.split(_ROWS), x.split(_ROWS))
-        return torch.cat([torch.bmm(weight[rows], part.unsqueeze(-1)).squeeze(-1) for rows, part in parts])
+        return torch.cat(
+            [torch.bmm(weight[rows], part.unsqueeze(-1)).squeeze(-1) for rows, part in parts]
+        )
     starts = torch.arange(0, b * k + 1, k)
-    pattern = torch.sparse_csr_tensor(starts, indices.flatten(), x.new_zeros(b * k), (b, len(weight)), check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts, indices.flatten(), x.new_zeros(b * k), (b, len(weight)), check_invariants=False
+    )
     return torch.sparse.sampled_addmm(pattern, x, weight.t(), beta=0.0).values().view(b, k)
 
 
 def _has_sampled_product(x: Tensor) -> bool:
     """Whether torch has a sampled dense product here; it comes with MKL, for whole and double precision."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available()
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and torch.backends.mkl.is_available()
+    )
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
@@ -66,7 +76,11 @@ def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     """Sort the (token, latent) pairs of indices[b, k] by latent: (their order, where each latent's begin and end [n + 1], k)."""
     flat = indices.flatten()
     ends = torch.bincount(flat, minlength=n).cumsum(0)
-    return torch.sort(flat.int(), stable=True).indices, torch.cat([ends.new_zeros(1), ends]), indices.shape[1]
+    return (
+        torch.sort(flat.int(), stable=True).indices,
+        torch.cat([ends.new_zeros(1), ends]),
+        indices.shape[1],
+    )
 
 
 def scatter_sum(lists: tuple[Tensor, Tensor, int], values: Tensor) -> Tensor:
@@ -74,17 +88,30 @@ def scatter_sum(lists: tuple[Tensor, Tensor, int], values: Tensor) -> Tensor:
     return scatter_transposed(lists, values, values.new_ones(len(values), 1)).squeeze(1)
 
 
-def scatter_transposed(lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+def scatter_transposed(
+    lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic. `out` takes the sums, where it is given."""
     order, starts, k = lists
     tokens, weights = order // k, values.flatten()[order]
     if out is None:
         return _bags(tokens, starts, weights, x)
     ends = [*starts[_LATENTS:-1:_LATENTS].tolist(), len(order)]
-    for latents, bags, first, end in zip(out.split(_LATENTS), starts[:-1].split(_LATENTS), [0, *ends], ends):
-        latents.copy_(_bags(tokens[first:end], torch.cat([bags - first, bags.new_tensor([end - first])]), weights[first:end], x))
+    for latents, bags, first, end in zip(
+        out.split(_LATENTS), starts[:-1].split(_LATENTS), [0, *ends], ends
+    ):
+        latents.copy_(
+            _bags(
+                tokens[first:end],
+                torch.cat([bags - first, bags.new_tensor([end - first])]),
+                weights[first:end],
+                x,
+            )
+        )
     return out
 
 
 def _bags(tokens: Tensor, starts: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    return embedding_bag(tokens, x, starts, per_sample_weights=weights, mode="sum", include_last_offset=True)
+    return embedding_bag(
+        tokens, x, starts, per_sample_weights=weights, mode="sum", include_last_offset=True
+    )

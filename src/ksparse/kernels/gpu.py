@@ -70,14 +70,22 @@ def _keeps_at_home() -> bool:
     given = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME")
     place = given or os.path.expanduser("~")
     if not os.path.isabs(place):
-        _log.info("no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder "
-                  "of this user alone")
+        _log.info(
+            "no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder "
+            "of this user alone"
+        )
     return os.path.isabs(place)
 
 
 def usable(device: torch.device) -> bool:
     """Return whether the kernels take tensors of a device: compiled on a GPU, on a CPU in Triton's interpreter."""
-    return available() if device.type == "cuda" else triton is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (
+        available()
+        if device.type == "cuda"
+        else triton is not None
+        and device.type == "cpu"
+        and os.environ.get("TRITON_INTERPRET") == "1"
+    )
 
 
 def _jit(function: Callable[..., Any]) -> Any:
@@ -108,11 +116,32 @@ def _tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr
 
 
 @_jit
-def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr,
-                GROUP: tl.constexpr, KEPT: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr):
+def _candidates(
+    x,
+    weight,
+    bias,
+    values,
+    places,
+    b,
+    n,
+    d,
+    buckets,
+    TOKENS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEPT: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values, places[b, buckets, KEPT], best first."""
     tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
-    rows, columns, at = tile_b * TOKENS + tl.arange(0, TOKENS), tile_n * LATENTS + tl.arange(0, LATENTS), tl.arange(0, DEPTH)
+    rows, columns, at = (
+        tile_b * TOKENS + tl.arange(0, TOKENS),
+        tile_n * LATENTS + tl.arange(0, LATENTS),
+        tl.arange(0, DEPTH),
+    )
     left = x + tl.minimum(rows, b - 1).to(tl.int64)[:, None] * d + at[None, :]
     right = weight + tl.minimum(columns, n - 1).to(tl.int64)[None, :] * d + at[:, None]
     score = tl.zeros([TOKENS, LATENTS], tl.float32)
@@ -121,7 +150,12 @@ def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.co
             score = tl.dot(tl.load(left), tl.load(right), score, input_precision=PRECISION)
         else:
             inside = start + at < d
-            score = tl.dot(tl.load(left, inside[None, :], 0.0), tl.load(right, inside[:, None], 0.0), score, input_precision=PRECISION)
+            score = tl.dot(
+                tl.load(left, inside[None, :], 0.0),
+                tl.load(right, inside[:, None], 0.0),
+                score,
+                input_precision=PRECISION,
+            )
         left += DEPTH
         right += DEPTH
     score = _finite(score + tl.load(bias + tl.minimum(columns, n - 1)).to(tl.float32)[None, :])
@@ -130,7 +164,10 @@ def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.co
 
     # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row of the accumulator (wgmma, mma), so that the
     # maxima need no exchange between threads. In any other layout this is right too, only slower.
-    score = tl.reshape(tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]), [TOKENS, 4, LATENTS // 4])
+    score = tl.reshape(
+        tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]),
+        [TOKENS, 4, LATENTS // 4],
+    )
     place = tl.arange(0, LATENTS // 4)[None, None, :]
     to = (rows.to(tl.int64)[:, None] * buckets + tile_n * 4 + tl.arange(0, 4)[None, :]) * KEPT
     for slot in tl.static_range(KEPT):
@@ -142,7 +179,9 @@ def _candidates(x, weight, bias, values, places, b, n, d, buckets, TOKENS: tl.co
 
 
 @_jit
-def _bucket_again(x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.constexpr, DEPTH: tl.constexpr):
+def _bucket_again(
+    x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.constexpr, DEPTH: tl.constexpr
+):
     """One (token, bucket) pair: the pre-activations of all latents of the bucket, to out[pairs, LATENTS / 4]; -inf beyond n."""
     pair = tl.program_id(0).to(tl.int64)
     token, bucket = tl.load(tokens + pair).to(tl.int64), tl.load(buckets + pair)
@@ -153,12 +192,25 @@ def _bucket_again(x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.const
     for start in range(0, d, DEPTH):
         inside = start + at < d
         part = tl.load(x + token * d + start + at, inside, 0.0).to(tl.float32)
-        total += tl.load(weight + row[:, None] * d + start + at[None, :], inside[None, :], 0.0).to(tl.float32) * part[None, :]
+        total += (
+            tl.load(weight + row[:, None] * d + start + at[None, :], inside[None, :], 0.0).to(
+                tl.float32
+            )
+            * part[None, :]
+        )
     score = _finite(tl.sum(total, 1) + tl.load(bias + row).to(tl.float32))
     tl.store(out + pair * (LATENTS // 4) + place, tl.where(latent < n, score, float("-inf")))
 
 
-def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile | None = None, kept: int | None = None) -> tuple[Tensor, Tensor]:
+def topk_encode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    *,
+    tile: Tile | None = None,
+    kept: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T + bias[n], in no particular order.
 
     Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity, -inf as the lowest float32.
@@ -169,12 +221,20 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile |
     if not 0 <= k <= n:
         raise ValueError(f"k is {k}, but there are {n} latents: choose 0 to {n} of them")
     if b * k == 0:
-        return x.new_zeros(b, k, dtype=torch.float32), torch.zeros(b, k, dtype=torch.long, device=x.device)
+        return x.new_zeros(b, k, dtype=torch.float32), torch.zeros(
+            b, k, dtype=torch.long, device=x.device
+        )
     kept = kept or _kept(k, buckets)
-    if kept * buckets < k or kept > min(MOST_KEPT, tile.latents // 4) or weight.dtype == torch.float64:
+    if (
+        kept * buckets < k
+        or kept > min(MOST_KEPT, tile.latents // 4)
+        or weight.dtype == torch.float64
+    ):
         return _dense(x, weight, bias, k)
     x, weight, bias = x.to(weight.dtype).contiguous(), weight.contiguous(), bias.contiguous()
-    if x.device.type == "cpu":  # Triton's interpreter has no product in bfloat16; this one is the same
+    if (
+        x.device.type == "cpu"
+    ):  # Triton's interpreter has no product in bfloat16; this one is the same
         x, weight = x.float(), weight.float()
     values, places = _best_of_buckets(x, weight, bias, kept, tile)
     values, chosen = values.flatten(1).topk(k, dim=1, sorted=False)
@@ -187,24 +247,62 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, tile: Tile |
     suspect = chosen % kept == kept - 1
     token, j = suspect.nonzero(as_tuple=True)
     if len(token):
-        _compete(x, weight, bias, values, indices, places, token, chosen[token, j] // kept, suspect.sum(1), tile)
+        _compete(
+            x,
+            weight,
+            bias,
+            values,
+            indices,
+            places,
+            token,
+            chosen[token, j] // kept,
+            suspect.sum(1),
+            tile,
+        )
     return values, indices
 
 
 def _kept(k: int, buckets: int) -> int:
     """Return how many of a bucket to keep, so that few are expected to hold that many of the k winners (winners fall in buckets at random)."""
-    return next((m for m in range(2, MOST_KEPT + 1) if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)), MOST_KEPT)
+    return next(
+        (
+            m
+            for m in range(2, MOST_KEPT + 1)
+            if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)
+        ),
+        MOST_KEPT,
+    )
 
 
-def _best_of_buckets(x: Tensor, weight: Tensor, bias: Tensor, kept: int, tile: Tile) -> tuple[Tensor, Tensor]:
+def _best_of_buckets(
+    x: Tensor, weight: Tensor, bias: Tensor, kept: int, tile: Tile
+) -> tuple[Tensor, Tensor]:
     """Return values[b, buckets, kept], best first, and their places in the buckets: stage one."""
     (b, d), n, buckets = x.shape, len(weight), 4 * -(-len(weight) // tile.latents)
     values = torch.empty(b, buckets, kept, dtype=torch.float32, device=x.device)
     places = torch.empty(b, buckets, kept, dtype=torch.uint8, device=x.device)
     with _on(x.device):
         _candidates[(-(-b // tile.tokens) * buckets // 4,)](
-            x, weight, bias, values, places, b, n, d, buckets, TOKENS=tile.tokens, LATENTS=tile.latents, DEPTH=tile.depth, GROUP=tile.group,
-            KEPT=kept, EVEN=d % tile.depth == 0, FULL=n % tile.latents == 0, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages)
+            x,
+            weight,
+            bias,
+            values,
+            places,
+            b,
+            n,
+            d,
+            buckets,
+            TOKENS=tile.tokens,
+            LATENTS=tile.latents,
+            DEPTH=tile.depth,
+            GROUP=tile.group,
+            KEPT=kept,
+            EVEN=d % tile.depth == 0,
+            FULL=n % tile.latents == 0,
+            PRECISION="ieee",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return values, places
 
 
@@ -213,14 +311,38 @@ def _latents(buckets: Tensor, places: Tensor, tile: Tile) -> Tensor:
     return buckets // 4 * tile.latents + places // 2 * 8 + buckets % 4 * 2 + places % 2
 
 
-def _compete(x: Tensor, weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor, places: Tensor, token: Tensor, bucket: Tensor,
-             counts: Tensor, tile: Tile) -> None:
+def _compete(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    places: Tensor,
+    token: Tensor,
+    bucket: Tensor,
+    counts: Tensor,
+    tile: Tile,
+) -> None:
     """Let what (token, bucket)[pairs] dropped compete with values, indices[b, k], in place; counts[b] pairs a token, sorted by it."""
     width, k = tile.latents // 4, values.shape[1]
     scores = torch.empty(len(token), width, dtype=torch.float32, device=x.device)
     with _on(x.device):
-        _bucket_again[(len(token),)](x, weight, bias, token, bucket, scores, len(weight), x.shape[1], LATENTS=tile.latents, DEPTH=64, num_warps=4)
-    scores.scatter_(1, places[token, bucket].long(), -torch.inf)  # those that were kept keep the values they have
+        _bucket_again[(len(token),)](
+            x,
+            weight,
+            bias,
+            token,
+            bucket,
+            scores,
+            len(weight),
+            x.shape[1],
+            LATENTS=tile.latents,
+            DEPTH=64,
+            num_warps=4,
+        )
+    scores.scatter_(
+        1, places[token, bucket].long(), -torch.inf
+    )  # those that were kept keep the values they have
     rows, row = token.unique_consecutive(return_inverse=True)
     nth = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
     more = scores.new_full((len(rows), int(counts.max()), width), -torch.inf)
@@ -236,7 +358,10 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Ten
     """Return the same by the whole product, in pieces: where k is so near n that buckets save nothing."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(dtype).t(), bias.to(dtype)
-    parts = [torch.addmm(bias, part.to(dtype), weight).topk(k, dim=1, sorted=False) for part in x.split(max(1, PIECE // len(bias)))]
+    parts = [
+        torch.addmm(bias, part.to(dtype), weight).topk(k, dim=1, sorted=False)
+        for part in x.split(max(1, PIECE // len(bias)))
+    ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
@@ -244,21 +369,32 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 @_jit
-def _gather_sum(values, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+def _gather_sum(
+    values, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
+):
     """One token, one block of columns: ROWS rows are on their way at once."""
-    token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    token, columns = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
+    )
     total = tl.zeros([COLUMNS], SUM)
     for start in range(0, k, ROWS):
         j = start + tl.arange(0, ROWS)
         latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
         value = tl.load(values + token * k + j, j < k, 0.0).to(SUM)
-        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        row = tl.load(
+            weight + latent[:, None] * d + columns[None, :],
+            (j < k)[:, None] & (columns < d)[None, :],
+            0.0,
+        ).to(SUM)
         total += tl.sum(value[:, None] * row, 0)
     tl.store(out + token * d + columns, total.to(out.dtype.element_ty), columns < d)
 
 
 @_jit
-def _gather_dot(x, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+def _gather_dot(
+    x, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
+):
     """One token, ROWS of its latents."""
     token, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
@@ -266,7 +402,11 @@ def _gather_dot(x, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.c
     for start in range(0, d, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         part = tl.load(x + token * d + columns, columns < d, 0.0).to(SUM)
-        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        row = tl.load(
+            weight + latent[:, None] * d + columns[None, :],
+            (j < k)[:, None] & (columns < d)[None, :],
+            0.0,
+        ).to(SUM)
         total += row * part[None, :]
     tl.store(out + token * k + j, tl.sum(total, 1).to(out.dtype.element_ty), j < k)
 
@@ -285,22 +425,48 @@ def _sums(*tensors: Tensor) -> Any:
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]], in the wider of the two dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
-    out = torch.empty(b, d, dtype=torch.promote_types(values.dtype, weight.dtype), device=weight.device)
+    out = torch.empty(
+        b, d, dtype=torch.promote_types(values.dtype, weight.dtype), device=weight.device
+    )
     if out.numel():
         with _on(weight.device):
-            _gather_sum[(b, -(-d // block))](values.contiguous(), indices.contiguous(), weight.contiguous(), out, k, d, ROWS=8, COLUMNS=block,
-                                            SUM=_sums(values, weight), num_warps=warps)
+            _gather_sum[(b, -(-d // block))](
+                values.contiguous(),
+                indices.contiguous(),
+                weight.contiguous(),
+                out,
+                k,
+                d,
+                ROWS=8,
+                COLUMNS=block,
+                SUM=_sums(values, weight),
+                num_warps=warps,
+            )
     return out
 
 
-def gather_dot(x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def gather_dot(
+    x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` if given, else in the wider of the two dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
-    out = torch.empty(b, k, dtype=dtype or torch.promote_types(x.dtype, weight.dtype), device=weight.device)
+    out = torch.empty(
+        b, k, dtype=dtype or torch.promote_types(x.dtype, weight.dtype), device=weight.device
+    )
     if out.numel():
         with _on(weight.device):
-            _gather_dot[(b, -(-k // 8))](x.contiguous(), indices.contiguous(), weight.contiguous(), out, k, d, ROWS=8, COLUMNS=block,
-                                        SUM=_sums(x, weight), num_warps=warps)
+            _gather_dot[(b, -(-k // 8))](
+                x.contiguous(),
+                indices.contiguous(),
+                weight.contiguous(),
+                out,
+                k,
+                d,
+                ROWS=8,
+                COLUMNS=block,
+                SUM=_sums(x, weight),
+                num_warps=warps,
+            )
     return out
 
 
@@ -315,7 +481,9 @@ def _ranks(number, wanted, at):
     """How many come before each: the larger, of equals the first; NaN counts as the largest, what is not wanted as the least."""
     key = tl.where(number == number, _ordered(number.to(tl.int32, bitcast=True)), 2147483647)
     key = tl.where(wanted, key, -2147483648)
-    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (at[None, :] < at[:, None]))
+    before = (key[None, :] > key[:, None]) | (
+        (key[None, :] == key[:, None]) & (at[None, :] < at[:, None])
+    )
     return tl.sum(before.to(tl.int32), 1)
 
 
@@ -327,16 +495,49 @@ def _products(x, weight, bias, latents, wanted, d, ROWS: tl.constexpr, COLUMNS: 
     for start in range(0, d, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         part = tl.load(x + columns, columns < d, 0.0).to(tl.float32)
-        total += tl.load(weight + latent[:, None] * d + columns[None, :], wanted[:, None] & (columns < d)[None, :], 0.0).to(tl.float32) * part[None, :]
+        total += (
+            tl.load(
+                weight + latent[:, None] * d + columns[None, :],
+                wanted[:, None] & (columns < d)[None, :],
+                0.0,
+            ).to(tl.float32)
+            * part[None, :]
+        )
     return tl.sum(total, 1) + tl.load(bias + latent, wanted, 0.0).to(tl.float32)
 
 
 @_jit
-def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ranked, exact, c, k, d, margin, CANDIDATES: tl.constexpr,
-            FIRST: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, MORE_COLUMNS: tl.constexpr):
+def _choose(
+    x,
+    latents,
+    scores,
+    weight,
+    bias,
+    values,
+    indices,
+    spread,
+    near,
+    ranked,
+    exact,
+    c,
+    k,
+    d,
+    margin,
+    CANDIDATES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MORE: tl.constexpr,
+    MORE_COLUMNS: tl.constexpr,
+):
     """One token. By score come first the k best, and then, as they come, those that may be better than the worst of these."""
     token, j, first = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES), tl.arange(0, FIRST)
-    latents, scores, near, ranked, exact = latents + token * c, scores + token * c, near + token * c, ranked + token * c, exact + token * c
+    latents, scores, near, ranked, exact = (
+        latents + token * c,
+        scores + token * c,
+        near + token * c,
+        ranked + token * c,
+        exact + token * c,
+    )
     score, latent = tl.load(scores + j, j < c, 0.0), tl.load(latents + j, j < c, 0)
     rank = _ranks(score, j < c, j)
     tl.store(near + rank, score, j < c)
@@ -353,7 +554,11 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
     while tl.load(near + start, start < c, float("-inf")) > least:
         more = start + tl.arange(0, MORE)
         wanted = tl.load(near + more, more < c, float("-inf")) > least
-        tl.store(exact + more, _products(x + token * d, weight, bias, ranked + more, wanted, d, MORE, MORE_COLUMNS), wanted)
+        tl.store(
+            exact + more,
+            _products(x + token * d, weight, bias, ranked + more, wanted, d, MORE, MORE_COLUMNS),
+            wanted,
+        )
         start += MORE
     tl.debug_barrier()
 
@@ -361,7 +566,9 @@ def _choose(x, latents, scores, weight, bias, values, indices, spread, near, ran
     value = tl.load(exact + j, wanted, 0.0)
     rank = _ranks(value, wanted, j)
     tl.store(values + token * k + rank, value, wanted & (rank < k))
-    tl.store(indices + token * k + rank, tl.load(ranked + j, wanted, 0).to(tl.int64), wanted & (rank < k))
+    tl.store(
+        indices + token * k + rank, tl.load(ranked + j, wanted, 0).to(tl.int64), wanted & (rank < k)
+    )
 
 
 def _candidate_block(first: int) -> dict[str, int]:
@@ -369,7 +576,16 @@ def _candidate_block(first: int) -> dict[str, int]:
     return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 1}
 
 
-def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int, *, margin: float = math.inf) -> tuple[Tensor, Tensor, Tensor]:
+def choose(
+    x: Tensor,
+    latents: Tensor,
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    *,
+    margin: float = math.inf,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates; largest first.
 
     spread is the root mean square of what values differ by from scores[b, c], among the k of the best scores. A candidate whose score is
@@ -380,37 +596,81 @@ def choose(x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Ten
         exact = gather_dot(x, latents, weight, dtype=torch.float32) + bias[latents]
         values, at = exact.topk(k, dim=1)
         return values, latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
-    values, indices = torch.empty(b, k, device=x.device), torch.empty(b, k, dtype=torch.long, device=x.device)
+    values, indices = (
+        torch.empty(b, k, device=x.device),
+        torch.empty(b, k, dtype=torch.long, device=x.device),
+    )
     spread, (near, exact) = torch.empty(b, device=x.device), torch.empty(2, b, c, device=x.device)
     ranked = torch.empty(b, c, dtype=torch.int32, device=x.device)
     padded, first = (max(16, 1 << (size - 1).bit_length()) for size in (c, k))
     if b:
         with _on(x.device):
-            _choose[(b,)](x.contiguous(), latents.contiguous(), scores.contiguous(), weight.contiguous(), bias, values, indices, spread, near, ranked, exact,
-                          c, k, d, min(margin, 1e30), CANDIDATES=padded, FIRST=first, **_candidate_block(first))
+            _choose[(b,)](
+                x.contiguous(),
+                latents.contiguous(),
+                scores.contiguous(),
+                weight.contiguous(),
+                bias,
+                values,
+                indices,
+                spread,
+                near,
+                ranked,
+                exact,
+                c,
+                k,
+                d,
+                min(margin, 1e30),
+                CANDIDATES=padded,
+                FIRST=first,
+                **_candidate_block(first),
+            )
     return values, indices, spread
 
 
 @_jit
-def _decode(values, indices, weight, bias, x, error, squares, slopes, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _decode(
+    values,
+    indices,
+    weight,
+    bias,
+    x,
+    error,
+    squares,
+    slopes,
+    k,
+    d,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One token: its rows are added up, and while they are still in the cache multiplied with the error."""
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside = columns < d
-    off = tl.load(bias + columns, inside, 0.0) - tl.load(x + token * d + columns, inside, 0.0).to(tl.float32)
+    off = tl.load(bias + columns, inside, 0.0) - tl.load(x + token * d + columns, inside, 0.0).to(
+        tl.float32
+    )
     for start in range(0, k, ROWS):
         j = start + tl.arange(0, ROWS)
         latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
         value = tl.load(values + token * k + j, j < k, 0.0)
-        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
+        row = tl.load(
+            weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0
+        ).to(tl.float32)
         off += tl.sum(value[:, None] * row, 0)
     tl.store(error + token * d + columns, off, inside)
     tl.store(squares + token, tl.sum(off * off, 0))
     for back in range(0, k, ROWS):  # the last rows first: they are nearest
         j = (k - 1) // ROWS * ROWS - back + tl.arange(0, ROWS)
         latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
-        row = tl.load(weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0).to(tl.float32)
+        row = tl.load(
+            weight + latent[:, None] * d + columns[None, :], (j < k)[:, None] & inside[None, :], 0.0
+        ).to(tl.float32)
         slope = tl.sum(row * off[None, :], 1)
-        tl.store(slopes + token * k + j, tl.where(tl.load(values + token * k + j, j < k, 0.0) > 0, slope, 0.0), j < k)
+        tl.store(
+            slopes + token * k + j,
+            tl.where(tl.load(values + token * k + j, j < k, 0.0) > 0, slope, 0.0),
+            j < k,
+        )
 
 
 def _row_block(columns: int, size: int) -> dict[str, int]:
@@ -419,17 +679,35 @@ def _row_block(columns: int, size: int) -> dict[str, int]:
     return {"ROWS": max(2, min(16, 4096 * warps // columns)), "num_warps": warps}
 
 
-def decode(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def decode(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor]:
     """Write error[b, d] = sum over j of values[b, j] weight[indices[b, j]] + bias - x; return (its squared norm [b], slopes[b, k]), all in float32.
 
     slopes is <error[b], weight[indices[b, j]]> where the value is above 0, else 0.
     """
     (b, k), d = indices.shape, weight.shape[1]
-    squares, slopes, whole = torch.empty(b, device=x.device), torch.empty(b, k, device=x.device), max(16, 1 << (d - 1).bit_length())
+    squares, slopes, whole = (
+        torch.empty(b, device=x.device),
+        torch.empty(b, k, device=x.device),
+        max(16, 1 << (d - 1).bit_length()),
+    )
     if b:
         with _on(x.device):
-            _decode[(b,)](values.contiguous(), indices.contiguous(), weight.contiguous(), bias, x.contiguous(), error, squares, slopes, k, d,
-                          COLUMNS=whole, **_row_block(whole, weight.element_size()))
+            _decode[(b,)](
+                values.contiguous(),
+                indices.contiguous(),
+                weight.contiguous(),
+                bias,
+                x.contiguous(),
+                error,
+                squares,
+                slopes,
+                k,
+                d,
+                COLUMNS=whole,
+                **_row_block(whole, weight.element_size()),
+            )
     return squares, slopes
 
 
@@ -451,19 +729,37 @@ class Lists(NamedTuple):
 def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
     """Sort the pairs of indices[b, k] by latent, once for both weights' gradients."""
     latents, order = torch.sort(indices.flatten().int(), stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n + 1, dtype=torch.int32, device=indices.device))
+    starts = torch.searchsorted(
+        latents, torch.arange(n + 1, dtype=torch.int32, device=indices.device)
+    )
     return Lists(order, latents, starts, indices.shape[1], chunk or CHUNK)
 
 
 @_jit
-def _segment(order, values, x, begin, end, columns, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr):
+def _segment(
+    order,
+    values,
+    x,
+    begin,
+    end,
+    columns,
+    k,
+    d,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+):
     """Return the sum over pairs begin .. end of values[pair] * x[token of the pair], at some columns."""
     total = tl.zeros([COLUMNS], SUM)
     for start in range(begin, end, ROWS):
         at = start + tl.arange(0, ROWS)
         pair = tl.load(order + at, at < end, 0)
         value = tl.load(values + pair, at < end, 0.0).to(SUM)
-        row = tl.load(x + (pair // k)[:, None] * d + columns[None, :], (at < end)[:, None] & (columns < d)[None, :], 0.0).to(SUM)
+        row = tl.load(
+            x + (pair // k)[:, None] * d + columns[None, :],
+            (at < end)[:, None] & (columns < d)[None, :],
+            0.0,
+        ).to(SUM)
         total += tl.sum(value[:, None] * row, 0)
     return total
 
@@ -479,24 +775,65 @@ def _weight(order, weights, begin, end, SUM: tl.constexpr):
 
 
 @_jit
-def _parts(order, latents, values, x, weights, parts, part_sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr,
-           MEASURED: tl.constexpr):
+def _parts(
+    order,
+    latents,
+    values,
+    x,
+    weights,
+    parts,
+    part_sums,
+    k,
+    d,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+    MEASURED: tl.constexpr,
+):
     """CHUNK pairs, one block of columns, if they are all of one latent."""
-    part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part, columns = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
+    )
     begin, end = part * CHUNK, (part + 1) * CHUNK
     if tl.load(latents + begin) == tl.load(latents + end - 1):
-        tl.store(parts + part * d + columns, _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM), columns < d)
+        tl.store(
+            parts + part * d + columns,
+            _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM),
+            columns < d,
+        )
         if MEASURED:
             if tl.program_id(1) == 0:
                 tl.store(part_sums + part, _weight(order, weights, begin, end, SUM))
 
 
 @_jit
-def _rows(order, starts, values, x, weights, parts, part_sums, out, squares, sums, k, d, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          SUM: tl.constexpr, MEASURED: tl.constexpr):
+def _rows(
+    order,
+    starts,
+    values,
+    x,
+    weights,
+    parts,
+    part_sums,
+    out,
+    squares,
+    sums,
+    k,
+    d,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM: tl.constexpr,
+    MEASURED: tl.constexpr,
+):
     """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK, from those before and after its parts and from these in
     their order. No atomics."""
-    latent, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    latent, columns = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
+    )
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
     hot, first, last = end - begin > CHUNK, (begin + CHUNK - 1) // CHUNK, end // CHUNK
     head = tl.where(hot, first * CHUNK, end)
@@ -522,33 +859,80 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
     return scatter_transposed(transposed(indices, n), values, x)
 
 
-def scatter_transposed(lists: Lists, values: Tensor, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def scatter_transposed(
+    lists: Lists, values: Tensor, x: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the same [n, d] from the sorted pairs, in `dtype` if given."""
     return _scattered(lists, values, x, None, dtype)[0]
 
 
-def scatter_measured(lists: Lists, values: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scatter_measured(
+    lists: Lists, values: Tensor, x: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same [n, d], with the square of each row's norm [n] and the sum of weights[b, k] over each latent's pairs [n]."""
     return _scattered(lists, values, x, weights.contiguous(), None)
 
 
-def _scattered(lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scattered(
+    lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _columns(x.shape[1])
     dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sums(values, x)
-    out, wide = torch.empty(n, d, dtype=dtype, device=x.device), torch.float64 if sums is tl.float64 else torch.float32
+    out, wide = (
+        torch.empty(n, d, dtype=dtype, device=x.device),
+        torch.float64 if sums is tl.float64 else torch.float32,
+    )
     while block > 128 and len(x) * block * x.element_size() > L2:
         block, warps = block // 2, max(1, warps // 2)
     values, x, blocks = values.contiguous(), x.contiguous(), -(-d // block)
-    squares, total = torch.zeros(n, blocks, dtype=wide, device=x.device), torch.zeros(n, dtype=wide, device=x.device)
+    squares, total = (
+        torch.zeros(n, blocks, dtype=wide, device=x.device),
+        torch.zeros(n, dtype=wide, device=x.device),
+    )
     if out.numel() == 0 or values.numel() == 0:
         return out.zero_(), squares.sum(1), total
     count, weighed = len(lists.order) // lists.chunk, values if weights is None else weights
-    parts, part_sums = torch.empty(count, d, dtype=wide, device=x.device), torch.empty(count, dtype=wide, device=x.device)
-    options = {"CHUNK": lists.chunk, "ROWS": 4, "COLUMNS": block, "SUM": sums, "MEASURED": weights is not None, "num_warps": warps}
+    parts, part_sums = (
+        torch.empty(count, d, dtype=wide, device=x.device),
+        torch.empty(count, dtype=wide, device=x.device),
+    )
+    options = {
+        "CHUNK": lists.chunk,
+        "ROWS": 4,
+        "COLUMNS": block,
+        "SUM": sums,
+        "MEASURED": weights is not None,
+        "num_warps": warps,
+    }
     with _on(x.device):
         if count:
-            _parts[(count, blocks)](lists.order, lists.latents, values, x, weighed, parts, part_sums, lists.k, d, **options)
-        _rows[(n, blocks)](lists.order, lists.starts, values, x, weighed, parts, part_sums, out, squares, total, lists.k, d, **options)
+            _parts[(count, blocks)](
+                lists.order,
+                lists.latents,
+                values,
+                x,
+                weighed,
+                parts,
+                part_sums,
+                lists.k,
+                d,
+                **options,
+            )
+        _rows[(n, blocks)](
+            lists.order,
+            lists.starts,
+            values,
+            x,
+            weighed,
+            parts,
+            part_sums,
+            out,
+            squares,
+            total,
+            lists.k,
+            d,
+            **options,
+        )
     return out, squares.sum(1), total
 
 
@@ -575,20 +959,51 @@ def _bytes(row):
 
 
 @_jit
-def _adam_row(weight, grad, first, second, average, half, whole, scale, clip_at, d, rate, beta2, gain1, gain2, eps, root, gain, PROJECT: tl.constexpr,
-              UNIT: tl.constexpr, AVERAGE: tl.constexpr, HALF: tl.constexpr, BYTES: tl.constexpr, COLUMNS: tl.constexpr):
+def _adam_row(
+    weight,
+    grad,
+    first,
+    second,
+    average,
+    half,
+    whole,
+    scale,
+    clip_at,
+    d,
+    rate,
+    beta2,
+    gain1,
+    gain2,
+    eps,
+    root,
+    gain,
+    PROJECT: tl.constexpr,
+    UNIT: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    HALF: tl.constexpr,
+    BYTES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0
     whatever eps is."""
     clip, columns = tl.load(clip_at), tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
     w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
-    m, v = tl.load(first + at, inside, 0.0).to(tl.float32), tl.load(second + at, inside, 1.0).to(tl.float32)
+    m, v = (
+        tl.load(first + at, inside, 0.0).to(tl.float32),
+        tl.load(second + at, inside, 1.0).to(tl.float32),
+    )
     if AVERAGE:
-        mean = tl.load(average + at, inside, 0.0)  # here, since nothing is read while the program's warps wait for one another below
+        mean = tl.load(
+            average + at, inside, 0.0
+        )  # here, since nothing is read while the program's warps wait for one another below
     if PROJECT:
         g -= tl.sum(g * w, 0) * w
     g *= clip
-    g, moved = tl.where(g == g, g, 0.0), tl.where(clip == clip, inside, False)  # one answer for all columns, or each number would be written by itself
+    g, moved = (
+        tl.where(g == g, g, 0.0),
+        tl.where(clip == clip, inside, False),
+    )  # one answer for all columns, or each number would be written by itself
     m += (g - m) * gain1
     v = v * beta2 + g * g * gain2
     w -= rate * m / (tl.sqrt(v) * root + eps)
@@ -619,29 +1034,86 @@ def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tenso
     out = torch.zeros(len(grad), dtype=torch.float32, device=grad.device)
     if grad.numel():
         with _on(grad.device):
-            _squares[(len(grad),)](grad.contiguous(), weight.contiguous(), out, grad.shape[1], PROJECT=project, **_whole(grad.shape[1]))
+            _squares[(len(grad),)](
+                grad.contiguous(),
+                weight.contiguous(),
+                out,
+                grad.shape[1],
+                PROJECT=project,
+                **_whole(grad.shape[1]),
+            )
     return out
 
 
-def adam_rows_(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, *, step: int, rate: float, beta1: float, beta2: float, eps: float,
-               clip: float | Tensor = 1.0, project: bool = False, unit_norm: bool = False, average: Tensor | None = None, decay: float = 1.0,
-               half: Tensor | None = None, whole: Tensor | None = None, scale: Tensor | None = None) -> None:
+def adam_rows_(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float | Tensor = 1.0,
+    project: bool = False,
+    unit_norm: bool = False,
+    average: Tensor | None = None,
+    decay: float = 1.0,
+    half: Tensor | None = None,
+    whole: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
     """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
     average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` is NaN nothing is changed; as a
     float32 tensor of one number it need not be known yet. Raise ValueError where a tensor is not contiguous or not [n, d].
     """
-    for name, tensor in {"weight": weight, "grad": grad, "first": first, "second": second, "average": average, "half": half, "whole": whole}.items():
+    for name, tensor in {
+        "weight": weight,
+        "grad": grad,
+        "first": first,
+        "second": second,
+        "average": average,
+        "half": half,
+        "whole": whole,
+    }.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
-            raise ValueError(f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a contiguous {list(weight.shape)}")
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a contiguous {list(weight.shape)}"
+            )
     if weight.dtype != torch.float32 or (average is not None and average.dtype != torch.float32):
-        raise ValueError(f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `half`")
+        raise ValueError(
+            f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `half`"
+        )
     if weight.numel() == 0:
         return
     clip = clip if isinstance(clip, Tensor) else torch.full((), clip, device=weight.device)
     with _on(weight.device):
         _adam_row[(len(weight),)](
-            weight, grad, first, second, weight if average is None else average, weight if half is None else half, weight if whole is None else whole,
-            weight if scale is None else scale, clip, weight.shape[1], rate / (1 - beta1**step), beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(1 - beta2**step), 1 - decay,
-            PROJECT=project, UNIT=unit_norm, AVERAGE=average is not None, HALF=half is not None, BYTES=whole is not None, **_whole(weight.shape[1]))
+            weight,
+            grad,
+            first,
+            second,
+            weight if average is None else average,
+            weight if half is None else half,
+            weight if whole is None else whole,
+            weight if scale is None else scale,
+            clip,
+            weight.shape[1],
+            rate / (1 - beta1**step),
+            beta2,
+            1 - beta1,
+            1 - beta2,
+            eps,
+            1 / math.sqrt(1 - beta2**step),
+            1 - decay,
+            PROJECT=project,
+            UNIT=unit_norm,
+            AVERAGE=average is not None,
+            HALF=half is not None,
+            BYTES=whole is not None,
+            **_whole(weight.shape[1]),
+        )

@@ -56,13 +56,21 @@ class Plan(NamedTuple):
         """Return the shared memory of a block, as hopper.cu lays it out."""
         stage, tokens = self.latents * CHUNK, TOKENS * CHUNK
         sides = (self.stages + self.chunks) // self.chunks
-        return (self.stages * (stage + (0 if self.resident else tokens)) + (self.chunks * tokens if self.resident else 0) + sides * self.latents * 8
-                + 8 * (2 * self.stages + 1))
+        return (
+            self.stages * (stage + (0 if self.resident else tokens))
+            + (self.chunks * tokens if self.resident else 0)
+            + sides * self.latents * 8
+            + 8 * (2 * self.stages + 1)
+        )
 
 
 def usable(device: torch.device) -> bool:
     """Return whether the kernel can be compiled for and run on a device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and compiler() is not None
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and compiler() is not None
+    )
 
 
 @functools.cache
@@ -78,32 +86,67 @@ def plan(d: int, c: int) -> Plan | None:
     """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
     per = -(-min(LONGEST, 2 * c + 96) // WARP)
     kinds = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
-    options = (Plan(-(-d // CHUNK), resident, stages, per, latents) for resident, latents, fewest in kinds for stages in range(STAGES, fewest - 1, -1))
+    options = (
+        Plan(-(-d // CHUNK), resident, stages, per, latents)
+        for resident, latents, fewest in kinds
+        for stages in range(STAGES, fewest - 1, -1)
+    )
     chosen = next(option for option in options if option.bytes <= SHARED)
     return chosen if d % 16 == 0 and 0 < c + c // 8 <= chosen.full else None
 
 
-def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b, d] weight[n, d]^T + bias[n], bytes x and weight.
 
     In no particular order; dropped bounds the scores of all others, and is infinite for a token with fewer than c scores (NaN).
     """
     (b, d), n, device = x.shape, len(weight), x.device
     blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
-    parts = _parts(blocks, min(tiles, n // (4 * c)), torch.cuda.get_device_properties(device).multi_processor_count)
+    parts = _parts(
+        blocks,
+        min(tiles, n // (4 * c)),
+        torch.cuda.get_device_properties(device).multi_processor_count,
+    )
     columns = torch.stack((scale, bias), 1)
     beyond = tiles * chosen.latents - n
     if beyond:  # there the copy engine puts zeros, and this -inf
         columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(beyond, 2)])
-    lists = torch.empty(parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device)
+    lists = torch.empty(
+        parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device
+    )
     scores = torch.empty(b, parts * c, device=device)
-    latents, dropped = torch.empty(b, parts * c, dtype=torch.int64, device=device), torch.empty(b, parts, device=device)
+    latents, dropped = (
+        torch.empty(b, parts * c, dtype=torch.int64, device=device),
+        torch.empty(b, parts, device=device),
+    )
     maps = [_map(x, TOKENS), _map(weight, chosen.latents // 2)]
-    arguments = [*maps, *(ctypes.c_void_p(each.data_ptr()) for each in (columns, x_scale, lists, scores, latents, dropped)), *map(ctypes.c_int, (b, c, tiles))]
+    arguments = [
+        *maps,
+        *(
+            ctypes.c_void_p(each.data_ptr())
+            for each in (columns, x_scale, lists, scores, latents, dropped)
+        ),
+        *map(ctypes.c_int, (b, c, tiles)),
+    ]
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _call("cuLaunchKernel", _kernel(chosen, device.index), blocks, parts, 1, 384, 1, 1, chosen.bytes, stream, pointers, None)
+        _call(
+            "cuLaunchKernel",
+            _kernel(chosen, device.index),
+            blocks,
+            parts,
+            1,
+            384,
+            1,
+            1,
+            chosen.bytes,
+            stream,
+            pointers,
+            None,
+        )
     if parts == 1:
         return scores, latents, dropped[:, 0]
     best, at = scores.topk(c, dim=1, sorted=False)
@@ -113,7 +156,10 @@ def candidates(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: 
 
 def _parts(blocks: int, most: int, processors: int) -> int:
     """Return into how many parts, at most `most`, to split the latents, so that few processors wait at the end."""
-    return min(range(1, max(1, min(8, most)) + 1), key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts))
+    return min(
+        range(1, max(1, min(8, most)) + 1),
+        key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts),
+    )
 
 
 # ---- the driver
@@ -130,7 +176,9 @@ def _call(name: str, *arguments: Any) -> None:
     if status:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch does without these kernels")
+        raise RuntimeError(
+            f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch does without these kernels"
+        )
 
 
 def _map(rows: Tensor, box: int) -> Any:
@@ -139,8 +187,21 @@ def _map(rows: Tensor, box: int) -> Any:
     aligned = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
     (m, d), word, half = rows.shape, ctypes.c_uint64, ctypes.c_uint32
     uint8, no_interleave, swizzle_128, promote_256, zeros = 0, 0, 3, 3, 0
-    _call("cuTensorMapEncodeTiled", ctypes.byref(aligned), uint8, half(2), ctypes.c_void_p(rows.data_ptr()), (word * 2)(d, m), (word * 1)(d),
-          (half * 2)(CHUNK, box), (half * 2)(1, 1), no_interleave, swizzle_128, promote_256, zeros)
+    _call(
+        "cuTensorMapEncodeTiled",
+        ctypes.byref(aligned),
+        uint8,
+        half(2),
+        ctypes.c_void_p(rows.data_ptr()),
+        (word * 2)(d, m),
+        (word * 1)(d),
+        (half * 2)(CHUNK, box),
+        (half * 2)(1, 1),
+        no_interleave,
+        swizzle_128,
+        promote_256,
+        zeros,
+    )
     return aligned
 
 
@@ -158,15 +219,27 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
-    constants = {"CHUNKS": chosen.chunks, "RESIDENT": int(chosen.resident), "STAGES": chosen.stages, "PER": chosen.per, "LATENTS": chosen.latents,
-                 "CLUSTER": chosen.cluster}
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in constants.items())]
+    constants = {
+        "CHUNKS": chosen.chunks,
+        "RESIDENT": int(chosen.resident),
+        "STAGES": chosen.stages,
+        "PER": chosen.per,
+        "LATENTS": chosen.latents,
+        "CLUSTER": chosen.cluster,
+    }
+    options = [
+        b"--gpu-architecture=sm_90a",
+        b"--std=c++17",
+        *(f"-D{name}={value}".encode() for name, value in constants.items()),
+    ]
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"hopper.cu", 0, [], [])
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
     log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])
     nvrtc.nvrtcGetProgramLog(program, log)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(f"hopper.cu does not compile with {chosen}: {log.decode()}; run.kernels=torch does without these kernels")
+        raise RuntimeError(
+            f"hopper.cu does not compile with {chosen}: {log.decode()}; run.kernels=torch does without these kernels"
+        )
     code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)

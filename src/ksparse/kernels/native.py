@@ -26,8 +26,17 @@ from ksparse import files
 from ksparse.errors import DiskError
 
 SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-          "-fno-signed-zeros")
+_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+)
 PANELS = 3
 """The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's products."""
 _log = logging.getLogger("ksparse")
@@ -42,7 +51,10 @@ class Matrix(ctypes.Structure):
 class Adam(ctypes.Structure):
     """What a step of Adam needs; the corrections are 1 - beta^step, `decay` is the average's, `clip` multiplies all gradients."""
 
-    _fields_ = [(name, ctypes.c_float) for name in ("rate", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")]
+    _fields_ = [
+        (name, ctypes.c_float)
+        for name in ("rate", "beta1", "beta2", "eps", "correction1", "correction2", "decay", "clip")
+    ]
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -50,12 +62,21 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     if tensor is None:
         return ctypes.c_void_p(None)
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(f"native kernels take contiguous tensors in main memory, got {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}")
+        raise ValueError(
+            f"native kernels take contiguous tensors in main memory, got {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-_SYMBOLS = ("ks_select", "ks_lower", "ks_rescore", "ks_screen", "ks_decode", "ks_transpose",
-            "ks_update")
+_SYMBOLS = (
+    "ks_select",
+    "ks_lower",
+    "ks_rescore",
+    "ks_screen",
+    "ks_decode",
+    "ks_transpose",
+    "ks_update",
+)
 
 
 class NoCache(OSError):
@@ -73,8 +94,10 @@ def load() -> ctypes.CDLL | None:
             getattr(library, name).restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
-        _log.info("the compiled kernels are not available (%s); training goes on with plain torch",
-                  said.splitlines()[-1])
+        _log.info(
+            "the compiled kernels are not available (%s); training goes on with plain torch",
+            said.splitlines()[-1],
+        )
         return None
     return library
 
@@ -94,16 +117,31 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
 
     folder: where it is kept; the user's cache if not given, or NoCache where that is none.
     """
-    compiler = compiler or next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
+    compiler = compiler or next(
+        (
+            found
+            for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
     if compiler is None:
         raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
     tune = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), compiler, tune, _FLAGS, _processor())).encode()).hexdigest()[:20]
+    key = hashlib.sha256(
+        repr((SOURCE.read_bytes(), compiler, tune, _FLAGS, _processor())).encode()
+    ).hexdigest()[:20]
     path = (folder or _cache()) / f"native-{key}.so"
     if path.is_file() and _of_this_user(path):
         return path
     with files.placed(path) as made:  # whole or not at all, also where two processes build
-        subprocess.run([compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            [compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     path.chmod(0o600)
     return path
 
@@ -126,8 +164,10 @@ def _cache() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         shared = next((above for above in folder.resolve().parents if _open_to_all(above)), None)
         if shared or not _of_this_user(folder):
-            raise NoCache(f"others can write to {shared or folder}; "
-                          "set XDG_CACHE_HOME to a folder of this user alone")
+            raise NoCache(
+                f"others can write to {shared or folder}; "
+                "set XDG_CACHE_HOME to a folder of this user alone"
+            )
     return folder
 
 
@@ -148,7 +188,10 @@ def _processor() -> str:
     """Return what tells processors apart: a cache may be shared by machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+        return next(
+            (line for line in lines if line.lower().startswith(("flags", "features"))),
+            platform.processor(),
+        )
     except OSError:
         return platform.processor() + platform.machine()
 
@@ -164,7 +207,16 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly, by latent; NaN where there are fewer."""
     b, n = pre_acts.shape
     values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
-    load().ks_select(pointer(pre_acts), pointer(bias), _int(b), _int(n), k, pointer(values), pointer(indices), torch.get_num_threads())
+    load().ks_select(
+        pointer(pre_acts),
+        pointer(bias),
+        _int(b),
+        _int(n),
+        k,
+        pointer(values),
+        pointer(indices),
+        torch.get_num_threads(),
+    )
     return values, indices
 
 
@@ -178,42 +230,110 @@ def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
     else:
         out = torch.empty(b, d, dtype=torch.int8 if kind == 1 else torch.bfloat16)
         scale = torch.empty(b) if kind == 1 else None
-    load().ks_lower(pointer(x), _int(b), _int(d), kind, pointer(out), pointer(scale), torch.get_num_threads())
+    load().ks_lower(
+        pointer(x), _int(b), _int(d), kind, pointer(out), pointer(scale), torch.get_num_threads()
+    )
     return out, scale
 
 
-def rescore(low: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int) -> tuple[Tensor, ...]:
+def rescore(
+    low: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    c: int,
+) -> tuple[Tensor, ...]:
     """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the c best of low[b, n]."""
     b, n = low.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
-    load().ks_rescore(pointer(low), 1 if low.dtype == torch.int32 else 2, pointer(x_scale), pointer(w_scale), pointer(bias), pointer(x), pointer(weight),
-                      _int(b), _int(n), _int(x.shape[1]), k, c, pointer(values), pointer(indices), pointer(dropped), pointer(spread),
-                      torch.get_num_threads())
+    load().ks_rescore(
+        pointer(low),
+        1 if low.dtype == torch.int32 else 2,
+        pointer(x_scale),
+        pointer(w_scale),
+        pointer(bias),
+        pointer(x),
+        pointer(weight),
+        _int(b),
+        _int(n),
+        _int(x.shape[1]),
+        k,
+        c,
+        pointer(values),
+        pointer(indices),
+        pointer(dropped),
+        pointer(spread),
+        torch.get_num_threads(),
+    )
     return values, indices, dropped, spread
 
 
-def screen(low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int) -> tuple[Tensor, ...]:
+def screen(
+    low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int
+) -> tuple[Tensor, ...]:
     """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself is nowhere."""
     b, (n, d) = len(x), weight.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
-    load().ks_screen(pointer(low), pointer(scale), pointer(bias), pointer(x), pointer(weight), _int(b), _int(n), _int(d), k, c, pointer(values),
-                     pointer(indices), pointer(dropped), pointer(spread), torch.get_num_threads())
+    load().ks_screen(
+        pointer(low),
+        pointer(scale),
+        pointer(bias),
+        pointer(x),
+        pointer(weight),
+        _int(b),
+        _int(n),
+        _int(d),
+        k,
+        c,
+        pointer(values),
+        pointer(indices),
+        pointer(dropped),
+        pointer(spread),
+        torch.get_num_threads(),
+    )
     return values, indices, dropped, spread
 
 
-def decode(x: Tensor, b_pre: Tensor, weight: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def decode(
+    x: Tensor, b_pre: Tensor, weight: Tensor, values: Tensor, indices: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor]:
     """Make values[b, k] >= 0 in place and write error[b, d] = reconstruction - x; return (its squared norm[b], <error, row>[b, k])."""
     b, k = values.shape
     square, slopes = x.new_empty(b), x.new_empty(b, k)
-    load().ks_decode(pointer(x), pointer(b_pre), pointer(weight), _int(b), _int(x.shape[1]), k, pointer(values), pointer(indices), pointer(error),
-                     pointer(square), pointer(slopes), torch.get_num_threads())
+    load().ks_decode(
+        pointer(x),
+        pointer(b_pre),
+        pointer(weight),
+        _int(b),
+        _int(x.shape[1]),
+        k,
+        pointer(values),
+        pointer(indices),
+        pointer(error),
+        pointer(square),
+        pointer(slopes),
+        torch.get_num_threads(),
+    )
     return square, slopes
 
 
 def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Return (starts[n + 1], order): the entries above 0 of each latent are order[starts[i] : starts[i + 1]]."""
-    starts, order = torch.empty(n + 1, dtype=torch.long), torch.empty(values.numel(), dtype=torch.int32)
-    load().ks_transpose(pointer(values), pointer(indices), _int(values.numel()), _int(n), pointer(starts), pointer(order))
+    starts, order = (
+        torch.empty(n + 1, dtype=torch.long),
+        torch.empty(values.numel(), dtype=torch.int32),
+    )
+    load().ks_transpose(
+        pointer(values),
+        pointer(indices),
+        _int(values.numel()),
+        _int(n),
+        pointer(starts),
+        pointer(order),
+    )
     return starts, order

@@ -27,4 +27,6 @@ def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
     """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b]: both weights' gradient."""
     out = torch.zeros(n, x.shape[1], dtype=x.dtype, device=x.device)
-    return out.index_add_(0, indices.flatten(), (values.unsqueeze(-1) * x.unsqueeze(1)).flatten(0, 1))
+    return out.index_add_(
+        0, indices.flatten(), (values.unsqueeze(-1) * x.unsqueeze(1)).flatten(0, 1)
+    )

@@ -124,21 +124,45 @@ _TABLE = {
     """,
 }
 
-TASKS = tuple(Task(name, family, positive, among) for family, rows in _TABLE.items() for row in rows.strip().splitlines()
-              for name, positive, among in [map(str.strip, row.split("|"))])
+TASKS = tuple(
+    Task(name, family, positive, among)
+    for family, rows in _TABLE.items()
+    for row in rows.strip().splitlines()
+    for name, positive, among in [map(str.strip, row.split("|"))]
+)
 
 # Tasks that the spelling of a Python token decides, by the population that it belongs to.
 _SPELLED: dict[str, dict[str, Callable[[str], object]]] = {
     "keywords": {
         "definition_keyword": {"def", "class", "lambda"}.__contains__,
-        "control_keyword": {"if", "elif", "else", "for", "while", "try", "except", "finally", "with", "match", "case"}.__contains__,
-        "operator_keyword": {"and", "or", "not", "is", "in"}.__contains__,  # less the "in" of each for
+        "control_keyword": {
+            "if",
+            "elif",
+            "else",
+            "for",
+            "while",
+            "try",
+            "except",
+            "finally",
+            "with",
+            "match",
+            "case",
+        }.__contains__,
+        "operator_keyword": {
+            "and",
+            "or",
+            "not",
+            "is",
+            "in",
+        }.__contains__,  # less the "in" of each for
         "constant_keyword": {"None", "True", "False"}.__contains__,
         "exit_keyword": {"return", "yield", "raise", "break", "continue"}.__contains__,
     },
     "identifiers": {
         "snake_case": lambda name: "_" in name.strip("_") and name.islower(),
-        "camel_case": lambda name: name.lstrip("_")[:1].isupper() and "_" not in name.strip("_") and not name.isupper(),
+        "camel_case": lambda name: (
+            name.lstrip("_")[:1].isupper() and "_" not in name.strip("_") and not name.isupper()
+        ),
         "constant_case": lambda name: len(name) > 1 and name.isupper(),
         "dunder": lambda name: _is_dunder(name),
         "private": lambda name: name[0] == "_" and name.strip("_") and not _is_dunder(name),
@@ -150,9 +174,20 @@ _SPELLED: dict[str, dict[str, Callable[[str], object]]] = {
         "zero_or_one": {"0", "1"}.__contains__,
     },
     "operators": {
-        "arithmetic_operator": {"+", "-", "*", "/", "//", "%", "**", "@"}.__contains__,  # less stars and slashes that are no operators
+        "arithmetic_operator": {
+            "+",
+            "-",
+            "*",
+            "/",
+            "//",
+            "%",
+            "**",
+            "@",
+        }.__contains__,  # less stars and slashes that are no operators
         "comparison_operator": {"<", ">", "<=", ">=", "==", "!="}.__contains__,
-        "assignment_operator": set("= := += -= *= /= //= %= **= @= &= |= ^= <<= >>=".split()).__contains__,  # less "=" of an argument or a default
+        "assignment_operator": set(
+            "= := += -= *= /= //= %= **= @= &= |= ^= <<= >>=".split()
+        ).__contains__,  # less "=" of an argument or a default
     },
     "brackets": {"closing_bracket": {")", "]", "}"}.__contains__},
 }
@@ -177,8 +212,15 @@ _EXTENTS: dict[type[ast.AST], tuple[tuple[str, str], ...]] = {
     ast.GeneratorExp: (("in_comprehension", ""),),
 }
 
-_COMPREHENSIONS = {ast.ListComp: "listcomp", ast.SetComp: "setcomp", ast.DictComp: "dictcomp", ast.GeneratorExp: "genexpr"}
-_BUILTINS = frozenset(name for name in dir(builtins) if name[0] != "_")  # without "_", which gettext and prompts put there
+_COMPREHENSIONS = {
+    ast.ListComp: "listcomp",
+    ast.SetComp: "setcomp",
+    ast.DictComp: "dictcomp",
+    ast.GeneratorExp: "genexpr",
+}
+_BUILTINS = frozenset(
+    name for name in dir(builtins) if name[0] != "_"
+)  # without "_", which gettext and prompts put there
 _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 _PUNCTUATION = frozenset(",:;.") | {"->", "...", "!"}
 _LAYOUT = {tokenize.INDENT: 1, tokenize.DEDENT: -1}
@@ -196,8 +238,15 @@ def labels(source: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """
     text, place = _normalise(source)
     marks = _mark(text)
-    characters = place[[_character(source, start, end) for start, end in offsets]] if len(offsets) else place[:0]
-    columns = [np.where(marks[task.among][characters], marks[task.name][characters], np.int8(-1)) for task in TASKS]
+    characters = (
+        place[[_character(source, start, end) for start, end in offsets]]
+        if len(offsets)
+        else place[:0]
+    )
+    columns = [
+        np.where(marks[task.among][characters], marks[task.name][characters], np.int8(-1))
+        for task in TASKS
+    ]
     return np.stack(columns, 1).astype(np.int8)
 
 
@@ -232,12 +281,18 @@ def _mark(text: str) -> dict[str, np.ndarray]:
             tree, top = ast.parse(text), symtable.symtable(text, "<source>", "exec")
             code = _Code(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        raise ValueError(f"Python cannot parse this source: {str(error) or type(error).__name__}") from error
+        raise ValueError(
+            f"Python cannot parse this source: {str(error) or type(error).__name__}"
+        ) from error
     _mark_layout(code)
     _mark_brackets(code)
     _mark_tokens(code)
     nodes = list(_walk(tree, top))
-    names = _Names(code, top, {name for node, _ in nodes if isinstance(node, ast.Global) for name in node.names})
+    names = _Names(
+        code,
+        top,
+        {name for node, _ in nodes if isinstance(node, ast.Global) for name in node.names},
+    )
     for node, scope in nodes:
         _mark_extents(code, node, scope)
         _mark_words(code, node)
@@ -265,24 +320,38 @@ class _Code:
         self.text = text
         data = np.frombuffer(text.encode(), np.uint8)
         lines = np.concatenate([[0], np.flatnonzero(data == ord("\n")) + 1])
-        characters = np.concatenate([((data & 0xC0) != 0x80).cumsum() - 1, [len(text)]])  # the character of each byte
+        characters = np.concatenate(
+            [((data & 0xC0) != 0x80).cumsum() - 1, [len(text)]]
+        )  # the character of each byte
         self._bytes, self._characters = lines.tolist(), characters.tolist()
         self._lines = [*characters[lines].tolist(), len(text)]
-        self.fields: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # the replacement fields of the f-string that begins there
+        self.fields: defaultdict[int, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # the replacement fields of the f-string that begins there
         self.raw = _joined(self._tokens())
         self.tokens = [token for token in self.raw if token.type not in _IGNORED]
         if not hasattr(tokenize, "FSTRING_START"):
-            self.fields |= {token.start: list(_fields(token)) for token in self.tokens if token.type == tokenize.STRING}
+            self.fields |= {
+                token.start: list(_fields(token))
+                for token in self.tokens
+                if token.type == tokenize.STRING
+            }
         self.starts = [token.start for token in self.tokens]
-        self.partner: dict[int, int] = {}  # the number of a closing bracket's token: that of the opening one
+        self.partner: dict[
+            int, int
+        ] = {}  # the number of a closing bracket's token: that of the opening one
         self.first: list[int] = []  # the first character of each logical line
-        self.marks: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(text) + 1, bool))
+        self.marks: defaultdict[str, np.ndarray] = defaultdict(
+            lambda: np.zeros(len(text) + 1, bool)
+        )
 
     def _tokens(self) -> Iterator[_Token]:
         """Yield the tokens, with f-strings in one piece; since Python 3.12 they come in several."""
         depth = begin = level = opening = 0
         for kind, text, *places, _ in tokenize.generate_tokens(io.StringIO(self.text).readline):
-            start, end = (min(self._lines[line - 1] + column, len(self.text)) for line, column in places)
+            start, end = (
+                min(self._lines[line - 1] + column, len(self.text)) for line, column in places
+            )
             name = tokenize.tok_name[kind]
             if name.endswith("STRING_START"):
                 begin = begin if depth else start
@@ -384,7 +453,10 @@ def _mark_line(code: _Code, line: list[_Token], depth: int) -> None:
     """Mark one logical line; it ends with all the punctuation behind its last word, number or string, or with that if there is none."""
     start, end = line[0].start, line[-1].end
     code.paint("indented_thrice", start, end, depth >= 3)
-    closing = next((i for i, token in enumerate(reversed(line)) if token.type != tokenize.OP), len(line)) or 1
+    closing = (
+        next((i for i, token in enumerate(reversed(line)) if token.type != tokenize.OP), len(line))
+        or 1
+    )
     code.paint("ends_line", line[-closing].start, end)
 
 
@@ -415,7 +487,9 @@ def _mark_tokens(code: _Code) -> None:
             _mark_spelling(code, "numbers", token)
         else:
             code.paint("words", token.start, token.end)
-            _mark_spelling(code, "keywords" if keyword.iskeyword(token.text) else "identifiers", token)
+            _mark_spelling(
+                code, "keywords" if keyword.iskeyword(token.text) else "identifiers", token
+            )
     for space in re.finditer(r"\s+", code.text):
         code.paint("white space", *space.span())
 
@@ -436,7 +510,12 @@ def _mark_operator(code: _Code, number: int) -> None:
         return
     behind = code.tokens[number - 1]
     binary = not code.marks["begins_line"][token.start] and _ends_operand(behind)
-    if token.text == "@" and not binary or token.text == "*" and behind.text in {"import", "except"}:
+    if (
+        token.text == "@"
+        and not binary
+        or token.text == "*"
+        and behind.text in {"import", "except"}
+    ):
         return
     _mark_spelling(code, "operators", token)
     code.paint_token("equals signs", number, token.text == "=")
@@ -455,7 +534,12 @@ def _mark_string(code: _Code, token: _Token) -> None:
     """Mark a string literal by its prefix and its quotes, and the replacement fields of an f-string."""
     prefix, quote = _QUOTE.match(token.text).groups()
     formatted = _is_formatted(prefix)
-    kinds = {"in_string": True, "double_quoted": quote[0] == '"', "bytes_string": "b" in prefix.lower(), "f-strings": formatted}
+    kinds = {
+        "in_string": True,
+        "double_quoted": quote[0] == '"',
+        "bytes_string": "b" in prefix.lower(),
+        "f-strings": formatted,
+    }
     for mark, value in kinds.items():
         code.paint(mark, token.start, token.end, value)
     if formatted:
@@ -512,8 +596,14 @@ def _mark_extents(code: _Code, node: ast.AST, scope: _Scope) -> None:
         case ast.Call() | ast.Subscript():
             closing = code.last(node)
             opening = code.tokens[code.partner[closing]]
-            code.paint("in_call_arguments" if isinstance(node, ast.Call) else "in_subscript", opening.end, code.tokens[closing].start)
-        case ast.If(orelse=[first, *_]) if not (isinstance(first, ast.If) and code.text.startswith("elif", code.start(first))):
+            code.paint(
+                "in_call_arguments" if isinstance(node, ast.Call) else "in_subscript",
+                opening.end,
+                code.tokens[closing].start,
+            )
+        case ast.If(orelse=[first, *_]) if not (
+            isinstance(first, ast.If) and code.text.startswith("elif", code.start(first))
+        ):
             code.paint_nodes("in_else_branch", node.orelse)
         case ast.Module() | ast.ClassDef():
             _mark_docstring(code, node)
@@ -526,13 +616,17 @@ def _mark_extents(code: _Code, node: ast.AST, scope: _Scope) -> None:
             code.paint("parameter lists", code.start(node), code.start(node.body))
 
 
-def _mark_docstring(code: _Code, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+def _mark_docstring(
+    code: _Code, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+) -> None:
     match node.body:
         case [ast.Expr(value=ast.Constant(value=str())) as first, *_]:
             code.paint_nodes("in_docstring", [first])
 
 
-def _mark_function(code: _Code, node: ast.FunctionDef | ast.AsyncFunctionDef, scope: _Scope) -> None:
+def _mark_function(
+    code: _Code, node: ast.FunctionDef | ast.AsyncFunctionDef, scope: _Scope
+) -> None:
     """Mark a function, over what holds for what it is in."""
     code.paint_nodes("code in functions", node.body)
     code.paint_nodes("in_class_body", node.body, False)
@@ -554,14 +648,23 @@ def _mark_words(code: _Code, node: ast.AST) -> None:
                 for dots in range(alias.name.count(".") + 1):
                     code.paint_token("module_name", code.at(code.start(alias)) + 2 * dots)
         case ast.ImportFrom():
-            code.paint("module_name", code.start(node), code.tokens[code.find("import", code.start(node))].start)
+            code.paint(
+                "module_name",
+                code.start(node),
+                code.tokens[code.find("import", code.start(node))].start,
+            )
         case ast.For() | ast.AsyncFor():
             code.paint_token("operator_keyword", code.find("in", code.end(node.target)), False)
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
             for generator in node.generators:
-                code.paint_token("operator_keyword", code.find("in", code.end(generator.target)), False)
+                code.paint_token(
+                    "operator_keyword", code.find("in", code.end(generator.target)), False
+                )
         case ast.Match():
-            for character in (code.start(node), *(code.line(code.start(case.pattern)) for case in node.cases)):
+            for character in (
+                code.start(node),
+                *(code.line(code.start(case.pattern)) for case in node.cases),
+            ):
                 _mark_soft_keyword(code, code.tokens[code.at(character)])
         case _ if type(node).__name__ == "TypeAlias":  # since Python 3.12
             _mark_soft_keyword(code, code.tokens[code.at(code.start(node))])
@@ -582,7 +685,9 @@ def _combine(marks: dict[str, np.ndarray]) -> None:
     marks["begins_line"] &= marks["code"]
     marks["code in functions"] &= marks["code"]
     marks["identifiers in import statements"] = marks["identifiers"] & marks["in_import"]
-    marks["assignment_operator"] &= ~(marks["equals signs"] & (marks["code in brackets"] | marks["parameter lists"]))
+    marks["assignment_operator"] &= ~(
+        marks["equals signs"] & (marks["code in brackets"] | marks["parameter lists"])
+    )
     marks["code in brackets"] &= marks["code"]
     marks["white space"] &= ~(marks["strings"] | marks["in_comment"])
     marks["white space between logical lines"] &= marks["white space"]
@@ -624,10 +729,20 @@ class _Scope:
                 return "local"
             if symbol is None or symbol.is_free() and self.outer.kind != "class":
                 place = self.outer.place(name)
-                return "global" if place == "class" else place  # what is inside a class does not see the names of its body
+                return (
+                    "global" if place == "class" else place
+                )  # what is inside a class does not see the names of its body
         if symbol is None:
             return ""
-        return "free" if symbol.is_free() else "global" if symbol.is_global() else "class" if self.kind == "class" else "local"
+        return (
+            "free"
+            if symbol.is_free()
+            else "global"
+            if symbol.is_global()
+            else "class"
+            if self.kind == "class"
+            else "local"
+        )
 
     def home(self, name: str) -> symtable.Symbol | None:
         """Return a mangled name's symbol in the block that binds it; None if that is a comprehension."""
@@ -674,7 +789,9 @@ def _tables(top: symtable.SymbolTable) -> dict[tuple[str, str, int], deque[symta
     return found
 
 
-def _enter(node: ast.AST, scope: _Scope, tables: dict[tuple[str, str, int], deque[symtable.SymbolTable]]) -> _Scope:
+def _enter(
+    node: ast.AST, scope: _Scope, tables: dict[tuple[str, str, int], deque[symtable.SymbolTable]]
+) -> _Scope:
     """Return the block of a node."""
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
     name = _COMPREHENSIONS.get(type(node)) or getattr(node, "name", "lambda")
@@ -683,7 +800,11 @@ def _enter(node: ast.AST, scope: _Scope, tables: dict[tuple[str, str, int], dequ
     if type(node) not in _COMPREHENSIONS:
         return _Scope(kind, table, scope, name if kind == "class" else scope.owner)
     targets = (part for generator in node.generators for part in ast.walk(generator.target))
-    own = {scope.mangled(part.id) for part in targets if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    own = {
+        scope.mangled(part.id)
+        for part in targets
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
     return _Scope("comprehension", table, scope, scope.owner, frozenset(own))
 
 
@@ -692,9 +813,18 @@ def _children(node: ast.AST) -> list[ast.AST | _Inside]:
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             args = node.args
-            parameters = list(filter(None, [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]))
-            outside = [*args.defaults, *args.kw_defaults, *(arg.annotation for arg in parameters), getattr(node, "returns", None),
-                       *getattr(node, "decorator_list", [])]
+            parameters = list(
+                filter(
+                    None, [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+                )
+            )
+            outside = [
+                *args.defaults,
+                *args.kw_defaults,
+                *(arg.annotation for arg in parameters),
+                getattr(node, "returns", None),
+                *getattr(node, "decorator_list", []),
+            ]
             inside = [*parameters, *(node.body if isinstance(node.body, list) else [node.body])]
         case ast.ClassDef():
             outside, inside = [*node.bases, *node.keywords, *node.decorator_list], node.body
@@ -715,7 +845,9 @@ class _Names:
     def __init__(self, code: _Code, top: symtable.SymbolTable, declared: set[str]):
         self._code = code
         self._global = {symbol.get_name(): symbol for symbol in top.get_symbols()}
-        self._rebound = declared | {name for name, symbol in self._global.items() if symbol.is_local()}
+        self._rebound = declared | {
+            name for name, symbol in self._global.items() if symbol.is_local()
+        }
 
     def mark(self, node: ast.AST, scope: _Scope) -> None:
         """Mark the names that a node reads or binds; the tree says of some only what they are, and the tokens where."""
@@ -735,7 +867,11 @@ class _Names:
                 self._place(code.at(code.start(node)) + 1, name, scope, "bound names")
             case ast.alias(name=name, asname=None) if name != "*":
                 self._place(code.at(code.start(node)), name.partition(".")[0], scope, "bound names")
-            case ast.alias(asname=str(name)) | ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            case (
+                ast.alias(asname=str(name))
+                | ast.MatchAs(name=str(name))
+                | ast.MatchStar(name=str(name))
+            ):
                 self._place(code.last(node), name, scope, "bound names")
             case ast.MatchMapping(rest=str(name)):
                 last = next(i for i in range(code.last(node), 0, -1) if code.tokens[i].text == "**")
@@ -744,7 +880,9 @@ class _Names:
                 self._place(code.find("as", code.end(node.type)) + 1, name, scope, "bound names")
             case ast.Global(names=names) | ast.Nonlocal(names=names):
                 for i, name in enumerate(names):
-                    self._place(code.at(code.start(node)) + 1 + 2 * i, name, scope, "declared names")
+                    self._place(
+                        code.at(code.start(node)) + 1 + 2 * i, name, scope, "declared names"
+                    )
 
     def _place(self, number: int, name: str, scope: _Scope, use: str) -> None:
         """Mark one name with its use and with where its value lives."""
@@ -754,9 +892,16 @@ class _Names:
             return  # as in an annotation that is never evaluated
         home = self._global.get(name) if place == "global" else scope.home(name)
         builtin = name in _BUILTINS and name not in self._rebound
-        marks = {"variables": True, use: True, "bound_name": use == "bound names",
-                 "local_variable": place == "local", "free_variable": place == "free",
-                 "global_variable": place == "global" and not builtin, "builtin_name": place == "global" and builtin,
-                 "parameter_use": bool(home) and home.is_parameter(), "imported_name": bool(home) and home.is_imported()}
+        marks = {
+            "variables": True,
+            use: True,
+            "bound_name": use == "bound names",
+            "local_variable": place == "local",
+            "free_variable": place == "free",
+            "global_variable": place == "global" and not builtin,
+            "builtin_name": place == "global" and builtin,
+            "parameter_use": bool(home) and home.is_parameter(),
+            "imported_name": bool(home) and home.is_imported(),
+        }
         for mark, value in marks.items():
             code.paint_token(mark, number, value)

@@ -21,7 +21,9 @@ EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc
 def documents(split: str = "train") -> Iterator[tuple[str, str]]:
     """Yield (path inside the library, source) of one split, in the order of a hash of the path."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} of the built-in text does not exist; there are {', '.join(SPLITS)}")
+        raise ValueError(
+            f"split {split!r} of the built-in text does not exist; there are {', '.join(SPLITS)}"
+        )
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
     keyed = sorted((_key(path), path) for path in paths if not EXCLUDED & set(path.parts))

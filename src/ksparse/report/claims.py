@@ -41,15 +41,23 @@ class Judged:
 
 def judged(source: Source) -> list[Judged]:
     """Return the claims that the run's results decide."""
-    return [_judge(claim, margin, source) for claim in CLAIMS if (margin := claim.margin(source)) is not None]
+    return [
+        _judge(claim, margin, source)
+        for claim in CLAIMS
+        if (margin := claim.margin(source)) is not None
+    ]
 
 
 def tally(found: list[Judged]) -> str:
     """Return how many hold, in words."""
-    counts = {name: sum(each.verdict == name for each in found) for name in ("does not hold", "unclear")}
+    counts = {
+        name: sum(each.verdict == name for each in found) for name in ("does not hold", "unclear")
+    }
     words = [f"{len(found) - sum(counts.values())} of {len(found)} hold"]
     if counts["does not hold"]:
-        words.append(f"{counts['does not hold']} do{'es' if counts['does not hold'] == 1 else ''} not")
+        words.append(
+            f"{counts['does not hold']} do{'es' if counts['does not hold'] == 1 else ''} not"
+        )
     return ", ".join(words + [f"{counts['unclear']} cannot be told"] * bool(counts["unclear"]))
 
 
@@ -62,17 +70,29 @@ def verdict(margin: Number) -> Verdict:
 
 def _judge(claim: Claim, margin: Number, source: Source) -> Judged:
     found = verdict(margin)
-    unclear = ("It has no standard error to judge by." if margin.se is None else
-               "The difference is within two standard errors; more text, rows or latents may tell.")
+    unclear = (
+        "It has no standard error to judge by."
+        if margin.se is None
+        else "The difference is within two standard errors; more text, rows or latents may tell."
+    )
     otherwise = claim.otherwise if isinstance(claim.otherwise, str) else claim.otherwise(source)
-    return Judged(claim.says, found, claim.numbers(source), {"holds": "", "does not hold": otherwise, "unclear": unclear}[found])
+    return Judged(
+        claim.says,
+        found,
+        claim.numbers(source),
+        {"holds": "", "does not hold": otherwise, "unclear": unclear}[found],
+    )
 
 
 def _gain(says: str, key: str, rival: str, words: str, otherwise: str) -> Claim:
     """Return a claim that the probe loss is below a rival's."""
+
     def numbers(source: Source) -> str:
-        losses = [f"{brief(found.value, 'number')} {what}" for name, what in (("probe_loss", "with its latents"), (rival, words))
-                  if (found := source.number("probes", name)) is not None]
+        losses = [
+            f"{brief(found.value, 'number')} {what}"
+            for name, what in (("probe_loss", "with its latents"), (rival, words))
+            if (found := source.number("probes", name)) is not None
+        ]
         return f"Probe loss {', '.join(losses) or 'not measured'}: a gain of {_with_se(source.number('probes', key), 'number')} nats."
 
     return Claim(says, lambda source: source.number("probes", key), numbers, otherwise)
@@ -80,44 +100,62 @@ def _gain(says: str, key: str, rival: str, words: str, otherwise: str) -> Claim:
 
 def _above_chance(says: str, key: str, otherwise: str) -> Claim:
     """Return a claim that a score of explanations is above that of explanations dealt to the wrong latents."""
+
     def margin(source: Source) -> Number | None:
         return less(source.number("n2g", key), source.number("n2g", f"shuffled_{key}"))
 
     def numbers(source: Source) -> str:
-        own, chance = (_with_se(source.number("n2g", name), "percent") for name in (key, f"shuffled_{key}"))
+        own, chance = (
+            _with_se(source.number("n2g", name), "percent") for name in (key, f"shuffled_{key}")
+        )
         return f"{own}; with another latent’s patterns {chance}."
 
     return Claim(says, margin, numbers, otherwise)
 
 
 def _sparser(source: Source) -> str:
-    ours, theirs = (_with_se(source.number("ablation", name), "percent") for name in ("ablation_sparsity", "channel_sparsity"))
+    ours, theirs = (
+        _with_se(source.number("ablation", name), "percent")
+        for name in ("ablation_sparsity", "channel_sparsity")
+    )
     difference = _with_se(source.number("ablation", "difference"), "percent")
     return f"{ours} of the logits for a latent, {theirs} for a channel; the paired difference is {difference}."
 
 
 def _spread(source: Source) -> str:
     """Say whether a latent's effect is on more of the vocabulary, or reaches further into the text."""
-    here, later, channel_later = (source.number("ablation", name) for name in ("difference_here", "later", "channel_later"))
+    here, later, channel_later = (
+        source.number("ablation", name) for name in ("difference_here", "later", "channel_later")
+    )
     if here is None or later is None or channel_later is None:
         return "By this measure a latent’s effect is spread over more predictions than a channel’s."
-    reach = (f"{percent(later.value)} of a latent’s squared effect falls on later predictions, {percent(channel_later.value)} of a channel’s, "
-             "and the measure counts reach as lack of sparsity")
+    reach = (
+        f"{percent(later.value)} of a latent’s squared effect falls on later predictions, {percent(channel_later.value)} of a channel’s, "
+        "and the measure counts reach as lack of sparsity"
+    )
     if verdict(here) == "holds":
-        return (f"On the next prediction alone a latent does matter to less of the vocabulary, by {_with_se(here, 'percent')}; but {reach}.")
+        return f"On the next prediction alone a latent does matter to less of the vocabulary, by {_with_se(here, 'percent')}; but {reach}."
     return f"On the next prediction alone a latent matters to no less of the vocabulary than a channel; and {reach}."
 
 
 def _harmless(source: Source) -> Number | None:
     """Return a tenth of the mean activation's damage less that of the reconstruction."""
     damage = _damage(source)
-    tenth = Number(damage.value / FAR, None if damage.se is None else damage.se / FAR) if damage else None
+    tenth = (
+        Number(damage.value / FAR, None if damage.se is None else damage.se / FAR)
+        if damage
+        else None
+    )
     return less(tenth, source.number("downstream", "ce_delta"))
 
 
 def _damages(source: Source) -> str:
     added, mean = source.number("downstream", "ce_delta"), _damage(source)
-    share = f", {percent(added.value / mean.value)} of the mean activation’s {significant(mean.value)}" if added and mean and mean.value > 0 else ""
+    share = (
+        f", {percent(added.value / mean.value)} of the mean activation’s {significant(mean.value)}"
+        if added and mean and mean.value > 0
+        else ""
+    )
     return f"Loss added: {_with_se(added, 'number')} nats per token{share}."
 
 
@@ -130,27 +168,54 @@ def less(one: Number | None, other: Number | None) -> Number | None:
     """Return a difference of which no more is known than its parts: its standard error is at most their sum, whatever they share."""
     if one is None or other is None:
         return None
-    return Number(one.value - other.value, None if one.se is None or other.se is None else one.se + other.se)
+    return Number(
+        one.value - other.value, None if one.se is None or other.se is None else one.se + other.se
+    )
 
 
 def _with_se(number: Number | None, kind: Literal["number", "percent"]) -> str:
-    return "not measured" if number is None else " ".join(part for part in written(number, kind) if part)
+    return (
+        "not measured"
+        if number is None
+        else " ".join(part for part in written(number, kind) if part)
+    )
 
 
 CLAIMS = (
-    Claim("The LM loses far less by the reconstruction than by the mean activation: under a tenth as much.", _harmless, _damages,
-          "The reconstruction misses much of what the LM uses, whatever share of the variance it explains."),
-    _gain("Its best latents tell the tasks’ labels better than the LM’s own channels do.",
-          "gain_over_channels", "channel_loss", "with channels",
-          "For what these tasks ask, the SAE’s latents are worse to read than the activation as it was."),
-    _gain("They tell them better than the best latents of an untrained SAE do.",
-          "gain_over_random_sae", "random_sae_loss", "with random latents",
-          "As many random directions do better: what the probes find here comes from having many to choose from, not from training."),
-    _above_chance("Patterns of tokens catch more of a latent’s activations than another latent’s patterns do (recall).", "recall",
-                  "The explanations catch no more than chance: they are not about their latents."),
-    _above_chance("Where its patterns predict a latent, it is active more often than where another’s do (precision).", "precision",
-                  "The explanations are right no more often than chance: they are not about their latents."),
-    Claim("Taking out a latent changes fewer predictions than taking out a channel.",
-          lambda source: source.number("ablation", "difference"), _sparser,
-          _spread),
+    Claim(
+        "The LM loses far less by the reconstruction than by the mean activation: under a tenth as much.",
+        _harmless,
+        _damages,
+        "The reconstruction misses much of what the LM uses, whatever share of the variance it explains.",
+    ),
+    _gain(
+        "Its best latents tell the tasks’ labels better than the LM’s own channels do.",
+        "gain_over_channels",
+        "channel_loss",
+        "with channels",
+        "For what these tasks ask, the SAE’s latents are worse to read than the activation as it was.",
+    ),
+    _gain(
+        "They tell them better than the best latents of an untrained SAE do.",
+        "gain_over_random_sae",
+        "random_sae_loss",
+        "with random latents",
+        "As many random directions do better: what the probes find here comes from having many to choose from, not from training.",
+    ),
+    _above_chance(
+        "Patterns of tokens catch more of a latent’s activations than another latent’s patterns do (recall).",
+        "recall",
+        "The explanations catch no more than chance: they are not about their latents.",
+    ),
+    _above_chance(
+        "Where its patterns predict a latent, it is active more often than where another’s do (precision).",
+        "precision",
+        "The explanations are right no more often than chance: they are not about their latents.",
+    ),
+    Claim(
+        "Taking out a latent changes fewer predictions than taking out a channel.",
+        lambda source: source.number("ablation", "difference"),
+        _sparser,
+        _spread,
+    ),
 )

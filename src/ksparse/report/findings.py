@@ -1,8 +1,8 @@
 """Arrays of `n2g` and `ablation`, tasks of `probes` -> what they found of single latents.
 
-    Explanations   patterns of tokens that predict a latent, and how well
-    Effects        what a latent does to the LM's predictions where it is strongest
-    tasks          losses of each probe task, and the latent that is best at it
+Explanations   patterns of tokens that predict a latent, and how well
+Effects        what a latent does to the LM's predictions where it is strongest
+tasks          losses of each probe task, and the latent that is best at it
 """
 
 from __future__ import annotations
@@ -57,15 +57,23 @@ class Explanations:
         self.arrays, self.vocabulary = arrays, source.vocabulary
         self.latents = arrays.whole("pattern_latent")  # sorted
         self.scored = arrays.whole("scored")
-        self.scores = {name: arrays.rows(name, 0, len(self.scored)) for name in ("precision", "recall", "f1")}
+        self.scores = {
+            name: arrays.rows(name, 0, len(self.scored)) for name in ("precision", "recall", "f1")
+        }
 
     def of(self, latent: int, most: int = PATTERNS) -> Explanation | None:
         """Return what is known of a latent, with so many patterns, or None if it was neither explained nor scored."""
-        first, last = (int(np.searchsorted(self.latents, latent, side)) for side in ("left", "right"))
+        first, last = (
+            int(np.searchsorted(self.latents, latent, side)) for side in ("left", "right")
+        )
         at = np.flatnonzero(self.scored == latent)
         if first == last and not len(at):
             return None
-        scores = {name: float(values[at[0]]) for name, values in self.scores.items() if len(at) and math.isfinite(values[at[0]])}
+        scores = {
+            name: float(values[at[0]])
+            for name, values in self.scores.items()
+            if len(at) and math.isfinite(values[at[0]])
+        }
         return Explanation(self._patterns(first, last, most), last - first, scores)
 
     def best_first(self) -> np.ndarray:
@@ -76,11 +84,23 @@ class Explanations:
     def _patterns(self, first: int, last: int, most: int) -> list[Pattern]:
         if first == last:
             return []
-        values, support, anchored = (np.nan_to_num(self.arrays.rows(f"pattern_{name}", first, last)) for name in ("value", "support", "anchored"))
+        values, support, anchored = (
+            np.nan_to_num(self.arrays.rows(f"pattern_{name}", first, last))
+            for name in ("value", "support", "anchored")
+        )
         starts = self.arrays.rows("pattern_start", first, last + 1)
         shown = np.lexsort((-values, -support))[:most]
-        return [Pattern(self._parts(self.arrays.rows("pattern_tokens", int(starts[i]), int(starts[i + 1])).tolist(), bool(anchored[i])),
-                        float(values[i]), int(support[i])) for i in shown]
+        return [
+            Pattern(
+                self._parts(
+                    self.arrays.rows("pattern_tokens", int(starts[i]), int(starts[i + 1])).tolist(),
+                    bool(anchored[i]),
+                ),
+                float(values[i]),
+                int(support[i]),
+            )
+            for i in shown
+        ]
 
     def _parts(self, tokens: list[int], anchored: bool) -> list[Part]:
         parts = [Part("^", sign=True)] if anchored else []
@@ -96,7 +116,11 @@ class Explanations:
 def explanations(source: Source) -> Explanations | None:
     """Return the reader of explanations, or None without them."""
     arrays = source.arrays("n2g")
-    return Explanations(source, arrays) if arrays is not None and source.result("n2g") is not None else None
+    return (
+        Explanations(source, arrays)
+        if arrays is not None and source.result("n2g") is not None
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -121,19 +145,32 @@ class Effects:
         if not len(at):
             return None
         sparsity = float(self.arrays.row("sparsity", int(at[0])))
-        return Effect(self._tokens("up", int(at[0]), 1), self._tokens("down", int(at[0]), -1), sparsity if math.isfinite(sparsity) else None)
+        return Effect(
+            self._tokens("up", int(at[0]), 1),
+            self._tokens("down", int(at[0]), -1),
+            sparsity if math.isfinite(sparsity) else None,
+        )
 
     def _tokens(self, kind: str, row: int, sign: int) -> list[tuple[str, float]]:
         """Return the tokens of the latent's own position, the first of the table, as far as they are moved that way."""
-        tokens, values = (self.arrays.row(f"{kind}_{name}", row)[0].tolist() for name in ("tokens", "values"))
-        return [(token_of(self.vocabulary, token), value) for token, value in zip(tokens, values)
-                if token >= 0 and is_number(value) and value * sign > 0]
+        tokens, values = (
+            self.arrays.row(f"{kind}_{name}", row)[0].tolist() for name in ("tokens", "values")
+        )
+        return [
+            (token_of(self.vocabulary, token), value)
+            for token, value in zip(tokens, values)
+            if token >= 0 and is_number(value) and value * sign > 0
+        ]
 
 
 def effects(source: Source) -> Effects | None:
     """Return the reader of effects, or None without them."""
     arrays = source.arrays("ablation")
-    return Effects(source, arrays) if arrays is not None and source.result("ablation") is not None else None
+    return (
+        Effects(source, arrays)
+        if arrays is not None and source.result("ablation") is not None
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -150,18 +187,31 @@ class Task:
     @property
     def gain(self) -> float | None:
         """How far the best latent is below the best of its rivals: a channel, a random latent, and the label's share alone."""
-        ours, *rivals = (self.losses[name] for name in ("loss", "channel_loss", "random_sae_loss", "prior_loss"))
+        ours, *rivals = (
+            self.losses[name] for name in ("loss", "channel_loss", "random_sae_loss", "prior_loss")
+        )
         known = [rival.value for rival in rivals if rival is not None]
         return min(known) - ours.value if ours is not None and known else None
 
 
-LOSSES = ("loss", "channel_loss", "random_sae_loss", "dense_probe_loss", "prior_loss", "loss_in_sample")
+LOSSES = (
+    "loss",
+    "channel_loss",
+    "random_sae_loss",
+    "dense_probe_loss",
+    "prior_loss",
+    "loss_in_sample",
+)
 
 
 def tasks(source: Source) -> list[Task]:
     """Return the probe tasks, those with the largest gain first and those without one last."""
     found = (source.result("probes") or {}).get("tasks")
-    made = [_task(str(name), each) for name, each in found.items() if isinstance(each, dict)] if isinstance(found, dict) else []
+    made = (
+        [_task(str(name), each) for name, each in found.items() if isinstance(each, dict)]
+        if isinstance(found, dict)
+        else []
+    )
     return sorted(made, key=lambda task: (task.gain is None, -(task.gain or 0), task.name))
 
 
@@ -169,5 +219,10 @@ def _task(name: str, found: dict[str, Any]) -> Task:
     def whole(key: str) -> int | None:
         return int(found[key]) if is_number(found.get(key)) else None
 
-    return Task(name, whole("latent"), {key: number(found.get(key)) for key in LOSSES}, (whole("n_train"), whole("n_test")),
-                float(found["positive"]) if is_number(found.get("positive")) else None)
+    return Task(
+        name,
+        whole("latent"),
+        {key: number(found.get(key)) for key in LOSSES},
+        (whole("n_train"), whole("n_test")),
+        float(found["positive"]) if is_number(found.get("positive")) else None,
+    )

@@ -76,7 +76,13 @@ def pictures(source: Source) -> list[Picture]:
     """Return the figures over all latents."""
     stats, arrays = source.result("stats") or {}, source.arrays("stats")
     recipe, histogram = source.recipe, stats.get("density_histogram") or {}
-    drawn = [figures.density(histogram.get("edges", []), histogram.get("counts", []), recipe.sae.k / recipe.sae.n_latents)]
+    drawn = [
+        figures.density(
+            histogram.get("edges", []),
+            histogram.get("counts", []),
+            recipe.sae.k / recipe.sae.n_latents,
+        )
+    ]
     if arrays is not None:
         drawn.append(figures.cosines(arrays.whole("cosine")[arrays.whole("density") > 0]))
     return [picture for picture in drawn if picture is not None]
@@ -88,7 +94,10 @@ def samples(source: Source) -> list[Sample]:
     if not groups:
         return []
     reader = _Reader(source, source.arrays("stats"))
-    return [Sample(title, why, [reader.card(latent) for latent in latents]) for title, why, latents in groups]
+    return [
+        Sample(title, why, [reader.card(latent) for latent in latents])
+        for title, why, latents in groups
+    ]
 
 
 def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
@@ -102,19 +111,49 @@ def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
 
     def others(latents: Any, most: int) -> list[int]:
         """Take the first live ones that are in no sample yet."""
-        free = [i for i in dict.fromkeys(map(int, latents)) if 0 <= i < len(density) and density[i] > 0 and i not in taken][:most]
+        free = [
+            i
+            for i in dict.fromkeys(map(int, latents))
+            if 0 <= i < len(density) and density[i] > 0 and i not in taken
+        ][:most]
         taken.update(free)
         return free
 
     explained = findings.explanations(source)
     scored = explained.best_first() if explained is not None else np.array([], int)
-    knowing = [task.latent for task in findings.tasks(source) if task.latent is not None and (task.gain or 0) > 0]
-    groups = (("The densest", "They fire on the most tokens; often they stand for something general.", densest),
-              ("At random", "Drawn from all other live latents, with a fixed seed and no regard to how they look.", random),
-              ("The rarest", "They fire on the fewest tokens, but on some.", rarest),
-              ("Best explained", "The highest F1 among the scored; often they stand for a single token.", others(scored, EXPLAINED)),
-              ("Worst explained", "The lowest F1 among the scored: the patterns found do not tell when they fire.", others(scored[::-1], EXPLAINED)),
-              ("Best at a task", "At the probe tasks on which a latent is furthest below channels and random latents.", others(knowing, KNOWING)))
+    knowing = [
+        task.latent
+        for task in findings.tasks(source)
+        if task.latent is not None and (task.gain or 0) > 0
+    ]
+    groups = (
+        (
+            "The densest",
+            "They fire on the most tokens; often they stand for something general.",
+            densest,
+        ),
+        (
+            "At random",
+            "Drawn from all other live latents, with a fixed seed and no regard to how they look.",
+            random,
+        ),
+        ("The rarest", "They fire on the fewest tokens, but on some.", rarest),
+        (
+            "Best explained",
+            "The highest F1 among the scored; often they stand for a single token.",
+            others(scored, EXPLAINED),
+        ),
+        (
+            "Worst explained",
+            "The lowest F1 among the scored: the patterns found do not tell when they fire.",
+            others(scored[::-1], EXPLAINED),
+        ),
+        (
+            "Best at a task",
+            "At the probe tasks on which a latent is furthest below channels and random latents.",
+            others(knowing, KNOWING),
+        ),
+    )
     return [group for group in groups if group[2]]
 
 
@@ -140,15 +179,29 @@ class _Reader:
         stats = source.result("stats") or {}
         window, self.none = stats.get("window") or {}, stats.get("options", {}).get("examples") == 0
         self.arrays, self.vocabulary = arrays, source.vocabulary
-        self.explanations, self.effects, self.tasks = findings.explanations(source), findings.effects(source), findings.tasks(source)
+        self.explanations, self.effects, self.tasks = (
+            findings.explanations(source),
+            findings.effects(source),
+            findings.tasks(source),
+        )
         self.after, self.before = int(window.get("after", 0)), int(window.get("before", 0))
 
     def card(self, latent: int) -> Card:
-        density, mean, largest, cosine = (self._one(name, latent) for name in ("density", "mean_act", "max_act", "cosine"))
-        return Card(latent, density, mean, largest, cosine,
-                    self._examples("top", latent, largest), self._examples("random", latent, largest),
-                    self.explanations.of(latent) if self.explanations else None, self.effects.of(latent) if self.effects else None,
-                    tuple(task.name for task in self.tasks if task.latent == latent))
+        density, mean, largest, cosine = (
+            self._one(name, latent) for name in ("density", "mean_act", "max_act", "cosine")
+        )
+        return Card(
+            latent,
+            density,
+            mean,
+            largest,
+            cosine,
+            self._examples("top", latent, largest),
+            self._examples("random", latent, largest),
+            self.explanations.of(latent) if self.explanations else None,
+            self.effects.of(latent) if self.effects else None,
+            tuple(task.name for task in self.tasks if task.latent == latent),
+        )
 
     def _one(self, name: str, latent: int) -> float:
         return float(np.nan_to_num(self.arrays.row(name, latent)))
@@ -157,17 +210,29 @@ class _Reader:
         if self.none:
             return []
         context, position, value, acts = (
-            self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES] for name in ("context", "position", "value", "acts"))
+            self.arrays.row(f"{kind}_{name}", latent)[:EXAMPLES]
+            for name in ("context", "position", "value", "acts")
+        )
         if acts.ndim != 2 or acts.shape[1] != self.before + 1 + self.after:
-            raise self.arrays.damaged(f": '{kind}_acts' has windows of {acts.shape[-1]} tokens, "
-                                      f"the result says {self.before + 1 + self.after}")
-        return [self._example(int(c), int(p), float(v), a, largest)
-                for c, p, v, a in zip(context, position, value, acts) if c >= 0]
+            raise self.arrays.damaged(
+                f": '{kind}_acts' has windows of {acts.shape[-1]} tokens, "
+                f"the result says {self.before + 1 + self.after}"
+            )
+        return [
+            self._example(int(c), int(p), float(v), a, largest)
+            for c, p, v, a in zip(context, position, value, acts)
+            if c >= 0
+        ]
 
-    def _example(self, context: int, position: int, value: float, acts: np.ndarray, largest: float) -> Example:
+    def _example(
+        self, context: int, position: int, value: float, acts: np.ndarray, largest: float
+    ) -> Example:
         tokens = self.arrays.row("contexts", context)
         shown = []
-        for offset, act in zip(range(position - self.before, position + self.after + 1), np.nan_to_num(acts.astype(float))):
+        for offset, act in zip(
+            range(position - self.before, position + self.after + 1),
+            np.nan_to_num(acts.astype(float)),
+        ):
             if 0 <= offset < len(tokens) and tokens[offset] >= 0:
                 shown.append(self._piece(int(tokens[offset]), act, largest, offset == position))
         return Example(min(value, largest), join(shown))  # examples are float16 and may round up
@@ -199,6 +264,15 @@ def facts(source: Source) -> dict[str, Any]:
     count = len(arrays.whole("density")) if arrays is not None else None
     found = samples(source)
     cards = [card for sample in found for card in sample.cards]
-    return {"pictures": pictures(source), "samples": found, "count": count, "text": source.text_of("stats"), "command": source.command("eval", "stats"), "view": source.command("view"),
-            "has_patterns": any(card.explanation and card.explanation.patterns for card in cards), "has_effects": any(card.effect for card in cards),
-            "has_stats": source.result("stats") is not None, "has_vocabulary": bool(source.vocabulary)}
+    return {
+        "pictures": pictures(source),
+        "samples": found,
+        "count": count,
+        "text": source.text_of("stats"),
+        "command": source.command("eval", "stats"),
+        "view": source.command("view"),
+        "has_patterns": any(card.explanation and card.explanation.patterns for card in cards),
+        "has_effects": any(card.effect for card in cards),
+        "has_stats": source.result("stats") is not None,
+        "has_vocabulary": bool(source.vocabulary),
+    }

@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ksparse.report.figures import FIRST, INK, SECOND, Picture, canvas, legend, reference, save, short, thousands
+from ksparse.report.figures import (
+    FIRST,
+    INK,
+    SECOND,
+    Picture,
+    canvas,
+    legend,
+    reference,
+    save,
+    short,
+    thousands,
+)
 from ksparse.report.numbers import percent, significant
 from ksparse.scaling.forms import Columns
 from ksparse.scaling.law import evaluate
@@ -19,7 +30,9 @@ _MARKS = "osD^vPX<>hp*"
 Law = dict[str, Any]
 
 
-def compute(law: Law | None, frontier: list[dict[str, Any]], curves: Columns, k: float) -> Picture | None:
+def compute(
+    law: Law | None, frontier: list[dict[str, Any]], curves: Columns, k: float
+) -> Picture | None:
     """Draw the loss of all runs of one k against compute, their frontier, and the law through it: figure 1, left."""
     of = curves["k"] == k if curves else np.zeros(0, bool)
     best = [point for point in frontier if point["k"] == k]
@@ -31,19 +44,47 @@ def compute(law: Law | None, frontier: list[dict[str, Any]], curves: Columns, k:
             for i, run in enumerate(np.unique(runs[sizes == n])):
                 chosen = of.nonzero()[0][runs == run]
                 chosen = chosen[np.argsort(curves["c"][chosen])]
-                axes.plot(curves["c"][chosen], curves["loss"][chosen], color=FIRST, alpha=strength, linewidth=1, label=f"n = {n:,.0f}" if i == 0 else None)
-        axes.plot([point["c"] for point in best], [point["loss"] for point in best], linestyle="none", marker="o", markersize=2.6, color=INK, label="best")
+                axes.plot(
+                    curves["c"][chosen],
+                    curves["loss"][chosen],
+                    color=FIRST,
+                    alpha=strength,
+                    linewidth=1,
+                    label=f"n = {n:,.0f}" if i == 0 else None,
+                )
+        axes.plot(
+            [point["c"] for point in best],
+            [point["loss"] for point in best],
+            linestyle="none",
+            marker="o",
+            markersize=2.6,
+            color=INK,
+            label="best",
+        )
         if law is not None and any(point.get("k", k) == k for point in law["points"]):
             inside = [point["c"] for point in law["points"] if point.get("k", k) == k]
-            _line(axes, law, "c", np.geomspace(min(inside), 3 * max(inside)), color=SECOND, label="law", k=k)
+            _line(
+                axes,
+                law,
+                "c",
+                np.geomspace(min(inside), 3 * max(inside)),
+                color=SECOND,
+                label="law",
+                k=k,
+            )
         low = min(point["loss"] for point in best)
         axes.set_ylim(low * 0.9, min(1.2, 4 * low))
         _logs(axes, "training FLOPs", "normalised MSE")
         legend(figure)
         svg = save(figure)
-    return Picture("law-compute", svg, "Loss and compute, L(C)",
-                   f"Held-out loss of every run at k = {k:g}. Dots: what no other run beats with as little compute; the law is fitted to them, without those of "
-                   "the smallest n. Both axes logarithmic.", _ends(best, "c", "loss", "FLOPs"))
+    return Picture(
+        "law-compute",
+        svg,
+        "Loss and compute, L(C)",
+        f"Held-out loss of every run at k = {k:g}. Dots: what no other run beats with as little compute; the law is fitted to them, without those of "
+        "the smallest n. Both axes logarithmic.",
+        _ends(best, "c", "loss", "FLOPs"),
+    )
 
 
 def sizes(law: Law | None) -> Picture | None:
@@ -55,9 +96,13 @@ def sizes(law: Law | None) -> Picture | None:
         _logs(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
         legend(figure)
         svg = save(figure)
-    return Picture("law-size", svg, "Loss and size, L(N)",
-                   "Held-out loss at the best learning rate of each n, and the law of each k. Where the law has an irreducible term, lines bend up to it.",
-                   _ends(law["points"], "n", "loss", "latents"))
+    return Picture(
+        "law-size",
+        svg,
+        "Loss and size, L(N)",
+        "Held-out loss at the best learning rate of each n, and the law of each k. Where the law has an irreducible term, lines bend up to it.",
+        _ends(law["points"], "n", "loss", "latents"),
+    )
 
 
 def subjects(law: Law | None, k: str, lms: list[str]) -> Picture | None:
@@ -69,9 +114,13 @@ def subjects(law: Law | None, k: str, lms: list[str]) -> Picture | None:
         _logs(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
         legend(figure, 3)
         svg = save(figure)
-    return Picture("law-subject", svg, "Loss and the subject's size, L_s(N)",
-                   f"The same at k = {k} for each language model. In the paper larger models need more latents for the same loss.",
-                   _ends(law["points"], "n", "loss", "latents"))
+    return Picture(
+        "law-subject",
+        svg,
+        "Loss and the subject's size, L_s(N)",
+        f"The same at k = {k} for each language model. In the paper larger models need more latents for the same loss.",
+        _ends(law["points"], "n", "loss", "latents"),
+    )
 
 
 def rates(rows: Columns, k: float) -> Picture | None:
@@ -79,7 +128,9 @@ def rates(rows: Columns, k: float) -> Picture | None:
     if "lr" not in rows or "tokens_to_convergence" not in rows:
         return None
     of = (rows["k"] == k) & (rows["lr"] > 0)
-    shown = [n for n in np.unique(rows["n"][of]) if len(np.unique(rows["lr"][of & (rows["n"] == n)])) > 1]
+    shown = [
+        n for n in np.unique(rows["n"][of]) if len(np.unique(rows["lr"][of & (rows["n"] == n)])) > 1
+    ]
     if not shown:
         return None
     with canvas(rows=2, size=(5.2, 5.2)) as (figure, (above, below)):
@@ -87,7 +138,15 @@ def rates(rows: Columns, k: float) -> Picture | None:
             here = of & (rows["n"] == n)
             for axes, name in ((above, "tokens_to_convergence"), (below, "loss")):
                 x, y = _means(rows["lr"][here], rows[name][here])
-                axes.plot(x, y, color=FIRST, alpha=strength, marker=mark, markersize=4.5, label=f"n = {n:,.0f}" if axes is below else None)
+                axes.plot(
+                    x,
+                    y,
+                    color=FIRST,
+                    alpha=strength,
+                    marker=mark,
+                    markersize=4.5,
+                    label=f"n = {n:,.0f}" if axes is below else None,
+                )
         _logs(above, "", "tokens to convergence")
         above.yaxis.set_major_formatter(lambda value, _: thousands(value))
         _logs(below, "learning rate", "normalised MSE")
@@ -95,29 +154,60 @@ def rates(rows: Columns, k: float) -> Picture | None:
         above.sharex(below)
         legend(figure)
         svg = save(figure)
-    return Picture("law-rates", svg, "Learning rate, tokens and loss",
-                   f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer tokens, until it costs loss. Mean over seeds; all axes logarithmic.",
-                   f"{len(shown)} sizes.")
+    return Picture(
+        "law-rates",
+        svg,
+        "Learning rate, tokens and loss",
+        f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer tokens, until it costs loss. Mean over seeds; all axes logarithmic.",
+        f"{len(shown)} sizes.",
+    )
 
 
 def trends(laws: dict[str, Law]) -> Picture | None:
     """Draw tokens, loss and the best learning rate against n, a series for each k, one above the other: figure 11."""
-    shown = [(name, label) for name, label in (("tokens", "tokens to convergence"), ("n", "normalised MSE"), ("lr", "best learning rate")) if name in laws]
+    shown = [
+        (name, label)
+        for name, label in (
+            ("tokens", "tokens to convergence"),
+            ("n", "normalised MSE"),
+            ("lr", "best learning rate"),
+        )
+        if name in laws
+    ]
     if len(shown) < 2:
         return None
     with canvas(rows=len(shown), size=(5.2, 0.4 + 2.4 * len(shown))) as (figure, panels):
         for (name, label), axes in zip(shown, panels):
-            _points_and_lines(axes, laws[name], "k", lambda k: f"k = {k:g}" if name == shown[0][0] else None)
-            _logs(axes, "latents n" if name == shown[-1][0] else "", label, ticks=_values(laws[name], "n"))
+            _points_and_lines(
+                axes, laws[name], "k", lambda k: f"k = {k:g}" if name == shown[0][0] else None
+            )
+            _logs(
+                axes,
+                "latents n" if name == shown[-1][0] else "",
+                label,
+                ticks=_values(laws[name], "n"),
+            )
             if name == "tokens":
                 axes.yaxis.set_major_formatter(lambda value, _: thousands(value))
-            axes.annotate(f"n^{_slope(laws[name]):+.2f}", (0.5, 1), xycoords="axes fraction", xytext=(0, -2), textcoords="offset points", va="top", ha="center",
-                          parse_math=False)
+            axes.annotate(
+                f"n^{_slope(laws[name]):+.2f}",
+                (0.5, 1),
+                xycoords="axes fraction",
+                xytext=(0, -2),
+                textcoords="offset points",
+                va="top",
+                ha="center",
+                parse_math=False,
+            )
         legend(figure)
         svg = save(figure)
-    return Picture("law-trends", svg, "How tokens, loss and learning rate go with n",
-                   "The exponent on each is of its points as plain powers of n with one slope for all k, as in the paper's titles; the table has that of the fitted law.",
-                   "; ".join(f"{label}: exponent {_slope(laws[name]):+.2f}" for name, label in shown) + ".")
+    return Picture(
+        "law-trends",
+        svg,
+        "How tokens, loss and learning rate go with n",
+        "The exponent on each is of its points as plain powers of n with one slope for all k, as in the paper's titles; the table has that of the fitted law.",
+        "; ".join(f"{label}: exponent {_slope(laws[name]):+.2f}" for name, label in shown) + ".",
+    )
 
 
 def joint(law: Law | None) -> Picture | None:
@@ -128,17 +218,28 @@ def joint(law: Law | None) -> Picture | None:
         _points_and_lines(above, law, "k", lambda k: f"k = {k:g}")
         for strength, mark, k in _series(_values(law, "k")):
             here = [point for point in law["points"] if point["k"] == k]
-            below.plot([point["n"] for point in here], [100 * point["residual"] for point in here], color=FIRST, alpha=strength, marker=mark, markersize=4.5,
-                       linewidth=0.8)
+            below.plot(
+                [point["n"] for point in here],
+                [100 * point["residual"] for point in here],
+                color=FIRST,
+                alpha=strength,
+                marker=mark,
+                markersize=4.5,
+                linewidth=0.8,
+            )
         reference(below, 0, "")
         _logs(above, "", "normalised MSE", ticks=_values(law, "n"))
         _logs(below, "latents n", "above the law, %", ticks=_values(law, "n"), y=False)
         above.tick_params(labelbottom=False)
         legend(figure)
         svg = save(figure)
-    return Picture("law-joint", svg, "The joint law L(N, k)",
-                   f"{law['equation']}. Below: what the points differ by, in per cent. Where neighbours err alike the form is not exact.",
-                   f"log-RMS {law['log_rms']:.4f}; the worst point is {percent(law['log_max'])} off.")
+    return Picture(
+        "law-joint",
+        svg,
+        "The joint law L(N, k)",
+        f"{law['equation']}. Below: what the points differ by, in per cent. Where neighbours err alike the form is not exact.",
+        f"log-RMS {law['log_rms']:.4f}; the worst point is {percent(law['log_max'])} off.",
+    )
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------
@@ -155,22 +256,73 @@ def _values(law: Law, name: str) -> list[Any]:
     return sorted({point[name] for point in law["points"] if name in point})
 
 
-def _points_and_lines(axes: Any, law: Law, group: str, called: Callable[[Any], str | None], order: list[Any] | None = None) -> None:
+def _points_and_lines(
+    axes: Any,
+    law: Law,
+    group: str,
+    called: Callable[[Any], str | None],
+    order: list[Any] | None = None,
+) -> None:
     for strength, mark, value in _series(order or _values(law, group) or [None]):
         here = [point for point in law["points"] if value is None or point[group] == value]
-        axes.plot([point["n"] for point in here], [point[law["target"]] for point in here], linestyle="none", marker=mark, markersize=4.5, color=FIRST,
-                  alpha=strength, label=called(value) if value is not None else None)
-        n = np.geomspace(min(point["n"] for point in here), 2 * max(point["n"] for point in here), 60)
-        _line(axes, law, "n", n, color=FIRST, alpha=strength, **({} if value is None else {group: value}))
+        axes.plot(
+            [point["n"] for point in here],
+            [point[law["target"]] for point in here],
+            linestyle="none",
+            marker=mark,
+            markersize=4.5,
+            color=FIRST,
+            alpha=strength,
+            label=called(value) if value is not None else None,
+        )
+        n = np.geomspace(
+            min(point["n"] for point in here), 2 * max(point["n"] for point in here), 60
+        )
+        _line(
+            axes,
+            law,
+            "n",
+            n,
+            color=FIRST,
+            alpha=strength,
+            **({} if value is None else {group: value}),
+        )
 
 
-def _line(axes: Any, law: Law, x: str, values: np.ndarray, *, color: str, alpha: float = 1.0, label: str | None = None, **others: Any) -> None:
+def _line(
+    axes: Any,
+    law: Law,
+    x: str,
+    values: np.ndarray,
+    *,
+    color: str,
+    alpha: float = 1.0,
+    label: str | None = None,
+    **others: Any,
+) -> None:
     """Draw the law along one variable, the others being as given where it depends on them."""
-    at = {x: values, **{name: np.full(len(values), value) for name, value in others.items() if name in law["points"][0]}}
-    axes.plot(values, evaluate(law, at), color=color, alpha=alpha, linewidth=1.2, label=label, linestyle="-" if label is None else (0, (5, 2)))
+    at = {
+        x: values,
+        **{
+            name: np.full(len(values), value)
+            for name, value in others.items()
+            if name in law["points"][0]
+        },
+    }
+    axes.plot(
+        values,
+        evaluate(law, at),
+        color=color,
+        alpha=alpha,
+        linewidth=1.2,
+        label=label,
+        linestyle="-" if label is None else (0, (5, 2)),
+    )
 
 
-def _logs(axes: Any, across: str, up: str, *, ticks: list[float] | None = None, y: bool = True) -> None:
+def _logs(
+    axes: Any, across: str, up: str, *, ticks: list[float] | None = None, y: bool = True
+) -> None:
     """Make the axes logarithmic, with few plain numbers on them; ticks: where the points are across."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -183,7 +335,11 @@ def _logs(axes: Any, across: str, up: str, *, ticks: list[float] | None = None, 
     if y:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]) if high < 10 * low else LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+        axes.yaxis.set_major_locator(
+            MaxNLocator(5, steps=[1, 2, 5, 10])
+            if high < 10 * low
+            else LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+        )
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
         axes.set_ylim(low, high)
@@ -195,16 +351,28 @@ def _means(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each x once with the geometric mean of its finite y."""
     good = np.isfinite(y) & (y > 0)
     values, place = np.unique(x[good], return_inverse=True)
-    return values, np.exp(np.bincount(place, np.log(y[good])) / np.bincount(place)) if len(values) else values
+    return values, np.exp(np.bincount(place, np.log(y[good])) / np.bincount(place)) if len(
+        values
+    ) else values
 
 
 def _slope(law: Law) -> float:
     """Return the exponent of n with one slope and an own prefactor for each k, by plain least squares."""
     groups = _values(law, "k") or [None]
-    columns = [[float(group is None or point["k"] == group) for group in groups] + [np.log(point["n"])] for point in law["points"]]
-    return float(np.linalg.lstsq(np.array(columns), np.log([point[law["target"]] for point in law["points"]]), rcond=None)[0][-1])
+    columns = [
+        [float(group is None or point["k"] == group) for group in groups] + [np.log(point["n"])]
+        for point in law["points"]
+    ]
+    return float(
+        np.linalg.lstsq(
+            np.array(columns), np.log([point[law["target"]] for point in law["points"]]), rcond=None
+        )[0][-1]
+    )
 
 
 def _ends(points: list[dict[str, Any]], x: str, y: str, unit: str) -> str:
-    first, last = min(points, key=lambda point: (point[x], point[y])), max(points, key=lambda point: (point[x], point[y]))
+    first, last = (
+        min(points, key=lambda point: (point[x], point[y])),
+        max(points, key=lambda point: (point[x], point[y])),
+    )
     return f"From {significant(first[y])} at {short(first[x])} {unit} to {significant(last[y])} at {short(last[x])}."

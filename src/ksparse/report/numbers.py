@@ -52,15 +52,22 @@ def _dead_in_training(source: Source) -> str:
 
 def _above_the_lm(key: str) -> Callable[[Source], str]:
     """Return a comparison of one loss with the unchanged LM's."""
+
     def compare(source: Source) -> str:
         clean, loss = source.number("downstream", "ce_clean"), source.number("downstream", key)
-        return "The LM as it is" if clean is None or loss is None else f"{loss.value - clean.value:+.2f} on the LM as it is"
+        return (
+            "The LM as it is"
+            if clean is None or loss is None
+            else f"{loss.value - clean.value:+.2f} on the LM as it is"
+        )
 
     return compare
 
 
 def _ablations(source: Source) -> str:
-    clean, zero, mean = (source.number("downstream", f"ce_{name}") for name in ("clean", "zero", "mean"))
+    clean, zero, mean = (
+        source.number("downstream", f"ce_{name}") for name in ("clean", "zero", "mean")
+    )
     if clean is None or zero is None or mean is None:
         return "0: the LM as it was"
     return f"0: the LM as it was; {mean.value - clean.value:.2f}: the mean activation; {zero.value - clean.value:.2f}: zeros"
@@ -68,21 +75,33 @@ def _ablations(source: Source) -> str:
 
 def beside(name: str, kind: Kind, **words: str) -> Callable[[Source], str]:
     """Return a comparison with other numbers of a result, as far as it has them."""
+
     def compare(source: Source) -> str:
         found = ((source.number(name, key), text) for key, text in words.items())
-        return "; ".join(f"{brief(number.value, kind)}: {text}" for number, text in found if number is not None)
+        return "; ".join(
+            f"{brief(number.value, kind)}: {text}" for number, text in found if number is not None
+        )
 
     return compare
 
 
 def _probes_of_others(source: Source) -> str:
-    return beside("probes", "number", channel_loss="the best channel", random_sae_loss="the best latent of an untrained SAE",
-                  dense_probe_loss="all channels together", prior_loss="the label’s share alone")(source)
+    return beside(
+        "probes",
+        "number",
+        channel_loss="the best channel",
+        random_sae_loss="the best latent of an untrained SAE",
+        dense_probe_loss="all channels together",
+        prior_loss="the label’s share alone",
+    )(source)
 
 
 def _changeable(source: Source) -> str:
     """Return how many logits an ablation could change: the vocabulary at each position of the horizon."""
-    effective, share = source.number("ablation", "effective_tokens"), source.number("ablation", "ablation_sparsity")
+    effective, share = (
+        source.number("ablation", "effective_tokens"),
+        source.number("ablation", "ablation_sparsity"),
+    )
     if effective is None or share is None or not share.value:
         return "The whole vocabulary at each position"
     return f"{effective.value / share.value:,.0f}: the whole vocabulary at each position"
@@ -93,88 +112,290 @@ GAUSSIAN = 2 / math.pi
 
 
 GROUPS = (
-    Group("stats", "What it reconstructs, and with how many latents", (
-        Row("Normalised MSE", "nmse", "number", "1: predicting the mean",
-            "Squared error over that of predicting the mean, on normalised activations. Lower is better."),
-        Row("Explained variance", "explained_variance", "percent", "0 %: predicting the mean",
-            "One less the same ratio, on activations as the LM has them: large ones weigh more. Higher is better."),
-        Row("L0", "l0", "number", _k,
-            "Values above zero per token. Less than k where a chosen latent has nothing to say."),
-        Row("Dead latents", "dead_fraction", "percent", _dead_in_training,
-            "Share that never fires on the evaluation's tokens. On few tokens rare latents count as dead too."),
-        Row("Encoder–decoder cosine", "cosine", "number", "1: a latent reads what it writes",
-            "Mean over latents. Low where latents read one direction and write another, as dead ones do."),
-    )),
-    Group("downstream", "What the LM makes of it", (
-        Row("Loss added (ΔCE)", "ce_delta", "number", _ablations,
-            "Nats per token that the LM's loss rises by when it goes on from the reconstruction. Lower is better."),
-        Row("KL from the LM", "kl", "number", "0: the same predictions",
-            "Nats per token between the two predictions. Counts every change, also those that happen to help."),
-        Row("Loss recovered", "recovered", "percent", "0 %: zeros; 100 %: the LM",
-            "Share of the damage of zeros that is avoided. Flattering, since zeros do much damage: read ΔCE first."),
-        Row("Compute fraction", "compute_fraction", "percent", "100 %: the LM",
-            "Share of its training compute after which the LM had the spliced loss. Higher is better.",
-            absent="Needs the LM's loss at earlier points of its training, which this LM comes without."),
-        Row("Loss, LM as it is", "ce_clean", "number", "What reconstructions are held against", "Cross-entropy in nats per token."),
-        Row("Loss, reconstruction spliced in", "ce_spliced", "number", _above_the_lm("ce_spliced"), "The same, on reconstructions."),
-        Row("Loss, mean activation", "ce_mean", "number", _above_the_lm("ce_mean"),
-            "The same with the mean activation everywhere: the site tells nothing about the token."),
-        Row("Loss, zeros", "ce_zero", "number", _above_the_lm("ce_zero"), "The same with zeros, which the LM has never seen."),
-    )),
-    Group("probes", "What single latents know", (
-        Row("Probe loss", "probe_loss", "number", _probes_of_others,
-            "Nats per label, mean over tasks: each task’s best latent, chosen on one half of the rows, judged on the other. Lower is better."),
-        Row("Gain over channels", "gain_over_channels", "number", "0: the LM’s own channels do as well",
-            "Loss of the best channel less that of the best latent, on the same rows. There are more latents than channels to choose from."),
-        Row("Gain over random latents", "gain_over_random_sae", "number", "0: as many random directions do as well",
-            "The same against an untrained SAE of the same size. This is what training brought."),
-        Row("Probe loss, in sample", "probe_loss_in_sample", "number",
-            beside("probes", "number", probe_loss="on rows that the latents were not chosen on"),
-            "Loss on the very rows that the latents were chosen on, as the paper has it. "
-            "Falls with the number of latents, even random ones, so it says nothing across sizes."),
-    )),
-    Group("n2g", "How well patterns of tokens explain latents", (
-        Row("Recall", "recall", "percent", beside("n2g", "percent", shuffled_recall="by another latent’s patterns, so by chance"),
-            "Share of a latent’s activations that its patterns catch, mean over scored latents. Higher is better."),
-        Row("Precision", "precision", "percent", beside("n2g", "percent", shuffled_precision="by another latent’s patterns, so by chance"),
-            "Share of a latent’s predictions at which it is active, mean over scored latents that have any. Higher is better."),
-        Row("F1", "f1", "percent", beside("n2g", "percent", shuffled_f1="by another latent’s patterns, so by chance"),
-            "Harmonic mean of each latent’s recall and precision, then the mean over latents. High only where both are."),
-        Row("Precision, pooled", "precision_pooled", "percent", beside("n2g", "percent", precision="each latent counts the same"),
-            "Over all predictions at once. A few latents whose patterns match almost anywhere make most of them."),
-        Row("Latents scored", "n_latents", "count", "Drawn at random from those that fire",
-            "Latents that fire too rarely to be explained and scored are left out, so the numbers do not speak of them."),
-    )),
-    Group("explained_loss", "What the LM makes of the explanations", (
-        Row("Loss, explanations spliced in", "ce_n2g", "number",
-            beside("explained_loss", "number", ce_clean="the LM as it is", ce_spliced="the SAE’s reconstruction", ce_bigram="bigrams",
-                   ce_unigram="unigrams", ce_bias="b_pre alone", ce_zero="zeros"),
-            "Nats per token when each latent’s value is what its patterns predict. "
-            "The gap to the reconstruction is what the patterns miss. Lower is better."),
-        Row("Loss above bigrams", "delta_to_bigram", "number", "0: the LM predicts as well as counts of token pairs",
-            "On the same tokens. Below 0 the explanations carry more than the last token alone. Counts of little text are easy to beat."),
-    )),
-    Group("ablation", "How many predictions a latent matters to", (
-        Row("Ablation sparsity", "ablation_sparsity", "percent",
-            lambda source: "; ".join(part for part in (beside("ablation", "percent", channel_sparsity="a channel set to zero")(source),
-                                                       f"{percent(GAUSSIAN)}: noise") if part),
-            "Effective share of the LM’s logits, at this position and those after it, that change when one active latent is taken out. "
-            "Lower is sparser."),
-        Row("Sparser than channels by", "difference", "percent", "0 %: latents and channels are alike",
-            "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the more specific of the two."),
-        Row("Of the next prediction alone", "sparsity_here", "percent",
-            beside("ablation", "percent", channel_sparsity_here="a channel set to zero"),
-            "The same for the prediction at the position itself: the share of the vocabulary that the latent matters to. Lower is sparser."),
-        Row("Reach", "later", "percent", beside("ablation", "percent", channel_later="a channel set to zero"),
-            "Share of the squared effect that falls on later predictions. The first number mixes this with the one above: "
-            "an effect that reaches further counts as less sparse."),
-        Row("Effective logits", "effective_tokens", "count", _changeable, "The first number, as a count of logits. Fewer is sparser."),
-        Row("Ablation sparsity, weighted", "ablation_sparsity_weighted", "percent",
-            beside("ablation", "percent", ablation_sparsity="each ablation counts the same"),
-            "Each ablation weighted by the size of its effect, so that the many that hardly change anything count little."),
-        Row("KL of an ablation", "kl", "number", beside("ablation", "number", channel_kl="a channel set to zero"),
-            "Nats per position by which taking out one latent changes the predictions. Where this is tiny, sparsity is about little."),
-    )),
+    Group(
+        "stats",
+        "What it reconstructs, and with how many latents",
+        (
+            Row(
+                "Normalised MSE",
+                "nmse",
+                "number",
+                "1: predicting the mean",
+                "Squared error over that of predicting the mean, on normalised activations. Lower is better.",
+            ),
+            Row(
+                "Explained variance",
+                "explained_variance",
+                "percent",
+                "0 %: predicting the mean",
+                "One less the same ratio, on activations as the LM has them: large ones weigh more. Higher is better.",
+            ),
+            Row(
+                "L0",
+                "l0",
+                "number",
+                _k,
+                "Values above zero per token. Less than k where a chosen latent has nothing to say.",
+            ),
+            Row(
+                "Dead latents",
+                "dead_fraction",
+                "percent",
+                _dead_in_training,
+                "Share that never fires on the evaluation's tokens. On few tokens rare latents count as dead too.",
+            ),
+            Row(
+                "Encoder–decoder cosine",
+                "cosine",
+                "number",
+                "1: a latent reads what it writes",
+                "Mean over latents. Low where latents read one direction and write another, as dead ones do.",
+            ),
+        ),
+    ),
+    Group(
+        "downstream",
+        "What the LM makes of it",
+        (
+            Row(
+                "Loss added (ΔCE)",
+                "ce_delta",
+                "number",
+                _ablations,
+                "Nats per token that the LM's loss rises by when it goes on from the reconstruction. Lower is better.",
+            ),
+            Row(
+                "KL from the LM",
+                "kl",
+                "number",
+                "0: the same predictions",
+                "Nats per token between the two predictions. Counts every change, also those that happen to help.",
+            ),
+            Row(
+                "Loss recovered",
+                "recovered",
+                "percent",
+                "0 %: zeros; 100 %: the LM",
+                "Share of the damage of zeros that is avoided. Flattering, since zeros do much damage: read ΔCE first.",
+            ),
+            Row(
+                "Compute fraction",
+                "compute_fraction",
+                "percent",
+                "100 %: the LM",
+                "Share of its training compute after which the LM had the spliced loss. Higher is better.",
+                absent="Needs the LM's loss at earlier points of its training, which this LM comes without.",
+            ),
+            Row(
+                "Loss, LM as it is",
+                "ce_clean",
+                "number",
+                "What reconstructions are held against",
+                "Cross-entropy in nats per token.",
+            ),
+            Row(
+                "Loss, reconstruction spliced in",
+                "ce_spliced",
+                "number",
+                _above_the_lm("ce_spliced"),
+                "The same, on reconstructions.",
+            ),
+            Row(
+                "Loss, mean activation",
+                "ce_mean",
+                "number",
+                _above_the_lm("ce_mean"),
+                "The same with the mean activation everywhere: the site tells nothing about the token.",
+            ),
+            Row(
+                "Loss, zeros",
+                "ce_zero",
+                "number",
+                _above_the_lm("ce_zero"),
+                "The same with zeros, which the LM has never seen.",
+            ),
+        ),
+    ),
+    Group(
+        "probes",
+        "What single latents know",
+        (
+            Row(
+                "Probe loss",
+                "probe_loss",
+                "number",
+                _probes_of_others,
+                "Nats per label, mean over tasks: each task’s best latent, chosen on one half of the rows, judged on the other. Lower is better.",
+            ),
+            Row(
+                "Gain over channels",
+                "gain_over_channels",
+                "number",
+                "0: the LM’s own channels do as well",
+                "Loss of the best channel less that of the best latent, on the same rows. There are more latents than channels to choose from.",
+            ),
+            Row(
+                "Gain over random latents",
+                "gain_over_random_sae",
+                "number",
+                "0: as many random directions do as well",
+                "The same against an untrained SAE of the same size. This is what training brought.",
+            ),
+            Row(
+                "Probe loss, in sample",
+                "probe_loss_in_sample",
+                "number",
+                beside(
+                    "probes", "number", probe_loss="on rows that the latents were not chosen on"
+                ),
+                "Loss on the very rows that the latents were chosen on, as the paper has it. "
+                "Falls with the number of latents, even random ones, so it says nothing across sizes.",
+            ),
+        ),
+    ),
+    Group(
+        "n2g",
+        "How well patterns of tokens explain latents",
+        (
+            Row(
+                "Recall",
+                "recall",
+                "percent",
+                beside(
+                    "n2g", "percent", shuffled_recall="by another latent’s patterns, so by chance"
+                ),
+                "Share of a latent’s activations that its patterns catch, mean over scored latents. Higher is better.",
+            ),
+            Row(
+                "Precision",
+                "precision",
+                "percent",
+                beside(
+                    "n2g",
+                    "percent",
+                    shuffled_precision="by another latent’s patterns, so by chance",
+                ),
+                "Share of a latent’s predictions at which it is active, mean over scored latents that have any. Higher is better.",
+            ),
+            Row(
+                "F1",
+                "f1",
+                "percent",
+                beside("n2g", "percent", shuffled_f1="by another latent’s patterns, so by chance"),
+                "Harmonic mean of each latent’s recall and precision, then the mean over latents. High only where both are.",
+            ),
+            Row(
+                "Precision, pooled",
+                "precision_pooled",
+                "percent",
+                beside("n2g", "percent", precision="each latent counts the same"),
+                "Over all predictions at once. A few latents whose patterns match almost anywhere make most of them.",
+            ),
+            Row(
+                "Latents scored",
+                "n_latents",
+                "count",
+                "Drawn at random from those that fire",
+                "Latents that fire too rarely to be explained and scored are left out, so the numbers do not speak of them.",
+            ),
+        ),
+    ),
+    Group(
+        "explained_loss",
+        "What the LM makes of the explanations",
+        (
+            Row(
+                "Loss, explanations spliced in",
+                "ce_n2g",
+                "number",
+                beside(
+                    "explained_loss",
+                    "number",
+                    ce_clean="the LM as it is",
+                    ce_spliced="the SAE’s reconstruction",
+                    ce_bigram="bigrams",
+                    ce_unigram="unigrams",
+                    ce_bias="b_pre alone",
+                    ce_zero="zeros",
+                ),
+                "Nats per token when each latent’s value is what its patterns predict. "
+                "The gap to the reconstruction is what the patterns miss. Lower is better.",
+            ),
+            Row(
+                "Loss above bigrams",
+                "delta_to_bigram",
+                "number",
+                "0: the LM predicts as well as counts of token pairs",
+                "On the same tokens. Below 0 the explanations carry more than the last token alone. Counts of little text are easy to beat.",
+            ),
+        ),
+    ),
+    Group(
+        "ablation",
+        "How many predictions a latent matters to",
+        (
+            Row(
+                "Ablation sparsity",
+                "ablation_sparsity",
+                "percent",
+                lambda source: "; ".join(
+                    part
+                    for part in (
+                        beside("ablation", "percent", channel_sparsity="a channel set to zero")(
+                            source
+                        ),
+                        f"{percent(GAUSSIAN)}: noise",
+                    )
+                    if part
+                ),
+                "Effective share of the LM’s logits, at this position and those after it, that change when one active latent is taken out. "
+                "Lower is sparser.",
+            ),
+            Row(
+                "Sparser than channels by",
+                "difference",
+                "percent",
+                "0 %: latents and channels are alike",
+                "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the more specific of the two.",
+            ),
+            Row(
+                "Of the next prediction alone",
+                "sparsity_here",
+                "percent",
+                beside("ablation", "percent", channel_sparsity_here="a channel set to zero"),
+                "The same for the prediction at the position itself: the share of the vocabulary that the latent matters to. Lower is sparser.",
+            ),
+            Row(
+                "Reach",
+                "later",
+                "percent",
+                beside("ablation", "percent", channel_later="a channel set to zero"),
+                "Share of the squared effect that falls on later predictions. The first number mixes this with the one above: "
+                "an effect that reaches further counts as less sparse.",
+            ),
+            Row(
+                "Effective logits",
+                "effective_tokens",
+                "count",
+                _changeable,
+                "The first number, as a count of logits. Fewer is sparser.",
+            ),
+            Row(
+                "Ablation sparsity, weighted",
+                "ablation_sparsity_weighted",
+                "percent",
+                beside("ablation", "percent", ablation_sparsity="each ablation counts the same"),
+                "Each ablation weighted by the size of its effect, so that the many that hardly change anything count little.",
+            ),
+            Row(
+                "KL of an ablation",
+                "kl",
+                "number",
+                beside("ablation", "number", channel_kl="a channel set to zero"),
+                "Nats per position by which taking out one latent changes the predictions. Where this is tiny, sparsity is about little.",
+            ),
+        ),
+    ),
 )
 
 
@@ -191,8 +412,15 @@ class Cell:
 
 def table(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[str, Any]]:
     """Return the groups with their cells; a group whose evaluation is missing has the command that adds it."""
-    return [{"group": group, "result": source.result(group.eval), "command": source.command("eval", group.eval),
-             "cells": [_cell(source, group, row) for row in group.rows]} for group in groups]
+    return [
+        {
+            "group": group,
+            "result": source.result(group.eval),
+            "command": source.command("eval", group.eval),
+            "cells": [_cell(source, group, row) for row in group.rows],
+        }
+        for group in groups
+    ]
 
 
 def settings(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[str, Any]]:
@@ -209,18 +437,36 @@ def settings(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[st
         same["titles"].append(group.title)
         same["options"][group.eval] = _options(result)
         same["notes"] += [note for note in result.get("notes") or [] if note not in same["notes"]]
-    return [{"titles": entry["titles"], "facts": entry["facts"] | _written(entry["options"]), "notes": entry["notes"]} for entry in found]
+    return [
+        {
+            "titles": entry["titles"],
+            "facts": entry["facts"] | _written(entry["options"]),
+            "notes": entry["notes"],
+        }
+        for entry in found
+    ]
 
 
 def _written(options: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the options that all evaluations share, then what each has of its own."""
-    shared = {key: value for key, value in next(iter(options.values())).items() if all(own.get(key) == value for own in options.values())}
-    each = {f"Options of {name} alone": {key: value for key, value in own.items() if key not in shared} for name, own in options.items()}
+    shared = {
+        key: value
+        for key, value in next(iter(options.values())).items()
+        if all(own.get(key) == value for own in options.values())
+    }
+    each = {
+        f"Options of {name} alone": {key: value for key, value in own.items() if key not in shared}
+        for name, own in options.items()
+    }
     return {label: plain(some) for label, some in ({"Options": shared} | each).items() if some}
 
 
 def _options(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in (result.get("options") or {}).items() if value not in (None, "")}
+    return {
+        key: value
+        for key, value in (result.get("options") or {}).items()
+        if value not in (None, "")
+    }
 
 
 def _cell(source: Source, group: Group, row: Row) -> Cell:
@@ -233,9 +479,15 @@ def _cell(source: Source, group: Group, row: Row) -> Cell:
 
 
 def _settings(source: Source, result: dict[str, Any]) -> dict[str, str]:
-    facts = {"Text": result.get("text"), "Tokens": result.get("n_tokens"), "Documents": result.get("n_documents"),
-             "Suite of tasks": result.get("suite"), "Tasks": result.get("n_tasks"),
-             "Checkpoint": _step(source, result.get("checkpoint")), "Positions": result.get("policy")}
+    facts = {
+        "Text": result.get("text"),
+        "Tokens": result.get("n_tokens"),
+        "Documents": result.get("n_documents"),
+        "Suite of tasks": result.get("suite"),
+        "Tasks": result.get("n_tasks"),
+        "Checkpoint": _step(source, result.get("checkpoint")),
+        "Positions": result.get("policy"),
+    }
     return {key: plain(value) for key, value in facts.items() if value not in (None, "", {}, [])}
 
 
@@ -243,7 +495,11 @@ def _step(source: Source, step: Any) -> str | None:
     last = source.metrics[-1]["step"] if source.metrics else step
     if step is None:
         return None
-    return f"step {plain(step)}" if step == last else f"step {plain(step)}, though training went on to step {plain(last)}"
+    return (
+        f"step {plain(step)}"
+        if step == last
+        else f"step {plain(step)}, though training went on to step {plain(last)}"
+    )
 
 
 # ---- how numbers are written
@@ -263,7 +519,9 @@ def written(number: Number, kind: Kind) -> tuple[str, str]:
 
 def brief(value: float, kind: Kind) -> str:
     """Return a value with three significant digits at most."""
-    return {"percent": percent, "count": lambda count: f"{count:,.0f}", "number": significant}[kind](value)
+    return {"percent": percent, "count": lambda count: f"{count:,.0f}", "number": significant}[
+        kind
+    ](value)
 
 
 def percent(share: float) -> str:
@@ -292,7 +550,9 @@ def duration(seconds: float) -> str:
 def plain(value: Any) -> str:
     """Return any JSON value as a line of words."""
     if isinstance(value, dict):
-        return " · ".join(f"{key} {plain(item)}" for key, item in value.items() if item not in (None, ""))
+        return " · ".join(
+            f"{key} {plain(item)}" for key, item in value.items() if item not in (None, "")
+        )
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -22,8 +22,15 @@ from ksparse.runs import RunFolder
 
 AGAIN = "runs/again"
 """Where the commands of the last section put the run's twin."""
-LOSSES = {"clean": "the LM as it is", "spliced": "reconstruction", "n2g": "explanations", "bigram": "bigrams", "unigram": "unigrams",
-          "bias": "b_pre alone", "zero": "zeros"}
+LOSSES = {
+    "clean": "the LM as it is",
+    "spliced": "reconstruction",
+    "n2g": "explanations",
+    "bigram": "bigrams",
+    "unigram": "unigrams",
+    "bias": "b_pre alone",
+    "zero": "zeros",
+}
 """What `explained_loss` puts in place of the activation, in words."""
 
 
@@ -50,17 +57,25 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
         except DamagedResult as error:
             source.leave_out(error.evaluation, str(error))
     template = environment().get_template("report.html.jinja")
-    html = template.render(name=run.name, summary=summary(source), sections=shown,
-                           left_out=source.left_out)
+    html = template.render(
+        name=run.name, summary=summary(source), sections=shown, left_out=source.left_out
+    )
     return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
 
 
 def environment() -> jinja2.Environment:
     """Return the templates' environment: every string is made safe to look at, then escaped."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("ksparse.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        finalize=lambda value: safe_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value)
+        loader=jinja2.PackageLoader("ksparse.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: (
+            safe_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+        ),
+    )
     made.filters |= {"percent": numbers.percent}
     return made
 
@@ -72,23 +87,42 @@ def summary(source: Source) -> str:
     """Return what there is to say of a run in one sentence; what was not measured is left out."""
     recipe = source.recipe
     seen = tokens_seen(source)
-    trained = f"trained on {numbers.amount(seen)}" if seen else f"to be trained on {numbers.amount(recipe.tokens)}"
-    what = (f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.bound}, "
-            f"{trained} activations of {called(recipe.acts.lm)} at {recipe.acts.site}")
-    explained, added, clean, spliced = (source.number(*which) for which in (
-        ("stats", "explained_variance"), ("downstream", "ce_delta"), ("downstream", "ce_clean"), ("downstream", "ce_spliced")))
+    trained = (
+        f"trained on {numbers.amount(seen)}"
+        if seen
+        else f"to be trained on {numbers.amount(recipe.tokens)}"
+    )
+    what = (
+        f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.bound}, "
+        f"{trained} activations of {called(recipe.acts.lm)} at {recipe.acts.site}"
+    )
+    explained, added, clean, spliced = (
+        source.number(*which)
+        for which in (
+            ("stats", "explained_variance"),
+            ("downstream", "ce_delta"),
+            ("downstream", "ce_clean"),
+            ("downstream", "ce_spliced"),
+        )
+    )
     said = []
     if explained:
         said.append(f"it explains {numbers.percent(explained.value)} of their variance")
     if added and clean and spliced:
-        said.append(f"with its reconstructions in their place the LM's loss rises by {numbers.significant(added.value, 2)} nats per "
-                    f"token, from {clean.value:.2f} to {spliced.value:.2f}")
+        said.append(
+            f"with its reconstructions in their place the LM's loss rises by {numbers.significant(added.value, 2)} nats per "
+            f"token, from {clean.value:.2f} to {spliced.value:.2f}"
+        )
     return what + (": " if said else "") + ", and ".join(said) + "."
 
 
 def called(lm: str) -> str:
     """Return a short name of an LM: the last part of a path, the whole name on the Hub."""
-    return lm.rstrip("/").rpartition("/")[2] if lm.startswith((".", "/", "~")) or lm.count("/") > 1 else lm
+    return (
+        lm.rstrip("/").rpartition("/")[2]
+        if lm.startswith((".", "/", "~")) or lm.count("/") > 1
+        else lm
+    )
 
 
 def tokens_seen(source: Source) -> int:
@@ -104,13 +138,19 @@ def subject(source: Source) -> dict[str, Any]:
     """Return what was trained on what, and on which machine."""
     recipe = source.recipe
     text = source.run.recipe_file.read_text(encoding="utf-8")
-    return {"what": what(recipe, source), "machine": machine(source), "recipe": text.splitlines(),
-            "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe))}
+    return {
+        "what": what(recipe, source),
+        "machine": machine(source),
+        "recipe": text.splitlines(),
+        "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe)),
+    }
 
 
 def what(recipe: Recipe, source: Source) -> dict[str, str]:
     acts, sae, seen = recipe.acts, recipe.sae, tokens_seen(source)
-    text = " · ".join(part for part in (acts.text, acts.text_config, acts.text_split) if part and part != "train")
+    text = " · ".join(
+        part for part in (acts.text, acts.text_config, acts.text_split) if part and part != "train"
+    )
     asked = recipe.steps * recipe.batch
     return {
         "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
@@ -118,12 +158,24 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
         "Text": text,
         "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, kept positions: {acts.keep}",
         "Latents": f"{sae.n_latents:,}",
-        "Activation": ", ".join([type(sae.activation).__name__, *(f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind")]),
+        "Activation": ", ".join(
+            [
+                type(sae.activation).__name__,
+                *(
+                    f"{key} {value}"
+                    for key, value in asdict(sae.activation).items()
+                    if key != "kind"
+                ),
+            ]
+        ),
         "Active at a time": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,
-        "Training": f"{seen:,} tokens in batches of {recipe.batch:,}" + (f"; {asked:,} were asked for" if seen < asked else ""),
+        "Training": f"{seen:,} tokens in batches of {recipe.batch:,}"
+        + (f"; {asked:,} were asked for" if seen < asked else ""),
         "Normalisation": acts.normalize,
         "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
-        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens" if sae.auxk_coef and sae.activation.kind in WITH_AUXK else "off",
+        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens"
+        if sae.auxk_coef and sae.activation.kind in WITH_AUXK
+        else "off",
         "Weights": f"average with decay {recipe.ema:.4g}" if recipe.ema else "the last step's",
         "Seed": str(recipe.seed),
     }
@@ -132,8 +184,11 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
 def machine(source: Source) -> dict[str, str]:
     """Return the hardware, the versions and the time, as far as the run recorded them."""
     found, last = source.environment, source.metrics[-1] if source.metrics else {}
-    facts = {"Hardware": hardware(found), "System": found.get("platform"),
-             "Versions": numbers.plain(found.get("versions") or {})}
+    facts = {
+        "Hardware": hardware(found),
+        "System": found.get("platform"),
+        "Versions": numbers.plain(found.get("versions") or {}),
+    }
     if is_number(last.get("seconds")):
         facts["Time"] = numbers.duration(last["seconds"])
     if is_number(last.get("tokens_per_s")):
@@ -143,43 +198,82 @@ def machine(source: Source) -> dict[str, str]:
 
 def hardware(found: dict[str, Any]) -> str:
     threads = f"{found['threads']} CPU threads" if found.get("threads") else ""
-    parts = [numbers.plain(found.get("gpus") or ""), numbers.plain(found.get("processor") or ""), threads]
+    parts = [
+        numbers.plain(found.get("gpus") or ""),
+        numbers.plain(found.get("processor") or ""),
+        threads,
+    ]
     return ", ".join(part for part in parts if part)
 
 
 def quality(source: Source) -> dict[str, Any]:
     """Return the claims, the numbers behind them, and the figures that show more than a mean does."""
     judged = claims.judged(source)
-    return {"claims": judged, "tally": claims.tally(judged), "groups": numbers.table(source), "pictures": evaluated(source),
-            "settings": numbers.settings(source)}
+    return {
+        "claims": judged,
+        "tally": claims.tally(judged),
+        "groups": numbers.table(source),
+        "pictures": evaluated(source),
+        "settings": numbers.settings(source),
+    }
 
 
 def evaluated(source: Source) -> list[Picture]:
     """Return the figures of explanations and ablations."""
-    drawn = [figures.explained({name: source.number("explained_loss", f"ce_{key}") for key, name in LOSSES.items()}, LOSSES["n2g"])]
+    drawn = [
+        figures.explained(
+            {name: source.number("explained_loss", f"ce_{key}") for key, name in LOSSES.items()},
+            LOSSES["n2g"],
+        )
+    ]
     if (explained := findings.explanations(source)) is not None:
-        means = {name: (source.number("n2g", f"{kind}recall"), source.number("n2g", f"{kind}precision"))
-                 for name, kind in (("mean", ""), ("mean of wrong latents’ patterns", "shuffled_"))}
-        drawn.append(figures.patterns(explained.scores["recall"], explained.scores["precision"], means, explained.scored))
+        means = {
+            name: (source.number("n2g", f"{kind}recall"), source.number("n2g", f"{kind}precision"))
+            for name, kind in (("mean", ""), ("mean of wrong latents’ patterns", "shuffled_"))
+        }
+        drawn.append(
+            figures.patterns(
+                explained.scores["recall"], explained.scores["precision"], means, explained.scored
+            )
+        )
     ablation = source.result("ablation") or {}
-    drawn.append(figures.effects(ablation.get("histogram") or {}, ablation.get("channel_histogram") or {}))
+    drawn.append(
+        figures.effects(ablation.get("histogram") or {}, ablation.get("channel_histogram") or {})
+    )
     return [picture for picture in drawn if picture is not None]
 
 
 def training(source: Source) -> dict[str, Any]:
     held_out = source.number("stats", "nmse")
     skipped = source.metrics[-1].get("skipped") if source.metrics else 0
-    return {"pictures": figures.training(source.metrics, source.recipe.sae.k, held_out.value if held_out else None, source.brief_text_of("stats")),
-            "skipped": skipped or 0, "command": source.command("resume")}
+    return {
+        "pictures": figures.training(
+            source.metrics,
+            source.recipe.sae.k,
+            held_out.value if held_out else None,
+            source.brief_text_of("stats"),
+        ),
+        "skipped": skipped or 0,
+        "command": source.command("resume"),
+    }
 
 
 def again(source: Source) -> dict[str, Any]:
     """Return the commands that make this run and this page again."""
     train = ["ksparse", "train", f"{source.place}/recipe.toml", "--out", AGAIN]
     if not source.recipe.threads and is_number(source.environment.get("threads")):
-        train += ["--threads", str(source.environment["threads"])]  # the recipe left it to the machine
-    return {"train": shlex.join(train), "evaluate": evaluations(source), "report": source.command("report"),
-            "version": versions.get("ksparse") if isinstance(versions := source.environment.get("versions"), dict) else None}
+        train += [
+            "--threads",
+            str(source.environment["threads"]),
+        ]  # the recipe left it to the machine
+    return {
+        "train": shlex.join(train),
+        "evaluate": evaluations(source),
+        "report": source.command("report"),
+        "version": versions.get("ksparse")
+        if isinstance(versions := source.environment.get("versions"), dict)
+        else None,
+    }
 
 
 def evaluations(source: Source) -> list[str]:
@@ -190,17 +284,30 @@ def evaluations(source: Source) -> list[str]:
         if result is None:
             continue
         options = result.get("options") or {}
-        names, own = next((call for call in calls if all(call[1].get(key, value) == value for key, value in options.items())), ([], {}))
+        names, own = next(
+            (
+                call
+                for call in calls
+                if all(call[1].get(key, value) == value for key, value in options.items())
+            ),
+            ([], {}),
+        )
         if not names:
             calls.append((names, own))
         names.append(group.eval)
         own.update(options)
-    return [shlex.join(["ksparse", "eval", AGAIN, *names, *_flags(options)]) for names, options in calls] or [f"ksparse eval {AGAIN}"]
+    return [
+        shlex.join(["ksparse", "eval", AGAIN, *names, *_flags(options)]) for names, options in calls
+    ] or [f"ksparse eval {AGAIN}"]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
-    return [word for key, value in options.items() if value not in (None, "")
-            for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [
+        word
+        for key, value in options.items()
+        if value not in (None, "")
+        for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
 
 
 SECTIONS = (

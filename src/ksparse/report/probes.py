@@ -12,18 +12,40 @@ from ksparse.report.source import Number, Source
 
 def facts(source: Source) -> dict[str, Any]:
     """Return the figure of all tasks, and their numbers as a table."""
-    result, found, cards = source.result("probes") or {}, findings.tasks(source), latents.shown(source)
-    picture = figures.tasks([(task.name, "" if task.latent is None else str(task.latent), task.losses) for task in found])
-    return {"pictures": [picture] if picture is not None else [], "has_result": source.result("probes") is not None,
-            "tasks": [_row(task, cards) for task in found], "suite": plain(result.get("suite") or "unknown"),
-            "below": sum((task.gain or 0) > 0 for task in found), "command": source.command("eval", "probes")}
+    result, found, cards = (
+        source.result("probes") or {},
+        findings.tasks(source),
+        latents.shown(source),
+    )
+    picture = figures.tasks(
+        [
+            (task.name, "" if task.latent is None else str(task.latent), task.losses)
+            for task in found
+        ]
+    )
+    return {
+        "pictures": [picture] if picture is not None else [],
+        "has_result": source.result("probes") is not None,
+        "tasks": [_row(task, cards) for task in found],
+        "suite": plain(result.get("suite") or "unknown"),
+        "below": sum((task.gain or 0) > 0 for task in found),
+        "command": source.command("eval", "probes"),
+    }
 
 
 def _row(task: Task, cards: set[int]) -> dict[str, Any]:
     """Return a task as the table has it."""
     halves = " + ".join("?" if rows is None else f"{rows:,}" for rows in task.rows)
-    return {"name": task.name, "latent": task.latent, "has_card": task.latent in cards, "rows": halves, "gain": _signed(task.gain),
-            "positive": task.positive, "loss": _with_se(task.losses["loss"]), "losses": [_loss(task.losses[key]) for key in findings.LOSSES[1:]]}
+    return {
+        "name": task.name,
+        "latent": task.latent,
+        "has_card": task.latent in cards,
+        "rows": halves,
+        "gain": _signed(task.gain),
+        "positive": task.positive,
+        "loss": _with_se(task.losses["loss"]),
+        "losses": [_loss(task.losses[key]) for key in findings.LOSSES[1:]],
+    }
 
 
 def _loss(loss: Number | None) -> str:

@@ -28,7 +28,11 @@ class DamagedResult(CorruptError):
         self.evaluation = evaluation
 
 
-SPLITS = {"held-out": "held-out text, which training never saw", "validation": "validation text, which training never saw", "train": "text that it was trained on"}
+SPLITS = {
+    "held-out": "held-out text, which training never saw",
+    "validation": "validation text, which training never saw",
+    "train": "text that it was trained on",
+}
 """What the sides of a run's text are to it."""
 
 
@@ -97,8 +101,13 @@ class Source:
         """Go on without a damaged result, and say so."""
         self._results[name], self._arrays[name] = None, None
         self.left_out[name] = self.command("eval", "stats" if name == "vocabulary" else name)
-        log.warning("the result of %s is left out: %s. To write it again: %s",
-                    name, why, self.left_out[name])
+        log.warning(
+            "the result of %s is left out: %s. To write it again: %s",
+            name,
+            why,
+            self.left_out[name],
+        )
+
     def text_of(self, name: str) -> str:
         """Say which text a result is of, as far as training is concerned."""
         result = self.result(name) or {}
@@ -183,7 +192,11 @@ class Arrays:
 
         try:
             with safe_open(self.file, framework="np") as tensors:
-                return tensors.get_tensor(name) if rows == slice(None) else tensors.get_slice(name)[rows]  # no slice of an empty one
+                return (
+                    tensors.get_tensor(name)
+                    if rows == slice(None)
+                    else tensors.get_slice(name)[rows]
+                )  # no slice of an empty one
         except (SafetensorError, IndexError, OSError) as error:
             raise self.damaged(f" has no readable '{name}': {error}") from None
 

@@ -38,8 +38,14 @@ class Sweep:
         found = files.read_json(files.inside(self.folder, "law.json"))
         if isinstance(found, dict):
             files.check_format(self.folder / "law.json", found.get("format", 1), 1)
-        if not isinstance(found, dict) or not isinstance(found.get("laws"), dict) or not isinstance(found.get("subject"), dict):
-            raise CorruptError(f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` writes it again")
+        if (
+            not isinstance(found, dict)
+            or not isinstance(found.get("laws"), dict)
+            or not isinstance(found.get("subject"), dict)
+        ):
+            raise CorruptError(
+                f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` writes it again"
+            )
         return found
 
     @cached_property
@@ -56,7 +62,11 @@ class Sweep:
         rows = read(file, ("run", "n", "k", "flops", "loss"))
         rows["c"] = rows.pop("flops")
         lm = self.found["subject"].get("lm")
-        good = (rows["c"] > 0) & (rows["loss"] > 0) & (rows["lm"] == lm if "lm" in rows and lm else True)
+        good = (
+            (rows["c"] > 0)
+            & (rows["loss"] > 0)
+            & (rows["lm"] == lm if "lm" in rows and lm else True)
+        )
         return {name: column[good] for name, column in rows.items()}
 
     @property
@@ -82,7 +92,10 @@ class Sweep:
         """Return the LMs of L_s(N), the smallest first where their sizes are known."""
         there = {point["lm"] for point in self.found["laws"].get("s", {}).get("points", ())}
         size = self.rows.get("lm_parameters", np.zeros(len(self.rows["n"])))
-        return sorted(there, key=lambda lm: (float(np.nan_to_num(size[self.rows["lm"] == lm]).max(initial=0)), lm))
+        return sorted(
+            there,
+            key=lambda lm: (float(np.nan_to_num(size[self.rows["lm"] == lm]).max(initial=0)), lm),
+        )
 
     @property
     def place(self) -> str:
@@ -94,10 +107,23 @@ def write(folder: Path) -> Path:
     """Write report.html and its figures from a sweep's files; return the page's path."""
     sweep = Sweep(folder)
     pictures = drawn(sweep)
-    html = environment().get_template("sweep.html.jinja").render(
-        name=folder.resolve().name, summary=summary(sweep), found=sweep.found, laws=tables(sweep), pictures=pictures,
-        absent=absent(sweep, {picture.name for picture in pictures}), forms=compared(sweep), points=point_tables(sweep), commands=commands(sweep),
-        stale=sweep.found.get("runs") != len(sweep.rows["n"]), fit=shlex.join(["ksparse", "fit", sweep.place]))
+    html = (
+        environment()
+        .get_template("sweep.html.jinja")
+        .render(
+            name=folder.resolve().name,
+            summary=summary(sweep),
+            found=sweep.found,
+            laws=tables(sweep),
+            pictures=pictures,
+            absent=absent(sweep, {picture.name for picture in pictures}),
+            forms=compared(sweep),
+            points=point_tables(sweep),
+            commands=commands(sweep),
+            stale=sweep.found.get("runs") != len(sweep.rows["n"]),
+            fit=shlex.join(["ksparse", "fit", sweep.place]),
+        )
+    )
     for picture in pictures:
         files.write_text(files.inside(folder, "figures", f"{picture.name}.svg"), picture.svg)
     files.write_text(files.inside(folder, "report.html"), html)
@@ -111,17 +137,40 @@ def summary(sweep: Sweep) -> str:
     """Return the laws in a few sentences."""
     rows, found = sweep.mine, sweep.found["laws"]
     lm = sweep.found["subject"].get("lm")
-    said = [f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k {_range(rows['k'])}."]
+    said = [
+        f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k {_range(rows['k'])}."
+    ]
     laws = [found[name] for name in ("nk", "n") if name in found]
     if laws:
-        law = min(laws, key=lambda law: math.inf if law["extrapolation_error"] is None else law["extrapolation_error"])
-        said.append(f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} (log-RMS)"
-                    + (f" and foretells the largest n to {percent(law['extrapolation_error'])}" if law["extrapolation_error"] is not None else "") + ".")
-    for name, words in (("tokens", "Tokens to convergence grow as"), ("lr", "The best learning rate goes as"), ("optimal", "The best n for a budget grows as")):
+        law = min(
+            laws,
+            key=lambda law: (
+                math.inf if law["extrapolation_error"] is None else law["extrapolation_error"]
+            ),
+        )
+        said.append(
+            f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} (log-RMS)"
+            + (
+                f" and foretells the largest n to {percent(law['extrapolation_error'])}"
+                if law["extrapolation_error"] is not None
+                else ""
+            )
+            + "."
+        )
+    for name, words in (
+        ("tokens", "Tokens to convergence grow as"),
+        ("lr", "The best learning rate goes as"),
+        ("optimal", "The best n for a budget grows as"),
+    ):
         if name in found and "beta" in found[name]["coefficients"]:
             beta = found[name]["coefficients"]["beta"]
-            low, high = ("−∞" if beta["low"] is None else f"{beta['low']:.2f}", "∞" if beta["high"] is None else f"{beta['high']:.2f}")
-            said.append(f"{words} {'C' if name == 'optimal' else 'n'}^{beta['value']:.2f} (95 %: {low} to {high}).")
+            low, high = (
+                "−∞" if beta["low"] is None else f"{beta['low']:.2f}",
+                "∞" if beta["high"] is None else f"{beta['high']:.2f}",
+            )
+            said.append(
+                f"{words} {'C' if name == 'optimal' else 'n'}^{beta['value']:.2f} (95 %: {low} to {high})."
+            )
     return " ".join(said)
 
 
@@ -135,11 +184,17 @@ def absent(sweep: Sweep, there: set[str]) -> list[str]:
     said = dict(sweep.found.get("absent") or {})
     lines = list(said.values())
     if "law-compute" not in there and "c" not in said:
-        lines.append(f"No picture of L(C): there are no curves of runs at k = {sweep.k:g}; runs that record theirs would add it.")
+        lines.append(
+            f"No picture of L(C): there are no curves of runs at k = {sweep.k:g}; runs that record theirs would add it."
+        )
     if "law-rates" not in there:
-        lines.append(f"No picture of learning rates: at k = {sweep.k:g} no n has runs of two rates with their tokens to convergence; such runs would add it.")
+        lines.append(
+            f"No picture of learning rates: at k = {sweep.k:g} no n has runs of two rates with their tokens to convergence; such runs would add it."
+        )
     if "law-trends" not in there:
-        lines.append("No picture of tokens, loss and learning rate together: it takes two of those laws.")
+        lines.append(
+            "No picture of tokens, loss and learning rate together: it takes two of those laws."
+        )
     return lines
 
 
@@ -149,23 +204,48 @@ def absent(sweep: Sweep, there: set[str]) -> list[str]:
 def drawn(sweep: Sweep) -> list[Picture]:
     """Return the pictures that the points allow."""
     found = sweep.found["laws"]
-    pictures = (figures.compute(found.get("c"), sweep.found.get("frontier") or [], sweep.curves, sweep.k), figures.sizes(found.get("n")),
-                figures.joint(found.get("nk")), figures.rates(sweep.mine, sweep.k), figures.trends(found),
-                figures.subjects(found.get("s"), sweep.found["subject"].get("k of L_s(N)", ""), sweep.lms))
+    pictures = (
+        figures.compute(found.get("c"), sweep.found.get("frontier") or [], sweep.curves, sweep.k),
+        figures.sizes(found.get("n")),
+        figures.joint(found.get("nk")),
+        figures.rates(sweep.mine, sweep.k),
+        figures.trends(found),
+        figures.subjects(found.get("s"), sweep.found["subject"].get("k of L_s(N)", ""), sweep.lms),
+    )
     return [picture for picture in pictures if picture is not None]
 
 
 def tables(sweep: Sweep) -> list[dict[str, Any]]:
     """Return each law with its coefficients as they are written."""
-    return [{"law": law, "rows": [{"name": name, **{key: _written(each[key]) for key in each}, "raw": each["value"]} for name, each in law["coefficients"].items()]}
-            for law in sweep.found["laws"].values()]
+    return [
+        {
+            "law": law,
+            "rows": [
+                {"name": name, **{key: _written(each[key]) for key in each}, "raw": each["value"]}
+                for name, each in law["coefficients"].items()
+            ],
+        }
+        for law in sweep.found["laws"].values()
+    ]
 
 
 def compared(sweep: Sweep) -> list[dict[str, Any]]:
     """Return the forms that were tried of each law that has several."""
-    return [{"law": law, "rows": [{**form, "log_rms": "" if form["log_rms"] is None else f"{form['log_rms']:.4f}",
-                                   "above_best": "" if form["above_best"] is None else f"{form['above_best']:.1f}"} for form in law["forms"]]}
-            for law in sweep.found["laws"].values() if len(law["forms"]) > 1]
+    return [
+        {
+            "law": law,
+            "rows": [
+                {
+                    **form,
+                    "log_rms": "" if form["log_rms"] is None else f"{form['log_rms']:.4f}",
+                    "above_best": "" if form["above_best"] is None else f"{form['above_best']:.1f}",
+                }
+                for form in law["forms"]
+            ],
+        }
+        for law in sweep.found["laws"].values()
+        if len(law["forms"]) > 1
+    ]
 
 
 def point_tables(sweep: Sweep) -> list[dict[str, Any]]:
@@ -173,15 +253,34 @@ def point_tables(sweep: Sweep) -> list[dict[str, Any]]:
     made = []
     for name, law in sweep.found["laws"].items():
         columns = [column for column in law["points"][0] if column != "residual"]
-        made.append({"title": law["title"], "columns": [LAWS[name].target if column == law["target"] else column for column in columns] + ["off by"],
-                     "rows": [[_written(point[column]) for column in columns] + [percent(point["residual"])] for point in law["points"]]})
+        made.append(
+            {
+                "title": law["title"],
+                "columns": [
+                    LAWS[name].target if column == law["target"] else column for column in columns
+                ]
+                + ["off by"],
+                "rows": [
+                    [_written(point[column]) for column in columns] + [percent(point["residual"])]
+                    for point in law["points"]
+                ],
+            }
+        )
     return made
 
 
 def commands(sweep: Sweep) -> list[tuple[str, str]]:
     """Return what makes the sweep, its laws and this page again."""
-    recipe = [("Train the runs again", shlex.join(["ksparse", "sweep", f"{sweep.place}/sweep.toml"]))] if (sweep.folder / "sweep.toml").is_file() else []
-    return [*recipe, ("Fit the laws", shlex.join(["ksparse", "fit", sweep.place])), ("Write this page", shlex.join(["ksparse", "report", sweep.place]))]
+    recipe = (
+        [("Train the runs again", shlex.join(["ksparse", "sweep", f"{sweep.place}/sweep.toml"]))]
+        if (sweep.folder / "sweep.toml").is_file()
+        else []
+    )
+    return [
+        *recipe,
+        ("Fit the laws", shlex.join(["ksparse", "fit", sweep.place])),
+        ("Write this page", shlex.join(["ksparse", "report", sweep.place])),
+    ]
 
 
 def _written(value: Any) -> str:
@@ -190,4 +289,10 @@ def _written(value: Any) -> str:
         return "–" if value is None else value
     if abs(value) >= 1e7:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else short(value) if abs(value) < 1e-3 else f"{value:.4g}"
+    return (
+        f"{value:,.0f}"
+        if isinstance(value, int) or abs(value) >= 1000
+        else short(value)
+        if abs(value) < 1e-3
+        else f"{value:.4g}"
+    )

@@ -52,16 +52,26 @@ class Chosen(NamedTuple):
 
     def of(self, per_latent: Tensor) -> Tensor:
         """Return a tensor per latent [n], or [1] for all, in the shape of the products, or one that spreads to it."""
-        return per_latent if self.indices is None or len(per_latent) == 1 else per_latent[self.indices]
+        return (
+            per_latent if self.indices is None or len(per_latent) == 1 else per_latent[self.indices]
+        )
 
     def decoder(self, values: Tensor, W_dec: Tensor) -> Tensor:
         """Return W_dec^T z, without bias, [b, d]."""
-        return values @ W_dec if self.indices is None else kernels.gather_sum(values, self.indices, W_dec)
+        return (
+            values @ W_dec
+            if self.indices is None
+            else kernels.gather_sum(values, self.indices, W_dec)
+        )
 
     def everywhere(self) -> Tensor:
         """Return the indices of the products, in their shape."""
         b, n = self.products.shape
-        return torch.arange(n, device=self.products.device).expand(b, n) if self.indices is None else self.indices
+        return (
+            torch.arange(n, device=self.products.device).expand(b, n)
+            if self.indices is None
+            else self.indices
+        )
 
 
 def listed(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -158,7 +168,12 @@ class JumpReLU(Activation):
         return self.options.bandwidth * sae.input_norm
 
     def values(self, sae: Weights, chosen: Chosen) -> Tensor:
-        return _Jump.apply(chosen.products + chosen.of(sae.b_enc), chosen.of(sae.threshold), self.window(sae)) * chosen.real
+        return (
+            _Jump.apply(
+                chosen.products + chosen.of(sae.b_enc), chosen.of(sae.threshold), self.window(sae)
+            )
+            * chosen.real
+        )
 
     @torch.no_grad()
     def constrain_(self, sae: Weights) -> None:
@@ -166,7 +181,14 @@ class JumpReLU(Activation):
 
     def count(self, sae: Weights, chosen: Chosen) -> Tensor:
         """Return the number of active latents of each token, [b], with the thresholds' gradient."""
-        return (_Step.apply((chosen.products + chosen.of(sae.b_enc)).detach(), chosen.of(sae.threshold), self.window(sae)) * chosen.real).sum(1)
+        return (
+            _Step.apply(
+                (chosen.products + chosen.of(sae.b_enc)).detach(),
+                chosen.of(sae.threshold),
+                self.window(sae),
+            )
+            * chosen.real
+        ).sum(1)
 
 
 class Gated(Activation):
@@ -182,7 +204,9 @@ class Gated(Activation):
 
     def values(self, sae: Weights, chosen: Chosen) -> Tensor:
         gates = chosen.real & (chosen.products.detach() + chosen.of(sae.b_enc.detach()) > 0)
-        return torch.relu(chosen.of(sae.r_mag).exp() * chosen.products + chosen.of(sae.b_mag)) * gates
+        return (
+            torch.relu(chosen.of(sae.r_mag).exp() * chosen.products + chosen.of(sae.b_mag)) * gates
+        )
 
     def gates(self, sae: Weights, chosen: Chosen) -> Tensor:
         """Return ReLU(a), what the penalty and the auxiliary loss are about."""
@@ -196,10 +220,19 @@ class ProLU(Activation):
         return (products > 0) & (products + sae.b_enc > 0)
 
     def values(self, sae: Weights, chosen: Chosen) -> Tensor:
-        return _ProLU.apply(chosen.products, chosen.of(sae.b_enc), self.options.gradient) * chosen.real
+        return (
+            _ProLU.apply(chosen.products, chosen.of(sae.b_enc), self.options.gradient) * chosen.real
+        )
 
 
-KINDS: dict[str, type[Activation]] = {"topk": TopK, "batch_topk": BatchTopK, "relu": ReLU, "jump_relu": JumpReLU, "gated": Gated, "prolu": ProLU}
+KINDS: dict[str, type[Activation]] = {
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "relu": ReLU,
+    "jump_relu": JumpReLU,
+    "gated": Gated,
+    "prolu": ProLU,
+}
 
 
 def of(options: recipe.Activation) -> Activation:
@@ -292,4 +325,8 @@ class _ProLU(torch.autograd.Function):
         p, gate = ctx.saved_tensors
         grad = grad * gate
         to_bias = grad * p if ctx.gradient == "ste" else grad
-        return (grad + to_bias if ctx.gradient == "ste" else grad), to_bias.sum_to_size(ctx.bias_shape), None
+        return (
+            (grad + to_bias if ctx.gradient == "ste" else grad),
+            to_bias.sum_to_size(ctx.bias_shape),
+            None,
+        )

@@ -13,7 +13,14 @@ _NUMBERS = 2**24  # pre-activations that are looked at, at most
 
 
 @torch.no_grad()
-def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Generator, *, b_pre: Tensor | None = None) -> None:
+def initialize_(
+    sae: SAE,
+    sample: Tensor,
+    options: Options,
+    generator: torch.Generator,
+    *,
+    b_pre: Tensor | None = None,
+) -> None:
     """Set all weights, in place, from normalised activations sample[s, d].
 
     b_pre: center(sample, options.b_pre_init), where that has been computed before.
@@ -36,7 +43,11 @@ def initialize_(sae: SAE, sample: Tensor, options: Options, generator: torch.Gen
     if options.init_scale == "recon":
         rows = sample[: max(1, min(1024, _NUMBERS // sae.shape.n_latents))]
         centred = (rows - sae.b_pre).norm(dim=1).mean()
-        code = sae.activate(rows) if sae.shape.activation in ("relu", "gated", "prolu") else sae.code(rows, sae.pre_acts_normalized(rows))
+        code = (
+            sae.activate(rows)
+            if sae.shape.activation in ("relu", "gated", "prolu")
+            else sae.code(rows, sae.pre_acts_normalized(rows))
+        )
         recon = sae.decoder(code).norm(dim=1).mean()
         if recon > 0:
             sae.W_enc.mul_(centred / recon)

@@ -24,8 +24,18 @@ class Losses(NamedTuple):
     code: Code
 
 
-def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options,
-           auxk_tokens: int | None = None, auxk_weight: float = 1.0, strength: float = 1.0) -> Losses:
+def losses(
+    sae: SAE,
+    x: Tensor,
+    *,
+    baseline: float,
+    dead: Tensor,
+    k_aux: int,
+    options: Options,
+    auxk_tokens: int | None = None,
+    auxk_weight: float = 1.0,
+    strength: float = 1.0,
+) -> Losses:
     """Return the losses on normalised activations x[b, d].
 
     baseline: the mean squared error per component of predicting the mean, one constant for the whole run (A.6).
@@ -34,8 +44,17 @@ def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, op
     strength: the share of its weight that a penalty has by now.
     """
     if sae.shape.activation != "topk":
-        return _others(sae, x, baseline=baseline, dead=dead, k_aux=k_aux, options=options, auxk_tokens=auxk_tokens, auxk_weight=auxk_weight,
-                       strength=strength)
+        return _others(
+            sae,
+            x,
+            baseline=baseline,
+            dead=dead,
+            k_aux=k_aux,
+            options=options,
+            auxk_tokens=auxk_tokens,
+            auxk_weight=auxk_weight,
+            strength=strength,
+        )
     pre_acts = sae.pre_acts_normalized(x)
     code = sae.code(x, pre_acts)
     recon = sae.decode_normalized(code)
@@ -44,12 +63,24 @@ def losses(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, op
     if options.multi_topk:
         wide = sae.decode_normalized(sae.code(x, pre_acts, 4 * sae.shape.k))
         total = total + options.multi_topk * (wide - x).square().mean() / baseline
-    aux = auxk_weight * revived(sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options)
+    aux = auxk_weight * revived(
+        sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options
+    )
     return Losses(total + options.auxk_coef * aux, nmse, aux, code)
 
 
-def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, options: Options, auxk_tokens: int | None, auxk_weight: float,
-            strength: float) -> Losses:
+def _others(
+    sae: SAE,
+    x: Tensor,
+    *,
+    baseline: float,
+    dead: Tensor,
+    k_aux: int,
+    options: Options,
+    auxk_tokens: int | None,
+    auxk_weight: float,
+    strength: float,
+) -> Losses:
     """Return the losses with another activation than TopK: reconstruction, its own penalty, AuxK where its kind has that."""
     activation = activations.of(options.activation)
     products = sae.products(x)
@@ -57,15 +88,31 @@ def _others(sae: SAE, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int, o
     values = activation.values(sae, chosen)
     recon = chosen.decoder(values, sae.W_dec) + sae.b_pre
     nmse = (recon - x).square().mean() / baseline
-    total = nmse + strength * penalty(sae, x, chosen, values, activation) + extra(sae, x, chosen, activation, baseline)
+    total = (
+        nmse
+        + strength * penalty(sae, x, chosen, values, activation)
+        + extra(sae, x, chosen, activation, baseline)
+    )
     aux = nmse.new_zeros(())
     if options.activation.kind in WITH_AUXK:
         pre_acts = products.detach() + sae.b_enc.detach()
-        aux = auxk_weight * revived(sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options)
+        aux = auxk_weight * revived(
+            sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options
+        )
     return Losses(total + options.auxk_coef * aux, nmse, aux, Code(values, chosen.everywhere()))
 
 
-def revived(sae: SAE, x: Tensor, recon: Tensor, pre_acts: Tensor, some: slice, *, dead: Tensor, k_aux: int, options: Options) -> Tensor:
+def revived(
+    sae: SAE,
+    x: Tensor,
+    recon: Tensor,
+    pre_acts: Tensor,
+    some: slice,
+    *,
+    dead: Tensor,
+    k_aux: int,
+    options: Options,
+) -> Tensor:
     """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no use for it."""
     x, recon, pre_acts = x[some], recon[some], pre_acts[some]
     if not options.auxk_coef or not sae.count(dead) or not len(x):
@@ -82,7 +129,9 @@ def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Cho
     if width > sae.shape.n_latents // activations.SPARSE:
         return Chosen(products, None, reach)
     indices, real = activations.listed(reach, width)
-    return Chosen(kernels.selected(x, sae.b_pre, sae.W_enc, None, indices, products.detach()), indices, real)
+    return Chosen(
+        kernels.selected(x, sae.b_pre, sae.W_enc, None, indices, products.detach()), indices, real
+    )
 
 
 def penalty(sae: SAE, x: Tensor, chosen: Chosen, values: Tensor, activation: Activation) -> Tensor:
@@ -114,7 +163,9 @@ def auxk(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
     """
     tiny = torch.finfo(error.dtype).tiny
     if norm == "token":
-        return ((predicted - error).square().sum(-1) / error.square().sum(-1).clamp_min(tiny)).mean()
+        return (
+            (predicted - error).square().sum(-1) / error.square().sum(-1).clamp_min(tiny)
+        ).mean()
     spread = (error - error.mean(0)).square().mean()
     return (predicted - error).square().mean() / spread.clamp_min(tiny)
 

@@ -92,9 +92,13 @@ class Shape:
         for name in ("d_model", "n_latents", "k"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise InputError(f"{name} of an SAE is {value!r}; it must be a whole number of at least 1")
+                raise InputError(
+                    f"{name} of an SAE is {value!r}; it must be a whole number of at least 1"
+                )
         if self.k > self.n_latents:
-            raise InputError(f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k")
+            raise InputError(
+                f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k"
+            )
         for name, known in (("normalize", KINDS), ("activation", tuple(activations.KINDS))):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
@@ -131,7 +135,9 @@ class SAE(nn.Module):
         self.activation = activations.in_use(shape.activation)
         for name in self.activation.own:
             start = torch.zeros(self.activation.shape(name, n))
-            self.register_buffer(name, start) if self.activation.running else self.register_parameter(name, nn.Parameter(start))
+            self.register_buffer(
+                name, start
+            ) if self.activation.running else self.register_parameter(name, nn.Parameter(start))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -160,8 +166,10 @@ class SAE(nn.Module):
     def normalize(self, raw: Tensor) -> Normalized:
         """Normalise raw activations [..., d], remembering what `restore` needs."""
         if raw.shape[-1] != self.shape.d_model:
-            raise InputError(f"this SAE is for activations of width d_model = {self.shape.d_model}, got {raw.shape[-1]} "
-                             f"(shape {list(raw.shape)}); is it the right model and site?")
+            raise InputError(
+                f"this SAE is for activations of width d_model = {self.shape.d_model}, got {raw.shape[-1]} "
+                f"(shape {list(raw.shape)}); is it the right model and site?"
+            )
         return normalize(raw.to(self.W_enc.dtype), self.shape.normalize, self.shape.factor)
 
     def pre_acts(self, raw: Tensor) -> Tensor:
@@ -194,10 +202,13 @@ class SAE(nn.Module):
                 f"this code does not say what was taken off its activations, and {self.shape.normalize} "
                 "takes off a mean or a scale of each: decode a code that `encode` returned (to change it: "
                 "code._replace(values=…)), or use decode_normalized(code), which is on the scale of the "
-                "normalised activations")
+                "normalised activations"
+            )
         if inputs.scale.shape[:-1] != code.values.shape[:-1]:
-            raise InputError(f"this code is of shape {list(code.values.shape)}, but it was made from "
-                             f"activations {list(inputs.scale.shape[:-1])}; slice it with code.at(…)")
+            raise InputError(
+                f"this code is of shape {list(code.values.shape)}, but it was made from "
+                f"activations {list(inputs.scale.shape[:-1])}; slice it with code.at(…)"
+            )
         return inputs
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -222,7 +233,9 @@ class SAE(nn.Module):
             products = self.products(x)
             indices, real = activations.listed(self.activation.active(self, products))
         chosen = kernels.selected(x, self.b_pre, self.W_enc, None, indices, products)
-        return Code(self.activation.values(self, activations.Chosen(chosen, indices, real)), indices)
+        return Code(
+            self.activation.values(self, activations.Chosen(chosen, indices, real)), indices
+        )
 
     def products(self, x: Tensor) -> Tensor:
         """Return W_enc (x - b_pre) as [b, n], with gradient: what the other activations begin with."""
@@ -233,7 +246,9 @@ class SAE(nn.Module):
         """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no gradient."""
         return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
 
-    def code(self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None) -> Code:
+    def code(
+        self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None
+    ) -> Code:
         """Choose the k largest pre-activations, of the latents `among` if given, without gradient; value them by ReLU, with it.
 
         k: the SAE's own if not given; fewer are chosen where `among` holds fewer.

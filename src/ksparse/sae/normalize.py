@@ -42,7 +42,9 @@ def normalize(raw: Tensor, kind: str, factor: float = 1.0) -> Normalized:
     if kind in ("dataset", "none"):
         inverse = 1 / factor if kind == "dataset" else 1.0
         scale = raw.new_full((*raw.shape[:-1], 1), inverse)
-        return Normalized(raw / inverse if kind == "dataset" else raw, torch.zeros_like(scale), scale)
+        return Normalized(
+            raw / inverse if kind == "dataset" else raw, torch.zeros_like(scale), scale
+        )
     tiny = torch.finfo(raw.dtype).tiny
     if kind == "constant_norm":
         scale = (raw.norm(dim=-1, keepdim=True) / raw.shape[-1] ** 0.5).clamp_min(tiny)

@@ -21,10 +21,14 @@ def reach(sae: SAE, latent: int) -> float:
     product = float(sae.input_norm * row.norm() - row @ sae.b_pre)
     if sae.shape.activation == "gated":
         return max(0.0, float(sae.r_mag[latent].exp()) * product + float(sae.b_mag[latent]))
-    return max(0.0, product + (0.0 if sae.shape.activation == "prolu" else float(sae.b_enc[latent])))
+    return max(
+        0.0, product + (0.0 if sae.shape.activation == "prolu" else float(sae.b_enc[latent]))
+    )
 
 
-def warn_beyond(sae: SAE, values: Mapping[int, float], largest: Mapping[int, float] | None = None) -> None:
+def warn_beyond(
+    sae: SAE, values: Mapping[int, float], largest: Mapping[int, float] | None = None
+) -> None:
     """Log a warning for each latent that is to be held far beyond its range.
 
     largest: {latent: its largest value on a text}, where that is known; else what it can reach at all.
@@ -33,5 +37,11 @@ def warn_beyond(sae: SAE, values: Mapping[int, float], largest: Mapping[int, flo
         known = (largest or {}).get(latent, 0.0)
         most = known or reach(sae, latent)
         if abs(value) > FAR * most:
-            _log.warning("latent %s at %g is %s times its largest value%s, %.3g: what the LM does there says little of the latent", latent, value,
-                         f"{abs(value) / most:.3g}" if most else "infinitely many", "" if known else " on any input", most)
+            _log.warning(
+                "latent %s at %g is %s times its largest value%s, %.3g: what the LM does there says little of the latent",
+                latent,
+                value,
+                f"{abs(value) / most:.3g}" if most else "infinitely many",
+                "" if known else " on any input",
+                most,
+            )

@@ -1,8 +1,8 @@
 """One slice of an autoencoder whose latents are spread over processes: the same equations on local tensors, joined in three places.
 
-    a latent survives if its value is among the k largest of all slices        `survivors`
-    a reconstruction is the sum of the slices' reconstructions                 `_Summed`
-    b_pre's gradient on the encoder's side is a sum over the slices            `_Shared`
+a latent survives if its value is among the k largest of all slices        `survivors`
+a reconstruction is the sum of the slices' reconstructions                 `_Summed`
+b_pre's gradient on the encoder's side is a sum over the slices            `_Shared`
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ class SlicedSAE(SAE):
     A code holds what the slice offered; what other slices' values beat has the value 0. Reconstructions are those of all slices.
     """
 
-    def __init__(self, shape: Shape, metadata: dict[str, Any] | None = None, *, mesh: Mesh, capacity: float = 0.0):
+    def __init__(
+        self,
+        shape: Shape,
+        metadata: dict[str, Any] | None = None,
+        *,
+        mesh: Mesh,
+        capacity: float = 0.0,
+    ):
         super().__init__(shape, metadata)
         self.mesh, self.capacity = mesh, capacity
         self.offers = self.exhausted = 0
@@ -44,16 +51,31 @@ class SlicedSAE(SAE):
     def counts(self, latents: Tensor) -> list[int]:
         """Return how many latents each slice has in its own list of them."""
         if self._among[0] is not latents:
-            self._among = latents, self.mesh.gather("counts", torch.tensor([len(latents)], device=latents.device), "latent").flatten().tolist()
+            self._among = (
+                latents,
+                self.mesh.gather(
+                    "counts", torch.tensor([len(latents)], device=latents.device), "latent"
+                )
+                .flatten()
+                .tolist(),
+            )
         return self._among[1]
 
-    def code(self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None) -> Code:
+    def code(
+        self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None
+    ) -> Code:
         k = self.shape.k if k is None else k
         offer = self.offer(k, among)
-        indices = kernels.topk(pre_acts, offer) if among is None else among[kernels.topk(pre_acts[:, among], min(offer, len(among)))]
+        indices = (
+            kernels.topk(pre_acts, offer)
+            if among is None
+            else among[kernels.topk(pre_acts[:, among], min(offer, len(among)))]
+        )
         kept = self.survivors(pre_acts.gather(1, indices), k, offer)
         kept, indices = narrowed(kept, indices)
-        values = kernels.selected(x, _Shared.apply(self.b_pre, self.mesh), self.W_enc, self.b_enc, indices, pre_acts)
+        values = kernels.selected(
+            x, _Shared.apply(self.b_pre, self.mesh), self.W_enc, self.b_enc, indices, pre_acts
+        )
         return Code(torch.where(kept, torch.relu(values), 0.0), indices)
 
     def offer(self, k: int, among: Tensor | None = None) -> int:
@@ -67,7 +89,12 @@ class SlicedSAE(SAE):
         """Return which of the values[b, <= offer] are among the k largest of all slices; equal ones in the order of the slices. NaN survives."""
         if offer * self.mesh.latent <= k or not len(values):
             return torch.ones_like(values, dtype=torch.bool)
-        return torch.cat([self._compared(some, k, offer) for some in values.split(max(1, COMPARED // (offer * self.mesh.latent)))])
+        return torch.cat(
+            [
+                self._compared(some, k, offer)
+                for some in values.split(max(1, COMPARED // (offer * self.mesh.latent)))
+            ]
+        )
 
     def _compared(self, values: Tensor, k: int, offer: int) -> Tensor:
         width, slices = values.shape[1], self.mesh.latent
@@ -78,7 +105,10 @@ class SlicedSAE(SAE):
         kept |= ties & (ties.cumsum(1) <= k - kept.sum(1, keepdim=True))
         kept = kept.view(len(kept), slices, offer)
         if offer < min(k, self.shape.n_latents):
-            self.offers, self.exhausted = self.offers + len(kept) * slices, self.exhausted + int(kept.all(2).sum())
+            self.offers, self.exhausted = (
+                self.offers + len(kept) * slices,
+                self.exhausted + int(kept.all(2).sum()),
+            )
         return kept[:, self.mesh.latent_rank, :width]
 
     def decoder(self, code: Code) -> Tensor:
@@ -101,7 +131,9 @@ def slice_of(sae: SAE, mesh: Mesh, capacity: float = 0.0) -> SAE:
     own = SlicedSAE(shape, sae.metadata, mesh=mesh, capacity=capacity).to(sae.W_enc.device)
     with torch.no_grad():
         for key in own.keys:
-            getattr(own, key).copy_(getattr(sae, key) if key == "b_pre" else getattr(sae, key)[rows])
+            getattr(own, key).copy_(
+                getattr(sae, key) if key == "b_pre" else getattr(sae, key)[rows]
+            )
     return own
 
 

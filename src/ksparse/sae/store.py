@@ -27,17 +27,41 @@ from ksparse.sae.tensors import Stored, Weights, safetensors_file, views
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
 _SHAPE = {"d_model": int, "n_latents": int, "k": int, "normalize": str, "factor": (int, float)}
 _METADATA = {
-    "acts": dict, "policy": dict, "origin": dict, "tokens": int, "step": int, "dead_after": int,
-    "ksparse": str, "baseline": (int, float), "dead_fraction_training": (int, float)}
+    "acts": dict,
+    "policy": dict,
+    "origin": dict,
+    "tokens": int,
+    "step": int,
+    "dead_after": int,
+    "ksparse": str,
+    "baseline": (int, float),
+    "dead_fraction_training": (int, float),
+}
 _LARGEST = {
-    "tokens": 2**63, "step": 2**63, "dead_after": 2**63, "baseline": 1e300,
-    "dead_fraction_training": 1}
+    "tokens": 2**63,
+    "step": 2**63,
+    "dead_after": 2**63,
+    "baseline": 1e300,
+    "dead_fraction_training": 1,
+}
 _ORIGIN = {
-    "format": str, "lm": str, "site": str, "context": int, "bos": str, "text": str,
-    "settings": dict}
+    "format": str,
+    "lm": str,
+    "site": str,
+    "context": int,
+    "bos": str,
+    "text": str,
+    "settings": dict,
+}
 POLICY: dict[str, files.Types] = {
-    "context": int, "bos_token": (int, type(None)), "separator_token": (int, type(None)),
-    "borders": str, "keep": str, "split": str, "tokens_per_document": (int, type(None))}
+    "context": int,
+    "bos_token": (int, type(None)),
+    "separator_token": (int, type(None)),
+    "borders": str,
+    "keep": str,
+    "split": str,
+    "tokens_per_document": (int, type(None)),
+}
 """The keys of `metadata.policy`, as `Corpus.policy` writes them."""
 
 
@@ -78,7 +102,9 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
         return read(checkpoint)
     if not (folder / CONFIG).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
-        raise InputError(f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; found {there}")
+        raise InputError(
+            f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; found {there}"
+        )
     if (folder / files.MANIFEST).is_file():
         files.verify(folder)
     return read(folder)
@@ -247,7 +273,7 @@ def _joined(folder: Path, stem: str, key: str, parts: list[Stored]) -> Stored:
 def _download(repository: str, revision: str | None, subfolder: str) -> Path:
     """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to it."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
     try:

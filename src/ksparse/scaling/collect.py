@@ -15,8 +15,28 @@ from ksparse.runs import RunFolder
 from ksparse.scaling.grid import SweepFolder, finished
 from ksparse.training.plan import look
 
-POINTS = ("run", "n", "k", "lr", "seed", "activation", "d_model", "lm", "lm_parameters", "lm_flops", "batch", "tokens", "tokens_to_convergence", "converged",
-          "flops", "flops_lm", "loss", "loss_raw", "loss_ema", "dead")
+POINTS = (
+    "run",
+    "n",
+    "k",
+    "lr",
+    "seed",
+    "activation",
+    "d_model",
+    "lm",
+    "lm_parameters",
+    "lm_flops",
+    "batch",
+    "tokens",
+    "tokens_to_convergence",
+    "converged",
+    "flops",
+    "flops_lm",
+    "loss",
+    "loss_raw",
+    "loss_ema",
+    "dead",
+)
 CURVES = ("run", "n", "k", "lr", "seed", "lm", "tokens", "flops", "loss", "loss_raw", "loss_ema")
 
 
@@ -31,7 +51,14 @@ def collect(sweep: SweepFolder) -> int:
         about = _about(run, subjects)
         last = curve[-1]
         converged = bool(files.read_table(run.checkpoints()[-1] / "state.json").get("converged"))
-        points.append(about | last | {"tokens_to_convergence": last["tokens"] if converged else None, "converged": str(converged).lower()})
+        points.append(
+            about
+            | last
+            | {
+                "tokens_to_convergence": last["tokens"] if converged else None,
+                "converged": str(converged).lower(),
+            }
+        )
         curves += [about | row for row in curve]
     files.write_text(sweep.points_file, _csv(POINTS, points))
     files.write_text(sweep.curves_file, _csv(CURVES, curves))
@@ -46,21 +73,37 @@ def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> d
     subject = (recipe.acts.lm, recipe.acts.shards)
     if subject not in subjects:
         subjects[subject] = _subject(recipe)
-    return {"run": run.name, "n": recipe.sae.n_latents, "k": recipe.sae.k, "lr": recipe.lr, "seed": recipe.seed, "activation": config.get("activation", "topk"),
-            "d_model": config["d_model"], "lm": recipe.acts.lm, "batch": recipe.batch} | subjects[subject]
+    return {
+        "run": run.name,
+        "n": recipe.sae.n_latents,
+        "k": recipe.sae.k,
+        "lr": recipe.lr,
+        "seed": recipe.seed,
+        "activation": config.get("activation", "topk"),
+        "d_model": config["d_model"],
+        "lm": recipe.acts.lm,
+        "batch": recipe.batch,
+    } | subjects[subject]
 
 
 def _subject(recipe: Recipe) -> dict[str, Any]:
     """Return an LM's size: its parameters without embeddings, and the FLOPs of its pre-training where its folder says."""
     folder = Path(find_model(recipe.acts.lm))
     spent = [flops for flops, _ in pylm.loss_table(folder)] if folder.is_dir() else []
-    return {"lm_parameters": look(dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, shards=""))).body, "lm_flops": max(spent, default=None)}
+    return {
+        "lm_parameters": look(
+            dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, shards=""))
+        ).body,
+        "lm_flops": max(spent, default=None),
+    }
 
 
 def _csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)
-    for row in sorted(rows, key=lambda row: (row["lm"], row["k"], row["n"], row["run"], row["tokens"])):
+    for row in sorted(
+        rows, key=lambda row: (row["lm"], row["k"], row["n"], row["run"], row["tokens"])
+    ):
         writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
     return stream.getvalue()

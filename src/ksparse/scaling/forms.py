@@ -39,15 +39,18 @@ class LawKind:
     cluster: str | None = None
 
 
-LAWS = {kind.name: kind for kind in (
-    LawKind("nk", "L(N, k)", "loss", ("n", "k")),
-    LawKind("n", "L(N)", "loss", ("n",), "k"),
-    LawKind("c", "L(C)", "loss", ("c",), "k", "run"),
-    LawKind("tokens", "Tokens to convergence", "tokens", ("n",), "k"),
-    LawKind("lr", "Best learning rate", "lr", ("n",), "k"),
-    LawKind("s", "L_s(N)", "loss", ("n",), "lm"),
-    LawKind("optimal", "Compute-optimal n", "n", ("c",), "k"),
-)}
+LAWS = {
+    kind.name: kind
+    for kind in (
+        LawKind("nk", "L(N, k)", "loss", ("n", "k")),
+        LawKind("n", "L(N)", "loss", ("n",), "k"),
+        LawKind("c", "L(C)", "loss", ("c",), "k", "run"),
+        LawKind("tokens", "Tokens to convergence", "tokens", ("n",), "k"),
+        LawKind("lr", "Best learning rate", "lr", ("n",), "k"),
+        LawKind("s", "L_s(N)", "loss", ("n",), "lm"),
+        LawKind("optimal", "Compute-optimal n", "n", ("c",), "k"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,12 @@ class Form:
     def terms(self, points: Columns) -> Terms:
         """Return the columns of both exponents at points."""
         count = len(next(iter(points.values())))
-        first, second = (np.stack([each.column(points) for each in some], 1).astype(float) if some else np.zeros((count, 0))
-                         for some in (self.amplitude, self.floor))
+        first, second = (
+            np.stack([each.column(points) for each in some], 1).astype(float)
+            if some
+            else np.zeros((count, 0))
+            for some in (self.amplitude, self.floor)
+        )
         return Terms(first, second)
 
 
@@ -84,7 +91,10 @@ def law_of(name: str) -> LawKind:
     """Return a law by its name; say which there are."""
     if name not in LAWS:
         near = difflib.get_close_matches(name, LAWS, 1)
-        raise InputError(f"there is no law {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(LAWS)}"))
+        raise InputError(
+            f"there is no law {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(LAWS)}")
+        )
     return LAWS[name]
 
 
@@ -106,16 +116,34 @@ def forms(law: str, points: Columns) -> list[Form]:
 def _power(kind: LawKind, groups: list, *, exponents: str = "own", floor: bool = False) -> Form:
     """Return alpha x^beta [+ e] of each group, with exponents of their own or one for all."""
     x = kind.variables[0]
-    own = [(_in(kind.group, group), f"_{_label(group)}" if group is not None else "") for group in groups]
+    own = [
+        (_in(kind.group, group), f"_{_label(group)}" if group is not None else "")
+        for group in groups
+    ]
     alphas = tuple(Coefficient(f"alpha{end}", inside, exponential=True) for inside, end in own)
     betas = tuple(Coefficient(f"beta{end}", _times(inside, x)) for inside, end in own)
     if exponents == "one":
         betas = (Coefficient("beta", lambda points: np.log(points[x])),)
-    floors = tuple(Coefficient(f"e{end}", inside, exponential=True) for inside, end in own) if floor else ()
+    floors = (
+        tuple(Coefficient(f"e{end}", inside, exponential=True) for inside, end in own)
+        if floor
+        else ()
+    )
     left = "L" if kind.target == "loss" else kind.target
-    of = "" if groups == [None] else f", alpha of each {kind.group}" if exponents == "one" else f", of each {kind.group}"
-    return Form(("power_floor" if floor else "power") + ("_each" if groups != [None] and exponents == "own" else ""),
-                f"{left} = alpha {'C' if x == 'c' else x}^beta" + (" + e" if floor else "") + of, alphas + betas, floors)
+    of = (
+        ""
+        if groups == [None]
+        else f", alpha of each {kind.group}"
+        if exponents == "one"
+        else f", of each {kind.group}"
+    )
+    return Form(
+        ("power_floor" if floor else "power")
+        + ("_each" if groups != [None] and exponents == "own" else ""),
+        f"{left} = alpha {'C' if x == 'c' else x}^beta" + (" + e" if floor else "") + of,
+        alphas + betas,
+        floors,
+    )
 
 
 def _groups(points: Columns, group: str | None) -> list:
@@ -151,13 +179,19 @@ def _log(name: str, power: int = 1) -> Callable[[Columns], np.ndarray]:
 
 
 def _joint(points: Columns) -> list[Form]:
-    first = (Coefficient("alpha", _one), Coefficient("b_k", _log("k")), Coefficient("b_n", _log("n")),
-             Coefficient("g", lambda points: np.log(points["k"]) * np.log(points["n"])))
+    first = (
+        Coefficient("alpha", _one),
+        Coefficient("b_k", _log("k")),
+        Coefficient("b_n", _log("n")),
+        Coefficient("g", lambda points: np.log(points["k"]) * np.log(points["n"])),
+    )
     floor = (Coefficient("zeta", _one), Coefficient("eta", _log("k")))
     bend = Coefficient("q", _log("k", 2))
     power, rest = "exp(alpha + b_k log k + b_n log n + g log k log n)", "exp(zeta + eta log k)"
     bent = power[:-1] + " + q log^2 k)"
-    own = tuple(Coefficient(f"alpha_{_label(k)}", _in("k", k)) for k in np.unique(points["k"]).tolist())
+    own = tuple(
+        Coefficient(f"alpha_{_label(k)}", _in("k", k)) for k in np.unique(points["k"]).tolist()
+    )
     kind = LAWS["n"]
     groups = _groups(points, "k")
     return [
@@ -165,7 +199,12 @@ def _joint(points: Columns) -> list[Form]:
         Form("eq3_no_floor", f"L = {power}", first),
         Form("eq3_bent", f"L = {bent} + {rest}", (*first, bend), floor),
         Form("eq3_bent_no_floor", f"L = {bent}", (*first, bend)),
-        Form("eq3_free", f"L = exp(alpha_k + b_n log n + g log k log n) + {rest}, alpha_k of each k", (*own, *first[2:]), floor),
+        Form(
+            "eq3_free",
+            f"L = exp(alpha_k + b_n log n + g log k log n) + {rest}, alpha_k of each k",
+            (*own, *first[2:]),
+            floor,
+        ),
         _power(kind, groups, floor=True),
         _power(kind, groups),
     ]

@@ -24,7 +24,9 @@ from ksparse.errors import InputError
 from ksparse.recipe import Recipe
 from ksparse.runs import RunFolder
 
-COPIES = 7  # of the weights: raw, two moments, average; averaged, low-precision and one being written
+COPIES = (
+    7  # of the weights: raw, two moments, average; averaged, low-precision and one being written
+)
 MOST_POINTS = 100_000
 PRODUCT = 2**27  # numbers of a step's product that are in memory at once
 
@@ -81,11 +83,15 @@ class SweepFolder:
 def read(file: Path | str) -> Grid:
     """Read a sweep.toml; raise InputError where it is no grid, or a point of it no recipe."""
     file = Path(file)
-    table = recipes.read_toml(file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml")
+    table = recipes.read_toml(
+        file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml"
+    )
     grids = table.pop("grid", None)
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(grid, dict) and grid for grid in grids):
-        raise InputError(f"sweep {file} has no grid; write [grid] and lists of values, such as \"sae.k\" = [16, 32]")
+        raise InputError(
+            f'sweep {file} has no grid; write [grid] and lists of values, such as "sae.k" = [16, 32]'
+        )
     found: dict[str, Recipe] = {}
     for grid in grids:
         for point in _points(grid, file):
@@ -99,10 +105,13 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     lists = recipes.flat(grid)
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
-            raise InputError(f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at least one value")
+            raise InputError(
+                f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at least one value"
+            )
     if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
-        raise InputError(f"the grid in {file} has {points:,} points; "
-                         f"at most {MOST_POINTS:,} make a sweep")
+        raise InputError(
+            f"the grid in {file} has {points:,} points; at most {MOST_POINTS:,} make a sweep"
+        )
     return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
 
 
@@ -116,13 +125,23 @@ def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
     try:
         return recipes.from_dict(merged, where=f" in {file}")
     except InputError as error:
-        raise InputError(f"{error} (at the point {', '.join(f'{key} = {recipes.said(value)}' for key, value in point.items())} of the grid)") from None
+        raise InputError(
+            f"{error} (at the point {', '.join(f'{key} = {recipes.said(value)}' for key, value in point.items())} of the grid)"
+        ) from None
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return `above` laid over `below`, tables merged."""
     both = below.keys() & above.keys()
-    return below | above | {key: _over(below[key], above[key]) for key in both if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return (
+        below
+        | above
+        | {
+            key: _over(below[key], above[key])
+            for key in both
+            if isinstance(below[key], dict) and isinstance(above[key], dict)
+        }
+    )
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -158,7 +177,9 @@ def shared_bytes(members: Sequence[Recipe]) -> int:
     return 4 * max(min(PRODUCT, recipe.batch * recipe.sae.n_latents) for recipe in members)
 
 
-def cohorts(todo: dict[str, Recipe], d_model: dict[str, int], *, memory: float, workers: int = 1) -> list[list[str]]:
+def cohorts(
+    todo: dict[str, Recipe], d_model: dict[str, int], *, memory: float, workers: int = 1
+) -> list[list[str]]:
     """Return names of runs in groups that share a stream, each within `memory` bytes; at least one group a worker where there are runs enough.
 
     d_model: the width at each run's site. Costly members first, each into the group that has least to do.
@@ -168,15 +189,26 @@ def cohorts(todo: dict[str, Recipe], d_model: dict[str, int], *, memory: float, 
         streams.setdefault(stream_key(recipe), []).append(name)
     found = []
     wanted = {key: 1 for key in streams}
-    while sum(wanted.values()) < workers and any(wanted[key] < len(names) for key, names in streams.items()):
+    while sum(wanted.values()) < workers and any(
+        wanted[key] < len(names) for key, names in streams.items()
+    ):
         divisible = [key for key, names in streams.items() if wanted[key] < len(names)]
-        wanted[max(divisible, key=lambda key: sum(todo[name].sae.n_latents for name in streams[key]) / wanted[key])] += 1
+        wanted[
+            max(
+                divisible,
+                key=lambda key: (
+                    sum(todo[name].sae.n_latents for name in streams[key]) / wanted[key]
+                ),
+            )
+        ] += 1
     for key, names in streams.items():
         found += _packed({name: todo[name] for name in names}, d_model, memory, wanted[key])
     return found
 
 
-def _packed(todo: dict[str, Recipe], d_model: dict[str, int], memory: float, groups: int) -> list[list[str]]:
+def _packed(
+    todo: dict[str, Recipe], d_model: dict[str, int], memory: float, groups: int
+) -> list[list[str]]:
     order = sorted(todo, key=lambda name: -todo[name].sae.n_latents)
     while True:
         packed: list[list[str]] = [[] for _ in range(groups)]
@@ -185,7 +217,12 @@ def _packed(todo: dict[str, Recipe], d_model: dict[str, int], memory: float, gro
             least = min(range(groups), key=work.__getitem__)
             packed[least].append(name)
             work[least] += todo[name].sae.n_latents
-        needed = [sum(memory_bytes(todo[name], d_model[name]) for name in names) + shared_bytes([todo[name] for name in names]) for names in packed if names]
+        needed = [
+            sum(memory_bytes(todo[name], d_model[name]) for name in names)
+            + shared_bytes([todo[name] for name in names])
+            for names in packed
+            if names
+        ]
         if max(needed) <= memory or groups >= len(todo):
             return [names for names in packed if names]
         groups += 1
@@ -194,7 +231,17 @@ def _packed(todo: dict[str, Recipe], d_model: dict[str, int], memory: float, gro
 def stream_key(recipe: Recipe) -> str:
     """Return what runs must have in common to train as one cohort."""
     identity = recipe.identity()
-    return json.dumps([identity["acts"], recipe.batch, recipe.data_seed, recipe.threads, recipe.curve.held_out, recipe.run.device], sort_keys=True)
+    return json.dumps(
+        [
+            identity["acts"],
+            recipe.batch,
+            recipe.data_seed,
+            recipe.threads,
+            recipe.curve.held_out,
+            recipe.run.device,
+        ],
+        sort_keys=True,
+    )
 
 
 def half_of_memory() -> float:

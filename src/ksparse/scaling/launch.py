@@ -1,7 +1,7 @@
 """Where cohorts run: in processes of this machine, or as jobs of a cluster. A worker that dies is started again, and goes on from its checkpoints.
 
-    run(jobs, start, …)     keep up to so many workers busy until every job is done or has failed too often
-    processes(…)            start = a process of this machine       submitted(…)   start = a job through submitit (Slurm, or its local executor)
+run(jobs, start, …)     keep up to so many workers busy until every job is done or has failed too often
+processes(…)            start = a process of this machine       submitted(…)   start = a job through submitit (Slurm, or its local executor)
 """
 
 from __future__ import annotations
@@ -50,12 +50,18 @@ class Launch(Options):
         super().__post_init__()
         self.at_least("a sweep", minutes=1)
         if self.workers < 1 or self.retries < 0 or self.memory_gb < 0:
-            raise InputError(f"a sweep needs workers of at least 1, retries and memory_gb of at least 0; got {self.workers}, {self.retries}, {self.memory_gb}")
+            raise InputError(
+                f"a sweep needs workers of at least 1, retries and memory_gb of at least 0; got {self.workers}, {self.retries}, {self.memory_gb}"
+            )
         if self.launcher == "here" and self.workers > 1:
-            raise InputError(f"the launcher 'here' is one process, but there are to be {self.workers} workers; give --launcher processes")
+            raise InputError(
+                f"the launcher 'here' is one process, but there are to be {self.workers} workers; give --launcher processes"
+            )
         wrong = [item for item in self.slurm if "=" not in item]
         if wrong:
-            raise InputError(f"the parameter {wrong[0]!r} of --slurm is not name=value, such as slurm_partition=gpu")
+            raise InputError(
+                f"the parameter {wrong[0]!r} of --slurm is not name=value, such as slurm_partition=gpu"
+            )
 
 
 class Worker(Protocol):
@@ -74,8 +80,16 @@ Start = Callable[[list[str], int], Worker]
 """Begins a job of run names; the number is its place among the workers."""
 
 
-def run(jobs: Sequence[list[str]], start: Start, left: Callable[[list[str]], list[str]], *, workers: int, retries: int,
-        observe: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None) -> dict[str, str]:
+def run(
+    jobs: Sequence[list[str]],
+    start: Start,
+    left: Callable[[list[str]], list[str]],
+    *,
+    workers: int,
+    retries: int,
+    observe: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> dict[str, str]:
     """Run all jobs; return {run: why} of the runs that were not finished though their worker was started 1 + retries times.
 
     left: of a job's runs, those that are not finished, asked when its worker has ended.
@@ -85,7 +99,9 @@ def run(jobs: Sequence[list[str]], start: Start, left: Callable[[list[str]], lis
     failed: dict[str, str] = {}
     try:
         while waiting or running:
-            for place in [place for place in range(workers) if place not in running][: len(waiting)]:
+            for place in [place for place in range(workers) if place not in running][
+                : len(waiting)
+            ]:
                 names, tries = waiting.popleft()
                 running[place] = names, tries, start(names, place)
             time.sleep(POLL)
@@ -95,7 +111,9 @@ def run(jobs: Sequence[list[str]], start: Start, left: Callable[[list[str]], lis
                 del running[place]
                 unfinished = left(names)
                 if unfinished and tries < retries:
-                    warn(f"a worker ended with {len(unfinished)} runs to do ({worker.why()}); starting it again")
+                    warn(
+                        f"a worker ended with {len(unfinished)} runs to do ({worker.why()}); starting it again"
+                    )
                     waiting.append((unfinished, tries + 1))
                 else:
                     failed |= {name: worker.why() for name in unfinished}
@@ -118,14 +136,23 @@ class Process:
             log.parent.mkdir(parents=True, exist_ok=True)
             stream = log.open("ab")
         with stream:
-            self.process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
+            )
 
     def done(self) -> bool:
         return self.process.poll() is not None
 
     def why(self) -> str:
         code = self.process.returncode
-        ended = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        ended = (
+            f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        )
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return f"{ended}: {lines[-1]}" if lines else ended
 
@@ -141,7 +168,11 @@ class Process:
 
 def processes(folder: Path, workers: int) -> Start:
     """Return a start that gives each worker its share of the cores, and a GPU of its own where there are several."""
-    cores = max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else max(1, (os.cpu_count() or 1) // workers)
+    cores = (
+        max(1, len(os.sched_getaffinity(0)) // workers)
+        if hasattr(os, "sched_getaffinity")
+        else max(1, (os.cpu_count() or 1) // workers)
+    )
 
     def start(names: list[str], place: int) -> Worker:
         environment = os.environ | SAFE | {"OMP_NUM_THREADS": str(cores)}
@@ -183,7 +214,9 @@ class Submitted:
 
     def why(self) -> str:
         lines = [line for line in (self.job.stderr() or "").splitlines() if line.strip()]
-        return f"job {self.job.job_id} ended as {self.job.state}" + (f": {lines[-1].strip()}" if lines else "")
+        return f"job {self.job.job_id} ended as {self.job.state}" + (
+            f": {lines[-1].strip()}" if lines else ""
+        )
 
     def stop(self) -> None:
         self.job.cancel()
@@ -194,11 +227,16 @@ def submitted(folder: Path, options: Launch) -> Start:
     try:
         import submitit
     except ModuleNotFoundError:
-        raise InputError(f"the launcher {options.launcher!r} needs the package submitit: pip install 'ksparse[slurm]'") from None
+        raise InputError(
+            f"the launcher {options.launcher!r} needs the package submitit: pip install 'ksparse[slurm]'"
+        ) from None
     # pickles in there are run, so nobody else is to know the name
     home = files.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")
     executor = submitit.AutoExecutor(folder=home, cluster=options.launcher)
-    more = {name: int(value) if value.lstrip("-").isdigit() else value for name, _, value in (item.partition("=") for item in options.slurm)}
+    more = {
+        name: int(value) if value.lstrip("-").isdigit() else value
+        for name, _, value in (item.partition("=") for item in options.slurm)
+    }
     safe = {"slurm_setup": [f"export {name}={value}" for name, value in SAFE.items()]}
     executor.update_parameters(name="ksparse", timeout_min=options.minutes, **safe | more)
 

@@ -76,7 +76,11 @@ class Candidate:
     def foretold(self) -> str:
         """Say how well it extrapolates, as the end of a sentence; '' where that is not known."""
         said = self.foretelling
-        return "" if said is None or said.error is None else f"; it foretells the largest {said.variable} with a mean error of {_percent(said.error)}"
+        return (
+            ""
+            if said is None or said.error is None
+            else f"; it foretells the largest {said.variable} with a mean error of {_percent(said.error)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,14 @@ class Prediction:
 
     def says(self, target: str, at: dict[str, Any]) -> str:
         """Say it in a line."""
-        where = ", ".join(f"{name} = {value if isinstance(value, str) else _short(value)}" for name, value in at.items())
-        return (f"{target} at {where}: {self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}]; "
-                f"a single run would lie in [{self.run_low:.4g}, {self.run_high:.4g}]")
+        where = ", ".join(
+            f"{name} = {value if isinstance(value, str) else _short(value)}"
+            for name, value in at.items()
+        )
+        return (
+            f"{target} at {where}: {self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}]; "
+            f"a single run would lie in [{self.run_low:.4g}, {self.run_high:.4g}]"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,21 +150,42 @@ class Law:
     def predict(self, **at: Any) -> Prediction:
         """Return the law's value where its variables are as given."""
         needed = list(self.cells.columns)
-        wrong = next((name for name in at if name not in needed), None) or next((name for name in needed if name not in at), None)
+        wrong = next((name for name in at if name not in needed), None) or next(
+            (name for name in needed if name not in at), None
+        )
         if wrong is not None:
-            raise InputError(f"the law {self.kind.name} is predicted at {', '.join(f'{name}=' for name in needed)}; "
-                             + (f"it does not depend on {wrong!r}" if wrong in at else f"{wrong!r} is missing"))
+            raise InputError(
+                f"the law {self.kind.name} is predicted at {', '.join(f'{name}=' for name in needed)}; "
+                + (f"it does not depend on {wrong!r}" if wrong in at else f"{wrong!r} is missing")
+            )
         for name, value in at.items():
-            if name not in WORDS and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if name not in WORDS and not (
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+            ):
                 raise InputError(f"{name}={value} is not a number above 0; a law is of logarithms")
-        if (group := self.by_group) is not None and at[group] not in (known := np.unique(self.cells.columns[group]).tolist()):
-            raise InputError(f"the law {self.kind.name} ({self.form.name}) knows nothing of {group}={written(at[group])}; its points have "
-                             + ", ".join(map(written, known)))
+        if (group := self.by_group) is not None and at[group] not in (
+            known := np.unique(self.cells.columns[group]).tolist()
+        ):
+            raise InputError(
+                f"the law {self.kind.name} ({self.form.name}) knows nothing of {group}={written(at[group])}; its points have "
+                + ", ".join(map(written, known))
+            )
         rows = self.form.terms({name: np.array([at[name]]) for name in needed})
         value = float(rows.value(self.fit.theta)[0])
         low, high = (float(end[0]) for end in solve.interval_at(self.fit, rows, LEVEL))
         run = solve.quantile(self.fit, LEVEL) * solve.scatter(self.fit)
-        return Prediction(*(math.exp(each) for each in (value, low, high, value - math.hypot(value - low, run), value + math.hypot(high - value, run))))
+        return Prediction(
+            *(
+                math.exp(each)
+                for each in (
+                    value,
+                    low,
+                    high,
+                    value - math.hypot(value - low, run),
+                    value + math.hypot(high - value, run),
+                )
+            )
+        )
 
     def curve(self, at: Columns) -> np.ndarray:
         """Return the law's values at many points."""
@@ -165,7 +195,9 @@ class Law:
     def by_group(self) -> str | None:
         """Return the column of which the law only knows the values that its points have; None if it may lie in between."""
         group = self.kind.group or "k"
-        own = self.kind.group is not None or any(each.name.startswith(("alpha_", "beta_")) for each in self.form.coefficients)
+        own = self.kind.group is not None or any(
+            each.name.startswith(("alpha_", "beta_")) for each in self.form.coefficients
+        )
         return group if own and group in self.cells.columns else None
 
     @property
@@ -178,60 +210,119 @@ class Law:
         least = min((each.aicc for each in self.candidates if each.aicc is not None), default=None)
         values = self.fit.terms.value(self.fit.theta)
         return {
-            "law": self.kind.name, "title": self.kind.title, "form": self.form.name, "equation": self.form.equation, "target": self.kind.target,
-            "coefficients": {name: vars(each) for name, each in self.coefficients.items()}, "level": LEVEL,
-            "log_rms": self.log_rms, "log_max": float(np.abs(self.fit.residuals).max()), "leave_one_out": self.leave_one_out,
-            "extrapolation_error": self.foretelling.error, "extrapolation": vars(self.foretelling),
-            "starts": self.fit.starts, "starts_at_best": self.fit.reached,
-            "forms": [{"form": each.form.name, "equation": each.form.equation, "coefficients": len(each.form.coefficients), "log_rms": each.log_rms,
-                       "aicc": each.aicc, "extrapolation_error": each.foretelling.error if each.foretelling else None,
-                       "above_best": None if each.aicc is None else each.aicc - least, "why": each.why} for each in self.candidates],
-            "best_form": self.best.form.name, "residual_correlation": self.correlation, "seed_scatter": self.cells.seed_scatter,
-            "points": [{**{name: plain(column[i]) for name, column in self.cells.columns.items()}, self.kind.target: float(self.cells.value[i]),
-                        "runs": int(self.cells.count[i]), "fitted": math.exp(values[i]), "residual": float(self.fit.residuals[i])}
-                       for i in range(len(self.cells))],
+            "law": self.kind.name,
+            "title": self.kind.title,
+            "form": self.form.name,
+            "equation": self.form.equation,
+            "target": self.kind.target,
+            "coefficients": {name: vars(each) for name, each in self.coefficients.items()},
+            "level": LEVEL,
+            "log_rms": self.log_rms,
+            "log_max": float(np.abs(self.fit.residuals).max()),
+            "leave_one_out": self.leave_one_out,
+            "extrapolation_error": self.foretelling.error,
+            "extrapolation": vars(self.foretelling),
+            "starts": self.fit.starts,
+            "starts_at_best": self.fit.reached,
+            "forms": [
+                {
+                    "form": each.form.name,
+                    "equation": each.form.equation,
+                    "coefficients": len(each.form.coefficients),
+                    "log_rms": each.log_rms,
+                    "aicc": each.aicc,
+                    "extrapolation_error": each.foretelling.error if each.foretelling else None,
+                    "above_best": None if each.aicc is None else each.aicc - least,
+                    "why": each.why,
+                }
+                for each in self.candidates
+            ],
+            "best_form": self.best.form.name,
+            "residual_correlation": self.correlation,
+            "seed_scatter": self.cells.seed_scatter,
+            "points": [
+                {
+                    **{name: plain(column[i]) for name, column in self.cells.columns.items()},
+                    self.kind.target: float(self.cells.value[i]),
+                    "runs": int(self.cells.count[i]),
+                    "fitted": math.exp(values[i]),
+                    "residual": float(self.fit.residuals[i]),
+                }
+                for i in range(len(self.cells))
+            ],
             "says": self.says(),
         }
 
     def says(self) -> list[str]:
         """Say in words how well the law fits, what else would, and what speaks against it."""
-        said = [f"{self.form.equation}: {len(self.cells)} points, {_percent(self.log_rms)} off (log-RMS {self.log_rms:.4f}), "
-                f"the worst {_percent(float(np.abs(self.fit.residuals).max()))}."]
+        said = [
+            f"{self.form.equation}: {len(self.cells)} points, {_percent(self.log_rms)} off (log-RMS {self.log_rms:.4f}), "
+            f"the worst {_percent(float(np.abs(self.fit.residuals).max()))}."
+        ]
         mine, best = self.candidate, self.best
         if mine.aicc is not None and best.aicc is not None and best.form.name != self.form.name:
             gap = mine.aicc - best.aicc
-            said.append(f"Of the forms tried, {best.form.name} ({best.form.equation}) {'fits best' if gap > _CLOSE else 'does about as well'}: "
-                        f"log-RMS {best.log_rms:.4f}, AICc lower by {gap:.1f}" + best.foretold + ".")
-        elif mine.aicc is not None and len([each for each in self.candidates if each.aicc is not None]) > 1:
+            said.append(
+                f"Of the forms tried, {best.form.name} ({best.form.equation}) {'fits best' if gap > _CLOSE else 'does about as well'}: "
+                f"log-RMS {best.log_rms:.4f}, AICc lower by {gap:.1f}" + best.foretold + "."
+            )
+        elif (
+            mine.aicc is not None
+            and len([each for each in self.candidates if each.aicc is not None]) > 1
+        ):
             said.append("No other form that was tried has a lower AICc.")
         said += self._irreducible()
         if self.foretelling.error is not None:
-            said.append(f"Fitted without {self.foretelling.variable} {'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
-                        f"it foretells those points with a mean error of {_percent(self.foretelling.error)}, at most {_percent(self.foretelling.largest)}.")
+            said.append(
+                f"Fitted without {self.foretelling.variable} {'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
+                f"it foretells those points with a mean error of {_percent(self.foretelling.error)}, at most {_percent(self.foretelling.largest)}."
+            )
         elif self.foretelling.why:
             said.append(f"No test of extrapolation: {self.foretelling.why}.")
         if self.correlation is not None and self.correlation > _CORRELATED:
-            said.append(f"Residuals are not random: neighbours err alike (correlation {self.correlation:.2f}), so the form is not exact, and intervals, "
-                        "which suppose independent scatter, are too narrow.")
+            said.append(
+                f"Residuals are not random: neighbours err alike (correlation {self.correlation:.2f}), so the form is not exact, and intervals, "
+                "which suppose independent scatter, are too narrow."
+            )
         if self.fit.starts > 1 and self.fit.reached < self.fit.starts / 4:
-            said.append(f"Only {self.fit.reached} of {self.fit.starts} starts reached the best fit.")
+            said.append(
+                f"Only {self.fit.reached} of {self.fit.starts} starts reached the best fit."
+            )
         return said
 
     def _irreducible(self) -> list[str]:
         """Say what the irreducible term is worth, by the same form without it."""
         if not self.form.floor:
             return []
-        plain = next((each for each in self.candidates if each.aicc is not None and not each.form.floor
-                      and [c.name for c in each.form.amplitude] == [c.name for c in self.form.amplitude]), None)
+        plain = next(
+            (
+                each
+                for each in self.candidates
+                if each.aicc is not None
+                and not each.form.floor
+                and [c.name for c in each.form.amplitude] == [c.name for c in self.form.amplitude]
+            ),
+            None,
+        )
         mine = self.candidate
         if plain is None or mine.aicc is None:
             return []
         gap = plain.aicc - mine.aicc
-        verdict = ("the points ask for it" if gap > _CLOSE else "the points do not ask for it" if gap < -_CLOSE else "the points do not decide")
-        return [f"Irreducible term: {verdict} (without it log-RMS {plain.log_rms:.4f}, AICc {'higher' if gap > 0 else 'lower'} by {abs(gap):.1f})."]
+        verdict = (
+            "the points ask for it"
+            if gap > _CLOSE
+            else "the points do not ask for it"
+            if gap < -_CLOSE
+            else "the points do not decide"
+        )
+        return [
+            f"Irreducible term: {verdict} (without it log-RMS {plain.log_rms:.4f}, AICc {'higher' if gap > 0 else 'lower'} by {abs(gap):.1f})."
+        ]
 
 
-def fit(points: Columns, law: str = "nk", *, form: str = "paper", draws: int = DRAWS, seed: int = 0) -> Law:
+def fit(
+    points: Columns, law: str = "nk", *, form: str = "paper", draws: int = DRAWS, seed: int = 0
+) -> Law:
     """Fit a law to columns of numbers: its variables and its target; rows that agree in the variables count as seeds of one point.
 
     form: `paper`, `best` (the smallest AICc) or a form's name. draws: of the bootstrap. Raises InputError where the points do not suffice.
@@ -241,22 +332,38 @@ def fit(points: Columns, law: str = "nk", *, form: str = "paper", draws: int = D
     candidates = [_candidate(kind, each, found) for each in forms(law, found.columns)]
     chosen = _choose(kind, candidates, form, found)
     assert chosen.fit is not None
-    return Law(kind, chosen.form, found, chosen.fit, candidates, _coefficients(chosen, found, draws, seed),
-               _leave_one_out(chosen.fit, found.cluster))
+    return Law(
+        kind,
+        chosen.form,
+        found,
+        chosen.fit,
+        candidates,
+        _coefficients(chosen, found, draws, seed),
+        _leave_one_out(chosen.fit, found.cluster),
+    )
 
 
 def evaluate(found: dict[str, Any], at: Columns) -> np.ndarray:
     """Return the values at many points of a law as law.json holds it."""
-    columns = {name: np.array([point[name] for point in found["points"]]) for name in _variables(found)}
+    columns = {
+        name: np.array([point[name] for point in found["points"]]) for name in _variables(found)
+    }
     form = next(form for form in forms(found["law"], columns) if form.name == found["form"])
     values = [found["coefficients"][each.name]["value"] for each in form.coefficients]
-    theta = [math.log(max(value, 1e-300)) if each.exponential else value for each, value in zip(form.coefficients, values)]
+    theta = [
+        math.log(max(value, 1e-300)) if each.exponential else value
+        for each, value in zip(form.coefficients, values)
+    ]
     return np.exp(form.terms(at).value(np.array(theta)))
 
 
 def _variables(found: dict[str, Any]) -> list[str]:
     kind = law_of(found["law"])
-    return [name for name in (*kind.variables, kind.group) if name is not None and name in found["points"][0]]
+    return [
+        name
+        for name in (*kind.variables, kind.group)
+        if name is not None and name in found["points"][0]
+    ]
 
 
 def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
@@ -278,14 +385,25 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
     needed = [*kind.variables, kind.target]
     missing = [name for name in needed if name not in points]
     if missing:
-        raise InputError(f"the law {kind.name} needs {', '.join(needed)}; {missing[0]!r} is missing")
-    columns = {name: np.asarray(points[name]) for name in (*needed, kind.group, kind.cluster) if name in points}
+        raise InputError(
+            f"the law {kind.name} needs {', '.join(needed)}; {missing[0]!r} is missing"
+        )
+    columns = {
+        name: np.asarray(points[name])
+        for name in (*needed, kind.group, kind.cluster)
+        if name in points
+    }
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:
         raise InputError(f"the columns of a law have one length; got {sizes}")
     for name, column in columns.items():
-        if name not in WORDS and not (np.isfinite(column.astype(float)) & (column.astype(float) > 0)).all():
-            raise InputError(f"{name} of the law {kind.name} has values that are not above 0; laws are fitted to logarithms")
+        if (
+            name not in WORDS
+            and not (np.isfinite(column.astype(float)) & (column.astype(float) > 0)).all()
+        ):
+            raise InputError(
+                f"{name} of the law {kind.name} has values that are not above 0; laws are fitted to logarithms"
+            )
     return columns
 
 
@@ -295,7 +413,13 @@ def _candidate(kind: LawKind, form: Form, found: Cells) -> Candidate:
         return Candidate(form, why=why)
     fitted = solve.fit(form.terms(found.columns), np.log(found.value), weights=found.weight)
     m, p = float(found.weight.sum()), len(form.coefficients) + 1
-    aicc = m * math.log(max(_rms(fitted.residuals, fitted.weights), 1e-12) ** 2) + 2 * p + 2 * p * (p + 1) / (m - p - 1) if m > p + 1 else None
+    aicc = (
+        m * math.log(max(_rms(fitted.residuals, fitted.weights), 1e-12) ** 2)
+        + 2 * p
+        + 2 * p * (p + 1) / (m - p - 1)
+        if m > p + 1
+        else None
+    )
     return Candidate(form, fitted, aicc, foretelling=_foretell(kind, form, found))
 
 
@@ -306,15 +430,33 @@ def lacking(form: Form, columns: Columns, weight: np.ndarray) -> str:
     if m < p + 1:
         return f"{form.name} has {p} coefficients and needs at least {p + 1} different points; there {'is' if m == 1 else 'are'} {m} ({kinds})"
     terms = form.terms(columns)
-    if np.linalg.matrix_rank(terms.amplitude) < terms.amplitude.shape[1] or (form.floor and np.linalg.matrix_rank(terms.floor) < terms.floor.shape[1]):
-        return f"{form.name} needs more different values of {' and '.join(columns)}; there are {kinds}"
+    if np.linalg.matrix_rank(terms.amplitude) < terms.amplitude.shape[1] or (
+        form.floor and np.linalg.matrix_rank(terms.floor) < terms.floor.shape[1]
+    ):
+        return (
+            f"{form.name} needs more different values of {' and '.join(columns)}; there are {kinds}"
+        )
     if form.floor:
         x, *others = columns
-        series = np.stack([np.unique(columns[name], return_inverse=True)[1].reshape(-1) for name in others], 1) if others else np.zeros((len(columns[x]), 1))
-        fewest = min(len(np.unique(columns[x][(series == each).all(1)])) for each in np.unique(series, axis=0))
-        most = max(len(np.unique(columns[x][(series == each).all(1)])) for each in np.unique(series, axis=0))
+        series = (
+            np.stack(
+                [np.unique(columns[name], return_inverse=True)[1].reshape(-1) for name in others], 1
+            )
+            if others
+            else np.zeros((len(columns[x]), 1))
+        )
+        fewest = min(
+            len(np.unique(columns[x][(series == each).all(1)]))
+            for each in np.unique(series, axis=0)
+        )
+        most = max(
+            len(np.unique(columns[x][(series == each).all(1)]))
+            for each in np.unique(series, axis=0)
+        )
         if (fewest if "each" in form.name or not others else most) < 3:
-            return f"{form.name} needs at least 3 {x} to tell an irreducible term from a power" + (f" at each {others[0]}" if others else "")
+            return f"{form.name} needs at least 3 {x} to tell an irreducible term from a power" + (
+                f" at each {others[0]}" if others else ""
+            )
     return ""
 
 
@@ -324,7 +466,9 @@ def _choose(kind: LawKind, candidates: list[Candidate], form: str, found: Cells)
         return min(fitted, key=lambda each: math.inf if each.aicc is None else each.aicc)
     names = [each.form.name for each in candidates]
     if form not in ("paper", "best", *names):
-        raise InputError(f"the law {kind.name} has no form {form!r} for these points; there are paper, best, {', '.join(names)}")
+        raise InputError(
+            f"the law {kind.name} has no form {form!r} for these points; there are paper, best, {', '.join(names)}"
+        )
     chosen = candidates[names.index(form) if form in names else 0]
     if chosen.fit is None:
         able = [each.form.name for each in fitted]
@@ -339,17 +483,28 @@ def _coefficients(chosen: Candidate, found: Cells, draws: int, seed: int) -> dic
     fitted = chosen.fit
     assert fitted is not None
     ends = solve.intervals(fitted, LEVEL)
-    drawn = solve.resampled(fitted, draws, seed, clusters=found.cluster) if draws else np.full((1, fitted.terms.size), math.nan)
+    drawn = (
+        solve.resampled(fitted, draws, seed, clusters=found.cluster)
+        if draws
+        else np.full((1, fitted.terms.size), math.nan)
+    )
     result = {}
     for i, coefficient in enumerate(chosen.form.coefficients):
         spread = np.quantile(drawn[:, i], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         values = [fitted.theta[i], *ends[i], *spread.tolist()]
         if coefficient.exponential:
-            values = [math.exp(min(value, 700.0)) if value != math.inf else math.inf for value in values]
+            values = [
+                math.exp(min(value, 700.0)) if value != math.inf else math.inf for value in values
+            ]
             if coefficient in chosen.form.floor:
-                values = [0.0 if value < solve.NOTHING * float(found.value.min()) else value for value in values]
+                values = [
+                    0.0 if value < solve.NOTHING * float(found.value.min()) else value
+                    for value in values
+                ]
         value, *others = values
-        result[coefficient.name] = Coefficient(float(value), *(float(each) if math.isfinite(each) else None for each in others))
+        result[coefficient.name] = Coefficient(
+            float(value), *(float(each) if math.isfinite(each) else None for each in others)
+        )
     return result
 
 
@@ -367,9 +522,18 @@ def _foretell(kind: LawKind, form: Form, found: Cells) -> Foretelling:
     fitted = solve.fit(terms.rows(~out), logs[~out], weights=found.weight[~out])
     said = np.exp(terms.rows(out).value(fitted.theta))
     errors = said / found.value[out] - 1
-    points = [{**{name: plain(values[out][i]) for name, values in found.columns.items()}, kind.target: float(found.value[out][i]),
-               "foretold": float(said[i]), "error": float(errors[i])} for i in range(int(out.sum()))]
-    return Foretelling(x, float(bar), float(np.abs(errors).mean()), float(np.abs(errors).max()), points)
+    points = [
+        {
+            **{name: plain(values[out][i]) for name, values in found.columns.items()},
+            kind.target: float(found.value[out][i]),
+            "foretold": float(said[i]),
+            "error": float(errors[i]),
+        }
+        for i in range(int(out.sum()))
+    ]
+    return Foretelling(
+        x, float(bar), float(np.abs(errors).mean()), float(np.abs(errors).max()), points
+    )
 
 
 def _leave_one_out(fitted: Fit, clusters: np.ndarray) -> float | None:
@@ -378,7 +542,13 @@ def _leave_one_out(fitted: Fit, clusters: np.ndarray) -> float | None:
     if fitted.freedom < 2:
         return None
     weights = fitted.weights * (clusters != clusters[:, None])
-    theta = solve.refit(fitted.terms, fitted.logs, np.tile(fitted.theta, (m, 1)), weights=weights, delta=fitted.delta)
+    theta = solve.refit(
+        fitted.terms,
+        fitted.logs,
+        np.tile(fitted.theta, (m, 1)),
+        weights=weights,
+        delta=fitted.delta,
+    )
     return _rms(fitted.logs - np.diagonal(fitted.terms.value(theta)), fitted.weights)
 
 
@@ -389,7 +559,11 @@ def _rms(residuals: np.ndarray, weights: np.ndarray) -> float:
 def plain(value: Any) -> Any:
     """Return a NumPy scalar as JSON has it."""
     value = value.item()  # of whatever kind NumPy has it
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+    return (
+        int(value)
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        else value
+    )
 
 
 def written(value: Any) -> str:

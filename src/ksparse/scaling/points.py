@@ -1,8 +1,8 @@
 """Points of a law out of CSV files: read, checked, and the runs of a sweep put together cell by cell.
 
-    read(file, needed)     columns of a CSV as arrays; what cannot be a point is refused with its line
-    cells(points, by)      rows that differ only by seed become one, with their geometric mean and their count
-    best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest loss
+read(file, needed)     columns of a CSV as arrays; what cannot be a point is refused with its line
+cells(points, by)      rows that differ only by seed become one, with their geometric mean and their count
+best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest loss
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Cells:
         return len(self.value)
 
 
-def read(file: Path | str, needed: Sequence[str], *, positive: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def read(
+    file: Path | str, needed: Sequence[str], *, positive: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Return the columns of a CSV, words as str and numbers as float64, an empty cell as NaN; raise InputError where a needed one is missing.
 
     positive: columns whose every number must be finite and above 0.
@@ -52,21 +54,36 @@ def read(file: Path | str, needed: Sequence[str], *, positive: Sequence[str] = (
     missing = [name for name in needed if name not in header]
     if missing:
         near = difflib.get_close_matches(missing[0], header, 1)
-        raise InputError(f"{file} has no column {missing[0]!r}" + (f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(header)}")
-                         + f" The header must name {', '.join(needed)}")
+        raise InputError(
+            f"{file} has no column {missing[0]!r}"
+            + (f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(header)}")
+            + f" The header must name {', '.join(needed)}"
+        )
     if not rows:
-        raise InputError(f"{file} has a header and no rows; each row is one point with {', '.join(needed)}")
+        raise InputError(
+            f"{file} has a header and no rows; each row is one point with {', '.join(needed)}"
+        )
     found = {}
     for at, name in enumerate(header):
         cells = [row[at].strip() for _, row in rows]
-        found[name] = np.array(cells) if name in WORDS else np.array([_number(file, line, name, cell, name in needed)
-                                                                       for (line, _), cell in zip(rows, cells)])
+        found[name] = (
+            np.array(cells)
+            if name in WORDS
+            else np.array(
+                [
+                    _number(file, line, name, cell, name in needed)
+                    for (line, _), cell in zip(rows, cells)
+                ]
+            )
+        )
     for name in positive:
         wrong = np.flatnonzero(~(np.isfinite(found[name]) & (found[name] > 0)))
         if len(wrong):
             line, row = rows[wrong[0]]
-            raise InputError(f"{file} line {line}: {name} is {row[header.index(name)].strip() or 'empty'}; laws are fitted to logarithms, so it must be a "
-                             f"number above 0. Correct the row or take it out")
+            raise InputError(
+                f"{file} line {line}: {name} is {row[header.index(name)].strip() or 'empty'}; laws are fitted to logarithms, so it must be a "
+                f"number above 0. Correct the row or take it out"
+            )
     return found
 
 
@@ -77,17 +94,23 @@ def _rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; give a CSV with a header") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}; give a CSV with a header") from None
+        raise InputError(
+            f"{file} cannot be read as UTF-8 text: {error}; give a CSV with a header"
+        ) from None
     reader = csv.reader(text.splitlines())
     lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     if not lines:
         raise InputError(f"{file} is empty; its first line must name the columns, such as n,k,loss")
     header = [cell.strip() for cell in lines[0][1]]
     if len(set(header)) < len(header):
-        raise InputError(f"{file} names a column twice: {', '.join(header)}; give each a name of its own")
+        raise InputError(
+            f"{file} names a column twice: {', '.join(header)}; give each a name of its own"
+        )
     for line, row in lines[1:]:
         if len(row) != len(header):
-            raise InputError(f"{file} line {line} has {len(row)} cells; the header names {len(header)} columns: {', '.join(header)}")
+            raise InputError(
+                f"{file} line {line} has {len(row)} cells; the header names {len(header)} columns: {', '.join(header)}"
+            )
     return header, lines[1:]
 
 
@@ -109,15 +132,29 @@ def cells(kind: LawKind, points: Columns) -> Cells:
     logs = np.log(np.asarray(points[kind.target], float))
     if kind.cluster in points:
         _, cluster, sizes = np.unique(points[kind.cluster], return_inverse=True, return_counts=True)
-        return Cells({name: np.asarray(points[name]) for name in by}, np.exp(logs), np.ones(len(logs)), 1 / sizes[cluster], cluster)
+        return Cells(
+            {name: np.asarray(points[name]) for name in by},
+            np.exp(logs),
+            np.ones(len(logs)),
+            1 / sizes[cluster],
+            cluster,
+        )
     key = np.array([_rank(points[name]) for name in by]).T
-    _, first, place, count = np.unique(key, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    _, first, place, count = np.unique(
+        key, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
     place = place.reshape(-1)
     mean = np.bincount(place, logs) / count
     spare = int((count - 1).sum())
     scatter = math.sqrt(float(((logs - mean[place]) ** 2).sum()) / spare) if spare else None
-    return Cells({name: np.asarray(points[name])[first] for name in by}, np.exp(mean), count.astype(float), count / count.mean(),
-                 np.arange(len(count)), scatter)
+    return Cells(
+        {name: np.asarray(points[name])[first] for name in by},
+        np.exp(mean),
+        count.astype(float),
+        count / count.mean(),
+        np.arange(len(count)),
+        scatter,
+    )
 
 
 def best_lr(rows: Columns, by: Sequence[str]) -> dict[str, np.ndarray]:
@@ -138,7 +175,9 @@ def take(rows: Columns, chosen: np.ndarray) -> dict[str, np.ndarray]:
 
 def _number_of(rows: Columns, by: Sequence[str]) -> np.ndarray:
     """Return for each row the number of its group of equal values in the columns `by`."""
-    return np.unique(np.array([_rank(rows[name]) for name in by]).T, axis=0, return_inverse=True)[1].reshape(-1)
+    return np.unique(np.array([_rank(rows[name]) for name in by]).T, axis=0, return_inverse=True)[
+        1
+    ].reshape(-1)
 
 
 def _rank(column: Any) -> np.ndarray:

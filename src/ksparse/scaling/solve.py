@@ -27,8 +27,26 @@ _LEAST_SCATTER = 1e-7  # of logs: below it, points lie on the form up to roundin
 _SAME_COST = 1e-6  # relative: starts that end this near to the best have reached it
 _STEPS, _OUTWARDS, _HALVINGS = 200, 24, 60
 _FAR = 40.0  # from the best value: a loss that no longer rises there never will, since e^-40 of a loss is none
-_SHARES = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.9, 0.96)  # irreducible part of each series' smallest loss
-_TILTED = ((0.02, 0.5), (0.5, 0.02), (0.1, 0.8), (0.8, 0.1), (0.3, 0.9), (0.9, 0.3), (0.6, 0.96), (0.96, 0.6))  # of the first series and the last
+_SHARES = (
+    0.0,
+    0.2,
+    0.4,
+    0.55,
+    0.7,
+    0.8,
+    0.9,
+    0.96,
+)  # irreducible part of each series' smallest loss
+_TILTED = (
+    (0.02, 0.5),
+    (0.5, 0.02),
+    (0.1, 0.8),
+    (0.8, 0.1),
+    (0.3, 0.9),
+    (0.9, 0.3),
+    (0.6, 0.96),
+    (0.96, 0.6),
+)  # of the first series and the last
 
 
 class Terms(NamedTuple):
@@ -52,14 +70,23 @@ class Terms(NamedTuple):
         if second is None:
             return first, np.broadcast_to(self.amplitude, (*first.shape, self.size))
         value = np.logaddexp(first, second)
-        return value, np.concatenate([np.exp(first - value)[..., None] * self.amplitude, np.exp(second - value)[..., None] * self.floor], -1)
+        return value, np.concatenate(
+            [
+                np.exp(first - value)[..., None] * self.amplitude,
+                np.exp(second - value)[..., None] * self.floor,
+            ],
+            -1,
+        )
 
     def _exponents(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         split = self.amplitude.shape[1]
-        return theta[..., :split] @ self.amplitude.T, theta[..., split:] @ self.floor.T if self.floor.shape[1] else None
+        return theta[..., :split] @ self.amplitude.T, theta[
+            ..., split:
+        ] @ self.floor.T if self.floor.shape[1] else None
 
     def rows(self, chosen: np.ndarray) -> Terms:
         return Terms(self.amplitude[chosen], self.floor[chosen])
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -102,21 +129,40 @@ def fit(terms: Terms, logs: np.ndarray, *, weights: np.ndarray | None = None) ->
     return Fit(terms, logs, weights, end.x, delta, float(end.cost), len(starts), reached)
 
 
-def _all(terms: Terms, logs: np.ndarray, starts: np.ndarray, weights: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
+def _all(
+    terms: Terms, logs: np.ndarray, starts: np.ndarray, weights: np.ndarray, delta: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return where the starts end, and at which loss."""
     theta = refit(terms, logs, starts, weights=weights, delta=delta)
     return theta, loss(terms.value(theta) - logs, weights, delta)
 
 
-def _scipy(terms: Terms, logs: np.ndarray, weights: np.ndarray, start: np.ndarray, delta: float) -> optimize.OptimizeResult:
+def _scipy(
+    terms: Terms, logs: np.ndarray, weights: np.ndarray, start: np.ndarray, delta: float
+) -> optimize.OptimizeResult:
     def rho(squares: np.ndarray) -> np.ndarray:
         """Return twice `loss` of each residual, and its first two derivatives by the residual's square: scipy's own has no weights."""
         size = np.maximum(np.sqrt(squares), 1e-100)
         near = np.minimum(size, delta)
-        return weights * np.stack([2 * near * (size - near / 2), near / size, np.where(size > delta, -0.5 * near / size**3, 0.0)])
+        return weights * np.stack(
+            [
+                2 * near * (size - near / 2),
+                near / size,
+                np.where(size > delta, -0.5 * near / size**3, 0.0),
+            ]
+        )
 
-    return optimize.least_squares(lambda theta: terms.value(theta) - logs, start, lambda theta: terms.slopes(theta)[1], loss=rho,
-                                  x_scale="jac", ftol=1e-13, xtol=1e-13, gtol=1e-13, max_nfev=500)
+    return optimize.least_squares(
+        lambda theta: terms.value(theta) - logs,
+        start,
+        lambda theta: terms.slopes(theta)[1],
+        loss=rho,
+        x_scale="jac",
+        ftol=1e-13,
+        xtol=1e-13,
+        gtol=1e-13,
+        max_nfev=500,
+    )
 
 
 def _starts(terms: Terms, logs: np.ndarray) -> list[np.ndarray]:
@@ -130,9 +176,13 @@ def _starts(terms: Terms, logs: np.ndarray) -> list[np.ndarray]:
     found = []
     for first, end in [*((share, share) for share in _SHARES), *(_TILTED if last else ())]:
         share = np.linspace(first, end, last + 1)[series] if last else first
-        floor = np.linalg.lstsq(terms.floor, least + np.log(np.maximum(share, NOTHING)), rcond=None)[0]
+        floor = np.linalg.lstsq(
+            terms.floor, least + np.log(np.maximum(share, NOTHING)), rcond=None
+        )[0]
         rest = np.maximum(np.exp(logs) - np.exp(terms.floor @ floor), 0.02 * np.exp(logs))
-        found.append(np.concatenate([np.linalg.lstsq(terms.amplitude, np.log(rest), rcond=None)[0], floor]))
+        found.append(
+            np.concatenate([np.linalg.lstsq(terms.amplitude, np.log(rest), rcond=None)[0], floor])
+        )
     return found
 
 
@@ -147,37 +197,58 @@ def _scatter(residuals: np.ndarray, weights: np.ndarray, spent: int) -> float:
 # ---- many at once ------------------------------------------------------------------------------------------------
 
 
-def refit(terms: Terms, logs: np.ndarray, start: np.ndarray, *, weights: np.ndarray, delta: np.ndarray | float,
-          held: np.ndarray | None = None) -> np.ndarray:
+def refit(
+    terms: Terms,
+    logs: np.ndarray,
+    start: np.ndarray,
+    *,
+    weights: np.ndarray,
+    delta: np.ndarray | float,
+    held: np.ndarray | None = None,
+) -> np.ndarray:
     """Return theta[b, p] of b fits by Levenberg and Marquardt's steps, from start[b, p].
 
     logs, weights and delta, Huber's width, are [m] or [b, m]; held[b, p]: coefficients left as they are.
     """
     theta = np.array(start, float)
     b, p = theta.shape
-    logs, weights, delta = (np.broadcast_to(each, (b, len(terms.amplitude))) for each in (logs, weights, delta))
+    logs, weights, delta = (
+        np.broadcast_to(each, (b, len(terms.amplitude))) for each in (logs, weights, delta)
+    )
     held = np.zeros((b, p), bool) if held is None else held
     damping, going = np.full(b, 1e-3), np.arange(b)
     value, slopes = terms.slopes(theta)
     cost = loss(value - logs, weights, delta)
     for _ in range(_STEPS):
         residual, free = value - logs[going], ~held[going]
-        weighted = weights[going] * np.minimum(1, delta[going] / np.maximum(np.abs(residual), 1e-300))
+        weighted = weights[going] * np.minimum(
+            1, delta[going] / np.maximum(np.abs(residual), 1e-300)
+        )
         slopes = slopes * free[:, None, :]
         gradient = np.einsum("bmp,bm->bp", slopes, weighted * residual)
         hessian = np.einsum("bmp,bm,bmq->bpq", slopes, weighted, slopes, optimize=True)
         scale = np.einsum("bpp->bp", hessian)
-        diagonal = np.where(free, damping[going, None] * scale + 1e-14 * scale.max(1, keepdims=True), 1.0) + 1e-300
-        step = -np.linalg.solve(hessian + diagonal[:, :, None] * np.eye(p), gradient[:, :, None])[:, :, 0]
+        diagonal = (
+            np.where(free, damping[going, None] * scale + 1e-14 * scale.max(1, keepdims=True), 1.0)
+            + 1e-300
+        )
+        step = -np.linalg.solve(hessian + diagonal[:, :, None] * np.eye(p), gradient[:, :, None])[
+            :, :, 0
+        ]
         step *= np.minimum(1, 8 / np.maximum(np.abs(step).max(1), 1e-300))[:, None]
         tried = theta[going] + step
         new_value, new_slopes = terms.slopes(tried)
         new_cost = loss(new_value - logs[going], weights[going], delta[going])
         better = new_cost <= cost[going]
-        done = better & (cost[going] - new_cost <= 1e-13 * cost[going]) | ~better & (damping[going] > 1e10)
+        done = better & (cost[going] - new_cost <= 1e-13 * cost[going]) | ~better & (
+            damping[going] > 1e10
+        )
         theta[going[better]], cost[going[better]] = tried[better], new_cost[better]
         damping[going] = np.where(better, np.maximum(damping[going] / 5, 1e-12), damping[going] * 4)
-        value, slopes = np.where(better[:, None], new_value, value), np.where(better[:, None, None], new_slopes, slopes)
+        value, slopes = (
+            np.where(better[:, None], new_value, value),
+            np.where(better[:, None, None], new_slopes, slopes),
+        )
         if done.all():
             break
         going, value, slopes = going[~done], value[~done], slopes[~done]
@@ -202,10 +273,14 @@ def intervals(found: Fit, level: float = 0.95) -> list[tuple[float, float]]:
     p = found.terms.size
     spread = np.sqrt(np.diag(covariance(found)))
 
-    def at(which: np.ndarray, values: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def at(
+        which: np.ndarray, values: np.ndarray, start: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         held = np.arange(p) == which[:, None]
         start = np.where(held, values[:, None], start)
-        theta = refit(found.terms, found.logs, start, weights=found.weights, delta=found.delta, held=held)
+        theta = refit(
+            found.terms, found.logs, start, weights=found.weights, delta=found.delta, held=held
+        )
         return theta, loss(found.terms.value(theta) - found.logs, found.weights, found.delta)
 
     return _sides(found, at, found.theta, spread, level)
@@ -214,7 +289,9 @@ def intervals(found: Fit, level: float = 0.95) -> list[tuple[float, float]]:
 def interval_at(found: Fit, rows: Terms, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
     """Return the ends of the interval of log L at other points, linear in the coefficients near them."""
     value, slopes = rows.slopes(found.theta)
-    away = quantile(found, level) * np.sqrt(np.einsum("ip,pq,iq->i", slopes, covariance(found), slopes))
+    away = quantile(found, level) * np.sqrt(
+        np.einsum("ip,pq,iq->i", slopes, covariance(found), slopes)
+    )
     return value - away, value + away
 
 
@@ -230,10 +307,14 @@ def _psi(residuals: np.ndarray, found: Fit) -> tuple[float, float]:
     """Return the share of points within Huber's width, and the variance of the clipped residuals."""
     clipped = np.clip(residuals, -found.delta, found.delta)
     inside = float(found.weights[np.abs(residuals) <= found.delta].sum() / found.weights.sum())
-    return max(inside, 1e-3), max(float((found.weights * clipped**2).sum()) / max(1.0, found.freedom), _LEAST_SCATTER**2)
+    return max(inside, 1e-3), max(
+        float((found.weights * clipped**2).sum()) / max(1.0, found.freedom), _LEAST_SCATTER**2
+    )
 
 
-def _sides(found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float) -> list[tuple[float, float]]:
+def _sides(
+    found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float
+) -> list[tuple[float, float]]:
     """Search outwards from each centre, on both sides at once, for where the loss has risen to the bar."""
     if found.freedom <= 0:
         return [(-math.inf, math.inf)] * len(centre)
@@ -242,7 +323,9 @@ def _sides(found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float)
     bar = found.cost + away**2 * variance / (2 * inside)
     count = len(centre)
     which, sign = np.tile(np.arange(count), 2), np.repeat([-1.0, 1.0], count)
-    known = np.isfinite(spread) & (spread > 1e-9 * np.maximum(1, np.abs(centre)))  # not so where a coefficient hardly matters
+    known = np.isfinite(spread) & (
+        spread > 1e-9 * np.maximum(1, np.abs(centre))
+    )  # not so where a coefficient hardly matters
     near, far = np.zeros(2 * count), away * np.where(known, spread, 1.0)[which]
     theta = np.tile(found.theta, (2 * count, 1))
     reached, last = np.zeros(2 * count, bool), np.full(2 * count, found.cost)
@@ -274,7 +357,14 @@ def _sides(found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float)
 # ---- the bootstrap -----------------------------------------------------------------------------------------------
 
 
-def resampled(found: Fit, draws: int, seed: int = 0, *, clusters: np.ndarray | None = None, kind: str = "pairs") -> np.ndarray:
+def resampled(
+    found: Fit,
+    draws: int,
+    seed: int = 0,
+    *,
+    clusters: np.ndarray | None = None,
+    kind: str = "pairs",
+) -> np.ndarray:
     """Return theta[draws, p] of fits to resampled points.
 
     kind: `pairs` draws whole points (whole clusters[m] of them); `residuals` deals those of the fit anew; `wild` gives them random signs.
@@ -286,10 +376,26 @@ def resampled(found: Fit, draws: int, seed: int = 0, *, clusters: np.ndarray | N
         clusters = np.arange(m) if clusters is None else clusters
         count = int(clusters.max()) + 1
         drawn = random.multinomial(count, np.full(count, 1 / count), size=draws)
-        return refit(found.terms, found.logs, start, weights=found.weights * drawn[:, clusters], delta=found.delta)
+        return refit(
+            found.terms,
+            found.logs,
+            start,
+            weights=found.weights * drawn[:, clusters],
+            delta=found.delta,
+        )
     residuals = found.residuals * math.sqrt(m / max(1, m - p))
-    dealt = residuals[random.integers(m, size=(draws, m))] if kind == "residuals" else residuals * random.choice([-1.0, 1.0], (draws, m))
-    return refit(found.terms, found.terms.value(found.theta) + dealt, start, weights=found.weights, delta=found.delta)
+    dealt = (
+        residuals[random.integers(m, size=(draws, m))]
+        if kind == "residuals"
+        else residuals * random.choice([-1.0, 1.0], (draws, m))
+    )
+    return refit(
+        found.terms,
+        found.terms.value(found.theta) + dealt,
+        start,
+        weights=found.weights,
+        delta=found.delta,
+    )
 
 
 # ---- scatter -----------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """A sweep's folder -> all the laws that its points allow, and why not the others.
 
-    survey(folder) -> Survey     laws by name, sentences on what was left out, the frontier of compute
+survey(folder) -> Survey     laws by name, sentences on what was left out, the frontier of compute
 
-    nk, n     each (n, k) at its best learning rate; of converged runs alone where they have enough n, else as all runs ended
-    s         the same at one k, of each LM
-    tokens    what those of them that converged took to
-    lr        of each (n, k) whose best rate has worse ones on both sides: the vertex of the parabola through the three, in logs
-    c         the points of all curves of one k that no other point beats with less compute
-    optimal   where along them the best n goes over to the next: (C, geometric mean of the two)
+nk, n     each (n, k) at its best learning rate; of converged runs alone where they have enough n, else as all runs ended
+s         the same at one k, of each LM
+tokens    what those of them that converged took to
+lr        of each (n, k) whose best rate has worse ones on both sides: the vertex of the parabola through the three, in logs
+c         the points of all curves of one k that no other point beats with less compute
+optimal   where along them the best n goes over to the next: (C, geometric mean of the two)
 """
 
 from __future__ import annotations
@@ -50,20 +50,40 @@ class Survey:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a sweep's law.json holds (docs/formats.md)."""
-        return {"format": laws.FORMAT, "runs": self.runs, "subject": self.subject, "laws": {name: law.to_dict() for name, law in self.laws.items()},
-                "absent": self.absent, "notes": self.notes,
-                "frontier": [{name: laws.plain(column[i]) for name, column in self.frontier.items()} for i in range(len(self.frontier.get("c", ())))]}
+        return {
+            "format": laws.FORMAT,
+            "runs": self.runs,
+            "subject": self.subject,
+            "laws": {name: law.to_dict() for name, law in self.laws.items()},
+            "absent": self.absent,
+            "notes": self.notes,
+            "frontier": [
+                {name: laws.plain(column[i]) for name, column in self.frontier.items()}
+                for i in range(len(self.frontier.get("c", ())))
+            ],
+        }
 
     def predictions(self, at: dict[str, Any]) -> list[str]:
         """Say what each law that depends on no more than `at` says there."""
         if not at:
             return []
-        said = [law.predict(**{name: at[name] for name in law.cells.columns}).says(law.kind.target, {name: at[name] for name in law.cells.columns})
-                for name, law in self.laws.items() if set(law.cells.columns) <= set(at) and (law.by_group is None or name != "n" or "nk" not in self.laws)
-                and (law.by_group is None or at[law.by_group] in law.cells.columns[law.by_group])]
+        said = [
+            law.predict(**{name: at[name] for name in law.cells.columns}).says(
+                law.kind.target, {name: at[name] for name in law.cells.columns}
+            )
+            for name, law in self.laws.items()
+            if set(law.cells.columns) <= set(at)
+            and (law.by_group is None or name != "n" or "nk" not in self.laws)
+            and (law.by_group is None or at[law.by_group] in law.cells.columns[law.by_group])
+        ]
         if not said:
-            raise InputError(f"no law of this sweep is predicted at {', '.join(at)} alone; "
-                             + "; ".join(f"{name} needs {', '.join(law.cells.columns)}" for name, law in self.laws.items()))
+            raise InputError(
+                f"no law of this sweep is predicted at {', '.join(at)} alone; "
+                + "; ".join(
+                    f"{name} needs {', '.join(law.cells.columns)}"
+                    for name, law in self.laws.items()
+                )
+            )
         return said
 
     def budgeted(self, flops: float, at: dict[str, Any]) -> list[str]:
@@ -77,23 +97,31 @@ class Survey:
         known = np.unique(self.frontier["k"]).tolist()
         wanted = [at["k"]] if "k" in at else known
         if not set(wanted) <= set(known):
-            raise InputError(f"the sweep has no curves at k={wanted[0]:g}; it has them at {', '.join(f'{k:g}' for k in known)}")
+            raise InputError(
+                f"the sweep has no curves at k={wanted[0]:g}; it has them at {', '.join(f'{k:g}' for k in known)}"
+            )
         return [line for k in wanted for line in self._spend(flops, k)]
 
     def _spend(self, flops: float, k: float) -> list[str]:
         law = self.laws["optimal"]
         of = {"c": flops} | ({"k": k} if "k" in law.cells.columns else {})
         if "k" in of and k not in law.cells.columns["k"]:
-            return [f"k = {k:g}: no compute-optimal size, since one n is the best all along its curves"]
+            return [
+                f"k = {k:g}: no compute-optimal size, since one n is the best all along its curves"
+            ]
         size = law.predict(**of)
         tokens = [flops / self.cost(n, k) for n in (size.value, size.high, size.low)]
         loss = ""
         if "c" in self.laws:
             frontier = self.laws["c"]
-            expected = frontier.predict(**{name: {"c": flops, "k": k}[name] for name in frontier.cells.columns})
+            expected = frontier.predict(
+                **{name: {"c": flops, "k": k}[name] for name in frontier.cells.columns}
+            )
             loss = f", loss {expected.value:.4g} [{expected.low:.4g}, {expected.high:.4g}]"
-        return [f"{flops:.3g} FLOPs at k = {k:g}: n = {size.value:,.0f} [{size.low:,.0f}, {size.high:,.0f}], "
-                f"tokens = {tokens[0]:.3g} [{tokens[1]:.3g}, {tokens[2]:.3g}]{loss}"]
+        return [
+            f"{flops:.3g} FLOPs at k = {k:g}: n = {size.value:,.0f} [{size.low:,.0f}, {size.high:,.0f}], "
+            f"tokens = {tokens[0]:.3g} [{tokens[1]:.3g}, {tokens[2]:.3g}]{loss}"
+        ]
 
     def cost(self, n: float, k: float) -> float:
         """Return the training FLOPs per token at a size, between and beyond those of the runs along straight lines in logs."""
@@ -114,26 +142,42 @@ class _Rows:
     subject: dict[str, str] = field(default_factory=dict)
 
 
-def survey(folder: Path | str, *, form: str = "paper", draws: int = laws.DRAWS,
-           observe: Callable[[int, int, str], None] = lambda done, total, what: None) -> Survey:
+def survey(
+    folder: Path | str,
+    *,
+    form: str = "paper",
+    draws: int = laws.DRAWS,
+    observe: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Survey:
     """Fit every law that the points and curves of a sweep's folder allow; form: of those laws that have it."""
     folder = Path(folder)
     found = _read(folder)
     curves = _curves(folder, found)
     frontier = frontier_of(curves)
-    tables = {"nk": _of_subject(found), "n": _of_subject(found), "tokens": _tokens(found), "lr": best_rates(found.rows, found.notes),
-              "s": _by_lm(found), "c": _along(frontier), "optimal": crossings(frontier)}
+    tables = {
+        "nk": _of_subject(found),
+        "n": _of_subject(found),
+        "tokens": _tokens(found),
+        "lr": best_rates(found.rows, found.notes),
+        "s": _by_lm(found),
+        "c": _along(frontier),
+        "optimal": crossings(frontier),
+    }
     fitted, absent = {}, {}
     for done, name in enumerate(LAWS):
         observe(done, len(LAWS), law_of(name).title)
         try:
             fitted[name] = _fit(name, tables[name], form, draws)
         except InputError as error:
-            absent[name] = f"No law {law_of(name).title}: {str(error).removeprefix(f'too few points for {law_of(name).title}: ')}."
+            absent[name] = (
+                f"No law {law_of(name).title}: {str(error).removeprefix(f'too few points for {law_of(name).title}: ')}."
+            )
     observe(len(LAWS), len(LAWS), "")
     if not fitted:
         raise InputError(f"{folder} allows no law: " + " ".join(absent.values()))
-    return Survey(folder, fitted, absent, found.notes, found.subject, frontier, _costs(curves), found.runs)
+    return Survey(
+        folder, fitted, absent, found.notes, found.subject, frontier, _costs(curves), found.runs
+    )
 
 
 def _fit(name: str, table: dict[str, np.ndarray], form: str, draws: int) -> Law:
@@ -152,7 +196,8 @@ def _fit(name: str, table: dict[str, np.ndarray], form: str, draws: int) -> Law:
 
 
 WANTED = {
-    "nk": "there are no finished runs", "n": "there are no finished runs",
+    "nk": "there are no finished runs",
+    "n": "there are no finished runs",
     "tokens": "no run has converged; runs that train to convergence would add it",
     "lr": "no (n, k) has its best learning rate between two worse ones; runs of at least three rates at each n would add it",
     "s": "all runs are of one LM; the same n and k on another LM would add it",
@@ -176,21 +221,31 @@ def _read(folder: Path) -> _Rows:
     found = _Rows(rows, len(rows["loss"]))
     finite = np.isfinite(rows["loss"])
     if (wrong := rows["loss"] <= 0).any():
-        raise InputError(f"{file}: the loss of {_name(rows, np.flatnonzero(wrong)[0])} is {rows['loss'][wrong][0]:g}; a loss is above 0")
+        raise InputError(
+            f"{file}: the loss of {_name(rows, np.flatnonzero(wrong)[0])} is {rows['loss'][wrong][0]:g}; a loss is above 0"
+        )
     if not finite.all():
-        found.notes.append(f"{(~finite).sum()} of {len(finite)} runs have no finite loss and are left out: "
-                           + ", ".join(_name(rows, i) for i in np.flatnonzero(~finite)[:5]) + (" …" if (~finite).sum() > 5 else "") + ".")
+        found.notes.append(
+            f"{(~finite).sum()} of {len(finite)} runs have no finite loss and are left out: "
+            + ", ".join(_name(rows, i) for i in np.flatnonzero(~finite)[:5])
+            + (" …" if (~finite).sum() > 5 else "")
+            + "."
+        )
     found.rows = take(rows, finite)
     for name in ("lm", "activation"):
         if name in rows and finite.any():
             kinds, counts = np.unique(found.rows[name], return_counts=True)
             found.subject[name] = str(kinds[counts.argmax()])
             if len(kinds) > 1 and name == "activation":
-                found.notes.append(f"Laws are of the runs with activation {found.subject[name]}; those with {', '.join(sorted(set(kinds) - {found.subject[name]}))} "
-                                   "are left out.")
+                found.notes.append(
+                    f"Laws are of the runs with activation {found.subject[name]}; those with {', '.join(sorted(set(kinds) - {found.subject[name]}))} "
+                    "are left out."
+                )
                 found.rows = take(found.rows, found.rows[name] == found.subject[name])
             elif len(kinds) > 1:
-                found.notes.append(f"All laws but L_s(N) are of {found.subject[name]}, of which there are the most runs.")
+                found.notes.append(
+                    f"All laws but L_s(N) are of {found.subject[name]}, of which there are the most runs."
+                )
     return found
 
 
@@ -204,7 +259,11 @@ def _of_subject(found: _Rows) -> dict[str, np.ndarray]:
 
 
 def _mine(found: _Rows) -> dict[str, np.ndarray]:
-    return take(found.rows, found.rows["lm"] == found.subject["lm"]) if "lm" in found.subject else found.rows
+    return (
+        take(found.rows, found.rows["lm"] == found.subject["lm"])
+        if "lm" in found.subject
+        else found.rows
+    )
 
 
 def _converged(rows: dict[str, np.ndarray], notes: list[str]) -> dict[str, np.ndarray]:
@@ -212,15 +271,27 @@ def _converged(rows: dict[str, np.ndarray], notes: list[str]) -> dict[str, np.nd
         return rows
     yes = np.char.lower(rows["converged"].astype(str)) == "true"
     if not yes.any():
-        _say(notes, "No run has converged: L(N) and L(N, k) are of losses at the end of each run's budget, which larger n, slower to converge, suffer from more.")
+        _say(
+            notes,
+            "No run has converged: L(N) and L(N, k) are of losses at the end of each run's budget, which larger n, slower to converge, suffer from more.",
+        )
         return rows
     if yes.all():
         return rows
-    if min(len(np.unique(rows["n"][yes & (rows["k"] == k)])) for k in np.unique(rows["k"])) < ENOUGH:
-        _say(notes, f"{yes.sum()} of {len(yes)} runs converged, too few to fit alone (not {ENOUGH} n at each k): L(N) and L(N, k) are of all runs as they ended, "
-                    "at convergence or at the end of the budget, which larger n, slower to converge, suffer from more.")
+    if (
+        min(len(np.unique(rows["n"][yes & (rows["k"] == k)])) for k in np.unique(rows["k"]))
+        < ENOUGH
+    ):
+        _say(
+            notes,
+            f"{yes.sum()} of {len(yes)} runs converged, too few to fit alone (not {ENOUGH} n at each k): L(N) and L(N, k) are of all runs as they ended, "
+            "at convergence or at the end of the budget, which larger n, slower to converge, suffer from more.",
+        )
         return rows
-    _say(notes, f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the learning rate.")
+    _say(
+        notes,
+        f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the learning rate.",
+    )
     return take(rows, yes)
 
 
@@ -269,10 +340,17 @@ def best_rates(rows: Columns, notes: list[str]) -> dict[str, np.ndarray]:
         if at in (0, len(rates) - 1):
             edges.append(f"n = {n:g}, k = {k:g}")
             continue
-        a, b, _ = np.polyfit(np.log(rates[at - 1 : at + 2]) - math.log(rates[at]), losses[at - 1 : at + 2] - losses[at], 2)
+        a, b, _ = np.polyfit(
+            np.log(rates[at - 1 : at + 2]) - math.log(rates[at]),
+            losses[at - 1 : at + 2] - losses[at],
+            2,
+        )
         found.append((n, k, rates[at] * math.exp(-b / (2 * a))))
     if edges:
-        _say(notes, f"The best learning rate is at the edge of those tried for {'; '.join(edges[:4])}{' …' if len(edges) > 4 else ''}: rates beyond it would place it.")
+        _say(
+            notes,
+            f"The best learning rate is at the edge of those tried for {'; '.join(edges[:4])}{' …' if len(edges) > 4 else ''}: rates beyond it would place it.",
+        )
     return dict(zip(("n", "k", "lr"), np.array(found, float).T)) if found else {}
 
 
@@ -326,7 +404,10 @@ def crossings(frontier: Columns) -> dict[str, np.ndarray]:
         of = frontier["k"] == k
         n, c = frontier["n"][of], frontier["c"][of]
         sizes = np.unique(n)
-        found += [(math.sqrt(c[n <= small].max() * c[n >= large].min()), k, math.sqrt(small * large)) for small, large in zip(sizes, sizes[1:])]
+        found += [
+            (math.sqrt(c[n <= small].max() * c[n >= large].min()), k, math.sqrt(small * large))
+            for small, large in zip(sizes, sizes[1:])
+        ]
     return dict(zip(("c", "k", "n"), np.array(found, float).T)) if found else {}
 
 
@@ -334,7 +415,18 @@ def _costs(curves: Columns) -> dict[str, np.ndarray]:
     """Return the training FLOPs per token of each (n, k), from the ends of its curves."""
     found = {}
     if "tokens" in curves:
-        for n, k, tokens, c in sorted(zip(curves["n"].tolist(), curves["k"].tolist(), curves["tokens"].tolist(), curves["c"].tolist())):
+        for n, k, tokens, c in sorted(
+            zip(
+                curves["n"].tolist(),
+                curves["k"].tolist(),
+                curves["tokens"].tolist(),
+                curves["c"].tolist(),
+            )
+        ):
             if tokens > 0:
                 found[k, n] = c / tokens
-    return {"k": np.array([k for k, _ in found]), "n": np.array([n for _, n in found]), "cost": np.array(list(found.values()))}
+    return {
+        "k": np.array([k for k, _ in found]),
+        "n": np.array([n for _, n in found]),
+        "cost": np.array(list(found.values())),
+    }

@@ -1,8 +1,8 @@
 """Run a sweep: what is not finished is planned into cohorts, trained, and collected. The same call again goes on, or widens it.
 
-    plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk before anything starts
-    sweep(grid, folder, launch)   do it
-    train_here(grid, …)           train some runs as one cohort in this process
+plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk before anything starts
+sweep(grid, folder, launch)   do it
+train_here(grid, …)           train some runs as one cohort in this process
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from ksparse.recipe import Recipe, k_aux
 from ksparse.runs import RunFolder
 from ksparse.scaling import launch as launching
 from ksparse.scaling.collect import collect
-from ksparse.scaling.grid import Grid, SweepFolder, cohorts, finished, half_of_memory, memory_bytes, shared_bytes
+from ksparse.scaling.grid import (
+    Grid,
+    SweepFolder,
+    cohorts,
+    finished,
+    half_of_memory,
+    memory_bytes,
+    shared_bytes,
+)
 from ksparse.scaling.launch import Launch
 from ksparse.training import flops
 from ksparse.training.loop import train_cohort
@@ -65,7 +73,10 @@ class Plan:
     @property
     def seconds(self) -> float:
         """How long it takes if workers do not slow one another."""
-        return max(sum(cohort.seconds for cohort in self.cohorts) / self.workers, max((cohort.seconds for cohort in self.cohorts), default=0.0))
+        return max(
+            sum(cohort.seconds for cohort in self.cohorts) / self.workers,
+            max((cohort.seconds for cohort in self.cohorts), default=0.0),
+        )
 
     @property
     def flops(self) -> float:
@@ -81,23 +92,64 @@ def plan(grid: Grid, folder: SweepFolder, options: Launch) -> Plan:
     memory = options.memory_gb * 1e9 or half_of_memory() / (options.workers if here else 1)
     device = resolve_device(next(iter(grid.recipes.values())).run.device)
     rate = speed(device)
-    groups = [_cohort(names, todo, widths, subjects, rate) for names in cohorts(todo, widths, memory=memory, workers=options.workers)]
-    weights = sum(4 * (2 * recipe.sae.n_latents * widths[name]) * 5 * (recipe.run.keep + 1) for name, recipe in todo.items())
+    groups = [
+        _cohort(names, todo, widths, subjects, rate)
+        for names in cohorts(todo, widths, memory=memory, workers=options.workers)
+    ]
+    weights = sum(
+        4 * (2 * recipe.sae.n_latents * widths[name]) * 5 * (recipe.run.keep + 1)
+        for name, recipe in todo.items()
+    )
     where = next(path for path in [folder.path, *folder.path.resolve().parents] if path.exists())
-    return Plan(len(grid), [name for name in grid.recipes if name not in todo], groups, weights, shutil.disk_usage(where).free, device, options.workers, subjects)
+    return Plan(
+        len(grid),
+        [name for name in grid.recipes if name not in todo],
+        groups,
+        weights,
+        shutil.disk_usage(where).free,
+        device,
+        options.workers,
+        subjects,
+    )
 
 
-def _cohort(names: list[str], todo: dict[str, Recipe], widths: dict[str, int], subjects: dict[str, Subject], rate: float) -> Cohort:
+def _cohort(
+    names: list[str],
+    todo: dict[str, Recipe],
+    widths: dict[str, int],
+    subjects: dict[str, Subject],
+    rate: float,
+) -> Cohort:
     members = [todo[name] for name in names]
     d = widths[names[0]]
     tokens = max(recipe.steps * recipe.batch for recipe in members)
-    own = [(recipe.steps * recipe.batch, flops.encoder(recipe, d), flops.decoder(recipe, d), flops.auxk(k_aux(recipe.sae, d), d)) for recipe in members]
-    spent_lm = 0 if members[0].acts.shards else tokens * flops.lm(subjects[_subject_key(members[0])].before_site)
+    own = [
+        (
+            recipe.steps * recipe.batch,
+            flops.encoder(recipe, d),
+            flops.decoder(recipe, d),
+            flops.auxk(k_aux(recipe.sae, d), d),
+        )
+        for recipe in members
+    ]
+    spent_lm = (
+        0
+        if members[0].acts.shards
+        else tokens * flops.lm(subjects[_subject_key(members[0])].before_site)
+    )
     # The sparse parts read memory rather than multiply; they run at about a tenth of the product's rate.
-    seconds = (2 * spent_lm + sum(count * (encoder + 10 * decoder) for count, encoder, decoder, _ in own)) / rate
-    return Cohort(names, sum(recipe.sae.n_latents for recipe in members), sum(count for count, *_ in own),
-                  float(sum(count * (encoder + decoder + aux) for count, encoder, decoder, aux in own)), float(spent_lm), seconds,
-                  sum(memory_bytes(todo[name], widths[name]) for name in names) + shared_bytes(members))
+    seconds = (
+        2 * spent_lm + sum(count * (encoder + 10 * decoder) for count, encoder, decoder, _ in own)
+    ) / rate
+    return Cohort(
+        names,
+        sum(recipe.sae.n_latents for recipe in members),
+        sum(count for count, *_ in own),
+        float(sum(count * (encoder + decoder + aux) for count, encoder, decoder, aux in own)),
+        float(spent_lm),
+        seconds,
+        sum(memory_bytes(todo[name], widths[name]) for name in names) + shared_bytes(members),
+    )
 
 
 def _subjects(recipes: dict[str, Recipe]) -> dict[str, Subject]:
@@ -113,18 +165,33 @@ def _subject_key(recipe: Recipe) -> str:
     return json.dumps([recipe.acts.lm, recipe.acts.site, recipe.acts.shards])
 
 
-def sweep(grid: Grid, folder: SweepFolder, options: Launch = Launch(), *, observe: Observe = lambda done, total, note: None,
-          planned: Callable[[Plan], None] = lambda plan: None) -> dict[str, str]:
+def sweep(
+    grid: Grid,
+    folder: SweepFolder,
+    options: Launch = Launch(),
+    *,
+    observe: Observe = lambda done, total, note: None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+) -> dict[str, str]:
     """Train what is not finished, and collect; return {run: why} of the runs that failed."""
     with folder.locked():
         made = plan(grid, folder, options)
         planned(made)
         if made.disk > made.free:
-            raise InputError(f"the disk is too small: {made.disk / 1e9:,.1f} GB for checkpoints, {made.free / 1e9:,.1f} GB free at {folder.path}; "
-                             "lower run.keep, or give another --out")
+            raise InputError(
+                f"the disk is too small: {made.disk / 1e9:,.1f} GB for checkpoints, {made.free / 1e9:,.1f} GB free at {folder.path}; "
+                "lower run.keep, or give another --out"
+            )
         if grid.file.resolve() != folder.file.resolve():
             files.write_text(folder.file, grid.file.read_text(encoding="utf-8"))
-        files.write_json(folder.plan_file, {key: value for key, value in dataclasses.asdict(made).items() if key not in ("subjects", "free")})
+        files.write_json(
+            folder.plan_file,
+            {
+                key: value
+                for key, value in dataclasses.asdict(made).items()
+                if key not in ("subjects", "free")
+            },
+        )
         failed = _launched(grid, folder, options, made, observe) if made.cohorts else {}
         for name in grid.recipes:
             with suppress(FileNotFoundError):
@@ -135,7 +202,9 @@ def sweep(grid: Grid, folder: SweepFolder, options: Launch = Launch(), *, observ
     return failed
 
 
-def _launched(grid: Grid, folder: SweepFolder, options: Launch, made: Plan, observe: Observe) -> dict[str, str]:
+def _launched(
+    grid: Grid, folder: SweepFolder, options: Launch, made: Plan, observe: Observe
+) -> dict[str, str]:
     progress = _Progress(folder, made, observe)
     jobs = [cohort.runs for cohort in made.cohorts]
     if options.launcher == "here":
@@ -149,17 +218,40 @@ def _launched(grid: Grid, folder: SweepFolder, options: Launch, made: Plan, obse
                 log.warning("%s", error)
                 failed |= {name: str(error) for name in names if not finished(folder.run(name))}
         return failed
-    start = launching.processes(folder.path, options.workers) if options.launcher == "processes" else launching.submitted(folder.path, options)
-    return launching.run(jobs, start, lambda names: [name for name in names if not finished(folder.run(name))], workers=options.workers,
-                         retries=options.retries, observe=progress.read, warn=log.warning)
+    start = (
+        launching.processes(folder.path, options.workers)
+        if options.launcher == "processes"
+        else launching.submitted(folder.path, options)
+    )
+    return launching.run(
+        jobs,
+        start,
+        lambda names: [name for name in names if not finished(folder.run(name))],
+        workers=options.workers,
+        retries=options.retries,
+        observe=progress.read,
+        warn=log.warning,
+    )
 
 
-def train_here(grid: Grid, folder: SweepFolder, names: Sequence[str], *, observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None) -> None:
+def train_here(
+    grid: Grid,
+    folder: SweepFolder,
+    names: Sequence[str],
+    *,
+    observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
+) -> None:
     """Train some runs of a sweep as one cohort in this process."""
     unknown = [name for name in names if name not in grid.recipes]
     if unknown:
-        raise InputError(f"sweep {folder.path} has no run {unknown[0]!r}; its runs are {', '.join(grid.recipes)}")
-    train_cohort([grid.recipes[name] for name in names], [folder.run(name).path for name in names], observe=observe)
+        raise InputError(
+            f"sweep {folder.path} has no run {unknown[0]!r}; its runs are {', '.join(grid.recipes)}"
+        )
+    train_cohort(
+        [grid.recipes[name] for name in names],
+        [folder.run(name).path for name in names],
+        observe=observe,
+    )
 
 
 class _Progress:
@@ -181,8 +273,16 @@ class _Progress:
         self._say()
 
     def _say(self) -> None:
-        ended = sum(finished(self.folder.run(name)) for name in self.names) if sum(self.tokens.values()) >= self.total else None
-        self.observe(min(sum(self.tokens.values()), self.total), self.total, f"{len(self.tokens)} SAEs" + (f", {ended} finished" if ended else ""))
+        ended = (
+            sum(finished(self.folder.run(name)) for name in self.names)
+            if sum(self.tokens.values()) >= self.total
+            else None
+        )
+        self.observe(
+            min(sum(self.tokens.values()), self.total),
+            self.total,
+            f"{len(self.tokens)} SAEs" + (f", {ended} finished" if ended else ""),
+        )
 
 
 def _last_tokens(file: Path) -> int:

@@ -22,7 +22,11 @@ from ksparse.studies import ablations, baselines, gaussian, sites
 from ksparse.studies.study import Observe, Study
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
-    "baselines": baselines.study, "sites": sites.study, "gaussian": gaussian.study, "recipe": ablations.study}
+    "baselines": baselines.study,
+    "sites": sites.study,
+    "gaussian": gaussian.study,
+    "recipe": ablations.study,
+}
 
 
 def check_name(name: str, others: Sequence[str] = ()) -> None:
@@ -30,10 +34,18 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
     known = [*STUDIES, *others]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise InputError(f"there is no study {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
+        raise InputError(
+            f"there is no study {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+        )
 
 
-def run(name: str, options: StudyOptions = StudyOptions(), *, observe: Observe = lambda what, done, total: None) -> Path:
+def run(
+    name: str,
+    options: StudyOptions = StudyOptions(),
+    *,
+    observe: Observe = lambda what, done, total: None,
+) -> Path:
     """Do a study; return the folder that holds it.
 
     observe: called with what is being done, and how much of how much is done. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.

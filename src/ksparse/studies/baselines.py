@@ -29,15 +29,31 @@ def study(study: Study) -> dict[str, Any]:
     for member in members:
         kinds.setdefault(member.split(" ")[0], []).append(member)
     wide = _at_4k(study, members)
-    error, loss = ({kind: points(results, key, of, some) for kind, some in kinds.items()} for key, of in (("nmse", "stats"), ("ce_delta", "downstream")))
+    error, loss = (
+        {kind: points(results, key, of, some) for kind, some in kinds.items()}
+        for key, of in (("nmse", "stats"), ("ce_delta", "downstream"))
+    )
     return {
         "question": "Which activation reconstructs best, and loses the LM least, at equal L0?",
-        "members": {member: numbers(results[member]) for member in members} | {member: numbers(result) for member, result in wide.items()},
+        "members": {member: numbers(results[member]) for member in members}
+        | {member: numbers(result) for member, result in wide.items()},
         "figures": [
-            _frontier("l0-nmse", "L0 against error", "normalised MSE", error), _frontier("l0-ce", "L0 against the LM's additional loss", "delta CE, nats per token", loss),
-            Figure("nmse-ce", "Error against the LM's additional loss", "At equal error, the kinds still differ in what they cost the LM.", "normalised MSE", "delta CE, nats per token",
-                   [Curve(kind, error[kind].y, loss[kind].y, loss[kind].se) for kind in kinds], "xy")],
-        "findings": [*_rivals(loss, error), *_multi(results, wide)]}
+            _frontier("l0-nmse", "L0 against error", "normalised MSE", error),
+            _frontier(
+                "l0-ce", "L0 against the LM's additional loss", "delta CE, nats per token", loss
+            ),
+            Figure(
+                "nmse-ce",
+                "Error against the LM's additional loss",
+                "At equal error, the kinds still differ in what they cost the LM.",
+                "normalised MSE",
+                "delta CE, nats per token",
+                [Curve(kind, error[kind].y, loss[kind].y, loss[kind].se) for kind in kinds],
+                "xy",
+            ),
+        ],
+        "findings": [*_rivals(loss, error), *_multi(results, wide)],
+    }
 
 
 def recipes(study: Study) -> dict[str, Recipe]:
@@ -49,7 +65,9 @@ def recipes(study: Study) -> dict[str, Recipe]:
     def add(kind: str, activation: Activation, word: str, k: int = middle, **changes: Any) -> None:
         for seed in range(options.seeds):
             name = f"{kind} {word}" + (f" seed{seed}" if options.seeds > 1 else "")
-            found[name] = study.recipe(tokens=TOKENS, n=n, k=k, activation=activation, seed=seed, **changes)
+            found[name] = study.recipe(
+                tokens=TOKENS, n=n, k=k, activation=activation, seed=seed, **changes
+            )
 
     for share in SPARSITIES:
         k = max(1, min(n, round(share * middle)))
@@ -60,7 +78,12 @@ def recipes(study: Study) -> dict[str, Recipe]:
             add("BatchTopK", BatchTopK(), f"k{k}", k)
             add("JumpReLU", JumpReLU(bandwidth=BANDWIDTH), f"k{k}", k)
     for share in PENALTIES:
-        for kind, make in {"ReLU": ReLU, "Gated": Gated, "ProLU-STE": ProLU, "ProLU-ReLU": lambda l1: ProLU(gradient="relu", l1=l1)}.items():
+        for kind, make in {
+            "ReLU": ReLU,
+            "Gated": Gated,
+            "ProLU-STE": ProLU,
+            "ProLU-ReLU": lambda l1: ProLU(gradient="relu", l1=l1),
+        }.items():
             weight = float(f"{share * L1[kind]:.4g}")
             add(kind, make(l1=weight), f"l{weight:g}")
     return found
@@ -72,19 +95,38 @@ BANDWIDTH = 0.03
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """Return what a table shows of a member."""
-    return {"l0": result["stats"]["l0"], "nmse": result["stats"]["nmse"], "dead_fraction": result["stats"]["dead_fraction"],
-            "ce_delta": result["downstream"]["ce_delta"], "kl": result["downstream"]["kl"]}
+    return {
+        "l0": result["stats"]["l0"],
+        "nmse": result["stats"]["nmse"],
+        "dead_fraction": result["stats"]["dead_fraction"],
+        "ce_delta": result["downstream"]["ce_delta"],
+        "kl": result["downstream"]["kl"],
+    }
 
 
 def _at_4k(study: Study, members: dict[str, Recipe]) -> dict[str, dict[str, Any]]:
     """Judge TopK and Multi-TopK with four times the k that they were trained with."""
-    there = {f"{member} at 4k": member for member in members if member.startswith(("TopK", "Multi-TopK")) and 4 * members[member].sae.k <= members[member].sae.n_latents}
-    return study.judge(list(there), source=there.__getitem__, change=lambda member, sae: at_k(sae, 4 * sae.shape.k))
+    there = {
+        f"{member} at 4k": member
+        for member in members
+        if member.startswith(("TopK", "Multi-TopK"))
+        and 4 * members[member].sae.k <= members[member].sae.n_latents
+    }
+    return study.judge(
+        list(there), source=there.__getitem__, change=lambda member, sae: at_k(sae, 4 * sae.shape.k)
+    )
 
 
 def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure:
-    return Figure(name, title, "Held-out text, averaged weights, all on one stream; lower is better. Bars are a standard error over documents.", "L0", y,
-                  [dataclasses.replace(curve, label=kind) for kind, curve in curves.items()], "xy")
+    return Figure(
+        name,
+        title,
+        "Held-out text, averaged weights, all on one stream; lower is better. Bars are a standard error over documents.",
+        "L0",
+        y,
+        [dataclasses.replace(curve, label=kind) for kind, curve in curves.items()],
+        "xy",
+    )
 
 
 def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
@@ -98,8 +140,14 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
             theirs, worse = between(loss[kind], x), between(error[kind], x)
             if theirs is None or worse is None:
                 continue
-            said_of.append(f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} against {between(error['TopK'], x)[0]:.4f})")
-        found.append(f"{kind} costs the LM more than TopK {'; '.join(said_of)}." if said_of else _beyond(kind, loss))
+            said_of.append(
+                f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} against {between(error['TopK'], x)[0]:.4f})"
+            )
+        found.append(
+            f"{kind} costs the LM more than TopK {'; '.join(said_of)}."
+            if said_of
+            else _beyond(kind, loss)
+        )
     return found
 
 
@@ -112,7 +160,9 @@ def _beyond(kind: str, loss: dict[str, Curve]) -> str:
     """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest TopK; curves go by rising L0."""
     theirs, ours = loss[kind], loss["TopK"]
     if theirs.x[0] <= ours.x[-1]:
-        return f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare."
+        return (
+            f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare."
+        )
     difference = _less((theirs.y[0], theirs.se[0]), (ours.y[-1], ours.se[-1]))
     return f"{kind} at L0 {theirs.x[0]:.1f}, its lowest, costs the LM more than TopK at {ours.x[-1]:.1f} by {said(difference)} nats."
 
@@ -125,11 +175,21 @@ def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) 
         if not member.startswith("TopK") or rival not in results or f"{member} at 4k" not in wide:
             continue
         parts = []
-        for where, ours, theirs in (("k", results[member], results[rival]), ("4k", wide[f"{member} at 4k"], wide[f"{rival} at 4k"])):
-            error, loss = ({"value": theirs[of][key]["value"] - ours[of][key]["value"], "se": math.hypot(theirs[of][key]["se"] or 0, ours[of][key]["se"] or 0)}
-                           for of, key in (("stats", "nmse"), ("downstream", "ce_delta")))
+        for where, ours, theirs in (
+            ("k", results[member], results[rival]),
+            ("4k", wide[f"{member} at 4k"], wide[f"{rival} at 4k"]),
+        ):
+            error, loss = (
+                {
+                    "value": theirs[of][key]["value"] - ours[of][key]["value"],
+                    "se": math.hypot(theirs[of][key]["se"] or 0, ours[of][key]["se"] or 0),
+                }
+                for of, key in (("stats", "nmse"), ("downstream", "ce_delta"))
+            )
             parts.append(f"at {where} by {said(error)} in error and {said(loss)} nats")
-        found.append(f"Multi-TopK less TopK, trained with {member.removeprefix('TopK ')}: " + ", ".join(parts) + ".")
+        found.append(
+            f"Multi-TopK less TopK, trained with {member.removeprefix('TopK ')}: "
+            + ", ".join(parts)
+            + "."
+        )
     return found
-
-

@@ -75,19 +75,42 @@ class Study:
         self.path = Path(options.out or f"studies/{name}")
         self.began = time.monotonic()
         base = open_run(options.run).recipe() if options.run else Recipe()
-        given = {key: getattr(options, key) for key in ("lm", "site", "text") if getattr(options, key)}
+        given = {
+            key: getattr(options, key) for key in ("lm", "site", "text") if getattr(options, key)
+        }
         self.acts = dataclasses.replace(base.acts, **given, **({"shards": ""} if given else {}))
-        self.base = dataclasses.replace(base, acts=self.acts, batch=options.batch, order=0, threads=options.threads,
-                                        run=dataclasses.replace(base.run, device=options.device, keep=1))
+        self.base = dataclasses.replace(
+            base,
+            acts=self.acts,
+            batch=options.batch,
+            order=0,
+            threads=options.threads,
+            run=dataclasses.replace(base.run, device=options.device, keep=1),
+        )
 
-    def recipe(self, *, tokens: int, n: int, k: int, activation: Activation | None = None, seed: int = 0, **changes: Any) -> Recipe:
+    def recipe(
+        self,
+        *,
+        tokens: int,
+        n: int,
+        k: int,
+        activation: Activation | None = None,
+        seed: int = 0,
+        **changes: Any,
+    ) -> Recipe:
         """Return a member's recipe: the base's acts and optimiser, and of `sae` only what is given; the options' own sizes win.
 
         changes: keys of the section `sae`; whole sections; and `tokens`, `batch`.
         """
-        own = {key: changes.pop(key) for key in list(changes) if key in SAEOptions.__dataclass_fields__}
-        sae = SAEOptions(n_latents=n, k=k, **({"activation": activation} if activation else {}), **own)
-        return dataclasses.replace(self.base, sae=sae, tokens=self.options.tokens or tokens, seed=seed, **changes)
+        own = {
+            key: changes.pop(key) for key in list(changes) if key in SAEOptions.__dataclass_fields__
+        }
+        sae = SAEOptions(
+            n_latents=n, k=k, **({"activation": activation} if activation else {}), **own
+        )
+        return dataclasses.replace(
+            self.base, sae=sae, tokens=self.options.tokens or tokens, seed=seed, **changes
+        )
 
     def run(self, member: str) -> RunFolder:
         """Return a member's folder, named so that a shell takes it as one word."""
@@ -95,33 +118,67 @@ class Study:
 
     # ---- training
 
-    def train(self, members: dict[str, Recipe], *, what: str = "training", open_feed: Callable[[Recipe, torch.device], Feed] = Feed) -> None:
+    def train(
+        self,
+        members: dict[str, Recipe],
+        *,
+        what: str = "training",
+        open_feed: Callable[[Recipe, torch.device], Feed] = Feed,
+    ) -> None:
         """Train members on one stream; those that are finished stay as they are."""
         names = {self.run(member).path: member for member in members}
-        total, done = sum(recipe.steps * recipe.batch for recipe in members.values()), dict.fromkeys(members, 0)
+        total, done = (
+            sum(recipe.steps * recipe.batch for recipe in members.values()),
+            dict.fromkeys(members, 0),
+        )
 
         def observe(run: RunFolder, row: dict[str, Any]) -> None:
             done[names[run.path]] = row["tokens"]
             self.observe(what, sum(done.values()), total)
 
-        train_cohort(list(members.values()), [self.run(member).path for member in members], observe=observe, open_feed=open_feed)
+        train_cohort(
+            list(members.values()),
+            [self.run(member).path for member in members],
+            observe=observe,
+            open_feed=open_feed,
+        )
 
     # ---- judging
 
-    def judge(self, members: Sequence[str], names: Sequence[str] = ("stats", "downstream"), *,
-              change: Callable[[str, SAE], SAE] = lambda member, sae: sae, source: Callable[[str], str] = lambda member: member) -> dict[str, dict[str, Any]]:
+    def judge(
+        self,
+        members: Sequence[str],
+        names: Sequence[str] = ("stats", "downstream"),
+        *,
+        change: Callable[[str, SAE], SAE] = lambda member, sae: sae,
+        source: Callable[[str], str] = lambda member: member,
+    ) -> dict[str, dict[str, Any]]:
         """Return {member: {evaluation: result}}; what has been judged with the same options is read back.
 
         source: the member whose SAE is judged under a name; change: what is made of it before.
         """
-        options = EvalOptions(tokens=self.options.eval_tokens, examples=0, device=self.options.device)
-        found: dict[str, dict[str, Any]] = {member: {name: self._judged(member, name, options) for name in names} for member in members}
+        options = EvalOptions(
+            tokens=self.options.eval_tokens, examples=0, device=self.options.device
+        )
+        found: dict[str, dict[str, Any]] = {
+            member: {name: self._judged(member, name, options) for name in names}
+            for member in members
+        }
         missing = [member for member in members if not all(found[member].values())]
         for first in range(0, len(missing), TOGETHER):
             some = missing[first : first + TOGETHER]
-            saes = {member: change(member, store.load(self.run(source(member)).path)) for member in some}
-            results = evals.evaluate_many(saes, None, names, options, observe=lambda what, done, total: self.observe(
-                f"judging {first + 1} to {first + len(some)} of {len(missing)}", done, total))
+            saes = {
+                member: change(member, store.load(self.run(source(member)).path)) for member in some
+            }
+            results = evals.evaluate_many(
+                saes,
+                None,
+                names,
+                options,
+                observe=lambda what, done, total: self.observe(
+                    f"judging {first + 1} to {first + len(some)} of {len(missing)}", done, total
+                ),
+            )
             for member in some:
                 evals.write(self.run(member), results[member])
                 found[member] = {name: dict(results[member][name]) for name in names}
@@ -140,9 +197,25 @@ class Study:
 
     def finish(self, found: dict[str, Any]) -> None:
         """Write study.json."""
-        about = {"format": FORMAT, "name": self.name, "options": dataclasses.asdict(self.options), "lm": self.acts.lm, "site": self.acts.site, "text": self.acts.text}
+        about = {
+            "format": FORMAT,
+            "name": self.name,
+            "options": dataclasses.asdict(self.options),
+            "lm": self.acts.lm,
+            "site": self.acts.site,
+            "text": self.acts.text,
+        }
         figures = [dataclasses.asdict(figure) for figure in found.pop("figures")]
-        files.write_json(self.path / "study.json", {**about, **found, "figures": figures, "seconds": round(time.monotonic() - self.began, 1)}, sealed=True)
+        files.write_json(
+            self.path / "study.json",
+            {
+                **about,
+                **found,
+                "figures": figures,
+                "seconds": round(time.monotonic() - self.began, 1),
+            },
+            sealed=True,
+        )
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -151,21 +224,36 @@ class Study:
 def at_k(sae: SAE, k: int) -> SAE:
     """Return the same weights with TopK of another k."""
     if k > sae.shape.n_latents:
-        raise InputError(f"k = {k} is more than the {sae.shape.n_latents} latents; give a smaller --k or more --n-latents")
+        raise InputError(
+            f"k = {k} is more than the {sae.shape.n_latents} latents; give a smaller --k or more --n-latents"
+        )
     made = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
-    made.load_state_dict({key: value for key, value in sae.state_dict().items() if key in made.keys})
+    made.load_state_dict(
+        {key: value for key, value in sae.state_dict().items() if key in made.keys}
+    )
     return made
 
 
 def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequence[str]) -> Curve:
     """Return members' values of `y` of one evaluation against their L0, by rising L0; unlabelled."""
-    rows = sorted((results[member]["stats"]["l0"]["value"], results[member][of][y]["value"], results[member][of][y]["se"]) for member in members)
+    rows = sorted(
+        (
+            results[member]["stats"]["l0"]["value"],
+            results[member][of][y]["value"],
+            results[member][of][y]["se"],
+        )
+        for member in members
+    )
     return Curve("", *([row[i] for row in rows] for i in range(3)))
 
 
 def between(curve: Curve, x: float) -> tuple[float, float] | None:
     """Return (y, its standard error) at x by a straight line between logarithms of neighbouring points; None outside of the points."""
-    rows = [(a, b, c or 0.0) for a, b, c in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x)) if a and b and a > 0 and b > 0]
+    rows = [
+        (a, b, c or 0.0)
+        for a, b, c in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x))
+        if a and b and a > 0 and b > 0
+    ]
     for (x0, y0, s0), (x1, y1, s1) in zip(rows, rows[1:]):
         if x0 <= x <= x1:
             share = (math.log(x / x0) / math.log(x1 / x0)) if x1 > x0 else 0.0
@@ -182,11 +270,25 @@ def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Estimate]:
     left = y - y.mean() - slope * (x - x.mean())
     variance = left.square().sum() / (len(x) - 2) if len(x) > 2 else None
     factor = (y.mean() - slope * x.mean()).exp().item()
-    return {"exponent": {"value": slope.item(), "se": None if variance is None else (variance / spread).sqrt().item()},
-            "factor": {"value": factor, "se": None if variance is None else factor * (variance * (1 / len(x) + x.mean() ** 2 / spread)).sqrt().item()}}
+    return {
+        "exponent": {
+            "value": slope.item(),
+            "se": None if variance is None else (variance / spread).sqrt().item(),
+        },
+        "factor": {
+            "value": factor,
+            "se": None
+            if variance is None
+            else factor * (variance * (1 / len(x) + x.mean() ** 2 / spread)).sqrt().item(),
+        },
+    }
 
 
 def said(estimate: Estimate, digits: int = 4) -> str:
     """Write a value with its standard error."""
     value, se = estimate["value"], estimate["se"]
-    return "unknown" if value is None else f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+    return (
+        "unknown"
+        if value is None
+        else f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
+    )

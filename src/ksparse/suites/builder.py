@@ -71,8 +71,17 @@ class Drawn(NamedTuple):
 Observe = Callable[[Step], None]
 
 
-def build(folder: Path | str, *, rows: int = ROWS, seed: int = 0, text: str = TEXT, documents: int = DOCUMENTS, local: Path | str | None = None,
-          only: Sequence[str] = (), observe: Observe = lambda step: None) -> Report:
+def build(
+    folder: Path | str,
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    text: str = TEXT,
+    documents: int = DOCUMENTS,
+    local: Path | str | None = None,
+    only: Sequence[str] = (),
+    observe: Observe = lambda step: None,
+) -> Report:
     """Make every task of the paper that can be made, as a suite in `folder`.
 
     text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or 'OWNER/NAME:CONFIG') with a column 'text', or a file or
@@ -100,7 +109,16 @@ def build(folder: Path | str, *, rows: int = ROWS, seed: int = 0, text: str = TE
                 index["failed"].pop(task.name, None)
                 made.append(task.name)
             write_json(plan.folder / INDEX, index)
-            observe(Step(task.name, *(("failed", result) if isinstance(result, str) else ("made", f"{index['tasks'][task.name]['rows']:,} rows"))))
+            observe(
+                Step(
+                    task.name,
+                    *(
+                        ("failed", result)
+                        if isinstance(result, str)
+                        else ("made", f"{index['tasks'][task.name]['rows']:,} rows")
+                    ),
+                )
+            )
     write_json(plan.folder / INDEX, index)
     return Report(plan.folder, tuple(made), tuple(task.name for task in kept), failed)
 
@@ -113,18 +131,25 @@ def _asked(only: Sequence[str]) -> list[Task]:
     for name in only:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise InputError(f"the paper has no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"))
+            raise InputError(
+                f"the paper has no task {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}")
+            )
     return [task for task in TASKS if not only or task.name in only]
 
 
 def _check(plan: Plan) -> None:
     least = 2 * suite.LEAST
     if plan.rows < least or plan.rows % 2:
-        raise InputError(f"{plan.rows} rows a task; expected an even number of at least {least}, half of them of each label")
+        raise InputError(
+            f"{plan.rows} rows a task; expected an even number of at least {least}, half of them of each label"
+        )
     if plan.documents < 1:
         raise InputError(f"{plan.documents} documents of running text; expected at least 1")
     if plan.local is not None and not plan.local.is_dir():
-        raise InputError(f"the folder {plan.local} does not exist; expected folders OWNER__NAME in it that stand in for data sets")
+        raise InputError(
+            f"the folder {plan.local} does not exist; expected folders OWNER__NAME in it that stand in for data sets"
+        )
     if plan.folder.exists() and not plan.folder.is_dir():
         raise InputError(f"{plan.folder} is not a folder; give one for the suite")
 
@@ -133,9 +158,15 @@ def _index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         return {"format": FORMAT, "tasks": {}, "failed": {}}
     index = read_json(folder / INDEX)
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not all(isinstance(index.get(key), dict) for key in ("tasks", "failed")) or not all(
-            isinstance(entry, dict) for entry in index["tasks"].values()):
-        raise InputError(f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder for the suite")
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != FORMAT
+        or not all(isinstance(index.get(key), dict) for key in ("tasks", "failed"))
+        or not all(isinstance(entry, dict) for entry in index["tasks"].values())
+    ):
+        raise InputError(
+            f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder for the suite"
+        )
     return index
 
 
@@ -148,7 +179,11 @@ def _settings(task: Task, plan: Plan) -> str:
 
 def _is_finished(task: Task, plan: Plan, index: dict[str, Any]) -> bool:
     entry, file = index["tasks"].get(task.name, {}), plan.folder / f"{task.name}.jsonl.gz"
-    return file.is_file() and entry.get("settings") == _settings(task, plan) and entry.get("sha256") == sha256(file)
+    return (
+        file.is_file()
+        and entry.get("settings") == _settings(task, plan)
+        and entry.get("sha256") == sha256(file)
+    )
 
 
 def _sources(task: Task, plan: Plan) -> tuple[Source, ...]:
@@ -161,8 +196,14 @@ def _text_source(text: str) -> Source:
     path = Path(text)
     if path.exists():
         return Source(text, path=text)
-    if path.is_absolute() or text.startswith(".") or path.suffix in (".txt", ".jsonl", ".gz", ".xz", ".parquet", ".csv"):
-        raise InputError(f"text {text} does not exist; give a file or folder of .txt, .jsonl or .parquet, or a data set of the Hub")
+    if (
+        path.is_absolute()
+        or text.startswith(".")
+        or path.suffix in (".txt", ".jsonl", ".gz", ".xz", ".parquet", ".csv")
+    ):
+        raise InputError(
+            f"text {text} does not exist; give a file or folder of .txt, .jsonl or .parquet, or a data set of the Hub"
+        )
     repo, _, config = text.partition(":")
     return Source(repo, (Part(config),))
 
@@ -170,7 +211,11 @@ def _text_source(text: str) -> Source:
 def _check_reachable(tasks: list[Task], plan: Plan) -> None:
     """Raise InputError at once if everything needs the Hub and its package is missing, instead of failing 61 times."""
     sources = [source for task in tasks for source in _sources(task, plan)]
-    if sources and not any(is_local(source, plan.local) for source in sources) and not all(source.by_hand for source in sources):
+    if (
+        sources
+        and not any(is_local(source, plan.local) for source in sources)
+        and not all(source.by_hand for source in sources)
+    ):
         check_hub()
 
 
@@ -185,7 +230,9 @@ def _families(tasks: list[Task], plan: Plan) -> dict[tuple[Source, ...], list[Ta
 # ---- making ------------------------------------------------------------------------------------------------------
 
 
-def _make(tasks: list[Task], sources: tuple[Source, ...], plan: Plan, observe: Observe) -> Iterator[tuple[Task, Drawn | str]]:
+def _make(
+    tasks: list[Task], sources: tuple[Source, ...], plan: Plan, observe: Observe
+) -> Iterator[tuple[Task, Drawn | str]]:
     """Yield each task with its rows, from the first source that has them, or with the reason why none has."""
     reasons: dict[str, list[str]] = {task.name: [] for task in tasks}
     missing = list(tasks)
@@ -199,7 +246,11 @@ def _make(tasks: list[Task], sources: tuple[Source, ...], plan: Plan, observe: O
             if isinstance(result, Drawn):
                 yield task, result
             else:
-                reasons[task.name].append(result if result.startswith(source.repo) or source.by_hand else f"{source.repo}: {result}")
+                reasons[task.name].append(
+                    result
+                    if result.startswith(source.repo) or source.by_hand
+                    else f"{source.repo}: {result}"
+                )
         missing = [task for task in missing if not isinstance(results[task.name], Drawn)]
     for task in missing:
         yield task, "; ".join(dict.fromkeys(reasons[task.name]))
@@ -241,11 +292,24 @@ def _written(task: Task, result: Drawn | str, plan: Plan, index: dict[str, Any])
     if isinstance(result, str):
         return result
     try:
-        path = suite.write(plan.folder, task.name, ({"text": pair.text, "label": pair.label} for pair in result.pairs))
+        path = suite.write(
+            plan.folder,
+            task.name,
+            ({"text": pair.text, "label": pair.label} for pair in result.pairs),
+        )
     except InputError as error:
         return str(error)
     index["tasks"][task.name] = {
-        "rows": len(result.pairs), "positive": sum(pair.label for pair in result.pairs), "source": str(result.source), "revision": result.revision,
-        "licence": task.licence if task.sources else f"that of {plan.text}", "template": task.words, "label": f"1: {task.positive}",
-        "position": POSITION, "seed": plan.seed, "sha256": sha256(path), "settings": _settings(task, plan)}
+        "rows": len(result.pairs),
+        "positive": sum(pair.label for pair in result.pairs),
+        "source": str(result.source),
+        "revision": result.revision,
+        "licence": task.licence if task.sources else f"that of {plan.text}",
+        "template": task.words,
+        "label": f"1: {task.positive}",
+        "position": POSITION,
+        "seed": plan.seed,
+        "sha256": sha256(path),
+        "settings": _settings(task, plan),
+    }
     return None

@@ -35,7 +35,10 @@ class Candidate(NamedTuple):
 
 def rank(*parts: str | int) -> int:
     """Return 64 bits that depend on nothing but the parts."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()[:8],
+        "big",
+    )
 
 
 class Sample:
@@ -44,7 +47,9 @@ class Sample:
     def __init__(self, name: str, rows: int, seed: int):
         self.name, self.rows, self.seed = name, rows, seed
         self.candidates: dict[str, dict[str, Candidate]] = {}
-        self.room = max(40_000, 40 * rows)  # more than that comes only from running text, where a text has one label
+        self.room = max(
+            40_000, 40 * rows
+        )  # more than that comes only from running text, where a text has one label
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """Take in what a template made of one row."""
@@ -61,8 +66,15 @@ class Sample:
 
     def _forget(self) -> None:
         """Keep only the groups that could still be taken: the lowest ranks of each label and kind."""
-        kept = {candidate.text for chosen in self._by_kind().values() for candidates in chosen.values() for candidate in candidates[: self.rows]}
-        self.candidates = {name: group for name, group in self.candidates.items() if not kept.isdisjoint(group)}
+        kept = {
+            candidate.text
+            for chosen in self._by_kind().values()
+            for candidates in chosen.values()
+            for candidate in candidates[: self.rows]
+        }
+        self.candidates = {
+            name: group for name, group in self.candidates.items() if not kept.isdisjoint(group)
+        }
 
     def _chosen(self) -> Iterator[Candidate]:
         """Yield one candidate of each group."""
@@ -70,7 +82,14 @@ class Sample:
             usable = [candidate for candidate in group.values() if candidate.label >= 0]
             wanted = rank(self.seed, self.name, "label", name) & 1
             if usable:
-                yield min(usable, key=lambda candidate: (candidate.label != wanted, candidate.rank, candidate.text))
+                yield min(
+                    usable,
+                    key=lambda candidate: (
+                        candidate.label != wanted,
+                        candidate.rank,
+                        candidate.text,
+                    ),
+                )
 
     def _by_kind(self) -> dict[int, dict[str, list[Candidate]]]:
         found: dict[int, dict[str, list[Candidate]]] = {0: defaultdict(list), 1: defaultdict(list)}
@@ -87,13 +106,21 @@ class Sample:
         available = {label: sum(map(len, kinds.values())) for label, kinds in found.items()}
         each = min(self.rows // 2, *available.values())
         if each < LEAST:
-            raise InputError(f"too few texts: {available[1]} with the label 1 and {available[0]} with the label 0; "
-                             f"at least {LEAST} of each are needed")
-        taken = [candidate for kinds in found.values() for candidate in _evenly(list(kinds.values()), each)]
+            raise InputError(
+                f"too few texts: {available[1]} with the label 1 and {available[0]} with the label 0; "
+                f"at least {LEAST} of each are needed"
+            )
+        taken = [
+            candidate
+            for kinds in found.values()
+            for candidate in _evenly(list(kinds.values()), each)
+        ]
         return [Pair(candidate.text, candidate.label) for candidate in sorted(taken)]
 
 
 def _evenly(kinds: list[list[Candidate]], number: int) -> list[Candidate]:
     """Take `number` from the kinds in turn; where one runs out, the others give more."""
-    turns = sorted((turn, candidate) for candidates in kinds for turn, candidate in enumerate(candidates))
+    turns = sorted(
+        (turn, candidate) for candidates in kinds for turn, candidate in enumerate(candidates)
+    )
     return [candidate for _, candidate in turns[:number]]

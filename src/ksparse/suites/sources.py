@@ -93,7 +93,9 @@ def check_hub() -> None:
     rows.extra("datasets", "datasets", _PURPOSE)
 
 
-def _joined(parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _joined(
+    parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for config, rows in parts:
         for row in islice(rows, each):
             yield config, row
@@ -108,17 +110,24 @@ def _hub(source: Source, each: int) -> Opened:
     for asked, load in ((source.revision, _as_it_is), (CONVERTED, _as_converted)):
         revision = _commit(source.repo, asked)
         try:
-            parts = [(part.config, _begun(load(datasets, source, part, revision))) for part in source.parts]
+            parts = [
+                (part.config, _begun(load(datasets, source, part, revision)))
+                for part in source.parts
+            ]
         except Exception as error:  # whatever it is, this way of reading it does not work
             reasons.append(f"{asked}: {in_short(error)}")
         else:
             return Opened(revision, _joined(parts, each))
-    raise InputError(f"{source.repo} cannot be read from the Hub ({'; '.join(reasons)}); put its rows into {folder_of(source, None)} "
-                     "and name that folder with --local")
+    raise InputError(
+        f"{source.repo} cannot be read from the Hub ({'; '.join(reasons)}); put its rows into {folder_of(source, None)} "
+        "and name that folder with --local"
+    )
 
 
 def _as_it_is(datasets: Any, source: Source, part: Part, revision: str) -> Any:
-    return datasets.load_dataset(source.repo, part.config or None, split=part.split, streaming=True, revision=revision)
+    return datasets.load_dataset(
+        source.repo, part.config or None, split=part.split, streaming=True, revision=revision
+    )
 
 
 def _as_converted(datasets: Any, source: Source, part: Part, revision: str) -> Any:
@@ -138,7 +147,13 @@ def _begun(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _commit(repo: str, revision: str) -> str:
     """Return the commit that a branch of a data set is at now, or the branch where that cannot be found out."""
     try:
-        return importlib.import_module("huggingface_hub").HfApi().dataset_info(repo, revision=revision, timeout=30).sha or revision
+        return (
+            importlib.import_module("huggingface_hub")
+            .HfApi()
+            .dataset_info(repo, revision=revision, timeout=30)
+            .sha
+            or revision
+        )
     except Exception:  # no package, no network, no such repository: reading it will say
         return revision
 
@@ -155,29 +170,46 @@ def in_short(error: BaseException) -> str:
 
 
 def _local(source: Source, part: Part, local: Path | None) -> Iterator[dict[str, Any]]:
-    files = _everything(Path(source.path)) if source.path else _files(folder_of(source, local), part)
+    files = (
+        _everything(Path(source.path)) if source.path else _files(folder_of(source, local), part)
+    )
     return chain.from_iterable(map(_read, files))
 
 
 def _everything(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith((*EXTENSIONS, ".txt", ".txt.gz", ".txt.xz")))
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and file.name.endswith((*EXTENSIONS, ".txt", ".txt.gz", ".txt.xz"))
+    )
     if not files:
-        raise InputError(f"{path} holds no text; expected files ending in .txt, {', '.join(EXTENSIONS)}")
+        raise InputError(
+            f"{path} holds no text; expected files ending in .txt, {', '.join(EXTENSIONS)}"
+        )
     return files
 
 
 def _files(folder: Path, part: Part) -> list[Path]:
     """Return the files of a part, all of one place: the first that has any."""
-    places = [(folder, f"{part.config}.{part.split}"), (folder / part.config, part.split)] if part.config else \
-        [(folder, part.split), (folder / "data", part.split)]
+    places = (
+        [(folder, f"{part.config}.{part.split}"), (folder / part.config, part.split)]
+        if part.config
+        else [(folder, part.split), (folder / "data", part.split)]
+    )
     for place, stem in places:
         names = sorted(place.iterdir()) if place.is_dir() else []
-        if files := [file for file in names if any(_is_named(file.name, stem, extension) for extension in EXTENSIONS)]:
+        if files := [
+            file
+            for file in names
+            if any(_is_named(file.name, stem, extension) for extension in EXTENSIONS)
+        ]:
             return files
     wanted = " or ".join(str(place / f"{stem}.EXT") for place, stem in places)
-    raise InputError(f"no rows in {folder}: expected {wanted}, EXT one of {', '.join(extension[1:] for extension in EXTENSIONS)}")
+    raise InputError(
+        f"no rows in {folder}: expected {wanted}, EXT one of {', '.join(extension[1:] for extension in EXTENSIONS)}"
+    )
 
 
 def _is_named(name: str, stem: str, extension: str) -> bool:

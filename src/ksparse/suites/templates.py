@@ -42,7 +42,9 @@ def _cell(row: Row, *names: str) -> Any:
             if row[name] is None or row[name] == "":
                 raise Blank(name)
             return row[name]
-    raise InputError(f"no column {' or '.join(map(repr, names))} in a row, only {', '.join(map(str, row)) or 'nothing'}")
+    raise InputError(
+        f"no column {' or '.join(map(repr, names))} in a row, only {', '.join(map(str, row)) or 'nothing'}"
+    )
 
 
 def _text(row: Row, *names: str) -> str:
@@ -57,7 +59,11 @@ def _number(row: Row, *names: str) -> int:
     value = _cell(row, *names)
     words = {"yes": 1, "no": 0, "true": 1, "false": 0}
     try:
-        return words[value.strip().lower()] if isinstance(value, str) and value.strip().lower() in words else int(value)
+        return (
+            words[value.strip().lower()]
+            if isinstance(value, str) and value.strip().lower() in words
+            else int(value)
+        )
     except (TypeError, ValueError):
         raise InputError(f"the column {names[0]!r} holds {value!r}, not a number") from None
 
@@ -68,11 +74,17 @@ def _labelled(text: str, label: int, group: str = "") -> Iterator[Pair]:
         yield Pair(text, label, group)
 
 
-def _answers(question: str, right: Iterable[str], wrong: Iterable[str], leave_out: str = "") -> Iterator[Pair]:
+def _answers(
+    question: str, right: Iterable[str], wrong: Iterable[str], leave_out: str = ""
+) -> Iterator[Pair]:
     """Yield 'question answer' for each answer, as one group."""
     for label, answers in ((1, right), (0, wrong)):
         for answer in answers:
-            if answer and answer.strip() and not (leave_out and answer.strip().lower().startswith(leave_out)):
+            if (
+                answer
+                and answer.strip()
+                and not (leave_out and answer.strip().lower().startswith(leave_out))
+            ):
                 yield Pair(f"{question} {answer.strip()}", label, question)
 
 
@@ -81,14 +93,19 @@ def _choose(question: str, answers: list[str], right: int, leave_out: str = "") 
         return
     if leave_out and answers[right].strip().lower().startswith(leave_out):
         return
-    yield from _answers(question, answers[right : right + 1], answers[:right] + answers[right + 1 :], leave_out)
+    yield from _answers(
+        question, answers[right : right + 1], answers[:right] + answers[right + 1 :], leave_out
+    )
 
 
 def _lettered(question: str, row: Row) -> Iterator[Pair]:
     """Choose among `choices` {text, label} (or a list of such) by the letter in `answerKey`."""
     choices = _cell(row, "choices")
     if isinstance(choices, list):
-        choices = {"text": [choice["text"] for choice in choices], "label": [choice["label"] for choice in choices]}
+        choices = {
+            "text": [choice["text"] for choice in choices],
+            "label": [choice["label"] for choice in choices],
+        }
     letters, answers, key = list(choices["label"]), list(choices["text"]), _text(row, "answerKey")
     if key in letters:
         yield from _choose(question, answers, letters.index(key))
@@ -99,15 +116,26 @@ def _lettered(question: str, row: Row) -> Iterator[Pair]:
 
 def amazon(config: str, row: Row) -> Iterator[Pair]:
     title = row.get("title") or ""
-    return _labelled(f"{title.strip()}\n{_text(row, 'content', 'text')}".strip(), _number(row, "label"))
+    return _labelled(
+        f"{title.strip()}\n{_text(row, 'content', 'text')}".strip(), _number(row, "label")
+    )
 
 
 def sciq(config: str, row: Row) -> Iterator[Pair]:
-    return _answers(_text(row, "question"), [_text(row, "correct_answer")], [row.get(f"distractor{i}") or "" for i in (1, 2, 3)])
+    return _answers(
+        _text(row, "question"),
+        [_text(row, "correct_answer")],
+        [row.get(f"distractor{i}") or "" for i in (1, 2, 3)],
+    )
 
 
 def truthfulqa(config: str, row: Row) -> Iterator[Pair]:
-    return _answers(_text(row, "question"), _cell(row, "correct_answers"), _cell(row, "incorrect_answers"), leave_out=NO_COMMENT)
+    return _answers(
+        _text(row, "question"),
+        _cell(row, "correct_answers"),
+        _cell(row, "incorrect_answers"),
+        leave_out=NO_COMMENT,
+    )
 
 
 def mc_taco(config: str, row: Row) -> Iterator[Pair]:
@@ -116,12 +144,19 @@ def mc_taco(config: str, row: Row) -> Iterator[Pair]:
 
 
 def piqa(config: str, row: Row) -> Iterator[Pair]:
-    return _choose(_text(row, "goal"), [_text(row, "sol1"), _text(row, "sol2")], _number(row, "label"))
+    return _choose(
+        _text(row, "goal"), [_text(row, "sol1"), _text(row, "sol2")], _number(row, "label")
+    )
 
 
 def quail(config: str, row: Row) -> Iterator[Pair]:
     question = f"{_text(row, 'context')}\n{_text(row, 'question')}"
-    return _choose(question, list(_cell(row, "answers")), _number(row, "correct_answer_id"), leave_out=NOT_ENOUGH)
+    return _choose(
+        question,
+        list(_cell(row, "answers")),
+        _number(row, "correct_answer_id"),
+        leave_out=NOT_ENOUGH,
+    )
 
 
 def quartz(config: str, row: Row) -> Iterator[Pair]:
@@ -135,7 +170,9 @@ def justice(config: str, row: Row) -> Iterator[Pair]:
 def virtue(config: str, row: Row) -> Iterator[Pair]:
     scenario, _, trait = _text(row, "scenario").partition("[SEP]")
     trait = trait.strip() or _text(row, "trait")
-    return _labelled(f"{scenario.strip()} This person is {trait}", _number(row, "label"), scenario.strip())
+    return _labelled(
+        f"{scenario.strip()} This person is {trait}", _number(row, "label"), scenario.strip()
+    )
 
 
 def deontology(config: str, row: Row) -> Iterator[Pair]:
@@ -145,10 +182,18 @@ def deontology(config: str, row: Row) -> Iterator[Pair]:
 
 def utilitarianism(config: str, row: Row) -> Iterator[Pair]:
     """Offer both orders of a pair of scenarios; one of the two mirrors calls the more pleasant one 'activity', the other 'baseline'."""
-    better, worse = ("baseline", "less_pleasant") if row.get("less_pleasant") is not None else ("activity", "baseline")
+    better, worse = (
+        ("baseline", "less_pleasant")
+        if row.get("less_pleasant") is not None
+        else ("activity", "baseline")
+    )
     better, worse = _text(row, better), _text(row, worse)
     for first, second, label in ((better, worse, 1), (worse, better, 0)):
-        yield Pair(f"First: {first}\nSecond: {second}\nThe first is more pleasant than the second.", label, f"{better}\n{worse}")
+        yield Pair(
+            f"First: {first}\nSecond: {second}\nThe first is more pleasant than the second.",
+            label,
+            f"{better}\n{worse}",
+        )
 
 
 def commonsense_qa(config: str, row: Row) -> Iterator[Pair]:
@@ -161,11 +206,13 @@ def openbookqa(config: str, row: Row) -> Iterator[Pair]:
 
 def social_iqa(config: str, row: Row) -> Iterator[Pair]:
     answers = [_text(row, f"answer{letter}") for letter in "ABC"]
-    return _choose(f"{_text(row, 'context')} {_text(row, 'question')}", answers, _number(row, "label") - 1)
+    return _choose(
+        f"{_text(row, 'context')} {_text(row, 'question')}", answers, _number(row, "label") - 1
+    )
 
 
 def wic(config: str, row: Row) -> Iterator[Pair]:
-    text = f"{_text(row, 'sentence1')}\n{_text(row, 'sentence2')}\nThe word \"{_text(row, 'word')}\" means the same in both."
+    text = f'{_text(row, "sentence1")}\n{_text(row, "sentence2")}\nThe word "{_text(row, "word")}" means the same in both.'
     return _labelled(text, _number(row, "label"))
 
 
@@ -211,7 +258,11 @@ def wikidata(positive: str) -> Template:
 
 def _wikidata(positive: str, config: str, row: Row) -> Iterator[Pair]:
     """Cut the text after the person's name, which is what is asked about; take each person once."""
-    text, name, own = _text(row, "text"), row.get("name") or "", str(_cell(row, "class")).strip().lower()
+    text, name, own = (
+        _text(row, "text"),
+        row.get("name") or "",
+        str(_cell(row, "class")).strip().lower(),
+    )
     if name and name in text:
         text = text[: text.rindex(name) + len(name)]
     yield Pair(text, int(own == positive), name, own)
@@ -227,10 +278,14 @@ def phrase(first: str, second: str) -> Template:
 def _phrase(first: str, second: str, config: str, row: Row) -> Iterator[Pair]:
     """Yield windows that end in 'first second' (1), in 'first OTHER' and in 'OTHER second' (0), at most one of each from a document."""
     text = _text(row, "text")
-    low = _lower(text) if len(_lower(text)) == len(text) else text  # a few characters are two when lower: then capitals are missed
+    low = (
+        _lower(text) if len(_lower(text)) == len(text) else text
+    )  # a few characters are two when lower: then capitals are missed
     found: dict[str, list[str]] = {}
     for match in re.finditer(rf"\b{first} ({_LETTERS})", low) if first in low else ():
-        found.setdefault("both" if match[1] == second else "first", []).append(_window(text, match.end()))
+        found.setdefault("both" if match[1] == second else "first", []).append(
+            _window(text, match.end())
+        )
     for match in re.finditer(rf" {second}\b", low) if second in low else ():
         before = re.search(rf"{_LETTERS}$", low[max(0, match.start() - 30) : match.start()])
         if before and before[0] != first:

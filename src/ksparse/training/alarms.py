@@ -34,10 +34,19 @@ class Alarms:
         for row in past:
             self.see(row["step"], row.get("tokens", 0), row.get("grad_norm"), row.get("dead"))
 
-    def see(self, step: int, tokens: int, grad_norm: float | None, dead: float | None = None) -> list[dict[str, Any]]:
+    def see(
+        self, step: int, tokens: int, grad_norm: float | None, dead: float | None = None
+    ) -> list[dict[str, Any]]:
         """Return the alarms of a step, as lines of alarms.jsonl. dead: the share of dead latents, where it was looked at."""
-        found = [*self._gradient(grad_norm), *(self._dead(dead) if dead is not None and tokens >= self.from_tokens else ())]
-        rows = [{"step": step, "tokens": tokens, **alarm} for alarm in found if self._may(alarm["alarm"], step)]
+        found = [
+            *self._gradient(grad_norm),
+            *(self._dead(dead) if dead is not None and tokens >= self.from_tokens else ()),
+        ]
+        rows = [
+            {"step": step, "tokens": tokens, **alarm}
+            for alarm in found
+            if self._may(alarm["alarm"], step)
+        ]
         for row in rows:
             row["kept_back"] = self.kept_back.pop(row["alarm"], 0)
         return rows
@@ -48,18 +57,31 @@ class Alarms:
         usual = statistics.median(self.norms) if len(self.norms) >= LEAST else math.inf
         self.norms.append(norm)
         if self.options.alarm_grad_norm and norm > self.options.alarm_grad_norm * usual:
-            yield {"alarm": "grad_norm", "value": norm, "limit": self.options.alarm_grad_norm * usual,
-                   "says": f"the gradient's norm is {norm:.3g}, {norm / max(usual, 1e-300):,.0f} times its usual {usual:.3g}; if this goes on, a smaller optim.lr or optim.clip = 1 may help"}
+            yield {
+                "alarm": "grad_norm",
+                "value": norm,
+                "limit": self.options.alarm_grad_norm * usual,
+                "says": f"the gradient's norm is {norm:.3g}, {norm / max(usual, 1e-300):,.0f} times its usual {usual:.3g}; if this goes on, a smaller optim.lr or optim.clip = 1 may help",
+            }
 
     def _dead(self, share: float) -> Iterable[dict[str, Any]]:
         limit, growth = self.options.alarm_dead, self.options.alarm_dead_growth
         above, self.above = self.above, bool(limit) and share > limit
         if self.above and not above:
-            yield {"alarm": "dead", "value": share, "limit": limit,
-                   "says": f"{share:.0%} of the latents are dead, more than {limit:.0%}; a larger sae.k_aux, a lower optim.lr or fewer latents may help"}
+            yield {
+                "alarm": "dead",
+                "value": share,
+                "limit": limit,
+                "says": f"{share:.0%} of the latents are dead, more than {limit:.0%}; a larger sae.k_aux, a lower optim.lr or fewer latents may help",
+            }
         self.lowest = min(self.lowest, share)
         if growth and share > self.lowest + growth:
-            yield {"alarm": "dead_growth", "value": share, "limit": self.lowest + growth, "says": f"the share of dead latents has risen from {self.lowest:.0%} to {share:.0%}"}
+            yield {
+                "alarm": "dead_growth",
+                "value": share,
+                "limit": self.lowest + growth,
+                "says": f"the share of dead latents has risen from {self.lowest:.0%} to {share:.0%}",
+            }
             self.lowest = share
 
     def _may(self, kind: str, step: int) -> bool:

@@ -97,7 +97,9 @@ class Saver:
         if not self.behind:
             save(run, state, optimizer)
             return
-        self.thread = threading.Thread(target=self._work, args=(run, take(state, optimizer, copied=True)), name="ksparse-saver")
+        self.thread = threading.Thread(
+            target=self._work, args=(run, take(state, optimizer, copied=True)), name="ksparse-saver"
+        )
         self.thread.start()
 
     def _work(self, run: RunFolder, taken: Taken) -> None:
@@ -140,14 +142,32 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> None:
 def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
     """Return what is to be saved; copies on the CPU, so that training may go on, where that is asked for."""
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
-    facts = {key: value for key, value in vars(state).items() if key not in ("since", "dead") and not (key == "mesh" and mesh.size == 1)}
+    facts = {
+        key: value
+        for key, value in vars(state).items()
+        if key not in ("since", "dead") and not (key == "mesh" and mesh.size == 1)
+    }
     if mesh.size > 1:
         facts["mesh"] = [mesh.data, mesh.latent]
-    metadata = sae.metadata | {"tokens": state.tokens, "step": state.step, "baseline": state.baseline,
-                               "dead_fraction_training": dead_fraction(state, recipe.dead_after, mesh)}
-    tensors = {key: value.detach().to("cpu", copy=True) if copied else value for key, value in {**optimizer.tensors(), "since": state.since}.items()}
-    return Taken(replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent), metadata, copy.deepcopy({**facts, "updates": optimizer.updates}),
-                 {key: getattr(sae, key).detach() for key in sae.keys}, tensors, recipe.identity(), recipe.run.keep)
+    metadata = sae.metadata | {
+        "tokens": state.tokens,
+        "step": state.step,
+        "baseline": state.baseline,
+        "dead_fraction_training": dead_fraction(state, recipe.dead_after, mesh),
+    }
+    tensors = {
+        key: value.detach().to("cpu", copy=True) if copied else value
+        for key, value in {**optimizer.tensors(), "since": state.since}.items()
+    }
+    return Taken(
+        replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent),
+        metadata,
+        copy.deepcopy({**facts, "updates": optimizer.updates}),
+        {key: getattr(sae, key).detach() for key in sae.keys},
+        tensors,
+        recipe.identity(),
+        recipe.run.keep,
+    )
 
 
 def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
@@ -156,14 +176,20 @@ def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
     with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
         if mesh.data_rank == 0:
             store.write_weights(taken.weights, tmp / piece("sae", mesh.latent_rank, mesh.latent))
-            save_file({key: value.contiguous() for key, value in taken.tensors.items()}, tmp / piece("optim", mesh.latent_rank, mesh.latent))
+            save_file(
+                {key: value.contiguous() for key, value in taken.tensors.items()},
+                tmp / piece("optim", mesh.latent_rank, mesh.latent),
+            )
         if mesh.first:
             store.write_shape(taken.shape, taken.metadata, tmp)
             files.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
     if mesh.first:
         there = run.checkpoints()
         newest = there.index(path) + 1
-        for old in (*there[: max(0, newest - taken.keep)], *there[newest:]):  # a later one was damaged, or it would have been gone on from
+        for old in (
+            *there[: max(0, newest - taken.keep)],
+            *there[newest:],
+        ):  # a later one was damaged, or it would have been gone on from
             files.remove(old)
 
 
@@ -180,7 +206,9 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
             name = mesh.told("folder", tmp.name if tmp else "", "save")
             named = True
             if not name:
-                raise PeerError(f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message says why")
+                raise PeerError(
+                    f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message says why"
+                )
             written = False
             try:
                 with files.explained(path):
@@ -189,7 +217,9 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
             finally:
                 failed = mesh.agree("written", [int(not written)], "save")[0]
             if failed:
-                raise PeerError(f"checkpoint {path} was given up: another process could not write its slice; its own message says why")
+                raise PeerError(
+                    f"checkpoint {path} was given up: another process could not write its slice; its own message says why"
+                )
     finally:
         if mesh.first and not named:
             mesh.told("folder", "", "save")
@@ -206,7 +236,8 @@ def load(path: Path, optimizer: Optimizer) -> State:
     facts = read_state(path / "state.json")
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
-        f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()}
+        f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()
+    }
     mesh, n = optimizer.mesh, sae.shape.n_latents
     weights = store.rows_of(path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
     followed = sae.activation.own if sae.activation.running else ()
@@ -267,13 +298,23 @@ def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
     """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written, of all these runs together."""
     needed = 0
     for run, optimizer in runs:
-        weights, keep = sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4, optimizer.recipe.run.keep
-        needed += weights * (5 if optimizer.average else 4) * (keep + 1 - min(keep, len(run.checkpoints()))) * optimizer.mesh.latent
+        weights, keep = (
+            sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4,
+            optimizer.recipe.run.keep,
+        )
+        needed += (
+            weights
+            * (5 if optimizer.average else 4)
+            * (keep + 1 - min(keep, len(run.checkpoints())))
+            * optimizer.mesh.latent
+        )
     path = runs[0][0].path
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise DiskError(f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-                        "make room, lower --run.keep, or give another --out")
+        raise DiskError(
+            f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+            "make room, lower --run.keep, or give another --out"
+        )
 
 
 def check_same(run: RunFolder, asked: Any) -> None:
@@ -282,5 +323,7 @@ def check_same(run: RunFolder, asked: Any) -> None:
 
     changed = differences(run.recipe().identity(), asked.identity())
     if changed:
-        raise InputError(f"{run.path} was begun with another recipe: {'; '.join(changed)}. "
-                         "Give another --out, or the recipe it was begun with (`ksparse resume` uses that)")
+        raise InputError(
+            f"{run.path} was begun with another recipe: {'; '.join(changed)}. "
+            "Give another --out, or the recipe it was begun with (`ksparse resume` uses that)"
+        )

@@ -72,8 +72,14 @@ class Unseen(Options):
         """Return it, or None where none is described."""
         for name in ("d_model", "parameters", "before_site"):
             if getattr(self, name) < 0 or not self.d_model and getattr(self, name):
-                raise InputError(f"subject.{name} is {getattr(self, name)}; a subject that is not at hand needs a d_model above 0, the rest at least 0")
-        return Subject(self.d_model, self.parameters, self.before_site or self.parameters) if self.d_model else None
+                raise InputError(
+                    f"subject.{name} is {getattr(self, name)}; a subject that is not at hand needs a d_model above 0, the rest at least 0"
+                )
+        return (
+            Subject(self.d_model, self.parameters, self.before_site or self.parameters)
+            if self.d_model
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,9 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a rank sends (and gets) in a ring."""
-        return self.bytes * (2 * (self.ranks - 1) / self.ranks if self.kind == "all_reduce" else self.ranks - 1)
+        return self.bytes * (
+            2 * (self.ranks - 1) / self.ranks if self.kind == "all_reduce" else self.ranks - 1
+        )
 
 
 @dataclass(frozen=True)
@@ -146,38 +154,72 @@ class Rank:
         recipe = case.recipe
         sae = recipe.sae
         self.mesh, self.ranks, self.d = mesh, mesh.data * mesh.latent, case.subject.d_model
-        self.rows, self.n = math.ceil(recipe.batch / mesh.data), math.ceil(sae.n_latents / mesh.latent)
+        self.rows, self.n = (
+            math.ceil(recipe.batch / mesh.data),
+            math.ceil(sae.n_latents / mesh.latent),
+        )
         self.weights = 2 * self.n * self.d + self.n + self.d
-        self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step  # what several processes can take
+        self.step = (
+            "torch" if self.ranks > 1 and case.step != "autograd" else case.step
+        )  # what several processes can take
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
         self.offers = [self.offer(k, recipe.mesh.capacity) for k in self.ks]
         on = sae.auxk_coef and sae.activation.kind in WITH_AUXK
         self.auxk = bool(on)
         self.dead = round(case.dead * self.n) if on else 0
-        self.auxk_rows = min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0  # the first tokens of the batch: the first ranks'
+        self.auxk_rows = (
+            min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0
+        )  # the first tokens of the batch: the first ranks'
         self.k_aux = k_aux(sae, self.d)
 
     def offer(self, k: int, capacity: float = 0.0) -> int:
         """Return how many values of a token a slice offers: k, or as many as it has, or as the capacity allows."""
-        return min(k, self.n, math.ceil(capacity * k / self.mesh.latent) or k) if self.mesh.latent > 1 else k
+        return (
+            min(k, self.n, math.ceil(capacity * k / self.mesh.latent) or k)
+            if self.mesh.latent > 1
+            else k
+        )
 
     @property
     def exchanged(self) -> list[tuple[int, int]]:
         """Tokens, and values of each that slices compare, of each choice; none where all that is offered is kept."""
         latent = self.mesh.latent
-        choices = [(self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k]
+        choices = [
+            (self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k
+        ]
         offer = min(self.k_aux, self.dead)
-        compared = self.k_aux < self.dead * latent if self.step == "torch" else offer * latent > self.k_aux
-        return choices + ([(self.auxk_rows, offer)] if self.auxk_rows and compared and offer * latent > self.k_aux else [])
+        compared = (
+            self.k_aux < self.dead * latent if self.step == "torch" else offer * latent > self.k_aux
+        )
+        return choices + (
+            [(self.auxk_rows, offer)]
+            if self.auxk_rows and compared and offer * latent > self.k_aux
+            else []
+        )
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 SMALLER = {
-    "weights": "--mesh.latent", "moments": "--mesh.latent", "average": "--optim.ema 0", "low-precision copies": "--optim.screen off", "gradients": "--mesh.latent", "copy for a checkpoint": "--mesh.latent",
-    "pre-activations": "--batch", "codes": "--batch", "values of all slices": "--mesh.capacity", "batch": "--batch", "gathered rows": "--run.kernels triton",
-    "AuxK": "--sae.auxk-share", "activations block": "--acts.mix", "first activations": "", "held-out activations": "--curve.held-out", "LM": "--acts.lm-dtype bfloat16",
-    "LM at work": "--acts.lm-batch", "libraries": ""}
+    "weights": "--mesh.latent",
+    "moments": "--mesh.latent",
+    "average": "--optim.ema 0",
+    "low-precision copies": "--optim.screen off",
+    "gradients": "--mesh.latent",
+    "copy for a checkpoint": "--mesh.latent",
+    "pre-activations": "--batch",
+    "codes": "--batch",
+    "values of all slices": "--mesh.capacity",
+    "batch": "--batch",
+    "gathered rows": "--run.kernels triton",
+    "AuxK": "--sae.auxk-share",
+    "activations block": "--acts.mix",
+    "first activations": "",
+    "held-out activations": "--curve.held-out",
+    "LM": "--acts.lm-dtype bfloat16",
+    "LM at work": "--acts.lm-batch",
+    "libraries": "",
+}
 """What makes each part of the memory smaller; nothing does of some."""
 
 
@@ -194,15 +236,27 @@ def memory(case: Case, mesh: Mesh) -> dict[str, float]:
         "copy for a checkpoint": _copy(case, rank) if host else 0,
         "pre-activations": _product(case, rank),
         "codes": 12 * rank.rows * sum(rank.offers),
-        "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * max((rows * offer for rows, offer in rank.exchanged), default=0)) if mesh.latent > 1 else 0,
+        "values of all slices": COMPARED_BYTES
+        * min(
+            COMPARED, mesh.latent * max((rows * offer for rows, offer in rank.exchanged), default=0)
+        )
+        if mesh.latent > 1
+        else 0,
         "batch": (24 if _halves(case, rank) else 20) * rank.rows * d,
-        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers) * d if rank.step == "torch" and not host else 0,
-        "AuxK": 4 * (4 * rank.dead * d + 2 * rank.auxk_rows * rank.dead),  # their rows of both matrices and of both gradients, and two products
+        "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers) * d
+        if rank.step == "torch" and not host
+        else 0,
+        "AuxK": 4
+        * (
+            4 * rank.dead * d + 2 * rank.auxk_rows * rank.dead
+        ),  # their rows of both matrices and of both gradients, and two products
         "activations block": _block(case, rank),
         "first activations": 4 * SAMPLE * d,
         "held-out activations": 4 * recipe.curve.held_out * d,
         "LM": case.subject.parameters * _size(acts.lm_dtype) if case.live else 0,
-        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * _size(acts.lm_dtype) if case.live else 0,
+        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * _size(acts.lm_dtype)
+        if case.live
+        else 0,
         "libraries": LIBRARIES if host else CONTEXT,
     }
     return {name: float(size) for name, size in parts.items() if size}
@@ -211,7 +265,10 @@ def memory(case: Case, mesh: Mesh) -> dict[str, float]:
 def main_memory(case: Case, mesh: Mesh) -> dict[str, float]:
     """Return the bytes that a rank has in main memory for a while: the whole SAE and its random rows when it starts, and what it saves."""
     rank = Rank(case, mesh)
-    return {"at the start": 4.0 * (case.parameters + case.recipe.sae.n_latents * rank.d), "at a checkpoint": float(_copy(case, rank))}
+    return {
+        "at the start": 4.0 * (case.parameters + case.recipe.sae.n_latents * rank.d),
+        "at a checkpoint": float(_copy(case, rank)),
+    }
 
 
 def _copy(case: Case, rank: Rank) -> int:
@@ -237,13 +294,23 @@ def _copies(case: Case, rank: Rank) -> float:
     """Return the bytes of what the screen and the sparse parts read the weights from."""
     one, optim, half = rank.n * rank.d, case.recipe.optim, _halves(case, rank)
     screened = rank.step in ("triton", "native") and optim.screen != "off"
-    return (4 * one if half else 0) + (0 if not screened or half and optim.screen == "bfloat16" else 2 * one if optim.screen == "bfloat16" else one)
+    return (4 * one if half else 0) + (
+        0
+        if not screened or half and optim.screen == "bfloat16"
+        else 2 * one
+        if optim.screen == "bfloat16"
+        else one
+    )
 
 
 def _product(case: Case, rank: Rank) -> int:
     if rank.step == "triton":  # the 3 best of each 64 latents: value and place
         return 5 * 3 * rank.rows * math.ceil(rank.n / 64)
-    return 4 * min(PIECE, rank.rows * rank.n) * (1 if case.recipe.sae.activation.kind == "topk" else DENSE)
+    return (
+        4
+        * min(PIECE, rank.rows * rank.n)
+        * (1 if case.recipe.sae.activation.kind == "topk" else DENSE)
+    )
 
 
 def _block(case: Case, rank: Rank) -> int:
@@ -251,7 +318,12 @@ def _block(case: Case, rank: Rank) -> int:
     recipe = case.recipe
     if not case.live:
         return 0
-    return _steps_of_block(recipe) * recipe.batch * (_size(recipe.acts.store) * rank.d + 16) * (2 if case.ahead and rank.ranks == 1 else 1)
+    return (
+        _steps_of_block(recipe)
+        * recipe.batch
+        * (_size(recipe.acts.store) * rank.d + 16)
+        * (2 if case.ahead and rank.ranks == 1 else 1)
+    )
 
 
 def _steps_of_block(recipe: Recipe) -> int:
@@ -266,13 +338,34 @@ def communication(case: Case, mesh: Mesh) -> list[Collective]:
     recipe, rank = case.recipe, Rank(case, mesh)
     n, d, explicit = rank.n, rank.d, rank.step == "torch"
     parts = 1 if explicit else math.ceil(rank.rows / max(1, PIECE // n))
-    codes = (len(rank.ks) + (1 if rank.auxk_rows else 0)) * parts  # those that autograd takes a gradient of
+    codes = (
+        len(rank.ks) + (1 if rank.auxk_rows else 0)
+    ) * parts  # those that autograd takes a gradient of
     found = [
         _sent("all_gather", "latent", "counts", 8 if rank.auxk else 0),
-        _sent("all_gather", "latent", "values", *(4 * offer * some for rows, offer in rank.exchanged for some in _pieces(rows, offer * mesh.latent))),
-        _sent("all_reduce", "latent", "recon", *(4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows))),
+        _sent(
+            "all_gather",
+            "latent",
+            "values",
+            *(
+                4 * offer * some
+                for rows, offer in rank.exchanged
+                for some in _pieces(rows, offer * mesh.latent)
+            ),
+        ),
+        _sent(
+            "all_reduce",
+            "latent",
+            "recon",
+            *(4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows)),
+        ),
         _sent("all_reduce", "data", "loss", *([8] * (2 if rank.dead else 1) if explicit else [12])),
-        _sent("all_reduce", "data", "spread", *([4 * d, 4] if explicit and rank.dead and recipe.sae.auxk_norm == "batch" else [])),
+        _sent(
+            "all_reduce",
+            "data",
+            "spread",
+            *([4 * d, 4] if explicit and rank.dead and recipe.sae.auxk_norm == "batch" else []),
+        ),
         _sent("all_reduce", "all", "finite", 8 if explicit else 0),
         _sent("all_reduce", "data", "W_enc", 4 * n * d),
         _sent("all_reduce", "data", "W_dec", 4 * n * d),
@@ -282,10 +375,19 @@ def communication(case: Case, mesh: Mesh) -> list[Collective]:
         _sent("all_reduce", "latent", "norm", 8),
         _sent("all_reduce", "data", "fired", n),
         _sent("all_reduce", "all", "stop", 16),
-        _sent("broadcast", "all", "block", recipe.batch * d * _size(recipe.acts.store) // rank.ranks if case.live else 0),
+        _sent(
+            "broadcast",
+            "all",
+            "block",
+            recipe.batch * d * _size(recipe.acts.store) // rank.ranks if case.live else 0,
+        ),
     ]
     ranks = {"data": mesh.data, "latent": mesh.latent, "all": rank.ranks}
-    return [dataclasses.replace(each, ranks=ranks[each.axis]) for each in found if each.bytes and ranks[each.axis] > 1]
+    return [
+        dataclasses.replace(each, ranks=ranks[each.axis])
+        for each in found
+        if each.bytes and ranks[each.axis] > 1
+    ]
 
 
 def _pieces(rows: int, numbers: int) -> list[int]:
@@ -301,7 +403,11 @@ def _sent(kind: str, axis: str, name: str, *sizes: int) -> Collective:
 
 # ---- time --------------------------------------------------------------------------------------------------------
 
-EXCHANGE = {"latent": "exchange over latents", "data": "exchange over data", "all": "exchange of activations"}
+EXCHANGE = {
+    "latent": "exchange over latents",
+    "data": "exchange over data",
+    "all": "exchange of activations",
+}
 
 
 def seconds(case: Case, mesh: Mesh) -> dict[str, float]:
@@ -311,11 +417,20 @@ def seconds(case: Case, mesh: Mesh) -> dict[str, float]:
     product = hardware.PRODUCT * (card.bfloat16 if _screened(case, rank) else card.float32)
     pass_over, gather = hardware.MEMORY * card.bandwidth, hardware.GATHER * card.bandwidth
     lm = hardware.LM * (card.float32 if recipe.acts.lm_dtype == "float32" else card.bfloat16)
-    forwards = recipe.batch * recipe.acts.context / (recipe.acts.context - 1) / rank.ranks if case.live else 0
+    forwards = (
+        recipe.batch * recipe.acts.context / (recipe.acts.context - 1) / rank.ranks
+        if case.live
+        else 0
+    )
     parts = {
         "encoder product": 2 * rank.rows * rank.n * d / product,
         "selection": _selection(case, rank) / pass_over,
-        "sparse parts": 4 * rank.rows * sparse * d * (4 if card.host or rank.step == "triton" else 6) / gather,
+        "sparse parts": 4
+        * rank.rows
+        * sparse
+        * d
+        * (4 if card.host or rank.step == "triton" else 6)
+        / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
         "Adam, norms, average": 2 * rank.n * d * _row_bytes(case, rank) / pass_over,
         "LM": flops.lm(case.subject.before_site) * forwards / lm,
@@ -327,7 +442,9 @@ def seconds(case: Case, mesh: Mesh) -> dict[str, float]:
 def _screened(case: Case, rank: Rank) -> bool:
     """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection holds to about its speed."""
     screen = case.recipe.optim.screen
-    return rank.step == "triton" and screen != "off" or rank.step == "native" and screen == "bfloat16"
+    return (
+        rank.step == "triton" and screen != "off" or rank.step == "native" and screen == "bfloat16"
+    )
 
 
 def _selection(case: Case, rank: Rank) -> float:
@@ -335,7 +452,11 @@ def _selection(case: Case, rank: Rank) -> float:
     if rank.step == "triton":
         return 2 * _product(case, rank)
     passes = 2 if case.card.host else 3 + TOPK_PASSES
-    compared = rank.mesh.latent * sum(rows * offer for rows, offer in rank.exchanged) if rank.mesh.latent > 1 else 0
+    compared = (
+        rank.mesh.latent * sum(rows * offer for rows, offer in rank.exchanged)
+        if rank.mesh.latent > 1
+        else 0
+    )
     return 4 * passes * (rank.rows * rank.n + compared)
 
 
@@ -346,13 +467,19 @@ def _row_bytes(case: Case, rank: Rank) -> int:
         return 24 + average  # weight and moments, read and written
     if rank.step == "triton":
         return 24 + average + 12  # and the gradient: written, read for its norm, read
-    return 24 + average + 4 + 36  # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half of the weights renormalised
+    return (
+        24 + average + 4 + 36
+    )  # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half of the weights renormalised
 
 
 def _travel(case: Case, mesh: Mesh, axis: str) -> float:
     """Return the seconds that an axis's collectives take, as rings."""
     rate = hardware.LINK * _rate(case.card, mesh, axis)
-    return sum(each.sent / rate + each.calls * hardware.LATENCY for each in communication(case, mesh) if each.axis == axis)
+    return sum(
+        each.sent / rate + each.calls * hardware.LATENCY
+        for each in communication(case, mesh)
+        if each.axis == axis
+    )
 
 
 def _rate(card: Card, mesh: Mesh, axis: str) -> float:
@@ -360,8 +487,11 @@ def _rate(card: Card, mesh: Mesh, axis: str) -> float:
 
     Ranks of a latent group are neighbours; those of a data group are `mesh.latent` apart.
     """
-    ranks, together = {"latent": (mesh.latent, card.per_node), "data": (mesh.data, max(1, card.per_node // mesh.latent)),
-                       "all": (mesh.data * mesh.latent, card.per_node)}[axis]
+    ranks, together = {
+        "latent": (mesh.latent, card.per_node),
+        "data": (mesh.data, max(1, card.per_node // mesh.latent)),
+        "all": (mesh.data * mesh.latent, card.per_node),
+    }[axis]
     return card.link if ranks <= together else min(card.link, together * card.network)
 
 
@@ -371,8 +501,17 @@ def _rate(card: Card, mesh: Mesh, axis: str) -> float:
 def estimate(case: Case, mesh: Mesh) -> Estimate:
     """Return what a step costs on a mesh."""
     parts, spent = memory(case, mesh), seconds(case, mesh)
-    return Estimate(mesh.data * mesh.latent, mesh.data, mesh.latent, parts, main_memory(case, mesh), communication(case, mesh), spent,
-                    sum(parts.values()) <= hardware.USABLE * case.card.memory, case.recipe.batch / sum(spent.values()))
+    return Estimate(
+        mesh.data * mesh.latent,
+        mesh.data,
+        mesh.latent,
+        parts,
+        main_memory(case, mesh),
+        communication(case, mesh),
+        spent,
+        sum(parts.values()) <= hardware.USABLE * case.card.memory,
+        case.recipe.batch / sum(spent.values()),
+    )
 
 
 def mesh_of(recipe: Recipe) -> Mesh:
@@ -385,14 +524,28 @@ def best(case: Case, devices: int) -> Estimate:
     if devices < 1:
         raise InputError(f"devices is {devices}; it must be at least 1")
     sae = case.recipe.sae
-    sizes = [Mesh(devices // latent, latent) for latent in range(1, devices + 1) if devices % latent == 0]
-    sizes = [mesh for mesh in sizes if case.recipe.batch % mesh.data == 0 and sae.n_latents % mesh.latent == 0 and sae.k <= sae.n_latents // mesh.latent]
+    sizes = [
+        Mesh(devices // latent, latent) for latent in range(1, devices + 1) if devices % latent == 0
+    ]
+    sizes = [
+        mesh
+        for mesh in sizes
+        if case.recipe.batch % mesh.data == 0
+        and sae.n_latents % mesh.latent == 0
+        and sae.k <= sae.n_latents // mesh.latent
+    ]
     if not sizes:
-        raise InputError(f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and {case.recipe.sae.n_latents:,} latents; take a number of devices "
-                         "that divides one of them, such as a power of two")
+        raise InputError(
+            f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and {case.recipe.sae.n_latents:,} latents; take a number of devices "
+            "that divides one of them, such as a power of two"
+        )
     found = [estimate(case, mesh) for mesh in sizes]
     fitting = [each for each in found if each.fits]
-    return max(fitting, key=lambda each: each.tokens_per_s) if fitting else min(found, key=lambda each: each.bytes)
+    return (
+        max(fitting, key=lambda each: each.tokens_per_s)
+        if fitting
+        else min(found, key=lambda each: each.bytes)
+    )
 
 
 def largest(case: Case, devices: int) -> int:

@@ -55,5 +55,7 @@ def converged(rows: Sequence[dict[str, Any]], curve: Curve) -> bool:
     window = [row for row in rows if row["tokens"] >= first * 0.99 and row["loss"]]
     if len(window) < 3:
         return False
-    slope = np.polyfit(np.log([row["tokens"] for row in window]), np.log([row["loss"] for row in window]), 1)[0]
+    slope = np.polyfit(
+        np.log([row["tokens"] for row in window]), np.log([row["loss"] for row in window]), 1
+    )[0]
     return bool(1 - 2**slope < curve.converged)

@@ -1,9 +1,9 @@
 """What all members of a cohort share: the stream, the sample that they start from, and held-out activations.
 
-    Feed(recipe, device).stream          batches of raw activations
-                        .look            factor, baseline and normalised rows of the first activations; read once
-                        .lm_parameters   what a pass of the LM costs
-                        .held_out        raw activations of text that is not trained on, for the curves
+Feed(recipe, device).stream          batches of raw activations
+                    .look            factor, baseline and normalised rows of the first activations; read once
+                    .lm_parameters   what a pass of the LM costs
+                    .held_out        raw activations of text that is not trained on, for the curves
 """
 
 from __future__ import annotations
@@ -50,9 +50,19 @@ class Feed:
     def __init__(self, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE):
         self.recipe, self.device, self.mesh = recipe, device, mesh
         self.source, self.policy = open_stream(recipe, device, mesh)
-        depth = SHARD_BATCHES if isinstance(self.source, ShardStream) else getattr(self.source, "per_block", 1)
-        together = mesh.size > 1 and not recipe.acts.shards  # then processes compute a block together, between two steps
-        self.stream = Ahead(self.source, depth) if ahead(recipe, device.type) and not together else self.source
+        depth = (
+            SHARD_BATCHES
+            if isinstance(self.source, ShardStream)
+            else getattr(self.source, "per_block", 1)
+        )
+        together = (
+            mesh.size > 1 and not recipe.acts.shards
+        )  # then processes compute a block together, between two steps
+        self.stream = (
+            Ahead(self.source, depth)
+            if ahead(recipe, device.type) and not together
+            else self.source
+        )
         self.waited = 0.0  # seconds
         self._centers: dict[str, Tensor] = {}
 
@@ -71,7 +81,9 @@ class Feed:
         x = normalize(raw, kind, factor).x
         baseline = (x - x.mean(0)).cpu().double().square().mean().item()
         if not baseline > 0:
-            raise InputError(f"all {len(raw):,} activations at {self.recipe.acts.site} are the same: there is nothing to learn")
+            raise InputError(
+                f"all {len(raw):,} activations at {self.recipe.acts.site} are the same: there is nothing to learn"
+            )
         return Look(factor, x, baseline)
 
     def center(self, kind: str) -> Tensor:
@@ -91,22 +103,39 @@ class Feed:
         """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out` says. To be read before the stream is, whose thread uses the LM."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         acts = dataclasses.replace(recipe.acts, mix=rows)
-        lm = self.source.lm if isinstance(self.source, LiveStream) else LM(acts=acts, device=str(self.device))
-        return LiveStream(lm, Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT), batch=rows, seed=0).sample(rows)
+        lm = (
+            self.source.lm
+            if isinstance(self.source, LiveStream)
+            else LM(acts=acts, device=str(self.device))
+        )
+        return LiveStream(
+            lm,
+            Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT),
+            batch=rows,
+            seed=0,
+        ).sample(rows)
 
 
-def open_stream(recipe: Recipe, device: torch.device, mesh: Mesh = ALONE) -> tuple[Stream, dict[str, Any]]:
+def open_stream(
+    recipe: Recipe, device: torch.device, mesh: Mesh = ALONE
+) -> tuple[Stream, dict[str, Any]]:
     """Return the stream of activations that a recipe names, and the policy by which they are kept."""
     acts = recipe.acts
     if acts.shards:
         shards = Shards(acts.shards)
         shards.check_fits(acts)
-        return ShardStream(shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh), shards.manifest["policy"]
+        return ShardStream(
+            shards, batch=recipe.batch, seed=recipe.data_seed, device=device, mesh=mesh
+        ), shards.manifest["policy"]
     if acts.mix < recipe.batch:
-        raise InputError(f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches")
+        raise InputError(
+            f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches"
+        )
     lm = LM(acts=acts, device=str(device))
     corpus = Corpus(acts, lm.tokenizer, "train")
-    return LiveStream(lm, corpus, batch=recipe.batch, seed=recipe.data_seed, mesh=mesh), corpus.policy()
+    return LiveStream(
+        lm, corpus, batch=recipe.batch, seed=recipe.data_seed, mesh=mesh
+    ), corpus.policy()
 
 
 def ahead(recipe: Recipe, device: str) -> bool:

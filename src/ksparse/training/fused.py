@@ -48,8 +48,16 @@ def fastest_screen() -> str:
 def _fastest(threads: int) -> str:
     b, d, n = 1024, 512, 4096
     x, w, bias = torch.randn(b, d), torch.randn(n, d), torch.zeros(n)
-    xb, wb, out, half = x.bfloat16(), w.bfloat16(), torch.empty(b, n), torch.empty(b, n, dtype=torch.bfloat16)
-    products = {"off": lambda: torch.mm(x, w.t(), out=out), "bfloat16": lambda: torch.mm(xb, wb.t(), out=half)}
+    xb, wb, out, half = (
+        x.bfloat16(),
+        w.bfloat16(),
+        torch.empty(b, n),
+        torch.empty(b, n, dtype=torch.bfloat16),
+    )
+    products = {
+        "off": lambda: torch.mm(x, w.t(), out=out),
+        "bfloat16": lambda: torch.mm(xb, wb.t(), out=half),
+    }
     kind = int8_kind()
     (xi, _), (wi, scale) = native.lower(x, 1), native.lower(w, kind)
     if kind == native.PANELS:
@@ -59,7 +67,9 @@ def _fastest(threads: int) -> str:
         products["int8"] = lambda: torch._int_mm(xi, wi.t(), out=low)
     seconds = _compared(products)
     for name in products.keys() - {"off"}:
-        seconds[name] /= 0.8 if name == "int8" and kind == native.PANELS else 0.6  # the rest of a screen costs something too; ours has most of it in
+        seconds[name] /= (
+            0.8 if name == "int8" and kind == native.PANELS else 0.6
+        )  # the rest of a screen costs something too; ours has most of it in
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -69,7 +79,12 @@ def int8_kind() -> int:
     b, d, n = 128, 512, 1024
     x, w = torch.randn(b, d), torch.randn(n, d)
     xi, wi, out, low = x.char(), w.char(), torch.empty(b, n), torch.empty(b, n, dtype=torch.int32)
-    seconds = _compared({"off": lambda: torch.mm(x, w.t(), out=out), "int8": lambda: torch._int_mm(xi, wi.t(), out=low)})
+    seconds = _compared(
+        {
+            "off": lambda: torch.mm(x, w.t(), out=out),
+            "int8": lambda: torch._int_mm(xi, wi.t(), out=low),
+        }
+    )
     return 1 if seconds["int8"] < 0.7 * seconds["off"] else native.PANELS
 
 
@@ -136,7 +151,9 @@ class ExplicitOptimizer(Optimizer):
         error = self._buffer("error", x.shape)
         values, indices, square, slopes = self._code(x, centred, error)
         whole = len(x) * self.mesh.data
-        nmse = self.mesh.sum("loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data")
+        nmse = self.mesh.sum(
+            "loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data"
+        )
         finite = self._finite(nmse, slopes)
         aux, extra = nmse.new_zeros(()), None
         if options.auxk_coef and sae.count(dead) and finite is not False:
@@ -153,7 +170,9 @@ class ExplicitOptimizer(Optimizer):
         finite = bool(torch.isfinite(nmse)) and bool(torch.isfinite(slopes.sum()))
         return not self.mesh.agree("finite", [int(not finite)])[0]
 
-    def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _code(
+        self, x: Tensor, centred: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choose and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and what `_decode` does)."""
         values, indices = self.choose(centred)
         return values, indices, *self._decode(x, values, indices, error)
@@ -163,14 +182,20 @@ class ExplicitOptimizer(Optimizer):
         count = math.ceil(len(centred) * self.sae.shape.n_latents / self._piece())
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
-        values, indices = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen))
+        values, indices = (
+            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen)
+        )
         return self._surviving(values, indices, self.sae.shape.k)
 
-    def _surviving(self, values: Tensor, indices: Tensor, k: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _surviving(
+        self, values: Tensor, indices: Tensor, k: int, among: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return a code [b, <= k] of a slice, those that are not among the k largest of all slices as 0, as narrow as the others are."""
         if not isinstance(self.sae, SlicedSAE):
             return values, indices
-        kept, values, indices = narrowed(self.sae.survivors(values, k, self.sae.offer(k, among)), values, indices)
+        kept, values, indices = narrowed(
+            self.sae.survivors(values, k, self.sae.offer(k, among)), values, indices
+        )
         return torch.where(kept, values, 0.0), indices
 
     def _piece(self) -> int:
@@ -185,69 +210,110 @@ class ExplicitOptimizer(Optimizer):
         sae = self.sae
         product = self._buffer("product", (len(centred), sae.shape.n_latents))
         torch.mm(centred, sae.W_enc.detach().t(), out=product)
-        return self._select(product, sae.b_enc.detach(), sae.offer(sae.shape.k) if isinstance(sae, SlicedSAE) else sae.shape.k)
+        return self._select(
+            product,
+            sae.b_enc.detach(),
+            sae.offer(sae.shape.k) if isinstance(sae, SlicedSAE) else sae.shape.k,
+        )
 
     def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest of product + bias; the product may be overwritten."""
         indices = fast.topk(product.add_(bias), k)
         return product.gather(1, indices), indices
 
-    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its product with each chosen decoder row [b, k])."""
         sae = self.sae
-        recon = self.mesh.sum("recon", fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent")
+        recon = self.mesh.sum(
+            "recon", fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent"
+        )
         torch.add(recon, sae.b_pre.detach(), out=error).sub_(x)
-        return error.square().sum(1), fast.gather_dot(error, indices, sae.W_dec.detach()).mul_(values > 0)
+        return error.square().sum(1), fast.gather_dot(error, indices, sae.W_dec.detach()).mul_(
+            values > 0
+        )
 
     # ---- AuxK on the dead rows alone
 
-    def _auxk(self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int) -> tuple[Tensor, Extra]:
+    def _auxk(
+        self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int
+    ) -> tuple[Tensor, Extra]:
         """Return the loss over `tokens` of the batch, of which these are this process's, and its gradient.
 
         The product that chooses is dense over the dead latents; the rest where the code is not sparse among them.
         """
         sae = self.sae
-        W_enc, W_dec, b_enc = (weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc))
+        W_enc, W_dec, b_enc = (
+            weight.detach()[dead] for weight in (sae.W_enc, sae.W_dec, sae.b_enc)
+        )
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
         if k_aux < sae.count(dead):
             values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
             values, indices = self._surviving(values, indices, k_aux, dead)
             if flops.SPARSER * k_aux < len(dead):
-                return self._auxk_listed(centred, error, dead, W_dec, values, indices.long(), tokens)
+                return self._auxk_listed(
+                    centred, error, dead, W_dec, values, indices.long(), tokens
+                )
             z.zero_().scatter_(1, indices.long(), values)
         loss, slope = self._auxk_loss(torch.mm(z, W_dec), error, tokens)
         inner = torch.mm(slope, W_dec.t()).mul_(z > 0)
         return loss, Extra(dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0))
 
-    def _auxk_listed(self, centred: Tensor, error: Tensor, dead: Tensor, W_dec: Tensor, values: Tensor, indices: Tensor,
-                     tokens: int) -> tuple[Tensor, Extra]:
+    def _auxk_listed(
+        self,
+        centred: Tensor,
+        error: Tensor,
+        dead: Tensor,
+        W_dec: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        tokens: int,
+    ) -> tuple[Tensor, Extra]:
         """The same from a code values, indices[s, k_aux] among the dead latents."""
         loss, slope = self._auxk_loss(self.sparse.gather_sum(values, indices, W_dec), error, tokens)
         inner = self.sparse.gather_dot(slope, indices, W_dec).mul_(values > 0)
         lists = self.sparse.transposed(indices, len(dead))
-        bias = self.sparse.scatter_transposed(lists, inner, inner.new_ones(len(inner), 1)).squeeze(1)
-        return loss, Extra(dead, self.sparse.scatter_transposed(lists, values, slope), self.sparse.scatter_transposed(lists, inner, centred), bias)
+        bias = self.sparse.scatter_transposed(lists, inner, inner.new_ones(len(inner), 1)).squeeze(
+            1
+        )
+        return loss, Extra(
+            dead,
+            self.sparse.scatter_transposed(lists, values, slope),
+            self.sparse.scatter_transposed(lists, inner, centred),
+            bias,
+        )
 
     def _auxk_loss(self, predicted: Tensor, error: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the loss and its gradient by the prediction [s, d], which takes the place of this slice's share; both are 0 where the loss is not finite."""
         options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
-        difference = self.mesh.sum("recon", predicted, "latent").add_(error)  # the prediction less x - recon
+        difference = self.mesh.sum("recon", predicted, "latent").add_(
+            error
+        )  # the prediction less x - recon
         if options.auxk_norm == "token":
             weights = 1 / error.square().sum(1).clamp_min(tiny) / tokens
         else:
-            weights = (1 / (self._spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])).expand(len(error))
+            weights = (
+                1 / (self._spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])
+            ).expand(len(error))
         loss = self.mesh.sum("loss", (difference.square().sum(1) * weights).double().sum(), "data")
         finite = torch.isfinite(loss)  # nobody waits for a device to tell
-        return torch.where(finite, loss, 0.0), torch.where(finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0)
+        return torch.where(finite, loss, 0.0), torch.where(
+            finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0
+        )
 
     def _spread(self, error: Tensor, tokens: int) -> Tensor:
         """Return the variance over `tokens` of the batch, averaged over components, from this process's error[<= tokens, d]."""
         if self.mesh.data == 1:
             return (error - error.mean(0)).square().mean()
         mean = self.mesh.sum("spread", error.sum(0), "data") / tokens
-        return self.mesh.sum("spread", (error - mean).square().sum(), "data") / (tokens * error.shape[1])
+        return self.mesh.sum("spread", (error - mean).square().sum(), "data") / (
+            tokens * error.shape[1]
+        )
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    def _buffer(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
@@ -280,11 +346,17 @@ class ExplicitOptimizer(Optimizer):
         n, mesh = sae.shape.n_latents, self.mesh
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
-        sae.W_enc.grad = fast.scatter_transposed(lists, slopes, pending.centred, out=self._gradient("W_enc"))
+        sae.W_enc.grad = fast.scatter_transposed(
+            lists, slopes, pending.centred, out=self._gradient("W_enc")
+        )
         if extra is not None:
             sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
-        sums = [mesh.start_sum("W_enc", sae.W_enc.grad, "data")]  # on its way while the decoder's is computed
-        sae.W_dec.grad = fast.scatter_transposed(lists, values, pending.error, out=self._gradient("W_dec"))
+        sums = [
+            mesh.start_sum("W_enc", sae.W_enc.grad, "data")
+        ]  # on its way while the decoder's is computed
+        sae.W_dec.grad = fast.scatter_transposed(
+            lists, values, pending.error, out=self._gradient("W_dec")
+        )
         g_bias = fast.scatter_sum(lists, slopes)
         along = fast.scatter_sum(lists, values * pending.slopes)  # <gradient, row>, for nothing
         if extra is not None:
@@ -295,7 +367,9 @@ class ExplicitOptimizer(Optimizer):
             sae.W_dec.grad.addcmul_(sae.W_dec, along[:, None], value=-1)
         sums.append(mesh.start_sum("W_dec", sae.W_dec.grad, "data"))
         mesh.sum("b_enc", g_bias, "data")
-        sae.b_pre.grad = mesh.sum("b_pre", pending.scale * pending.error.sum(0), "data") - mesh.sum("b_pre_encoder", g_bias @ sae.W_enc, "latent")
+        sae.b_pre.grad = mesh.sum("b_pre", pending.scale * pending.error.sum(0), "data") - mesh.sum(
+            "b_pre_encoder", g_bias @ sae.W_enc, "latent"
+        )
         sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
         for wait in sums:
             wait()
@@ -314,7 +388,11 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         self.redone = self.screened = 0  # tokens
         self.candidates = sae.shape.k + max(16, int(sae.shape.k * MORE.get(self.kind, 0)))
         for weight in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre):
-            self.adam.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            self.adam.state[weight] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
         self._lower()
 
     def _kind(self, screen: str) -> int:
@@ -331,11 +409,15 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         score that is not among those, and the root mean square of the candidates' (exact - score)."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | ({"screen.candidates": torch.tensor(self.candidates)} if self.kind else {})
+        return super().tensors() | (
+            {"screen.candidates": torch.tensor(self.candidates)} if self.kind else {}
+        )
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         super().restore(tensors, updates)
-        if "screen.candidates" in tensors:  # which tokens are computed in full decides how their values are rounded
+        if (
+            "screen.candidates" in tensors
+        ):  # which tokens are computed in full decides how their values are rounded
             self.candidates = int(tensors["screen.candidates"])
         for each in self.adam.state.values():
             each["step"] = each["step"].cpu()  # where it is read without a wait
@@ -354,7 +436,9 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     def _offered(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the choice among candidates, values[b, k] and indices[b, k], and which tokens' is not clear [b]."""
-        values, indices, dropped, spread = self._candidates(centred, min(self.sae.shape.n_latents, self.candidates))
+        values, indices, dropped, spread = self._candidates(
+            centred, min(self.sae.shape.n_latents, self.candidates)
+        )
         return values, indices, ~(values.amin(1) > dropped + MARGIN * spread)
 
     def _count(self, tokens: int, again: int) -> None:
@@ -380,8 +464,11 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         n = self.sae.shape.n_latents
         row = torch.arange(len(x), device=x.device)[:, None] * n
         missed = ~torch.isin(exact + row, found + row)
-        return {"screen_latents_wrong": missed.float().mean().item(), "screen_tokens_wrong": missed.any(1).float().mean().item(),
-                "screen_redone": self.redone / max(1, self.screened)}
+        return {
+            "screen_latents_wrong": missed.float().mean().item(),
+            "screen_tokens_wrong": missed.any(1).float().mean().item(),
+            "screen_redone": self.redone / max(1, self.screened),
+        }
 
     # ---- what the pass over the rows leaves
 
@@ -397,7 +484,9 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         weight, options = getattr(self.sae, key), self.recipe.optim
         state, rule = self.adam.state[weight], self._rule(step, self._rates(step)[1], 1.0)
         state["exp_avg"].lerp_(gradient, 1 - options.beta1)
-        state["exp_avg_sq"].mul_(options.beta2).addcmul_(gradient, gradient, value=1 - options.beta2)
+        state["exp_avg_sq"].mul_(options.beta2).addcmul_(
+            gradient, gradient, value=1 - options.beta2
+        )
         denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(rule.correction2)).add_(options.eps)
         weight.addcdiv_(state["exp_avg"], denominator, value=-rule.rate / rule.correction1)
         if self.average:
@@ -409,8 +498,16 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     def _rule(self, step: int, rate: float, clip: float) -> native.Adam:
         options, taken = self.recipe.optim, int(self.adam.state[self.sae.b_pre]["step"]) + 1
-        return native.Adam(rate, options.beta1, options.beta2, options.eps, 1 - options.beta1**taken, 1 - options.beta2**taken,
-                           self.recipe.ema or 1.0, clip)
+        return native.Adam(
+            rate,
+            options.beta1,
+            options.beta2,
+            options.eps,
+            1 - options.beta1**taken,
+            1 - options.beta2**taken,
+            self.recipe.ema or 1.0,
+            clip,
+        )
 
 
 class FusedOptimizer(ScreenedOptimizer):
@@ -432,15 +529,25 @@ class FusedOptimizer(ScreenedOptimizer):
         if self.kind == native.PANELS:
             return native.screen(self.low, self.low_scale, bias, centred, weight, sae.shape.k, c)
         low, scale = native.lower(centred, self.kind)
-        product = self._buffer("low", (len(centred), sae.shape.n_latents), torch.int32 if self.kind == 1 else torch.bfloat16)
-        torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(low, self.low.t(), out=product)
+        product = self._buffer(
+            "low",
+            (len(centred), sae.shape.n_latents),
+            torch.int32 if self.kind == 1 else torch.bfloat16,
+        )
+        torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(
+            low, self.low.t(), out=product
+        )
         return native.rescore(product, scale, self.low_scale, bias, centred, weight, sae.shape.k, c)
 
     def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return native.select(product, bias, k)
 
-    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        return native.decode(x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error)
+    def _decode(
+        self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return native.decode(
+            x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error
+        )
 
     # ---- the pass over the rows
 
@@ -460,7 +567,15 @@ class FusedOptimizer(ScreenedOptimizer):
         self._bias(pull * clip, step)
         return norm
 
-    def _pass(self, pending: Pending, lists: tuple[Tensor, Tensor], step: int, *, apply: bool, clip: float = 1.0) -> tuple[float, Tensor]:
+    def _pass(
+        self,
+        pending: Pending,
+        lists: tuple[Tensor, Tensor],
+        step: int,
+        *,
+        apply: bool,
+        clip: float = 1.0,
+    ) -> tuple[float, Tensor]:
         """Return the gradient's norm and b_pre's gradient [d], from one pass over the latents."""
         sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
         n, d, k = sae.shape.n_latents, sae.shape.d_model, sae.shape.k
@@ -472,18 +587,67 @@ class FusedOptimizer(ScreenedOptimizer):
         rates = self._rates(step)
         rule = self._rule(step, rates[0], clip)
         state = self.adam.state[sae.b_enc]
-        parts = [native.pointer(part) for part in (
-            *lists, pending.values, pending.slopes, pending.error, pending.x, sae.b_pre.detach())]
-        more = [native.pointer(part) for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))]
+        parts = [
+            native.pointer(part)
+            for part in (
+                *lists,
+                pending.values,
+                pending.slopes,
+                pending.error,
+                pending.x,
+                sae.b_pre.detach(),
+            )
+        ]
+        more = [
+            native.pointer(part)
+            for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))
+        ]
         native.load().ks_update(
-            ctypes.c_int64(n), ctypes.c_int64(d), k, *parts, ctypes.c_float(pending.scale), *more, self._matrix("W_enc"), self._matrix("W_dec"),
-            *(native.pointer(part) for part in (sae.b_enc.detach(), state["exp_avg"], state["exp_avg_sq"], self.average.get("b_enc"))),
-            ctypes.byref(rule), ctypes.c_float(rates[1]), int(recipe.sae.unit_norm), int(recipe.sae.b_enc), int(apply), self.kind,
-            *(native.pointer(part) for part in ((self.low, self.low_scale) if self.kind else (None, None))), native.pointer(norms), native.pointer(pull), threads)
+            ctypes.c_int64(n),
+            ctypes.c_int64(d),
+            k,
+            *parts,
+            ctypes.c_float(pending.scale),
+            *more,
+            self._matrix("W_enc"),
+            self._matrix("W_dec"),
+            *(
+                native.pointer(part)
+                for part in (
+                    sae.b_enc.detach(),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.average.get("b_enc"),
+                )
+            ),
+            ctypes.byref(rule),
+            ctypes.c_float(rates[1]),
+            int(recipe.sae.unit_norm),
+            int(recipe.sae.b_enc),
+            int(apply),
+            self.kind,
+            *(
+                native.pointer(part)
+                for part in ((self.low, self.low_scale) if self.kind else (None, None))
+            ),
+            native.pointer(norms),
+            native.pointer(pull),
+            threads,
+        )
         gradient = pending.scale * pending.error.sum(0) - pull.sum(0)
         return math.sqrt(norms.sum().item() + gradient.double().square().sum().item()), gradient
 
     def _matrix(self, key: str) -> native.Matrix:
         weight = getattr(self.sae, key)
         state = self.adam.state[weight]
-        return native.Matrix(*(native.pointer(part).value for part in (weight.detach(), state["exp_avg"], state["exp_avg_sq"], self.average.get(key))))
+        return native.Matrix(
+            *(
+                native.pointer(part).value
+                for part in (
+                    weight.detach(),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.average.get(key),
+                )
+            )
+        )

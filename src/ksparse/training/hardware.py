@@ -55,8 +55,15 @@ USABLE = 0.92
 LATENCY = 30e-6
 """Seconds that a collective takes however small it is. An assumption."""
 
-GIVEN = {"memory_gb": ("memory", 1e9), "float32_tflops": ("float32", 1e12), "bfloat16_tflops": ("bfloat16", 1e12), "bandwidth_gbs": ("bandwidth", 1e9),
-         "link_gbs": ("link", 1e9), "network_gbs": ("network", 1e9), "per_node": ("per_node", 1)}
+GIVEN = {
+    "memory_gb": ("memory", 1e9),
+    "float32_tflops": ("float32", 1e12),
+    "bfloat16_tflops": ("bfloat16", 1e12),
+    "bandwidth_gbs": ("bandwidth", 1e9),
+    "link_gbs": ("link", 1e9),
+    "network_gbs": ("network", 1e9),
+    "per_node": ("per_node", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,9 @@ class Hardware(Options):
         for key, (field, unit) in GIVEN.items():
             value = getattr(self, key)
             if value < 0:
-                raise InputError(f"hardware.{key} is {value}; it must be above 0, or 0 for the card's own")
+                raise InputError(
+                    f"hardware.{key} is {value}; it must be above 0, or 0 for the card's own"
+                )
             if value:
                 changes[field] = value * unit
         return dataclasses.replace(card, **changes)

@@ -41,4 +41,6 @@ def _need(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise InputError(f"the logger {name} is not installed: pip install 'ksparse[loggers]', or leave out --run.loggers") from None
+        raise InputError(
+            f"the logger {name} is not installed: pip install 'ksparse[loggers]', or leave out --run.loggers"
+        ) from None

@@ -34,7 +34,13 @@ log = logging.getLogger("ksparse")
 Observer = Callable[[dict[str, Any]], None]
 
 
-def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = lambda row: None, trust_remote_code: bool = False) -> RunFolder:
+def train(
+    recipe: Recipe,
+    out: Path | str | None = None,
+    *,
+    observe: Observer = lambda row: None,
+    trust_remote_code: bool = False,
+) -> RunFolder:
     """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go on with it.
 
     out: runs/<a hash of the recipe> if not given.
@@ -42,12 +48,20 @@ def train(recipe: Recipe, out: Path | str | None = None, *, observe: Observer = 
     trust_remote_code: let code that comes with the LM run, in this call alone.
     """
     with trusted(trust_remote_code):
-        return train_cohort([recipe], [out or f"runs/{files.digest(recipe.identity())}"], observe=lambda run, row: observe(row))[0]
+        return train_cohort(
+            [recipe],
+            [out or f"runs/{files.digest(recipe.identity())}"],
+            observe=lambda run, row: observe(row),
+        )[0]
 
 
-def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
-                 observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
-                 open_feed: Callable[..., Feed] = Feed) -> list[RunFolder]:
+def train_cohort(
+    recipes: Sequence[Recipe],
+    outs: Sequence[Path | str],
+    *,
+    observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
+    open_feed: Callable[..., Feed] = Feed,
+) -> list[RunFolder]:
     """Train SAEs that differ in anything but where their activations come from; each leaves a run as if it had been trained alone.
 
     The LM and the normalisation run once for all. Members may be finished, at different steps, or new: the stream begins where the least
@@ -65,14 +79,23 @@ def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
         threads(common.threads)
         saver = checkpoint.Saver(mesh, behind=mesh.size > 1 or not device.startswith("cpu"))
         stack.callback(saver.finish)
-        members = [Member(run, recipe, torch.device(device), saver) for run, recipe in zip(runs, recipes)]
+        members = [
+            Member(run, recipe, torch.device(device), saver) for run, recipe in zip(runs, recipes)
+        ]
         going = [member for member in members if not member.ended]
         if not going:
             return runs
-        feed = open_feed(common, torch.device(device), mesh) if mesh.size > 1 else open_feed(common, torch.device(device))
+        feed = (
+            open_feed(common, torch.device(device), mesh)
+            if mesh.size > 1
+            else open_feed(common, torch.device(device))
+        )
         for member in going:
             member.join(feed, observe)
-        mesh.once("room", lambda: checkpoint.check_room([(member.run, member.optimizer) for member in going]))
+        mesh.once(
+            "room",
+            lambda: checkpoint.check_room([(member.run, member.optimizer) for member in going]),
+        )
         began = time.monotonic()
 
         least = min((member.state for member in going), key=lambda state: state.step)
@@ -86,7 +109,9 @@ def train_cohort(recipes: Sequence[Recipe], outs: Sequence[Path | str], *,
                 member.step(batch, x)
             for member in now:
                 member.log(batch, x)
-            signum, *due = mesh.agree("stop", [stop[0] if stop else 0, *(int(member.due()) for member in now)])
+            signum, *due = mesh.agree(
+                "stop", [stop[0] if stop else 0, *(int(member.due()) for member in now)]
+            )
             for member, wanted in zip(now, due):
                 if signum or wanted or member.ended:
                     member.save()
@@ -112,17 +137,29 @@ def shared(recipes: Sequence[Recipe]) -> Recipe:
     for other in recipes[1:]:
         wrong = differences(_stream_of(first), _stream_of(other))
         if wrong:
-            raise InputError(f"these recipes cannot share a stream of activations: {'; '.join(wrong)}. Train them apart"
-                             + (", or give all of them one `order`" if any(key.startswith("order") for key in wrong) else ""))
+            raise InputError(
+                f"these recipes cannot share a stream of activations: {'; '.join(wrong)}. Train them apart"
+                + (
+                    ", or give all of them one `order`"
+                    if any(key.startswith("order") for key in wrong)
+                    else ""
+                )
+            )
     return first
 
 
 def _stream_of(recipe: Recipe) -> dict[str, Any]:
     """Return what the members of a cohort have in common."""
     identity = recipe.identity()
-    return {"acts": identity["acts"], "batch": recipe.batch, "order": recipe.data_seed, "threads": recipe.threads,
-            "curve": {"held_out": recipe.curve.held_out}, "mesh": asdict(recipe.mesh),
-            "run": {"device": recipe.run.device}}
+    return {
+        "acts": identity["acts"],
+        "batch": recipe.batch,
+        "order": recipe.data_seed,
+        "threads": recipe.threads,
+        "curve": {"held_out": recipe.curve.held_out},
+        "mesh": asdict(recipe.mesh),
+        "run": {"device": recipe.run.device},
+    }
 
 
 def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
@@ -140,7 +177,9 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
     check_schedule(recipe)
     started = (".lock", "environment.json")  # what a process that was killed in here leaves
     names = [file.name for file in run.path.iterdir()]
-    if not run.exists() and any(name not in started and not name.startswith(".tmp-") for name in names):
+    if not run.exists() and any(
+        name not in started and not name.startswith(".tmp-") for name in names
+    ):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
     run.remove_leftovers()
     files.write_json(run.environment_file, environment())
@@ -163,9 +202,15 @@ def environment() -> dict[str, Any]:
     """Return the versions and the hardware, for environment.json."""
     packages = ("ksparse", "torch", "transformers", "tokenizers", "safetensors", "numpy")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "platform": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus,
-            "arguments": sys.argv[1:]}
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "arguments": sys.argv[1:],
+    }
 
 
 @contextmanager
@@ -182,8 +227,11 @@ def _signals() -> Iterator[list[int]]:
         log.warning("stopping after this step and saving; once more to stop at once")
 
     # a script's background jobs ignore SIGINT, which is to stay so
-    heeded = [signum for signum in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
+    heeded = [
+        signum
+        for signum in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(signum) not in (signal.SIG_IGN, None)
+    ]
     before = {signum: signal.signal(signum, handle) for signum in heeded}
     try:
         yield seen
@@ -197,6 +245,10 @@ def _memory_explained(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(
+            error, (torch.OutOfMemoryError, MemoryError)
+        ) and "allocate memory" not in str(error):
             raise  # torch says of the machine's memory that it is out in a plain RuntimeError
-        raise OutOfMemoryError(f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} {explain_memory(recipe)}") from error
+        raise OutOfMemoryError(
+            f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} {explain_memory(recipe)}"
+        ) from error

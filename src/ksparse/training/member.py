@@ -1,9 +1,9 @@
 """One SAE in training: its weights, its state, its run's files. Its cohort hands it the batches.
 
-    Member(run, recipe, device)   the newest intact checkpoint, if there is one
-    .join(feed, observe)          start, where there was none; open the logs
-    .step(batch, x)               gradient, optimiser, dead counters
-    .log(batch, x)  .save()       metrics.jsonl, curve.jsonl and alarms.jsonl; a checkpoint
+Member(run, recipe, device)   the newest intact checkpoint, if there is one
+.join(feed, observe)          start, where there was none; open the logs
+.step(batch, x)               gradient, optimiser, dead counters
+.log(batch, x)  .save()       metrics.jsonl, curve.jsonl and alarms.jsonl; a checkpoint
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from ksparse.training.arriving import marked
 from ksparse.training.checkpoint import State
 from ksparse.training.feed import Feed
 from ksparse.training.fused import ExplicitOptimizer, FusedOptimizer, fastest_screen
-from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.loggers import open_loggers
+from ksparse.training.on_gpu import TritonOptimizer
 from ksparse.training.optim import Optimizer, rate_share
 
 log = logging.getLogger("ksparse")
@@ -49,8 +49,16 @@ AUDITED = 64  # tokens of a logged step on which a screen is held against the ex
 class Member:
     """An SAE that trains on the batches it is given."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, device: torch.device, saver: checkpoint.Saver):
-        self.run, self.recipe, self.device, self.saver, self.mesh = run, recipe, device, saver, saver.mesh
+    def __init__(
+        self, run: RunFolder, recipe: Recipe, device: torch.device, saver: checkpoint.Saver
+    ):
+        self.run, self.recipe, self.device, self.saver, self.mesh = (
+            run,
+            recipe,
+            device,
+            saver,
+            saver.mesh,
+        )
         self.failed: NonFiniteError | None = None
         self.points = curve.points(recipe)
         restored = restore(run, recipe, device, self.mesh)
@@ -59,14 +67,24 @@ class Member:
     @property
     def ended(self) -> bool:
         """Whether there is no step left: all are done, or the loss has converged."""
-        return self.state is not None and (self.state.converged or self.state.step >= self.recipe.steps)
+        return self.state is not None and (
+            self.state.converged or self.state.step >= self.recipe.steps
+        )
 
     def join(self, feed: Feed, observe: Callable[[RunFolder, dict[str, Any]], None]) -> None:
         """Begin to take part."""
         self.feed = feed
         if self.state is None:
             self.state, self.optimizer = start(self.recipe, feed, self.mesh)
-        self.send = [self.run.append_metrics, lambda row: observe(self.run, row), *open_loggers(self.recipe, self.run)] if self.mesh.first else []
+        self.send = (
+            [
+                self.run.append_metrics,
+                lambda row: observe(self.run, row),
+                *open_loggers(self.recipe, self.run),
+            ]
+            if self.mesh.first
+            else []
+        )
         self.curve = self.run.curve()
         self.alarms = Alarms(self.recipe, self.run.metrics())
         self.held_out = feed.held_out if self.points else None
@@ -94,28 +112,73 @@ class Member:
         if state.step % recipe.run.log_every == 0 or state.step == 1 or self.ended:
             now = time.monotonic()
             state.seconds = self.spent + now - self.began
-            row = metrics(self.part, self.grad_norm, state, recipe, self.feed.stream.mixing(), self.optimizer) | self.optimizer.audit(x[:AUDITED]) | {
-                "waiting": self.feed.waited / max(now - self.began, 1e-9), "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9), "seconds": state.seconds}
+            row = (
+                metrics(
+                    self.part,
+                    self.grad_norm,
+                    state,
+                    recipe,
+                    self.feed.stream.mixing(),
+                    self.optimizer,
+                )
+                | self.optimizer.audit(x[:AUDITED])
+                | {
+                    "waiting": self.feed.waited / max(now - self.began, 1e-9),
+                    "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9),
+                    "seconds": state.seconds,
+                }
+            )
             for each in self.send:
                 each(row)
             dead = row["dead"]
-        for alarm in self.alarms.see(state.step, state.tokens, self.grad_norm, dead) if self.mesh.first else ():
-            log.warning("step %s: %s%s", f"{state.step:,}", alarm["says"], f" ({alarm['kept_back']:,} more such steps since the last warning)" if alarm["kept_back"] else "")
+        for alarm in (
+            self.alarms.see(state.step, state.tokens, self.grad_norm, dead)
+            if self.mesh.first
+            else ()
+        ):
+            log.warning(
+                "step %s: %s%s",
+                f"{state.step:,}",
+                alarm["says"],
+                f" ({alarm['kept_back']:,} more such steps since the last warning)"
+                if alarm["kept_back"]
+                else "",
+            )
             self.run.append_alarm(alarm)
 
     def _measure(self) -> None:
         """Add a point to the curve, and end the run where it has converged."""
         state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {"loss_raw": curve.loss(self.optimizer.raw(), self.held_out),
-                  "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out) if recipe.ema else None}
-        row = {"step": state.step, "tokens": state.tokens} | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters) | {
-            key: value if value is not None and math.isfinite(value) else None for key, value in losses.items()}
-        row |= {"loss": min((value for value in (row["loss_raw"], row["loss_ema"]) if value is not None), default=None),
-                "l0": l0(self.part, self.mesh), "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh)}
+        losses = {
+            "loss_raw": curve.loss(self.optimizer.raw(), self.held_out),
+            "loss_ema": curve.loss(self.optimizer.averaged(), self.held_out)
+            if recipe.ema
+            else None,
+        }
+        row = (
+            {"step": state.step, "tokens": state.tokens}
+            | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters)
+            | {
+                key: value if value is not None and math.isfinite(value) else None
+                for key, value in losses.items()
+            }
+        )
+        row |= {
+            "loss": min(
+                (value for value in (row["loss_raw"], row["loss_ema"]) if value is not None),
+                default=None,
+            ),
+            "l0": l0(self.part, self.mesh),
+            "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh),
+        }
         if self.mesh.first:
             self.run.append_curve(row)
             self.curve.append(row)
-        state.converged = bool(self.mesh.agree("converged", [int(self.mesh.first and curve.converged(self.curve, recipe.curve))])[0])
+        state.converged = bool(
+            self.mesh.agree(
+                "converged", [int(self.mesh.first and curve.converged(self.curve, recipe.curve))]
+            )[0]
+        )
 
     def due(self) -> bool:
         """Return whether it is time for a checkpoint; the first process has the clock."""
@@ -140,16 +203,23 @@ class Member:
             self.failed = NonFiniteError(
                 f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents {', '.join(names[:5])}"
                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good checkpoint is "
-                f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out")
+                f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out"
+            )
             return
         state.skipped += 1
-        log.warning("step %s left out: its loss or gradient is not finite (%s so far)", state.step, state.skipped)
+        log.warning(
+            "step %s left out: its loss or gradient is not finite (%s so far)",
+            state.step,
+            state.skipped,
+        )
 
 
 # ---- the parts, in the order of their use ------------------------------------------------------------------------
 
 
-def restore(run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE) -> tuple[State, Optimizer] | None:
+def restore(
+    run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE
+) -> tuple[State, Optimizer] | None:
     """Return what the newest intact checkpoint holds, or None if there is none; on a mesh, of the same one, this process's slice."""
     from ksparse.sae.store import read_shape
 
@@ -165,13 +235,22 @@ def restore(run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = A
         return None
     path = run.checkpoint(step)
     shape, metadata = read_shape(path)
-    sae = SAE(shape, metadata) if mesh.latent == 1 else SlicedSAE(slice_shape(shape, mesh), metadata, mesh=mesh, capacity=recipe.mesh.capacity)
+    sae = (
+        SAE(shape, metadata)
+        if mesh.latent == 1
+        else SlicedSAE(slice_shape(shape, mesh), metadata, mesh=mesh, capacity=recipe.mesh.capacity)
+    )
     optimizer = open_optimizer(sae.to(device), recipe, mesh)
     state = checkpoint.load(path, optimizer)
     if state.mesh == [mesh.data, mesh.latent]:
         torch.set_num_threads(state.threads)
     elif mesh.first:
-        log.info("begun on a mesh of %s x %s, going on on one of %s x %s", *state.mesh, mesh.data, mesh.latent)
+        log.info(
+            "begun on a mesh of %s x %s, going on on one of %s x %s",
+            *state.mesh,
+            mesh.data,
+            mesh.latent,
+        )
     state.mesh, state.threads = [mesh.data, mesh.latent], torch.get_num_threads()
     log.info("going on after step %s", f"{state.step:,}")
     return state, optimizer
@@ -190,17 +269,42 @@ def newest(run: RunFolder) -> Path | None:
 def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimizer]:
     """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a slice of the same SAE."""
     look = feed.look
-    shape = Shape(feed.stream.d_model, recipe.sae.n_latents, recipe.sae.k, recipe.acts.normalize, look.factor, recipe.sae.activation.kind)
+    shape = Shape(
+        feed.stream.d_model,
+        recipe.sae.n_latents,
+        recipe.sae.k,
+        recipe.acts.normalize,
+        look.factor,
+        recipe.sae.activation.kind,
+    )
     subject = {"subject": describe(lm.model)} if (lm := getattr(feed.source, "lm", None)) else {}
-    sae = SAE(shape, {"acts": asdict(recipe.acts), **subject, "policy": feed.policy, "dead_after": recipe.dead_after,
-                      "ksparse": version("ksparse")})
-    sae = sae if mesh.latent > 1 else sae.to(feed.device)  # the whole may be too large for one device
+    sae = SAE(
+        shape,
+        {
+            "acts": asdict(recipe.acts),
+            **subject,
+            "policy": feed.policy,
+            "dead_after": recipe.dead_after,
+            "ksparse": version("ksparse"),
+        },
+    )
+    sae = (
+        sae if mesh.latent > 1 else sae.to(feed.device)
+    )  # the whole may be too large for one device
     sample, b_pre = look.x.to(sae.W_enc.device), feed.center(recipe.sae.b_pre_init)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
     sae = slice_of(sae, mesh, recipe.mesh.capacity).to(feed.device)
-    log.info("learning rate %.2g (%s); latents are dead after %s tokens", recipe.lr,
-             "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)", f"{recipe.dead_after:,}")
-    state = State(since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=feed.device), baseline=look.baseline, mesh=[mesh.data, mesh.latent])
+    log.info(
+        "learning rate %.2g (%s); latents are dead after %s tokens",
+        recipe.lr,
+        "given" if recipe.optim.lr else f"{recipe.optim.lr_at_32k:g} x sqrt(32,768 / n)",
+        f"{recipe.dead_after:,}",
+    )
+    state = State(
+        since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=feed.device),
+        baseline=look.baseline,
+        mesh=[mesh.data, mesh.latent],
+    )
     return state, open_optimizer(sae, recipe, mesh)
 
 
@@ -209,22 +313,47 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
     screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if mesh.size > 1:
-        return ExplicitOptimizer(sae, recipe, mesh) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe, mesh)
+        return (
+            ExplicitOptimizer(sae, recipe, mesh)
+            if written_out and device.type in ("cpu", "cuda")
+            else Optimizer(sae, recipe, mesh)
+        )
     halves = recipe.optim.precision != "float32"
     if kernels == "triton" and not (written_out and gpu.usable(device)):
-        raise InputError("run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'")
+        raise InputError(
+            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'"
+        )
     if halves and not (written_out and kernels in ("auto", "triton") and gpu.usable(device)):
-        raise InputError("optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'")
-    if halves or kernels == "triton" or kernels == "auto" and written_out and device.type == "cuda" and gpu.available():
+        raise InputError(
+            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
+        )
+    if (
+        halves
+        or kernels == "triton"
+        or kernels == "auto"
+        and written_out
+        and device.type == "cuda"
+        and gpu.available()
+    ):
         return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
-        return FusedOptimizer(sae, recipe, _screen(recipe, fastest_screen()) if screen == "auto" else screen)
+        return FusedOptimizer(
+            sae, recipe, _screen(recipe, fastest_screen()) if screen == "auto" else screen
+        )
     if kernels == "native":
-        raise InputError("run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'")
+        raise InputError(
+            "run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'"
+        )
     if screen not in ("off", "auto"):
-        raise InputError(f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not 'torch'); "
-                         "leave it at 'off' or 'auto'")
-    return ExplicitOptimizer(sae, recipe) if written_out and device.type in ("cpu", "cuda") else Optimizer(sae, recipe)
+        raise InputError(
+            f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not 'torch'); "
+            "leave it at 'off' or 'auto'"
+        )
+    return (
+        ExplicitOptimizer(sae, recipe)
+        if written_out and device.type in ("cpu", "cuda")
+        else Optimizer(sae, recipe)
+    )
 
 
 def _screen(recipe: Recipe, fastest: str) -> str:
@@ -238,13 +367,20 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
     Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters change.
     """
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
-        tokens, number = auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data), optimizer.sae.count(silent(state, recipe))
-        state.flops_auxk += tokens * flops.auxk(min(k_aux(recipe.sae, x.shape[1]), number), x.shape[1])
+        tokens, number = (
+            auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data),
+            optimizer.sae.count(silent(state, recipe)),
+        )
+        state.flops_auxk += tokens * flops.auxk(
+            min(k_aux(recipe.sae, x.shape[1]), number), x.shape[1]
+        )
     grad_norm = None
     while grad_norm is None:  # a step may find that it has to take the batch in again
         part = backward(optimizer, x, state, recipe)
         since = counted(state.since, part, recipe.batch, optimizer.mesh)
-        dead = marked(since >= recipe.dead_after)  # asked before the rows move, so that a GPU has told by the time of the next step
+        dead = marked(
+            since >= recipe.dead_after
+        )  # asked before the rows move, so that a GPU has told by the time of the next step
         grad_norm = optimizer.step(state.step)
     if math.isfinite(grad_norm):
         state.since, state.dead = since, dead
@@ -253,7 +389,9 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
     """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
-    return optimizer.backward(x, baseline=state.baseline, dead=silent(state, recipe), k_aux=k_aux(recipe.sae, x.shape[1]))
+    return optimizer.backward(
+        x, baseline=state.baseline, dead=silent(state, recipe), k_aux=k_aux(recipe.sae, x.shape[1])
+    )
 
 
 def silent(state: State, recipe: Recipe) -> Tensor:
@@ -264,25 +402,41 @@ def silent(state: State, recipe: Recipe) -> Tensor:
 def counted(since: Tensor, part: Losses, tokens: int, mesh: Mesh = ALONE) -> Tensor:
     """Return the dead counters since[n] some tokens later; a latent fired if one of its values is above 0, being chosen is not enough."""
     n, (values, indices) = len(since), part.code
-    fired = torch.zeros(n + 1, dtype=torch.uint8, device=since.device).scatter_(0, torch.where(values > 0, indices, n).flatten(), 1)[:n]
+    fired = torch.zeros(n + 1, dtype=torch.uint8, device=since.device).scatter_(
+        0, torch.where(values > 0, indices, n).flatten(), 1
+    )[:n]
     if mesh.data > 1:
         fired = mesh.largest("fired", fired, "data")
     return (since + tokens).masked_fill_(fired.bool(), 0)
 
 
-def metrics(part: Losses, grad_norm: float, state: State, recipe: Recipe, mixing: float | None,
-            optimizer: Optimizer) -> dict[str, Any]:
+def metrics(
+    part: Losses,
+    grad_norm: float,
+    state: State,
+    recipe: Recipe,
+    mixing: float | None,
+    optimizer: Optimizer,
+) -> dict[str, Any]:
     """Return one line of metrics.jsonl."""
     mesh = optimizer.mesh
     finite = bool(torch.isfinite(part.total))
     return {
-        "step": state.step, "tokens": state.tokens,
-        "nmse": part.nmse.item() if finite else None, "auxk": part.auxk.item() if finite else None,
+        "step": state.step,
+        "tokens": state.tokens,
+        "nmse": part.nmse.item() if finite else None,
+        "auxk": part.auxk.item() if finite else None,
         "l0": l0(part, mesh),
         "dead": checkpoint.dead_fraction(state, recipe.dead_after, mesh),
-        "lr": recipe.lr * rate_share(state.step, recipe), "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "skipped": state.skipped, "neighbours_in_batch": mixing,
-    } | ({"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)} if recipe.mesh.capacity and mesh.latent > 1 else {})
+        "lr": recipe.lr * rate_share(state.step, recipe),
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "skipped": state.skipped,
+        "neighbours_in_batch": mixing,
+    } | (
+        {"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)}
+        if recipe.mesh.capacity and mesh.latent > 1
+        else {}
+    )
 
 
 def l0(part: Losses, mesh: Mesh = ALONE) -> float:
@@ -297,8 +451,17 @@ def due(step: int, saved: float, recipe: Recipe) -> bool:
     return time.monotonic() - saved >= 60 * recipe.run.save_minutes
 
 
-def flops_so_far(state: State, recipe: Recipe, d_model: int, lm_parameters: int) -> dict[str, float]:
+def flops_so_far(
+    state: State, recipe: Recipe, d_model: int, lm_parameters: int
+) -> dict[str, float]:
     """Return the FLOPs of a run up to now, by part and in sum; the LM's are not in the sum."""
-    parts = {"flops_encoder": float(state.tokens * flops.encoder(recipe, d_model)), "flops_decoder": float(state.tokens * flops.decoder(recipe, d_model)),
-             "flops_auxk": float(state.flops_auxk)}
-    return {"flops": sum(parts.values()), **parts, "flops_lm": float(state.tokens * flops.lm(lm_parameters))}
+    parts = {
+        "flops_encoder": float(state.tokens * flops.encoder(recipe, d_model)),
+        "flops_decoder": float(state.tokens * flops.decoder(recipe, d_model)),
+        "flops_auxk": float(state.flops_auxk),
+    }
+    return {
+        "flops": sum(parts.values()),
+        **parts,
+        "flops_lm": float(state.tokens * flops.lm(lm_parameters)),
+    }

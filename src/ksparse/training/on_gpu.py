@@ -53,7 +53,9 @@ class TritonOptimizer(ScreenedOptimizer):
         self.copies = {key: getattr(self.sae, key).detach().bfloat16() for key in kept}
         if self.kind:
             weight = self.copies.get("W_enc", self.sae.W_enc.detach())
-            self.low = screen.lower(weight if self.screen == "bfloat16" else self.sae.W_enc.detach(), self.screen)
+            self.low = screen.lower(
+                weight if self.screen == "bfloat16" else self.sae.W_enc.detach(), self.screen
+            )
 
     def _read(self, key: str) -> Tensor:
         """Return a weight as the sparse parts read it."""
@@ -67,21 +69,43 @@ class TritonOptimizer(ScreenedOptimizer):
         found = screen.candidates(centred, self.low, sae.b_enc.detach(), c, k=k + k // 8)
         if found is None:  # so few latents that buckets save nothing
             values, latents = self._exact(centred)
-            return values, latents, values.new_full((len(values),), -torch.inf), values.new_zeros(len(values))
-        values, indices, spread = gpu.choose(centred, found.latents, found.scores, self._read("W_enc"), sae.b_enc.detach(), k, margin=MARGIN)
+            return (
+                values,
+                latents,
+                values.new_full((len(values),), -torch.inf),
+                values.new_zeros(len(values)),
+            )
+        values, indices, spread = gpu.choose(
+            centred,
+            found.latents,
+            found.scores,
+            self._read("W_enc"),
+            sae.b_enc.detach(),
+            k,
+            margin=MARGIN,
+        )
         return values, indices, found.dropped, spread
 
-    def _code(self, x: Tensor, centred: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _code(
+        self, x: Tensor, centred: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not self.kind:
             return super()._code(x, centred, error)
         values, indices, unclear = self._offered(centred)
-        self.again, self.unclear = min(len(x), max(self.again, -(-len(x) // self.patience))), unclear.sum()
+        self.again, self.unclear = (
+            min(len(x), max(self.again, -(-len(x) // self.patience))),
+            unclear.sum(),
+        )
         self._exactly(centred, values, indices, places(unclear, self.again))
         return values, indices, *self._decode(x, values, indices, error)
 
-    def _decode(self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        return gpu.decode(values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error)
+        return gpu.decode(
+            values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error
+        )
 
     def _finite(self, nmse: Tensor, slopes: Tensor) -> Tensor:
         return torch.isfinite(nmse + slopes.sum())  # `step` asks for it with the norm
@@ -96,21 +120,37 @@ class TritonOptimizer(ScreenedOptimizer):
         self.pending = None
         lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
         values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
-        error, centred = (rows.bfloat16() if self.copies else rows for rows in (pending.error, pending.centred))
-        dec, dec_squares, along = gpu.scatter_measured(lists, values, error, values * pending.slopes)  # along: <gradient, row>
+        error, centred = (
+            rows.bfloat16() if self.copies else rows for rows in (pending.error, pending.centred)
+        )
+        dec, dec_squares, along = gpu.scatter_measured(
+            lists, values, error, values * pending.slopes
+        )  # along: <gradient, row>
         enc, enc_squares, bias = gpu.scatter_measured(lists, slopes, centred, slopes)
         if recipe.sae.unit_norm:
             dec_squares -= along.square()
         if extra is not None:
             for whole, part in ((dec, extra.dec), (enc, extra.enc), (bias, extra.bias)):
                 whole.index_add_(0, extra.latents, part)
-            dec_squares, enc_squares = gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm), gpu.row_squares(enc, sae.W_enc.detach())
+            dec_squares, enc_squares = (
+                gpu.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm),
+                gpu.row_squares(enc, sae.W_enc.detach()),
+            )
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
-        squares = [dec_squares, enc_squares, pre.square(), *([bias.square()] if recipe.sae.b_enc else [])]
+        squares = [
+            dec_squares,
+            enc_squares,
+            pre.square(),
+            *([bias.square()] if recipe.sae.b_enc else []),
+        ]
         norm = sum(each.double().sum() for each in squares).sqrt()
         unclear = norm.new_zeros(()) if self.unclear is None else self.unclear.double()
-        norm = torch.where(pending.finite & torch.isfinite(norm) & (unclear <= self.again), norm, math.nan)
-        clip = ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()  # NaN as the norm is: then no row moves
+        norm = torch.where(
+            pending.finite & torch.isfinite(norm) & (unclear <= self.again), norm, math.nan
+        )
+        clip = (
+            ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()
+        )  # NaN as the norm is: then no row moves
         asked = arriving(torch.stack((norm, unclear)))
         self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
         self._rows("W_enc", enc, step, clip, unit=False)
@@ -131,11 +171,34 @@ class TritonOptimizer(ScreenedOptimizer):
         return norm
 
     def _rows(self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool) -> None:
-        weight, options, rule = getattr(self.sae, key), self.recipe.optim, self._rule(step, self._rates(step)[0], 1.0)
+        weight, options, rule = (
+            getattr(self.sae, key),
+            self.recipe.optim,
+            self._rule(step, self._rates(step)[0], 1.0),
+        )
         state = self.adam.state[weight]
         low = self.low if key == "W_enc" and self.kind else None
         rows, scale = low or (None, None)
-        half, whole = self.copies.get(key, rows if scale is None else None), rows if scale is not None else None
-        gpu.adam_rows_(weight.detach(), gradient, state["exp_avg"], state["exp_avg_sq"], step=int(state["step"]) + 1, rate=rule.rate, beta1=options.beta1,
-                       beta2=options.beta2, eps=options.eps, clip=clip, project=unit, unit_norm=unit, average=self.average.get(key), decay=self.recipe.ema, half=half,
-                       whole=whole, scale=scale)
+        half, whole = (
+            self.copies.get(key, rows if scale is None else None),
+            rows if scale is not None else None,
+        )
+        gpu.adam_rows_(
+            weight.detach(),
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=int(state["step"]) + 1,
+            rate=rule.rate,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            eps=options.eps,
+            clip=clip,
+            project=unit,
+            unit_norm=unit,
+            average=self.average.get(key),
+            decay=self.recipe.ema,
+            half=half,
+            whole=whole,
+            scale=scale,
+        )

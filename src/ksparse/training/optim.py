@@ -33,10 +33,18 @@ class Optimizer:
         sae.b_enc.requires_grad_(recipe.sae.b_enc)
         weights = {name: parameter for name, parameter in sae.named_parameters()}
         relative = [weights.pop(name) for name in ("W_enc", "W_dec", "r_mag") if name in weights]
-        groups = [{"params": relative, "lr": recipe.lr, "base": recipe.lr},
-                  {"params": list(weights.values()), "lr": biases, "base": biases}]
-        self.adam = torch.optim.Adam(groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
-        self.average = {key: torch.zeros_like(weight) for key, weight in sae.named_parameters()} if recipe.ema else {}
+        groups = [
+            {"params": relative, "lr": recipe.lr, "base": recipe.lr},
+            {"params": list(weights.values()), "lr": biases, "base": biases},
+        ]
+        self.adam = torch.optim.Adam(
+            groups, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
+        )
+        self.average = (
+            {key: torch.zeros_like(weight) for key, weight in sae.named_parameters()}
+            if recipe.ema
+            else {}
+        )
         self.updates = 0
         self.total: Tensor | float = 0.0
         """The loss of this step."""
@@ -53,17 +61,42 @@ class Optimizer:
         On a mesh x[b, d] is this process's part of the batch, the losses are the whole batch's, the code is that of its part and slice.
         """
         whole = len(x) * self.mesh.data
-        parts, options, at, wanted = [], self.recipe.sae, self.mesh.part(whole).start, auxk_tokens(self.recipe.sae, whole)
+        parts, options, at, wanted = (
+            [],
+            self.recipe.sae,
+            self.mesh.part(whole).start,
+            auxk_tokens(self.recipe.sae, whole),
+        )
         for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
             share, mine = len(some) / whole, min(len(some), max(0, wanted - at))
-            part = losses(self.sae, some, baseline=baseline, dead=dead, k_aux=k_aux, options=options,
-                          auxk_tokens=mine, auxk_weight=mine / wanted / share, strength=self.strength)
+            part = losses(
+                self.sae,
+                some,
+                baseline=baseline,
+                dead=dead,
+                k_aux=k_aux,
+                options=options,
+                auxk_tokens=mine,
+                auxk_weight=mine / wanted / share,
+                strength=self.strength,
+            )
             at += len(some)
             (part.total * share).backward()
-            parts.append(Losses(*(value.detach() * share for value in part[:3]), Code(*(field.detach() for field in part.code))))
+            parts.append(
+                Losses(
+                    *(value.detach() * share for value in part[:3]),
+                    Code(*(field.detach() for field in part.code)),
+                )
+            )
         code = Code.joined([part.code for part in parts])
-        self.seen = (x, code, dead) if self.sae.activation.running or resampling(self.updates + 1, self.recipe) else None
-        values = self.mesh.sum("loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data")
+        self.seen = (
+            (x, code, dead)
+            if self.sae.activation.running or resampling(self.updates + 1, self.recipe)
+            else None
+        )
+        values = self.mesh.sum(
+            "loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data"
+        )
         self.total = values[0]
         return Losses(*values, code)
 
@@ -75,7 +108,11 @@ class Optimizer:
 
     def constrain_gradient(self) -> float:
         """Sum over the parts of the batch, take the part along decoder rows off, clip, and return the norm before clipping."""
-        sums = [self.mesh.start_sum(key, weight.grad, "data") for key, weight in self.sae.named_parameters() if weight.grad is not None]
+        sums = [
+            self.mesh.start_sum(key, weight.grad, "data")
+            for key, weight in self.sae.named_parameters()
+            if weight.grad is not None
+        ]
         for wait in sums:
             wait()
         if self.recipe.sae.unit_norm:
@@ -109,7 +146,10 @@ class Optimizer:
         if self.sae.activation.running:
             self.batch = x
             if len(fired := code.values[code.values > 0]):
-                self.sae.threshold.lerp_(fired.min(), max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay))
+                self.sae.threshold.lerp_(
+                    fired.min(),
+                    max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay),
+                )
         if resampling(self.updates, self.recipe):
             new = starts(self.sae, x, code, dead, self.recipe.seed * 1_000_003 + self.updates)
             for key, rows in (new or {}).items():
@@ -144,7 +184,11 @@ class Optimizer:
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
         for key in self.sae.keys:
             averaged = self.updates and key in self.average
-            getattr(copy, key).copy_(self.average[key] / weight if averaged else self.settled.get(key, getattr(self.sae, key)))
+            getattr(copy, key).copy_(
+                self.average[key] / weight
+                if averaged
+                else self.settled.get(key, getattr(self.sae, key))
+            )
         if self.recipe.sae.unit_norm:
             copy.normalize_decoder_()
         if self.batch is not None:
@@ -177,15 +221,23 @@ class Optimizer:
         """Take back what `tensors` gave."""
         self.updates = updates
         followed = self.sae.activation.own if self.sae.activation.running else ()
-        self.settled = {key: tensors[f"average.{key}"] for key in followed if f"average.{key}" in tensors}  # older files have none
+        self.settled = {
+            key: tensors[f"average.{key}"] for key in followed if f"average.{key}" in tensors
+        }  # older files have none
         for key in self.sae.keys:
             weight = getattr(self.sae, key)
             weight.copy_(tensors[f"raw.{key}"])
             if key in self.average:
                 self.average[key].copy_(tensors[f"average.{key}"])
-            moments = {name: tensors[f"{name}.{key}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+            moments = {
+                name: tensors[f"{name}.{key}"]
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
             if moments:
-                self.adam.state[weight] = {name: value.clone().to(weight.device) for name, value in moments.items()}
+                self.adam.state[weight] = {
+                    name: value.clone().to(weight.device) for name, value in moments.items()
+                }
 
 
 def rate_share(step: int, recipe: Recipe) -> float:
@@ -209,8 +261,17 @@ def clip_(sae: SAE, limit: float, mesh: Mesh = ALONE) -> float:
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if mesh.latent > 1:
-        own = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not sae.b_pre.grad])
-        norm = (mesh.sum("norm", own.double().square(), "latent") + sae.b_pre.grad.double().square().sum()).sqrt().float()
+        own = torch.nn.utils.get_total_norm(
+            [gradient for gradient in gradients if gradient is not sae.b_pre.grad]
+        )
+        norm = (
+            (
+                mesh.sum("norm", own.double().square(), "latent")
+                + sae.b_pre.grad.double().square().sum()
+            )
+            .sqrt()
+            .float()
+        )
     if limit:
         for gradient in gradients:
             gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ksparse.acts.lm import check_length, find_model, longest_context, resolve_device
-from ksparse.acts.sites import outline
 from ksparse.acts.shards import Shards
+from ksparse.acts.sites import outline
 from ksparse.errors import InputError
 from ksparse.kernels import native
 from ksparse.recipe import WITH_AUXK, Recipe, k_aux
@@ -46,11 +46,20 @@ class Plan:
     @property
     def disk(self) -> int:
         recipe = self.case.recipe
-        return 4 * self.case.parameters * (5 if recipe.ema else 4) * (recipe.run.keep + 1)  # the weights to use beside the raw ones
+        return (
+            4 * self.case.parameters * (5 if recipe.ema else 4) * (recipe.run.keep + 1)
+        )  # the weights to use beside the raw ones
 
 
-def plan(recipe: Recipe, *, devices: Sequence[int] = (), card: str = "here", figures: hardware.Hardware = hardware.Hardware(), dead: float = 0.1,
-         unseen: costs.Unseen = costs.Unseen()) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    devices: Sequence[int] = (),
+    card: str = "here",
+    figures: hardware.Hardware = hardware.Hardware(),
+    dead: float = 0.1,
+    unseen: costs.Unseen = costs.Unseen(),
+) -> Plan:
     """Work out what a recipe costs.
 
     devices: numbers of devices, for each of which the best mesh is sought. card: here, or a key of `hardware.CARDS`. figures: replace the card's.
@@ -60,12 +69,28 @@ def plan(recipe: Recipe, *, devices: Sequence[int] = (), card: str = "here", fig
         raise InputError(f"dead is {dead}; it is the share of latents that are dead, from 0 to 1")
     case = _case(recipe, card, figures, dead, unseen.subject() or look(recipe))
     free = shutil.disk_usage(next(p for p in [Path.cwd(), *Path.cwd().parents] if p.exists())).free
-    return Plan(case, "an LM that is not at hand" if unseen.d_model else f"{recipe.acts.lm} at {recipe.acts.site}",
-                resolve_device(recipe.run.device) if card == "here" else card, costs.estimate(case, costs.mesh_of(recipe)), [costs.best(case, each) for each in devices], free)
+    return Plan(
+        case,
+        "an LM that is not at hand"
+        if unseen.d_model
+        else f"{recipe.acts.lm} at {recipe.acts.site}",
+        resolve_device(recipe.run.device) if card == "here" else card,
+        costs.estimate(case, costs.mesh_of(recipe)),
+        [costs.best(case, each) for each in devices],
+        free,
+    )
 
 
-def _case(recipe: Recipe, card: str, figures: hardware.Hardware, dead: float, subject: Subject) -> Case:
-    device = resolve_device(recipe.run.device) if card == "here" else "cpu" if CARDS[card].host else "cuda"
+def _case(
+    recipe: Recipe, card: str, figures: hardware.Hardware, dead: float, subject: Subject
+) -> Case:
+    device = (
+        resolve_device(recipe.run.device)
+        if card == "here"
+        else "cpu"
+        if CARDS[card].host
+        else "cuda"
+    )
     chosen = figures.applied(here(device) if card == "here" else CARDS[card])
     return Case(recipe, subject, chosen, _step(recipe, device), ahead(recipe, device), dead)
 
@@ -76,18 +101,29 @@ def _step(recipe: Recipe, device: str) -> Step:
         return "autograd"
     if recipe.run.kernels == "triton" or device == "cuda" and recipe.run.kernels == "auto":
         return "triton"
-    return "native" if device == "cpu" and recipe.run.kernels != "torch" and native.load() is not None else "torch"
+    return (
+        "native"
+        if device == "cpu" and recipe.run.kernels != "torch" and native.load() is not None
+        else "torch"
+    )
 
 
 def lines(plan: Plan) -> list[str]:
     """Return lines to show."""
     case, recipe, subject, asked = plan.case, plan.case.recipe, plan.case.subject, plan.asked
-    d, n, tokens, kind = subject.d_model, recipe.sae.n_latents, recipe.steps * recipe.batch, recipe.sae.activation.kind
+    d, n, tokens, kind = (
+        subject.d_model,
+        recipe.sae.n_latents,
+        recipe.steps * recipe.batch,
+        recipe.sae.activation.kind,
+    )
     aux = k_aux(recipe.sae, d)
     sae_flops = {
         "encoder product": flops.encoder(recipe, d),
         "sparse parts": flops.decoder(recipe, d),
-        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share) if recipe.sae.auxk_coef and kind in WITH_AUXK else 0,
+        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share)
+        if recipe.sae.auxk_coef and kind in WITH_AUXK
+        else 0,
     }
     lm_flops = flops.lm(subject.before_site) if case.live else 0
     each = f" on each of {asked.devices} devices" if asked.devices > 1 else ""
@@ -96,22 +132,41 @@ def lines(plan: Plan) -> list[str]:
         f"{subject.before_site / 1e6:,.1f} M up to the site",
         f"SAE          {n:,} latents, {kind}, k = {recipe.sae.k}, k_aux = {aux}: {case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
-        f"memory       {amount_of_bytes(asked.bytes)}{each}, while {case.dead:.0%} of the latents are dead: " + by_part(asked.memory),
+        f"memory       {amount_of_bytes(asked.bytes)}{each}, while {case.dead:.0%} of the latents are dead: "
+        + by_part(asked.memory),
         f"smaller by   {advice(asked.memory)}",
         f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
-        + ", ".join(f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size),
+        + ", ".join(
+            f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size
+        ),
         f"disk         {amount_of_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one being written; {amount_of_bytes(plan.free)} free here",
         f"time         about {duration(tokens / asked.tokens_per_s)} on {plan.device} ({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
         + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in asked.seconds.items()),
-        *([] if kind == "topk" else [f"note         the sparse parts are those of k active latents; while {kind} leaves many more active, a step is some six dense products"]),
+        *(
+            []
+            if kind == "topk"
+            else [
+                f"note         the sparse parts are those of k active latents; while {kind} leaves many more active, a step is some six dense products"
+            ]
+        ),
         *(["warning      the disk is too small"] if plan.disk > plan.free else []),
-        *([] if asked.fits else [f"warning      {case.card.name} has {amount_of_bytes(case.card.memory)} of memory"]),
+        *(
+            []
+            if asked.fits
+            else [
+                f"warning      {case.card.name} has {amount_of_bytes(case.card.memory)} of memory"
+            ]
+        ),
     ]
 
 
 def by_part(memory: dict[str, float]) -> str:
     """Return the parts of a memory, the large ones first."""
-    return ", ".join(f"{name} {amount_of_bytes(size)}" for name, size in sorted(memory.items(), key=lambda item: -item[1]) if size >= 1e6)
+    return ", ".join(
+        f"{name} {amount_of_bytes(size)}"
+        for name, size in sorted(memory.items(), key=lambda item: -item[1])
+        if size >= 1e6
+    )
 
 
 def advice(memory: dict[str, float]) -> str:
@@ -126,7 +181,13 @@ def advice(memory: dict[str, float]) -> str:
 def explain_memory(recipe: Recipe) -> str:
     """Say what the plan for a recipe here puts into memory, and what makes that smaller."""
     device = resolve_device(recipe.run.device)
-    case = Case(recipe, look(recipe), CARDS["laptop" if device == "cpu" else "h100"], _step(recipe, device), ahead(recipe, device))
+    case = Case(
+        recipe,
+        look(recipe),
+        CARDS["laptop" if device == "cpu" else "h100"],
+        _step(recipe, device),
+        ahead(recipe, device),
+    )
     parts = costs.memory(case, costs.mesh_of(recipe))
     return f"`ksparse plan` counts {amount_of_bytes(sum(parts.values()))} for this recipe; smaller by {advice(parts)}"
 
@@ -145,19 +206,39 @@ def tables(plan: Plan) -> list[str]:
         f"a step       {case.step} on one device, plain torch on several; {case.dead:.0%} of the latents dead",
         "",
     ]
-    rows = [("devices", [f"{each.devices}" for each in meshes]),
-            ("mesh, data x latent", [f"{each.data} x {each.latent}" for each in meshes]),
-            ("fits", ["yes" if each.fits else "no" for each in meshes]),
-            ("tokens/s", [f"{each.tokens_per_s:,.0f}" for each in meshes]),
-            ("the run", [duration(each) for each in days]),
-            ("most latents that fit", [f"{costs.largest(case, each.devices):,}" for each in meshes])]
+    rows = [
+        ("devices", [f"{each.devices}" for each in meshes]),
+        ("mesh, data x latent", [f"{each.data} x {each.latent}" for each in meshes]),
+        ("fits", ["yes" if each.fits else "no" for each in meshes]),
+        ("tokens/s", [f"{each.tokens_per_s:,.0f}" for each in meshes]),
+        ("the run", [duration(each) for each in days]),
+        ("most latents that fit", [f"{costs.largest(case, each.devices):,}" for each in meshes]),
+    ]
     found += _aligned(rows)
-    found += ["", "memory of a rank", *_aligned(_by_name([each.memory for each in meshes], amount_of_bytes))]
-    found += ["", "main memory of a rank, for a while", *_aligned(_by_name([each.main_memory for each in meshes], amount_of_bytes)[:-1])]
+    found += [
+        "",
+        "memory of a rank",
+        *_aligned(_by_name([each.memory for each in meshes], amount_of_bytes)),
+    ]
+    found += [
+        "",
+        "main memory of a rank, for a while",
+        *_aligned(_by_name([each.main_memory for each in meshes], amount_of_bytes)[:-1]),
+    ]
     if any(each.communication for each in meshes):
         given = [_given(each) for each in meshes]
-        found += ["", "given by a rank to each collective in a step", *_aligned(_by_name(given, amount_of_bytes))]
-    found += ["", "milliseconds of a step", *_aligned(_by_name([each.seconds for each in meshes], lambda spent: f"{1000 * spent:,.1f}"))]
+        found += [
+            "",
+            "given by a rank to each collective in a step",
+            *_aligned(_by_name(given, amount_of_bytes)),
+        ]
+    found += [
+        "",
+        "milliseconds of a step",
+        *_aligned(
+            _by_name([each.seconds for each in meshes], lambda spent: f"{1000 * spent:,.1f}")
+        ),
+    ]
     return found
 
 
@@ -171,31 +252,58 @@ def _given(estimate: Estimate) -> dict[str, float]:
 
 
 def _by_name(columns: list[dict[str, float]], written: Any) -> list[tuple[str, list[str]]]:
-    names = sorted(dict.fromkeys(name for column in columns for name in column), key=lambda name: name == "small ones")
-    return [*((name, [written(column[name]) if name in column else "-" for column in columns]) for name in names),
-            ("in all", [written(sum(column.values())) for column in columns])]
+    names = sorted(
+        dict.fromkeys(name for column in columns for name in column),
+        key=lambda name: name == "small ones",
+    )
+    return [
+        *(
+            (name, [written(column[name]) if name in column else "-" for column in columns])
+            for name in names
+        ),
+        ("in all", [written(sum(column.values())) for column in columns]),
+    ]
 
 
 def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
     first = max(len(name) for name, _ in rows) + 2
     widths = [max(len(cells[i]) for _, cells in rows) + 2 for i in range(len(rows[0][1]))]
-    return [f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)) for name, cells in rows]
+    return [
+        f"  {name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+        for name, cells in rows
+    ]
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """Return the plan as JSON."""
     case, recipe = plan.case, plan.case.recipe
     return {
-        "format": FORMAT, "n_latents": recipe.sae.n_latents, "k": recipe.sae.k, "k_aux": k_aux(recipe.sae, case.subject.d_model), "batch": recipe.batch,
-        "tokens": recipe.steps * recipe.batch, "parameters": case.parameters, "disk": plan.disk, "subject": dataclasses.asdict(case.subject),
-        "card": dataclasses.asdict(case.card), "step": case.step, "dead": case.dead, "asked": _mesh(plan.asked),
-        "meshes": [_mesh(each) | {"most_latents": costs.largest(case, each.devices)} for each in plan.meshes],
+        "format": FORMAT,
+        "n_latents": recipe.sae.n_latents,
+        "k": recipe.sae.k,
+        "k_aux": k_aux(recipe.sae, case.subject.d_model),
+        "batch": recipe.batch,
+        "tokens": recipe.steps * recipe.batch,
+        "parameters": case.parameters,
+        "disk": plan.disk,
+        "subject": dataclasses.asdict(case.subject),
+        "card": dataclasses.asdict(case.card),
+        "step": case.step,
+        "dead": case.dead,
+        "asked": _mesh(plan.asked),
+        "meshes": [
+            _mesh(each) | {"most_latents": costs.largest(case, each.devices)}
+            for each in plan.meshes
+        ],
     }
 
 
 def _mesh(estimate: Estimate) -> dict[str, Any]:
     table = dataclasses.asdict(estimate)
-    table["communication"] = [one | {"sent": each.sent} for one, each in zip(table["communication"], estimate.communication)]
+    table["communication"] = [
+        one | {"sent": each.sent}
+        for one, each in zip(table["communication"], estimate.communication)
+    ]
     return table | {"bytes": estimate.bytes}
 
 
@@ -206,10 +314,20 @@ def here(device: str) -> Card:
     """Return this machine's device: its memory, its speed and its bandwidth measured in a fraction of a second; its links are a laptop's, or an H100's."""
     host = device == "cpu"
     kind = CARDS["laptop" if host else "h100"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if not device.startswith("cuda") else torch.cuda.get_device_properties(device).total_memory
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if not device.startswith("cuda")
+        else torch.cuda.get_device_properties(device).total_memory
+    )
     rate = speed(device) / hardware.PRODUCT
-    return dataclasses.replace(kind, name=device, memory=float(memory), float32=rate, bfloat16=rate if host else kind.bfloat16 * rate / kind.float32,
-                               bandwidth=bandwidth(device) / hardware.MEMORY)
+    return dataclasses.replace(
+        kind,
+        name=device,
+        memory=float(memory),
+        float32=rate,
+        bfloat16=rate if host else kind.bfloat16 * rate / kind.float32,
+        bandwidth=bandwidth(device) / hardware.MEMORY,
+    )
 
 
 def look(recipe: Recipe) -> Subject:
@@ -222,15 +340,27 @@ def look(recipe: Recipe) -> Subject:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=code_is_trusted())
     except Exception as error:  # of transformers, or of code that comes with the model
-        raise InputError(f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
-                         "instead: --subject.d-model, --subject.parameters, --subject.before-site") from error
+        raise InputError(
+            f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
+            "instead: --subject.d-model, --subject.parameters, --subject.before-site"
+        ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=code_is_trusted())
     module, at = outline(model, recipe.acts.site)
     everything = sum(p.numel() for p in model.parameters())
-    ends = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None for p in part.parameters()}
-    return Subject(_width(module, config), everything, flops.before_site(model, module, at), everything - sum(ends.values()))
+    ends = {
+        id(p): p.numel()
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part is not None
+        for p in part.parameters()
+    }
+    return Subject(
+        _width(module, config),
+        everything,
+        flops.before_site(model, module, at),
+        everything - sum(ends.values()),
+    )
 
 
 def _width(module: torch.nn.Module, config) -> int:

@@ -30,7 +30,12 @@ def starts(sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int) -> dict[str
     error = (x - sae.decode_normalized(code)).square().sum(1).double().cpu()
     if not len(dead) or not error.sum() > 0:
         return None
-    drawn = torch.multinomial(error, len(dead), replacement=len(dead) > int((error > 0).sum()), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        error,
+        len(dead),
+        replacement=len(dead) > int((error > 0).sum()),
+        generator=torch.Generator().manual_seed(seed),
+    )
     rows = torch.nn.functional.normalize(x[drawn.to(x.device)] - sae.b_pre, dim=1)
     alive = torch.ones(len(sae.W_enc), dtype=torch.bool, device=x.device)
     alive[dead] = False

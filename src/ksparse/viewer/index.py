@@ -25,14 +25,34 @@ class Index:
     def tasks(self) -> list[dict[str, Any]]:
         """The probe tasks with their losses and their best latents."""
         found = (self.reading.source.result("probes") or {}).get("tasks")
-        found = {str(name): task for name, task in found.items() if isinstance(task, dict)} if isinstance(found, dict) else {}
-        return [self._task(task, found[task.name].get("best_latents") or []) for task in findings.tasks(self.reading.source)]
+        found = (
+            {str(name): task for name, task in found.items() if isinstance(task, dict)}
+            if isinstance(found, dict)
+            else {}
+        )
+        return [
+            self._task(task, found[task.name].get("best_latents") or [])
+            for task in findings.tasks(self.reading.source)
+        ]
 
     def _task(self, task: findings.Task, listed: list[Any]) -> dict[str, Any]:
-        best = dict.fromkeys([task.latent, *(entry.get("latent") for entry in listed if isinstance(entry, dict))])
-        return {"name": safe_text(task.name), "gain": number(task.gain), "positive": task.positive,
-                "losses": {key: None if loss is None else [number(loss.value), number(loss.se)] for key, loss in task.losses.items()},
-                "best": [[latent, self.reading.gloss(latent)] for latent in best if isinstance(latent, int) and 0 <= latent < self.reading.n]}
+        best = dict.fromkeys(
+            [task.latent, *(entry.get("latent") for entry in listed if isinstance(entry, dict))]
+        )
+        return {
+            "name": safe_text(task.name),
+            "gain": number(task.gain),
+            "positive": task.positive,
+            "losses": {
+                key: None if loss is None else [number(loss.value), number(loss.se)]
+                for key, loss in task.losses.items()
+            },
+            "best": [
+                [latent, self.reading.gloss(latent)]
+                for latent in best
+                if isinstance(latent, int) and 0 <= latent < self.reading.n
+            ],
+        }
 
     @cached_property
     def tasks_of(self) -> dict[int, list[dict[str, Any]]]:
@@ -40,8 +60,16 @@ class Index:
         found: dict[int, list[dict[str, Any]]] = {}
         for task in self.tasks:
             for place, (latent, _) in enumerate(task["best"], 1):
-                found.setdefault(latent, []).append({"name": task["name"], "place": place, "gain": task["gain"] if place == 1 else None})
-        return {latent: sorted(tasks, key=lambda task: task["place"]) for latent, tasks in found.items()}
+                found.setdefault(latent, []).append(
+                    {
+                        "name": task["name"],
+                        "place": place,
+                        "gain": task["gain"] if place == 1 else None,
+                    }
+                )
+        return {
+            latent: sorted(tasks, key=lambda task: task["place"]) for latent, tasks in found.items()
+        }
 
     @cached_property
     def _by_token(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

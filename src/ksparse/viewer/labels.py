@@ -1,6 +1,6 @@
 """Names and stars that a reader gives latents: labels.json in the run's folder.
 
-    {"format": 1, "latents": {"17": {"label": "numbers in lists", "star": true}}}
+{"format": 1, "latents": {"17": {"label": "numbers in lists", "star": true}}}
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class Labels:
 
     def set(self, latent: Any, label: Any, star: Any) -> dict[str, Any]:
         """Replace what is said of one latent; an empty label without a star removes it."""
-        if not isinstance(latent, int) or isinstance(latent, bool) or not 0 <= latent < self.n_latents:
+        if (
+            not isinstance(latent, int)
+            or isinstance(latent, bool)
+            or not 0 <= latent < self.n_latents
+        ):
             raise InputError(f"latent {written(latent)} is not one of 0 to {self.n_latents - 1}")
         if not isinstance(label, str) or not isinstance(star, bool):
             raise InputError("a label is a text and a star true or false")

@@ -59,7 +59,10 @@ class Live:
             values, indices = self._code(tokens, len(shown))
             if not bool(values.isfinite().all()):
                 raise NonFiniteError("the LM or the autoencoder gives NaN or infinity on this text")
-            found = [[[i, rounded(v)] for v, i in zip(value, index) if v > 0] for value, index in zip(values.tolist(), indices.tolist())]
+            found = [
+                [[i, rounded(v)] for v, i in zip(value, index) if v > 0]
+                for value, index in zip(values.tolist(), indices.tolist())
+            ]
             return {"tokens": shown, "latents": found}
 
     def change(self, text: str, latent: Any, value: Any, at: Any = None) -> dict[str, Any]:
@@ -76,22 +79,35 @@ class Live:
                 raise InputError(f"a latent is named by its number, not by {written(latent)}")
             steering.check_latents(sae, [latent])
             value = finite(value)
-            if at is not None and (not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(shown)):
+            if at is not None and (
+                not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(shown)
+            ):
                 raise InputError(f"token {written(at)} is not one of 0 to {len(shown) - 1}")
             change = steering.clamped({latent: value})
             if at is not None:
-                change = once_at(change, tokens.shape[1] - len(shown) + at)  # BOS is none of the text's tokens
+                change = once_at(
+                    change, tokens.shape[1] - len(shown) + at
+                )  # BOS is none of the text's tokens
             before = steering.continue_text(lm, text, tokens=CONTINUED)
             with steering.attach(lm.model, sae, lm.options.site, change=change):
-                found = steering.Comparison(before, steering.continue_text(lm, text, tokens=CONTINUED))
+                found = steering.Comparison(
+                    before, steering.continue_text(lm, text, tokens=CONTINUED)
+                )
             if bool(before.log_probs.isnan().any()):
                 raise NonFiniteError("the LM predicts NaN after this text")
             if bool(found.after.log_probs.isnan().any()):
-                raise NonFiniteError(f"with latent {latent} held at {value:g} the LM predicts NaN; "
-                                     "hold it nearer to the values that it has on text")
+                raise NonFiniteError(
+                    f"with latent {latent} held at {value:g} the LM predicts NaN; "
+                    "hold it nearer to the values that it has on text"
+                )
             plain, changed = (self._strings(lm, each.tokens) for each in found)
-            return {"tokens": shown, "kl": number(found.kl), "plain": plain, "changed": changed,
-                    "predictions": self._predictions(lm, found)}
+            return {
+                "tokens": shown,
+                "kl": number(found.kl),
+                "plain": plain,
+                "changed": changed,
+                "predictions": self._predictions(lm, found),
+            }
 
     def _code(self, tokens: Tensor, last: int) -> Code:
         """Return the codes [t, k] of the last so many tokens."""
@@ -105,12 +121,15 @@ class Live:
         if not text:
             raise InputError("there is no text to read")
         if len(text) > CHARACTERS:
-            raise InputError(f"the text has {len(text):,} characters; "
-                             f"at most {CHARACTERS:,} are read here")
+            raise InputError(
+                f"the text has {len(text):,} characters; at most {CHARACTERS:,} are read here"
+            )
         text = text.encode("utf-8", "replace").decode()  # half a character from a browser is none
         tokens, most = lm.tokenize(text), min(TOKENS, (lm.context or TOKENS) - CONTINUED)
         if tokens.shape[1] > most:
-            raise InputError(f"the text has {tokens.shape[1]:,} tokens; at most {most:,} are read here")
+            raise InputError(
+                f"the text has {tokens.shape[1]:,} tokens; at most {most:,} are read here"
+            )
         return text, tokens, [safe_token(token) for token in lm.tokens(text)]
 
     def _strings(self, lm: LM, tokens: list[int]) -> list[str]:
@@ -121,9 +140,18 @@ class Live:
     def _predictions(self, lm: LM, found: Comparison) -> list[dict[str, Any]]:
         """Return the likeliest tokens of either distribution with both probabilities."""
         before, after = (each.log_probs.exp() for each in found)
-        chosen = list(dict.fromkeys(i for each in (before, after) for i in each.topk(min(LISTED, len(each))).indices.tolist()))
+        chosen = list(
+            dict.fromkeys(
+                i
+                for each in (before, after)
+                for i in each.topk(min(LISTED, len(each))).indices.tolist()
+            )
+        )
         chosen.sort(key=lambda token: -max(float(before[token]), float(after[token])))
-        return [{"token": string, "plain": rounded(before[token]), "changed": rounded(after[token])} for token, string in zip(chosen, self._strings(lm, chosen))]
+        return [
+            {"token": string, "plain": rounded(before[token]), "changed": rounded(after[token])}
+            for token, string in zip(chosen, self._strings(lm, chosen))
+        ]
 
 
 def once_at(change: Change, position: int) -> Change:
@@ -144,8 +172,10 @@ def once_at(change: Change, position: int) -> Change:
 def finite(value: Any) -> float:
     """Return the value that a latent is to be held at, one that the autoencoder's float32 has."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FLOAT32:
-        raise InputError(f"a latent is held at a number, not at {written(value)}; "
-                         f"at most {FLOAT32:.1e} either way")
+        raise InputError(
+            f"a latent is held at a number, not at {written(value)}; "
+            f"at most {FLOAT32:.1e} either way"
+        )
     return float(value)
 
 

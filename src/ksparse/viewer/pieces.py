@@ -29,9 +29,12 @@ from ksparse.viewer.weights import Decoder
 
 GLOSSES, TOKENS = 256, 512
 """Latents in a block of glosses; tokens in a block of the index."""
-LACKS = {"stats": "density, values, histograms, text that each latent fires on, latents that fire together",
-         "n2g": "patterns that predict a latent, with precision and recall", "ablation": "what taking a latent out does to the LM’s predictions",
-         "probes": "which latent is best at which probe task"}
+LACKS = {
+    "stats": "density, values, histograms, text that each latent fires on, latents that fire together",
+    "n2g": "patterns that predict a latent, with precision and recall",
+    "ablation": "what taking a latent out does to the LM’s predictions",
+    "probes": "which latent is best at which probe task",
+}
 """What pages lack without an evaluation."""
 
 
@@ -44,10 +47,16 @@ class Pieces:
         self.columns, self.index = Columns(self.reading, self.decoder), Index(self.reading)
         self.details = Details(self.reading, self.columns, self.index)
         self._single: dict[str, Callable[[], dict[str, Any]]] = {
-            "overview": self.overview, "tasks": lambda: {"tasks": self.index.tasks}, "tokens": self.index.tokens}
+            "overview": self.overview,
+            "tasks": lambda: {"tasks": self.index.tasks},
+            "tokens": self.index.tokens,
+        }
         self._blocks: dict[str, tuple[int, int, Callable[[int, int], dict[str, Any]]]] = {
-            "glosses": (GLOSSES, self.n, self.glosses), "latents": (block, self.n, self.details.piece), "near": (block, self.n, self.near),
-            "tokens": (TOKENS, len(self.reading.source.vocabulary), self.index.latents_of)}
+            "glosses": (GLOSSES, self.n, self.glosses),
+            "latents": (block, self.n, self.details.piece),
+            "near": (block, self.n, self.near),
+            "tokens": (TOKENS, len(self.reading.source.vocabulary), self.index.latents_of),
+        }
         self._strip: tuple[int, list[list[tuple[int, float]]]] = (-1, [])
 
     def get(self, name: str) -> dict[str, Any] | None:
@@ -71,29 +80,75 @@ class Pieces:
             yield from (f"{kind}/{i}" for i in range(-(-total // size)))
 
     def overview(self) -> dict[str, Any]:
-        source, recipe, weights = self.reading.source, self.reading.source.recipe, bool(self.run.checkpoints())
+        source, recipe, weights = (
+            self.reading.source,
+            self.reading.source.recipe,
+            bool(self.run.checkpoints()),
+        )
         return {
-            "name": safe_text(self.run.name), "summary": safe_text(summary(source)), "n": self.n, "k": recipe.sae.k,
-            "lm": safe_text(recipe.acts.lm), "site": safe_text(recipe.acts.site), "block": self.block, "gloss_block": GLOSSES, "token_block": TOKENS,
-            "columns": [{"key": column.key, "label": column.label, "kind": column.kind, "reading": column.reading} for column in self.columns.all.values()],
-            "lacks": self.lacks(), "serve": safe_text(source.command("view")), "first": self.columns.first_rows,
-            "has": {"tasks": source.result("probes") is not None, "tokens": self.reading.fires_on is not None, "weights": weights,
-                    "report": self.run.report_file.is_file()}}
+            "name": safe_text(self.run.name),
+            "summary": safe_text(summary(source)),
+            "n": self.n,
+            "k": recipe.sae.k,
+            "lm": safe_text(recipe.acts.lm),
+            "site": safe_text(recipe.acts.site),
+            "block": self.block,
+            "gloss_block": GLOSSES,
+            "token_block": TOKENS,
+            "columns": [
+                {
+                    "key": column.key,
+                    "label": column.label,
+                    "kind": column.kind,
+                    "reading": column.reading,
+                }
+                for column in self.columns.all.values()
+            ],
+            "lacks": self.lacks(),
+            "serve": safe_text(source.command("view")),
+            "first": self.columns.first_rows,
+            "has": {
+                "tasks": source.result("probes") is not None,
+                "tokens": self.reading.fires_on is not None,
+                "weights": weights,
+                "report": self.run.report_file.is_file(),
+            },
+        }
 
     def lacks(self) -> list[dict[str, str]]:
         """Return what is not in the run, and the command that adds it."""
         found = [(name, what) for name, what in LACKS.items() if not self.reading.has(name)]
         if self.reading.has("stats") and self.reading.fires_on is None:
-            found.append(("stats", "histograms, examples by size, the tokens that each latent fires on, latents that fire together"))
+            found.append(
+                (
+                    "stats",
+                    "histograms, examples by size, the tokens that each latent fires on, latents that fire together",
+                )
+            )
         source = self.reading.source
-        damaged = {name: f"{what} (its result is damaged and left out)" for name, what in found if name in source.left_out}
-        return [{"adds": damaged.get(name, what), "command": safe_text(source.command("eval", name))} for name, what in found]
+        damaged = {
+            name: f"{what} (its result is damaged and left out)"
+            for name, what in found
+            if name in source.left_out
+        }
+        return [
+            {"adds": damaged.get(name, what), "command": safe_text(source.command("eval", name))}
+            for name, what in found
+        ]
 
     def glosses(self, first: int, last: int) -> dict[str, Any]:
         return {"glosses": [self.reading.gloss(i) for i in range(first, last)]}
 
     def near(self, first: int, last: int) -> dict[str, Any]:
-        return {"near": {str(i): [[other, number(cosine), self.reading.gloss(other)] for other, cosine in self._nearest(i)] for i in range(first, last)}}
+        return {
+            "near": {
+                str(i): [
+                    [other, number(cosine), self.reading.gloss(other)]
+                    for other, cosine in self._nearest(i)
+                ]
+                for i in range(first, last)
+            }
+        }
 
     def _nearest(self, latent: int) -> list[tuple[int, float]]:
         """Return the nearest latents of one; where all will be asked for, those of a whole strip are found at once."""
@@ -103,5 +158,8 @@ class Pieces:
             return self.decoder.nearest(latent, latent + 1)[0]
         strip = latent // GLOSSES
         if self._strip[0] != strip:
-            self._strip = strip, self.decoder.nearest(strip * GLOSSES, min(self.n, (strip + 1) * GLOSSES))
+            self._strip = (
+                strip,
+                self.decoder.nearest(strip * GLOSSES, min(self.n, (strip + 1) * GLOSSES)),
+            )
         return self._strip[1][latent - strip * GLOSSES]

@@ -30,7 +30,11 @@ class Reading:
 
     def has(self, name: str) -> bool:
         """Tell whether an evaluation has been run and left its arrays; what needs none always is."""
-        return not name or self.source.result(name) is not None and self.source.arrays(name) is not None
+        return (
+            not name
+            or self.source.result(name) is not None
+            and self.source.arrays(name) is not None
+        )
 
     @cached_property
     def stats(self) -> Arrays | None:
@@ -48,7 +52,11 @@ class Reading:
         if self.fires_on is None:
             return []
         listed = zip(*(column[latent].tolist() for column in self.fires_on))
-        return [[self.token(token), number(share, 3)] for token, share in listed if token >= 0 and share >= _LEAST_SHARE][:GLOSS_TOKENS]
+        return [
+            [self.token(token), number(share, 3)]
+            for token, share in listed
+            if token >= 0 and share >= _LEAST_SHARE
+        ][:GLOSS_TOKENS]
 
     def token(self, which: int) -> str:
         """Return a token by its id, made safe to look at."""

@@ -45,23 +45,35 @@ try:
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
-    raise InputError(f"serving pages needs {error.name}, which is not installed: pip install 'ksparse[serve]'. "
-                     "`ksparse view RUN --export FOLDER` writes pages that need no server") from None
+    raise InputError(
+        f"serving pages needs {error.name}, which is not installed: pip install 'ksparse[serve]'. "
+        "`ksparse view RUN --export FOLDER` writes pages that need no server"
+    ) from None
 
 Table = dict[str, Any]
 Answer = Callable[[Table], Table]
-ADDRESS, HOSTS = "127.0.0.1", re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
+ADDRESS, HOSTS = (
+    "127.0.0.1",
+    re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII),
+)
 LARGEST = 1_000_000
 """Bytes of a request."""
 PATIENCE, ENDING = 30.0, 3
 """Seconds for a request to arrive or an answer to be taken; seconds to end when asked to."""
 WAITING = 4
 """Requests that wait for the LM, at most, besides the one that it answers."""
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
-           "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-store"}
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 
 def listen(port: int) -> socket.socket:
@@ -73,13 +85,20 @@ def listen(port: int) -> socket.socket:
         listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
-        why = "is in use" if getattr(error, "errno", None) == errno.EADDRINUSE else f"cannot be had ({error})"
-        raise InputError(f"port {port} {why}; give another with --port, or 0 for any that is free") from None
+        why = (
+            "is in use"
+            if getattr(error, "errno", None) == errno.EADDRINUSE
+            else f"cannot be had ({error})"
+        )
+        raise InputError(
+            f"port {port} {why}; give another with --port, or 0 for any that is free"
+        ) from None
     return listener
 
 
-def serve(run: RunFolder, listener: socket.socket, token: str, *,
-          trust_remote_code: bool = False) -> None:
+def serve(
+    run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
+) -> None:
     """Answer those who have the token until SIGINT or SIGTERM, then raise Interrupted."""
     made = server(run, token, trust_remote_code=trust_remote_code)
     made.run(sockets=[listener])
@@ -90,9 +109,19 @@ def serve(run: RunFolder, listener: socket.socket, token: str, *,
 def server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
     """Return the server of a run."""
     answers = app(run, token, trust_remote_code=trust_remote_code)
-    return Server(uvicorn.Config(
-        answers, http=Connection, ws="none", lifespan="off", log_level="error", access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=ENDING))
+    return Server(
+        uvicorn.Config(
+            answers,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=ENDING,
+        )
+    )
 
 
 class Server(uvicorn.Server):
@@ -107,8 +136,11 @@ class Server(uvicorn.Server):
         before = {}
         if threading.current_thread() is threading.main_thread():
             signums = (signal.SIGINT, signal.SIGTERM)
-            before = {signum: signal.signal(signum, self._end) for signum in signums
-                      if signal.getsignal(signum) is not signal.SIG_IGN}
+            before = {
+                signum: signal.signal(signum, self._end)
+                for signum in signums
+                if signal.getsignal(signum) is not signal.SIG_IGN
+            }
         try:
             yield
         finally:
@@ -163,9 +195,20 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name == "report.html" and files.inside(run.path, name).is_file():
-            return Response(run.report_file.read_bytes(), media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": REPORT_POLICY})
+            return Response(
+                run.report_file.read_bytes(),
+                media_type="text/html; charset=utf-8",
+                headers={"Content-Security-Policy": REPORT_POLICY},
+            )
         kind = site.ASSETS.get(name)
-        return Response(site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'), media_type=kind) if kind else _nothing(request)
+        return (
+            Response(
+                site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'),
+                media_type=kind,
+            )
+            if kind
+            else _nothing(request)
+        )
 
     def data(request: Request) -> Response:
         name = request.path_params["name"]
@@ -183,13 +226,26 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
     def change(asked: dict[str, Any]) -> dict[str, Any]:
         return live.change(_text(asked), asked.get("latent"), asked.get("value"), asked.get("at"))
 
-    return Guard(Starlette(
-        routes=[Route("/", page), Route("/data/{name:path}.json", data),
-                _api("label", label, run_in_threadpool), _api("activations", activations, turns),
-                _api("change", change, turns), Route("/{name}", page)],
-        exception_handlers={
-            KsparseError: _refused, OSError: _refused, ClientDisconnect: _refused, Busy: _busy,
-            404: lambda request, error: _nothing(request)}), token)
+    return Guard(
+        Starlette(
+            routes=[
+                Route("/", page),
+                Route("/data/{name:path}.json", data),
+                _api("label", label, run_in_threadpool),
+                _api("activations", activations, turns),
+                _api("change", change, turns),
+                Route("/{name}", page),
+            ],
+            exception_handlers={
+                KsparseError: _refused,
+                OSError: _refused,
+                ClientDisconnect: _refused,
+                Busy: _busy,
+                404: lambda request, error: _nothing(request),
+            },
+        ),
+        token,
+    )
 
 
 class Fresh:
@@ -249,6 +305,7 @@ class Turns:
 
 def _api(name: str, answer: Answer, run: Callable[[Answer, Table], Awaitable[Table]]) -> Route:
     """Return a route that takes a JSON table and answers with one, worked out by `run`."""
+
     async def respond(request: Request) -> Response:
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
@@ -285,7 +342,11 @@ async def _left(request: Request) -> None:
 
 def _json(value: Any, status: int = 200) -> Response:
     """Answer with JSON of ASCII alone: half a character, which a label may hold, has no UTF-8."""
-    return Response(json.dumps(value, allow_nan=False, separators=(",", ":")), status, media_type="application/json")
+    return Response(
+        json.dumps(value, allow_nan=False, separators=(",", ":")),
+        status,
+        media_type="application/json",
+    )
 
 
 def _text(asked: dict[str, Any]) -> str:
@@ -305,8 +366,9 @@ def _refused(request: Request, error: Exception) -> Response:
 
 
 def _busy(request: Request, error: Exception) -> Response:
-    return PlainTextResponse(f"the LM is at work, and {WAITING} requests wait for it already; "
-                             "ask again in a moment", 429)
+    return PlainTextResponse(
+        f"the LM is at work, and {WAITING} requests wait for it already; ask again in a moment", 429
+    )
 
 
 class Guard:
@@ -315,23 +377,35 @@ class Guard:
     def __init__(self, inner: Any, token: str):
         self.inner, self.token = inner, token.encode()
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    async def __call__(
+        self, scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]
+    ) -> None:
         if scope["type"] != "http":  # no websockets
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1")
-                   for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         why = refusal(scope["method"], headers)
         of_the_run = scope["path"].removeprefix("/") not in {"", *site.ASSETS}
         if not why and of_the_run and not self._knows(scope, headers):
-            why = ("open the address that `ksparse view` printed when it began: it ends in a "
-                   "token, without which nothing of the run is shown")
+            why = (
+                "open the address that `ksparse view` printed when it began: it ends in a "
+                "token, without which nothing of the run is shown"
+            )
 
         async def with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 own = {name.lower() for name, _ in message["headers"]}
                 more = HEADERS | {"Content-Security-Policy": POLICY}
-                message["headers"] = [*message["headers"], *((name.lower().encode(), value.encode()) for name, value in more.items()
-                                                             if name.lower().encode() not in own)]
+                message["headers"] = [
+                    *message["headers"],
+                    *(
+                        (name.lower().encode(), value.encode())
+                        for name, value in more.items()
+                        if name.lower().encode() not in own
+                    ),
+                ]
             await send(message)
 
         await (PlainTextResponse(why, 403) if why else self.inner)(scope, receive, with_headers)
@@ -340,8 +414,9 @@ class Guard:
         """Tell whether a request has the token, in a header or in the address."""
         asked = parse_qs(scope["query_string"].decode("latin-1"))
         given = [headers.get("authorization", "").removeprefix("Bearer "), *asked.get("token", ())]
-        return any(secrets.compare_digest(word.encode("utf-8", "replace"), self.token)
-                   for word in given)
+        return any(
+            secrets.compare_digest(word.encode("utf-8", "replace"), self.token) for word in given
+        )
 
 
 def refusal(method: str, headers: dict[str, str]) -> str:
@@ -351,7 +426,13 @@ def refusal(method: str, headers: dict[str, str]) -> str:
         return "this server answers as 127.0.0.1 or localhost alone"
     if "origin" in headers and headers["origin"] != f"http://{host}":
         return "this server answers its own pages alone"
-    opened = method == "GET" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
-    if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opened:  # but a link may lead here
+    opened = (
+        method == "GET"
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )
+    if (
+        headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opened
+    ):  # but a link may lead here
         return "this server answers its own pages alone"
     return ""

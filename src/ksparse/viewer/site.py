@@ -39,21 +39,41 @@ WORK = ".tmp-ksparse-site"
 SCRIPTS = ("base.js", "latent.js", "table.js", "map.js", "search.js", "live.js", "main.js")
 STYLE = "style.css"
 """The report's style, on which the viewer's stands."""
-ASSETS = {PAGE: "text/html; charset=utf-8", STYLE: "text/css; charset=utf-8", "viewer.css": "text/css; charset=utf-8",
-          **{name: "text/javascript; charset=utf-8" for name in SCRIPTS}}
-OURS = re.compile("|".join([
-    r"(ksparse-[0-9a-f]{16}/)?data/([a-z]+/)?\w+\.js", r"ksparse-[0-9a-f]{16}/[a-z]+\.(js|css)",
-    *map(re.escape, (*ASSETS, REPORT))]), re.ASCII)
+ASSETS = {
+    PAGE: "text/html; charset=utf-8",
+    STYLE: "text/css; charset=utf-8",
+    "viewer.css": "text/css; charset=utf-8",
+    **{name: "text/javascript; charset=utf-8" for name in SCRIPTS},
+}
+OURS = re.compile(
+    "|".join(
+        [
+            r"(ksparse-[0-9a-f]{16}/)?data/([a-z]+/)?\w+\.js",
+            r"ksparse-[0-9a-f]{16}/[a-z]+\.(js|css)",
+            *map(re.escape, (*ASSETS, REPORT)),
+        ]
+    ),
+    re.ASCII,
+)
 """Names that any version has written: a mark that lists others is not ours."""
 
 
 def asset(name: str) -> bytes:
     """Return a file of the page."""
-    folder = resources("ksparse.report") / "templates" if name == STYLE else resources("ksparse.viewer") / "assets"
+    folder = (
+        resources("ksparse.report") / "templates"
+        if name == STYLE
+        else resources("ksparse.viewer") / "assets"
+    )
     return (folder / name).read_bytes()
 
 
-def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], None] = lambda what, done, total: None) -> Path:
+def write(
+    run: RunFolder,
+    folder: Path,
+    *,
+    observe: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Path:
     """Write the pages of a run, in the place of an earlier site's; return the page to open."""
     folder = Path(folder)
     with files.explained(folder):
@@ -63,8 +83,10 @@ def write(run: RunFolder, folder: Path, *, observe: Callable[[str, int, int], No
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if not (folder / MARK).exists() and any(path.name != WORK for path in folder.iterdir()):
-                raise InputError(f"{folder} holds something else than an exported site; "
-                                 "give an empty or a new folder")
+                raise InputError(
+                    f"{folder} holds something else than an exported site; "
+                    "give an empty or a new folder"
+                )
             with _working(folder) as work:
                 new = _fill(work, run, observe)
                 _put(work, new, folder, run.name)
@@ -119,9 +141,12 @@ def _listed(folder: Path) -> set[str]:
         return {name for name in names if _wrote(folder / name, name)}
     names = mark["files"]
     if not isinstance(names, list) or not all(
-            isinstance(name, str) and OURS.fullmatch(name) for name in names):
-        raise CorruptError(f"{folder / MARK} does not list files that ksparse writes; "
-                           "give a new folder, or take it out of this one")
+        isinstance(name, str) and OURS.fullmatch(name) for name in names
+    ):
+        raise CorruptError(
+            f"{folder / MARK} does not list files that ksparse writes; "
+            "give a new folder, or take it out of this one"
+        )
     return {name for name in names if os.path.lexists(folder / name)}
 
 
@@ -144,13 +169,18 @@ def _parents(name: str) -> list[Path]:
 def _check_way(folder: Path, name: str, *, mine: bool) -> None:
     """Raise InputError where a file of somebody else's, or a link, is in the way of one of ours."""
     file, parents = folder / name, [folder / parent for parent in _parents(name)]
-    strange = [parent for parent in parents if os.path.lexists(parent)
-               and (parent.is_symlink() or not parent.is_dir())]
+    strange = [
+        parent
+        for parent in parents
+        if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir())
+    ]
     if os.path.lexists(file) and not (mine and file.is_file() and not file.is_symlink()):
         strange.append(file)
     if strange:
-        raise InputError(f"{strange[0]} is in the way of the pages, and ksparse did not write it; "
-                         "move it, or give another folder. Nothing was changed")
+        raise InputError(
+            f"{strange[0]} is in the way of the pages, and ksparse did not write it; "
+            "move it, or give another folder. Nothing was changed"
+        )
 
 
 def _mark(work: Path, names: list[str], folder: Path, run: str) -> None:
@@ -182,8 +212,9 @@ def _fill(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) 
     return [PAGE, *report, *(f"{home}/{name}" for name in names)]
 
 
-def _contents(run: RunFolder, pieces: Pieces,
-              observe: Callable[[str, int, int], None]) -> Iterator[tuple[str, bytes]]:
+def _contents(
+    run: RunFolder, pieces: Pieces, observe: Callable[[str, int, int], None]
+) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the contents of all that the page loads."""
     yield from ((name, asset(name)) for name in ASSETS if name != PAGE)
     yield _script("labels", {"latents": Labels(run, pieces.n).all()})

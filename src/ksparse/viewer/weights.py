@@ -31,7 +31,9 @@ class Decoder:
 
         checkpoint, wrong = self.run.newest_intact()
         if checkpoint is None:
-            raise InputError(f"run {self.run.path} has no checkpoint to read: {'; '.join(wrong) or 'nothing has been saved yet'}")
+            raise InputError(
+                f"run {self.run.path} has no checkpoint to read: {'; '.join(wrong) or 'nothing has been saved yet'}"
+            )
         parts = []
         for file in pieces(checkpoint, "sae"):
             with safe_open(file, framework="np") as tensors:
@@ -40,7 +42,9 @@ class Decoder:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         return rows / np.where(norms > 0, norms, 1)
 
-    def nearest(self, first: int, last: int, count: int = NEIGHBOURS) -> list[list[tuple[int, float]]]:
+    def nearest(
+        self, first: int, last: int, count: int = NEIGHBOURS
+    ) -> list[list[tuple[int, float]]]:
         """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself; those at a right angle or beyond are not near."""
         rows = self.rows
         cosines = rows[first:last] @ rows.T
