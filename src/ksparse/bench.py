@@ -1,13 +1,16 @@
-"""How fast is a training step here? Every contestant in a process of its own, one step each in turn, against the float32 encoder product.
+"""How fast is a training step here? Every contestant in a process of its own, one step each in
+turn, against the float32 encoder product.
 
-    product     x[b, d] times W_enc^T[d, n], into memory that is used again: the floor of an exact step
+    product     x[b, d] times W_enc^T[d, n], into memory that is used again: the floor of an exact
+                step
     selection   the same and torch.topk
     dense       the step as autograd does it with dense codes: what most libraries compute
     torch       our step in plain torch
     exact       our compiled step
     screened    our compiled step, candidates chosen by the fastest low-precision product
 
-A ratio is the median over rounds of a contestant's seconds over the product's in the same round. Other libraries take part by a file with
+A ratio is the median over rounds of a contestant's seconds over the product's in the same round.
+Other libraries take part by a file with
 make(cfg) -> step(x): bench/step.py shows one.
 """
 
@@ -72,7 +75,8 @@ def bench(
     only: Sequence[str] = (),
     observe: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Time all contestants; others: {name: file with make(cfg)}; only: these, and the product. Return what `ksparse bench --json` writes."""
+    """Time all contestants; others: {name: file with make(cfg)}; only: these, and the product.
+    Return what `ksparse bench --json` writes."""
     names = [*BUILT_IN, *(others or {})]
     for name in only:
         if name not in names:
@@ -146,7 +150,8 @@ class _Worker:
             if what == "ready":
                 return "its process ended"
             raise InputError(
-                f"contestant {self.name!r} ended before its time: too little memory, most likely; give a smaller --n or --batch"
+                f"contestant {self.name!r} ended before its time: too little memory, most likely; "
+                "give a smaller --n or --batch"
             ) from None
 
 
@@ -217,7 +222,8 @@ def _from_file(file: str) -> Callable[[Any], Step]:
 
 
 def activations(setting: Setting) -> Any:
-    """Return [b, d] of sparse codes over a hidden dictionary, whose features are as unequally frequent as words, a mean and noise."""
+    """Return [b, d] of sparse codes over a hidden dictionary, whose features are as unequally
+    frequent as words, a mean and noise."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +242,7 @@ def activations(setting: Setting) -> Any:
     )
 
 
-# ---- contestants -------------------------------------------------------------------------------------------------
+# ---- contestants ---------------------------------------------------------------------------------
 
 
 def _product(cfg: Any, after: Callable[[Any], Any] = lambda product: None) -> Step:
@@ -272,7 +278,8 @@ def _dense(cfg: Any) -> Step:
 
 
 def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
-    """Return make(cfg) of our own step, with everything that a step of training does but the average."""
+    """Return make(cfg) of our own step, with everything that a step of training does but the
+    average."""
 
     def make(cfg: Any) -> Step:
         import torch
@@ -351,7 +358,7 @@ BUILT_IN: dict[str, Callable[[Any], Step]] = {
 }
 
 
-# ---- the machine, and a picture ----------------------------------------------------------------------------------
+# ---- the machine, and a picture ------------------------------------------------------------------
 
 
 def _resident(field: str) -> int:
@@ -383,7 +390,8 @@ def picture(found: dict[str, Any]) -> str:
     axes.axvline(1, color="#1c1d22", linewidth=0.8, linestyle="--")
     axes.set_xlabel("time of a step, in encoder products of float32")
     axes.set_title(
-        f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · {found['threads']} threads",
+        f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · "
+        f"{found['threads']} threads",
         fontsize=10,
         loc="left",
     )

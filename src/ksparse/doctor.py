@@ -78,7 +78,8 @@ def _compiled() -> Check:
         return (
             "compiler",
             "note",
-            "no compiled kernels; training on a CPU is about a quarter slower: install g++ or clang++",
+            "no compiled kernels; training on a CPU is about a quarter slower: install g++ or "
+            "clang++",
         )
     from ksparse.training.fused import fastest_screen
 

@@ -1,4 +1,5 @@
-"""The errors that ksparse raises on purpose, each with the exit code that the command line ends with.
+"""The errors that ksparse raises on purpose, each with the exit code that the command line ends
+with.
 
 A message says what is wrong, where, what was got, what was expected, and what to do.
 """

@@ -1,6 +1,7 @@
 """Folders and files that are there whole or not at all, and that notice a flipped bit.
 
-    with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest of SHA-256 sums
+    with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest
+                                       of SHA-256 sums
     with filled(path) as tmp: ...      the same without a manifest, also for folders of folders
     with placed(path) as tmp: ...      write the file tmp; on success it becomes path
     with temporary(path) as tmp: ...   a folder beside path that is removed in the end
@@ -9,11 +10,14 @@
     verify(path)                       raise CorruptError unless every file is as the manifest says
     remove(path)                       a folder that is gone at once or not at all
     remove_leftovers(folder)           what killed processes left; what living ones write stays
-    write_json / read_json             one JSON file, replaced atomically; sealed, it has its own sum in it
-    read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged ones left out
+    write_json / read_json             one JSON file, replaced atomically; sealed, it has its own
+                                       sum in it
+    read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged
+                                       ones left out
     read_numbered                      a table with a format number and a known list of keys
 
-Neither safetensors nor torch.save notices an altered bit, and neither syncs to disk, so both happen here.
+Neither safetensors nor torch.save notices an altered bit, and neither syncs to disk, so both happen
+here.
 """
 
 from __future__ import annotations
@@ -124,9 +128,11 @@ def locked(
 
 @contextmanager
 def committed(path: Path, **facts: Any) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place, with a manifest, once it is synced.
+    """Yield a temporary folder beside `path` that takes its place, with a manifest, once it is
+    synced.
 
-    `facts` go into the manifest. On any error the temporary folder is removed and `path` stays what it was.
+    `facts` go into the manifest. On any error the temporary folder is removed and `path` stays what
+    it was.
     """
     with filled(path) as tmp:
         yield tmp
@@ -232,7 +238,8 @@ def _mode(folder: Path) -> int:
 
 
 def _replace(tmp: Path, path: Path) -> None:
-    """Put `tmp` in the place of `path`; move away what is there: no folder with files is overwritten."""
+    """Put `tmp` in the place of `path`; move away what is there: no folder with files is
+    overwritten."""
     while not _renamed(tmp, path):
         old = path.parent / f"{_PREFIX}old-{secrets.token_hex(8)}-{path.name}"
         with ExitStack() as stack:
@@ -268,13 +275,14 @@ def check_replaceable(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     listed = read_table(folder / MANIFEST, sha256=dict)["sha256"] if MANIFEST in names else {}
     strange = next((name for name in names if name not in listed and name != MANIFEST), None)
-    if strange or folder.exists() and not folder.is_dir():
+    if strange or (folder.exists() and not folder.is_dir()):
         what = f"holds {strange}" if strange else "is a file"
         raise InputError(f"{folder} {what}, which would be lost; give a new folder")
 
 
 def remove(path: Path) -> None:
-    """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary name, never half of it under its own."""
+    """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary
+    name, never half of it under its own."""
     with explained(path):
         _discard(path.rename(path.parent / f"{_PREFIX}gone-{secrets.token_hex(8)}-{path.name}"))
 
@@ -288,13 +296,15 @@ def _discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders and files that killed processes left; give back what was moved away."""
+    """Remove temporary folders and files that killed processes left; give back what was moved
+    away."""
     for tmp in Path(folder).glob(f"{_PREFIX}*"):
         _clear(tmp)
 
 
 def _clear_for(path: Path) -> None:
-    """Remove what killed processes left of `path`, and nothing else: the folder may be anybody's."""
+    """Remove what killed processes left of `path`, and nothing else: the folder may be
+    anybody's."""
     name = re.escape(path.name)
     ours = re.compile(rf"\.tmp-([0-9a-f]{{16}}-{name}~|(old|gone)-[0-9a-f]{{16}}-{name})")
     for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
@@ -325,13 +335,15 @@ def _clear(tmp: Path) -> None:
 
 
 def verify(path: Path, *names: str) -> dict[str, Any]:
-    """Return the manifest of a committed folder; raise CorruptError where a file is not what it says. names: those to look at, if not all."""
+    """Return the manifest of a committed folder; raise CorruptError where a file is not what it
+    says. names: those to look at, if not all."""
     manifest = read_table(path / MANIFEST, sha256=dict)
     sums = manifest["sha256"]
     strangers = sorted({file.name for file in path.glob("*.safetensors")} - set(sums))
     if strangers:
         raise CorruptError(
-            f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use an older copy of {path.name}"
+            f"{path} holds {strangers[0]}, which its {MANIFEST} does not list; take it out, or use "
+            f"an older copy of {path.name}"
         )
     for name in names or sums:
         if name not in sums:
@@ -352,14 +364,16 @@ def check_file(folder: Path, name: str, expected: str) -> Path:
     found = sha256(file)
     if found != expected:
         raise CorruptError(
-            f"{file} is damaged: its SHA-256 is {found[:12]}…, {MANIFEST} says {str(expected)[:12]}… "
+            f"{file} is damaged: its SHA-256 is {found[:12]}…, {MANIFEST} says "
+            f"{str(expected)[:12]}… "
             f"({file.stat().st_size:,} bytes there); use an older copy of {folder.name}"
         )
     return file
 
 
 def plain_name(name: Any, where: Path) -> str:
-    """Return a name that a file gives another one, if that can only be beside it; raise CorruptError for a path, and for what cannot be a name."""
+    """Return a name that a file gives another one, if that can only be beside it; raise
+    CorruptError for a path, and for what cannot be a name."""
     good = (
         isinstance(name, str)
         and Path(name).name == name
@@ -381,12 +395,14 @@ def sha256(file: Path) -> str:
 
 
 def digest(facts: Any) -> str:
-    """Return a short name for JSON-able facts: the first 16 hex digits of the SHA-256 of their canonical form."""
+    """Return a short name for JSON-able facts: the first 16 hex digits of the SHA-256 of their
+    canonical form."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
-    """Write JSON (never NaN) to a temporary name, sync, rename. sealed: a table gets the sum of all else in it, which `read_json` checks and takes off."""
+    """Write JSON (never NaN) to a temporary name, sync, rename. sealed: a table gets the sum of all
+    else in it, which `read_json` checks and takes off."""
     text = _dumps(value)
     write_text(path, (_dumps({**value, SEAL: _seal(json.loads(text))}) if sealed else text) + "\n")
 
@@ -418,17 +434,20 @@ def read_json(path: Path) -> Any:
         found = parse(path.read_text(encoding="utf-8"), path)
     if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
         raise CorruptError(
-            f"{path} was altered: it does not have the sum that it was written with; use an older copy, or have it written again"
+            f"{path} was altered: it does not have the sum that it was written with; use an older "
+            "copy, or have it written again"
         )
     return found
 
 
 def read_table(path: Path, **keys: Types) -> dict[str, Any]:
-    """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values of these types."""
+    """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values
+    of these types."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise CorruptError(
-            f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or is damaged"
+            f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or "
+            "is damaged"
         )
     check_keys(path, found, keys)
     return found
@@ -496,7 +515,7 @@ def check_keys(
                 f"written by ksparse or is damaged"
             )
         kinds, value = kind if isinstance(kind, tuple) else (kind,), table[key]
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(
                 "null" if each is type(None) else each.__name__ for each in kinds
             )
@@ -516,7 +535,8 @@ def read_strings(path: Path) -> list[str]:
 
 
 def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
-    """Return the tables of a file of JSON lines that have these keys; leave out others with a warning, the last without: a killed process was writing it."""
+    """Return the tables of a file of JSON lines that have these keys; leave out others with a
+    warning, the last without: a killed process was writing it."""
     with read_errors(path):
         lines = path.read_bytes().splitlines()
     rows, damaged = [], []
@@ -608,7 +628,8 @@ def exists(path: Path) -> bool:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the system's write errors under `path` into one DiskError that says how much room there is."""
+    """Turn the system's write errors under `path` into one DiskError that says how much room there
+    is."""
     try:
         yield
     except DiskError:
@@ -621,7 +642,8 @@ def explained(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _BARRED:
             raise DiskError(
-                f"cannot write {path}: {error.strerror}; give a folder that you may write with --out"
+                f"cannot write {path}: {error.strerror}; give a folder that you may write with "
+                "--out"
             ) from error
         raise
     except Exception as error:  # safetensors reports a full disk in an exception of its own

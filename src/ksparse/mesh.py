@@ -1,9 +1,13 @@
-"""Processes that share one run: a grid of data x latent, and the few collectives that training needs.
+"""Processes that share one run: a grid of data x latent, and the few collectives that training
+needs.
 
-    data     each holds a part of every batch          gradients, losses and fired latents are summed over it
-    latent   each holds a slice of the latents         offered values are compared, reconstructions summed over it
+    data     each holds a part of every batch          gradients, losses and fired latents are
+             summed over it
+    latent   each holds a slice of the latents         offered values are compared, reconstructions
+             summed over it
 
-Process r is part r // latent of the batch and slice r % latent. `ALONE` is one process: whatever is asked for is what was given. What is sent is
+Process r is part r // latent of the batch and slice r % latent. `ALONE` is one process: whatever is
+asked for is what was given. What is sent is
 counted by name, so that a plan can be held against it.
 """
 
@@ -33,7 +37,8 @@ class Mesh:
     def __init__(
         self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0
     ):
-        """Find this process's place among data x latent; torch.distributed has to be set up where these are more than one."""
+        """Find this process's place among data x latent; torch.distributed has to be set up where
+        these are more than one."""
         self.data, self.latent, self.timeout = data, latent, timeout
         self.rank, self.sent = 0, Counter()
         self.groups: dict[str, Any] = {}
@@ -43,7 +48,8 @@ class Mesh:
         self.data_rank, self.latent_rank = divmod(self.rank, latent)
 
     def _join(self, device: str) -> None:
-        """Make the groups of processes: along each axis, and of all of them, for activations, for numbers, and for the thread that saves."""
+        """Make the groups of processes: along each axis, and of all of them, for activations, for
+        numbers, and for the thread that saves."""
         from torch.distributed.device_mesh import DeviceMesh
 
         self.rank, wait = dist.get_rank(), timedelta(seconds=self.timeout)
@@ -182,8 +188,10 @@ class Mesh:
             ValueError,
         ) as error:  # what torch.distributed raises, of many kinds, has no type of its own on Gloo
             raise PeerError(
-                f"process {self.rank} of {self.size} waited for the others at {name!r}: one of them is gone, or did not answer within {self.timeout:g} s "
-                f"(mesh.timeout). Its own message says why; the same command goes on from the last checkpoint ({str(error).splitlines()[0]})"
+                f"process {self.rank} of {self.size} waited for the others at {name!r}: one of "
+                f"them is gone, or did not answer within {self.timeout:g} s "
+                "(mesh.timeout). Its own message says why; the same command goes on from the last "
+                f"checkpoint ({str(error).splitlines()[0]})"
             ) from error
 
 
@@ -192,7 +200,8 @@ ALONE = Mesh()
 
 @contextmanager
 def opened(recipe: Recipe, device: str) -> Iterator[Mesh]:
-    """Yield the mesh of a recipe among the processes that torchrun started; raise InputError where they are not as many, or do not divide the work."""
+    """Yield the mesh of a recipe among the processes that torchrun started; raise InputError where
+    they are not as many, or do not divide the work."""
     asked, already = recipe.mesh, dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if already else int(os.environ.get("WORLD_SIZE", 1))
     data = asked.data or world // asked.latent
@@ -210,7 +219,8 @@ def opened(recipe: Recipe, device: str) -> Iterator[Mesh]:
 
 
 def connect(device: str, timeout: float) -> None:
-    """Meet the other processes that torchrun started. Where it starts them again, what the lost ones left in its store is not looked at."""
+    """Meet the other processes that torchrun started. Where it starts them again, what the lost
+    ones left in its store is not looked at."""
     cuda = device.startswith("cuda")
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -225,38 +235,47 @@ def connect(device: str, timeout: float) -> None:
 
 
 def check(recipe: Recipe, data: int, world: int) -> None:
-    """Raise InputError unless `world` processes make the mesh of a recipe, and it divides what they share."""
+    """Raise InputError unless `world` processes make the mesh of a recipe, and it divides what they
+    share."""
     latent, n = recipe.mesh.latent, recipe.sae.n_latents
     if data * latent != world or not data:
         raise InputError(
-            f"mesh.data x mesh.latent is {data} x {latent} = {data * latent}, but there {'is' if world == 1 else 'are'} {world} process{'' if world == 1 else 'es'}; "
-            f"start `torchrun --nproc-per-node {max(1, data) * latent} -m ksparse …`, or give keys whose product is {world}"
+            f"mesh.data x mesh.latent is {data} x {latent} = {data * latent}, but there "
+            f"{'is' if world == 1 else 'are'} {world} process{'' if world == 1 else 'es'}; "
+            f"start `torchrun --nproc-per-node {max(1, data) * latent} -m ksparse …`, or give keys "
+            f"whose product is {world}"
         )
     if world == 1:
         return
     if n % latent:
         raise InputError(
-            f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple of {latent}"
+            f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple "
+            f"of {latent}"
         )
     if recipe.sae.k > n // latent:
         raise InputError(
-            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a slice; give a smaller mesh.latent"
+            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a slice; give a "
+            "smaller mesh.latent"
         )
     if recipe.batch % data:
         raise InputError(
-            f"batch is {recipe.batch}, which mesh.data = {data} does not divide; give a multiple of {data}"
+            f"batch is {recipe.batch}, which mesh.data = {data} does not divide; give a multiple "
+            f"of {data}"
         )
     if recipe.sae.activation.kind != "topk":
         raise InputError(
-            f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share 'topk' alone so far; train it in one process"
+            f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share "
+            "'topk' alone so far; train it in one process"
         )
     if data > 1 and recipe.sae.multi_topk and recipe.sae.auxk_norm == "batch":
         raise InputError(
-            "sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; give 'token', or mesh.data 1"
+            "sae.auxk_norm is 'batch', which with sae.multi_topk is not summed over mesh.data; "
+            "give 'token', or mesh.data 1"
         )
     if recipe.run.ahead == "on" and not recipe.acts.shards:
         raise InputError(
-            "run.ahead is 'on'; several processes compute a block of activations together, between two steps: leave it at 'auto', or read shards"
+            "run.ahead is 'on'; several processes compute a block of activations together, between "
+            "two steps: leave it at 'auto', or read shards"
         )
     if (
         recipe.run.kernels in ("native", "triton")
@@ -264,7 +283,8 @@ def check(recipe: Recipe, data: int, world: int) -> None:
         or recipe.optim.precision != "float32"
     ):
         raise InputError(
-            f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and optim.precision {recipe.optim.precision!r}; several processes take the "
+            f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and "
+            f"optim.precision {recipe.optim.precision!r}; several processes take the "
             "step in plain torch: leave them at 'auto', 'off' and 'float32'"
         )
 

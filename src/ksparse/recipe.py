@@ -1,15 +1,18 @@
-"""What a run is, as frozen data: sections of plain values, read from TOML, overridden by flags of the same names.
+"""What a run is, as frozen data: sections of plain values, read from TOML, overridden by flags of
+the same names.
 
     Recipe
       acts   where activations come from: LM, site, text, contexts, normalisation
-      sae    the autoencoder: latents, k, AuxK, initialisation; sae.activation: one of several kinds, each with its own keys
+      sae    the autoencoder: latents, k, AuxK, initialisation; sae.activation: one of several
+             kinds, each with its own keys
       optim  how it is trained: learning rate, Adam, EMA, schedule
       curve  the held-out loss along the way, and whether the run ends where it no longer falls
       run    what does not change the result: device, log, how often to save
       mesh   how many processes share the work: parts of the batch, slices of the latents
       tokens, batch, seed, order
 
-The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/` has the paper's.
+The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/`
+has the paper's.
 Nothing here opens a file of the run, imports torch, or prints.
 """
 
@@ -35,9 +38,11 @@ LARGEST = 3e38  # a float of single precision
 
 
 class Options:
-    """Frozen data whose fields hold what they are declared to: the type, one of the choices, a finite number. One rule for all options.
+    """Frozen data whose fields hold what they are declared to: the type, one of the choices, a
+    finite number. One rule for all options.
 
-    What stands for a value becomes it, as in TOML: 1e6 for a whole number, 1 for a float, a list for a tuple, a dictionary for a section.
+    What stands for a value becomes it, as in TOML: 1e6 for a whole number, 1 for a float, a list
+    for a tuple, a dictionary for a section.
     """
 
     SECTION: ClassVar[str] = ""
@@ -56,7 +61,8 @@ class Options:
 
 
 def check_fields(options: Any, prefix: str = "") -> None:
-    """Give each field of a dataclass the type that it declares, in place; raise InputError, naming the field, for a value that is none of it."""
+    """Give each field of a dataclass the type that it declares, in place; raise InputError, naming
+    the field, for a value that is none of it."""
     for name, hint in _hints(type(options)).items():
         value = getattr(options, name)
         fitting = _convert(value, hint, f"'{prefix}{name}'")
@@ -78,15 +84,18 @@ class Acts(Options):
     SECTION = "acts."
 
     lm: str = "pylm/1.9m"
-    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m; pylm is 1.9m)."""
+    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m;
+    pylm is 1.9m)."""
     revision: str = "main"
     """Revision of a Hub model."""
     tokenizer: str = ""
     """Tokenizer, if it is not the LM's own: a Hub name or a folder."""
     site: str = "resid_post.3"
-    """resid_pre.I, resid_mid.I, resid_post.I, attn_out.I, mlp_out.I, or a module's name (its output; NAME:in for its input)."""
+    """resid_pre.I, resid_mid.I, resid_post.I, attn_out.I, mlp_out.I, or a module's name (its
+    output; NAME:in for its input)."""
     text: str = "pylm"
-    """A file or folder (.txt .jsonl .parquet, also .xz .gz .zst), a Hub data set, or the built-in pylm."""
+    """A file or folder (.txt .jsonl .parquet, also .xz .gz .zst), a Hub data set, or the built-in
+    pylm."""
     text_config: str = ""
     """Configuration of a Hub data set."""
     text_split: str = "train"
@@ -98,11 +107,14 @@ class Acts(Options):
     bos: Literal["auto", "none"] = "auto"
     """auto: each context begins with the tokenizer's BOS, if it has one. none: never."""
     borders: Literal["pack", "split"] = "pack"
-    """pack: documents follow one another, a separator between. split: no context spans two documents; ends are padded."""
+    """pack: documents follow one another, a separator between. split: no context spans two
+    documents; ends are padded."""
     keep: Literal["text", "all"] = "text"
-    """text: leave out the first position, BOS, separators and padding. all: leave out padding only."""
+    """text: leave out the first position, BOS, separators and padding. all: leave out padding
+    only."""
     normalize: Literal["unit_norm", "layer_norm", "dataset", "none"] = "unit_norm"
-    """unit_norm (paper) and layer_norm: per activation, after subtracting its mean over d_model. dataset: one scale, so that
+    """unit_norm (paper) and layer_norm: per activation, after subtracting its mean over d_model.
+    dataset: one scale, so that
     the mean squared norm is d_model. none: as they are."""
     mix: int = 65_536
     """Activations that are shuffled together; each batch is drawn from so many."""
@@ -111,9 +123,11 @@ class Acts(Options):
     lm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the LM."""
     store: Literal["float32", "bfloat16"] = "float32"
-    """How the `mix` activations wait in memory. bfloat16 takes half of it and rounds them to 8 bits; of an LM in bfloat16 nothing is lost."""
+    """How the `mix` activations wait in memory. bfloat16 takes half of it and rounds them to 8
+    bits; of an LM in bfloat16 nothing is lost."""
     shards: str = ""
-    """A folder written by `ksparse shard`; activations are read from it instead of running the LM."""
+    """A folder written by `ksparse shard`; activations are read from it instead of running the
+    LM."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +137,24 @@ class TopK(Options):
     SECTION = "sae.activation."
 
     kind: Literal["topk"] = "topk"
-    """What becomes of pre-activations: topk, batch_topk, relu, jump_relu, gated, prolu. `--sae.activation.kind KIND --help` lists the keys of a kind."""
+    """What becomes of pre-activations: topk, batch_topk, relu, jump_relu, gated, prolu.
+    `--sae.activation.kind KIND --help` lists the keys of a kind."""
 
 
 @dataclass(frozen=True)
 class BatchTopK(Options):
-    """The k x b largest pre-activations of a batch of b tokens, then ReLU; in use, those above a threshold (Bussmann et al. 2024)."""
+    """The k x b largest pre-activations of a batch of b tokens, then ReLU; in use, those above a
+    threshold (Bussmann et al. 2024)."""
 
     SECTION = "sae.activation."
 
     kind: Literal["batch_topk"] = "batch_topk"
     """The kind."""
     threshold_decay: float = 0.99
-    """Decay of the running average, over steps, of the smallest value that a batch keeps, from which training looks for the largest. The threshold
-    in use is another: it is set at each checkpoint, so that the saved weights have an L0 of k on the last batch."""
+    """Decay of the running average, over steps, of the smallest value that a batch keeps, from
+    which training looks for the largest. The threshold
+    in use is another: it is set at each checkpoint, so that the saved weights have an L0 of k on
+    the last batch."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +168,19 @@ class ReLU(Options):
     l1: float = 5e-3
     """Weight of the penalty. The paper's are 1.7e-3 to 1.7e-2."""
     penalty: Literal["paper", "decoder_norm"] = "paper"
-    """paper: the sum of a token's values by the norm of its input. decoder_norm: each value times its decoder row's norm, for sae.unit_norm = false."""
+    """paper: the sum of a token's values by the norm of its input. decoder_norm: each value times
+    its decoder row's norm, for sae.unit_norm = false."""
     warmup: float = 0.05
     """First share of the steps over which the penalty rises linearly (the paper's, for GPT-4)."""
     resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first
+    half of the run; 0: never. The paper: 4."""
 
 
 @dataclass(frozen=True)
 class JumpReLU(Options):
-    """Values above a threshold of their latent, trained through kernel estimates of the gradient (Rajamanoharan et al. 2024b)."""
+    """Values above a threshold of their latent, trained through kernel estimates of the gradient
+    (Rajamanoharan et al. 2024b)."""
 
     SECTION = "sae.activation."
 
@@ -170,16 +191,19 @@ class JumpReLU(Options):
     coef: float = 1.0
     """Weight of the penalty."""
     bandwidth: float = 0.001
-    """Width of the window around a threshold in which its gradient is seen, for inputs of norm 1 (the original's); it grows with the input."""
+    """Width of the window around a threshold in which its gradient is seen, for inputs of norm 1
+    (the original's); it grows with the input."""
     threshold: float = 0.0
-    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a sample."""
+    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
+    sample."""
     warmup: float = 0.05
     """First share of the steps over which the penalty rises linearly."""
 
 
 @dataclass(frozen=True)
 class Gated(Options):
-    """Gates say which latents are active, magnitudes how much; L1 and an auxiliary loss on the gates (Rajamanoharan et al. 2024a)."""
+    """Gates say which latents are active, magnitudes how much; L1 and an auxiliary loss on the
+    gates (Rajamanoharan et al. 2024a)."""
 
     SECTION = "sae.activation."
 
@@ -188,16 +212,19 @@ class Gated(Options):
     l1: float = 5e-3
     """Weight of the penalty on the gates' pre-activations. The paper's are 1e-3 to 2e-2."""
     aux: float = 1.0
-    """Weight of the error of reconstructing from the gates' pre-activations, with a decoder that gets no gradient from it."""
+    """Weight of the error of reconstructing from the gates' pre-activations, with a decoder that
+    gets no gradient from it."""
     warmup: float = 0.05
     """First share of the steps over which the penalty rises linearly."""
     resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first
+    half of the run; 0: never. The paper: 4."""
 
 
 @dataclass(frozen=True)
 class ProLU(Options):
-    """The product itself where product and biased product are positive, with one of two made-up gradients (Taggart 2024)."""
+    """The product itself where product and biased product are positive, with one of two made-up
+    gradients (Taggart 2024)."""
 
     SECTION = "sae.activation."
 
@@ -210,7 +237,8 @@ class ProLU(Options):
     warmup: float = 0.05
     """First share of the steps over which the penalty rises linearly."""
     resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first half of the run; 0: never. The paper: 4."""
+    """How often dead latents start anew on badly reconstructed activations, evenly over the first
+    half of the run; 0: never. The paper: 4."""
 
 
 _SPOKEN = {
@@ -233,29 +261,37 @@ class SAE(Options):
     n_latents: int = 4096
     """Latents."""
     k: int = 32
-    """Latents that may be active for one activation. Of batch_topk: on average over a batch. Of jump_relu: the L0 at the start, and the one aimed at.
-    Of relu, gated and prolu: no bound; the number chosen where one is asked for, as in the codes at other k."""
+    """Latents that may be active for one activation. Of batch_topk: on average over a batch. Of
+    jump_relu: the L0 at the start, and the one aimed at.
+    Of relu, gated and prolu: no bound; the number chosen where one is asked for, as in the codes at
+    other k."""
     activation: Activation = field(default_factory=TopK)
     """What becomes of pre-activations."""
     auxk_coef: float = 1 / 32
-    """Weight of the AuxK loss, of topk, batch_topk and jump_relu; 0 turns it off. The other kinds have no AuxK: they resample."""
+    """Weight of the AuxK loss, of topk, batch_topk and jump_relu; 0 turns it off. The other kinds
+    have no AuxK: they resample."""
     k_aux: int = 0
     """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
     auxk_share: float = 1.0
-    """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so these are a random sample; the loss is
+    """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so
+    these are a random sample; the loss is
     their mean, its cost in proportion. The paper: 1, all."""
     auxk_norm: Literal["token", "batch"] = "token"
-    """AuxK's error is divided by the error's own square, per token (paper) or by its variance over the batch (official code)."""
+    """AuxK's error is divided by the error's own square, per token (paper) or by its variance over
+    the batch (official code)."""
     dead_after: int = 0
-    """Tokens without activation after which a latent is dead; 0: the paper's 10 M, or a thirty-second of a shorter run's tokens."""
+    """Tokens without activation after which a latent is dead; 0: the paper's 10 M, or a
+    thirty-second of a shorter run's tokens."""
     multi_topk: float = 0.0
-    """Weight of a second loss at 4k (Multi-TopK, section 5.3; the paper's is 1/8); 0 turns it off."""
+    """Weight of a second loss at 4k (Multi-TopK, section 5.3; the paper's is 1/8); 0 turns it
+    off."""
     b_enc: bool = True
     """Train a bias inside the TopK."""
     init: Literal["tied", "independent"] = "tied"
     """tied: encoder rows start as the decoder's. independent: both random."""
     init_scale: Literal["recon", "unit"] = "recon"
-    """recon: the encoder is scaled so that reconstructions start with the norm of their input. unit: rows of norm 1."""
+    """recon: the encoder is scaled so that reconstructions start with the norm of their input.
+    unit: rows of norm 1."""
     b_pre_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     """Where b_pre starts, from a sample of activations."""
     unit_norm: bool = True
@@ -278,7 +314,8 @@ class Optim(Options):
     lr: float = 0.0
     """Learning rate; 0: the law lr_at_32k x sqrt(32,768 / n_latents)."""
     lr_at_32k: float = 8e-4
-    """Learning rate of the law at 32,768 latents. The paper's rates at convergence are about 2e-4 to 4e-4 there, those for a
+    """Learning rate of the law at 32,768 latents. The paper's rates at convergence are about 2e-4
+    to 4e-4 there, those for a
     given amount of compute some four times as large; ours is of the second kind."""
     beta1: float = 0.9
     beta2: float = 0.999
@@ -291,15 +328,21 @@ class Optim(Options):
     clip: float = 0.0
     """Largest norm of the gradient; 0: no clipping (the paper's GPT-2 runs)."""
     ema: float = 0.999
-    """Decay of the average of the weights, bias-corrected; 0 turns it off. The average is what is evaluated and used."""
+    """Decay of the average of the weights, bias-corrected; 0 turns it off. The average is what is
+    evaluated and used."""
     ema_span: float = 0.1
-    """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span steps the decay is lower, because an
-    average over a short run's beginning is worse than no average. 1: the decay as given (the paper)."""
+    """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span
+    steps the decay is lower, because an
+    average over a short run's beginning is worse than no average. 1: the decay as given (the
+    paper)."""
     screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
-    """Choose candidates by a product in low precision, their values and the final choice being exact; tokens that are not clear are
-    computed in full. auto: whichever is fastest here (on a GPU int8). Needs the compiled kernels. The log says how often the choice differs."""
+    """Choose candidates by a product in low precision, their values and the final choice being
+    exact; tokens that are not clear are
+    computed in full. auto: whichever is fastest here (on a GPU int8). Needs the compiled kernels.
+    The log says how often the choice differs."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the sparse parts of a step read weights, activations and errors in, on a GPU: bfloat16 copies are read in half the time. Weights,
+    """What the sparse parts of a step read weights, activations and errors in, on a GPU: bfloat16
+    copies are read in half the time. Weights,
     moments, gradients and sums stay float32."""
 
 
@@ -310,14 +353,17 @@ class Curve(Options):
     SECTION = "curve."
 
     held_out: int = 0
-    """Activations of the validation side of the text on which the loss is measured at log-spaced points, with raw and with averaged weights; 0: not at all."""
+    """Activations of the validation side of the text on which the loss is measured at log-spaced
+    points, with raw and with averaged weights; 0: not at all."""
     per_octave: int = 2
     """Points for each doubling of the tokens."""
     octaves: int = 8
     """Doublings before the last step from which on there are points."""
     converged: float = 0.0
-    """The run ends once the loss falls by less than this share for a doubling of the tokens: the slope of the logarithms over the last
-    `window` octaves. 0: it ends after `tokens`. The paper trains "to convergence" without saying how that is told."""
+    """The run ends once the loss falls by less than this share for a doubling of the tokens: the
+    slope of the logarithms over the last
+    `window` octaves. 0: it ends after `tokens`. The paper trains "to convergence" without saying
+    how that is told."""
     window: float = 1.5
     """Octaves over which the slope is taken."""
 
@@ -331,10 +377,12 @@ class Run(Options):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
-    """native: the compiled training step, on a CPU with a C++ compiler; triton: Triton's kernels, on a CUDA GPU; torch: plain torch;
+    """native: the compiled training step, on a CPU with a C++ compiler; triton: Triton's kernels,
+    on a CUDA GPU; torch: plain torch;
     auto: one of the first two where it can be, else torch."""
     ahead: Literal["auto", "on", "off"] = "auto"
-    """Compute activations in a thread of their own while the step before is taken: the same batches, and up to `acts.mix` more of them in
+    """Compute activations in a thread of their own while the step before is taken: the same
+    batches, and up to `acts.mix` more of them in
     memory. auto: on a GPU, where reading and tokenising would keep it waiting."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
@@ -347,7 +395,8 @@ class Run(Options):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do with a batch whose loss is NaN or infinite; skip counts it in the metrics."""
     alarm_grad_norm: float = 10.0
-    """Warn, and write a line of alarms.jsonl, where the gradient's norm is more than so many times its running median; 0: never."""
+    """Warn, and write a line of alarms.jsonl, where the gradient's norm is more than so many times
+    its running median; 0: never."""
     alarm_dead: float = 0.5
     """Warn where the share of dead latents comes above this; 0: never."""
     alarm_dead_growth: float = 0.2
@@ -358,7 +407,8 @@ class Run(Options):
 
 @dataclass(frozen=True)
 class Mesh(Options):
-    """How the processes that torchrun starts share one run; data x latent of them. Another mesh may go on with a run: results agree up to rounding."""
+    """How the processes that torchrun starts share one run; data x latent of them. Another mesh may
+    go on with a run: results agree up to rounding."""
 
     SECTION = "mesh."
 
@@ -367,7 +417,8 @@ class Mesh(Options):
     latent: int = 1
     """Slices that the latents are cut into."""
     capacity: float = 0.0
-    """Values that a slice offers for each token, as a share of k / latent. 0: k, so that the choice is that of one process. The paper's may miss
+    """Values that a slice offers for each token, as a share of k / latent. 0: k, so that the choice
+    is that of one process. The paper's may miss
     some where a token's latents crowd into one slice; the log says how often."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before the run ends with an error."""
@@ -390,9 +441,11 @@ class Recipe(Options):
     seed: int = 0
     """Fixes the initial weights, and the order of the data unless `order` does."""
     order: int = -1
-    """Fixes the order of the data alone, so that SAEs with different seeds can share a stream; -1: as seed."""
+    """Fixes the order of the data alone, so that SAEs with different seeds can share a stream; -1:
+    as seed."""
     threads: int = 0
-    """CPU threads; 0: as many as the machine has. Recorded, since sums depend on it in the last digit."""
+    """CPU threads; 0: as many as the machine has. Recorded, since sums depend on it in the last
+    digit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -423,7 +476,8 @@ class Recipe(Options):
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: everything but the sections `run` and `mesh` and the number of threads. Two spellings of one order are one."""
+        """What the result depends on: everything but the sections `run` and `mesh` and the number
+        of threads. Two spellings of one order are one."""
         return {
             key: value
             for key, value in to_dict(self).items()
@@ -432,7 +486,8 @@ class Recipe(Options):
 
 
 def k_aux(recipe: SAE, d_model: int) -> int:
-    """Return the number of dead latents in AuxK: given, or the power of two nearest to d_model / 2 (appendix A.2)."""
+    """Return the number of dead latents in AuxK: given, or the power of two nearest to d_model / 2
+    (appendix A.2)."""
     return recipe.k_aux or 2 ** round(math.log2(max(2, d_model / 2)))
 
 
@@ -465,7 +520,8 @@ def check(recipe: Recipe) -> None:
             raise InputError(f"{key} is {value}; it must be at least 1")
     if sae.k > sae.n_latents:
         raise InputError(
-            f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a smaller k"
+            f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a "
+            "smaller k"
         )
     if sae.multi_topk and 4 * sae.k > sae.n_latents:
         raise InputError(
@@ -474,11 +530,13 @@ def check(recipe: Recipe) -> None:
     check_activation(sae)
     if acts.context < 3:
         raise InputError(
-            f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one from text"
+            f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one "
+            "from text"
         )
     if not 0 <= recipe.curve.converged < 1:
         raise InputError(
-            f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still falls, from 0 up to, but not including, 1"
+            f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still "
+            "falls, from 0 up to, but not including, 1"
         )
     if recipe.curve.converged and not recipe.curve.held_out:
         raise InputError(
@@ -486,11 +544,13 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.curve.converged and recipe.optim.decay:
         raise InputError(
-            "optim.decay needs to know where the run ends, which curve.converged leaves open; give one of them"
+            "optim.decay needs to know where the run ends, which curve.converged leaves open; give "
+            "one of them"
         )
     if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
         raise InputError(
-            f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points each; a slope needs at least 3 points, 2 intervals"
+            f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points "
+            "each; a slope needs at least 3 points, 2 intervals"
         )
     if recipe.mesh.timeout <= 0:
         raise InputError(f"mesh.timeout is {recipe.mesh.timeout}; it must be above 0 seconds")
@@ -534,11 +594,13 @@ def check(recipe: Recipe) -> None:
     }.items():
         if not 0 <= value < 1:
             raise InputError(
-                f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not including, 1"
+                f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not "
+                "including, 1"
             )
     if recipe.mesh.capacity and recipe.mesh.capacity < 1:
         raise InputError(
-            f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k values together; give 0 (exact) or at least 1"
+            f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k "
+            "values together; give 0 (exact) or at least 1"
         )
     for key, value in {
         "optim.ema": recipe.optim.ema,
@@ -551,11 +613,13 @@ def check(recipe: Recipe) -> None:
 
 
 def check_schedule(recipe: Recipe) -> None:
-    """Raise InputError where no step of the run has the whole learning rate. Runs that were begun without this question may go on."""
+    """Raise InputError where no step of the run has the whole learning rate. Runs that were begun
+    without this question may go on."""
     falling = recipe.optim.decay * recipe.steps
     if recipe.optim.warmup > min(recipe.steps, recipe.steps + 1 - falling):
         raise InputError(
-            f"optim.warmup is {recipe.optim.warmup:,} steps; the run has {recipe.steps:,} ({recipe.tokens:,} tokens in batches of {recipe.batch:,})"
+            f"optim.warmup is {recipe.optim.warmup:,} steps; the run has {recipe.steps:,} "
+            f"({recipe.tokens:,} tokens in batches of {recipe.batch:,})"
             + (f", of which the rate falls in the last {falling:,.0f}" if falling else "")
             + ": it would never reach its learning rate. Give a shorter warm-up"
             + (", less optim.decay" if falling else "")
@@ -564,7 +628,8 @@ def check_schedule(recipe: Recipe) -> None:
 
 
 def check_activation(sae: SAE) -> None:
-    """Raise InputError for options of the activation that cannot be right, and for others that its kind has no use for."""
+    """Raise InputError for options of the activation that cannot be right, and for others that its
+    kind has no use for."""
     activation = sae.activation
     kind = activation.kind
     lowest = {
@@ -579,40 +644,46 @@ def check_activation(sae: SAE) -> None:
     for name, value in dataclasses.asdict(activation).items():
         if name in lowest and value < lowest[name]:
             raise InputError(f"sae.activation.{name} is {value}; it must not be negative")
-        if name == "warmup" and value > 1 or name == "threshold_decay" and value >= 1:
+        if (name == "warmup" and value > 1) or (name == "threshold_decay" and value >= 1):
             raise InputError(
                 f"sae.activation.{name} is {value}; it must be from 0 to 1"
                 + (", and less than 1" if name != "warmup" else "")
             )
         if name == "bandwidth" and value <= 0:
             raise InputError(
-                f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would never move"
+                f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would "
+                "never move"
             )
     if sae.multi_topk and kind != "topk":
         raise InputError(
-            f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not {kind!r}; leave it at 0"
+            f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not "
+            f"{kind!r}; leave it at 0"
         )
     if kind not in WITH_AUXK and sae.auxk_coef not in (0, SAE.auxk_coef):
         raise InputError(
-            f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but sae.activation.resample; leave it out"
+            f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but "
+            "sae.activation.resample; leave it out"
         )
     by_norm = getattr(activation, "penalty", "") == "decoder_norm"
     if by_norm and sae.unit_norm:
         raise InputError(
-            "sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; give sae.unit_norm = false, or the penalty 'paper'"
+            "sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; "
+            "give sae.unit_norm = false, or the penalty 'paper'"
         )
     if hasattr(activation, "l1") and not by_norm and not sae.unit_norm:
         raise InputError(
-            f"sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of sae.activation.kind = {kind!r}; leave it true"
+            "sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of "
+            f"sae.activation.kind = {kind!r}; leave it true"
             + (", or give sae.activation.penalty = 'decoder_norm'" if kind == "relu" else "")
         )
     if kind in ("prolu", "gated") and not sae.b_enc:
         raise InputError(
-            f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and needs them"
+            f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and "
+            "needs them"
         )
 
 
-# ---- TOML and dictionaries ---------------------------------------------------------------------------------------
+# ---- TOML and dictionaries -----------------------------------------------------------------------
 
 
 def load(path: Path | str) -> Recipe:
@@ -625,7 +696,8 @@ MOST_DOTS = 3_000  # in a line, or fewer in many: a key's parts take the parser 
 
 
 def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
-    """Read a TOML file; raise InputError, saying what it should have been, where it is not there or none."""
+    """Read a TOML file; raise InputError, saying what it should have been, where it is not there or
+    none."""
     try:
         with Path(path).open("rb") as stream:
             data = stream.read(LARGEST_TOML + 1)
@@ -650,7 +722,8 @@ def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
 
 
 def from_dict(table: dict[str, Any], where: str = "") -> Recipe:
-    """Make a recipe of nested dictionaries; name every key that is unknown or has the wrong type."""
+    """Make a recipe of nested dictionaries; name every key that is unknown or has the wrong
+    type."""
     return _build(Recipe, table, "", where)
 
 
@@ -660,7 +733,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Write every key of the recipe as TOML, so that a later change of a default does not change an old run."""
+    """Write every key of the recipe as TOML, so that a later change of a default does not change an
+    old run."""
     table = to_dict(recipe)
     return "\n".join(_toml_lines(table)).lstrip() + "\n"
 
@@ -707,7 +781,8 @@ def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
         if f"{prefix}{key}" == "run.trust_remote_code":  # of older recipes
             if value:
                 _log.warning(
-                    "run.trust_remote_code%s is passed over: a file cannot allow code to run. If you trust the code that comes "
+                    "run.trust_remote_code%s is passed over: a file cannot allow code to run. If "
+                    "you trust the code that comes "
                     "with the model, give --trust-remote-code True with this command",
                     where,
                 )
@@ -737,7 +812,8 @@ def _section(table: dict[str, Any], hint: Any, prefix: str, where: str = "") -> 
 def activation_kind(
     table: dict[str, Any], prefix: str = "sae.activation.", where: str = ""
 ) -> type:
-    """Return the kind of activation that a table names, topk if it names none; raise InputError for keys that this kind does not have."""
+    """Return the kind of activation that a table names, topk if it names none; raise InputError for
+    keys that this kind does not have."""
     kind = _convert(
         table.get("kind", "topk"), Literal[tuple(ACTIVATIONS)], f"'{prefix}kind'{where}"
     )
@@ -780,7 +856,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return _section(value, hint, f"{name.strip(chr(39))}.")
         if not isinstance(value, kinds):
             raise InputError(
-                f"{name} is {value!r}; it must be {' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its keys"
+                f"{name} is {value!r}; it must be "
+                f"{' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its "
+                "keys"
             )
         return value
     if type(None) in typing.get_args(hint):
@@ -816,7 +894,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         raise InputError(f"{name} is too large a number; it must be below 2^63")
     if type(value) is not hint:
         raise InputError(
-            f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type {hint.__name__}"
+            f"{name} is {said(value)}, of type {type(value).__name__}; it must be of type "
+            f"{hint.__name__}"
         )
     return value
 

@@ -79,7 +79,8 @@ def whole_characters(text: str) -> str:
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, unpacked; zstandard's own reader takes a cut one for a whole one."""
+    """The frames of a .zst file, unpacked; zstandard's own reader takes a cut one for a whole
+    one."""
 
     def __init__(self, file: Path):
         self.package = extra("zstandard", "zstandard", f"reading {file}")

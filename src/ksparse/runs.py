@@ -5,7 +5,8 @@
     metrics.jsonl             a line every few steps
     curve.jsonl               the held-out loss at log-spaced points, where the recipe asks for it
     alarms.jsonl              what called for attention while it trained, if anything did
-    checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors, state.json: to go on
+    checkpoints/step-N/       sae.safetensors, sae.json: the autoencoder; optim.safetensors,
+                              state.json: to go on
     evals/NAME.json           a result: values with standard errors, and the options they came from
     evals/NAME-SUM.safetensors   its arrays, which it names
     report.html, figures/
@@ -64,12 +65,14 @@ class RunFolder:
     def recipe(self) -> recipe.Recipe:
         if not self.exists():
             raise InputError(
-                f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out {self.path}` makes one"
+                f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out "
+                f"{self.path}` makes one"
             )
         return recipe.load(self.recipe_file)
 
     def begun(self) -> bool:
-        """Return whether a step was taken, or judged: before, another recipe may take this one's place."""
+        """Return whether a step was taken, or judged: before, another recipe may take this one's
+        place."""
         return bool(self.checkpoints() or self.metrics() or list(self.file("evals").glob("*.json")))
 
     @property
@@ -81,7 +84,8 @@ class RunFolder:
         return files.read_table(file) if file.is_file() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics by step. After an interruption steps were run again; the last line of each counts."""
+        """Return the metrics by step. After an interruption steps were run again; the last line of
+        each counts."""
         return _lines(self.metrics_file)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -106,7 +110,8 @@ class RunFolder:
         _append(self.alarms_file, row)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be run again, so that the files of a resumed run read like any other's."""
+        """Drop the lines of steps that will be run again, so that the files of a resumed run read
+        like any other's."""
         for file, rows in (
             (self.metrics_file, self.metrics),
             (self.curve_file, self.curve),
@@ -124,7 +129,8 @@ class RunFolder:
         return self.file("checkpoints", f"step-{step:08d}")
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints there are, oldest first; each was committed whole, which does not prove it intact."""
+        """Return the checkpoints there are, oldest first; each was committed whole, which does not
+        prove it intact."""
         found = sorted(self.file("checkpoints").glob("step-*"))
         return [
             path
@@ -135,14 +141,16 @@ class RunFolder:
         ]
 
     def newest_intact(self) -> tuple[Path | None, list[str]]:
-        """Return the newest checkpoint whose sums are right, and what was wrong with the newer ones; raise InputError if it is of another recipe."""
+        """Return the newest checkpoint whose sums are right, and what was wrong with the newer
+        ones; raise InputError if it is of another recipe."""
         wrong = []
         for path in reversed(self.checkpoints()):
             try:
                 manifest = files.verify(path)
                 if manifest.get("step", int(path.name[5:])) != int(path.name[5:]):
                     raise CorruptError(
-                        f"{path} is that of step {manifest['step']}, under another name; name it as it was"
+                        f"{path} is that of step {manifest['step']}, under another name; name it "
+                        "as it was"
                     )
             except CorruptError as error:
                 wrong.append(str(error))
@@ -152,7 +160,8 @@ class RunFolder:
         return None, wrong
 
     def _check_recipe(self, path: Path, trained: Any) -> None:
-        """Raise InputError unless a checkpoint is of this run's recipe, in all keys that both have (checkpoints of older versions say nothing)."""
+        """Raise InputError unless a checkpoint is of this run's recipe, in all keys that both have
+        (checkpoints of older versions say nothing)."""
         if self.exists() and isinstance(trained, dict):
             ours, theirs = recipe.flat(self.recipe().identity()), recipe.flat(trained)
             changed = recipe.differences(
@@ -161,7 +170,8 @@ class RunFolder:
             )
             if changed:
                 raise InputError(
-                    f"{path} was trained with another recipe than {self.recipe_file} has now: {'; '.join(changed)}. Put back what was there"
+                    f"{path} was trained with another recipe than {self.recipe_file} has now: "
+                    f"{'; '.join(changed)}. Put back what was there"
                 )
 
     # ---- evals
@@ -177,7 +187,8 @@ class RunFolder:
         found = files.read_table(file)
         if found.get("name", name) != name:
             raise CorruptError(
-                f"{file} is a result of {found['name']!r}, under another name; run the evaluation again"
+                f"{file} is a result of {found['name']!r}, under another name; run the evaluation "
+                "again"
             )
         return found
 
@@ -204,7 +215,8 @@ class RunFolder:
         return file
 
     def _arrays_of(self, name: str, result: dict[str, Any]) -> Path:
-        """Return where the arrays of a result are: NAME.safetensors, before their sum was in the name."""
+        """Return where the arrays of a result are: NAME.safetensors, before their sum was in the
+        name."""
         named = result.get("arrays", f"{name}.safetensors")
         return self.file("evals", files.plain_name(named, self.eval_file(name)))
 
@@ -265,19 +277,22 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 
 def piece(stem: str, index: int, of: int) -> str:
-    """Return the name of the file with slice `index` of `of` of the latents; the file of all where there is one slice."""
+    """Return the name of the file with slice `index` of `of` of the latents; the file of all where
+    there is one slice."""
     return f"{stem}.safetensors" if of == 1 else f"{stem}.{index}-of-{of}.safetensors"
 
 
 def pieces(folder: Path, stem: str) -> list[Path]:
-    """Return the files that hold the tensors of `stem`, in the order of their latents: one, or as many as there were slices."""
+    """Return the files that hold the tensors of `stem`, in the order of their latents: one, or as
+    many as there were slices."""
     first = min(folder.glob(f"{stem}.0-of-*.safetensors"), default=None)
     if first is None:
         return [folder / piece(stem, 0, 1)]
     of = first.name.removesuffix(".safetensors").rpartition("-of-")[2]
     if not of.isdecimal() or int(of) > 100_000:
         raise CorruptError(
-            f"{first} is not named as a slice of an autoencoder; the folder was not written by ksparse or is damaged"
+            f"{first} is not named as a slice of an autoencoder; the folder was not written by "
+            "ksparse or is damaged"
         )
     return [folder / piece(stem, index, int(of)) for index in range(int(of))]
 

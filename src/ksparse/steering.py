@@ -1,13 +1,19 @@
-"""An autoencoder inside a running LM: read, changed, spliced in, on any Hugging Face model, by plain forward hooks.
+"""An autoencoder inside a running LM: read, changed, spliced in, on any Hugging Face model, by
+plain forward hooks.
 
-    attach(model, sae, site, change)        the mechanism: x -> code, code + change -> x', with what the SAE misses kept or dropped
+    attach(model, sae, site, change)        the mechanism: x -> code, code + change -> x', with what
+                                            the SAE misses kept or dropped
     steer(model, sae, clamp={123: -5.0})    latents held at values, or scaled, inside a with block
-    attribute(lm, sae, prompts, metric)     which latents a behaviour hangs on: activation x gradient (Gao et al. 2024, appendix E.3)
-    continue_text(lm, prompt)               a continuation and the next token's distribution; inside `steer`, the steered ones
+    attribute(lm, sae, prompts, metric)     which latents a behaviour hangs on: activation x
+                                            gradient (Gao et al. 2024, appendix E.3)
+    continue_text(lm, prompt)               a continuation and the next token's distribution; inside
+                                            `steer`, the steered ones
     compare(lm, sae, prompt, clamp={…})     both
 
-With the error kept, x' = x + scale * W_dec^T change: nothing but the change reaches the LM, whatever the SAE fails to reconstruct.
-Blocks nest, so several SAEs at several sites can be attached at once; each sees what the ones before it have changed.
+With the error kept, x' = x + scale * W_dec^T change: nothing but the change reaches the LM,
+whatever the SAE fails to reconstruct.
+Blocks nest, so several SAEs at several sites can be attached at once; each sees what the ones
+before it have changed.
 """
 
 from __future__ import annotations
@@ -32,7 +38,8 @@ from ksparse.sae.ranges import warn_beyond
 
 _log = logging.getLogger("ksparse")
 Change = Callable[[Code], Code]
-"""Takes the code of an activation [..., k]; returns what is added to it: values of either sign [..., m] at latents [..., m]."""
+"""Takes the code of an activation [..., k]; returns what is added to it: values of either sign
+[..., m] at latents [..., m]."""
 Positions = Literal["trained", "all"] | Tensor
 Metric = Callable[[Tensor], Tensor]
 """Takes the logits [v] of the token after a prompt; returns a scalar."""
@@ -43,13 +50,14 @@ def lm_of(sae: SAE, device: str = "auto") -> LM:
     return LM(acts=store.acts_of(sae.metadata), device=resolve_device(device))
 
 
-# ---- an SAE in the way of a forward pass -------------------------------------------------------------------------
+# ---- an SAE in the way of a forward pass ---------------------------------------------------------
 
 
 class Tap:
     """What an attached SAE saw in the last forward pass, before any change.
 
-    x: raw activations [b, t, d] in the SAE's precision; code [b, t, k]; recon [b, t, d] on the scale of x; keep: bool[b, t], the positions that may be changed.
+    x: raw activations [b, t, d] in the SAE's precision; code [b, t, k]; recon [b, t, d] on the
+    scale of x; keep: bool[b, t], the positions that may be changed.
     """
 
     x: Tensor
@@ -62,7 +70,8 @@ class Tap:
     def __getattr__(self, name: str) -> Tensor:
         if name in ("x", "code", "keep"):
             raise InputError(
-                f"nothing has gone through the site yet, so there is no {name}; run the model inside the `with`"
+                f"nothing has gone through the site yet, so there is no {name}; run the model "
+                "inside the `with`"
             )
         raise AttributeError(name)
 
@@ -81,12 +90,15 @@ def attach(
     error: Literal["keep", "drop"] = "keep",
     positions: Positions = "trained",
 ) -> Iterator[Tap]:
-    """Put an SAE in the way of every forward pass of a causal LM inside a with block; gradients flow through it.
+    """Put an SAE in the way of every forward pass of a causal LM inside a with block; gradients
+    flow through it.
 
-    site: where, as in a recipe (`resid_post.8`, a module's name, NAME:in); the SAE's own if not given.
+    site: where, as in a recipe (`resid_post.8`, a module's name, NAME:in); the SAE's own if not
+    given.
     change: what is added to the code; nothing if not given, so that the SAE only reads.
     error: keep: x + what the change decodes to. drop: the reconstruction takes the place of x.
-    positions: trained: where the SAE was trained to read: not the first position and no BOS, EOS or separator, if it was trained so.
+    positions: trained: where the SAE was trained to read: not the first position and no BOS, EOS or
+    separator, if it was trained so.
         Or all, or bool[b, t].
     """
     if error not in ("keep", "drop"):
@@ -105,7 +117,8 @@ def attach(
         where.reached(site)
         if wrong := not_activations(old, where.shape):
             raise InputError(
-                f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose another"
+                f"site {site!r} gives {wrong}, not activations [contexts, tokens, width]; choose "
+                "another"
             )
         raw = old.to(sae.W_enc, copy=True)  # the model may go on in place
         inputs = sae.normalize(raw)
@@ -129,7 +142,8 @@ def attach(
         yield tap
     if where.calls and not where.reads:
         raise InputError(
-            f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was read or changed there; "
+            f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was "
+            "read or changed there; "
             "choose another site"
         )
 
@@ -146,10 +160,13 @@ def steer(
     positions: Positions = "trained",
     largest: Mapping[int, float] | None = None,
 ) -> Iterator[Tap]:
-    """Hold latents of an SAE at values, and multiply others' own activations, in every forward pass inside a with block.
+    """Hold latents of an SAE at values, and multiply others' own activations, in every forward pass
+    inside a with block.
 
-    clamp: {latent: value}, of either sign; 0 takes the latent out. scale: {latent: factor}. All else as `attach`.
-    largest: {latent: its largest value on a text}: a value far beyond it is warned of; without it, one beyond what the latent can reach.
+    clamp: {latent: value}, of either sign; 0 takes the latent out. scale: {latent: factor}. All
+    else as `attach`.
+    largest: {latent: its largest value on a text}: a value far beyond it is warned of; without it,
+    one beyond what the latent can reach.
 
         with ksparse.steer(model, sae, {123: -5.0}):
             model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
@@ -179,7 +196,8 @@ def check_latents(sae: SAE, latents: Sequence[int]) -> None:
     for latent in latents:
         if not 0 <= latent < sae.shape.n_latents:
             raise InputError(
-                f"latent {latent} does not exist: this SAE has latents 0 to {sae.shape.n_latents - 1}"
+                f"latent {latent} does not exist: this SAE has latents 0 to "
+                f"{sae.shape.n_latents - 1}"
             )
 
 
@@ -205,7 +223,8 @@ def changes(*parts: Change) -> Change:
 
 
 def acts_at(code: Code, latents: Tensor) -> Tensor:
-    """Return the activations [..., m] of latents[m] in a code [..., k]; 0 where one is not active."""
+    """Return the activations [..., m] of latents[m] in a code [..., k]; 0 where one is not
+    active."""
     return torch.stack(
         [(code.values * (code.indices == latent)).sum(-1) for latent in latents.tolist()], dim=-1
     )
@@ -225,7 +244,8 @@ def _change(
 
 
 def _check_own(sae: SAE, lm: LM, force: bool) -> None:
-    """Raise InputError where an SAE says that it was trained on another LM or site, unless by force."""
+    """Raise InputError where an SAE says that it was trained on another LM or site, unless by
+    force."""
     if provenance.trained_on(sae.metadata):
         provenance.check(sae.metadata, lm, force=force)
 
@@ -249,7 +269,8 @@ class _Called:
     def __init__(self, sae: SAE, positions: Positions = "trained"):
         if not isinstance(positions, Tensor) and positions not in ("trained", "all"):
             raise InputError(
-                f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts and tokens"
+                f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts "
+                "and tokens"
             )
         policy = sae.metadata.get("policy") or {}
         self.positions = positions
@@ -274,7 +295,8 @@ class _Called:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note the ids of each call of the model, or of the part of it that both the model and its users call."""
+        """Note the ids of each call of the model, or of the part of it that both the model and its
+        users call."""
         called = getattr(model, "base_model", model)
         handles = [
             called.register_forward_pre_hook(self._note, with_kwargs=True),
@@ -313,12 +335,14 @@ class _Called:
         """Count that a site is read; raise InputError for the second time in one call."""
         if self.running:
             raise InputError(
-                f"site {site!r} runs several times in one call of the model, so that it has no single activation of a token; choose another"
+                f"site {site!r} runs several times in one call of the model, so that it has no "
+                "single activation of a token; choose another"
             )
         self.reads, self.running = self.reads + 1, self.calls > 0
 
     def _continues(self, called: dict[str, Any]) -> bool:
-        """Return whether earlier tokens of the same contexts have been seen: in a cache, a state, or by their positions."""
+        """Return whether earlier tokens of the same contexts have been seen: in a cache, a state,
+        or by their positions."""
         if (
             self.ids is not None
             and self.attention is not None
@@ -342,7 +366,8 @@ class _Called:
         )
         if self.context is not None and length > self.context:
             _log.warning(
-                "contexts of %s tokens are longer than the %s that this autoencoder was trained on; "
+                "contexts of %s tokens are longer than the %s that this autoencoder was trained "
+                "on; "
                 "it has not seen the positions behind them",
                 f"{length:,}",
                 self.context,
@@ -354,7 +379,8 @@ class _Called:
         if isinstance(self.positions, Tensor):
             if self.positions.shape != x.shape[:-1]:
                 raise InputError(
-                    f"positions are of shape {list(self.positions.shape)}, the activations of {list(x.shape[:-1])}, apart from their width"
+                    f"positions are of shape {list(self.positions.shape)}, the activations of "
+                    f"{list(x.shape[:-1])}, apart from their width"
                 )
             return self.positions.to(x.device).bool()
         keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
@@ -370,7 +396,8 @@ class _Called:
 
 
 def _remembers(state: Any) -> bool:
-    """Return whether what a model is given as its memory holds earlier tokens; one that does not say holds some."""
+    """Return whether what a model is given as its memory holds earlier tokens; one that does not
+    say holds some."""
     if state is None:
         return False
     for count in ("get_seq_length", "has_previous_state"):
@@ -387,15 +414,17 @@ def _remembers(state: Any) -> bool:
     return not isinstance(state, (list, tuple, dict)) or any(part is not None for part in state)
 
 
-# ---- finding -----------------------------------------------------------------------------------------------------
+# ---- finding -------------------------------------------------------------------------------------
 
 
 def attribute(
     lm: LM, sae: SAE, prompts: Sequence[str], metric: Metric, *, force: bool = False
 ) -> Tensor:
-    """Return for each latent [n] how much it adds to a metric of the token after a prompt, summed over positions, mean over prompts.
+    """Return for each latent [n] how much it adds to a metric of the token after a prompt, summed
+    over positions, mean over prompts.
 
-    To first order: activation x gradient, the error kept. On an LM that is linear after the site it is what ablating the latent takes away.
+    To first order: activation x gradient, the error kept. On an LM that is linear after the site it
+    is what ablating the latent takes away.
     """
     if not prompts:
         raise InputError("attribution needs at least one prompt")
@@ -410,7 +439,8 @@ def attribute(
 
 
 def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
-    """Return activation x gradient of the active latents at each position of a prompt, BOS first, as a code [t, k] of contributions."""
+    """Return activation x gradient of the active latents at each position of a prompt, BOS first,
+    as a code [t, k] of contributions."""
     lm.check_changes()
     leaf: list[Tensor] = []
 
@@ -437,7 +467,8 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
 
 
 def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) -> Metric:
-    """Return the metric: mean logit of some tokens less the mean logit of others, each given as the text of one token."""
+    """Return the metric: mean logit of some tokens less the mean logit of others, each given as the
+    text of one token."""
     plus, minus = (
         torch.tensor([one_token(lm, text) for text in texts], dtype=torch.long, device=lm.device)
         for texts in (toward, away)
@@ -450,7 +481,8 @@ def logit_difference(lm: LM, toward: Sequence[str], away: Sequence[str] = ()) ->
 
 
 def one_token(lm: LM, text: str) -> int:
-    """Return the id of the token that looks like this in a text, a leading space included; raise InputError if there is none."""
+    """Return the id of the token that looks like this in a text, a leading space included; raise
+    InputError if there is none."""
     ids = ids_of(lm.tokenizer, text)
     if len(ids) == 1:
         return int(ids[0])
@@ -461,15 +493,17 @@ def one_token(lm: LM, text: str) -> int:
         return strings.index(text)
     pieces = ", ".join(repr(piece) for piece in token_strings(lm.tokenizer, ids))
     raise InputError(
-        f"{text!r} is {len(ids)} tokens of {lm.options.lm} ({pieces}); give a text that is one, a leading space included"
+        f"{text!r} is {len(ids)} tokens of {lm.options.lm} ({pieces}); give a text that is one, a "
+        "leading space included"
     )
 
 
-# ---- continuing --------------------------------------------------------------------------------------------------
+# ---- continuing ----------------------------------------------------------------------------------
 
 
 class Continuation(NamedTuple):
-    """How an LM goes on: the text, its token ids, and log-probabilities [v] of the first token after the prompt."""
+    """How an LM goes on: the text, its token ids, and log-probabilities [v] of the first token
+    after the prompt."""
 
     text: str
     tokens: list[int]
@@ -482,7 +516,8 @@ def continue_text(
 ) -> Continuation:
     """Continue a prompt by so many tokens at most; temperature 0 always takes the likeliest.
 
-    The same seed gives the same random numbers, so that two continuations differ by what was done to the LM alone.
+    The same seed gives the same random numbers, so that two continuations differ by what was done
+    to the LM alone.
     """
     if temperature < 0:
         raise InputError(
@@ -493,7 +528,8 @@ def continue_text(
     ids = lm.tokenize(prompt)
     if lm.context is not None and ids.shape[1] + tokens > lm.context:
         raise InputError(
-            f"the prompt has {ids.shape[1]} tokens, {tokens} more make {ids.shape[1] + tokens}; {lm.options.lm} takes {lm.context}"
+            f"the prompt has {ids.shape[1]} tokens, {tokens} more make {ids.shape[1] + tokens}; "
+            f"{lm.options.lm} takes {lm.context}"
         )
     how = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

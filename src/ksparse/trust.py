@@ -1,6 +1,8 @@
-"""Whether code that comes with a language model may run: only where the very call says so, never because a file does.
+"""Whether code that comes with a language model may run: only where the very call says so, never
+because a file does.
 
-    with trusted(True): ...     what the command line's --trust-remote-code and the argument trust_remote_code do
+    with trusted(True): ...     what the command line's --trust-remote-code and the argument
+                                trust_remote_code do
     code_is_trusted()           what whoever loads a model asks
 
 It is stored nowhere. A recipe, a run, an SAE or a sweep of somebody else cannot set it.
@@ -25,7 +27,8 @@ def code_is_trusted() -> bool:
 
 @contextmanager
 def trusted(code: bool) -> Iterator[None]:
-    """Let code that comes with a model run inside a with block, if `code`; a block around it is not taken back."""
+    """Let code that comes with a model run inside a with block, if `code`; a block around it is not
+    taken back."""
     token = _trusted.set(code or _trusted.get())
     try:
         yield
@@ -40,7 +43,8 @@ def taken_from(arguments: list[str]) -> tuple[bool, list[str]]:
         name, equals, value = word.replace("_", "-").partition("=")
         if name == "--run.trust-remote-code":
             raise InputError(
-                f"{word} is no key of a recipe, since a stored one could set it; give {FLAG} True, which counts for this call alone"
+                f"{word} is no key of a recipe, since a stored one could set it; give {FLAG} True, "
+                "which counts for this call alone"
             )
         if name != FLAG:
             rest.append(word)

@@ -1,13 +1,17 @@
-"""What must agree before numbers of an LM are believed: checked once for each LM and site, on eight tokens.
+"""What must agree before numbers of an LM are believed: checked once for each LM and site, on eight
+tokens.
 
     the LM runs the site once in a pass     and the site gives activations [contexts, tokens, width]
     no activation depends on later tokens   an LM that looks ahead is no causal one
     acts, watch, a plain pass               give the same activations and logits
     replay, unchanged                       gives the unchanged logits
-    replay, changed                         gives the same whether blocks before the site run again or not, and the change arrives
+    replay, changed                         gives the same whether blocks before the site run again
+                                            or not, and the change arrives
 
-What fails here would be a wrong number later. Reading that fails is refused. Where blocks before the site may not be left out
-(they share keys and values with later ones, say), they run again. A site where changes go wrong all the same can be read only.
+What fails here would be a wrong number later. Reading that fails is refused. Where blocks before
+the site may not be left out
+(they share keys and values with later ones, say), they run again. A site where changes go wrong all
+the same can be read only.
 """
 
 from __future__ import annotations
@@ -24,12 +28,16 @@ from ksparse.errors import InputError
 
 LM = Any  # ksparse.acts.lm.LM, which imports this module
 TOKENS = 8
-_TEXT = "The old house by the river had been empty for years, and nobody knew why. One day a girl came back."
+_TEXT = (
+    "The old house by the river had been empty for years, and nobody knew why. One day a girl "
+    "came back."
+)
 _log = logging.getLogger("ksparse")
 
 
 def check(lm: LM) -> None:
-    """Compare passes that must agree; raise InputError where reading is wrong, note in `lm` where changing is."""
+    """Compare passes that must agree; raise InputError where reading is wrong, note in `lm` where
+    changing is."""
     tokens = probe_tokens(lm)
     attention = torch.ones_like(tokens, dtype=torch.bool)
     with torch.inference_mode():
@@ -47,7 +55,8 @@ def check(lm: LM) -> None:
         )
     if len(seen) > 1:
         raise InputError(
-            f"{where} runs {len(seen)} times in one pass, so that it has no single activation of a token; "
+            f"{where} runs {len(seen)} times in one pass, so that it has no single activation of a "
+            "token; "
             f"choose another:\n{describe_sites(lm.model)}"
         )
     lm._checked(lm.options.site, {lm.options.site: seen[0]}, tokens)
@@ -56,7 +65,8 @@ def check(lm: LM) -> None:
     for what, rows in (("activations", seen[0]), ("logits", plain)):
         if wrong := difference(lm, rows[0, :-1], rows[1, :-1]):
             raise InputError(
-                f"{lm.options.lm} is not a causal LM: its {what} of a token change with the token after it ({wrong}); "
+                f"{lm.options.lm} is not a causal LM: its {what} of a token change with the token "
+                f"after it ({wrong}); "
                 "give a model that reads from left to right"
             )
     if wrong := difference(lm, lm.acts(tokens, attention), seen[0].float()) or difference(
@@ -69,7 +79,8 @@ def check(lm: LM) -> None:
 
 
 def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
-    """Return why activations at the site cannot be changed, '' if they can; turn off what LM.replay leaves out where that is wrong."""
+    """Return why activations at the site cannot be changed, '' if they can; turn off what LM.replay
+    leaves out where that is wrong."""
     why = _replays(lm, tokens, attention, plain)
     if why and lm._before:
         _log.warning(

@@ -44,7 +44,8 @@ _LENGTHS = (
 
 
 class Watched(NamedTuple):
-    """An unchanged run of the LM: logits[b, t, v], the site's x[b, t, d] as float32, and what `LM.replay` starts from."""
+    """An unchanged run of the LM: logits[b, t, v], the site's x[b, t, d] as float32, and what
+    `LM.replay` starts from."""
 
     logits: Tensor
     x: Tensor
@@ -56,8 +57,10 @@ class Watched(NamedTuple):
 class LM:
     """A causal LM and a site in it.
 
-    lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts` reads the site and stops
-    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other activations there. `fork` runs
+    lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts`
+    reads the site and stops
+    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other
+    activations there. `fork` runs
     the rest of a context many times, with another activation at one position.
     """
 
@@ -70,9 +73,11 @@ class LM:
         device: str = "cpu",
         trust_remote_code: bool = False,
     ):
-        """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are taken from it if given.
+        """name: a Hub name, a folder, or pylm. `acts` holds the other options; name and site are
+        taken from it if given.
 
-        trust_remote_code: let code that comes with the model run. Nothing else than this argument can.
+        trust_remote_code: let code that comes with the model run. Nothing else than this argument
+        can.
         """
         self.options = acts or Acts(lm=name, site=site)
         self.device = torch.device(device)
@@ -122,13 +127,15 @@ class LM:
         return other
 
     def __call__(self, text: str) -> Tensor:
-        """Return x[t, d], the raw activations of the text's tokens; BOS is put before it and its own row left out."""
+        """Return x[t, d], the raw activations of the text's tokens; BOS is put before it and its
+        own row left out."""
         tokens = self.tokenize(text)
         self.check_length(tokens.shape[1], "the text")
         if tokens.shape[1] > self.options.context and not self._told_of_length:
             self._told_of_length = True
             _log.warning(
-                "a text of %s tokens is longer than acts.context, %s: an autoencoder that was trained on such contexts "
+                "a text of %s tokens is longer than acts.context, %s: an autoencoder that was "
+                "trained on such contexts "
                 "has not seen the positions behind them",
                 f"{tokens.shape[1]:,}",
                 self.options.context,
@@ -143,7 +150,8 @@ class LM:
         )
 
     def tokenize(self, text: str) -> Tensor:
-        """Return ids [1, t] with BOS first, as in training; of a text that begins with BOS (a rendered chat), its own."""
+        """Return ids [1, t] with BOS first, as in training; of a text that begins with BOS (a
+        rendered chat), its own."""
         if not isinstance(text, str):
             raise InputError(
                 f"a text is a str, got {type(text).__name__}; of several, take one at a time"
@@ -159,12 +167,14 @@ class LM:
         return self.tokenizer.bos_token_id if self.options.bos == "auto" else None
 
     def acts(self, tokens: Tensor, attention: Tensor) -> Tensor:
-        """Return the raw activations x[b, t, d] at the site as float32; what comes after the site is not computed."""
+        """Return the raw activations x[b, t, d] at the site as float32; what comes after the site
+        is not computed."""
         return self.acts_at((self.options.site,), tokens, attention)[self.options.site]
 
     @torch.inference_mode()
     def acts_at(self, sites: Sequence[str], tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
-        """Return the raw activations x[b, t, d] at several sites as float32, from one pass that ends when all have been seen."""
+        """Return the raw activations x[b, t, d] at several sites as float32, from one pass that
+        ends when all have been seen."""
         seen: dict[str, Tensor] = {}
 
         def take(site: str, x: Tensor) -> None:
@@ -184,7 +194,8 @@ class LM:
         return {site: self._checked(site, seen, tokens).float() for site in sites}
 
     def _checked(self, site: str, seen: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        """Return what was seen at a site; raise InputError if that was nothing, or no activations."""
+        """Return what was seen at a site; raise InputError if that was nothing, or no
+        activations."""
         if site not in seen:
             raise InputError(
                 f"site {site!r} was not reached in a forward pass of {self.options.lm}; "
@@ -192,7 +203,8 @@ class LM:
             )
         if wrong := not_activations(seen[site], tokens.shape):
             raise InputError(
-                f"site {site!r} of {self.options.lm} gives {wrong}, not activations [contexts, tokens, width]; "
+                f"site {site!r} of {self.options.lm} gives {wrong}, not activations [contexts, "
+                "tokens, width]; "
                 f"choose another:\n{describe_sites(self.model)}"
             )
         return seen[site]
@@ -217,7 +229,8 @@ class LM:
 
     @torch.inference_mode()
     def replay(self, watched: Watched, edit: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return logits[b, t, v] with the site's x[b, t, d] (float32) mapped by `edit`; blocks before the site are not run again."""
+        """Return logits[b, t, v] with the site's x[b, t, d] (float32) mapped by `edit`; blocks
+        before the site are not run again."""
         self.check_changes()
         with ExitStack() as changes:
             for block in self._before if watched.prefix is not None else ():
@@ -227,20 +240,25 @@ class LM:
 
     @torch.inference_mode()
     def fork(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> Fork:
-        """Return a `Fork` of contexts tokens[c, t] at position `at`, whose logits are those of positions at .. at + length - 1.
+        """Return a `Fork` of contexts tokens[c, t] at position `at`, whose logits are those of
+        positions at .. at + length - 1.
 
-        All positions before at + length must be attended (padding may follow). What comes before `at` is computed once and kept as
-        keys and values. The first fork at a site is compared with `replay`; where the LM's cache does not give the same, a warning
+        All positions before at + length must be attended (padding may follow). What comes before
+        `at` is computed once and kept as
+        keys and values. The first fork at a site is compared with `replay`; where the LM's cache
+        does not give the same, a warning
         is logged and forks replay whole contexts instead.
         """
         end = at + length
         if at < 0 or length < 1 or end > tokens.shape[1]:
             raise InputError(
-                f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to {tokens.shape[1] - 1}"
+                f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to "
+                f"{tokens.shape[1] - 1}"
             )
         if not bool(attention[:, :end].all()):
             raise InputError(
-                f"positions {at} to {end - 1} cannot be forked: some context has padding before position {end}"
+                f"positions {at} to {end - 1} cannot be forked: some context has padding before "
+                f"position {end}"
             )
         self.check_changes()
         if self._fork is None:
@@ -248,7 +266,8 @@ class LM:
         return self._fork(self, tokens.to(self.device), at, length)
 
     def _fork_kind(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Fork]:
-        """Return the fork that is right: the cached one if it gives what `replay` gives, at `at` and as deep as the first contexts go."""
+        """Return the fork that is right: the cached one if it gives what `replay` gives, at `at`
+        and as deep as the first contexts go."""
         text = int(
             attention[:2].long().cumprod(1).sum(1).min()
         )  # deep, because sliding windows only count once they are full
@@ -256,7 +275,8 @@ class LM:
             why = _disagreement(self, tokens[:2], place, length)
             if why:
                 _log.warning(
-                    "%s at %s: continuing from cached keys and values does not give what the whole context gives (%s); "
+                    "%s at %s: continuing from cached keys and values does not give what the whole "
+                    "context gives (%s); "
                     "whole contexts are run instead, which is slower",
                     self.options.lm,
                     self.options.site,
@@ -269,7 +289,8 @@ class LM:
         """Raise InputError where activations at the site can be read but not changed."""
         if self.refused:
             raise InputError(
-                f"activations at site {self.options.site!r} of {self.options.lm} can be read but not changed: {self.refused}; "
+                f"activations at site {self.options.site!r} of {self.options.lm} can be read but "
+                f"not changed: {self.refused}; "
                 f"choose another:\n{describe_sites(self.model)}"
             )
 
@@ -279,7 +300,8 @@ class LM:
         return longest_context(self.model.config)
 
     def check_length(self, tokens: int, what: str = "a context") -> None:
-        """Raise InputError for a context longer than the LM takes: it would see positions it was never trained on, or fail."""
+        """Raise InputError for a context longer than the LM takes: it would see positions it was
+        never trained on, or fail."""
         check_length(tokens, self.context, self.options.lm, what)
 
     def on_device(self, contexts: Contexts) -> Contexts:
@@ -320,7 +342,8 @@ class LM:
         ]
         if max([largest, *used]) >= self.vocab:
             raise InputError(
-                f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to {max([largest, *used])}, "
+                f"the tokenizer of {self.options.tokenizer or self.options.lm} gives ids up to "
+                f"{max([largest, *used])}, "
                 f"the model has {self.vocab} embeddings; give the model's own with --acts.tokenizer"
             )
 
@@ -341,14 +364,16 @@ def check_length(tokens: int, longest: int | None, lm: str, what: str = "a conte
         )
 
 
-# ---- continuations -----------------------------------------------------------------------------------------------
+# ---- continuations -------------------------------------------------------------------------------
 
 
 class Fork(ABC):
     """Many continuations of c contexts from one position on, made by `LM.fork`.
 
-    fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i] (float32) in place of the site's at
-    that position; all others as they are. Rows may repeat and be in any order. Equal to `LM.replay` with that edit up to rounding.
+    fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i]
+    (float32) in place of the site's at
+    that position; all others as they are. Rows may repeat and be in any order. Equal to `LM.replay`
+    with that edit up to rounding.
     """
 
     logits: Tensor
@@ -411,7 +436,8 @@ class _CachedFork(Fork):
             return self.lm._forward(tokens, torch.ones_like(tokens), past).logits
 
     def _past_of(self, rows: Tensor, unread: frozenset[int] | set[int]) -> Any:
-        """Return a cache of rows of the contexts; a run replaces its tensors, and leaves those of the original."""
+        """Return a cache of rows of the contexts; a run replaces its tensors, and leaves those of
+        the original."""
         if self.past is None:
             return None
         past = copy.copy(self.past)
@@ -455,7 +481,8 @@ class _ReplayedFork(Fork):
 
 
 def _past(model: nn.Module, tokens: Tensor) -> Any:
-    """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that may be changed in place."""
+    """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that
+    may be changed in place."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     past = model.base_model(
@@ -466,7 +493,8 @@ def _past(model: nn.Module, tokens: Tensor) -> Any:
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
     ):
         raise TypeError(
-            f"its cache is a {type(past).__name__} of {', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}"
+            f"its cache is a {type(past).__name__} of "
+            f"{', '.join(sorted({type(layer).__name__ for layer in layers})) or 'nothing'}"
         )
     return past
 
@@ -479,7 +507,8 @@ def _take(output: Any, rows: Tensor) -> Any:
 
 
 def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
-    """Return how a cached fork fails to give what `LM.replay` gives, unchanged and with half the activation; '' if it does."""
+    """Return how a cached fork fails to give what `LM.replay` gives, unchanged and with half the
+    activation; '' if it does."""
     rows = torch.arange(len(tokens), device=tokens.device).flip(0)
     slow = _ReplayedFork(lm, tokens, at, length)
     halves = slow.x[rows] / 2
@@ -503,14 +532,16 @@ class _Stop(Exception):
 
 
 def _copied(output: Any) -> Any:
-    """Return what a block gives, with hidden states of its own: blocks after it may add to them in place."""
+    """Return what a block gives, with hidden states of its own: blocks after it may add to them in
+    place."""
     if isinstance(output, tuple):
         return (_copied(output[0]), *output[1:])
     return output.clone() if isinstance(output, Tensor) else output
 
 
 def _passing(block: nn.Module, output: Any) -> AbstractContextManager[None]:
-    """Make a block return `output` (a tensor or, in some models, a tuple that begins with it) without computing anything."""
+    """Make a block return `output` (a tensor or, in some models, a tuple that begins with it)
+    without computing anything."""
     return replaced_forward(block, lambda *args, **kwargs: _copied(output))
 
 
@@ -533,7 +564,7 @@ def resolve_device(name: str) -> str:
     return name
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def find_model(name: str) -> str:
@@ -548,7 +579,8 @@ def find_model(name: str) -> str:
         path.is_absolute() or name.startswith(".") or name.count("/") > 1
     ):
         raise InputError(
-            f"model folder {name} does not exist; give a folder with config.json, a Hub name such as gpt2, or pylm"
+            f"model folder {name} does not exist; give a folder with config.json, a Hub name such "
+            "as gpt2, or pylm"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")
@@ -556,7 +588,8 @@ def find_model(name: str) -> str:
 
 
 def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
-    """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold beside what the model has."""
+    """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold
+    beside what the model has."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -568,7 +601,8 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
         kernel = str(getattr(config, "_attn_implementation", None) or "")
         if "/" in kernel and not options["trust_remote_code"]:
             raise InputError(
-                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its attention. If you have read that code and "
+                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its "
+                "attention. If you have read that code and "
                 "trust it, give --trust-remote-code True; else take the name out of its config.json"
             )
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -581,7 +615,8 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
         )
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
-    except Exception as error:  # of transformers, safetensors, a quantiser's package, or code that comes with the model
+    # of transformers, safetensors, a quantiser's package, or code that comes with the model
+    except Exception as error:
         raise InputError(
             f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
         ) from error
@@ -592,22 +627,26 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error, with what to do where code of the model's own is needed."""
+    """Return the first line of an error, with what to do where code of the model's own is
+    needed."""
     line = next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
     )
     if "trust_remote_code" in str(error):
         return (
-            f"{line[:200].rstrip('.')}. If you have read that code and trust it, give --trust-remote-code True "
+            f"{line[:200].rstrip('.')}. If you have read that code and trust it, give "
+            "--trust-remote-code True "
             "(in Python trust_remote_code=True)"
         )
     return line
 
 
 def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> None:
-    """Raise InputError where a model's file and the model do not hold the same tensors: what is missing would be random.
+    """Raise InputError where a model's file and the model do not hold the same tensors: what is
+    missing would be random.
 
-    Whole parts that the model does not have (a vision tower, a second head) may be in the file; a line says so.
+    Whole parts that the model does not have (a vision tower, a second head) may be in the file; a
+    line says so.
     """
     modules = {_numberless(name) for name, _ in model.named_modules()}
     buffers = {name for name, _ in model.named_buffers()}
@@ -628,7 +667,8 @@ def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> Non
     ]
     if not wrong and len(extra) and not missing:
         _log.warning(
-            "model %s: its files hold parts that the causal LM does not have, which are left out: %s",
+            "model %s: its files hold parts that the causal LM does not have, which are left out: "
+            "%s",
             source,
             _some(extra),
         )
@@ -636,8 +676,10 @@ def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> Non
         if missing and extra and not inside:
             wrong.append(f"unknown to the model: {_some(extra)}")
         raise InputError(
-            f"model {source!r}: its weights do not fit its config, so that the LM would not be what its files say. "
-            f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own names, or complete the folder"
+            f"model {source!r}: its weights do not fit its config, so that the LM would not be "
+            "what its files say. "
+            f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own "
+            "names, or complete the folder"
         )
 
 
@@ -665,5 +707,6 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
         Exception
     ) as error:  # of transformers, tokenizers, a missing package, or code that comes with the model
         raise InputError(
-            f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with --acts.tokenizer"
+            f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with "
+            "--acts.tokenizer"
         ) from error

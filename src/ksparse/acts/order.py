@@ -8,9 +8,11 @@ _ROUNDS = 4
 
 
 def permutation(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Return where a pseudo-random permutation of range(n), chosen by `key`, sends each of index[...].
+    """Return where a pseudo-random permutation of range(n), chosen by `key`, sends each of
+    index[...].
 
-    A Feistel network permutes the next power of four; results outside range(n) are sent through it again
+    A Feistel network permutes the next power of four; results outside range(n) are sent through it
+    again
     ("cycle walking"), which leaves a permutation of range(n).
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)

@@ -1,10 +1,14 @@
-"""Whether an SAE is asked about what it was trained on: which LM, at which site, in which contexts and positions.
+"""Whether an SAE is asked about what it was trained on: which LM, at which site, in which contexts
+and positions.
 
-    check(metadata, lm)          sentences that belong to every number; InputError where the LM contradicts what the SAE says of itself
-    read_with(metadata, lm)      its own contexts and positions, unless the LM was opened with others
+    check(metadata, lm)          sentences that belong to every number; InputError where the LM
+                                 contradicts what the SAE says of itself
+    read_with(metadata, lm)      its own contexts and positions, unless the LM was opened with
+                                 others
     describe(model)              what an SAE notes of the LM that it is trained on
 
-What only refines is no contradiction: another text, more of it, the same LM under another name or in another folder.
+What only refines is no contradiction: another text, more of it, the same LM under another name or
+in another folder.
 """
 
 from __future__ import annotations
@@ -34,13 +38,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of `acts` that an SAE's metadata knows: all of one of ours, some of one that was converted, none."""
+    """Return the keys of `acts` that an SAE's metadata knows: all of one of ours, some of one that
+    was converted, none."""
     known = metadata.get("acts") or metadata.get("origin") or {}
     return {each.name: known[each.name] for each in dataclasses.fields(Acts) if each.name in known}
 
 
 def own_acts(metadata: dict[str, Any], lm: LM) -> Acts:
-    """Return the text, contexts and positions that an SAE was trained with, on this LM at its site; what it does not say is as the LM was opened."""
+    """Return the text, contexts and positions that an SAE was trained with, on this LM at its site;
+    what it does not say is as the LM was opened."""
     trained = trained_on(metadata)
     acts = (
         Acts(**trained)
@@ -55,26 +61,31 @@ def own_acts(metadata: dict[str, Any], lm: LM) -> Acts:
 
 
 def read_with(metadata: dict[str, Any], lm: LM) -> Acts:
-    """Return the same with the contexts and positions that the LM was opened with, which `check` has allowed."""
+    """Return the same with the contexts and positions that the LM was opened with, which `check`
+    has allowed."""
     return dataclasses.replace(own_acts(metadata, lm), **_asked(trained_on(metadata), lm))
 
 
 def check(
     metadata: dict[str, Any], lm: LM, *, force: bool = False, like: Acts | None = None
 ) -> list[str]:
-    """Return what is to be said beside every number of this SAE on this LM; raise InputError for a contradiction, unless by force.
+    """Return what is to be said beside every number of this SAE on this LM; raise InputError for a
+    contradiction, unless by force.
 
-    like: contexts and positions that were asked for in place of its own; these are said, not refused.
+    like: contexts and positions that were asked for in place of its own; these are said, not
+    refused.
     """
     trained = trained_on(metadata)
     if not trained:
         return [
-            f"the SAE does not say what it was trained on; nothing shows that it belongs to {lm.options.lm} at {lm.options.site}"
+            "the SAE does not say what it was trained on; nothing shows that it belongs to "
+            f"{lm.options.lm} at {lm.options.site}"
         ]
     notes = _policy_notes(trained, dataclasses.asdict(like)) if like else []
     if _name(trained.get("lm", "")) not in ("", _name(lm.options.lm)):
         notes.append(
-            f"the LM is {lm.options.lm!r}, the SAE was trained on {trained['lm']!r}; if these are not one LM under two names, its numbers mean nothing here"
+            f"the LM is {lm.options.lm!r}, the SAE was trained on {trained['lm']!r}; if these are "
+            "not one LM under two names, its numbers mean nothing here"
         )
     wrong = [
         f"{what} is {asked!r}, but {own!r} where the SAE was trained"
@@ -82,7 +93,8 @@ def check(
     ]
     if wrong and not force:
         raise InputError(
-            f"{'; '.join(wrong)}. Its numbers would be of something that it was not made for: give its own, or insist with force=True (--force True)"
+            f"{'; '.join(wrong)}. Its numbers would be of something that it was not made for: give "
+            "its own, or insist with force=True (--force True)"
         )
     notes += [f"by force: {each}" for each in wrong]
     notes += _longer(trained, _asked(trained, lm))
@@ -113,7 +125,8 @@ def _contradictions(
 
 
 def _asked(trained: dict[str, Any], lm: LM) -> dict[str, Any]:
-    """Return the contexts and positions that the LM was opened with, where they are neither the default nor the SAE's."""
+    """Return the contexts and positions that the LM was opened with, where they are neither the
+    default nor the SAE's."""
     asked = {
         key: getattr(lm.options, key)
         for key in POLICY
@@ -136,7 +149,8 @@ def _longer(trained: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     own, context = trained.get("context"), asked.get("context")
     return (
         [
-            f"contexts of {context} tokens are longer than the {own} that the SAE was trained on; it never saw such positions"
+            f"contexts of {context} tokens are longer than the {own} that the SAE was trained on; "
+            "it never saw such positions"
         ]
         if own and context and context > own
         else []

@@ -1,11 +1,15 @@
 """Activations on disk: written once, read by many runs.
 
-    acts/<hash>/manifest.json        what they are (LM, site, text, policy), and the rows and SHA-256 sum of each shard
-    acts/<hash>/00000.safetensors    x[rows, d], document[rows], context[rows], position[rows]; in the order of the text
+    acts/<hash>/manifest.json        what they are (LM, site, text, policy), and the rows and
+                                     SHA-256 sum of each shard
+    acts/<hash>/00000.safetensors    x[rows, d], document[rows], context[rows], position[rows]; in
+                                     the order of the text
     acts/<hash>/documents.json       the documents' names
 
-The hash is over what the activations are, so another LM or text lands in another folder. The manifest is replaced after
-each shard; a killed writer goes on after the last one. safetensors accepts almost any altered bit, hence the sums.
+The hash is over what the activations are, so another LM or text lands in another folder. The
+manifest is replaced after
+each shard; a killed writer goes on after the last one. safetensors accepts almost any altered bit,
+hence the sums.
 """
 
 from __future__ import annotations
@@ -58,7 +62,8 @@ def write(
     shard_rows: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
-    """Write `rows` activations as shards under `parent`; return their folder. Goes on where a killed writer stopped."""
+    """Write `rows` activations as shards under `parent`; return their folder. Goes on where a
+    killed writer stopped."""
     return write_sites(
         lm,
         corpus,
@@ -82,7 +87,8 @@ def write_sites(
     shard_rows: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
-    """Write the same `rows` activations at several sites, a folder each, from one pass over the text; else like `write`."""
+    """Write the same `rows` activations at several sites, a folder each, from one pass over the
+    text; else like `write`."""
     probe = torch.zeros(
         2, 3, dtype=torch.long
     )  # not 1 x 1, so that a table of positions does not pass for activations
@@ -218,7 +224,8 @@ def _shard(
     rows: int,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Any], Place, int]:
-    """Compute whole contexts until there are at least `rows` activations; `x` is a list of them by site."""
+    """Compute whole contexts until there are at least `rows` activations; `x` is a list of them by
+    site."""
     parts: list[tuple[Tensor, ...]] = []
     have, number, group, place = 0, manifest["contexts"], [], Place(*manifest["place"])
     for context in corpus.contexts(place):
@@ -249,7 +256,8 @@ def _shard(
 
 
 class Shards:
-    """A folder of shards as one table of rows, memory-mapped. Sums are checked when it is opened."""
+    """A folder of shards as one table of rows, memory-mapped. Sums are checked when it is
+    opened."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -309,7 +317,8 @@ class Shards:
         ]
         if self.manifest["policy"].get("split") != "train":
             wrong.append(
-                f"the shards are of the split {self.manifest['policy'].get('split')!r}, training needs 'train'"
+                f"the shards are of the split {self.manifest['policy'].get('split')!r}, training "
+                "needs 'train'"
             )
         if wrong:
             raise InputError(
@@ -318,7 +327,8 @@ class Shards:
 
 
 class _Part:
-    """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of offsets."""
+    """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of
+    offsets."""
 
     def __init__(self, file: Path, rows: int, manifest: dict[str, Any], names: int):
         """Map a file of so many rows, each column of the type, shape and range of the manifest."""

@@ -1,4 +1,5 @@
-"""Sites: the places in an LM whose activations are read and changed, on every architecture by one definition.
+"""Sites: the places in an LM whose activations are read and changed, on every architecture by one
+definition.
 
 | alias | the activations x[b, t, d] |
 |---|---|
@@ -8,10 +9,14 @@
 | mlp_out.I | what the MLP adds to the stream: resid_post - resid_mid |
 | resid_post.I | the stream that block I gives: its output, before any final norm |
 
-What is added is not always what a module gives: a norm or a factor may follow (Gemma 2, OLMo 2, Granite), or the module may
-add the stream itself (BLOOM, MPT). So an alias is not looked up by name. One pass over a few tokens says which outputs of the
-block's parts, times which factors, sum up to what the block adds; a second pass with a change at the alias says whether the
-change arrives where the definition has it. An alias that does not stand this test is refused with the reason. Any other site
+What is added is not always what a module gives: a norm or a factor may follow (Gemma 2, OLMo 2,
+Granite), or the module may
+add the stream itself (BLOOM, MPT). So an alias is not looked up by name. One pass over a few tokens
+says which outputs of the
+block's parts, times which factors, sum up to what the block adds; a second pass with a change at
+the alias says whether the
+change arrives where the definition has it. An alias that does not stand this test is refused with
+the reason. Any other site
 is a module's name: its output, or with NAME:in its input.
 """
 
@@ -55,7 +60,8 @@ class Place(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where activations are read and changed: x = scale * (what `module` takes or gives) + sum of factor * (another place's)."""
+    """Where activations are read and changed: x = scale * (what `module` takes or gives) + sum of
+    factor * (another place's)."""
 
     module: nn.Module
     at: str
@@ -70,12 +76,13 @@ class Site(NamedTuple):
         return Place(self.module, self.at) if self.reader is None else Place(self.reader, "in")
 
 
-# ---- reading and changing ----------------------------------------------------------------------------------------
+# ---- reading and changing ------------------------------------------------------------------------
 
 
 @contextmanager
 def hooked(site: Site, change: Change) -> Iterator[None]:
-    """Pass a site's x through `change` in each forward pass; where that returns None, x stays as it is."""
+    """Pass a site's x through `change` in each forward pass; where that returns None, x stays as it
+    is."""
     held: dict[int, Tensor] = {}
 
     def put(tensor: Any) -> Any:
@@ -102,7 +109,8 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
 
 @contextmanager
 def _through(place: Place, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Pass the hidden states at a place through `change`, which sees whatever lies there, but for others' probes."""
+    """Pass the hidden states at a place through `change`, which sees whatever lies there, but for
+    others' probes."""
     own = _probing.get()
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
@@ -179,7 +187,8 @@ def _key(args: Any, kwargs: Mapping[str, Any]) -> str:
 
 
 def not_activations(x: Any, shape: Sequence[int] | None = None) -> str:
-    """Return what is wrong with a tensor that should be activations [contexts, tokens, width]; '' if nothing is."""
+    """Return what is wrong with a tensor that should be activations [contexts, tokens, width]; ''
+    if nothing is."""
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     if x.is_floating_point() and x.ndim == 3 and (shape is None or x.shape[:2] == tuple(shape)):
@@ -187,11 +196,12 @@ def not_activations(x: Any, shape: Sequence[int] | None = None) -> str:
     return f"a tensor of shape {list(x.shape)}, {x.dtype}"
 
 
-# ---- finding -----------------------------------------------------------------------------------------------------
+# ---- finding -------------------------------------------------------------------------------------
 
 
 def resolve(model: nn.Module, site: str) -> Site:
-    """Return a site by its alias, confirmed on this model, or by a module's name; raise InputError, saying what there is."""
+    """Return a site by its alias, confirmed on this model, or by a module's name; raise InputError,
+    saying what there is."""
     found = _outline(model, site)
     if not _ALIAS.fullmatch(site):
         return Site(*found)
@@ -205,7 +215,8 @@ def resolve(model: nn.Module, site: str) -> Site:
 
 
 def outline(model: nn.Module, site: str) -> Place:
-    """Return about where a site is, by names alone: enough to count what is computed before it, on a model without weights."""
+    """Return about where a site is, by names alone: enough to count what is computed before it, on
+    a model without weights."""
     return _outline(model, site)
 
 
@@ -252,7 +263,8 @@ def _exists(model: nn.Module, site: str) -> bool:
 
 
 def describe_sites(model: nn.Module) -> str:
-    """List the sites of a model: the aliases that it may have, and the modules' names with the block number as I."""
+    """List the sites of a model: the aliases that it may have, and the modules' names with the
+    block number as I."""
     blocks = blocks_of(model)
     classes = {_class(name) for block in blocks for name, _ in block.named_children()}
     needs = {"resid_mid": {"attention", "mlp"}, "attn_out": {"attention"}, "mlp_out": {"mlp"}}
@@ -264,11 +276,15 @@ def describe_sites(model: nn.Module) -> str:
     names = dict.fromkeys(
         re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name
     )
-    return f"  {', '.join(aliases)}\n  {', '.join(names)}\n  (NAME is a module's output, NAME:in its input)"
+    return (
+        f"  {', '.join(aliases)}\n  {', '.join(names)}\n  (NAME is a module's output, NAME:in "
+        "its input)"
+    )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks: the longest list of modules that have attention or another mixer, and lie in no such list themselves."""
+    """Return the blocks: the longest list of modules that have attention or another mixer, and lie
+    in no such list themselves."""
     lists = [
         module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
@@ -282,7 +298,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
-    """Return the blocks whose work is done when the site is read: those before its own, and that one too if its output is the site."""
+    """Return the blocks whose work is done when the site is read: those before its own, and that
+    one too if its output is the site."""
     blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         if block is site.module:
@@ -297,15 +314,17 @@ def _class(name: str) -> str:
 
 
 def probing() -> bool:
-    """Return whether the pass that is running only looks at what a model is; hooks of others have nothing to do with it."""
+    """Return whether the pass that is running only looks at what a model is; hooks of others have
+    nothing to do with it."""
     return _probing.get()
 
 
-# ---- confirming --------------------------------------------------------------------------------------------------
+# ---- confirming ----------------------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
-    """A part of a block in one pass, in the order in which parts end: what it is, what it took and gave, how often it ran."""
+    """A part of a block in one pass, in the order in which parts end: what it is, what it took and
+    gave, how often it ran."""
 
     what: str
     module: nn.Module
@@ -324,7 +343,8 @@ class _Block(NamedTuple):
 
 
 def _confirm(model: nn.Module, site: str) -> Site:
-    """Return the site that an alias means on this model; raise InputError where that cannot be confirmed."""
+    """Return the site that an alias means on this model; raise InputError where that cannot be
+    confirmed."""
     alias, blocks = site.partition(".")[0], blocks_of(model)
     number = int(site.partition(".")[2]) % len(blocks)
     block, following = blocks[number], blocks[number + 1] if number + 1 < len(blocks) else None
@@ -336,7 +356,8 @@ def _confirm(model: nn.Module, site: str) -> Site:
         _check_change(model, block, alias, sites, seen)
     except _Unconfirmed as why:
         raise InputError(
-            f"site {site!r} is refused: {why}. Name a module instead: NAME is its output, NAME:in its input; there are\n"
+            f"site {site!r} is refused: {why}. Name a module instead: NAME is its output, NAME:in "
+            "its input; there are\n"
             f"{describe_sites(model)}"
         ) from None
     return sites[alias]
@@ -377,7 +398,8 @@ def _recorded(model: nn.Module, block: nn.Module, following: nn.Module | None) -
     for name in ("pre", "post"):
         if wrong := not_activations(ends[name][0], shape):
             raise _Unconfirmed(
-                f"its block {'takes' if name == 'pre' else 'gives'} {wrong}, not activations [contexts, tokens, width]"
+                f"its block {'takes' if name == 'pre' else 'gives'} {wrong}, not activations "
+                "[contexts, tokens, width]"
             )
     pre, post = ends["pre"][0], ends["post"][0]
     if ends["next"] and (
@@ -427,7 +449,8 @@ def _run(model: nn.Module) -> tuple[int, int]:
         raise
     except Exception as error:  # whatever a model's own code does with plain token ids
         raise _Unconfirmed(
-            f"a pass over {_TOKENS} tokens fails ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0]})"
+            f"a pass over {_TOKENS} tokens fails ({type(error).__name__}: "
+            f"{(str(error) or 'no message').splitlines()[0]})"
         ) from None
     finally:
         for module in training:
@@ -436,7 +459,8 @@ def _run(model: nn.Module) -> tuple[int, int]:
 
 
 def _parted(block: nn.Module, seen: _Block) -> dict[str, Site]:
-    """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post holds in the pass."""
+    """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post holds
+    in the pass."""
     last = ""
     usable = []
     for part in seen.parts:
@@ -478,7 +502,8 @@ def _sum_of(terms: Sequence[tuple[Place, float]]) -> Site:
 
 
 def _summed(seen: _Block, parts: list[_Part]) -> list[tuple[_Part, float]] | None:
-    """Return the fewest parts, with factors, that sum up to what the block adds; None if no few do."""
+    """Return the fewest parts, with factors, that sum up to what the block adds; None if no few
+    do."""
     weight = 1 / (seen.pre.double().abs() + seen.post.double().abs()).clamp_min(
         torch.finfo(seen.post.dtype).tiny
     )
@@ -502,7 +527,8 @@ def _summed(seen: _Block, parts: list[_Part]) -> list[tuple[_Part, float]] | Non
 
 
 def _with_stream_inside(block: nn.Module, seen: _Block, parts: list[_Part]) -> dict[str, Site]:
-    """Return the sites of a block whose MLP module adds the stream itself (MPT), and whose attention may too (BLOOM)."""
+    """Return the sites of a block whose MLP module adds the stream itself (MPT), and whose
+    attention may too (BLOOM)."""
     ends = [part for part in parts if part.what == "mlp" and _same(seen, part.given, seen.post)]
     for attention in (part for part in parts if part.what == "attention"):
         read = [
@@ -542,7 +568,8 @@ def _same(seen: _Block, a: Any, b: Tensor) -> bool:
 def _check_change(
     model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], seen: _Block
 ) -> None:
-    """Raise unless the parts sum up to the whole and a change at the alias arrives: on the skip, and in what reads it."""
+    """Raise unless the parts sum up to the whole and a change at the alias arrives: on the skip,
+    and in what reads it."""
     if alias not in sites:
         raise _Unconfirmed(
             "its block has no single attention and no MLP that adds to the residual stream alone"
@@ -572,7 +599,8 @@ def _check_change(
         raise _Unconfirmed("a change there does not arrive as it should at the block's end")
     if alias == "resid_mid" and _rms(moved["mlp_out"] / size) <= 4 * seen.limit:
         raise _Unconfirmed(
-            "attention and MLP of its block read the same activations, so there is no stream between them"
+            "attention and MLP of its block read the same activations, so there is no stream "
+            "between them"
         )
 
 

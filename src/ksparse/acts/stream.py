@@ -1,16 +1,23 @@
 """Batches of raw activations in a mixed order, and a cursor from which to go on exactly.
 
-Live: the text is taken in blocks of `mix` kept activations. A block's activations are computed, permuted by a permutation that is
-a function of (seed, block), and dealt out as batches. The cursor is where the block's text begins and how many batches
-of it are out: to go on, the block is computed again. No buffer is saved, none is lost, and every kept activation
-of the text is used exactly once an epoch: a context that crosses the end of a block is computed in both.
+Live: the text is taken in blocks of `mix` kept activations. A block's activations are computed,
+permuted by a permutation that is
+a function of (seed, block), and dealt out as batches. The cursor is where the block's text begins
+and how many batches
+of it are out: to go on, the block is computed again. No buffer is saved, none is lost, and every
+kept activation
+of the text is used exactly once an epoch: a context that crosses the end of a block is computed in
+both.
 
-From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows, a new one each epoch.
+From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows,
+a new one each epoch.
 
-On a mesh the order of the data is the same. Each process runs the LM on its share of a block's contexts, the block is put together, and each
+On a mesh the order of the data is the same. Each process runs the LM on its share of a block's
+contexts, the block is put together, and each
 takes its part of every batch; of shards it reads only that part.
 
-Ahead: either of them, computed by a thread of its own while training uses what is there. The same batches with the same cursors.
+Ahead: either of them, computed by a thread of its own while training uses what is there. The same
+batches with the same cursors.
 """
 
 from __future__ import annotations
@@ -38,7 +45,8 @@ Cursor = dict[str, Any]  # JSON
 
 
 class Batch(NamedTuple):
-    """Raw activations x[b, d], the document of each [b], and the cursor after them; on a mesh, the rows of this process's part."""
+    """Raw activations x[b, d], the document of each [b], and the cursor after them; on a mesh, the
+    rows of this process's part."""
 
     x: Tensor
     documents: Tensor
@@ -62,7 +70,8 @@ class Stream(Protocol):
         """Name documents, for messages."""
 
     def mixing(self) -> float | None:
-        """Return the share of neighbours in a context that came into the same batch, in the newest block."""
+        """Return the share of neighbours in a context that came into the same batch, in the newest
+        block."""
 
 
 class Halted(Exception):
@@ -70,7 +79,8 @@ class Halted(Exception):
 
 
 class Block(NamedTuple):
-    """Kept activations x[rows, d] as `acts.store` has them, in the order of the text, their documents, their contexts, and where the text goes on."""
+    """Kept activations x[rows, d] as `acts.store` has them, in the order of the text, their
+    documents, their contexts, and where the text goes on."""
 
     x: Tensor
     documents: Tensor
@@ -132,7 +142,8 @@ class LiveStream:
         return self._mixing
 
     def _block(self, start: tuple[Place, int]) -> Block:
-        """Compute the block that begins at a place of the text; the newest one is kept, since it is often asked for twice."""
+        """Compute the block that begins at a place of the text; the newest one is kept, since it is
+        often asked for twice."""
         with self._one:
             if self._newest is None or self._newest[0] != start:
                 self._newest = None
@@ -174,7 +185,8 @@ class LiveStream:
         return Block(x, owners, numbers, following)
 
     def _whose(self, group: int, groups: int) -> int:
-        """Return the process that runs the LM on one of a block's groups of contexts: runs of groups, as even as can be."""
+        """Return the process that runs the LM on one of a block's groups of contexts: runs of
+        groups, as even as can be."""
         return group * self.mesh.size // groups
 
     def _share(self, x: Tensor, borders: list[int]) -> None:
@@ -190,7 +202,8 @@ class LiveStream:
     def _gather(
         self, place: Place, skip: int, wanted: int
     ) -> tuple[list[list[Context]], tuple[Place, int]]:
-        """Take contexts until `wanted` activations are kept; return them grouped for the LM, and where the rest begins."""
+        """Take contexts until `wanted` activations are kept; return them grouped for the LM, and
+        where the rest begins."""
         groups: list[list[Context]] = []
         source, self._reading = self._from(place), None
         have, barren, following = -skip, 0, (place, skip)
@@ -202,7 +215,8 @@ class LiveStream:
                 barren = 0 if kept else barren + 1
                 if barren > 10_000:
                     raise InputError(
-                        f"text {self.corpus.acts.text!r} has only special tokens and padding: nothing is kept"
+                        f"text {self.corpus.acts.text!r} has only special tokens and padding: "
+                        "nothing is kept"
                     )
                 group.append(context)
                 have += kept
@@ -215,7 +229,8 @@ class LiveStream:
         return groups, following
 
     def _from(self, place: Place) -> Iterator[Context]:
-        """Return the contexts from a place on: the open text if it is there, since finding a place means reading what is before it."""
+        """Return the contexts from a place on: the open text if it is there, since finding a place
+        means reading what is before it."""
         return (
             self._reading[1]
             if self._reading and self._reading[0] == place
@@ -227,7 +242,8 @@ class LiveStream:
         if bad.any():
             name = self.document_names(documents[bad.cpu()][:1])[0]
             raise NonFiniteError(
-                f"{int(bad.sum())} of {len(rows)} activations at {self.lm.options.site} are NaN or infinite, the first in document "
+                f"{int(bad.sum())} of {len(rows)} activations at {self.lm.options.site} are NaN or "
+                "infinite, the first in document "
                 f"{name!r}; leave that document out, or try --acts.lm-dtype float32"
             )
 
@@ -275,7 +291,8 @@ class ShardStream:
             bad = ~torch.isfinite(x).all(1)
             if bad.any():
                 raise NonFiniteError(
-                    f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, the first in "
+                    f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, "
+                    "the first in "
                     f"document {self.document_names(documents[bad.cpu()][:1])[0]!r}"
                 )
             yield Batch(x, documents, {"step": step + 1})
@@ -313,9 +330,11 @@ def _check_cursor(cursor: Cursor, key: str) -> None:
 
 
 class Ahead:
-    """Another stream whose batches a thread makes while those before are used: at most `depth` of them wait, each as it would have been.
+    """Another stream whose batches a thread makes while those before are used: at most `depth` of
+    them wait, each as it would have been.
 
-    What goes wrong in the thread is raised where the batch is asked for. The thread ends when the iterator is closed, or with its error.
+    What goes wrong in the thread is raised where the batch is asked for. The thread ends when the
+    iterator is closed, or with its error.
     """
 
     def __init__(self, stream: Stream, depth: int):

@@ -1,11 +1,15 @@
 """Text -> documents -> contexts of tokens.
 
-A *document* is a (name, text) pair. Documents longer than PIECE characters are cut at line ends into pieces that count
-as documents of their own, so that one long file can be split and has standard errors. A hash of the content decides on which side of
+A *document* is a (name, text) pair. Documents longer than PIECE characters are cut at line ends
+into pieces that count
+as documents of their own, so that one long file can be split and has standard errors. A hash of the
+content decides on which side of
 the train / validation / held-out split a document lies (of the path, for the built-in text).
 
-A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another with a separator (BOS,
-else EOS, else nothing) between them; with 'split' each context belongs to one document and its end is padded. With
+A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another
+with a separator (BOS,
+else EOS, else nothing) between them; with 'split' each context belongs to one document and its end
+is padded. With
 bos = 'auto' position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
 or separator gets no second one. keep = 'text' leaves out position 0 whether or not it is BOS (in a
 model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
@@ -35,7 +39,8 @@ _log = logging.getLogger("ksparse")
 
 
 class Document(NamedTuple):
-    """One document; `index` counts the documents of the source (of the split, for the built-in text)."""
+    """One document; `index` counts the documents of the source (of the split, for the built-in
+    text)."""
 
     index: int
     name: str
@@ -43,7 +48,8 @@ class Document(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the next context begins: the token `offset` (separator included) of document `index`, in pass `epoch`."""
+    """Where the next context begins: the token `offset` (separator included) of document `index`,
+    in pass `epoch`."""
 
     epoch: int = 0
     index: int = 0
@@ -51,7 +57,8 @@ class Place(NamedTuple):
 
 
 class Context(NamedTuple):
-    """One row: its tokens[t], the document of each (-1: padding), where it began, and where the next one begins."""
+    """One row: its tokens[t], the document of each (-1: padding), where it began, and where the
+    next one begins."""
 
     tokens: list[int]
     documents: list[int]
@@ -60,7 +67,8 @@ class Context(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """A batch of contexts, each field [b, t]: tokens; is it a token at all; is its activation kept; its document."""
+    """A batch of contexts, each field [b, t]: tokens; is it a token at all; is its activation kept;
+    its document."""
 
     tokens: Tensor
     attention: Tensor
@@ -68,11 +76,12 @@ class Contexts(NamedTuple):
     documents: Tensor
 
 
-# ---- documents ---------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
-    """Yield one split's documents of a source, in its own order, from document number `start` on."""
+    """Yield one split's documents of a source, in its own order, from document number `start`
+    on."""
     if acts.text == "pylm":
         pairs = pylm.documents(split)
         for index, (name, text) in enumerate(itertools.islice(_pieces(pairs), start, None), start):
@@ -160,7 +169,8 @@ def _local(acts: Acts, nulls: _Noted) -> Iterator[tuple[str, str | Iterable[str]
     path, field = Path(acts.text), acts.text_field
     if not path.exists():
         raise InputError(
-            f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub data set, or 'pylm'"
+            f"text {path} does not exist; give a file or folder of {', '.join(SUFFIXES)}, a Hub "
+            "data set, or 'pylm'"
         )
     try:
         files = sorted(file for file in path.rglob("*") if _kind(file)) if path.is_dir() else [path]
@@ -248,11 +258,12 @@ def _in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-# ---- tokens ------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return how each token looks in a text, a leading space included; a part of a character is shown as its bytes."""
+    """Return how each token looks in a text, a leading space included; a part of a character is
+    shown as its bytes."""
     ids = list(ids)
     known = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens([i if i < known else 0 for i in ids])
@@ -275,7 +286,7 @@ def _shown(token: int, piece: str | None, text: str) -> str:
     return f"<{piece}>" if "\ufffd" in text else text
 
 
-# ---- contexts ----------------------------------------------------------------------------------------------------
+# ---- contexts ------------------------------------------------------------------------------------
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -331,7 +342,8 @@ class Corpus:
         return sum(self._cut.values())
 
     def policy(self) -> dict[str, Any]:
-        """Return what decides which activations are used, to be saved with every number that depends on it."""
+        """Return what decides which activations are used, to be saved with every number that
+        depends on it."""
         return {
             "context": self.acts.context,
             "bos_token": self.bos,
@@ -361,8 +373,10 @@ class Corpus:
         if not total:
             return f"text {self.acts.text!r} is empty: no document in it"
         return (
-            f"text {self.acts.text!r} has no {self.acts.context}-token context in its split {self.split!r} "
-            f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 % train, "
+            f"text {self.acts.text!r} has no {self.acts.context}-token context in its split "
+            f"{self.split!r} "
+            f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 "
+            "% train, "
             "5 % validation, 10 % held-out); give more text, or a smaller --acts.context"
         )
 
@@ -421,7 +435,8 @@ class Corpus:
                     )
 
     def batch(self, contexts: list[Context]) -> Contexts:
-        """Stack contexts into tensors, with the mask of padding (by place, not by id) and of what is kept."""
+        """Stack contexts into tensors, with the mask of padding (by place, not by id) and of what
+        is kept."""
         tokens = torch.tensor([context.tokens for context in contexts])
         owners = torch.tensor([context.documents for context in contexts])
         attention = owners >= 0

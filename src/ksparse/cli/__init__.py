@@ -5,7 +5,8 @@
     inside     steer, attribute                 exchange   convert, push
     before     shard, plan, bench, doctor
 
-    arguments  the table of verbs, and how their arguments are read        shown   lines, numbers, progress
+    arguments  the table of verbs, and how their arguments are read        shown   lines, numbers,
+        progress
 
 Nothing heavy is imported before a verb runs, so that help is there at once.
 """
@@ -23,7 +24,11 @@ from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
 from ksparse.trust import taken_from, trusted
 
-EXIT_CODES = "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody reads the output"
+EXIT_CODES = (
+    "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 "
+    "another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody "
+    "reads the output"
+)
 STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
 """In the order in which help lists their verbs."""
 

@@ -29,7 +29,8 @@ LOAD_LM = (
     "sweep",
     "view",
 )
-"""Verbs that take --trust-remote-code True: it lets code that comes with a language model run, in this call alone."""
+"""Verbs that take --trust-remote-code True: it lets code that comes with a language model run, in
+this call alone."""
 
 
 def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -39,7 +40,8 @@ def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 
 def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[str, Any], str]:
-    """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own options; a name for it."""
+    """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own
+    options; a name for it."""
     given, name = Recipe(), "default"
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
@@ -57,7 +59,8 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
 
 
 def activation_of(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
-    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of another kind where they name one."""
+    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of
+    another kind where they name one."""
     words = [
         word
         for argument in arguments
@@ -79,7 +82,10 @@ def parse(
 
     description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
     if verb.split()[0] in LOAD_LM:
-        description += f"\n\n{FLAG} True lets code that comes with the language model run, in this call alone; no file can say so."
+        description += (
+            f"\n\n{FLAG} True lets code that comes with the language model run, in this "
+            "call alone; no file can say so."
+        )
     if prefix:  # tyro names the flags of a bare dataclass without the section's name
         arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
     made = tyro.cli(

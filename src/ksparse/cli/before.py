@@ -55,7 +55,8 @@ def shard(arguments: list[str]) -> None:
 @dataclass(frozen=True)
 class PlanArgs(TrainArgs):
     devices: str = ""
-    """Numbers of devices, such as 1,8,64,512: for each the best mesh, with its memory, communication and time."""
+    """Numbers of devices, such as 1,8,64,512: for each the best mesh, with its memory,
+    communication and time."""
     gpu: Literal["here", "a100", "h100", "h200", "laptop"] = "here"
     """Which devices. here: this machine's, whose speed is measured."""
     hardware: Hardware = field(default_factory=Hardware)

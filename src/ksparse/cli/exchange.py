@@ -14,15 +14,18 @@ from ksparse.runs import open_run
 @dataclass(frozen=True)
 class ConvertArgs:
     to: str
-    """sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium or ksparse; of an evaluated run also what viewers show: neuronpedia,
+    """sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium or ksparse; of an
+    evaluated run also what viewers show: neuronpedia,
     sae_dashboard, atoms."""
     subfolder: str = ""
     """Folder of the SAE in SRC."""
     revision: str = ""
     """Revision of a Hub repository."""
     normalization: Literal["exact", "layer_norm", "outside"] = "exact"
-    """What to do with a normalisation that the format has not. exact: refuse, unless it can go into the weights. layer_norm: also take that for unit_norm, which
-    differs by about 1e-5 / deviation of the activation. outside: leave it to whoever uses the SAE."""
+    """What to do with a normalisation that the format has not. exact: refuse, unless it can go into
+    the weights. layer_norm: also take that for unit_norm, which
+    differs by about 1e-5 / deviation of the activation. outside: leave it to whoever uses the
+    SAE."""
     model: str = ""
     """neuronpedia, sae_dashboard: Neuronpedia's name of the LM."""
     set: str = "ksparse"
@@ -62,7 +65,8 @@ def convert(arguments: list[str]) -> None:
             normalization=args.normalization,
         )
         print(
-            f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, normalisation {sae.shape.normalize}"
+            f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
+            f"normalisation {sae.shape.normalize}"
         )
         return
     from ksparse.interop import atoms, neuronpedia
@@ -111,7 +115,8 @@ def push(arguments: list[str]) -> None:
 
     if args.folder:
         print(
-            f"folder   {hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}"
+            "folder   "
+            f"{hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}"
         )
     else:
         address = hub.push(

@@ -29,7 +29,8 @@ class SteerArgs(Options):
     prompt: str = ""
     """Text that the LM continues."""
     value: float | None = None
-    """What the latents are held at, of either sign, in the unit of their activations; 0 takes them out."""
+    """What the latents are held at, of either sign, in the unit of their activations; 0 takes them
+    out."""
     scale: float | None = None
     """Instead: what their own activations are multiplied by."""
     error: Literal["keep", "drop"] = "keep"
@@ -37,7 +38,8 @@ class SteerArgs(Options):
     tokens: int = 40
     """Most tokens of a continuation."""
     temperature: float = 0.0
-    """0: always the likeliest token. Above: drawn, with the same random numbers for both continuations."""
+    """0: always the likeliest token. Above: drawn, with the same random numbers for both
+    continuations."""
     seed: int = 0
     """Draws the tokens."""
     shown: int = 10
@@ -57,15 +59,18 @@ def steer(arguments: list[str]) -> None:
     asked = parse(SteerArgs, "steer RUN", rest)
     if not asked.latent or not asked.prompt:
         raise InputError(
-            f"steering needs {'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}"
+            "steering needs "
+            f"{'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}"
         )
     if (asked.value is None) == (asked.scale is None):
         raise InputError(
-            "give one of --value V, which latents are held at, and --scale S, which their own activations are multiplied by"
+            "give one of --value V, which latents are held at, and --scale S, which their own "
+            "activations are multiplied by"
         )
     if asked.temperature and asked.temperature < COLDEST:
         raise InputError(
-            f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at least {COLDEST}"
+            f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at "
+            f"least {COLDEST}"
         )
     from ksparse import steering
     from ksparse.acts.text import token_strings
@@ -94,14 +99,17 @@ def steer(arguments: list[str]) -> None:
     )
     if not math.isfinite(found.kl):
         raise NonFiniteError(
-            "with these latents held there the LM's predictions are not finite; give a value from the latents' own range"
+            "with these latents held there the LM's predictions are not finite; give a value from "
+            "the latents' own range"
         )
     for latent in asked.latent:
         print(
-            f"latent   {latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}"
+            "latent   "
+            f"{latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}"
         )
     print(
-        f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  {asked.prompt}{visible(found.after.text)}"
+        f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  "
+        f"{asked.prompt}{visible(found.after.text)}"
     )
     moved = [
         (token, f"{before:>10.4f}", f"{after:>10.4f}")
@@ -112,7 +120,8 @@ def steer(arguments: list[str]) -> None:
         print(
             "nothing changed"
             if found.before.tokens == found.after.tokens
-            else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later tokens do"
+            else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later "
+            "tokens do"
         )
         return
     print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
@@ -125,7 +134,8 @@ def steer(arguments: list[str]) -> None:
 def _largest(
     lm: LM, sae: SAE, prompt: str, latents: Sequence[int], found: Mapping[str, Any]
 ) -> dict[int, float]:
-    """Return the largest value of each latent: that `stats` has found, else that on the tokens of the prompt."""
+    """Return the largest value of each latent: that `stats` has found, else that on the tokens of
+    the prompt."""
     import torch
 
     from ksparse.steering import acts_at
@@ -138,7 +148,8 @@ def _largest(
 
 
 def _stats_of(folder: str) -> dict[str, Any]:
-    """Return what `stats` has found of each latent, so that a value can be chosen; nothing if it has not been run."""
+    """Return what `stats` has found of each latent, so that a value can be chosen; nothing if it
+    has not been run."""
     try:
         arrays = RunFolder(Path(folder)).arrays_file("stats")
     except CorruptError:
@@ -153,7 +164,8 @@ def _stats_of(folder: str) -> dict[str, Any]:
 def _what_is_known(found: Mapping[str, Any], latent: int) -> str:
     return (
         (
-            f": fires on {found['density'][latent]:.2%} of tokens, with {found['mean_act'][latent]:.3g} on average and "
+            f": fires on {found['density'][latent]:.2%} of tokens, with "
+            f"{found['mean_act'][latent]:.3g} on average and "
             f"{found['max_act'][latent]:.3g} at most"
         )
         if found
@@ -195,7 +207,8 @@ def attribute(arguments: list[str]) -> None:
     known = _stats_of(folder)
     order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
     print(
-        f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} prompts, all together {scores.sum():+.4f}"
+        f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} "
+        f"prompts, all together {scores.sum():+.4f}"
     )
     for latent in sorted(order[: asked.shown], key=lambda i: -scores[i]):
         print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(known, latent)}")

@@ -118,7 +118,8 @@ def compare(arguments: list[str]) -> None:
             f"{row.name:<{width}}" + "".join(f"{written(each):>22}" for each in row.values.values())
         )
     print(
-        "± one standard error over documents; the SAEs saw the same ones, so differences are known better than that"
+        "± one standard error over documents; the SAEs saw the same ones, so differences are known "
+        "better than that"
     )
     for source, found in results.items():
         for note in dict.fromkeys(note for result in found.values() for note in result["notes"]):
@@ -137,7 +138,8 @@ def _saved(sources: list[str]) -> dict[str, dict[str, Any]]:
     for source, results in found.items():
         if not results:
             raise InputError(
-                f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes them of a run, or leave out --results saved"
+                f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes "
+                "them of a run, or leave out --results saved"
             )
     return found
 
@@ -222,7 +224,8 @@ class ProbesArgs:
     seed: int = 0
     """Draws the rows."""
     text: str = ""
-    """Running text for base64 and the phrase tasks: a data set of the Hub (OWNER/NAME or OWNER/NAME:CONFIG), or a file or folder;
+    """Running text for base64 and the phrase tasks: a data set of the Hub (OWNER/NAME or
+    OWNER/NAME:CONFIG), or a file or folder;
     monology/pile-uncopyrighted if not given."""
     documents: int = 200_000
     """Documents of that text to read."""
@@ -239,7 +242,8 @@ def probes(arguments: list[str]) -> None:
         arguments = arguments[1:]
     elif arguments[:1] not in (["-h"], ["--help"]):
         raise InputError(
-            f"`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got {' '.join(arguments) or 'nothing'}"
+            "`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got "
+            f"{' '.join(arguments) or 'nothing'}"
         )
     folder, rest = take_folder(
         "probes build", arguments, "the folder to write the tasks to, such as suites/paper"
@@ -260,7 +264,8 @@ def probes(arguments: list[str]) -> None:
         **({"text": options.text} if options.text else {}),
     )
     print(
-        f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, {len(built.failed)} failed"
+        f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, "
+        f"{len(built.failed)} failed"
     )
     for name, why in built.failed.items():
         print(f"  {name}: {why}")

@@ -47,7 +47,8 @@ def view(arguments: list[str]) -> None:
     @dataclass(frozen=True)
     class ViewArgs:
         export: str = ""
-        """Folder to write static pages to, without the parts that need the LM; nothing is served then."""
+        """Folder to write static pages to, without the parts that need the LM; nothing is served
+        then."""
         port: int = 8765
         """Port on 127.0.0.1; 0 takes any that is free."""
         trust_remote_code: bool = False

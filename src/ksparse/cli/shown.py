@@ -16,7 +16,8 @@ def say(text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Return a text that no terminal takes for a command: what cannot be printed, but ends of lines and tabs, as its code."""
+    """Return a text that no terminal takes for a command: what cannot be printed, but ends of lines
+    and tabs, as its code."""
     return "".join(
         each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
         for each in text

@@ -24,7 +24,8 @@ def sweep(arguments: list[str]) -> None:
     @dataclass(frozen=True)
     class SweepArgs(Launch):
         out: str = ""
-        """Folder of the sweep; sweeps/<name of the file> if not given. A sweep's folder may also be named in place of its file."""
+        """Folder of the sweep; sweeps/<name of the file> if not given. A sweep's folder may also be
+        named in place of its file."""
         plan: bool = False
         """Only say what would be done."""
         only: tuple[str, ...] = ()
@@ -60,7 +61,8 @@ def sweep(arguments: list[str]) -> None:
             planned=_show_plan,
         )
     print(
-        f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   {folder.points_file}"
+        f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   "
+        f"{folder.points_file}"
     )
     for name, why in failed.items():
         print(f"failed   {folder.run(name).path}: {why}")
@@ -74,16 +76,21 @@ def _show_plan(plan: Any) -> None:
     from ksparse.training.plan import amount_of_bytes, duration
 
     say(
-        f"sweep    {plan.total} runs, {len(plan.done)} of them finished; {sum(len(cohort.runs) for cohort in plan.cohorts)} to do in {len(plan.cohorts)} cohorts on {plan.device}"
+        f"sweep    {plan.total} runs, {len(plan.done)} of them finished; "
+        f"{sum(len(cohort.runs) for cohort in plan.cohorts)} to do in {len(plan.cohorts)} cohorts "
+        f"on {plan.device}"
     )
     for number, cohort in enumerate(plan.cohorts, 1):
         say(
-            f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most {cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
-            f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about {duration(cohort.seconds)}"
+            f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most "
+            f"{cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
+            f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about "
+            f"{duration(cohort.seconds)}"
         )
     if plan.cohorts:
         say(
-            f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of 2, {amount_of_bytes(plan.disk)} of checkpoints "
+            f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of "
+            f"2, {amount_of_bytes(plan.disk)} of checkpoints "
             f"({amount_of_bytes(plan.free)} free here)"
         )
 
@@ -121,7 +128,8 @@ def fit(arguments: list[str]) -> None:
     if Path(place).is_dir():
         if options.law or options.out:
             raise InputError(
-                "--law and --out are for a CSV file; of a sweep every law is fitted, into its own law.json"
+                "--law and --out are for a CSV file; of a sweep every law is fitted, into its own "
+                "law.json"
             )
         found = survey_of(place, form=options.form, draws=options.draws)
         for law in found.laws.values():
@@ -136,7 +144,8 @@ def fit(arguments: list[str]) -> None:
         raise InputError("--budget needs the curves of a sweep; a CSV of points has none")
     if not options.law:
         raise InputError(
-            f"{place} is not a sweep's folder; for a CSV of points say which law, --law {'|'.join(name for name in laws.LAWS if name != 'optimal')}"
+            f"{place} is not a sweep's folder; for a CSV of points say which law, --law "
+            f"{'|'.join(name for name in laws.LAWS if name != 'optimal')}"
         )
     law = laws.fit(
         laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws
@@ -182,8 +191,8 @@ def _assignments(flag: str, text: str) -> dict[str, Any]:
         if (
             not equals
             or not name.strip()
-            or isinstance(number, float)
-            and not 0 < number < math.inf
+            or (isinstance(number, float)
+            and not 0 < number < math.inf)
         ):
             raise InputError(
                 f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}"

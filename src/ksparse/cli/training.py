@@ -63,7 +63,8 @@ def demo(arguments: list[str]) -> None:
     run = RunFolder(Path(parse(DemoArgs, "demo", arguments).out))
     recipe, began = Recipe(), time.monotonic()
     say(
-        f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} activations of a small LM of Python source"
+        f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} "
+        "activations of a small LM of Python source"
     )
     train_run(recipe, run)
     say("2/3 evaluating on held-out files")
@@ -116,5 +117,6 @@ def say_next(run: RunFolder) -> None:
         return
     write_report(run)
     print(
-        f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse eval {run.path}; ksparse report {run.path}"
+        f"run      {run.path}\nreport   {run.report_file.resolve().as_uri()}\nnext     ksparse "
+        f"eval {run.path}; ksparse report {run.path}"
     )

@@ -1,4 +1,5 @@
-"""One file per question asked of an autoencoder; `evaluate` asks several in one pass over held-out text.
+"""One file per question asked of an autoencoder; `evaluate` asks several in one pass over held-out
+text.
 
     downstream       does the LM predict as well from the reconstruction?
     stats            how good is the reconstruction, and what do latents fire on?
@@ -15,7 +16,8 @@
 
 The first six are asked if none is named (DEFAULT), the others by name.
 
-    held_out         the text and what the LM and the SAE make of it       estimate   values with standard errors
+    held_out         the text and what the LM and the SAE make of it       estimate   values with
+                     standard errors
 """
 
 from __future__ import annotations
@@ -85,15 +87,19 @@ def evaluate(
     force: bool = False,
     observe: Observe = lambda what, done, total: None,
 ) -> dict[str, Result]:
-    """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every field).
+    """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every
+    field).
 
-    lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to its device.
-    force: evaluate at another site, or in other contexts and positions, than those it was trained at; the results say so.
+    lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to
+    its device.
+    force: evaluate at another site, or in other contexts and positions, than those it was trained
+    at; the results say so.
     observe: called with what is being done, and how much of how much is done.
     """
     if not isinstance(sae, SAE):
         raise InputError(
-            f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a folder or a name on the Hub"
+            f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a "
+            "folder or a name on the Hub"
         )
     return evaluate_many(
         {"": sae},
@@ -114,7 +120,8 @@ def evaluate_many(
     like: Acts | None = None,
     observe: Observe = lambda what, done, total: None,
 ) -> dict[str, dict[str, Result]]:
-    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's work; else like `evaluate`.
+    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's
+    work; else like `evaluate`.
 
     like: text, contexts and positions for all, in place of their own.
     """
@@ -209,12 +216,14 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
 
 
 def file_name(name: str, options: EvalOptions) -> str:
-    """Return what a result is called in a run: one of text that was trained on never takes the place of the held-out one."""
+    """Return what a result is called in a run: one of text that was trained on never takes the
+    place of the held-out one."""
     return name if options.split == "held-out" else f"{name}-{options.split}"
 
 
 def _put_beside(results: dict[str, dict[str, Result]]) -> None:
-    """Give each result what a figure shows of the other SAEs: the keys that its evaluation names, by the SAE's short name."""
+    """Give each result what a figure shows of the other SAEs: the keys that its evaluation names,
+    by the SAE's short name."""
     short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
     names = short if len(set(short.values())) == len(short) else {label: label for label in results}
     for label, mine in results.items():
@@ -228,7 +237,8 @@ def _put_beside(results: dict[str, dict[str, Result]]) -> None:
 
 
 class _Clock:
-    """Counts the seconds of each part. What several share is counted for the first that asks for it."""
+    """Counts the seconds of each part. What several share is counted for the first that asks for
+    it."""
 
     def __init__(self) -> None:
         self.seconds: dict[Eval, float] = {}
@@ -258,7 +268,8 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def write(run: RunFolder, results: dict[str, Result]) -> None:
-    """Write results into a run's folder evals/. A JSON names its arrays: its rename commits both."""
+    """Write results into a run's folder evals/. A JSON names its arrays: its rename commits
+    both."""
     with run.writing_evals():
         for name, result in results.items():
             if result.arrays:
@@ -281,7 +292,8 @@ def _placed(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[
 
 
 def _checked(label: str, sae: SAE, lm: LM, options: EvalOptions, like: Acts | None) -> list[str]:
-    """Return what is to be said of an SAE on this LM; raise InputError, naming it, where it does not belong there."""
+    """Return what is to be said of an SAE on this LM; raise InputError, naming it, where it does
+    not belong there."""
     try:
         return provenance.check(sae.metadata, lm, force=options.force, like=like)
     except InputError as error:
@@ -289,7 +301,8 @@ def _checked(label: str, sae: SAE, lm: LM, options: EvalOptions, like: Acts | No
 
 
 def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions, like: Acts | None) -> Acts:
-    """Return what all SAEs are evaluated on; raise InputError where they were trained on different contexts or positions."""
+    """Return what all SAEs are evaluated on; raise InputError where they were trained on different
+    contexts or positions."""
     if like is not None:
         return dataclasses.replace(
             like,
@@ -308,7 +321,9 @@ def _common_acts(saes: dict[str, SAE], lm: LM, options: EvalOptions, like: Acts 
         for name, value in dataclasses.asdict(acts).items():
             if name not in _OF_TRAINING and getattr(theirs, name) != value:
                 raise InputError(
-                    f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and {getattr(theirs, name)!r} "
-                    "of the other; evaluate them one by one, or all on what one was trained with: `ksparse compare --like`"
+                    f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and "
+                    f"{getattr(theirs, name)!r} "
+                    "of the other; evaluate them one by one, or all on what one was trained with: "
+                    "`ksparse compare --like`"
                 )
     return acts_of(saes[label], lm, options)

@@ -1,12 +1,20 @@
-"""Does a latent matter to few predictions, or a little to all? Ablation sparsity: Gao et al. 2024, section 4.5.
+"""Does a latent matter to few predictions, or a little to all? Ablation sparsity: Gao et al. 2024,
+section 4.5.
 
-One active latent at one position p is taken out of the activation. The V logits at p and at the T - 1 positions after it change; from
-each position's changes their median is subtracted; (L1 / L2)^2 / (V T) of all of them says which share of the predictions the latent
-matters to. That mixes two things, which are reported apart too: how many tokens of the vocabulary (`sparsity_here`, of the prediction at p
-alone), and how far into the text (`later`, the share of the squared effect after p). Random channels of the activation, set to zero at the same positions, are what to compare with: noise would give 2 / pi.
+One active latent at one position p is taken out of the activation. The V logits at p and at the T -
+1 positions after it change; from
+each position's changes their median is subtracted; (L1 / L2)^2 / (V T) of all of them says which
+share of the predictions the latent
+matters to. That mixes two things, which are reported apart too: how many tokens of the vocabulary
+(`sparsity_here`, of the prediction at p
+alone), and how far into the text (`later`, the share of the squared effect after p). Random
+channels of the activation, set to zero at the same positions, are what to compare with: noise would
+give 2 / pi.
 
-What the paper leaves open is decided so: the reconstruction's error stays in the activation (or not: ablation_error); one random
-position is drawn from each of a random sample of contexts; every active latent of such a position is ablated, alone; and every such
+What the paper leaves open is decided so: the reconstruction's error stays in the activation (or
+not: ablation_error); one random
+position is drawn from each of a random sample of contexts; every active latent of such a position
+is ablated, alone; and every such
 pair of position and latent counts once.
 """
 
@@ -37,7 +45,8 @@ _PART = 2**22  # changes of logits that are summed in float64 at a time
 
 
 class Place(NamedTuple):
-    """A position in a context tokens[t], of which the first `text` are no padding; the predictions of `length` positions are looked at."""
+    """A position in a context tokens[t], of which the first `text` are no padding; the predictions
+    of `length` positions are looked at."""
 
     tokens: Tensor
     text: int
@@ -47,8 +56,10 @@ class Place(NamedTuple):
 
 
 class Effects(NamedTuple):
-    """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at the place alone, which share of the
-    squared effect is on the predictions after it, norm[m] (L2), kl[m, T], loss_difference[m, T] (NaN: no next token), and the changes
+    """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at
+    the place alone, which share of the
+    squared effect is on the predictions after it, norm[m] (L2), kl[m, T], loss_difference[m, T]
+    (NaN: no next token), and the changes
     of logits [m, T, V] less their median over V."""
 
     sparsity: Tensor
@@ -61,14 +72,16 @@ class Effects(NamedTuple):
 
 
 class Ablation(Eval):
-    """Ablation sparsity of random active latents and of random channels, and tables of what single latents do."""
+    """Ablation sparsity of random active latents and of random channels, and tables of what single
+    latents do."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
         options, context = subject.options, subject.data.acts.context
         if context < 2:
             raise InputError(
-                f"contexts of {context} token have no position to ablate; train and evaluate with --acts.context of 2 or more"
+                f"contexts of {context} token have no position to ablate; train and evaluate with "
+                "--acts.context of 2 or more"
             )
         self.horizon = min(options.ablation_horizon, context - 1)
         n = subject.sae.shape.n_latents
@@ -90,7 +103,8 @@ class Ablation(Eval):
         places = self.sample.places()
         if not places:
             raise InputError(
-                f"no context of the text has a kept position with {self.horizon - 1} tokens after it, as ablation needs; "
+                f"no context of the text has a kept position with {self.horizon - 1} tokens after "
+                "it, as ablation needs; "
                 "give longer texts, or a smaller --ablation-horizon"
             )
         numbers, tops, values = self.strongest.found(self.horizon)
@@ -111,7 +125,8 @@ class Ablation(Eval):
     def _ablate(
         self, fork: Fork, places: list[Place], numbers: list[int], draw: np.random.Generator
     ) -> None:
-        """Ablate each active latent, and as many random channels, at the one place of each of the fork's contexts."""
+        """Ablate each active latent, and as many random channels, at the one place of each of the
+        fork's contexts."""
         code, inputs, before = self._encoded(fork.x)
         row, slot = (code.values > 0).nonzero(as_tuple=True)
         latent = code.indices[row, slot]
@@ -145,7 +160,8 @@ class Ablation(Eval):
                 tables[f"{name}_values"][number, :length] = best.values.cpu()
 
     def _encoded(self, x: Tensor) -> tuple[Code, Normalized, Tensor]:
-        """Return (code, normalised activations, raw activations that a latent is taken out of) of x[c, d]."""
+        """Return (code, normalised activations, raw activations that a latent is taken out of) of
+        x[c, d]."""
         sae = self.subject.sae
         inputs = sae.normalize(x)
         code = sae.encode_normalized(inputs.x)
@@ -160,13 +176,15 @@ class Ablation(Eval):
     def _contribution(
         self, inputs: Normalized, row: Tensor, latent: Tensor, value: Tensor
     ) -> Tensor:
-        """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon without the latent)."""
+        """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon
+        without the latent)."""
         return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
 
     def _effects(
         self, fork: Fork, places: list[Place], row: Tensor, before: Tensor, after: Tensor
     ) -> Iterator[tuple[slice, Place, Effects]]:
-        """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m], in order, before[c, d] their originals.
+        """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m],
+        in order, before[c, d] their originals.
 
         The original is run in the same call as its edits, so that both are rounded alike.
         """
@@ -200,7 +218,8 @@ class Ablation(Eval):
 
     @property
     def _most_contexts(self) -> int:
-        """How many contexts are forked at a time: a batch of the LM, if their logits are not too large."""
+        """How many contexts are forked at a time: a batch of the LM, if their logits are not too
+        large."""
         return max(
             1,
             min(
@@ -255,16 +274,19 @@ class Ablation(Eval):
         notes = []
         if self.horizon < options.ablation_horizon:
             notes.append(
-                f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room for {self.horizon}, "
+                f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room "
+                f"for {self.horizon}, "
                 f"not {options.ablation_horizon}"
             )
         if found < options.ablation_positions:
             notes.append(
-                f"ablation_positions: the text has {found} contexts with a position to ablate, one each, not {options.ablation_positions}"
+                f"ablation_positions: the text has {found} contexts with a position to ablate, one "
+                f"each, not {options.ablation_positions}"
             )
         if lm.options.lm_dtype != "float32":
             notes.append(
-                f"the LM computes in {lm.options.lm_dtype}: small changes of logits are rounded, which makes them look less sparse"
+                f"the LM computes in {lm.options.lm_dtype}: small changes of logits are rounded, "
+                "which makes them look less sparse"
             )
         return notes
 
@@ -298,21 +320,25 @@ class Ablation(Eval):
         }
 
 
-# ---- the measure -------------------------------------------------------------------------------------------------
+# ---- the measure ---------------------------------------------------------------------------------
 
 
 def sparsity(differences: Tensor) -> Tensor:
-    """Return (L1 / L2)^2 / (T V) of differences of logits[r, T, V] less their median over V, [r] as float64: Gao et al. 2024, section 4.5.
+    """Return (L1 / L2)^2 / (T V) of differences of logits[r, T, V] less their median over V, [r] as
+    float64: Gao et al. 2024, section 4.5.
 
-    Of an even number of values, the median is the smaller of the two in the middle. NaN where nothing differs.
+    Of an even number of values, the median is the smaller of the two in the middle. NaN where
+    nothing differs.
     """
     return _sparsity(*_norms(_centred(differences)), differences.shape[-1])
 
 
 def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
-    """Return what ablations do that change the logits of log_probs[T, V] by differences[m, T, V]; targets[T]: the next tokens, -1: none.
+    """Return what ablations do that change the logits of log_probs[T, V] by differences[m, T, V];
+    targets[T]: the next tokens, -1: none.
 
-    kl is KL(original || ablated) of each position's prediction, loss_difference the loss of the next token, ablated - original, in nats.
+    kl is KL(original || ablated) of each position's prediction, loss_difference the loss of the
+    next token, ablated - original, in nats.
     """
     changes = _centred(differences)
     l1, l2 = _norms(changes)
@@ -341,7 +367,8 @@ def _centred(differences: Tensor) -> Tensor:
 
 
 def _norms(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the L1 and L2 norms [r, T] over V of changes[r, T, V], summed in float64, on the CPU."""
+    """Return the L1 and L2 norms [r, T] over V of changes[r, T, V], summed in float64, on the
+    CPU."""
     parts = [
         part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
         for part in changes.split(max(1, _PART // max(1, changes[:1].numel())))
@@ -367,7 +394,8 @@ def _targets(place: Place) -> Tensor:
 def _without_channels(
     x: Tensor, row: Tensor, draw: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (row, x[c, d], edits): in each context as many distinct random channels set to zero as it has rows, at most all."""
+    """Return (row, x[c, d], edits): in each context as many distinct random channels set to zero as
+    it has rows, at most all."""
     d = x.shape[1]
     counts = row.bincount(minlength=len(x)).clamp_max(d)
     channel = torch.from_numpy(
@@ -380,7 +408,8 @@ def _without_channels(
 
 
 def _forks(lm: LM, places: list[Place], most: int) -> Iterator[tuple[list[int], Fork]]:
-    """Yield (numbers of places, their fork), places at the same position together, at most so many."""
+    """Yield (numbers of places, their fork), places at the same position together, at most so
+    many."""
 
     def key(i: int) -> tuple[int, int]:
         return places[i].position, places[i].length
@@ -396,7 +425,7 @@ def _forks(lm: LM, places: list[Place], most: int) -> Iterator[tuple[list[int], 
             yield some, lm.fork(tokens, attention, at, length)
 
 
-# ---- what is ablated ---------------------------------------------------------------------------------------------
+# ---- what is ablated -----------------------------------------------------------------------------
 
 
 def _random(seed: int, stream: int) -> np.random.Generator:
@@ -409,7 +438,8 @@ def _texts(contexts: Contexts) -> Tensor:
 
 
 class _Sample:
-    """A random sample of contexts, so many of all that come by, and in each a random position that can be ablated."""
+    """A random sample of contexts, so many of all that come by, and in each a random position that
+    can be ablated."""
 
     def __init__(self, size: int, horizon: int, draw: np.random.Generator):
         self.size, self.horizon, self.draw = size, horizon, draw
@@ -427,7 +457,7 @@ class _Sample:
             )  # for each context, so that the sample does not depend on batches
             self._count += 1
             where = where.nonzero().squeeze(1)
-            if not len(where) or len(self._heap) == self.size and -key <= self._heap[0][0]:
+            if not len(where) or (len(self._heap) == self.size and -key <= self._heap[0][0]):
                 continue
             p = int(where[int(at * len(where))])
             place = Place(
@@ -447,7 +477,8 @@ class _Sample:
 
 
 class _Strongest:
-    """Where each of the first so many latents of an order that fire is strongest. The first of equals counts."""
+    """Where each of the first so many latents of an order that fire is strongest. The first of
+    equals counts."""
 
     def __init__(self, order: np.ndarray, most: int):
         self.order, self.most = torch.from_numpy(order), most
@@ -489,11 +520,13 @@ class _Strongest:
         self._count += len(contexts.tokens)
 
     def chosen(self) -> Tensor:
-        """Return the chosen latents [m]. One that is left out for an earlier one never comes back, so its context may be forgotten."""
+        """Return the chosen latents [m]. One that is left out for an earlier one never comes back,
+        so its context may be forgotten."""
         return self.order[self.value[self.order] > 0][: self.most]
 
     def found(self, horizon: int) -> tuple[Tensor, list[Place], Tensor]:
-        """Return (latents [m], their places, with as much of the horizon as the context has, their values [m])."""
+        """Return (latents [m], their places, with as much of the horizon as the context has, their
+        values [m])."""
         chosen, places = self.chosen(), []
         for context, position in zip(self.context[chosen].tolist(), self.position[chosen].tolist()):
             tokens, text, documents = self._contexts[context]
@@ -505,7 +538,7 @@ class _Strongest:
         return chosen, places, self.value[chosen]
 
 
-# ---- what ablations did ------------------------------------------------------------------------------------------
+# ---- what ablations did --------------------------------------------------------------------------
 
 
 class _Pairs:
@@ -541,7 +574,8 @@ class _Pairs:
         return int(self["sparsity"].isnan().sum())
 
     def clustered(self, name: str) -> list[Clustered]:
-        """Return the rows of a column that have a value, each in its document; nothing if none has."""
+        """Return the rows of a column that have a value, each in its document; nothing if none
+        has."""
         there = ~self[name].isnan()
         return [Clustered(self["document"][there], self[name][there])] if there.any() else []
 
@@ -586,7 +620,8 @@ class _Pairs:
 
 
 def _difference(a: _Pairs, b: _Pairs, name: str) -> Estimate:
-    """Return mean(a) - mean(b) of a column on the same documents, as twice the mean of the two means a and -b."""
+    """Return mean(a) - mean(b) of a column on the same documents, as twice the mean of the two
+    means a and -b."""
     ours, theirs = a.clustered(name), b.clustered(name)
     if not ours or not theirs:
         return {"value": None, "se": None}

@@ -22,7 +22,8 @@ COLUMNS = {
     "l0": ("stats", 0),
     "dead_fraction": ("stats", 0),
 }
-"""What is compared: the evaluation that measures it, and whether less (1) or more (-1) of it is better; 0: it says what the others cost."""
+"""What is compared: the evaluation that measures it, and whether less (1) or more (-1) of it is
+better; 0: it says what the others cost."""
 _SAME = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
 _HARMLESS = (
     "device",
@@ -41,12 +42,14 @@ class Row(NamedTuple):
 
 
 def check(results: Results) -> None:
-    """Raise InputError where results are not of the same evaluations, on the same text, at the same positions, against the same baselines."""
+    """Raise InputError where results are not of the same evaluations, on the same text, at the same
+    positions, against the same baselines."""
     (first, ours), *others = results.items()
     for other, theirs in others:
         if set(ours) != set(theirs):
             raise InputError(
-                f"{first} and {other} cannot be ranked: of one there are results of {', '.join(sorted(ours))}, of the other of "
+                f"{first} and {other} cannot be ranked: of one there are results of "
+                f"{', '.join(sorted(ours))}, of the other of "
                 f"{', '.join(sorted(theirs))}"
             )
         for name in ours:
@@ -60,15 +63,18 @@ def check(results: Results) -> None:
                     for key in unlike[:4]
                 )
                 raise InputError(
-                    f"{first} and {other} cannot be ranked by {name}: {wrong}. Evaluate them anew and together: leave out --results saved, "
+                    f"{first} and {other} cannot be ranked by {name}: {wrong}. Evaluate them anew "
+                    "and together: leave out --results saved, "
                     "and name with --like whose text and positions are to be used for all"
                 )
 
 
 def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[Row]:
-    """Return a row for each SAE, the best by column `by` first (the first column there is, if not given).
+    """Return a row for each SAE, the best by column `by` first (the first column there is, if not
+    given).
 
-    normalizations: each SAE's. nmse is of normalised activations, so it is left out where these differ.
+    normalizations: each SAE's. nmse is of normalised activations, so it is left out where these
+    differ.
     """
     check(results)
     first = next(iter(results.values()))
@@ -80,7 +86,8 @@ def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> 
     by = by or columns[0]
     if by not in columns or not COLUMNS[by][1]:
         raise InputError(
-            f"SAEs are not ranked by {by!r}; there are {', '.join(key for key in columns if COLUMNS[key][1])}"
+            f"SAEs are not ranked by {by!r}; there are "
+            f"{', '.join(key for key in columns if COLUMNS[key][1])}"
         )
     rows = [
         Row(label, {key: found[COLUMNS[key][0]][key] for key in columns})

@@ -1,7 +1,9 @@
 """Does the LM still predict as well when it gets the reconstruction? Gao et al. 2024, section 4.1.
 
-Five runs on the same contexts: unchanged, and with the kept activations replaced by their reconstruction, by zero, by the
-mean activation. All replace the same positions, and all losses are taken at the same positions: those whose own
+Five runs on the same contexts: unchanged, and with the kept activations replaced by their
+reconstruction, by zero, by the
+mean activation. All replace the same positions, and all losses are taken at the same positions:
+those whose own
 activation is kept and whose next token is text.
 """
 
@@ -21,7 +23,8 @@ from ksparse.evals.held_out import Batch, Eval, HeldOut, Seen, Subject
 
 
 class Downstream(Eval):
-    """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the spliced loss."""
+    """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the
+    spliced loss."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -53,7 +56,8 @@ class Downstream(Eval):
         notes = [note] if note else []
         if shift is not None and abs(shift) > 0.02:
             notes.append(
-                f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has {values['ce_clean']['value']:.3f} on this "
+                f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has "
+                f"{values['ce_clean']['value']:.3f} on this "
                 "text; the table is shifted by the difference"
             )
         return Result(
@@ -81,7 +85,8 @@ def zero_losses(batch: Batch) -> Tensor:
 
 
 def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
-    """Return the LM's [(FLOPs, loss)] with falling loss, from the option or its folder, and a note where there is none."""
+    """Return the LM's [(FLOPs, loss)] with falling loss, from the option or its folder, and a note
+    where there is none."""
     if data.options.loss_table:
         path = Path(data.options.loss_table)
         try:
@@ -99,7 +104,8 @@ def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
             falling.append((flops, loss))
     if len(falling) < 2:
         return [], (
-            "compute_fraction: no loss-compute table for this LM; give one with --loss-table FILE, lines of JSON "
+            "compute_fraction: no loss-compute table for this LM; give one with --loss-table FILE, "
+            "lines of JSON "
             '{"flops": …, "loss": …} from its pre-training'
         )
     return falling, ""
@@ -108,8 +114,10 @@ def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
 def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estimate:
     """Return the share of the pre-training compute whose model is as bad as the spliced one.
 
-    The table's last loss stands for the clean LM, so it is read at last loss + delta, linearly between points in log compute. The
-    standard error is half the distance between the readings one standard error of delta to both sides.
+    The table's last loss stands for the clean LM, so it is read at last loss + delta, linearly
+    between points in log compute. The
+    standard error is half the distance between the readings one standard error of delta to both
+    sides.
     """
     if not table:
         return {"value": None, "se": None}

@@ -47,7 +47,8 @@ class DocumentSums:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
-    """Return sum / sum over documents, with the linearised standard error of a ratio of cluster totals (Cochran 1977, 6.3)."""
+    """Return sum / sum over documents, with the linearised standard error of a ratio of cluster
+    totals (Cochran 1977, 6.3)."""
     total = float(denominators.sum())
     if not total:
         return {"value": None, "se": None}
@@ -64,7 +65,8 @@ def share(count: int, of: int) -> Estimate:
 
 
 class Clustered:
-    """Values of rows, and the cluster (document, text) of each: rows of one cluster are not independent."""
+    """Values of rows, and the cluster (document, text) of each: rows of one cluster are not
+    independent."""
 
     def __init__(self, clusters: Tensor, values: Tensor):
         self.clusters, self.values = clusters.cpu().numpy(), values.cpu().double().numpy()
@@ -77,7 +79,8 @@ class Clustered:
 
     @staticmethod
     def mean(parts: Sequence[Clustered]) -> Estimate:
-        """Return the mean of the parts' means; a cluster may have rows in several parts, and its deviations add up."""
+        """Return the mean of the parts' means; a cluster may have rows in several parts, and its
+        deviations add up."""
         if not parts:
             return {"value": None, "se": None}
         means = [part.values.mean() for part in parts]
@@ -99,7 +102,8 @@ class Clustered:
 
 
 def check_plain(value: Any, where: str = "the result") -> None:
-    """Raise TypeError for what is not JSON as Python has it: a number of numpy or torch looks and compares like one, and is none elsewhere."""
+    """Raise TypeError for what is not JSON as Python has it: a number of numpy or torch looks and
+    compares like one, and is none elsewhere."""
     if type(value) is dict:
         for key, item in value.items():
             check_plain(item, f"{where}[{key!r}]")
@@ -113,7 +117,8 @@ def check_plain(value: Any, where: str = "the result") -> None:
 
 
 class Result(dict[str, Any]):
-    """A result as JSON, plain values alone; `arrays` holds what belongs into a safetensors file beside it, `files` other JSON files."""
+    """A result as JSON, plain values alone; `arrays` holds what belongs into a safetensors file
+    beside it, `files` other JSON files."""
 
     def __init__(
         self,

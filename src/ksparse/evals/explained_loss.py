@@ -1,7 +1,10 @@
-"""How well does the LM predict if each latent is replaced by its explanation? Gao et al. 2024, section 4.4.
+"""How well does the LM predict if each latent is replaced by its explanation? Gao et al. 2024,
+section 4.4.
 
-Each latent's prediction s is scaled by E[s a] / E[s^2], a being its activation, which is the scale with the least squared error; the
-scaled predictions are decoded, given the token's own mean and norm back, and spliced in. The scale comes from documents that
+Each latent's prediction s is scaled by E[s a] / E[s^2], a being its activation, which is the scale
+with the least squared error; the
+scaled predictions are decoded, given the token's own mean and norm back, and spliced in. The scale
+comes from documents that
 neither the explanations were built from nor the loss is taken on.
 """
 
@@ -22,7 +25,8 @@ _ENTRIES = 4_000_000  # activations that the scales are estimated from, at most
 
 
 class ExplainedLoss(Eval):
-    """Cross-entropy with explanations in place of latents, beside the SAE's own, n-grams, zeros and b_pre alone."""
+    """Cross-entropy with explanations in place of latents, beside the SAE's own, n-grams, zeros and
+    b_pre alone."""
 
     passes = 2
 
@@ -142,7 +146,8 @@ class ExplainedLoss(Eval):
                 {f"ce_{name}": {"value": None, "se": None} for name in names}
                 | {
                     "notes": [
-                        "no document of the text was left to measure the loss on: give more documents"
+                        "no document of the text was left to measure the loss on: give more "
+                        "documents"
                     ]
                 }
             )
@@ -152,7 +157,8 @@ class ExplainedLoss(Eval):
         explained = len(explainer.explanations)
         notes = [
             f"bigrams and unigrams are of {self.ngrams.tokens:,} training tokens",
-            "b_pre alone and the explanations get back the token's own mean and norm where the normalisation took them off",
+            "b_pre alone and the explanations get back the token's own mean and norm where the "
+            "normalisation took them off",
         ]
         return Result(
             {

@@ -1,11 +1,17 @@
-"""Random activations of each latent -> an explanation of it: Neuron-to-Graph as in Gao et al. 2024, section 4.3.
+"""Random activations of each latent -> an explanation of it: Neuron-to-Graph as in Gao et al. 2024,
+section 4.3.
 
-Of each example the shortest suffix is sought on which the latent still has half of its activation; then each of its tokens is
-replaced by a padding token, and becomes ANY if the latent keeps more than half. If a padding token put before the suffix takes
-half of the activation away, the pattern is anchored to the beginning of a document. What the LM reads is a suffix in the place of
-a whole context: behind BOS, if contexts have it. All latents' examples go forward together, and equal sequences run once.
+Of each example the shortest suffix is sought on which the latent still has half of its activation;
+then each of its tokens is
+replaced by a padding token, and becomes ANY if the latent keeps more than half. If a padding token
+put before the suffix takes
+half of the activation away, the pattern is anchored to the beginning of a document. What the LM
+reads is a suffix in the place of
+a whole context: behind BOS, if contexts have it. All latents' examples go forward together, and
+equal sequences run once.
 
-Documents are dealt to four parts: explanations are built from two, scaled on the third, judged on the fourth (`n2g`: on both).
+Documents are dealt to four parts: explanations are built from two, scaled on the third, judged on
+the fourth (`n2g`: on both).
 """
 
 from __future__ import annotations
@@ -47,7 +53,8 @@ def key(
 
 
 class Example(NamedTuple):
-    """An activation: its latent, the tokens up to its position (without the context's BOS), its value."""
+    """An activation: its latent, the tokens up to its position (without the context's BOS), its
+    value."""
 
     latent: int
     tokens: tuple[int, ...]
@@ -55,7 +62,8 @@ class Example(NamedTuple):
 
 
 class Explainer(Eval):
-    """Draws activations of each latent and builds its patterns; `n2g` and `explained_loss` ask it."""
+    """Draws activations of each latent and builds its patterns; `n2g` and `explained_loss` ask
+    it."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -87,7 +95,8 @@ class Explainer(Eval):
         self.counts = np.bincount(self.drawn.latent, minlength=len(self.wanted))
 
     def explain(self, latents: np.ndarray, observe: Observe) -> None:
-        """Build the explanations of those of the latents that have examples and no explanation yet."""
+        """Build the explanations of those of the latents that have examples and no explanation
+        yet."""
         asked = np.zeros(len(self.wanted), bool)
         asked[latents] = True
         asked &= self.counts >= LEAST
@@ -124,7 +133,7 @@ class Explainer(Eval):
         return tokens[:, self.first :], begins[:, self.first :]
 
 
-# ---- drawing activations -----------------------------------------------------------------------------------------
+# ---- drawing activations -------------------------------------------------------------------------
 
 
 class Activations(NamedTuple):
@@ -159,7 +168,8 @@ def activations(seen: Seen, wanted: np.ndarray, first_context: int) -> Activatio
 
 
 class Reservoir:
-    """The activations of each latent that drew the lowest random numbers, `size` of them: a sample of all, without all in memory."""
+    """The activations of each latent that drew the lowest random numbers, `size` of them: a sample
+    of all, without all in memory."""
 
     def __init__(self, size: int, seed: int):
         self.size, self.generator = size, np.random.default_rng(seed)
@@ -198,10 +208,11 @@ class Reservoir:
         )
 
 
-# ---- building ----------------------------------------------------------------------------------------------------
+# ---- building ------------------------------------------------------------------------------------
 
 Read = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Takes sequences [m, l] and a latent for each, [m]; returns the latent's activation on each sequence's last token."""
+"""Takes sequences [m, l] and a latent for each, [m]; returns the latent's activation on each
+sequence's last token."""
 
 
 class Reader:
@@ -291,7 +302,8 @@ class Suffixes(NamedTuple):
 def shortest_suffixes(
     examples: list[Example], read: Read, observe: Observe = lambda what, done, total: None
 ) -> Suffixes:
-    """Return the shortest suffix of each example on which its latent has half of the activation; the whole where none has."""
+    """Return the shortest suffix of each example on which its latent has half of the activation;
+    the whole where none has."""
     latents, wanted = (
         np.array([example.latent for example in examples], int),
         np.array([example.value for example in examples]),
@@ -349,9 +361,11 @@ def _apart(
 
 
 def choose_pad(tokenizer: object, asked: str, specials: set[int]) -> tuple[int, str]:
-    """Return the id and text of the token that stands for a removed one: the one asked for, or the first of a list that is a token.
+    """Return the id and text of the token that stands for a removed one: the one asked for, or the
+    first of a list that is a token.
 
-    The published code has GPT-2's " _". Where none of the list is a token, the unknown token is taken, else the first that is no special one.
+    The published code has GPT-2's " _". Where none of the list is a token, the unknown token is
+    taken, else the first that is no special one.
     """
     strings = token_strings(tokenizer, range(len(tokenizer)))
     ids = {text: i for i, text in reversed(list(enumerate(strings))) if i not in specials}
@@ -360,7 +374,8 @@ def choose_pad(tokenizer: object, asked: str, specials: set[int]) -> tuple[int, 
         return ids[found], found
     if asked:
         raise InputError(
-            f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or leave it out"
+            f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or "
+            "leave it out"
         )
     unknown = tokenizer.unk_token_id
     chosen = unknown if unknown is not None else min(ids.values())

@@ -1,6 +1,7 @@
 """Held-out text, read once for all questions about all SAEs at one site.
 
-HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶ Eval.see
+HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶
+Eval.see
 """
 
 from __future__ import annotations
@@ -81,12 +82,14 @@ class Batch(_Shared):
         if bad.any():
             document = self.documents[bad][0].item()
             raise NonFiniteError(
-                f"activations at {self.lm.options.site} are NaN or infinite in document {self.corpus.names[document]!r}"
+                f"activations at {self.lm.options.site} are NaN or infinite in document "
+                f"{self.corpus.names[document]!r}"
             )
         return x
 
     def spliced(self, rows: Tensor) -> Tensor:
-        """Return logits [b, t, v] of the LM with rows[m, d] (or [d]) in place of the kept activations."""
+        """Return logits [b, t, v] of the LM with rows[m, d] (or [d]) in place of the kept
+        activations."""
 
         def put(x: Tensor) -> Tensor:
             x = x.clone()
@@ -157,14 +160,16 @@ class Seen:
         return Spliced(self.batch.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1))
 
     def losses_with(self, recon: Tensor) -> Tensor:
-        """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept activations."""
+        """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept
+        activations."""
         return self.batch.losses(
             self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon)))
         )
 
     @cached_property
     def code_grid(self) -> Code:
-        """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of -1."""
+        """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of
+        -1."""
         shape = (*self.batch.keep.shape, self.code.values.shape[1])
         values, indices = self.code.values.new_zeros(shape), self.code.indices.new_full(shape, -1)
         values[self.batch.keep], indices[self.batch.keep] = self.code
@@ -222,14 +227,16 @@ class HeldOut(_Shared):
         notes = [f"only {few} documents: the standard errors are rough"] if few < 10 else []
         if self.corpus.cut_documents:
             notes.append(
-                f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} documents are longer than the limit of {self.options.per_document:,} tokens "
+                f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} "
+                f"documents are longer than the limit of {self.options.per_document:,} tokens "
                 f"(per_document); {self.corpus.cut_tokens:,} of their tokens were not seen"
             )
         return notes
 
     def nothing(self) -> InputError:
         return InputError(
-            f"text {self.acts.text!r} has nothing to evaluate on in its split {self.options.split!r}; "
+            f"text {self.acts.text!r} has nothing to evaluate on in its split "
+            f"{self.options.split!r}; "
             "give more text, or another with --text"
         )
 
@@ -241,8 +248,10 @@ class Subject:
         if data.lm.d_model != sae.shape.d_model:
             own, lm = sae.metadata.get("acts", {}), data.lm
             raise InputError(
-                f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} at {lm.options.site}; "
-                f"the SAE was trained on {own.get('lm', 'an unknown LM')} at {own.get('site', 'an unknown site')}"
+                f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} "
+                f"at {lm.options.site}; "
+                f"the SAE was trained on {own.get('lm', 'an unknown LM')} at "
+                f"{own.get('site', 'an unknown site')}"
             )
         self.sae, self.data, self.options, self.lm = sae, data, data.options, data.lm
         self.parts: dict[type, Eval] = {}
@@ -250,7 +259,8 @@ class Subject:
         """What belongs to every number of it."""
 
     def part(self, kind: type[Part]) -> Part:
-        """Return the one part of a kind, made when it is first asked for; what it needs comes before it."""
+        """Return the one part of a kind, made when it is first asked for; what it needs comes
+        before it."""
         if kind not in self.parts:
             made = kind(self)
             self.parts[kind] = made
@@ -258,12 +268,14 @@ class Subject:
 
 
 class Eval:
-    """One question: sees each batch, works on what it kept, sees each batch again if it must, and answers."""
+    """One question: sees each batch, works on what it kept, sees each batch again if it must, and
+    answers."""
 
     passes: ClassVar[int] = 1
     """How often it sees the text: 0, 1 or 2 times."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """Keys of its result that go into those of other SAEs in the same pass too, so that a figure can show all."""
+    """Keys of its result that go into those of other SAEs in the same pass too, so that a figure
+    can show all."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
@@ -285,6 +297,7 @@ Part = TypeVar("Part", bound=Eval)
 
 
 def acts_of(sae: SAE, lm: LM, options: EvalOptions) -> Acts:
-    """Return the activations to evaluate on: the text and policy the SAE was trained with, on the given LM."""
+    """Return the activations to evaluate on: the text and policy the SAE was trained with, on the
+    given LM."""
     acts = read_with(sae.metadata, lm)
     return dataclasses.replace(acts, text=options.text) if options.text else acts

@@ -1,11 +1,17 @@
-"""How often do latents fire, how strongly, and on what kinds of position? Gao et al. 2024, appendices E.4 to E.6.
+"""How often do latents fire, how strongly, and on what kinds of position? Gao et al. 2024,
+appendices E.4 to E.6.
 
-    Firing     what is counted of each latent: how often it fires by position, by repetition, by token
-    Latents    densities and importances and their laws, moments, dense solutions, opposite pairs, recurring latents, effective tokens
+    Firing     what is counted of each latent: how often it fires by position, by repetition, by
+               token
+    Latents    densities and importances and their laws, moments, dense solutions, opposite pairs,
+               recurring latents, effective tokens
 
-Recurring latents are found by rule: Somers' D between a latent being active and a property of the position, from -1 to 1. For a property that
-is there or not, such as being the first, it is P(active | property) - P(active | not); for the place in the context it is
-P(later | active) - P(earlier | active), of an active and an inactive token drawn at random. Repetition is compared position by position, because
+Recurring latents are found by rule: Somers' D between a latent being active and a property of the
+position, from -1 to 1. For a property that
+is there or not, such as being the first, it is P(active | property) - P(active | not); for the
+place in the context it is
+P(later | active) - P(earlier | active), of an active and an inactive token drawn at random.
+Repetition is compared position by position, because
 tokens are repeated more often late in a context, whatever a latent does.
 """
 
@@ -101,7 +107,8 @@ class Firing(Eval):
         return self.powers.sums[0].numpy() >= LEAST
 
     def effective_tokens(self) -> np.ndarray:
-        """Return exp of the entropy of each latent's mean squared activation over tokens, [n]; NaN where it never fires."""
+        """Return exp of the entropy of each latent's mean squared activation over tokens, [n]; NaN
+        where it never fires."""
         keys, squares = self._together()
         vocabulary = len(self.token_counts)
         return effective(
@@ -118,7 +125,8 @@ def repeats(tokens: Tensor, attention: Tensor) -> Tensor:
 
 
 def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
-    """Return exp(-sum p log p) of each group's weights, p their shares, [n]: m for m equal ones; NaN for a group with none.
+    """Return exp(-sum p log p) of each group's weights, p their shares, [n]: m for m equal ones;
+    NaN for a group with none.
 
     Gao et al. 2024, appendix E.7, with the sign that its formula lost.
     """
@@ -130,7 +138,8 @@ def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
 
 
 class Latents(Eval):
-    """What latents are like: how often they fire and how much they matter, dense and opposite and recurring ones, their tokens."""
+    """What latents are like: how often they fire and how much they matter, dense and opposite and
+    recurring ones, their tokens."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -220,7 +229,8 @@ class Latents(Eval):
     def _recurring(
         self, scores: dict[str, np.ndarray], density: np.ndarray
     ) -> dict[str, list[dict[str, Any]]]:
-        """Return the latents with the highest scores by each rule, and whether the rule has found them."""
+        """Return the latents with the highest scores by each rule, and whether the rule has found
+        them."""
         dense = density >= DENSE
         mean = self.firing.powers.mean_act.numpy()
         found: dict[str, list[dict[str, Any]]] = {}
@@ -269,26 +279,30 @@ class Latents(Eval):
     def _notes(self, density: np.ndarray) -> list[str]:
         keep, live = self.subject.data.acts.keep, int((density > 0).sum())
         notes = [
-            f"laws, moments and effective tokens are of latents that fire on at least {LEAST} tokens"
+            f"laws, moments and effective tokens are of latents that fire on at least {LEAST} "
+            "tokens"
         ]
         if keep == "text":
             notes.append(
-                "the first position of a context is not read (acts.keep is text): 'first' is the first that is"
+                "the first position of a context is not read (acts.keep is text): 'first' is the "
+                "first that is"
             )
         if live > _PAIRED:
             notes.append(
-                f"opposite pairs were looked for among the {_PAIRED:,} densest of {live:,} live latents"
+                f"opposite pairs were looked for among the {_PAIRED:,} densest of {live:,} live "
+                "latents"
             )
         return notes
 
 
-# ---- laws --------------------------------------------------------------------------------------------------------
+# ---- laws ----------------------------------------------------------------------------------------
 
 
 def law(values: np.ndarray) -> dict[str, Any]:
     """Fit a Gaussian and a Laplace distribution to log10 of values > 0 by maximum likelihood.
 
-    margin: the mean log-likelihood of a value by the Gaussian less that by the Laplace law, nats; its standard error is over values (Vuong 1989).
+    margin: the mean log-likelihood of a value by the Gaussian less that by the Laplace law, nats;
+    its standard error is over values (Vuong 1989).
     mode: where the density of log10 is highest, by Gaussian kernels of Scott's width.
     """
     from scipy.stats import gaussian_kde
@@ -340,16 +354,18 @@ def histogram(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def quartiles(values: np.ndarray) -> list[float] | None:
-    """Return the least, the quartiles and the largest of the finite values; None if there is none."""
+    """Return the least, the quartiles and the largest of the finite values; None if there is
+    none."""
     finite = values[np.isfinite(values)]
     return np.quantile(finite, (0, 0.25, 0.5, 0.75, 1)).tolist() if len(finite) else None
 
 
-# ---- rules -------------------------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
 def difference(active: np.ndarray, of: float, other: np.ndarray, other_of: float) -> np.ndarray:
-    """Return the share of tokens with a property that are active less the share of the others, [n]; NaN where either has none."""
+    """Return the share of tokens with a property that are active less the share of the others, [n];
+    NaN where either has none."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return (
             np.asarray(active) / of - np.asarray(other) / other_of
@@ -359,7 +375,8 @@ def difference(active: np.ndarray, of: float, other: np.ndarray, other_of: float
 
 
 def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
-    """Return Somers' D of being active with the position, [n], from counts active[n, t] of everywhere[t] tokens; NaN where nothing differs."""
+    """Return Somers' D of being active with the position, [n], from counts active[n, t] of
+    everywhere[t] tokens; NaN where nothing differs."""
     idle = everywhere - active
     before = np.cumsum(idle, 1) - idle
     after = idle.sum(1, keepdims=True) - before - idle
@@ -371,9 +388,11 @@ def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
 def stratified(
     active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, everywhere: np.ndarray
 ) -> np.ndarray:
-    """Return P(active | property) - P(active | not) within positions, [n], as the Mantel-Haenszel risk difference; NaN where it is not defined.
+    """Return P(active | property) - P(active | not) within positions, [n], as the Mantel-Haenszel
+    risk difference; NaN where it is not defined.
 
-    active_with[n, t] and with_[t] count what has the property; active[n, t] and everywhere[t] count all.
+    active_with[n, t] and with_[t] count what has the property; active[n, t] and everywhere[t] count
+    all.
     """
     without = everywhere - with_
     there = (with_ > 0) & (without > 0)
@@ -386,7 +405,8 @@ def stratified(
 
 @torch.no_grad()
 def opposites(directions: Tensor, observe: Observe) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most negative cosine of each row of directions[m, d] with another, and which row that is."""
+    """Return the most negative cosine of each row of directions[m, d] with another, and which row
+    that is."""
     m = len(directions)
     if m < 2:
         return np.full(m, np.nan), np.zeros(m, int)

@@ -1,8 +1,10 @@
-"""Can latents be explained by short patterns of tokens? Precision and recall of N2G: Gao et al. 2024, section 4.3.
+"""Can latents be explained by short patterns of tokens? Precision and recall of N2G: Gao et al.
+2024, section 4.3.
 
 recall      share of random activations of a latent at which its explanation predicts one
 precision   share of random tokens with a prediction on which the latent is active
-Both on documents that the explanation was not built from, and both for explanations dealt to the wrong latents beside it.
+Both on documents that the explanation was not built from, and both for explanations dealt to the
+wrong latents beside it.
 """
 
 from __future__ import annotations
@@ -133,7 +135,8 @@ class N2G(Eval):
     def _recalled(
         self, mine: Activations, predictor: Predictor, other: np.ndarray, slot: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each activation whether its latent's explanation predicts one, and whether another's does."""
+        """Return for each activation whether its latent's explanation predicts one, and whether
+        another's does."""
         rows, context = np.unique(mine.context, return_inverse=True)
         tokens, begins = self.explainer.text(self.explainer.tokens[rows])
         position = mine.position - self.explainer.first
@@ -149,7 +152,8 @@ class N2G(Eval):
     def _precise(
         self, found: Matches, scored: np.ndarray, slot: np.ndarray, length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return precision, predictions and right predictions of each scored latent; NaN where nothing was predicted."""
+        """Return precision, predictions and right predictions of each scored latent; NaN where
+        nothing was predicted."""
         right = np.isin(
             self._key(found.context, found.position + self.explainer.first, found.latent, length),
             np.concatenate(self.active),
@@ -168,11 +172,13 @@ class N2G(Eval):
         notes = [f"a removed token is replaced by {explainer.pad_text!r} (id {explainer.pad})"]
         if self.too_few:
             notes.append(
-                f"{len(self.too_few)} latents fired, but less than {LEAST} times on one side of the text, and are left out"
+                f"{len(self.too_few)} latents fired, but less than {LEAST} times on one side of "
+                "the text, and are left out"
             )
         if silent := int(np.isnan(rates["precision"]).sum()):
             notes.append(
-                f"{silent} explanations predicted nothing on {self.tokens:,} tokens: they have no precision and no F1"
+                f"{silent} explanations predicted nothing on {self.tokens:,} tokens: they have no "
+                "precision and no F1"
             )
         if len(self.scored) < self.subject.options.latents:
             notes.append(f"only {len(self.scored)} latents could be scored")
@@ -227,7 +233,8 @@ def over_latents(values: np.ndarray) -> Estimate:
 
 
 def pattern_arrays(explanations: dict[int, list[Pattern]]) -> dict[str, torch.Tensor]:
-    """Return all patterns as flat arrays: of pattern p the tokens pattern_tokens[pattern_start[p] : pattern_start[p + 1]]; -1 is ANY."""
+    """Return all patterns as flat arrays: of pattern p the tokens pattern_tokens[pattern_start[p] :
+    pattern_start[p + 1]]; -1 is ANY."""
     every = [
         (latent, pattern)
         for latent, patterns in sorted(explanations.items())

@@ -1,13 +1,20 @@
-"""Logistic regression by Newton-Raphson: one probe for each latent, thousands at once, and one on all of d_model.
+"""Logistic regression by Newton-Raphson: one probe for each latent, thousands at once, and one on
+all of d_model.
 
-    minimise over w, b     mean_s [softplus(a_s) - y_s a_s] + l2 / 2 (sigma w)^2,     a_s = w z_s + b
+    minimise over w, b     mean_s [softplus(a_s) - y_s a_s] + l2 / 2 (sigma w)^2,     a_s = w z_s +
+                           b
 
-sigma is the standard deviation of z, so that the penalty does not depend on the latent's scale; b has none. With d the largest change
-that a step makes to any a_s, the objective falls by at least 1 - (e^d - 1 - d) / d^2 times the squared Newton decrement, since
-logistic loss is self-concordant in that sense (Bach 2010; Sun & Tran-Dinh 2019). So a step with d <= 1 is taken whole, and a larger
-one shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is needed. Dense problems come near the
+sigma is the standard deviation of z, so that the penalty does not depend on the latent's scale; b
+has none. With d the largest change
+that a step makes to any a_s, the objective falls by at least 1 - (e^d - 1 - d) / d^2 times the
+squared Newton decrement, since
+logistic loss is self-concordant in that sense (Bach 2010; Sun & Tran-Dinh 2019). So a step with d
+<= 1 is taken whole, and a larger
+one shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is
+needed. Dense problems come near the
 optimum in float32; what counts, the last steps, is float64.
-A latent without variance gets w = 0 and the label's log-odds. Labels of only one kind have no optimum and are refused.
+A latent without variance gets w = 0 and the label's log-odds. Labels of only one kind have no
+optimum and are refused.
 """
 
 from __future__ import annotations
@@ -23,12 +30,14 @@ from ksparse.errors import InputError
 
 _STEPS = 100
 _NEAR = 1e-3
-_LAST = 1e-5  # a step that changes no logit by more is the last: what it leaves is of the order of its square
+# a step that changes no logit by more is the last: what it leaves is of the order of its square
+_LAST = 1e-5
 _BLOCK = 1 << 18  # values of z worked on at a time: in cache
 
 
 class Fit(NamedTuple):
-    """Probes sigmoid(weight z + bias), each field [n] float64; loss is the mean cross-entropy on the rows of the fit, without penalty."""
+    """Probes sigmoid(weight z + bias), each field [n] float64; loss is the mean cross-entropy on
+    the rows of the fit, without penalty."""
 
     weight: Tensor
     bias: Tensor
@@ -38,7 +47,8 @@ class Fit(NamedTuple):
 def fit(z: Tensor, y: Tensor, *, l2: float, finish: int | None = None) -> Fit:
     """Fit a probe for each row of z[n, s] to labels y[s].
 
-    finish: take only so many, those of lowest loss, from float32 to float64; the others stay within about 1e-5 of their optimum.
+    finish: take only so many, those of lowest loss, from float32 to float64; the others stay within
+    about 1e-5 of their optimum.
     """
     base = log_odds(y)
     size = max(1, _BLOCK // max(1, z.shape[1]))
@@ -63,7 +73,8 @@ def fit(z: Tensor, y: Tensor, *, l2: float, finish: int | None = None) -> Fit:
 def fit_sparse(
     latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int, *, l2: float
 ) -> Fit:
-    """Fit a probe for each of n latents whose value is values[e] on row rows[e] and 0 on all rows that are not named.
+    """Fit a probe for each of n latents whose value is values[e] on row rows[e] and 0 on all rows
+    that are not named.
 
     The same as `fit` on the dense matrix, at the cost of the entries: all rows at 0 share one term.
     """
@@ -106,7 +117,8 @@ class _Problem(Protocol):
 def _solve(
     problem: _Problem, l2: float, weight: Tensor, bias: Tensor, last: float = _LAST
 ) -> tuple[Tensor, Tensor]:
-    """Return (weight, bias), each [n], from where the steps begin; they end after one that changes no logit by more than `last`."""
+    """Return (weight, bias), each [n], from where the steps begin; they end after one that changes
+    no logit by more than `last`."""
     weight, bias = weight.clone(), bias.clone()
     at = torch.arange(len(weight), device=weight.device)
     w, b = weight, bias
@@ -127,7 +139,7 @@ def _solve(
     return weight, bias
 
 
-# ---- dense -------------------------------------------------------------------------------------------------------
+# ---- dense ---------------------------------------------------------------------------------------
 
 
 class _Dense:
@@ -138,7 +150,8 @@ class _Dense:
         self.mean_y, self.mean_yz = y.to(z).mean(), z @ y.to(z) / len(y)
 
     def first(self, l2: float, bias: float) -> tuple[Tensor, Tensor]:
-        """Return where the first step from weight 0 leads: all rows have the same prediction there, so it needs no look at them."""
+        """Return where the first step from weight 0 leads: all rows have the same prediction there,
+        so it needs no look at them."""
         p = 1 / (1 + math.exp(-bias))
         weight = self.mean_yz / (p * (1 - p) + l2)
         largest = weight.abs() * torch.maximum(-self.low, self.high)
@@ -186,7 +199,8 @@ def _exact(z: Tensor, y: Tensor, l2: float, base: float, near: Fit) -> Fit:
 
 
 def _scaled(z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z[n, s] with mean 0 and variance 1, and its standard deviation [n, 1]; of a latent without variance, zeros and infinity."""
+    """Return z[n, s] with mean 0 and variance 1, and its standard deviation [n, 1]; of a latent
+    without variance, zeros and infinity."""
     z = z - mean
     scale = torch.linalg.vector_norm(z, dim=1, keepdim=True) / math.sqrt(z.shape[1])
     scale = torch.where(
@@ -207,11 +221,12 @@ def _as_given(
     return Fit(weight, bias.double() - weight * mean.squeeze(1).double(), loss)
 
 
-# ---- sparse ------------------------------------------------------------------------------------------------------
+# ---- sparse --------------------------------------------------------------------------------------
 
 
 class _Sparse:
-    """Entries sorted by latent, their values scaled by the latent's standard deviation, rows at zero counted."""
+    """Entries sorted by latent, their values scaled by the latent's standard deviation, rows at
+    zero counted."""
 
     def __init__(self, latents: Tensor, rows: Tensor, values: Tensor, y: Tensor, n: int):
         self.rows, self.n, self.j, self.t = len(y), n, latents, y[rows]
@@ -270,13 +285,14 @@ class _Sparse:
         return (active + self.zeros * softplus(bias) - self.zero_positive * bias) / self.rows
 
 
-# ---- all of d_model ----------------------------------------------------------------------------------------------
+# ---- all of d_model ------------------------------------------------------------------------------
 
 _PENALTIES = tuple(10.0**power for power in range(-4, 3))
 
 
 def fit_whole(x: Tensor, y: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
-    """Return (weight[d], bias) of the probe on x[s, d], its columns as they are, with penalty l2 / 2 |w|^2.
+    """Return (weight[d], bias) of the probe on x[s, d], its columns as they are, with penalty l2 /
+    2 |w|^2.
 
     The weight lies in the span of the rows, so the problem has no more unknowns than rows.
     """
@@ -306,9 +322,11 @@ def fit_whole(x: Tensor, y: Tensor, *, l2: float) -> tuple[Tensor, Tensor]:
 
 
 def choose_penalty(x: Tensor, y: Tensor, clusters: Tensor) -> float:
-    """Return the penalty, of powers of ten, that is best on every fourth cluster of rows after a fit to the others.
+    """Return the penalty, of powers of ten, that is best on every fourth cluster of rows after a
+    fit to the others.
 
-    Whole clusters are set aside, since rows of one document are alike; rows, if that would leave a side with one label.
+    Whole clusters are set aside, since rows of one document are alike; rows, if that would leave a
+    side with one label.
     """
     aside = clusters.unique(return_inverse=True)[1] % 4 == 3
     if any(len(side.unique()) < 2 for side in (y[aside], y[~aside])):

@@ -1,4 +1,5 @@
-"""Unigram and bigram predictions of the next token, counted on training text: what a loss is held against."""
+"""Unigram and bigram predictions of the next token, counted on training text: what a loss is held
+against."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ class Ngrams:
     """Counts of tokens and of pairs; loss in nats.
 
     unigram     (count + 1) / (all + vocabulary)
-    bigram      absolute discounting: (count(v, w) - 0.75) / count(v), what is taken off going to the unigram
+    bigram      absolute discounting: (count(v, w) - 0.75) / count(v), what is taken off going to
+                the unigram
     """
 
     def __init__(

@@ -1,11 +1,15 @@
-"""Patterns of tokens that predict a latent's activation: the explanations of N2G (Gao et al. 2024, section 4.3).
+"""Patterns of tokens that predict a latent's activation: the explanations of N2G (Gao et al. 2024,
+section 4.3).
 
-A *pattern* is a run of tokens, some of them `ANY`, that ends at the position it speaks of; an anchored one must begin where a
-document does. An *explanation* is what patterns say of one latent: at each position the most specific of those that match counts.
+A *pattern* is a run of tokens, some of them `ANY`, that ends at the position it speaks of; an
+anchored one must begin where a
+document does. An *explanation* is what patterns say of one latent: at each position the most
+specific of those that match counts.
 
     predict          the definition, one position at a time
     Matcher          the same for all positions and all latents at once
-    Greedy           the published trie with its faults: it stops at the first value it meets and prefers a token to ANY
+    Greedy           the published trie with its faults: it stops at the first value it meets and
+                     prefers a token to ANY
                      without ever going back
 """
 
@@ -22,7 +26,8 @@ _PAIRS = 4_000_000  # of a position and a pattern, looked at together
 
 
 class Pattern(NamedTuple):
-    """Tokens in reading order, the last being that of the position; value: the activation it predicts; support: its examples."""
+    """Tokens in reading order, the last being that of the position; value: the activation it
+    predicts; support: its examples."""
 
     tokens: tuple[int, ...]
     anchored: bool
@@ -31,7 +36,8 @@ class Pattern(NamedTuple):
 
     @property
     def specificity(self) -> tuple[int, int, float]:
-        """Length (an anchor counts as one), then tokens that are not ANY; of equals the larger value."""
+        """Length (an anchor counts as one), then tokens that are not ANY; of equals the larger
+        value."""
         return (
             len(self.tokens) + self.anchored,
             sum(token != ANY for token in self.tokens),
@@ -58,7 +64,8 @@ def merged(patterns: Iterable[Pattern]) -> list[Pattern]:
 def predict(
     patterns: Iterable[Pattern], tokens: Sequence[int], begins: Sequence[bool]
 ) -> list[float]:
-    """Return what an explanation predicts at each of the tokens; begins: whether a document begins with the token."""
+    """Return what an explanation predicts at each of the tokens; begins: whether a document begins
+    with the token."""
     return [
         max(
             (pattern for pattern in patterns if _matches(pattern, tokens, begins, at)),
@@ -79,7 +86,8 @@ def _matches(pattern: Pattern, tokens: Sequence[int], begins: Sequence[bool], at
 
 
 class Matches(NamedTuple):
-    """Where which latent is predicted to be active, and how much: each field [m], one entry for each position and latent."""
+    """Where which latent is predicted to be active, and how much: each field [m], one entry for
+    each position and latent."""
 
     context: np.ndarray
     position: np.ndarray
@@ -182,13 +190,14 @@ class Matcher:
         return Matches(context[pair], position[pair], latent[best], value[best])
 
 
-# ---- as published ------------------------------------------------------------------------------------------------
+# ---- as published --------------------------------------------------------------------------------
 
 _START, _VALUE = "start", "value"
 
 
 class Greedy:
-    """Tries that are walked backwards from a position, as in the published code; patterns in the order of their examples."""
+    """Tries that are walked backwards from a position, as in the published code; patterns in the
+    order of their examples."""
 
     def __init__(self, explanations: dict[int, list[Pattern]]):
         self.tries = {latent: trie(patterns) for latent, patterns in explanations.items()}
@@ -226,7 +235,8 @@ def trie(patterns: Iterable[Pattern]) -> dict[Any, Any]:
 
 
 def walk(node: dict[Any, Any], tokens: Sequence[int]) -> float:
-    """Return the first value met on the way back from the last token, taking a token before ANY; 0 if there is none."""
+    """Return the first value met on the way back from the last token, taking a token before ANY; 0
+    if there is none."""
     for token in reversed(tokens):
         node = node.get(token) or node.get(ANY) or {}
         if _VALUE in node:

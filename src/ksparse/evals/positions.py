@@ -12,7 +12,8 @@ from ksparse.evals.stats import spread
 
 
 class Positions(Eval):
-    """Norm, error, L0 and the LM's additional loss at each position of the context; position 0 is its first token, BOS if it has one."""
+    """Norm, error, L0 and the LM's additional loss at each position of the context; position 0 is
+    its first token, BOS if it has one."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)

@@ -1,4 +1,5 @@
-"""How often and how strongly each latent fires: sums over the text, for whichever evaluation asks."""
+"""How often and how strongly each latent fires: sums over the text, for whichever evaluation
+asks."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from ksparse.evals.held_out import Eval, Seen, Subject
 
 
 class Powers(Eval):
-    """Sums of each latent's activation to the powers 0 (how often it is above 0) to 4, sums[5, n], and its largest, [n]."""
+    """Sums of each latent's activation to the powers 0 (how often it is above 0) to 4, sums[5, n],
+    and its largest, [n]."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -31,7 +33,8 @@ class Powers(Eval):
 
     @property
     def means(self) -> Tensor:
-        """The means of the same powers over all tokens, [5, n]: density, E[a], E[a^2], E[a^3], E[a^4]."""
+        """The means of the same powers over all tokens, [5, n]: density, E[a], E[a^2], E[a^3],
+        E[a^4]."""
         return self.sums / max(1, self.tokens)
 
     @property

@@ -1,7 +1,9 @@
 """Do single latents know what we know? Probe loss: Gao et al. 2024, section 4.2, eq. 4.
 
-For each task a logistic probe is fitted to each latent alone. The best latent is chosen on the training half of the task's rows and
-its loss taken on the other half: the smallest of n losses on the rows of the fit, which the paper reports, falls with n even for
+For each task a logistic probe is fitted to each latent alone. The best latent is chosen on the
+training half of the task's rows and
+its loss taken on the other half: the smallest of n losses on the rows of the fit, which the paper
+reports, falls with n even for
 latents that know nothing. That number is reported beside it, as `probe_loss_in_sample`.
 """
 
@@ -29,7 +31,8 @@ KINDS = ("probe", "channel", "random_sae", "dense_probe", "prior")
 
 @dataclass
 class Best:
-    """The best of n probes of a task: which, its weight and bias, and the training loss of all [n]."""
+    """The best of n probes of a task: which, its weight and bias, and the training loss of all
+    [n]."""
 
     latent: int
     weight: float
@@ -39,7 +42,8 @@ class Best:
 
 @dataclass
 class Judged:
-    """One task's losses, a Clustered for each kind of probe, and the latents that were best in training."""
+    """One task's losses, a Clustered for each kind of probe, and the latents that were best in
+    training."""
 
     latent: int
     losses: dict[str, Clustered]
@@ -49,7 +53,8 @@ class Judged:
 
 
 class Probes(Eval):
-    """The loss of the best single latent of each task, beside channels, random latents, all dimensions and the label's share."""
+    """The loss of the best single latent of each task, beside channels, random latents, all
+    dimensions and the label's share."""
 
     passes = 0
 
@@ -182,7 +187,8 @@ def _check(rows: Rows) -> None:
             count = int((labels == label).sum())
             if count < 5:
                 raise InputError(
-                    f"task {rows.name}: {count} rows with label {label} in its {name} half; at least 5 are needed"
+                    f"task {rows.name}: {count} rows with label {label} in its {name} half; at "
+                    "least 5 are needed"
                 )
 
 
@@ -196,7 +202,8 @@ def random_sae(sae: SAE, seed: int) -> SAE:
 
 
 def baselines(train: Rows, test: Rows, position: str, l2: float) -> dict[str, Tensor]:
-    """Return test logits of what does not depend on the SAE: the best channel, a probe on all dimensions, the label's share."""
+    """Return test logits of what does not depend on the SAE: the best channel, a probe on all
+    dimensions, the label's share."""
     _, channel = _probe(_Channels(position), train, test, l2)
     x_train, x_test = (
         _pooled(rows.x, rows, "mean" if position == "mean" else position) for rows in (train, test)
@@ -219,7 +226,8 @@ def baselines(train: Rows, test: Rows, position: str, l2: float) -> dict[str, Te
 
 
 def _probe(bank: _Bank, train: Rows, test: Rows, l2: float) -> tuple[Best, Tensor]:
-    """Fit a probe to each latent of a bank; return the best in training, and its logits [s] on the test rows."""
+    """Fit a probe to each latent of a bank; return the best in training, and its logits [s] on the
+    test rows."""
     fitted = bank.fit(train, l2)
     latent = int(fitted.loss.argmin())
     weight, bias = fitted.weight[latent], fitted.bias[latent]
@@ -228,11 +236,12 @@ def _probe(bank: _Bank, train: Rows, test: Rows, l2: float) -> tuple[Best, Tenso
     ) + bias
 
 
-# ---- what is probed ----------------------------------------------------------------------------------------------
+# ---- what is probed ------------------------------------------------------------------------------
 
 
 class _Bank(Protocol):
-    """Numbers that a text or a token has one of for each latent: a probe for each, and one latent's values [s] as float64."""
+    """Numbers that a text or a token has one of for each latent: a probe for each, and one latent's
+    values [s] as float64."""
 
     def fit(self, rows: Rows, l2: float) -> newton.Fit: ...
     def values(self, rows: Rows, latent: int) -> Tensor: ...
@@ -284,7 +293,8 @@ class _Latents:
         )
 
     def _centred(self, rows: Rows) -> Tensor:
-        """Return x - b_pre; the mean over positions is taken of it, since pre-activations are linear in it."""
+        """Return x - b_pre; the mean over positions is taken of it, since pre-activations are
+        linear in it."""
         x = self.sae.normalize(rows.x).x - self.sae.b_pre
         return _pooled(x, rows, "mean") if self.position == "mean" else x
 
@@ -309,7 +319,8 @@ class _Latents:
 
 
 def _pooled(values: Tensor, rows: Rows, position: str) -> Tensor:
-    """Return [s, c] from values[m, c] of all activations: the last's, which is the only one, or the mean or largest of each row."""
+    """Return [s, c] from values[m, c] of all activations: the last's, which is the only one, or the
+    mean or largest of each row."""
     if position == "last":
         return values
     shape = (len(rows.label), values.shape[1])

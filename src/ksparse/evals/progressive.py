@@ -1,11 +1,16 @@
-"""Is a code still good at another k, or with a threshold in the place of k? Gao et al. 2024, section 5.3.
+"""Is a code still good at another k, or with a threshold in the place of k? Gao et al. 2024,
+section 5.3.
 
-After training the activation is replaced by TopK(k'), or by z 1[z > threshold] with one threshold for all latents, and the error and
-the loss of the LM are traced against the L0 that this gives. A code is progressive if more latents always help.
+After training the activation is replaced by TopK(k'), or by z 1[z > threshold] with one threshold
+for all latents, and the error and
+the loss of the LM are traced against the L0 that this gives. A code is progressive if more latents
+always help.
 
-    threshold_for(sae, x, l0)    the threshold that gives a wanted L0      at_threshold(sae, x, threshold)   the code that it gives
+    threshold_for(sae, x, l0)    the threshold that gives a wanted L0      at_threshold(sae, x,
+                                 threshold)   the code that it gives
 
-z are the positive pre-activations; of an SAE whose gate is part of its values (gated, prolu) the values that the gate lets through.
+z are the positive pre-activations; of an SAE whose gate is part of its values (gated, prolu) the
+values that the gate lets through.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ CHOSEN_ON = 8_192  # tokens that thresholds are chosen on
 
 
 class Progressive(Eval):
-    """L0, error and loss of the LM with the SAE's own activation, with TopK(k'), with a threshold, with all positive latents."""
+    """L0, error and loss of the LM with the SAE's own activation, with TopK(k'), with a threshold,
+    with all positive latents."""
 
     beside = ("own", "topk", "threshold", "all")
 
@@ -107,7 +113,8 @@ class Progressive(Eval):
                 "n_tokens": self.tokens,
                 "n_documents": len(self.sums),
                 "notes": [
-                    f"thresholds were chosen for the L0 they have on the first {self.chosen_on:,} tokens; l0 is what they have on all"
+                    f"thresholds were chosen for the L0 they have on the first {self.chosen_on:,} "
+                    "tokens; l0 is what they have on all"
                 ],
             }
         )
@@ -131,7 +138,8 @@ def _first_rows(subject: Subject) -> Tensor:
 
 @torch.no_grad()
 def positive(sae: SAE, x: Tensor) -> Tensor:
-    """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left out for being too small."""
+    """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left
+    out for being too small."""
     return (
         sae.activate(x).dense(sae.shape.n_latents)
         if sae.shape.activation in GATES
@@ -140,20 +148,24 @@ def positive(sae: SAE, x: Tensor) -> Tensor:
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:
-    """Return the threshold at which raw activations x[m, d] have so many active latents on average."""
+    """Return the threshold at which raw activations x[m, d] have so many active latents on
+    average."""
     return thresholds_for(sae, x, [l0])[0]
 
 
 @torch.no_grad()
 def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
-    """Return a threshold for each wanted L0: the mean of the two values between which as many are above as it asks for.
+    """Return a threshold for each wanted L0: the mean of the two values between which as many are
+    above as it asks for.
 
-    0 where fewer latents than that are positive at all. Exact on x; other text has about the same L0.
+    0 where fewer latents than that are positive at all. Exact on x; other text has about the same
+    L0.
     """
     for l0 in l0s:
         if not 0 < l0 <= sae.shape.n_latents:
             raise InputError(
-                f"an L0 of {l0:g} is not to be had: give more than 0, and at most the {sae.shape.n_latents} latents"
+                f"an L0 of {l0:g} is not to be had: give more than 0, and at most the "
+                f"{sae.shape.n_latents} latents"
             )
     if not len(x):
         raise InputError("a threshold needs activations to be chosen on; got none")
@@ -177,7 +189,8 @@ def thresholds_for(sae: SAE, x: Tensor, l0s: Sequence[float]) -> list[float]:
 
 @torch.no_grad()
 def at_threshold(sae: SAE, x: Tensor, threshold: float) -> Code:
-    """Return the code of raw activations x[m, d] by z 1[z > threshold]; rows are padded with values of 0."""
+    """Return the code of raw activations x[m, d] by z 1[z > threshold]; rows are padded with values
+    of 0."""
     if threshold < 0:
         raise InputError(f"the threshold is {threshold:g}; it must not be negative")
     acts = positive(sae, sae.normalize(x).x)

@@ -1,9 +1,12 @@
 """Are the values of a code the best ones for its latents? Gao et al. 2024, section 5.1.
 
-The active latents of each token are kept, and their values alone are optimised: at least 0, for the least squared error, the decoder
-fixed. Where an L1 penalty has shrunk the values they go up; a TopK code should stay where it is on average.
+The active latents of each token are kept, and their values alone are optimised: at least 0, for the
+least squared error, the decoder
+fixed. Where an L1 penalty has shrunk the values they go up; a TopK code should stay where it is on
+average.
 
-    refine(sae, x, code)   accelerated projected gradient, all tokens at once      exact(sae, x, code)   an active-set method, one by one
+    refine(sae, x, code)   accelerated projected gradient, all tokens at once      exact(sae, x,
+                           code)   an active-set method, one by one
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ _BINS = np.linspace(-2, 2, 161)  # of (refined - raw) over the mean active value
 
 
 class Refinement(Eval):
-    """Error and loss of the LM with values as encoded and refined, and the distribution of the difference."""
+    """Error and loss of the LM with values as encoded and refined, and the distribution of the
+    difference."""
 
     beside = (
         "histogram",
@@ -118,7 +122,8 @@ class Refinement(Eval):
         notes = []
         if missed := int(count.sum() - sums["converged"].sum()):
             notes.append(
-                f"{missed} tokens had not converged after {MOST_STEPS:,} steps; their values are those of the last one"
+                f"{missed} tokens had not converged after {MOST_STEPS:,} steps; their values are "
+                "those of the last one"
             )
         return Result(
             {
@@ -151,7 +156,8 @@ class Refinement(Eval):
 
 
 class Refined(NamedTuple):
-    """values[b, k] as float64, 0 where the code had none; which tokens met the stopping rule, [b]; the most steps a token took."""
+    """values[b, k] as float64, 0 where the code had none; which tokens met the stopping rule, [b];
+    the most steps a token took."""
 
     values: Tensor
     converged: Tensor
@@ -162,10 +168,13 @@ class Refined(NamedTuple):
 def refine(
     sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, most: int = MOST_STEPS
 ) -> Refined:
-    """Return the non-negative values of a code's active latents that have the least squared error on normalised x[b, d].
+    """Return the non-negative values of a code's active latents that have the least squared error
+    on normalised x[b, d].
 
-    Projected gradient with Nesterov's momentum, which restarts where it points uphill. A token is done when no component of its
-    projected gradient, max(g, -z), is larger than `tolerance` times the largest correlation of a latent with the input.
+    Projected gradient with Nesterov's momentum, which restarts where it points uphill. A token is
+    done when no component of its
+    projected gradient, max(g, -z), is larger than `tolerance` times the largest correlation of a
+    latent with the input.
     """
     if len(x) != len(code.values):
         raise InputError(f"refinement got {len(x)} activations and codes of {len(code.values)}")
@@ -212,7 +221,8 @@ def refine(
 
 
 def _groups(widths: Tensor, d: int) -> list[Tensor]:
-    """Return rows in groups of like width, each small enough for its Gram matrices to stay in cache."""
+    """Return rows in groups of like width, each small enough for its Gram matrices to stay in
+    cache."""
     groups, order = [], widths.argsort(descending=True)
     at = 0
     while at < len(order):
@@ -226,7 +236,8 @@ def _groups(widths: Tensor, d: int) -> list[Tensor]:
 def _descend(
     gram: Tensor, pull: Tensor, start: Tensor, tolerance: float, most: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Minimise z G z / 2 - c z over z >= 0 for G = gram[b, k, k], c = pull[b, k]; return (z, whether converged [b], steps)."""
+    """Minimise z G z / 2 - c z over z >= 0 for G = gram[b, k, k], c = pull[b, k]; return (z,
+    whether converged [b], steps)."""
     result, converged = (
         start.clone(),
         torch.zeros(len(start), dtype=torch.bool, device=start.device),
@@ -266,7 +277,8 @@ def _times(gram: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exact(sae: SAE, x: Tensor, code: Code) -> Tensor:
-    """Return the same for one token, x[d] with its code [k], by Lawson and Hanson's active-set method (scipy.optimize.nnls), as float64."""
+    """Return the same for one token, x[d] with its code [k], by Lawson and Hanson's active-set
+    method (scipy.optimize.nnls), as float64."""
     from scipy.optimize import nnls
 
     active = (code.values > 0).cpu()
@@ -290,7 +302,8 @@ def _error(sae: SAE, target: Tensor, indices: Tensor, values: Tensor) -> float:
 
 
 def median(values: np.ndarray, documents: np.ndarray) -> Estimate:
-    """Return the median of values that come from documents; its standard error is that of the share below it over the density there."""
+    """Return the median of values that come from documents; its standard error is that of the share
+    below it over the density there."""
     if not len(values):
         return {"value": None, "se": None}
     low, middle, high = np.quantile(values, (0.4, 0.5, 0.6))

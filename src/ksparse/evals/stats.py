@@ -21,7 +21,10 @@ TOKENS = 8  # tokens that a latent fires on most
 BIN, BARS = (
     0.2,
     128,
-)  # of histograms of values, in the size of a component of the input: the published viewer's bins for inputs of norm sqrt(d_model)
+    # of histograms of values, in the size of a component of the input: the published viewer's bins
+    # for
+    # inputs of norm sqrt(d_model)
+)
 _EXAMPLE_TOKENS = (
     2**20
 )  # examples are drawn from so many tokens at most, all of whose codes are in memory
@@ -29,7 +32,8 @@ _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
 
 class Stats(Eval):
-    """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each latent."""
+    """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each
+    latent."""
 
     def __init__(self, subject: Subject):
         super().__init__(subject)
@@ -118,7 +122,8 @@ class Stats(Eval):
         held, read = sum(map(len, self.tokens)), self.subject.data.contexts
         values["notes"] = (
             [
-                f"examples, and what is counted beside them, are of the first {held:,} of {read:,} contexts"
+                f"examples, and what is counted beside them, are of the first {held:,} of {read:,} "
+                "contexts"
             ]
             if 0 < held < read
             else []
@@ -134,7 +139,8 @@ class Stats(Eval):
         return {"bar_start": start, "bar": (bar + 1).short(), "bar_count": self.bars[latent, bar]}
 
     def _examples(self) -> dict[str, Tensor]:
-        """Choose contexts for each latent: its strongest, random ones in which it fires, and some of each band of sizes; count the rest."""
+        """Choose contexts for each latent: its strongest, random ones in which it fires, and some
+        of each band of sizes; count the rest."""
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
@@ -181,7 +187,8 @@ class Stats(Eval):
 
 
 def bands(examples: int) -> dict[str, int]:
-    """Return into how many bands of sizes activations are dealt, and how many of so many examples come from each."""
+    """Return into how many bands of sizes activations are dealt, and how many of so many examples
+    come from each."""
     count = min(BANDS, examples)
     return {"count": count, "each": examples // max(1, count)}
 
@@ -189,7 +196,8 @@ def bands(examples: int) -> dict[str, int]:
 def best_per_band(
     latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the largest activations' band."""
+    """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the
+    largest activations' band."""
     count, each = bands(m).values()
     band = band_of(latent, value, n, count)
     chosen, place = best_per_group(
@@ -199,7 +207,8 @@ def best_per_band(
 
 
 def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.ndarray:
-    """Return the band of each activation among its latent's, by rank: 0 has the largest, count - 1 the smallest, all equally many."""
+    """Return the band of each activation among its latent's, by rank: 0 has the largest, count - 1
+    the smallest, all equally many."""
     order = np.lexsort((-value, latent))
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order)) - np.searchsorted(latent[order], latent[order])
@@ -207,7 +216,8 @@ def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.nda
 
 
 def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """Count each latent's activations in bins of equal width from 0 to its largest value, [n, BINS]."""
+    """Count each latent's activations in bins of equal width from 0 to its largest value, [n,
+    BINS]."""
     at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
     return (
         np.bincount(latent * BINS + at, minlength=len(largest) * BINS)
@@ -219,7 +229,8 @@ def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np
 def fired_on(
     latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int
 ) -> dict[str, np.ndarray]:
-    """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and on_share, of its activations."""
+    """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and
+    on_share, of its activations."""
     pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
     owner = pairs // vocabulary
     order = np.lexsort((-counts, owner))
@@ -232,7 +243,8 @@ def fired_on(
 
 
 def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return each document's squared distance to the mean over all documents, from sums: the error of predicting the mean."""
+    """Return each document's squared distance to the mean over all documents, from sums: the error
+    of predicting the mean."""
     mean = total.sum(0) / max(1, count.sum())
     return square - 2 * total @ mean + count * (mean @ mean)
 
@@ -240,7 +252,8 @@ def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarr
 def best_per_group(
     latent: np.ndarray, context: np.ndarray, rank: np.ndarray, n: int, m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which entries are the m of highest rank of their latent, at most one of each context, and their place in 0..m-1."""
+    """Return which entries are the m of highest rank of their latent, at most one of each context,
+    and their place in 0..m-1."""
     order = np.lexsort((-rank, context, latent))
     first = np.ones(len(order), bool)
     first[1:] = (latent[order][1:] != latent[order][:-1]) | (
@@ -254,7 +267,8 @@ def best_per_group(
 
 
 def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) -> Tensor:
-    """Return each example's latent on the tokens around its own, [n, m, BEFORE + 1 + AFTER] as float16."""
+    """Return each example's latent on the tokens around its own, [n, m, BEFORE + 1 + AFTER] as
+    float16."""
     n, m = context.shape
     offsets = torch.arange(-BEFORE, AFTER + 1)
     out = torch.zeros(n, m, len(offsets), dtype=torch.float16)

@@ -1,9 +1,13 @@
 """Do groups of latents keep to subspaces of their own? Gao et al. 2024, appendix E.7.
 
-W_enc = U S V^T of the latents that fire. A row of U, normalised and squared, says in what shares a latent reads the d principal directions.
-Latents are put into an order by the distances between these shares, the order is cut in two where the parts share the fewest directions, and
-each direction goes to the part that reads more of it. `separation` is how much of the one part's reading is on its own directions, plus the
-same of the other, less 1: 1 for two subspaces, 0 if both read alike. Some of it comes from choosing: rows of noise say how much.
+W_enc = U S V^T of the latents that fire. A row of U, normalised and squared, says in what shares a
+latent reads the d principal directions.
+Latents are put into an order by the distances between these shares, the order is cut in two where
+the parts share the fewest directions, and
+each direction goes to the part that reads more of it. `separation` is how much of the one part's
+reading is on its own directions, plus the
+same of the other, less 1: 1 for two subspaces, 0 if both read alike. Some of it comes from
+choosing: rows of noise say how much.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ class Subspaces(Eval):
         self.live = np.flatnonzero(self.firing.density > 0)
         if len(self.live) < 2 * NEIGHBOURS:
             raise InputError(
-                f"subspaces needs at least {2 * NEIGHBOURS} latents that fire on the text; {len(self.live)} do. Give more --tokens"
+                f"subspaces needs at least {2 * NEIGHBOURS} latents that fire on the text; "
+                f"{len(self.live)} do. Give more --tokens"
             )
         observe("decomposing the encoder", 0, 3)
         draw = np.random.default_rng([options.seed, 7])
@@ -65,11 +70,13 @@ class Subspaces(Eval):
         tokens = np.where(firing.often, firing.effective_tokens(), np.nan)
         ordered = self.sample[self.order]
         notes = [
-            f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are looked at"
+            f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are "
+            "looked at"
         ]
         if len(self.sample) < len(self.live):
             notes.append(
-                f"{len(self.sample):,} of them, drawn at random, were put into an order; the others were then dealt by the directions that they read"
+                f"{len(self.sample):,} of them, drawn at random, were put into an order; the "
+                "others were then dealt by the directions that they read"
             )
         values = {
             "separation": cut.separation,
@@ -126,9 +133,11 @@ class Split(NamedTuple):
 
 @torch.no_grad()
 def shares(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Return squared normalised rows of U of W[n, d] = U S V^T, largest singular value first, [n, r] as float64 with rows that sum to 1; and S.
+    """Return squared normalised rows of U of W[n, d] = U S V^T, largest singular value first, [n,
+    r] as float64 with rows that sum to 1; and S.
 
-    By the eigenvectors of W^T W, d x d, so that it works for any n; directions that W has nothing in are left out.
+    By the eigenvectors of W^T W, d x d, so that it works for any n; directions that W has nothing
+    in are left out.
     """
     rows = W.cpu().double()
     squares, vectors = torch.linalg.eigh(rows.T @ rows)
@@ -142,7 +151,8 @@ def shares(W: Tensor) -> tuple[Tensor, Tensor]:
 def order(rows: np.ndarray, how: str = "spectral", seed: int = 0) -> np.ndarray:
     """Return an order of rows[m, d] in which near ones are near.
 
-    spectral: by the second eigenvector of the normalised Laplacian of Gaussian kernels, each as wide as its row's neighbours are far.
+    spectral: by the second eigenvector of the normalised Laplacian of Gaussian kernels, each as
+    wide as its row's neighbours are far.
     """
     line = _umap(rows, seed) if how == "umap" else _fiedler(rows)
     return np.argsort(line, kind="stable")
@@ -188,7 +198,8 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
         from umap import UMAP
     except ModuleNotFoundError:
         raise InputError(
-            "--ordering umap needs the package umap-learn: pip install 'ksparse[umap]'; spectral needs nothing"
+            "--ordering umap needs the package umap-learn: pip install 'ksparse[umap]'; spectral "
+            "needs nothing"
         ) from None
     return UMAP(
         n_components=1, n_neighbors=min(NEIGHBOURS, len(rows) - 1), random_state=seed, n_jobs=1
@@ -196,7 +207,8 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split(rows: np.ndarray) -> Split:
-    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate for their sizes; the part that reads fewer directions is called the first."""
+    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate for their
+    sizes; the part that reads fewer directions is called the first."""
     m, d = rows.shape
     least = max(1, int(np.ceil(LEAST_SHARE * m)))
     before = np.cumsum(rows, 0)
@@ -218,7 +230,8 @@ def split(rows: np.ndarray) -> Split:
 def _side(
     latents: np.ndarray, norms: np.ndarray, tokens: np.ndarray, density: np.ndarray
 ) -> dict[str, Any]:
-    """Return what the latents on a side are like: quartiles of their encoder norm, effective tokens and density."""
+    """Return what the latents on a side are like: quartiles of their encoder norm, effective tokens
+    and density."""
     return {
         "n_latents": len(latents),
         "encoder_norm": quartiles(norms[latents]),

@@ -1,9 +1,12 @@
 """Labelled text -> labelled activations: the rows that probes are fitted to and judged on.
 
-    python_tasks    61 tasks on tokens of held-out Python source, labels from the parser     (ksparse.pylm.labels)
-    text_tasks      a folder of tasks on whole texts                                         (ksparse.suites)
+    python_tasks    61 tasks on tokens of held-out Python source, labels from the parser
+                    (ksparse.pylm.labels)
+    text_tasks      a folder of tasks on whole texts
+                    (ksparse.suites)
 
-Half of a task's rows are for training. Rows of one document, or of the same text, are on one side, and are one cluster for
+Half of a task's rows are for training. Rows of one document, or of the same text, are on one side,
+and are one cluster for
 standard errors.
 """
 
@@ -33,7 +36,8 @@ _PER_FILE = 2_048  # tokens of one file
 
 @dataclass(frozen=True)
 class Rows:
-    """The s rows of a task: x[m, d] raw activations, owner[m] the row that each is of, and for each row label, cluster, train."""
+    """The s rows of a task: x[m, d] raw activations, owner[m] the row that each is of, and for each
+    row label, cluster, train."""
 
     name: str
     x: Tensor
@@ -61,7 +65,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of a suite, the rows of each made when it is asked for, and why others are left out."""
+    """The tasks of a suite, the rows of each made when it is asked for, and why others are left
+    out."""
 
     suite: str
     names: tuple[str, ...]
@@ -77,11 +82,12 @@ def read(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> Tasks:
     return python_tasks(lm, acts, options, observe)
 
 
-# ---- texts -------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def text_tasks(lm: LM, acts: Acts, options: EvalOptions) -> Tasks:
-    """Return the tasks of a folder; a row is a text, and its activations are those of its last token, or of all of them."""
+    """Return the tasks of a folder; a row is a text, and its activations are those of its last
+    token, or of all of them."""
     found = {task.name: task for task in folder.read(Path(options.suite))}
 
     def rows(name: str) -> Rows:
@@ -105,7 +111,8 @@ def _key(text: str) -> int:
 def _halves(
     texts: tuple[str, ...], labels: tuple[int, ...], most: int
 ) -> tuple[list[int], list[bool]]:
-    """Return which rows are used, as balanced as the task is, and which of them are for training: every other text of a label."""
+    """Return which rows are used, as balanced as the task is, and which of them are for training:
+    every other text of a label."""
     share = min(1.0, most / len(texts))
     chosen, train = [], []
     for label in (0, 1):
@@ -126,7 +133,8 @@ def _halves(
 def _activations(
     lm: LM, acts: Acts, texts: list[str], options: EvalOptions
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Return x[m, d], the text that each is of, and the tokens that each text longer than `probe_tokens` loses; texts of like length run together, padded behind their end."""
+    """Return x[m, d], the text that each is of, and the tokens that each text longer than
+    `probe_tokens` loses; texts of like length run together, padded behind their end."""
     head = (
         [lm.tokenizer.bos_token_id]
         if acts.bos == "auto" and lm.tokenizer.bos_token_id is not None
@@ -164,16 +172,18 @@ def _filler(lm: LM) -> int:
     )
 
 
-# ---- Python source -----------------------------------------------------------------------------------------------
+# ---- Python source -------------------------------------------------------------------------------
 
 
 def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> Tasks:
-    """Return the built-in tasks; a row is a token of a held-out file of the standard library, in contexts like those of training."""
+    """Return the built-in tasks; a row is a token of a held-out file of the standard library, in
+    contexts like those of training."""
     from ksparse.pylm.labels import TASKS
 
     if options.position != "last":
         raise InputError(
-            f"position {options.position!r} is for tasks on texts; the built-in tasks are on tokens: leave it at 'last', "
+            f"position {options.position!r} is for tasks on texts; the built-in tasks are on "
+            "tokens: leave it at 'last', "
             "or name a folder of texts with --suite"
         )
     pool = _Pool(lm, acts)
@@ -190,7 +200,8 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
         rows = _balanced(labels[:, column], document, options.probe_rows, generator)
         if len(rows) < 4 * LEAST:
             left_out[task.name] = (
-                f"only {len(rows) // 4} rows of the rarer label in a half of {len(document):,} tokens; {LEAST} are needed"
+                f"only {len(rows) // 4} rows of the rarer label in a half of {len(document):,} "
+                f"tokens; {LEAST} are needed"
             )
         else:
             chosen[task.name] = rows
@@ -221,7 +232,8 @@ def lost(unseen: Sequence[int], of: int, what: str, limit: int, where: str) -> l
     """Return a note on texts that were cut, if any were."""
     return (
         [
-            f"{len(unseen):,} of {of:,} {what} are longer than {limit:,} tokens and lose their {where}: {sum(unseen):,} tokens were not seen"
+            f"{len(unseen):,} of {of:,} {what} are longer than {limit:,} tokens and lose their "
+            f"{where}: {sum(unseen):,} tokens were not seen"
         ]
         if unseen
         else []
@@ -244,7 +256,8 @@ def _balanced(
 
 
 class _Pool:
-    """Tokens of Python files in contexts that each belong to one file: BOS, if the LM has one, and what follows."""
+    """Tokens of Python files in contexts that each belong to one file: BOS, if the LM has one, and
+    what follows."""
 
     def __init__(self, lm: LM, acts: Acts):
         self.lm, self.acts, self.size = lm, acts, 0
@@ -287,7 +300,8 @@ class _Pool:
         return torch.cat(xs)
 
     def _batches(self) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Yield contexts [b, t] and the number of each token after the head, -1 for padding, in the order of the numbers."""
+        """Yield contexts [b, t] and the number of each token after the head, -1 for padding, in the
+        order of the numbers."""
         room, at = self.acts.context - len(self.head), 0
         group: list[tuple[list[int], int]] = []
         for ids in self.tokens:

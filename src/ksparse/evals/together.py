@@ -1,4 +1,5 @@
-"""Which latents fire together: counts over pairs of latents on the same tokens, without an n by n table."""
+"""Which latents fire together: counts over pairs of latents on the same tokens, without an n by n
+table."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ _CELLS = 2**24  # pairs of latents in one block of counts, most of them empty
 
 
 def companions(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """Return the latents that each fires together with, [n, LISTED], from activations (number of the token, latent), each pair once.
+    """Return the latents that each fires together with, [n, LISTED], from activations (number of
+    the token, latent), each pair once.
 
-    together_latent (-1: none), together_phi (by which they are sorted), together_count (tokens on which both fire).
+    together_latent (-1: none), together_phi (by which they are sorted), together_count (tokens on
+    which both fire).
     """
     from scipy.sparse import csr_array
 
@@ -47,7 +50,8 @@ def companions(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.nd
 
 
 def correlation(both: np.ndarray, one: np.ndarray, other: np.ndarray, tokens: int) -> np.ndarray:
-    """Return phi = (n n11 - n1 n2) / sqrt(n1 (n - n1) n2 (n - n2)) from counts over n tokens; 0 where a latent fires always."""
+    """Return phi = (n n11 - n1 n2) / sqrt(n1 (n - n1) n2 (n - n2)) from counts over n tokens; 0
+    where a latent fires always."""
     spread = one * (tokens - one) * other * (tokens - other)
     return np.where(
         spread > 0, (tokens * both - one * other) / np.sqrt(np.where(spread > 0, spread, 1)), 0
@@ -55,6 +59,7 @@ def correlation(both: np.ndarray, one: np.ndarray, other: np.ndarray, tokens: in
 
 
 def _fewer(token: np.ndarray, tokens: int) -> np.ndarray:
-    """Return which activations are looked at: those of the first tokens, so that there are not too many pairs."""
+    """Return which activations are looked at: those of the first tokens, so that there are not too
+    many pairs."""
     pairs = np.cumsum(np.bincount(token, minlength=tokens).astype(np.int64) ** 2)
     return token < max(1, int(np.searchsorted(pairs, _PAIRS, "right")))

@@ -1,10 +1,14 @@
-"""Other libraries' formats: one file each, with a table of its keys; all are read and written, or say why not.
+"""Other libraries' formats: one file each, with a table of its keys; all are read and written, or
+say why not.
 
-load       an SAE of any format, recognised by what is there        convert, write     one in another's format
-hub        a repository on the Hub, with a card                    neuronpedia, atoms   what Neuronpedia and OpenAI's viewer show, of a run
+load       an SAE of any format, recognised by what is there        convert, write     one in
+           another's format
+hub        a repository on the Hub, with a card                    neuronpedia, atoms   what
+           Neuronpedia and OpenAI's viewer show, of a run
 
 sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
-foreign    their tensors and settings, without trust        fit    what a format can hold        sites    names of places
+foreign    their tensors and settings, without trust        fit    what a format can hold
+           sites    names of places
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ class Format(Protocol):
     """What each format's module has."""
 
     HOLDS: Mapping[str, tuple[str, ...]]
-    """The activations that it can be written with, and the normalisations that it can hold with each."""
+    """The activations that it can be written with, and the normalisations that it can hold with
+    each."""
 
     def find(self, path: Path) -> Path | None: ...
     def read(self, path: Path) -> SAE: ...
@@ -63,7 +68,8 @@ FORMATS: dict[str, Format] = {
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
-    """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file here, or one in a Hub repository."""
+    """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file
+    here, or one in a Hub repository."""
     path = store.locate(source, revision=revision, subfolder=subfolder)
     with files.read_errors(path):
         return _load(path)
@@ -79,13 +85,15 @@ def _load(path: Path) -> SAE:
         if inside:
             more = " …" if len(inside) > 8 else ""
             raise InputError(
-                f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name one (subfolder=…)"
+                f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name "
+                "one (subfolder=…)"
             )
     return store.load(path)
 
 
 def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization = "exact") -> None:
-    """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot hold is an InputError.
+    """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot
+    hold is an InputError.
 
     normalization: what to do if the format has not the SAE's own (see `ksparse.interop.fit`).
     """

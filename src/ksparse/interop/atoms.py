@@ -1,6 +1,8 @@
-"""The JSON of OpenAI's viewer: atoms/LATENT.json of every latent that fired, and LATENT-ablated.json of those that were ablated where they are strongest.
+"""The JSON of OpenAI's viewer: atoms/LATENT.json of every latent that fired, and
+LATENT-ablated.json of those that were ablated where they are strongest.
 
-Values are in units of the size of a component of the SAE's input (of layer_norm: as they are), so that the viewer's bars of width 0.2 fit.
+Values are in units of the size of a component of the SAE's input (of layer_norm: as they are), so
+that the viewer's bars of width 0.2 fit.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def atom(shown: Shown, latent: int) -> dict[str, Any]:
 
 
 def ablated(shown: Shown, row: int) -> dict[str, Any]:
-    """Return what happens without a latent, of row `row` of the ablation tables: entry t - 1 of each list is about the prediction of token t."""
+    """Return what happens without a latent, of row `row` of the ablation tables: entry t - 1 of
+    each list is about the prediction of token t."""
     table, scale = shown.ablation, _BAR / shown.stats["act_bin"]
     tokens = [token for token in table["context_tokens"][row].tolist() if token >= 0]
     at, latent = int(table["position"][row]), int(table["latent"][row])
@@ -72,7 +75,8 @@ def ablated(shown: Shown, row: int) -> dict[str, Any]:
     predictions = len(tokens) - 1
 
     def spread(values: Any, empty: Any) -> list[Any]:
-        """Return a value for each prediction: `empty` for those that the ablated position cannot reach or that were not compared."""
+        """Return a value for each prediction: `empty` for those that the ablated position cannot
+        reach or that were not compared."""
         return [empty] * at + list(values[:horizon]) + [empty] * (predictions - at - horizon)
 
     finite = {name: np.nan_to_num(table[name][row]).tolist() for name in ("loss_difference", "kl")}

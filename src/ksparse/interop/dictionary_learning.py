@@ -1,6 +1,7 @@
 """dictionary_learning: ae.pt (a state dict of torch.save) and config.json beside it.
 
-    AutoEncoderTopK, BatchTopKSAE      acts = f(encoder.weight (x - b_dec) + encoder.bias)      recon = decoder.weight acts + b_dec
+    AutoEncoderTopK, BatchTopKSAE      acts = f(encoder.weight (x - b_dec) + encoder.bias)
+                                       recon = decoder.weight acts + b_dec
 
 | ours | TopK, BatchTopK | AutoEncoder | AutoEncoderNew | GatedAutoEncoder | JumpReluAutoEncoder, Matryoshka |
 |---|---|---|---|---|---|
@@ -12,11 +13,14 @@
 | r_mag, b_mag | | | | r_mag, mag_bias | |
 | k | k | | | | Matryoshka: k |
 
-AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by what they had, so it is here too. What is written for
-ReLU is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written.
+AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by
+what they had, so it is here too. What is written for
+ReLU is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only
+matter in training; it is read and not written.
 The constant of `dataset` goes into biases and thresholds, latents are then in the activations'
 unit, and decoder rows keep their norm.
-A backup from the midst of a run holds {ae, norm_factor, …}: the SAE of activations that are divided by that factor.
+A backup from the midst of a run holds {ae, norm_factor, …}: the SAE of activations that are divided
+by that factor.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ def find(path: Path) -> Path | None:
         file
         if files.exists(file)
         and not file.is_dir()
-        and (file.name == WEIGHTS or file.suffix == ".pt" and (_config(file) is not None))
+        and (file.name == WEIGHTS or (file.suffix == ".pt" and (_config(file) is not None)))
         else None
     )
 
@@ -139,7 +143,7 @@ def write(sae: SAE, folder: Path) -> None:
     )
 
 
-# ---- one of each kind --------------------------------------------------------------------------------------------
+# ---- one of each kind ----------------------------------------------------------------------------
 
 
 def _topk(
@@ -276,11 +280,12 @@ def _unit_rows(W_dec: Tensor) -> bool:
     return torch.allclose(norms, torch.ones_like(norms))
 
 
-# ---- what is beside the weights ----------------------------------------------------------------------------------
+# ---- what is beside the weights ------------------------------------------------------------------
 
 
 def _config(file: Path) -> Settings | None:
-    """Return the config.json of the trainer that wrote a file: beside it, or a folder above checkpoints/."""
+    """Return the config.json of the trainer that wrote a file: beside it, or a folder above
+    checkpoints/."""
     for folder in (file.parent, file.parent.parent):
         if (folder / CONFIG).is_file():
             settings = foreign.json_file(folder / CONFIG)
@@ -301,7 +306,8 @@ def _kind(weights: Weights, trainer: Settings | None) -> str:
         if mark in weights:
             return kind
     raise InputError(
-        f"{weights.file} has no {CONFIG} beside it that says whether it is an AutoEncoderTopK or a BatchTopKSAE; "
+        f"{weights.file} has no {CONFIG} beside it that says whether it is an AutoEncoderTopK or a "
+        "BatchTopKSAE; "
         f'write one: {{"trainer": {{"dict_class": …}}}}'
     )
 

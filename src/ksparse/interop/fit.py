@@ -1,4 +1,5 @@
-"""What a format can hold: the same autoencoder in other units, so that latents and reconstructions stay what they are.
+"""What a format can hold: the same autoencoder in other units, so that latents and reconstructions
+stay what they are.
 
 | from | to | |
 |---|---|---|
@@ -23,7 +24,8 @@ from ksparse.sae.model import SAE
 
 _log = logging.getLogger("ksparse")
 Normalization = Literal["exact", "layer_norm", "outside"]
-"""exact: carried or folded, or refused. layer_norm: also unit_norm as layer_norm. outside: left to whoever uses the SAE."""
+"""exact: carried or folded, or refused. layer_norm: also unit_norm as layer_norm. outside: left to
+whoever uses the SAE."""
 
 
 def fitted(
@@ -34,7 +36,8 @@ def fitted(
     *,
     unit_rows: bool = False,
 ) -> SAE:
-    """Return the SAE as a format can hold it; raise InputError, naming it, for what the format cannot hold.
+    """Return the SAE as a format can hold it; raise InputError, naming it, for what the format
+    cannot hold.
 
     holds: the activations that the format can hold, and with each the normalisations. unit_rows:
     whether decoder rows are to keep their norm.
@@ -56,7 +59,8 @@ def fitted(
 
 
 def in_units(sae: SAE, size: float, normalize: str) -> SAE:
-    """Return the SAE for inputs x / size, of another normalisation: latents keep their values, reconstructions are divided by size too."""
+    """Return the SAE for inputs x / size, of another normalisation: latents keep their values,
+    reconstructions are divided by size too."""
     made = like(sae, normalize=normalize, factor=1.0)
     with torch.no_grad():
         made.W_enc.mul_(size)
@@ -102,7 +106,8 @@ def _normalization(sae: SAE, form: str, held: Collection[str], asked: Normalizat
     if kind == "unit_norm" and "layer_norm" in held:
         choices.insert(
             0,
-            "--normalization layer_norm (it divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation)",
+            "--normalization layer_norm (it divides by deviation + 1e-5, so values differ by about "
+            "1e-5 / deviation of the activation)",
         )
     raise InputError(
         f"{form} cannot hold this SAE's normalisation, {kind}; it holds {', '.join(held)}. "

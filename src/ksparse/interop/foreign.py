@@ -3,7 +3,8 @@ settings by key and type.
 
     settings.want("k", int)             the value of a key, of that type
 
-Pickles are not run: of a torch file only tensors and plain values are read, and one that wants more is refused.
+Pickles are not run: of a torch file only tensors and plain values are read, and one that wants more
+is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from ksparse.sae.tensors import safetensors_file as safetensors_file
 
 _PLAIN = (bool, int, float, str, type(None))
 _PICKLE = 2**18
-"""Bytes of a pickle, or calls to read one: tensors lie outside it, and much more would take long."""
+"""Bytes of a pickle, or calls to read one: tensors lie outside it, and much more would take
+long."""
 _REQUIRED: Any = object()
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
@@ -65,10 +67,10 @@ class Settings:
             found = float(found)
         if (
             not isinstance(found, kind)
-            or isinstance(found, bool)
-            and kind is not bool
-            or kind is int
-            and abs(found) >= 2**63
+            or (isinstance(found, bool)
+            and kind is not bool)
+            or (kind is int
+            and abs(found) >= 2**63)
         ):
             raise InputError(
                 f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
@@ -98,7 +100,8 @@ class Settings:
         return found
 
     def refuse(self, **harmless: Any) -> None:
-        """Raise InputError for a setting that changes what the SAE computes in a way that ksparse does not have."""
+        """Raise InputError for a setting that changes what the SAE computes in a way that ksparse
+        does not have."""
         for key, value in harmless.items():
             if self.get(key, value) != value:
                 raise InputError(
@@ -115,7 +118,7 @@ def new_folder(folder: Path | str) -> Path:
     return folder
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def json_file(file: Path) -> Settings:
@@ -140,7 +143,8 @@ def torch_file(file: Path) -> dict[str, Any]:
         ).lower().replace(" ", "_"):
             what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
             raise InputError(
-                f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values only. Load it where you trust it, "
+                f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values "
+                "only. Load it where you trust it, "
                 "and save its state_dict"
             ) from None
         said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
@@ -323,11 +327,12 @@ def write_npz(tensors: Mapping[str, Tensor], file: Path) -> None:
     np.savez(file, **{key: value.detach().cpu().numpy() for key, value in tensors.items()})
 
 
-# ---- weights in our terms ----------------------------------------------------------------------------------------
+# ---- weights in our terms ------------------------------------------------------------------------
 
 
 def centre_(tensors: dict[str, Tensor]) -> None:
-    """Account, in place, for an encoder that does not subtract b_pre from its input, while ours does: b_enc += W_enc b_pre."""
+    """Account, in place, for an encoder that does not subtract b_pre from its input, while ours
+    does: b_enc += W_enc b_pre."""
     shift = tensors["W_enc"].double() @ tensors["b_pre"].double()
     tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
     if "b_mag" in tensors:
@@ -337,7 +342,8 @@ def centre_(tensors: dict[str, Tensor]) -> None:
 
 
 def uncentred(sae: SAE) -> dict[str, Tensor]:
-    """Return the biases [n] of an encoder that does not subtract b_pre from its input: b_enc - W_enc b_pre, and b_mag's share of it."""
+    """Return the biases [n] of an encoder that does not subtract b_pre from its input: b_enc -
+    W_enc b_pre, and b_mag's share of it."""
     shift = sae.W_enc.detach().double() @ sae.b_pre.detach().double()
     biases = {"b_enc": (sae.b_enc.detach().double() - shift).float()}
     if sae.shape.activation == "gated":
@@ -351,7 +357,8 @@ def no_scaling(weights: Weights) -> None:
     """Raise InputError for a scaling factor of the latents that is not 1."""
     if "scaling_factor" in weights and not bool((weights.take("scaling_factor", "n") == 1).all()):
         raise InputError(
-            f"{weights.file}: scaling_factor is not 1; what it multiplies differs between releases, so it is not guessed. "
+            f"{weights.file}: scaling_factor is not 1; what it multiplies differs between "
+            "releases, so it is not guessed. "
             "Put it into the weights and leave it out"
         )
 
@@ -364,11 +371,13 @@ def unit_rows(W_dec: Tensor) -> bool:
 
 
 def weigh_by_decoder_(tensors: dict[str, Tensor]) -> None:
-    """Account, in place, for latents that are multiplied by the norm of their decoder row before the choice, and divided by it in decoding."""
+    """Account, in place, for latents that are multiplied by the norm of their decoder row before
+    the choice, and divided by it in decoding."""
     norms = tensors["W_dec"].norm(dim=1)
     if not bool((norms > 0).all()):
         raise InputError(
-            "a decoder row is 0, though latents are to be multiplied and divided by the norms of their rows"
+            "a decoder row is 0, though latents are to be multiplied and divided by the norms of "
+            "their rows"
         )
     tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms[:, None], tensors["b_enc"] * norms
     tensors["W_dec"] = tensors["W_dec"] / norms[:, None]

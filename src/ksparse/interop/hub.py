@@ -1,4 +1,5 @@
-"""An SAE as a repository on the Hub: ours, a copy for SAELens where it can hold the SAE, results, and a card that says what it is and how to load it.
+"""An SAE as a repository on the Hub: ours, a copy for SAELens where it can hold the SAE, results,
+and a card that says what it is and how to load it.
 
 README.md                    the card
 sae.json, sae.safetensors    for ksparse.load("user/repo")
@@ -49,7 +50,8 @@ def push(
     private: bool = False,
     normalization: Normalization = "exact",
 ) -> str:
-    """Make a repository of an SAE and upload it; return its address. A token is needed, as for all that writes to the Hub (`hf auth login`)."""
+    """Make a repository of an SAE and upload it; return its address. A token is needed, as for all
+    that writes to the Hub (`hf auth login`)."""
     _check_name(repository)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -74,7 +76,8 @@ def push(
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
             said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise InputError(
-                f"{repository} could not be written on the Hub ({said}); log in with `hf auth login`, or "
+                f"{repository} could not be written on the Hub ({said}); log in with `hf auth "
+                "login`, or "
                 "write the same folder here with --folder DIR"
             ) from None
     return f"https://huggingface.co/{repository}"
@@ -124,7 +127,8 @@ def card(
     results: dict[str, Any] | None = None,
     refused: str = "",
 ) -> str:
-    """Return the model card: front matter, what the SAE is, how to load it, what was measured and how.
+    """Return the model card: front matter, what the SAE is, how to load it, what was measured and
+    how.
 
     results: {evaluation: result}. refused: why there is no copy for SAELens; '' if there is one.
     """

@@ -11,8 +11,10 @@
 | threshold[n] | activation_function.log_jumprelu_threshold[n] | its exponential; of values times decoder norms with sparsity_include_decoder_norm |
 | factor | dataset_average_activation_norm.SITE | sqrt(d) over it, with norm_activation dataset-wise |
 
-norm_activation inference is our none, token-wise our constant_norm. batch-wise and batchtopk depend on what else is in the batch and are refused.
-A TopK that chooses by value times decoder norm is read with unit rows, so that its latents are multiplied by the norms they had: reconstructions stay,
+norm_activation inference is our none, token-wise our constant_norm. batch-wise and batchtopk depend
+on what else is in the batch and are refused.
+A TopK that chooses by value times decoder norm is read with unit rows, so that its latents are
+multiplied by the norms they had: reconstructions stay,
 latents' units change.
 """
 
@@ -135,7 +137,8 @@ def _weights(folder: Path) -> Weights:
     if files.exists(file):
         return foreign.tensors_of(file, foreign.torch_file(file).get("sae"))
     raise InputError(
-        f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and {WEIGHTS}.pt: save it as one of these in "
+        f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and "
+        f"{WEIGHTS}.pt: save it as one of these in "
         "Llamascopium"
     )
 
@@ -143,7 +146,8 @@ def _weights(folder: Path) -> Weights:
 def _choose_by_decoder_norm_(
     tensors: dict[str, torch.Tensor], activation: str, folder: Path
 ) -> None:
-    """Account, in place, for values that are compared after multiplying them by the norm of their decoder row."""
+    """Account, in place, for values that are compared after multiplying them by the norm of their
+    decoder row."""
     norms = tensors["W_dec"].norm(dim=1)
     if activation == "jump_relu":
         if not bool((norms > 0).all()):
@@ -155,7 +159,8 @@ def _choose_by_decoder_norm_(
     elif activation == "topk" and not foreign.unit_rows(tensors["W_dec"]):
         foreign.weigh_by_decoder_(tensors)
         _log.warning(
-            "%s: latents are multiplied by the norms that their decoder rows had, %.3g to %.3g, because they are chosen by that; "
+            "%s: latents are multiplied by the norms that their decoder rows had, %.3g to %.3g, "
+            "because they are chosen by that; "
             "reconstructions are the same",
             folder,
             norms.min().item(),

@@ -1,11 +1,16 @@
-"""What Neuronpedia shows: SAEDashboard's batch-K.json, and the folder that Neuronpedia's bulk import takes.
+"""What Neuronpedia shows: SAEDashboard's batch-K.json, and the folder that Neuronpedia's bulk
+import takes.
 
-    FOLDER/batch-K.json                                                                       sae_dashboard
-    FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl                             neuronpedia
+    FOLDER/batch-K.json
+        sae_dashboard
+    FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
+        neuronpedia
     FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
 
-Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones among all where a latent fires, as one bin. Logits are
-those of the direction alone: decoder row x final norm's weight x unembedding. What needs activations of other latents or channels at the same time
+Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones
+among all where a latent fires, as one bin. Logits are
+those of the direction alone: decoder row x final norm's weight x unembedding. What needs
+activations of other latents or channels at the same time
 (correlated_*) is empty.
 """
 
@@ -74,7 +79,8 @@ def dashboard(run: RunFolder, folder: Path, publication: Publication = Publicati
 
 
 def bulk(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
-    """Write the folder that Neuronpedia imports of a run's live latents; return how many latents."""
+    """Write the folder that Neuronpedia imports of a run's live latents; return how many
+    latents."""
     shown, sae, lm = _opened(run, folder)
     model, source = (
         publication.model or shown.acts.lm.replace("/", "-"),
@@ -190,12 +196,13 @@ def _layer(shown: Shown) -> int:
     layer = sites.layer_of(shown.acts.site)
     if layer is None:
         raise InputError(
-            f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants in a source's name"
+            f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants "
+            "in a source's name"
         )
     return layer
 
 
-# ---- one latent --------------------------------------------------------------------------------------------------
+# ---- one latent ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -212,7 +219,8 @@ def _batches(shown: Shown, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
 
 
 def unembedding(model: nn.Module) -> Tensor:
-    """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the final norm's weight; centred where that norm centres."""
+    """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the
+    final norm's weight; centred where that norm centres."""
     weight = model.get_output_embeddings().weight.detach().float()
     norm = next(
         (
@@ -290,7 +298,7 @@ def _rounded(values: Tensor) -> list[float]:
     return [round(value, 6) for value in values.tolist()]
 
 
-# ---- rows of the database ----------------------------------------------------------------------------------------
+# ---- rows of the database ------------------------------------------------------------------------
 
 
 def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""openai/sparse_autoencoder: one file of torch.save, as published for GPT-2 small (v1, v4: ReLU; v5: TopK).
+"""openai/sparse_autoencoder: one file of torch.save, as published for GPT-2 small (v1, v4: ReLU;
+v5: TopK).
 
     TopK: x = (raw - mean) / (deviation + 1e-5), unbiased, and back at the end         ReLU: x = raw
-    acts = f(encoder.weight (x - pre_bias) + latent_bias)                              recon = decoder.weight acts + pre_bias
+    acts = f(encoder.weight (x - pre_bias) + latent_bias)                              recon =
+        decoder.weight acts + pre_bias
 
 | ours | file |
 |---|---|
@@ -15,7 +17,8 @@
 
 Their state_dict holds k and postact_fn a second time, as activation.k and activation.postact_fn,
 since the activation is a module too.
-The statistics stats_last_nonzero, latents_activation_frequency and latents_mean_square [n] change nothing; they are written as zeros.
+The statistics stats_last_nonzero, latents_activation_frequency and latents_mean_square [n] change
+nothing; they are written as zeros.
 """
 
 from __future__ import annotations
@@ -43,11 +46,12 @@ _MARKS = {"pre_bias", "latent_bias", "encoder.weight"}
 
 
 def find(path: Path) -> Path | None:
-    """Return the file of an SAE in this format, if the path is one or its folder holds just one .pt file and that is one."""
+    """Return the file of an SAE in this format, if the path is one or its folder holds just one .pt
+    file and that is one."""
     candidates = [path] if path.is_file() else sorted(path.glob("*.pt"))
     if len(candidates) != 1 or candidates[0].suffix != ".pt":
         return None
-    return candidates[0] if _MARKS <= set(foreign.torch_file(candidates[0])) else None
+    return candidates[0] if set(foreign.torch_file(candidates[0])) >= _MARKS else None
 
 
 def read(file: Path) -> SAE:
@@ -114,7 +118,8 @@ def _decoder(weights: Weights) -> torch.Tensor:
 
 
 def _published(file: Path) -> dict[str, Any]:
-    """Return what the path of a published file says: …/gpt2-small/LOCATION[_vN…]/autoencoders/LAYER.pt."""
+    """Return what the path of a published file says:
+    …/gpt2-small/LOCATION[_vN…]/autoencoders/LAYER.pt."""
     parts = file.resolve().parts
     if len(parts) < 4 or parts[-2] != "autoencoders" or not file.stem.isdecimal():
         return {}

@@ -1,6 +1,8 @@
-"""SAELens: cfg.json and sae_weights.safetensors; version 6 and later, and the flat cfg.json of before.
+"""SAELens: cfg.json and sae_weights.safetensors; version 6 and later, and the flat cfg.json of
+before.
 
-    pre_acts = (norm(x) - apply_b_dec_to_input b_dec) W_enc + b_enc        recon = unnorm(acts W_dec + b_dec)
+    pre_acts = (norm(x) - apply_b_dec_to_input b_dec) W_enc + b_enc        recon = unnorm(acts W_dec
+        + b_dec)
 
 | ours | file | |
 |---|---|---|
@@ -50,7 +52,8 @@ NORMALIZATIONS = {
 }
 HOLDS = {ours: tuple(NORMALIZATIONS.values()) for ours in WRITTEN}
 _log = logging.getLogger("ksparse")
-_VERSION = "6.54.12"  # whose format this is: without one the file would be taken for the flat format of before 6
+# whose format this is: without one the file would be taken for the flat format of before 6
+_VERSION = "6.54.12"
 
 
 def find(path: Path) -> Path | None:
@@ -161,8 +164,10 @@ def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
         if (folder / SCALER).is_file():
             return "dataset", foreign.json_file(folder / SCALER).want("scaling_factor", float)
         raise InputError(
-            f"{settings.file}: the input is to be multiplied by a constant (normalize_activations is 'expected_average_only_in') that is not "
-            f"in the file, nor is there {SCALER}; fold it into the weights where it is known (fold_activation_norm_scaling_factor)"
+            f"{settings.file}: the input is to be multiplied by a constant (normalize_activations "
+            "is 'expected_average_only_in') that is not "
+            f"in the file, nor is there {SCALER}; fold it into the weights where it is known "
+            "(fold_activation_norm_scaling_factor)"
         )
     return NORMALIZATIONS[settings.among("normalize_activations", NORMALIZATIONS, "none")], 1.0
 

@@ -1,4 +1,5 @@
-"""What viewers show of a run's latents: the arrays of its evaluations, as plain numbers and strings."""
+"""What viewers show of a run's latents: the arrays of its evaluations, as plain numbers and
+strings."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ksparse.runs import RunFolder
 
 @dataclass(frozen=True)
 class Example:
-    """A stretch of text in which a latent fires: its tokens, the latent's value on each, and at which of them it was chosen."""
+    """A stretch of text in which a latent fires: its tokens, the latent's value on each, and at
+    which of them it was chosen."""
 
     context: int
     tokens: list[int]
@@ -29,14 +31,16 @@ class Example:
 
 
 class Shown:
-    """The latents of a run that has been evaluated with `stats`; `ablation` is there if it has been run."""
+    """The latents of a run that has been evaluated with `stats`; `ablation` is there if it has been
+    run."""
 
     def __init__(self, run: RunFolder):
         self.run, self.acts = run, run.recipe().acts
         self.stats, self.arrays = self.read("stats")
         if "power_means" not in self.arrays or "top_acts" not in self.arrays:
             raise InputError(
-                f"{run.eval_file('stats')} is of an older version; run `ksparse eval {run.path} stats` again"
+                f"{run.eval_file('stats')} is of an older version; run `ksparse eval {run.path} "
+                "stats` again"
             )
         self.ablation = self.read("ablation")[1] if run.eval("ablation") else {}
         self.vocabulary = files.read_strings(run.eval_file("vocabulary"))
@@ -48,7 +52,8 @@ class Shown:
         arrays = self.run.arrays_file(name, result)
         if result is None or arrays is None:
             raise InputError(
-                f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` makes it"
+                f"{self.run.path} has no result of `{name}`; `ksparse eval {self.run.path} {name}` "
+                "makes it"
             )
         return result, load_file(arrays)
 
@@ -63,7 +68,8 @@ class Shown:
         ]
 
     def examples(self, latent: int, kind: str) -> Iterator[Example]:
-        """Yield the 'top' or 'random' examples of a latent, with the text around them that was kept."""
+        """Yield the 'top' or 'random' examples of a latent, with the text around them that was
+        kept."""
         before = self.stats["window"]["before"]
         for place, context in enumerate(self.arrays[f"{kind}_context"][latent].tolist()):
             if context < 0:
@@ -79,7 +85,8 @@ class Shown:
             yield Example(context, text[first:last].tolist(), acts.tolist(), position - first)
 
     def bars(self, latent: int) -> dict[int, int]:
-        """Return {bar: tokens} of a latent's values above 0; bar i is of values up to i x act_bin."""
+        """Return {bar: tokens} of a latent's values above 0; bar i is of values up to i x
+        act_bin."""
         part = slice(*self.arrays["bar_start"][latent : latent + 2].tolist())
         return dict(zip(self.arrays["bar"][part].tolist(), self.arrays["bar_count"][part].tolist()))
 

@@ -1,4 +1,5 @@
-"""Names of the same place in a model: ours, TransformerLens' (SAELens, Neuronpedia), modules of transformers (sparsify).
+"""Names of the same place in a model: ours, TransformerLens' (SAELens, Neuronpedia), modules of
+transformers (sparsify).
 
 | ours | TransformerLens | transformers, under the base model |
 |---|---|---|

@@ -50,7 +50,8 @@ def read(folder: Path) -> SAE:
     said = settings.want("num_latents", int, 0) or width * settings.want("expansion_factor", int, 0)
     if width != d or (said and said != n):
         raise InputError(
-            f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the tensors of {WEIGHTS} have {d} and {n}"
+            f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the "
+            f"tensors of {WEIGHTS} have {d} and {n}"
         )
     return foreign.built(
         weights.file,

@@ -1,8 +1,10 @@
-"""The sparse operations: one adjoint pair, the selection, and the two of them as differentiable functions.
+"""The sparse operations: one adjoint pair, the selection, and the two of them as differentiable
+functions.
 
     topk(pre_acts[b, n], k)                -> indices[b, k]        no gradient
     gather_sum(values, indices, weight)    -> [b, d]               decode
-    selected(x, b_pre, W_enc, b_enc, ...)  -> [b, k]               pre-activations at the selected latents
+    selected(x, b_pre, W_enc, b_enc, ...)  -> [b, k]               pre-activations at the selected
+        latents
 
 `using("reference")` switches to the slow definitions for a block of code.
 """
@@ -54,7 +56,8 @@ def selected(
 ) -> Tensor:
     """Return pre-activations [b, k] at `indices` of W_enc (x - b_pre) + b_enc, or without bias.
 
-    Their values are read from pre_acts[b, n] where that is given, else computed. The gradient is sparse.
+    Their values are read from pre_acts[b, n] where that is given, else computed. The gradient is
+    sparse.
     """
     return _Selected.apply(x, b_pre, W_enc, b_enc, indices, pre_acts)
 

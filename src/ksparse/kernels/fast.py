@@ -1,6 +1,7 @@
 """The sparse operations at the speed of plain torch, on any device: no loop, no [b, k, d] tensor.
 
-An embedding bag reads rows and sums them in one pass, forward over the tokens' latents and backward over the
+An embedding bag reads rows and sums them in one pass, forward over the tokens' latents and backward
+over the
 latents' tokens (the transposed lists, from one sort).
 """
 
@@ -16,13 +17,16 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 _GROUP = 16  # values in a group of the two-stage selection
 _ROWS = 2048  # tokens whose gathered rows are in memory at once
-_LATENTS = 1024  # whose sums are made at once on their way into memory that is used again: they stay in cache
+# whose sums are made at once on their way into memory that is used again: they stay in cache
+_LATENTS = 1024
 
 
 def topk(pre_acts: Tensor, k: int) -> Tensor:
-    """Return indices[b, k] of the k largest, exactly: first the k best groups by their maxima, then the k best in them.
+    """Return indices[b, k] of the k largest, exactly: first the k best groups by their maxima, then
+    the k best in them.
 
-    Each of the k largest lies in one of the k groups with the largest maxima, since every group ahead of its own
+    Each of the k largest lies in one of the k groups with the largest maxima, since every group
+    ahead of its own
     holds a value at least as large. Reads the matrix once instead of sorting in it.
     """
     n = pre_acts.shape[-1]
@@ -60,7 +64,8 @@ def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _has_sampled_product(x: Tensor) -> bool:
-    """Whether torch has a sampled dense product here; it comes with MKL, for whole and double precision."""
+    """Whether torch has a sampled dense product here; it comes with MKL, for whole and double
+    precision."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
@@ -73,7 +78,8 @@ def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
 
 
 def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
-    """Sort the (token, latent) pairs of indices[b, k] by latent: (their order, where each latent's begin and end [n + 1], k)."""
+    """Sort the (token, latent) pairs of indices[b, k] by latent: (their order, where each latent's
+    begin and end [n + 1], k)."""
     flat = indices.flatten()
     ends = torch.bincount(flat, minlength=n).cumsum(0)
     return (
@@ -84,14 +90,16 @@ def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
 
 
 def scatter_sum(lists: tuple[Tensor, Tensor, int], values: Tensor) -> Tensor:
-    """Return [n]: the sum of each latent's values[b, k]. As deterministic, where a bincount on a GPU is not."""
+    """Return [n]: the sum of each latent's values[b, k]. As deterministic, where a bincount on a
+    GPU is not."""
     return scatter_transposed(lists, values, values.new_ones(len(values), 1)).squeeze(1)
 
 
 def scatter_transposed(
     lists: tuple[Tensor, Tensor, int], values: Tensor, x: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
-    """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic. `out` takes the sums, where it is given."""
+    """Return [n, d]: each latent's row is one bag of tokens. No atomics: deterministic. `out` takes
+    the sums, where it is given."""
     order, starts, k = lists
     tokens, weights = order // k, values.flatten()[order]
     if out is None:

@@ -1,10 +1,15 @@
-"""The sparse operations as Triton kernels, for CUDA tensors: nothing of size [b, n] or [b, k, d] ever reaches memory.
+"""The sparse operations as Triton kernels, for CUDA tensors: nothing of size [b, n] or [b, k, d]
+ever reaches memory.
 
-    x, W, bias ─▶ tiles: product, best few of each bucket ─▶ [b, candidates] ─▶ topk ─▶ buckets that may have dropped a winner, again ─▶ values, indices
-    values, indices, x ─▶ one sort by latent ─▶ chunks of hot rows ─▶ rows[n, d] ─▶ projection, Adam, norm, average in one pass
+    x, W, bias ─▶ tiles: product, best few of each bucket ─▶ [b, candidates] ─▶ topk ─▶ buckets that
+    may have dropped a winner, again ─▶ values, indices
+    values, indices, x ─▶ one sort by latent ─▶ chunks of hot rows ─▶ rows[n, d] ─▶ projection,
+    Adam, norm, average in one pass
 
-The interface is that of `reference`; sums are in float32 (float64 for float64), in an order that does not depend on timing: results repeat bit for bit.
-Without Triton this module can still be imported, `available()` is then False. With TRITON_INTERPRET=1 the kernels take tensors of the CPU.
+The interface is that of `reference`; sums are in float32 (float64 for float64), in an order that
+does not depend on timing: results repeat bit for bit.
+Without Triton this module can still be imported, `available()` is then False. With
+TRITON_INTERPRET=1 the kernels take tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -31,10 +36,12 @@ _log = logging.getLogger("ksparse")
 CHUNK = 512
 """Tokens of one latent that one program adds up; a latent with more is taken in parts."""
 REDONE = 0.3
-"""Buckets a token may be expected to have computed again, before more candidates are kept instead."""
+"""Buckets a token may be expected to have computed again, before more candidates are kept
+instead."""
 MOST_KEPT = 8
 L2 = 2**25
-"""Bytes of a slab of columns that is to stay in the cache while all latents take their tokens' rows from it (H200: 60 MB in all)."""
+"""Bytes of a slab of columns that is to stay in the cache while all latents take their tokens' rows
+from it (H200: 60 MB in all)."""
 MOST_CANDIDATES = 256
 """Candidates of a token among which one program chooses; torch does where there are more."""
 PIECE = 2**26  # numbers of the product in memory at once, where n is too small for buckets
@@ -48,12 +55,14 @@ class Tile(NamedTuple):
     depth: int = 64
     warps: int = 8
     stages: int = 3
-    group: int = 8  # token tiles that walk over the latents together, so that both factors stay in the L2 cache
+    # token tiles that walk over the latents together, so that both factors stay in the L2 cache
+    group: int = 8
 
 
 TILE = Tile()
 FLOAT32_TILE = Tile(tokens=64, latents=128, depth=32, warps=8)
-"""Without tensor cores a larger one does not fit the registers (Triton 3.9 puts 13 kB a thread in memory for `TILE`)."""
+"""Without tensor cores a larger one does not fit the registers (Triton 3.9 puts 13 kB a thread in
+memory for `TILE`)."""
 
 
 def available() -> bool:
@@ -78,7 +87,8 @@ def _keeps_at_home() -> bool:
 
 
 def usable(device: torch.device) -> bool:
-    """Return whether the kernels take tensors of a device: compiled on a GPU, on a CPU in Triton's interpreter."""
+    """Return whether the kernels take tensors of a device: compiled on a GPU, on a CPU in Triton's
+    interpreter."""
     return (
         available()
         if device.type == "cuda"
@@ -102,13 +112,15 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 @_jit
 def _finite(score):
-    """NaN counts as infinity, so that it is chosen and shows; -inf as the lowest number, so that padding, which is -inf, loses to every latent."""
+    """NaN counts as infinity, so that it is chosen and shows; -inf as the lowest number, so that
+    padding, which is -inf, loses to every latent."""
     return tl.maximum(tl.where(score < float("inf"), score, float("inf")), -3.4028234e38)
 
 
 @_jit
 def _tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile of the product [b, n], as (number along the tokens, number along the latents)."""
+    """This program's tile of the product [b, n], as (number along the tokens, number along the
+    latents)."""
     program, together = tl.program_id(0), GROUP * tl.cdiv(n, LATENTS)
     first = program // together * GROUP
     size = tl.minimum(tl.cdiv(b, TOKENS) - first, GROUP)
@@ -135,7 +147,8 @@ def _candidates(
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values, places[b, buckets, KEPT], best first."""
+    """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values,
+    places[b, buckets, KEPT], best first."""
     tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = (
         tile_b * TOKENS + tl.arange(0, TOKENS),
@@ -162,7 +175,8 @@ def _candidates(
     if not FULL:
         score = tl.where((columns < n)[None, :], score, float("-inf"))
 
-    # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row of the accumulator (wgmma, mma), so that the
+    # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row
+    # of the accumulator (wgmma, mma), so that the
     # maxima need no exchange between threads. In any other layout this is right too, only slower.
     score = tl.reshape(
         tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]),
@@ -182,7 +196,8 @@ def _candidates(
 def _bucket_again(
     x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """One (token, bucket) pair: the pre-activations of all latents of the bucket, to out[pairs, LATENTS / 4]; -inf beyond n."""
+    """One (token, bucket) pair: the pre-activations of all latents of the bucket, to out[pairs,
+    LATENTS / 4]; -inf beyond n."""
     pair = tl.program_id(0).to(tl.int64)
     token, bucket = tl.load(tokens + pair).to(tl.int64), tl.load(buckets + pair)
     place, at = tl.arange(0, LATENTS // 4), tl.arange(0, DEPTH)
@@ -211,9 +226,11 @@ def topk_encode(
     tile: Tile | None = None,
     kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T + bias[n], in no particular order.
+    """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T +
+    bias[n], in no particular order.
 
-    Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity, -inf as the lowest float32.
+    Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity,
+    -inf as the lowest float32.
     Raise ValueError for k > n.
     """
     tile = tile or (FLOAT32_TILE if weight.dtype == torch.float32 else TILE)
@@ -240,10 +257,14 @@ def topk_encode(
     values, chosen = values.flatten(1).topk(k, dim=1, sorted=False)
     indices = _latents(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
 
-    # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is not among the k chosen, k others are at least as
-    # large, and so nothing the bucket dropped is needed. If it is, the dropped ones are computed and compete with the chosen: candidates are only
-    # added, so the k-th value only rises, no other bucket's last kept value comes in, and once is enough. Padding (-inf) is never in the result:
-    # as long as one is chosen, some bucket with dropped latents has all its kept ones chosen, and k <= n latents are above it.
+    # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is
+    # not among the k chosen, k others are at least as
+    # large, and so nothing the bucket dropped is needed. If it is, the dropped ones are computed
+    # and compete with the chosen: candidates are only
+    # added, so the k-th value only rises, no other bucket's last kept value comes in, and once is
+    # enough. Padding (-inf) is never in the result:
+    # as long as one is chosen, some bucket with dropped latents has all its kept ones chosen, and k
+    # <= n latents are above it.
     suspect = chosen % kept == kept - 1
     token, j = suspect.nonzero(as_tuple=True)
     if len(token):
@@ -263,7 +284,8 @@ def topk_encode(
 
 
 def _kept(k: int, buckets: int) -> int:
-    """Return how many of a bucket to keep, so that few are expected to hold that many of the k winners (winners fall in buckets at random)."""
+    """Return how many of a bucket to keep, so that few are expected to hold that many of the k
+    winners (winners fall in buckets at random)."""
     return next(
         (
             m
@@ -323,7 +345,8 @@ def _compete(
     counts: Tensor,
     tile: Tile,
 ) -> None:
-    """Let what (token, bucket)[pairs] dropped compete with values, indices[b, k], in place; counts[b] pairs a token, sorted by it."""
+    """Let what (token, bucket)[pairs] dropped compete with values, indices[b, k], in place;
+    counts[b] pairs a token, sorted by it."""
     width, k = tile.latents // 4, values.shape[1]
     scores = torch.empty(len(token), width, dtype=torch.float32, device=x.device)
     with _on(x.device):
@@ -355,7 +378,8 @@ def _compete(
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the same by the whole product, in pieces: where k is so near n that buckets save nothing."""
+    """Return the same by the whole product, in pieces: where k is so near n that buckets save
+    nothing."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(dtype).t(), bias.to(dtype)
     parts = [
@@ -412,7 +436,8 @@ def _gather_dot(
 
 
 def _columns(d: int) -> tuple[int, int]:
-    """Return (columns of a block, warps for it): 16 bytes of bfloat16 a thread, blocks that divide d if it has such a divisor."""
+    """Return (columns of a block, warps for it): 16 bytes of bfloat16 a thread, blocks that divide
+    d if it has such a divisor."""
     block = min(1024, d & -d)
     block = block if block >= 128 else min(1024, max(16, 1 << (d - 1).bit_length()))
     return block, max(1, block // 256)
@@ -423,7 +448,8 @@ def _sums(*tensors: Tensor) -> Any:
 
 
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]], in the wider of the two dtypes."""
+    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]], in the wider of the
+    two dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
     out = torch.empty(
         b, d, dtype=torch.promote_types(values.dtype, weight.dtype), device=weight.device
@@ -448,7 +474,8 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 def gather_dot(
     x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` if given, else in the wider of the two dtypes."""
+    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` if given, else in the wider of
+    the two dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
     out = torch.empty(
         b, k, dtype=dtype or torch.promote_types(x.dtype, weight.dtype), device=weight.device
@@ -478,7 +505,8 @@ def _ordered(bits):
 
 @_jit
 def _ranks(number, wanted, at):
-    """How many come before each: the larger, of equals the first; NaN counts as the largest, what is not wanted as the least."""
+    """How many come before each: the larger, of equals the first; NaN counts as the largest, what
+    is not wanted as the least."""
     key = tl.where(number == number, _ordered(number.to(tl.int32, bitcast=True)), 2147483647)
     key = tl.where(wanted, key, -2147483648)
     before = (key[None, :] > key[:, None]) | (
@@ -529,7 +557,8 @@ def _choose(
     MORE: tl.constexpr,
     MORE_COLUMNS: tl.constexpr,
 ):
-    """One token. By score come first the k best, and then, as they come, those that may be better than the worst of these."""
+    """One token. By score come first the k best, and then, as they come, those that may be better
+    than the worst of these."""
     token, j, first = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES), tl.arange(0, FIRST)
     latents, scores, near, ranked, exact = (
         latents + token * c,
@@ -572,7 +601,8 @@ def _choose(
 
 
 def _candidate_block(first: int) -> dict[str, int]:
-    """Return how many columns of so many rows are on their way at once, of how many rows more, and the warps for them."""
+    """Return how many columns of so many rows are on their way at once, of how many rows more, and
+    the warps for them."""
     return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 1}
 
 
@@ -586,9 +616,11 @@ def choose(
     *,
     margin: float = math.inf,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]] + bias, in float32, of c candidates; largest first.
+    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]]
+    + bias, in float32, of c candidates; largest first.
 
-    spread is the root mean square of what values differ by from scores[b, c], among the k of the best scores. A candidate whose score is
+    spread is the root mean square of what values differ by from scores[b, c], among the k of the
+    best scores. A candidate whose score is
     `margin` spreads below the least of those k values is not computed. NaN counts as the largest.
     """
     (b, c), d = latents.shape, weight.shape[1]
@@ -643,7 +675,8 @@ def _decode(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One token: its rows are added up, and while they are still in the cache multiplied with the error."""
+    """One token: its rows are added up, and while they are still in the cache multiplied with the
+    error."""
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside = columns < d
     off = tl.load(bias + columns, inside, 0.0) - tl.load(x + token * d + columns, inside, 0.0).to(
@@ -674,7 +707,8 @@ def _decode(
 
 
 def _row_block(columns: int, size: int) -> dict[str, int]:
-    """Return how many whole rows of numbers of `size` bytes are on their way at once, and the warps for them: 16 bytes of a row a thread, at most 128 numbers."""
+    """Return how many whole rows of numbers of `size` bytes are on their way at once, and the warps
+    for them: 16 bytes of a row a thread, at most 128 numbers."""
     warps = min(16, max(1, columns * size // 512))
     return {"ROWS": max(2, min(16, 4096 * warps // columns)), "num_warps": warps}
 
@@ -682,7 +716,8 @@ def _row_block(columns: int, size: int) -> dict[str, int]:
 def decode(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write error[b, d] = sum over j of values[b, j] weight[indices[b, j]] + bias - x; return (its squared norm [b], slopes[b, k]), all in float32.
+    """Write error[b, d] = sum over j of values[b, j] weight[indices[b, j]] + bias - x; return (its
+    squared norm [b], slopes[b, k]), all in float32.
 
     slopes is <error[b], weight[indices[b, j]]> where the value is above 0, else 0.
     """
@@ -715,7 +750,8 @@ def decode(
 
 
 class Lists(NamedTuple):
-    """The (token, latent) pairs sorted by latent: those of latent i are order[starts[i] .. starts[i + 1]], tokens in order, k pairs a token."""
+    """The (token, latent) pairs sorted by latent: those of latent i are order[starts[i] .. starts[i
+    + 1]], tokens in order, k pairs a token."""
 
     order: Tensor
     latents: Tensor
@@ -749,7 +785,8 @@ def _segment(
     COLUMNS: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Return the sum over pairs begin .. end of values[pair] * x[token of the pair], at some columns."""
+    """Return the sum over pairs begin .. end of values[pair] * x[token of the pair], at some
+    columns."""
     total = tl.zeros([COLUMNS], SUM)
     for start in range(begin, end, ROWS):
         at = start + tl.arange(0, ROWS)
@@ -828,7 +865,8 @@ def _rows(
     SUM: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK, from those before and after its parts and from these in
+    """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK,
+    from those before and after its parts and from these in
     their order. No atomics."""
     latent, columns = (
         tl.program_id(0).to(tl.int64),
@@ -855,7 +893,8 @@ def _rows(
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
-    """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], in the wider of the two dtypes. Deterministic."""
+    """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], in the
+    wider of the two dtypes. Deterministic."""
     return scatter_transposed(transposed(indices, n), values, x)
 
 
@@ -869,7 +908,8 @@ def scatter_transposed(
 def scatter_measured(
     lists: Lists, values: Tensor, x: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same [n, d], with the square of each row's norm [n] and the sum of weights[b, k] over each latent's pairs [n]."""
+    """Return the same [n, d], with the square of each row's norm [n] and the sum of weights[b, k]
+    over each latent's pairs [n]."""
     return _scattered(lists, values, x, weights.contiguous(), None)
 
 
@@ -941,7 +981,8 @@ def _scattered(
 
 @_jit
 def _squares(grad, weight, out, d, PROJECT: tl.constexpr, COLUMNS: tl.constexpr):
-    """One row: the square of the norm of its gradient, less the part along the weight's row if PROJECT."""
+    """One row: the square of the norm of its gradient, less the part along the weight's row if
+    PROJECT."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     g = tl.load(grad + row * d + columns, columns < d, 0.0).to(tl.float32)
     if PROJECT:
@@ -984,7 +1025,8 @@ def _adam_row(
     BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have weight and gradient 0 and a second moment of 1: they stay at 0
+    """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have
+    weight and gradient 0 and a second moment of 1: they stay at 0
     whatever eps is."""
     clip, columns = tl.load(clip_at), tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
@@ -1024,13 +1066,15 @@ def _adam_row(
 
 
 def _whole(d: int) -> dict[str, int]:
-    """Return the options of a kernel that has a whole row of d numbers in registers: four a thread, 16 bytes."""
+    """Return the options of a kernel that has a whole row of d numbers in registers: four a thread,
+    16 bytes."""
     columns = max(16, 1 << (d - 1).bit_length())
     return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 128))}
 
 
 def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tensor:
-    """Return [n]: the square of each gradient row's norm, less its part along the row of weight[n, d] if `project`. For clipping."""
+    """Return [n]: the square of each gradient row's norm, less its part along the row of weight[n,
+    d] if `project`. For clipping."""
     out = torch.zeros(len(grad), dtype=torch.float32, device=grad.device)
     if grad.numel():
         with _on(grad.device):
@@ -1065,11 +1109,15 @@ def adam_rows_(
     whole: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
-    """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows; as native.cpp's ks_update.
+    """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows;
+    as native.cpp's ks_update.
 
-    In this order: take the gradient's part along the row off (`project`), times `clip`, moments `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` is NaN nothing is changed; as a
-    float32 tensor of one number it need not be known yet. Raise ValueError where a tensor is not contiguous or not [n, d].
+    In this order: take the gradient's part along the row off (`project`), times `clip`, moments
+    `first` and `second`, step, norm 1 (`unit_norm`),
+    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8
+    with scale[n]. Where `clip` is NaN nothing is changed; as a
+    float32 tensor of one number it need not be known yet. Raise ValueError where a tensor is not
+    contiguous or not [n, d].
     """
     for name, tensor in {
         "weight": weight,
@@ -1082,11 +1130,13 @@ def adam_rows_(
     }.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
             raise ValueError(
-                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a contiguous {list(weight.shape)}"
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}; expected a "
+                f"contiguous {list(weight.shape)}"
             )
     if weight.dtype != torch.float32 or (average is not None and average.dtype != torch.float32):
         raise ValueError(
-            f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in `half`"
+            f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in "
+            "`half`"
         )
     if weight.numel() == 0:
         return

@@ -1,6 +1,8 @@
-"""hopper.cu from Python: compiled for the shapes at hand when first used, by the compiler that comes with torch for CUDA (NVRTC).
+"""hopper.cu from Python: compiled for the shapes at hand when first used, by the compiler that
+comes with torch for CUDA (NVRTC).
 
-Triton's kernels (`screen`) do the same on other GPUs. They go through memory, since they cannot branch on one number, and share no copies between
+Triton's kernels (`screen`) do the same on other GPUs. They go through memory, since they cannot
+branch on one number, and share no copies between
 processors; both is what this kernel is for.
 """
 
@@ -27,7 +29,8 @@ SHARED = 227 * 2**10
 """Bytes of shared memory that a block may have."""
 STAGES = 8
 LONGEST = 16 * WARP
-"""Scores that a token's list holds at most: a warp has them in registers when it thins a list out."""
+"""Scores that a token's list holds at most: a warp has them in registers when it thins a list
+out."""
 
 
 class Plan(NamedTuple):
@@ -42,7 +45,8 @@ class Plan(NamedTuple):
     per: int
     """Scores of a token's list for each thread of a warp."""
     latents: int
-    """Latents of a tile: few let the ring hold many parts, many need fewer copies of tokens that are not resident."""
+    """Latents of a tile: few let the ring hold many parts, many need fewer copies of tokens that
+    are not resident."""
     cluster: int = 2
     """Blocks that share the latents' copies."""
 
@@ -83,7 +87,8 @@ def compiler() -> tuple[int, int] | None:
 
 
 def plan(d: int, c: int) -> Plan | None:
-    """Return the constants for rows of d bytes and c candidates, None where there is no kernel for them."""
+    """Return the constants for rows of d bytes and c candidates, None where there is no kernel for
+    them."""
     per = -(-min(LONGEST, 2 * c + 96) // WARP)
     kinds = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
     options = (
@@ -98,9 +103,11 @@ def plan(d: int, c: int) -> Plan | None:
 def candidates(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b, d] weight[n, d]^T + bias[n], bytes x and weight.
+    """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b,
+    d] weight[n, d]^T + bias[n], bytes x and weight.
 
-    In no particular order; dropped bounds the scores of all others, and is infinite for a token with fewer than c scores (NaN).
+    In no particular order; dropped bounds the scores of all others, and is infinite for a token
+    with fewer than c scores (NaN).
     """
     (b, d), n, device = x.shape, len(weight), x.device
     blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
@@ -155,7 +162,8 @@ def candidates(
 
 
 def _parts(blocks: int, most: int, processors: int) -> int:
-    """Return into how many parts, at most `most`, to split the latents, so that few processors wait at the end."""
+    """Return into how many parts, at most `most`, to split the latents, so that few processors wait
+    at the end."""
     return min(
         range(1, max(1, min(8, most)) + 1),
         key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts),
@@ -177,12 +185,14 @@ def _call(name: str, *arguments: Any) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(
-            f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch does without these kernels"
+            f"{name} failed: {(text.value or b'unknown').decode()} ({status}); run.kernels=torch "
+            "does without these kernels"
         )
 
 
 def _map(rows: Tensor, box: int) -> Any:
-    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of `box` rows of CHUNK bytes, swizzled, zeros beyond the edges."""
+    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of `box` rows of CHUNK
+    bytes, swizzled, zeros beyond the edges."""
     memory = (ctypes.c_uint64 * 24)()
     aligned = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
     (m, d), word, half = rows.shape, ctypes.c_uint64, ctypes.c_uint32
@@ -218,7 +228,8 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 
 @functools.cache
 def compiled(chosen: Plan) -> bytes:
-    """Return the machine code for these constants. Raise RuntimeError with the compiler's words where it fails."""
+    """Return the machine code for these constants. Raise RuntimeError with the compiler's words
+    where it fails."""
     constants = {
         "CHUNKS": chosen.chunks,
         "RESIDENT": int(chosen.resident),
@@ -238,7 +249,8 @@ def compiled(chosen: Plan) -> bytes:
     nvrtc.nvrtcGetProgramLog(program, log)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise RuntimeError(
-            f"hopper.cu does not compile with {chosen}: {log.decode()}; run.kernels=torch does without these kernels"
+            f"hopper.cu does not compile with {chosen}: {log.decode()}; run.kernels=torch does "
+            "without these kernels"
         )
     code = bytes(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, code)

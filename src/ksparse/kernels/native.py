@@ -1,7 +1,10 @@
-"""native.cpp from Python: built for this machine's processor when it is first needed, and kept in the user's cache.
+"""native.cpp from Python: built for this machine's processor when it is first needed, and kept in
+the user's cache.
 
-It is not in the wheel, because code for any processor would leave out what most of them can do, and because a wheel that carried it
-would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch.
+It is not in the wheel, because code for any processor would leave out what most of them can do, and
+because a wheel that carried it
+would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None
+and everything runs on plain torch.
 Where others may have written to the cache it is built anew in each process, or theirs might be run.
 """
 
@@ -38,7 +41,8 @@ _FLAGS = (
     "-fno-signed-zeros",
 )
 PANELS = 3
-"""The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's products."""
+"""The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's
+products."""
 _log = logging.getLogger("ksparse")
 
 
@@ -49,7 +53,8 @@ class Matrix(ctypes.Structure):
 
 
 class Adam(ctypes.Structure):
-    """What a step of Adam needs; the corrections are 1 - beta^step, `decay` is the average's, `clip` multiplies all gradients."""
+    """What a step of Adam needs; the corrections are 1 - beta^step, `decay` is the average's,
+    `clip` multiplies all gradients."""
 
     _fields_ = [
         (name, ctypes.c_float)
@@ -63,7 +68,8 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None)
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(
-            f"native kernels take contiguous tensors in main memory, got {list(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
+            f"native kernels take contiguous tensors in main memory, got {list(tensor.shape)} on "
+            f"{tensor.device}, strides {tensor.stride()}"
         )
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -85,7 +91,8 @@ class NoCache(OSError):
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the library, built if need be; None where that cannot be done, said once in the log."""
+    """Return the library, built if need be; None where that cannot be done, said once in the
+    log."""
     if os.environ.get("KSPARSE_NATIVE", "1") == "0":
         return None
     try:
@@ -196,7 +203,7 @@ def _processor() -> str:
         return platform.processor() + platform.machine()
 
 
-# ---- the kernels on tensors --------------------------------------------------------------------------------------
+# ---- the kernels on tensors ----------------------------------------------------------------------
 
 
 def _int(value: int) -> ctypes.c_int64:
@@ -204,7 +211,8 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly, by latent; NaN where there are fewer."""
+    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly,
+    by latent; NaN where there are fewer."""
     b, n = pre_acts.shape
     values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
     load().ks_select(
@@ -221,7 +229,8 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
-    """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen` wants its latents (kind 3)."""
+    """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen`
+    wants its latents (kind 3)."""
     b, d = x.shape
     if kind == PANELS:
         wide = -(-b // 16) * 16
@@ -246,7 +255,8 @@ def rescore(
     k: int,
     c: int,
 ) -> tuple[Tensor, ...]:
-    """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the c best of low[b, n]."""
+    """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the
+    c best of low[b, n]."""
     b, n = low.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
@@ -275,7 +285,8 @@ def rescore(
 def screen(
     low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int
 ) -> tuple[Tensor, ...]:
-    """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself is nowhere."""
+    """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself
+    is nowhere."""
     b, (n, d) = len(x), weight.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
@@ -302,7 +313,8 @@ def screen(
 def decode(
     x: Tensor, b_pre: Tensor, weight: Tensor, values: Tensor, indices: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Make values[b, k] >= 0 in place and write error[b, d] = reconstruction - x; return (its squared norm[b], <error, row>[b, k])."""
+    """Make values[b, k] >= 0 in place and write error[b, d] = reconstruction - x; return (its
+    squared norm[b], <error, row>[b, k])."""
     b, k = values.shape
     square, slopes = x.new_empty(b), x.new_empty(b, k)
     load().ks_decode(
@@ -323,7 +335,8 @@ def decode(
 
 
 def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return (starts[n + 1], order): the entries above 0 of each latent are order[starts[i] : starts[i + 1]]."""
+    """Return (starts[n + 1], order): the entries above 0 of each latent are order[starts[i] :
+    starts[i + 1]]."""
     starts, order = (
         torch.empty(n + 1, dtype=torch.long),
         torch.empty(values.numel(), dtype=torch.int32),

@@ -1,10 +1,14 @@
-"""Candidates for the k largest by a product in low precision, as Triton kernels: whoever asks computes their exact values and chooses among them.
+"""Candidates for the k largest by a product in low precision, as Triton kernels: whoever asks
+computes their exact values and chooses among them.
 
     rows ─▶ lower: bfloat16, or int8 with a scale for each row
-    x, low, bias ─▶ tiles: product, the best few keys of each bucket ─▶ keys[b, candidates] ─▶ the c largest, and a bound on all others
+    x, low, bias ─▶ tiles: product, the best few keys of each bucket ─▶ keys[b, candidates] ─▶ the c
+    largest, and a bound on all others
 
-A key is a float32 as an integer of the same order whose lowest bits say where in its bucket it is from: one maximum finds both, and what is kept of
-a bucket is 4 bytes. The price is the score's last bits, 2^-17 of it with buckets of 64; a screen is far coarser than that. Buckets are those of
+A key is a float32 as an integer of the same order whose lowest bits say where in its bucket it is
+from: one maximum finds both, and what is kept of
+a bucket is 4 bytes. The price is the score's last bits, 2^-17 of it with buckets of 64; a screen is
+far coarser than that. Buckets are those of
 `gpu`.
 """
 
@@ -34,7 +38,8 @@ from ksparse.kernels.gpu import (
 
 LOWEST = -(2**31)
 REDONE = 2e-3
-"""Tokens that may be expected to be unclear since a bucket holds more winners than are kept of it; each costs a product with all latents."""
+"""Tokens that may be expected to be unclear since a bucket holds more winners than are kept of it;
+each costs a product with all latents."""
 WIDEST = 2**14
 """Candidates of a token, at most, that one program holds; torch chooses where there are more."""
 BYTES_TILE = TILE._replace(depth=128)
@@ -48,7 +53,8 @@ class Low(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """scores[b, c] and latents[b, c] in no particular order, and an upper bound dropped[b] on the scores of all others."""
+    """scores[b, c] and latents[b, c] in no particular order, and an upper bound dropped[b] on the
+    scores of all others."""
 
     scores: Tensor
     latents: Tensor
@@ -106,7 +112,8 @@ def _keys(
     FULL: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """One tile of the product; of each bucket the KEPT largest keys go to keys[b, buckets, KEPT], the largest first."""
+    """One tile of the product; of each bucket the KEPT largest keys go to keys[b, buckets, KEPT],
+    the largest first."""
     tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = (
         tile_b * TOKENS + tl.arange(0, TOKENS),
@@ -177,7 +184,8 @@ def _largest(
     LATENTS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """One token: the c largest of its keys. The c-th is found by halving the range that it is in."""
+    """One token: the c largest of its keys. The c-th is found by halving the range that it is
+    in."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     key = tl.load(keys + token * size + at, at < size, -2147483648)
     low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
@@ -200,7 +208,8 @@ def _largest(
         (bucket // 4 * LATENTS + place // 2 * 8 + bucket % 4 * 2 + place % 2).to(tl.int64),
         taken,
     )
-    # What a bucket dropped is at most the last that it kept, which is among those that were not taken, or else counts itself.
+    # What a bucket dropped is at most the last that it kept, which is among those that were not
+    # taken, or else counts itself.
     most = tl.max(tl.where(taken & (at % KEPT != KEPT - 1), -2147483648, key), 0)
     tl.store(dropped + token, _ordered(most | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True))
 
@@ -215,7 +224,8 @@ def candidates(
     tile: Tile | None = None,
     kept: int | None = None,
 ) -> Candidates | None:
-    """Return c candidates for the k largest (all c if not given) of x[b, d] low^T + bias[n]; None where n is too small for buckets to hold so many.
+    """Return c candidates for the k largest (all c if not given) of x[b, d] low^T + bias[n]; None
+    where n is too small for buckets to hold so many.
 
     x is rounded as `low` is. The scores are rounded up, by 2^-17 with the tile that is used.
     """
@@ -267,7 +277,8 @@ def candidates(
 
 
 def _kept(k: int, buckets: int) -> int:
-    """Return how many of a bucket to keep, so that few tokens are expected to have more of their k winners in one (they fall in buckets at random)."""
+    """Return how many of a bucket to keep, so that few tokens are expected to have more of their k
+    winners in one (they fall in buckets at random)."""
     return next(
         (
             m

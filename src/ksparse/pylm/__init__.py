@@ -1,4 +1,5 @@
-"""The built-in subject: a small causal LM of Python source, with its text and its loss-compute table.
+"""The built-in subject: a small causal LM of Python source, with its text and its loss-compute
+table.
 
 folder("7.6m")          the Hugging Face folder of one size, inside the package
 SIZES                   the sizes there are, smallest first; DEFAULT has the lowest held-out loss

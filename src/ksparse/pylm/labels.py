@@ -1,9 +1,12 @@
-"""The built-in probe suite: 61 questions about a token of Python source whose answers the standard library knows.
+"""The built-in probe suite: 61 questions about a token of Python source whose answers the standard
+library knows.
 
     source ─▶ tokenize, ast, symtable ─▶ marks: {name: bool[characters]} ─▶ labels[tokens, 61]
 
-A mark is a set of characters. Each task has one under its own name, and each population of tokens one under its phrase: the label
-is 1 where both hold, 0 where only the population does, -1 elsewhere. Names inside f-strings are text, not identifiers, because
+A mark is a set of characters. Each task has one under its own name, and each population of tokens
+one under its phrase: the label
+is 1 where both hold, 0 where only the population does, -1 elsewhere. Names inside f-strings are
+text, not identifiers, because
 Python 3.11 cannot say where they are.
 """
 
@@ -28,7 +31,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """A binary question: label 1 is `positive`, and tokens not `among` those named have no label."""
+    """A binary question: label 1 is `positive`, and tokens not `among` those named have no
+    label."""
 
     name: str
     family: str
@@ -186,7 +190,7 @@ _SPELLED: dict[str, dict[str, Callable[[str], object]]] = {
         }.__contains__,  # less stars and slashes that are no operators
         "comparison_operator": {"<", ">", "<=", ">=", "==", "!="}.__contains__,
         "assignment_operator": set(
-            "= := += -= *= /= //= %= **= @= &= |= ^= <<= >>=".split()
+            ["=", ":=", "+=", "-=", "*=", "/=", "//=", "%=", "**=", "@=", "&=", "|=", "^=", "<<=", ">>="]
         ).__contains__,  # less "=" of an argument or a default
     },
     "brackets": {"closing_bracket": {")", "]", "}"}.__contains__},
@@ -230,10 +234,13 @@ _QUOTED = re.compile(r"('''|\"\"\"|'|\")(?:\\.|(?!\1).)*\1", re.DOTALL)
 
 
 def labels(source: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return int8 [len(offsets), 61] in the order of TASKS: 1, 0, or -1 where a token is outside the task's population.
+    """Return int8 [len(offsets), 61] in the order of TASKS: 1, 0, or -1 where a token is outside
+    the task's population.
 
-    offsets are the tokens' character spans [start, end) in source. A token has the label of its first character that is not white
-    space, or of its last character if it is nothing but white space; an empty span, or a byte order mark, has -1 everywhere.
+    offsets are the tokens' character spans [start, end) in source. A token has the label of its
+    first character that is not white
+    space, or of its last character if it is nothing but white space; an empty span, or a byte order
+    mark, has -1 everywhere.
     Raise ValueError if Python cannot parse the source.
     """
     text, place = _normalise(source)
@@ -251,7 +258,8 @@ def labels(source: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def _character(source: str, start: int, end: int) -> int:
-    """Return the character that decides a token's labels; len(source), which is outside everything, if it has none."""
+    """Return the character that decides a token's labels; len(source), which is outside everything,
+    if it has none."""
     token = source[start:end]
     bare = token.lstrip()
     if not token:
@@ -260,7 +268,8 @@ def _character(source: str, start: int, end: int) -> int:
 
 
 def _normalise(source: str) -> tuple[str, np.ndarray]:
-    """Return the text as the parser reads it, and the place in it of each character of source; what has none is at its end."""
+    """Return the text as the parser reads it, and the place in it of each character of source; what
+    has none is at its end."""
     mark = source.startswith("\ufeff")
     text = re.sub("\r\n?", "\n", source[mark:])
     codes = np.frombuffer(source.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -275,7 +284,8 @@ def _mark(text: str) -> dict[str, np.ndarray]:
     """Return the marks of a text, bool[characters + 1] each; the last is never set."""
     try:
         with warnings.catch_warnings():
-            # Invalid escapes and comparisons with literals are the business of who wrote the source.
+            # Invalid escapes and comparisons with literals are the business of who wrote the
+            # source.
             warnings.simplefilter("ignore", SyntaxWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             tree, top = ast.parse(text), symtable.symtable(text, "<source>", "exec")
@@ -301,7 +311,7 @@ def _mark(text: str) -> dict[str, np.ndarray]:
     return code.marks
 
 
-# ---- the text, its tokens, and places in it ----------------------------------------------------------------------
+# ---- the text, its tokens, and places in it ------------------------------------------------------
 
 
 class _Token(NamedTuple):
@@ -314,7 +324,8 @@ class _Token(NamedTuple):
 
 
 class _Code:
-    """A text with its Python tokens, where parts of its tree are, and its marks; tokens are those that one sees, raw are all."""
+    """A text with its Python tokens, where parts of its tree are, and its marks; tokens are those
+    that one sees, raw are all."""
 
     def __init__(self, text: str):
         self.text = text
@@ -400,7 +411,8 @@ class _Code:
         self.paint(mark, self.tokens[number].start, self.tokens[number].end, value)
 
     def paint_nodes(self, mark: str, nodes: Sequence[ast.AST], value: bool = True) -> None:
-        """Set a mark from the first of some nodes to the last; a decorated definition begins with its decorators."""
+        """Set a mark from the first of some nodes to the last; a decorated definition begins with
+        its decorators."""
         if nodes:
             decorators = getattr(nodes[0], "decorator_list", [])
             start = self.start(decorators[0] if decorators else nodes[0])
@@ -412,7 +424,8 @@ class _Code:
 
 
 def _joined(tokens: Iterable[_Token]) -> list[_Token]:
-    """Return the tokens with names in one piece: before Python 3.12 tokenize stumbles over some letters, as in "℘" or "x·y"."""
+    """Return the tokens with names in one piece: before Python 3.12 tokenize stumbles over some
+    letters, as in "℘" or "x·y"."""
     found: list[_Token] = []
     for token in tokens:
         if token.type in (tokenize.NAME, tokenize.ERRORTOKEN):
@@ -423,7 +436,7 @@ def _joined(tokens: Iterable[_Token]) -> list[_Token]:
     return found
 
 
-# ---- marks that tokens decide ------------------------------------------------------------------------------------
+# ---- marks that tokens decide --------------------------------------------------------------------
 
 
 def _mark_layout(code: _Code) -> None:
@@ -450,7 +463,8 @@ def _mark_layout(code: _Code) -> None:
 
 
 def _mark_line(code: _Code, line: list[_Token], depth: int) -> None:
-    """Mark one logical line; it ends with all the punctuation behind its last word, number or string, or with that if there is none."""
+    """Mark one logical line; it ends with all the punctuation behind its last word, number or
+    string, or with that if there is none."""
     start, end = line[0].start, line[-1].end
     code.paint("indented_thrice", start, end, depth >= 3)
     closing = (
@@ -511,10 +525,10 @@ def _mark_operator(code: _Code, number: int) -> None:
     behind = code.tokens[number - 1]
     binary = not code.marks["begins_line"][token.start] and _ends_operand(behind)
     if (
-        token.text == "@"
-        and not binary
-        or token.text == "*"
-        and behind.text in {"import", "except"}
+        (token.text == "@"
+        and not binary)
+        or (token.text == "*"
+        and behind.text in {"import", "except"})
     ):
         return
     _mark_spelling(code, "operators", token)
@@ -531,7 +545,8 @@ def _ends_operand(token: _Token) -> bool:
 
 
 def _mark_string(code: _Code, token: _Token) -> None:
-    """Mark a string literal by its prefix and its quotes, and the replacement fields of an f-string."""
+    """Mark a string literal by its prefix and its quotes, and the replacement fields of an
+    f-string."""
     prefix, quote = _QUOTE.match(token.text).groups()
     formatted = _is_formatted(prefix)
     kinds = {
@@ -556,7 +571,8 @@ def _is_formatted(prefix: str) -> bool:
 
 
 def _fields(token: _Token) -> Iterator[tuple[int, int]]:
-    """Yield the extents of a string's replacement fields, braces included, by the grammar before Python 3.12; a field in a format is part of it."""
+    """Yield the extents of a string's replacement fields, braces included, by the grammar before
+    Python 3.12; a field in a format is part of it."""
     literal = token.text
     prefix, quote = _QUOTE.match(literal).groups()
     if not _is_formatted(prefix):
@@ -571,7 +587,8 @@ def _fields(token: _Token) -> Iterator[tuple[int, int]]:
 
 
 def _field_end(literal: str, at: int) -> int:
-    """Return where a replacement field ends whose expression begins at a character: behind its brace."""
+    """Return where a replacement field ends whose expression begins at a character: behind its
+    brace."""
     depth = 0
     while depth or literal[at] not in ":}":
         depth += (literal[at] in "([{") - (literal[at] in ")]}")
@@ -582,11 +599,12 @@ def _field_end(literal: str, at: int) -> int:
     return at + 1
 
 
-# ---- marks that the tree decides ---------------------------------------------------------------------------------
+# ---- marks that the tree decides -----------------------------------------------------------------
 
 
 def _mark_extents(code: _Code, node: ast.AST, scope: _Scope) -> None:
-    """Mark the parts of a node that are tasks as they are, and those that go by brackets or lines."""
+    """Mark the parts of a node that are tasks as they are, and those that go by brackets or
+    lines."""
     for mark, field in _EXTENTS.get(type(node), ()):
         part = getattr(node, field) if field else node
         code.paint_nodes(mark, part if isinstance(part, list) else [part] if part else [])
@@ -693,14 +711,16 @@ def _combine(marks: dict[str, np.ndarray]) -> None:
     marks["white space between logical lines"] &= marks["white space"]
 
 
-# ---- marks that scopes decide ------------------------------------------------------------------------------------
+# ---- marks that scopes decide --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """A block of the tree with its symbol table, None if it has none; owner is the class whose private names are mangled in it.
+    """A block of the tree with its symbol table, None if it has none; owner is the class whose
+    private names are mangled in it.
 
-    A comprehension is part of the function it is in, but for its own variables: since Python 3.12 most have no table.
+    A comprehension is part of the function it is in, but for its own variables: since Python 3.12
+    most have no table.
     """
 
     kind: str
@@ -722,12 +742,13 @@ class _Scope:
             return None
 
     def place(self, name: str) -> str:
-        """Say whether the value of a mangled name is local, free, global or in a class; "" if the tables do not have the name."""
+        """Say whether the value of a mangled name is local, free, global or in a class; "" if the
+        tables do not have the name."""
         symbol = self.symbol(name)
         if self.kind == "comprehension":
             if name in self.own:
                 return "local"
-            if symbol is None or symbol.is_free() and self.outer.kind != "class":
+            if symbol is None or (symbol.is_free() and self.outer.kind != "class"):
                 place = self.outer.place(name)
                 return (
                     "global" if place == "class" else place
@@ -745,7 +766,8 @@ class _Scope:
         )
 
     def home(self, name: str) -> symtable.Symbol | None:
-        """Return a mangled name's symbol in the block that binds it; None if that is a comprehension."""
+        """Return a mangled name's symbol in the block that binds it; None if that is a
+        comprehension."""
         scope, symbol = self, self.symbol(name)
         while name not in scope.own and scope.outer and (symbol is None or symbol.is_free()):
             scope = scope.outer
@@ -761,7 +783,8 @@ class _Inside(NamedTuple):
 
 
 def _walk(tree: ast.Module, top: symtable.SymbolTable) -> Iterator[tuple[ast.AST, _Scope]]:
-    """Yield each node outside f-strings and the block it is in, parents first, and blocks in the order of the symbol tables.
+    """Yield each node outside f-strings and the block it is in, parents first, and blocks in the
+    order of the symbol tables.
 
     A table does not say which node it is of: it is the next one of the node's kind, name and line.
     """
@@ -850,7 +873,8 @@ class _Names:
         }
 
     def mark(self, node: ast.AST, scope: _Scope) -> None:
-        """Mark the names that a node reads or binds; the tree says of some only what they are, and the tokens where."""
+        """Mark the names that a node reads or binds; the tree says of some only what they are, and
+        the tokens where."""
         code = self._code
         match node:
             case ast.Name(id=name, ctx=ast.Load()):

@@ -17,7 +17,8 @@ def folder(size: str = DEFAULT) -> Path:
 
 
 def loss_table(model: Path) -> list[tuple[float, float]]:
-    """Read [(training FLOPs, held-out loss in nats per token)] from a folder's training.jsonl; [] if it has none."""
+    """Read [(training FLOPs, held-out loss in nats per token)] from a folder's training.jsonl; []
+    if it has none."""
     log = model / "training.jsonl"
     if not log.is_file():
         return []

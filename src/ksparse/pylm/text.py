@@ -1,7 +1,9 @@
 """The text of the built-in subject: the standard library of the running interpreter.
 
-Nothing is copied: the files are read where Python keeps them. A fixed hash of each file's path decides its
-split, and the same hash orders the documents, so any prefix of a split is an unbiased sample of it and a
+Nothing is copied: the files are read where Python keeps them. A fixed hash of each file's path
+decides its
+split, and the same hash orders the documents, so any prefix of a split is an unbiased sample of it
+and a
 file never changes sides between machines or Python versions.
 """
 
@@ -39,7 +41,8 @@ def _key(path: Path) -> int:
 
 
 def _read(path: Path) -> str:
-    """Read one file as UTF-8 with Unix line ends; a file in another encoding (some tests are) gives ''."""
+    """Read one file as UTF-8 with Unix line ends; a file in another encoding (some tests are) gives
+    ''."""
     try:
         return path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except (UnicodeDecodeError, OSError):

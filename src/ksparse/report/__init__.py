@@ -9,7 +9,8 @@ claims    results -> what a good SAE shows, and whether it does   (a Claim per c
 figures   results -> SVG
 findings  arrays -> what evaluations found of single latents
 probes    tasks -> the section on them
-codes     refinement, progressive, latents, subspaces -> the section on them     code_figures   their figures
+codes     refinement, progressive, latents, subspaces -> the section on them     code_figures
+          their figures
 latents   arrays -> cards with heat-maps
 page      the sections in their order               (a Section per question)
 

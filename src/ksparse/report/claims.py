@@ -1,6 +1,7 @@
 """Numbers -> what a run should show if its SAE is any good, and whether it does.
 
-A Claim has a margin: above zero where the claim holds. It holds, or does not, where the margin is two standard errors from zero.
+A Claim has a margin: above zero where the claim holds. It holds, or does not, where the margin is
+two standard errors from zero.
 A new claim is an entry in CLAIMS; one whose evaluation has not been run is not on the page.
 """
 
@@ -15,7 +16,8 @@ from ksparse.report.source import Number, Source
 
 Verdict = Literal["holds", "does not hold", "unclear"]
 FAR = 10
-"""The reconstruction's damage is far below the mean activation's if it is less than one part in so many. Our choice."""
+"""The reconstruction's damage is far below the mean activation's if it is less than one part in so
+many. Our choice."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def tally(found: list[Judged]) -> str:
 
 
 def verdict(margin: Number) -> Verdict:
-    """Return what a margin says at two standard errors; without a standard error it says nothing."""
+    """Return what a margin says at two standard errors; without a standard error it says
+    nothing."""
     if margin.se is None or abs(margin.value) <= 2 * margin.se:
         return "unclear"
     return "holds" if margin.value > 0 else "does not hold"
@@ -93,13 +96,17 @@ def _gain(says: str, key: str, rival: str, words: str, otherwise: str) -> Claim:
             for name, what in (("probe_loss", "with its latents"), (rival, words))
             if (found := source.number("probes", name)) is not None
         ]
-        return f"Probe loss {', '.join(losses) or 'not measured'}: a gain of {_with_se(source.number('probes', key), 'number')} nats."
+        return (
+            f"Probe loss {', '.join(losses) or 'not measured'}: a gain of "
+            f"{_with_se(source.number('probes', key), 'number')} nats."
+        )
 
     return Claim(says, lambda source: source.number("probes", key), numbers, otherwise)
 
 
 def _above_chance(says: str, key: str, otherwise: str) -> Claim:
-    """Return a claim that a score of explanations is above that of explanations dealt to the wrong latents."""
+    """Return a claim that a score of explanations is above that of explanations dealt to the wrong
+    latents."""
 
     def margin(source: Source) -> Number | None:
         return less(source.number("n2g", key), source.number("n2g", f"shuffled_{key}"))
@@ -119,23 +126,34 @@ def _sparser(source: Source) -> str:
         for name in ("ablation_sparsity", "channel_sparsity")
     )
     difference = _with_se(source.number("ablation", "difference"), "percent")
-    return f"{ours} of the logits for a latent, {theirs} for a channel; the paired difference is {difference}."
+    return (
+        f"{ours} of the logits for a latent, {theirs} for a channel; the paired difference is "
+        f"{difference}."
+    )
 
 
 def _spread(source: Source) -> str:
-    """Say whether a latent's effect is on more of the vocabulary, or reaches further into the text."""
+    """Say whether a latent's effect is on more of the vocabulary, or reaches further into the
+    text."""
     here, later, channel_later = (
         source.number("ablation", name) for name in ("difference_here", "later", "channel_later")
     )
     if here is None or later is None or channel_later is None:
         return "By this measure a latent’s effect is spread over more predictions than a channel’s."
     reach = (
-        f"{percent(later.value)} of a latent’s squared effect falls on later predictions, {percent(channel_later.value)} of a channel’s, "
+        f"{percent(later.value)} of a latent’s squared effect falls on later predictions, "
+        f"{percent(channel_later.value)} of a channel’s, "
         "and the measure counts reach as lack of sparsity"
     )
     if verdict(here) == "holds":
-        return f"On the next prediction alone a latent does matter to less of the vocabulary, by {_with_se(here, 'percent')}; but {reach}."
-    return f"On the next prediction alone a latent matters to no less of the vocabulary than a channel; and {reach}."
+        return (
+            "On the next prediction alone a latent does matter to less of the vocabulary, by "
+            f"{_with_se(here, 'percent')}; but {reach}."
+        )
+    return (
+        "On the next prediction alone a latent matters to no less of the vocabulary than a "
+        f"channel; and {reach}."
+    )
 
 
 def _harmless(source: Source) -> Number | None:
@@ -165,7 +183,8 @@ def _damage(source: Source) -> Number | None:
 
 
 def less(one: Number | None, other: Number | None) -> Number | None:
-    """Return a difference of which no more is known than its parts: its standard error is at most their sum, whatever they share."""
+    """Return a difference of which no more is known than its parts: its standard error is at most
+    their sum, whatever they share."""
     if one is None or other is None:
         return None
     return Number(
@@ -183,32 +202,38 @@ def _with_se(number: Number | None, kind: Literal["number", "percent"]) -> str:
 
 CLAIMS = (
     Claim(
-        "The LM loses far less by the reconstruction than by the mean activation: under a tenth as much.",
+        "The LM loses far less by the reconstruction than by the mean activation: under a tenth as "
+        "much.",
         _harmless,
         _damages,
-        "The reconstruction misses much of what the LM uses, whatever share of the variance it explains.",
+        "The reconstruction misses much of what the LM uses, whatever share of the variance it "
+        "explains.",
     ),
     _gain(
         "Its best latents tell the tasks’ labels better than the LM’s own channels do.",
         "gain_over_channels",
         "channel_loss",
         "with channels",
-        "For what these tasks ask, the SAE’s latents are worse to read than the activation as it was.",
+        "For what these tasks ask, the SAE’s latents are worse to read than the activation as it "
+        "was.",
     ),
     _gain(
         "They tell them better than the best latents of an untrained SAE do.",
         "gain_over_random_sae",
         "random_sae_loss",
         "with random latents",
-        "As many random directions do better: what the probes find here comes from having many to choose from, not from training.",
+        "As many random directions do better: what the probes find here comes from having many to "
+        "choose from, not from training.",
     ),
     _above_chance(
-        "Patterns of tokens catch more of a latent’s activations than another latent’s patterns do (recall).",
+        "Patterns of tokens catch more of a latent’s activations than another latent’s patterns do "
+        "(recall).",
         "recall",
         "The explanations catch no more than chance: they are not about their latents.",
     ),
     _above_chance(
-        "Where its patterns predict a latent, it is active more often than where another’s do (precision).",
+        "Where its patterns predict a latent, it is active more often than where another’s do "
+        "(precision).",
         "precision",
         "The explanations are right no more often than chance: they are not about their latents.",
     ),

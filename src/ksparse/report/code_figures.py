@@ -1,4 +1,5 @@
-"""The figures of `refinement`, `progressive`, `latents` and `subspaces`: how codes and latents are, beside those of other SAEs where several were evaluated at once."""
+"""The figures of `refinement`, `progressive`, `latents` and `subspaces`: how codes and latents are,
+beside those of other SAEs where several were evaluated at once."""
 
 from __future__ import annotations
 
@@ -93,14 +94,16 @@ def shifts(name: str, result: dict[str, Any]) -> Picture | None:
         "refinement-shift",
         svg,
         "Where the values would rather be",
-        "How far each active value moves when the values, not the latents, are optimised. Around 0: the encoder is right on average. "
+        "How far each active value moves when the values, not the latents, are optimised. Around "
+        "0: the encoder is right on average. "
         "To the right of it: the values have shrunk.",
         "; ".join(f"{label}: mean {mean.value:+.1%}" for label, _, mean in shown if mean) + ".",
     )
 
 
 def progressive(name: str, result: dict[str, Any]) -> Picture | None:
-    """Draw error and loss of the LM against L0 when the activation is replaced, of this SAE and of those beside it."""
+    """Draw error and loss of the LM against L0 when the activation is replaced, of this SAE and of
+    those beside it."""
     shown = [
         (label, each)
         for label, each in {name: result, **(result.get("beside") or {})}.items()
@@ -166,9 +169,11 @@ def progressive(name: str, result: dict[str, Any]) -> Picture | None:
         "progressive",
         svg,
         "The code at another k",
-        "The activation is replaced after training: by TopK with another k, or by one threshold for all latents, dashed. A ring is the SAE as it was trained. "
+        "The activation is replaced after training: by TopK with another k, or by one threshold "
+        "for all latents, dashed. A ring is the SAE as it was trained. "
         "A code that gets worse with more latents than it was trained for is fitted to its k.",
-        f"With TopK the least normalised MSE is {significant(best[1])}, at {brief(best[0], 'number')} latents per token.",
+        f"With TopK the least normalised MSE is {significant(best[1])}, at "
+        f"{brief(best[0], 'number')} latents per token.",
     )
 
 
@@ -227,8 +232,8 @@ def laws(result: dict[str, Any], uniform: float) -> Picture | None:
         "latents-laws",
         svg,
         "How often, and how much",
-        "Logarithms of how often latents fire and of their mean squared activation, with the two laws that fit best. "
-        + " ".join(f"{v[0].upper()}{v[1:]}." for v in verdicts),
+        "Logarithms of how often latents fire and of their mean squared activation, with the two "
+        "laws that fit best. " + " ".join(f"{v[0].upper()}{v[1:]}." for v in verdicts),
         "; ".join(verdicts) + ".",
     )
 
@@ -261,13 +266,15 @@ def effective_tokens(result: dict[str, Any]) -> Picture | None:
         "latents-tokens",
         svg,
         "How many tokens a latent speaks of",
-        "exp of the entropy of a latent’s mean squared activation over the vocabulary: 1 for a latent of a single token.",
+        "exp of the entropy of a latent’s mean squared activation over the vocabulary: 1 for a "
+        "latent of a single token.",
         f"Median {significant(middle)}." if is_number(middle) else "No median.",
     )
 
 
 def subspaces(result: dict[str, Any]) -> Picture | None:
-    """Draw how much latents along the order read the first side's directions, and what both sides read of each direction."""
+    """Draw how much latents along the order read the first side's directions, and what both sides
+    read of each direction."""
     along, sides, cut = (
         result.get("along_order"),
         result.get("by_direction") or {},
@@ -318,7 +325,8 @@ def subspaces(result: dict[str, Any]) -> Picture | None:
         "subspaces",
         svg,
         "What groups of latents read",
-        "Above: latents put into an order by what they read, and how much of it is on the directions of those before the cut. A step means two groups; a slope, "
+        "Above: latents put into an order by what they read, and how much of it is on the "
+        "directions of those before the cut. A step means two groups; a slope, "
         "none. Below: what both sides read of each direction.",
         f"Separation {significant(there[0].value)}; of noise {significant(there[1].value)}."
         if all(math.isfinite(each.value) for each in there)
@@ -326,7 +334,7 @@ def subspaces(result: dict[str, Any]) -> Picture | None:
     )
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _histogram(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -346,7 +354,8 @@ def _histogram(found: Any) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _points(found: Any, key: str) -> list[tuple[float, float]]:
-    """Return (L0, value) of points of a result, by L0, as far as a logarithmic axis can show them."""
+    """Return (L0, value) of points of a result, by L0, as far as a logarithmic axis can show
+    them."""
     pairs = [
         (number(point.get("l0")), number(point.get(key)))
         for point in found or []
@@ -399,4 +408,7 @@ def _verdict(fit: dict[str, Any]) -> str:
         if margin.se and abs(margin.value) > 2 * margin.se
         else "fits no worse than the other"
     )
-    return f"the {better} law {likely}, by {size}; most are near {percent(mode) if mode > 1e-3 else short(mode)}"
+    return (
+        f"the {better} law {likely}, by {size}; most are near "
+        f"{percent(mode) if mode > 1e-3 else short(mode)}"
+    )

@@ -36,7 +36,8 @@ GROUPS = (
                 "nmse_refined",
                 "number",
                 beside("refinement", "number", nmse_raw="as encoded"),
-                "With the values of each token’s active latents at their optimum, at least 0. What is left is the choice of latents and the decoder.",
+                "With the values of each token’s active latents at their optimum, at least 0. What "
+                "is left is the choice of latents and the decoder.",
             ),
             Row(
                 "Loss added, refined",
@@ -50,7 +51,8 @@ GROUPS = (
                 "shift_mean",
                 "percent",
                 "0 %: values are right on average; far above: they had shrunk",
-                "Mean of refined less encoded values, in the unit of the mean active value. An L1 penalty makes it large.",
+                "Mean of refined less encoded values, in the unit of the mean active value. An L1 "
+                "penalty makes it large.",
             ),
             Row(
                 "Median shift",
@@ -97,7 +99,8 @@ GROUPS = (
                 "densest_density",
                 "percent",
                 beside("latents", "number", densest_over_l0="over L0"),
-                "Mean density of the d_model densest latents. Near 40 % at k = 512 in the paper, where codes are dense solutions; a few per cent where they are sparse.",
+                "Mean density of the d_model densest latents. Near 40 % at k = 512 in the paper, "
+                "where codes are dense solutions; a few per cent where they are sparse.",
             ),
             Row(
                 "Their share of all activations",
@@ -111,7 +114,8 @@ GROUPS = (
                 "n_opposite_pairs",
                 "count",
                 beside("latents", "count", n_opposite_among_densest="among the ten densest"),
-                "Pairs with a decoder cosine below -0.9. They undo each other, a failure of optimisation.",
+                "Pairs with a decoder cosine below -0.9. They undo each other, a failure of "
+                "optimisation.",
             ),
         ),
     ),
@@ -124,7 +128,8 @@ GROUPS = (
                 "separation",
                 "number",
                 _noise,
-                "How much the two sides of the best cut read directions of their own. 0 if both read alike; choosing the cut makes it more than 0 even for noise.",
+                "How much the two sides of the best cut read directions of their own. 0 if both "
+                "read alike; choosing the cut makes it more than 0 even for noise.",
             ),
             Row(
                 "Latents on the first side",

@@ -1,7 +1,9 @@
 """Data -> SVG. Each function returns a Picture, or None where the run has nothing to draw.
 
-matplotlib draws on its own Figure objects, without pyplot and with its default settings whatever the user's are. Colours
-are drawn as fixed values; on the page they become the page's variables, so that figures follow its light and dark.
+matplotlib draws on its own Figure objects, without pyplot and with its default settings whatever
+the user's are. Colours
+are drawn as fixed values; on the page they become the page's variables, so that figures follow its
+light and dark.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Picture:
 
     @property
     def inline(self) -> Markup:
-        """Return the SVG for a page: ids of its own, colours of the page, no prologue and no namespaces."""
+        """Return the SVG for a page: ids of its own, colours of the page, no prologue and no
+        namespaces."""
         text = self.svg[self.svg.index("<svg") :]
         root, rest = text.split(
             ">", 1
@@ -89,13 +92,14 @@ class Picture:
         )
 
 
-# ---- training ----------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def training(
     metrics: list[dict[str, Any]], k: int, held_out: float | None, text: str = "held-out text"
 ) -> list[Picture]:
-    """Return the curves of a run against the tokens it has seen; held_out: the normalised MSE of the evaluation, text: of what."""
+    """Return the curves of a run against the tokens it has seen; held_out: the normalised MSE of
+    the evaluation, text: of what."""
     drawn = (
         error_curve(metrics, held_out, text),
         dead_curve(metrics),
@@ -122,7 +126,8 @@ def error_curve(
         "training-nmse",
         svg,
         "Normalised MSE",
-        "Of each step's batch, before the step, with the raw weights; 1 is predicting the mean. Both axes logarithmic.",
+        "Of each step's batch, before the step, with the raw weights; 1 is predicting the mean. "
+        "Both axes logarithmic.",
         went(values, tokens, significant),
     )
 
@@ -142,7 +147,8 @@ def dead_curve(metrics: list[dict[str, Any]]) -> Picture | None:
         "training-dead",
         svg,
         "Dead latents",
-        "Share of latents that have not fired for the recipe's number of tokens; before that many, none can be dead.",
+        "Share of latents that have not fired for the recipe's number of tokens; before that many, "
+        "none can be dead.",
         went(values, tokens, percent),
     )
 
@@ -190,12 +196,13 @@ def l0_curve(metrics: list[dict[str, Any]], k: int) -> Picture | None:
         "training-l0",
         svg,
         "L0",
-        "Mean number of latents above zero per token. With TopK, below k where a chosen latent's value is not positive.",
+        "Mean number of latents above zero per token. With TopK, below k where a chosen latent's "
+        "value is not positive.",
         went(values, tokens, significant),
     )
 
 
-# ---- latents -----------------------------------------------------------------------------------------------------
+# ---- latents -------------------------------------------------------------------------------------
 
 
 def density(edges: list[float], counts: list[int], uniform: float) -> Picture | None:
@@ -216,7 +223,8 @@ def density(edges: list[float], counts: list[int], uniform: float) -> Picture | 
             axes,
             edges,
             [
-                f"density {percent(10 ** edges[i])} to {percent(10 ** edges[i + 1])}: {count:,} latents"
+                f"density {percent(10 ** edges[i])} to {percent(10 ** edges[i + 1])}: {count:,} "
+                "latents"
                 if count
                 else ""
                 for i, count in enumerate(counts)
@@ -236,9 +244,11 @@ def density(edges: list[float], counts: list[int], uniform: float) -> Picture | 
         "latents-density",
         svg,
         "How often latents fire",
-        "Live latents by density, on a logarithmic axis. The line is k / n, where all would be if they fired alike. "
+        "Live latents by density, on a logarithmic axis. The line is k / n, where all would be if "
+        "they fired alike. "
         "A hump at the far left is latents that hardly live; one near 1 is latents that say little.",
-        f"{sum(counts):,} live latents; the commonest density is about {percent(10 ** edges[peak])} of tokens.",
+        f"{sum(counts):,} live latents; the commonest density is about "
+        f"{percent(10 ** edges[peak])} of tokens.",
     )
 
 
@@ -281,11 +291,12 @@ def cosines(values: np.ndarray) -> Picture | None:
     )
 
 
-# ---- evaluations -------------------------------------------------------------------------------------------------
+# ---- evaluations ---------------------------------------------------------------------------------
 
 
 def explained(losses: dict[str, Number | None], ours: str) -> Picture | None:
-    """Draw the LM's losses on one axis, each on a line of its own; ours: the name of the one that the others are there for."""
+    """Draw the LM's losses on one axis, each on a line of its own; ours: the name of the one that
+    the others are there for."""
     shown = sorted(
         ((name, loss) for name, loss in losses.items() if loss is not None),
         key=lambda pair: pair[1].value,
@@ -325,7 +336,8 @@ def explained(losses: dict[str, Number | None], ours: str) -> Picture | None:
         svg,
         "What explanations carry",
         "Loss with each of these in place of the activation; the n-grams use no activation at all. "
-        "The nearer explanations are to the reconstruction, the more of the latents they catch. Bars are two standard errors.",
+        "The nearer explanations are to the reconstruction, the more of the latents they catch. "
+        "Bars are two standard errors.",
         "; ".join(f"{name} {significant(loss.value)}" for name, loss in shown) + " nats.",
     )
 
@@ -336,7 +348,8 @@ def patterns(
     means: dict[str, tuple[Number | None, Number | None]],
     latents: np.ndarray | None = None,
 ) -> Picture | None:
-    """Draw precision against recall, a point for each latent; means: (recall, precision) by name, the first the latents' own;
+    """Draw precision against recall, a point for each latent; means: (recall, precision) by name,
+    the first the latents' own;
     latents: the points' numbers."""
     there = np.isfinite(recall) & np.isfinite(precision)
     if not there.any():
@@ -391,7 +404,8 @@ def patterns(
         "n2g-latents",
         svg,
         "Precision and recall of explanations",
-        "Each scored latent, by how much its patterns catch and how often they are right; darker where points lie on each other. "
+        "Each scored latent, by how much its patterns catch and how often they are right; darker "
+        "where points lie on each other. "
         "Recall goes in steps, one for each activation it is counted on."
         + (
             f" {(~there).sum():,} latents whose patterns predicted nothing are left out."
@@ -404,7 +418,8 @@ def patterns(
 
 
 def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None:
-    """Draw how sparse the effects of single latents are against those of single channels, from histograms with one set of edges."""
+    """Draw how sparse the effects of single latents are against those of single channels, from
+    histograms with one set of edges."""
     found = [(histogram.get("edges"), histogram.get("counts")) for histogram in (latents, channels)]
     if not all(
         isinstance(edges, list)
@@ -434,7 +449,8 @@ def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None
             axes,
             edges[: last + 2],
             [
-                f"{percent(edges[i])} to {percent(edges[i + 1])} of the logits: {ours[i]:,} ablations of latents, {theirs[i]:,} of channels"
+                f"{percent(edges[i])} to {percent(edges[i + 1])} of the logits: {ours[i]:,} "
+                f"ablations of latents, {theirs[i]:,} of channels"
                 for i in range(last + 1)
             ],
         )
@@ -451,7 +467,8 @@ def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None
         "ablation-sparsity",
         svg,
         "How far effects spread",
-        "Ablations of one active latent, and of one channel at the same positions, by the share of the LM’s logits that change. "
+        "Ablations of one active latent, and of one channel at the same positions, by the share of "
+        "the LM’s logits that change. "
         "Further left is sparser.",
         f"{sum(ours):,} ablations of latents, {sum(theirs):,} of channels.",
     )
@@ -464,11 +481,13 @@ PROBES = (
     ("channel_loss", "best channel", "s", SECOND, "none"),
     ("loss", "best latent", "o", FIRST, FIRST),
 )
-"""Kinds of probe: key of the loss, name, marker, its colour and filling; the latest is drawn above the others."""
+"""Kinds of probe: key of the loss, name, marker, its colour and filling; the latest is drawn above
+the others."""
 
 
 def tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | None:
-    """Draw the losses of each task's probes on a line: (its name, what stands at its end, losses by the keys of PROBES)."""
+    """Draw the losses of each task's probes on a line: (its name, what stands at its end, losses by
+    the keys of PROBES)."""
     if not any(losses.get("loss") for _, _, losses in rows):
         return None
     with canvas(size=(6.2, 1.4 + 0.185 * len(rows))) as (figure, axes):
@@ -536,19 +555,21 @@ def tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | No
         "probes-tasks",
         svg,
         "The best latent of each task",
-        "Sorted by how far the best latent is below the next of best channel, best random latent and the label’s share alone; "
+        "Sorted by how far the best latent is below the next of best channel, best random latent "
+        "and the label’s share alone; "
         "at the top the SAE has something that they have not. Bars are two standard errors. "
         "A diamond far to the left of the rest is knowledge that the LM has, but no single latent.",
         f"{len(rows)} tasks, from {safe_text(rows[0][0], 40)} to {safe_text(rows[-1][0], 40)}.",
     )
 
 
-# ---- parts of a figure -------------------------------------------------------------------------------------------
+# ---- parts of a figure ---------------------------------------------------------------------------
 
 
 @contextmanager
 def canvas(rows: int = 1, size: tuple[float, float] = (5.2, 2.9)) -> Iterator[tuple[Any, Any]]:
-    """Yield a matplotlib figure of so many inches and its axes, with our settings until it is saved."""
+    """Yield a matplotlib figure of so many inches and its axes, with our settings until it is
+    saved."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -560,7 +581,8 @@ def canvas(rows: int = 1, size: tuple[float, float] = (5.2, 2.9)) -> Iterator[tu
 
 
 def save(figure: Any) -> str:
-    """Return a figure as SVG, the same bytes each time: no date, no name of a program, a fixed salt for ids."""
+    """Return a figure as SVG, the same bytes each time: no date, no name of a program, a fixed salt
+    for ids."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -615,7 +637,8 @@ def curve(
 
 
 def columns(axes: Any, edges: Any, words: list[str]) -> None:
-    """Let each stretch of the horizontal axis between two edges say something on hover, whatever is drawn there; "" says nothing."""
+    """Let each stretch of the horizontal axis between two edges say something on hover, whatever is
+    drawn there; "" says nothing."""
     from matplotlib.patches import Rectangle
 
     for left, right, said in zip(edges, edges[1:], words):
@@ -700,7 +723,8 @@ def reference(axes: Any, at: float, text: str, *, vertical: bool = False) -> Non
 
 
 def lines(axes: Any, names: list[str], **how: Any) -> None:
-    """Give each of some rows its name at the left, the first at the top, with no more room around them than they need."""
+    """Give each of some rows its name at the left, the first at the top, with no more room around
+    them than they need."""
     axes.set_yticks(
         range(len(names)), [safe_text(name, 34) for name in names], parse_math=False, **how
     )  # names are no formulas

@@ -34,7 +34,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Tokens in reading order, the value they predict at the last of them, and the number of examples that it was built from."""
+    """Tokens in reading order, the value they predict at the last of them, and the number of
+    examples that it was built from."""
 
     parts: list[Part]
     value: float
@@ -62,7 +63,8 @@ class Explanations:
         }
 
     def of(self, latent: int, most: int = PATTERNS) -> Explanation | None:
-        """Return what is known of a latent, with so many patterns, or None if it was neither explained nor scored."""
+        """Return what is known of a latent, with so many patterns, or None if it was neither
+        explained nor scored."""
         first, last = (
             int(np.searchsorted(self.latents, latent, side)) for side in ("left", "right")
         )
@@ -125,7 +127,8 @@ def explanations(source: Source) -> Explanations | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a latent adds to the logits of tokens at the position where it is strongest, and the share of logits that it matters to."""
+    """What a latent adds to the logits of tokens at the position where it is strongest, and the
+    share of logits that it matters to."""
 
     up: list[tuple[str, float]]
     down: list[tuple[str, float]]
@@ -152,7 +155,8 @@ class Effects:
         )
 
     def _tokens(self, kind: str, row: int, sign: int) -> list[tuple[str, float]]:
-        """Return the tokens of the latent's own position, the first of the table, as far as they are moved that way."""
+        """Return the tokens of the latent's own position, the first of the table, as far as they
+        are moved that way."""
         tokens, values = (
             self.arrays.row(f"{kind}_{name}", row)[0].tolist() for name in ("tokens", "values")
         )
@@ -175,7 +179,8 @@ def effects(source: Source) -> Effects | None:
 
 @dataclass(frozen=True)
 class Task:
-    """A probe task: the latent that was best on its training half, and losses on its test half by the names of the result."""
+    """A probe task: the latent that was best on its training half, and losses on its test half by
+    the names of the result."""
 
     name: str
     latent: int | None
@@ -186,7 +191,8 @@ class Task:
 
     @property
     def gain(self) -> float | None:
-        """How far the best latent is below the best of its rivals: a channel, a random latent, and the label's share alone."""
+        """How far the best latent is below the best of its rivals: a channel, a random latent, and
+        the label's share alone."""
         ours, *rivals = (
             self.losses[name] for name in ("loss", "channel_loss", "random_sae_loss", "prior_loss")
         )

@@ -1,4 +1,5 @@
-"""Arrays of `stats` -> cards of some latents, with the text that each fires on, and what other evaluations found of each."""
+"""Arrays of `stats` -> cards of some latents, with the text that each fires on, and what other
+evaluations found of each."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ from ksparse.report.tokens import is_right_to_left, token_of
 
 DENSEST, RANDOM, RAREST = 4, 12, 4
 EXPLAINED, KNOWING = 3, 4
-"""Latents with the best explanations, as many with the worst, and those that are best at a probe task."""
+"""Latents with the best explanations, as many with the worst, and those that are best at a probe
+task."""
 EXAMPLES = 6
 """Examples of each kind on a card."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some tokens that look alike: one that the latent fires on, or a stretch of text where it does not."""
+    """Some tokens that look alike: one that the latent fires on, or a stretch of text where it does
+    not."""
 
     text: str
     value: float = 0.0
@@ -101,7 +104,8 @@ def samples(source: Source) -> list[Sample]:
 
 
 def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
-    """Return (title, why, latents) of each sample, each latent in one: the densest, some at random, the rarest, and what evaluations single out."""
+    """Return (title, why, latents) of each sample, each latent in one: the densest, some at random,
+    the rarest, and what evaluations single out."""
     arrays = source.arrays("stats")
     if arrays is None or source.result("stats") is None:
         return []
@@ -244,7 +248,8 @@ class _Reader:
 
 
 def join(pieces: list[Piece]) -> list[Piece]:
-    """Join neighbours on which the latent does not fire, so that a page has an element only where there is something to say."""
+    """Join neighbours on which the latent does not fire, so that a page has an element only where
+    there is something to say."""
     joined: list[Piece] = []
     for piece in pieces:
         if joined and _quiet(piece) and _quiet(joined[-1]):

@@ -1,6 +1,8 @@
-"""A sweep's laws -> figures: 1, 3, 4, 11 and 26 of Gao et al. 2024 from one's own runs. Each returns a Picture, or None where there is nothing to draw.
+"""A sweep's laws -> figures: 1, 3, 4, 11 and 26 of Gao et al. 2024 from one's own runs. Each
+returns a Picture, or None where there is nothing to draw.
 
-Series are ordered (by k, n or the LM's size): one colour, from faint to full, with a mark of their own each.
+Series are ordered (by k, n or the LM's size): one colour, from faint to full, with a mark of their
+own each.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ Law = dict[str, Any]
 def compute(
     law: Law | None, frontier: list[dict[str, Any]], curves: Columns, k: float
 ) -> Picture | None:
-    """Draw the loss of all runs of one k against compute, their frontier, and the law through it: figure 1, left."""
+    """Draw the loss of all runs of one k against compute, their frontier, and the law through it:
+    figure 1, left."""
     of = curves["k"] == k if curves else np.zeros(0, bool)
     best = [point for point in frontier if point["k"] == k]
     if not of.any() or not best:
@@ -81,7 +84,8 @@ def compute(
         "law-compute",
         svg,
         "Loss and compute, L(C)",
-        f"Held-out loss of every run at k = {k:g}. Dots: what no other run beats with as little compute; the law is fitted to them, without those of "
+        f"Held-out loss of every run at k = {k:g}. Dots: what no other run beats with as little "
+        "compute; the law is fitted to them, without those of "
         "the smallest n. Both axes logarithmic.",
         _ends(best, "c", "loss", "FLOPs"),
     )
@@ -100,7 +104,8 @@ def sizes(law: Law | None) -> Picture | None:
         "law-size",
         svg,
         "Loss and size, L(N)",
-        "Held-out loss at the best learning rate of each n, and the law of each k. Where the law has an irreducible term, lines bend up to it.",
+        "Held-out loss at the best learning rate of each n, and the law of each k. Where the law "
+        "has an irreducible term, lines bend up to it.",
         _ends(law["points"], "n", "loss", "latents"),
     )
 
@@ -118,13 +123,15 @@ def subjects(law: Law | None, k: str, lms: list[str]) -> Picture | None:
         "law-subject",
         svg,
         "Loss and the subject's size, L_s(N)",
-        f"The same at k = {k} for each language model. In the paper larger models need more latents for the same loss.",
+        f"The same at k = {k} for each language model. In the paper larger models need more "
+        "latents for the same loss.",
         _ends(law["points"], "n", "loss", "latents"),
     )
 
 
 def rates(rows: Columns, k: float) -> Picture | None:
-    """Draw tokens to convergence and loss against the learning rate, a series for each n: figure 3."""
+    """Draw tokens to convergence and loss against the learning rate, a series for each n: figure
+    3."""
     if "lr" not in rows or "tokens_to_convergence" not in rows:
         return None
     of = (rows["k"] == k) & (rows["lr"] > 0)
@@ -158,13 +165,15 @@ def rates(rows: Columns, k: float) -> Picture | None:
         "law-rates",
         svg,
         "Learning rate, tokens and loss",
-        f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer tokens, until it costs loss. Mean over seeds; all axes logarithmic.",
+        f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer "
+        "tokens, until it costs loss. Mean over seeds; all axes logarithmic.",
         f"{len(shown)} sizes.",
     )
 
 
 def trends(laws: dict[str, Law]) -> Picture | None:
-    """Draw tokens, loss and the best learning rate against n, a series for each k, one above the other: figure 11."""
+    """Draw tokens, loss and the best learning rate against n, a series for each k, one above the
+    other: figure 11."""
     shown = [
         (name, label)
         for name, label in (
@@ -205,7 +214,8 @@ def trends(laws: dict[str, Law]) -> Picture | None:
         "law-trends",
         svg,
         "How tokens, loss and learning rate go with n",
-        "The exponent on each is of its points as plain powers of n with one slope for all k, as in the paper's titles; the table has that of the fitted law.",
+        "The exponent on each is of its points as plain powers of n with one slope for all k, as "
+        "in the paper's titles; the table has that of the fitted law.",
         "; ".join(f"{label}: exponent {_slope(laws[name]):+.2f}" for name, label in shown) + ".",
     )
 
@@ -237,12 +247,13 @@ def joint(law: Law | None) -> Picture | None:
         "law-joint",
         svg,
         "The joint law L(N, k)",
-        f"{law['equation']}. Below: what the points differ by, in per cent. Where neighbours err alike the form is not exact.",
+        f"{law['equation']}. Below: what the points differ by, in per cent. Where neighbours err "
+        "alike the form is not exact.",
         f"log-RMS {law['log_rms']:.4f}; the worst point is {percent(law['log_max'])} off.",
     )
 
 
-# ---- parts -------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _series(values: Any) -> Iterator[tuple[float, str, Any]]:
@@ -323,7 +334,8 @@ def _line(
 def _logs(
     axes: Any, across: str, up: str, *, ticks: list[float] | None = None, y: bool = True
 ) -> None:
-    """Make the axes logarithmic, with few plain numbers on them; ticks: where the points are across."""
+    """Make the axes logarithmic, with few plain numbers on them; ticks: where the points are
+    across."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes.set_xscale("log")
@@ -357,7 +369,8 @@ def _means(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _slope(law: Law) -> float:
-    """Return the exponent of n with one slope and an own prefactor for each k, by plain least squares."""
+    """Return the exponent of n with one slope and an own prefactor for each k, by plain least
+    squares."""
     groups = _values(law, "k") or [None]
     columns = [
         [float(group is None or point["k"] == group) for group in groups] + [np.log(point["n"])]
@@ -375,4 +388,7 @@ def _ends(points: list[dict[str, Any]], x: str, y: str, unit: str) -> str:
         min(points, key=lambda point: (point[x], point[y])),
         max(points, key=lambda point: (point[x], point[y])),
     )
-    return f"From {significant(first[y])} at {short(first[x])} {unit} to {significant(last[y])} at {short(last[x])}."
+    return (
+        f"From {significant(first[y])} at {short(first[x])} {unit} to {significant(last[y])} at "
+        f"{short(last[x])}."
+    )

@@ -1,4 +1,5 @@
-"""Results -> the table of numbers, a Row for each: how to show it, what to hold it against, how to read it.
+"""Results -> the table of numbers, a Row for each: how to show it, what to hold it against, how to
+read it.
 
 A new evaluation adds a Group to GROUPS, and nothing else here changes.
 """
@@ -47,7 +48,10 @@ def _dead_in_training(source: Source) -> str:
     seen = source.number("stats", "dead_fraction_training")
     if seen is None:
         return "0 %: every latent is of use"
-    return f"0 %; at the end of training {percent(seen.value)} had not fired for {source.recipe.dead_after:,} tokens"
+    return (
+        f"0 %; at the end of training {percent(seen.value)} had not fired for "
+        f"{source.recipe.dead_after:,} tokens"
+    )
 
 
 def _above_the_lm(key: str) -> Callable[[Source], str]:
@@ -70,7 +74,10 @@ def _ablations(source: Source) -> str:
     )
     if clean is None or zero is None or mean is None:
         return "0: the LM as it was"
-    return f"0: the LM as it was; {mean.value - clean.value:.2f}: the mean activation; {zero.value - clean.value:.2f}: zeros"
+    return (
+        f"0: the LM as it was; {mean.value - clean.value:.2f}: the mean activation; "
+        f"{zero.value - clean.value:.2f}: zeros"
+    )
 
 
 def beside(name: str, kind: Kind, **words: str) -> Callable[[Source], str]:
@@ -97,7 +104,8 @@ def _probes_of_others(source: Source) -> str:
 
 
 def _changeable(source: Source) -> str:
-    """Return how many logits an ablation could change: the vocabulary at each position of the horizon."""
+    """Return how many logits an ablation could change: the vocabulary at each position of the
+    horizon."""
     effective, share = (
         source.number("ablation", "effective_tokens"),
         source.number("ablation", "ablation_sparsity"),
@@ -121,14 +129,16 @@ GROUPS = (
                 "nmse",
                 "number",
                 "1: predicting the mean",
-                "Squared error over that of predicting the mean, on normalised activations. Lower is better.",
+                "Squared error over that of predicting the mean, on normalised activations. Lower "
+                "is better.",
             ),
             Row(
                 "Explained variance",
                 "explained_variance",
                 "percent",
                 "0 %: predicting the mean",
-                "One less the same ratio, on activations as the LM has them: large ones weigh more. Higher is better.",
+                "One less the same ratio, on activations as the LM has them: large ones weigh "
+                "more. Higher is better.",
             ),
             Row(
                 "L0",
@@ -142,14 +152,16 @@ GROUPS = (
                 "dead_fraction",
                 "percent",
                 _dead_in_training,
-                "Share that never fires on the evaluation's tokens. On few tokens rare latents count as dead too.",
+                "Share that never fires on the evaluation's tokens. On few tokens rare latents "
+                "count as dead too.",
             ),
             Row(
                 "Encoder–decoder cosine",
                 "cosine",
                 "number",
                 "1: a latent reads what it writes",
-                "Mean over latents. Low where latents read one direction and write another, as dead ones do.",
+                "Mean over latents. Low where latents read one direction and write another, as "
+                "dead ones do.",
             ),
         ),
     ),
@@ -162,29 +174,34 @@ GROUPS = (
                 "ce_delta",
                 "number",
                 _ablations,
-                "Nats per token that the LM's loss rises by when it goes on from the reconstruction. Lower is better.",
+                "Nats per token that the LM's loss rises by when it goes on from the "
+                "reconstruction. Lower is better.",
             ),
             Row(
                 "KL from the LM",
                 "kl",
                 "number",
                 "0: the same predictions",
-                "Nats per token between the two predictions. Counts every change, also those that happen to help.",
+                "Nats per token between the two predictions. Counts every change, also those that "
+                "happen to help.",
             ),
             Row(
                 "Loss recovered",
                 "recovered",
                 "percent",
                 "0 %: zeros; 100 %: the LM",
-                "Share of the damage of zeros that is avoided. Flattering, since zeros do much damage: read ΔCE first.",
+                "Share of the damage of zeros that is avoided. Flattering, since zeros do much "
+                "damage: read ΔCE first.",
             ),
             Row(
                 "Compute fraction",
                 "compute_fraction",
                 "percent",
                 "100 %: the LM",
-                "Share of its training compute after which the LM had the spliced loss. Higher is better.",
-                absent="Needs the LM's loss at earlier points of its training, which this LM comes without.",
+                "Share of its training compute after which the LM had the spliced loss. Higher is "
+                "better.",
+                absent="Needs the LM's loss at earlier points of its training, which this LM comes "
+                "without.",
             ),
             Row(
                 "Loss, LM as it is",
@@ -205,7 +222,8 @@ GROUPS = (
                 "ce_mean",
                 "number",
                 _above_the_lm("ce_mean"),
-                "The same with the mean activation everywhere: the site tells nothing about the token.",
+                "The same with the mean activation everywhere: the site tells nothing about the "
+                "token.",
             ),
             Row(
                 "Loss, zeros",
@@ -225,14 +243,16 @@ GROUPS = (
                 "probe_loss",
                 "number",
                 _probes_of_others,
-                "Nats per label, mean over tasks: each task’s best latent, chosen on one half of the rows, judged on the other. Lower is better.",
+                "Nats per label, mean over tasks: each task’s best latent, chosen on one half of "
+                "the rows, judged on the other. Lower is better.",
             ),
             Row(
                 "Gain over channels",
                 "gain_over_channels",
                 "number",
                 "0: the LM’s own channels do as well",
-                "Loss of the best channel less that of the best latent, on the same rows. There are more latents than channels to choose from.",
+                "Loss of the best channel less that of the best latent, on the same rows. There "
+                "are more latents than channels to choose from.",
             ),
             Row(
                 "Gain over random latents",
@@ -249,7 +269,8 @@ GROUPS = (
                     "probes", "number", probe_loss="on rows that the latents were not chosen on"
                 ),
                 "Loss on the very rows that the latents were chosen on, as the paper has it. "
-                "Falls with the number of latents, even random ones, so it says nothing across sizes.",
+                "Falls with the number of latents, even random ones, so it says nothing across "
+                "sizes.",
             ),
         ),
     ),
@@ -264,7 +285,8 @@ GROUPS = (
                 beside(
                     "n2g", "percent", shuffled_recall="by another latent’s patterns, so by chance"
                 ),
-                "Share of a latent’s activations that its patterns catch, mean over scored latents. Higher is better.",
+                "Share of a latent’s activations that its patterns catch, mean over scored "
+                "latents. Higher is better.",
             ),
             Row(
                 "Precision",
@@ -275,28 +297,32 @@ GROUPS = (
                     "percent",
                     shuffled_precision="by another latent’s patterns, so by chance",
                 ),
-                "Share of a latent’s predictions at which it is active, mean over scored latents that have any. Higher is better.",
+                "Share of a latent’s predictions at which it is active, mean over scored latents "
+                "that have any. Higher is better.",
             ),
             Row(
                 "F1",
                 "f1",
                 "percent",
                 beside("n2g", "percent", shuffled_f1="by another latent’s patterns, so by chance"),
-                "Harmonic mean of each latent’s recall and precision, then the mean over latents. High only where both are.",
+                "Harmonic mean of each latent’s recall and precision, then the mean over latents. "
+                "High only where both are.",
             ),
             Row(
                 "Precision, pooled",
                 "precision_pooled",
                 "percent",
                 beside("n2g", "percent", precision="each latent counts the same"),
-                "Over all predictions at once. A few latents whose patterns match almost anywhere make most of them.",
+                "Over all predictions at once. A few latents whose patterns match almost anywhere "
+                "make most of them.",
             ),
             Row(
                 "Latents scored",
                 "n_latents",
                 "count",
                 "Drawn at random from those that fire",
-                "Latents that fire too rarely to be explained and scored are left out, so the numbers do not speak of them.",
+                "Latents that fire too rarely to be explained and scored are left out, so the "
+                "numbers do not speak of them.",
             ),
         ),
     ),
@@ -326,7 +352,8 @@ GROUPS = (
                 "delta_to_bigram",
                 "number",
                 "0: the LM predicts as well as counts of token pairs",
-                "On the same tokens. Below 0 the explanations carry more than the last token alone. Counts of little text are easy to beat.",
+                "On the same tokens. Below 0 the explanations carry more than the last token "
+                "alone. Counts of little text are easy to beat.",
             ),
         ),
     ),
@@ -348,7 +375,8 @@ GROUPS = (
                     )
                     if part
                 ),
-                "Effective share of the LM’s logits, at this position and those after it, that change when one active latent is taken out. "
+                "Effective share of the LM’s logits, at this position and those after it, that "
+                "change when one active latent is taken out. "
                 "Lower is sparser.",
             ),
             Row(
@@ -356,21 +384,24 @@ GROUPS = (
                 "difference",
                 "percent",
                 "0 %: latents and channels are alike",
-                "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the more specific of the two.",
+                "Channels’ sparsity less latents’, at the same positions. Above 0 a latent is the "
+                "more specific of the two.",
             ),
             Row(
                 "Of the next prediction alone",
                 "sparsity_here",
                 "percent",
                 beside("ablation", "percent", channel_sparsity_here="a channel set to zero"),
-                "The same for the prediction at the position itself: the share of the vocabulary that the latent matters to. Lower is sparser.",
+                "The same for the prediction at the position itself: the share of the vocabulary "
+                "that the latent matters to. Lower is sparser.",
             ),
             Row(
                 "Reach",
                 "later",
                 "percent",
                 beside("ablation", "percent", channel_later="a channel set to zero"),
-                "Share of the squared effect that falls on later predictions. The first number mixes this with the one above: "
+                "Share of the squared effect that falls on later predictions. The first number "
+                "mixes this with the one above: "
                 "an effect that reaches further counts as less sparse.",
             ),
             Row(
@@ -385,14 +416,16 @@ GROUPS = (
                 "ablation_sparsity_weighted",
                 "percent",
                 beside("ablation", "percent", ablation_sparsity="each ablation counts the same"),
-                "Each ablation weighted by the size of its effect, so that the many that hardly change anything count little.",
+                "Each ablation weighted by the size of its effect, so that the many that hardly "
+                "change anything count little.",
             ),
             Row(
                 "KL of an ablation",
                 "kl",
                 "number",
                 beside("ablation", "number", channel_kl="a channel set to zero"),
-                "Nats per position by which taking out one latent changes the predictions. Where this is tiny, sparsity is about little.",
+                "Nats per position by which taking out one latent changes the predictions. Where "
+                "this is tiny, sparsity is about little.",
             ),
         ),
     ),
@@ -411,7 +444,8 @@ class Cell:
 
 
 def table(source: Source, groups: tuple[Group, ...] = GROUPS) -> list[dict[str, Any]]:
-    """Return the groups with their cells; a group whose evaluation is missing has the command that adds it."""
+    """Return the groups with their cells; a group whose evaluation is missing has the command that
+    adds it."""
     return [
         {
             "group": group,
@@ -506,7 +540,8 @@ def _step(source: Source, step: Any) -> str | None:
 
 
 def written(number: Number, kind: Kind) -> tuple[str, str]:
-    """Return a value and its standard error, with the digits that the standard error leaves a meaning."""
+    """Return a value and its standard error, with the digits that the standard error leaves a
+    meaning."""
     scale, unit = (100, " %") if kind == "percent" else (1, "")
     value, se = number.value * scale, (number.se or 0) * scale
     if kind == "count":

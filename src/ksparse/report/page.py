@@ -1,6 +1,7 @@
 """The page: its sections in their order, and the templates that show them.
 
-A Section is a title, a template and the function that makes what the template shows; a new one is a line in SECTIONS.
+A Section is a title, a template and the function that makes what the template shows; a new one is a
+line in SECTIONS.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def environment() -> jinja2.Environment:
     return made
 
 
-# ---- the top -----------------------------------------------------------------------------------------------------
+# ---- the top -------------------------------------------------------------------------------------
 
 
 def summary(source: Source) -> str:
@@ -93,7 +94,8 @@ def summary(source: Source) -> str:
         else f"to be trained on {numbers.amount(recipe.tokens)}"
     )
     what = (
-        f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} latents, {recipe.sae.bound}, "
+        f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} "
+        f"latents, {recipe.sae.bound}, "
         f"{trained} activations of {called(recipe.acts.lm)} at {recipe.acts.site}"
     )
     explained, added, clean, spliced = (
@@ -110,7 +112,8 @@ def summary(source: Source) -> str:
         said.append(f"it explains {numbers.percent(explained.value)} of their variance")
     if added and clean and spliced:
         said.append(
-            f"with its reconstructions in their place the LM's loss rises by {numbers.significant(added.value, 2)} nats per "
+            "with its reconstructions in their place the LM's loss rises by "
+            f"{numbers.significant(added.value, 2)} nats per "
             f"token, from {clean.value:.2f} to {spliced.value:.2f}"
         )
     return what + (": " if said else "") + ", and ".join(said) + "."
@@ -131,7 +134,7 @@ def tokens_seen(source: Source) -> int:
     return int(last) if is_number(last) else 0
 
 
-# ---- the sections ------------------------------------------------------------------------------------------------
+# ---- the sections --------------------------------------------------------------------------------
 
 
 def subject(source: Source) -> dict[str, Any]:
@@ -156,7 +159,8 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
         "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
         "Site": acts.site,
         "Text": text,
-        "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, kept positions: {acts.keep}",
+        "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, kept "
+        f"positions: {acts.keep}",
         "Latents": f"{sae.n_latents:,}",
         "Activation": ", ".join(
             [
@@ -207,7 +211,8 @@ def hardware(found: dict[str, Any]) -> str:
 
 
 def quality(source: Source) -> dict[str, Any]:
-    """Return the claims, the numbers behind them, and the figures that show more than a mean does."""
+    """Return the claims, the numbers behind them, and the figures that show more than a mean
+    does."""
     judged = claims.judged(source)
     return {
         "claims": judged,

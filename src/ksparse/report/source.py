@@ -46,7 +46,8 @@ class Number:
 
 @dataclass
 class Source:
-    """What the sections read. A result that is not there is None, never an error; so is a damaged one."""
+    """What the sections read. A result that is not there is None, never an error; so is a damaged
+    one."""
 
     run: RunFolder
     left_out: dict[str, str] = field(default_factory=dict)
@@ -143,7 +144,8 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Return the run's folder as a command would name it: relative, so that a page tells nothing of a machine."""
+        """Return the run's folder as a command would name it: relative, so that a page tells
+        nothing of a machine."""
         return self.run.name if self.run.path.is_absolute() else str(self.run.path)
 
     def command(self, verb: str, *words: str) -> str:
@@ -202,7 +204,8 @@ class Arrays:
 
 
 def split_of(result: dict[str, Any]) -> str:
-    """Return the side of the text that a result is of; older ones are of the held-out one where they do not say."""
+    """Return the side of the text that a result is of; older ones are of the held-out one where
+    they do not say."""
     policy = result.get("policy")
     return str(policy.get("split", "held-out")) if isinstance(policy, dict) else "held-out"
 
@@ -214,7 +217,8 @@ def number(found: Any) -> Number | None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value from JSON is a number that a float can be, which not every integer is."""
+    """Return whether a value from JSON is a number that a float can be, which not every integer
+    is."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max

@@ -53,7 +53,8 @@ def read(folder: Path) -> dict[str, Any]:
     """Return a study's answer; raise InputError where there is none."""
     if not files.inside(folder, "study.json").is_file():
         raise InputError(
-            f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` makes one"
+            f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` "
+            "makes one"
         )
     found = files.read_table(folder / "study.json", name=str, members=dict, figures=list)
     files.check_format(folder / "study.json", found.get("format", 1), 1)
@@ -117,7 +118,8 @@ def draw(figure: dict[str, Any]) -> Picture | None:
 
 
 def _points(curve: dict[str, Any], log: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the points that can be drawn, not too many: both numbers known, and above 0 where the axis is logarithmic."""
+    """Return the points that can be drawn, not too many: both numbers known, and above 0 where the
+    axis is logarithmic."""
     x, y = (
         np.array([value if is_number(value) else math.nan for value in curve[name]], float)
         for name in ("x", "y")

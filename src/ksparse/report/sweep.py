@@ -1,6 +1,7 @@
 """A sweep folder's files -> one page on its laws, that needs no network, no script and no torch.
 
-    write(folder)   folder/report.html and folder/figures/*.svg, from law.json, points.csv and curves.csv
+    write(folder)   folder/report.html and folder/figures/*.svg, from law.json, points.csv and
+                    curves.csv
 
 A part that the points do not allow is a sentence that says which runs would add it.
 """
@@ -44,7 +45,8 @@ class Sweep:
             or not isinstance(found.get("subject"), dict)
         ):
             raise CorruptError(
-                f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` writes it again"
+                f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` "
+                "writes it again"
             )
         return found
 
@@ -80,7 +82,8 @@ class Sweep:
 
     @property
     def k(self) -> float:
-        """Return the k of figures that show one: that of L_s(N), or the middle one of those with the most runs."""
+        """Return the k of figures that show one: that of L_s(N), or the middle one of those with
+        the most runs."""
         if (named := self.found["subject"].get("k of L_s(N)")) is not None:
             return float(named)
         values, counts = np.unique(self.mine["k"], return_counts=True)
@@ -99,7 +102,8 @@ class Sweep:
 
     @property
     def place(self) -> str:
-        """Return the folder as a command would name it: relative, so that a page tells nothing of a machine."""
+        """Return the folder as a command would name it: relative, so that a page tells nothing of a
+        machine."""
         return self.folder.resolve().name if self.folder.is_absolute() else str(self.folder)
 
 
@@ -130,7 +134,7 @@ def write(folder: Path) -> Path:
     return folder / "report.html"
 
 
-# ---- in words ----------------------------------------------------------------------------------------------------
+# ---- in words ------------------------------------------------------------------------------------
 
 
 def summary(sweep: Sweep) -> str:
@@ -138,7 +142,8 @@ def summary(sweep: Sweep) -> str:
     rows, found = sweep.mine, sweep.found["laws"]
     lm = sweep.found["subject"].get("lm")
     said = [
-        f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k {_range(rows['k'])}."
+        f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k "
+        f"{_range(rows['k'])}."
     ]
     laws = [found[name] for name in ("nk", "n") if name in found]
     if laws:
@@ -149,7 +154,8 @@ def summary(sweep: Sweep) -> str:
             ),
         )
         said.append(
-            f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} (log-RMS)"
+            f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} "
+            "(log-RMS)"
             + (
                 f" and foretells the largest n to {percent(law['extrapolation_error'])}"
                 if law["extrapolation_error"] is not None
@@ -169,7 +175,8 @@ def summary(sweep: Sweep) -> str:
                 "∞" if beta["high"] is None else f"{beta['high']:.2f}",
             )
             said.append(
-                f"{words} {'C' if name == 'optimal' else 'n'}^{beta['value']:.2f} (95 %: {low} to {high})."
+                f"{words} {'C' if name == 'optimal' else 'n'}^{beta['value']:.2f} (95 %: {low} to "
+                f"{high})."
             )
     return " ".join(said)
 
@@ -185,11 +192,13 @@ def absent(sweep: Sweep, there: set[str]) -> list[str]:
     lines = list(said.values())
     if "law-compute" not in there and "c" not in said:
         lines.append(
-            f"No picture of L(C): there are no curves of runs at k = {sweep.k:g}; runs that record theirs would add it."
+            f"No picture of L(C): there are no curves of runs at k = {sweep.k:g}; runs that record "
+            "theirs would add it."
         )
     if "law-rates" not in there:
         lines.append(
-            f"No picture of learning rates: at k = {sweep.k:g} no n has runs of two rates with their tokens to convergence; such runs would add it."
+            f"No picture of learning rates: at k = {sweep.k:g} no n has runs of two rates with "
+            "their tokens to convergence; such runs would add it."
         )
     if "law-trends" not in there:
         lines.append(
@@ -198,7 +207,7 @@ def absent(sweep: Sweep, there: set[str]) -> list[str]:
     return lines
 
 
-# ---- figures and tables ------------------------------------------------------------------------------------------
+# ---- figures and tables --------------------------------------------------------------------------
 
 
 def drawn(sweep: Sweep) -> list[Picture]:

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 TOKEN_LIMIT = 80
 TEXT_LIMIT = 2000
 _SHORT = {"\n": "↵", "\t": "⇥", "\r": "␍"}
-# Control, format (bidi, zero width), surrogates (which UTF-8 cannot hold), private, unassigned, line and paragraph separators.
+# Control, format (bidi, zero width), surrogates (which UTF-8 cannot hold), private, unassigned,
+# line and paragraph separators.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def safe_token(text: str) -> str:
-    """Return a token with its white space and unseen characters visible, at most about 80 characters of it."""
+    """Return a token with its white space and unseen characters visible, at most about 80
+    characters of it."""
     if text == "":
         return "⟨empty⟩"
     shown = safe_text(text, TOKEN_LIMIT)
@@ -31,12 +33,14 @@ def safe_token(text: str) -> str:
 
 
 def token_of(vocabulary: Sequence[str], number: int) -> str:
-    """Return a token by its id: made safe, or the id itself where the vocabulary does not have it."""
+    """Return a token by its id: made safe, or the id itself where the vocabulary does not have
+    it."""
     return safe_token(vocabulary[number]) if 0 <= number < len(vocabulary) else f"⟨{number}⟩"
 
 
 def safe_text(text: str, limit: int = TEXT_LIMIT) -> str:
-    """Return a string on one line, with unseen characters as their codes, cut after `limit` characters."""
+    """Return a string on one line, with unseen characters as their codes, cut after `limit`
+    characters."""
     cut = text[:limit]
     shown = "".join(map(_visible, cut))
     if unicodedata.category(shown[:1] or " ").startswith("M"):
@@ -53,6 +57,6 @@ def _visible(char: str) -> str:
     if char in _SHORT:
         return _SHORT[char]
     category = unicodedata.category(char)
-    if category in _UNSEEN or category == "Zs" and char != " ":
+    if category in _UNSEEN or (category == "Zs" and char != " "):
         return f"⟨U+{ord(char):04X}⟩"
     return char

@@ -1,9 +1,12 @@
 """What becomes of pre-activations: one small class of each kind, in the place of TopK.
 
-    products = W_enc (x - b_pre), without bias ─▶ active: which latents have a value above 0 ─▶ values of those, with gradient
+    products = W_enc (x - b_pre), without bias ─▶ active: which latents have a value above 0 ─▶
+    values of those, with gradient
 
-Selection has no gradient, values do. In training more latents than the active ones may count (`reach`): a whole batch decides for BatchTopK, JumpReLU's
-thresholds also see what is just below them. A kind's own tensors (`own`) lie in the autoencoder beside `b_enc`, under their names.
+Selection has no gradient, values do. In training more latents than the active ones may count
+(`reach`): a whole batch decides for BatchTopK, JumpReLU's
+thresholds also see what is just below them. A kind's own tensors (`own`) lie in the autoencoder
+beside `b_enc`, under their names.
 
 | kind | value z of p = the product, a = p + b_enc | own tensors |
 |---|---|---|
@@ -27,7 +30,8 @@ from ksparse import kernels, recipe
 SETTLED = 4096  # activations on which a threshold is set: L0 is then known to about 1 %
 _NUMBERS = 2**24  # pre-activations in memory at once
 SPARSE = 8
-"""Training lists latents where no token has more than one in so many of all; above that, dense products are faster (docs/lab-book.md)."""
+"""Training lists latents where no token has more than one in so many of all; above that, dense
+products are faster (docs/lab-book.md)."""
 
 
 class Weights(Protocol):
@@ -44,14 +48,16 @@ class Weights(Protocol):
 
 
 class Chosen(NamedTuple):
-    """Products of the latents that count for each token: of all, [b, n], or of those listed in indices[b, m]; `real` says which of them do."""
+    """Products of the latents that count for each token: of all, [b, n], or of those listed in
+    indices[b, m]; `real` says which of them do."""
 
     products: Tensor
     indices: Tensor | None
     real: Tensor
 
     def of(self, per_latent: Tensor) -> Tensor:
-        """Return a tensor per latent [n], or [1] for all, in the shape of the products, or one that spreads to it."""
+        """Return a tensor per latent [n], or [1] for all, in the shape of the products, or one that
+        spreads to it."""
         return (
             per_latent if self.indices is None or len(per_latent) == 1 else per_latent[self.indices]
         )
@@ -75,7 +81,8 @@ class Chosen(NamedTuple):
 
 
 def listed(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the True columns of mask[b, n] as (indices[b, m], real[b, m]), m the largest count of a row; where a row has fewer, index 0 and False."""
+    """Return the True columns of mask[b, n] as (indices[b, m], real[b, m]), m the largest count of
+    a row; where a row has fewer, index 0 and False."""
     counts = mask.sum(1)
     width = max(1, int(counts.max())) if width is None else width
     rows, columns = mask.nonzero(as_tuple=True)
@@ -105,18 +112,21 @@ class Activation:
         raise NotImplementedError
 
     def reach(self, sae: Weights, products: Tensor) -> Tensor:
-        """Return which latents have a value or a gradient other than 0 in training, as bool[b, n]."""
+        """Return which latents have a value or a gradient other than 0 in training, as bool[b,
+        n]."""
         return self.active(sae, products)
 
     def values(self, sae: Weights, chosen: Chosen) -> Tensor:
-        """Return the values >= 0 of chosen latents, with gradient, in the shape of the products; 0 where they are not real."""
+        """Return the values >= 0 of chosen latents, with gradient, in the shape of the products; 0
+        where they are not real."""
         raise NotImplementedError
 
     def constrain_(self, sae: Weights) -> None:
         """Bring its tensors back to where they mean something, after a step, in place."""
 
     def settle_(self, sae: Weights, x: Tensor) -> None:
-        """Set tensors that are followed to what these very weights need, on normalised activations x[b, d], in place."""
+        """Set tensors that are followed to what these very weights need, on normalised activations
+        x[b, d], in place."""
 
 
 class TopK(Activation):
@@ -134,7 +144,8 @@ class ReLU(Activation):
 
 
 class BatchTopK(ReLU):
-    """z = ReLU(a) of the b k largest of a batch of b tokens; in use, of those above a threshold, so that no token depends on another."""
+    """z = ReLU(a) of the b k largest of a batch of b tokens; in use, of those above a threshold, so
+    that no token depends on another."""
 
     own, running = ("threshold",), True
 
@@ -153,7 +164,8 @@ class BatchTopK(ReLU):
 
 
 class JumpReLU(Activation):
-    """z = a where a > threshold. The thresholds get gradients by a kernel estimate over a window (`_Jump`, `_Step`)."""
+    """z = a where a > threshold. The thresholds get gradients by a kernel estimate over a window
+    (`_Jump`, `_Step`)."""
 
     own = ("threshold",)
 
@@ -192,7 +204,8 @@ class JumpReLU(Activation):
 
 
 class Gated(Activation):
-    """z = ReLU(exp(r_mag) p + b_mag) where a = p + b_enc > 0: gates and magnitudes share W_enc up to a factor."""
+    """z = ReLU(exp(r_mag) p + b_mag) where a = p + b_enc > 0: gates and magnitudes share W_enc up
+    to a factor."""
 
     own = ("r_mag", "b_mag")
 
@@ -246,7 +259,8 @@ def in_use(kind: str) -> Activation:
 
 
 def threshold_for(sae: Weights, x: Tensor) -> float:
-    """Return the value above which k latents are active on average on normalised activations x[b, d]; 0 if fewer are positive."""
+    """Return the value above which k latents are active on average on normalised activations x[b,
+    d]; 0 if fewer are positive."""
     count = len(x) * sae.k
     top = x.new_empty(0)
     for part in x.split(max(1, _NUMBERS // len(sae.b_enc))):
@@ -256,7 +270,8 @@ def threshold_for(sae: Weights, x: Tensor) -> float:
 
 
 def largest(pre_acts: Tensor, count: int, guess: float = 0.0) -> Tensor:
-    """Return where pre_acts[b, n] has its `count` largest values above 0, as bool[b, n]; fewer where fewer are above 0.
+    """Return where pre_acts[b, n] has its `count` largest values above 0, as bool[b, n]; fewer
+    where fewer are above 0.
 
     guess: a value that is thought to be below them; it only saves time.
     """
@@ -271,16 +286,18 @@ def largest(pre_acts: Tensor, count: int, guess: float = 0.0) -> Tensor:
     return mask.view(pre_acts.shape)
 
 
-# ---- gradients that are not derivatives --------------------------------------------------------------------------
+# ---- gradients that are not derivatives ----------------------------------------------------------
 
 
 def _window(a: Tensor, threshold: Tensor, width: float) -> Tensor:
-    """Return 1 / width where a is within width / 2 of its threshold, else 0: the kernel estimate of a density."""
+    """Return 1 / width where a is within width / 2 of its threshold, else 0: the kernel estimate of
+    a density."""
     return ((a - threshold).abs() < width / 2) / width
 
 
 class _Jump(torch.autograd.Function):
-    """a where a > threshold; dz/da = 1 there, dz/dthreshold = -threshold K((a - threshold) / width) / width."""
+    """a where a > threshold; dz/da = 1 there, dz/dthreshold = -threshold K((a - threshold) / width)
+    / width."""
 
     @staticmethod
     def forward(ctx, a, threshold, width):
@@ -296,7 +313,8 @@ class _Jump(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1 where a > threshold; d/dthreshold = -K((a - threshold) / width) / width, and nothing to a."""
+    """1 where a > threshold; d/dthreshold = -K((a - threshold) / width) / width, and nothing to
+    a."""
 
     @staticmethod
     def forward(ctx, a, threshold, width):
@@ -311,7 +329,8 @@ class _Step(torch.autograd.Function):
 
 
 class _ProLU(torch.autograd.Function):
-    """p where p > 0 and p + b > 0. relu: dz/dp = dz/db = 1 there. ste: the step's derivative taken for 1, dz/dp = 1 + p, dz/db = p."""
+    """p where p > 0 and p + b > 0. relu: dz/dp = dz/db = 1 there. ste: the step's derivative taken
+    for 1, dz/dp = 1 + p, dz/db = p."""
 
     @staticmethod
     def forward(ctx, p, b, gradient):

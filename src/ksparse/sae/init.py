@@ -25,9 +25,12 @@ def initialize_(
 
     b_pre: center(sample, options.b_pre_init), where that has been computed before.
 
-    Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and are free later.
-    With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the norm of their inputs,
-    b_pre taken off both. (The official code measures this on random unit vectors; the data are nearer to what counts.)
+    Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and
+    are free later.
+    With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the
+    norm of their inputs,
+    b_pre taken off both. (The official code measures this on random unit vectors; the data are
+    nearer to what counts.)
     Thresholds start where k latents are active on the sample, or where the recipe says.
     """
     sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
@@ -65,9 +68,11 @@ def center(sample: Tensor, kind: str) -> Tensor:
 
 
 def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float = 1e-7) -> Tensor:
-    """Return the point [d] with the least sum of distances to points[s, d], by Weiszfeld's iteration in float64.
+    """Return the point [d] with the least sum of distances to points[s, d], by Weiszfeld's
+    iteration in float64.
 
-    A point that the iterate falls on holds it unless the others pull harder (Vardi & Zhang 2000): an infinite weight
+    A point that the iterate falls on holds it unless the others pull harder (Vardi & Zhang 2000):
+    an infinite weight
     would hold it in any case.
     """
     points64 = points.cpu().double()  # not every device has float64

@@ -1,4 +1,5 @@
-"""What is minimised: reconstruction, AuxK over dead latents, Multi-TopK. Gao et al. 2024, sections 2.3, 5.3, A.2. And the penalties of other activations."""
+"""What is minimised: reconstruction, AuxK over dead latents, Multi-TopK. Gao et al. 2024, sections
+2.3, 5.3, A.2. And the penalties of other activations."""
 
 from __future__ import annotations
 
@@ -38,9 +39,11 @@ def losses(
 ) -> Losses:
     """Return the losses on normalised activations x[b, d].
 
-    baseline: the mean squared error per component of predicting the mean, one constant for the whole run (A.6).
+    baseline: the mean squared error per component of predicting the mean, one constant for the
+    whole run (A.6).
     dead: the indices of the latents that are dead now; none is fine.
-    auxk_tokens: AuxK is the mean over the first so many of x (all if not given), times auxk_weight where x is a part of a batch.
+    auxk_tokens: AuxK is the mean over the first so many of x (all if not given), times auxk_weight
+    where x is a part of a batch.
     strength: the share of its weight that a penalty has by now.
     """
     if sae.shape.activation != "topk":
@@ -81,7 +84,8 @@ def _others(
     auxk_weight: float,
     strength: float,
 ) -> Losses:
-    """Return the losses with another activation than TopK: reconstruction, its own penalty, AuxK where its kind has that."""
+    """Return the losses with another activation than TopK: reconstruction, its own penalty, AuxK
+    where its kind has that."""
     activation = activations.of(options.activation)
     products = sae.products(x)
     chosen = choose(sae, x, products, activation)
@@ -113,7 +117,8 @@ def revived(
     k_aux: int,
     options: Options,
 ) -> Tensor:
-    """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no use for it."""
+    """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no
+    use for it."""
     x, recon, pre_acts = x[some], recon[some], pre_acts[some]
     if not options.auxk_coef or not sae.count(dead) or not len(x):
         return x.new_zeros(())
@@ -122,7 +127,8 @@ def revived(
 
 
 def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Chosen:
-    """Return the products[b, n] that count in training, listed where they are few, else all of them."""
+    """Return the products[b, n] that count in training, listed where they are few, else all of
+    them."""
     with torch.no_grad():
         reach = activation.reach(sae, products)
         width = max(1, int(reach.sum(1).max()))
@@ -135,7 +141,8 @@ def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Cho
 
 
 def penalty(sae: SAE, x: Tensor, chosen: Chosen, values: Tensor, activation: Activation) -> Tensor:
-    """Return what an activation pays for the values[b, m] of its chosen latents, at its full weight."""
+    """Return what an activation pays for the values[b, m] of its chosen latents, at its full
+    weight."""
     options = activation.options
     if isinstance(activation, JumpReLU):
         excess = activation.count(sae, chosen).mean() / sae.shape.k
@@ -149,7 +156,8 @@ def penalty(sae: SAE, x: Tensor, chosen: Chosen, values: Tensor, activation: Act
 
 
 def extra(sae: SAE, x: Tensor, chosen: Chosen, activation: Activation, baseline: float) -> Tensor:
-    """Return Gated's auxiliary loss: the error of decoding the gates by a decoder that gets no gradient from it; 0 of other kinds."""
+    """Return Gated's auxiliary loss: the error of decoding the gates by a decoder that gets no
+    gradient from it; 0 of other kinds."""
     if not isinstance(activation, Gated):
         return x.new_zeros(())
     recon = chosen.decoder(activation.gates(sae, chosen), sae.W_dec.detach()) + sae.b_pre.detach()
@@ -157,7 +165,8 @@ def extra(sae: SAE, x: Tensor, chosen: Chosen, activation: Activation, baseline:
 
 
 def auxk(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
-    """Return ||e - ê||² relative to the error's size: per token (A.2), or over the batch as in the official code.
+    """Return ||e - ê||² relative to the error's size: per token (A.2), or over the batch as in the
+    official code.
 
     `error` must be detached; `predicted` is the bias-free decoding of the dead latents' code.
     """
@@ -171,5 +180,6 @@ def auxk(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
 
 
 def finite_or_zero(loss: Tensor) -> Tensor:
-    """Return the loss, or a constant 0 where it is not finite, so that no NaN reaches the weights (A.2)."""
+    """Return the loss, or a constant 0 where it is not finite, so that no NaN reaches the weights
+    (A.2)."""
     return loss if torch.isfinite(loss) else loss.new_zeros(())

@@ -1,7 +1,9 @@
 """The k-sparse autoencoder as a plain nn.Module: no mesh, no files, no logging.
 
-Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents first. TopK is one of several activations
-(`ksparse.sae.activations`); codes of the others are as wide as the batch's largest number of active latents.
+Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents
+first. TopK is one of several activations
+(`ksparse.sae.activations`); codes of the others are as wide as the batch's largest number of active
+latents.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
 
 
 class Code(NamedTuple):
-    """A sparse code: the activations values[..., k] >= 0 of the latents indices[..., k]. A value of 0 is no activation."""
+    """A sparse code: the activations values[..., k] >= 0 of the latents indices[..., k]. A value of
+    0 is no activation."""
 
     values: Tensor
     indices: Tensor
@@ -50,7 +53,8 @@ _LEAST_FACTOR = 1e-30  # beyond it or its inverse, float32 activations become 0 
 
 
 class RawCode(Code):
-    """A code of raw activations. It remembers the mean and scale that their normalisation took off."""
+    """A code of raw activations. It remembers the mean and scale that their normalisation took
+    off."""
 
     inputs: Normalized | None = None
 
@@ -115,11 +119,14 @@ class Shape:
 
 
 class SAE(nn.Module):
-    """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al. 2024, eq. 2
+    """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al.
+        2024, eq. 2
 
     or another activation in the place of TopK, which may have tensors of its own (`keys`).
-    `encode`, `decode`, `pre_acts` and `forward` take and give raw activations. Below them is the equation
-    itself, on normalised activations: `encode_normalized`, `decode_normalized`, `pre_acts_normalized`, and
+    `encode`, `decode`, `pre_acts` and `forward` take and give raw activations. Below them is the
+    equation
+    itself, on normalised activations: `encode_normalized`, `decode_normalized`,
+    `pre_acts_normalized`, and
     `activate`, `code`, `products` and `decoder`, which training calls.
     `metadata` says what it was trained on; it is saved with the weights and may be empty.
     """
@@ -149,7 +156,8 @@ class SAE(nn.Module):
         return SAE(self.shape, self.metadata)
 
     def count(self, latents: Tensor) -> int:
-        """Return how many latents these are, with those of other slices where this is one of several."""
+        """Return how many latents these are, with those of other slices where this is one of
+        several."""
         return len(latents)
 
     @property
@@ -167,7 +175,8 @@ class SAE(nn.Module):
         """Normalise raw activations [..., d], remembering what `restore` needs."""
         if raw.shape[-1] != self.shape.d_model:
             raise InputError(
-                f"this SAE is for activations of width d_model = {self.shape.d_model}, got {raw.shape[-1]} "
+                f"this SAE is for activations of width d_model = {self.shape.d_model}, got "
+                f"{raw.shape[-1]} "
                 f"(shape {list(raw.shape)}); is it the right model and site?"
             )
         return normalize(raw.to(self.W_enc.dtype), self.shape.normalize, self.shape.factor)
@@ -184,10 +193,13 @@ class SAE(nn.Module):
         return RawCode.of(self.encode_normalized(inputs.x), inputs)
 
     def decode(self, code: Code) -> Tensor:
-        """Return the reconstruction [..., d] of raw activations, on their own scale: decode(encode(x)) is self(x).
+        """Return the reconstruction [..., d] of raw activations, on their own scale:
+        decode(encode(x)) is self(x).
 
-        A normalisation of each activation takes off what a code alone cannot know, so with unit_norm,
-        layer_norm and constant_norm the code must be one that `encode` gave, or such a code with other
+        A normalisation of each activation takes off what a code alone cannot know, so with
+        unit_norm,
+        layer_norm and constant_norm the code must be one that `encode` gave, or such a code with
+        other
         values or latents (`code._replace(values=…)`). Raises InputError for any other.
         """
         recon = self.decode_normalized(code)
@@ -199,9 +211,12 @@ class SAE(nn.Module):
         inputs = code.inputs if isinstance(code, RawCode) else None
         if inputs is None:
             raise InputError(
-                f"this code does not say what was taken off its activations, and {self.shape.normalize} "
-                "takes off a mean or a scale of each: decode a code that `encode` returned (to change it: "
-                "code._replace(values=…)), or use decode_normalized(code), which is on the scale of the "
+                "this code does not say what was taken off its activations, and "
+                f"{self.shape.normalize} "
+                "takes off a mean or a scale of each: decode a code that `encode` returned (to "
+                "change it: "
+                "code._replace(values=…)), or use decode_normalized(code), which is on the scale "
+                "of the "
                 "normalised activations"
             )
         if inputs.scale.shape[:-1] != code.values.shape[:-1]:
@@ -226,7 +241,8 @@ class SAE(nn.Module):
     # ---- the equation: normalised activations
 
     def activate(self, x: Tensor) -> Code:
-        """Return the code of x[b, d] as the activation in use gives it: of TopK as wide as k, else as the largest number of active latents."""
+        """Return the code of x[b, d] as the activation in use gives it: of TopK as wide as k, else
+        as the largest number of active latents."""
         if self.shape.activation == "topk":
             return self.code(x, self.pre_acts_normalized(x))
         with torch.no_grad():
@@ -238,18 +254,21 @@ class SAE(nn.Module):
         )
 
     def products(self, x: Tensor) -> Tensor:
-        """Return W_enc (x - b_pre) as [b, n], with gradient: what the other activations begin with."""
+        """Return W_enc (x - b_pre) as [b, n], with gradient: what the other activations begin
+        with."""
         return (x - self.b_pre) @ self.W_enc.t()
 
     @torch.no_grad()
     def pre_acts_normalized(self, x: Tensor) -> Tensor:
-        """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no gradient."""
+        """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no
+        gradient."""
         return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
 
     def code(
         self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None
     ) -> Code:
-        """Choose the k largest pre-activations, of the latents `among` if given, without gradient; value them by ReLU, with it.
+        """Choose the k largest pre-activations, of the latents `among` if given, without gradient;
+        value them by ReLU, with it.
 
         k: the SAE's own if not given; fewer are chosen where `among` holds fewer.
         """

@@ -8,8 +8,10 @@
 | dataset | times one constant, so that the mean squared norm is d_model | the constant, saved with the autoencoder |
 | none | as it is | - |
 
-With the first three, mean and scale of each activation pass around the autoencoder and are given back, so errors before and after
-`restore` are different numbers, and results say which they are. layer_norm gives back the deviation without the 1e-5, as all who use it do.
+With the first three, mean and scale of each activation pass around the autoencoder and are given
+back, so errors before and after
+`restore` are different numbers, and results say which they are. layer_norm gives back the deviation
+without the 1e-5, as all who use it do.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ LAYER_NORM_EPS = 1e-5
 
 
 class Normalized(NamedTuple):
-    """x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1]; layer_norm: / (scale + 1e-5)."""
+    """x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1]; layer_norm: / (scale +
+    1e-5)."""
 
     x: Tensor
     mean: Tensor
@@ -65,5 +68,6 @@ def dataset_factor(sample: Tensor) -> float:
 
 
 def input_rms(kind: str, d_model: int) -> float:
-    """Return the size of one normalised component: biases live on this scale, so their learning rate does too (A.6)."""
+    """Return the size of one normalised component: biases live on this scale, so their learning
+    rate does too (A.6)."""
     return d_model**-0.5 if kind == "unit_norm" else 1.0

@@ -1,4 +1,5 @@
-"""What values a latent has: a value far beyond them is one that the LM never saw, and what it does then says nothing of the latent."""
+"""What values a latent has: a value far beyond them is one that the LM never saw, and what it does
+then says nothing of the latent."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _log = logging.getLogger("ksparse")
 
 @torch.no_grad()
 def reach(sae: SAE, latent: int) -> float:
-    """Return the value of a latent on the input of typical norm that it likes best: none that it has in a text is much larger."""
+    """Return the value of a latent on the input of typical norm that it likes best: none that it
+    has in a text is much larger."""
     row = sae.W_enc[latent]
     product = float(sae.input_norm * row.norm() - row @ sae.b_pre)
     if sae.shape.activation == "gated":
@@ -31,14 +33,16 @@ def warn_beyond(
 ) -> None:
     """Log a warning for each latent that is to be held far beyond its range.
 
-    largest: {latent: its largest value on a text}, where that is known; else what it can reach at all.
+    largest: {latent: its largest value on a text}, where that is known; else what it can reach at
+    all.
     """
     for latent, value in values.items():
         known = (largest or {}).get(latent, 0.0)
         most = known or reach(sae, latent)
         if abs(value) > FAR * most:
             _log.warning(
-                "latent %s at %g is %s times its largest value%s, %.3g: what the LM does there says little of the latent",
+                "latent %s at %g is %s times its largest value%s, %.3g: what the LM does there "
+                "says little of the latent",
                 latent,
                 value,
                 f"{abs(value) / most:.3g}" if most else "infinitely many",

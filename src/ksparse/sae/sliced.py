@@ -1,4 +1,5 @@
-"""One slice of an autoencoder whose latents are spread over processes: the same equations on local tensors, joined in three places.
+"""One slice of an autoencoder whose latents are spread over processes: the same equations on local
+tensors, joined in three places.
 
 a latent survives if its value is among the k largest of all slices        `survivors`
 a reconstruction is the sum of the slices' reconstructions                 `_Summed`
@@ -19,13 +20,15 @@ from ksparse.mesh import Mesh
 from ksparse.sae.model import SAE, Code, Shape
 
 COMPARED = 2**26
-"""Values of all slices that are in memory while they are compared: k of each of many slices are more than the weights."""
+"""Values of all slices that are in memory while they are compared: k of each of many slices are
+more than the weights."""
 
 
 class SlicedSAE(SAE):
     """`SAE` with the `shape.n_latents` latents of one slice, which codes number from 0.
 
-    A code holds what the slice offered; what other slices' values beat has the value 0. Reconstructions are those of all slices.
+    A code holds what the slice offered; what other slices' values beat has the value 0.
+    Reconstructions are those of all slices.
     """
 
     def __init__(
@@ -39,7 +42,8 @@ class SlicedSAE(SAE):
         super().__init__(shape, metadata)
         self.mesh, self.capacity = mesh, capacity
         self.offers = self.exhausted = 0
-        """Tokens x slices, and those of which every offered value survived, so that more might have; counted where the capacity is bounded."""
+        """Tokens x slices, and those of which every offered value survived, so that more might
+        have; counted where the capacity is bounded."""
         self._among: tuple[Tensor | None, list[int]] = None, []
 
     def empty(self) -> SlicedSAE:
@@ -79,14 +83,16 @@ class SlicedSAE(SAE):
         return Code(torch.where(kept, torch.relu(values), 0.0), indices)
 
     def offer(self, k: int, among: Tensor | None = None) -> int:
-        """Return how many values of a token a slice offers, the same in all slices: k, or as many as it has, or as the capacity allows."""
+        """Return how many values of a token a slice offers, the same in all slices: k, or as many
+        as it has, or as the capacity allows."""
         if among is not None:
             return min(k, max(self.counts(among)))
         return min(k, self.shape.n_latents, math.ceil(self.capacity * k / self.mesh.latent) or k)
 
     @torch.no_grad()
     def survivors(self, values: Tensor, k: int, offer: int) -> Tensor:
-        """Return which of the values[b, <= offer] are among the k largest of all slices; equal ones in the order of the slices. NaN survives."""
+        """Return which of the values[b, <= offer] are among the k largest of all slices; equal ones
+        in the order of the slices. NaN survives."""
         if offer * self.mesh.latent <= k or not len(values):
             return torch.ones_like(values, dtype=torch.bool)
         return torch.cat(
@@ -116,7 +122,8 @@ class SlicedSAE(SAE):
 
 
 def narrowed(kept: Tensor, *parts: Tensor) -> list[Tensor]:
-    """Return kept[b, m] and what goes with it [b, m] as wide as the largest number kept of a token, all of these in it: about m / slices, so that
+    """Return kept[b, m] and what goes with it [b, m] as wide as the largest number kept of a token,
+    all of these in it: about m / slices, so that
     decoding and gradients cost a slice its share and not the whole."""
     width = min(kept.shape[1], max(1, int(kept.sum(1).max()))) if len(kept) else 0
     chosen = kept.float().topk(width, dim=1, sorted=False).indices
@@ -143,7 +150,8 @@ def slice_shape(shape: Shape, mesh: Mesh) -> Shape:
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the slices. All of them compute the same loss from it, so each has the whole gradient already."""
+    """The sum over the slices. All of them compute the same loss from it, so each has the whole
+    gradient already."""
 
     @staticmethod
     def forward(ctx, own, mesh):

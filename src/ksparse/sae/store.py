@@ -1,6 +1,8 @@
-"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre, its activation's own) and sae.json (its shape and what it was trained on).
+"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre, its activation's own) and
+sae.json (its shape and what it was trained on).
 
-Where several processes wrote it, each left its rows in a file of its own: sae.0-of-2.safetensors, sae.1-of-2.safetensors. `rows_of` reads any
+Where several processes wrote it, each left its rows in a file of its own: sae.0-of-2.safetensors,
+sae.1-of-2.safetensors. `rows_of` reads any
 range of latents from either.
 """
 
@@ -90,7 +92,8 @@ def write_shape(shape: Shape, metadata: dict[str, Any], folder: Path) -> None:
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
-    """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with sae.safetensors, or a Hub
+    """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with
+    sae.safetensors, or a Hub
     repository with such a folder."""
     folder = locate(source, revision=revision, subfolder=subfolder)
     run = RunFolder(folder)
@@ -103,7 +106,8 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
     if not (folder / CONFIG).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
         raise InputError(
-            f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; found {there}"
+            f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; "
+            f"found {there}"
         )
     if (folder / files.MANIFEST).is_file():
         files.verify(folder)
@@ -111,7 +115,8 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 
 
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
-    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not here."""
+    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not
+    here."""
     path = Path(source)
     found = path if files.exists(path) else _download(str(source), revision, subfolder)
     place = found / subfolder
@@ -208,7 +213,8 @@ def acts_of(metadata: dict[str, Any]) -> Acts:
 
 
 def by_rows(key: str, shape: Sequence[int]) -> bool:
-    """Return whether a tensor has a row for each latent: all but scalars and what belongs to b_pre."""
+    """Return whether a tensor has a row for each latent: all but scalars and what belongs to
+    b_pre."""
     return len(shape) > 0 and key.rpartition(".")[2] != "b_pre"
 
 
@@ -233,7 +239,8 @@ def rows_of(folder: Path, stem: str, rows: slice | None = None) -> Weights:
 
 
 def _add(parts: dict[str, list[Stored]], file: Path, at: int, rows: slice) -> int:
-    """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row after its last."""
+    """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row
+    after its last."""
     held = views(file)
     lengths = {
         key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)
@@ -271,7 +278,8 @@ def _joined(folder: Path, stem: str, key: str, parts: list[Stored]) -> Stored:
 
 
 def _download(repository: str, revision: str | None, subfolder: str) -> Path:
-    """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to it."""
+    """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to
+    it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

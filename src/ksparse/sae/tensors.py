@@ -1,11 +1,14 @@
 """Tensors out of files that may have been made by anybody, ours among them: one reader that checks
 all of them.
 
-    weights = safetensors_file(file)      names, shapes and types, from the header; no tensor is read yet
-    weights.take("W_enc", "n", 768)       one as float32; a letter stands for the same length in all calls
+    weights = safetensors_file(file)      names, shapes and types, from the header; no tensor is
+                                          read yet
+    weights.take("W_enc", "n", 768)       one as float32; a letter stands for the same length in all
+                                          calls
     weights.counts("since", 4096)         one of whole numbers, as int64
     weights.number("k")                   one with a single element
-    weights.finish(ignored)               raises if a tensor is left that nobody took: it would be lost
+    weights.finish(ignored)               raises if a tensor is left that nobody took: it would be
+                                          lost
     weights.all({"W_enc": (n, d), …})     all that there should be, and no others
 
 A tensor that is missing, of another shape, not of floating-point numbers, or not finite is refused

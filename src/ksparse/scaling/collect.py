@@ -1,4 +1,5 @@
-"""A sweep's runs -> points.csv and curves.csv, which laws are fitted to. docs/formats.md has the columns."""
+"""A sweep's runs -> points.csv and curves.csv, which laws are fitted to. docs/formats.md has the
+columns."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> d
 
 
 def _subject(recipe: Recipe) -> dict[str, Any]:
-    """Return an LM's size: its parameters without embeddings, and the FLOPs of its pre-training where its folder says."""
+    """Return an LM's size: its parameters without embeddings, and the FLOPs of its pre-training
+    where its folder says."""
     folder = Path(find_model(recipe.acts.lm))
     spent = [flops for flops, _ in pylm.loss_table(folder)] if folder.is_dir() else []
     return {

@@ -1,9 +1,13 @@
-"""The forms of each law: what the loss, the tokens or the learning rate may be as a function of n, k, compute, the subject's size.
+"""The forms of each law: what the loss, the tokens or the learning rate may be as a function of n,
+k, compute, the subject's size.
 
-Every form is a power, or a power and an irreducible term, whose exponents are linear in coefficients (`solve.Terms`):
+Every form is a power, or a power and an irreducible term, whose exponents are linear in
+coefficients (`solve.Terms`):
 
-    nk        L = exp(alpha + b_k log k + b_n log n + g log k log n) + exp(zeta + eta log k)     Gao et al. 2024, eq. 3; natural logarithms
-    n, c      L = alpha n^beta + e           of each k, or of each LM, where the points have several: the paper's L(N), L_s(N) and L(C)
+    nk        L = exp(alpha + b_k log k + b_n log n + g log k log n) + exp(zeta + eta log k)     Gao
+              et al. 2024, eq. 3; natural logarithms
+    n, c      L = alpha n^beta + e           of each k, or of each LM, where the points have
+              several: the paper's L(N), L_s(N) and L(C)
     tokens, lr, optimal    alpha n^beta, of compute alpha C^beta; beta shared by all k
 
     forms(law, points)   the forms that a law may have, the paper's first
@@ -28,7 +32,8 @@ Columns = Mapping[str, np.ndarray]
 class LawKind:
     """What a law says: the column it predicts from which others.
 
-    group: a column by which it may be split. cluster: a column whose equal rows are one measurement, such as the points of one run's curve.
+    group: a column by which it may be split. cluster: a column whose equal rows are one
+    measurement, such as the points of one run's curve.
     """
 
     name: str
@@ -55,7 +60,8 @@ LAWS = {
 
 @dataclass(frozen=True)
 class Coefficient:
-    """One coefficient: its name, its column of the exponent, and whether it is the exponential of what is fitted."""
+    """One coefficient: its name, its column of the exponent, and whether it is the exponential of
+    what is fitted."""
 
     name: str
     column: Callable[[Columns], np.ndarray]
@@ -110,7 +116,7 @@ def forms(law: str, points: Columns) -> list[Form]:
     return [_power(kind, groups, floor=True), _power(kind, groups)]
 
 
-# ---- single powers -----------------------------------------------------------------------------------------------
+# ---- single powers -------------------------------------------------------------------------------
 
 
 def _power(kind: LawKind, groups: list, *, exponents: str = "own", floor: bool = False) -> Form:
@@ -171,7 +177,7 @@ def _label(group: object) -> str:
     return f"{group:g}" if isinstance(group, (int, float)) else str(group)
 
 
-# ---- in n and k --------------------------------------------------------------------------------------------------
+# ---- in n and k ----------------------------------------------------------------------------------
 
 
 def _log(name: str, power: int = 1) -> Callable[[Columns], np.ndarray]:

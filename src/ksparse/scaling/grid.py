@@ -1,10 +1,14 @@
-"""What a sweep is: recipes from a grid over any of their keys, each in a folder named by a hash of it.
+"""What a sweep is: recipes from a grid over any of their keys, each in a folder named by a hash of
+it.
 
     read(file)        sweep.toml -> Grid(recipes by folder name)
     SweepFolder       where a sweep's files are
-    cohorts(…)        unfinished runs -> groups that train together, as large as the memory and as many as the workers
+    cohorts(…)        unfinished runs -> groups that train together, as large as the memory and as
+                      many as the workers
 
-A sweep.toml is a recipe with `[grid]`, a table of lists, or several `[[grid]]`, whose points are put together. Where a grid varies `seed`, the order of the data is fixed (`order = 0`), so that seeds share a stream.
+A sweep.toml is a recipe with `[grid]`, a table of lists, or several `[[grid]]`, whose points are
+put together. Where a grid varies `seed`, the order of the data is fixed (`order = 0`), so that
+seeds share a stream.
 """
 
 from __future__ import annotations
@@ -90,7 +94,8 @@ def read(file: Path | str) -> Grid:
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(grid, dict) and grid for grid in grids):
         raise InputError(
-            f'sweep {file} has no grid; write [grid] and lists of values, such as "sae.k" = [16, 32]'
+            f'sweep {file} has no grid; write [grid] and lists of values, such as "sae.k" = [16, '
+            "32]"
         )
     found: dict[str, Recipe] = {}
     for grid in grids:
@@ -106,7 +111,8 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
             raise InputError(
-                f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at least one value"
+                f"'{key}' of the grid in {file} is {recipes.said(values)}; it must be a list of at "
+                "least one value"
             )
     if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
         raise InputError(
@@ -126,7 +132,9 @@ def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
         return recipes.from_dict(merged, where=f" in {file}")
     except InputError as error:
         raise InputError(
-            f"{error} (at the point {', '.join(f'{key} = {recipes.said(value)}' for key, value in point.items())} of the grid)"
+            f"{error} (at the point "
+            f"{', '.join(f'{key} = {recipes.said(value)}' for key, value in point.items())} of the "
+            "grid)"
         ) from None
 
 
@@ -150,7 +158,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-# ---- what is left to do, and together with what ------------------------------------------------------------------
+# ---- what is left to do, and together with what --------------------------------------------------
 
 
 def finished(run: RunFolder) -> bool:
@@ -167,7 +175,8 @@ def finished(run: RunFolder) -> bool:
 
 
 def memory_bytes(recipe: Recipe, d_model: int) -> int:
-    """Return what a member adds to a cohort: weights and their copies, without the product that all share."""
+    """Return what a member adds to a cohort: weights and their copies, without the product that all
+    share."""
     n = recipe.sae.n_latents
     return 4 * COPIES * (2 * n * d_model + n + d_model)
 
@@ -180,9 +189,11 @@ def shared_bytes(members: Sequence[Recipe]) -> int:
 def cohorts(
     todo: dict[str, Recipe], d_model: dict[str, int], *, memory: float, workers: int = 1
 ) -> list[list[str]]:
-    """Return names of runs in groups that share a stream, each within `memory` bytes; at least one group a worker where there are runs enough.
+    """Return names of runs in groups that share a stream, each within `memory` bytes; at least one
+    group a worker where there are runs enough.
 
-    d_model: the width at each run's site. Costly members first, each into the group that has least to do.
+    d_model: the width at each run's site. Costly members first, each into the group that has least
+    to do.
     """
     streams: dict[str, list[str]] = {}
     for name, recipe in todo.items():
@@ -245,5 +256,6 @@ def stream_key(recipe: Recipe) -> str:
 
 
 def half_of_memory() -> float:
-    """Return half of the machine's memory, the default for a cohort: the LM and the text need some too."""
+    """Return half of the machine's memory, the default for a cohort: the LM and the text need some
+    too."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

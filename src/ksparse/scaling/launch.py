@@ -1,7 +1,10 @@
-"""Where cohorts run: in processes of this machine, or as jobs of a cluster. A worker that dies is started again, and goes on from its checkpoints.
+"""Where cohorts run: in processes of this machine, or as jobs of a cluster. A worker that dies is
+started again, and goes on from its checkpoints.
 
-run(jobs, start, …)     keep up to so many workers busy until every job is done or has failed too often
-processes(…)            start = a process of this machine       submitted(…)   start = a job through submitit (Slurm, or its local executor)
+run(jobs, start, …)     keep up to so many workers busy until every job is done or has failed too
+                        often
+processes(…)            start = a process of this machine       submitted(…)   start = a job through
+                        submitit (Slurm, or its local executor)
 """
 
 from __future__ import annotations
@@ -33,34 +36,41 @@ class Launch(Options):
     """Where and how a sweep's cohorts run."""
 
     launcher: Literal["here", "processes", "local", "slurm"] = "here"
-    """here: one cohort after another in this process. processes: in processes of this machine. slurm: as jobs of a Slurm cluster, through
-    submitit (pip install 'ksparse[slurm]'). local: submitit's own stand-in for a cluster, on this machine."""
+    """here: one cohort after another in this process. processes: in processes of this machine.
+    slurm: as jobs of a Slurm cluster, through
+    submitit (pip install 'ksparse[slurm]'). local: submitit's own stand-in for a cluster, on this
+    machine."""
     workers: int = 1
     """Cohorts that run at the same time; runs are dealt to at least so many. Not for `here`."""
     memory_gb: float = 0.0
-    """Largest size of a cohort; 0: half of this machine's memory, shared by the workers of this machine."""
+    """Largest size of a cohort; 0: half of this machine's memory, shared by the workers of this
+    machine."""
     retries: int = 2
     """How often a cohort whose worker died is started again."""
     minutes: int = 24 * 60
     """slurm: time limit of a job; what is not done by then goes on in a new one."""
     slurm: tuple[str, ...] = ()
-    """slurm: more parameters as submitit names them, such as slurm_partition=gpu gpus_per_node=1."""
+    """slurm: more parameters as submitit names them, such as slurm_partition=gpu
+    gpus_per_node=1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least("a sweep", minutes=1)
         if self.workers < 1 or self.retries < 0 or self.memory_gb < 0:
             raise InputError(
-                f"a sweep needs workers of at least 1, retries and memory_gb of at least 0; got {self.workers}, {self.retries}, {self.memory_gb}"
+                "a sweep needs workers of at least 1, retries and memory_gb of at least 0; got "
+                f"{self.workers}, {self.retries}, {self.memory_gb}"
             )
         if self.launcher == "here" and self.workers > 1:
             raise InputError(
-                f"the launcher 'here' is one process, but there are to be {self.workers} workers; give --launcher processes"
+                f"the launcher 'here' is one process, but there are to be {self.workers} workers; "
+                "give --launcher processes"
             )
         wrong = [item for item in self.slurm if "=" not in item]
         if wrong:
             raise InputError(
-                f"the parameter {wrong[0]!r} of --slurm is not name=value, such as slurm_partition=gpu"
+                f"the parameter {wrong[0]!r} of --slurm is not name=value, such as "
+                "slurm_partition=gpu"
             )
 
 
@@ -90,7 +100,8 @@ def run(
     observe: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, str]:
-    """Run all jobs; return {run: why} of the runs that were not finished though their worker was started 1 + retries times.
+    """Run all jobs; return {run: why} of the runs that were not finished though their worker was
+    started 1 + retries times.
 
     left: of a job's runs, those that are not finished, asked when its worker has ended.
     """
@@ -112,7 +123,8 @@ def run(
                 unfinished = left(names)
                 if unfinished and tries < retries:
                     warn(
-                        f"a worker ended with {len(unfinished)} runs to do ({worker.why()}); starting it again"
+                        f"a worker ended with {len(unfinished)} runs to do ({worker.why()}); "
+                        "starting it again"
                     )
                     waiting.append((unfinished, tries + 1))
                 else:
@@ -128,7 +140,8 @@ def run(
 
 
 class Process:
-    """`command` as a process that writes to a log; it leads a session of its own, so that Ctrl-C reaches it through us alone."""
+    """`command` as a process that writes to a log; it leads a session of its own, so that Ctrl-C
+    reaches it through us alone."""
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
         self.log = log
@@ -167,7 +180,8 @@ class Process:
 
 
 def processes(folder: Path, workers: int) -> Start:
-    """Return a start that gives each worker its share of the cores, and a GPU of its own where there are several."""
+    """Return a start that gives each worker its share of the cores, and a GPU of its own where
+    there are several."""
     cores = (
         max(1, len(os.sched_getaffinity(0)) // workers)
         if hasattr(os, "sched_getaffinity")
@@ -228,7 +242,8 @@ def submitted(folder: Path, options: Launch) -> Start:
         import submitit
     except ModuleNotFoundError:
         raise InputError(
-            f"the launcher {options.launcher!r} needs the package submitit: pip install 'ksparse[slurm]'"
+            f"the launcher {options.launcher!r} needs the package submitit: pip install "
+            "'ksparse[slurm]'"
         ) from None
     # pickles in there are run, so nobody else is to know the name
     home = files.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")

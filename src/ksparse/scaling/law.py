@@ -1,15 +1,20 @@
-"""Points -> one law: coefficients with intervals, how well it fits, how well it foretells, and what else would fit.
+"""Points -> one law: coefficients with intervals, how well it fits, how well it foretells, and what
+else would fit.
 
-    law = fit({"n": ..., "k": ..., "loss": ...}, "nk")     or fit(read_points("points.csv", "nk"), "nk")
+    law = fit({"n": ..., "k": ..., "loss": ...}, "nk")     or fit(read_points("points.csv", "nk"),
+                                                           "nk")
     law.predict(n=65_536, k=32)                            Prediction(value, low, high, ...)
     law.says()                                             sentences
     law.to_dict()                                          what law.json holds
 
-The fit minimises Huber's loss of log residuals (`solve`). Each form that the law may have (`forms`) is fitted to the same points and compared by
+The fit minimises Huber's loss of log residuals (`solve`). Each form that the law may have (`forms`)
+is fitted to the same points and compared by
 
-    AICc = m log(mean squared log residual) + 2 p + 2 p (p + 1) / (m - p - 1)        p counts the scatter as well
+    AICc = m log(mean squared log residual) + 2 p + 2 p (p + 1) / (m - p - 1)        p counts the
+        scatter as well
 
-but unless another is asked for, the law is of the paper's form: which coefficients are reported does not depend on chance.
+but unless another is asked for, the law is of the paper's form: which coefficients are reported
+does not depend on chance.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Foretelling:
-    """How well the law fitted without the largest of a variable says them; error: mean relative; why: the reason where it cannot be said."""
+    """How well the law fitted without the largest of a variable says them; error: mean relative;
+    why: the reason where it cannot be said."""
 
     variable: str
     value: float | None = None
@@ -79,7 +85,8 @@ class Candidate:
         return (
             ""
             if said is None or said.error is None
-            else f"; it foretells the largest {said.variable} with a mean error of {_percent(said.error)}"
+            else f"; it foretells the largest {said.variable} with a mean error of "
+            f"{_percent(said.error)}"
         )
 
 
@@ -100,7 +107,8 @@ class Prediction:
             for name, value in at.items()
         )
         return (
-            f"{target} at {where}: {self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}]; "
+            f"{target} at {where}: {self.value:.4g}, 95 % interval [{self.low:.4g}, "
+            f"{self.high:.4g}]; "
             f"a single run would lie in [{self.run_low:.4g}, {self.run_high:.4g}]"
         )
 
@@ -136,7 +144,8 @@ class Law:
 
     @cached_property
     def correlation(self) -> float | None:
-        """Return the correlation of the residuals of neighbours along the first variable, the others being equal; None below 8 pairs."""
+        """Return the correlation of the residuals of neighbours along the first variable, the
+        others being equal; None below 8 pairs."""
         x, *others = self.cells.columns
         order = np.lexsort([self.cells.columns[x], *(self.cells.columns[name] for name in others)])
         residuals = (self.fit.residuals - self.fit.residuals.mean())[order]
@@ -155,7 +164,8 @@ class Law:
         )
         if wrong is not None:
             raise InputError(
-                f"the law {self.kind.name} is predicted at {', '.join(f'{name}=' for name in needed)}; "
+                f"the law {self.kind.name} is predicted at "
+                f"{', '.join(f'{name}=' for name in needed)}; "
                 + (f"it does not depend on {wrong!r}" if wrong in at else f"{wrong!r} is missing")
             )
         for name, value in at.items():
@@ -167,8 +177,8 @@ class Law:
             known := np.unique(self.cells.columns[group]).tolist()
         ):
             raise InputError(
-                f"the law {self.kind.name} ({self.form.name}) knows nothing of {group}={written(at[group])}; its points have "
-                + ", ".join(map(written, known))
+                f"the law {self.kind.name} ({self.form.name}) knows nothing of "
+                f"{group}={written(at[group])}; its points have " + ", ".join(map(written, known))
             )
         rows = self.form.terms({name: np.array([at[name]]) for name in needed})
         value = float(rows.value(self.fit.theta)[0])
@@ -193,7 +203,8 @@ class Law:
 
     @property
     def by_group(self) -> str | None:
-        """Return the column of which the law only knows the values that its points have; None if it may lie in between."""
+        """Return the column of which the law only knows the values that its points have; None if it
+        may lie in between."""
         group = self.kind.group or "k"
         own = self.kind.group is not None or any(
             each.name.startswith(("alpha_", "beta_")) for each in self.form.coefficients
@@ -256,14 +267,16 @@ class Law:
     def says(self) -> list[str]:
         """Say in words how well the law fits, what else would, and what speaks against it."""
         said = [
-            f"{self.form.equation}: {len(self.cells)} points, {_percent(self.log_rms)} off (log-RMS {self.log_rms:.4f}), "
+            f"{self.form.equation}: {len(self.cells)} points, {_percent(self.log_rms)} off "
+            f"(log-RMS {self.log_rms:.4f}), "
             f"the worst {_percent(float(np.abs(self.fit.residuals).max()))}."
         ]
         mine, best = self.candidate, self.best
         if mine.aicc is not None and best.aicc is not None and best.form.name != self.form.name:
             gap = mine.aicc - best.aicc
             said.append(
-                f"Of the forms tried, {best.form.name} ({best.form.equation}) {'fits best' if gap > _CLOSE else 'does about as well'}: "
+                f"Of the forms tried, {best.form.name} ({best.form.equation}) "
+                f"{'fits best' if gap > _CLOSE else 'does about as well'}: "
                 f"log-RMS {best.log_rms:.4f}, AICc lower by {gap:.1f}" + best.foretold + "."
             )
         elif (
@@ -274,14 +287,20 @@ class Law:
         said += self._irreducible()
         if self.foretelling.error is not None:
             said.append(
-                f"Fitted without {self.foretelling.variable} {'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
-                f"it foretells those points with a mean error of {_percent(self.foretelling.error)}, at most {_percent(self.foretelling.largest)}."
+                f"Fitted without {self.foretelling.variable} "
+                f"{'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
+                ""
+                ""
+                "it foretells those points with a mean error of "
+                f"{_percent(self.foretelling.error)}, at most "
+                f"{_percent(self.foretelling.largest)}."
             )
         elif self.foretelling.why:
             said.append(f"No test of extrapolation: {self.foretelling.why}.")
         if self.correlation is not None and self.correlation > _CORRELATED:
             said.append(
-                f"Residuals are not random: neighbours err alike (correlation {self.correlation:.2f}), so the form is not exact, and intervals, "
+                "Residuals are not random: neighbours err alike (correlation "
+                f"{self.correlation:.2f}), so the form is not exact, and intervals, "
                 "which suppose independent scatter, are too narrow."
             )
         if self.fit.starts > 1 and self.fit.reached < self.fit.starts / 4:
@@ -316,16 +335,19 @@ class Law:
             else "the points do not decide"
         )
         return [
-            f"Irreducible term: {verdict} (without it log-RMS {plain.log_rms:.4f}, AICc {'higher' if gap > 0 else 'lower'} by {abs(gap):.1f})."
+            f"Irreducible term: {verdict} (without it log-RMS {plain.log_rms:.4f}, AICc "
+            f"{'higher' if gap > 0 else 'lower'} by {abs(gap):.1f})."
         ]
 
 
 def fit(
     points: Columns, law: str = "nk", *, form: str = "paper", draws: int = DRAWS, seed: int = 0
 ) -> Law:
-    """Fit a law to columns of numbers: its variables and its target; rows that agree in the variables count as seeds of one point.
+    """Fit a law to columns of numbers: its variables and its target; rows that agree in the
+    variables count as seeds of one point.
 
-    form: `paper`, `best` (the smallest AICc) or a form's name. draws: of the bootstrap. Raises InputError where the points do not suffice.
+    form: `paper`, `best` (the smallest AICc) or a form's name. draws: of the bootstrap. Raises
+    InputError where the points do not suffice.
     """
     kind = law_of(law)
     found = cells(kind, _checked(kind, points))
@@ -377,7 +399,7 @@ def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
     return {name: columns[name] for name in wanted}
 
 
-# ---- the parts of a fit ------------------------------------------------------------------------------------------
+# ---- the parts of a fit --------------------------------------------------------------------------
 
 
 def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
@@ -402,7 +424,8 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
             and not (np.isfinite(column.astype(float)) & (column.astype(float) > 0)).all()
         ):
             raise InputError(
-                f"{name} of the law {kind.name} has values that are not above 0; laws are fitted to logarithms"
+                f"{name} of the law {kind.name} has values that are not above 0; laws are fitted "
+                "to logarithms"
             )
     return columns
 
@@ -428,7 +451,10 @@ def lacking(form: Form, columns: Columns, weight: np.ndarray) -> str:
     m, p = round(float(weight.sum())), len(form.coefficients)
     kinds = ", ".join(f"{len(np.unique(column))} {name}" for name, column in columns.items())
     if m < p + 1:
-        return f"{form.name} has {p} coefficients and needs at least {p + 1} different points; there {'is' if m == 1 else 'are'} {m} ({kinds})"
+        return (
+            f"{form.name} has {p} coefficients and needs at least {p + 1} different points; "
+            f"there {'is' if m == 1 else 'are'} {m} ({kinds})"
+        )
     terms = form.terms(columns)
     if np.linalg.matrix_rank(terms.amplitude) < terms.amplitude.shape[1] or (
         form.floor and np.linalg.matrix_rank(terms.floor) < terms.floor.shape[1]
@@ -467,7 +493,8 @@ def _choose(kind: LawKind, candidates: list[Candidate], form: str, found: Cells)
     names = [each.form.name for each in candidates]
     if form not in ("paper", "best", *names):
         raise InputError(
-            f"the law {kind.name} has no form {form!r} for these points; there are paper, best, {', '.join(names)}"
+            f"the law {kind.name} has no form {form!r} for these points; there are paper, best, "
+            f"{', '.join(names)}"
         )
     chosen = candidates[names.index(form) if form in names else 0]
     if chosen.fit is None:
@@ -509,7 +536,8 @@ def _coefficients(chosen: Candidate, found: Cells, draws: int, seed: int) -> dic
 
 
 def _foretell(kind: LawKind, form: Form, found: Cells) -> Foretelling:
-    """Fit without the points of the largest first variable (of compute: the largest quarter) and compare what that says of them."""
+    """Fit without the points of the largest first variable (of compute: the largest quarter) and
+    compare what that says of them."""
     x = kind.variables[0]
     column = found.columns[x]
     bar = np.sort(column)[-max(1, len(column) // 4)] if x == "c" else column.max()
@@ -537,7 +565,8 @@ def _foretell(kind: LawKind, form: Form, found: Cells) -> Foretelling:
 
 
 def _leave_one_out(fitted: Fit, clusters: np.ndarray) -> float | None:
-    """Return the log-RMS of each point as the fit without it (without its cluster) says it; None where a fit to the others has no freedom left."""
+    """Return the log-RMS of each point as the fit without it (without its cluster) says it; None
+    where a fit to the others has no freedom left."""
     m = len(fitted.logs)
     if fitted.freedom < 2:
         return None

@@ -1,8 +1,11 @@
-"""Points of a law out of CSV files: read, checked, and the runs of a sweep put together cell by cell.
+"""Points of a law out of CSV files: read, checked, and the runs of a sweep put together cell by
+cell.
 
 read(file, needed)     columns of a CSV as arrays; what cannot be a point is refused with its line
-cells(points, by)      rows that differ only by seed become one, with their geometric mean and their count
-best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest loss
+cells(points, by)      rows that differ only by seed become one, with their geometric mean and their
+                       count
+best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest
+                       loss
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ WORDS = ("run", "activation", "lm", "converged")
 class Cells:
     """Points to fit: their variables, the target's value, and how many rows each stands for.
 
-    weight: how much each counts; they sum to the number of independent measurements. cluster: rows of one measurement have one number.
+    weight: how much each counts; they sum to the number of independent measurements. cluster: rows
+    of one measurement have one number.
     seed_scatter: standard deviation of the logarithm among rows of one point.
     """
 
@@ -46,7 +50,8 @@ class Cells:
 def read(
     file: Path | str, needed: Sequence[str], *, positive: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Return the columns of a CSV, words as str and numbers as float64, an empty cell as NaN; raise InputError where a needed one is missing.
+    """Return the columns of a CSV, words as str and numbers as float64, an empty cell as NaN; raise
+    InputError where a needed one is missing.
 
     positive: columns whose every number must be finite and above 0.
     """
@@ -81,7 +86,8 @@ def read(
         if len(wrong):
             line, row = rows[wrong[0]]
             raise InputError(
-                f"{file} line {line}: {name} is {row[header.index(name)].strip() or 'empty'}; laws are fitted to logarithms, so it must be a "
+                f"{file} line {line}: {name} is {row[header.index(name)].strip() or 'empty'}; laws "
+                "are fitted to logarithms, so it must be a "
                 f"number above 0. Correct the row or take it out"
             )
     return found
@@ -109,7 +115,8 @@ def _rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     for line, row in lines[1:]:
         if len(row) != len(header):
             raise InputError(
-                f"{file} line {line} has {len(row)} cells; the header names {len(header)} columns: {', '.join(header)}"
+                f"{file} line {line} has {len(row)} cells; the header names {len(header)} columns: "
+                f"{', '.join(header)}"
             )
     return header, lines[1:]
 
@@ -124,9 +131,11 @@ def _number(file: Path | str, line: int, name: str, cell: str, needed: bool) -> 
 
 
 def cells(kind: LawKind, points: Columns) -> Cells:
-    """Return one point for each value of the law's variables: the geometric mean of its rows, which then differ by seed alone.
+    """Return one point for each value of the law's variables: the geometric mean of its rows, which
+    then differ by seed alone.
 
-    Of a law with clusters each row is a point, and the rows of a cluster weigh together as much as one.
+    Of a law with clusters each row is a point, and the rows of a cluster weigh together as much as
+    one.
     """
     by = [name for name in (*kind.variables, kind.group) if name is not None and name in points]
     logs = np.log(np.asarray(points[kind.target], float))
@@ -158,7 +167,8 @@ def cells(kind: LawKind, points: Columns) -> Cells:
 
 
 def best_lr(rows: Columns, by: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the rows of each group `by` with the learning rate that has the lowest loss (geometric mean over its rows)."""
+    """Return the rows of each group `by` with the learning rate that has the lowest loss (geometric
+    mean over its rows)."""
     if "lr" not in rows:
         return dict(rows)
     group, rate = _number_of(rows, by), _number_of(rows, [*by, "lr"])

@@ -1,4 +1,5 @@
-"""Points of Gao et al. 2024, read off the figures, and the coefficients printed beside them: to compare with one's own, and to test fits on."""
+"""Points of Gao et al. 2024, read off the figures, and the coefficients printed beside them: to
+compare with one's own, and to test fits on."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ EQ3 = {"alpha": -0.50, "b_k": 0.26, "b_n": -0.017, "g": -0.042, "zeta": -1.32, "
 L_OF_C = {"alpha": 0.056, "beta": -0.084, "e": 0.09}
 
 GAUSSIAN = {"alpha": 1.03, "beta": -0.04, "e": 0.0}
-"""Printed coefficients: equation 3 (GPT-4), L(C) with C as a share of GPT-4's training (figure 1), L(N) of Gaussian data (figure 31)."""
+"""Printed coefficients: equation 3 (GPT-4), L(C) with C as a share of GPT-4's training (figure 1),
+L(N) of Gaussian data (figure 31)."""
 
 _GPT4 = {
     32: ".6265 .5874 .5473 .5084 .4760 .4418 .4188 .3933 .3780",

@@ -1,13 +1,18 @@
-"""Least squares on logs for sums of at most two powers: one fit by scipy, many at once by numpy, intervals.
+"""Least squares on logs for sums of at most two powers: one fit by scipy, many at once by numpy,
+intervals.
 
-    log L = log[exp(A a) + exp(F f)]        A[m, p_a] and F[m, p_f] are columns of a form; theta = (a, f); p_f may be 0
+    log L = log[exp(A a) + exp(F f)]        A[m, p_a] and F[m, p_f] are columns of a form; theta =
+                                            (a, f); p_f may be 0
 
-    fit(terms, logs, weights)      from many starts, the best of them taken to the end by scipy's Huber least squares -> Fit
-    refit(terms, logs, ...)        b fits at once from given starts, each with its own weights, some coefficients held -> theta[b, p]
+    fit(terms, logs, weights)      from many starts, the best of them taken to the end by scipy's
+                                   Huber least squares -> Fit
+    refit(terms, logs, ...)        b fits at once from given starts, each with its own weights, some
+                                   coefficients held -> theta[b, p]
     intervals(fit)                 of each coefficient, by the profile of the loss
     interval_at(fit, rows)         of log L at other points, from the slopes
 
-The second term is an exponential, so it cannot be negative; where the data have none, its exponent falls until the term is `NOTHING`
+The second term is an exponential, so it cannot be negative; where the data have none, its exponent
+falls until the term is `NOTHING`
 of the smallest loss, and its coefficients have no lower bound.
 """
 
@@ -22,11 +27,14 @@ from scipy import optimize, stats
 
 NOTHING = 1e-5
 """A share of the smallest loss that counts as no irreducible loss."""
-_HUBER = 2.5  # times the scatter: 99.9 % of the efficiency of plain squares where the scatter is normal, and measured the better calibrated
+# times the scatter: 99.9 % of the efficiency of plain squares where the scatter is normal, and
+# measured the better calibrated
+_HUBER = 2.5
 _LEAST_SCATTER = 1e-7  # of logs: below it, points lie on the form up to rounding
 _SAME_COST = 1e-6  # relative: starts that end this near to the best have reached it
 _STEPS, _OUTWARDS, _HALVINGS = 200, 24, 60
-_FAR = 40.0  # from the best value: a loss that no longer rises there never will, since e^-40 of a loss is none
+# from the best value: a loss that no longer rises there never will, since e^-40 of a loss is none
+_FAR = 40.0
 _SHARES = (
     0.0,
     0.2,
@@ -90,7 +98,8 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients theta[p] that fit logs[m], the largest residual that counts in full, and how the search went."""
+    """Coefficients theta[p] that fit logs[m], the largest residual that counts in full, and how the
+    search went."""
 
     terms: Terms
     logs: np.ndarray
@@ -108,12 +117,14 @@ class Fit:
 
     @property
     def freedom(self) -> float:
-        """Return how many independent measurements there are beyond the coefficients: weights sum to the former."""
+        """Return how many independent measurements there are beyond the coefficients: weights sum
+        to the former."""
         return float(self.weights.sum()) - self.terms.size
 
 
 def fit(terms: Terms, logs: np.ndarray, *, weights: np.ndarray | None = None) -> Fit:
-    """Fit a form to the logarithms of m losses by Huber's loss, its width set by the scatter, from many starts."""
+    """Fit a form to the logarithms of m losses by Huber's loss, its width set by the scatter, from
+    many starts."""
     weights = np.ones(len(logs)) if weights is None else weights
     starts = np.array(_starts(terms, logs))
     ends, costs = _all(terms, logs, starts, weights, math.inf)  # plain squares, for the scatter
@@ -141,7 +152,8 @@ def _scipy(
     terms: Terms, logs: np.ndarray, weights: np.ndarray, start: np.ndarray, delta: float
 ) -> optimize.OptimizeResult:
     def rho(squares: np.ndarray) -> np.ndarray:
-        """Return twice `loss` of each residual, and its first two derivatives by the residual's square: scipy's own has no weights."""
+        """Return twice `loss` of each residual, and its first two derivatives by the residual's
+        square: scipy's own has no weights."""
         size = np.maximum(np.sqrt(squares), 1e-100)
         near = np.minimum(size, delta)
         return weights * np.stack(
@@ -166,7 +178,8 @@ def _scipy(
 
 
 def _starts(terms: Terms, logs: np.ndarray) -> list[np.ndarray]:
-    """Return a start for each irreducible share: with the second term given, the first is linear in its coefficients."""
+    """Return a start for each irreducible share: with the second term given, the first is linear in
+    its coefficients."""
     if not terms.floor.shape[1]:
         return [np.linalg.lstsq(terms.amplitude, logs, rcond=None)[0]]
     _, series = np.unique(terms.floor, axis=0, return_inverse=True)
@@ -187,14 +200,15 @@ def _starts(terms: Terms, logs: np.ndarray) -> list[np.ndarray]:
 
 
 def _scatter(residuals: np.ndarray, weights: np.ndarray, spent: int) -> float:
-    """Return a robust standard deviation of residuals after `spent` coefficients: from their weighted median size."""
+    """Return a robust standard deviation of residuals after `spent` coefficients: from their
+    weighted median size."""
     order = np.argsort(np.abs(residuals))
     total = np.cumsum(weights[order])
     middle = float(np.abs(residuals)[order][np.searchsorted(total, total[-1] / 2)])
     return max(_LEAST_SCATTER, 1.4826 * middle * math.sqrt(total[-1] / max(1.0, total[-1] - spent)))
 
 
-# ---- many at once ------------------------------------------------------------------------------------------------
+# ---- many at once --------------------------------------------------------------------------------
 
 
 def refit(
@@ -208,7 +222,8 @@ def refit(
 ) -> np.ndarray:
     """Return theta[b, p] of b fits by Levenberg and Marquardt's steps, from start[b, p].
 
-    logs, weights and delta, Huber's width, are [m] or [b, m]; held[b, p]: coefficients left as they are.
+    logs, weights and delta, Huber's width, are [m] or [b, m]; held[b, p]: coefficients left as they
+    are.
     """
     theta = np.array(start, float)
     b, p = theta.shape
@@ -256,19 +271,22 @@ def refit(
 
 
 def loss(residuals: np.ndarray, weights: np.ndarray, delta: np.ndarray | float) -> np.ndarray:
-    """Return the sum of Huber's loss over the last dimension: half the square near 0, linear beyond delta."""
+    """Return the sum of Huber's loss over the last dimension: half the square near 0, linear beyond
+    delta."""
     size = np.abs(residuals)
     near = np.minimum(size, delta)
     return (weights * near * (size - near / 2)).sum(-1)
 
 
-# ---- intervals ---------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 def intervals(found: Fit, level: float = 0.95) -> list[tuple[float, float]]:
-    """Return the interval of each coefficient: the values at which the best fit of the others is not too much worse.
+    """Return the interval of each coefficient: the values at which the best fit of the others is
+    not too much worse.
 
-    Too much: the robust likelihood ratio, 2 (rho_v - rho) mean(psi') / var(psi), exceeds Student's t^2. A side without end is infinite.
+    Too much: the robust likelihood ratio, 2 (rho_v - rho) mean(psi') / var(psi), exceeds Student's
+    t^2. A side without end is infinite.
     """
     p = found.terms.size
     spread = np.sqrt(np.diag(covariance(found)))
@@ -287,7 +305,8 @@ def intervals(found: Fit, level: float = 0.95) -> list[tuple[float, float]]:
 
 
 def interval_at(found: Fit, rows: Terms, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the interval of log L at other points, linear in the coefficients near them."""
+    """Return the ends of the interval of log L at other points, linear in the coefficients near
+    them."""
     value, slopes = rows.slopes(found.theta)
     away = quantile(found, level) * np.sqrt(
         np.einsum("ip,pq,iq->i", slopes, covariance(found), slopes)
@@ -304,7 +323,8 @@ def covariance(found: Fit) -> np.ndarray:
 
 
 def _psi(residuals: np.ndarray, found: Fit) -> tuple[float, float]:
-    """Return the share of points within Huber's width, and the variance of the clipped residuals."""
+    """Return the share of points within Huber's width, and the variance of the clipped
+    residuals."""
     clipped = np.clip(residuals, -found.delta, found.delta)
     inside = float(found.weights[np.abs(residuals) <= found.delta].sum() / found.weights.sum())
     return max(inside, 1e-3), max(
@@ -315,7 +335,8 @@ def _psi(residuals: np.ndarray, found: Fit) -> tuple[float, float]:
 def _sides(
     found: Fit, at, centre: np.ndarray, spread: np.ndarray, level: float
 ) -> list[tuple[float, float]]:
-    """Search outwards from each centre, on both sides at once, for where the loss has risen to the bar."""
+    """Search outwards from each centre, on both sides at once, for where the loss has risen to the
+    bar."""
     if found.freedom <= 0:
         return [(-math.inf, math.inf)] * len(centre)
     inside, variance = _psi(found.residuals, found)
@@ -354,7 +375,7 @@ def _sides(
     return list(zip(ends[:count].tolist(), ends[count:].tolist()))
 
 
-# ---- the bootstrap -----------------------------------------------------------------------------------------------
+# ---- the bootstrap -------------------------------------------------------------------------------
 
 
 def resampled(
@@ -367,7 +388,8 @@ def resampled(
 ) -> np.ndarray:
     """Return theta[draws, p] of fits to resampled points.
 
-    kind: `pairs` draws whole points (whole clusters[m] of them); `residuals` deals those of the fit anew; `wild` gives them random signs.
+    kind: `pairs` draws whole points (whole clusters[m] of them); `residuals` deals those of the fit
+    anew; `wild` gives them random signs.
     """
     random = np.random.default_rng(seed)
     m, p = len(found.logs), found.terms.size
@@ -398,7 +420,7 @@ def resampled(
     )
 
 
-# ---- scatter -----------------------------------------------------------------------------------------------------
+# ---- scatter -------------------------------------------------------------------------------------
 
 
 def scatter(found: Fit) -> float:

@@ -2,10 +2,12 @@
 
 survey(folder) -> Survey     laws by name, sentences on what was left out, the frontier of compute
 
-nk, n     each (n, k) at its best learning rate; of converged runs alone where they have enough n, else as all runs ended
+nk, n     each (n, k) at its best learning rate; of converged runs alone where they have enough n,
+          else as all runs ended
 s         the same at one k, of each LM
 tokens    what those of them that converged took to
-lr        of each (n, k) whose best rate has worse ones on both sides: the vertex of the parabola through the three, in logs
+lr        of each (n, k) whose best rate has worse ones on both sides: the vertex of the parabola
+          through the three, in logs
 c         the points of all curves of one k that no other point beats with less compute
 optimal   where along them the best n goes over to the next: (C, geometric mean of the two)
 """
@@ -87,7 +89,8 @@ class Survey:
         return said
 
     def budgeted(self, flops: float, at: dict[str, Any]) -> list[str]:
-        """Say the n and the tokens that so many training FLOPs are best spent on, for the k in `at` or every k."""
+        """Say the n and the tokens that so many training FLOPs are best spent on, for the k in `at`
+        or every k."""
         if not flops:
             return []
         if not (math.isfinite(flops) and flops > 0):
@@ -98,7 +101,8 @@ class Survey:
         wanted = [at["k"]] if "k" in at else known
         if not set(wanted) <= set(known):
             raise InputError(
-                f"the sweep has no curves at k={wanted[0]:g}; it has them at {', '.join(f'{k:g}' for k in known)}"
+                f"the sweep has no curves at k={wanted[0]:g}; it has them at "
+                f"{', '.join(f'{k:g}' for k in known)}"
             )
         return [line for k in wanted for line in self._spend(flops, k)]
 
@@ -119,12 +123,14 @@ class Survey:
             )
             loss = f", loss {expected.value:.4g} [{expected.low:.4g}, {expected.high:.4g}]"
         return [
-            f"{flops:.3g} FLOPs at k = {k:g}: n = {size.value:,.0f} [{size.low:,.0f}, {size.high:,.0f}], "
+            f"{flops:.3g} FLOPs at k = {k:g}: n = {size.value:,.0f} [{size.low:,.0f}, "
+            f"{size.high:,.0f}], "
             f"tokens = {tokens[0]:.3g} [{tokens[1]:.3g}, {tokens[2]:.3g}]{loss}"
         ]
 
     def cost(self, n: float, k: float) -> float:
-        """Return the training FLOPs per token at a size, between and beyond those of the runs along straight lines in logs."""
+        """Return the training FLOPs per token at a size, between and beyond those of the runs along
+        straight lines in logs."""
         of = self.costs["k"] == k
         x, y = np.log(self.costs["n"][of]), np.log(self.costs["cost"][of])
         i = int(np.clip(np.searchsorted(x, math.log(n)), 1, max(1, len(x) - 1)))
@@ -149,7 +155,8 @@ def survey(
     draws: int = laws.DRAWS,
     observe: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Survey:
-    """Fit every law that the points and curves of a sweep's folder allow; form: of those laws that have it."""
+    """Fit every law that the points and curves of a sweep's folder allow; form: of those laws that
+    have it."""
     folder = Path(folder)
     found = _read(folder)
     curves = _curves(folder, found)
@@ -170,7 +177,8 @@ def survey(
             fitted[name] = _fit(name, tables[name], form, draws)
         except InputError as error:
             absent[name] = (
-                f"No law {law_of(name).title}: {str(error).removeprefix(f'too few points for {law_of(name).title}: ')}."
+                f"No law {law_of(name).title}: "
+                f"{str(error).removeprefix(f'too few points for {law_of(name).title}: ')}."
             )
     observe(len(LAWS), len(LAWS), "")
     if not fitted:
@@ -199,17 +207,20 @@ WANTED = {
     "nk": "there are no finished runs",
     "n": "there are no finished runs",
     "tokens": "no run has converged; runs that train to convergence would add it",
-    "lr": "no (n, k) has its best learning rate between two worse ones; runs of at least three rates at each n would add it",
+    "lr": "no (n, k) has its best learning rate between two worse ones; runs of at least three "
+    "rates at each n would add it",
     "s": "all runs are of one LM; the same n and k on another LM would add it",
     "c": "there are no curves; runs with curves.csv would add it",
-    "optimal": "the best n does not change along the curves; longer runs, or runs of other n, would add it",
+    "optimal": "the best n does not change along the curves; longer runs, or runs of other n, "
+    "would add it",
 }
 """What would add a law for which there is no point at all."""
 ENOUGH = 4
-"""Sizes n at each k that tell a power with an irreducible term from one without, and leave one to foretell."""
+"""Sizes n at each k that tell a power with an irreducible term from one without, and leave one to
+foretell."""
 
 
-# ---- the runs ----------------------------------------------------------------------------------------------------
+# ---- the runs ------------------------------------------------------------------------------------
 
 
 def _read(folder: Path) -> _Rows:
@@ -222,7 +233,8 @@ def _read(folder: Path) -> _Rows:
     finite = np.isfinite(rows["loss"])
     if (wrong := rows["loss"] <= 0).any():
         raise InputError(
-            f"{file}: the loss of {_name(rows, np.flatnonzero(wrong)[0])} is {rows['loss'][wrong][0]:g}; a loss is above 0"
+            f"{file}: the loss of {_name(rows, np.flatnonzero(wrong)[0])} is "
+            f"{rows['loss'][wrong][0]:g}; a loss is above 0"
         )
     if not finite.all():
         found.notes.append(
@@ -238,13 +250,15 @@ def _read(folder: Path) -> _Rows:
             found.subject[name] = str(kinds[counts.argmax()])
             if len(kinds) > 1 and name == "activation":
                 found.notes.append(
-                    f"Laws are of the runs with activation {found.subject[name]}; those with {', '.join(sorted(set(kinds) - {found.subject[name]}))} "
+                    f"Laws are of the runs with activation {found.subject[name]}; those with "
+                    f"{', '.join(sorted(set(kinds) - {found.subject[name]}))} "
                     "are left out."
                 )
                 found.rows = take(found.rows, found.rows[name] == found.subject[name])
             elif len(kinds) > 1:
                 found.notes.append(
-                    f"All laws but L_s(N) are of {found.subject[name]}, of which there are the most runs."
+                    f"All laws but L_s(N) are of {found.subject[name]}, of which there are the "
+                    "most runs."
                 )
     return found
 
@@ -273,7 +287,8 @@ def _converged(rows: dict[str, np.ndarray], notes: list[str]) -> dict[str, np.nd
     if not yes.any():
         _say(
             notes,
-            "No run has converged: L(N) and L(N, k) are of losses at the end of each run's budget, which larger n, slower to converge, suffer from more.",
+            "No run has converged: L(N) and L(N, k) are of losses at the end of each run's budget, "
+            "which larger n, slower to converge, suffer from more.",
         )
         return rows
     if yes.all():
@@ -284,13 +299,16 @@ def _converged(rows: dict[str, np.ndarray], notes: list[str]) -> dict[str, np.nd
     ):
         _say(
             notes,
-            f"{yes.sum()} of {len(yes)} runs converged, too few to fit alone (not {ENOUGH} n at each k): L(N) and L(N, k) are of all runs as they ended, "
-            "at convergence or at the end of the budget, which larger n, slower to converge, suffer from more.",
+            f"{yes.sum()} of {len(yes)} runs converged, too few to fit alone (not {ENOUGH} n at "
+            "each k): L(N) and L(N, k) are of all runs as they ended, "
+            "at convergence or at the end of the budget, which larger n, slower to converge, "
+            "suffer from more.",
         )
         return rows
     _say(
         notes,
-        f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the learning rate.",
+        f"{(~yes).sum()} of {len(yes)} runs did not converge and count only for L(C) and the "
+        "learning rate.",
     )
     return take(rows, yes)
 
@@ -323,7 +341,8 @@ def _by_lm(found: _Rows) -> dict[str, np.ndarray]:
 
 
 def best_rates(rows: Columns, notes: list[str]) -> dict[str, np.ndarray]:
-    """Return (n, k, lr) of each (n, k) of the commonest LM whose lowest loss lies between two rates that are worse."""
+    """Return (n, k, lr) of each (n, k) of the commonest LM whose lowest loss lies between two rates
+    that are worse."""
     if "lr" not in rows or not len(rows["loss"]):
         return {}
     if "lm" in rows:
@@ -349,12 +368,14 @@ def best_rates(rows: Columns, notes: list[str]) -> dict[str, np.ndarray]:
     if edges:
         _say(
             notes,
-            f"The best learning rate is at the edge of those tried for {'; '.join(edges[:4])}{' …' if len(edges) > 4 else ''}: rates beyond it would place it.",
+            "The best learning rate is at the edge of those tried for "
+            f"{'; '.join(edges[:4])}{' …' if len(edges) > 4 else ''}: rates beyond it would place "
+            "it.",
         )
     return dict(zip(("n", "k", "lr"), np.array(found, float).T)) if found else {}
 
 
-# ---- the curves --------------------------------------------------------------------------------------------------
+# ---- the curves ----------------------------------------------------------------------------------
 
 
 def _curves(folder: Path, found: _Rows) -> dict[str, np.ndarray]:
@@ -386,7 +407,8 @@ def frontier_of(curves: Columns) -> dict[str, np.ndarray]:
 
 
 def _along(frontier: Columns) -> dict[str, np.ndarray]:
-    """Return the frontier without the stretch of each k's smallest n, whose beginning says nothing of the best n there."""
+    """Return the frontier without the stretch of each k's smallest n, whose beginning says nothing
+    of the best n there."""
     if not frontier:
         return {}
     keep = np.ones(len(frontier["c"]), bool)
@@ -398,7 +420,8 @@ def _along(frontier: Columns) -> dict[str, np.ndarray]:
 
 
 def crossings(frontier: Columns) -> dict[str, np.ndarray]:
-    """Return (c, k, n) where the frontier of a k goes from one n to the next: between the last point of n or less and the first of more."""
+    """Return (c, k, n) where the frontier of a k goes from one n to the next: between the last
+    point of n or less and the first of more."""
     found = []
     for k in np.unique(frontier["k"]) if frontier else ():
         of = frontier["k"] == k

@@ -1,6 +1,8 @@
-"""Run a sweep: what is not finished is planned into cohorts, trained, and collected. The same call again goes on, or widens it.
+"""Run a sweep: what is not finished is planned into cohorts, trained, and collected. The same call
+again goes on, or widens it.
 
-plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk before anything starts
+plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk before
+                              anything starts
 sweep(grid, folder, launch)   do it
 train_here(grid, …)           train some runs as one cohort in this process
 """
@@ -41,7 +43,8 @@ from ksparse.training.plan import Subject, look, speed
 log = logging.getLogger("ksparse")
 
 Observe = Callable[[int, int, str], None]
-"""Called with the tokens trained on, how many there will be at most, and a word on where it stands."""
+"""Called with the tokens trained on, how many there will be at most, and a word on where it
+stands."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def _cohort(
         if members[0].acts.shards
         else tokens * flops.lm(subjects[_subject_key(members[0])].before_site)
     )
-    # The sparse parts read memory rather than multiply; they run at about a tenth of the product's rate.
+    # The sparse parts read memory rather than multiply; they run at about a tenth of the product's
+    # rate.
     seconds = (
         2 * spent_lm + sum(count * (encoder + 10 * decoder) for count, encoder, decoder, _ in own)
     ) / rate
@@ -179,7 +183,8 @@ def sweep(
         planned(made)
         if made.disk > made.free:
             raise InputError(
-                f"the disk is too small: {made.disk / 1e9:,.1f} GB for checkpoints, {made.free / 1e9:,.1f} GB free at {folder.path}; "
+                f"the disk is too small: {made.disk / 1e9:,.1f} GB for checkpoints, "
+                f"{made.free / 1e9:,.1f} GB free at {folder.path}; "
                 "lower run.keep, or give another --out"
             )
         if grid.file.resolve() != folder.file.resolve():

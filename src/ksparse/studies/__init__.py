@@ -2,10 +2,12 @@
 
     baselines   which activation is best: L0 against error and the LM's additional loss
     sites       where in the LM: layers and locations, and positions of the context
-    gaussian    what is learnt of the data beyond mean and covariance: the error against n, beside Gaussian data
+    gaussian    what is learnt of the data beyond mean and covariance: the error against n, beside
+                Gaussian data
     recipe      what each part of the recipe is good for: dead latents along training, and the error
 
-`run(name, options)` leaves a folder: runs/MEMBER (ordinary runs), study.json (what was asked, each member's numbers, figures as data, findings). The
+`run(name, options)` leaves a folder: runs/MEMBER (ordinary runs), study.json (what was asked, each
+member's numbers, figures as data, findings). The
 report draws it. A study that was interrupted goes on.
 """
 
@@ -48,7 +50,8 @@ def run(
 ) -> Path:
     """Do a study; return the folder that holds it.
 
-    observe: called with what is being done, and how much of how much is done. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.
+    observe: called with what is being done, and how much of how much is done. Raises Interrupted,
+    once all is saved, on Ctrl-C and SIGTERM.
     """
     check_name(name)
     study = Study(name, options, observe)

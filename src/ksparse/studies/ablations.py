@@ -1,4 +1,5 @@
-"""What is each part of the recipe good for? Gao et al. 2024, appendix C: the same SAE without AuxK, without tied initialisation, and so on, on one stream."""
+"""What is each part of the recipe good for? Gao et al. 2024, appendix C: the same SAE without AuxK,
+without tied initialisation, and so on, on one stream."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def study(study: Study) -> dict[str, Any]:
             Figure(
                 "dead",
                 "Dead latents along training",
-                f"Share of latents that have not fired for {next(iter(members.values())).dead_after:,} tokens.",
+                "Share of latents that have not fired for "
+                f"{next(iter(members.values())).dead_after:,} tokens.",
                 "tokens",
                 "dead latents",
                 [
@@ -73,7 +75,9 @@ def study(study: Study) -> dict[str, Any]:
             ),
         ],
         "findings": [
-            f"{member}: {rows[member][-1]['dead']:.1%} dead at the end (at most {max(row['dead'] for row in rows[member]):.1%}), error {said(results[member]['stats']['nmse'])}, "
+            f"{member}: {rows[member][-1]['dead']:.1%} dead at the end (at most "
+            f"{max(row['dead'] for row in rows[member]):.1%}), error "
+            f"{said(results[member]['stats']['nmse'])}, "
             f"delta CE {said(results[member]['downstream']['ce_delta'])}."
             for member in members
         ],

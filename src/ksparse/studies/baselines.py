@@ -1,4 +1,5 @@
-"""Which activation is best? Gao et al. 2024, sections 2.4, 5.2 and 5.3: L0 against error and the LM's additional loss, all on one stream."""
+"""Which activation is best? Gao et al. 2024, sections 2.4, 5.2 and 5.3: L0 against error and the
+LM's additional loss, all on one stream."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ TOKENS, LATENTS, K = 400_000, 2048, 32
 SPARSITIES = (1 / 4, 1 / 2, 1, 2, 4)
 """Of k, for the kinds that have one."""
 PENALTIES = (1 / 4, 1, 4, 8, 16)
-"""Of each kind's middle weight; the largest are for short runs, in which L0 has not fallen to where it would end."""
+"""Of each kind's middle weight; the largest are for short runs, in which L0 has not fallen to where
+it would end."""
 MULTI = 1 / 8
 """Weight of the loss at 4k (section 5.3)."""
 L1 = {"ReLU": 0.02, "Gated": 0.02, "ProLU-STE": 0.01, "ProLU-ReLU": 0.02}
@@ -90,7 +92,8 @@ def recipes(study: Study) -> dict[str, Recipe]:
 
 
 BANDWIDTH = 0.03
-"""Of JumpReLU's window. The original's 0.001 sees too few values for thresholds to move in a run of this length (docs/lab-book.md)."""
+"""Of JumpReLU's window. The original's 0.001 sees too few values for thresholds to move in a run of
+this length (docs/lab-book.md)."""
 
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +124,8 @@ def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure
     return Figure(
         name,
         title,
-        "Held-out text, averaged weights, all on one stream; lower is better. Bars are a standard error over documents.",
+        "Held-out text, averaged weights, all on one stream; lower is better. Bars are a standard "
+        "error over documents.",
         "L0",
         y,
         [dataclasses.replace(curve, label=kind) for kind, curve in curves.items()],
@@ -130,7 +134,8 @@ def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure
 
 
 def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
-    """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it is never so sparse, at its own lowest."""
+    """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it
+    is never so sparse, at its own lowest."""
     found = []
     for kind in loss:
         if kind in ("TopK", "Multi-TopK"):
@@ -141,7 +146,8 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
             if theirs is None or worse is None:
                 continue
             said_of.append(
-                f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} against {between(error['TopK'], x)[0]:.4f})"
+                f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} "
+                f"against {between(error['TopK'], x)[0]:.4f})"
             )
         found.append(
             f"{kind} costs the LM more than TopK {'; '.join(said_of)}."
@@ -157,14 +163,18 @@ def _less(one: tuple[float, float | None], other: tuple[float, float | None]) ->
 
 
 def _beyond(kind: str, loss: dict[str, Curve]) -> str:
-    """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest TopK; curves go by rising L0."""
+    """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest
+    TopK; curves go by rising L0."""
     theirs, ours = loss[kind], loss["TopK"]
     if theirs.x[0] <= ours.x[-1]:
         return (
             f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare."
         )
     difference = _less((theirs.y[0], theirs.se[0]), (ours.y[-1], ours.se[-1]))
-    return f"{kind} at L0 {theirs.x[0]:.1f}, its lowest, costs the LM more than TopK at {ours.x[-1]:.1f} by {said(difference)} nats."
+    return (
+        f"{kind} at L0 {theirs.x[0]:.1f}, its lowest, costs the LM more than TopK at "
+        f"{ours.x[-1]:.1f} by {said(difference)} nats."
+    )
 
 
 def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,4 +1,5 @@
-"""What is learnt beyond mean and covariance? Gao et al. 2024, appendix G: the same pipeline on Gaussian data, whose error hardly falls with n."""
+"""What is learnt beyond mean and covariance? Gao et al. 2024, appendix G: the same pipeline on
+Gaussian data, whose error hardly falls with n."""
 
 from __future__ import annotations
 
@@ -55,14 +56,16 @@ def study(study: Study) -> dict[str, Any]:
         for kind, sizes in losses.items()
     }
     return {
-        "question": "How fast does the error fall with n, beside data with the same mean and covariance and nothing else to learn?",
+        "question": "How fast does the error fall with n, beside data with the same mean and "
+        "covariance and nothing else to learn?",
         "members": members,
         "fits": fits,
         "figures": [
             Figure(
                 "gaussian",
                 "Error against latents",
-                "Held-out error of the same recipe on LM activations and on Gaussian data of their mean and covariance; lines are a n^b.",
+                "Held-out error of the same recipe on LM activations and on Gaussian data of their "
+                "mean and covariance; lines are a n^b.",
                 "latents n",
                 "normalised MSE",
                 [
@@ -91,7 +94,8 @@ def study(study: Study) -> dict[str, Any]:
             )
         ],
         "findings": [
-            f"The error falls as n^{said(fits['real']['exponent'], 3)} on activations and as n^{said(fits['gaussian']['exponent'], 3)} on Gaussian data; the paper, "
+            f"The error falls as n^{said(fits['real']['exponent'], 3)} on activations and as "
+            f"n^{said(fits['gaussian']['exponent'], 3)} on Gaussian data; the paper, "
             "of 768 dimensions and at convergence, has about -0.26 and -0.04."
         ],
     }
@@ -122,7 +126,8 @@ def recipes(study: Study, kind: str) -> dict[str, Recipe]:
 
 
 class GaussianFeed(Feed):
-    """Gaussian rows with mean and covariance of the normalised activations that `real` names, in the place of these."""
+    """Gaussian rows with mean and covariance of the normalised activations that `real` names, in
+    the place of these."""
 
     def __init__(self, recipe: Recipe, real: Recipe, device: torch.device):
         super().__init__(real, device)

@@ -1,4 +1,5 @@
-"""Where in the LM? Gao et al. 2024, appendix F: layers and locations, and positions of the context. The text is read once, with all sites hooked."""
+"""Where in the LM? Gao et al. 2024, appendix F: layers and locations, and positions of the context.
+The text is read once, with all sites hooked."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def study(study: Study) -> dict[str, Any]:
     for member in members:
         kinds.setdefault(member.rpartition(".")[0], []).append(member)
     return {
-        "question": "At which layer and location are activations easy to reconstruct, and where does that matter to the LM?",
+        "question": "At which layer and location are activations easy to reconstruct, and where "
+        "does that matter to the LM?",
         "members": {
             member: {
                 "l0": result["stats"]["l0"],
@@ -164,7 +166,8 @@ def _by_position(
     return Figure(
         name,
         title,
-        "By the token's place in its context; position 0, the first, is left out unless acts.keep is all.",
+        "By the token's place in its context; position 0, the first, is left out unless acts.keep "
+        "is all.",
         "position",
         y,
         curves,
@@ -179,8 +182,11 @@ def _findings(kinds: dict[str, list[str]], results: dict[str, Any]) -> list[str]
             for pick in (min, max)
         )
         found.append(
-            f"{kind}: error from {said(results[best]['stats']['nmse'])} at {best} to {said(results[worst]['stats']['nmse'])} at {worst}; "
-            f"delta CE {', '.join(said(results[member]['downstream']['ce_delta']) for member in some)} by layer."
+            f"{kind}: error from {said(results[best]['stats']['nmse'])} at {best} to "
+            f"{said(results[worst]['stats']['nmse'])} at {worst}; "
+            "delta CE "
+            f"{', '.join(said(results[member]['downstream']['ce_delta']) for member in some)} by "
+            "layer."
         )
     for member in kinds.get("resid_post", []):
         positions = results[member]["positions"]
@@ -190,7 +196,9 @@ def _findings(kinds: dict[str, list[str]], results: dict[str, Any]) -> list[str]
             for part in (positions["error"][:third], positions["error"][-third:])
         )
         found.append(
-            f"{member}: relative error {sum(early) / third:.4f} in the first third of the context, {sum(late) / third:.4f} in the last; "
-            f"norm {positions['norm'][0]['value']:.3g} at position {positions['positions'][0]}, {positions['norm'][-1]['value']:.3g} at {positions['positions'][-1]}."
+            f"{member}: relative error {sum(early) / third:.4f} in the first third of the context, "
+            f"{sum(late) / third:.4f} in the last; "
+            f"norm {positions['norm'][0]['value']:.3g} at position {positions['positions'][0]}, "
+            f"{positions['norm'][-1]['value']:.3g} at {positions['positions'][-1]}."
         )
     return found

@@ -98,7 +98,8 @@ class Study:
         seed: int = 0,
         **changes: Any,
     ) -> Recipe:
-        """Return a member's recipe: the base's acts and optimiser, and of `sae` only what is given; the options' own sizes win.
+        """Return a member's recipe: the base's acts and optimiser, and of `sae` only what is given;
+        the options' own sizes win.
 
         changes: keys of the section `sae`; whole sections; and `tokens`, `batch`.
         """
@@ -153,7 +154,8 @@ class Study:
         change: Callable[[str, SAE], SAE] = lambda member, sae: sae,
         source: Callable[[str], str] = lambda member: member,
     ) -> dict[str, dict[str, Any]]:
-        """Return {member: {evaluation: result}}; what has been judged with the same options is read back.
+        """Return {member: {evaluation: result}}; what has been judged with the same options is read
+        back.
 
         source: the member whose SAE is judged under a name; change: what is made of it before.
         """
@@ -218,14 +220,15 @@ class Study:
         )
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def at_k(sae: SAE, k: int) -> SAE:
     """Return the same weights with TopK of another k."""
     if k > sae.shape.n_latents:
         raise InputError(
-            f"k = {k} is more than the {sae.shape.n_latents} latents; give a smaller --k or more --n-latents"
+            f"k = {k} is more than the {sae.shape.n_latents} latents; give a smaller --k or more "
+            "--n-latents"
         )
     made = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
     made.load_state_dict(
@@ -235,7 +238,8 @@ def at_k(sae: SAE, k: int) -> SAE:
 
 
 def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequence[str]) -> Curve:
-    """Return members' values of `y` of one evaluation against their L0, by rising L0; unlabelled."""
+    """Return members' values of `y` of one evaluation against their L0, by rising L0;
+    unlabelled."""
     rows = sorted(
         (
             results[member]["stats"]["l0"]["value"],
@@ -248,7 +252,8 @@ def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequenc
 
 
 def between(curve: Curve, x: float) -> tuple[float, float] | None:
-    """Return (y, its standard error) at x by a straight line between logarithms of neighbouring points; None outside of the points."""
+    """Return (y, its standard error) at x by a straight line between logarithms of neighbouring
+    points; None outside of the points."""
     rows = [
         (a, b, c or 0.0)
         for a, b, c in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x))
@@ -263,7 +268,8 @@ def between(curve: Curve, x: float) -> tuple[float, float] | None:
 
 
 def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Estimate]:
-    """Return the exponent b and factor a of loss = a n^b by least squares of logarithms, with standard errors where there are 3 points or more."""
+    """Return the exponent b and factor a of loss = a n^b by least squares of logarithms, with
+    standard errors where there are 3 points or more."""
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (n, loss))
     spread = (x - x.mean()).square().sum()
     slope = ((x - x.mean()) * y).sum() / spread

@@ -1,11 +1,14 @@
 """The paper's tasks -> a folder of them: build().
 
-Tasks of one source are made from one reading of it. A source that fails is written down with its reason and never stops the rest. A finished
+Tasks of one source are made from one reading of it. A source that fails is written down with its
+reason and never stops the rest. A finished
 task is kept when the same command is run again; index.json says how each was made:
     {"format": 1,
-     "tasks": {TASK: {rows, positive, source, revision, licence, template, label, position, seed, sha256, settings}},
+     "tasks": {TASK: {rows, positive, source, revision, licence, template, label, position, seed,
+     sha256, settings}},
      "failed": {TASK: reason}}
-settings is a sum over everything that decides what is in the file; a task whose settings differ is made again.
+settings is a sum over everything that decides what is in the file; a task whose settings differ is
+made again.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Step:
-    """What has just happened: `state` is reading (of a source), made, kept or failed; `words` says more."""
+    """What has just happened: `state` is reading (of a source), made, kept or failed; `words` says
+    more."""
 
     name: str
     state: str
@@ -84,8 +88,10 @@ def build(
 ) -> Report:
     """Make every task of the paper that can be made, as a suite in `folder`.
 
-    text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or 'OWNER/NAME:CONFIG') with a column 'text', or a file or
-    folder here; `documents` of it are read. local: folders that stand in for data sets of the Hub (ksparse.suites.sources). only: these tasks.
+    text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or
+    'OWNER/NAME:CONFIG') with a column 'text', or a file or
+    folder here; `documents` of it are read. local: folders that stand in for data sets of the Hub
+    (ksparse.suites.sources). only: these tasks.
     """
     plan = Plan(Path(folder), rows, seed, text, documents, Path(local) if local else None)
     asked = _asked(only)
@@ -123,7 +129,7 @@ def build(
     return Report(plan.folder, tuple(made), tuple(task.name for task in kept), failed)
 
 
-# ---- what is asked for -------------------------------------------------------------------------------------------
+# ---- what is asked for ---------------------------------------------------------------------------
 
 
 def _asked(only: Sequence[str]) -> list[Task]:
@@ -142,13 +148,15 @@ def _check(plan: Plan) -> None:
     least = 2 * suite.LEAST
     if plan.rows < least or plan.rows % 2:
         raise InputError(
-            f"{plan.rows} rows a task; expected an even number of at least {least}, half of them of each label"
+            f"{plan.rows} rows a task; expected an even number of at least {least}, half of them "
+            "of each label"
         )
     if plan.documents < 1:
         raise InputError(f"{plan.documents} documents of running text; expected at least 1")
     if plan.local is not None and not plan.local.is_dir():
         raise InputError(
-            f"the folder {plan.local} does not exist; expected folders OWNER__NAME in it that stand in for data sets"
+            f"the folder {plan.local} does not exist; expected folders OWNER__NAME in it that "
+            "stand in for data sets"
         )
     if plan.folder.exists() and not plan.folder.is_dir():
         raise InputError(f"{plan.folder} is not a folder; give one for the suite")
@@ -165,13 +173,15 @@ def _index(folder: Path) -> dict[str, Any]:
         or not all(isinstance(entry, dict) for entry in index["tasks"].values())
     ):
         raise InputError(
-            f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder for the suite"
+            f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder "
+            "for the suite"
         )
     return index
 
 
 def _settings(task: Task, plan: Plan) -> str:
-    """Return a sum over what decides which rows a task gets; a local copy counts as the data set it stands in for."""
+    """Return a sum over what decides which rows a task gets; a local copy counts as the data set it
+    stands in for."""
     text = () if task.sources else (plan.text, plan.documents)
     sources = [(str(source), source.splits, source.revision) for source in task.sources]
     return digest([FORMAT, task.words, task.positive, sources, text, plan.rows, plan.seed])
@@ -202,14 +212,16 @@ def _text_source(text: str) -> Source:
         or path.suffix in (".txt", ".jsonl", ".gz", ".xz", ".parquet", ".csv")
     ):
         raise InputError(
-            f"text {text} does not exist; give a file or folder of .txt, .jsonl or .parquet, or a data set of the Hub"
+            f"text {text} does not exist; give a file or folder of .txt, .jsonl or .parquet, or a "
+            "data set of the Hub"
         )
     repo, _, config = text.partition(":")
     return Source(repo, (Part(config),))
 
 
 def _check_reachable(tasks: list[Task], plan: Plan) -> None:
-    """Raise InputError at once if everything needs the Hub and its package is missing, instead of failing 61 times."""
+    """Raise InputError at once if everything needs the Hub and its package is missing, instead of
+    failing 61 times."""
     sources = [source for task in tasks for source in _sources(task, plan)]
     if (
         sources
@@ -227,13 +239,14 @@ def _families(tasks: list[Task], plan: Plan) -> dict[tuple[Source, ...], list[Ta
     return families
 
 
-# ---- making ------------------------------------------------------------------------------------------------------
+# ---- making --------------------------------------------------------------------------------------
 
 
 def _make(
     tasks: list[Task], sources: tuple[Source, ...], plan: Plan, observe: Observe
 ) -> Iterator[tuple[Task, Drawn | str]]:
-    """Yield each task with its rows, from the first source that has them, or with the reason why none has."""
+    """Yield each task with its rows, from the first source that has them, or with the reason why
+    none has."""
     reasons: dict[str, list[str]] = {task.name: [] for task in tasks}
     missing = list(tasks)
     for source in sources:
@@ -257,7 +270,8 @@ def _make(
 
 
 def _draw(tasks: list[Task], source: Source, plan: Plan) -> dict[str, Drawn | str]:
-    """Read a source once for all of its tasks; a row that a template cannot read makes the source unfit for that task."""
+    """Read a source once for all of its tasks; a row that a template cannot read makes the source
+    unfit for that task."""
     samples = {task.name: Sample(task.name, plan.rows, plan.seed) for task in tasks}
     results: dict[str, Drawn | str] = {}
     limit = max(20_000, 20 * plan.rows) if tasks[0].sources else plan.documents

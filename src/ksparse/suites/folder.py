@@ -1,7 +1,10 @@
-"""A suite is a folder of tasks, one file each: TASK.jsonl or TASK.jsonl.gz, rows {"text": str, "label": 0 | 1}.
+"""A suite is a folder of tasks, one file each: TASK.jsonl or TASK.jsonl.gz, rows {"text": str,
+"label": 0 | 1}.
 
-Rows may have more keys, labels may be true and false; other files in the folder (index.json) are no tasks.
-A file is checked whole when it is read, because a wrong label in row 900 would otherwise only show as a slightly worse probe.
+Rows may have more keys, labels may be true and false; other files in the folder (index.json) are no
+tasks.
+A file is checked whole when it is read, because a wrong label in row 900 would otherwise only show
+as a slightly worse probe.
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ class TextTask:
 
 
 def read(folder: Path | str) -> list[TextTask]:
-    """Read every task of a folder, sorted by name; raise InputError with file and line where one does not fit."""
+    """Read every task of a folder, sorted by name; raise InputError with file and line where one
+    does not fit."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
-            f"suite {folder} {'is not a folder' if folder.exists() else 'does not exist'}; give a folder of TASK.jsonl or "
+            f"suite {folder} {'is not a folder' if folder.exists() else 'does not exist'}; give a "
+            "folder of TASK.jsonl or "
             f"TASK.jsonl.gz with rows {ROW}, or make one: ksparse probes build {folder}"
         )
     try:
@@ -52,19 +57,22 @@ def read(folder: Path | str) -> list[TextTask]:
         name = _task_of(file)
         if name in found:
             raise InputError(
-                f"the task {name!r} is in {folder} twice: {found[name].name} and {file.name}; remove one of them"
+                f"the task {name!r} is in {folder} twice: {found[name].name} and {file.name}; "
+                "remove one of them"
             )
         if name is not None:
             found[name] = file
     if not found:
         raise InputError(
-            f"suite {folder} holds no task; expected files TASK.jsonl or TASK.jsonl.gz with rows {ROW}"
+            f"suite {folder} holds no task; expected files TASK.jsonl or TASK.jsonl.gz with rows "
+            f"{ROW}"
         )
     return [_read_task(found[name], name) for name in sorted(found)]
 
 
 def write(folder: Path | str, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows {"text", "label"} as FOLDER/NAME.jsonl.gz, whole or not at all; the same rows give the same bytes."""
+    """Write rows {"text", "label"} as FOLDER/NAME.jsonl.gz, whole or not at all; the same rows give
+    the same bytes."""
     folder = Path(folder)
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -126,7 +134,8 @@ def _checked(row: Any, where: str) -> tuple[str, int]:
         raise InputError(f"{where}: 'text' is empty; a probe needs a token to look at")
     if has_half(text):
         raise InputError(
-            f"{where}: 'text' holds half of a surrogate pair, which is no character; repair the file"
+            f"{where}: 'text' holds half of a surrogate pair, which is no character; repair the "
+            "file"
         )
     if "label" not in row:
         raise InputError(f"{where}: no 'label', only {columns(row)}; expected {ROW}")
@@ -144,10 +153,12 @@ def _check_counts(file: Path, labels: list[int]) -> None:
     if 0 in counts.values():
         there = 0 if counts[0] else 1
         raise InputError(
-            f"{file}: all {len(labels)} rows have the label {there}; expected at least {LEAST} rows of each label"
+            f"{file}: all {len(labels)} rows have the label {there}; expected at least {LEAST} "
+            "rows of each label"
         )
     if min(counts.values()) < LEAST:
         few = min(counts, key=lambda label: counts[label])
         raise InputError(
-            f"{file}: only {counts[few]} of {len(labels)} rows have the label {few}; expected at least {LEAST} rows of each label"
+            f"{file}: only {counts[few]} of {len(labels)} rows have the label {few}; expected at "
+            f"least {LEAST} rows of each label"
         )

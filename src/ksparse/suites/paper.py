@@ -1,7 +1,10 @@
-"""The 61 tasks of Gao et al. 2024 (section 4.2, table 1), with a public source and a template for each.
+"""The 61 tasks of Gao et al. 2024 (section 4.2, table 1), with a public source and a template for
+each.
 
-The paper gives names and citations. Templates, labels, balance, splits, sizes and the probed token are choices of ours, and docs/probes.md says
-so; its table is made by table(). Of sources whose place on the Hub has changed or may change, several are tried in order.
+The paper gives names and citations. Templates, labels, balance, splits, sizes and the probed token
+are choices of ours, and docs/probes.md says
+so; its table is made by table(). Of sources whose place on the Hub has changed or may change,
+several are tried in order.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One task: `sources` are tried in order (none: running text); `words` and `positive` say what the text and label 1 are."""
+    """One task: `sources` are tried in order (none: running text); `words` and `positive` say what
+    the text and label 1 are."""
 
     name: str
     sources: tuple[Source, ...]
@@ -71,7 +75,7 @@ class Task:
     fewer: str = ""  # why there are fewer rows than asked for
 
 
-# ---- sources -----------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def _either(
@@ -98,8 +102,10 @@ def _gurnee(name: str, classes: str) -> tuple[Source, ...]:
             "wesg52/sparse-probing",
             (Part(f"wikidata_{name}"),),
             by_hand=(
-                "the Wikidata texts of Gurnee et al. 2023 must be downloaded by hand (see github wesg52/sparse-probing-paper; they are folders that "
-                f"datasets.load_from_disk reads): save the rows with to_json as {{place}}/wikidata_{name}.train.jsonl, with the columns text, name and "
+                "the Wikidata texts of Gurnee et al. 2023 must be downloaded by hand (see github "
+                "wesg52/sparse-probing-paper; they are folders that "
+                "datasets.load_from_disk reads): save the rows with to_json as "
+                f"{{place}}/wikidata_{name}.train.jsonl, with the columns text, name and "
                 f"class ({classes}), and name the folder above with --local"
             ),
         ),
@@ -119,8 +125,10 @@ _GPT2 = (
         "openai/gpt-2-output-dataset",
         (Part("webtext"), Part("xl-1542M")),
         by_hand=(
-            "OpenAI's GPT-2 output data set must be downloaded by hand: put webtext.train.jsonl and xl-1542M.train.jsonl (download_dataset.py of github "
-            "openai/gpt-2-output-dataset gets them) into {place}, and name the folder above with --local"
+            "OpenAI's GPT-2 output data set must be downloaded by hand: put webtext.train.jsonl "
+            "and xl-1542M.train.jsonl (download_dataset.py of github "
+            "openai/gpt-2-output-dataset gets them) into {place}, and name the folder above with "
+            "--local"
         ),
     ),
 )
@@ -132,14 +140,15 @@ _JIGSAW = (
     Source(
         "google/jigsaw_toxicity_pred",
         by_hand=(
-            "the data of Kaggle's Toxic Comment Classification Challenge must be downloaded there by hand: put train.csv (columns comment_text, toxic) "
+            "the data of Kaggle's Toxic Comment Classification Challenge must be downloaded there "
+            "by hand: put train.csv (columns comment_text, toxic) "
             "into {place}, and name the folder above with --local"
         ),
     ),
 )
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 _OF_EACH = "one answer of each question"
 _QA = f"'{{question}} {{answer}}', {_OF_EACH}"
@@ -185,7 +194,8 @@ _ONES = (
         "quail",
         _either("textmachinelab/quail", converted="quail"),
         templates.quail,
-        f"'{{context}}⏎{{question}} {{answer}}', {_OF_EACH}; '{templates.NOT_ENOUGH}' left out, as it is mostly wrong",
+        f"'{{context}}⏎{{question}} {{answer}}', {_OF_EACH}; '{templates.NOT_ENOUGH}' left out, as "
+        "it is mostly wrong",
         "right answer",
         "CC BY-NC-SA 4.0",
     ),
@@ -210,7 +220,8 @@ _ONES = (
         "utilitarianism",
         _ethics("utilitarianism"),
         templates.utilitarianism,
-        "'First: {a}⏎Second: {b}⏎The first is more pleasant than the second.', one order of each pair",
+        "'First: {a}⏎Second: {b}⏎The first is more pleasant than the second.', one order of each "
+        "pair",
         "the statement holds",
         "MIT",
     ),
@@ -354,12 +365,15 @@ _TOXIC = Task(
 TASKS: tuple[Task, ...] = (*_ONES, *_OCCUPATIONS, *_PHRASES, *_OTHERS, *_NEWS, *_EUROPARLS, _TOXIC)
 
 
-# ---- docs/probes.md ----------------------------------------------------------------------------------------------
+# ---- docs/probes.md ------------------------------------------------------------------------------
 
 
 def table() -> str:
     """Return the tasks as a Markdown table."""
-    head = "| task | source, tried in order | split | licence | text | label 1 | balance | token | rows |"
+    head = (
+        "| task | source, tried in order | split | licence | text | label 1 | balance | token | "
+        "rows |"
+    )
     lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
     for task in TASKS:
         sources = (
@@ -368,6 +382,7 @@ def table() -> str:
         rows = f"at most {ROWS:,} ({task.fewer})" if task.fewer else f"{ROWS:,}"
         split = task.sources[0].splits if task.sources else "train"
         lines.append(
-            f"| {task.name} | {sources} | {split} | {task.licence} | {task.words} | {task.positive} | 50/50 | {POSITION} | {rows} |"
+            f"| {task.name} | {sources} | {split} | {task.licence} | {task.words} | "
+            f"{task.positive} | 50/50 | {POSITION} | {rows} |"
         )
     return "\n".join(lines) + "\n"

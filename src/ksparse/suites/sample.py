@@ -1,7 +1,10 @@
-"""Which texts of a source become the rows of a task: balanced, one of each group, by a hash and so whatever their order.
+"""Which texts of a source become the rows of a task: balanced, one of each group, by a hash and so
+whatever their order.
 
-A text's rank is a hash of (seed, task, text). Of each group (the texts made from one question) one label is taken, decided by the group's
-own hash, and of its texts the one of lowest rank. Of each label the lowest ranks are taken, as evenly as possible from each kind.
+A text's rank is a hash of (seed, task, text). Of each group (the texts made from one question) one
+label is taken, decided by the group's
+own hash, and of its texts the one of lowest rank. Of each label the lowest ranks are taken, as
+evenly as possible from each kind.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from ksparse.suites.folder import LEAST
 
 
 class Pair(NamedTuple):
-    """A text and its label; texts of one `group` exclude one another, `kind`s are to be equally frequent within a label."""
+    """A text and its label; texts of one `group` exclude one another, `kind`s are to be equally
+    frequent within a label."""
 
     text: str
     label: int
@@ -65,7 +69,8 @@ class Sample:
             self._forget()
 
     def _forget(self) -> None:
-        """Keep only the groups that could still be taken: the lowest ranks of each label and kind."""
+        """Keep only the groups that could still be taken: the lowest ranks of each label and
+        kind."""
         kept = {
             candidate.text
             for chosen in self._by_kind().values()
@@ -101,13 +106,15 @@ class Sample:
         return found
 
     def draw(self) -> list[Pair]:
-        """Return at most `rows` pairs, half of each label, in the order of their ranks; raise InputError if there are too few."""
+        """Return at most `rows` pairs, half of each label, in the order of their ranks; raise
+        InputError if there are too few."""
         found = self._by_kind()
         available = {label: sum(map(len, kinds.values())) for label, kinds in found.items()}
         each = min(self.rows // 2, *available.values())
         if each < LEAST:
             raise InputError(
-                f"too few texts: {available[1]} with the label 1 and {available[0]} with the label 0; "
+                f"too few texts: {available[1]} with the label 1 and {available[0]} with the label "
+                "0; "
                 f"at least {LEAST} of each are needed"
             )
         taken = [

@@ -1,12 +1,15 @@
 """Where rows come from: a data set on the Hugging Face Hub, or a folder that stands in its place.
 
-LOCAL/OWNER__NAME/ replaces the data set OWNER/NAME. In it, the rows of a configuration and a split are in
+LOCAL/OWNER__NAME/ replaces the data set OWNER/NAME. In it, the rows of a configuration and a split
+are in
     CONFIG.SPLIT.EXT, CONFIG/SPLIT.EXT          with a configuration
     SPLIT.EXT, data/SPLIT.EXT                   without one
 or in several such files, SPLIT-00000-of-00002.EXT …; EXT is jsonl, jsonl.gz, csv, tsv or parquet.
 
-On the Hub, the repository is read first as it is, then as the Hub's own conversion to parquet (branch refs/convert/parquet), because many of
-these repositories hold a script, which `datasets` no longer runs. Code from a repository is never run.
+On the Hub, the repository is read first as it is, then as the Hub's own conversion to parquet
+(branch refs/convert/parquet), because many of
+these repositories hold a script, which `datasets` no longer runs. Code from a repository is never
+run.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ class Opened(NamedTuple):
 
 
 def opened(source: Source, local: Path | None, limit: int) -> Opened:
-    """Open a source, here or on the Hub, and read at most `limit` rows of it; raise InputError if it cannot be read."""
+    """Open a source, here or on the Hub, and read at most `limit` rows of it; raise InputError if
+    it cannot be read."""
     each = max(1, limit // len(source.parts))
     if is_local(source, local):
         parts = [(part.config, _local(source, part, local)) for part in source.parts]
@@ -80,7 +84,7 @@ def opened(source: Source, local: Path | None, limit: int) -> Opened:
 
 def is_local(source: Source, local: Path | None) -> bool:
     """Return whether a folder stands in for the data set."""
-    return bool(source.path) or local is not None and folder_of(source, local).is_dir()
+    return bool(source.path) or (local is not None and folder_of(source, local).is_dir())
 
 
 def folder_of(source: Source, local: Path | None) -> Path:
@@ -101,7 +105,7 @@ def _joined(
             yield config, row
 
 
-# ---- the Hub -----------------------------------------------------------------------------------------------------
+# ---- the Hub -------------------------------------------------------------------------------------
 
 
 def _hub(source: Source, each: int) -> Opened:
@@ -119,7 +123,8 @@ def _hub(source: Source, each: int) -> Opened:
         else:
             return Opened(revision, _joined(parts, each))
     raise InputError(
-        f"{source.repo} cannot be read from the Hub ({'; '.join(reasons)}); put its rows into {folder_of(source, None)} "
+        f"{source.repo} cannot be read from the Hub ({'; '.join(reasons)}); put its rows into "
+        f"{folder_of(source, None)} "
         "and name that folder with --local"
     )
 
@@ -145,7 +150,8 @@ def _begun(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _commit(repo: str, revision: str) -> str:
-    """Return the commit that a branch of a data set is at now, or the branch where that cannot be found out."""
+    """Return the commit that a branch of a data set is at now, or the branch where that cannot be
+    found out."""
     try:
         return (
             importlib.import_module("huggingface_hub")
@@ -166,7 +172,7 @@ def in_short(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _local(source: Source, part: Part, local: Path | None) -> Iterator[dict[str, Any]]:
@@ -208,7 +214,8 @@ def _files(folder: Path, part: Part) -> list[Path]:
             return files
     wanted = " or ".join(str(place / f"{stem}.EXT") for place, stem in places)
     raise InputError(
-        f"no rows in {folder}: expected {wanted}, EXT one of {', '.join(extension[1:] for extension in EXTENSIONS)}"
+        f"no rows in {folder}: expected {wanted}, EXT one of "
+        f"{', '.join(extension[1:] for extension in EXTENSIONS)}"
     )
 
 

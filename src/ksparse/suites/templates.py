@@ -1,7 +1,9 @@
 """From one row of a data set to texts with a label. Every template is f(config, row) -> pairs.
 
-Where a question has several answers, all of them are offered as pairs of one group, of which a sample takes one: so the same question is
-never seen with its right and with a wrong answer, and neither a question nor the number of its answers says anything about the label.
+Where a question has several answers, all of them are offered as pairs of one group, of which a
+sample takes one: so the same question is
+never seen with its right and with a wrong answer, and neither a question nor the number of its
+answers says anything about the label.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _LETTERS = r"[^\W\d_]+"
 _lower = lru_cache(maxsize=1)(str.lower)  # 21 templates look at each document
 
 
-# ---- columns -----------------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 
 
 class Blank(ValueError):
@@ -43,7 +45,8 @@ def _cell(row: Row, *names: str) -> Any:
                 raise Blank(name)
             return row[name]
     raise InputError(
-        f"no column {' or '.join(map(repr, names))} in a row, only {', '.join(map(str, row)) or 'nothing'}"
+        f"no column {' or '.join(map(repr, names))} in a row, only "
+        f"{', '.join(map(str, row)) or 'nothing'}"
     )
 
 
@@ -111,7 +114,7 @@ def _lettered(question: str, row: Row) -> Iterator[Pair]:
         yield from _choose(question, answers, letters.index(key))
 
 
-# ---- data sets ---------------------------------------------------------------------------------------------------
+# ---- data sets -----------------------------------------------------------------------------------
 
 
 def amazon(config: str, row: Row) -> Iterator[Pair]:
@@ -181,7 +184,8 @@ def deontology(config: str, row: Row) -> Iterator[Pair]:
 
 
 def utilitarianism(config: str, row: Row) -> Iterator[Pair]:
-    """Offer both orders of a pair of scenarios; one of the two mirrors calls the more pleasant one 'activity', the other 'baseline'."""
+    """Offer both orders of a pair of scenarios; one of the two mirrors calls the more pleasant one
+    'activity', the other 'baseline'."""
     better, worse = (
         ("baseline", "less_pleasant")
         if row.get("less_pleasant") is not None
@@ -212,7 +216,10 @@ def social_iqa(config: str, row: Row) -> Iterator[Pair]:
 
 
 def wic(config: str, row: Row) -> Iterator[Pair]:
-    text = f'{_text(row, "sentence1")}\n{_text(row, "sentence2")}\nThe word "{_text(row, "word")}" means the same in both.'
+    text = (
+        f'{_text(row, "sentence1")}\n{_text(row, "sentence2")}\nThe word "{_text(row, "word")}" '
+        "means the same in both."
+    )
     return _labelled(text, _number(row, "label"))
 
 
@@ -245,7 +252,8 @@ def europarl(language: str) -> Template:
 
 
 def _europarl(language: str, config: str, row: Row) -> Iterator[Pair]:
-    """Offer both sides of a translation, as a group named by its English side, so that no sentence is drawn in two languages."""
+    """Offer both sides of a translation, as a group named by its English side, so that no sentence
+    is drawn in two languages."""
     sides = _cell(row, "translation")
     for name, text in sides.items():
         if text and len(text.split()) >= 5:
@@ -268,7 +276,7 @@ def _wikidata(positive: str, config: str, row: Row) -> Iterator[Pair]:
     yield Pair(text, int(own == positive), name, own)
 
 
-# ---- running text ------------------------------------------------------------------------------------------------
+# ---- running text --------------------------------------------------------------------------------
 
 
 def phrase(first: str, second: str) -> Template:
@@ -276,7 +284,8 @@ def phrase(first: str, second: str) -> Template:
 
 
 def _phrase(first: str, second: str, config: str, row: Row) -> Iterator[Pair]:
-    """Yield windows that end in 'first second' (1), in 'first OTHER' and in 'OTHER second' (0), at most one of each from a document."""
+    """Yield windows that end in 'first second' (1), in 'first OTHER' and in 'OTHER second' (0), at
+    most one of each from a document."""
     text = _text(row, "text")
     low = (
         _lower(text) if len(_lower(text)) == len(text) else text
@@ -296,14 +305,16 @@ def _phrase(first: str, second: str, config: str, row: Row) -> Iterator[Pair]:
 
 
 def _window(text: str, end: int) -> str:
-    """Return the last words up to `end`, joined by single spaces; nothing where there are too few."""
+    """Return the last words up to `end`, joined by single spaces; nothing where there are too
+    few."""
     start = max(0, end - 12 * WORDS)
     words = text[start:end].split()[int(start > 0) :]
     return " ".join(words[-WORDS:]) if len(words) >= WORDS // 2 else ""
 
 
 def base64(config: str, row: Row) -> Iterator[Pair]:
-    """Yield one window of a document, as it is (0) or in base64 (1): so many characters either way."""
+    """Yield one window of a document, as it is (0) or in base64 (1): so many characters either
+    way."""
     text = _text(row, "text")
     if len(text) < CHARACTERS:
         return

@@ -1,10 +1,14 @@
-"""What nobody looks at for days should call by itself: a gradient out of the ordinary, latents that die.
+"""What nobody looks at for days should call by itself: a gradient out of the ordinary, latents that
+die.
 
-    grad_norm     the norm is more than `run.alarm_grad_norm` times the median of the last 100 finite ones
+    grad_norm     the norm is more than `run.alarm_grad_norm` times the median of the last 100
+                  finite ones
     dead          the share of dead latents has come above `run.alarm_dead`
-    dead_growth   the share has risen by more than `run.alarm_dead_growth` above the lowest since the last alarm of this kind
+    dead_growth   the share has risen by more than `run.alarm_dead_growth` above the lowest since
+                  the last alarm of this kind
 
-The share counts from 2 x dead_after tokens on: before, it rises from zero in every run. After an alarm its kind is silent for 100 steps; the next
+The share counts from 2 x dead_after tokens on: before, it rises from zero in every run. After an
+alarm its kind is silent for 100 steps; the next
 one says how many steps would have called in between. Nothing of this changes what is trained.
 """
 
@@ -23,7 +27,8 @@ QUIET = 100  # steps
 
 
 class Alarms:
-    """Holds each step against those before; `past` are the lines of metrics of a run that goes on."""
+    """Holds each step against those before; `past` are the lines of metrics of a run that goes
+    on."""
 
     def __init__(self, recipe: Recipe, past: Iterable[dict[str, Any]] = ()):
         self.options, self.from_tokens = recipe.run, 2 * recipe.dead_after
@@ -37,7 +42,8 @@ class Alarms:
     def see(
         self, step: int, tokens: int, grad_norm: float | None, dead: float | None = None
     ) -> list[dict[str, Any]]:
-        """Return the alarms of a step, as lines of alarms.jsonl. dead: the share of dead latents, where it was looked at."""
+        """Return the alarms of a step, as lines of alarms.jsonl. dead: the share of dead latents,
+        where it was looked at."""
         found = [
             *self._gradient(grad_norm),
             *(self._dead(dead) if dead is not None and tokens >= self.from_tokens else ()),
@@ -61,7 +67,9 @@ class Alarms:
                 "alarm": "grad_norm",
                 "value": norm,
                 "limit": self.options.alarm_grad_norm * usual,
-                "says": f"the gradient's norm is {norm:.3g}, {norm / max(usual, 1e-300):,.0f} times its usual {usual:.3g}; if this goes on, a smaller optim.lr or optim.clip = 1 may help",
+                "says": f"the gradient's norm is {norm:.3g}, {norm / max(usual, 1e-300):,.0f} "
+                f"times its usual {usual:.3g}; if this goes on, a smaller optim.lr or "
+                "optim.clip = 1 may help",
             }
 
     def _dead(self, share: float) -> Iterable[dict[str, Any]]:
@@ -72,7 +80,8 @@ class Alarms:
                 "alarm": "dead",
                 "value": share,
                 "limit": limit,
-                "says": f"{share:.0%} of the latents are dead, more than {limit:.0%}; a larger sae.k_aux, a lower optim.lr or fewer latents may help",
+                "says": f"{share:.0%} of the latents are dead, more than {limit:.0%}; a larger "
+                "sae.k_aux, a lower optim.lr or fewer latents may help",
             }
         self.lowest = min(self.lowest, share)
         if growth and share > self.lowest + growth:

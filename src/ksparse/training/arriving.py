@@ -1,4 +1,5 @@
-"""What the host wants to know of the device, while that goes on working: a wait for all that it has to do would let it run dry."""
+"""What the host wants to know of the device, while that goes on working: a wait for all that it has
+to do would let it run dry."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 
 def arriving(value: Tensor) -> Callable[[], Any]:
-    """Begin to bring a tensor of a few numbers to the host. What is returned gives them as `tolist` does; it waits for them, not for what the device is given to do after."""
+    """Begin to bring a tensor of a few numbers to the host. What is returned gives them as `tolist`
+    does; it waits for them, not for what the device is given to do after."""
     if value.device.type != "cuda":
         return value.tolist
     there, event = torch.empty(value.shape, dtype=value.dtype, pin_memory=True), torch.cuda.Event()
@@ -27,7 +29,8 @@ def arriving(value: Tensor) -> Callable[[], Any]:
 
 
 def marked(mask: Tensor) -> Callable[[], Tensor]:
-    """Begin to count where mask[m] is true. What is returned gives those places, in order; it waits for the count alone."""
+    """Begin to count where mask[m] is true. What is returned gives those places, in order; it waits
+    for the count alone."""
     if mask.device.type != "cuda":
         found = mask.nonzero().squeeze(1)
         return lambda: found
@@ -36,7 +39,8 @@ def marked(mask: Tensor) -> Callable[[], Tensor]:
 
 
 def places(mask: Tensor, number: int) -> Tensor:
-    """Return where mask[m] is true, in order, given how often that is; torch's `nonzero` waits for all that the device has to do."""
+    """Return where mask[m] is true, in order, given how often that is; torch's `nonzero` waits for
+    all that the device has to do."""
     if not number:
         return torch.empty(0, dtype=torch.long, device=mask.device)
     return mask.byte().sort(descending=True, stable=True).indices[:number]

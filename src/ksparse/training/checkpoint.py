@@ -1,14 +1,19 @@
 """Everything that the rest of a run depends on, in one folder that is there whole or not at all.
 
-    sae.safetensors, sae.json   the autoencoder to use: averaged weights, or the raw ones without an average
-    optim.safetensors           raw weights, Adam's moments, the average before correction, tokens since each latent fired
+    sae.safetensors, sae.json   the autoencoder to use: averaged weights, or the raw ones without an
+                                average
+    optim.safetensors           raw weights, Adam's moments, the average before correction, tokens
+                                since each latent fired
     state.json                  step, tokens, the stream's cursor, threads, constants
     manifest.json               SHA-256 sums of the others
 
-Where the latents are cut into slices, each process writes the rows of its own (sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same
-folder, which the first process commits once all are there. Any mesh reads what any mesh wrote: the rows that it wants, from whichever files hold them.
+Where the latents are cut into slices, each process writes the rows of its own
+(sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same
+folder, which the first process commits once all are there. Any mesh reads what any mesh wrote: the
+rows that it wants, from whichever files hold them.
 
-There is no random state: after initialisation nothing is drawn, and the data's order is a function of seed and cursor.
+There is no random state: after initialisation nothing is drawn, and the data's order is a function
+of seed and cursor.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ class State:
     since: torch.Tensor
     """Tokens since each latent was last active, [n]."""
     baseline: float
-    """Mean squared error per component of predicting the mean, on the initial sample; divides the loss."""
+    """Mean squared error per component of predicting the mean, on the initial sample; divides the
+    loss."""
     step: int = 0
     tokens: int = 0
     skipped: int = 0
@@ -52,9 +58,11 @@ class State:
     seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
     mesh: list[int] = field(default_factory=lambda: [1, 1])
-    """Parts of the batch and slices of the latents in the process that this was read from; kept in the file where there are several."""
+    """Parts of the batch and slices of the latents in the process that this was read from; kept in
+    the file where there are several."""
     dead: Callable[[], torch.Tensor] | None = None
-    """Gives the latents that have been silent for long, in order; None where `since` was not set by a step. Not in the file."""
+    """Gives the latents that have been silent for long, in order; None where `since` was not set by
+    a step. Not in the file."""
 
 
 FORMAT = 2
@@ -84,7 +92,8 @@ CURSORS: tuple[dict[str, files.Types], ...] = (
 
 
 class Saver:
-    """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is raised by the next call."""
+    """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is
+    raised by the next call."""
 
     def __init__(self, mesh: Mesh = ALONE, *, behind: bool = False):
         self.mesh, self.behind = mesh, behind
@@ -123,7 +132,8 @@ class Saver:
 
 
 class Taken(NamedTuple):
-    """A checkpoint in memory: the whole's shape, metadata and facts, and tensors of this process's slice."""
+    """A checkpoint in memory: the whole's shape, metadata and facts, and tensors of this process's
+    slice."""
 
     shape: Shape
     metadata: dict[str, Any]
@@ -140,7 +150,8 @@ def save(run: RunFolder, state: State, optimizer: Optimizer) -> None:
 
 
 def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
-    """Return what is to be saved; copies on the CPU, so that training may go on, where that is asked for."""
+    """Return what is to be saved; copies on the CPU, so that training may go on, where that is
+    asked for."""
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
     facts = {
         key: value
@@ -171,7 +182,8 @@ def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
 
 
 def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
-    """Write what was taken, on a mesh each process its slice; the first commits it and removes all but the newest `run.keep`."""
+    """Write what was taken, on a mesh each process its slice; the first commits it and removes all
+    but the newest `run.keep`."""
     path = run.checkpoint(taken.facts["step"])
     with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
         if mesh.data_rank == 0:
@@ -195,7 +207,8 @@ def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
 
 @contextmanager
 def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
-    """Yield, on every process, the temporary folder that the first one commits once all have written; where one fails, nothing is committed."""
+    """Yield, on every process, the temporary folder that the first one commits once all have
+    written; where one fails, nothing is committed."""
     if mesh.size == 1:
         with files.committed(path, **facts) as tmp:
             yield tmp
@@ -207,7 +220,8 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
             named = True
             if not name:
                 raise PeerError(
-                    f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message says why"
+                    f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message "
+                    "says why"
                 )
             written = False
             try:
@@ -218,7 +232,8 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
                 failed = mesh.agree("written", [int(not written)], "save")[0]
             if failed:
                 raise PeerError(
-                    f"checkpoint {path} was given up: another process could not write its slice; its own message says why"
+                    f"checkpoint {path} was given up: another process could not write its slice; "
+                    "its own message says why"
                 )
     finally:
         if mesh.first and not named:
@@ -226,13 +241,15 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
 
 
 def dead_fraction(state: State, dead_after: int, mesh: Mesh = ALONE) -> float:
-    """Return the share of latents, over all slices, that have not been active for `dead_after` tokens."""
+    """Return the share of latents, over all slices, that have not been active for `dead_after`
+    tokens."""
     share = (state.since >= dead_after).float().mean()
     return (mesh.sum("dead", share, "latent") / mesh.latent).item()
 
 
 def load(path: Path, optimizer: Optimizer) -> State:
-    """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found, and return the state."""
+    """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found,
+    and return the state."""
     facts = read_state(path / "state.json")
     sae = optimizer.sae
     shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
@@ -295,7 +312,8 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
-    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written, of all these runs together."""
+    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written,
+    of all these runs together."""
     needed = 0
     for run, optimizer in runs:
         weights, keep = (
@@ -312,7 +330,8 @@ def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
     free = shutil.disk_usage(path).free
     if free < needed:
         raise DiskError(
-            f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+            f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, "
+            f"{free / 1e6:,.0f} MB are free; "
             "make room, lower --run.keep, or give another --out"
         )
 

@@ -1,4 +1,5 @@
-"""What a training step asks of each device of a mesh, from sizes alone: memory, communication, time. Arithmetic, no torch.
+"""What a training step asks of each device of a mesh, from sizes alone: memory, communication,
+time. Arithmetic, no torch.
 
     Case(recipe, subject, card)          what is asked about
     memory(case, mesh)                   bytes of a rank, by part
@@ -8,7 +9,8 @@
     best(case, devices)                  the mesh to take
     largest(case, devices)               how many latents fit
 
-n latents, d = d_model, k, a batch of b tokens on D x L ranks: each has n / L latents and b / D tokens. The formulas are in docs/scaling-out.md, line by line;
+n latents, d = d_model, k, a batch of b tokens on D x L ranks: each has n / L latents and b / D
+tokens. The formulas are in docs/scaling-out.md, line by line;
 memory is added up as if all parts were there at once, and time as if nothing overlapped.
 """
 
@@ -26,22 +28,28 @@ from ksparse.training.hardware import Card
 
 PIECE = 2**27  # numbers of the product in memory at once
 DENSE = 5
-"""Matrices of a batch's products, at most, that another activation than TopK has in memory at once: products, which count, values, their gradients."""
+"""Matrices of a batch's products, at most, that another activation than TopK has in memory at once:
+products, which count, values, their gradients."""
 SAMPLE = 32_768  # activations that the run starts from
 GATHERED = 2_048  # tokens whose gathered rows a GPU has in memory at once
-CONTEXTS = 12  # widths of d_model that an LM has in memory for a token, the hidden layer of its MLP among them
+# widths of d_model that an LM has in memory for a token, the hidden layer of its MLP among them
+CONTEXTS = 12
 LIBRARIES = 0.57e9
-"""Python, torch, transformers, a tokenizer and the text at hand: measured on Linux with torch for CPUs, docs/lab-book.md."""
+"""Python, torch, transformers, a tokenizer and the text at hand: measured on Linux with torch for
+CPUs, docs/lab-book.md."""
 CONTEXT = 1.5e9
 """A CUDA context, the workspaces of cuBLAS and the buffers of NCCL. An assumption."""
 TOPK_PASSES = 6
-"""Times that torch.topk reads a float32 matrix on a GPU: radix selection, 8 bits at a time, and the gathering. Published, not measured here."""
+"""Times that torch.topk reads a float32 matrix on a GPU: radix selection, 8 bits at a time, and the
+gathering. Published, not measured here."""
 
 COMPARED, COMPARED_BYTES = 2**26, 16
-"""Values of all slices that are compared at a time, and the bytes of each meanwhile: itself, masks, and ranks among equals."""
+"""Values of all slices that are compared at a time, and the bytes of each meanwhile: itself, masks,
+and ranks among equals."""
 
 Step = Literal["native", "torch", "triton", "autograd"]
-"""Which of the training steps is taken: compiled, written out in torch, by Triton, or by autograd."""
+"""Which of the training steps is taken: compiled, written out in torch, by Triton, or by
+autograd."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,10 @@ class Unseen(Options):
     def subject(self) -> Subject | None:
         """Return it, or None where none is described."""
         for name in ("d_model", "parameters", "before_site"):
-            if getattr(self, name) < 0 or not self.d_model and getattr(self, name):
+            if getattr(self, name) < 0 or (not self.d_model and getattr(self, name)):
                 raise InputError(
-                    f"subject.{name} is {getattr(self, name)}; a subject that is not at hand needs a d_model above 0, the rest at least 0"
+                    f"subject.{name} is {getattr(self, name)}; a subject that is not at hand needs "
+                    "a d_model above 0, the rest at least 0"
                 )
         return (
             Subject(self.d_model, self.parameters, self.before_site or self.parameters)
@@ -108,9 +117,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Collective:
-    """What one rank gives to the collectives of one name in a step, in bytes of its own tensors, among `ranks` ranks of an axis.
+    """What one rank gives to the collectives of one name in a step, in bytes of its own tensors,
+    among `ranks` ranks of an axis.
 
-    Names are those by which `ksparse.mesh.Mesh` counts. A broadcast is each rank's own, one after the other.
+    Names are those by which `ksparse.mesh.Mesh` counts. A broadcast is each rank's own, one after
+    the other.
     """
 
     name: str
@@ -148,7 +159,8 @@ class Estimate:
 
 
 class Rank:
-    """What the first rank of a mesh has: tokens, latents, how many values it offers for a token, and AuxK's share of them. It has the most."""
+    """What the first rank of a mesh has: tokens, latents, how many values it offers for a token,
+    and AuxK's share of them. It has the most."""
 
     def __init__(self, case: Case, mesh: Mesh):
         recipe = case.recipe
@@ -173,7 +185,8 @@ class Rank:
         self.k_aux = k_aux(sae, self.d)
 
     def offer(self, k: int, capacity: float = 0.0) -> int:
-        """Return how many values of a token a slice offers: k, or as many as it has, or as the capacity allows."""
+        """Return how many values of a token a slice offers: k, or as many as it has, or as the
+        capacity allows."""
         return (
             min(k, self.n, math.ceil(capacity * k / self.mesh.latent) or k)
             if self.mesh.latent > 1
@@ -182,7 +195,8 @@ class Rank:
 
     @property
     def exchanged(self) -> list[tuple[int, int]]:
-        """Tokens, and values of each that slices compare, of each choice; none where all that is offered is kept."""
+        """Tokens, and values of each that slices compare, of each choice; none where all that is
+        offered is kept."""
         latent = self.mesh.latent
         choices = [
             (self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k
@@ -198,7 +212,7 @@ class Rank:
         )
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 SMALLER = {
     "weights": "--mesh.latent",
@@ -263,7 +277,8 @@ def memory(case: Case, mesh: Mesh) -> dict[str, float]:
 
 
 def main_memory(case: Case, mesh: Mesh) -> dict[str, float]:
-    """Return the bytes that a rank has in main memory for a while: the whole SAE and its random rows when it starts, and what it saves."""
+    """Return the bytes that a rank has in main memory for a while: the whole SAE and its random
+    rows when it starts, and what it saves."""
     rank = Rank(case, mesh)
     return {
         "at the start": 4.0 * (case.parameters + case.recipe.sae.n_latents * rank.d),
@@ -272,9 +287,11 @@ def main_memory(case: Case, mesh: Mesh) -> dict[str, float]:
 
 
 def _copy(case: Case, rank: Rank) -> int:
-    """Return the bytes of a checkpoint's copies: the averaged weights, and all else where it is written while training goes on.
+    """Return the bytes of a checkpoint's copies: the averaged weights, and all else where it is
+    written while training goes on.
 
-    One process on a CPU writes before it goes on: of other steps than the compiled one the gradients are gone by then.
+    One process on a CPU writes before it goes on: of other steps than the compiled one the
+    gradients are gone by then.
     """
     if rank.ranks > 1 or not case.card.host:
         return 4 * rank.weights * (5 if case.recipe.ema else 4)
@@ -296,7 +313,7 @@ def _copies(case: Case, rank: Rank) -> float:
     screened = rank.step in ("triton", "native") and optim.screen != "off"
     return (4 * one if half else 0) + (
         0
-        if not screened or half and optim.screen == "bfloat16"
+        if not screened or (half and optim.screen == "bfloat16")
         else 2 * one
         if optim.screen == "bfloat16"
         else one
@@ -314,7 +331,8 @@ def _product(case: Case, rank: Rank) -> int:
 
 
 def _block(case: Case, rank: Rank) -> int:
-    """Return the bytes of the activations that are mixed, which every rank has whole, and of those that one process computes ahead."""
+    """Return the bytes of the activations that are mixed, which every rank has whole, and of those
+    that one process computes ahead."""
     recipe = case.recipe
     if not case.live:
         return 0
@@ -330,11 +348,12 @@ def _steps_of_block(recipe: Recipe) -> int:
     return max(1, recipe.acts.mix // recipe.batch)
 
 
-# ---- communication -----------------------------------------------------------------------------------------------
+# ---- communication -------------------------------------------------------------------------------
 
 
 def communication(case: Case, mesh: Mesh) -> list[Collective]:
-    """Return what the first rank gives to each collective in a step that logs nothing and saves nothing."""
+    """Return what the first rank gives to each collective in a step that logs nothing and saves
+    nothing."""
     recipe, rank = case.recipe, Rank(case, mesh)
     n, d, explicit = rank.n, rank.d, rank.step == "torch"
     parts = 1 if explicit else math.ceil(rank.rows / max(1, PIECE // n))
@@ -391,17 +410,19 @@ def communication(case: Case, mesh: Mesh) -> list[Collective]:
 
 
 def _pieces(rows: int, numbers: int) -> list[int]:
-    """Return the tokens of each of the parts in which so many are compared, `numbers` values a token."""
+    """Return the tokens of each of the parts in which so many are compared, `numbers` values a
+    token."""
     most = max(1, COMPARED // max(1, numbers))
     return [min(most, rows - at) for at in range(0, rows, most)]
 
 
 def _sent(kind: str, axis: str, name: str, *sizes: int) -> Collective:
-    """Return the collective that is called once for each size above 0; how many ranks there are is filled in by the axis."""
+    """Return the collective that is called once for each size above 0; how many ranks there are is
+    filled in by the axis."""
     return Collective(name, kind, axis, 0, sum(sizes), sum(size > 0 for size in sizes))
 
 
-# ---- time --------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 EXCHANGE = {
     "latent": "exchange over latents",
@@ -440,15 +461,17 @@ def seconds(case: Case, mesh: Mesh) -> dict[str, float]:
 
 
 def _screened(case: Case, rank: Rank) -> bool:
-    """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection holds to about its speed."""
+    """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection
+    holds to about its speed."""
     screen = case.recipe.optim.screen
     return (
-        rank.step == "triton" and screen != "off" or rank.step == "native" and screen == "bfloat16"
+        (rank.step == "triton" and screen != "off") or (rank.step == "native" and screen == "bfloat16")
     )
 
 
 def _selection(case: Case, rank: Rank) -> float:
-    """Return the bytes that choosing reads and writes: the product once and its bias, then its k largest; the same of what all slices offer."""
+    """Return the bytes that choosing reads and writes: the product once and its bias, then its k
+    largest; the same of what all slices offer."""
     if rank.step == "triton":
         return 2 * _product(case, rank)
     passes = 2 if case.card.host else 3 + TOPK_PASSES
@@ -469,7 +492,10 @@ def _row_bytes(case: Case, rank: Rank) -> int:
         return 24 + average + 12  # and the gradient: written, read for its norm, read
     return (
         24 + average + 4 + 36
-    )  # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half of the weights renormalised
+        # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half
+        # of
+        # the weights renormalised
+    )
 
 
 def _travel(case: Case, mesh: Mesh, axis: str) -> float:
@@ -483,7 +509,8 @@ def _travel(case: Case, mesh: Mesh, axis: str) -> float:
 
 
 def _rate(card: Card, mesh: Mesh, axis: str) -> float:
-    """Return the bytes per second at which a rank of an axis's group sends: rings between nodes share the ports of all its ranks in a node.
+    """Return the bytes per second at which a rank of an axis's group sends: rings between nodes
+    share the ports of all its ranks in a node.
 
     Ranks of a latent group are neighbours; those of a data group are `mesh.latent` apart.
     """
@@ -495,7 +522,7 @@ def _rate(card: Card, mesh: Mesh, axis: str) -> float:
     return card.link if ranks <= together else min(card.link, together * card.network)
 
 
-# ---- both, and what to take --------------------------------------------------------------------------------------
+# ---- both, and what to take ----------------------------------------------------------------------
 
 
 def estimate(case: Case, mesh: Mesh) -> Estimate:
@@ -515,12 +542,14 @@ def estimate(case: Case, mesh: Mesh) -> Estimate:
 
 
 def mesh_of(recipe: Recipe) -> Mesh:
-    """Return a recipe's mesh; one part of the batch where it leaves their number to how many processes there are."""
+    """Return a recipe's mesh; one part of the batch where it leaves their number to how many
+    processes there are."""
     return dataclasses.replace(recipe.mesh, data=recipe.mesh.data or 1)
 
 
 def best(case: Case, devices: int) -> Estimate:
-    """Return the fastest mesh of so many devices that fits; where none does, the one that needs least. Raise InputError where none divides the sizes."""
+    """Return the fastest mesh of so many devices that fits; where none does, the one that needs
+    least. Raise InputError where none divides the sizes."""
     if devices < 1:
         raise InputError(f"devices is {devices}; it must be at least 1")
     sae = case.recipe.sae
@@ -536,7 +565,8 @@ def best(case: Case, devices: int) -> Estimate:
     ]
     if not sizes:
         raise InputError(
-            f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and {case.recipe.sae.n_latents:,} latents; take a number of devices "
+            f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and "
+            f"{case.recipe.sae.n_latents:,} latents; take a number of devices "
             "that divides one of them, such as a power of two"
         )
     found = [estimate(case, mesh) for mesh in sizes]
@@ -549,7 +579,8 @@ def best(case: Case, devices: int) -> Estimate:
 
 
 def largest(case: Case, devices: int) -> int:
-    """Return the most latents, a power of two for each device, with which some mesh of so many devices fits; 0 where none does."""
+    """Return the most latents, a power of two for each device, with which some mesh of so many
+    devices fits; 0 where none does."""
     sae, n, found = case.recipe.sae, devices, 0
     while True:
         if n >= sae.k * (4 if sae.multi_topk else 1):

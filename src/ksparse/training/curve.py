@@ -1,7 +1,10 @@
-"""The held-out loss along a run: at which steps it is taken, what a line of curve.jsonl holds, and whether it still falls.
+"""The held-out loss along a run: at which steps it is taken, what a line of curve.jsonl holds, and
+whether it still falls.
 
-The loss is normalised MSE: squared error over that of predicting the mean of the same held-out activations, float64 sums divided once; with the raw
-weights and with their average, since early averages are worse (Gao et al. 2024, A.5). The smaller of the two is what laws are fitted to.
+The loss is normalised MSE: squared error over that of predicting the mean of the same held-out
+activations, float64 sums divided once; with the raw
+weights and with their average, since early averages are worse (Gao et al. 2024, A.5). The smaller
+of the two is what laws are fitted to.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ ROWS = 2048  # held-out activations whose codes are in memory at once
 
 
 def points(recipe: Recipe) -> set[int]:
-    """Return the steps at which the loss is taken: `per_octave` to each doubling, the last step among them."""
+    """Return the steps at which the loss is taken: `per_octave` to each doubling, the last step
+    among them."""
     curve = recipe.curve
     shares = [2 ** (-i / curve.per_octave) for i in range(curve.octaves * curve.per_octave + 1)]
     return {max(1, round(recipe.steps * share)) for share in shares} if curve.held_out else set()
@@ -44,7 +48,8 @@ def loss(sae: SAE, raw: Tensor) -> float:
 def converged(rows: Sequence[dict[str, Any]], curve: Curve) -> bool:
     """Return whether the loss falls by less than `curve.converged` for a doubling of the tokens.
 
-    The slope is that of a least-squares line through log loss against log tokens over the last `curve.window` octaves, which smooths; at
+    The slope is that of a least-squares line through log loss against log tokens over the last
+    `curve.window` octaves, which smooths; at
     least three points, so that a run does not end before they span the window.
     """
     if not curve.converged or not rows:

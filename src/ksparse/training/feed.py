@@ -1,7 +1,9 @@
-"""What all members of a cohort share: the stream, the sample that they start from, and held-out activations.
+"""What all members of a cohort share: the stream, the sample that they start from, and held-out
+activations.
 
 Feed(recipe, device).stream          batches of raw activations
-                    .look            factor, baseline and normalised rows of the first activations; read once
+                    .look            factor, baseline and normalised rows of the first activations;
+                                     read once
                     .lm_parameters   what a pass of the LM costs
                     .held_out        raw activations of text that is not trained on, for the curves
 """
@@ -37,7 +39,8 @@ PER_DOCUMENT = 256  # held-out tokens of a document, so that few rows come from 
 
 
 class Look(NamedTuple):
-    """The first activations: their constant of normalize = 'dataset', normalised rows x[s, d], and the error of predicting their mean."""
+    """The first activations: their constant of normalize = 'dataset', normalised rows x[s, d], and
+    the error of predicting their mean."""
 
     factor: float
     x: Tensor
@@ -82,7 +85,8 @@ class Feed:
         baseline = (x - x.mean(0)).cpu().double().square().mean().item()
         if not baseline > 0:
             raise InputError(
-                f"all {len(raw):,} activations at {self.recipe.acts.site} are the same: there is nothing to learn"
+                f"all {len(raw):,} activations at {self.recipe.acts.site} are the same: there is "
+                "nothing to learn"
             )
         return Look(factor, x, baseline)
 
@@ -94,13 +98,15 @@ class Feed:
 
     @cached_property
     def lm_parameters(self) -> int:
-        """The parameters of the LM's matrices up to the site; none where activations come from shards."""
+        """The parameters of the LM's matrices up to the site; none where activations come from
+        shards."""
         lm = getattr(self.source, "lm", None)
         return flops.before_site(lm.model, lm.module, lm.at) if lm else 0
 
     @cached_property
     def held_out(self) -> Tensor:
-        """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out` says. To be read before the stream is, whose thread uses the LM."""
+        """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out`
+        says. To be read before the stream is, whose thread uses the LM."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         acts = dataclasses.replace(recipe.acts, mix=rows)
         lm = (
@@ -119,7 +125,8 @@ class Feed:
 def open_stream(
     recipe: Recipe, device: torch.device, mesh: Mesh = ALONE
 ) -> tuple[Stream, dict[str, Any]]:
-    """Return the stream of activations that a recipe names, and the policy by which they are kept."""
+    """Return the stream of activations that a recipe names, and the policy by which they are
+    kept."""
     acts = recipe.acts
     if acts.shards:
         shards = Shards(acts.shards)
@@ -140,4 +147,4 @@ def open_stream(
 
 def ahead(recipe: Recipe, device: str) -> bool:
     """Return whether activations are computed by a thread of their own."""
-    return recipe.run.ahead == "on" or recipe.run.ahead == "auto" and device.startswith("cuda")
+    return recipe.run.ahead == "on" or (recipe.run.ahead == "auto" and device.startswith("cuda"))

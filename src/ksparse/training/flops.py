@@ -1,4 +1,5 @@
-"""What training costs in FLOPs, a multiplication and an addition counted as two: the formula behind plans, curves and laws.
+"""What training costs in FLOPs, a multiplication and an addition counted as two: the formula behind
+plans, curves and laws.
 
 | part | FLOPs per activation | |
 |---|---|---|
@@ -7,7 +8,9 @@
 | AuxK | 8 k_aux d | the same four over the dead latents, on steps that have any; fewer where fewer are dead |
 | LM | 2 (parameters of its matrices up to the site) | stated apart: it is paid once for a cohort, or not at all from shards |
 
-Of another activation than TopK the code is taken to have k values, whatever it has. It counts what the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is left out.
+Of another activation than TopK the code is taken to have k values, whatever it has. It counts what
+the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is
+left out.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ if TYPE_CHECKING:  # plans need no torch
 
 
 SPARSER = 5
-"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents; above that, dense products are faster (docs/lab-book.md)."""
+"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents;
+above that, dense products are faster (docs/lab-book.md)."""
 
 
 def encoder(recipe: Recipe, d_model: int) -> int:
@@ -38,12 +42,14 @@ def auxk(latents: int, d_model: int) -> int:
 
 
 def lm(parameters: int) -> int:
-    """Return the FLOPs per activation of an LM with so many parameters in matrices up to the site."""
+    """Return the FLOPs per activation of an LM with so many parameters in matrices up to the
+    site."""
     return 2 * parameters
 
 
 def before_site(model: nn.Module, site: nn.Module, at: str) -> int:
-    """Count the matrices' parameters that are used up to the site; modules are listed in the order of their use."""
+    """Count the matrices' parameters that are used up to the site; modules are listed in the order
+    of their use."""
     from torch.nn import Embedding
 
     inside = {id(module) for module in site.modules()} if at == "out" else set()

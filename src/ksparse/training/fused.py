@@ -1,10 +1,15 @@
-"""The same training step as `optim.Optimizer` with its gradient written out: only the encoder product is dense.
+"""The same training step as `optim.Optimizer` with its gradient written out: only the encoder
+product is dense.
 
-    product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows) ─▶ latents' tokens ─▶ one pass over the rows
+    product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows)
+    ─▶ latents' tokens ─▶ one pass over the rows
 
-`ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no gradient of n x d is ever stored: each latent's two
-gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is
-computed in low precision and only chooses candidates; their values are exact, and a token whose k-th value is not clear of what was dropped
+`ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no
+gradient of n x d is ever stored: each latent's two
+gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the
+same files. With a screen, the product is
+computed in low precision and only chooses candidates; their values are exact, and a token whose
+k-th value is not clear of what was dropped
 is computed again in full.
 """
 
@@ -33,14 +38,16 @@ from ksparse.training.optim import PRE_ACTS, Optimizer, clip_, rate_share
 
 PIECE = PRE_ACTS
 MARGIN = 6.0
-"""A token's choice is taken for certain if its k-th value is above the best dropped score by so many times the screen's own error there."""
+"""A token's choice is taken for certain if its k-th value is above the best dropped score by so
+many times the screen's own error there."""
 KINDS = {"int8": 1, "bfloat16": 2}
 MORE = {1: 1.0, 2: 0.5, native.PANELS: 1.5}
 """Candidates beyond k at the start, as a share of k: the coarser the product, the more."""
 
 
 def fastest_screen() -> str:
-    """Return the low-precision product that is fastest on this machine, measured once; 'off' where none beats float32 well."""
+    """Return the low-precision product that is fastest on this machine, measured once; 'off' where
+    none beats float32 well."""
     return _fastest(torch.get_num_threads())
 
 
@@ -75,7 +82,8 @@ def _fastest(threads: int) -> str:
 
 @functools.cache
 def int8_kind() -> int:
-    """Return which product of whole numbers a screen uses here: torch's (1) where the processor has instructions for it, else our own."""
+    """Return which product of whole numbers a screen uses here: torch's (1) where the processor has
+    instructions for it, else our own."""
     b, d, n = 128, 512, 1024
     x, w = torch.randn(b, d), torch.randn(n, d)
     xi, wi, out, low = x.char(), w.char(), torch.empty(b, n), torch.empty(b, n, dtype=torch.int32)
@@ -131,7 +139,8 @@ class Extra(NamedTuple):
 
 
 class ExplicitOptimizer(Optimizer):
-    """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents twice. Without Multi-TopK."""
+    """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents
+    twice. Without Multi-TopK."""
 
     sparse: ClassVar[ModuleType] = fast
     """Where its operations on lists come from."""
@@ -173,12 +182,14 @@ class ExplicitOptimizer(Optimizer):
     def _code(
         self, x: Tensor, centred: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and what `_decode` does)."""
+        """Choose and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and
+        what `_decode` does)."""
         values, indices = self.choose(centred)
         return values, indices, *self._decode(x, values, indices, error)
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] = x - b_pre."""
+        """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] =
+        x - b_pre."""
         count = math.ceil(len(centred) * self.sae.shape.n_latents / self._piece())
         pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
         chosen = [self._choose(piece) for piece in pieces]
@@ -190,7 +201,8 @@ class ExplicitOptimizer(Optimizer):
     def _surviving(
         self, values: Tensor, indices: Tensor, k: int, among: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return a code [b, <= k] of a slice, those that are not among the k largest of all slices as 0, as narrow as the others are."""
+        """Return a code [b, <= k] of a slice, those that are not among the k largest of all slices
+        as 0, as narrow as the others are."""
         if not isinstance(self.sae, SlicedSAE):
             return values, indices
         kept, values, indices = narrowed(
@@ -224,7 +236,8 @@ class ExplicitOptimizer(Optimizer):
     def _decode(
         self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its product with each chosen decoder row [b, k])."""
+        """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its
+        product with each chosen decoder row [b, k])."""
         sae = self.sae
         recon = self.mesh.sum(
             "recon", fast.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent"
@@ -239,9 +252,11 @@ class ExplicitOptimizer(Optimizer):
     def _auxk(
         self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int
     ) -> tuple[Tensor, Extra]:
-        """Return the loss over `tokens` of the batch, of which these are this process's, and its gradient.
+        """Return the loss over `tokens` of the batch, of which these are this process's, and its
+        gradient.
 
-        The product that chooses is dense over the dead latents; the rest where the code is not sparse among them.
+        The product that chooses is dense over the dead latents; the rest where the code is not
+        sparse among them.
         """
         sae = self.sae
         W_enc, W_dec, b_enc = (
@@ -285,7 +300,8 @@ class ExplicitOptimizer(Optimizer):
         )
 
     def _auxk_loss(self, predicted: Tensor, error: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the loss and its gradient by the prediction [s, d], which takes the place of this slice's share; both are 0 where the loss is not finite."""
+        """Return the loss and its gradient by the prediction [s, d], which takes the place of this
+        slice's share; both are 0 where the loss is not finite."""
         options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
         difference = self.mesh.sum("recon", predicted, "latent").add_(
             error
@@ -303,7 +319,8 @@ class ExplicitOptimizer(Optimizer):
         )
 
     def _spread(self, error: Tensor, tokens: int) -> Tensor:
-        """Return the variance over `tokens` of the batch, averaged over components, from this process's error[<= tokens, d]."""
+        """Return the variance over `tokens` of the batch, averaged over components, from this
+        process's error[<= tokens, d]."""
         if self.mesh.data == 1:
             return (error - error.mean(0)).square().mean()
         mean = self.mesh.sum("spread", error.sum(0), "data") / tokens
@@ -338,7 +355,8 @@ class ExplicitOptimizer(Optimizer):
 
     @torch.no_grad()
     def constrain_gradient(self) -> float:
-        """Build the gradients, without the part along decoder rows, and clip them; return their norm before clipping."""
+        """Build the gradients, without the part along decoder rows, and clip them; return their
+        norm before clipping."""
         sae, pending, extra = self.sae, self.pending, self.pending.extra
         self.pending = None
         if not pending.finite:
@@ -377,7 +395,8 @@ class ExplicitOptimizer(Optimizer):
 
 
 class ScreenedOptimizer(ExplicitOptimizer, ABC):
-    """The same where latents may be chosen by a product in low precision, and rows are moved in one pass; kernels are the heirs' affair."""
+    """The same where latents may be chosen by a product in low precision, and rows are moved in one
+    pass; kernels are the heirs' affair."""
 
     patience: ClassVar[int] = 100
     """One token in so many may be computed in full before the screen keeps more candidates."""
@@ -405,8 +424,10 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     @abstractmethod
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the c best by the low-precision product, the best
-        score that is not among those, and the root mean square of the candidates' (exact - score)."""
+        """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of
+        the c best by the low-precision product, the best
+        score that is not among those, and the root mean square of the candidates' (exact -
+        score)."""
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | (
@@ -427,7 +448,8 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         return self._screened(centred) if self.kind else self._exact(centred)
 
     def _screened(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose among candidates of the low-precision product; tokens that are not clear are computed in full."""
+        """Choose among candidates of the low-precision product; tokens that are not clear are
+        computed in full."""
         values, indices, unclear = self._offered(centred)
         tokens = unclear.nonzero().squeeze(1)
         self._count(len(centred), len(tokens))
@@ -435,14 +457,16 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
         return values, indices
 
     def _offered(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the choice among candidates, values[b, k] and indices[b, k], and which tokens' is not clear [b]."""
+        """Return the choice among candidates, values[b, k] and indices[b, k], and which tokens' is
+        not clear [b]."""
         values, indices, dropped, spread = self._candidates(
             centred, min(self.sae.shape.n_latents, self.candidates)
         )
         return values, indices, ~(values.amin(1) > dropped + MARGIN * spread)
 
     def _count(self, tokens: int, again: int) -> None:
-        """Take note of how many tokens had to be computed in full; keep more candidates from now on if that costs less."""
+        """Take note of how many tokens had to be computed in full; keep more candidates from now on
+        if that costs less."""
         self.screened, self.redone = self.screened + tokens, self.redone + again
         if again > tokens // (self.patience if self.candidates < 3 * self.sae.shape.k else 100):
             self.candidates = min(self.sae.shape.n_latents, 1 + self.candidates * 5 // 4)
@@ -454,7 +478,8 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
 
     @torch.no_grad()
     def audit(self, x: Tensor) -> dict[str, float]:
-        """Return how far the screen's choice is from the exact one on x[b, d]: shares of tokens, and of latents, that differ."""
+        """Return how far the screen's choice is from the exact one on x[b, d]: shares of tokens,
+        and of latents, that differ."""
         if not self.kind:
             return {}
         before = self.screened, self.redone, self.candidates
@@ -553,7 +578,8 @@ class FusedOptimizer(ScreenedOptimizer):
 
     @torch.no_grad()
     def step(self, step: int) -> float:
-        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite."""
+        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
+        if it is not finite."""
         pending, options = self.pending, self.recipe.optim
         self.pending = None
         if not pending.finite:

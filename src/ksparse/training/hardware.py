@@ -1,7 +1,10 @@
-"""What a device can do, as planning needs it: makers' figures, and the shares of them that programs reach.
+"""What a device can do, as planning needs it: makers' figures, and the shares of them that programs
+reach.
 
-The figures are peaks, dense, of one device: A100 SXM 80 GB, H100 SXM and H200 SXM from NVIDIA's data sheets; NVLink each way; a network of one 200 Gb/s (A100)
-or 400 Gb/s InfiniBand port a GPU, as in NVIDIA's own eight-GPU machines. The laptop is a guess at an ordinary one: two to four cores that are busy with this.
+The figures are peaks, dense, of one device: A100 SXM 80 GB, H100 SXM and H200 SXM from NVIDIA's
+data sheets; NVLink each way; a network of one 200 Gb/s (A100)
+or 400 Gb/s InfiniBand port a GPU, as in NVIDIA's own eight-GPU machines. The laptop is a guess at
+an ordinary one: two to four cores that are busy with this.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Card:
     """To other nodes, each way."""
     per_node: int
     host: bool = False
-    """Whether the device's memory is the machine's, so that Python and its libraries are in it too."""
+    """Whether the device's memory is the machine's, so that Python and its libraries are in it
+    too."""
 
 
 CARDS = {
@@ -41,7 +45,8 @@ CARDS = {
 }
 
 PRODUCT = 0.8
-"""Share of the peak that large products reach: 790 of 989 TFLOP/s in bfloat16 were measured on an H200."""
+"""Share of the peak that large products reach: 790 of 989 TFLOP/s in bfloat16 were measured on an
+H200."""
 MEMORY = 0.9
 """Share of the bandwidth that a plain pass over memory reaches: 4.3 of 4.8 TB/s on the same."""
 GATHER = 0.7

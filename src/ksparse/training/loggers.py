@@ -1,4 +1,5 @@
-"""The metrics elsewhere: TensorBoard, wandb, trackio. metrics.jsonl is written in any case and is what ksparse reads."""
+"""The metrics elsewhere: TensorBoard, wandb, trackio. metrics.jsonl is written in any case and is
+what ksparse reads."""
 
 from __future__ import annotations
 
@@ -42,5 +43,6 @@ def _need(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise InputError(
-            f"the logger {name} is not installed: pip install 'ksparse[loggers]', or leave out --run.loggers"
+            f"the logger {name} is not installed: pip install 'ksparse[loggers]', or leave out "
+            "--run.loggers"
         ) from None

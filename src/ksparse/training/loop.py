@@ -1,4 +1,5 @@
-"""Train autoencoders on one stream of activations. Read `train_cohort` as the method section; a single SAE is a cohort of one."""
+"""Train autoencoders on one stream of activations. Read `train_cohort` as the method section; a
+single SAE is a cohort of one."""
 
 from __future__ import annotations
 
@@ -41,10 +42,12 @@ def train(
     observe: Observer = lambda row: None,
     trust_remote_code: bool = False,
 ) -> RunFolder:
-    """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go on with it.
+    """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go
+    on with it.
 
     out: runs/<a hash of the recipe> if not given.
-    observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and SIGTERM.
+    observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and
+    SIGTERM.
     trust_remote_code: let code that comes with the LM run, in this call alone.
     """
     with trusted(trust_remote_code):
@@ -62,12 +65,17 @@ def train_cohort(
     observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
     open_feed: Callable[..., Feed] = Feed,
 ) -> list[RunFolder]:
-    """Train SAEs that differ in anything but where their activations come from; each leaves a run as if it had been trained alone.
+    """Train SAEs that differ in anything but where their activations come from; each leaves a run
+    as if it had been trained alone.
 
-    The LM and the normalisation run once for all. Members may be finished, at different steps, or new: the stream begins where the least
-    advanced one needs it, and each takes part from its own step on. A member whose loss is not finite leaves; the others go on, and its
-    error is raised at the end. recipes must agree in `acts`, `batch`, the order of the data, device and threads.
-    open_feed: called with the recipe, the device, and the mesh where there are several processes; gives what they are trained on, where that is
+    The LM and the normalisation run once for all. Members may be finished, at different steps, or
+    new: the stream begins where the least
+    advanced one needs it, and each takes part from its own step on. A member whose loss is not
+    finite leaves; the others go on, and its
+    error is raised at the end. recipes must agree in `acts`, `batch`, the order of the data, device
+    and threads.
+    open_feed: called with the recipe, the device, and the mesh where there are several processes;
+    gives what they are trained on, where that is
     not what `acts` says.
     """
     common, runs = shared(recipes), [RunFolder(Path(out)) for out in outs]
@@ -126,11 +134,12 @@ def train_cohort(
     return runs
 
 
-# ---- the parts, in the order of their use ------------------------------------------------------------------------
+# ---- the parts, in the order of their use --------------------------------------------------------
 
 
 def shared(recipes: Sequence[Recipe]) -> Recipe:
-    """Return a recipe that speaks for all in what they share; raise InputError, naming the keys, where they do not agree."""
+    """Return a recipe that speaks for all in what they share; raise InputError, naming the keys,
+    where they do not agree."""
     if not recipes:
         raise InputError("a cohort needs at least one recipe")
     first = recipes[0]
@@ -138,7 +147,8 @@ def shared(recipes: Sequence[Recipe]) -> Recipe:
         wrong = differences(_stream_of(first), _stream_of(other))
         if wrong:
             raise InputError(
-                f"these recipes cannot share a stream of activations: {'; '.join(wrong)}. Train them apart"
+                f"these recipes cannot share a stream of activations: {'; '.join(wrong)}. Train "
+                "them apart"
                 + (
                     ", or give all of them one `order`"
                     if any(key.startswith("order") for key in wrong)
@@ -194,8 +204,14 @@ def threads(number: int) -> None:
 def _stopped(going: list[Member], seconds: float) -> str:
     first = going[0]
     if len(going) == 1:
-        return f"stopped at step {first.state.step:,} of {first.recipe.steps:,}; everything is saved. Go on with: ksparse resume {first.run.path}"
-    return f"stopped at step {max(member.state.step for member in going):,} after {seconds:,.0f} s, with {len(going)} SAEs to finish; everything is saved. The same command goes on"
+        return (
+            f"stopped at step {first.state.step:,} of {first.recipe.steps:,}; everything is "
+            f"saved. Go on with: ksparse resume {first.run.path}"
+        )
+    return (
+        f"stopped at step {max(member.state.step for member in going):,} after {seconds:,.0f} "
+        f"s, with {len(going)} SAEs to finish; everything is saved. The same command goes on"
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -215,7 +231,8 @@ def environment() -> dict[str, Any]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM, so that the step is finished and saved; a second one stops at once."""
+    """Collect the first SIGINT or SIGTERM, so that the step is finished and saved; a second one
+    stops at once."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -250,5 +267,6 @@ def _memory_explained(recipe: Recipe) -> Iterator[None]:
         ) and "allocate memory" not in str(error):
             raise  # torch says of the machine's memory that it is out in a plain RuntimeError
         raise OutOfMemoryError(
-            f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} {explain_memory(recipe)}"
+            f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} "
+            f"{explain_memory(recipe)}"
         ) from error

@@ -92,7 +92,8 @@ class Member:
         self.spent, self.first = self.state.seconds, self.state.tokens
 
     def step(self, batch: Batch, x: Tensor) -> None:
-        """Take one step on normalised activations x[b, d] of a batch; leave the cohort where the loss is not finite."""
+        """Take one step on normalised activations x[b, d] of a batch; leave the cohort where the
+        loss is not finite."""
         state, recipe = self.state, self.recipe
         state.step += 1
         self.part, self.grad_norm = advance(self.optimizer, x, state, recipe)
@@ -102,7 +103,8 @@ class Member:
         state.cursor = batch.cursor
 
     def log(self, batch: Batch, x: Tensor) -> None:
-        """Write what is due at this step: a line of metrics, a point of the curve, what calls for attention."""
+        """Write what is due at this step: a line of metrics, a point of the curve, what calls for
+        attention."""
         state, recipe = self.state, self.recipe
         if self.failed:
             return
@@ -201,9 +203,12 @@ class Member:
             names = self.feed.stream.document_names(batch.documents)
             last = self.run.newest_intact()[0]
             self.failed = NonFiniteError(
-                f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents {', '.join(names[:5])}"
-                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good checkpoint is "
-                f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; --run.on-nonfinite skip leaves such batches out"
+                f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents "
+                f"{', '.join(names[:5])}"
+                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the last good "
+                "checkpoint is "
+                f"{last or 'none'}. A smaller --optim.lr or --optim.clip 1 may help; "
+                "--run.on-nonfinite skip leaves such batches out"
             )
             return
         state.skipped += 1
@@ -214,13 +219,14 @@ class Member:
         )
 
 
-# ---- the parts, in the order of their use ------------------------------------------------------------------------
+# ---- the parts, in the order of their use --------------------------------------------------------
 
 
 def restore(
     run: RunFolder, recipe: Recipe, device: torch.device, mesh: Mesh = ALONE
 ) -> tuple[State, Optimizer] | None:
-    """Return what the newest intact checkpoint holds, or None if there is none; on a mesh, of the same one, this process's slice."""
+    """Return what the newest intact checkpoint holds, or None if there is none; on a mesh, of the
+    same one, this process's slice."""
     from ksparse.sae.store import read_shape
 
     path: Path | None = None
@@ -257,7 +263,8 @@ def restore(
 
 
 def newest(run: RunFolder) -> Path | None:
-    """Clean up after a process that was killed, and return the newest intact checkpoint; lines of later steps are dropped."""
+    """Clean up after a process that was killed, and return the newest intact checkpoint; lines of
+    later steps are dropped."""
     run.remove_leftovers()
     path, wrong = run.newest_intact()
     for message in wrong:
@@ -267,7 +274,8 @@ def newest(run: RunFolder) -> Path | None:
 
 
 def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimizer]:
-    """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a slice of the same SAE."""
+    """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a
+    slice of the same SAE."""
     look = feed.look
     shape = Shape(
         feed.stream.d_model,
@@ -309,7 +317,8 @@ def start(recipe: Recipe, feed: Feed, mesh: Mesh = ALONE) -> tuple[State, Optimi
 
 
 def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
-    """Return the fastest step that can run here and is not refused: compiled, written out in plain torch, or by autograd; on a mesh one of the last two."""
+    """Return the fastest step that can run here and is not refused: compiled, written out in plain
+    torch, or by autograd; on a mesh one of the last two."""
     screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if mesh.size > 1:
@@ -321,19 +330,21 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
     halves = recipe.optim.precision != "float32"
     if kernels == "triton" and not (written_out and gpu.usable(device)):
         raise InputError(
-            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without Multi-TopK; leave it at 'auto'"
+            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without "
+            "Multi-TopK; leave it at 'auto'"
         )
     if halves and not (written_out and kernels in ("auto", "triton") and gpu.usable(device)):
         raise InputError(
-            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
+            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK "
+            "without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
         )
     if (
         halves
         or kernels == "triton"
-        or kernels == "auto"
+        or (kernels == "auto"
         and written_out
         and device.type == "cuda"
-        and gpu.available()
+        and gpu.available())
     ):
         return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:
@@ -342,11 +353,14 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
         )
     if kernels == "native":
         raise InputError(
-            "run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK without Multi-TopK; leave it at 'auto', or give 'torch'"
+            "run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK "
+            "without Multi-TopK; leave it at 'auto', or give 'torch'"
         )
     if screen not in ("off", "auto"):
         raise InputError(
-            f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not 'torch'); "
+            f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ "
+            "compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not "
+            "'torch'); "
             "leave it at 'off' or 'auto'"
         )
     return (
@@ -357,14 +371,17 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
 
 
 def _screen(recipe: Recipe, fastest: str) -> str:
-    """Return the fastest screen; none where candidates would be so many of the latents that it could save nothing."""
+    """Return the fastest screen; none where candidates would be so many of the latents that it
+    could save nothing."""
     return fastest if recipe.sae.n_latents >= 64 * recipe.sae.k else "off"
 
 
 def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tuple[Losses, float]:
-    """Take step number state.step on normalised activations x[b, d]; return its losses and code, and the gradient's norm before clipping.
+    """Take step number state.step on normalised activations x[b, d]; return its losses and code,
+    and the gradient's norm before clipping.
 
-    Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters change.
+    Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters
+    change.
     """
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens, number = (
@@ -388,7 +405,8 @@ def advance(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> tu
 
 
 def backward(optimizer: Optimizer, x: Tensor, state: State, recipe: Recipe) -> Losses:
-    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses and code."""
+    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses
+    and code."""
     return optimizer.backward(
         x, baseline=state.baseline, dead=silent(state, recipe), k_aux=k_aux(recipe.sae, x.shape[1])
     )
@@ -400,7 +418,8 @@ def silent(state: State, recipe: Recipe) -> Tensor:
 
 
 def counted(since: Tensor, part: Losses, tokens: int, mesh: Mesh = ALONE) -> Tensor:
-    """Return the dead counters since[n] some tokens later; a latent fired if one of its values is above 0, being chosen is not enough."""
+    """Return the dead counters since[n] some tokens later; a latent fired if one of its values is
+    above 0, being chosen is not enough."""
     n, (values, indices) = len(since), part.code
     fired = torch.zeros(n + 1, dtype=torch.uint8, device=since.device).scatter_(
         0, torch.where(values > 0, indices, n).flatten(), 1

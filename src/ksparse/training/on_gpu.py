@@ -1,15 +1,23 @@
-"""The training step by the Triton kernels: candidates by a product in low precision that never reaches memory, rows moved in one pass.
+"""The training step by the Triton kernels: candidates by a product in low precision that never
+reaches memory, rows moved in one pass.
 
-    lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed, scatter_transposed ─▶ row_squares ─▶ adam_rows_
+    lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed,
+    scatter_transposed ─▶ row_squares ─▶ adam_rows_
 
-Weights, moments, gradients and sums are float32, and so are the values of the candidates and the choice among them: the result is that of the other
-steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the sparse parts read bfloat16 copies, of the weights (the
-pass over the rows makes them) and of the activations and errors that gradients add up; results then differ by the rounding of what is read, 2^-9 of it.
-Without a screen, and for tokens whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes several times as
+Weights, moments, gradients and sums are float32, and so are the values of the candidates and the
+choice among them: the result is that of the other
+steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the
+sparse parts read bfloat16 copies, of the weights (the
+pass over the rows makes them) and of the activations and errors that gradients add up; results then
+differ by the rounding of what is read, 2^-9 of it.
+Without a screen, and for tokens whose choice is not certain, the product is torch's in float32,
+which uses no tensor cores and takes several times as
 long as all the rest.
 
-The device never runs dry: the host waits once a step, for the norm, and while it does the rows still move. So it does not learn in time which tokens are
-unclear. As many as may be expected are done again in any case; where there were more nothing moves, and the batch is taken in again.
+The device never runs dry: the host waits once a step, for the norm, and while it does the rows
+still move. So it does not learn in time which tokens are
+unclear. As many as may be expected are done again in any case; where there were more nothing moves,
+and the batch is taken in again.
 """
 
 from __future__ import annotations
@@ -30,12 +38,14 @@ class TritonOptimizer(ScreenedOptimizer):
     """The written-out step by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
 
     sparse = gpu
-    patience = 5000  # a product in float32 without tensor cores costs more than a few candidates of each token
+    # a product in float32 without tensor cores costs more than a few candidates of each token
+    patience = 5000
 
     def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
         super().__init__(sae, recipe, kind)
         self.again = 0
-        """Tokens of the batch that are done again in any case, at least one in `patience`: twice as many as were unclear the last time."""
+        """Tokens of the batch that are done again in any case, at least one in `patience`: twice as
+        many as were unclear the last time."""
         self.unclear: Tensor | None = None
         """How many were, of the batch that is pending."""
         self.candidates = sae.shape.k + max(16, sae.shape.k // 2)
@@ -112,9 +122,11 @@ class TritonOptimizer(ScreenedOptimizer):
 
     @torch.no_grad()
     def step(self, step: int) -> float | None:
-        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed, if it is not finite.
+        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
+        if it is not finite.
 
-        None, and no weight is changed, where more tokens were unclear than were done again: take the batch in again.
+        None, and no weight is changed, where more tokens were unclear than were done again: take
+        the batch in again.
         """
         sae, recipe, pending = self.sae, self.recipe, self.pending
         self.pending = None

@@ -1,7 +1,9 @@
 """How the weights move (Gao et al. 2024, appendices A.3-A.6).
 
-Order within a step: take the gradient's part along each decoder row off, clip, Adam, renormalise the decoder, average.
-The official code renormalises and averages *before* the step, so that it computes with a decoder that is off norm.
+Order within a step: take the gradient's part along each decoder row off, clip, Adam, renormalise
+the decoder, average.
+The official code renormalises and averages *before* the step, so that it computes with a decoder
+that is off norm.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Optimizer:
     def __init__(self, sae: SAE, recipe: Recipe, mesh: Mesh = ALONE):
         options = recipe.optim
         self.sae, self.recipe, self.mesh = sae, recipe, mesh
-        # Adam's steps are absolute and biases live on the scale of the input, so their rate is in its unit: training is
+        # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
+        # its unit: training is
         # then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
         sae.b_enc.requires_grad_(recipe.sae.b_enc)
@@ -49,16 +52,19 @@ class Optimizer:
         self.total: Tensor | float = 0.0
         """The loss of this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
-        """The batch of this step (x, code, dead), where something is followed that is not a gradient."""
+        """The batch of this step (x, code, dead), where something is followed that is not a
+        gradient."""
         self.batch: Tensor | None = None
         """The last batch that counted, where the activation has tensors that are set on one."""
         self.settled: dict[str, Tensor] = {}
         """These tensors, as the averaged weights last had them."""
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
-        """Accumulate the gradients of a batch of normalised activations, in parts where n is large; return its losses and code.
+        """Accumulate the gradients of a batch of normalised activations, in parts where n is large;
+        return its losses and code.
 
-        On a mesh x[b, d] is this process's part of the batch, the losses are the whole batch's, the code is that of its part and slice.
+        On a mesh x[b, d] is this process's part of the batch, the losses are the whole batch's, the
+        code is that of its part and slice.
         """
         whole = len(x) * self.mesh.data
         parts, options, at, wanted = (
@@ -102,12 +108,14 @@ class Optimizer:
 
     @property
     def strength(self) -> float:
-        """The share of its full weight that a penalty has in the coming step: it rises over the first steps."""
+        """The share of its full weight that a penalty has in the coming step: it rises over the
+        first steps."""
         rise = getattr(self.recipe.sae.activation, "warmup", 0.0) * self.recipe.steps
         return min(1.0, (self.updates + 1) / rise) if rise else 1.0
 
     def constrain_gradient(self) -> float:
-        """Sum over the parts of the batch, take the part along decoder rows off, clip, and return the norm before clipping."""
+        """Sum over the parts of the batch, take the part along decoder rows off, clip, and return
+        the norm before clipping."""
         sums = [
             self.mesh.start_sum(key, weight.grad, "data")
             for key, weight in self.sae.named_parameters()
@@ -120,7 +128,8 @@ class Optimizer:
         return clip_(self.sae, self.recipe.optim.clip, self.mesh)
 
     def step(self, step: int) -> float:
-        """Apply the gradients of step number `step` (from 1); return their norm before clipping. NaN, and nothing is changed, if that or the loss is not finite."""
+        """Apply the gradients of step number `step` (from 1); return their norm before clipping.
+        NaN, and nothing is changed, if that or the loss is not finite."""
         norm = self.constrain_gradient()
         if not (math.isfinite(norm) and math.isfinite(self.total)):
             return math.nan
@@ -142,7 +151,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _follow(self, x: Tensor, code: Code, dead: Tensor) -> None:
-        """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead latents anew where it is time to."""
+        """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead
+        latents anew where it is time to."""
         if self.sae.activation.running:
             self.batch = x
             if len(fired := code.values[code.values > 0]):
@@ -156,7 +166,8 @@ class Optimizer:
                 self._restart(key, dead, rows)
 
     def _restart(self, key: str, latents: Tensor, rows: Tensor) -> None:
-        """Give latents new rows of one tensor, which Adam knows nothing of and the average takes as they are."""
+        """Give latents new rows of one tensor, which Adam knows nothing of and the average takes as
+        they are."""
         weight = getattr(self.sae, key)
         weight[latents] = rows
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -176,9 +187,11 @@ class Optimizer:
 
     @torch.no_grad()
     def averaged(self) -> SAE:
-        """Return a copy of the SAE with the averaged weights, corrected for their start at zero, decoder rows at norm 1.
+        """Return a copy of the SAE with the averaged weights, corrected for their start at zero,
+        decoder rows at norm 1.
 
-        What is followed is set anew for them, on the last batch: BatchTopK's threshold of other weights would give another L0.
+        What is followed is set anew for them, on the last batch: BatchTopK's threshold of other
+        weights would give another L0.
         """
         copy = self.sae.empty()
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
@@ -197,7 +210,8 @@ class Optimizer:
         return copy
 
     def raw(self) -> SAE:
-        """Return the SAE with the weights of this step, as it would be in use; a copy where something is followed."""
+        """Return the SAE with the weights of this step, as it would be in use; a copy where
+        something is followed."""
         if self.batch is None:
             return self.sae
         copy = self.sae.empty()
@@ -241,7 +255,8 @@ class Optimizer:
 
 
 def rate_share(step: int, recipe: Recipe) -> float:
-    """Return the learning rate of step `step` (from 1) as a share of its full value: a linear rise, a linear fall at the end."""
+    """Return the learning rate of step `step` (from 1) as a share of its full value: a linear rise,
+    a linear fall at the end."""
     rise = min(1.0, step / recipe.optim.warmup) if recipe.optim.warmup else 1.0
     falling = recipe.optim.decay * recipe.steps
     fall = min(1.0, (recipe.steps - step + 1) / falling) if falling else 1.0
@@ -250,14 +265,16 @@ def rate_share(step: int, recipe: Recipe) -> float:
 
 @torch.no_grad()
 def remove_parallel_(grad: Tensor, weight: Tensor) -> None:
-    """Take off each gradient row its part along the weight row of norm 1, in place (Bricken et al. 2023)."""
+    """Take off each gradient row its part along the weight row of norm 1, in place (Bricken et al.
+    2023)."""
     along = (grad * weight).sum(1, keepdim=True)
     grad.sub_(along * weight)
 
 
 @torch.no_grad()
 def clip_(sae: SAE, limit: float, mesh: Mesh = ALONE) -> float:
-    """Scale the gradients so that their norm, over all slices, is at most `limit`, if that is not 0; return the norm before."""
+    """Scale the gradients so that their norm, over all slices, is at most `limit`, if that is not
+    0; return the norm before."""
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if mesh.latent > 1:

@@ -1,6 +1,8 @@
-"""What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time; on this machine or on a mesh of other devices.
+"""What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time; on this machine
+or on a mesh of other devices.
 
-The formula for FLOPs is that of `training.flops`; those for memory, communication and time are `training.costs`'.
+The formula for FLOPs is that of `training.flops`; those for memory, communication and time are
+`training.costs`'.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe costs: as one process or one mesh as the recipe says (`asked`), and on the best mesh of each number of devices."""
+    """What a recipe costs: as one process or one mesh as the recipe says (`asked`), and on the best
+    mesh of each number of devices."""
 
     case: Case
     subject: str
@@ -62,8 +65,10 @@ def plan(
 ) -> Plan:
     """Work out what a recipe costs.
 
-    devices: numbers of devices, for each of which the best mesh is sought. card: here, or a key of `hardware.CARDS`. figures: replace the card's.
-    dead: the share of latents that are dead. unseen: the size of an LM that is not at hand, in the place of the recipe's.
+    devices: numbers of devices, for each of which the best mesh is sought. card: here, or a key of
+    `hardware.CARDS`. figures: replace the card's.
+    dead: the share of latents that are dead. unseen: the size of an LM that is not at hand, in the
+    place of the recipe's.
     """
     if not 0 <= dead <= 1:
         raise InputError(f"dead is {dead}; it is the share of latents that are dead, from 0 to 1")
@@ -99,7 +104,7 @@ def _step(recipe: Recipe, device: str) -> Step:
     """Return which training step a device takes, as `member.open_optimizer` chooses it."""
     if recipe.sae.activation.kind != "topk" or recipe.sae.multi_topk or device == "mps":
         return "autograd"
-    if recipe.run.kernels == "triton" or device == "cuda" and recipe.run.kernels == "auto":
+    if recipe.run.kernels == "triton" or (device == "cuda" and recipe.run.kernels == "auto"):
         return "triton"
     return (
         "native"
@@ -128,25 +133,31 @@ def lines(plan: Plan) -> list[str]:
     lm_flops = flops.lm(subject.before_site) if case.live else 0
     each = f" on each of {asked.devices} devices" if asked.devices > 1 else ""
     return [
-        f"subject      {plan.subject}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M parameters, "
+        f"subject      {plan.subject}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M "
+        "parameters, "
         f"{subject.before_site / 1e6:,.1f} M up to the site",
-        f"SAE          {n:,} latents, {kind}, k = {recipe.sae.k}, k_aux = {aux}: {case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
-        f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead after {recipe.dead_after:,} tokens",
-        f"memory       {amount_of_bytes(asked.bytes)}{each}, while {case.dead:.0%} of the latents are dead: "
-        + by_part(asked.memory),
+        f"SAE          {n:,} latents, {kind}, k = {recipe.sae.k}, k_aux = {aux}: "
+        f"{case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
+        f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead "
+        f"after {recipe.dead_after:,} tokens",
+        f"memory       {amount_of_bytes(asked.bytes)}{each}, while {case.dead:.0%} of the latents "
+        "are dead: " + by_part(asked.memory),
         f"smaller by   {advice(asked.memory)}",
         f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
         + ", ".join(
             f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size
         ),
-        f"disk         {amount_of_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one being written; {amount_of_bytes(plan.free)} free here",
-        f"time         about {duration(tokens / asked.tokens_per_s)} on {plan.device} ({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
+        f"disk         {amount_of_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
+        f"being written; {amount_of_bytes(plan.free)} free here",
+        f"time         about {duration(tokens / asked.tokens_per_s)} on {plan.device} "
+        f"({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
         + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in asked.seconds.items()),
         *(
             []
             if kind == "topk"
             else [
-                f"note         the sparse parts are those of k active latents; while {kind} leaves many more active, a step is some six dense products"
+                f"note         the sparse parts are those of k active latents; while {kind} leaves "
+                "many more active, a step is some six dense products"
             ]
         ),
         *(["warning      the disk is too small"] if plan.disk > plan.free else []),
@@ -189,21 +200,28 @@ def explain_memory(recipe: Recipe) -> str:
         ahead(recipe, device),
     )
     parts = costs.memory(case, costs.mesh_of(recipe))
-    return f"`ksparse plan` counts {amount_of_bytes(sum(parts.values()))} for this recipe; smaller by {advice(parts)}"
+    return (
+        f"`ksparse plan` counts {amount_of_bytes(sum(parts.values()))} for this recipe; smaller "
+        f"by {advice(parts)}"
+    )
 
 
-# ---- on other devices --------------------------------------------------------------------------------------------
+# ---- on other devices ----------------------------------------------------------------------------
 
 
 def tables(plan: Plan) -> list[str]:
-    """Return the tables of the meshes: what to take, and below it memory, communication and time by part."""
+    """Return the tables of the meshes: what to take, and below it memory, communication and time by
+    part."""
     case, meshes, recipe = plan.case, plan.meshes, plan.case.recipe
     card = case.card
     days = [recipe.steps * recipe.batch / each.tokens_per_s for each in meshes]
     found = [
-        f"devices      {card.name}: {amount_of_bytes(card.memory)}, {card.float32 / 1e12:,.4g} TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
-        f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s there and {card.network / 1e9:,.4g} between nodes, each way",
-        f"a step       {case.step} on one device, plain torch on several; {case.dead:.0%} of the latents dead",
+        f"devices      {card.name}: {amount_of_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
+        f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
+        f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
+        f"there and {card.network / 1e9:,.4g} between nodes, each way",
+        f"a step       {case.step} on one device, plain torch on several; {case.dead:.0%} of the "
+        "latents dead",
         "",
     ]
     rows = [
@@ -307,11 +325,12 @@ def _mesh(estimate: Estimate) -> dict[str, Any]:
     return table | {"bytes": estimate.bytes}
 
 
-# ---- the subject and this machine --------------------------------------------------------------------------------
+# ---- the subject and this machine ----------------------------------------------------------------
 
 
 def here(device: str) -> Card:
-    """Return this machine's device: its memory, its speed and its bandwidth measured in a fraction of a second; its links are a laptop's, or an H100's."""
+    """Return this machine's device: its memory, its speed and its bandwidth measured in a fraction
+    of a second; its links are a laptop's, or an H100's."""
     host = device == "cpu"
     kind = CARDS["laptop" if host else "h100"]
     memory = (
@@ -341,7 +360,8 @@ def look(recipe: Recipe) -> Subject:
         config = AutoConfig.from_pretrained(source, trust_remote_code=code_is_trusted())
     except Exception as error:  # of transformers, or of code that comes with the model
         raise InputError(
-            f"model {source!r}: its configuration cannot be read: {str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
+            f"model {source!r}: its configuration cannot be read: "
+            f"{str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
             "instead: --subject.d-model, --subject.parameters, --subject.before-site"
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")

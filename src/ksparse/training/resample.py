@@ -1,6 +1,8 @@
-"""Dead latents start anew on badly reconstructed activations: what the paper's baselines have in the place of AuxK (section B.2; Bricken et al. 2023).
+"""Dead latents start anew on badly reconstructed activations: what the paper's baselines have in
+the place of AuxK (section B.2; Bricken et al. 2023).
 
-Which activations is drawn, from a generator that is a function of (seed, step): there is no random state to save.
+Which activations is drawn, from a generator that is a function of (seed, step): there is no random
+state to save.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ SIZE = 0.2
 
 
 def resampling(step: int, recipe: Recipe) -> bool:
-    """Return whether dead latents start anew after step `step` (from 1): so often, evenly over the first half of the run."""
+    """Return whether dead latents start anew after step `step` (from 1): so often, evenly over the
+    first half of the run."""
     times = getattr(recipe.sae.activation, "resample", 0)
     return any(step == max(1, round(i * recipe.steps / (2 * times))) for i in range(1, times + 1))
 
 
 @torch.no_grad()
 def starts(sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int) -> dict[str, Tensor] | None:
-    """Return new values of the tensors of the dead latents, from activations of x[b, d] drawn by their squared error; None if there is none.
+    """Return new values of the tensors of the dead latents, from activations of x[b, d] drawn by
+    their squared error; None if there is none.
 
-    The decoder row is the activation's direction from b_pre, the encoder row the same at a fifth of the others' norm, all else 0.
+    The decoder row is the activation's direction from b_pre, the encoder row the same at a fifth of
+    the others' norm, all else 0.
     """
     error = (x - sae.decode_normalized(code)).square().sum(1).double().cpu()
     if not len(dead) or not error.sum() > 0:

@@ -4,7 +4,8 @@ export(run, folder)   pages for any web host, or for a folder that is opened by 
 serve(run, socket, token)    the same pages from 127.0.0.1 for who has the token, and the LM
 
 pieces    the run's files -> pieces of JSON, each small whatever the number of latents
-reading   what all pieces need of the files          columns   one number of every latent after another
+reading   what all pieces need of the files          columns   one number of every latent after
+          another
 details   everything on a block of latents           index     from tokens and tasks to latents
 weights   the decoder -> nearest latents, a plane to draw them on
 labels    names and stars that a reader gives, beside the run

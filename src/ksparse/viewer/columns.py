@@ -168,8 +168,8 @@ class Columns:
         latents = arrays.whole(LISTED[column.eval]) if column.eval in LISTED else np.arange(n)
         if (
             found.shape != latents.shape
-            or len(latents)
-            and not 0 <= latents.min() <= latents.max() < n
+            or (len(latents)
+            and not 0 <= latents.min() <= latents.max() < n)
         ):
             raise self._other(arrays, column.array, found)
         values = np.full(n, np.nan, np.float32)
@@ -178,6 +178,7 @@ class Columns:
 
     def _other(self, arrays: Arrays, name: str, found: np.ndarray) -> CorruptError:
         return CorruptError(
-            f"{arrays.file}: '{name}' has shape {list(found.shape)} and is not about the run's {self.reading.n:,} latents; "
+            f"{arrays.file}: '{name}' has shape {list(found.shape)} and is not about the run's "
+            f"{self.reading.n:,} latents; "
             "run the evaluation again"
         )

@@ -28,7 +28,8 @@ class Details:
         self.reading, self.columns, self.index = reading, columns, index
 
     def piece(self, first: int, last: int) -> dict[str, Any]:
-        """Return the details of latents first to last - 1; token strings are listed once, and named by their place in the list."""
+        """Return the details of latents first to last - 1; token strings are listed once, and named
+        by their place in the list."""
         strings = Strings(self.reading.token)
         made: dict[int, dict[str, Any]] = {
             i: {"values": {}, "gloss": self.reading.gloss(i)} for i in range(first, last)
@@ -69,7 +70,8 @@ class Details:
             )
             if acts.shape[2:] != (before + 1 + after,):
                 raise CorruptError(
-                    f"{stats.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the result says {before + 1 + after}; "
+                    f"{stats.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the "
+                    f"result says {before + 1 + after}; "
                     "run the evaluation again"
                 )
             for row, entry in enumerate(made.values()):
@@ -98,7 +100,8 @@ class Details:
     def _example(
         self, context: int, position: int, acts: np.ndarray, strings: Strings
     ) -> dict[str, Any]:
-        """Return tokens t, values a of the latent on them, and at, the number of the one that the example is for."""
+        """Return tokens t, values a of the latent on them, and at, the number of the one that the
+        example is for."""
         if context >= len(self._contexts):
             raise CorruptError(
                 f"{self.reading.stats.file} has no context {context}; run the evaluation again"

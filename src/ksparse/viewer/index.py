@@ -73,7 +73,8 @@ class Index:
 
     @cached_property
     def _by_token(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token, latent and share of all that latents fire on most, by token, the largest share first."""
+        """Token, latent and share of all that latents fire on most, by token, the largest share
+        first."""
         if self.reading.fires_on is None:
             return np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32)
         token, share = self.reading.fires_on

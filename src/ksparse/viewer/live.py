@@ -1,4 +1,5 @@
-"""What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value, by `ksparse.steering`: all that
+"""What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value,
+by `ksparse.steering`: all that
 the autoencoder does not explain stays as it was."""
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Live:
         return sae, LM(acts=recipe.acts, device=device, trust_remote_code=self.trust_remote_code)
 
     def activations(self, text: str) -> dict[str, Any]:
-        """Return the text's tokens, and of each the latents active there, [latent, value], the largest first."""
+        """Return the text's tokens, and of each the latents active there, [latent, value], the
+        largest first."""
         import torch
 
         with self._lock, room_explained(), torch.inference_mode():
@@ -66,9 +68,11 @@ class Live:
             return {"tokens": shown, "latents": found}
 
     def change(self, text: str, latent: Any, value: Any, at: Any = None) -> dict[str, Any]:
-        """Return what the LM predicts after a text, and how it goes on, as it is and with a latent held at a value.
+        """Return what the LM predicts after a text, and how it goes on, as it is and with a latent
+        held at a value.
 
-        at: the number of the token at which it is held; at all of them, also those that are written, if None.
+        at: the number of the token at which it is held; at all of them, also those that are
+        written, if None.
         """
         from ksparse import steering
 
@@ -155,7 +159,8 @@ class Live:
 
 
 def once_at(change: Change, position: int) -> Change:
-    """Return the change at one position of the first forward pass alone, which has the whole prompt."""
+    """Return the change at one position of the first forward pass alone, which has the whole
+    prompt."""
     passes = 0
 
     def there(code: Code) -> Code:

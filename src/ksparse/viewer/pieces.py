@@ -1,4 +1,5 @@
-"""A run's files -> pieces of JSON, of which a page loads what it shows. docs/formats.md has each piece's fields.
+"""A run's files -> pieces of JSON, of which a page loads what it shows. docs/formats.md has each
+piece's fields.
 
     overview      what the run is, what it lacks, the first rows of the table
     columns/KEY   one number of every latent, for sorting, filtering and the map
@@ -30,7 +31,8 @@ from ksparse.viewer.weights import Decoder
 GLOSSES, TOKENS = 256, 512
 """Latents in a block of glosses; tokens in a block of the index."""
 LACKS = {
-    "stats": "density, values, histograms, text that each latent fires on, latents that fire together",
+    "stats": "density, values, histograms, text that each latent fires on, latents that fire "
+    "together",
     "n2g": "patterns that predict a latent, with precision and recall",
     "ablation": "what taking a latent out does to the LM’s predictions",
     "probes": "which latent is best at which probe task",
@@ -122,7 +124,8 @@ class Pieces:
             found.append(
                 (
                     "stats",
-                    "histograms, examples by size, the tokens that each latent fires on, latents that fire together",
+                    "histograms, examples by size, the tokens that each latent fires on, latents "
+                    "that fire together",
                 )
             )
         source = self.reading.source
@@ -151,7 +154,8 @@ class Pieces:
         }
 
     def _nearest(self, latent: int) -> list[tuple[int, float]]:
-        """Return the nearest latents of one; where all will be asked for, those of a whole strip are found at once."""
+        """Return the nearest latents of one; where all will be asked for, those of a whole strip
+        are found at once."""
         if not self.run.checkpoints():
             return []
         if self.block == 1:

@@ -29,11 +29,12 @@ class Reading:
         self._tokens: dict[int, str] = {}
 
     def has(self, name: str) -> bool:
-        """Tell whether an evaluation has been run and left its arrays; what needs none always is."""
+        """Tell whether an evaluation has been run and left its arrays; what needs none always
+        is."""
         return (
             not name
-            or self.source.result(name) is not None
-            and self.source.arrays(name) is not None
+            or (self.source.result(name) is not None
+            and self.source.arrays(name) is not None)
         )
 
     @cached_property
@@ -42,7 +43,8 @@ class Reading:
 
     @cached_property
     def fires_on(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The tokens that each latent fires on most, and its share of activations on each; None in results of before there were any."""
+        """The tokens that each latent fires on most, and its share of activations on each; None in
+        results of before there were any."""
         if self.stats is None or "on_token" not in self.stats.names:
             return None
         return self.stats.whole("on_token"), self.stats.whole("on_share")

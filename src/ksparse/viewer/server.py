@@ -63,10 +63,14 @@ PATIENCE, ENDING = 30.0, 3
 WAITING = 4
 """Requests that wait for the LM, at most, besides the one that it answers."""
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+    "data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -77,7 +81,8 @@ HEADERS = {
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on this machine alone; raise InputError where the port is taken."""
+    """Return a socket that listens on this machine alone; raise InputError where the port is
+    taken."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -249,7 +254,8 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
 
 
 class Fresh:
-    """The pieces of a run as it is: results that are written while pages are open belong together."""
+    """The pieces of a run as it is: results that are written while pages are open belong
+    together."""
 
     def __init__(self, run: RunFolder):
         self.run, self._lock, self._stamp, self._pieces = run, threading.Lock(), None, None
@@ -360,7 +366,8 @@ def _nothing(request: Request) -> Response:
 
 
 def _refused(request: Request, error: Exception) -> Response:
-    """Answer what ksparse refuses with its own words, which may quote what is hostile, or endless."""
+    """Answer what ksparse refuses with its own words, which may quote what is hostile, or
+    endless."""
     asked = isinstance(error, (InputError, NonFiniteError, ClientDisconnect))
     return _json({"error": safe_text(str(error))}, 400 if asked else 507)  # else there is no room
 

@@ -230,6 +230,7 @@ def _script(name: str, piece: Any) -> tuple[str, bytes]:
 
 
 def script_json(value: Any) -> str:
-    """Return JSON of ASCII alone that is also an expression, and cannot end a script or a comment of HTML."""
+    """Return JSON of ASCII alone that is also an expression, and cannot end a script or a comment
+    of HTML."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,5 @@
-"""The decoder of a run's newest checkpoint -> nearest latents, and a plane to draw all of them on. numpy alone."""
+"""The decoder of a run's newest checkpoint -> nearest latents, and a plane to draw all of them on.
+numpy alone."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Decoder:
         checkpoint, wrong = self.run.newest_intact()
         if checkpoint is None:
             raise InputError(
-                f"run {self.run.path} has no checkpoint to read: {'; '.join(wrong) or 'nothing has been saved yet'}"
+                f"run {self.run.path} has no checkpoint to read: "
+                f"{'; '.join(wrong) or 'nothing has been saved yet'}"
             )
         parts = []
         for file in pieces(checkpoint, "sae"):
@@ -45,7 +47,8 @@ class Decoder:
     def nearest(
         self, first: int, last: int, count: int = NEIGHBOURS
     ) -> list[list[tuple[int, float]]]:
-        """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself; those at a right angle or beyond are not near."""
+        """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself;
+        those at a right angle or beyond are not near."""
         rows = self.rows
         cosines = rows[first:last] @ rows.T
         cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = -1
@@ -61,7 +64,8 @@ class Decoder:
 
     @cached_property
     def plane(self) -> np.ndarray:
-        """Place each latent by the first two principal components of the decoder's rows, [n, 2]; the sign is fixed."""
+        """Place each latent by the first two principal components of the decoder's rows, [n, 2];
+        the sign is fixed."""
         rows = self.rows
         mean = rows.mean(0)
         covariance = rows.T @ rows / len(rows) - np.outer(mean, mean)
