@@ -1917,7 +1917,7 @@ def _labels(draw: random.Random, file: Path) -> Any:
         os.mkfifo(file)
     elif what == "deep":
         nested = "[" * 900 + "]" * 900
-        file.write_text('{"format": 1, "latents": {"1": {"a": %s}}}' % nested)
+        file.write_text('{"format": 1, "latents": {"1": {"a": ' + nested + "}}}")
     else:
         text = draw.choice(unreadable)
         file.write_text(json.dumps({"format": 1, "latents": latents}) if what == "ours" else text)

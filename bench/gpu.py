@@ -353,8 +353,8 @@ def times(b: int, d: int, n: int, k: int, rounds: int) -> dict[str, Any]:
 
 def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
     """Return the pieces of a step on x[b, d], beside what they replace."""
-    (b, d), c, unit, bias = (
-        x.shape,
+    d, c, unit, bias = (
+        x.shape[1],
         k + max(16, k // 2),
         torch.nn.functional.normalize,
         torch.zeros(n, device="cuda"),

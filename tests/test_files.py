@@ -799,3 +799,12 @@ def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
         ):
             put(name, NEW)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_half_a_character_is_written_as_an_escape_and_read_back(tmp_path, sealed):
+    value = {"whole": "caf\u00e9", "half": "\ud800", "\udcff": 1}
+    files.write_json(tmp_path / "x.json", value, sealed=sealed)
+    assert files.read_json(tmp_path / "x.json") == value
+    files.write_json(tmp_path / "y.json", {"whole": "caf\u00e9"})
+    assert "caf\u00e9" in (tmp_path / "y.json").read_text(encoding="utf-8")

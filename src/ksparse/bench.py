@@ -10,8 +10,7 @@ turn, against the float32 encoder product.
     screened    our compiled step, candidates chosen by the fastest low-precision product
 
 A ratio is the median over rounds of a contestant's seconds over the product's in the same round.
-Other libraries take part by a file with
-make(cfg) -> step(x): bench/step.py shows one.
+Other libraries take part by a file with make(cfg) -> step(x): bench/step.py shows one.
 """
 
 from __future__ import annotations

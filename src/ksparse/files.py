@@ -103,7 +103,8 @@ def locked(
     with explained(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        stream = open(os.open(inside(folder, name), flags, 0o666), "r+b", buffering=0)
+        handle = os.open(inside(folder, name), flags, 0o666)
+        stream = open(handle, "r+b", buffering=0)  # noqa: SIM115 (closed by `with stream` below)
     with stream:
         until = time.monotonic() + wait
         while True:
@@ -183,8 +184,8 @@ def placed(path: Path) -> Iterator[Path]:
 def temporary(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, of a name that nobody can guess; remove it in the end.
 
-    A folder for a single file too: whoever writes it may do so by way of names of its own, and
-    none of those is one that others could have put a link at.
+    A folder for a single file too: whoever writes it may do so by way of names of its own, and none
+    of those is one that others could have put a link at.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_for(path)
@@ -206,8 +207,8 @@ def temporary(path: Path) -> Iterator[Path]:
 def _hold(path: Path, *, aged: bool = False) -> int | None:
     """Return a handle that says, until it is closed, that a living process uses `path`.
 
-    None where another one has said so. The lock is on what is there, whatever its name comes to
-    be, and ends with its process. aged: on a file system without locks, only what is a day old.
+    None where another one has said so. The lock is on what is there, whatever its name comes to be,
+    and ends with its process. aged: on a file system without locks, only what is a day old.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -408,7 +409,12 @@ def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which no UTF-8 can hold and an escape can
+        return json.dumps(value, indent=1, allow_nan=False)
+    return text
 
 
 def _seal(table: dict[str, Any]) -> str:
@@ -462,8 +468,7 @@ def read_numbered(
     unnumbered: int | None = None,
 ) -> dict[str, Any]:
     """Read a JSON table whose `format` is a number of 1 to `newest`, and return all else in it:
-    `keys`, perhaps `optional`
-    ones, and nothing that a newer ksparse may mean something by.
+    `keys`, perhaps `optional` ones, and nothing that a newer ksparse may mean something by.
 
     unnumbered: the format of a table without a number; None: there is none.
     """

@@ -7,8 +7,7 @@ needs.
              summed over it
 
 Process r is part r // latent of the batch and slice r % latent. `ALONE` is one process: whatever is
-asked for is what was given. What is sent is
-counted by name, so that a plan can be held against it.
+asked for is what was given. What is sent is counted by name, so that a plan can be held against it.
 """
 
 from __future__ import annotations

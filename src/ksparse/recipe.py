@@ -12,8 +12,7 @@ the same names.
       tokens, batch, seed, order
 
 The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/`
-has the paper's.
-Nothing here opens a file of the run, imports torch, or prints.
+has the paper's. Nothing here opens a file of the run, imports torch, or prints.
 """
 
 from __future__ import annotations
@@ -114,8 +113,7 @@ class Acts(Options):
     only."""
     normalize: Literal["unit_norm", "layer_norm", "dataset", "none"] = "unit_norm"
     """unit_norm (paper) and layer_norm: per activation, after subtracting its mean over d_model.
-    dataset: one scale, so that
-    the mean squared norm is d_model. none: as they are."""
+    dataset: one scale, so that the mean squared norm is d_model. none: as they are."""
     mix: int = 65_536
     """Activations that are shuffled together; each batch is drawn from so many."""
     lm_batch: int = 64
@@ -152,9 +150,8 @@ class BatchTopK(Options):
     """The kind."""
     threshold_decay: float = 0.99
     """Decay of the running average, over steps, of the smallest value that a batch keeps, from
-    which training looks for the largest. The threshold
-    in use is another: it is set at each checkpoint, so that the saved weights have an L0 of k on
-    the last batch."""
+    which training looks for the largest. The threshold in use is another: it is set at each
+    checkpoint, so that the saved weights have an L0 of k on the last batch."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +259,8 @@ class SAE(Options):
     """Latents."""
     k: int = 32
     """Latents that may be active for one activation. Of batch_topk: on average over a batch. Of
-    jump_relu: the L0 at the start, and the one aimed at.
-    Of relu, gated and prolu: no bound; the number chosen where one is asked for, as in the codes at
-    other k."""
+    jump_relu: the L0 at the start, and the one aimed at. Of relu, gated and prolu: no bound; the
+    number chosen where one is asked for, as in the codes at other k."""
     activation: Activation = field(default_factory=TopK)
     """What becomes of pre-activations."""
     auxk_coef: float = 1 / 32
@@ -274,8 +270,7 @@ class SAE(Options):
     """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
     auxk_share: float = 1.0
     """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so
-    these are a random sample; the loss is
-    their mean, its cost in proportion. The paper: 1, all."""
+    these are a random sample; the loss is their mean, its cost in proportion. The paper: 1, all."""
     auxk_norm: Literal["token", "batch"] = "token"
     """AuxK's error is divided by the error's own square, per token (paper) or by its variance over
     the batch (official code)."""
@@ -315,8 +310,8 @@ class Optim(Options):
     """Learning rate; 0: the law lr_at_32k x sqrt(32,768 / n_latents)."""
     lr_at_32k: float = 8e-4
     """Learning rate of the law at 32,768 latents. The paper's rates at convergence are about 2e-4
-    to 4e-4 there, those for a
-    given amount of compute some four times as large; ours is of the second kind."""
+    to 4e-4 there, those for a given amount of compute some four times as large; ours is of the
+    second kind."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 6.25e-10
@@ -332,18 +327,15 @@ class Optim(Options):
     evaluated and used."""
     ema_span: float = 0.1
     """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span
-    steps the decay is lower, because an
-    average over a short run's beginning is worse than no average. 1: the decay as given (the
-    paper)."""
+    steps the decay is lower, because an average over a short run's beginning is worse than no
+    average. 1: the decay as given (the paper)."""
     screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
     """Choose candidates by a product in low precision, their values and the final choice being
-    exact; tokens that are not clear are
-    computed in full. auto: whichever is fastest here (on a GPU int8). Needs the compiled kernels.
-    The log says how often the choice differs."""
+    exact; tokens that are not clear are computed in full. auto: whichever is fastest here (on a GPU
+    int8). Needs the compiled kernels. The log says how often the choice differs."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the sparse parts of a step read weights, activations and errors in, on a GPU: bfloat16
-    copies are read in half the time. Weights,
-    moments, gradients and sums stay float32."""
+    copies are read in half the time. Weights, moments, gradients and sums stay float32."""
 
 
 @dataclass(frozen=True)
@@ -361,9 +353,8 @@ class Curve(Options):
     """Doublings before the last step from which on there are points."""
     converged: float = 0.0
     """The run ends once the loss falls by less than this share for a doubling of the tokens: the
-    slope of the logarithms over the last
-    `window` octaves. 0: it ends after `tokens`. The paper trains "to convergence" without saying
-    how that is told."""
+    slope of the logarithms over the last `window` octaves. 0: it ends after `tokens`. The paper
+    trains "to convergence" without saying how that is told."""
     window: float = 1.5
     """Octaves over which the slope is taken."""
 
@@ -382,8 +373,8 @@ class Run(Options):
     auto: one of the first two where it can be, else torch."""
     ahead: Literal["auto", "on", "off"] = "auto"
     """Compute activations in a thread of their own while the step before is taken: the same
-    batches, and up to `acts.mix` more of them in
-    memory. auto: on a GPU, where reading and tokenising would keep it waiting."""
+    batches, and up to `acts.mix` more of them in memory. auto: on a GPU, where reading and
+    tokenising would keep it waiting."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 0
@@ -418,8 +409,8 @@ class Mesh(Options):
     """Slices that the latents are cut into."""
     capacity: float = 0.0
     """Values that a slice offers for each token, as a share of k / latent. 0: k, so that the choice
-    is that of one process. The paper's may miss
-    some where a token's latents crowd into one slice; the log says how often."""
+    is that of one process. The paper's may miss some where a token's latents crowd into one slice;
+    the log says how often."""
     timeout: float = 600.0
     """Seconds that a process waits for the others before the run ends with an error."""
 

@@ -11,9 +11,8 @@ plain forward hooks.
     compare(lm, sae, prompt, clamp={…})     both
 
 With the error kept, x' = x + scale * W_dec^T change: nothing but the change reaches the LM,
-whatever the SAE fails to reconstruct.
-Blocks nest, so several SAEs at several sites can be attached at once; each sees what the ones
-before it have changed.
+whatever the SAE fails to reconstruct. Blocks nest, so several SAEs at several sites can be attached
+at once; each sees what the ones before it have changed.
 """
 
 from __future__ import annotations

@@ -660,6 +660,8 @@ def test_a_failure_is_forgotten_once_the_task_is_made(tmp_path, local, no_hub):
         ('{"sentence": null, "label": 1}\n', "too few texts: 0 with the label 1 and 0"),
         ("", "too few texts"),
         (b"\xff\xfe", "cola.train.jsonl, line 1: not UTF-8"),
+        ('{"\\ud800": 1}', "no column 'sentence' in a row, only \ufffd"),
+        ('{"sentence": "x", "label": "\\ud800"}', "holds '.ud800', not a number"),
         ("[" * 100_000, "cola.train.jsonl, line 1: not JSON: maximum recursion"),
         ('{"label": ' + "1" * 5000 + "}", "line 1: not JSON: Exceeds the limit"),
     ],

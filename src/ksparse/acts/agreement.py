@@ -9,9 +9,8 @@ tokens.
                                             or not, and the change arrives
 
 What fails here would be a wrong number later. Reading that fails is refused. Where blocks before
-the site may not be left out
-(they share keys and values with later ones, say), they run again. A site where changes go wrong all
-the same can be read only.
+the site may not be left out (they share keys and values with later ones, say), they run again. A
+site where changes go wrong all the same can be read only.
 """
 
 from __future__ import annotations

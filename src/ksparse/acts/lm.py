@@ -9,7 +9,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +58,9 @@ class LM:
     """A causal LM and a site in it.
 
     lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts`
-    reads the site and stops
-    there, `watch` runs the whole LM, and `replay` runs it again, from the site on, with other
-    activations there. `fork` runs
-    the rest of a context many times, with another activation at one position.
+    reads the site and stops there, `watch` runs the whole LM, and `replay` runs it again, from the
+    site on, with other activations there. `fork` runs the rest of a context many times, with
+    another activation at one position.
     """
 
     def __init__(
@@ -187,10 +186,8 @@ class LM:
         with ExitStack() as hooks:
             for site in set(sites):
                 hooks.enter_context(self._hooked(functools.partial(take, site), site))
-            try:
+            with suppress(_Stop):
                 self._forward(tokens, attention)
-            except _Stop:
-                pass
         return {site: self._checked(site, seen, tokens).float() for site in sites}
 
     def _checked(self, site: str, seen: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -244,10 +241,9 @@ class LM:
         positions at .. at + length - 1.
 
         All positions before at + length must be attended (padding may follow). What comes before
-        `at` is computed once and kept as
-        keys and values. The first fork at a site is compared with `replay`; where the LM's cache
-        does not give the same, a warning
-        is logged and forks replay whole contexts instead.
+        `at` is computed once and kept as keys and values. The first fork at a site is compared with
+        `replay`; where the LM's cache does not give the same, a warning is logged and forks replay
+        whole contexts instead.
         """
         end = at + length
         if at < 0 or length < 1 or end > tokens.shape[1]:
@@ -371,9 +367,8 @@ class Fork(ABC):
     """Many continuations of c contexts from one position on, made by `LM.fork`.
 
     fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i]
-    (float32) in place of the site's at
-    that position; all others as they are. Rows may repeat and be in any order. Equal to `LM.replay`
-    with that edit up to rounding.
+    (float32) in place of the site's at that position; all others as they are. Rows may repeat and
+    be in any order. Equal to `LM.replay` with that edit up to rounding.
     """
 
     logits: Tensor

@@ -12,8 +12,7 @@ def permutation(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
     index[...].
 
     A Feistel network permutes the next power of four; results outside range(n) are sent through it
-    again
-    ("cycle walking"), which leaves a permutation of range(n).
+    again ("cycle walking"), which leaves a permutation of range(n).
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)

@@ -7,9 +7,8 @@
     acts/<hash>/documents.json       the documents' names
 
 The hash is over what the activations are, so another LM or text lands in another folder. The
-manifest is replaced after
-each shard; a killed writer goes on after the last one. safetensors accepts almost any altered bit,
-hence the sums.
+manifest is replaced after each shard; a killed writer goes on after the last one. safetensors
+accepts almost any altered bit, hence the sums.
 """
 
 from __future__ import annotations

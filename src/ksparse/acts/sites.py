@@ -10,15 +10,12 @@ definition.
 | resid_post.I | the stream that block I gives: its output, before any final norm |
 
 What is added is not always what a module gives: a norm or a factor may follow (Gemma 2, OLMo 2,
-Granite), or the module may
-add the stream itself (BLOOM, MPT). So an alias is not looked up by name. One pass over a few tokens
-says which outputs of the
-block's parts, times which factors, sum up to what the block adds; a second pass with a change at
-the alias says whether the
-change arrives where the definition has it. An alias that does not stand this test is refused with
-the reason. Any other site
-is a module's name: its output, or with NAME:in its input.
-"""
+Granite), or the module may add the stream itself (BLOOM, MPT). So an alias is not looked up by
+name. One pass over a few tokens says which outputs of the block's parts, times which factors, sum
+up to what the block adds; a second pass with a change at the alias says whether the change arrives
+where the definition has it. An alias that does not stand this test is refused with the reason. Any
+other site is a module's name: its output, or with NAME:in its input.
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

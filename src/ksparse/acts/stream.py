@@ -1,20 +1,17 @@
 """Batches of raw activations in a mixed order, and a cursor from which to go on exactly.
 
 Live: the text is taken in blocks of `mix` kept activations. A block's activations are computed,
-permuted by a permutation that is
-a function of (seed, block), and dealt out as batches. The cursor is where the block's text begins
-and how many batches
-of it are out: to go on, the block is computed again. No buffer is saved, none is lost, and every
-kept activation
-of the text is used exactly once an epoch: a context that crosses the end of a block is computed in
-both.
+permuted by a permutation that is a function of (seed, block), and dealt out as batches. The cursor
+is where the block's text begins and how many batches of it are out: to go on, the block is computed
+again. No buffer is saved, none is lost, and every kept activation of the text is used exactly once
+an epoch: a context that crosses the end of a block is computed in both.
 
 From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows,
 a new one each epoch.
 
 On a mesh the order of the data is the same. Each process runs the LM on its share of a block's
-contexts, the block is put together, and each
-takes its part of every batch; of shards it reads only that part.
+contexts, the block is put together, and each takes its part of every batch; of shards it reads only
+that part.
 
 Ahead: either of them, computed by a thread of its own while training uses what is there. The same
 batches with the same cursors.
@@ -27,6 +24,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -363,10 +361,8 @@ class Ahead:
         finally:
             self.halt.set()
             while thread.is_alive():
-                try:
+                with suppress(queue.Empty):
                     ready.get(timeout=0.01)  # makes room for what the thread is about to leave
-                except queue.Empty:
-                    pass
             thread.join()
             self.halt.clear()
 

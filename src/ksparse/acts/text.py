@@ -1,18 +1,16 @@
 """Text -> documents -> contexts of tokens.
 
 A *document* is a (name, text) pair. Documents longer than PIECE characters are cut at line ends
-into pieces that count
-as documents of their own, so that one long file can be split and has standard errors. A hash of the
-content decides on which side of
-the train / validation / held-out split a document lies (of the path, for the built-in text).
+into pieces that count as documents of their own, so that one long file can be split and has
+standard errors. A hash of the content decides on which side of the train / validation / held-out
+split a document lies (of the path, for the built-in text).
 
 A *context* is a row of `acts.context` tokens. With borders = 'pack' documents follow one another
-with a separator (BOS,
-else EOS, else nothing) between them; with 'split' each context belongs to one document and its end
-is padded. With
-bos = 'auto' position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
-or separator gets no second one. keep = 'text' leaves out position 0 whether or not it is BOS (in a
-model without BOS the first token takes its role), all BOS, EOS and separator tokens, and padding.
+with a separator (BOS, else EOS, else nothing) between them; with 'split' each context belongs to
+one document and its end is padded. With bos = 'auto' position 0 is the tokenizer's BOS, if it has
+one. A document that brings its own BOS or separator gets no second one. keep = 'text' leaves out
+position 0 whether or not it is BOS (in a model without BOS the first token takes its role), all
+BOS, EOS and separator tokens, and padding.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import os
 import sys
 
 from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
-from ksparse.cli.arguments import LOAD_LM, VERBS
+from ksparse.cli.arguments import LOAD_LM, VERBS, usage_of
 from ksparse.cli.shown import Lines, first_process, visible
 from ksparse.errors import InputError, KsparseError
 from ksparse.trust import taken_from, trusted
@@ -81,12 +81,13 @@ def _run(arguments: list[str]) -> None:
 
 
 def usage() -> str:
-    lines = [
-        f"  {(verb.__doc__ or '').splitlines()[0]}"
+    verbs = [
+        usage_of(name)
         for station in STATIONS
-        for verb in VERBS.values()
+        for name, verb in VERBS.items()
         if verb.__module__ == station.__name__
     ]
+    lines = [f"  {usage:<50} {what}" for usage, what in verbs]
     return "\n".join(
         [
             "ksparse: train, scale and judge k-sparse autoencoders on language-model activations",

@@ -39,6 +39,12 @@ def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     return function
 
 
+def usage_of(name: str) -> tuple[str, str]:
+    """Return how a verb is written, the first line of its docstring, and what it does, the rest."""
+    usage, *what = (VERBS[name].__doc__ or "").strip().splitlines()
+    return usage, " ".join(line.strip() for line in what if line.strip())
+
+
 def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[str, Any], str]:
     """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own
     options; a name for it."""
@@ -80,7 +86,7 @@ def parse(
 ) -> Any:
     import tyro
 
-    description = (VERBS[verb.split()[0]].__doc__ or "").splitlines()[0].partition("   ")[2].strip()
+    description = usage_of(verb.split()[0])[1]
     if verb.split()[0] in LOAD_LM:
         description += (
             f"\n\n{FLAG} True lets code that comes with the language model run, in this "
@@ -114,7 +120,8 @@ def take_folder(
 def no_options(verb: str, rest: list[str]) -> None:
     """Show help, or refuse arguments, for a verb without options."""
     if rest and rest[0] in ("-h", "--help"):
-        print(f"usage: ksparse {VERBS[verb].__doc__}")
+        usage, what = usage_of(verb)
+        print(f"usage: ksparse {usage}\n\n{what}")
         sys.exit(0)
     if rest:
         raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(rest)}")

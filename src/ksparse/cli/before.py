@@ -29,7 +29,10 @@ class ShardArgs(Recipe):
 
 @verb
 def shard(arguments: list[str]) -> None:
-    """shard [RECIPE.toml] [--key value …]   write activations to disk once, for many runs"""
+    """shard [RECIPE.toml] [--key value …]
+
+    write activations to disk once, for many runs
+    """
     recipe, extra, _ = recipe_of(ShardArgs, "shard", arguments)
     import torch
 
@@ -69,7 +72,10 @@ class PlanArgs(TrainArgs):
 
 @verb
 def plan(arguments: list[str]) -> None:
-    """plan [RECIPE.toml] [--key value …]    parameters, memory, FLOPs, disk and time, before anything runs; --devices 1,8,64: on meshes"""
+    """plan [RECIPE.toml] [--key value …]
+
+    parameters, memory, FLOPs, disk and time, before anything runs; --devices 1,8,64: on meshes
+    """
     recipe, asked, _ = recipe_of(PlanArgs, "plan", arguments)
     devices = [_number("--devices", each) for each in asked["devices"].split(",") if each.strip()]
     from ksparse.training import plan as planning
@@ -102,7 +108,10 @@ def _number(flag: str, text: str) -> int:
 
 @verb
 def bench(arguments: list[str]) -> None:
-    """bench [--n --d --k --batch …]         time a training step here, against the encoder product and a dense step"""
+    """bench [--n --d --k --batch …]
+
+    time a training step here, against the encoder product and a dense step
+    """
     from ksparse import bench as benchmark
 
     @dataclass(frozen=True)
@@ -134,7 +143,8 @@ def bench(arguments: list[str]) -> None:
     print(f"{'':<12}{'ratio':>8}{'best':>8}{'ms':>9}{'tokens/s':>12}{'MiB':>8}")
     for name, row in sorted(found["contestants"].items(), key=lambda item: item[1]["ratio"]):
         print(
-            f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}"
+            f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}"
+            f"{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}"
         )
     for name, why in found["left_out"].items():
         print(f"{name:<12}left out: {why}")
@@ -146,7 +156,10 @@ def bench(arguments: list[str]) -> None:
 
 @verb
 def doctor(arguments: list[str]) -> None:
-    """doctor                                say what of this machine is fit for ksparse, a line each"""
+    """doctor
+
+    say what of this machine is fit for ksparse, a line each
+    """
     no_options("doctor", arguments)
     from ksparse.doctor import checks
 

@@ -15,17 +15,15 @@ from ksparse.runs import open_run
 class ConvertArgs:
     to: str
     """sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium or ksparse; of an
-    evaluated run also what viewers show: neuronpedia,
-    sae_dashboard, atoms."""
+    evaluated run also what viewers show: neuronpedia, sae_dashboard, atoms."""
     subfolder: str = ""
     """Folder of the SAE in SRC."""
     revision: str = ""
     """Revision of a Hub repository."""
     normalization: Literal["exact", "layer_norm", "outside"] = "exact"
     """What to do with a normalisation that the format has not. exact: refuse, unless it can go into
-    the weights. layer_norm: also take that for unit_norm, which
-    differs by about 1e-5 / deviation of the activation. outside: leave it to whoever uses the
-    SAE."""
+    the weights. layer_norm: also take that for unit_norm, which differs by about 1e-5 / deviation
+    of the activation. outside: leave it to whoever uses the SAE."""
     model: str = ""
     """neuronpedia, sae_dashboard: Neuronpedia's name of the LM."""
     set: str = "ksparse"
@@ -42,7 +40,10 @@ class ConvertArgs:
 
 @verb
 def convert(arguments: list[str]) -> None:
-    """convert SRC DST --to FORMAT           write an SAE of any format in another, or what viewers show of a run"""
+    """convert SRC DST --to FORMAT
+
+    write an SAE of any format in another, or what viewers show of a run
+    """
     source, rest = take_folder(
         "convert",
         arguments,
@@ -89,7 +90,10 @@ def convert(arguments: list[str]) -> None:
 
 @verb
 def push(arguments: list[str]) -> None:
-    """push RUN OWNER/NAME [--key value …]   put an SAE on the Hub, with a card and a copy for SAELens"""
+    """push RUN OWNER/NAME [--key value …]
+
+    put an SAE on the Hub, with a card and a copy for SAELens
+    """
 
     @dataclass(frozen=True)
     class PushArgs:
@@ -114,10 +118,14 @@ def push(arguments: list[str]) -> None:
     from ksparse.interop import hub
 
     if args.folder:
-        print(
-            "folder   "
-            f"{hub.prepare(source, args.folder, repository, subfolder=args.subfolder, normalization=args.normalization)}"
+        folder = hub.prepare(
+            source,
+            args.folder,
+            repository,
+            subfolder=args.subfolder,
+            normalization=args.normalization,
         )
+        print(f"folder   {folder}")
     else:
         address = hub.push(
             source,

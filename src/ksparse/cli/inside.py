@@ -54,13 +54,16 @@ class SteerArgs(Options):
 
 @verb
 def steer(arguments: list[str]) -> None:
-    """steer RUN --latent I --value V --prompt … what the LM writes with latents held at a value, beside what it writes as it is"""
+    """steer RUN --latent I --value V --prompt …
+
+    what the LM writes with latents held at a value, beside what it writes as it is
+    """
     folder, rest = take_folder("steer", arguments)
     asked = parse(SteerArgs, "steer RUN", rest)
     if not asked.latent or not asked.prompt:
         raise InputError(
             "steering needs "
-            f"{'a latent: --latent 123' if not asked.latent else 'a text to continue: --prompt TEXT'}"
+            + ("a text to continue: --prompt TEXT" if asked.latent else "a latent: --latent 123")
         )
     if (asked.value is None) == (asked.scale is None):
         raise InputError(
@@ -103,10 +106,8 @@ def steer(arguments: list[str]) -> None:
             "the latents' own range"
         )
     for latent in asked.latent:
-        print(
-            "latent   "
-            f"{latent}{_what_is_known(known, latent) or f': {largest[latent]:.3g} at most on this prompt'}"
-        )
+        said = _what_is_known(known, latent) or f": {largest[latent]:.3g} at most on this prompt"
+        print(f"latent   {latent}{said}")
     print(
         f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  "
         f"{asked.prompt}{visible(found.after.text)}"
@@ -193,7 +194,10 @@ class AttributeArgs(Options):
 
 @verb
 def attribute(arguments: list[str]) -> None:
-    """attribute RUN --prompt … --toward T --away U   which latents the LM's preference for a token hangs on: activation x gradient"""
+    """attribute RUN --prompt … --toward T --away U
+
+    which latents the LM's preference for a token hangs on: activation x gradient
+    """
     folder, rest = take_folder("attribute", arguments)
     asked = parse(AttributeArgs, "attribute RUN", rest)
     from ksparse import steering

@@ -19,7 +19,10 @@ from ksparse.runs import RunFolder, open_run
 
 @verb
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN … [NAME …] [--key value …]    judge on held-out text: downstream, stats, probes, … (those six if none is named)"""
+    """eval RUN … [NAME …] [--key value …]
+
+    judge on held-out text: downstream, stats, probes, … (those six if none is named)
+    """
     folder, rest = take_folder("eval", arguments)
     words = [folder]
     while rest and not rest[0].startswith("-"):
@@ -32,7 +35,7 @@ def evaluate(arguments: list[str]) -> None:
         run = RunFolder(Path(source))
         if len(sources) > 1:
             print(f"\n{source}")
-        for name, result in results.items():
+        for result in results.values():
             show_result(result, run.eval_file(result["name"]) if run.exists() else "")
         if run.exists():
             write_report(run)
@@ -90,7 +93,10 @@ class CompareArgs(EvalOptions):
 
 @verb
 def compare(arguments: list[str]) -> None:
-    """compare A B … [--key value …]         SAEs of any format on the same text, positions and baselines: one table"""
+    """compare A B … [--key value …]
+
+    SAEs of any format on the same text, positions and baselines: one table
+    """
     folder, rest = take_folder(
         "compare",
         arguments,
@@ -179,7 +185,10 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
 
 @verb
 def study(arguments: list[str]) -> None:
-    """study NAME [--run RUN] [--key value …] answer a question with several SAEs, or by an evaluation of one: baselines, sites, …"""
+    """study NAME [--run RUN] [--key value …]
+
+    answer a question with several SAEs, or by an evaluation of one: baselines, sites, …
+    """
     name, rest = take_folder("study", arguments, "the name of a study, such as baselines")
     options = parse(StudyOptions, "study NAME", rest)
     from ksparse import studies
@@ -225,8 +234,7 @@ class ProbesArgs:
     """Draws the rows."""
     text: str = ""
     """Running text for base64 and the phrase tasks: a data set of the Hub (OWNER/NAME or
-    OWNER/NAME:CONFIG), or a file or folder;
-    monology/pile-uncopyrighted if not given."""
+    OWNER/NAME:CONFIG), or a file or folder; monology/pile-uncopyrighted if not given."""
     documents: int = 200_000
     """Documents of that text to read."""
     local: str = ""
@@ -237,7 +245,10 @@ class ProbesArgs:
 
 @verb
 def probes(arguments: list[str]) -> None:
-    """probes build DIR [--key value …]      make the paper's 61 probe tasks from the Hub's data sets: --suite DIR uses them"""
+    """probes build DIR [--key value …]
+
+    make the paper's 61 probe tasks from the Hub's data sets: --suite DIR uses them
+    """
     if arguments[:1] == ["build"]:
         arguments = arguments[1:]
     elif arguments[:1] not in (["-h"], ["--help"]):

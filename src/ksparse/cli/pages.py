@@ -22,7 +22,10 @@ from ksparse.trust import code_is_trusted
 
 @verb
 def report(arguments: list[str]) -> None:
-    """report RUN|SWEEP|STUDY                write report.html from what a folder holds"""
+    """report RUN|SWEEP|STUDY
+
+    write report.html from what a folder holds
+    """
     folder, rest = take_folder("report", arguments)
     no_options("report", rest)
     if (Path(folder) / "study.json").is_file():
@@ -42,7 +45,10 @@ def report(arguments: list[str]) -> None:
 
 @verb
 def view(arguments: list[str]) -> None:
-    """view RUN [--export DIR] [--port N]    look at its latents in the browser, on this machine; or write pages for any web host"""
+    """view RUN [--export DIR] [--port N]
+
+    look at its latents in the browser, on this machine; or write pages for any web host
+    """
 
     @dataclass(frozen=True)
     class ViewArgs:

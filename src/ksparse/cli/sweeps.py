@@ -17,7 +17,10 @@ from ksparse.errors import InputError
 
 @verb
 def sweep(arguments: list[str]) -> None:
-    """sweep SWEEP.toml [--key value …]      train a grid of recipes, many on one stream; the same command goes on, or widens it"""
+    """sweep SWEEP.toml [--key value …]
+
+    train a grid of recipes, many on one stream; the same command goes on, or widens it
+    """
     from ksparse.scaling.grid import SweepFolder, read
     from ksparse.scaling.launch import Launch
 
@@ -113,7 +116,10 @@ class FitArgs:
 
 @verb
 def fit(arguments: list[str]) -> None:
-    """fit SWEEP|POINTS.csv [--key value …]  fit scaling laws to a sweep's runs or to any table of points, with intervals"""
+    """fit SWEEP|POINTS.csv [--key value …]
+
+    fit scaling laws to a sweep's runs or to any table of points, with intervals
+    """
     place, rest = take_folder("fit", arguments, "a sweep's folder or a CSV file of points")
     options = parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
     from ksparse.scaling import law as laws
@@ -191,8 +197,7 @@ def _assignments(flag: str, text: str) -> dict[str, Any]:
         if (
             not equals
             or not name.strip()
-            or (isinstance(number, float)
-            and not 0 < number < math.inf)
+            or (isinstance(number, float) and not 0 < number < math.inf)
         ):
             raise InputError(
                 f"{flag} takes NAME=NUMBER,NAME=NUMBER, such as n=65536,k=32; got {part!r}"

@@ -25,7 +25,10 @@ class TrainArgs(Recipe):
 
 @verb
 def train(arguments: list[str]) -> None:
-    """train [RECIPE.toml] [--key value …]   train an autoencoder; the same command again goes on"""
+    """train [RECIPE.toml] [--key value …]
+
+    train an autoencoder; the same command again goes on
+    """
     recipe, extra, name = recipe_of(TrainArgs, "train", arguments)
     run = RunFolder(Path(extra["out"] or f"runs/{name}"))
     train_run(recipe, run)
@@ -42,7 +45,10 @@ class ResumeArgs:
 
 @verb
 def resume(arguments: list[str]) -> None:
-    """resume RUN [--run.key value …]        go on with an interrupted run, on the same mesh or another"""
+    """resume RUN [--run.key value …]
+
+    go on with an interrupted run, on the same mesh or another
+    """
     folder, rest = take_folder("resume", arguments)
     run = open_run(folder) if folder else None
     recipe = run.recipe() if run else Recipe()
@@ -53,7 +59,10 @@ def resume(arguments: list[str]) -> None:
 
 @verb
 def demo(arguments: list[str]) -> None:
-    """demo [--out DIR]                      train on the built-in LM, evaluate, report: minutes, no network"""
+    """demo [--out DIR]
+
+    train on the built-in LM, evaluate, report: minutes, no network
+    """
 
     @dataclass(frozen=True)
     class DemoArgs:
@@ -75,20 +84,30 @@ def demo(arguments: list[str]) -> None:
         results[name]
         for name in ("stats", "downstream", "probes", "n2g", "explained_loss", "ablation")
     )
+    trained = f"{recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens"
+    channel, untrained = written(probe["channel_loss"]), written(probe["random_sae_loss"])
+    bigrams, unigrams = written(explained["ce_bigram"]), written(explained["ce_unigram"])
+    spliced = f"{written(downstream['ce_clean'])} -> {written(downstream['ce_spliced'])}"
+    recall, precision = written(n2g["recall"]), written(n2g["precision"])
+    latent, channels = written(ablation["ablation_sparsity"]), written(ablation["channel_sparsity"])
     print(f"""
-{recipe.acts.lm} at {recipe.acts.site}: {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens, {time.monotonic() - began:.0f} s
+{recipe.acts.lm} at {recipe.acts.site}: {trained}, {time.monotonic() - began:.0f} s
   normalised MSE          {written(stats["nmse"])}   (1 = predicting the mean)
   L0, dead latents        {written(stats["l0"])}, {written(stats["dead_fraction"])}
-  loss of the LM          {written(downstream["ce_clean"])} -> {written(downstream["ce_spliced"])} nats per token with the reconstruction spliced in
+  loss of the LM          {spliced} nats per token with the reconstruction spliced in
   zero-ablation recovered {written(downstream["recovered"])}
-  compute fraction        {written(downstream["compute_fraction"])}   (a model of that share of the pre-training compute is as good)
-  probe loss              {written(probe["probe_loss"])}   (best channel {written(probe["channel_loss"])}, random SAE {written(probe["random_sae_loss"])})
-  explanations (N2G)      recall {written(n2g["recall"])}, precision {written(n2g["precision"])}
-  loss of explanations    {written(explained["ce_n2g"])}   (bigrams {written(explained["ce_bigram"])}, unigrams {written(explained["ce_unigram"])})
-  ablation sparsity       {written(ablation["ablation_sparsity"])}   (channels {written(ablation["channel_sparsity"])})
+  compute fraction        {written(downstream["compute_fraction"])}   (a model of that share of
+                          the pre-training compute is as good)
+  probe loss              {written(probe["probe_loss"])}   (best channel {channel}, random SAE
+                          {untrained})
+  explanations (N2G)      recall {recall}, precision {precision}
+  loss of explanations    {written(explained["ce_n2g"])}   (bigrams {bigrams}, unigrams {unigrams})
+  ablation sparsity       {latent}   (channels {channels})
 
 report   {run.report_file.resolve().as_uri()}
-next     ksparse train recipes/gpt2-small-32k.toml      (the same on GPT-2 small; `ksparse plan` first)""")
+look     ksparse view {run.path}
+next     ksparse train recipes/gpt2-small-32k.toml
+         (the same on GPT-2 small; `ksparse plan` first)""")
 
 
 def train_run(recipe: Recipe, run: RunFolder) -> None:

@@ -2,20 +2,17 @@
 section 4.5.
 
 One active latent at one position p is taken out of the activation. The V logits at p and at the T -
-1 positions after it change; from
-each position's changes their median is subtracted; (L1 / L2)^2 / (V T) of all of them says which
-share of the predictions the latent
-matters to. That mixes two things, which are reported apart too: how many tokens of the vocabulary
-(`sparsity_here`, of the prediction at p
-alone), and how far into the text (`later`, the share of the squared effect after p). Random
-channels of the activation, set to zero at the same positions, are what to compare with: noise would
-give 2 / pi.
+1 positions after it change; from each position's changes their median is subtracted; (L1 / L2)^2 /
+(V T) of all of them says which share of the predictions the latent matters to. That mixes two
+things, which are reported apart too: how many tokens of the vocabulary (`sparsity_here`, of the
+prediction at p alone), and how far into the text (`later`, the share of the squared effect after
+p). Random channels of the activation, set to zero at the same positions, are what to compare with:
+noise would give 2 / pi.
 
 What the paper leaves open is decided so: the reconstruction's error stays in the activation (or
-not: ablation_error); one random
-position is drawn from each of a random sample of contexts; every active latent of such a position
-is ablated, alone; and every such
-pair of position and latent counts once.
+not: ablation_error); one random position is drawn from each of a random sample of contexts; every
+active latent of such a position is ablated, alone; and every such pair of position and latent
+counts once.
 """
 
 from __future__ import annotations
@@ -57,10 +54,9 @@ class Place(NamedTuple):
 
 class Effects(NamedTuple):
     """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at
-    the place alone, which share of the
-    squared effect is on the predictions after it, norm[m] (L2), kl[m, T], loss_difference[m, T]
-    (NaN: no next token), and the changes
-    of logits [m, T, V] less their median over V."""
+    the place alone, which share of the squared effect is on the predictions after it, norm[m] (L2),
+    kl[m, T], loss_difference[m, T] (NaN: no next token), and the changes of logits [m, T, V] less
+    their median over V."""
 
     sparsity: Tensor
     sparsity_here: Tensor

@@ -1,14 +1,13 @@
 """Does the LM still predict as well when it gets the reconstruction? Gao et al. 2024, section 4.1.
 
 Five runs on the same contexts: unchanged, and with the kept activations replaced by their
-reconstruction, by zero, by the
-mean activation. All replace the same positions, and all losses are taken at the same positions:
-those whose own
-activation is kept and whose next token is text.
+reconstruction, by zero, by the mean activation. All replace the same positions, and all losses are
+taken at the same positions: those whose own activation is kept and whose next token is text.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -115,9 +114,8 @@ def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estim
     """Return the share of the pre-training compute whose model is as bad as the spliced one.
 
     The table's last loss stands for the clean LM, so it is read at last loss + delta, linearly
-    between points in log compute. The
-    standard error is half the distance between the readings one standard error of delta to both
-    sides.
+    between points in log compute. The standard error is half the distance between the readings one
+    standard error of delta to both sides.
     """
     if not table:
         return {"value": None, "se": None}
@@ -126,7 +124,7 @@ def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estim
         loss = table[-1][1] + difference
         if loss <= table[-1][1]:
             return 1.0
-        for (c0, l0), (c1, l1) in zip(table, table[1:]):
+        for (c0, l0), (c1, l1) in itertools.pairwise(table):
             if l1 <= loss <= l0:
                 return (
                     math.exp(math.log(c0) + (l0 - loss) / (l0 - l1) * math.log(c1 / c0))

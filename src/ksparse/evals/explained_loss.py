@@ -2,10 +2,9 @@
 section 4.4.
 
 Each latent's prediction s is scaled by E[s a] / E[s^2], a being its activation, which is the scale
-with the least squared error; the
-scaled predictions are decoded, given the token's own mean and norm back, and spliced in. The scale
-comes from documents that
-neither the explanations were built from nor the loss is taken on.
+with the least squared error; the scaled predictions are decoded, given the token's own mean and
+norm back, and spliced in. The scale comes from documents that neither the explanations were built
+from nor the loss is taken on.
 """
 
 from __future__ import annotations

@@ -2,13 +2,11 @@
 section 4.3.
 
 Of each example the shortest suffix is sought on which the latent still has half of its activation;
-then each of its tokens is
-replaced by a padding token, and becomes ANY if the latent keeps more than half. If a padding token
-put before the suffix takes
-half of the activation away, the pattern is anchored to the beginning of a document. What the LM
-reads is a suffix in the place of
-a whole context: behind BOS, if contexts have it. All latents' examples go forward together, and
-equal sequences run once.
+then each of its tokens is replaced by a padding token, and becomes ANY if the latent keeps more
+than half. If a padding token put before the suffix takes half of the activation away, the pattern
+is anchored to the beginning of a document. What the LM reads is a suffix in the place of a whole
+context: behind BOS, if contexts have it. All latents' examples go forward together, and equal
+sequences run once.
 
 Documents are dealt to four parts: explanations are built from two, scaled on the third, judged on
 the fourth (`n2g`: on both).

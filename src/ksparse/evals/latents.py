@@ -7,12 +7,10 @@ appendices E.4 to E.6.
                recurring latents, effective tokens
 
 Recurring latents are found by rule: Somers' D between a latent being active and a property of the
-position, from -1 to 1. For a property that
-is there or not, such as being the first, it is P(active | property) - P(active | not); for the
-place in the context it is
-P(later | active) - P(earlier | active), of an active and an inactive token drawn at random.
-Repetition is compared position by position, because
-tokens are repeated more often late in a context, whatever a latent does.
+position, from -1 to 1. For a property that is there or not, such as being the first, it is P(active
+| property) - P(active | not); for the place in the context it is P(later | active) - P(earlier |
+active), of an active and an inactive token drawn at random. Repetition is compared position by
+position, because tokens are repeated more often late in a context, whatever a latent does.
 """
 
 from __future__ import annotations

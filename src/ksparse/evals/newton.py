@@ -5,16 +5,13 @@ all of d_model.
                            b
 
 sigma is the standard deviation of z, so that the penalty does not depend on the latent's scale; b
-has none. With d the largest change
-that a step makes to any a_s, the objective falls by at least 1 - (e^d - 1 - d) / d^2 times the
-squared Newton decrement, since
-logistic loss is self-concordant in that sense (Bach 2010; Sun & Tran-Dinh 2019). So a step with d
-<= 1 is taken whole, and a larger
-one shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is
-needed. Dense problems come near the
-optimum in float32; what counts, the last steps, is float64.
-A latent without variance gets w = 0 and the label's log-odds. Labels of only one kind have no
-optimum and are refused.
+has none. With d the largest change that a step makes to any a_s, the objective falls by at least 1
+- (e^d - 1 - d) / d^2 times the squared Newton decrement, since logistic loss is self-concordant in
+that sense (Bach 2010; Sun & Tran-Dinh 2019). So a step with d <= 1 is taken whole, and a larger one
+shortened to log(1 + d) / d of itself, which lowers the objective too: no look at its value is
+needed. Dense problems come near the optimum in float32; what counts, the last steps, is float64. A
+latent without variance gets w = 0 and the label's log-odds. Labels of only one kind have no optimum
+and are refused.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 section 4.3).
 
 A *pattern* is a run of tokens, some of them `ANY`, that ends at the position it speaks of; an
-anchored one must begin where a
-document does. An *explanation* is what patterns say of one latent: at each position the most
-specific of those that match counts.
+anchored one must begin where a document does. An *explanation* is what patterns say of one latent:
+at each position the most specific of those that match counts.
 
     predict          the definition, one position at a time
     Matcher          the same for all positions and all latents at once

@@ -1,10 +1,9 @@
 """Do single latents know what we know? Probe loss: Gao et al. 2024, section 4.2, eq. 4.
 
 For each task a logistic probe is fitted to each latent alone. The best latent is chosen on the
-training half of the task's rows and
-its loss taken on the other half: the smallest of n losses on the rows of the fit, which the paper
-reports, falls with n even for
-latents that know nothing. That number is reported beside it, as `probe_loss_in_sample`.
+training half of the task's rows and its loss taken on the other half: the smallest of n losses on
+the rows of the fit, which the paper reports, falls with n even for latents that know nothing. That
+number is reported beside it, as `probe_loss_in_sample`.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Probes(Eval):
         rivals = random_sae(sae, data.options.seed)
         for number, name in enumerate(self.tasks.names):
             rows = (
-                data.once(f"probe rows {name}", lambda: self.tasks.rows(name))
+                data.once(f"probe rows {name}", lambda name=name: self.tasks.rows(name))
                 if data.options.position == "last"
                 else self.tasks.rows(name)
             )

@@ -2,9 +2,8 @@
 section 5.3.
 
 After training the activation is replaced by TopK(k'), or by z 1[z > threshold] with one threshold
-for all latents, and the error and
-the loss of the LM are traced against the L0 that this gives. A code is progressive if more latents
-always help.
+for all latents, and the error and the loss of the LM are traced against the L0 that this gives. A
+code is progressive if more latents always help.
 
     threshold_for(sae, x, l0)    the threshold that gives a wanted L0      at_threshold(sae, x,
                                  threshold)   the code that it gives

@@ -1,9 +1,8 @@
 """Are the values of a code the best ones for its latents? Gao et al. 2024, section 5.1.
 
 The active latents of each token are kept, and their values alone are optimised: at least 0, for the
-least squared error, the decoder
-fixed. Where an L1 penalty has shrunk the values they go up; a TopK code should stay where it is on
-average.
+least squared error, the decoder fixed. Where an L1 penalty has shrunk the values they go up; a TopK
+code should stay where it is on average.
 
     refine(sae, x, code)   accelerated projected gradient, all tokens at once      exact(sae, x,
                            code)   an active-set method, one by one
@@ -172,9 +171,8 @@ def refine(
     on normalised x[b, d].
 
     Projected gradient with Nesterov's momentum, which restarts where it points uphill. A token is
-    done when no component of its
-    projected gradient, max(g, -z), is larger than `tolerance` times the largest correlation of a
-    latent with the input.
+    done when no component of its projected gradient, max(g, -z), is larger than `tolerance` times
+    the largest correlation of a latent with the input.
     """
     if len(x) != len(code.values):
         raise InputError(f"refinement got {len(x)} activations and codes of {len(code.values)}")

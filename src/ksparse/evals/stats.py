@@ -22,8 +22,7 @@ BIN, BARS = (
     0.2,
     128,
     # of histograms of values, in the size of a component of the input: the published viewer's bins
-    # for
-    # inputs of norm sqrt(d_model)
+    # for inputs of norm sqrt(d_model)
 )
 _EXAMPLE_TOKENS = (
     2**20

@@ -1,12 +1,11 @@
 """Do groups of latents keep to subspaces of their own? Gao et al. 2024, appendix E.7.
 
 W_enc = U S V^T of the latents that fire. A row of U, normalised and squared, says in what shares a
-latent reads the d principal directions.
-Latents are put into an order by the distances between these shares, the order is cut in two where
-the parts share the fewest directions, and
-each direction goes to the part that reads more of it. `separation` is how much of the one part's
-reading is on its own directions, plus the
-same of the other, less 1: 1 for two subspaces, 0 if both read alike. Some of it comes from
+latent reads the d principal directions. Latents are put into an order by the distances between
+these shares, the order is cut in two where the parts share the fewest directions, and each
+direction goes to the part that reads more of it. `separation` is how much of the one part's reading
+is on its own directions, plus the same of the other, less 1: 1 for two subspaces, 0 if both read
+alike. Some of it comes from
 choosing: rows of noise say how much.
 """
 

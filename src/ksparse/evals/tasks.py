@@ -6,8 +6,7 @@
                     (ksparse.suites)
 
 Half of a task's rows are for training. Rows of one document, or of the same text, are on one side,
-and are one cluster for
-standard errors.
+and are one cluster for standard errors.
 """
 
 from __future__ import annotations

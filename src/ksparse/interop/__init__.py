@@ -77,7 +77,7 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 
 def _load(path: Path) -> SAE:
     if not _is_ours(path):
-        for name, form in FORMATS.items():
+        for form in FORMATS.values():
             place = form.find(path)
             if place is not None:
                 return _read(form, place)

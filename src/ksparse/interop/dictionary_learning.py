@@ -14,14 +14,12 @@
 | k | k | | | | Matryoshka: k |
 
 AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by
-what they had, so it is here too. What is written for
-ReLU is an AutoEncoder where rows have norm 1, else an AutoEncoderNew. Matryoshka's groups only
-matter in training; it is read and not written.
-The constant of `dataset` goes into biases and thresholds, latents are then in the activations'
-unit, and decoder rows keep their norm.
-A backup from the midst of a run holds {ae, norm_factor, …}: the SAE of activations that are divided
-by that factor.
-"""
+what they had, so it is here too. What is written for ReLU is an AutoEncoder where rows have norm 1,
+else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written. The
+constant of `dataset` goes into biases and thresholds, latents are then in the activations' unit,
+and decoder rows keep their norm. A backup from the midst of a run holds {ae, norm_factor, …}: the
+SAE of activations that are divided by that factor.
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

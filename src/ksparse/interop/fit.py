@@ -8,7 +8,7 @@ stay what they are.
 | batch_topk, relu | jump_relu | exact in use: a threshold for each latent |
 | unit_norm | layer_norm | when asked: layer_norm divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation |
 | unit_norm, layer_norm, constant_norm | none | when asked: whoever uses the SAE normalises |
-"""
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

@@ -67,10 +67,8 @@ class Settings:
             found = float(found)
         if (
             not isinstance(found, kind)
-            or (isinstance(found, bool)
-            and kind is not bool)
-            or (kind is int
-            and abs(found) >= 2**63)
+            or (isinstance(found, bool) and kind is not bool)
+            or (kind is int and abs(found) >= 2**63)
         ):
             raise InputError(
                 f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
@@ -365,8 +363,7 @@ def no_scaling(weights: Weights) -> None:
 
 def unit_rows(W_dec: Tensor) -> bool:
     """Return whether decoder rows have norm 1, so that multiplying by their norms changes
-    nothing.
-    """
+    nothing."""
     return bool(((W_dec.norm(dim=1) - 1).abs() <= 1e-6).all())
 
 

@@ -11,10 +11,9 @@
 | threshold[n] | threshold[n] |
 
 Some releases write the names in lower case. Those of embeddings (a folder `embedding`) are for
-embeddings times sqrt(d): W_enc / sqrt(d), W_dec sqrt(d).
-The site is in the path: layer_L/width_W/average_l0_X of a repository for the residual stream (our
-resid_post.L), the attention heads' outputs before their
-projection, or the MLP after Gemma's norm behind it.
+embeddings times sqrt(d): W_enc / sqrt(d), W_dec sqrt(d). The site is in the path:
+layer_L/width_W/average_l0_X of a repository for the residual stream (our resid_post.L), the
+attention heads' outputs before their projection, or the MLP after Gemma's norm behind it.
 """
 
 from __future__ import annotations

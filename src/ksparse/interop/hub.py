@@ -179,7 +179,7 @@ def card(
         "import ksparse",
         "",
         f'sae = ksparse.load("{repository}"{where})',
-        f"code = sae.encode(x)   # raw activations x[..., {shape.d_model}]; the SAE normalises them",
+        f"code = sae.encode(x)   # raw x[..., {shape.d_model}]; the SAE normalises it",
         "```",
         "",
     ]

@@ -12,11 +12,10 @@
 | factor | dataset_average_activation_norm.SITE | sqrt(d) over it, with norm_activation dataset-wise |
 
 norm_activation inference is our none, token-wise our constant_norm. batch-wise and batchtopk depend
-on what else is in the batch and are refused.
-A TopK that chooses by value times decoder norm is read with unit rows, so that its latents are
-multiplied by the norms they had: reconstructions stay,
+on what else is in the batch and are refused. A TopK that chooses by value times decoder norm is
+read with unit rows, so that its latents are multiplied by the norms they had: reconstructions stay,
 latents' units change.
-"""
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

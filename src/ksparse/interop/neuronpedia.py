@@ -8,10 +8,9 @@ import takes.
     FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
 
 Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones
-among all where a latent fires, as one bin. Logits are
-those of the direction alone: decoder row x final norm's weight x unembedding. What needs
-activations of other latents or channels at the same time
-(correlated_*) is empty.
+among all where a latent fires, as one bin. Logits are those of the direction alone: decoder row x
+final norm's weight x unembedding. What needs activations of other latents or channels at the same
+time (correlated_*) is empty.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ v5: TopK).
 | activation | activation: TopK or ReLU |
 
 Their state_dict holds k and postact_fn a second time, as activation.k and activation.postact_fn,
-since the activation is a module too.
-The statistics stats_last_nonzero, latents_activation_frequency and latents_mean_square [n] change
-nothing; they are written as zeros.
+since the activation is a module too. The statistics stats_last_nonzero,
+latents_activation_frequency and latents_mean_square [n] change nothing; they are written as zeros.
 """
 
 from __future__ import annotations

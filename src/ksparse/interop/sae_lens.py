@@ -14,7 +14,7 @@ before.
 | r_mag[n], b_mag[n] | r_mag[n], b_mag[n] of gated | |
 
 What we write centres the input, so every number is carried as it is.
-"""
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

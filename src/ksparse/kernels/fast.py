@@ -1,8 +1,7 @@
 """The sparse operations at the speed of plain torch, on any device: no loop, no [b, k, d] tensor.
 
 An embedding bag reads rows and sums them in one pass, forward over the tokens' latents and backward
-over the
-latents' tokens (the transposed lists, from one sort).
+over the latents' tokens (the transposed lists, from one sort).
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
     the k best in them.
 
     Each of the k largest lies in one of the k groups with the largest maxima, since every group
-    ahead of its own
-    holds a value at least as large. Reads the matrix once instead of sorting in it.
+    ahead of its own holds a value at least as large. Reads the matrix once instead of sorting in
+    it.
     """
     n = pre_acts.shape[-1]
     if k == 0 or n % _GROUP or n < 8 * _GROUP * k or pre_acts.device.type != "cpu":

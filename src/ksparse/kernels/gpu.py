@@ -7,9 +7,8 @@ ever reaches memory.
     Adam, norm, average in one pass
 
 The interface is that of `reference`; sums are in float32 (float64 for float64), in an order that
-does not depend on timing: results repeat bit for bit.
-Without Triton this module can still be imported, `available()` is then False. With
-TRITON_INTERPRET=1 the kernels take tensors of the CPU.
+does not depend on timing: results repeat bit for bit. Without Triton this module can still be
+imported, `available()` is then False. With TRITON_INTERPRET=1 the kernels take tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -176,8 +175,8 @@ def _candidates(
         score = tl.where((columns < n)[None, :], score, float("-inf"))
 
     # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row
-    # of the accumulator (wgmma, mma), so that the
-    # maxima need no exchange between threads. In any other layout this is right too, only slower.
+    # of the accumulator (wgmma, mma), so that the maxima need no exchange between threads. In any
+    # other layout this is right too, only slower.
     score = tl.reshape(
         tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]),
         [TOKENS, 4, LATENTS // 4],
@@ -230,8 +229,7 @@ def topk_encode(
     bias[n], in no particular order.
 
     Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity,
-    -inf as the lowest float32.
-    Raise ValueError for k > n.
+    -inf as the lowest float32. Raise ValueError for k > n.
     """
     tile = tile or (FLOAT32_TILE if weight.dtype == torch.float32 else TILE)
     (b, n), buckets = (len(x), len(weight)), 4 * -(-len(weight) // tile.latents)
@@ -258,13 +256,11 @@ def topk_encode(
     indices = _latents(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
 
     # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is
-    # not among the k chosen, k others are at least as
-    # large, and so nothing the bucket dropped is needed. If it is, the dropped ones are computed
-    # and compete with the chosen: candidates are only
-    # added, so the k-th value only rises, no other bucket's last kept value comes in, and once is
-    # enough. Padding (-inf) is never in the result:
-    # as long as one is chosen, some bucket with dropped latents has all its kept ones chosen, and k
-    # <= n latents are above it.
+    # not among the k chosen, k others are at least as large, and so nothing the bucket dropped is
+    # needed. If it is, the dropped ones are computed and compete with the chosen: candidates are
+    # only added, so the k-th value only rises, no other bucket's last kept value comes in, and once
+    # is enough. Padding (-inf) is never in the result: as long as one is chosen, some bucket with
+    # dropped latents has all its kept ones chosen, and k <= n latents are above it.
     suspect = chosen % kept == kept - 1
     token, j = suspect.nonzero(as_tuple=True)
     if len(token):
@@ -620,8 +616,8 @@ def choose(
     + bias, in float32, of c candidates; largest first.
 
     spread is the root mean square of what values differ by from scores[b, c], among the k of the
-    best scores. A candidate whose score is
-    `margin` spreads below the least of those k values is not computed. NaN counts as the largest.
+    best scores. A candidate whose score is `margin` spreads below the least of those k values is
+    not computed. NaN counts as the largest.
     """
     (b, c), d = latents.shape, weight.shape[1]
     if c > MOST_CANDIDATES:
@@ -840,7 +836,7 @@ def _parts(
             _segment(order, values, x, begin, end, columns, k, d, ROWS, COLUMNS, SUM),
             columns < d,
         )
-        if MEASURED:
+        if MEASURED:  # noqa: SIM102 (settled when the kernel is compiled)
             if tl.program_id(1) == 0:
                 tl.store(part_sums + part, _weight(order, weights, begin, end, SUM))
 
@@ -866,8 +862,7 @@ def _rows(
     MEASURED: tl.constexpr,
 ):
     """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK,
-    from those before and after its parts and from these in
-    their order. No atomics."""
+    from those before and after its parts and from these in their order. No atomics."""
     latent, columns = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
@@ -1026,8 +1021,7 @@ def _adam_row(
     COLUMNS: tl.constexpr,
 ):
     """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have
-    weight and gradient 0 and a second moment of 1: they stay at 0
-    whatever eps is."""
+    weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
     clip, columns = tl.load(clip_at), tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
     w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
@@ -1113,11 +1107,10 @@ def adam_rows_(
     as native.cpp's ks_update.
 
     In this order: take the gradient's part along the row off (`project`), times `clip`, moments
-    `first` and `second`, step, norm 1 (`unit_norm`),
-    average += (weight - average) * (1 - decay), the copies `half` in bfloat16 and `whole` in int8
-    with scale[n]. Where `clip` is NaN nothing is changed; as a
-    float32 tensor of one number it need not be known yet. Raise ValueError where a tensor is not
-    contiguous or not [n, d].
+    `first` and `second`, step, norm 1 (`unit_norm`), average += (weight - average) * (1 - decay),
+    the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` is NaN nothing is
+    changed; as a float32 tensor of one number it need not be known yet. Raise ValueError where a
+    tensor is not contiguous or not [n, d].
     """
     for name, tensor in {
         "weight": weight,

@@ -2,8 +2,7 @@
 comes with torch for CUDA (NVRTC).
 
 Triton's kernels (`screen`) do the same on other GPUs. They go through memory, since they cannot
-branch on one number, and share no copies between
-processors; both is what this kernel is for.
+branch on one number, and share no copies between processors; both is what this kernel is for.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def candidates(
     In no particular order; dropped bounds the scores of all others, and is infinite for a token
     with fewer than c scores (NaN).
     """
-    (b, d), n, device = x.shape, len(weight), x.device
+    b, n, device = len(x), len(weight), x.device
     blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
     parts = _parts(
         blocks,

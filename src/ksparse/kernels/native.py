@@ -2,10 +2,9 @@
 the user's cache.
 
 It is not in the wheel, because code for any processor would leave out what most of them can do, and
-because a wheel that carried it
-would be one for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load` returns None
-and everything runs on plain torch.
-Where others may have written to the cache it is built anew in each process, or theirs might be run.
+because a wheel that carried it would be one for each platform. Without a compiler, or with
+KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch. Where others may have
+written to the cache it is built anew in each process, or theirs might be run.
 """
 
 from __future__ import annotations

@@ -6,10 +6,8 @@ computes their exact values and chooses among them.
     largest, and a bound on all others
 
 A key is a float32 as an integer of the same order whose lowest bits say where in its bucket it is
-from: one maximum finds both, and what is kept of
-a bucket is 4 bytes. The price is the score's last bits, 2^-17 of it with buckets of 64; a screen is
-far coarser than that. Buckets are those of
-`gpu`.
+from: one maximum finds both, and what is kept of a bucket is 4 bytes. The price is the score's last
+bits, 2^-17 of it with buckets of 64; a screen is far coarser than that. Buckets are those of `gpu`.
 """
 
 from __future__ import annotations

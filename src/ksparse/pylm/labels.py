@@ -4,10 +4,9 @@ library knows.
     source ─▶ tokenize, ast, symtable ─▶ marks: {name: bool[characters]} ─▶ labels[tokens, 61]
 
 A mark is a set of characters. Each task has one under its own name, and each population of tokens
-one under its phrase: the label
-is 1 where both hold, 0 where only the population does, -1 elsewhere. Names inside f-strings are
-text, not identifiers, because
-Python 3.11 cannot say where they are.
+one under its phrase: the label is 1 where both hold, 0 where only the population does, -1
+elsewhere. Names inside f-strings are text, not identifiers, because Python 3.11 cannot say where
+they are.
 """
 
 from __future__ import annotations
@@ -190,7 +189,23 @@ _SPELLED: dict[str, dict[str, Callable[[str], object]]] = {
         }.__contains__,  # less stars and slashes that are no operators
         "comparison_operator": {"<", ">", "<=", ">=", "==", "!="}.__contains__,
         "assignment_operator": set(
-            ["=", ":=", "+=", "-=", "*=", "/=", "//=", "%=", "**=", "@=", "&=", "|=", "^=", "<<=", ">>="]
+            [
+                "=",
+                ":=",
+                "+=",
+                "-=",
+                "*=",
+                "/=",
+                "//=",
+                "%=",
+                "**=",
+                "@=",
+                "&=",
+                "|=",
+                "^=",
+                "<<=",
+                ">>=",
+            ]
         ).__contains__,  # less "=" of an argument or a default
     },
     "brackets": {"closing_bracket": {")", "]", "}"}.__contains__},
@@ -238,10 +253,9 @@ def labels(source: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     the task's population.
 
     offsets are the tokens' character spans [start, end) in source. A token has the label of its
-    first character that is not white
-    space, or of its last character if it is nothing but white space; an empty span, or a byte order
-    mark, has -1 everywhere.
-    Raise ValueError if Python cannot parse the source.
+    first character that is not white space, or of its last character if it is nothing but white
+    space; an empty span, or a byte order mark, has -1 everywhere. Raise ValueError if Python cannot
+    parse the source.
     """
     text, place = _normalise(source)
     marks = _mark(text)
@@ -524,11 +538,8 @@ def _mark_operator(code: _Code, number: int) -> None:
         return
     behind = code.tokens[number - 1]
     binary = not code.marks["begins_line"][token.start] and _ends_operand(behind)
-    if (
-        (token.text == "@"
-        and not binary)
-        or (token.text == "*"
-        and behind.text in {"import", "except"})
+    if (token.text == "@" and not binary) or (
+        token.text == "*" and behind.text in {"import", "except"}
     ):
         return
     _mark_spelling(code, "operators", token)

@@ -1,10 +1,8 @@
 """The text of the built-in subject: the standard library of the running interpreter.
 
 Nothing is copied: the files are read where Python keeps them. A fixed hash of each file's path
-decides its
-split, and the same hash orders the documents, so any prefix of a split is an unbiased sample of it
-and a
-file never changes sides between machines or Python versions.
+decides its split, and the same hash orders the documents, so any prefix of a split is an unbiased
+sample of it and a file never changes sides between machines or Python versions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Numbers -> what a run should show if its SAE is any good, and whether it does.
 
 A Claim has a margin: above zero where the claim holds. It holds, or does not, where the margin is
-two standard errors from zero.
-A new claim is an entry in CLAIMS; one whose evaluation has not been run is not on the page.
+two standard errors from zero. A new claim is an entry in CLAIMS; one whose evaluation has not been
+run is not on the page.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Data -> SVG. Each function returns a Picture, or None where the run has nothing to draw.
 
 matplotlib draws on its own Figure objects, without pyplot and with its default settings whatever
-the user's are. Colours
-are drawn as fixed values; on the page they become the page's variables, so that figures follow its
-light and dark.
+the user's are. Colours are drawn as fixed values; on the page they become the page's variables, so
+that figures follow its light and dark.
 """
 
 from __future__ import annotations
@@ -246,7 +245,8 @@ def density(edges: list[float], counts: list[int], uniform: float) -> Picture | 
         "How often latents fire",
         "Live latents by density, on a logarithmic axis. The line is k / n, where all would be if "
         "they fired alike. "
-        "A hump at the far left is latents that hardly live; one near 1 is latents that say little.",
+        "A hump at the far left is latents that hardly live; one near 1 is latents that say "
+        "little.",
         f"{sum(counts):,} live latents; the commonest density is about "
         f"{percent(10 ** edges[peak])} of tokens.",
     )
@@ -684,7 +684,8 @@ def _say(svg: str) -> str:
         )
 
     svg = re.sub(
-        rf"{group}(?:<defs>.*?</defs>\s*)?<g[^>]*>\s*<use [^>]*?x={number} y={number}[^>]*/>\s*</g>\s*</g>",
+        rf"{group}(?:<defs>.*?</defs>\s*)?<g[^>]*>\s*"
+        rf"<use [^>]*?x={number} y={number}[^>]*/>\s*</g>\s*</g>",
         titled('circle cx="{1}" cy="{2}" r="4.5"'),
         svg,
         flags=re.DOTALL,

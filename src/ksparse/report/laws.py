@@ -43,7 +43,7 @@ def compute(
         return None
     with canvas(size=(5.2, 3.7)) as (figure, axes):
         runs, sizes = curves["run"][of], curves["n"][of]
-        for strength, mark, n in _series(np.unique(sizes)):
+        for strength, _, n in _series(np.unique(sizes)):
             for i, run in enumerate(np.unique(runs[sizes == n])):
                 chosen = of.nonzero()[0][runs == run]
                 chosen = chosen[np.argsort(curves["c"][chosen])]
@@ -188,7 +188,10 @@ def trends(laws: dict[str, Law]) -> Picture | None:
     with canvas(rows=len(shown), size=(5.2, 0.4 + 2.4 * len(shown))) as (figure, panels):
         for (name, label), axes in zip(shown, panels):
             _points_and_lines(
-                axes, laws[name], "k", lambda k: f"k = {k:g}" if name == shown[0][0] else None
+                axes,
+                laws[name],
+                "k",
+                lambda k, name=name: f"k = {k:g}" if name == shown[0][0] else None,
             )
             _logs(
                 axes,

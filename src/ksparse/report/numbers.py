@@ -145,7 +145,8 @@ GROUPS = (
                 "l0",
                 "number",
                 _k,
-                "Values above zero per token. Less than k where a chosen latent has nothing to say.",
+                "Values above zero per token. Less than k where a chosen latent has nothing to "
+                "say.",
             ),
             Row(
                 "Dead latents",
@@ -259,7 +260,8 @@ GROUPS = (
                 "gain_over_random_sae",
                 "number",
                 "0: as many random directions do as well",
-                "The same against an untrained SAE of the same size. This is what training brought.",
+                "The same against an untrained SAE of the same size. This is what training "
+                "brought.",
             ),
             Row(
                 "Probe loss, in sample",

@@ -121,18 +121,6 @@ class Source:
         words = self.text_of(name)
         return words.partition(",")[0] if words in SPLITS.values() else "another text"
 
-    def text_of(self, name: str) -> str:
-        """Say which text a result is of, as far as training is concerned."""
-        result = self.result(name) or {}
-        if result.get("text") not in (None, self.recipe.acts.text):
-            return f"text of {result['text']}, which is not what it was trained on"
-        return SPLITS.get(split_of(result), "text of an unknown side")
-
-    def brief_text_of(self, name: str) -> str:
-        """Return the same in two or three words."""
-        words = self.text_of(name)
-        return words.partition(",")[0] if words in SPLITS.values() else "another text"
-
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
         return number((self.result(name) or {}).get(key))

@@ -4,9 +4,8 @@
     values of those, with gradient
 
 Selection has no gradient, values do. In training more latents than the active ones may count
-(`reach`): a whole batch decides for BatchTopK, JumpReLU's
-thresholds also see what is just below them. A kind's own tensors (`own`) lie in the autoencoder
-beside `b_enc`, under their names.
+(`reach`): a whole batch decides for BatchTopK, JumpReLU's thresholds also see what is just below
+them. A kind's own tensors (`own`) lie in the autoencoder beside `b_enc`, under their names.
 
 | kind | value z of p = the product, a = p + b_enc | own tensors |
 |---|---|---|
@@ -16,7 +15,7 @@ beside `b_enc`, under their names.
 | jump_relu | a where a > threshold | threshold[n] |
 | gated | ReLU(exp(r_mag) p + b_mag) where a > 0 | r_mag[n], b_mag[n] |
 | prolu | p where a > 0 and p > 0 | |
-"""
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

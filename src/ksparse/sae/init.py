@@ -26,12 +26,10 @@ def initialize_(
     b_pre: center(sample, options.b_pre_init), where that has been computed before.
 
     Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and
-    are free later.
-    With init_scale 'recon' the encoder is scaled so that, on the sample, reconstructions have the
-    norm of their inputs,
-    b_pre taken off both. (The official code measures this on random unit vectors; the data are
-    nearer to what counts.)
-    Thresholds start where k latents are active on the sample, or where the recipe says.
+    are free later. With init_scale 'recon' the encoder is scaled so that, on the sample,
+    reconstructions have the norm of their inputs, b_pre taken off both. (The official code measures
+    this on random unit vectors; the data are nearer to what counts.) Thresholds start where k
+    latents are active on the sample, or where the recipe says.
     """
     sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
     for name in ("b_enc", *sae.activation.own):
@@ -72,8 +70,7 @@ def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float 
     iteration in float64.
 
     A point that the iterate falls on holds it unless the others pull harder (Vardi & Zhang 2000):
-    an infinite weight
-    would hold it in any case.
+    an infinite weight would hold it in any case.
     """
     points64 = points.cpu().double()  # not every device has float64
     median = points64.mean(0)

@@ -1,9 +1,8 @@
 """The k-sparse autoencoder as a plain nn.Module: no mesh, no files, no logging.
 
 Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents
-first. TopK is one of several activations
-(`ksparse.sae.activations`); codes of the others are as wide as the batch's largest number of active
-latents.
+first. TopK is one of several activations (`ksparse.sae.activations`); codes of the others are as
+wide as the batch's largest number of active latents.
 """
 
 from __future__ import annotations
@@ -124,10 +123,8 @@ class SAE(nn.Module):
 
     or another activation in the place of TopK, which may have tensors of its own (`keys`).
     `encode`, `decode`, `pre_acts` and `forward` take and give raw activations. Below them is the
-    equation
-    itself, on normalised activations: `encode_normalized`, `decode_normalized`,
-    `pre_acts_normalized`, and
-    `activate`, `code`, `products` and `decoder`, which training calls.
+    equation itself, on normalised activations: `encode_normalized`, `decode_normalized`,
+    `pre_acts_normalized`, and `activate`, `code`, `products` and `decoder`, which training calls.
     `metadata` says what it was trained on; it is saved with the weights and may be empty.
     """
 
@@ -197,10 +194,9 @@ class SAE(nn.Module):
         decode(encode(x)) is self(x).
 
         A normalisation of each activation takes off what a code alone cannot know, so with
-        unit_norm,
-        layer_norm and constant_norm the code must be one that `encode` gave, or such a code with
-        other
-        values or latents (`code._replace(values=…)`). Raises InputError for any other.
+        unit_norm, layer_norm and constant_norm the code must be one that `encode` gave, or such a
+        code with other values or latents (`code._replace(values=…)`). Raises InputError for any
+        other.
         """
         recon = self.decode_normalized(code)
         if self.shape.normalize in PER_ACTIVATION:

@@ -9,10 +9,9 @@
 | none | as it is | - |
 
 With the first three, mean and scale of each activation pass around the autoencoder and are given
-back, so errors before and after
-`restore` are different numbers, and results say which they are. layer_norm gives back the deviation
-without the 1e-5, as all who use it do.
-"""
+back, so errors before and after `restore` are different numbers, and results say which they are.
+layer_norm gives back the deviation without the 1e-5, as all who use it do.
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ class SlicedSAE(SAE):
 
 def narrowed(kept: Tensor, *parts: Tensor) -> list[Tensor]:
     """Return kept[b, m] and what goes with it [b, m] as wide as the largest number kept of a token,
-    all of these in it: about m / slices, so that
-    decoding and gradients cost a slice its share and not the whole."""
+    all of these in it: about m / slices, so that decoding and gradients cost a slice its share and
+    not the whole."""
     width = min(kept.shape[1], max(1, int(kept.sum(1).max()))) if len(kept) else 0
     chosen = kept.float().topk(width, dim=1, sorted=False).indices
     return [part.gather(1, chosen) for part in (kept, *parts)]

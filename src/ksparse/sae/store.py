@@ -2,8 +2,7 @@
 sae.json (its shape and what it was trained on).
 
 Where several processes wrote it, each left its rows in a file of its own: sae.0-of-2.safetensors,
-sae.1-of-2.safetensors. `rows_of` reads any
-range of latents from either.
+sae.1-of-2.safetensors. `rows_of` reads any range of latents from either.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ def write_shape(shape: Shape, metadata: dict[str, Any], folder: Path) -> None:
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with
-    sae.safetensors, or a Hub
-    repository with such a folder."""
+    sae.safetensors, or a Hub repository with such a folder."""
     folder = locate(source, revision=revision, subfolder=subfolder)
     run = RunFolder(folder)
     if run.exists():

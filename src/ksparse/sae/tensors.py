@@ -12,8 +12,7 @@ all of them.
     weights.all({"W_enc": (n, d), …})     all that there should be, and no others
 
 A tensor that is missing, of another shape, not of floating-point numbers, or not finite is refused
-by its name. Shape and
-type are looked at before memory is taken.
+by its name. Shape and type are looked at before memory is taken.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ class Weights:
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a tensor with one element as a number; `default`, if given, where there is
-        none.
-        """
+        none."""
         if key not in self._tensors and default is not None:
             return default
         if math.prod(self.stored(key).shape) != 1:
@@ -195,7 +193,7 @@ def views(file: Path) -> dict[str, tuple[Stored, Callable[[slice], Tensor]]]:
     """Return each tensor of a safetensors file, and how to read some of its rows."""
     with reading(file):
         held = safe_open(file, framework="pt")
-        return {key: _view(file, held, key) for key in held.keys()}
+        return {key: _view(file, held, key) for key in held.keys()}  # noqa: SIM118 (a safetensors file is no dictionary)
 
 
 def _view(file: Path, held: Any, key: str) -> tuple[Stored, Callable[[slice], Tensor]]:

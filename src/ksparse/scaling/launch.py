@@ -37,9 +37,8 @@ class Launch(Options):
 
     launcher: Literal["here", "processes", "local", "slurm"] = "here"
     """here: one cohort after another in this process. processes: in processes of this machine.
-    slurm: as jobs of a Slurm cluster, through
-    submitit (pip install 'ksparse[slurm]'). local: submitit's own stand-in for a cluster, on this
-    machine."""
+    slurm: as jobs of a Slurm cluster, through submitit (pip install 'ksparse[slurm]'). local:
+    submitit's own stand-in for a cluster, on this machine."""
     workers: int = 1
     """Cohorts that run at the same time; runs are dealt to at least so many. Not for `here`."""
     memory_gb: float = 0.0

@@ -288,9 +288,8 @@ class Law:
         if self.foretelling.error is not None:
             said.append(
                 f"Fitted without {self.foretelling.variable} "
-                f"{'≥ ' if self.foretelling.variable == 'c' else '= '}{_short(self.foretelling.value)}, "
-                ""
-                ""
+                f"{'≥' if self.foretelling.variable == 'c' else '='} "
+                f"{_short(self.foretelling.value)}, "
                 "it foretells those points with a mean error of "
                 f"{_percent(self.foretelling.error)}, at most "
                 f"{_percent(self.foretelling.largest)}."

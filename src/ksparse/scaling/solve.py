@@ -12,8 +12,7 @@ intervals.
     interval_at(fit, rows)         of log L at other points, from the slopes
 
 The second term is an exponential, so it cannot be negative; where the data have none, its exponent
-falls until the term is `NOTHING`
-of the smallest loss, and its coefficients have no lower bound.
+falls until the term is `NOTHING` of the smallest loss, and its coefficients have no lower bound.
 """
 
 from __future__ import annotations

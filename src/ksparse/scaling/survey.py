@@ -14,6 +14,7 @@ optimal   where along them the best n goes over to the next: (C, geometric mean 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -429,7 +430,7 @@ def crossings(frontier: Columns) -> dict[str, np.ndarray]:
         sizes = np.unique(n)
         found += [
             (math.sqrt(c[n <= small].max() * c[n >= large].min()), k, math.sqrt(small * large))
-            for small, large in zip(sizes, sizes[1:])
+            for small, large in itertools.pairwise(sizes)
         ]
     return dict(zip(("c", "k", "n"), np.array(found, float).T)) if found else {}
 

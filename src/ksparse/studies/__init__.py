@@ -7,8 +7,8 @@
     recipe      what each part of the recipe is good for: dead latents along training, and the error
 
 `run(name, options)` leaves a folder: runs/MEMBER (ordinary runs), study.json (what was asked, each
-member's numbers, figures as data, findings). The
-report draws it. A study that was interrupted goes on.
+member's numbers, figures as data, findings). The report draws it. A study that was interrupted goes
+on.
 """
 
 from __future__ import annotations

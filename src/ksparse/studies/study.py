@@ -10,6 +10,8 @@ Figures are data (`Figure`), drawn by the report; findings are sentences with nu
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import logging
 import math
 import re
@@ -177,14 +179,17 @@ class Study:
                 None,
                 names,
                 options,
-                observe=lambda what, done, total: self.observe(
-                    f"judging {first + 1} to {first + len(some)} of {len(missing)}", done, total
+                observe=functools.partial(
+                    self._judging, f"judging {first + 1} to {first + len(some)} of {len(missing)}"
                 ),
             )
             for member in some:
                 evals.write(self.run(member), results[member])
                 found[member] = {name: dict(results[member][name]) for name in names}
         return found
+
+    def _judging(self, which: str, what: str, done: int, total: int) -> None:
+        self.observe(which, done, total)
 
     def _judged(self, member: str, name: str, options: EvalOptions) -> dict[str, Any] | None:
         try:
@@ -259,7 +264,7 @@ def between(curve: Curve, x: float) -> tuple[float, float] | None:
         for a, b, c in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x))
         if a and b and a > 0 and b > 0
     ]
-    for (x0, y0, s0), (x1, y1, s1) in zip(rows, rows[1:]):
+    for (x0, y0, s0), (x1, y1, s1) in itertools.pairwise(rows):
         if x0 <= x <= x1:
             share = (math.log(x / x0) / math.log(x1 / x0)) if x1 > x0 else 0.0
             y = math.exp((1 - share) * math.log(y0) + share * math.log(y1))

@@ -1,8 +1,8 @@
 """The paper's tasks -> a folder of them: build().
 
 Tasks of one source are made from one reading of it. A source that fails is written down with its
-reason and never stops the rest. A finished
-task is kept when the same command is run again; index.json says how each was made:
+reason and never stops the rest. A finished task is kept when the same command is run again;
+index.json says how each was made:
     {"format": 1,
      "tasks": {TASK: {rows, positive, source, revision, licence, template, label, position, seed,
      sha256, settings}},
@@ -89,9 +89,9 @@ def build(
     """Make every task of the paper that can be made, as a suite in `folder`.
 
     text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or
-    'OWNER/NAME:CONFIG') with a column 'text', or a file or
-    folder here; `documents` of it are read. local: folders that stand in for data sets of the Hub
-    (ksparse.suites.sources). only: these tasks.
+    'OWNER/NAME:CONFIG') with a column 'text', or a file or folder here; `documents` of it are read.
+    local: folders that stand in for data sets of the Hub (ksparse.suites.sources). only: these
+    tasks.
     """
     plan = Plan(Path(folder), rows, seed, text, documents, Path(local) if local else None)
     asked = _asked(only)

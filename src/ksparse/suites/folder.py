@@ -2,9 +2,8 @@
 "label": 0 | 1}.
 
 Rows may have more keys, labels may be true and false; other files in the folder (index.json) are no
-tasks.
-A file is checked whole when it is read, because a wrong label in row 900 would otherwise only show
-as a slightly worse probe.
+tasks. A file is checked whole when it is read, because a wrong label in row 900 would otherwise
+only show as a slightly worse probe.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 each.
 
 The paper gives names and citations. Templates, labels, balance, splits, sizes and the probed token
-are choices of ours, and docs/probes.md says
-so; its table is made by table(). Of sources whose place on the Hub has changed or may change,
-several are tried in order.
+are choices of ours, and docs/probes.md says so; its table is made by table(). Of sources whose
+place on the Hub has changed or may change, several are tried in order.
 """
 
 from __future__ import annotations

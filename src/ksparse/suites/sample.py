@@ -2,9 +2,8 @@
 whatever their order.
 
 A text's rank is a hash of (seed, task, text). Of each group (the texts made from one question) one
-label is taken, decided by the group's
-own hash, and of its texts the one of lowest rank. Of each label the lowest ranks are taken, as
-evenly as possible from each kind.
+label is taken, decided by the group's own hash, and of its texts the one of lowest rank. Of each
+label the lowest ranks are taken, as evenly as possible from each kind.
 """
 
 from __future__ import annotations

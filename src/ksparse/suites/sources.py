@@ -7,9 +7,8 @@ are in
 or in several such files, SPLIT-00000-of-00002.EXT …; EXT is jsonl, jsonl.gz, csv, tsv or parquet.
 
 On the Hub, the repository is read first as it is, then as the Hub's own conversion to parquet
-(branch refs/convert/parquet), because many of
-these repositories hold a script, which `datasets` no longer runs. Code from a repository is never
-run.
+(branch refs/convert/parquet), because many of these repositories hold a script, which `datasets` no
+longer runs. Code from a repository is never run.
 """
 
 from __future__ import annotations
@@ -100,8 +99,8 @@ def check_hub() -> None:
 def _joined(
     parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    for config, rows in parts:
-        for row in islice(rows, each):
+    for config, group in parts:
+        for row in islice(group, each):
             yield config, row
 
 
@@ -136,7 +135,8 @@ def _as_it_is(datasets: Any, source: Source, part: Part, revision: str) -> Any:
 
 
 def _as_converted(datasets: Any, source: Source, part: Part, revision: str) -> Any:
-    files = f"hf://datasets/{source.repo}@{revision}/{part.config or source.converted}/{part.split}/*.parquet"
+    folder = f"{source.repo}@{revision}/{part.config or source.converted}/{part.split}"
+    files = f"hf://datasets/{folder}/*.parquet"
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 

@@ -1,9 +1,8 @@
 """From one row of a data set to texts with a label. Every template is f(config, row) -> pairs.
 
 Where a question has several answers, all of them are offered as pairs of one group, of which a
-sample takes one: so the same question is
-never seen with its right and with a wrong answer, and neither a question nor the number of its
-answers says anything about the label.
+sample takes one: so the same question is never seen with its right and with a wrong answer, and
+neither a question nor the number of its answers says anything about the label.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ksparse.errors import InputError
+from ksparse.rows import columns, shown
 from ksparse.suites.sample import Pair, rank
 
 Row = Mapping[str, Any]
@@ -44,10 +44,7 @@ def _cell(row: Row, *names: str) -> Any:
             if row[name] is None or row[name] == "":
                 raise Blank(name)
             return row[name]
-    raise InputError(
-        f"no column {' or '.join(map(repr, names))} in a row, only "
-        f"{', '.join(map(str, row)) or 'nothing'}"
-    )
+    raise InputError(f"no column {' or '.join(map(repr, names))} in a row, only {columns(row)}")
 
 
 def _text(row: Row, *names: str) -> str:
@@ -68,7 +65,9 @@ def _number(row: Row, *names: str) -> int:
             else int(value)
         )
     except (TypeError, ValueError):
-        raise InputError(f"the column {names[0]!r} holds {value!r}, not a number") from None
+        raise InputError(
+            f"the column {names[0]!r} holds {shown(repr(value))}, not a number"
+        ) from None
 
 
 def _labelled(text: str, label: int, group: str = "") -> Iterator[Pair]:

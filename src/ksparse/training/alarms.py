@@ -8,8 +8,8 @@ die.
                   the last alarm of this kind
 
 The share counts from 2 x dead_after tokens on: before, it rises from zero in every run. After an
-alarm its kind is silent for 100 steps; the next
-one says how many steps would have called in between. Nothing of this changes what is trained.
+alarm its kind is silent for 100 steps; the next one says how many steps would have called in
+between. Nothing of this changes what is trained.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Alarms:
                 "alarm": "dead_growth",
                 "value": share,
                 "limit": self.lowest + growth,
-                "says": f"the share of dead latents has risen from {self.lowest:.0%} to {share:.0%}",
+                "says": "the share of dead latents has risen "
+                f"from {self.lowest:.0%} to {share:.0%}",
             }
             self.lowest = share
 

@@ -8,9 +8,9 @@
     manifest.json               SHA-256 sums of the others
 
 Where the latents are cut into slices, each process writes the rows of its own
-(sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same
-folder, which the first process commits once all are there. Any mesh reads what any mesh wrote: the
-rows that it wants, from whichever files hold them.
+(sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same folder, which the first process
+commits once all are there. Any mesh reads what any mesh wrote: the rows that it wants, from
+whichever files hold them.
 
 There is no random state: after initialisation nothing is drawn, and the data's order is a function
 of seed and cursor.

@@ -10,8 +10,8 @@ time. Arithmetic, no torch.
     largest(case, devices)               how many latents fit
 
 n latents, d = d_model, k, a batch of b tokens on D x L ranks: each has n / L latents and b / D
-tokens. The formulas are in docs/scaling-out.md, line by line;
-memory is added up as if all parts were there at once, and time as if nothing overlapped.
+tokens. The formulas are in docs/scaling-out.md, line by line; memory is added up as if all parts
+were there at once, and time as if nothing overlapped.
 """
 
 from __future__ import annotations
@@ -464,8 +464,8 @@ def _screened(case: Case, rank: Rank) -> bool:
     """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection
     holds to about its speed."""
     screen = case.recipe.optim.screen
-    return (
-        (rank.step == "triton" and screen != "off") or (rank.step == "native" and screen == "bfloat16")
+    return (rank.step == "triton" and screen != "off") or (
+        rank.step == "native" and screen == "bfloat16"
     )
 
 
@@ -493,8 +493,7 @@ def _row_bytes(case: Case, rank: Rank) -> int:
     return (
         24 + average + 4 + 36
         # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half
-        # of
-        # the weights renormalised
+        # of the weights renormalised
     )
 
 

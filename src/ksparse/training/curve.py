@@ -2,9 +2,8 @@
 whether it still falls.
 
 The loss is normalised MSE: squared error over that of predicting the mean of the same held-out
-activations, float64 sums divided once; with the raw
-weights and with their average, since early averages are worse (Gao et al. 2024, A.5). The smaller
-of the two is what laws are fitted to.
+activations, float64 sums divided once; with the raw weights and with their average, since early
+averages are worse (Gao et al. 2024, A.5). The smaller of the two is what laws are fitted to.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def converged(rows: Sequence[dict[str, Any]], curve: Curve) -> bool:
     """Return whether the loss falls by less than `curve.converged` for a doubling of the tokens.
 
     The slope is that of a least-squares line through log loss against log tokens over the last
-    `curve.window` octaves, which smooths; at
-    least three points, so that a run does not end before they span the window.
+    `curve.window` octaves, which smooths; at least three points, so that a run does not end before
+    they span the window.
     """
     if not curve.converged or not rows:
         return False

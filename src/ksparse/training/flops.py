@@ -11,7 +11,7 @@ plans, curves and laws.
 Of another activation than TopK the code is taken to have k values, whatever it has. It counts what
 the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is
 left out.
-"""
+"""  # noqa: E501 (a table)
 
 from __future__ import annotations
 

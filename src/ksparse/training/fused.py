@@ -5,12 +5,10 @@ product is dense.
     ─▶ latents' tokens ─▶ one pass over the rows
 
 `ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no
-gradient of n x d is ever stored: each latent's two
-gradient rows are built where they are used. Adam's state is torch's own, so checkpoints are the
-same files. With a screen, the product is
+gradient of n x d is ever stored: each latent's two gradient rows are built where they are used.
+Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is
 computed in low precision and only chooses candidates; their values are exact, and a token whose
-k-th value is not clear of what was dropped
-is computed again in full.
+k-th value is not clear of what was dropped is computed again in full.
 """
 
 from __future__ import annotations
@@ -425,9 +423,8 @@ class ScreenedOptimizer(ExplicitOptimizer, ABC):
     @abstractmethod
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of
-        the c best by the low-precision product, the best
-        score that is not among those, and the root mean square of the candidates' (exact -
-        score)."""
+        the c best by the low-precision product, the best score that is not among those, and the
+        root mean square of the candidates' (exact - score)."""
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | (

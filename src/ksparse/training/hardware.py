@@ -2,9 +2,9 @@
 reach.
 
 The figures are peaks, dense, of one device: A100 SXM 80 GB, H100 SXM and H200 SXM from NVIDIA's
-data sheets; NVLink each way; a network of one 200 Gb/s (A100)
-or 400 Gb/s InfiniBand port a GPU, as in NVIDIA's own eight-GPU machines. The laptop is a guess at
-an ordinary one: two to four cores that are busy with this.
+data sheets; NVLink each way; a network of one 200 Gb/s (A100) or 400 Gb/s InfiniBand port a GPU, as
+in NVIDIA's own eight-GPU machines. The laptop is a guess at an ordinary one: two to four cores that
+are busy with this.
 """
 
 from __future__ import annotations

@@ -69,14 +69,11 @@ def train_cohort(
     as if it had been trained alone.
 
     The LM and the normalisation run once for all. Members may be finished, at different steps, or
-    new: the stream begins where the least
-    advanced one needs it, and each takes part from its own step on. A member whose loss is not
-    finite leaves; the others go on, and its
-    error is raised at the end. recipes must agree in `acts`, `batch`, the order of the data, device
-    and threads.
+    new: the stream begins where the least advanced one needs it, and each takes part from its own
+    step on. A member whose loss is not finite leaves; the others go on, and its error is raised at
+    the end. recipes must agree in `acts`, `batch`, the order of the data, device and threads.
     open_feed: called with the recipe, the device, and the mesh where there are several processes;
-    gives what they are trained on, where that is
-    not what `acts` says.
+    gives what they are trained on, where that is not what `acts` says.
     """
     common, runs = shared(recipes), [RunFolder(Path(out)) for out in outs]
     with ExitStack() as stack, _memory_explained(common):

@@ -341,10 +341,7 @@ def open_optimizer(sae: SAE, recipe: Recipe, mesh: Mesh = ALONE) -> Optimizer:
     if (
         halves
         or kernels == "triton"
-        or (kernels == "auto"
-        and written_out
-        and device.type == "cuda"
-        and gpu.available())
+        or (kernels == "auto" and written_out and device.type == "cuda" and gpu.available())
     ):
         return TritonOptimizer(sae, recipe, _screen(recipe, "int8") if screen == "auto" else screen)
     if kernels != "torch" and written_out and device.type == "cpu" and native.load() is not None:

@@ -5,19 +5,16 @@ reaches memory, rows moved in one pass.
     scatter_transposed ─▶ row_squares ─▶ adam_rows_
 
 Weights, moments, gradients and sums are float32, and so are the values of the candidates and the
-choice among them: the result is that of the other
-steps up to rounding, and checkpoints are the same files. With `optim.precision = "bfloat16"` the
-sparse parts read bfloat16 copies, of the weights (the
-pass over the rows makes them) and of the activations and errors that gradients add up; results then
-differ by the rounding of what is read, 2^-9 of it.
-Without a screen, and for tokens whose choice is not certain, the product is torch's in float32,
-which uses no tensor cores and takes several times as
-long as all the rest.
+choice among them: the result is that of the other steps up to rounding, and checkpoints are the
+same files. With `optim.precision = "bfloat16"` the sparse parts read bfloat16 copies, of the
+weights (the pass over the rows makes them) and of the activations and errors that gradients add up;
+results then differ by the rounding of what is read, 2^-9 of it. Without a screen, and for tokens
+whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes
+several times as long as all the rest.
 
 The device never runs dry: the host waits once a step, for the norm, and while it does the rows
-still move. So it does not learn in time which tokens are
-unclear. As many as may be expected are done again in any case; where there were more nothing moves,
-and the batch is taken in again.
+still move. So it does not learn in time which tokens are unclear. As many as may be expected are
+done again in any case; where there were more nothing moves, and the batch is taken in again.
 """
 
 from __future__ import annotations

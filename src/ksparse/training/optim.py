@@ -1,9 +1,8 @@
 """How the weights move (Gao et al. 2024, appendices A.3-A.6).
 
 Order within a step: take the gradient's part along each decoder row off, clip, Adam, renormalise
-the decoder, average.
-The official code renormalises and averages *before* the step, so that it computes with a decoder
-that is off norm.
+the decoder, average. The official code renormalises and averages *before* the step, so that it
+computes with a decoder that is off norm.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class Optimizer:
         options = recipe.optim
         self.sae, self.recipe, self.mesh = sae, recipe, mesh
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
-        # its unit: training is
-        # then the same whichever normalisation fixes that scale.
+        # its unit: training is then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
         sae.b_enc.requires_grad_(recipe.sae.b_enc)
         weights = {name: parameter for name, parameter in sae.named_parameters()}

@@ -166,10 +166,8 @@ class Columns:
             else arrays.whole(column.array)
         )
         latents = arrays.whole(LISTED[column.eval]) if column.eval in LISTED else np.arange(n)
-        if (
-            found.shape != latents.shape
-            or (len(latents)
-            and not 0 <= latents.min() <= latents.max() < n)
+        if found.shape != latents.shape or (
+            len(latents) and not 0 <= latents.min() <= latents.max() < n
         ):
             raise self._other(arrays, column.array, found)
         values = np.full(n, np.nan, np.float32)

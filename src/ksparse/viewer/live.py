@@ -1,6 +1,5 @@
 """What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value,
-by `ksparse.steering`: all that
-the autoencoder does not explain stays as it was."""
+by `ksparse.steering`: all that the autoencoder does not explain stays as it was."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ class Live:
         import torch
 
         with self._lock, room_explained(), torch.inference_mode():
-            sae, lm = self._loaded
+            _, lm = self._loaded
             text, tokens, shown = self._read(lm, text)
             values, indices = self._code(tokens, len(shown))
             if not bool(values.isfinite().all()):

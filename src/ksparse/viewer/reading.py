@@ -31,10 +31,8 @@ class Reading:
     def has(self, name: str) -> bool:
         """Tell whether an evaluation has been run and left its arrays; what needs none always
         is."""
-        return (
-            not name
-            or (self.source.result(name) is not None
-            and self.source.arrays(name) is not None)
+        return not name or (
+            self.source.result(name) is not None and self.source.arrays(name) is not None
         )
 
     @cached_property

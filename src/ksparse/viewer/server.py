@@ -4,8 +4,8 @@ Only 127.0.0.1 listens. A request must name this machine in Host (or another sit
 pointed here), and come from our own pages if it comes from a page at all (or any site that is open
 in the browser could read a run, and write labels). Whatever says something of the run wants the
 token of this start, or other users of the machine could ask: it comes in the address that is
-opened, and the page sends it with each request. A cookie would go to all ports of the machine.
-What is answered is looked up in tables; no path is ever joined to a folder.
+opened, and the page sends it with each request. A cookie would go to all ports of the machine. What
+is answered is looked up in tables; no path is ever joined to a folder.
 """
 
 from __future__ import annotations
