@@ -1,18 +1,23 @@
 # make demo    train, evaluate, report on the built-in LM     make test    the tests
-# make check   what this machine is fit for                    make newest  the wheel with the newest versions of everything
-# make bench   our losses beside the peers'                    make setup   .venv with the pinned versions (the others do it first)
+# make lint    format and lint, as CI has it                  make check   what this machine is fit for
+# make bench   our losses beside the peers'                   make newest  the wheel with the newest versions
+# make setup   .venv with the pinned versions (the others do it first)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check newest bench setup
+.PHONY: demo test lint check newest bench setup
 
 demo: setup
 	$(BIN)/ksparse demo
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+lint: setup
+	$(BIN)/ruff format --check src tests bench scripts
+	$(BIN)/ruff check src tests bench scripts
 
 check: setup
 	$(BIN)/ksparse doctor
