@@ -331,3 +331,9 @@ def test_looking_at_a_model_is_not_seen_by_what_is_attached_to_it():
         assert seen == []
         model(torch.zeros(1, 3, dtype=torch.long))
     assert seen == [(1, 3, 8)]
+
+
+def test_a_module_may_be_named_from_the_base_model_on(made):
+    model = made("llama")
+    assert resolve(model, "layers.1.mlp") == resolve(model, "model.layers.1.mlp")
+    assert resolve(model, "layers.1:in").module is resolve(model, "resid_pre.1").module

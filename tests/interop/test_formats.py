@@ -451,8 +451,8 @@ def test_hook_names_are_a_two_way_map(ours, theirs):
     "module, site, layer",
     [
         ("layers.10", "resid_post.10", 10),
-        ("h.0.attn", "attn_out.0", 0),
-        ("transformer.h.5.mlp", "mlp_out.5", 5),
+        ("h.0.attn", "h.0.attn", 0),
+        ("transformer.h.5.mlp", "transformer.h.5.mlp", 5),
         ("embed_tokens", "embed_tokens", None),
         ("model.layers.2.self_attn.o_proj:in", "model.layers.2.self_attn.o_proj:in", 2),
     ],

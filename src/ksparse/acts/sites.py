@@ -234,9 +234,11 @@ def _outline(model: nn.Module, site: str) -> Place:
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     name, _, at = site.partition(":")
     modules = dict(model.named_modules())
-    if not name or name not in modules or at not in ("", "in", "out"):
+    within = f"{getattr(model, 'base_model_prefix', '')}.{name}"  # as names under the base model are
+    module = modules.get(name) or modules.get(within) if name else None
+    if module is None or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
-    return Place(modules[name], at or "out")
+    return Place(module, at or "out")
 
 
 def sites_of(

@@ -6,10 +6,11 @@ transformers (sparsify).
 | resid_pre.8 | blocks.8.hook_resid_pre | h.8:in |
 | resid_mid.8 | blocks.8.hook_resid_mid | |
 | resid_post.8 | blocks.8.hook_resid_post | h.8, layers.8 |
-| attn_out.8 | blocks.8.hook_attn_out | h.8.attn, layers.8.self_attn |
-| mlp_out.8 | blocks.8.hook_mlp_out | h.8.mlp, layers.8.mlp |
+| attn_out.8 | blocks.8.hook_attn_out | |
+| mlp_out.8 | blocks.8.hook_mlp_out | |
 
-A name that is in no row is a module's name, and stays what it is.
+A name that is in no row is a module's name, and stays what it is: h.8.mlp is what the module gives,
+which a norm or a factor may still change before it is added to the stream as mlp_out.8.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from ksparse.recipe import Acts, from_dict
 from ksparse.sae.model import SAE
 
 _KINDS = "resid_pre|resid_mid|resid_post|attn_out|mlp_out"
-_ATTENTION = "attn|self_attn|attention|self_attention"
-_MLP = "mlp|feed_forward|ffn"
 
 
 def to_hook(site: str) -> str:
@@ -42,10 +41,8 @@ def from_hook(name: str) -> str:
 
 def from_module(name: str) -> str:
     """Return the site of the output of a module, named from the base model on."""
-    module = re.fullmatch(rf"(?:.*\.)?(?:h|layers)\.(\d+)(?:\.(?:({_ATTENTION})|({_MLP})))?", name)
-    if module is None:
-        return name
-    return f"{'attn_out' if module[2] else 'mlp_out' if module[3] else 'resid_post'}.{module[1]}"
+    block = re.fullmatch(r"(?:.*\.)?(?:h|layers)\.(\d+)", name)
+    return f"resid_post.{block[1]}" if block else name
 
 
 def from_model(name: str) -> str:
