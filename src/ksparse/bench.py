@@ -215,6 +215,8 @@ def _config(setting: Setting, x: Any) -> SimpleNamespace:
 
 def _from_file(file: str) -> Callable[[Any], Step]:
     spec = importlib.util.spec_from_file_location("contestant", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} is not a Python file; give one that has make(cfg)")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.make
@@ -276,6 +278,19 @@ def _dense(cfg: Any) -> Step:
     return step
 
 
+@dataclass(frozen=True)
+class OwnStep:
+    """A step of ours, and what else is wanted of it."""
+
+    step: Step
+    set_dead: Callable[[Any], None]
+    recon: Callable[[Any], Any]
+    facts: Callable[[], dict[str, Any]]
+
+    def __call__(self, x: Any) -> None:
+        self.step(x)
+
+
 def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
     """Return make(cfg) of our own step, with everything that a step of training does but the
     average."""
@@ -286,6 +301,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
         from ksparse.recipe import from_dict
         from ksparse.sae.model import SAE, Shape
         from ksparse.training.checkpoint import State
+        from ksparse.training.fused import ScreenedOptimizer
         from ksparse.training.member import advance, open_optimizer
 
         recipe = from_dict(
@@ -318,16 +334,15 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
             state.since[latents], state.dead = cfg.dead_tokens, None
             sae.b_enc.data[latents] = -1e4  # so that they stay dead
 
-        step.set_dead, step.recon = set_dead, lambda x: sae(x).detach()
-        step.facts = lambda: (
-            {
+        def facts() -> dict[str, Any]:
+            if screen == "off" or not isinstance(optimizer, ScreenedOptimizer):
+                return {}
+            return {
                 "screen": optimizer.screen,
                 "screen_redone": optimizer.redone / max(1, optimizer.screened),
             }
-            if screen != "off"
-            else {}
-        )
-        return step
+
+        return OwnStep(step, set_dead, lambda x: sae(x).detach(), facts)
 
     return make
 
@@ -363,10 +378,10 @@ BUILT_IN: dict[str, Callable[[Any], Step]] = {
 def _resident(field: str) -> int:
     """Return the process's memory in KiB: VmRSS now, VmHWM at most so far."""
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{field}:\s+(\d+)", status)[1])
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        size = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    except OSError:
+        size = None
+    return int(size[1]) if size else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _processor() -> str:

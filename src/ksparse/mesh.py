@@ -12,6 +12,7 @@ asked for is what was given. What is sent is counted by name, so that a plan can
 
 from __future__ import annotations
 
+import builtins
 import os
 import threading
 from collections import Counter
@@ -39,7 +40,8 @@ class Mesh:
         """Find this process's place among data x latent; torch.distributed has to be set up where
         these are more than one."""
         self.data, self.latent, self.timeout = data, latent, timeout
-        self.rank, self.sent = 0, Counter()
+        self.rank = 0
+        self.sent: Counter[str] = Counter()
         self.groups: dict[str, Any] = {}
         self._lock = threading.Lock()
         if self.size > 1:
@@ -73,12 +75,12 @@ class Mesh:
 
     # ---- who has what
 
-    def slice(self, n: int) -> slice:
+    def slice(self, n: int) -> builtins.slice:
         """Return which of n latents this process holds."""
         own = n // self.latent
         return slice(self.latent_rank * own, (self.latent_rank + 1) * own)
 
-    def part(self, rows: int) -> slice:
+    def part(self, rows: int) -> builtins.slice:
         """Return which rows of a batch this process takes."""
         own = rows // self.data
         return slice(self.data_rank * own, (self.data_rank + 1) * own)

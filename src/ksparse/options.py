@@ -141,10 +141,10 @@ class EvalOptions(Options):
 
     def resolved(self) -> EvalOptions:
         """Return the same options with the budget's sample sizes in place of 0."""
-        return dataclasses.replace(
-            self,
-            **{name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()},
-        )
+        sizes: dict[str, Any] = {
+            name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()
+        }
+        return dataclasses.replace(self, **sizes)
 
     def for_eval(self, name: str) -> dict[str, Any]:
         """Return the options that one evaluation depends on, as its result records them."""

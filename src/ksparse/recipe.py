@@ -59,10 +59,11 @@ class Options:
                 )
 
 
-def check_fields(options: Any, prefix: str = "") -> None:
+def check_fields(options: object, prefix: str = "") -> None:
     """Give each field of a dataclass the type that it declares, in place; raise InputError, naming
     the field, for a value that is none of it."""
-    for name, hint in _hints(type(options)).items():
+    kind: type = type(options)
+    for name, hint in _hints(kind).items():
         value = getattr(options, name)
         fitting = _convert(value, hint, f"'{prefix}{name}'")
         if fitting is not value:
@@ -244,7 +245,7 @@ _SPOKEN = {
     "jump_relu": "about {k} of them active at a time",
 }
 Activation = TopK | BatchTopK | ReLU | JumpReLU | Gated | ProLU
-ACTIVATIONS: dict[str, type] = {kind.kind: kind for kind in typing.get_args(Activation)}
+ACTIVATIONS: dict[str, type[Activation]] = {kind.kind: kind for kind in typing.get_args(Activation)}
 WITH_AUXK = ("topk", "batch_topk", "jump_relu")
 """Kinds whose dead latents are revived by AuxK; the others resample them."""
 

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ksparse.errors import InputError
 
@@ -117,10 +117,12 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> io.BufferedReader | lzma.LZMAFile | gzip.GzipFile:
     if file.suffix == ".zst":
         return io.BufferedReader(_Zstandard(file), _CHUNK)
-    return {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix, open)(file, "rb")
+    if file.suffix == ".xz":
+        return lzma.open(file, "rb")
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
 
 
 @contextmanager

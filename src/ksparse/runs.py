@@ -73,7 +73,8 @@ class RunFolder:
     def begun(self) -> bool:
         """Return whether a step was taken, or judged: before, another recipe may take this one's
         place."""
-        return bool(self.checkpoints() or self.metrics() or list(self.file("evals").glob("*.json")))
+        trained = bool(self.checkpoints() or self.metrics())
+        return trained or bool(list(self.file("evals").glob("*.json")))
 
     @property
     def environment_file(self) -> Path:
@@ -112,13 +113,13 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps that will be run again, so that the files of a resumed run read
         like any other's."""
-        for file, rows in (
+        for file, read in (
             (self.metrics_file, self.metrics),
             (self.curve_file, self.curve),
             (self.alarms_file, self.alarms),
         ):
             if file.is_file():
-                rows = [row for row in rows() if row["step"] <= step]
+                rows = [row for row in read() if row["step"] <= step]
                 files.write_text(
                     file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
                 )

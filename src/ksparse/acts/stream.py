@@ -23,7 +23,7 @@ import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +58,7 @@ class Stream(Protocol):
     halt: threading.Event
     """Set by another thread to have the batch that is being made given up, by raising Halted."""
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         """Yield batches for ever, from the cursor on. To be closed when no more are wanted."""
 
     def sample(self, rows: int) -> Tensor:
@@ -101,7 +101,7 @@ class LiveStream:
         self._one = threading.Lock()  # a sample may be asked for while a thread computes
         self.halt = threading.Event()
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         cursor = cursor or {"block": 0, "place": list(Place()), "skip": 0, "batch": 0}
         _check_cursor(cursor, "block")
         number, start, done = (
@@ -276,7 +276,7 @@ class ShardStream:
         self._mixing: float | None = None
         self.halt = threading.Event()
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         _check_cursor(cursor or {"step": 0}, "step")
         step = cursor["step"] if cursor else 0
         while True:
@@ -344,7 +344,7 @@ class Ahead:
         )
         self._mixing: float | None = None
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         ready: queue.Queue[tuple[Batch, float | None] | BaseException] = queue.Queue(self.depth)
         thread = threading.Thread(
             target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True

@@ -84,21 +84,19 @@ def steer(arguments: list[str]) -> None:
     lm = steering.lm_of(sae, asked.device)
     known = _stats_of(folder)
     largest = _largest(lm, sae.to(lm.device), asked.prompt, asked.latent, known)
-    how = {
-        "clamp" if asked.scale is None else "scale": dict.fromkeys(
-            asked.latent, asked.value if asked.scale is None else asked.scale
-        )
-    }
+    clamp = None if asked.value is None else dict.fromkeys(asked.latent, asked.value)
+    scale = None if asked.scale is None else dict.fromkeys(asked.latent, asked.scale)
     found = steering.compare(
         lm,
         sae,
         asked.prompt,
+        clamp,
+        scale=scale,
         error=asked.error,
         tokens=asked.tokens,
         temperature=asked.temperature,
         seed=asked.seed,
         largest=largest,
-        **how,
     )
     if not math.isfinite(found.kl):
         raise NonFiniteError(

@@ -28,7 +28,8 @@ def evaluate(arguments: list[str]) -> None:
     while rest and not rest[0].startswith("-"):
         words.append(rest.pop(0))
     options = parse(EvalOptions, "eval RUN [RUN …] [NAME …]", rest)
-    sources, names = [folder], []
+    sources: list[str] = [folder]
+    names: list[str] = []
     for word in words[1:]:
         (sources if "/" in word or Path(word).exists() else names).append(word)
     for source, results in evaluate_saes(sources, names, options).items():

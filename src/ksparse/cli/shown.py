@@ -6,9 +6,13 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksparse.runs import RunFolder
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 
 def say(text: str) -> None:
@@ -56,14 +60,10 @@ class Progress:
     EVERY = 5.0
 
     def __init__(self, what: str, total: int):
-        self.what, self.total, self.began, self.last, self.first = (
-            what,
-            total,
-            time.monotonic(),
-            0.0,
-            None,
-        )
-        self.bar = self.task = None
+        self.what, self.total, self.began, self.last = what, total, time.monotonic(), 0.0
+        self.first: int | None = None
+        self.bar: Bar | None = None
+        self.task: TaskID
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():

@@ -53,6 +53,8 @@ def resume(arguments: list[str]) -> None:
     run = open_run(folder) if folder else None
     recipe = run.recipe() if run else Recipe()
     settings = parse(ResumeArgs, "resume RUN", rest, default=ResumeArgs(recipe.run, recipe.mesh))
+    if run is None:
+        return
     train_run(dataclasses.replace(recipe, run=settings.run, mesh=settings.mesh), run)
     say_next(run)
 

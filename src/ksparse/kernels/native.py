@@ -20,6 +20,7 @@ import stat
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Final, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _FLAGS = (
     "-fassociative-math",
     "-fno-signed-zeros",
 )
-PANELS = 3
+PANELS: Final = 3
 """The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's
 products."""
 _log = logging.getLogger("ksparse")
@@ -95,9 +96,9 @@ def load() -> ctypes.CDLL | None:
     if os.environ.get("KSPARSE_NATIVE", "1") == "0":
         return None
     try:
-        library = _opened()
+        opened = _opened()
         for name in _SYMBOLS:
-            getattr(library, name).restype = None
+            getattr(opened, name).restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         _log.info(
@@ -105,7 +106,17 @@ def load() -> ctypes.CDLL | None:
             said.splitlines()[-1],
         )
         return None
-    return library
+    return opened
+
+
+def library() -> ctypes.CDLL:
+    """Return what `load` does; raise RuntimeError where there is none."""
+    loaded = load()
+    if loaded is None:
+        raise RuntimeError(
+            "the compiled kernels are not available here; run.kernels=torch does without them"
+        )
+    return loaded
 
 
 def _opened() -> ctypes.CDLL:
@@ -214,7 +225,7 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     by latent; NaN where there are fewer."""
     b, n = pre_acts.shape
     values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
-    load().ks_select(
+    library().ks_select(
         pointer(pre_acts),
         pointer(bias),
         _int(b),
@@ -227,18 +238,24 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+@overload
+def lower(x: Tensor, kind: Literal[1, 3]) -> tuple[Tensor, Tensor]: ...
+@overload
+def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]: ...
 def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
     """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen`
     wants its latents (kind 3)."""
     b, d = x.shape
+    scale: Tensor | None = None
     if kind == PANELS:
         wide = -(-b // 16) * 16
         out, scale = torch.zeros(wide * -(-d // 32) * 32, dtype=torch.int8), torch.zeros(2, wide)
         scale[1, b:] = -torch.inf  # what fills the last panel up is never chosen
+    elif kind == 1:
+        out, scale = torch.empty(b, d, dtype=torch.int8), torch.empty(b)
     else:
-        out = torch.empty(b, d, dtype=torch.int8 if kind == 1 else torch.bfloat16)
-        scale = torch.empty(b) if kind == 1 else None
-    load().ks_lower(
+        out = torch.empty(b, d, dtype=torch.bfloat16)
+    library().ks_lower(
         pointer(x), _int(b), _int(d), kind, pointer(out), pointer(scale), torch.get_num_threads()
     )
     return out, scale
@@ -253,13 +270,13 @@ def rescore(
     weight: Tensor,
     k: int,
     c: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the
     c best of low[b, n]."""
     b, n = low.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
-    load().ks_rescore(
+    library().ks_rescore(
         pointer(low),
         1 if low.dtype == torch.int32 else 2,
         pointer(x_scale),
@@ -283,13 +300,13 @@ def rescore(
 
 def screen(
     low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself
     is nowhere."""
     b, (n, d) = len(x), weight.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
-    load().ks_screen(
+    library().ks_screen(
         pointer(low),
         pointer(scale),
         pointer(bias),
@@ -316,7 +333,7 @@ def decode(
     squared norm[b], <error, row>[b, k])."""
     b, k = values.shape
     square, slopes = x.new_empty(b), x.new_empty(b, k)
-    load().ks_decode(
+    library().ks_decode(
         pointer(x),
         pointer(b_pre),
         pointer(weight),
@@ -340,7 +357,7 @@ def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
         torch.empty(n + 1, dtype=torch.long),
         torch.empty(values.numel(), dtype=torch.int32),
     )
-    load().ks_transpose(
+    library().ks_transpose(
         pointer(values),
         pointer(indices),
         _int(values.numel()),

@@ -76,6 +76,11 @@ def lower(x: Tensor, kind: str) -> Low:
         return Low(x.bfloat16())
     if kind != "int8":
         raise ValueError(f"low precision {kind!r} is unknown; there are bfloat16 and int8")
+    return Low(*_in_bytes(x))
+
+
+def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows x[m, d] as int8, and their scale[m]."""
     out, scale = (
         torch.empty(x.shape, dtype=torch.int8, device=x.device),
         torch.ones(len(x), device=x.device),
@@ -83,7 +88,7 @@ def lower(x: Tensor, kind: str) -> Low:
     if x.numel():
         with _on(x.device):
             _round[(len(x),)](x.contiguous(), out, scale, x.shape[1], **_whole(x.shape[1]))
-    return Low(out, scale)
+    return out, scale
 
 
 # ---- keys
@@ -227,23 +232,24 @@ def candidates(
 
     x is rounded as `low` is. The scores are rounded up, by 2^-17 with the tile that is used.
     """
+    scale = low.scale
     chosen = (
         hopper.plan(low.rows.shape[1], c)
-        if low.scale is not None and not (tile or kept) and hopper.usable(x.device)
+        if scale is not None and not (tile or kept) and hopper.usable(x.device)
         else None
     )
-    if chosen and c <= len(low.rows) and len(x):
-        rows, x_scale = lower(x.contiguous(), "int8")
-        return Candidates(*hopper.candidates(rows, x_scale, low.rows, low.scale, bias, c, chosen))
-    tile = tile or (BYTES_TILE if low.scale is not None else TILE)
+    if scale is not None and chosen and c <= len(low.rows) and len(x):
+        in_bytes = _in_bytes(x.contiguous())
+        return Candidates(*hopper.candidates(*in_bytes, low.rows, scale, bias, c, chosen))
+    tile = tile or (BYTES_TILE if scale is not None else TILE)
     b, (n, d), width = len(x), low.rows.shape, tile.latents // 4
     kept = kept or _kept(c if k is None else k, 4 * (n // tile.latents))
     if not 0 < c <= kept * 4 * (n // tile.latents) or kept > width or not b:
         return None
-    rows, x_scale = lower(x.contiguous(), "bfloat16" if low.scale is None else "int8")
+    rows, x_scale = lower(x.contiguous(), "bfloat16" if scale is None else "int8")
     weight = low.rows
     if (
-        x.device.type == "cpu" and low.scale is None
+        x.device.type == "cpu" and scale is None
     ):  # Triton's interpreter has no product in bfloat16; this one is the same
         rows, weight = rows.float(), weight.float()
     buckets = 4 * -(-n // tile.latents)
@@ -254,7 +260,7 @@ def candidates(
             weight,
             bias,
             bias if x_scale is None else x_scale,
-            bias if low.scale is None else low.scale,
+            bias if scale is None else scale,
             keys,
             b,
             n,
@@ -267,7 +273,7 @@ def candidates(
             KEPT=kept,
             EVEN=d % tile.depth == 0,
             FULL=n % tile.latents == 0,
-            BYTES=low.scale is not None,
+            BYTES=scale is not None,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

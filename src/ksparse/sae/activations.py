@@ -19,7 +19,7 @@ them. A kind's own tensors (`own`) lie in the autoencoder beside `b_enc`, under 
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,18 @@ products are faster (docs/lab-book.md)."""
 class Weights(Protocol):
     """What activations read of an autoencoder; each only its own tensors."""
 
-    b_enc: Tensor
-    threshold: Tensor
-    r_mag: Tensor
-    b_mag: Tensor
-    k: int
-    input_norm: float
+    @property
+    def b_enc(self) -> Tensor: ...
+    @property
+    def threshold(self) -> Tensor: ...
+    @property
+    def r_mag(self) -> Tensor: ...
+    @property
+    def b_mag(self) -> Tensor: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def input_norm(self) -> float: ...
 
     def pre_acts_normalized(self, x: Tensor) -> Tensor: ...
 
@@ -91,7 +97,11 @@ def listed(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     return indices, torch.arange(width, device=mask.device) < counts[:, None]
 
 
-class Activation:
+Options_co = TypeVar("Options_co", bound=recipe.Activation, covariant=True)
+"""The options of one kind."""
+
+
+class Activation(Generic[Options_co]):
     """One kind, as an autoencoder in use knows it; `options` is what training also needs."""
 
     own: ClassVar[tuple[str, ...]] = ()
@@ -99,7 +109,7 @@ class Activation:
     running: ClassVar[bool] = False
     """Whether these are followed, not trained."""
 
-    def __init__(self, options: recipe.Activation):
+    def __init__(self, options: Options_co):
         self.options = options
 
     def shape(self, name: str, n: int) -> tuple[int, ...]:
@@ -128,11 +138,11 @@ class Activation:
         x[b, d], in place."""
 
 
-class TopK(Activation):
+class TopK(Activation[recipe.TopK]):
     """z = ReLU(TopK(a)); `SAE.code` chooses, for any k."""
 
 
-class ReLU(Activation):
+class ReLU(Activation[Options_co]):
     """z = ReLU(a)."""
 
     def active(self, sae: Weights, products: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ class ReLU(Activation):
         return torch.relu(chosen.products + chosen.of(sae.b_enc)) * chosen.real
 
 
-class BatchTopK(ReLU):
+class BatchTopK(ReLU[recipe.BatchTopK]):
     """z = ReLU(a) of the b k largest of a batch of b tokens; in use, of those above a threshold, so
     that no token depends on another."""
 
@@ -162,7 +172,7 @@ class BatchTopK(ReLU):
         sae.threshold.fill_(threshold_for(sae, x[:SETTLED]))
 
 
-class JumpReLU(Activation):
+class JumpReLU(Activation[recipe.JumpReLU]):
     """z = a where a > threshold. The thresholds get gradients by a kernel estimate over a window
     (`_Jump`, `_Step`)."""
 
@@ -202,7 +212,7 @@ class JumpReLU(Activation):
         ).sum(1)
 
 
-class Gated(Activation):
+class Gated(Activation[recipe.Gated]):
     """z = ReLU(exp(r_mag) p + b_mag) where a = p + b_enc > 0: gates and magnitudes share W_enc up
     to a factor."""
 
@@ -225,7 +235,7 @@ class Gated(Activation):
         return torch.relu(chosen.products + chosen.of(sae.b_enc)) * chosen.real
 
 
-class ProLU(Activation):
+class ProLU(Activation[recipe.ProLU]):
     """z = p where p > 0 and a = p + b_enc > 0: the bias decides and is not added."""
 
     def active(self, sae: Weights, products: Tensor) -> Tensor:
@@ -237,7 +247,7 @@ class ProLU(Activation):
         )
 
 
-KINDS: dict[str, type[Activation]] = {
+KINDS: dict[str, type[Activation[Any]]] = {
     "topk": TopK,
     "batch_topk": BatchTopK,
     "relu": ReLU,
@@ -247,12 +257,12 @@ KINDS: dict[str, type[Activation]] = {
 }
 
 
-def of(options: recipe.Activation) -> Activation:
+def of(options: recipe.Activation) -> Activation[recipe.Activation]:
     """Return the activation of a recipe."""
     return KINDS[options.kind](options)
 
 
-def in_use(kind: str) -> Activation:
+def in_use(kind: str) -> Activation[recipe.Activation]:
     """Return the activation of an autoencoder in use; its training options are the defaults."""
     return of(recipe.ACTIVATIONS[kind]())
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ksparse import kernels
+from ksparse import kernels, recipe
 from ksparse.recipe import SAE as Options
 from ksparse.recipe import WITH_AUXK
 from ksparse.sae import activations
@@ -126,7 +126,9 @@ def revived(
     return finite_or_zero(auxk(predicted, (x - recon).detach(), options.auxk_norm))
 
 
-def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Chosen:
+def choose(
+    sae: SAE, x: Tensor, products: Tensor, activation: Activation[recipe.Activation]
+) -> Chosen:
     """Return the products[b, n] that count in training, listed where they are few, else all of
     them."""
     with torch.no_grad():
@@ -140,22 +142,35 @@ def choose(sae: SAE, x: Tensor, products: Tensor, activation: Activation) -> Cho
     )
 
 
-def penalty(sae: SAE, x: Tensor, chosen: Chosen, values: Tensor, activation: Activation) -> Tensor:
+def penalty(
+    sae: SAE,
+    x: Tensor,
+    chosen: Chosen,
+    values: Tensor,
+    activation: Activation[recipe.Activation],
+) -> Tensor:
     """Return what an activation pays for the values[b, m] of its chosen latents, at its full
     weight."""
-    options = activation.options
     if isinstance(activation, JumpReLU):
+        coef, aim = activation.options.coef, activation.options.penalty
         excess = activation.count(sae, chosen).mean() / sae.shape.k
-        return options.coef * ((excess - 1) ** 2 if options.penalty == "target" else excess)
-    if not getattr(options, "l1", 0):
+        return coef * ((excess - 1) ** 2 if aim == "target" else excess)
+    options = activation.options
+    if not isinstance(options, recipe.ReLU | recipe.Gated | recipe.ProLU) or not options.l1:
         return x.new_zeros(())
     paid = activation.gates(sae, chosen) if isinstance(activation, Gated) else values
-    if getattr(options, "penalty", "paper") == "decoder_norm":
+    if isinstance(options, recipe.ReLU) and options.penalty == "decoder_norm":
         paid = paid * chosen.of(sae.W_dec.norm(dim=1))
     return options.l1 * (paid.sum(1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).mean()
 
 
-def extra(sae: SAE, x: Tensor, chosen: Chosen, activation: Activation, baseline: float) -> Tensor:
+def extra(
+    sae: SAE,
+    x: Tensor,
+    chosen: Chosen,
+    activation: Activation[recipe.Activation],
+    baseline: float,
+) -> Tensor:
     """Return Gated's auxiliary loss: the error of decoding the gates by a decoder that gets no
     gradient from it; 0 of other kinds."""
     if not isinstance(activation, Gated):

@@ -128,6 +128,11 @@ class SAE(nn.Module):
     `metadata` says what it was trained on; it is saved with the weights and may be empty.
     """
 
+    # those that its activation has, under their names
+    threshold: Tensor
+    r_mag: Tensor
+    b_mag: Tensor
+
     def __init__(self, shape: Shape, metadata: dict[str, Any] | None = None):
         super().__init__()
         self.shape, self.metadata = shape, dict(metadata or {})

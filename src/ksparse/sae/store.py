@@ -26,8 +26,14 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.sae.tensors import Stored, Weights, safetensors_file, views
 
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
-_SHAPE = {"d_model": int, "n_latents": int, "k": int, "normalize": str, "factor": (int, float)}
-_METADATA = {
+_SHAPE: dict[str, files.Types] = {
+    "d_model": int,
+    "n_latents": int,
+    "k": int,
+    "normalize": str,
+    "factor": (int, float),
+}
+_METADATA: dict[str, files.Types] = {
     "acts": dict,
     "policy": dict,
     "origin": dict,

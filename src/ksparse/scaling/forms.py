@@ -164,7 +164,7 @@ def _one(points: Columns) -> np.ndarray:
 
 
 def _in(group: str | None, value: object) -> Callable[[Columns], np.ndarray]:
-    if value is None:
+    if group is None or value is None:
         return _one
     return lambda points: (points[group] == value).astype(float)
 

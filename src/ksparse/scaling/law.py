@@ -139,8 +139,8 @@ class Law:
     @property
     def best(self) -> Candidate:
         """Return the form of the smallest AICc; the law's own where none has one."""
-        known = [each for each in self.candidates if each.aicc is not None]
-        return min(known, key=lambda each: each.aicc) if known else self.candidate
+        known = [(each.aicc, each) for each in self.candidates if each.aicc is not None]
+        return min(known, key=lambda pair: pair[0])[1] if known else self.candidate
 
     @cached_property
     def correlation(self) -> float | None:
@@ -218,7 +218,9 @@ class Law:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of law.json (docs/formats.md)."""
-        least = min((each.aicc for each in self.candidates if each.aicc is not None), default=None)
+        least = min(
+            (each.aicc for each in self.candidates if each.aicc is not None), default=math.inf
+        )
         values = self.fit.terms.value(self.fit.theta)
         return {
             "law": self.kind.name,
@@ -285,17 +287,16 @@ class Law:
         ):
             said.append("No other form that was tried has a lower AICc.")
         said += self._irreducible()
-        if self.foretelling.error is not None:
+        foretelling = self.foretelling
+        if foretelling.error is not None and foretelling.largest is not None:
             said.append(
-                f"Fitted without {self.foretelling.variable} "
-                f"{'≥' if self.foretelling.variable == 'c' else '='} "
-                f"{_short(self.foretelling.value)}, "
-                "it foretells those points with a mean error of "
-                f"{_percent(self.foretelling.error)}, at most "
-                f"{_percent(self.foretelling.largest)}."
+                f"Fitted without {foretelling.variable} "
+                f"{'≥' if foretelling.variable == 'c' else '='} {_short(foretelling.value)}, "
+                f"it foretells those points with a mean error of {_percent(foretelling.error)}, "
+                f"at most {_percent(foretelling.largest)}."
             )
-        elif self.foretelling.why:
-            said.append(f"No test of extrapolation: {self.foretelling.why}.")
+        elif foretelling.why:
+            said.append(f"No test of extrapolation: {foretelling.why}.")
         if self.correlation is not None and self.correlation > _CORRELATED:
             said.append(
                 "Residuals are not random: neighbours err alike (correlation "
@@ -323,7 +324,7 @@ class Law:
             None,
         )
         mine = self.candidate
-        if plain is None or mine.aicc is None:
+        if plain is None or plain.aicc is None or mine.aicc is None:
             return []
         gap = plain.aicc - mine.aicc
         verdict = (
@@ -392,7 +393,9 @@ def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
     kind = law_of(law)
     needed = (*kind.variables, *((kind.group,) if law == "s" else ()), kind.target)
     columns = read(file, needed, positive=[name for name in needed if name not in WORDS])
-    wanted = [name for name in (*needed, kind.group, kind.cluster) if name in columns]
+    wanted = [
+        name for name in (*needed, kind.group, kind.cluster) if name is not None and name in columns
+    ]
     if kind.group in columns and kind.group not in WORDS and kind.group not in needed:
         columns = read(file, needed, positive=[name for name in wanted if name not in WORDS])
     return {name: columns[name] for name in wanted}
@@ -412,7 +415,7 @@ def _checked(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
     columns = {
         name: np.asarray(points[name])
         for name in (*needed, kind.group, kind.cluster)
-        if name in points
+        if name is not None and name in points
     }
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) > 1:

@@ -139,7 +139,7 @@ def cells(kind: LawKind, points: Columns) -> Cells:
     """
     by = [name for name in (*kind.variables, kind.group) if name is not None and name in points]
     logs = np.log(np.asarray(points[kind.target], float))
-    if kind.cluster in points:
+    if kind.cluster is not None and kind.cluster in points:
         _, cluster, sizes = np.unique(points[kind.cluster], return_inverse=True, return_counts=True)
         return Cells(
             {name: np.asarray(points[name]) for name in by},

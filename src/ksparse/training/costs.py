@@ -48,6 +48,8 @@ COMPARED, COMPARED_BYTES = 2**26, 16
 and ranks among equals."""
 
 Step = Literal["native", "torch", "triton", "autograd"]
+Operation = Literal["all_reduce", "all_gather", "broadcast"]
+Axis = Literal["data", "latent", "all"]
 """Which of the training steps is taken: compiled, written out in torch, by Triton, or by
 autograd."""
 
@@ -125,8 +127,8 @@ class Collective:
     """
 
     name: str
-    kind: Literal["all_reduce", "all_gather", "broadcast"]
-    axis: Literal["data", "latent", "all"]
+    kind: Operation
+    axis: Axis
     ranks: int
     bytes: int
     calls: int = 1
@@ -416,7 +418,7 @@ def _pieces(rows: int, numbers: int) -> list[int]:
     return [min(most, rows - at) for at in range(0, rows, most)]
 
 
-def _sent(kind: str, axis: str, name: str, *sizes: int) -> Collective:
+def _sent(kind: Operation, axis: Axis, name: str, *sizes: int) -> Collective:
     """Return the collective that is called once for each size above 0; how many ranks there are is
     filled in by the axis."""
     return Collective(name, kind, axis, 0, sum(sizes), sum(size > 0 for size in sizes))

@@ -18,9 +18,9 @@ import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def _fastest(threads: int) -> str:
         torch.empty(b, n),
         torch.empty(b, n, dtype=torch.bfloat16),
     )
-    products = {
+    products: dict[str, Callable[[], object]] = {
         "off": lambda: torch.mm(x, w.t(), out=out),
         "bfloat16": lambda: torch.mm(xb, wb.t(), out=half),
     }
@@ -79,7 +79,7 @@ def _fastest(threads: int) -> str:
 
 
 @functools.cache
-def int8_kind() -> int:
+def int8_kind() -> Literal[1, 3]:
     """Return which product of whole numbers a screen uses here: torch's (1) where the processor has
     instructions for it, else our own."""
     b, d, n = 128, 512, 1024
@@ -94,7 +94,7 @@ def int8_kind() -> int:
     return 1 if seconds["int8"] < 0.7 * seconds["off"] else native.PANELS
 
 
-def _compared(products: dict[str, Callable[[], object]]) -> dict[str, float]:
+def _compared(products: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Return the seconds of each; one that is far slower than the first is not tried again."""
     seconds: dict[str, float] = {}
     for name, product in products.items():
@@ -351,15 +351,22 @@ class ExplicitOptimizer(Optimizer):
         super().forget()
         self.pending = None
 
+    def _taken(self) -> Pending:
+        """Return the gradient that is pending, which it no longer is."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            raise RuntimeError("no gradient is pending: `backward` comes before each `step`")
+        return pending
+
     @torch.no_grad()
     def constrain_gradient(self) -> float:
         """Build the gradients, without the part along decoder rows, and clip them; return their
         norm before clipping."""
-        sae, pending, extra = self.sae, self.pending, self.pending.extra
-        self.pending = None
+        sae, pending, mesh = self.sae, self._taken(), self.mesh
+        extra = pending.extra
         if not pending.finite:
             return math.nan
-        n, mesh = sae.shape.n_latents, self.mesh
+        n = sae.shape.n_latents
         slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
         lists = fast.transposed(pending.indices, n)
         sae.W_enc.grad = fast.scatter_transposed(
@@ -548,7 +555,7 @@ class FusedOptimizer(ScreenedOptimizer):
 
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sae, bias, weight = self.sae, self.sae.b_enc.detach(), self.sae.W_enc.detach()
-        if self.kind == native.PANELS:
+        if self.kind == native.PANELS and self.low_scale is not None:
             return native.screen(self.low, self.low_scale, bias, centred, weight, sae.shape.k, c)
         low, scale = native.lower(centred, self.kind)
         product = self._buffer(
@@ -577,8 +584,7 @@ class FusedOptimizer(ScreenedOptimizer):
     def step(self, step: int) -> float:
         """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
         if it is not finite."""
-        pending, options = self.pending, self.recipe.optim
-        self.pending = None
+        pending, options = self._taken(), self.recipe.optim
         if not pending.finite:
             return math.nan
         lists = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
@@ -625,7 +631,7 @@ class FusedOptimizer(ScreenedOptimizer):
             native.pointer(part)
             for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))
         ]
-        native.load().ks_update(
+        native.library().ks_update(
             ctypes.c_int64(n),
             ctypes.c_int64(d),
             k,

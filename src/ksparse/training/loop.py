@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -235,7 +236,7 @@ def _signals() -> Iterator[list[int]]:
         yield seen
         return
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
         seen.append(signum)
         signal.signal(signum, before[signum])
         log.warning("stopping after this step and saving; once more to stop at once")
@@ -246,7 +247,9 @@ def _signals() -> Iterator[list[int]]:
         for signum in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(signum) not in (signal.SIG_IGN, None)
     ]
-    before = {signum: signal.signal(signum, handle) for signum in heeded}
+    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
+        signum: signal.signal(signum, handle) for signum in heeded
+    }
     try:
         yield seen
     finally:

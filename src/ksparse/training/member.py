@@ -49,6 +49,12 @@ AUDITED = 64  # tokens of a logged step on which a screen is held against the ex
 class Member:
     """An SAE that trains on the batches it is given."""
 
+    state: State
+    optimizer: Optimizer
+    """Both are set once it has `started`: from a checkpoint at once, else by `join`."""
+    held_out: Tensor
+    """Set by `join` where its curve has points."""
+
     def __init__(
         self, run: RunFolder, recipe: Recipe, device: torch.device, saver: checkpoint.Saver
     ):
@@ -62,20 +68,21 @@ class Member:
         self.failed: NonFiniteError | None = None
         self.points = curve.points(recipe)
         restored = restore(run, recipe, device, self.mesh)
-        self.state, self.optimizer = restored if restored else (None, None)
+        self.started = restored is not None
+        if restored:
+            self.state, self.optimizer = restored
 
     @property
     def ended(self) -> bool:
         """Whether there is no step left: all are done, or the loss has converged."""
-        return self.state is not None and (
-            self.state.converged or self.state.step >= self.recipe.steps
-        )
+        return self.started and (self.state.converged or self.state.step >= self.recipe.steps)
 
     def join(self, feed: Feed, observe: Callable[[RunFolder, dict[str, Any]], None]) -> None:
         """Begin to take part."""
         self.feed = feed
-        if self.state is None:
+        if not self.started:
             self.state, self.optimizer = start(self.recipe, feed, self.mesh)
+            self.started = True
         self.send = (
             [
                 self.run.append_metrics,
@@ -87,7 +94,8 @@ class Member:
         )
         self.curve = self.run.curve()
         self.alarms = Alarms(self.recipe, self.run.metrics())
-        self.held_out = feed.held_out if self.points else None
+        if self.points:
+            self.held_out = feed.held_out
         self.began = self.saved = time.monotonic()
         self.spent, self.first = self.state.seconds, self.state.tokens
 
@@ -450,7 +458,7 @@ def metrics(
         "neighbours_in_batch": mixing,
     } | (
         {"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)}
-        if recipe.mesh.capacity and mesh.latent > 1
+        if recipe.mesh.capacity and isinstance(optimizer.sae, SlicedSAE)
         else {}
     )
 

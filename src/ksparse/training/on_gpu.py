@@ -19,7 +19,10 @@ done again in any case; where there were more nothing moves, and the batch is ta
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +37,7 @@ from ksparse.training.fused import MARGIN, ScreenedOptimizer
 class TritonOptimizer(ScreenedOptimizer):
     """The written-out step by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
 
-    sparse = gpu
+    sparse: ClassVar[ModuleType] = gpu
     # a product in float32 without tensor cores costs more than a few candidates of each token
     patience = 5000
 
@@ -125,8 +128,7 @@ class TritonOptimizer(ScreenedOptimizer):
         None, and no weight is changed, where more tokens were unclear than were done again: take
         the batch in again.
         """
-        sae, recipe, pending = self.sae, self.recipe, self.pending
-        self.pending = None
+        sae, recipe, pending = self.sae, self.recipe, self._taken()
         lists, extra = gpu.transposed(pending.indices, sae.shape.n_latents), pending.extra
         values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
         error, centred = (
@@ -152,7 +154,7 @@ class TritonOptimizer(ScreenedOptimizer):
             pre.square(),
             *([bias.square()] if recipe.sae.b_enc else []),
         ]
-        norm = sum(each.double().sum() for each in squares).sqrt()
+        norm = functools.reduce(torch.add, (each.double().sum() for each in squares)).sqrt()
         unclear = norm.new_zeros(()) if self.unclear is None else self.unclear.double()
         norm = torch.where(
             pending.finite & torch.isfinite(norm) & (unclear <= self.again), norm, math.nan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ksparse.mesh import ALONE, Mesh
-from ksparse.recipe import Recipe, auxk_tokens
+from ksparse.recipe import BatchTopK, Recipe, auxk_tokens
 from ksparse.sae.loss import Losses, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalize import input_rms
@@ -65,12 +65,10 @@ class Optimizer:
         code is that of its part and slice.
         """
         whole = len(x) * self.mesh.data
-        parts, options, at, wanted = (
-            [],
-            self.recipe.sae,
-            self.mesh.part(whole).start,
-            auxk_tokens(self.recipe.sae, whole),
-        )
+        options, at = self.recipe.sae, self.mesh.part(whole).start
+        wanted = auxk_tokens(options, whole)
+        scalars: list[Tensor] = []
+        codes: list[Code] = []
         for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
             share, mine = len(some) / whole, min(len(some), max(0, wanted - at))
             part = losses(
@@ -86,23 +84,17 @@ class Optimizer:
             )
             at += len(some)
             (part.total * share).backward()
-            parts.append(
-                Losses(
-                    *(value.detach() * share for value in part[:3]),
-                    Code(*(field.detach() for field in part.code)),
-                )
-            )
-        code = Code.joined([part.code for part in parts])
+            scalars.append(torch.stack((part.total, part.nmse, part.auxk)).detach() * share)
+            codes.append(Code(*(field.detach() for field in part.code)))
+        code = Code.joined(codes)
         self.seen = (
             (x, code, dead)
             if self.sae.activation.running or resampling(self.updates + 1, self.recipe)
             else None
         )
-        values = self.mesh.sum(
-            "loss", torch.stack([sum(part[i] for part in parts) for i in range(3)]), "data"
-        )
-        self.total = values[0]
-        return Losses(*values, code)
+        total, nmse, auxk = self.mesh.sum("loss", sum(scalars[1:], start=scalars[0]), "data")
+        self.total = total
+        return Losses(total, nmse, auxk, code)
 
     @property
     def strength(self) -> float:
@@ -121,13 +113,16 @@ class Optimizer:
         ]
         for wait in sums:
             wait()
-        if self.recipe.sae.unit_norm:
+        if self.recipe.sae.unit_norm and self.sae.W_dec.grad is not None:
             remove_parallel_(self.sae.W_dec.grad, self.sae.W_dec)
         return clip_(self.sae, self.recipe.optim.clip, self.mesh)
 
-    def step(self, step: int) -> float:
+    def step(self, step: int) -> float | None:
         """Apply the gradients of step number `step` (from 1); return their norm before clipping.
-        NaN, and nothing is changed, if that or the loss is not finite."""
+        NaN, and nothing is changed, if that or the loss is not finite.
+
+        None where the batch has to be taken in again, which can be on a GPU alone.
+        """
         norm = self.constrain_gradient()
         if not (math.isfinite(norm) and math.isfinite(self.total)):
             return math.nan
@@ -151,12 +146,12 @@ class Optimizer:
     def _follow(self, x: Tensor, code: Code, dead: Tensor) -> None:
         """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead
         latents anew where it is time to."""
-        if self.sae.activation.running:
+        options = self.recipe.sae.activation
+        if isinstance(options, BatchTopK):
             self.batch = x
             if len(fired := code.values[code.values > 0]):
                 self.sae.threshold.lerp_(
-                    fired.min(),
-                    max(1 / self.updates, 1 - self.recipe.sae.activation.threshold_decay),
+                    fired.min(), max(1 / self.updates, 1 - options.threshold_decay)
                 )
         if resampling(self.updates, self.recipe):
             new = starts(self.sae, x, code, dead, self.recipe.seed * 1_000_003 + self.updates)
@@ -276,17 +271,14 @@ def clip_(sae: SAE, limit: float, mesh: Mesh = ALONE) -> float:
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if mesh.latent > 1:
+        shared = sae.b_pre.grad
         own = torch.nn.utils.get_total_norm(
-            [gradient for gradient in gradients if gradient is not sae.b_pre.grad]
+            [gradient for gradient in gradients if gradient is not shared]
         )
-        norm = (
-            (
-                mesh.sum("norm", own.double().square(), "latent")
-                + sae.b_pre.grad.double().square().sum()
-            )
-            .sqrt()
-            .float()
-        )
+        squares = mesh.sum("norm", own.double().square(), "latent")
+        if shared is not None:
+            squares = squares + shared.double().square().sum()
+        norm = squares.sqrt().float()
     if limit:
         for gradient in gradients:
             gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
