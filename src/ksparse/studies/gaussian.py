@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ class GaussianStream:
             .to(self.device)
         )
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         step = cursor["step"] if cursor else 0
         while True:
             step += 1
