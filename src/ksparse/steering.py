@@ -283,7 +283,8 @@ class _Called:
         ]
         self.context: int | None = policy.get("context")
         self.ids: Tensor | None = None
-        self.begins, self.attention = True, None
+        self.begins = True
+        self.attention: Tensor | None = None
         self.calls = self.reads = 0
         self.running = False  # within a call whose activations have been read
 

@@ -285,6 +285,11 @@ def test_the_compute_fraction_is_read_off_the_loss_table(delta, expected):
     assert found["value"] == pytest.approx(expected)
 
 
+def test_a_loss_that_was_never_measured_has_no_compute_fraction():
+    unknown = {"value": None, "se": None}
+    assert downstream.compute_fraction([(1e10, 4.0), (1e11, 3.0)], unknown) == unknown
+
+
 def test_without_a_loss_table_there_is_no_compute_fraction_and_a_note_says_why(subject):
     acts, lm = subject
     result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]

@@ -116,6 +116,16 @@ def test_a_rival_is_compared_at_topks_sparsity_or_where_it_is_denser_and_still_w
     assert baselines._rivals(curves, curves) == [says]
 
 
+def test_a_value_that_is_not_known_is_compared_with_nothing():
+    known = Curve("ReLU", [4.0, 64.0], [0.9, 0.9], [0.0, 0.0])
+    unknown = Curve("TopK", [8.0], [None], [None])
+    expected = [
+        "ReLU has no point on either side of one of TopK's values of L0: nothing to compare."
+    ]
+    curves = {"ReLU": known, "TopK": unknown}
+    assert baselines._rivals(curves, curves) == expected
+
+
 def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monkeypatch):
     steps = []
     monkeypatch.setattr(ablations, "MEMBERS", {"whole": {}, "no AuxK": {"auxk_coef": 0.0}})

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,20 @@ from ksparse.acts.text import Contexts, ids_of, token_strings, without_bos
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 from ksparse.trust import code_is_trusted
+
+if TYPE_CHECKING:
+
+    class CausalLM(nn.Module):
+        """What is used of transformers' models, whose own annotations hide most of it."""
+
+        base_model: nn.Module
+        config: Any
+        dtype: torch.dtype
+
+        def get_input_embeddings(self) -> nn.Embedding: ...
+        def get_output_embeddings(self) -> nn.Linear: ...
+        def generate(self, tokens: Tensor, **options: Any) -> Any: ...
+
 
 _log = logging.getLogger("ksparse")
 _LENGTHS = (
@@ -404,7 +418,7 @@ class _CachedFork(Fork):
         self.logits, self.x, self.prefix = watched.logits, watched.x[:, 0], watched.prefix
         read = (
             [layer for i, layer in enumerate(self.past.layers) if i not in self.unread]
-            if at
+            if self.past is not None
             else []
         )
         self.row_bytes = 4 * self.logits[0].numel() + sum(
@@ -475,7 +489,7 @@ class _ReplayedFork(Fork):
         return self.lm.replay(part, put)[:, self.at :]
 
 
-def _past(model: nn.Module, tokens: Tensor) -> Any:
+def _past(model: CausalLM, tokens: Tensor) -> Any:
     """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that
     may be changed in place."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -582,7 +596,7 @@ def find_model(name: str) -> str:
     return name
 
 
-def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.Module:
+def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> CausalLM:
     """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold
     beside what the model has."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -600,7 +614,8 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
                 "attention. If you have read that code and "
                 "trust it, give --trust-remote-code True; else take the name out of its config.json"
             )
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[CausalLM, dict[str, Any]]  # the library's annotation knows the model alone
+        loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             source,
             config=config,
             dtype=dtype,
@@ -617,6 +632,7 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> nn.M
         ) from error
     finally:
         logging.set_verbosity(level)
+    model, report = loaded
     _check_weights(model, source, report)
     return model
 

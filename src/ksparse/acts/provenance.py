@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,11 +24,14 @@ from ksparse.acts.sites import resolve
 from ksparse.errors import InputError
 from ksparse.recipe import Acts
 
+if TYPE_CHECKING:
+    from ksparse.acts.lm import CausalLM
+
 POLICY = ("context", "bos", "borders", "keep")
 _log = logging.getLogger("ksparse")
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: CausalLM) -> dict[str, Any]:
     """Return what tells LMs of different architecture or size apart."""
     sizes = {
         name: getattr(model.config, name, None)

@@ -202,14 +202,15 @@ def _add(
     name = f"{len(manifest['shards']):05d}.safetensors"
     with files.placed(folder / name) as tmp:
         save_file(tensors, tmp)
-        entry = {"file": name, "rows": len(tensors["x"]), "sha256": files.sha256(tmp)}
+        rows = len(tensors["x"])
+        entry = {"file": name, "rows": rows, "sha256": files.sha256(tmp)}
     last = max(corpus.names)
     files.write_json(folder / NAMES, [corpus.names.get(i, "") for i in range(last + 1)])
     manifest |= {
         "shards": [*manifest["shards"], entry],
         "place": list(place),
         "contexts": contexts,
-        "complete": done + entry["rows"] >= manifest["rows"],
+        "complete": done + rows >= manifest["rows"],
         "names_sha256": files.sha256(folder / NAMES),
     }
     files.write_json(folder / files.MANIFEST, manifest, sealed=True)
@@ -239,7 +240,7 @@ def _shard(
         ]
         for site, x in zip(sites, found):
             if not torch.isfinite(x).all():  # also those that are too large for float16
-                bad = contexts.documents[keep][~torch.isfinite(x).all(1)][0].item()
+                bad = int(contexts.documents[keep][~torch.isfinite(x).all(1)][0])
                 raise NonFiniteError(
                     f"activations at {site} are NaN or infinite in document {corpus.names[bad]!r}, "
                     f"as {str(dtype).removeprefix('torch.')}"
@@ -250,8 +251,9 @@ def _shard(
         have, number, place, group = have + len(numbers), number + len(group), group[-1].next, []
         if have >= rows:
             break
-    *x, document, context, position = (torch.cat(column) for column in zip(*parts))
-    return {"x": x, "document": document, "context": context, "position": position}, place, number
+    columns = [torch.cat(column) for column in zip(*parts)]
+    table = dict(zip(("document", "context", "position"), columns[-3:]))
+    return {"x": columns[:-3], **table}, place, number
 
 
 class Shards:
@@ -328,6 +330,11 @@ class Shards:
 class _Part:
     """The arrays of one safetensors file, memory-mapped: the header is a length and a JSON table of
     offsets."""
+
+    x: np.ndarray
+    document: np.ndarray
+    context: np.ndarray
+    position: np.ndarray
 
     def __init__(self, file: Path, rows: int, manifest: dict[str, Any], names: int):
         """Map a file of so many rows, each column of the type, shape and range of the manifest."""

@@ -19,6 +19,7 @@ other site is a module's name: its output, or with NAME:in its input.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -26,7 +27,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from ksparse.errors import InputError
 
 ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 Change = Callable[[Tensor], Tensor | None]
+_Key = TypeVar("_Key", int, str)
 _ALIAS = re.compile(rf"({'|'.join(ALIASES)})\.(-?\d+)")
 _CLASSES = {
     "norm": r"norm|(^|_)ln(_|\d|$)",
@@ -97,11 +99,13 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
 
     with ExitStack() as hooks:
         for number, (place, _) in enumerate(site.others):
-            hooks.enter_context(
-                _seen(place, lambda x, number=number: held.update({number: x.clone()}))
-            )
+            hooks.enter_context(_seen(place, functools.partial(_keep, held, number)))
         hooks.enter_context(_through(Place(site.module, site.at), put))
         yield
+
+
+def _keep(seen: dict[_Key, Tensor], key: _Key, x: Tensor) -> None:
+    seen[key] = x.clone()
 
 
 @contextmanager
@@ -615,7 +619,7 @@ def _reading(
         if edited is not None and change is not None:
             hooks.enter_context(hooked(edited, change))
         for name, site in sites.items():
-            hooks.enter_context(hooked(site, lambda x, name=name: seen.update({name: x.clone()})))
+            hooks.enter_context(hooked(site, functools.partial(_keep, seen, name)))
         _run(model)
     return seen
 

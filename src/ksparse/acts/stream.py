@@ -206,7 +206,7 @@ class LiveStream:
         source, self._reading = self._from(place), None
         have, barren, following = -skip, 0, (place, skip)
         while have < wanted:
-            group = []
+            group: list[Context] = []
             while len(group) < self.corpus.acts.lm_batch and have < wanted:
                 context = next(source)
                 kept = int(self.corpus.batch([context]).keep.sum())

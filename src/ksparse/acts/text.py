@@ -40,7 +40,7 @@ class Document(NamedTuple):
     """One document; `index` counts the documents of the source (of the split, for the built-in
     text)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of a tuple
     name: str
     text: str
 
@@ -50,7 +50,7 @@ class Place(NamedTuple):
     in pass `epoch`."""
 
     epoch: int = 0
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides the method of a tuple
     offset: int = 0
 
 
@@ -80,6 +80,7 @@ class Contexts(NamedTuple):
 def documents(acts: Acts, split: str, start: int = 0) -> Iterator[Document]:
     """Yield one split's documents of a source, in its own order, from document number `start`
     on."""
+    pairs: Iterator[tuple[str, str | Iterable[str]]]
     if acts.text == "pylm":
         pairs = pylm.documents(split)
         for index, (name, text) in enumerate(itertools.islice(_pieces(pairs), start, None), start):

@@ -191,6 +191,7 @@ def _finished(name: str, part: Eval, clock: _Clock) -> Result:
     """Return a part's result with what all results say."""
     with clock.of(part):
         result = part.result()
+    assert result is not None  # only parts that others build on have none, and those have no name
     data, sae, notes = part.subject.data, part.subject.sae, part.subject.notes
     values: dict[str, Any] = {
         "name": file_name(name, data.options),

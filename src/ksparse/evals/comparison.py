@@ -6,6 +6,7 @@ table(results)    the best first, each value with its standard error
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -93,13 +94,12 @@ def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> 
         Row(label, {key: found[COLUMNS[key][0]][key] for key in columns})
         for label, found in results.items()
     ]
-    worst = float("inf")
-    return sorted(
-        rows,
-        key=lambda row: (
-            worst if row.values[by]["value"] is None else COLUMNS[by][1] * row.values[by]["value"]
-        ),
-    )
+
+    def rank(row: Row) -> float:
+        value = row.values[by]["value"]
+        return math.inf if value is None else COLUMNS[by][1] * value
+
+    return sorted(rows, key=rank)
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, Any]:

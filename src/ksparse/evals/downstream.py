@@ -51,12 +51,13 @@ class Downstream(Eval):
         }
         delta = ratio(sums["spliced"] - sums["clean"], tokens)
         table, note = loss_table(self.subject.data)
-        shift = values["ce_clean"]["value"] - table[-1][1] if table else None
+        clean = values["ce_clean"]["value"]
+        shift = clean - table[-1][1] if table and clean is not None else None
         notes = [note] if note else []
         if shift is not None and abs(shift) > 0.02:
             notes.append(
                 f"compute_fraction: the loss table ends at {table[-1][1]:.3f} nats, the LM has "
-                f"{values['ce_clean']['value']:.3f} on this "
+                f"{clean:.3f} on this "
                 "text; the table is shifted by the difference"
             )
         return Result(
@@ -117,7 +118,8 @@ def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estim
     between points in log compute. The standard error is half the distance between the readings one
     standard error of delta to both sides.
     """
-    if not table:
+    value, se = delta["value"], delta["se"]
+    if not table or value is None:
         return {"value": None, "se": None}
 
     def read(difference: float) -> float:
@@ -132,8 +134,7 @@ def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estim
                 )
         return table[0][0] / table[-1][0]  # worse than the first point: at most its compute
 
-    se = delta["se"]
     return {
-        "value": read(delta["value"]),
-        "se": None if se is None else (read(delta["value"] - se) - read(delta["value"] + se)) / 2,
+        "value": read(value),
+        "se": None if se is None else (read(value - se) - read(value + se)) / 2,
     }

@@ -15,7 +15,7 @@ the fourth (`n2g`: on both).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,10 @@ _COMPACT = 2_000_000  # activations held before all but the drawn ones are dropp
 BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
 
 
-def of_parts(documents: np.ndarray | Tensor, parts: tuple[int, ...]) -> np.ndarray | Tensor:
+_Numbers = TypeVar("_Numbers", np.ndarray, Tensor)
+
+
+def of_parts(documents: _Numbers, parts: tuple[int, ...]) -> _Numbers:
     """Return which documents, by number, are dealt to these parts."""
     dealt = documents % 4
     return (dealt >= parts[0]) & (dealt <= parts[-1])
@@ -358,7 +361,7 @@ def _apart(
     return out
 
 
-def choose_pad(tokenizer: object, asked: str, specials: set[int]) -> tuple[int, str]:
+def choose_pad(tokenizer: Any, asked: str, specials: set[int]) -> tuple[int, str]:
     """Return the id and text of the token that stands for a removed one: the one asked for, or the
     first of a list that is a token.
 

@@ -80,7 +80,7 @@ class Batch(_Shared):
         )[self.keep]
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
-            document = self.documents[bad][0].item()
+            document = int(self.documents[bad][0])
             raise NonFiniteError(
                 f"activations at {self.lm.options.site} are NaN or infinite in document "
                 f"{self.corpus.names[document]!r}"
@@ -183,7 +183,8 @@ class HeldOut(_Shared):
         super().__init__()
         self.lm, self.acts, self.options = lm, acts, options
         self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
-        self.tokens, self.contexts, self.documents = 0, 0, set()  # of the last pass
+        self.tokens, self.contexts = 0, 0  # of the last pass
+        self.documents: set[int] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches until there are enough tokens, or the text ends."""
@@ -217,9 +218,8 @@ class HeldOut(_Shared):
         sums = [(x.sum(0), len(x)) for x in batches]
         if not sum(count for _, count in sums):
             raise self.nothing()
-        return (
-            (sum(x for x, _ in sums) / sum(count for _, count in sums)).float().to(self.lm.device)
-        )
+        total = sum((x for x, _ in sums), torch.zeros_like(sums[0][0]))
+        return (total / sum(count for _, count in sums)).float().to(self.lm.device)
 
     def notes(self) -> list[str]:
         """Return what is to be said of the text of the last pass."""
@@ -261,10 +261,10 @@ class Subject:
     def part(self, kind: type[Part]) -> Part:
         """Return the one part of a kind, made when it is first asked for; what it needs comes
         before it."""
-        if kind not in self.parts:
-            made = kind(self)
-            self.parts[kind] = made
-        return self.parts[kind]
+        part = self.parts.get(kind)
+        if not isinstance(part, kind):
+            part = self.parts[kind] = kind(self)
+        return part
 
 
 class Eval:

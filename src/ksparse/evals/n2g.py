@@ -144,10 +144,11 @@ class N2G(Eval):
         wanted[context, position] = True
         found = predictor.match(tokens, begins, wanted)
         keys = self._key(found.context, found.position, found.latent, tokens.shape[1])
-        return tuple(
+        own, others = (
             np.isin(self._key(context, position, latent, tokens.shape[1]), keys)
             for latent in (mine.latent, other[slot[mine.latent]])
         )
+        return own, others
 
     def _precise(
         self, found: Matches, scored: np.ndarray, slot: np.ndarray, length: int

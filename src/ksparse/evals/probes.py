@@ -9,6 +9,7 @@ number is reported beside it, as `probe_loss_in_sample`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,7 +74,7 @@ class Probes(Eval):
         rivals = random_sae(sae, data.options.seed)
         for number, name in enumerate(self.tasks.names):
             rows = (
-                data.once(f"probe rows {name}", lambda name=name: self.tasks.rows(name))
+                data.once(f"probe rows {name}", functools.partial(self.tasks.rows, name))
                 if data.options.position == "last"
                 else self.tasks.rows(name)
             )

@@ -144,13 +144,10 @@ class Stats(Eval):
             return {}
         tokens = torch.cat(self.tokens)
         values, indices = Code.joined(self.codes)
-        context, position, slot = (values > 0).nonzero(as_tuple=True)
-        value, latent = (
-            values[context, position, slot].float().numpy(),
-            indices[context, position, slot].numpy(),
-        )
-        token = tokens[context, position].numpy()
-        context, position = context.numpy(), position.numpy()
+        active = (values > 0).nonzero(as_tuple=True)
+        value, latent = values[active].float().numpy(), indices[active].numpy()
+        token = tokens[active[:2]].numpy()
+        context, position = (place.numpy() for place in active[:2])
         noise, other_noise = np.random.default_rng(self.subject.options.seed).random(
             (2, len(value)), np.float32
         )

@@ -196,14 +196,14 @@ def python_tasks(lm: LM, acts: Acts, options: EvalOptions, observe: Observe) -> 
     generator = np.random.default_rng(options.seed)
     chosen, left_out = {}, {}
     for column, task in enumerate(TASKS):
-        rows = _balanced(labels[:, column], document, options.probe_rows, generator)
-        if len(rows) < 4 * LEAST:
+        drawn = _balanced(labels[:, column], document, options.probe_rows, generator)
+        if len(drawn) < 4 * LEAST:
             left_out[task.name] = (
-                f"only {len(rows) // 4} rows of the rarer label in a half of {len(document):,} "
+                f"only {len(drawn) // 4} rows of the rarer label in a half of {len(document):,} "
                 f"tokens; {LEAST} are needed"
             )
         else:
-            chosen[task.name] = rows
+            chosen[task.name] = drawn
     needed = np.unique(np.concatenate(list(chosen.values())))
     x = pool.activations(needed, observe)
 

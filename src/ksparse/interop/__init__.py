@@ -48,9 +48,10 @@ _MOST_FOLDERS = 10_000
 class Format(Protocol):
     """What each format's module has."""
 
-    HOLDS: Mapping[str, tuple[str, ...]]
-    """The activations that it can be written with, and the normalisations that it can hold with
-    each."""
+    @property
+    def HOLDS(self) -> Mapping[str, tuple[str, ...]]:
+        """The activations that it can be written with, and the normalisations that it can hold
+        with each."""
 
     def find(self, path: Path) -> Path | None: ...
     def read(self, path: Path) -> SAE: ...

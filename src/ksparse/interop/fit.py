@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Collection, Mapping
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
@@ -83,7 +83,13 @@ def in_raw_units(sae: SAE) -> SAE:
     return made
 
 
-def like(sae: SAE, **changes: object) -> SAE:
+class _Changes(TypedDict, total=False):
+    normalize: str
+    factor: float
+    activation: str
+
+
+def like(sae: SAE, **changes: Unpack[_Changes]) -> SAE:
     """Return a copy with another shape and the same weights."""
     made = SAE(dataclasses.replace(sae.shape, **changes), sae.metadata)
     with torch.no_grad():

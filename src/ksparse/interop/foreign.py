@@ -68,7 +68,7 @@ class Settings:
         if (
             not isinstance(found, kind)
             or (isinstance(found, bool) and kind is not bool)
-            or (kind is int and abs(found) >= 2**63)
+            or (kind is int and isinstance(found, int) and abs(found) >= 2**63)
         ):
             raise InputError(
                 f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
@@ -322,7 +322,8 @@ def write_torch(table: Mapping[str, Any], file: Path) -> None:
 
 
 def write_npz(tensors: Mapping[str, Tensor], file: Path) -> None:
-    np.savez(file, **{key: value.detach().cpu().numpy() for key, value in tensors.items()})
+    arrays = {key: value.detach().cpu().numpy() for key, value in tensors.items()}
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # no key of ours is allow_pickle
 
 
 # ---- weights in our terms ------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from ksparse.interop.shown import Example, Shown
 from ksparse.runs import RunFolder
 from ksparse.sae import store
 from ksparse.sae.model import SAE
+
+if TYPE_CHECKING:
+    from ksparse.acts.lm import CausalLM
 
 BATCH = 128
 _LOGITS, _BINS = 10, 50
@@ -217,21 +220,18 @@ def _batches(shown: Shown, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
         ]
 
 
-def unembedding(model: nn.Module) -> Tensor:
+def unembedding(model: CausalLM) -> Tensor:
     """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the
     final norm's weight; centred where that norm centres."""
     weight = model.get_output_embeddings().weight.detach().float()
-    norm = next(
-        (
-            module
-            for name, module in model.base_model.named_children()
-            if name in _NORMS and getattr(module, "weight", None) is not None
-        ),
-        None,
+    norms = (
+        (module, scale.detach().float())
+        for name, module in model.base_model.named_children()
+        if name in _NORMS and isinstance(scale := getattr(module, "weight", None), Tensor)
     )
-    if norm is None:
+    if (first := next(norms, None)) is None:
         return weight
-    scale = norm.weight.detach().float()
+    norm, scale = first
     weight = weight * (
         1 + scale if type(norm).__name__.startswith("Gemma") else scale
     )  # Gemma's norms keep what they add to 1

@@ -87,7 +87,7 @@ def metadata(
         "text": text,
         "bos": ("none", "auto")[bos] if isinstance(bos, bool) else None,
     }
-    known = {}
+    known: dict[str, Any] = {}
     for key, value in said.items():
         try:
             known |= {key: getattr(from_dict({"acts": {key: value}}).acts, key)}

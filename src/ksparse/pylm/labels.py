@@ -23,7 +23,7 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -231,7 +231,12 @@ _EXTENTS: dict[type[ast.AST], tuple[tuple[str, str], ...]] = {
     ast.GeneratorExp: (("in_comprehension", ""),),
 }
 
-_COMPREHENSIONS = {
+_Placed = ast.stmt | ast.expr | ast.arg | ast.alias | ast.keyword | ast.ExceptHandler | ast.pattern
+"""Nodes that have a place in the text."""
+_Comprehension = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+_Block = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef | _Comprehension
+"""Nodes whose names are their own."""
+_COMPREHENSIONS: dict[type[ast.AST], str] = {
     ast.ListComp: "listcomp",
     ast.SetComp: "setcomp",
     ast.DictComp: "dictcomp",
@@ -393,19 +398,21 @@ class _Code:
                 if not level:
                     self.fields[begin].append((opening, end))
 
-    def start(self, node: ast.AST) -> int:
+    def start(self, node: _Placed) -> int:
         """Return the first character of a node, whose columns are in bytes."""
         return self._characters[self._bytes[node.lineno - 1] + node.col_offset]
 
-    def end(self, node: ast.AST) -> int:
+    def end(self, node: _Placed) -> int:
         """Return the character behind a node."""
-        return self._characters[self._bytes[node.end_lineno - 1] + node.end_col_offset]
+        line, column = node.end_lineno, node.end_col_offset
+        assert line is not None and column is not None  # as in all that ast.parse returns
+        return self._characters[self._bytes[line - 1] + column]
 
     def at(self, character: int) -> int:
         """Return the number of the first token that begins there or later."""
         return bisect_left(self.starts, character)
 
-    def last(self, node: ast.AST) -> int:
+    def last(self, node: _Placed) -> int:
         """Return the number of a node's last token."""
         return self.at(self.end(node)) - 1
 
@@ -424,7 +431,7 @@ class _Code:
         """Set a mark on a token."""
         self.paint(mark, self.tokens[number].start, self.tokens[number].end, value)
 
-    def paint_nodes(self, mark: str, nodes: Sequence[ast.AST], value: bool = True) -> None:
+    def paint_nodes(self, mark: str, nodes: Sequence[_Placed], value: bool = True) -> None:
         """Set a mark from the first of some nodes to the last; a decorated definition begins with
         its decorators."""
         if nodes:
@@ -558,7 +565,7 @@ def _ends_operand(token: _Token) -> bool:
 def _mark_string(code: _Code, token: _Token) -> None:
     """Mark a string literal by its prefix and its quotes, and the replacement fields of an
     f-string."""
-    prefix, quote = _QUOTE.match(token.text).groups()
+    prefix, quote = _opening(token.text)
     formatted = _is_formatted(prefix)
     kinds = {
         "in_string": True,
@@ -581,17 +588,24 @@ def _is_formatted(prefix: str) -> bool:
     return bool(set(prefix.lower()) & {"f", "t"})
 
 
+def _opening(literal: str) -> tuple[str, str]:
+    """Return the prefix of a string literal and its quotes."""
+    match = _QUOTE.match(literal)
+    assert match  # what the tokenizer calls a string begins so
+    return match[1], match[2]
+
+
 def _fields(token: _Token) -> Iterator[tuple[int, int]]:
     """Yield the extents of a string's replacement fields, braces included, by the grammar before
     Python 3.12; a field in a format is part of it."""
     literal = token.text
-    prefix, quote = _QUOTE.match(literal).groups()
+    prefix, quote = _opening(literal)
     if not _is_formatted(prefix):
         return
     skipped = r"\{\{|[^{]" if "r" in prefix.lower() else r"\\N\{[^}]*\}|\\[^{]|\{\{|[^{]"
     text = re.compile(f"(?:{skipped})*", re.DOTALL)
     at = len(prefix) + len(quote)
-    while (at := text.match(literal, at).end()) < len(literal):
+    while (match := text.match(literal, at)) and (at := match.end()) < len(literal):
         end = _field_end(literal, at + 1)
         yield token.start + at, token.start + end
         at = end
@@ -617,7 +631,7 @@ def _mark_extents(code: _Code, node: ast.AST, scope: _Scope) -> None:
     """Mark the parts of a node that are tasks as they are, and those that go by brackets or
     lines."""
     for mark, field in _EXTENTS.get(type(node), ()):
-        part = getattr(node, field) if field else node
+        part: Any = getattr(node, field) if field else node
         code.paint_nodes(mark, part if isinstance(part, list) else [part] if part else [])
     if decorators := getattr(node, "decorator_list", None):
         code.paint("in_decorator", code.line(code.start(decorators[0])), code.end(decorators[-1]))
@@ -695,7 +709,7 @@ def _mark_words(code: _Code, node: ast.AST) -> None:
                 *(code.line(code.start(case.pattern)) for case in node.cases),
             ):
                 _mark_soft_keyword(code, code.tokens[code.at(character)])
-        case _ if type(node).__name__ == "TypeAlias":  # since Python 3.12
+        case ast.stmt() if type(node).__name__ == "TypeAlias":  # since Python 3.12
             _mark_soft_keyword(code, code.tokens[code.at(code.start(node))])
 
 
@@ -756,7 +770,7 @@ class _Scope:
         """Say whether the value of a mangled name is local, free, global or in a class; "" if the
         tables do not have the name."""
         symbol = self.symbol(name)
-        if self.kind == "comprehension":
+        if self.kind == "comprehension" and self.outer:
             if name in self.own:
                 return "local"
             if symbol is None or (symbol.is_free() and self.outer.kind != "class"):
@@ -789,7 +803,7 @@ class _Scope:
 class _Inside(NamedTuple):
     """The part of a node that is in the node's own block."""
 
-    node: ast.AST
+    node: _Block
     children: list[ast.AST]
 
 
@@ -803,6 +817,7 @@ def _walk(tree: ast.Module, top: symtable.SymbolTable) -> Iterator[tuple[ast.AST
     stack: list[tuple[ast.AST | _Inside, _Scope, bool]] = [(tree, _Scope("module", top), False)]
     while stack:
         node, scope, quiet = stack.pop()
+        children: Sequence[ast.AST | _Inside]
         if isinstance(node, _Inside):
             children, scope = node.children, _enter(node.node, scope, tables)
         else:
@@ -815,7 +830,8 @@ def _walk(tree: ast.Module, top: symtable.SymbolTable) -> Iterator[tuple[ast.AST
 
 def _tables(top: symtable.SymbolTable) -> dict[tuple[str, str, int], deque[symtable.SymbolTable]]:
     """Return the blocks of each kind, name and line in order."""
-    found, stack = defaultdict(deque), [top]
+    found: dict[tuple[str, str, int], deque[symtable.SymbolTable]] = defaultdict(deque)
+    stack = [top]
     while stack:
         table = stack.pop()
         found[str(table.get_type()), table.get_name().strip("<>"), table.get_lineno()].append(table)
@@ -824,14 +840,14 @@ def _tables(top: symtable.SymbolTable) -> dict[tuple[str, str, int], deque[symta
 
 
 def _enter(
-    node: ast.AST, scope: _Scope, tables: dict[tuple[str, str, int], deque[symtable.SymbolTable]]
+    node: _Block, scope: _Scope, tables: dict[tuple[str, str, int], deque[symtable.SymbolTable]]
 ) -> _Scope:
     """Return the block of a node."""
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    name = _COMPREHENSIONS.get(type(node)) or getattr(node, "name", "lambda")
+    name: str = _COMPREHENSIONS.get(type(node), "") or getattr(node, "name", "lambda")
     found = tables.get((kind, name, node.lineno))
     table = found.popleft() if found else None
-    if type(node) not in _COMPREHENSIONS:
+    if not isinstance(node, _Comprehension):
         return _Scope(kind, table, scope, name if kind == "class" else scope.owner)
     targets = (part for generator in node.generators for part in ast.walk(generator.target))
     own = {
@@ -844,14 +860,13 @@ def _enter(
 
 def _children(node: ast.AST) -> list[ast.AST | _Inside]:
     """Return a node's children in the order in which the compiler's symbol tables visit them."""
+    outside: list[ast.AST | None]
+    inside: list[ast.AST]
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
             args = node.args
-            parameters = list(
-                filter(
-                    None, [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
-                )
-            )
+            every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+            parameters = [arg for arg in every if arg]
             outside = [
                 *args.defaults,
                 *args.kw_defaults,
@@ -861,7 +876,7 @@ def _children(node: ast.AST) -> list[ast.AST | _Inside]:
             ]
             inside = [*parameters, *(node.body if isinstance(node.body, list) else [node.body])]
         case ast.ClassDef():
-            outside, inside = [*node.bases, *node.keywords, *node.decorator_list], node.body
+            outside, inside = [*node.bases, *node.keywords, *node.decorator_list], [*node.body]
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
             first, *others = node.generators
             result = [node.value, node.key] if isinstance(node, ast.DictComp) else [node.elt]
@@ -911,8 +926,8 @@ class _Names:
             case ast.MatchMapping(rest=str(name)):
                 last = next(i for i in range(code.last(node), 0, -1) if code.tokens[i].text == "**")
                 self._place(last + 1, name, scope, "bound names")
-            case ast.ExceptHandler(name=str(name)):
-                self._place(code.find("as", code.end(node.type)) + 1, name, scope, "bound names")
+            case ast.ExceptHandler(name=str(name), type=ast.expr() as caught):
+                self._place(code.find("as", code.end(caught)) + 1, name, scope, "bound names")
             case ast.Global(names=names) | ast.Nonlocal(names=names):
                 for i, name in enumerate(names):
                     self._place(
@@ -935,8 +950,8 @@ class _Names:
             "free_variable": place == "free",
             "global_variable": place == "global" and not builtin,
             "builtin_name": place == "global" and builtin,
-            "parameter_use": bool(home) and home.is_parameter(),
-            "imported_name": bool(home) and home.is_imported(),
+            "parameter_use": home is not None and home.is_parameter(),
+            "imported_name": home is not None and home.is_imported(),
         }
         for mark, value in marks.items():
             code.paint_token(mark, number, value)

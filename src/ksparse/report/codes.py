@@ -190,14 +190,9 @@ def sides(source: Source) -> list[dict[str, str]]:
 
     def middle(side: dict[str, Any], key: str) -> str:
         values = side.get(key)
-        there = isinstance(values, list) and len(values) == 5 and is_number(values[2])
-        return (
-            "–"
-            if not there
-            else percent(values[2])
-            if key == "density"
-            else brief(values[2], "number")
-        )
+        if not isinstance(values, list) or len(values) != 5 or not is_number(values[2]):
+            return "–"
+        return percent(values[2]) if key == "density" else brief(values[2], "number")
 
     return [
         {

@@ -420,18 +420,10 @@ def patterns(
 def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None:
     """Draw how sparse the effects of single latents are against those of single channels, from
     histograms with one set of edges."""
-    found = [(histogram.get("edges"), histogram.get("counts")) for histogram in (latents, channels)]
-    if not all(
-        isinstance(edges, list)
-        and isinstance(counts, list)
-        and len(edges) == len(counts) + 1
-        and edges == found[0][0]
-        and all(map(is_number, [*edges, *counts]))
-        and sum(counts)
-        for edges, counts in found
-    ):
+    left, right = _histogram(latents), _histogram(channels)
+    if left is None or right is None or left[0] != right[0]:
         return None
-    (edges, ours), (_, theirs) = found
+    (edges, ours), (_, theirs) = left, right
     last = max(_range(ours)[1], _range(theirs)[1])
     with canvas() as (figure, axes):
         axes.bar(
@@ -474,6 +466,20 @@ def effects(latents: dict[str, Any], channels: dict[str, Any]) -> Picture | None
     )
 
 
+def _histogram(found: dict[str, Any]) -> tuple[list[float], list[int]] | None:
+    """Return the edges and counts of a histogram; None if it is not one, or empty."""
+    edges, counts = found.get("edges"), found.get("counts")
+    if (
+        isinstance(edges, list)
+        and isinstance(counts, list)
+        and len(edges) == len(counts) + 1
+        and all(map(is_number, [*edges, *counts]))
+        and sum(counts)
+    ):
+        return edges, counts
+    return None
+
+
 PROBES = (
     ("prior_loss", "label’s share alone", "|", INK, INK),
     ("dense_probe_loss", "all channels together", "D", INK, "none"),
@@ -493,9 +499,9 @@ def tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | No
     with canvas(size=(6.2, 1.4 + 0.185 * len(rows))) as (figure, axes):
         for key, name, marker, colour, filling in PROBES:
             found = [
-                (losses[key], row)
+                (loss, row)
                 for row, (_, _, losses) in enumerate(rows)
-                if losses.get(key) is not None
+                if (loss := losses.get(key)) is not None
             ]
             axes.plot(
                 [number.value for number, _ in found],
@@ -575,7 +581,7 @@ def canvas(rows: int = 1, size: tuple[float, float] = (5.2, 2.9)) -> Iterator[tu
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams.update(_SETTINGS)  # type: ignore[arg-type]  # wants literal names
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         yield figure, figure.subplots(rows, 1, subplot_kw={"facecolor": "none"})
 

@@ -93,10 +93,10 @@ def pictures(source: Source) -> list[Picture]:
 
 def samples(source: Source) -> list[Sample]:
     """Return the cards of each sample; nothing without the arrays of `stats`."""
-    groups = chosen(source)
-    if not groups:
+    groups, arrays = chosen(source), source.arrays("stats")
+    if not groups or arrays is None:
         return []
-    reader = _Reader(source, source.arrays("stats"))
+    reader = _Reader(source, arrays)
     return [
         Sample(title, why, [reader.card(latent) for latent in latents])
         for title, why, latents in groups

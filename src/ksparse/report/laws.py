@@ -96,7 +96,7 @@ def sizes(law: Law | None) -> Picture | None:
     if law is None:
         return None
     with canvas(size=(5.2, 3.7)) as (figure, axes):
-        _points_and_lines(axes, law, "k", lambda k: f"k = {k:g}")
+        _points_and_lines(axes, law, "k", _k_of)
         _logs(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
         legend(figure)
         svg = save(figure)
@@ -191,7 +191,7 @@ def trends(laws: dict[str, Law]) -> Picture | None:
                 axes,
                 laws[name],
                 "k",
-                lambda k, name=name: f"k = {k:g}" if name == shown[0][0] else None,
+                _k_of if name == shown[0][0] else lambda k: None,
             )
             _logs(
                 axes,
@@ -228,7 +228,7 @@ def joint(law: Law | None) -> Picture | None:
     if law is None:
         return None
     with canvas(rows=2, size=(5.2, 5.2)) as (figure, (above, below)):
-        _points_and_lines(above, law, "k", lambda k: f"k = {k:g}")
+        _points_and_lines(above, law, "k", _k_of)
         for strength, mark, k in _series(_values(law, "k")):
             here = [point for point in law["points"] if point["k"] == k]
             below.plot(
@@ -268,6 +268,10 @@ def _series(values: Any) -> Iterator[tuple[float, str, Any]]:
 
 def _values(law: Law, name: str) -> list[Any]:
     return sorted({point[name] for point in law["points"] if name in point})
+
+
+def _k_of(k: float) -> str:
+    return f"k = {k:g}"
 
 
 def _points_and_lines(

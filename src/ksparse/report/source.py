@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -204,7 +204,7 @@ def number(found: Any) -> Number | None:
     return Number(value, se if is_number(se) else None) if is_number(value) else None
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a value from JSON is a number that a float can be, which not every integer
     is."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -4,11 +4,13 @@ LM's additional loss, all on one stream."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ksparse.recipe import Activation, BatchTopK, Gated, JumpReLU, ProLU, Recipe, ReLU, TopK
-from ksparse.studies.study import Curve, Figure, Study, at_k, between, points, said
+from ksparse.studies.study import Curve, Figure, Fitted, Study, at_k, between, points, said
 
 TOKENS, LATENTS, K = 400_000, 2048, 32
 SPARSITIES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -27,7 +29,7 @@ def study(study: Study) -> dict[str, Any]:
     members = recipes(study)
     study.train(members)
     results = study.judge(list(members))
-    kinds = {}
+    kinds: dict[str, list[str]] = {}
     for member in members:
         kinds.setdefault(member.split(" ")[0], []).append(member)
     wide = _at_4k(study, members)
@@ -79,13 +81,14 @@ def recipes(study: Study) -> dict[str, Recipe]:
         if share in (SPARSITIES[0], 1, SPARSITIES[-1]):
             add("BatchTopK", BatchTopK(), f"k{k}", k)
             add("JumpReLU", JumpReLU(bandwidth=BANDWIDTH), f"k{k}", k)
+    penalised: dict[str, Callable[..., Activation]] = {
+        "ReLU": ReLU,
+        "Gated": Gated,
+        "ProLU-STE": ProLU,
+        "ProLU-ReLU": functools.partial(ProLU, gradient="relu"),
+    }
     for share in PENALTIES:
-        for kind, make in {
-            "ReLU": ReLU,
-            "Gated": Gated,
-            "ProLU-STE": ProLU,
-            "ProLU-ReLU": lambda l1: ProLU(gradient="relu", l1=l1),
-        }.items():
+        for kind, make in penalised.items():
             weight = float(f"{share * L1[kind]:.4g}")
             add(kind, make(l1=weight), f"l{weight:g}")
     return found
@@ -141,13 +144,15 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
         if kind in ("TopK", "Multi-TopK"):
             continue
         said_of = []
-        for x, ours, se in zip(loss["TopK"].x, loss["TopK"].y, loss["TopK"].se):
-            theirs, worse = between(loss[kind], x), between(error[kind], x)
-            if theirs is None or worse is None:
+        for x, ours, se in _known(loss["TopK"]):
+            theirs, worse, reference = (
+                between(curve, x) for curve in (loss[kind], error[kind], error["TopK"])
+            )
+            if theirs is None or worse is None or reference is None:
                 continue
             said_of.append(
                 f"at L0 {x:.1f} by {said(_less(theirs, (ours, se)))} nats (error {worse[0]:.4f} "
-                f"against {between(error['TopK'], x)[0]:.4f})"
+                f"against {reference[0]:.4f})"
             )
         found.append(
             f"{kind} costs the LM more than TopK {'; '.join(said_of)}."
@@ -157,7 +162,7 @@ def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
     return found
 
 
-def _less(one: tuple[float, float | None], other: tuple[float, float | None]) -> dict[str, float]:
+def _less(one: tuple[float, float | None], other: tuple[float, float | None]) -> Fitted:
     """Return the difference of two (value, standard error)."""
     return {"value": one[0] - other[0], "se": math.hypot(one[1] or 0.0, other[1] or 0.0)}
 
@@ -165,16 +170,24 @@ def _less(one: tuple[float, float | None], other: tuple[float, float | None]) ->
 def _beyond(kind: str, loss: dict[str, Curve]) -> str:
     """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest
     TopK; curves go by rising L0."""
-    theirs, ours = loss[kind], loss["TopK"]
-    if theirs.x[0] <= ours.x[-1]:
+    theirs, ours = _known(loss[kind]), _known(loss["TopK"])
+    if not theirs or not ours or theirs[0][0] <= ours[-1][0]:
         return (
             f"{kind} has no point on either side of one of TopK's values of L0: nothing to compare."
         )
-    difference = _less((theirs.y[0], theirs.se[0]), (ours.y[-1], ours.se[-1]))
+    difference = _less(theirs[0][1:], ours[-1][1:])
     return (
-        f"{kind} at L0 {theirs.x[0]:.1f}, its lowest, costs the LM more than TopK at "
-        f"{ours.x[-1]:.1f} by {said(difference)} nats."
+        f"{kind} at L0 {theirs[0][0]:.1f}, its lowest, costs the LM more than TopK at "
+        f"{ours[-1][0]:.1f} by {said(difference)} nats."
     )
+
+
+def _known(curve: Curve) -> list[tuple[float, float, float | None]]:
+    """Return the points (x, y, standard error) of a curve that have a value."""
+    errors = curve.se or [None] * len(curve.x)
+    return [
+        (x, y, se) for x, y, se in zip(curve.x, curve.y, errors) if x is not None and y is not None
+    ]
 
 
 def _multi(results: dict[str, dict[str, Any]], wide: dict[str, dict[str, Any]]) -> list[str]:

@@ -4,7 +4,8 @@ Gaussian data, whose error hardly falls with n."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -133,14 +134,12 @@ class GaussianFeed(Feed):
         super().__init__(real, device)
         x = self.look.x.cpu().double()
         del self.look  # that was of the activations; the members start from their own
-        self.recipe, self.stream = (
-            recipe,
-            GaussianStream(x, batch=recipe.batch, seed=recipe.data_seed, device=device),
-        )
+        self.gaussian = GaussianStream(x, batch=recipe.batch, seed=recipe.data_seed, device=device)
+        self.recipe, self.stream = recipe, self.gaussian
 
     @property
     def held_out(self) -> Tensor:
-        return self.stream.rows(self.recipe.curve.held_out, -2)
+        return self.gaussian.rows(self.recipe.curve.held_out, -2)
 
 
 class GaussianStream:
@@ -148,6 +147,7 @@ class GaussianStream:
 
     def __init__(self, x: Tensor, *, batch: int, seed: int, device: torch.device):
         self.batch, self.seed, self.device, self.d_model = batch, seed, device, x.shape[1]
+        self.halt = threading.Event()
         self.mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / (len(x) - 1))
         self.root = (
@@ -167,7 +167,7 @@ class GaussianStream:
             .to(self.device)
         )
 
-    def batches(self, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
         step = cursor["step"] if cursor else 0
         while True:
             step += 1

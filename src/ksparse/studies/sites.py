@@ -26,7 +26,7 @@ def study(study: Study) -> dict[str, Any]:
         study.train({member: recipe}, what=f"training {member}, {number} of {len(members)}")
     for member in members:
         results |= study.judge([member], ("stats", "downstream", "positions"))
-    kinds = {}
+    kinds: dict[str, list[str]] = {}
     for member in members:
         kinds.setdefault(member.rpartition(".")[0], []).append(member)
     return {

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -41,6 +41,13 @@ TOGETHER = 8  # SAEs that are judged in one pass: what has been judged is not lo
 Observe = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Estimate = dict[str, float | None]
+
+
+class Fitted(TypedDict):
+    """An estimate whose value is always known."""
+
+    value: float
+    se: float | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,13 @@ class Study:
         self.path = Path(options.out or f"studies/{name}")
         self.began = time.monotonic()
         base = open_run(options.run).recipe() if options.run else Recipe()
-        given = {
-            key: getattr(options, key) for key in ("lm", "site", "text") if getattr(options, key)
-        }
-        self.acts = dataclasses.replace(base.acts, **given, **({"shards": ""} if given else {}))
+        self.acts = dataclasses.replace(
+            base.acts,
+            lm=options.lm or base.acts.lm,
+            site=options.site or base.acts.site,
+            text=options.text or base.acts.text,
+            shards="" if options.lm or options.site or options.text else base.acts.shards,
+        )
         self.base = dataclasses.replace(
             base,
             acts=self.acts,
@@ -108,9 +118,9 @@ class Study:
         own = {
             key: changes.pop(key) for key in list(changes) if key in SAEOptions.__dataclass_fields__
         }
-        sae = SAEOptions(
-            n_latents=n, k=k, **({"activation": activation} if activation else {}), **own
-        )
+        if activation:
+            own["activation"] = activation
+        sae = SAEOptions(n_latents=n, k=k, **own)
         return dataclasses.replace(
             self.base, sae=sae, tokens=self.options.tokens or tokens, seed=seed, **changes
         )
@@ -253,7 +263,8 @@ def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequenc
         )
         for member in members
     )
-    return Curve("", *([row[i] for row in rows] for i in range(3)))
+    x, values, errors = ([row[i] for row in rows] for i in range(3))
+    return Curve("", x, values, errors)
 
 
 def between(curve: Curve, x: float) -> tuple[float, float] | None:
@@ -272,7 +283,7 @@ def between(curve: Curve, x: float) -> tuple[float, float] | None:
     return None
 
 
-def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Estimate]:
+def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Fitted]:
     """Return the exponent b and factor a of loss = a n^b by least squares of logarithms, with
     standard errors where there are 3 points or more."""
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (n, loss))
@@ -295,7 +306,7 @@ def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Estimate]:
     }
 
 
-def said(estimate: Estimate, digits: int = 4) -> str:
+def said(estimate: Estimate | Fitted, digits: int = 4) -> str:
     """Write a value with its standard error."""
     value, se = estimate["value"], estimate["se"]
     return (

@@ -108,9 +108,9 @@ def build(
     failed: dict[str, str] = {}
     for sources, tasks in _families(pending, plan).items():
         for task, result in _make(tasks, sources, plan, observe):
-            result = _written(task, result, plan, index)
-            if isinstance(result, str):
-                failed[task.name] = index["failed"][task.name] = result
+            reason = _written(task, result, plan, index)
+            if reason is not None:
+                failed[task.name] = index["failed"][task.name] = reason
             else:
                 index["failed"].pop(task.name, None)
                 made.append(task.name)
@@ -119,8 +119,8 @@ def build(
                 Step(
                     task.name,
                     *(
-                        ("failed", result)
-                        if isinstance(result, str)
+                        ("failed", reason)
+                        if reason is not None
                         else ("made", f"{index['tasks'][task.name]['rows']:,} rows")
                     ),
                 )

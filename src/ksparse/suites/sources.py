@@ -14,7 +14,7 @@ longer runs. Code from a repository is never run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -97,7 +97,7 @@ def check_hub() -> None:
 
 
 def _joined(
-    parts: list[tuple[str, Iterable[dict[str, Any]]]], each: int
+    parts: Sequence[tuple[str, Iterable[dict[str, Any]]]], each: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for config, group in parts:
         for row in islice(group, each):

@@ -159,7 +159,7 @@ class Columns:
         }
 
     def _values(self, column: Column) -> np.ndarray:
-        arrays, n = self.reading.source.arrays(column.eval), self.reading.n
+        arrays, n = self.reading.arrays(column.eval), self.reading.n
         found = (
             np.nansum(arrays.whole("kl"), axis=1)
             if column.key == "effect"

@@ -95,7 +95,7 @@ class Details:
 
     @cached_property
     def _contexts(self) -> np.ndarray:
-        return self.reading.stats.whole("contexts")
+        return self.reading.arrays("stats").whole("contexts")
 
     def _example(
         self, context: int, position: int, acts: np.ndarray, strings: Strings
@@ -104,7 +104,8 @@ class Details:
         example is for."""
         if context >= len(self._contexts):
             raise CorruptError(
-                f"{self.reading.stats.file} has no context {context}; run the evaluation again"
+                f"{self.reading.arrays('stats').file} has no context {context}; "
+                "run the evaluation again"
             )
         before, after = self._window
         row = self._contexts[context].tolist()
@@ -192,7 +193,7 @@ class Details:
     def _effect(self, latent: int, strings: Strings) -> dict[str, Any] | None:
         """Return what taking a latent out does, token by token from where it is strongest on."""
         arrays, rows = self._ablated
-        if latent not in rows:
+        if arrays is None or latent not in rows:
             return None
         tokens, kl, loss, position, value = (
             arrays.row(name, rows[latent]).tolist()
@@ -234,7 +235,8 @@ class Strings:
 
     def __init__(self, token: Callable[[int], str]):
         self.listed: list[str] = []
-        self._token, self._numbers = token, {}
+        self._token = token
+        self._numbers: dict[int, int] = {}
 
     def number(self, token: int) -> int:
         if token not in self._numbers:

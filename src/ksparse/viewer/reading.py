@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ksparse import files
+from ksparse.errors import CorruptError
 from ksparse.report.source import Arrays, Source
 from ksparse.report.tokens import token_of
 from ksparse.runs import RunFolder
@@ -34,6 +35,15 @@ class Reading:
         return not name or (
             self.source.result(name) is not None and self.source.arrays(name) is not None
         )
+
+    def arrays(self, name: str) -> Arrays:
+        """Return the arrays of an evaluation that `has` says is there."""
+        arrays = self.source.arrays(name)
+        if arrays is None:
+            raise CorruptError(
+                f"{self.source.run.path} has no arrays of '{name}'; run the evaluation again"
+            )
+        return arrays
 
     @cached_property
     def stats(self) -> Arrays | None:

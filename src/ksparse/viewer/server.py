@@ -43,6 +43,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
+    from starlette.types import Message, Receive, Scope, Send
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InputError(
@@ -258,16 +259,17 @@ class Fresh:
     together."""
 
     def __init__(self, run: RunFolder):
-        self.run, self._lock, self._stamp, self._pieces = run, threading.Lock(), None, None
+        self.run, self._lock = run, threading.Lock()
+        self._made: tuple[list[tuple[str, int]], Pieces] | None = None
 
     def now(self) -> Pieces:
         """Return the pieces, made anew if a result or a checkpoint is another than before."""
         found = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
         stamp = [(file.name, file.stat().st_mtime_ns) for file in found if file.exists()]
         with self._lock:
-            if stamp != self._stamp:
-                self._stamp, self._pieces = stamp, Pieces(self.run, block=1)
-            return self._pieces
+            if self._made is None or stamp != self._made[0]:
+                self._made = stamp, Pieces(self.run, block=1)
+            return self._made[1]
 
 
 class Busy(Exception):
@@ -384,9 +386,7 @@ class Guard:
     def __init__(self, inner: Any, token: str):
         self.inner, self.token = inner, token.encode()
 
-    async def __call__(
-        self, scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]
-    ) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # no websockets
             return
         headers = {
@@ -401,7 +401,7 @@ class Guard:
                 "token, without which nothing of the run is shown"
             )
 
-        async def with_headers(message: dict[str, Any]) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = {name.lower() for name, _ in message["headers"]}
                 more = HEADERS | {"Content-Security-Policy": POLICY}
@@ -417,7 +417,7 @@ class Guard:
 
         await (PlainTextResponse(why, 403) if why else self.inner)(scope, receive, with_headers)
 
-    def _knows(self, scope: dict[str, Any], headers: dict[str, str]) -> bool:
+    def _knows(self, scope: Scope, headers: dict[str, str]) -> bool:
         """Tell whether a request has the token, in a header or in the address."""
         asked = parse_qs(scope["query_string"].decode("latin-1"))
         given = [headers.get("authorization", "").removeprefix("Bearer "), *asked.get("token", ())]
