@@ -1,5 +1,5 @@
 # make demo    train, evaluate, report on the built-in LM     make test    the tests
-# make lint    format and lint, as CI has it                  make check   what this machine is fit for
+# make lint    format, lint, types, as CI has it                make check   what this machine is fit for
 # make bench   our losses beside the peers'                   make newest  the wheel with the newest versions
 # make setup   .venv with the pinned versions (the others do it first)
 
@@ -18,6 +18,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff format --check src tests bench scripts
 	$(BIN)/ruff check src tests bench scripts
+	$(BIN)/python -m mypy
 
 check: setup
 	$(BIN)/ksparse doctor

@@ -238,7 +238,8 @@ def _outline(model: nn.Module, site: str) -> Place:
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     name, _, at = site.partition(":")
     modules = dict(model.named_modules())
-    within = f"{getattr(model, 'base_model_prefix', '')}.{name}"  # as names under the base model are
+    # Names may also begin at the base model.
+    within = f"{getattr(model, 'base_model_prefix', '')}.{name}"
     module = modules.get(name) or modules.get(within) if name else None
     if module is None or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
