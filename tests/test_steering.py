@@ -133,6 +133,26 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
     assert (scores != 0).sum() >= K
 
 
+@pytest.mark.parametrize("site", ["resid_mid.1", "mlp_out.1"])
+def test_attribution_at_a_site_that_is_a_sum_is_the_slope_of_scaling(small_acts, site):
+    lm = LM(acts=small_acts(site=site))
+    torch.manual_seed(0)
+    for name, parameter in lm.model.named_parameters():  # large enough for slopes to be measured
+        parameter.data = torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.5)
+    sae = make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={"policy": {"keep": "all"}})
+    metric, prompt = lambda logits: logits[5] - logits[6], "the cat sat on a mat"
+    scores = attribute(lm, sae, [prompt], metric)
+    latent = int(scores.abs().argmax())
+
+    def scored(factor):
+        with steer(lm.model, sae, scale={latent: factor}, site=site):
+            return metric(lm.model(lm.tokenize(prompt)).logits[0, -1].double()).item()
+
+    assert abs(scores[latent]) > 1e-3
+    slope = (scored(1.01) - scored(0.99)) / 0.02
+    assert scores[latent].item() == pytest.approx(slope, rel=0.02)
+
+
 def test_attributions_add_up_to_the_first_order_effect_through_a_real_lm(tiny):
     lm, sae = tiny
     metric = lambda logits: logits[5] - logits[6]  # noqa: E731
@@ -401,6 +421,15 @@ RECURRENT = {
         num_hidden_layers=2,
         num_attention_heads=2,
         vocab_size=300,
+    ),
+    "bart": lambda: T.BartConfig(  # whose base module is not called by the model
+        d_model=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        vocab_size=300,
+        max_position_embeddings=64,
+        is_decoder=True,
     ),
 }
 

@@ -285,6 +285,7 @@ class _Called:
         self.ids: Tensor | None = None
         self.begins, self.attention = True, None
         self.calls = self.reads = 0
+        self.outer: nn.Module | None = None  # the model or its base, as called; None outside
         self.running = False  # within a call whose activations have been read
 
     @property
@@ -294,22 +295,21 @@ class _Called:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note the ids of each call of the model, or of the part of it that both the model and its
-        users call."""
-        called = getattr(model, "base_model", model)
-        handles = [
-            called.register_forward_pre_hook(self._note, with_kwargs=True),
-            called.register_forward_hook(self._end),
-        ]
-        try:
+        """Note the ids of each call of the model, or of its base without the head, whichever is
+        the outer one."""
+        called = {id(part): part for part in (model, getattr(model, "base_model", model))}
+        with ExitStack() as hooks:
+            for part in called.values():
+                note = part.register_forward_pre_hook(self._note, with_kwargs=True)
+                end = part.register_forward_hook(self._end, always_call=True)
+                hooks.callback(note.remove)
+                hooks.callback(end.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if probing():
+        if probing() or self.outer is not None:
             return
+        self.outer = module
         called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         ids = called.get("input_ids", args[0] if args else None)
         self.ids = (
@@ -326,9 +326,15 @@ class _Called:
         self._tell_of_length()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if probing():
+        if module is not self.outer:
             return
-        self.running, self.begins, self.ids, self.attention = False, True, None, None
+        self.outer, self.running, self.begins, self.ids, self.attention = (
+            None,
+            False,
+            True,
+            None,
+            None,
+        )
 
     def reached(self, site: str) -> None:
         """Count that a site is read; raise InputError for the second time in one call."""
