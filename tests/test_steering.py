@@ -108,6 +108,7 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
     lm = SimpleNamespace(
         model=model,
         site=resolve(model, "block"),
+        module=model.block,
         check_changes=lambda: None,
         tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]),
     )
@@ -131,6 +132,26 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
             sum((each[0] - each[1]).item() for each in lost) / 2, abs=1e-5
         )
     assert (scores != 0).sum() >= K
+
+
+@pytest.mark.parametrize("site", ["resid_mid.1", "mlp_out.1"])
+def test_attribution_at_a_site_that_is_a_sum_is_the_slope_of_scaling(small_acts, site):
+    lm = LM(acts=small_acts(site=site))
+    torch.manual_seed(0)
+    for name, parameter in lm.model.named_parameters():  # large enough for slopes to be measured
+        parameter.data = torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.5)
+    sae = make_sae(lm.d_model, 32, 4, dtype=torch.float32, metadata={"policy": {"keep": "all"}})
+    metric, prompt = lambda logits: logits[5] - logits[6], "the cat sat on a mat"
+    scores = attribute(lm, sae, [prompt], metric)
+    latent = int(scores.abs().argmax())
+
+    def scored(factor):
+        with steer(lm.model, sae, scale={latent: factor}, site=site):
+            return metric(lm.model(lm.tokenize(prompt)).logits[0, -1].double()).item()
+
+    assert abs(scores[latent]) > 1e-3
+    slope = (scored(1.01) - scored(0.99)) / 0.02
+    assert scores[latent].item() == pytest.approx(slope, rel=0.02)
 
 
 def test_attributions_add_up_to_the_first_order_effect_through_a_real_lm(tiny):
@@ -277,6 +298,28 @@ def masked(lm, sae):
         ),
         (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
         (
+            lambda lm, sae: steer(lm.model, sae, {3: float("nan")}).__enter__(),
+            "latent 3 is to be held at or scaled by nan; give a finite number",
+        ),
+        (
+            lambda lm, sae: steer(lm.model, sae, scale={3: float("inf")}).__enter__(),
+            "latent 3 is to be held at or scaled by inf; give a finite number",
+        ),
+        (
+            lambda lm, sae: steer(lm.model, sae, {3: torch.ones(2)}).__enter__(),
+            "latent 3 is to be held at or scaled by tensor.*; give a finite number",
+        ),
+        (lambda lm, sae: steer(lm.model, sae, {3.0: 1.0}).__enter__(), "latent 3.0 is no latent"),
+        (lambda lm, sae: steer(lm.model, sae, {True: 1.0}).__enter__(), "latent True is no latent"),
+        (
+            lambda lm, sae: attach(lm, sae).__enter__(),
+            "attached to a torch module, got LM; of a ksparse.LM, give lm.model",
+        ),
+        (
+            lambda lm, sae: attach(lm.model, sae, positions=torch.tensor([[0.2, 0.9]])).__enter__(),
+            "other values than True and False",
+        ),
+        (
             lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(),
             "latent 3 is to be both clamped and scaled",
         ),
@@ -402,6 +445,15 @@ RECURRENT = {
         num_attention_heads=2,
         vocab_size=300,
     ),
+    "bart": lambda: T.BartConfig(  # whose base module is not called by the model
+        d_model=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        vocab_size=300,
+        max_position_embeddings=64,
+        is_decoder=True,
+    ),
 }
 
 
@@ -443,6 +495,48 @@ def test_generation_is_steered_alike_with_every_kind_of_memory(kind):
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
     plain = torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **how).logits)
     assert not torch.allclose(plain[0], logits[0][0], atol=1e-3), "the prompt is steered too"
+
+
+class Wrapped(nn.Module):
+    """A model within another, as users keep them; whoever generates calls the inner one alone."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.times = inner, 1
+
+    def forward(self, ids):
+        return [
+            self.inner(input_ids=part, use_cache=False).logits for part in ids.chunk(self.times)
+        ]
+
+
+def test_a_model_within_a_model_is_steered_alike_whichever_is_called(tiny):
+    lm, sae = tiny
+    wrapped, ids = Wrapped(lm.model), torch.tensor([[0, 5, 6, 7], [0, 8, 9, 5]])
+    name = "inner." + next(name for name, module in lm.model.named_modules() if module is lm.module)
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with steer(lm.model, sae, {3: 9.0}):
+        expected = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        logits = lm.model(ids).logits
+    with steer(wrapped, sae, {3: 9.0}, site=name):
+        made = wrapped.inner.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        assert torch.equal(made, expected)
+        assert torch.equal(wrapped(ids)[0], logits)
+        wrapped.times = 2  # each part of the batch is a call of its own
+        torch.testing.assert_close(torch.cat(wrapped(ids)), logits)
+
+
+def test_a_call_that_fails_leaves_nothing_behind(tiny):
+    lm, sae = tiny
+    ids = torch.tensor([[0, 5, 6, 7]])
+    with steer(lm.model, sae, {3: 9.0}):
+        expected = lm.model(ids).logits
+    with steer(lm.model, sae, {3: 9.0}):
+        bad = lm.model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lm.model(ids)
+        bad.remove()
+        assert torch.equal(lm.model(ids).logits, expected)
 
 
 def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, caplog):

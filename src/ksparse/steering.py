@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -102,6 +104,11 @@ def attach(
     """
     if error not in ("keep", "drop"):
         raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"an SAE is attached to a torch module, got {type(model).__name__}; of a ksparse.LM, "
+            "give lm.model"
+        )
     place = resolve(model, site or _own_site(sae))
     if (
         site
@@ -137,13 +144,13 @@ def attach(
             new = raw + inputs.scale * added
         return torch.where(tap.keep[..., None], new.to(old), old)
 
-    with where.watching(model), hooked(place, put):
+    with where.watching(model, place.module), hooked(place, put):
         yield tap
     if where.calls and not where.reads:
         raise InputError(
             f"site {site!r} was not reached in {where.calls} calls of the model, so nothing was "
             "read or changed there; "
-            "choose another site"
+            "choose another site, or call a model that torch.compile has compiled as it was before"
         )
 
 
@@ -178,6 +185,12 @@ def steer(
             f"latent {both[0]} is to be both clamped and scaled; give it in one of the two"
         )
     check_latents(sae, [*clamp, *scale])
+    for latent, value in (clamp | scale).items():
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not number or not math.isfinite(value):
+            raise InputError(
+                f"latent {latent} is to be held at or scaled by {value!r}; give a finite number"
+            )
     warn_beyond(sae, clamp, largest)
     with attach(
         model,
@@ -193,6 +206,8 @@ def steer(
 def check_latents(sae: SAE, latents: Sequence[int]) -> None:
     """Raise InputError for a latent that the SAE does not have."""
     for latent in latents:
+        if not isinstance(latent, Integral) or isinstance(latent, bool):
+            raise InputError(f"latent {latent!r} is no latent; give a whole number")
         if not 0 <= latent < sae.shape.n_latents:
             raise InputError(
                 f"latent {latent} does not exist: this SAE has latents 0 to "
@@ -262,6 +277,16 @@ _STATES = ("past_key_values", "cache_params", "state", "past", "mems", "cache", 
 """What models call what they remember of earlier tokens."""
 
 
+class _Call(NamedTuple):
+    """A call that is running, of a model or of a part of it that takes ids."""
+
+    part: int
+    ids: Tensor | None
+    attention: Tensor | None
+    continues: bool
+    """Whether earlier tokens of the same contexts were in other calls."""
+
+
 class _Called:
     """What a model is called with, and so which positions an SAE may change."""
 
@@ -270,6 +295,11 @@ class _Called:
             raise InputError(
                 f"positions is {positions!r}; it must be 'trained', 'all', or a mask of contexts "
                 "and tokens"
+            )
+        if isinstance(positions, Tensor) and not bool(((positions == 0) | (positions == 1)).all()):
+            raise InputError(
+                "positions is a tensor with other values than True and False; it must be a mask of "
+                "contexts and tokens"
             )
         policy = sae.metadata.get("policy") or {}
         self.positions = positions
@@ -282,72 +312,79 @@ class _Called:
             if (token := policy.get(name)) is not None
         ]
         self.context: int | None = policy.get("context")
-        self.ids: Tensor | None = None
-        self.begins = True
-        self.attention: Tensor | None = None
+        self.running: list[_Call] = []  # from the outermost to the one that counts
         self.calls = self.reads = 0
-        self.running = False  # within a call whose activations have been read
+        self.read = False  # whether the site was read in the call that counts
+
+    @property
+    def call(self) -> _Call | None:
+        """The call that is running, if one is."""
+        return self.running[-1] if self.running else None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
         """[contexts, tokens] of the call that is running, where that is known."""
-        return None if self.ids is None else tuple(self.ids.shape)
+        return None if self.call is None or self.call.ids is None else tuple(self.call.ids.shape)
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note the ids of each call of the model, or of the part of it that both the model and its
-        users call."""
-        called = getattr(model, "base_model", model)
-        handles = [
-            called.register_forward_pre_hook(self._note, with_kwargs=True),
-            called.register_forward_hook(self._end),
+    def watching(self, model: nn.Module, module: nn.Module) -> Iterator[None]:
+        """Note what is called of all that holds a module: the outermost call, and calls within it
+        that take ids."""
+        names = [
+            name for name, part in model.named_modules(remove_duplicate=False) if part is module
         ]
-        try:
+        holders = {
+            model.get_submodule(".".join(path[:end]))
+            for path in (name.split(".") for name in names)
+            for end in range(len(path))
+        }
+        with ExitStack() as hooks:
+            for part in holders:
+                note = part.register_forward_pre_hook(self._note, with_kwargs=True)
+                end = part.register_forward_hook(self._end, always_call=True)
+                hooks.callback(note.remove)
+                hooks.callback(end.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if probing():
             return
         called = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         ids = called.get("input_ids", args[0] if args else None)
-        self.ids = (
-            ids
-            if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2
-            else None
-        )
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
+            ids = None
+        if self.call is not None and ids is None:
+            return
         attention = called.get("attention_mask")
-        self.attention = (
-            attention if isinstance(attention, Tensor) and attention.ndim == 2 else None
-        )
-        self.begins = not self._continues(called)
-        self.calls, self.running = self.calls + 1, False
+        if not isinstance(attention, Tensor) or attention.ndim != 2:
+            same = ids is not None and ids.shape == self.shape
+            attention = self.call.attention if self.call is not None and same else None
+        continues = self._continues(called, ids, attention)
+        continues |= self.call is not None and self.call.continues
+        self.calls += self.call is None
+        self.running.append(_Call(id(module), ids, attention, continues))
+        self.read = False
         self._tell_of_length()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if probing():
-            return
-        self.running, self.begins, self.ids, self.attention = False, True, None, None
+        parts = [call.part for call in self.running]
+        if id(module) in parts:
+            del self.running[parts.index(id(module)) :]
 
     def reached(self, site: str) -> None:
         """Count that a site is read; raise InputError for the second time in one call."""
-        if self.running:
+        if self.running and self.read:
             raise InputError(
                 f"site {site!r} runs several times in one call of the model, so that it has no "
                 "single activation of a token; choose another"
             )
-        self.reads, self.running = self.reads + 1, self.calls > 0
+        self.reads, self.read = self.reads + 1, True
 
-    def _continues(self, called: dict[str, Any]) -> bool:
+    @staticmethod
+    def _continues(called: dict[str, Any], ids: Tensor | None, attention: Tensor | None) -> bool:
         """Return whether earlier tokens of the same contexts have been seen: in a cache, a state,
         or by their positions."""
-        if (
-            self.ids is not None
-            and self.attention is not None
-            and self.attention.shape[1] > self.ids.shape[1]
-        ):
+        if ids is not None and attention is not None and attention.shape[1] > ids.shape[1]:
             return True
         places = called.get("position_ids", called.get("cache_position"))
         if (
@@ -362,7 +399,13 @@ class _Called:
     def _tell_of_length(self) -> None:
         """Say once that positions are changed which the SAE was never trained on."""
         length = max(
-            (part.shape[1] for part in (self.ids, self.attention) if part is not None), default=0
+            (
+                part.shape[1]
+                for call in self.running
+                for part in (call.ids, call.attention)
+                if part is not None
+            ),
+            default=0,
         )
         if self.context is not None and length > self.context:
             _log.warning(
@@ -386,12 +429,15 @@ class _Called:
         keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         if self.everywhere:
             return keep
-        if self.begins:
-            attention = keep if self.attention is None else self.attention.to(x.device).bool()
-            keep &= attention.long().cumsum(1) > 1  # padding may come first
-        if self.ids is not None and self.ids.shape == keep.shape:
+        ids = attention = None
+        if self.call is not None:
+            ids, attention = self.call.ids, self.call.attention
+        if self.call is None or not self.call.continues:
+            attended = keep if attention is None else attention.to(x.device).bool()
+            keep &= attended.long().cumsum(1) > 1  # padding may come first
+        if ids is not None and ids.shape == keep.shape:
             for token in self.special:
-                keep &= self.ids.to(x.device) != token
+                keep &= ids.to(x.device) != token
         return keep
 
 
@@ -452,7 +498,7 @@ def attribution(lm: LM, sae: SAE, prompt: str, metric: Metric) -> Code:
         tokens = lm.tokenize(prompt)
         where = _Called(sae)
         with ExitStack() as hooks:
-            hooks.enter_context(where.watching(lm.model))
+            hooks.enter_context(where.watching(lm.model, lm.module))
             hooks.enter_context(hooked(lm.site, take))
             logits = lm.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
         gradient = torch.autograd.grad(metric(logits), leaf[0])[0][0]

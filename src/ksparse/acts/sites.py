@@ -92,10 +92,12 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
             start=torch.zeros_like(tensor),
         )
         x = site.scale * tensor + rest
-        new = change(x)
-        return (
-            None if new is None else torch.where(new == x, tensor, (new - rest) / site.scale)
-        )  # what stays, stays bit for bit
+        if (new := change(x)) is None:
+            return None
+        moved = (new - rest) / site.scale
+        put = torch.where(new == x, tensor, moved)  # what stays, stays bit for bit
+        # a gradient goes through the change all the same
+        return put.detach() + (moved - moved.detach()) if moved.requires_grad else put
 
     with ExitStack() as hooks:
         for number, (place, _) in enumerate(site.others):
