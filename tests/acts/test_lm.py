@@ -580,6 +580,43 @@ def test_an_lm_whose_weights_do_not_fit_its_file_is_refused_by_their_names(
         LM(folder, "resid_post.1")
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex")
+@pytest.mark.parametrize(
+    "dtype, name", [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.complex64, "C64")]
+)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_weights_that_are_no_real_numbers_are_refused(tiny_lm, tmp_path, dtype, name, prefix):
+    def change(weights):
+        weights["model.norm.weight"] = weights["model.norm.weight"].to(dtype)
+        return {key.replace("model.", prefix, 1): value for key, value in weights.items()}
+
+    folder = renamed(tiny_lm("llama"), tmp_path / "m", change)
+    message = rf"{prefix}norm\.weight in model\.safetensors is of {name}, not of real numbers"
+    with pytest.raises(InputError, match=message):
+        LM(folder, "resid_post.1")
+
+
+def test_weights_of_another_precision_are_read(tiny_lm, tmp_path):
+    folder = renamed(
+        tiny_lm("llama"),
+        tmp_path / "m",
+        lambda weights: {key: value.double() for key, value in weights.items()},
+    )
+    expected = LM(str(tiny_lm("llama")), "resid_post.1")("the cat")
+    assert torch.equal(LM(folder, "resid_post.1")("the cat"), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_not_left_out_in_silence(tiny_lm, tmp_path, whole):
+    folder = tmp_path / "m"
+    copied(tiny_lm("llama"), folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="holds an adapter .* merge it into its LM"):
+        LM(str(folder), "resid_post.1")
+
+
 def test_parts_that_a_causal_lm_does_not_have_are_left_out_with_a_word(tiny_lm, tmp_path, caplog):
     folder = renamed(
         tiny_lm("llama"),

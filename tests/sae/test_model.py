@@ -209,6 +209,49 @@ def test_another_d_model_is_refused(raw):
         make().encode(raw)
 
 
+@pytest.mark.parametrize(
+    "raw, got",
+    [
+        ([1.0] * 6, "list"),
+        (torch.tensor(1.0), r"torch.float32 \[\]"),
+        (torch.ones(2, 6, dtype=torch.complex64), r"torch.complex64 \[2, 6\]"),
+    ],
+)
+def test_what_is_no_activations_is_refused(raw, got):
+    with pytest.raises(InputError, match=rf"a tensor of real numbers \[..., 6\], got {got}"):
+        make()(raw)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda code: (code.values, code.indices), "got tuple; give what `encode` returned"),
+        (lambda code: code[:], "got tuple"),
+        (lambda code: code.dense(20), "got Tensor"),
+        (lambda code: code._replace(indices=code.indices + 20), "this SAE has latents 0 to 19"),
+        (lambda code: code._replace(indices=code.indices - 20), "this SAE has latents 0 to 19"),
+        (lambda code: code._replace(indices=code.indices.double()), "latents that do not exist"),
+    ],
+)
+def test_what_is_no_code_of_the_sae_is_not_decoded(change, message):
+    sae = make()
+    with pytest.raises(InputError, match=message):
+        sae.decode(change(sae.encode(batch())))
+
+
+def test_a_code_is_decoded_in_the_precision_that_the_sae_has_by_then():
+    sae = make(normalize="unit_norm")
+    code, expected = sae.encode(batch()), sae(batch())
+    torch.testing.assert_close(sae.float().decode(code).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_no_activations_have_no_code_and_no_reconstruction(activation, lead):
+    sae, raw = make(activation=activation), torch.zeros(*lead, 6)
+    assert sae(raw).shape == sae.decode(sae.encode(raw)).shape == raw.shape
+
+
 def test_activations_of_any_type_are_taken():
     sae = make(dtype=torch.float32)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):

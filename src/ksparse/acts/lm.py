@@ -591,6 +591,11 @@ def find_model(name: str) -> str:
             f"model folder {name} does not exist; give a folder with config.json, a Hub name such "
             "as gpt2, or pylm"
         )
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            f"model folder {name} holds an adapter (adapter_config.json), which would be left out; "
+            "merge it into its LM (PEFT: merge_and_unload, then save_pretrained), and give that"
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")
     return name
@@ -634,6 +639,8 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
         logging.set_verbosity(level)
     model, report = loaded
     _check_weights(model, source, report)
+    if not getattr(config, "quantization_config", None):
+        _check_dtypes(model, source)
     return model
 
 
@@ -692,6 +699,28 @@ def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> Non
             f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own "
             "names, or complete the folder"
         )
+
+
+def _check_dtypes(model: nn.Module, source: str) -> None:
+    """Raise InputError for parameters that a folder's files hold as integers, truth values or
+    complex numbers: read as real numbers, they would be others."""
+    from safetensors import safe_open
+
+    parameters = {_bare(model, name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    for file in sorted(Path(source).glob("model*.safetensors")):
+        held = safe_open(file, framework="pt")
+        for name in sorted(held.keys()):
+            dtype = held.get_slice(name).get_dtype()
+            if _bare(model, name) in parameters and not dtype.startswith(("F", "BF")):
+                raise InputError(
+                    f"model {source!r}: {name} in {file.name} is of {dtype}, not of real numbers, "
+                    "and its config names no quantisation; save the model again"
+                )
+
+
+def _bare(model: nn.Module, name: str) -> str:
+    """Return a tensor's name without that of the base model, with or without which it is saved."""
+    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def _numberless(name: str) -> str:

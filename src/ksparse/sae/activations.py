@@ -89,7 +89,8 @@ def listed(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the True columns of mask[b, n] as (indices[b, m], real[b, m]), m the largest count of
     a row; where a row has fewer, index 0 and False."""
     counts = mask.sum(1)
-    width = max(1, int(counts.max())) if width is None else width
+    if width is None:
+        width = max(1, int(counts.max())) if len(counts) else 1
     rows, columns = mask.nonzero(as_tuple=True)
     slots = torch.arange(len(rows), device=mask.device) - (counts.cumsum(0) - counts)[rows]
     indices = torch.zeros(len(mask), width, dtype=torch.long, device=mask.device)

@@ -175,6 +175,13 @@ class SAE(nn.Module):
 
     def normalize(self, raw: Tensor) -> Normalized:
         """Normalise raw activations [..., d], remembering what `restore` needs."""
+        if not isinstance(raw, Tensor) or not raw.ndim or raw.is_complex():
+            what = (
+                f"{raw.dtype} {list(raw.shape)}" if isinstance(raw, Tensor) else type(raw).__name__
+            )
+            raise InputError(
+                f"activations are a tensor of real numbers [..., {self.shape.d_model}], got {what}"
+            )
         if raw.shape[-1] != self.shape.d_model:
             raise InputError(
                 f"this SAE is for activations of width d_model = {self.shape.d_model}, got "
@@ -203,6 +210,17 @@ class SAE(nn.Module):
         code with other values or latents (`code._replace(values=…)`). Raises InputError for any
         other.
         """
+        if not isinstance(code, Code):
+            raise InputError(
+                f"a code is decoded, got {type(code).__name__}; give what `encode` returned, whole "
+                "or rows of it: code.at(…)"
+            )
+        n = self.shape.n_latents
+        if code.indices.is_floating_point() or ((code.indices < 0) | (code.indices >= n)).any():
+            raise InputError(
+                f"a code has latents that do not exist: this SAE has latents 0 to {n - 1}"
+            )
+        code = code._replace(values=code.values.to(self.W_dec))
         recon = self.decode_normalized(code)
         if self.shape.normalize in PER_ACTIVATION:
             return self._restorer(code).restore(recon)
