@@ -58,6 +58,13 @@ def test_a_contestant_that_cannot_run_is_named_with_its_reason(found):
     assert found["left_out"]["broken"] == "RuntimeError: no such library"
 
 
+def test_a_contestant_that_is_no_python_file_is_refused_by_name(tmp_path):
+    with pytest.raises(
+        InputError, match=r"other\.txt is not a Python file; give one that has make"
+    ):
+        bench._from_file(str(tmp_path / "other.txt"))
+
+
 def test_the_picture_has_a_bar_for_each(found):
     svg = bench.picture(found)
     assert svg.lstrip().startswith("<?xml") and svg.count("<path") > len(found["contestants"])

@@ -465,6 +465,19 @@ def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):
     assert native.load.__wrapped__() is None
 
 
+def test_a_kernel_without_a_library_says_so(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: None)
+    with pytest.raises(RuntimeError, match="compiled kernels are not available here"):
+        native.select(torch.zeros(1, 4), torch.zeros(4), 2)
+
+
+@pytest.mark.parametrize("kind", [ExplicitOptimizer, FusedOptimizer])
+def test_a_step_without_a_gradient_says_so(kind):
+    step = kind(SAE(Shape(8, 32, 2)), from_dict({"sae": {"n_latents": 32, "k": 2}}))
+    with pytest.raises(RuntimeError, match="no gradient is pending"):
+        step.step(1)
+
+
 def test_a_library_is_built_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = native.build()
