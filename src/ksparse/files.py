@@ -48,7 +48,7 @@ SEAL = "checksum"
 _PREFIX = ".tmp-"
 _OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
 _DAY = 86_400  # seconds
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Types = type | tuple[type, ...]
 _BARRED = (
     errno.EROFS,
@@ -60,6 +60,11 @@ _BARRED = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EBUSY,
+    errno.ENOENT,  # it was removed meanwhile
+    errno.ESTALE,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
 )
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
@@ -118,9 +123,10 @@ def locked(
                 holder = stream.read().decode(errors="replace").strip() or "unknown"
                 raise InputError(f"{folder} is in use by process {holder}; {advice}") from None
         with explained(folder):
-            stream.truncate(0)
-            stream.seek(0)
-            stream.write(str(os.getpid()).encode())
+            if os.fstat(handle).st_nlink == 1:  # else it is another folder's file as well
+                stream.truncate(0)
+                stream.seek(0)
+                stream.write(str(os.getpid()).encode())
         yield
 
 
@@ -330,6 +336,14 @@ def _clear(tmp: Path) -> None:
                 _discard(tmp)
         finally:
             os.close(handle)
+
+
+def unshare(path: Path) -> None:
+    """Before a file is written in its place: put a copy there if it has other names as well, as in
+    a folder that was copied by hard links."""
+    with suppress(FileNotFoundError):
+        if os.lstat(path).st_nlink > 1 and path.is_file():
+            write_bytes(path, path.read_bytes())
 
 
 # ---- what is in them ---------------------------------------------------------------------------
@@ -640,15 +654,15 @@ def explained(path: Path) -> Iterator[None]:
     except DiskError:
         raise
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise DiskError(
                 f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
                 "Make room and run the same command again"
             ) from error
         if error.errno in _BARRED:
             raise DiskError(
-                f"cannot write {path}: {error.strerror}; give a folder that you may write with "
-                "--out"
+                f"cannot write {path}: {error.strerror}; give a folder that is there and that you "
+                "may write with --out"
             ) from error
         raise
     except Exception as error:  # safetensors reports a full disk in an exception of its own
@@ -665,8 +679,10 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _free(path: Path) -> str:
-    folder = next(parent for parent in [path, *path.parents] if parent.exists())
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free at {folder}"
+    for folder in (path, *path.parents):
+        with suppress(OSError):  # it may just have been removed
+            return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free at {folder}"
+    return "nothing is known of the room there"
 
 
 def _sync(path: Path) -> None:

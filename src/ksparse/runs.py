@@ -28,6 +28,34 @@ from typing import Any
 from ksparse import files, recipe
 from ksparse.errors import CorruptError, InputError
 
+_OF_A_RESULT: dict[str, files.Types] = {
+    "name": str,
+    "options": dict,
+    "lm": str,
+    "site": str,
+    "checkpoint": int,
+    "policy": dict,
+    "text": str,
+    "n_tokens": int,
+    "n_documents": int,
+    "notes": list,
+    "seconds": (int, float),
+    "arrays": str,
+    "arrays_sha256": str,
+    "window": dict,
+    "bands": dict,
+    "act_bin": (int, float),
+    "density_histogram": dict,
+    "suite": str,
+    "tasks": (dict, list),
+}
+_IN_A_RESULT: dict[str, dict[str, files.Types]] = {
+    "window": {"before": int, "after": int},
+    "bands": {"count": int, "each": int},
+    "density_histogram": {"edges": list, "counts": list},
+}
+"""What pages read of a result beside numbers, which are shown where they are numbers."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -186,6 +214,10 @@ class RunFolder:
         if not file.is_file():
             return None
         found = files.read_table(file)
+        said = {key: kind for key, kind in _OF_A_RESULT.items() if found.get(key) is not None}
+        files.check_keys(file, found, said)
+        for key in set(said) & set(_IN_A_RESULT):
+            files.check_keys(file, found[key], _IN_A_RESULT[key], under=f"{key}.")
         if found.get("name", name) != name:
             raise CorruptError(
                 f"{file} is a result of {found['name']!r}, under another name; run the evaluation "
@@ -273,6 +305,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:
+    files.unshare(file)
     with files.explained(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, allow_nan=False) + "\n")
 

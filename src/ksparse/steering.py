@@ -585,7 +585,10 @@ def continue_text(
     pad = next(
         (i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if i is not None), 0
     )
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+    with (
+        _plain_generation(lm.model),
+        torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
         made = lm.model.generate(
             ids,
@@ -602,6 +605,22 @@ def continue_text(
         for some in ([*ids[0].tolist(), *new], ids[0].tolist())
     )
     return Continuation(whole[len(before) :], new, made.logits[0][0].float().log_softmax(-1).cpu())
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Generate by what is asked for alone: a model's generation_config.json may search with beams,
+    penalise what was said or name what is no token. Where a text ends it may say."""
+    from transformers import GenerationConfig
+
+    theirs = model.generation_config
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    ends = [end for end in ends if type(end) is int and end >= 0]
+    model.generation_config = GenerationConfig(eos_token_id=ends or None)
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
 
 
 class Comparison(NamedTuple):

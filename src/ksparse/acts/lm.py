@@ -55,6 +55,8 @@ _LENGTHS = (
     "n_ctx",
 )
 """What configurations call the longest context."""
+MOST_LAYERS = 10_000
+PARAMETERS_PER_BYTE = 16  # more than any quantisation packs
 
 
 class Watched(NamedTuple):
@@ -604,21 +606,15 @@ def find_model(name: str) -> str:
 def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> CausalLM:
     """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold
     beside what the model has."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of tensors that do not fit is said below, in one line
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        kernel = str(getattr(config, "_attn_implementation", None) or "")
-        if "/" in kernel and not options["trust_remote_code"]:
-            raise InputError(
-                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its "
-                "attention. If you have read that code and "
-                "trust it, give --trust-remote-code True; else take the name out of its config.json"
-            )
+        config = read_config(source, options)
+        _check_size(config, source, dtype, options)
         loaded: tuple[CausalLM, dict[str, Any]]  # the library's annotation knows the model alone
         loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             source,
@@ -644,12 +640,76 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
     return model
 
 
+def read_config(source: str, options: dict[str, Any]) -> Any:
+    """Read a model's config.json; raise InputError where it names code of the Hub, or cannot be
+    one of a model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # of transformers, or of code that comes with the model
+        raise InputError(
+            f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
+        ) from error
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        if "/" in kernel and not options["trust_remote_code"]:
+            raise InputError(
+                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its "
+                "attention. If you have read that code and "
+                "trust it, give --trust-remote-code True; else take the name out of its config.json"
+            )
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise InputError(
+                f"model {source!r}: its config.json says {layers:,} layers, more than the "
+                f"{MOST_LAYERS:,} that any LM has here; put the right number there"
+            )
+    return config
+
+
+def without_weights(
+    config: Any, source: str, options: dict[str, Any], dtype: torch.dtype | None = None
+) -> CausalLM:
+    """Return a causal LM of a config's shape that takes no memory; raise InputError if no LM can
+    have it."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype or torch.float32,
+                trust_remote_code=options["trust_remote_code"],
+            )
+    except Exception as error:  # of transformers, torch, or of code that comes with the model
+        raise InputError(
+            f"model {source!r} cannot be loaded as a causal LM, none can be made of its config: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _check_size(config: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Raise InputError, before memory is taken, for a folder's config of far more parameters than
+    its weights can hold."""
+    if not files.exists(Path(source)):
+        return
+    weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
+    size = sum(file.stat().st_size for file in weights if file.is_file())
+    model = without_weights(config, source, options, dtype)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if size and parameters > size * PARAMETERS_PER_BYTE:
+        raise InputError(
+            f"model {source!r}: its config.json describes {parameters:,} parameters, its weights "
+            f"are {size:,} bytes, so that they cannot be of this model; complete the folder"
+        )
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of an error, with what to do where code of the model's own is
     needed."""
-    line = next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    line = next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in str(error):
         return (
             f"{line[:200].rstrip('.')}. If you have read that code and trust it, give "

@@ -17,11 +17,13 @@ import difflib
 import logging
 import os
 import sys
+from contextlib import suppress
 
 from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
 from ksparse.cli.arguments import LOAD_LM, VERBS, usage_of
 from ksparse.cli.shown import Lines, first_process, visible
-from ksparse.errors import InputError, KsparseError
+from ksparse.errors import DiskError, InputError, KsparseError
+from ksparse.files import FULL
 from ksparse.trust import taken_from, trusted
 
 EXIT_CODES = (
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # before torch: waiting threads that spin cost others' work dearly
+    _open_streams()
     try:
         try:
             _run(sys.argv[1:] if arguments is None else arguments)
@@ -46,6 +49,31 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read the output has left, as `| head` does
         sys.stdout = None  # else Python tries once more as it ends
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL:  # of a file, it would be a DiskError
+            raise
+        sys.stdout = None
+        with suppress(OSError):
+            print(f"ksparse: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(DiskError.exit_code)
+
+
+def _open_streams() -> None:
+    """Make the standard streams fit to print to, whatever the caller made of them.
+
+    Of a closed one the system would give the number to the next file that is opened, and what a
+    library prints would land in that. A character that the output's encoding lacks is escaped.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str]) -> None:
@@ -69,15 +97,26 @@ def _run(arguments: list[str]) -> None:
                 f"there is no verb {verb!r}"
                 + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`")
             )
+        _check_working_folder()
         code, rest = taken_from(rest) if verb in LOAD_LM else (False, rest)
         with trusted(code):
             VERBS[verb](rest)
     except KsparseError as error:
-        print(visible(f"ksparse {verb}: {error}"), file=sys.stderr)
+        with suppress(OSError):  # who reads no messages still gets the exit code
+            print(visible(f"ksparse {verb}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(
+            f"the working folder is not there: {error.strerror}; go to another one"
+        ) from None
 
 
 def usage() -> str:

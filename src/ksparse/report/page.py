@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jinja2
 
 from ksparse import recipe as recipes
+from ksparse.errors import KsparseError
 from ksparse.recipe import WITH_AUXK, Recipe
 from ksparse.report import claims, codes, figures, findings, latents, numbers, probes
 from ksparse.report.figures import Picture
@@ -21,6 +23,8 @@ from ksparse.report.source import DamagedResult, Source, is_number
 from ksparse.report.tokens import safe_text
 from ksparse.runs import RunFolder
 
+_ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What values of odd types raise."""
 AGAIN = "runs/again"
 """Where the commands of the last section put the run's twin."""
 LOSSES = {
@@ -53,15 +57,44 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
     source = Source(run)
     while True:
         try:
-            shown = [(section, section.facts(source)) for section in SECTIONS]
-            break
+            return _page(source)
         except DamagedResult as error:
             source.leave_out(error.evaluation, str(error))
-    template = environment().get_template("report.html.jinja")
-    html = template.render(
-        name=run.name, summary=summary(source), sections=shown, left_out=source.left_out
+        except _ODD as error:
+            if isinstance(error, KsparseError):
+                raise
+            name = _culprit(source)
+            if name is None:
+                raise
+            why = f"it holds what no page can show ({type(error).__name__}: {str(error)[:80]})"
+            source.leave_out(name, f"{run.eval_file(name)}: {why}")
+
+
+def _page(source: Source) -> tuple[str, list[Picture]]:
+    shown = [(section, section.facts(source)) for section in SECTIONS]
+    html = (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            name=source.run.name,
+            summary=summary(source),
+            sections=shown,
+            left_out=source.left_out,
+        )
     )
     return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
+
+
+def _culprit(source: Source) -> str | None:
+    """Return the result without which there would be a page: its sum is right, what it holds is
+    not."""
+    for name in source.read():
+        rest = Source(source.run)
+        rest.do_without([name, *source.left_out])
+        with suppress(*_ODD, DamagedResult):
+            _page(rest)
+            return name
+    return None
 
 
 def environment() -> jinja2.Environment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,9 +99,18 @@ class Source:
             raise
         self._results[name], self._arrays[name] = result, Arrays(file, name) if file else None
 
+    def read(self) -> list[str]:
+        """Return the results that were read so far."""
+        return [name for name, result in self._results.items() if result is not None]
+
+    def do_without(self, names: Iterable[str]) -> None:
+        """Read these results no more."""
+        for name in names:
+            self._results[name], self._arrays[name] = None, None
+
     def leave_out(self, name: str, why: str) -> None:
         """Go on without a damaged result, and say so."""
-        self._results[name], self._arrays[name] = None, None
+        self.do_without([name])
         self.left_out[name] = self.command("eval", "stats" if name == "vocabulary" else name)
         log.warning(
             "the result of %s is left out: %s. To write it again: %s",

@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 
-from ksparse.acts.lm import check_length, find_model, longest_context, resolve_device
+from ksparse.acts.lm import (
+    check_length,
+    find_model,
+    longest_context,
+    read_config,
+    resolve_device,
+    without_weights,
+)
 from ksparse.acts.shards import Shards
 from ksparse.acts.sites import outline
 from ksparse.errors import InputError
@@ -353,20 +360,16 @@ def look(recipe: Recipe) -> Subject:
     """Read the LM's shape without its weights."""
     if recipe.acts.shards:
         return Subject(Shards(recipe.acts.shards).d_model, 0, 0)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    source = find_model(recipe.acts.lm)
+    source, options = find_model(recipe.acts.lm), {"trust_remote_code": code_is_trusted()}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=code_is_trusted())
-    except Exception as error:  # of transformers, or of code that comes with the model
+        config = read_config(source, options)
+        model = without_weights(config, source, options)
+    except InputError as error:
         raise InputError(
-            f"model {source!r}: its configuration cannot be read: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Give a local folder, or its sizes "
-            "instead: --subject.d-model, --subject.parameters, --subject.before-site"
+            f"{error}. Without the model, give its sizes: --subject.d-model, "
+            "--subject.parameters, --subject.before-site"
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code_is_trusted())
     module, at = outline(model, recipe.acts.site)
     everything = sum(p.numel() for p in model.parameters())
     ends = {
