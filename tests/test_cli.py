@@ -114,6 +114,53 @@ def test_it_ends_quietly_where_nobody_reads_on(arguments, buffered):
     assert done.returncode == 141 and done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "redirected, code, said",
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        (">/dev/full", 5, "ksparse: the output cannot be written: No space left on device\n"),
+        (">/dev/full 2>/dev/full", 5, ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_no_traceback(redirected, code, said):
+    command = f"{sys.executable} -m ksparse --help {redirected}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def test_a_closed_stream_gives_its_number_to_no_file_of_ours(tmp_path):
+    script = (
+        "import os; from ksparse import cli; cli._open_streams(); "
+        f"opened = open({str(tmp_path / 'file')!r}, 'w').fileno(); "
+        f"open({str(tmp_path / 'number')!r}, 'w').write(str(opened))"
+    )
+    command = f'{sys.executable} -c "{script}" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command]).returncode == 0
+    assert int((tmp_path / "number").read_text()) > 2
+
+
+def test_what_the_outputs_encoding_lacks_is_escaped():
+    script = "from ksparse import cli; cli._open_streams(); print('caf\\u00e9')"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
+
+
+def test_an_error_keeps_its_code_where_nobody_reads_messages():
+    command = f"{sys.executable} -m ksparse nothing 2>/dev/full"
+    assert subprocess.run(["sh", "-c", command]).returncode == 2
+
+
+def test_a_working_folder_that_is_gone_is_said(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: os.stat(tmp_path / "gone"))
+    code, _, said = verb("report", "run")
+    assert code == 2 and "the working folder is not there: No such file" in said
+
+
 @pytest.mark.parametrize("name", ["train", "eval", "probes", "steer", "attribute"])
 def test_help_needs_no_torch(name):
     code = f"import sys; from ksparse import cli\ntry: cli.main(['{name}', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch'"

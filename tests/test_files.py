@@ -174,6 +174,13 @@ def test_another_systems_error_is_passed_on_as_it_is(tmp_path, monkeypatch):
     assert not isinstance(caught.value, DiskError)
 
 
+def test_a_folder_that_is_removed_while_it_is_written_is_one_error(tmp_path):
+    with pytest.raises(DiskError, match="cannot write .*No such file or directory"):
+        with files.committed(tmp_path / "gone" / "one") as tmp:
+            shutil.rmtree(tmp_path / "gone")
+            (tmp / "a").write_text("a")
+
+
 # ---- noticing damage
 
 

@@ -266,3 +266,20 @@ def test_leftovers_of_results_and_figures_go_and_what_is_being_written_stays(run
         run.remove_leftovers()
         assert [path.name for path in run.path.rglob(".tmp-*")] == [tmp.parent.name]
     assert run.eval("stats") == {}
+
+
+def test_what_is_written_to_a_run_copied_by_hard_links_stays_in_it(run, tmp_path):
+    run.append_metrics({"step": 1})
+    with run.locked():
+        pass
+    before = (tmp_path / "run" / ".lock").read_text()
+    (tmp_path / "run" / ".lock").write_text("mine")
+    copy = RunFolder(tmp_path / "copy")
+    copy.path.mkdir()
+    for name in (".lock", "metrics.jsonl", "recipe.toml"):
+        os.link(run.path / name, copy.path / name)
+    with copy.locked():
+        copy.append_metrics({"step": 2})
+    assert before == str(os.getpid()) and (run.path / ".lock").read_text() == "mine"
+    assert run.metrics() == [{"step": 1}]
+    assert copy.metrics() == [{"step": 1}, {"step": 2}]

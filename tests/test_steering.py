@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -608,3 +610,26 @@ def test_an_sae_at_another_site_than_its_own_is_not_used_in_silence(tiny, caplog
         ):
             call(False)
         call(True)
+
+
+def test_a_continuation_is_the_likeliest_tokens_whatever_the_models_folder_says_of_generation(
+    tiny_lm, tmp_path
+):
+    shutil.copytree(tiny_lm("llama"), tmp_path / "lm")
+    plain = steering.continue_text(LM(str(tmp_path / "lm"), "resid_post.1"), "a cat", tokens=8)
+    (tmp_path / "lm" / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "num_beams": 3,
+                "repetition_penalty": 9.0,
+                "suppress_tokens": plain.tokens[:1],
+                "eos_token_id": "odd",
+                "stop_strings": ["a"],
+                "max_length": 2,
+            }
+        )
+    )
+    lm = LM(str(tmp_path / "lm"), "resid_post.1")
+    told = lm.model.generation_config
+    assert steering.continue_text(lm, "a cat", tokens=8).tokens == plain.tokens
+    assert lm.model.generation_config is told

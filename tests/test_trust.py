@@ -176,3 +176,15 @@ def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_p
             match="its config names 'somebody/kernel', code of the Hub, for its attention",
         ):
             ksparse.LM(str(tmp_path / "lm"), site="resid_post.1")
+
+
+def test_plan_does_not_fetch_attention_code_that_a_config_names(tiny_lm, tmp_path, capsys):
+    shutil.copytree(tiny_lm("llama"), tmp_path / "lm")
+    file = tmp_path / "lm" / "config.json"
+    config = json.loads(file.read_text())
+    kernel = {"_attn_implementation": "somebody/kernel"}
+    file.write_text(json.dumps(config | kernel))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--acts.lm", str(tmp_path / "lm"), "--acts.site", "resid_post.1"])
+    assert ended.value.code == 2
+    assert "its config names 'somebody/kernel', code of the Hub" in capsys.readouterr().err

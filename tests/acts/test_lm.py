@@ -1,5 +1,6 @@
 """The site is where its name says, on every architecture; the LM stops there, and goes on with what takes its place."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from ksparse.acts.lm import LM
 from ksparse.acts.sites import describe_sites, resolve
 from ksparse.errors import InputError
-from ksparse.recipe import Acts
+from ksparse.recipe import Acts, Recipe
+from ksparse.training import plan
 
 KINDS = [
     "gpt2",
@@ -737,3 +739,27 @@ def test_half_a_character_in_a_prompt_is_read_as_ufffd_and_told(tiny_lm, caplog)
     assert [record.getMessage() for record in caplog.records if "half" in record.getMessage()] == [
         "the text holds half a character (a lone surrogate), which is read as U+FFFD"
     ] * 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"num_hidden_layers": 10**7}, r"says 10,000,000 layers, more than the 10,000"),
+        ({"vocab_size": 2**30}, r"describes [\d,]{14,} parameters, its weights are [\d,]+ bytes"),
+        ({"intermediate_size": 2**36}, r"describes [\d,]+ parameters, its weights are"),
+        ({"hidden_size": 2**40}, r"none can be made of its config|describes [\d,]+ parameters"),
+        ({"hidden_act": "odd"}, r"none can be made of its config: KeyError 'odd'"),
+        ({"num_attention_heads": -2}, r"none can be made of its config"),
+    ),
+)
+def test_a_config_that_its_weights_cannot_be_of_is_refused_before_memory_is_taken(
+    tiny_lm, tmp_path, monkeypatch, changes, message
+):
+    shutil.copytree(tiny_lm("llama"), tmp_path / "lm")
+    file = tmp_path / "lm" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # it would take the memory
+    with pytest.raises(InputError, match=message):
+        LM(str(tmp_path / "lm"), "resid_post.1")
+    with contextlib.suppress(InputError):  # a plan of what is too large for here is no error
+        plan.look(Recipe(acts=Acts(lm=str(tmp_path / "lm"), site="resid_post.1")))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ksparse import report
+from ksparse import files, report
 from ksparse.errors import InputError
 from ksparse.report.numbers import GROUPS
 from ksparse.report.tokens import safe_text
@@ -388,6 +388,20 @@ def damage_arrays(file: Path) -> None:
     arrays.write_bytes(arrays.read_bytes()[:1000])
 
 
+def change_a_table(file: Path) -> None:
+    """Make odd a value that `RunFolder.eval` does not know."""
+    files.write_json(file, {**files.read_json(file), "histogram": "odd"}, sealed=True)
+
+
+def change_options(file: Path) -> None:
+    files.write_json(file, {**files.read_json(file), "options": 7}, sealed=True)
+
+
+def change_the_window(file: Path) -> None:
+    odd = {"window": {"before": "odd", "after": 8}}
+    files.write_json(file, {**files.read_json(file), **odd}, sealed=True)
+
+
 def put_another_sum(file: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"arrays_sha256": "0" * 64}))
 
@@ -413,6 +427,9 @@ def drop_rows(file: Path) -> None:
         ("n2g", put_another_sum, "n2g"),
         ("ablation", name_other_arrays, "ablation"),
         ("stats", drop_rows, "stats"),
+        ("stats", change_options, "stats"),
+        ("stats", change_the_window, "stats"),
+        ("ablation", change_a_table, "ablation"),
     ],
 )
 def test_a_damaged_result_is_left_out_with_a_line_and_the_others_are_shown(
