@@ -661,8 +661,8 @@ def explained(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _BARRED:
             raise DiskError(
-                f"cannot write {path}: {error.strerror}; give a folder that is there and that you "
-                "may write with --out"
+                f"cannot write {path}: {error.strerror}; give a folder that you may write, and "
+                "that is there, with --out"
             ) from error
         raise
     except Exception as error:  # safetensors reports a full disk in an exception of its own
