@@ -266,6 +266,10 @@ def sliced(sae, tmp_path):
             "sae.1-of-2.safetensors: tensor 'W_enc' has 9 rows, others have 10",
         ),
         ({"b_enc": None}, r"tensor 'b_enc' has shape \[10\], expected \[20\]"),
+        (
+            {"b_enc": torch.tensor(1.0)},
+            "tensor 'b_enc' of sae is of different shapes or types in its 2 files",
+        ),
         ({"extra": torch.ones(10)}, "holds extra, which an SAE of this kind does not have"),
     ],
 )

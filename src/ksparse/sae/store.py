@@ -270,7 +270,7 @@ def _add(parts: dict[str, list[Stored]], file: Path, at: int, rows: slice) -> in
 
 def _joined(folder: Path, stem: str, key: str, parts: list[Stored]) -> Stored:
     """Return one tensor whose rows lie in several files."""
-    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+    if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1:
         raise CorruptError(
             f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its "
             f"{len(parts)} files"
