@@ -266,10 +266,7 @@ def sliced(sae, tmp_path):
             "sae.1-of-2.safetensors: tensor 'W_enc' has 9 rows, others have 10",
         ),
         ({"b_enc": None}, r"tensor 'b_enc' has shape \[10\], expected \[20\]"),
-        (
-            {"b_enc": torch.tensor(1.0)},
-            "tensor 'b_enc' of sae is of different shapes or types in its 2 files",
-        ),
+        ({"b_enc": torch.tensor(1.0)}, r"tensor 'b_enc' has shape \[10\], expected \[20\]"),
         ({"extra": torch.ones(10)}, "holds extra, which an SAE of this kind does not have"),
     ],
 )
@@ -277,6 +274,17 @@ def test_a_file_in_slices_is_checked_like_a_whole_one(sliced, changes, message):
     folder, change_second = sliced
     change_second(**changes)
     with pytest.raises(CorruptError, match=message):
+        ksparse.load(folder)
+
+
+def test_a_scalar_in_the_first_slice_is_no_tensor_of_the_others(sliced):
+    folder, change_second = sliced
+    change_second(b_enc=torch.tensor(1.0))
+    first, second = (folder / f"sae.{number}-of-2.safetensors" for number in (0, 1))
+    first.rename(folder / "aside")
+    second.rename(first)
+    (folder / "aside").rename(second)
+    with pytest.raises(CorruptError, match="'b_enc' of sae is of different shapes or types"):
         ksparse.load(folder)
 
 
