@@ -18,9 +18,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ksparse.recipe import Curve, Recipe
-from ksparse.scaling.grid import read
-from ksparse.training.loop import train, train_cohort
+from ksparse.config import CurveConfig, Recipe
+from ksparse.scaling.sweeps.grid import read
+from ksparse.training.train import train, train_many
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 2_048  # activations: what is compared is training, and a short run's losses on more would take as long
@@ -34,7 +34,7 @@ def recipes(file: Path, tokens: int) -> list[Recipe]:
             recipe,
             tokens=tokens,
             sae=dataclasses.replace(recipe.sae, dead_after=recipe.dead_after),
-            curve=Curve(held_out=HELD_OUT, per_octave=1, octaves=1),
+            curve=CurveConfig(held_out=HELD_OUT, per_octave=1, octaves=1),
         )
         for recipe in found
     ]
@@ -52,7 +52,7 @@ def main() -> None:
         began = time.monotonic()
         together = [
             run.curve()[-1]["loss"]
-            for run in train_cohort(
+            for run in train_many(
                 members, [folder / "together" / str(i) for i in range(len(members))]
             )
         ]

@@ -45,9 +45,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import writers
 
-from ksparse import cli, files
+from ksparse import cli
 from ksparse.errors import CorruptError
-from ksparse.runs import RunFolder
+from ksparse.storage import atomic, checksums
+from ksparse.storage.run_folder import RunFolder
 
 BEGUN = re.compile(r"going on after step ([\d,]+)")
 GRACE = 20.0  # seconds
@@ -267,7 +268,7 @@ def disturbed(options: argparse.Namespace, out: Path, steps: int) -> dict[str, i
 
 def corrupt(path: Path) -> bool:
     try:
-        files.verify(path)
+        checksums.verify(path)
     except CorruptError as error:
         print(error, file=sys.stderr)
         return True
@@ -278,7 +279,7 @@ def state_of(out: Path) -> dict[str, str]:
     path, wrong = RunFolder(out).newest_intact()
     if path is None or wrong:
         sys.exit(f"damaged checkpoints in {out}: {wrong}")
-    return {file.name: files.sha256(file) for file in sorted(path.glob("*.safetensors"))}
+    return {file.name: atomic.sha256(file) for file in sorted(path.glob("*.safetensors"))}
 
 
 def kept(out: Path) -> list[dict[str, object]]:
@@ -352,11 +353,11 @@ def kill_writers(options: argparse.Namespace, folder: Path) -> None:
     import starlette.applications  # noqa: F401
     import uvicorn  # noqa: F401
 
-    import ksparse.evals
+    import ksparse.evals.runner
     import ksparse.interop
     import ksparse.report.page
     import ksparse.viewer  # noqa: F401
-    from ksparse.acts.lm import LM
+    from ksparse.lm.model import LM
 
     LM(acts=RunFolder(run).recipe().acts, device="cpu")  # imports what an LM of this kind needs
     words = ["eval", str(run), *"stats downstream --tokens 600 --examples 2 --device cpu".split()]
@@ -414,7 +415,7 @@ def hold_against_each_other(options: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401, so that they are there in each life
 
     import ksparse.report
-    import ksparse.training.loop  # noqa: F401
+    import ksparse.training.train  # noqa: F401
 
     whole, killed = folder / "whole", folder / "killed"
     began = time.monotonic()

@@ -54,31 +54,34 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ksparse import evals, files, interop, suites
-from ksparse import recipe as recipes
+from ksparse import config as recipes
+from ksparse import interop
 from ksparse import report as reports
-from ksparse.acts import shards
-from ksparse.acts import text as text_of_acts
-from ksparse.acts.lm import LM
-from ksparse.acts.stream import ShardStream
-from ksparse.acts.text import SPLITS, Corpus
 from ksparse.cli.arguments import recipe_of
-from ksparse.cli.training import TrainArgs
+from ksparse.cli.train import TrainArgs
+from ksparse.config import ActsConfig, Recipe
+from ksparse.config.evaluation import EvalConfig
+from ksparse.data import documents, shards
+from ksparse.data.contexts import Corpus
+from ksparse.data.documents import SPLITS
+from ksparse.data.sharded import ShardStream
 from ksparse.errors import Interrupted, KsparseError
-from ksparse.options import EvalOptions
-from ksparse.recipe import Acts, Recipe
+from ksparse.evals import runner
+from ksparse.evals.probing import suites
+from ksparse.evals.probing.suites import folder as suite
+from ksparse.lm.model import LM
 from ksparse.report import studies
 from ksparse.report import sweep as sweeps
-from ksparse.runs import RunFolder, open_run, piece
-from ksparse.sae import store
-from ksparse.scaling import grid
-from ksparse.scaling.survey import survey
+from ksparse.sae import serialization
+from ksparse.scaling.laws.survey import survey
+from ksparse.scaling.sweeps import grid
 from ksparse.steering import lm_of
-from ksparse.suites import folder as suite
-from ksparse.training.feed import Feed
-from ksparse.training.loop import train, train_cohort
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder, open_run, shard_file
+from ksparse.training.source import ActivationSource
+from ksparse.training.train import train, train_many
 from ksparse.viewer.labels import Labels
-from ksparse.viewer.pieces import Pieces
+from ksparse.viewer.resources import Resources
 
 STOP = 8  # the step after which the run is stopped
 
@@ -98,7 +101,7 @@ class World:
         self._shards()
         self._texts()
         self.tokenizer = LM(acts=recipe.acts, device="cpu").tokenizer
-        self.feed = Feed(recipe, torch.device("cpu"))
+        self.feed = ActivationSource(recipe, torch.device("cpu"))
         self.feed.look, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
         self.stations: dict[str, Callable[[Path], str]] = {
             "run": self.read_run,
@@ -126,8 +129,10 @@ class World:
         except Interrupted:
             pass
         self.run = RunFolder(self.base / "run")
-        self.weights = {path.name: store.read(path).state_dict() for path in self.run.checkpoints()}
-        self.sae, self.newest = store.load(self.run.path), self.run.checkpoints()[-1].name
+        self.weights = {
+            path.name: serialization.read(path).state_dict() for path in self.run.checkpoints()
+        }
+        self.sae, self.newest = serialization.load(self.run.path), self.run.checkpoints()[-1].name
         self.run.append_alarm(
             {
                 "step": 3,
@@ -139,31 +144,31 @@ class World:
                 "kept_back": 0,
             }
         )
-        evals.write(
+        runner.write(
             self.run,
-            evals.evaluate(
+            runner.evaluate(
                 self.sae,
                 None,
                 ("stats", "downstream"),
-                EvalOptions(tokens=600, examples=2, device="cpu"),
+                EvalConfig(tokens=600, examples=2, device="cpu"),
             ),
         )
-        files.write_json(
+        jsonio.write_json(
             self.run.path / "labels.json",
             {"format": 1, "latents": {"3": {"label": "numbers", "star": True}}},
         )
 
     def _exports(self) -> None:
-        store.save(self.sae, self.base / "export")
+        serialization.save(self.sae, self.base / "export")
         half = self.sae.shape.n_latents // 2
-        with files.committed(self.base / "sliced") as tmp:
+        with checksums.checksummed_dir(self.base / "sliced") as tmp:
             for i, rows in enumerate((slice(0, half), slice(half, None))):
                 own = {
-                    key: value[rows] if store.by_rows(key, value.shape) else value
+                    key: value[rows] if serialization.by_rows(key, value.shape) else value
                     for key, value in self.sae.state_dict().items()
                 }
-                store.write_weights(own, tmp / piece("sae", i, 2))
-            store.write_shape(self.sae.shape, self.sae.metadata, tmp)
+                serialization.write_weights(own, tmp / shard_file("sae", i, 2))
+            serialization.write_shape(self.sae.shape, self.sae.metadata, tmp)
         for name in ("sae_lens", "dictionary_learning"):
             interop.write(self.sae, self.base / name, name, normalization="outside")
         self.converted = {
@@ -188,7 +193,7 @@ class World:
         suite.write(
             self.base / "suite", "is_one", [{"text": f"x = {i}", "label": i % 2} for i in range(60)]
         )
-        files.write_json(
+        jsonio.write_json(
             self.base / "suite" / "index.json", {"format": 1, "tasks": {}, "failed": {}}
         )
         sweep, loss = self.base / "sweep", lambda n, k: 2.5 * n**-0.25 * k**-0.1 + 0.1
@@ -197,12 +202,12 @@ class World:
             for n in (512, 1024, 2048, 4096, 8192)
             for k in (8, 16, 32)
         ]
-        files.write_text(sweep / "points.csv", "\n".join(["run,n,k,lr,lm,loss", *lines]) + "\n")
-        files.write_text(
+        atomic.write_text(sweep / "points.csv", "\n".join(["run,n,k,lr,lm,loss", *lines]) + "\n")
+        atomic.write_text(
             sweep / "sweep.toml",
             recipes.to_toml(recipes.from_dict({})) + '\n[grid]\n"sae.k" = [8, 16]\nseed = [0, 1]\n',
         )
-        files.write_json(sweep / "law.json", survey(sweep, draws=0).to_dict(), sealed=True)
+        jsonio.write_json(sweep / "law.json", survey(sweep, draws=0).to_dict(), sealed=True)
         curve = {
             "label": "TopK",
             "x": [8.0, 16.0],
@@ -210,7 +215,7 @@ class World:
             "se": [0.01, None],
             "reference": False,
         }
-        files.write_json(
+        jsonio.write_json(
             self.base / "study" / "study.json",
             {
                 "format": 1,
@@ -243,7 +248,7 @@ class World:
                 {"acts": {"text": "somewhere.jsonl"}, "tokens": 10**9},
             )
         ):
-            files.write_text(
+            atomic.write_text(
                 self.base / "recipes" / f"{i}.toml", recipes.to_toml(recipes.from_dict(changes))
             )
 
@@ -262,18 +267,18 @@ class World:
         if self.reports_left > 0 and not _same_tree(path, self.run.path, "checkpoints"):
             self.reports_left -= 1
             reports.write(run)
-            pieces = Pieces(run, 16)
+            pieces = Resources(run, 16)
             for name in pieces.names():
                 json.dumps(pieces.get(name), allow_nan=False)
         newest, wrong = run.newest_intact()
         if newest is not None and not _equal(
-            store.load(path).state_dict(), self.weights.get(newest.name)
+            serialization.load(path).state_dict(), self.weights.get(newest.name)
         ):
             return "wrong"
         recipe = run.recipe()
         if recipes.differences(recipe.identity(), self.recipe.identity()):
             return "wrong" if newest is not None else "harmless"  # nothing was trained with it yet
-        train_cohort([recipe], [path], open_feed=lambda recipe, device: self.feed)
+        train_many([recipe], [path], open_feed=lambda recipe, device: self.feed)
         there = run.checkpoints()
         if not there or _bytes(there[-1]) != self.final:
             return "wrong"
@@ -285,7 +290,7 @@ class World:
         return "harmless" if _equal(_table(path), self.table) and found.names else "wrong"
 
     def read_export(self, path: Path) -> str:
-        found = store.load(path)
+        found = serialization.load(path)
         same = (
             _equal(found.state_dict(), self.sae.state_dict())
             and found.shape == self.sae.shape
@@ -326,12 +331,12 @@ class World:
     def read_recipes(self, path: Path) -> str:
         for file in sorted(path.iterdir()):
             if file.suffix == ".toml":
-                recipes.load(file)
+                recipes.load_recipe(file)
         return "harmless"
 
 
 def _bytes(checkpoint: Path) -> dict[str, str]:
-    return {file.name: files.sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
+    return {file.name: atomic.sha256(file) for file in sorted(checkpoint.glob("*.safetensors"))}
 
 
 def _table(folder: Path) -> dict[str, torch.Tensor]:
@@ -582,13 +587,13 @@ class Damage:
 
     def other_manifest(self) -> bool | None:
         """Change one value of a manifest, and seal it again: what nobody but an attacker does."""
-        return self._json(reseal=True) if self.file.name == files.MANIFEST else False
+        return self._json(reseal=True) if self.file.name == checksums.MANIFEST else False
 
     def path_out_of_the_folder(self) -> bool | None:
         """Let a manifest name a file outside its folder, with the right sum, and seal it again."""
-        if self.file.name != files.MANIFEST:
+        if self.file.name != checksums.MANIFEST:
             return False
-        table = files.read_json(self.file)
+        table = jsonio.read_json(self.file)
         name = self.draw.choice(
             (
                 "../outside",
@@ -604,7 +609,7 @@ class Damage:
                 "./x",
             )
         )
-        digest = files.sha256(self.outside)
+        digest = atomic.sha256(self.outside)
         if "shards" in table:
             self.draw.choice(table["shards"]).update(file=name, sha256=digest)
         else:
@@ -626,7 +631,7 @@ class Damage:
         else:
             holder[key] = self._other(holder[key])
         if reseal:
-            whole.pop(files.SEAL, None)
+            whole.pop(jsonio.SEAL, None)
             _seal(self.file, whole)
         else:
             self.file.write_text(json.dumps(whole))
@@ -741,14 +746,14 @@ class Damage:
             header[name] = self._other(entry)
         text = json.dumps(header).encode()
         self.file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        manifest = self.file.parent / files.MANIFEST
+        manifest = self.file.parent / checksums.MANIFEST
         if resum and manifest.is_file():
-            table = files.read_json(manifest)
+            table = jsonio.read_json(manifest)
             for shard in table.get("shards", ()):
                 if shard["file"] == self.file.name:
-                    shard["sha256"] = files.sha256(self.file)
+                    shard["sha256"] = atomic.sha256(self.file)
             if "sha256" in table:
-                table["sha256"][self.file.name] = files.sha256(self.file)
+                table["sha256"][self.file.name] = atomic.sha256(self.file)
             _seal(manifest, table)
         return None
 
@@ -870,7 +875,7 @@ WITH_THEIR_SUM = (Damage.other_header_with_its_sum, Damage.other_manifest)
 def _seal(file: Path, table: dict[str, Any]) -> None:
     """Write a table with its sum; where it holds what JSON of ours never does, without."""
     try:
-        files.write_json(file, table, sealed=True)
+        jsonio.write_json(file, table, sealed=True)
     except ValueError:
         file.write_text(json.dumps(table))
 
@@ -973,12 +978,14 @@ def text_input(world: World, folder: Path, draw: random.Random) -> Trial:
     name = "a" + (form if draw.random() < 0.9 else draw.choice((".txt", ".jsonl", ".parquet")))
     name += squeeze if draw.random() < 0.9 else draw.choice(("", ".gz", ".xz", ".zst"))
     (folder / name).write_bytes(data)
-    acts = Acts(text=str(folder / draw.choice((name, name, ""))), text_field=column, context=8)
+    acts = ActsConfig(
+        text=str(folder / draw.choice((name, name, ""))), text_field=column, context=8
+    )
 
     def read() -> None:
-        text_of_acts._warn_once.cache_clear()
+        documents._warn_once.cache_clear()
         for split in SPLITS:
-            for document in text_of_acts.documents(acts, split):
+            for document in documents.documents(acts, split):
                 document.text.encode()
         corpus = Corpus(acts, world.tokenizer, "train", per_document=5)
         corpus.batch(list(itertools.islice(corpus.contexts(), 3)))
@@ -1048,7 +1055,7 @@ def recipe_input(world: World, folder: Path, draw: random.Random) -> Trial:
         lambda: (
             grid.read(folder / "r.toml")
             if given.name == "sweep.toml"
-            else recipes.load(folder / "r.toml")
+            else recipes.load_recipe(folder / "r.toml")
         ),
     )
 
@@ -1108,8 +1115,8 @@ def flags_input(world: World, folder: Path, draw: random.Random) -> Trial:
                 if done.code not in (0, 2):
                     raise AssertionError(f"exit code {done.code}") from None
                 return
-            files.write_text(folder / "r.toml", recipes.to_toml(recipe))
-            if recipes.load(folder / "r.toml") != recipe:
+            atomic.write_text(folder / "r.toml", recipes.to_toml(recipe))
+            if recipes.load_recipe(folder / "r.toml") != recipe:
                 raise AssertionError("the stored recipe is another")
 
     return Trial(" ".join(map(repr, arguments))[:300], read)
@@ -1179,7 +1186,7 @@ def results_input(world: World, folder: Path, draw: random.Random) -> Trial:
 
     def read() -> None:
         reports.write(run)
-        pieces = Pieces(run, 16)
+        pieces = Resources(run, 16)
         for name in pieces.names():
             json.dumps(pieces.get(name), allow_nan=False)
 
@@ -1215,7 +1222,7 @@ def sae_input(world: World, folder: Path, draw: random.Random) -> Trial:
     with_lm = draw.random() < 0.2
 
     def read() -> None:
-        sae = store.load(folder / name)
+        sae = serialization.load(folder / name)
         sae.decode(sae.encode(torch.randn(3, sae.shape.d_model)))
         if with_lm:
             lm_of(sae, "cpu")
@@ -1524,12 +1531,12 @@ def resum(file: Path) -> None:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
         return
-    if not isinstance(found, dict) or not {files.SEAL, "sha256", "arrays_sha256"} & set(found):
+    if not isinstance(found, dict) or not {jsonio.SEAL, "sha256", "arrays_sha256"} & set(found):
         return
     sums, beside = found.get("sha256"), file.with_suffix(".safetensors")
     if isinstance(sums, dict):
         found["sha256"] = {
-            name: files.sha256(file.parent / name) if (file.parent / name[:200]).is_file() else sum
+            name: atomic.sha256(file.parent / name) if (file.parent / name[:200]).is_file() else sum
             for name, sum in sums.items()
         }
     for entry in found["shards"] if isinstance(found.get("shards"), list) else ():
@@ -1538,12 +1545,12 @@ def resum(file: Path) -> None:
             and isinstance(entry.get("file"), str)
             and (file.parent / entry["file"][:200]).is_file()
         ):
-            entry["sha256"] = files.sha256(file.parent / entry["file"])
+            entry["sha256"] = atomic.sha256(file.parent / entry["file"])
     if "names_sha256" in found and (file.parent / shards.NAMES).is_file():
-        found["names_sha256"] = files.sha256(file.parent / shards.NAMES)
+        found["names_sha256"] = atomic.sha256(file.parent / shards.NAMES)
     if "arrays_sha256" in found and beside.is_file():
-        found["arrays_sha256"] = files.sha256(beside)
-    found.pop(files.SEAL, None)
+        found["arrays_sha256"] = atomic.sha256(beside)
+    found.pop(jsonio.SEAL, None)
     _seal(file, found)
 
 
@@ -1686,7 +1693,7 @@ def requests(
     try:
         for number in range(count):
             if number == 0 or draw.random() < 0.03:
-                with files.locked(run.path, ".labels.lock", wait=60):  # an answer may be under way
+                with atomic.locked(run.path, ".labels.lock", wait=60):  # an answer may be under way
                     content = _labels(draw, labels)
             sent = b"".join(_request(draw, port) for _ in range(draw.choice((1, 1, 1, 1, 2))))
             answer = _answer(port, sent)

@@ -28,11 +28,12 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
-from ksparse.kernels import gpu, hopper, reference, screen  # noqa: E402
-from ksparse.recipe import from_dict  # noqa: E402
+from ksparse.config import from_dict  # noqa: E402
+from ksparse.kernels import hopper, reference, triton_candidates, triton_ops  # noqa: E402
 from ksparse.sae.model import SAE, Shape  # noqa: E402
-from ksparse.training.checkpoint import State  # noqa: E402
-from ksparse.training.member import advance, open_optimizer  # noqa: E402
+from ksparse.training.checkpoint import TrainState  # noqa: E402
+from ksparse.training.steps.select import choose_step  # noqa: E402
+from ksparse.training.trainer import train_step
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {
@@ -61,7 +62,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: run this on a machine with a GPU", file=sys.stderr)
         return 2
-    if not gpu.available():
+    if not triton_ops.available():
         print("no Triton: pip install triton", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -124,10 +125,10 @@ def tests() -> dict[str, Any]:
         "-p",
         "no:cacheprovider",
         "--tb=short",
-        "tests/kernels/test_gpu.py",
+        "tests/kernels/test_triton_ops.py",
         "tests/kernels/test_hopper.py",
-        "tests/training/test_arriving.py",
-        "tests/training/test_on_gpu.py",
+        "tests/training/test_async_copy.py",
+        "tests/training/test_triton_step.py",
     ]
     done = subprocess.run(
         command,
@@ -162,19 +163,21 @@ def errors() -> dict[str, Any]:
         v, x64, w = values.double(), x.double(), weight.double()
         pairs = {
             "gather_sum": (
-                lambda: gpu.gather_sum(values, indices, weight),
+                lambda: triton_ops.gather_sum(values, indices, weight),
                 reference.gather_sum(v, indices, w),
             ),
             "gather_dot": (
-                lambda: gpu.gather_dot(x, indices, weight),
+                lambda: triton_ops.gather_dot(x, indices, weight),
                 reference.gather_dot(x64, indices, w),
             ),
             "scatter_outer": (
-                lambda: gpu.scatter_outer(values, indices, x, n),
+                lambda: triton_ops.scatter_outer(values, indices, x, n),
                 reference.scatter_outer(v, indices, x64, n),
             ),
             "scatter_outer_in_parts": (
-                lambda: gpu.scatter_transposed(gpu.transposed(indices, n, chunk=64), values, x),
+                lambda: triton_ops.scatter_transposed(
+                    triton_ops.transposed(indices, n, chunk=64), values, x
+                ),
                 reference.scatter_outer(v, indices, x64, n),
             ),
         }
@@ -208,7 +211,7 @@ def adam_error(n: int, d: int) -> float:
         exact.grad = grad.double() - (grad * exact.detach()).sum(1, keepdim=True) * exact.detach()
         adam.step()
         exact.data /= exact.data.norm(dim=1, keepdim=True)
-        gpu.adam_rows_(
+        triton_ops.adam_rows_(
             weight,
             grad,
             first,
@@ -232,15 +235,15 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
         x, weight = x.bfloat16(), weight.bfloat16()
         if name != "random":
             bias[
-                gpu._latents(
-                    torch.tensor(1234), torch.arange(gpu.TILE.latents // 4), gpu.TILE
+                triton_ops._latents(
+                    torch.tensor(1234), torch.arange(triton_ops.TILE.latents // 4), triton_ops.TILE
                 ).cuda()
             ] += 1000 * d**0.5
-        pairs, compete = [], gpu._compete
-        gpu._compete = lambda *args: (pairs.append(len(args[6])), compete(*args))
+        pairs, compete = [], triton_ops._compete
+        triton_ops._compete = lambda *args: (pairs.append(len(args[6])), compete(*args))
         poison(b * k)
-        values, indices = gpu.topk_encode(x, weight, bias, k)
-        gpu._compete = compete
+        values, indices = triton_ops.topk_encode(x, weight, bias, k)
+        triton_ops._compete = compete
         pre = torch.cat([x.double() @ part.double().t() for part in weight.split(16_384)], 1).add_(
             bias.double()
         )
@@ -282,7 +285,7 @@ def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
     )
     sae = SAE(Shape(d, n, k, "none")).cuda()
     sae.W_enc.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
-    optimizer, x = open_optimizer(sae, recipe), torch.randn(b, d, device="cuda")
+    optimizer, x = choose_step(sae, recipe), torch.randn(b, d, device="cuda")
     values, indices = optimizer.choose(x)
     pre = torch.cat([x.double() @ part.double().t() for part in sae.W_enc.data.split(16_384)], 1)
     best, mine = pre.topk(k, dim=1), pre.gather(1, indices.long()).sort(1, descending=True).values
@@ -361,14 +364,14 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
     )
     weight = unit(torch.randn(n, d, device="cuda"), dim=1)
     low, x_low, x_half, half = (
-        screen.lower(weight, "int8"),
-        screen.lower(x, "int8"),
+        triton_candidates.quantize(weight, "int8"),
+        triton_candidates.quantize(x, "int8"),
         x.bfloat16(),
         weight.bfloat16(),
     )
-    found = screen.candidates(x, low, bias, c)
-    values, indices, _ = gpu.choose(x, found.latents, found.scores, weight, bias, k)
-    error, lists = torch.empty_like(x), gpu.transposed(indices, n)
+    found = triton_candidates.candidates(x, low, bias, c)
+    values, indices, _ = triton_ops.choose(x, found.latents, found.scores, weight, bias, k)
+    error, lists = torch.empty_like(x), triton_ops.transposed(indices, n)
     grad, zeros = (
         torch.randn(n, d, device="cuda"),
         [torch.zeros(n, d, device="cuda") for _ in range(3)],
@@ -379,7 +382,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         return product.topk(k, dim=1, sorted=False).values
 
     def adam(**options: Any) -> None:
-        gpu.adam_rows_(
+        triton_ops.adam_rows_(
             weight,
             grad,
             zeros[0],
@@ -401,15 +404,15 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
             x_low.rows, x_low.scale, low.rows, low.scale, bias, c, plan
         )
     return calls | {
-        "candidates, triton": lambda: screen.candidates(
-            x, low, bias, c, k=k + k // 8, tile=screen.BYTES_TILE
+        "candidates, triton": lambda: triton_candidates.candidates(
+            x, low, bias, c, k=k + k // 8, tile=triton_candidates.BYTES_TILE
         ),
-        "topk_encode (bfloat16)": lambda: gpu.topk_encode(x_half, half, bias, k),
-        "choose": lambda: gpu.choose(x, found.latents, found.scores, weight, bias, k),
-        "decode": lambda: gpu.decode(values, indices, weight, x[0], x, error),
-        "transposed": lambda: gpu.transposed(indices, n),
-        "scatter_measured": lambda: gpu.scatter_measured(lists, values, x, values),
-        "lower(x)": lambda: screen.lower(x, "int8"),
+        "topk_encode (bfloat16)": lambda: triton_ops.topk_encode(x_half, half, bias, k),
+        "choose": lambda: triton_ops.choose(x, found.latents, found.scores, weight, bias, k),
+        "decode": lambda: triton_ops.decode(values, indices, weight, x[0], x, error),
+        "transposed": lambda: triton_ops.transposed(indices, n),
+        "scatter_measured": lambda: triton_ops.scatter_measured(lists, values, x, values),
+        "lower(x)": lambda: triton_candidates.quantize(x, "int8"),
         "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True),
         "adam_rows_ (encoder)": lambda: adam(whole=low.rows, scale=low.scale),
     }
@@ -475,8 +478,8 @@ class Training:
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
-        self.optimizer, self.shape = open_optimizer(sae, self.recipe), (b, d)
-        self.state = State(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
+        self.optimizer, self.shape = choose_step(sae, self.recipe), (b, d)
+        self.state = TrainState(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
         if getattr(self.optimizer, "kind", 0):
             self._settle()
 
@@ -490,7 +493,7 @@ class Training:
     def __call__(self) -> None:
         self.state.step += 1
         if not math.isfinite(
-            advance(
+            train_step(
                 self.optimizer, torch.randn(self.shape, device="cuda"), self.state, self.recipe
             )[1]
         ):

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from ksparse import interop
-from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus
+from ksparse.config import Recipe, from_dict
+from ksparse.data.contexts import Corpus
 from ksparse.errors import InputError
-from ksparse.recipe import Recipe, from_dict
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
-from ksparse.training.loop import train
+from ksparse.training.train import train
 
 HERE = Path(__file__).resolve().parent
 RUNS_ON = {

@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ksparse.scaling import law as laws
-from ksparse.scaling import published, solve
-from ksparse.scaling.forms import forms
-from ksparse.scaling.solve import Fit
+from ksparse.scaling.laws import law as laws
+from ksparse.scaling.laws import published, solver
+from ksparse.scaling.laws.forms import forms
+from ksparse.scaling.laws.solver import LawFit
 
 ALONG_K256 = {
     "alpha": float(np.exp(-0.50 + 0.26 * np.log(256))),
@@ -100,7 +100,9 @@ def coverage(name: str, trials: int, noise: float, draws: int) -> None:
     wide: dict[str, list[np.ndarray]] = {}
     for trial in range(trials):
         random = np.random.default_rng(trial)
-        found = solve.fit(terms, np.log(losses * (1 + noise * random.standard_normal(len(losses)))))
+        found = solver.fit(
+            terms, np.log(losses * (1 + noise * random.standard_normal(len(losses))))
+        )
         for kind, ends in kinds(found, draws, trial).items():
             held.setdefault(kind, []).append((ends[:, 0] <= true) & (true <= ends[:, 1]))
             wide.setdefault(kind, []).append(ends[:, 1] - ends[:, 0])
@@ -117,16 +119,16 @@ def coverage(name: str, trials: int, noise: float, draws: int) -> None:
         )
 
 
-def kinds(found: Fit, draws: int, seed: int) -> dict[str, np.ndarray]:
+def kinds(found: LawFit, draws: int, seed: int) -> dict[str, np.ndarray]:
     """Return the ends[p, 2] of each kind of 95 % interval."""
-    spread = solve.quantile(found, 0.95) * np.sqrt(np.diag(solve.covariance(found)))
+    spread = solver.quantile(found, 0.95) * np.sqrt(np.diag(solver.covariance(found)))
     made = {
-        "profile": np.array(solve.intervals(found)),
+        "profile": np.array(solver.intervals(found)),
         "Student's t": np.stack([found.theta - spread, found.theta + spread], 1),
     }
     for kind in ("pairs", "residuals", "wild") if draws else ():
         made[kind] = np.quantile(
-            solve.resampled(found, draws, seed, kind=kind), [0.025, 0.975], axis=0
+            solver.resampled(found, draws, seed, kind=kind), [0.025, 0.975], axis=0
         ).T
     return made
 

@@ -42,7 +42,7 @@ def recipe(
     save_every: int = 0,
 ) -> Any:
     """Return a run whose latents die early, more of them than AuxK takes."""
-    from ksparse.recipe import from_dict
+    from ksparse.config import from_dict
 
     return from_dict(
         {
@@ -86,7 +86,7 @@ class Stream:
     def batches(self, cursor: Any = None) -> Any:
         import torch
 
-        from ksparse.acts.stream import Batch
+        from ksparse.data.base import ActivationBatch
 
         step = cursor["step"] if cursor else 0
         while True:
@@ -97,7 +97,7 @@ class Stream:
                 else x
             )[self.mesh.part(BATCH)]
             step += 1
-            yield Batch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
+            yield ActivationBatch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
 
     def sample(self, rows: int) -> Any:
         return self.rows(0, 2048)
@@ -111,11 +111,11 @@ class Stream:
 
 def feed(reverse: bool = False) -> Any:
     """Return what makes a Feed of `Stream`."""
-    from ksparse.mesh import ALONE
-    from ksparse.training.feed import Feed
+    from ksparse.distributed import SINGLE_PROCESS
+    from ksparse.training.source import ActivationSource
 
-    class Synthetic(Feed):
-        def __init__(self, recipe: Any, device: Any, mesh: Any = ALONE):
+    class Synthetic(ActivationSource):
+        def __init__(self, recipe: Any, device: Any, mesh: Any = SINGLE_PROCESS):
             self.recipe, self.device, self.mesh, self.policy, self.waited, self._centers = (
                 recipe,
                 device,
@@ -133,7 +133,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     """Do one run; leave the latents chosen in its first step, and the bytes sent, beside it."""
     from safetensors.torch import save_file
 
-    from ksparse.training import loop, member
+    from ksparse.training import train, trainer
 
     gaps: list[float] = []
     if tuple(task["mesh"]) == (1, 1):
@@ -145,7 +145,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
         task.get("capacity", 0.0),
         task.get("save_every", 0),
     )
-    own, out = member.backward, Path(task["out"])
+    own, out = trainer.backward, Path(task["out"])
 
     def seen(optimizer: Any, x: Any, state: Any, recipe: Any) -> Any:
         part = own(optimizer, x, state, recipe)
@@ -170,7 +170,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
             )
         return part
 
-    member.backward = seen
+    trainer.backward = seen
     stop, die = (
         task.get("stop", 0),
         task.get("die") if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else None,
@@ -183,20 +183,20 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     from ksparse.errors import Interrupted
 
     try:
-        loop.train_cohort(
+        train.train_many(
             [asked], [out], observe=observe, open_feed=feed(task.get("reverse", False))
         )
     except Interrupted:
         pass
     finally:
-        member.backward = own
+        trainer.backward = own
 
 
 def watch(gaps: list[float]) -> None:
     """Note, at each choice in this process, the smallest difference of the k-th and the next value, relative to the largest."""
-    from ksparse.kernels import fast
+    from ksparse.kernels import torch_ops
 
-    own = getattr(fast.topk, "own", fast.topk)
+    own = getattr(torch_ops.topk, "own", torch_ops.topk)
 
     def noting(pre_acts: Any, k: int) -> Any:
         if 0 < k < pre_acts.shape[1] and len(pre_acts):
@@ -206,20 +206,20 @@ def watch(gaps: list[float]) -> None:
         return own(pre_acts, k)
 
     noting.own = own
-    fast.topk = noting
+    torch_ops.topk = noting
 
 
 def resave(task: dict[str, Any]) -> None:
     """Load a run that another mesh wrote, and save what was loaded elsewhere."""
     import torch
 
-    from ksparse.mesh import opened
-    from ksparse.runs import RunFolder
-    from ksparse.training import checkpoint, member
+    from ksparse.distributed import open_mesh
+    from ksparse.storage.run_folder import RunFolder
+    from ksparse.training import checkpoint, resume
 
     asked = recipe(task["steps"], task["kind"], tuple(task["mesh"]))
-    with opened(asked, "cpu") as mesh:
-        state, optimizer = member.restore(
+    with open_mesh(asked, "cpu") as mesh:
+        state, optimizer = resume.restore(
             RunFolder(Path(task["load"])), asked, torch.device("cpu"), mesh
         )
         checkpoint.save(RunFolder(Path(task["out"])), state, optimizer)
@@ -230,7 +230,7 @@ def work(tasks: list[dict[str, Any]]) -> None:
     import torch
     import torch.distributed as dist
 
-    from ksparse.mesh import connect
+    from ksparse.distributed import connect
 
     torch.set_num_threads(1)
     connect("cpu", 60.0)
@@ -296,8 +296,8 @@ def elastic(task: dict[str, Any], processes: int) -> str:
 
 def held(out: str, step: int | None = None) -> dict[str, Any]:
     """Return all tensors of a run's newest checkpoint, or of one step, joined from whatever files hold them."""
-    from ksparse.runs import RunFolder
-    from ksparse.sae.store import rows_of
+    from ksparse.sae.serialization import rows_of
+    from ksparse.storage.run_folder import RunFolder
 
     run = RunFolder(Path(out))
     path = run.checkpoint(step) if step else run.newest_intact()[0]
@@ -329,7 +329,7 @@ def element(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def curves_apart(one: str, other: str) -> list[float]:
     """Return the worst relative difference of loss, AuxK and gradient norm at each step."""
-    from ksparse.runs import RunFolder
+    from ksparse.storage.run_folder import RunFolder
 
     pairs = zip(RunFolder(Path(one)).metrics(), RunFolder(Path(other)).metrics(), strict=True)
     return [
@@ -395,7 +395,7 @@ def main() -> None:
 
     import torch
 
-    from ksparse.runs import RunFolder
+    from ksparse.storage.run_folder import RunFolder
 
     logging.getLogger("ksparse").setLevel(logging.ERROR)
     torch.set_num_threads(1)

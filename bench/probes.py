@@ -14,8 +14,8 @@ import time
 
 import torch
 
-from ksparse.evals import probes
-from ksparse.evals.tasks import Rows
+from ksparse.evals.probing import probes
+from ksparse.evals.probing.tasks import TaskRows
 from ksparse.sae.model import SAE, Shape
 
 
@@ -76,14 +76,14 @@ def made(d: int, n: int) -> SAE:
     return sae
 
 
-def rows(seed: int, count: int, d: int) -> Rows:
+def rows(seed: int, count: int, d: int) -> TaskRows:
     """Return a task with some of a label in every dimension."""
     generator = torch.Generator().manual_seed(seed)
     label = torch.arange(count) % 2
     x = torch.randn(count, d, generator=generator) + 0.3 * label[:, None] * torch.randn(
         d, generator=generator
     )
-    return Rows(
+    return TaskRows(
         f"task {seed}",
         x,
         torch.arange(count),

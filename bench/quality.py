@@ -190,10 +190,10 @@ def save(path: Path, x: np.ndarray) -> None:
 
 def open_lm(source: Source) -> tuple[Any, Any]:
     """Return the LM and the options of its activations."""
-    from ksparse.acts.lm import LM
-    from ksparse.recipe import Acts
+    from ksparse.config import ActsConfig
+    from ksparse.lm.model import LM
 
-    acts = Acts(lm=source.lm, site=source.site, text=source.text)
+    acts = ActsConfig(lm=source.lm, site=source.site, text=source.text)
     return LM(acts=acts), acts
 
 
@@ -202,15 +202,15 @@ def scaled(raw: Any) -> np.ndarray:
 
     That is unit_norm on the scale of layer_norm: the other libraries' defaults suppose inputs of unit variance.
     """
-    from ksparse.sae.normalize import normalize
+    from ksparse.sae.normalization import normalize
 
     return normalize(raw, "unit_norm").x.mul(math.sqrt(raw.shape[-1])).numpy()
 
 
 def training(lm: Any, acts: Any, rows: int, batch: int) -> np.ndarray:
     """Return x[rows, d] in the order of a live stream; a short text is repeated, in another order each time."""
-    from ksparse.acts.stream import LiveStream
-    from ksparse.acts.text import Corpus
+    from ksparse.data.contexts import Corpus
+    from ksparse.data.live import LiveStream
 
     stream = LiveStream(lm, Corpus(acts, lm.tokenizer, "train"), batch=batch, seed=0)
     x = np.empty((rows, lm.d_model), np.float32)
@@ -223,7 +223,7 @@ def held_out(lm: Any, acts: Any) -> Any:
     """Return raw activations [<= HELD_OUT, d] of text that is trained on by nobody, each once: it is not repeated."""
     import torch
 
-    from ksparse.acts.text import Corpus
+    from ksparse.data.contexts import Corpus
 
     corpus = Corpus(acts, lm.tokenizer, "held-out")
     contexts = itertools.takewhile(lambda context: context.start.epoch == 0, corpus.contexts())

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from ksparse import files, recipe, viewer
-from ksparse.runs import RunFolder, open_run
-from ksparse.viewer.pieces import Pieces
+from ksparse import config, viewer
+from ksparse.storage import checksums, jsonio
+from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.viewer.resources import Resources
 
 VOCABULARY, CONTEXTS, LENGTH, EXAMPLES, BEFORE, AFTER, HORIZON = 50_000, 2_000, 128, 8, 24, 8, 16
 SWITCH = """
@@ -72,10 +73,10 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
     random, run = np.random.default_rng(0), RunFolder(folder)
     (folder / "evals").mkdir(parents=True)
     run.recipe_file.write_text(
-        recipe.to_toml(recipe.from_dict({"sae": {"n_latents": n, "k": 32}})), encoding="utf-8"
+        config.to_toml(config.from_dict({"sae": {"n_latents": n, "k": 32}})), encoding="utf-8"
     )
     words = [f" w{i}" if i % 3 else f"x{i}" for i in range(VOCABULARY)]
-    files.write_json(run.eval_file("vocabulary"), words)
+    jsonio.write_json(run.eval_file("vocabulary"), words)
     arrays: dict[str, np.ndarray] = {
         name: random.random(n, np.float32)
         for name in ("density", "mean_act", "max_act", "cosine", "encoder_norm")
@@ -164,7 +165,7 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
             }
         },
     )
-    with files.committed(run.checkpoint(1)) as tmp:
+    with checksums.checksummed_dir(run.checkpoint(1)) as tmp:
         save_file(
             {"W_dec": random.standard_normal((n, d), np.float32)}, tmp / "sae.safetensors"
         )  # all that is read of it
@@ -172,7 +173,7 @@ def synthetic(folder: Path, n: int, d: int) -> RunFolder:
 
 
 def write(run: RunFolder, name: str, result: dict[str, Any]) -> None:
-    files.write_json(run.eval_file(name), {"name": name, "notes": []} | result)
+    jsonio.write_json(run.eval_file(name), {"name": name, "notes": []} | result)
 
 
 def times(latents: list[int], width: int, rounds: int, export: bool) -> None:
@@ -237,7 +238,7 @@ def shots(run: RunFolder, out: Path) -> None:
     """Write pictures of the main pages: NAME-SCHEME-WIDTH.png."""
     module = browser_of_tests()
     browser = start(module)
-    latent = Pieces(run, 1).columns.first_rows["latents"][0]
+    latent = Resources(run, 1).columns.first_rows["latents"][0]
     text = "def area(self, width, height):\n    return"
     pages = {
         "latents": ("#/", "td.words .pair, td.words"),

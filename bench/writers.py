@@ -23,8 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ksparse import cli, files
-from ksparse.runs import RunFolder
+from ksparse import cli
+from ksparse.storage import checksums, jsonio
+from ksparse.storage.run_folder import RunFolder
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/(?:\S*[?&]token=([\w-]+))?")
@@ -246,7 +247,7 @@ class Labels(Kind):
 
     def wrong(self) -> list[str]:
         file = self.run.path / "labels.json"
-        found = files.read_json(file)["latents"] if file.is_file() else {}
+        found = jsonio.read_json(file)["latents"] if file.is_file() else {}
         return [
             f"latent {latent}: {found.get(latent)} instead of {label!r}"
             for latent, label in self.kept.items()
@@ -258,9 +259,9 @@ class Shard(Kind):
     """Written through Python, where a shard may be small, so that there are several."""
 
     def work(self) -> None:
-        from ksparse.acts import shards
-        from ksparse.acts.lm import LM
-        from ksparse.acts.text import Corpus
+        from ksparse.data import shards
+        from ksparse.data.contexts import Corpus
+        from ksparse.lm.model import LM
 
         acts = self.run.recipe().acts
         lm = LM(acts=acts, device="cpu")
@@ -275,13 +276,13 @@ class Shard(Kind):
 
     def wrong(self) -> list[str]:
         folder = self.folder()
-        if folder is None or not (folder / files.MANIFEST).is_file():
+        if folder is None or not (folder / checksums.MANIFEST).is_file():
             return []
-        manifest = files.read_table(folder / files.MANIFEST)
+        manifest = jsonio.read_table(folder / checksums.MANIFEST)
         before, self.before = getattr(self, "before", 0), len(manifest["shards"])
         try:
             for entry in manifest["shards"]:
-                files.check_file(folder, entry["file"], entry["sha256"])
+                checksums.check_file(folder, entry["file"], entry["sha256"])
         except Exception as error:
             return [str(error)]
         lost = [f"{before} shards were there, {self.before} are"] if self.before < before else []
@@ -317,7 +318,7 @@ class Convert(Kind):
         )
         if (self.home / "converted").exists():
             try:
-                files.verify(self.home / "converted")
+                checksums.verify(self.home / "converted")
             except Exception as error:
                 wrong.append(str(error))
         self.again()

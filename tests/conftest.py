@@ -21,10 +21,10 @@ import hypothesis
 import pytest
 import torch
 
-from ksparse.acts.lm import LM
-from ksparse.acts.stream import LiveStream
-from ksparse.acts.text import Corpus
-from ksparse.recipe import Acts, Recipe, from_dict
+from ksparse.config import ActsConfig, Recipe, from_dict
+from ksparse.data.contexts import Corpus
+from ksparse.data.live import LiveStream
+from ksparse.lm.model import LM
 
 hypothesis.settings.register_profile(
     "ksparse", deadline=None, max_examples=25, derandomize=True, database=None
@@ -157,10 +157,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_acts(tiny_lm, text_file) -> Callable[..., Acts]:
+def small_acts(tiny_lm, text_file) -> Callable[..., ActsConfig]:
     """Return small_acts(**changes): that section of small_recipe."""
     return lambda **changes: dataclasses.replace(
-        Acts(
+        ActsConfig(
             lm=str(tiny_lm("gpt2")),
             site="resid_post.1",
             text=str(text_file),

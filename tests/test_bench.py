@@ -233,8 +233,8 @@ def misused(source: str) -> list[str]:
     [
         "from ksparse.training import feed\nfeed.open_stream = lambda recipe, device: 0",
         "import ksparse\nksparse.load()",
-        "from ksparse.acts.lm import LM\nLM(names='x')",
-        "from ksparse.acts.lm import resolve\nresolve(1)",
+        "from ksparse.lm.model import LM\nLM(names='x')",
+        "from ksparse.lm.model import resolve\nresolve(1)",
     ],
 )
 def test_the_check_sees_a_call_that_cannot_be(source):
@@ -276,10 +276,10 @@ def test_scripts_that_the_documents_name_are_there():
 @pytest.fixture
 def run_script(monkeypatch):
     """Return run("bench/peers/ours.py", "--n", 8): runs it in this process, with what it replaces put back."""
-    from ksparse.training import feed
+    from ksparse.training import source
 
     def run(name: str, *arguments: object) -> None:
-        monkeypatch.setattr(feed, "open_stream", feed.open_stream)
+        monkeypatch.setattr(source, "open_stream", source.open_stream)
         monkeypatch.setattr(logging, "disable", lambda level: None)
         monkeypatch.delitem(sys.modules, "common", raising=False)
         monkeypatch.syspath_prepend(str((ROOT / name).parent))

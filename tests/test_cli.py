@@ -16,11 +16,11 @@ import pytest
 from safetensors.torch import load_file
 
 from ksparse import cli
-from ksparse import recipe as recipes
-from ksparse.cli.shown import Lines
-from ksparse.recipe import to_toml
-from ksparse.runs import RunFolder
-from ksparse.scaling import grid as grids
+from ksparse import config as recipes
+from ksparse.cli.output import Lines
+from ksparse.config import to_toml
+from ksparse.scaling.sweeps import grid as grids
+from ksparse.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -638,13 +638,13 @@ def test_every_recipe_in_the_repository_is_valid():
         loaded = (
             grids.read(file).recipes.values()
             if file.parent.name == "sweeps"
-            else [recipes.load(file)]
+            else [recipes.load_recipe(file)]
         )
         assert all(recipe.steps > 0 for recipe in loaded)
 
 
 def test_fit_writes_the_law_of_a_table_of_points(verb, tmp_path):
-    from ksparse.scaling import published
+    from ksparse.scaling.laws import published
 
     points = published.gpt4()
     (tmp_path / "points.csv").write_text(
@@ -750,7 +750,7 @@ def test_flags_of_an_activation_are_those_of_its_kind(verb, recipe_file, tmp_pat
         "64",
     )
     assert code == 0, err
-    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.ReLU(l1=0.25)
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.ReLUConfig(l1=0.25)
 
 
 def test_a_flag_of_another_kind_is_refused_and_the_kind_named(verb):
@@ -775,7 +775,9 @@ def test_a_recipe_files_activation_keeps_its_options_under_flags(verb, recipe_fi
         "train", file, "--sae.activation.aux", "0.5", "--out", tmp_path / "run", "--tokens", "64"
     )
     assert code == 0, err
-    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.Gated(l1=0.5, aux=0.5)
+    assert RunFolder(tmp_path / "run").recipe().sae.activation == recipes.GatedConfig(
+        l1=0.5, aux=0.5
+    )
 
 
 def test_a_study_prints_what_it_found_and_leaves_a_page(verb, recipe_file, tmp_path, monkeypatch):

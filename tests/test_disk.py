@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from ksparse import cli, evals, files, interop, report
-from ksparse.acts import shards
-from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus
+from ksparse import cli, interop, report
+from ksparse.config import to_toml
+from ksparse.config.evaluation import EvalConfig
+from ksparse.data import shards
+from ksparse.data.contexts import Corpus
 from ksparse.errors import DiskError
-from ksparse.options import EvalOptions
-from ksparse.recipe import to_toml
-from ksparse.runs import RunFolder, open_run
-from ksparse.sae import store
-from ksparse.suites import folder as suite
+from ksparse.evals import runner
+from ksparse.evals.probing.suites import folder as suite
+from ksparse.lm.model import LM
+from ksparse.sae import serialization
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.training import checkpoint
-from ksparse.training.loop import train
+from ksparse.training.train import train
 
 PAGE = 4096
 
@@ -138,7 +140,7 @@ def test_a_disk_that_fills_up_while_training_ends_with_code_5_and_the_same_comma
     assert [path.name for path in run.checkpoints()] == [
         "step-00000004"
     ] and run.newest_intact() == (run.checkpoints()[0], [])
-    assert store.load(run.path).metadata["step"] == 4
+    assert serialization.load(run.path).metadata["step"] == 4
     disk.empty()
     assert command(capsys, *words)[0] == 0
     assert tensors(run) == tensors(train(small_recipe(), tmp_path / "whole"))
@@ -173,7 +175,7 @@ def test_a_read_only_disk_ends_with_code_5_and_leaves_all_as_it_is(
             and "Traceback" not in said
         ), words
     disk.unbar()
-    assert last(run) == before and store.load(run.path).metadata["step"] == 12
+    assert last(run) == before and serialization.load(run.path).metadata["step"] == 12
 
 
 # ---- every writer, at every page
@@ -181,14 +183,14 @@ def test_a_read_only_disk_ends_with_code_5_and_leaves_all_as_it_is(
 
 def writers(run: RunFolder, small_acts: Callable) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Return what each writes to, and how."""
-    sae, home = store.load(run.path), run.path.parent
-    options = EvalOptions(tokens=300, examples=2, device="cpu")
+    sae, home = serialization.load(run.path), run.path.parent
+    options = EvalConfig(tokens=300, examples=2, device="cpu")
     lm = LM(acts=small_acts(), device="cpu")
-    found = evals.evaluate(sae, lm, ("stats",), options)
+    found = runner.evaluate(sae, lm, ("stats",), options)
     return {
-        "evals": (run.path / "evals", lambda: evals.write(run, found)),
+        "evals": (run.path / "evals", lambda: runner.write(run, found)),
         "report": (run.path / "figures", lambda: report.write(run)),
-        "export": (home / "export", lambda: store.save(sae, home / "export")),
+        "export": (home / "export", lambda: serialization.save(sae, home / "export")),
         "convert": (
             home / "converted",
             lambda: interop.write(
@@ -210,7 +212,7 @@ def writers(run: RunFolder, small_acts: Callable) -> dict[str, tuple[Path, Calla
         "lock": (home / "fresh", lambda: lock(RunFolder(home / "fresh"))),
         "json": (
             home / "some",
-            lambda: files.write_json(home / "some" / "x.json", list(range(3000)), sealed=False),
+            lambda: jsonio.write_json(home / "some" / "x.json", list(range(3000)), sealed=False),
         ),
     }
 
@@ -258,7 +260,7 @@ def whole(place: Path) -> dict[Path, bytes]:
     )
 
 
-def at_step(step: int, taken: checkpoint.Taken) -> checkpoint.Taken:
+def at_step(step: int, taken: checkpoint.Snapshot) -> checkpoint.Snapshot:
     return taken._replace(facts=taken.facts | {"step": step})
 
 
@@ -282,7 +284,7 @@ def test_a_checkpoint_that_meets_a_full_disk_at_any_page_is_whole_or_not_there(
             failures += 1
         disk.empty()
         assert last(run) == before and run.newest_intact() == (run.checkpoints()[-1], [])
-    assert failures > 3 and files.verify(run.checkpoint(99))["step"] == 99
+    assert failures > 3 and checksums.verify(run.checkpoint(99))["step"] == 99
 
 
 # ---- the same without the right to mount: at every call that writes
@@ -316,8 +318,8 @@ def test_whichever_call_finds_no_room_the_checkpoint_before_is_whole(
         if len(calls) < number:
             break
         if run.checkpoint(99).exists():  # the disk failed after the folder had its name
-            assert files.verify(run.checkpoint(99))["step"] == 99
-            files.remove(run.checkpoint(99))
+            assert checksums.verify(run.checkpoint(99))["step"] == 99
+            atomic.remove(run.checkpoint(99))
         assert last(run) == before and not list(run.path.rglob(".tmp-*"))
     assert number > 1, f"saving never calls {call}"
 
@@ -340,10 +342,10 @@ def failing(patch: pytest.MonkeyPatch, call: str, number: int, error: OSError) -
         return made
 
     if call == "tensors":
-        for module in (store, checkpoint):
+        for module in (serialization, checkpoint):
             patch.setattr(module, "save_file", counted(module.save_file))
     elif call == "write":
-        patch.setattr(files.json, "dumps", counted(files.json.dumps))  # what is written next
+        patch.setattr(atomic.json, "dumps", counted(atomic.json.dumps))  # what is written next
     elif call == "fsync":
         patch.setattr(os, "fsync", counted(os.fsync))
     else:

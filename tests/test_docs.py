@@ -43,10 +43,12 @@ def resolve(name: str):
 def test_options_named_in_the_documents_exist():
     from dataclasses import fields
 
-    from ksparse.recipe import ACTIVATIONS, Recipe, flat, to_dict
+    from ksparse.config import ACTIVATION_CONFIGS, Recipe, flat, to_dict
 
     keys = set(flat(to_dict(Recipe()))) | {
-        f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)
+        f"sae.activation.{each.name}"
+        for kind in ACTIVATION_CONFIGS.values()
+        for each in fields(kind)
     }
     flags = {
         key
@@ -79,13 +81,13 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, small_recipe):
     )[1]
     block = block.replace('"pylm/1.9m", site="resid_post.3"', '"pylm/0.3m", site="resid_post.2"')
     monkeypatch.chdir(tmp_path)
-    from ksparse.options import EvalOptions
+    from ksparse.config.evaluation import EvalConfig
 
     whole = ksparse.evaluate
     monkeypatch.setattr(
         ksparse,
         "evaluate",
-        lambda sae, lm, names: whole(sae, lm, names, EvalOptions(tokens=300, device="cpu")),
+        lambda sae, lm, names: whole(sae, lm, names, EvalConfig(tokens=300, device="cpu")),
         raising=False,
     )
     names: dict = {}
@@ -150,13 +152,15 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     from dataclasses import fields
 
     from ksparse import cli
-    from ksparse.recipe import ACTIVATIONS
+    from ksparse.config import ACTIVATION_CONFIGS
 
     assert verb in cli.VERBS
     with pytest.raises(SystemExit):
         cli.main([verb, "--help"])
     known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {
-        f"sae.activation.{each.name}" for kind in ACTIVATIONS.values() for each in fields(kind)
+        f"sae.activation.{each.name}"
+        for kind in ACTIVATION_CONFIGS.values()
+        for each in fields(kind)
     }
     assert flags <= {flag.replace("_", "-") for flag in known} | known
 
@@ -253,7 +257,7 @@ def test_links_between_documents_lead_somewhere(file):
 
 
 def test_the_built_in_tasks_are_in_the_docs():
-    from ksparse.pylm.labels import TASKS
+    from ksparse.evals.probing.python_labels import TASKS
 
     table = (
         (ROOT / "docs" / "probes.md")
@@ -280,21 +284,21 @@ def planned(n_latents: int):
     """Return the plan of recipes/llama-16m.toml with so many latents on H100s."""
     from dataclasses import replace
 
-    from ksparse import recipe
-    from ksparse.training import plan
-    from ksparse.training.costs import Unseen
+    from ksparse import config
+    from ksparse.planning import plan
+    from ksparse.planning.costs import UnseenLM
 
-    given = recipe.load(ROOT / "recipes" / "llama-16m.toml")
+    given = config.load_recipe(ROOT / "recipes" / "llama-16m.toml")
     return plan.plan(
         replace(given, sae=replace(given.sae, n_latents=n_latents)),
         devices=[1, 8, 64, 512],
         card="h100",
-        unseen=Unseen(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816),
+        unseen=UnseenLM(d_model=4096, parameters=8_030_261_248, before_site=5_888_802_816),
     )
 
 
 def plan_lines(n_latents: int) -> list[str]:
-    from ksparse.training import plan
+    from ksparse.planning import plan
 
     return plan.tables(planned(n_latents))
 

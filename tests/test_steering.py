@@ -13,9 +13,9 @@ import transformers as T
 from torch import nn
 
 from ksparse import steering
-from ksparse.acts.lm import LM
-from ksparse.acts.sites import resolve
 from ksparse.errors import InputError
+from ksparse.lm.model import LM
+from ksparse.lm.sites import resolve
 from ksparse.sae.model import SAE, Shape
 from ksparse.steering import (
     attach,

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 import ksparse
-from ksparse import errors, recipe
+from ksparse import config, errors
 
 NAMES = [
     "Code",
@@ -126,7 +126,7 @@ def test_a_mistyped_name_lists_those_there_are():
 
 
 def test_recipe_keys_are_frozen():
-    assert set(recipe.flat(recipe.to_dict(recipe.Recipe()))) == KEYS
+    assert set(config.flat(config.to_dict(config.Recipe()))) == KEYS
 
 
 @pytest.mark.parametrize("name, code", EXIT_CODES.items())

@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 import ksparse
-from ksparse import recipe as recipes
+from ksparse import config as recipes
 from ksparse.cli import main
 from ksparse.errors import InputError
-from ksparse.scaling import launch
+from ksparse.scaling.sweeps import launch
 from ksparse.trust import code_is_trusted, taken_from, trusted
 
 
@@ -64,8 +64,8 @@ def test_a_recipe_cannot_allow_code_to_run(own_code, small_recipe, tmp_path, cap
             "[run]", "[run]\ntrust_remote_code = true"
         )
     )
-    assert "trust" not in recipes.to_toml(recipes.load(file)) and not hasattr(
-        recipes.load(file).run, "trust_remote_code"
+    assert "trust" not in recipes.to_toml(recipes.load_recipe(file)) and not hasattr(
+        recipes.load_recipe(file).run, "trust_remote_code"
     )
     assert (
         f"run.trust_remote_code in {file} is passed over: a file cannot allow code to run"
@@ -83,7 +83,7 @@ def test_a_recipe_cannot_allow_code_to_run(own_code, small_recipe, tmp_path, cap
 def test_an_older_recipe_without_leave_is_read_without_a_word(tmp_path, caplog):
     file = tmp_path / "old.toml"
     file.write_text("[run]\ntrust_remote_code = false\n")
-    assert recipes.load(file) == recipes.Recipe() and not caplog.records
+    assert recipes.load_recipe(file) == recipes.Recipe() and not caplog.records
 
 
 def test_a_foreign_run_runs_no_code_in_any_verb(evil, tmp_path, capsys):

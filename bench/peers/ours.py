@@ -1,4 +1,4 @@
-"""ksparse on saved batches: `ksparse.training.loop.train` itself, with only the source of activations replaced."""
+"""ksparse on saved batches: `ksparse.training.train.train` itself, with only the source of activations replaced."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from common import arguments, finish, training_rows
 from safetensors.torch import load_file
 
 import ksparse
-from ksparse.acts.stream import Batch
-from ksparse.recipe import Recipe, from_dict, to_dict
+from ksparse.config import Recipe, from_dict, to_dict
+from ksparse.data.base import ActivationBatch
 from ksparse.sae.model import SAE
-from ksparse.sae.store import KEYS
-from ksparse.training import feed, loop
+from ksparse.sae.serialization import KEYS
+from ksparse.training import source, train
 
 
 class Saved:
@@ -28,7 +28,7 @@ class Saved:
 
     def batches(self, cursor=None):
         for step, x in enumerate(self.rows.split(self.batch), 1):
-            yield Batch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
+            yield ActivationBatch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
 
     def sample(self, rows: int) -> torch.Tensor:
         return self.rows[:rows]
@@ -76,11 +76,11 @@ def main() -> None:
     args = arguments()
     logging.disable(logging.INFO)
     stream = Saved(training_rows(args), args.batch)
-    feed.open_stream = lambda recipe, device, mesh: (stream, {})
+    source.open_stream = lambda recipe, device, mesh: (stream, {})
     recipe, folder = recipe_of(args), args.out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    run = loop.train(recipe, folder)
+    run = train.train(recipe, folder)
     seconds = time.monotonic() - began
     sae = ksparse.load(folder)
     held_out = torch.from_numpy(np.load(args.data / "held_out.npy"))

@@ -3,7 +3,7 @@
 from common import Clock, arguments
 
 import ksparse
-from ksparse.recipe import from_dict
+from ksparse.config import from_dict
 
 
 def main() -> None:

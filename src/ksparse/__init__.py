@@ -14,17 +14,17 @@ from typing import Any
 _WHERE = {
     "Code": "ksparse.sae.model",
     "KsparseError": "ksparse.errors",
-    "LM": "ksparse.acts.lm",
-    "Recipe": "ksparse.recipe",
+    "LM": "ksparse.lm.model",
+    "Recipe": "ksparse.config",
     "SAE": "ksparse.sae.model",
     "attach": "ksparse.steering",
     "convert": "ksparse.interop",
-    "evaluate": "ksparse.evals",
+    "evaluate": "ksparse.evals.runner",
     "load": "ksparse.interop",
-    "open_run": "ksparse.runs",
-    "save": "ksparse.sae.store",
+    "open_run": "ksparse.storage.run_folder",
+    "save": "ksparse.sae.serialization",
     "steer": "ksparse.steering",
-    "train": "ksparse.training.loop",
+    "train": "ksparse.training.train",
 }
 __all__ = sorted(_WHERE)
 

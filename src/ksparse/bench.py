@@ -30,15 +30,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ksparse.config import Config
 from ksparse.errors import InputError
-from ksparse.recipe import Options
 
 _WARM = 2  # steps before any is timed
 Step = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class Setting(Options):
+class Setting(Config):
     """What a step is timed on."""
 
     d: int = 768
@@ -298,11 +298,12 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
     def make(cfg: Any) -> Step:
         import torch
 
-        from ksparse.recipe import from_dict
+        from ksparse.config import from_dict
         from ksparse.sae.model import SAE, Shape
-        from ksparse.training.checkpoint import State
-        from ksparse.training.fused import ScreenedOptimizer
-        from ksparse.training.member import advance, open_optimizer
+        from ksparse.training.checkpoint import TrainState
+        from ksparse.training.steps.prefilter import PrefilteredStep
+        from ksparse.training.steps.select import choose_step
+        from ksparse.training.trainer import train_step
 
         recipe = from_dict(
             {
@@ -322,20 +323,20 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
         )
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
         optimizer, state = (
-            open_optimizer(sae, recipe),
-            State(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var),
+            choose_step(sae, recipe),
+            TrainState(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var),
         )
 
         def step(x: Any) -> None:
             state.step += 1
-            advance(optimizer, x, state, recipe)
+            train_step(optimizer, x, state, recipe)
 
         def set_dead(latents: Any) -> None:
             state.since[latents], state.dead = cfg.dead_tokens, None
             sae.b_enc.data[latents] = -1e4  # so that they stay dead
 
         def facts() -> dict[str, Any]:
-            if screen == "off" or not isinstance(optimizer, ScreenedOptimizer):
+            if screen == "off" or not isinstance(optimizer, PrefilteredStep):
                 return {}
             return {
                 "screen": optimizer.screen,
@@ -350,7 +351,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
 def _initialized(sae: Any, cfg: Any) -> Any:
     import torch
 
-    from ksparse.recipe import SAE as Options
+    from ksparse.config import SAEConfig as Options
     from ksparse.sae.init import initialize_
 
     initialize_(

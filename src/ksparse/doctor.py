@@ -81,9 +81,9 @@ def _compiled() -> Check:
             "no compiled kernels; training on a CPU is about a quarter slower: install g++ or "
             "clang++",
         )
-    from ksparse.training.fused import fastest_screen
+    from ksparse.training.steps.prefilter import fastest_prefilter
 
-    screen = fastest_screen()
+    screen = fastest_prefilter()
     return (
         "compiler",
         "yes",

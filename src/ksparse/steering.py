@@ -28,12 +28,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ksparse.acts import provenance
-from ksparse.acts.lm import LM, resolve_device
-from ksparse.acts.sites import hooked, not_activations, probing, resolve
-from ksparse.acts.text import ids_of, token_strings
+from ksparse.device import resolve_device
 from ksparse.errors import InputError
-from ksparse.sae import store
+from ksparse.lm import provenance
+from ksparse.lm.hooks import hooked, not_activations, probing
+from ksparse.lm.model import LM
+from ksparse.lm.sites import resolve
+from ksparse.lm.tokens import ids_of, token_strings
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.ranges import warn_beyond
 
@@ -48,7 +50,7 @@ Metric = Callable[[Tensor], Tensor]
 
 def lm_of(sae: SAE, device: str = "auto") -> LM:
     """Return the LM that an SAE was trained on, with its site."""
-    return LM(acts=store.acts_of(sae.metadata), device=resolve_device(device))
+    return LM(acts=serialization.acts_of(sae.metadata), device=resolve_device(device))
 
 
 # ---- an SAE in the way of a forward pass ---------------------------------------------------------

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from ksparse import evals
-from ksparse.acts.lm import LM
-from ksparse.acts.text import Contexts
+from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
-from ksparse.evals import ablation
+from ksparse.evals import ablation, registry, runner
 from ksparse.evals.ablation import Ablation, sparsity
-from ksparse.evals.held_out import HeldOut, Seen, Subject
-from ksparse.options import EvalOptions
-from ksparse.runs import RunFolder
+from ksparse.evals.base import EvalContext
+from ksparse.evals.batches import HeldOut, SAEBatch
+from ksparse.lm.model import LM
+from ksparse.lm.tokens import TokenBatch
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage.run_folder import RunFolder
 
-OPTIONS = EvalOptions(
+OPTIONS = EvalConfig(
     tokens=10**6, device="cpu", ablation_positions=6, ablation_latents=7, ablation_horizon=4
 )
 
@@ -42,9 +42,9 @@ def make_sae(acts, d, *, n=64, k=4, seed=0, **shape) -> SAE:
 def run(sae, lm, acts, **changes):
     """Return (part, result)."""
     data = HeldOut(lm, acts, dataclasses.replace(OPTIONS, **changes))
-    part = Subject(sae, data).part(Ablation)
+    part = EvalContext(sae, data).part(Ablation)
     for batch in data:
-        part.see(Seen(sae, batch))
+        part.see(SAEBatch(sae, batch))
     part.work(lambda what, done, total: None)
     return part, part.result()
 
@@ -362,11 +362,11 @@ def test_the_error_of_the_difference_is_that_of_redrawn_documents():
             values = torch.from_numpy(
                 mean + common + draw.normal(0, 0.05) + draw.normal(0, 0.05, m)
             )
-            place = ablation.Place(torch.zeros(2), 2, 1, document, 1)
+            place = ablation.AblationSite(torch.zeros(2), 2, 1, document, 1)
             pairs[name].add(
                 place,
                 document,
-                ablation.Effects(
+                ablation.AblationEffects(
                     values,
                     values,
                     values,
@@ -426,7 +426,7 @@ def offered(size, contexts=100, seed=0, length=20, batch=10):
     keep[:, 0] = False
     for first in range(0, contexts, batch):
         part = slice(first, first + batch)
-        sample.offer(Contexts(tokens[part], full[part], keep[part], tokens[part]))
+        sample.offer(TokenBatch(tokens[part], full[part], keep[part], tokens[part]))
     return sample.places()
 
 
@@ -482,7 +482,7 @@ def test_a_context_of_one_token_is_refused(small_acts):
     acts = small_acts(context=1)
     lm = LM(acts=acts)
     with pytest.raises(InputError, match="contexts of 1 token have no position to ablate"):
-        Ablation(Subject(make_sae(acts, lm.d_model), HeldOut(lm, acts, OPTIONS)))
+        Ablation(EvalContext(make_sae(acts, lm.d_model), HeldOut(lm, acts, OPTIONS)))
 
 
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(subject, small_acts):
@@ -530,7 +530,7 @@ def test_tables_are_of_each_latents_strongest_activation(tables):
     acts, lm, sae, arrays = tables
     best = torch.zeros(64)
     for batch in HeldOut(lm, acts, OPTIONS):
-        best = torch.maximum(best, Seen(sae, batch).code.dense(64).amax(0))
+        best = torch.maximum(best, SAEBatch(sae, batch).code.dense(64).amax(0))
     assert sorted(arrays["latent"].tolist()) == best.nonzero().squeeze(1).tolist()
     torch.testing.assert_close(arrays["value"], best[arrays["latent"].long()])
     for latent, tokens, position, value in zip(
@@ -545,7 +545,7 @@ def test_tables_hold_the_effect_of_the_latents_presence(tables):
     for i in range(len(arrays["latent"])):
         text = int((arrays["context_tokens"][i] >= 0).sum())
         position = int(arrays["position"][i])
-        place = ablation.Place(
+        place = ablation.AblationSite(
             arrays["context_tokens"][i].long(), text, position, 0, min(4, text - position)
         )
         x = x_at(lm, place)
@@ -630,9 +630,9 @@ def test_only_contexts_that_are_needed_are_remembered(subject):
 
 def test_it_is_one_of_the_evaluations(subject, monkeypatch, tmp_path):
     acts, lm = subject
-    monkeypatch.setitem(evals.EVALS, "ablation", Ablation)
+    monkeypatch.setitem(registry.EVALS, "ablation", Ablation)
     seen = []
-    results = evals.evaluate(
+    results = runner.evaluate(
         make_sae(acts, lm.d_model),
         lm,
         ["stats", "ablation"],
@@ -644,7 +644,7 @@ def test_it_is_one_of_the_evaluations(subject, monkeypatch, tmp_path):
         and results["ablation"]["n_positions"] == 6
     )
     assert ("ablating latents", 13, 13) in seen
-    evals.write(RunFolder(tmp_path), results)
+    runner.write(RunFolder(tmp_path), results)
     assert (
         RunFolder(tmp_path).eval("ablation")["horizon"] == 4
         and RunFolder(tmp_path).arrays_file("ablation").is_file()

@@ -12,8 +12,8 @@ import ksparse
 from ksparse import cli, interop
 from ksparse.errors import InputError
 from ksparse.evals import comparison
-from ksparse.runs import RunFolder
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage.run_folder import RunFolder
 
 
 @pytest.fixture

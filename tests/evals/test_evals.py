@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ksparse import evals, files
-from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus, documents
+from ksparse.config.evaluation import EvalConfig
+from ksparse.data.contexts import Corpus
+from ksparse.data.documents import documents
 from ksparse.errors import CorruptError, InputError, NonFiniteError
-from ksparse.evals import downstream, stats
-from ksparse.evals.estimate import DocumentSums, Result, ratio, share
-from ksparse.options import EvalOptions
-from ksparse.runs import RunFolder
+from ksparse.evals import downstream, registry, runner, stats
+from ksparse.evals.statistics import DocumentSums, Result, ratio, share
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE, Shape
-from ksparse.sae.normalize import normalize
+from ksparse.sae.normalization import normalize
+from ksparse.storage import jsonio
+from ksparse.storage.run_folder import RunFolder
 
-OPTIONS = EvalOptions(tokens=400, per_document=60, examples=3, device="cpu")
+OPTIONS = EvalConfig(tokens=400, per_document=60, examples=3, device="cpu")
 
 
 @pytest.fixture
@@ -129,7 +130,9 @@ def test_nmse_explained_variance_and_l0_are_their_definitions(subject):
     recon = z @ sae.W_dec.double() + sae.b_pre.double()
     x, y = inputs.x.double(), raw.double()
     restored = recon * inputs.scale + inputs.mean
-    result = evals.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))["stats"]
+    result = runner.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))[
+        "stats"
+    ]
     assert result["n_tokens"] == len(raw)
     assert result["nmse"]["value"] == pytest.approx(
         ((x - recon) ** 2).sum().item() / ((x - x.mean(0)) ** 2).sum().item(), rel=1e-5
@@ -148,7 +151,9 @@ def test_predicting_the_mean_has_a_normalised_mse_of_one(subject):
     acts, lm = subject
     sae = SAE(Shape(lm.d_model, 8, 2), {"acts": dataclasses.asdict(acts)})
     sae.b_pre.data = normalize(kept(acts, lm)[0], "unit_norm").x.mean(0)
-    result = evals.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))["stats"]
+    result = runner.evaluate(sae, lm, ["stats"], dataclasses.replace(OPTIONS, tokens=10**6))[
+        "stats"
+    ]
     assert result["nmse"]["value"] == pytest.approx(1, abs=1e-5)
     assert result["l0"]["value"] == 0 and result["dead_fraction"]["value"] == 1
 
@@ -156,12 +161,12 @@ def test_predicting_the_mean_has_a_normalised_mse_of_one(subject):
 def test_explained_variance_does_not_forgive_a_constant_offset(subject):
     acts, lm = subject
     sae = identity_sae(acts, lm.d_model)
-    exact = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    exact = runner.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
     sae.W_dec.data = sae.W_dec.data.clone()
     sae.b_pre.data += 0.3  # taken off before the encoder, added after the decoder: no change
-    same = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    same = runner.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
     sae.b_enc.data[: lm.d_model] += 0.3  # now every direction is reconstructed with an offset
-    worse = evals.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
+    worse = runner.evaluate(sae, lm, ["stats"], OPTIONS)["stats"]["explained_variance"]["value"]
     assert exact == pytest.approx(1, abs=1e-6) and same == pytest.approx(1, abs=1e-5)
     assert worse < 0.99
 
@@ -171,7 +176,7 @@ def test_the_result_does_not_depend_on_the_size_of_batches(subject, small_acts):
     sae = make_sae(acts, lm.d_model)
     other = LM(acts=small_acts(lm_batch=9))
     one, two = (
-        evals.evaluate(
+        runner.evaluate(
             sae, each, ["stats", "downstream"], dataclasses.replace(OPTIONS, tokens=10**6)
         )
         for each in (lm, other)
@@ -187,7 +192,7 @@ def test_the_result_does_not_depend_on_the_size_of_batches(subject, small_acts):
 
 def test_examples_are_the_strongest_one_a_context_and_their_window_shows_the_value(subject):
     acts, lm = subject
-    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], OPTIONS)["stats"]
+    result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["stats"], OPTIONS)["stats"]
     arrays = result.arrays
     assert result["window"]["before"] == stats.BEFORE
     for kind in ("top", "random"):
@@ -218,7 +223,7 @@ def test_windows_do_not_reach_into_another_context():
 
 def test_a_perfect_reconstruction_changes_nothing_downstream(subject):
     acts, lm = subject
-    result = evals.evaluate(identity_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)[
+    result = runner.evaluate(identity_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)[
         "downstream"
     ]
     assert result["ce_delta"]["value"] == pytest.approx(0, abs=1e-5)
@@ -230,12 +235,12 @@ def test_an_sae_that_gives_the_mean_is_the_mean_ablation(subject):
     acts, lm = subject
     sae = SAE(Shape(lm.d_model, 8, 2, normalize="none"), {"acts": dataclasses.asdict(acts)})
     options = dataclasses.replace(OPTIONS, tokens=200)
-    mean = evals.HeldOut(lm, acts, options).mean
+    mean = runner.HeldOut(lm, acts, options).mean
     sae.b_pre.data = mean
-    result = evals.evaluate(sae, lm, ["downstream"], options)["downstream"]
+    result = runner.evaluate(sae, lm, ["downstream"], options)["downstream"]
     assert result["ce_spliced"]["value"] == pytest.approx(result["ce_mean"]["value"], rel=1e-6)
     sae.b_pre.data = torch.zeros_like(mean)
-    result = evals.evaluate(sae, lm, ["downstream"], options)["downstream"]
+    result = runner.evaluate(sae, lm, ["downstream"], options)["downstream"]
     assert result["ce_spliced"]["value"] == pytest.approx(result["ce_zero"]["value"], rel=1e-6)
     assert result["recovered"]["value"] == pytest.approx(0, abs=1e-6)
 
@@ -268,7 +273,7 @@ def test_all_runs_replace_and_measure_the_same_positions(subject):
             for t in range(len(logits) - 1):
                 if batch.keep[0, t] and batch.keep[0, t + 1]:
                     losses[name].append(-logits[t, batch.tokens[0, t + 1]].item())
-    result = evals.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, tokens=10**6))[
+    result = runner.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, tokens=10**6))[
         "downstream"
     ]
     assert result["n_predictions"] == len(losses["clean"])
@@ -292,7 +297,7 @@ def test_a_loss_that_was_never_measured_has_no_compute_fraction():
 
 def test_without_a_loss_table_there_is_no_compute_fraction_and_a_note_says_why(subject):
     acts, lm = subject
-    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]
+    result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], OPTIONS)["downstream"]
     assert result["compute_fraction"] == {"value": None, "se": None}
     assert any("--loss-table" in note for note in result["notes"])
 
@@ -302,7 +307,7 @@ def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
     file = tmp_path / "losses.jsonl"
     file.write_text("\n".join(json.dumps({"flops": 10.0**i, "loss": 20 - i}) for i in range(3, 9)))
     options = dataclasses.replace(OPTIONS, loss_table=str(file))
-    result = evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)["downstream"]
+    result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)["downstream"]
     assert 0 < result["compute_fraction"]["value"] <= 1
     assert result["loss_table"]["shift"] == pytest.approx(result["ce_clean"]["value"] - 12)
     assert any("shifted" in note for note in result["notes"])
@@ -310,7 +315,7 @@ def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
     with pytest.raises(
         InputError, match="losses.jsonl is not lines of JSON with 'flops' and 'loss'"
     ):
-        evals.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)
+        runner.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)
 
 
 # ---- what is refused
@@ -322,17 +327,17 @@ def test_an_sae_of_another_width_names_both_widths_and_its_own_lm(subject):
         InputError,
         match=r"the SAE is for d_model = 7, .* has 16 at resid_post.1; the SAE was trained on",
     ):
-        evals.evaluate(make_sae(acts, 7), lm, ["stats"], OPTIONS)
+        runner.evaluate(make_sae(acts, 7), lm, ["stats"], OPTIONS)
 
 
 def test_an_unknown_evaluation_gets_a_suggestion():
     with pytest.raises(InputError, match="no evaluation 'stat'; did you mean 'stats'"):
-        evals.check_names(["stat"])
+        registry.check_names(["stat"])
 
 
 def test_an_sae_that_does_not_name_its_lm_asks_for_one():
     with pytest.raises(InputError, match="give one: ksparse.LM"):
-        evals.evaluate(SAE(Shape(4, 8, 2)))
+        runner.evaluate(SAE(Shape(4, 8, 2)))
 
 
 def test_text_without_a_held_out_document_says_so(subject, tmp_path):
@@ -340,7 +345,7 @@ def test_text_without_a_held_out_document_says_so(subject, tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("the cat sat on a mat " * 20)
     with pytest.raises(InputError, match="split 'held-out'"):
-        evals.evaluate(
+        runner.evaluate(
             make_sae(acts, lm.d_model), lm, ["stats"], dataclasses.replace(OPTIONS, text=str(file))
         )
 
@@ -352,7 +357,7 @@ def test_nan_activations_name_the_document(subject):
         lm.model.get_input_embeddings().weight[common] = float("nan")
     try:
         with pytest.raises(NonFiniteError, match=r"in document 'words.txt:\d+'"):
-            evals.evaluate(
+            runner.evaluate(
                 make_sae(acts, lm.d_model),
                 lm,
                 ["stats"],
@@ -366,8 +371,8 @@ def test_nan_activations_name_the_document(subject):
 def test_results_are_written_as_json_and_arrays(subject, tmp_path):
     acts, lm = subject
     run = RunFolder(tmp_path)
-    evals.write(
-        run, evals.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS)
+    runner.write(
+        run, runner.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS)
     )
     written = run.eval("stats")
     assert written["policy"]["context"] == 16 and written["options"]["per_document"] == 60
@@ -442,10 +447,10 @@ def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_o
     killed = True
     while killed:
         place += 1
-        evals.write(run, {"stats": results[0]})
-        killed = killed_at(place, lambda: evals.write(run, {"stats": results[1]}))
+        runner.write(run, {"stats": results[0]})
+        killed = killed_at(place, lambda: runner.write(run, {"stats": results[1]}))
         seen.append(whole(run))
-        evals.write(run, {"stats": results[1]})
+        runner.write(run, {"stats": results[1]})
         assert (
             whole(run) == 2
             and len(names(run)) == 4
@@ -457,7 +462,7 @@ def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_o
 def test_nobody_else_writes_results_between_the_arrays_and_their_json(
     results, tmp_path, monkeypatch
 ):
-    run, write, refused = RunFolder(tmp_path), files.write_json, []
+    run, write, refused = RunFolder(tmp_path), jsonio.write_json, []
 
     def between(path, value, **options):
         if path.name == "stats.json":
@@ -470,8 +475,8 @@ def test_nobody_else_writes_results_between_the_arrays_and_their_json(
             refused.append(path)
         write(path, value, **options)
 
-    monkeypatch.setattr(files, "write_json", between)
-    evals.write(run, {"stats": results[0]})
+    monkeypatch.setattr(jsonio, "write_json", between)
+    runner.write(run, {"stats": results[0]})
     assert len(refused) == 1 and whole(run) == 1
 
 
@@ -485,7 +490,7 @@ def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_
             pids.append(os.fork())
             if not pids[-1]:
                 try:
-                    evals.write(run, {"stats": result})
+                    runner.write(run, {"stats": result})
                     os._exit(0)
                 finally:
                     os._exit(1)
@@ -497,22 +502,22 @@ def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replace
     results, tmp_path
 ):
     run = RunFolder(tmp_path)
-    evals.write(run, {"stats": results[0]})
+    runner.write(run, {"stats": results[0]})
     old = run.path / "evals" / "stats.safetensors"
     run.arrays_file("stats").rename(old)
-    files.write_json(
+    jsonio.write_json(
         run.eval_file("stats"),
         {key: value for key, value in run.eval("stats").items() if key != "arrays"},
         sealed=True,
     )
     assert run.arrays_file("stats") == old and whole(run) == 1
-    evals.write(run, {"stats": results[1]})
+    runner.write(run, {"stats": results[1]})
     assert whole(run) == 2 and not old.exists() and len(names(run)) == 4
 
 
 def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_path):
     run = RunFolder(tmp_path)
-    evals.write(run, {"stats": results[0]})
+    runner.write(run, {"stats": results[0]})
     for name, text in (
         ("n2g.json", "{"),
         ("n2g-0123456789abcdef.safetensors", ""),
@@ -520,7 +525,7 @@ def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_pa
         ("gone-0123456789abcdef.safetensors", ""),
     ):
         (run.path / "evals" / name).write_text(text)
-    evals.write(run, {"downstream": Result({"name": "downstream"})})
+    runner.write(run, {"downstream": Result({"name": "downstream"})})
     assert {
         "n2g.json",
         "n2g-0123456789abcdef.safetensors",
@@ -541,7 +546,7 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
     results, tmp_path, damage, said
 ):
     run = RunFolder(tmp_path / "run")
-    evals.write(run, {"stats": results[0]})
+    runner.write(run, {"stats": results[0]})
     damage(run.arrays_file("stats"))
     with pytest.raises(
         CorruptError,
@@ -555,7 +560,7 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
 
 def test_documents_longer_than_the_limit_are_counted_in_the_result(subject):
     acts, lm = subject
-    result = evals.evaluate(
+    result = runner.evaluate(
         make_sae(acts, lm.d_model),
         lm,
         "stats",
@@ -573,7 +578,7 @@ def test_documents_longer_than_the_limit_are_counted_in_the_result(subject):
         and f"; {sum(lost):,} of their tokens were not seen" in note
         for note in result["notes"]
     ), result["notes"]
-    whole = evals.evaluate(
+    whole = runner.evaluate(
         make_sae(acts, lm.d_model), lm, "stats", dataclasses.replace(OPTIONS, per_document=10**6)
     )["stats"]
     assert not any("limit" in note for note in whole["notes"])
@@ -583,12 +588,12 @@ def test_examples_of_a_part_of_the_text_are_said_to_be(subject, monkeypatch):
     acts, lm = subject
     assert not any(
         "first" in note
-        for note in evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"][
+        for note in runner.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"][
             "notes"
         ]
     )
     monkeypatch.setattr(stats, "_EXAMPLE_TOKENS", 100)
-    notes = evals.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"]
+    notes = runner.evaluate(make_sae(acts, lm.d_model), lm, "stats", OPTIONS)["stats"]["notes"]
     assert any(
         note.startswith("examples, and what is counted beside them, are of the first 8 of ")
         for note in notes

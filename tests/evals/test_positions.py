@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ksparse import evals
-from ksparse.acts.lm import LM
-from ksparse.acts.text import Corpus
-from ksparse.options import EvalOptions
+from ksparse.config.evaluation import EvalConfig
+from ksparse.data.contexts import Corpus
+from ksparse.evals import runner
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE, Shape
 
 
@@ -17,8 +17,8 @@ def test_positions_are_those_of_the_text_and_add_up_to_the_whole(small_acts, kee
     torch.manual_seed(0)
     with torch.no_grad():
         sae.W_dec.normal_(), sae.normalize_decoder_(), sae.W_enc.copy_(sae.W_dec)
-    options = EvalOptions(tokens=10**6, device="cpu", examples=1)
-    found = evals.evaluate(sae, lm, ["positions", "stats", "downstream"], options)
+    options = EvalConfig(tokens=10**6, device="cpu", examples=1)
+    found = runner.evaluate(sae, lm, ["positions", "stats", "downstream"], options)
     positions, stats = found["positions"], found["stats"]
     corpus = Corpus(lm.options, lm.tokenizer, "held-out", per_document=options.per_document)
     counts, norms, errors = (

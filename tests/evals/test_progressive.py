@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from ksparse import evals
-from ksparse.acts.lm import LM
+from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
+from ksparse.evals import runner
 from ksparse.evals.progressive import at_threshold, positive, threshold_for, thresholds_for
-from ksparse.options import EvalOptions
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE, Shape
 
-OPTIONS = EvalOptions(tokens=300, per_document=60, device="cpu")
+OPTIONS = EvalConfig(tokens=300, per_document=60, device="cpu")
 
 
 def make_sae(d: int, n: int = 64, k: int = 8, *, seed: int = 0, acts=None, **shape) -> SAE:
@@ -83,7 +83,7 @@ def test_what_is_no_threshold_is_refused(call, message):
 
 def test_at_its_own_k_the_numbers_are_those_of_stats_and_downstream(subject):
     acts, lm = subject
-    found = evals.evaluate(
+    found = runner.evaluate(
         make_sae(lm.d_model, acts=acts), lm, ["progressive", "stats", "downstream"], OPTIONS
     )
     result, at = found["progressive"], {point["k"]: point for point in found["progressive"]["topk"]}
@@ -100,13 +100,13 @@ def test_at_its_own_k_the_numbers_are_those_of_stats_and_downstream(subject):
 def test_each_point_is_its_definition(subject):
     acts, lm = subject
     sae = make_sae(lm.d_model, acts=acts)
-    result = evals.evaluate(
+    result = runner.evaluate(
         sae,
         lm,
         ["progressive"],
         dataclasses.replace(OPTIONS, tokens=10**6, progressive_tokens=10**6),
     )["progressive"]
-    data = evals.HeldOut(lm, acts, dataclasses.replace(OPTIONS, tokens=10**6))
+    data = runner.HeldOut(lm, acts, dataclasses.replace(OPTIONS, tokens=10**6))
     x = sae.normalize(torch.cat([batch.x for batch in data])).x
     total = (x - x.mean(0)).double().square().sum().item()
     pre_acts = sae.pre_acts_normalized(x)
@@ -140,7 +140,7 @@ def test_saes_in_one_pass_stand_in_each_others_results(subject):
         f"runs/{name}": make_sae(lm.d_model, k=k, seed=k, acts=acts)
         for name, k in (("a", 2), ("b", 8))
     }
-    found = evals.evaluate_many(saes, lm, ["progressive", "stats"], OPTIONS)
+    found = runner.evaluate_many(saes, lm, ["progressive", "stats"], OPTIONS)
     assert found["runs/a"]["progressive"]["beside"] == {
         "b": {
             key: found["runs/b"]["progressive"][key] for key in ("own", "topk", "threshold", "all")
@@ -149,5 +149,5 @@ def test_saes_in_one_pass_stand_in_each_others_results(subject):
     assert "beside" not in found["runs/a"]["stats"]
     same = {f"{folder}/a": sae for folder, sae in zip(("x", "y"), saes.values())}
     assert list(
-        evals.evaluate_many(same, lm, ["progressive"], OPTIONS)["x/a"]["progressive"]["beside"]
+        runner.evaluate_many(same, lm, ["progressive"], OPTIONS)["x/a"]["progressive"]["beside"]
     ) == ["y/a"]

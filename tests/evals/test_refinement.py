@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from ksparse import evals
-from ksparse.acts.lm import LM
+from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
-from ksparse.evals import refinement
+from ksparse.evals import refinement, runner
 from ksparse.evals.refinement import exact, refine
-from ksparse.options import EvalOptions
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE, Code, Shape
 
-OPTIONS = EvalOptions(tokens=300, per_document=60, refine_tokens=200, refine_exact=5, device="cpu")
+OPTIONS = EvalConfig(tokens=300, per_document=60, refine_tokens=200, refine_exact=5, device="cpu")
 
 
 def planted(d: int = 64, k: int = 3, rows: int = 200) -> tuple[SAE, torch.Tensor, torch.Tensor]:
@@ -107,7 +106,7 @@ def test_shrunk_values_go_up_by_what_they_had_lost_and_right_ones_stay(small_act
     acts = small_acts()
     lm = LM(acts=acts)
     shrunk, right = (
-        evals.evaluate(
+        runner.evaluate(
             halving_sae(acts, lm.d_model, factor),
             lm,
             ["refinement", "downstream", "stats"],
@@ -141,7 +140,7 @@ def test_shrunk_values_go_up_by_what_they_had_lost_and_right_ones_stay(small_act
         result["l0"]["value"] * result["n_tokens"]
     )
     assert right["refinement"]["shift_mean"]["value"] == pytest.approx(0, abs=1e-5)
-    whole = evals.evaluate(
+    whole = runner.evaluate(
         halving_sae(acts, lm.d_model, 0.5),
         lm,
         ["refinement", "downstream", "stats"],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ksparse.evals import stats, together
+from ksparse.evals import stats
+from ksparse.evals.latents import coactivation
 
 N, TOKENS, VOCABULARY = 12, 400, 30
 
@@ -83,7 +84,7 @@ def test_the_tokens_a_latent_fires_on_are_counted(fired):
 
 def test_companions_are_the_latents_of_highest_correlation(fired):
     token, latent, _ = fired
-    found = together.companions(token * 7 + 3, latent, N)
+    found = coactivation.coactivating(token * 7 + 3, latent, N)
     fires = np.zeros((TOKENS, N))
     fires[token, latent] = 1
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -95,10 +96,10 @@ def test_companions_are_the_latents_of_highest_correlation(fired):
             key=lambda pair: (-round(pair[0], 9), pair[1]),
         )
         others = found["together_latent"][i]
-        assert others[others >= 0].tolist() == [j for _, j in expected[: together.LISTED]]
+        assert others[others >= 0].tolist() == [j for _, j in expected[: coactivation.LISTED]]
         assert np.allclose(
             found["together_phi"][i][others >= 0],
-            [phi for phi, _ in expected[: together.LISTED]],
+            [phi for phi, _ in expected[: coactivation.LISTED]],
             atol=1e-6,
         )
         assert (found["together_count"][i][others >= 0] == both[i, others[others >= 0]]).all()
@@ -107,26 +108,26 @@ def test_companions_are_the_latents_of_highest_correlation(fired):
 
 def test_companions_do_not_depend_on_the_size_of_blocks(fired, monkeypatch):
     token, latent, _ = fired
-    whole = together.companions(token, latent, N)
-    monkeypatch.setattr(together, "_CELLS", 5 * N)
-    parts = together.companions(token, latent, N)
+    whole = coactivation.coactivating(token, latent, N)
+    monkeypatch.setattr(coactivation, "_CELLS", 5 * N)
+    parts = coactivation.coactivating(token, latent, N)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
 
 def test_too_many_pairs_are_counted_on_the_first_tokens(fired, monkeypatch):
     token, latent, _ = fired
     monkeypatch.setattr(
-        together,
+        coactivation,
         "_PAIRS",
         int(np.bincount(token[token < 100]).astype(int) @ np.bincount(token[token < 100])),
     )
     few, first = (
-        together.companions(token, latent, N),
-        together.companions(token[token < 100], latent[token < 100], N),
+        coactivation.coactivating(token, latent, N),
+        coactivation.coactivating(token[token < 100], latent[token < 100], N),
     )
     assert all(np.array_equal(few[name], first[name]) for name in few)
 
 
 def test_nothing_that_fires_has_no_companions():
-    found = together.companions(np.zeros(0, int), np.zeros(0, int), 3)
+    found = coactivation.coactivating(np.zeros(0, int), np.zeros(0, int), 3)
     assert (found["together_latent"] == -1).all()

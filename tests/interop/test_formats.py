@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 import ksparse
 from ksparse import interop
 from ksparse.errors import CorruptError, InputError
-from ksparse.interop import fit, foreign, sites
+from ksparse.interop import compatibility, foreign, hook_names
 from ksparse.sae.activations import KINDS as ACTIVATIONS
-from ksparse.sae.normalize import KINDS as NORMALIZATIONS
+from ksparse.sae.normalization import KINDS as NORMALIZATIONS
 
 HELD = [
     (form, activation, normalize)
@@ -90,7 +90,7 @@ def written(sae, folder, form, **options):
 
 def test_the_constant_of_the_data_set_goes_into_the_weights_exactly(make_sae, x):
     sae = make_sae("topk", "dataset")
-    folded = fit.fitted(sae, "sparsify", {"topk": ("none",)})
+    folded = compatibility.fitted(sae, "sparsify", {"topk": ("none",)})
     assert folded.shape.normalize == "none"
     assert_same(sae, folded, x)
 
@@ -444,7 +444,7 @@ def test_gemma_scope_in_lower_case_and_of_embeddings(make_sae, x, tmp_path):
     ],
 )
 def test_hook_names_are_a_two_way_map(ours, theirs):
-    assert sites.to_hook(ours) == theirs and sites.from_hook(theirs) == ours
+    assert hook_names.to_hook(ours) == theirs and hook_names.from_hook(theirs) == ours
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_hook_names_are_a_two_way_map(ours, theirs):
     ],
 )
 def test_module_names_become_sites(module, site, layer):
-    assert sites.from_module(module) == site and sites.layer_of(site) == layer
+    assert hook_names.from_module(module) == site and hook_names.layer_of(site) == layer
 
 
 # ---- trust -------------------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ksparse
-from ksparse import evals, interop
+from ksparse import interop
+from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
+from ksparse.evals import runner
 from ksparse.interop import hub
-from ksparse.options import EvalOptions
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_a_run_is_a_repository_that_ksparse_and_sae_lens_can_load(
 ):
     run = ksparse.train(small_recipe({"acts.normalize": "layer_norm"}), tmp_path / "run")
     sae = ksparse.load(run.path)
-    evals.write(
+    runner.write(
         run,
-        ksparse.evaluate(sae, None, ["downstream", "stats"], EvalOptions(tokens=200, device="cpu")),
+        ksparse.evaluate(sae, None, ["downstream", "stats"], EvalConfig(tokens=200, device="cpu")),
     )
     published("somebody/small", lambda folder: hub.prepare(run.path, folder, "somebody/small"))
     loaded, copy = (

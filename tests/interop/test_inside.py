@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ksparse.acts.lm import LM
 from ksparse.errors import InputError
+from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
 from ksparse.steering import attach, steer
 

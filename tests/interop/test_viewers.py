@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import ksparse
-from ksparse import evals
-from ksparse.acts.lm import LM
+from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
-from ksparse.interop import atoms, neuronpedia
-from ksparse.interop.shown import Shown
-from ksparse.options import EvalOptions
-from ksparse.runs import RunFolder
+from ksparse.evals import runner
+from ksparse.interop import neuronpedia, openai_viewer
+from ksparse.interop.latent_examples import LatentExamples
+from ksparse.lm.model import LM
+from ksparse.storage.run_folder import RunFolder
 
 SEQUENCE = {"density", "doc_id", "idx", "acts", "act", "tokens", "token_ints"}
 FEATURE = {
@@ -53,7 +53,7 @@ FEATURE = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_lm, text_file):
     """Return a small run with stats, ablation and n2g."""
-    from ksparse.recipe import from_dict
+    from ksparse.config import from_dict
 
     recipe = from_dict(
         {
@@ -73,10 +73,10 @@ def run(tmp_path_factory, tiny_lm, text_file):
         }
     )
     made = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
-    options = EvalOptions(
+    options = EvalConfig(
         tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5
     )
-    evals.write(
+    runner.write(
         made, ksparse.evaluate(ksparse.load(made.path), None, ["stats", "ablation", "n2g"], options)
     )
     return made
@@ -87,9 +87,9 @@ def values(run):
     """Return every value above 0 of each latent, computed the slow way."""
     result = run.eval("stats")
     sae, lm = ksparse.load(run.path), LM(acts=run.recipe().acts)
-    from ksparse.evals.held_out import HeldOut
+    from ksparse.evals.batches import HeldOut
 
-    data = HeldOut(lm, lm.options, EvalOptions(**result["options"] | {"device": "cpu"}))
+    data = HeldOut(lm, lm.options, EvalConfig(**result["options"] | {"device": "cpu"}))
     with torch.no_grad():
         return (
             torch.cat([sae.encode(batch.x).dense(64) for batch in data]).numpy().astype(np.float64)
@@ -97,7 +97,7 @@ def values(run):
 
 
 def test_moments_and_histograms_are_their_definitions(run, values):
-    shown = Shown(run)
+    shown = LatentExamples(run)
     for latent in shown.live():
         column = values[:, latent]
         np.testing.assert_allclose(
@@ -109,11 +109,11 @@ def test_moments_and_histograms_are_their_definitions(run, values):
 
 
 def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
-    count = atoms.export(run, tmp_path / "viewer")
+    count = openai_viewer.export(run, tmp_path / "viewer")
     assert count == len(list((tmp_path / "viewer" / "atoms").glob("[0-9]*.json"))) - len(
         list((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
     )
-    shown = Shown(run)
+    shown = LatentExamples(run)
     scale = math.sqrt(16)  # unit_norm: a component of the input is 1 / sqrt(d)
     for latent in shown.live():
         atom = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}.json").read_text())
@@ -140,7 +140,7 @@ def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
 
 
 def test_the_ablated_variant_has_an_entry_for_each_prediction(run, tmp_path):
-    atoms.export(run, tmp_path / "viewer")
+    openai_viewer.export(run, tmp_path / "viewer")
     files = sorted((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
     table = load_file(run.arrays_file("ablation"))
     assert len(files) == len(table["latent"]) > 0
@@ -170,7 +170,7 @@ def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
         "test",
         None,
     )
-    assert len(batch["features"]) == count == len(Shown(run).live())
+    assert len(batch["features"]) == count == len(LatentExamples(run).live())
     for feature in batch["features"]:
         assert set(feature) == FEATURE
         assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True) and feature[
@@ -246,7 +246,7 @@ def test_the_bulk_folder_has_neuronpedias_files_and_rows(run, tmp_path):
 
 
 def test_what_is_missing_is_named(run, small_recipe, tmp_path):
-    from ksparse.recipe import to_toml
+    from ksparse.config import to_toml
 
     empty = RunFolder(tmp_path / "empty")
     empty.path.mkdir()
@@ -254,11 +254,11 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
     with pytest.raises(
         InputError, match="has no result of `stats`; `ksparse eval .*empty stats` makes it"
     ):
-        atoms.export(empty, tmp_path / "a")
+        openai_viewer.export(empty, tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(InputError, match="full is there already and not empty; give a new folder"):
-        atoms.export(run, tmp_path / "full")
+        openai_viewer.export(run, tmp_path / "full")
 
 
 def test_the_verb_writes_each_of_them(run, tmp_path, capsys):

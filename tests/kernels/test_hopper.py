@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ksparse.kernels import hopper, screen
+from ksparse.kernels import hopper, triton_candidates
 
 HERE = torch.cuda.is_available() and hopper.usable(torch.device("cuda"))
 on_hopper = pytest.mark.skipif(not HERE, reason="there is no GPU of compute capability 9.0 here")
@@ -183,10 +183,10 @@ def test_the_screen_takes_it_and_finds_what_triton_finds():
         torch.randn(4096, 160).cuda(),
         torch.randn(4096).cuda(),
     )
-    low = screen.lower(weight, "int8")
+    low = triton_candidates.quantize(weight, "int8")
     mine, triton = (
-        screen.candidates(x, low, bias, 40),
-        screen.candidates(x, low, bias, 40, tile=screen.BYTES_TILE, kept=8),
+        triton_candidates.candidates(x, low, bias, 40),
+        triton_candidates.candidates(x, low, bias, 40, tile=triton_candidates.BYTES_TILE, kept=8),
     )
     assert torch.allclose(
         mine.scores.sort(1).values, triton.scores.sort(1).values, rtol=2**-16

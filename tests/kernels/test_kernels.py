@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksparse import kernels
-from ksparse.kernels import fast, native, reference
+from ksparse.kernels import native, reference, torch_ops
 
 SHAPES = {  # b, k, n, d
     "plain": (7, 3, 40, 8),
@@ -64,16 +64,16 @@ def close(a, b, dtype):
 def test_fast_kernels_agree_with_the_definition(shape, repeated, dtype):
     values, indices, x, weight = inputs(shape, dtype, repeated=repeated)
     close(
-        fast.gather_sum(values, indices, weight),
+        torch_ops.gather_sum(values, indices, weight),
         reference.gather_sum(values, indices, weight),
         dtype,
     )
-    close(fast.gather_dot(x, indices, weight), reference.gather_dot(x, indices, weight), dtype)
+    close(torch_ops.gather_dot(x, indices, weight), reference.gather_dot(x, indices, weight), dtype)
     if (
         dtype != torch.bfloat16
     ):  # the definition adds up in bfloat16, which is worse than the fast copy
         close(
-            fast.scatter_outer(values, indices, x, len(weight)),
+            torch_ops.scatter_outer(values, indices, x, len(weight)),
             reference.scatter_outer(values, indices, x, len(weight)),
             dtype,
         )
@@ -83,11 +83,11 @@ def test_fast_weight_gradient_in_bfloat16_is_near_that_in_float32():
     values, indices, x, weight = inputs((9, 3, 12, 5), torch.bfloat16)
     exact = reference.scatter_outer(values.float(), indices, x.float(), 12)
     torch.testing.assert_close(
-        fast.scatter_outer(values, indices, x, 12).float(), exact, rtol=2e-2, atol=2e-2
+        torch_ops.scatter_outer(values, indices, x, 12).float(), exact, rtol=2e-2, atol=2e-2
     )
 
 
-@pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("kernel", [torch_ops, reference], ids=["fast", "reference"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_definition_agrees_with_dense_matrices(kernel, shape):
     values, indices, x, weight = inputs(shape, repeated=True)
@@ -99,7 +99,7 @@ def test_definition_agrees_with_dense_matrices(kernel, shape):
     torch.testing.assert_close(kernel.scatter_outer(values, indices, x, len(weight)), dense.T @ x)
 
 
-@pytest.mark.parametrize("kernel", [fast, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("kernel", [torch_ops, reference], ids=["fast", "reference"])
 @given(
     b=st.integers(1, 9),
     k=st.integers(1, 6),
@@ -133,7 +133,7 @@ def test_topk_is_exact_with_ties_and_any_width(n, k, seed, levels):
         if not levels
         else torch.randint(levels, (4, n), generator=make).float()
     )
-    indices = fast.topk(pre, k)
+    indices = torch_ops.topk(pre, k)
     assert indices.shape == (4, k) and indices.min() >= 0 and indices.max() < n
     assert all(len(set(row)) == k for row in indices.tolist()), "an index was chosen twice"
     torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_topk_by_groups_is_what_runs_on_wide_rows_and_agrees_with_the_definition
         "topk",
         lambda self, *a, **kw: widths.append(self.shape[-1]) or whole(self, *a, **kw),
     )
-    indices = fast.topk(pre, 16)
+    indices = torch_ops.topk(pre, 16)
     assert max(widths) < 2048, "the two-stage selection was not used"
     assert torch.equal(indices.sort(1).values, reference.topk(pre, 16).sort(1).values)
 
@@ -174,7 +174,9 @@ def test_using_reference_switches_and_switches_back(monkeypatch):
     monkeypatch.setattr(
         reference, "gather_sum", lambda *a: calls.append("reference") or torch.zeros(1, 1)
     )
-    monkeypatch.setattr(fast, "gather_sum", lambda *a: calls.append("fast") or torch.zeros(1, 1))
+    monkeypatch.setattr(
+        torch_ops, "gather_sum", lambda *a: calls.append("fast") or torch.zeros(1, 1)
+    )
     one = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)
     with pytest.raises(KeyError, match="stop"):
         with kernels.using("reference"):
@@ -255,21 +257,23 @@ def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
 def test_sums_into_memory_that_is_there_are_the_same_bits_in_pieces(piece, monkeypatch):
     values, indices, x, weight = inputs((200, 4, 16, 12), torch.float32)
     indices = torch.where(indices == 7, 8, indices)  # nobody has the seventh
-    lists, out = fast.transposed(indices, 16), torch.full_like(weight, math.nan)
-    monkeypatch.setattr(fast, "_LATENTS", piece)
-    assert fast.scatter_transposed(lists, values, x, out=out) is out
-    assert torch.equal(out, fast.scatter_transposed(lists, values, x)) and not out[7].any()
+    lists, out = torch_ops.transposed(indices, 16), torch.full_like(weight, math.nan)
+    monkeypatch.setattr(torch_ops, "_LATENTS", piece)
+    assert torch_ops.scatter_transposed(lists, values, x, out=out) is out
+    assert torch.equal(out, torch_ops.scatter_transposed(lists, values, x)) and not out[7].any()
 
 
 def test_fast_gradients_are_the_same_bits_each_time():
     values, indices, x, weight = inputs((200, 4, 16, 12), torch.float32)
-    first = fast.scatter_outer(values, indices, x, 16)
-    assert all(torch.equal(first, fast.scatter_outer(values, indices, x, 16)) for _ in range(5))
+    first = torch_ops.scatter_outer(values, indices, x, 16)
+    assert all(
+        torch.equal(first, torch_ops.scatter_outer(values, indices, x, 16)) for _ in range(5)
+    )
 
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     calls = []
-    monkeypatch.setattr(fast, "scatter_outer", lambda *a: calls.append("weight"))
+    monkeypatch.setattr(torch_ops, "scatter_outer", lambda *a: calls.append("weight"))
     values, indices, _, weight = inputs((4, 3, 9, 5))
     kernels.gather_sum(values.requires_grad_(), indices, weight).sum().backward()
     assert values.grad is not None and not calls

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ksparse import pylm
-from ksparse.acts.lm import LM
+from ksparse.lm.model import LM
 from ksparse.pylm.text import EXCLUDED, SPLITS
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ksparse import recipe as recipes
-from ksparse.runs import RunFolder
+from ksparse import config as recipes
+from ksparse.storage.run_folder import RunFolder
 
 N, K, M, CONTEXTS, LENGTH, BEFORE, AFTER = 64, 4, 8, 12, 20, 6, 3
 DEAD = (5, 17, 40)

@@ -8,7 +8,7 @@ import pytest
 
 from ksparse.report import claims
 from ksparse.report.claims import verdict
-from ksparse.report.source import Number, Source
+from ksparse.report.source import Number, RunSource
 
 from .conftest import RESULTS, estimate
 
@@ -23,9 +23,9 @@ AGAINST = [
 ]
 
 
-def changed(run, name: str, changes: dict) -> Source:
+def changed(run, name: str, changes: dict) -> RunSource:
     run.eval_file(name).write_text(json.dumps(RESULTS[name] | changes))
-    return Source(run)
+    return RunSource(run)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_claim_is_decided_at_two_standard_errors(value, se, said) -> None:
 
 
 def test_all_claims_hold_for_numbers_that_are_good(make_run) -> None:
-    found = claims.judged(Source(make_run()))
+    found = claims.judged(RunSource(make_run()))
     assert [claim.verdict for claim in found] == ["holds"] * len(AGAINST) and not any(
         claim.meaning for claim in found
     )
@@ -87,10 +87,10 @@ def test_a_claim_without_its_numbers_is_not_made(make_run, index) -> None:
 
 
 def test_evaluations_that_were_not_run_claim_nothing(make_run) -> None:
-    assert claims.judged(Source(make_run("a", evals=()))) == []
-    assert [claim.says for claim in claims.judged(Source(make_run("b", evals=("ablation",))))] == [
-        claims.CLAIMS[-1].says
-    ]
+    assert claims.judged(RunSource(make_run("a", evals=()))) == []
+    assert [
+        claim.says for claim in claims.judged(RunSource(make_run("b", evals=("ablation",))))
+    ] == [claims.CLAIMS[-1].says]
 
 
 def test_numbers_without_a_standard_error_decide_nothing(make_run) -> None:
@@ -99,7 +99,7 @@ def test_numbers_without_a_standard_error_decide_nothing(make_run) -> None:
 
 
 def test_a_claims_numbers_are_the_results(make_run) -> None:
-    said = " ".join(claim.numbers for claim in claims.judged(Source(make_run())))
+    said = " ".join(claim.numbers for claim in claims.judged(RunSource(make_run())))
     for number in (
         "0.163 ± 0.006 nats per token, 4.7 % of the mean activation’s 3.47",
         "Probe loss 0.410 with its latents, 0.500 with channels: a gain of 0.090 ± 0.004 nats",
@@ -129,7 +129,7 @@ def test_the_error_of_a_difference_is_never_too_small() -> None:
     ],
 )
 def test_the_claims_are_counted_in_words(verdicts, words) -> None:
-    assert claims.tally([claims.Judged("", verdict, "", "") for verdict in verdicts]) == words
+    assert claims.tally([claims.ClaimVerdict("", verdict, "", "") for verdict in verdicts]) == words
 
 
 @pytest.mark.parametrize(

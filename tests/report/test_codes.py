@@ -12,7 +12,7 @@ import pytest
 
 from ksparse import report
 from ksparse.report import code_figures, codes
-from ksparse.report.source import Source
+from ksparse.report.source import RunSource
 
 from .conftest import COMMON, estimate
 from .reading import Page
@@ -161,7 +161,7 @@ def test_all_studies_have_their_numbers_figures_and_tables(studied) -> None:
     ):
         assert words in text
     assert "Not asked yet" not in text
-    names = {picture.name for picture in code_figures.pictures(Source(run))}
+    names = {picture.name for picture in code_figures.pictures(RunSource(run))}
     assert names == {
         "refinement-shift",
         "progressive",
@@ -233,7 +233,7 @@ def test_a_run_without_studies_has_one_line_for_them(make_run) -> None:
 def test_results_with_holes_are_shown_as_far_as_they_go(studied, changes) -> None:
     run = studied(*FOUND, changes=changes)
     assert_inert(Page(report.write(run).read_text(encoding="utf-8")))
-    for picture in code_figures.pictures(Source(run)):
+    for picture in code_figures.pictures(RunSource(run)):
         assert "".join(ElementTree.fromstring(picture.svg).itertext()).strip()
 
 

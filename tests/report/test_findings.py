@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from ksparse.errors import CorruptError
 from ksparse.report import findings
 from ksparse.report.findings import Explanations
-from ksparse.report.source import Arrays, Source
+from ksparse.report.source import Arrays, RunSource
 
 from .conftest import DEAD, PROBES, WORDS, ablation_arrays, estimate, n2g_arrays, tasks
 
@@ -33,7 +33,7 @@ def explained(
         "pattern_support": np.array([support for *_, support in made], np.int32),
     } | arrays
     save_file(found, run.path / "evals" / "n2g.safetensors")
-    return findings.explanations(Source(run))
+    return findings.explanations(RunSource(run))
 
 
 def shown(explanation: findings.Explanation) -> list[str]:
@@ -90,7 +90,7 @@ def test_patterns_with_the_most_examples_are_shown_then_those_with_the_largest_v
 
 def test_scores_are_those_of_the_latent_and_none_where_undefined(make_run) -> None:
     run, arrays = make_run(), n2g_arrays()
-    reader = findings.explanations(Source(run))
+    reader = findings.explanations(RunSource(run))
     for i in (0, 5):
         assert reader.of(int(arrays["scored"][i])).scores == {
             name: float(arrays[name][i])
@@ -101,7 +101,7 @@ def test_scores_are_those_of_the_latent_and_none_where_undefined(make_run) -> No
 
 
 def test_latents_that_were_neither_explained_nor_scored_have_nothing(make_run) -> None:
-    reader = findings.explanations(Source(make_run()))
+    reader = findings.explanations(RunSource(make_run()))
     scored = set(n2g_arrays()["scored"].tolist())
     assert all((reader.of(latent) is None) == (latent not in scored) for latent in DEAD)
     assert reader.of(10_000) is None
@@ -116,7 +116,7 @@ def test_only_the_latents_own_patterns_are_read(make_run, monkeypatch) -> None:
             read.append((name, rows)) or real(self, name, rows)
         ),
     )
-    findings.explanations(Source(make_run())).of(7)
+    findings.explanations(RunSource(make_run())).of(7)
     whole = {name for name, rows in read if rows == slice(None)}
     assert whole == {"pattern_latent", "scored"} and ("pattern_start", slice(36, 43)) in read
 
@@ -140,11 +140,13 @@ def test_an_evaluation_without_arrays_has_no_findings(make_run) -> None:
     run = make_run()
     for name in ("n2g", "ablation"):
         run.eval_file(name).with_suffix(".safetensors").unlink()
-    assert findings.explanations(Source(run)) is None and findings.effects(Source(run)) is None
+    assert (
+        findings.explanations(RunSource(run)) is None and findings.effects(RunSource(run)) is None
+    )
 
 
 def test_effects_are_those_of_the_latents_own_position(make_run) -> None:
-    reader, arrays = findings.effects(Source(make_run())), ablation_arrays()
+    reader, arrays = findings.effects(RunSource(make_run())), ablation_arrays()
     for row in (0, 20):
         effect = reader.of(int(arrays["latent"][row]))
         assert [value for _, value in effect.up] == arrays["up_values"][row, 0].tolist()
@@ -159,7 +161,7 @@ def test_tokens_that_are_not_moved_and_numbers_that_are_none_are_left_out(make_r
     arrays["up_tokens"][0, 0] = [DEF, 0, 0, 0, -1]
     arrays["sparsity"][0] = np.nan
     save_file(arrays, run.path / "evals" / "ablation.safetensors")
-    effect = findings.effects(Source(run)).of(int(arrays["latent"][0]))
+    effect = findings.effects(RunSource(run)).of(int(arrays["latent"][0]))
     assert effect.up == [("def", 2.0)] and effect.sparsity is None
 
 
@@ -173,7 +175,7 @@ def test_tasks_are_sorted_by_their_gain_and_those_without_one_are_last(make_run)
         | {"loss": estimate(0.7), "channel_loss": estimate(0.9), "random_sae_loss": estimate(0.9)},
     }
     run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": odd | tasks(3)}))
-    found = findings.tasks(Source(run))
+    found = findings.tasks(RunSource(run))
     assert [task.name for task in found] == [
         "task_00",
         "task_01",
@@ -190,10 +192,10 @@ def test_tasks_are_sorted_by_their_gain_and_those_without_one_are_last(make_run)
 
 
 def test_without_probes_there_are_no_tasks(make_run) -> None:
-    assert findings.tasks(Source(make_run("a", evals=("stats",)))) == []
+    assert findings.tasks(RunSource(make_run("a", evals=("stats",)))) == []
     run = make_run("b")
     run.eval_file("probes").write_text(json.dumps(PROBES | {"tasks": None}))
-    assert findings.tasks(Source(run)) == []
+    assert findings.tasks(RunSource(run)) == []
 
 
 def test_a_vocabulary_that_is_missing_leaves_ids(make_run) -> None:
@@ -201,7 +203,7 @@ def test_a_vocabulary_that_is_missing_leaves_ids(make_run) -> None:
     run.eval_file("vocabulary").unlink()
     assert shown(explained(run, [([DEF], False, 1.0, 1)]).of(7)) == ['"⟨1⟩"']
     assert (
-        findings.effects(Source(run))
+        findings.effects(RunSource(run))
         .of(int(ablation_arrays()["latent"][0]))
         .up[0][0]
         .startswith("⟨")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ksparse import files
 from ksparse.errors import CorruptError
 from ksparse.report import latents
-from ksparse.report.source import Source
+from ksparse.report.source import RunSource
 from ksparse.report.tokens import safe_token
+from ksparse.storage import jsonio
 
 from .conftest import (
     ABLATION,
@@ -29,12 +29,16 @@ from .conftest import (
 )
 
 
-def cards(run) -> dict[int, latents.Card]:
-    return {card.number: card for sample in latents.samples(Source(run)) for card in sample.cards}
+def cards(run) -> dict[int, latents.LatentCard]:
+    return {
+        card.number: card for sample in latents.samples(RunSource(run)) for card in sample.cards
+    }
 
 
 def test_dead_latents_are_not_shown_and_no_latent_twice(make_run) -> None:
-    found = [card.number for sample in latents.samples(Source(make_run())) for card in sample.cards]
+    found = [
+        card.number for sample in latents.samples(RunSource(make_run())) for card in sample.cards
+    ]
     assert (
         len(found)
         == len(set(found))
@@ -51,7 +55,7 @@ def test_the_densest_and_the_rarest_are_that(make_run) -> None:
     density = arrays()["density"]
     densest, _, rarest = (
         np.array([card.number for card in sample.cards])
-        for sample in latents.samples(Source(make_run()))[:3]
+        for sample in latents.samples(RunSource(make_run()))[:3]
     )
     live = density[density > 0]
     assert (
@@ -119,8 +123,8 @@ def test_a_result_without_examples_has_cards_without_them(make_run) -> None:
     )
     with pytest.raises(CorruptError, match="no readable 'top_context'"):
         cards(run)
-    result = files.read_json(run.eval_file("stats"))
-    files.write_json(
+    result = jsonio.read_json(run.eval_file("stats"))
+    jsonio.write_json(
         run.eval_file("stats"), result | {"options": result["options"] | {"examples": 0}}
     )
     assert len(cards(run)) > latents.DENSEST and not any(
@@ -155,7 +159,7 @@ def test_a_damaged_file_of_arrays_is_named(make_run) -> None:
     file = run.path / "evals" / "stats.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CorruptError, match="stats.safetensors has no readable 'density'"):
-        latents.samples(Source(run))
+        latents.samples(RunSource(run))
 
 
 @pytest.mark.parametrize(
@@ -171,14 +175,14 @@ def test_arrays_that_do_not_fit_together_are_refused(make_run, name, change, mes
     data[name] = np.ascontiguousarray(change(data[name]))
     save_file(data, run.path / "evals" / "stats.safetensors")
     with pytest.raises(CorruptError, match=message):
-        latents.samples(Source(run))
+        latents.samples(RunSource(run))
 
 
 # ---- what other evaluations found
 
 
 def titles(run) -> dict[str, list[int]]:
-    return {title: numbers for title, _, numbers in latents.chosen(Source(run))}
+    return {title: numbers for title, _, numbers in latents.chosen(RunSource(run))}
 
 
 def test_evaluations_add_samples_of_live_latents_that_have_no_card_yet(make_run) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ksparse import files, report
+from ksparse import report
 from ksparse.errors import InputError
-from ksparse.report.numbers import GROUPS
+from ksparse.report.tables import GROUPS
 from ksparse.report.tokens import safe_text
-from ksparse.runs import RunFolder
+from ksparse.storage import jsonio
+from ksparse.storage.run_folder import RunFolder
 
 from .conftest import (
     ABLATION,
@@ -390,16 +391,16 @@ def damage_arrays(file: Path) -> None:
 
 def change_a_table(file: Path) -> None:
     """Make odd a value that `RunFolder.eval` does not know."""
-    files.write_json(file, {**files.read_json(file), "histogram": "odd"}, sealed=True)
+    jsonio.write_json(file, {**jsonio.read_json(file), "histogram": "odd"}, sealed=True)
 
 
 def change_options(file: Path) -> None:
-    files.write_json(file, {**files.read_json(file), "options": 7}, sealed=True)
+    jsonio.write_json(file, {**jsonio.read_json(file), "options": 7}, sealed=True)
 
 
 def change_the_window(file: Path) -> None:
     odd = {"window": {"before": "odd", "after": 8}}
-    files.write_json(file, {**files.read_json(file), **odd}, sealed=True)
+    jsonio.write_json(file, {**jsonio.read_json(file), **odd}, sealed=True)
 
 
 def put_another_sum(file: Path) -> None:
@@ -577,7 +578,7 @@ def test_writing_a_page_needs_no_torch_and_importing_it_no_matplotlib(make_run) 
     run = make_run()
     code = (
         f"import sys, pathlib; from ksparse import report; import ksparse.report.page; assert 'matplotlib' not in sys.modules;"
-        f"from ksparse.runs import RunFolder; report.write(RunFolder(pathlib.Path({str(run.path)!r})));"
+        f"from ksparse.storage.run_folder import RunFolder; report.write(RunFolder(pathlib.Path({str(run.path)!r})));"
         "loaded = {name.partition('.')[0] for name in sys.modules};"
         "assert not loaded & {'torch', 'transformers', 'scipy', 'pandas', 'tyro'}, loaded"
     )

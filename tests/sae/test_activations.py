@@ -6,40 +6,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksparse import recipe as R
+from ksparse import config as R
 from ksparse.errors import InputError
-from ksparse.sae import activations, store
+from ksparse.sae import activations, serialization
 from ksparse.sae.init import initialize_
-from ksparse.sae.loss import losses
+from ksparse.sae.losses import losses
 from ksparse.sae.model import SAE, Code, Shape
 
 B, D, N, K = 24, 6, 40, 5
 EVERY = {
-    "batch_topk": R.BatchTopK(),
-    "relu": R.ReLU(),
-    "relu, decoder norm": R.ReLU(penalty="decoder_norm"),
-    "jump_relu, target": R.JumpReLU(bandwidth=0.4),
-    "jump_relu, l0": R.JumpReLU(bandwidth=0.4, penalty="l0"),
-    "gated": R.Gated(),
-    "prolu, ste": R.ProLU(),
-    "prolu, relu": R.ProLU(gradient="relu"),
+    "batch_topk": R.BatchTopKConfig(),
+    "relu": R.ReLUConfig(),
+    "relu, decoder norm": R.ReLUConfig(penalty="decoder_norm"),
+    "jump_relu, target": R.JumpReLUConfig(bandwidth=0.4),
+    "jump_relu, l0": R.JumpReLUConfig(bandwidth=0.4, penalty="l0"),
+    "gated": R.GatedConfig(),
+    "prolu, ste": R.ProLUConfig(),
+    "prolu, relu": R.ProLUConfig(gradient="relu"),
 }
 PATHS = {"dense": 10**9, "listed": 1}
 
 
 def some(
-    activation: R.Activation,
+    activation: R.ActivationConfig,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     n: int = N,
     d: int = D,
     k: int = K,
-) -> tuple[SAE, Tensor, R.SAE]:
+) -> tuple[SAE, Tensor, R.SAEConfig]:
     """Return an SAE with random weights, inputs of norm 1, and its options."""
     torch.manual_seed(seed)
     by_norm = getattr(activation, "penalty", "") == "decoder_norm"
-    options = R.SAE(n_latents=n, k=k, activation=activation, unit_norm=not by_norm)
+    options = R.SAEConfig(n_latents=n, k=k, activation=activation, unit_norm=not by_norm)
     sae = SAE(Shape(d, n, k, "unit_norm", 1.0, activation.kind)).to(dtype)
     with torch.no_grad():
         for weight in sae.parameters():
@@ -52,7 +52,7 @@ def some(
 
 
 def definition(
-    sae: SAE, x: Tensor, options: R.SAE, baseline: float, dead: Tensor, k_aux: int
+    sae: SAE, x: Tensor, options: R.SAEConfig, baseline: float, dead: Tensor, k_aux: int
 ) -> tuple[Tensor, Tensor]:
     """Return (loss, values[b, n]) as the papers write them, densely; where a gradient is made up, by a surrogate whose derivative it is."""
     activation, b = options.activation, len(x)
@@ -60,14 +60,14 @@ def definition(
     a = p + sae.b_enc
     cost: Tensor | float = 0.0
     match activation:
-        case R.BatchTopK():
+        case R.BatchTopKConfig():
             least = a.detach().flatten().sort(descending=True).values[b * K - 1]
             z = torch.relu(a) * (a.detach() >= least)
-        case R.ReLU():
+        case R.ReLUConfig():
             z = torch.relu(a)
             weights = sae.W_dec.norm(dim=1) if activation.penalty == "decoder_norm" else 1.0
             cost = activation.l1 * ((z * weights).sum(1) / x.norm(dim=1)).mean()
-        case R.JumpReLU():
+        case R.JumpReLUConfig():
             width, hit = activation.bandwidth, (a.detach() > sae.threshold.detach()).double()
             ramp = ((a.detach() - sae.threshold) / width + 0.5).clamp(
                 0, 1
@@ -75,14 +75,14 @@ def definition(
             z = a * hit + sae.threshold.detach() * (ramp - ramp.detach())
             l0 = (hit + ramp - ramp.detach()).sum(1).mean() / K
             cost = activation.coef * ((l0 - 1) ** 2 if activation.penalty == "target" else l0)
-        case R.Gated():
+        case R.GatedConfig():
             z = (a > 0).double() * torch.relu(sae.r_mag.exp() * p + sae.b_mag)
             frozen = torch.relu(a) @ sae.W_dec.detach() + sae.b_pre.detach()
             cost = (
                 activation.l1 * (torch.relu(a).sum(1) / x.norm(dim=1)).mean()
                 + activation.aux * (frozen - x).square().mean() / baseline
             )
-        case R.ProLU():
+        case R.ProLUConfig():
             hit = ((a > 0) & (p > 0)).double().detach()
             if activation.gradient == "ste":  # the step in a has the slope of ReLU
                 z = torch.relu(p) * (hit + (torch.relu(a) - torch.relu(a).detach()))
@@ -165,8 +165,8 @@ def test_gradients_of_relu_and_gated_are_derivatives(name, monkeypatch):
 
 
 def test_gated_takes_no_gradient_to_the_decoder_from_its_auxiliary_loss():
-    sae, x, options = some(R.Gated())
-    without = dataclasses.replace(options, activation=R.Gated(aux=0.0))
+    sae, x, options = some(R.GatedConfig())
+    without = dataclasses.replace(options, activation=R.GatedConfig(aux=0.0))
     with_, other = (
         torch.autograd.grad(
             losses(
@@ -206,7 +206,7 @@ def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss():
 
 @pytest.mark.parametrize("guess", [0.0, 0.3, 1e9])
 def test_batch_topk_keeps_k_times_b_values_whatever_is_guessed(guess):
-    sae, x, options = some(R.BatchTopK())
+    sae, x, options = some(R.BatchTopKConfig())
     sae.threshold.fill_(guess)
     code = losses(
         sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options
@@ -257,7 +257,7 @@ def test_codes_in_use_are_the_values_of_the_definition(name):
 
 
 def test_a_code_of_nothing_is_a_code():
-    sae, x, _ = some(R.ReLU())
+    sae, x, _ = some(R.ReLUConfig())
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)
     code = sae.encode(x)
@@ -286,8 +286,8 @@ def test_listing_is_of_each_true_column_once():
 
 
 def test_the_penalty_by_decoder_norm_does_not_see_a_change_of_scale_and_the_papers_does():
-    sae, x, options = some(R.ReLU(l1=1.0, penalty="decoder_norm"))
-    paper = dataclasses.replace(options, activation=R.ReLU(l1=1.0), unit_norm=True)
+    sae, x, options = some(R.ReLUConfig(l1=1.0, penalty="decoder_norm"))
+    paper = dataclasses.replace(options, activation=R.ReLUConfig(l1=1.0), unit_norm=True)
 
     def both():
         return [
@@ -345,7 +345,7 @@ def test_reconstructions_begin_with_the_norm_of_their_inputs(name):
 
 
 @pytest.mark.parametrize(
-    "activation", [R.BatchTopK(), R.JumpReLU()], ids=lambda activation: activation.kind
+    "activation", [R.BatchTopKConfig(), R.JumpReLUConfig()], ids=lambda activation: activation.kind
 )
 def test_thresholds_begin_where_k_latents_are_active(activation):
     sae, _, options = some(activation, dtype=torch.float32, n=256, d=32)
@@ -363,7 +363,7 @@ def test_a_given_threshold_is_in_the_unit_of_the_input():
         initialize_(
             sae,
             torch.randn(64, 32),
-            R.SAE(n_latents=64, k=4, activation=R.JumpReLU(threshold=0.01)),
+            R.SAEConfig(n_latents=64, k=4, activation=R.JumpReLUConfig(threshold=0.01)),
             torch.Generator().manual_seed(0),
         )
         torch.testing.assert_close(sae.threshold.detach(), torch.full((64,), expected))
@@ -374,8 +374,8 @@ def test_a_given_threshold_is_in_the_unit_of_the_input():
 def test_an_autoencoder_comes_back_from_disk_with_all_its_tensors(name, tmp_path):
     """T15, T31: thresholds are part of the file."""
     sae, x, _ = some(EVERY[name], dtype=torch.float32)
-    store.save(sae, tmp_path / "sae")
-    back = store.load(tmp_path / "sae")
+    serialization.save(sae, tmp_path / "sae")
+    back = serialization.load(tmp_path / "sae")
     assert (
         back.shape == sae.shape
         and back.keys == sae.keys
@@ -387,15 +387,15 @@ def test_an_autoencoder_comes_back_from_disk_with_all_its_tensors(name, tmp_path
 
 
 def test_a_file_without_an_activation_is_of_topk(tmp_path):
-    from ksparse import files
+    from ksparse.storage import jsonio
 
     sae = SAE(Shape(D, N, K))
-    store.save(sae, tmp_path / "sae")
-    config = files.read_json(tmp_path / "sae" / "sae.json")
+    serialization.save(sae, tmp_path / "sae")
+    config = jsonio.read_json(tmp_path / "sae" / "sae.json")
     assert config.pop("activation") == "topk"
     (tmp_path / "sae" / "manifest.json").unlink()
-    files.write_json(tmp_path / "sae" / "sae.json", config)
-    assert store.load(tmp_path / "sae").shape.activation == "topk"
+    jsonio.write_json(tmp_path / "sae" / "sae.json", config)
+    assert serialization.load(tmp_path / "sae").shape.activation == "topk"
 
 
 def test_an_unknown_activation_lists_those_there_are():
@@ -410,11 +410,11 @@ def test_a_file_that_lacks_a_threshold_is_named(tmp_path):
 
     from ksparse.errors import CorruptError
 
-    sae, _, _ = some(R.JumpReLU(), dtype=torch.float32)
-    store.save(sae, tmp_path / "sae")
+    sae, _, _ = some(R.JumpReLUConfig(), dtype=torch.float32)
+    serialization.save(sae, tmp_path / "sae")
     (tmp_path / "sae" / "manifest.json").unlink()
     tensors = load_file(tmp_path / "sae" / "sae.safetensors")
     del tensors["threshold"]
     save_file(tensors, tmp_path / "sae" / "sae.safetensors")
     with pytest.raises(CorruptError, match="lacks the tensor 'threshold'"):
-        store.load(tmp_path / "sae")
+        serialization.load(tmp_path / "sae")

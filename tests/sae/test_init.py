@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ksparse.recipe import SAE as Options
+from ksparse.config import SAEConfig as Options
 from ksparse.sae.init import geometric_median, initialize_
 from ksparse.sae.model import SAE, Shape
 

@@ -9,7 +9,7 @@ from ksparse import kernels
 from ksparse.errors import InputError
 from ksparse.sae.activations import KINDS as ACTIVATIONS
 from ksparse.sae.model import SAE, Code, Shape
-from ksparse.sae.normalize import KINDS
+from ksparse.sae.normalization import KINDS
 
 
 def make(d=6, n=20, k=4, normalize="none", seed=0, dtype=torch.float64, **shape):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ksparse.scaling import published
+from ksparse.scaling.laws import published
 
 SIZES, KS = [512 * 2**i for i in range(6)], [8, 16, 32, 64]
 LMS = {"pylm/0.3m": 200_000, "pylm/1.9m": 1_500_000, "pylm/7.6m": 7_000_000}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ksparse.errors import InputError
-from ksparse.scaling import law as laws
-from ksparse.scaling import published, solve
+from ksparse.scaling.laws import law as laws
+from ksparse.scaling.laws import published, solver
 
 
 def form_of(law: laws.Law, name: str) -> laws.Candidate:
@@ -106,7 +106,7 @@ def test_leaving_one_out_is_fitting_the_others(gpt4):
     fitted, errors = gpt4.fit, []
     for i in range(45):
         rest = np.arange(45) != i
-        theta = solve.refit(
+        theta = solver.refit(
             fitted.terms.rows(rest),
             fitted.logs[rest],
             fitted.theta[None],
@@ -325,5 +325,5 @@ def test_the_cost_of_a_fit_with_unequal_weights_is_that_which_intervals_compare_
     fitted = laws.fit(columns, "n", draws=0).fit
     assert fitted.weights.max() > 2 * fitted.weights.min()
     assert fitted.cost == pytest.approx(
-        float(solve.loss(fitted.residuals, fitted.weights, fitted.delta)), rel=1e-9
+        float(solver.loss(fitted.residuals, fitted.weights, fitted.delta)), rel=1e-9
     )

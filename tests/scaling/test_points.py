@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ksparse.errors import InputError
-from ksparse.scaling.law import read_points
-from ksparse.scaling.points import best_lr
+from ksparse.scaling.laws.law import read_points
+from ksparse.scaling.laws.points import best_lr
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from ksparse.scaling import published, solve
-from ksparse.scaling.forms import forms
-from ksparse.scaling.solve import Terms
+from ksparse.scaling.laws import published, solver
+from ksparse.scaling.laws.forms import forms
+from ksparse.scaling.laws.solver import Terms
 
 
 def eq3() -> tuple[Terms, np.ndarray, np.ndarray]:
@@ -46,7 +46,7 @@ def test_the_value_is_equation_3_and_the_slopes_are_its_derivatives():
 
 def test_points_without_noise_give_back_their_coefficients():
     terms, theta, logs = eq3()
-    found = solve.fit(terms, logs)
+    found = solver.fit(terms, logs)
     assert np.allclose(found.theta, theta, atol=1e-4) and found.reached > 4
 
 
@@ -63,7 +63,7 @@ def test_many_fits_at_once_are_those_of_scipy():
     start = np.tile(theta, (4, 1))
     start[held] += 0.005
     for delta in (0.01, math.inf):
-        found = solve.refit(terms, data, start, weights=weights, delta=delta, held=held)
+        found = solver.refit(terms, data, start, weights=weights, delta=delta, held=held)
         for i in range(4):
             free = ~held[i]
 
@@ -95,7 +95,7 @@ def test_many_fits_at_once_are_those_of_scipy():
                 max_nfev=5000,
             )
             costs = [
-                float(solve.loss(residuals(each), weights[i], delta))
+                float(solver.loss(residuals(each), weights[i], delta))
                 for each in (found[i][free], expected.x)
             ]
             assert costs[0] <= costs[1] * (1 + 1e-7)
@@ -106,10 +106,10 @@ def test_an_outlier_hardly_moves_the_fit():
     terms, theta, logs = eq3()
     clean, spoilt = noisy(logs, 3), noisy(logs, 3)
     spoilt[20] += 1.0
-    plain = solve._scipy(terms, spoilt, np.ones(45), theta, math.inf).x
+    plain = solver._scipy(terms, spoilt, np.ones(45), theta, math.inf).x
     moved = [
-        np.abs(terms.value(each) - terms.value(solve.fit(terms, clean).theta)).max()
-        for each in (solve.fit(terms, spoilt).theta, plain)
+        np.abs(terms.value(each) - terms.value(solver.fit(terms, clean).theta)).max()
+        for each in (solver.fit(terms, spoilt).theta, plain)
     ]
     assert moved[0] < moved[1] / 5, moved
 
@@ -135,27 +135,27 @@ def test_each_coefficient_lies_in_its_interval_in_nine_trials_of_ten(name):
     trials = 50
     inside, width = np.zeros(len(theta)), []
     for seed in range(trials):
-        found = solve.fit(terms, noisy(logs, seed))
-        ends = np.array(solve.intervals(found))
+        found = solver.fit(terms, noisy(logs, seed))
+        ends = np.array(solver.intervals(found))
         inside += (ends[:, 0] <= theta) & (theta <= ends[:, 1])
         width.append(ends[:, 1] - ends[:, 0])
     assert (inside >= 0.9 * trials).all(), inside
-    scatter = solve.quantile(found, 0.95) * np.sqrt(
-        np.diag(solve.covariance(solve.fit(terms, noisy(logs, 0))))
+    scatter = solver.quantile(found, 0.95) * np.sqrt(
+        np.diag(solver.covariance(solver.fit(terms, noisy(logs, 0))))
     )
     assert (np.median(width, 0) < 4 * scatter).all()  # twice the linear width at most
 
 
 def test_an_interval_ends_where_the_loss_has_risen_to_the_bar():
     terms, theta, logs = eq3()
-    found = solve.fit(terms, noisy(logs, 5))
-    low, high = solve.intervals(found)[1]
+    found = solver.fit(terms, noisy(logs, 5))
+    low, high = solver.intervals(found)[1]
     rise = []
     for value in (low, high):
         held = np.arange(6) == 1
         start = found.theta.copy()
         start[1] = value
-        end = solve.refit(
+        end = solver.refit(
             terms,
             found.logs,
             start[None],
@@ -164,11 +164,11 @@ def test_an_interval_ends_where_the_loss_has_risen_to_the_bar():
             held=held[None],
         )[0]
         rise.append(
-            float(solve.loss(terms.value(end) - found.logs, found.weights, found.delta))
+            float(solver.loss(terms.value(end) - found.logs, found.weights, found.delta))
             - found.cost
         )
-    inside, variance = solve._psi(found.residuals, found)
-    assert np.allclose(rise, solve.quantile(found, 0.95) ** 2 * variance / (2 * inside), rtol=0.02)
+    inside, variance = solver._psi(found.residuals, found)
+    assert np.allclose(rise, solver.quantile(found, 0.95) ** 2 * variance / (2 * inside), rtol=0.02)
 
 
 def test_without_an_irreducible_term_in_the_data_its_interval_reaches_down_to_nothing():
@@ -176,8 +176,8 @@ def test_without_an_irreducible_term_in_the_data_its_interval_reaches_down_to_no
     terms = power(x)
     for seed in range(2):
         logs = noisy(np.log(1.03 * x**-0.04), seed)
-        found = solve.fit(terms, logs)
-        low, high = solve.intervals(found)[2]
+        found = solver.fit(terms, logs)
+        low, high = solver.intervals(found)[2]
         assert (
             low == -math.inf and math.log(0.05) < high < logs[-1]
         )  # above it there would be no room for a power
@@ -187,18 +187,18 @@ def test_more_independent_points_make_the_interval_narrower_and_copies_do_not():
     """Weights sum to the number of measurements: nine points said four times over, each with a quarter of the weight, are nine points."""
     x = np.geomspace(2**11, 2**19, 9)
     logs = noisy(np.log(2 * x**-0.25 + 0.1), 0)
-    once = solve.fit(power(x), logs)
-    copies = solve.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
+    once = solver.fit(power(x), logs)
+    copies = solver.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
     assert copies.freedom == pytest.approx(6) and once.freedom == 6
-    assert np.allclose(solve.intervals(copies), solve.intervals(once), rtol=0.02)
+    assert np.allclose(solver.intervals(copies), solver.intervals(once), rtol=0.02)
 
 
 def test_resampling_whole_clusters_spreads_wider_than_resampling_copies():
     x = np.geomspace(2**11, 2**19, 9)
     logs = noisy(np.log(2 * x**-0.25 + 0.1), 0)
-    copies = solve.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
+    copies = solver.fit(power(np.tile(x, 4)), np.tile(logs, 4), weights=np.full(36, 0.25))
     spread = [
-        np.std(solve.resampled(copies, 200, clusters=clusters)[:, 1])
+        np.std(solver.resampled(copies, 200, clusters=clusters)[:, 1])
         for clusters in (np.tile(np.arange(9), 4), None)
     ]
     assert spread[0] > 1.5 * spread[1]
@@ -207,8 +207,8 @@ def test_resampling_whole_clusters_spreads_wider_than_resampling_copies():
 @pytest.mark.parametrize("kind", ["pairs", "residuals", "wild"])
 def test_the_bootstrap_is_the_same_with_the_same_seed(kind):
     terms, _, logs = eq3()
-    found = solve.fit(terms, noisy(logs, 1))
-    first, second = (solve.resampled(found, 20, seed=4, kind=kind) for _ in range(2))
+    found = solver.fit(terms, noisy(logs, 1))
+    first, second = (solver.resampled(found, 20, seed=4, kind=kind) for _ in range(2))
     assert np.array_equal(first, second) and first.std(0).min() > 0
 
 
@@ -221,6 +221,6 @@ def test_predictions_hold_the_truth_in_nine_trials_of_ten():
     )  # between the points, and beyond them
     inside = np.zeros(2)
     for seed in range(40):
-        low, high = solve.interval_at(solve.fit(terms, noisy(logs, seed)), at)
+        low, high = solver.interval_at(solver.fit(terms, noisy(logs, seed)), at)
         inside += (low <= at.value(theta)) & (at.value(theta) <= high)
     assert (inside >= 36).all(), inside

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ksparse.errors import InputError
-from ksparse.scaling import survey as surveys
-from ksparse.scaling.survey import Survey, best_rates, crossings, frontier_of, survey
+from ksparse.scaling.laws import survey as surveys
+from ksparse.scaling.laws.survey import Survey, best_rates, crossings, frontier_of, survey
 
 from .conftest import LMS, LR_EXPONENT, MAIN, TOKENS_EXPONENT, build, cost, limit, rows_of, write
 

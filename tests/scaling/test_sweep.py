@@ -10,17 +10,18 @@ import time
 
 import pytest
 
-from ksparse import cli, files
+from ksparse import cli
+from ksparse.config import from_dict, to_dict, to_toml
 from ksparse.errors import InputError
-from ksparse.recipe import from_dict, to_dict, to_toml
-from ksparse.runs import RunFolder
-from ksparse.scaling import grid as grids
-from ksparse.scaling import launch as launching
-from ksparse.scaling import sweep as sweeping
-from ksparse.scaling.grid import SweepFolder, cohorts, finished, read
-from ksparse.scaling.launch import Launch
-from ksparse.training import member
-from ksparse.training.loop import train
+from ksparse.scaling.sweeps import grid as grids
+from ksparse.scaling.sweeps import launch as launching
+from ksparse.scaling.sweeps import run as sweeping
+from ksparse.scaling.sweeps.grid import SweepFolder, cohorts, finished, read
+from ksparse.scaling.sweeps.launch import Launch
+from ksparse.storage import jsonio
+from ksparse.storage.run_folder import RunFolder
+from ksparse.training import trainer
+from ksparse.training.train import train
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_grid_is_every_combination_and_each_is_named_by_its_recipe(sweep_file)
         (64, 2),
         (64, 4),
     ]
-    assert all(name == files.digest(recipe.identity()) for name, recipe in grid.recipes.items())
+    assert all(name == jsonio.digest(recipe.identity()) for name, recipe in grid.recipes.items())
 
 
 def test_what_does_not_change_the_result_does_not_change_the_name(sweep_file):
@@ -226,7 +227,7 @@ def test_finished_runs_are_skipped_and_a_wider_grid_adds_to_them(sweep_file, tmp
 
 
 def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch):
-    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), member.backward
+    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), trainer.backward
 
     def poisoned(optimizer, x, state, recipe):
         return own(
@@ -236,7 +237,7 @@ def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch
             recipe,
         )
 
-    monkeypatch.setattr(member, "backward", poisoned)
+    monkeypatch.setattr(trainer, "backward", poisoned)
     failed = sweeping.sweep(grid, folder)
     name = next(
         name
@@ -245,10 +246,10 @@ def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch
     )
     assert list(failed) == [name] and "NaN or infinite at step 1" in failed[name]
     assert (
-        files.read_json(folder.error_file(name)) == {"error": failed[name]}
+        jsonio.read_json(folder.error_file(name)) == {"error": failed[name]}
         and len(points(folder)) == 3
     )
-    monkeypatch.setattr(member, "backward", own)
+    monkeypatch.setattr(trainer, "backward", own)
     assert (
         sweeping.sweep(grid, folder) == {}
         and not folder.error_file(name).exists()

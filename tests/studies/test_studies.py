@@ -7,16 +7,17 @@ import math
 import pytest
 import torch
 
-from ksparse import files, studies
-from ksparse import recipe as recipes
+from ksparse import config as recipes
+from ksparse import studies
+from ksparse.config import Recipe, flat, to_dict
+from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import InputError
-from ksparse.options import StudyOptions
-from ksparse.recipe import Recipe, flat, to_dict
 from ksparse.report import studies as pages
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import jsonio
 from ksparse.studies import ablations, baselines, gaussian, sites, study
-from ksparse.studies.study import Curve, Study, at_k, between, power_law
-from ksparse.training.loop import train
+from ksparse.studies.study import Study, StudyCurve, at_k, between, power_law
+from ksparse.training.train import train
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def options(small_recipe, tmp_path):
     run = train(small_recipe({"tokens": 64, "run.save_every": 1}), tmp_path / "run")
 
     def make(name, **changes):
-        return StudyOptions(
+        return StudyConfig(
             **{
                 "run": str(run.path),
                 "out": str(tmp_path / name),
@@ -44,7 +45,7 @@ def options(small_recipe, tmp_path):
 
 
 def answer(path):
-    return files.read_json(path / "study.json")
+    return jsonio.read_json(path / "study.json")
 
 
 # ---- all four, and what they leave
@@ -110,15 +111,15 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(
 )
 def test_a_rival_is_compared_at_topks_sparsity_or_where_it_is_denser_and_still_worse(x, says):
     curves = {
-        "TopK": Curve("TopK", [8.0, 16.0], [0.1, 0.1], [0.0, 0.0]),
-        "ReLU": Curve("ReLU", x, [0.9, 0.9], [0.0, 0.0]),
+        "TopK": StudyCurve("TopK", [8.0, 16.0], [0.1, 0.1], [0.0, 0.0]),
+        "ReLU": StudyCurve("ReLU", x, [0.9, 0.9], [0.0, 0.0]),
     }
     assert baselines._rivals(curves, curves) == [says]
 
 
 def test_a_value_that_is_not_known_is_compared_with_nothing():
-    known = Curve("ReLU", [4.0, 64.0], [0.9, 0.9], [0.0, 0.0])
-    unknown = Curve("TopK", [8.0], [None], [None])
+    known = StudyCurve("ReLU", [4.0, 64.0], [0.9, 0.9], [0.0, 0.0])
+    unknown = StudyCurve("TopK", [8.0], [None], [None])
     expected = [
         "ReLU has no point on either side of one of TopK's values of L0: nothing to compare."
     ]
@@ -221,7 +222,7 @@ def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, smal
     assert (
         Study("x", options("x", site="resid_post.0"), lambda *a: None).acts.site == "resid_post.0"
     )
-    assert Study("x", StudyOptions(), lambda *a: None).acts == Recipe().acts
+    assert Study("x", StudyConfig(), lambda *a: None).acts == Recipe().acts
     assert base.run("no AuxK, untied").path.name == "no_AuxK_untied"
 
 
@@ -229,7 +230,7 @@ def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, smal
 
 
 def test_between_is_a_straight_line_of_logarithms_and_says_nothing_outside():
-    curve = Curve("", [10.0, 40.0, 90.0], [1.0, 0.25, 0.1], [0.1, 0.05, 0.01])
+    curve = StudyCurve("", [10.0, 40.0, 90.0], [1.0, 0.25, 0.1], [0.1, 0.05, 0.01])
     assert between(curve, 20.0)[0] == pytest.approx(0.5) and between(curve, 40.0)[
         0
     ] == pytest.approx(0.25)
@@ -322,21 +323,21 @@ def test_an_unknown_study_is_named_with_what_there_is():
 )
 def test_options_that_cannot_be_right_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        StudyOptions(**change)
+        StudyConfig(**change)
 
 
 def test_every_default_is_a_recipe():
     for module in (baselines, ablations):
         assert all(
             isinstance(recipe, Recipe)
-            for recipe in module.recipes(Study("x", StudyOptions(), lambda *a: None)).values()
+            for recipe in module.recipes(Study("x", StudyConfig(), lambda *a: None)).values()
         )
     assert (
-        len(gaussian.recipes(Study("x", StudyOptions(), lambda *a: None), "real")) == gaussian.SIZES
+        len(gaussian.recipes(Study("x", StudyConfig(), lambda *a: None), "real")) == gaussian.SIZES
     )
     kinds = {
         recipe.sae.activation.kind
-        for recipe in baselines.recipes(Study("x", StudyOptions(), lambda *a: None)).values()
+        for recipe in baselines.recipes(Study("x", StudyConfig(), lambda *a: None)).values()
     }
-    assert kinds == set(recipes.ACTIVATIONS)
+    assert kinds == set(recipes.ACTIVATION_CONFIGS)
     assert sites.TOKENS and study.FORMAT == 1

@@ -6,17 +6,19 @@ import pytest
 import torch
 
 import ksparse
-from ksparse import evals, files
-from ksparse import recipe as R
-from ksparse.options import EvalOptions
+from ksparse import config as R
+from ksparse.config.evaluation import EvalConfig
+from ksparse.evals import runner
 from ksparse.sae.init import initialize_
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import member
-from ksparse.training.checkpoint import State
-from ksparse.training.loop import train
-from ksparse.training.member import counted, open_optimizer
-from ksparse.training.optim import Optimizer
+from ksparse.storage import atomic
+from ksparse.training import trainer
+from ksparse.training.checkpoint import TrainState
 from ksparse.training.resample import resampling
+from ksparse.training.steps.autograd import AutogradStep
+from ksparse.training.steps.select import choose_step
+from ksparse.training.train import train
+from ksparse.training.trainer import update_dead_counts
 
 EVERY = {
     "batch_topk": {},
@@ -43,11 +45,11 @@ def planted(d=16, m=32, seed=0):
     return draw
 
 
-def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.Optim(lr=3e-3), **options):
+def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.OptimConfig(lr=3e-3), **options):
     """Return (optimiser, draw) of an SAE on planted data."""
     draw = planted()
     recipe = R.Recipe(
-        sae=R.SAE(n_latents=n, k=k, activation=activation, dead_after=2000, **options),
+        sae=R.SAEConfig(n_latents=n, k=k, activation=activation, dead_after=2000, **options),
         batch=batch,
         tokens=batch * steps,
         optim=optim,
@@ -55,14 +57,18 @@ def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.Optim(lr=3e-3)
     )
     sae = SAE(Shape(16, n, k, "unit_norm", 1.0, activation.kind))
     initialize_(sae, draw(2048), recipe.sae, torch.Generator().manual_seed(0))
-    return open_optimizer(sae, recipe), draw
+    return choose_step(sae, recipe), draw
 
 
 def advance(optimizer, draw, steps):
     """Take steps as a member does; return the losses of the last one."""
-    state = State(since=torch.zeros(len(optimizer.sae.W_enc), dtype=torch.long), baseline=1 / 16)
+    state = TrainState(
+        since=torch.zeros(len(optimizer.sae.W_enc), dtype=torch.long), baseline=1 / 16
+    )
     for state.step in range(1, steps + 1):
-        part, _ = member.advance(optimizer, draw(optimizer.recipe.batch), state, optimizer.recipe)
+        part, _ = trainer.train_step(
+            optimizer, draw(optimizer.recipe.batch), state, optimizer.recipe
+        )
     return part
 
 
@@ -85,7 +91,7 @@ def test_a_resumed_run_is_bitwise_the_same(kind, small_recipe, tmp_path):
     killed = train(recipe, tmp_path / "killed", observe=lambda row: seen.append(row["step"]))
     assert seen[8] == 6, "from step 5 on"
     for file in ("sae.safetensors", "optim.safetensors"):
-        assert files.sha256(killed.checkpoints()[-1] / file) == files.sha256(
+        assert atomic.sha256(killed.checkpoints()[-1] / file) == atomic.sha256(
             whole.checkpoints()[-1] / file
         )
     assert ksparse.load(tmp_path / "whole").shape.activation == kind
@@ -94,17 +100,17 @@ def test_a_resumed_run_is_bitwise_the_same(kind, small_recipe, tmp_path):
 @pytest.mark.parametrize("kind", ["topk", *EVERY])
 def test_open_optimizer_writes_out_topk_alone(kind, small_recipe):
     recipe = small_recipe({"sae.activation": {"kind": kind}})
-    found = open_optimizer(SAE(Shape(16, 64, 4, activation=kind)), recipe)
-    assert (type(found) is Optimizer) == (kind != "topk")
+    found = choose_step(SAE(Shape(16, 64, 4, activation=kind)), recipe)
+    assert (type(found) is AutogradStep) == (kind != "topk")
 
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_evaluation_takes_a_run_of_every_kind(kind, small_recipe, tmp_path):
     run = train(small_recipe({"sae.activation": {"kind": kind, **EVERY[kind]}}), tmp_path / "run")
-    found = evals.evaluate(
+    found = runner.evaluate(
         ksparse.load(run.path),
         names=["stats", "downstream", "positions", "n2g", "ablation"],
-        options=EvalOptions(
+        options=EvalConfig(
             tokens=400,
             device="cpu",
             examples=2,
@@ -136,7 +142,9 @@ def l0(sae, x):
 @pytest.mark.parametrize("steps", [30, 200])
 def test_the_threshold_that_is_saved_gives_the_l0_that_is_asked_for(steps, ema):
     """Not that of a mean over weights that are long gone: 12 in the place of 16 after 200 steps."""
-    optimizer, draw = begun(R.BatchTopK(), steps=200, optim=R.Optim(lr=3e-3, ema=ema), batch=1024)
+    optimizer, draw = begun(
+        R.BatchTopKConfig(), steps=200, optim=R.OptimConfig(lr=3e-3, ema=ema), batch=1024
+    )
     part = advance(optimizer, draw, steps)
     assert (part.code.values > 0).sum() == 4 * 1024
     for sae in (optimizer.raw(), optimizer.averaged()):
@@ -157,19 +165,19 @@ def test_every_checkpoint_of_a_short_run_has_the_l0_that_is_asked_for(small_reci
     run = train(recipe, tmp_path / "run")
     assert [path.name for path in run.checkpoints()] == ["step-00000006", "step-00000012"]
     for path in run.checkpoints():
-        result = evals.evaluate(
+        result = runner.evaluate(
             ksparse.load(path),
             names=["stats"],
-            options=EvalOptions(tokens=2000, device="cpu", examples=0),
+            options=EvalConfig(tokens=2000, device="cpu", examples=0),
         )["stats"]
         assert result["l0"]["value"] == pytest.approx(recipe.sae.k, rel=0.05)
 
 
 def test_a_checkpoint_of_a_step_that_is_left_out_keeps_its_threshold_when_resumed():
-    optimizer, draw = begun(R.BatchTopK())
+    optimizer, draw = begun(R.BatchTopKConfig())
     advance(optimizer, draw, 20)
     whole = optimizer.averaged().threshold
-    again, _ = begun(R.BatchTopK())
+    again, _ = begun(R.BatchTopKConfig())
     again.restore(
         {key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates
     )
@@ -180,7 +188,7 @@ def test_a_checkpoint_of_a_step_that_is_left_out_keeps_its_threshold_when_resume
 
 def test_the_threshold_is_the_running_average_of_the_smallest_value_kept_and_moves_in_steps_alone():
     """T31: not of what a ReLU has already set to 0. T32: not by looking."""
-    optimizer, draw = begun(R.BatchTopK(threshold_decay=0.75))
+    optimizer, draw = begun(R.BatchTopKConfig(threshold_decay=0.75))
     least, x = [], draw(128)
     for step in range(1, 8):
         before = optimizer.sae.threshold.clone()
@@ -198,7 +206,7 @@ def test_the_threshold_is_the_running_average_of_the_smallest_value_kept_and_mov
 
 
 def test_a_batch_without_a_positive_value_leaves_the_threshold():
-    optimizer, draw = begun(R.BatchTopK())
+    optimizer, draw = begun(R.BatchTopKConfig())
     with torch.no_grad():
         optimizer.sae.b_enc.fill_(-10.0)
         optimizer.sae.threshold.fill_(0.3)
@@ -217,7 +225,7 @@ def test_a_batch_without_a_positive_value_leaves_the_threshold():
 )
 def test_jump_relu_nears_the_l0_that_it_aims_at_from_both_sides(start, far):
     """SAELens #494: thresholds whose logarithm is trained by Adam stay where they are."""
-    optimizer, draw = begun(R.JumpReLU(bandwidth=0.1, threshold=start), steps=400)
+    optimizer, draw = begun(R.JumpReLUConfig(bandwidth=0.1, threshold=start), steps=400)
 
     def l0(sae):
         return (sae.encode(draw(2048)).values > 0).sum(1).float().mean().item()
@@ -238,11 +246,11 @@ def test_a_larger_penalty_leaves_fewer_active(kind):
     found = []
     for weight in (0.002, 0.1):
         make = {
-            "relu": R.ReLU,
-            "gated": R.Gated,
-            "prolu": R.ProLU,
-            "prolu, relu": lambda l1: R.ProLU(l1=l1, gradient="relu"),
-            "jump_relu": lambda l1: R.JumpReLU(penalty="l0", coef=l1, bandwidth=0.1),
+            "relu": R.ReLUConfig,
+            "gated": R.GatedConfig,
+            "prolu": R.ProLUConfig,
+            "prolu, relu": lambda l1: R.ProLUConfig(l1=l1, gradient="relu"),
+            "jump_relu": lambda l1: R.JumpReLUConfig(penalty="l0", coef=l1, bandwidth=0.1),
         }[kind]
         optimizer, draw = begun(make(l1=weight) if kind != "jump_relu" else make(weight), steps=200)
         advance(optimizer, draw, 200)
@@ -253,34 +261,37 @@ def test_a_larger_penalty_leaves_fewer_active(kind):
 
 
 def test_the_penalty_rises_over_the_first_share_of_the_steps():
-    optimizer, _ = begun(R.ReLU(warmup=0.1), steps=200)
+    optimizer, _ = begun(R.ReLUConfig(warmup=0.1), steps=200)
     strengths = []
     for optimizer.updates in (0, 9, 19, 20, 150):
         strengths.append(optimizer.strength)
     assert strengths == [pytest.approx(1 / 20), 0.5, 1.0, 1.0, 1.0]
-    assert begun(R.ReLU(warmup=0.0))[0].strength == 1.0 and begun(R.TopK())[0].strength == 1.0
+    assert (
+        begun(R.ReLUConfig(warmup=0.0))[0].strength == 1.0
+        and begun(R.TopKConfig())[0].strength == 1.0
+    )
 
 
 def test_dead_latents_start_anew_four_times_in_the_first_half():
-    recipe = R.Recipe(sae=R.SAE(activation=R.ReLU()), tokens=80 * 1024)
+    recipe = R.Recipe(sae=R.SAEConfig(activation=R.ReLUConfig()), tokens=80 * 1024)
     assert [step for step in range(1, 81) if resampling(step, recipe)] == [10, 20, 30, 40]
     assert not any(
-        resampling(step, dataclasses.replace(recipe, sae=R.SAE(activation=other)))
-        for other in (R.TopK(), R.ReLU(resample=0))
+        resampling(step, dataclasses.replace(recipe, sae=R.SAEConfig(activation=other)))
+        for other in (R.TopKConfig(), R.ReLUConfig(resample=0))
         for step in range(1, 81)
     )
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated", "prolu"])
 def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
-    optimizer, draw = begun(R.ACTIVATIONS[kind](resample=1), steps=6)
+    optimizer, draw = begun(R.ACTIVATION_CONFIGS[kind](resample=1), steps=6)
     dead, x = torch.tensor([3, 10, 50]), draw(128)
     for step in (1, 2):
         optimizer.backward(x, baseline=1 / 16, dead=dead, k_aux=4)
         optimizer.step(step)
     others = torch.ones(64, dtype=torch.bool)
     others[dead] = False
-    twin, _ = begun(R.ACTIVATIONS[kind](resample=0), steps=6)
+    twin, _ = begun(R.ACTIVATION_CONFIGS[kind](resample=0), steps=6)
     twin.restore(
         {key: value.clone() for key, value in optimizer.tensors().items()}, optimizer.updates
     )
@@ -314,25 +325,25 @@ def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
 
 def test_padding_of_a_code_keeps_no_latent_alive():
     """T5: latent 0 stands where a token has fewer active latents than the widest."""
-    optimizer, draw = begun(R.ReLU(), n=4096)
+    optimizer, draw = begun(R.ReLUConfig(), n=4096)
     with torch.no_grad():
         optimizer.sae.b_enc.fill_(0.0)
         optimizer.sae.b_enc[0] = -100.0
         optimizer.sae.b_enc[200:] = -100.0
     part = optimizer.backward(draw(128), baseline=1 / 16, dead=EMPTY, k_aux=4)
     assert part.code.values.shape[1] < 4096 // 8 and (part.code.indices == 0).any()
-    since = counted(torch.zeros(4096, dtype=torch.long), part, 128)
+    since = update_dead_counts(torch.zeros(4096, dtype=torch.long), part, 128)
     assert since[0] == 128 and (since[1:200] == 0).any() and (since[200:] == 128).all()
 
 
 def test_a_batch_taken_in_parts_has_the_same_gradient_and_a_code_as_wide_as_its_widest(monkeypatch):
-    from ksparse.training import optim
+    from ksparse.training.steps import autograd
 
-    whole, draw = begun(R.ReLU())
+    whole, draw = begun(R.ReLUConfig())
     x = draw(96)
     expected = whole.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
-    parts, _ = begun(R.ReLU())
-    monkeypatch.setattr(optim, "PRE_ACTS", 64 * 40)
+    parts, _ = begun(R.ReLUConfig())
+    monkeypatch.setattr(autograd, "PRE_ACTS", 64 * 40)
     found = parts.backward(x, baseline=1 / 16, dead=EMPTY, k_aux=4)
     torch.testing.assert_close(found.total, expected.total)
     torch.testing.assert_close(found.code.dense(64), expected.code.dense(64))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ksparse import files
 from ksparse.errors import CorruptError, InputError
-from ksparse.runs import RunFolder, piece
+from ksparse.storage import checksums
+from ksparse.storage.run_folder import RunFolder, shard_file
 from ksparse.training import checkpoint
-from ksparse.training.loop import train
+from ksparse.training.train import train
 
 LIVE = {"block": 0, "place": [0, 0, 0], "skip": 0, "batch": 3}
 
@@ -44,10 +44,10 @@ def altered(run, name, change):
     can.
     """
     path = run.checkpoints()[-1]
-    facts = {key: value for key, value in files.verify(path).items() if key != "sha256"}
-    with files.committed(path, **facts) as tmp:
+    facts = {key: value for key, value in checksums.verify(path).items() if key != "sha256"}
+    with checksums.checksummed_dir(path, **facts) as tmp:
         for file in path.iterdir():
-            if file.name != files.MANIFEST:
+            if file.name != checksums.MANIFEST:
                 shutil.copy(file, tmp / file.name)
         change(tmp / name)
     return run
@@ -142,7 +142,7 @@ def test_what_state_json_says_is_checked_key_by_key(run, small_recipe, changes, 
 
 
 def test_the_cursor_of_shards_is_refused_by_live_activations(run, small_recipe):
-    from ksparse.acts.stream import LiveStream
+    from ksparse.data.live import LiveStream
 
     altered(run, "state.json", rewrite(cursor={"step": 3}))
     assert checkpoint.read_state(run.checkpoints()[-1] / "state.json")["cursor"] == {"step": 3}
@@ -209,7 +209,7 @@ def test_slices_of_what_adam_knows_are_checked_too(run, small_recipe):
             }
             if i:
                 own["exp_avg.W_enc"][0, 0] = torch.nan
-            save_file(own, file.with_name(piece("optim", i, 2)))
+            save_file(own, file.with_name(shard_file("optim", i, 2)))
         file.unlink()
 
     altered(run, "optim.safetensors", cut)

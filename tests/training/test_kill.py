@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from ksparse.recipe import to_toml
-from ksparse.training.loop import train
+from ksparse.config import to_toml
+from ksparse.training.train import train
 
 # One process imports everything once, and forks for each attempt, since importing takes longer than training.
 ATTEMPTS = """
 import contextlib, io, json, os, resource, signal, sys, time
 from pathlib import Path
 from ksparse import cli, errors, files, recipe
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 from ksparse.training import loop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from ksparse.errors import InputError
-from ksparse.training.loop import train
+from ksparse.training.train import train
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ksparse.recipe import Recipe, from_dict
-from ksparse.runs import RunFolder, open_run
+from ksparse.config import Recipe, from_dict
+from ksparse.storage.run_folder import RunFolder, open_run
 
 N, TOKEN = 192, "a-token_of-tests"
 
@@ -27,10 +27,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Return a run on the built-in LM with all that pages of latents show, its report written."""
     import torch
 
-    from ksparse import evals, report
-    from ksparse.options import EvalOptions
-    from ksparse.sae.store import load
-    from ksparse.training.loop import train
+    from ksparse import report
+    from ksparse.config.evaluation import EvalConfig
+    from ksparse.evals import runner
+    from ksparse.sae.serialization import load
+    from ksparse.training.train import train
 
     folder = tmp_path_factory.mktemp("viewer") / "tiny"
     torch.set_num_threads(1)
@@ -49,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
     run = train(recipe(suite.parent / "texts.jsonl"), folder)
-    options = EvalOptions(
+    options = EvalConfig(
         tokens=2_000,
         per_document=100,
         examples=8,
@@ -63,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ablation_horizon=6,
     )
     sae = load(run.path)
-    evals.write(run, evals.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options))
+    runner.write(run, runner.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options))
     report.write(run)
     return run
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from ksparse import report, viewer
 from ksparse.report.tokens import safe_text, safe_token
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 
 from ..report.conftest import DEAD, RESULTS, WORDS, build
 from ..report.conftest import N as MADE

@@ -10,15 +10,15 @@ import threading
 
 import pytest
 
-from ksparse import files
 from ksparse.errors import CorruptError, InputError
+from ksparse.storage import atomic
 from ksparse.viewer import labels as module
 from ksparse.viewer.labels import Labels
 
 
 @pytest.fixture
 def labels(tmp_path):
-    from ksparse.runs import RunFolder
+    from ksparse.storage.run_folder import RunFolder
 
     return Labels(RunFolder(tmp_path), 100)
 
@@ -83,7 +83,7 @@ def test_a_damaged_file_is_named_and_not_overwritten(labels, content):
 
 def test_two_viewers_keep_every_label(labels):
     code = (
-        "import sys; from pathlib import Path; from ksparse.runs import RunFolder; from ksparse.viewer.labels import Labels\n"
+        "import sys; from pathlib import Path; from ksparse.storage.run_folder import RunFolder; from ksparse.viewer.labels import Labels\n"
         "for i in range(int(sys.argv[2]), 200, 2): Labels(RunFolder(Path(sys.argv[1])), 200).set(i, f'label {i}', True)"
     )
     two = [
@@ -108,7 +108,7 @@ def test_many_clients_keep_every_label(labels):
 def test_a_viewer_that_does_not_let_go_is_named(labels, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.0)
     with (
-        files.locked(labels.folder, ".labels.lock"),
+        atomic.locked(labels.folder, ".labels.lock"),
         pytest.raises(InputError, match=f"is in use by process {os.getpid()}; try again"),
     ):
         labels.set(1, "x", True)

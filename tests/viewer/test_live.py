@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
-from ksparse import files, steering
-from ksparse.acts.text import token_strings
+from ksparse import steering
 from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
+from ksparse.lm.tokens import token_strings
 from ksparse.report.tokens import safe_token
+from ksparse.storage import checksums, jsonio
 from ksparse.viewer.live import CONTINUED, Live
 
 from .conftest import N
@@ -189,10 +190,10 @@ def test_code_that_comes_with_the_lm_runs_only_where_the_viewer_was_told_so(run,
     )
     recipe = run.recipe_file.read_text().replace('lm = "pylm/0.3m"', f'lm = "{folder}"')
     run.recipe_file.write_text(recipe.replace("[run]", "[run]\ntrust_remote_code = true"))
-    manifest = run.checkpoints()[-1] / files.MANIFEST
-    files.write_json(
+    manifest = run.checkpoints()[-1] / checksums.MANIFEST
+    jsonio.write_json(
         manifest,
-        {key: value for key, value in files.read_table(manifest).items() if key != "recipe"},
+        {key: value for key, value in jsonio.read_table(manifest).items() if key != "recipe"},
         sealed=True,
     )
     with pytest.raises(InputError, match="cannot be loaded .*give --trust-remote-code True"):

@@ -19,11 +19,11 @@ import os
 import sys
 from contextlib import suppress
 
-from ksparse.cli import before, exchange, inside, judging, pages, sweeps, training
+from ksparse.cli import convert, evaluate, interventions, prepare, report, sweeps, train
 from ksparse.cli.arguments import LOAD_LM, VERBS, usage_of
-from ksparse.cli.shown import Lines, first_process, visible
+from ksparse.cli.output import Lines, first_process, visible
 from ksparse.errors import DiskError, InputError, KsparseError
-from ksparse.files import FULL
+from ksparse.storage.atomic import FULL
 from ksparse.trust import taken_from, trusted
 
 EXIT_CODES = (
@@ -31,7 +31,7 @@ EXIT_CODES = (
     "another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody "
     "reads the output"
 )
-STATIONS = (training, sweeps, judging, pages, inside, exchange, before)
+STATIONS = (train, sweeps, evaluate, report, interventions, convert, prepare)
 """In the order in which help lists their verbs."""
 
 

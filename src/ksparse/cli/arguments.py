@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ksparse import recipe as recipes
+from ksparse import config as recipes
+from ksparse.config import Recipe
 from ksparse.errors import InputError
-from ksparse.recipe import Recipe
 from ksparse.trust import FLAG
 
 VERBS: dict[str, Callable[[list[str]], None]] = {}
@@ -51,7 +51,7 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
     given, name = Recipe(), "default"
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
-        given, name = recipes.load(file), Path(file).stem
+        given, name = recipes.load_recipe(file), Path(file).stem
     given = dataclasses.replace(
         given,
         sae=dataclasses.replace(
@@ -64,7 +64,9 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
     return Recipe(**{key: own.pop(key) for key in fields}), own, name
 
 
-def activation_of(given: recipes.Activation, arguments: list[str]) -> recipes.Activation:
+def activation_of(
+    given: recipes.ActivationConfig, arguments: list[str]
+) -> recipes.ActivationConfig:
     """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of
     another kind where they name one."""
     words = [

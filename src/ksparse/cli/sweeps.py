@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksparse import files
 from ksparse.cli.arguments import parse, take_folder, verb
-from ksparse.cli.shown import Progress, say
+from ksparse.cli.output import Progress, say
 from ksparse.errors import InputError
+from ksparse.storage import atomic, jsonio
 
 
 @verb
@@ -21,8 +21,8 @@ def sweep(arguments: list[str]) -> None:
 
     train a grid of recipes, many on one stream; the same command goes on, or widens it
     """
-    from ksparse.scaling.grid import SweepFolder, read
-    from ksparse.scaling.launch import Launch
+    from ksparse.scaling.sweeps.grid import SweepFolder, read
+    from ksparse.scaling.sweeps.launch import Launch
 
     @dataclass(frozen=True)
     class SweepArgs(Launch):
@@ -41,10 +41,10 @@ def sweep(arguments: list[str]) -> None:
     )
     options = parse(SweepArgs, "sweep SWEEP.toml", rest)
     inside = Path(source).is_dir()
-    grid = read(files.inside(Path(source), "sweep.toml") if inside else source)
+    grid = read(atomic.inside(Path(source), "sweep.toml") if inside else source)
     folder = SweepFolder(Path(options.out or (source if inside else f"sweeps/{Path(source).stem}")))
     say("loading torch and looking at the language models")
-    from ksparse.scaling import sweep as sweeping
+    from ksparse.scaling.sweeps import run as sweeping
 
     if options.only:
         sweeping.train_here(grid, folder, options.only)
@@ -76,7 +76,7 @@ def sweep(arguments: list[str]) -> None:
 
 
 def _show_plan(plan: Any) -> None:
-    from ksparse.training.plan import amount_of_bytes, duration
+    from ksparse.planning.plan import amount_of_bytes, duration
 
     say(
         f"sweep    {plan.total} runs, {len(plan.done)} of them finished; "
@@ -122,7 +122,7 @@ def fit(arguments: list[str]) -> None:
     """
     place, rest = take_folder("fit", arguments, "a sweep's folder or a CSV file of points")
     options = parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
-    from ksparse.scaling import law as laws
+    from ksparse.scaling.laws import law as laws
 
     at = _assignments("--predict", options.predict)
     if options.budget < 0:
@@ -157,7 +157,7 @@ def fit(arguments: list[str]) -> None:
         laws.read_points(place, options.law), options.law, form=options.form, draws=options.draws
     )
     file = Path(options.out or Path(place).parent) / "law.json"
-    files.write_json(file, {"format": laws.FORMAT, **law.to_dict()}, sealed=True)
+    jsonio.write_json(file, {"format": laws.FORMAT, **law.to_dict()}, sealed=True)
     _show_law(law)
     if at:
         print(law.predict(**at).says(law.kind.target, at))
@@ -166,13 +166,13 @@ def fit(arguments: list[str]) -> None:
 
 def survey_of(folder: str, **options: Any) -> Any:
     """Fit all laws of a sweep and write its law.json."""
-    from ksparse.scaling import survey
+    from ksparse.scaling.laws import survey
 
     with Progress("laws", len(survey.LAWS)) as progress:
         found = survey.survey(
             folder, **options, observe=lambda done, total, what: progress(done, what, total)
         )
-    files.write_json(Path(folder) / "law.json", found.to_dict(), sealed=True)
+    jsonio.write_json(Path(folder) / "law.json", found.to_dict(), sealed=True)
     return found
 
 

@@ -27,13 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.acts.lm import LM, Fork
-from ksparse.acts.text import Contexts
 from ksparse.errors import InputError
-from ksparse.evals.estimate import Clustered, DocumentSums, Estimate, Result, ratio
-from ksparse.evals.held_out import Eval, Observe, Seen, Subject
+from ksparse.evals.base import EvalContext, Metric, Progress
+from ksparse.evals.batches import SAEBatch
+from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, ratio
+from ksparse.lm.continuations import Fork
+from ksparse.lm.model import LM
+from ksparse.lm.tokens import TokenBatch
 from ksparse.sae.model import Code
-from ksparse.sae.normalize import Normalized
+from ksparse.sae.normalization import Normalized
 
 LISTED = 5  # tokens that a latent raises, and that it lowers, at each position of its table
 BINS = 40  # of the histograms of sparsities
@@ -41,7 +43,7 @@ _BYTES = 2**28  # of the logits in memory at a time
 _PART = 2**22  # changes of logits that are summed in float64 at a time
 
 
-class Place(NamedTuple):
+class AblationSite(NamedTuple):
     """A position in a context tokens[t], of which the first `text` are no padding; the predictions
     of `length` positions are looked at."""
 
@@ -52,7 +54,7 @@ class Place(NamedTuple):
     length: int
 
 
-class Effects(NamedTuple):
+class AblationEffects(NamedTuple):
     """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at
     the place alone, which share of the squared effect is on the predictions after it, norm[m] (L2),
     kl[m, T], loss_difference[m, T] (NaN: no next token), and the changes of logits [m, T, V] less
@@ -67,11 +69,11 @@ class Effects(NamedTuple):
     changes: Tensor
 
 
-class Ablation(Eval):
+class Ablation(Metric):
     """Ablation sparsity of random active latents and of random channels, and tables of what single
     latents do."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         options, context = subject.options, subject.data.acts.context
         if context < 2:
@@ -89,13 +91,13 @@ class Ablation(Eval):
         self.tables: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def see(self, seen: Seen) -> None:
-        contexts = Contexts(*(field.cpu() for field in seen.batch.contexts))
+    def see(self, seen: SAEBatch) -> None:
+        contexts = TokenBatch(*(field.cpu() for field in seen.batch.contexts))
         self.sample.offer(contexts)
         self.strongest.see(seen, contexts)
 
     @torch.inference_mode()
-    def work(self, observe: Observe) -> None:
+    def work(self, observe: Progress) -> None:
         places = self.sample.places()
         if not places:
             raise InputError(
@@ -119,7 +121,7 @@ class Ablation(Eval):
     # ---- ablations
 
     def _ablate(
-        self, fork: Fork, places: list[Place], numbers: list[int], draw: np.random.Generator
+        self, fork: Fork, places: list[AblationSite], numbers: list[int], draw: np.random.Generator
     ) -> None:
         """Ablate each active latent, and as many random channels, at the one place of each of the
         fork's contexts."""
@@ -134,7 +136,7 @@ class Ablation(Eval):
         ):
             self.channels.add(place, numbers[int(row[part.start])], effects)
 
-    def _tabulate(self, fork: Fork, places: list[Place], numbers: Tensor) -> None:
+    def _tabulate(self, fork: Fork, places: list[AblationSite], numbers: Tensor) -> None:
         """Ablate one latent at each of the fork's contexts, where it is strongest."""
         _, inputs, before = self._encoded(fork.x)
         row = torch.arange(len(places), device=before.device)
@@ -177,8 +179,8 @@ class Ablation(Eval):
         return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
 
     def _effects(
-        self, fork: Fork, places: list[Place], row: Tensor, before: Tensor, after: Tensor
-    ) -> Iterator[tuple[slice, Place, Effects]]:
+        self, fork: Fork, places: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
+    ) -> Iterator[tuple[slice, AblationSite, AblationEffects]]:
         """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m],
         in order, before[c, d] their originals.
 
@@ -287,7 +289,7 @@ class Ablation(Eval):
         return notes
 
     def _empty_tables(
-        self, numbers: Tensor, tops: list[Place], values: Tensor
+        self, numbers: Tensor, tops: list[AblationSite], values: Tensor
     ) -> dict[str, Tensor]:
         m, length, context = len(tops), self.horizon, self.subject.data.acts.context
         tokens = (
@@ -329,7 +331,7 @@ def sparsity(differences: Tensor) -> Tensor:
     return _sparsity(*_norms(_centred(differences)), differences.shape[-1])
 
 
-def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
+def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> AblationEffects:
     """Return what ablations do that change the logits of log_probs[T, V] by differences[m, T, V];
     targets[T]: the next tokens, -1: none.
 
@@ -347,7 +349,7 @@ def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Effects:
     ).squeeze(-1)
     loss = (shift - chosen).masked_fill(targets < 0, torch.nan)
     here, size = l2[:, 0].square() / l2.square().sum(1), changes.shape[-1]
-    return Effects(
+    return AblationEffects(
         _sparsity(l1, l2, size),
         _sparsity(l1[:, :1], l2[:, :1], size),
         1 - here,
@@ -379,7 +381,7 @@ def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
     return l1.sum(1).square() / l2.square().sum(1) / (vocabulary * l1.shape[1])  # 0 / 0 is NaN
 
 
-def _targets(place: Place) -> Tensor:
+def _targets(place: AblationSite) -> Tensor:
     """Return the token after each of the place's positions, [T]; -1 where there is none."""
     positions = torch.arange(place.position + 1, place.position + 1 + place.length)
     return torch.where(
@@ -403,7 +405,7 @@ def _without_channels(
     return row, x, after
 
 
-def _forks(lm: LM, places: list[Place], most: int) -> Iterator[tuple[list[int], Fork]]:
+def _forks(lm: LM, places: list[AblationSite], most: int) -> Iterator[tuple[list[int], Fork]]:
     """Yield (numbers of places, their fork), places at the same position together, at most so
     many."""
 
@@ -428,7 +430,7 @@ def _random(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream])
 
 
-def _texts(contexts: Contexts) -> Tensor:
+def _texts(contexts: TokenBatch) -> Tensor:
     """Return how many tokens each context has before its padding, [b]."""
     return contexts.attention.long().cumprod(1).sum(1)
 
@@ -440,11 +442,11 @@ class _Sample:
     def __init__(self, size: int, horizon: int, draw: np.random.Generator):
         self.size, self.horizon, self.draw = size, horizon, draw
         self._heap: list[
-            tuple[float, int, Place]
+            tuple[float, int, AblationSite]
         ] = []  # those with the smallest random keys, the largest of them first
         self._count = 0
 
-    def offer(self, contexts: Contexts) -> None:
+    def offer(self, contexts: TokenBatch) -> None:
         position, texts = torch.arange(contexts.keep.shape[1]), _texts(contexts)
         possible = contexts.keep & (position >= 1) & (position + self.horizon <= texts[:, None])
         for row, where in enumerate(possible):
@@ -456,7 +458,7 @@ class _Sample:
             if not len(where) or (len(self._heap) == self.size and -key <= self._heap[0][0]):
                 continue
             p = int(where[int(at * len(where))])
-            place = Place(
+            place = AblationSite(
                 contexts.tokens[row].clone(),
                 int(texts[row]),
                 p,
@@ -467,7 +469,7 @@ class _Sample:
                 self._heap, (-key, self._count, place)
             )
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[AblationSite]:
         """Return the sample in the order of the text."""
         return [place for _, _, place in sorted(self._heap, key=lambda entry: entry[1])]
 
@@ -485,7 +487,7 @@ class _Strongest:
         ] = {}  # tokens, text, documents of those that are still somebody's
         self._count = 0
 
-    def see(self, seen: Seen, contexts: Contexts) -> None:
+    def see(self, seen: SAEBatch, contexts: TokenBatch) -> None:
         values, indices = (part.cpu() for part in seen.code)
         active = values > 0
         latent, value, row = indices[active], values[active].float(), active.nonzero()[:, 0]
@@ -501,7 +503,7 @@ class _Strongest:
         self.position[better] = position[where[better]]
         self._remember(contexts)
 
-    def _remember(self, contexts: Contexts) -> None:
+    def _remember(self, contexts: TokenBatch) -> None:
         needed, texts = set(self.context[self.chosen()].tolist()), _texts(contexts)
         self._contexts = {
             number: kept for number, kept in self._contexts.items() if number in needed
@@ -520,14 +522,14 @@ class _Strongest:
         so its context may be forgotten."""
         return self.order[self.value[self.order] > 0][: self.most]
 
-    def found(self, horizon: int) -> tuple[Tensor, list[Place], Tensor]:
+    def found(self, horizon: int) -> tuple[Tensor, list[AblationSite], Tensor]:
         """Return (latents [m], their places, with as much of the horizon as the context has, their
         values [m])."""
         chosen, places = self.chosen(), []
         for context, position in zip(self.context[chosen].tolist(), self.position[chosen].tolist()):
             tokens, text, documents = self._contexts[context]
             places.append(
-                Place(
+                AblationSite(
                     tokens, text, position, int(documents[position]), min(horizon, text - position)
                 )
             )
@@ -543,7 +545,9 @@ class _Pairs:
     def __init__(self) -> None:
         self._columns: dict[str, list[Tensor]] = defaultdict(list)
 
-    def add(self, place: Place, number: int, effects: Effects, **columns: Tensor) -> None:
+    def add(
+        self, place: AblationSite, number: int, effects: AblationEffects, **columns: Tensor
+    ) -> None:
         m = len(effects.sparsity)
         rows = {
             "position": torch.full((m,), number),
@@ -575,11 +579,11 @@ class _Pairs:
         there = ~self[name].isnan()
         return [Clustered(self["document"][there], self[name][there])] if there.any() else []
 
-    def mean(self, name: str) -> Estimate:
+    def mean(self, name: str) -> Value:
         """Return the mean over pairs that have a value."""
         return Clustered.mean(self.clustered(name))
 
-    def mean_per_position(self) -> Estimate:
+    def mean_per_position(self) -> Value:
         """Return the mean over positions of the mean sparsity of the position's pairs."""
         there = ~self["sparsity"].isnan()
         if not there.any():
@@ -596,7 +600,7 @@ class _Pairs:
         )
         return Clustered.mean([Clustered(documents, means)])
 
-    def weighted(self) -> Estimate:
+    def weighted(self) -> Value:
         """Return the mean sparsity, each pair weighted by the L2 norm of its effect."""
         there = ~self["sparsity"].isnan()
         if not there.any():
@@ -615,7 +619,7 @@ class _Pairs:
         return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def _difference(a: _Pairs, b: _Pairs, name: str) -> Estimate:
+def _difference(a: _Pairs, b: _Pairs, name: str) -> Value:
     """Return mean(a) - mean(b) of a column on the same documents, as twice the mean of the two
     means a and -b."""
     ours, theirs = a.clustered(name), b.clustered(name)

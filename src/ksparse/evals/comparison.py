@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ksparse.errors import InputError
-from ksparse.evals.estimate import Estimate
+from ksparse.evals.statistics import Value
 
 NAMES = ("downstream", "stats")
 COLUMNS = {
@@ -35,11 +35,11 @@ Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{SAE's name: {evaluation's name: result}}."""
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """One SAE: its values, by column."""
 
     name: str
-    values: dict[str, Estimate]
+    values: dict[str, Value]
 
 
 def check(results: Results) -> None:
@@ -70,7 +70,7 @@ def check(results: Results) -> None:
                 )
 
 
-def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[Row]:
+def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[ComparisonRow]:
     """Return a row for each SAE, the best by column `by` first (the first column there is, if not
     given).
 
@@ -91,11 +91,11 @@ def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> 
             f"{', '.join(key for key in columns if COLUMNS[key][1])}"
         )
     rows = [
-        Row(label, {key: found[COLUMNS[key][0]][key] for key in columns})
+        ComparisonRow(label, {key: found[COLUMNS[key][0]][key] for key in columns})
         for label, found in results.items()
     ]
 
-    def rank(row: Row) -> float:
+    def rank(row: ComparisonRow) -> float:
         value = row.values[by]["value"]
         return math.inf if value is None else COLUMNS[by][1] * value
 

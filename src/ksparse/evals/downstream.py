@@ -17,19 +17,20 @@ from torch import Tensor
 
 from ksparse import pylm
 from ksparse.errors import InputError
-from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
-from ksparse.evals.held_out import Batch, Eval, HeldOut, Seen, Subject
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import HeldOut, HeldOutBatch, SAEBatch
+from ksparse.evals.statistics import DocumentSums, Result, Value, ratio
 
 
-class Downstream(Eval):
+class Downstream(Metric):
     """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the
     spliced loss."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         self.sums, self.mean = DocumentSums(), subject.data.mean
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: SAEBatch) -> None:
         batch = seen.batch
         self.sums.add(
             batch.predicted_documents,
@@ -74,7 +75,7 @@ class Downstream(Eval):
         )
 
 
-def zero_losses(batch: Batch) -> Tensor:
+def zero_losses(batch: HeldOutBatch) -> Tensor:
     """Return the loss of each measured position with zeros in place of the activations."""
     return batch.once(
         "zero",
@@ -111,7 +112,7 @@ def loss_table(data: HeldOut) -> tuple[list[tuple[float, float]], str]:
     return falling, ""
 
 
-def compute_fraction(table: list[tuple[float, float]], delta: Estimate) -> Estimate:
+def compute_fraction(table: list[tuple[float, float]], delta: Value) -> Value:
     """Return the share of the pre-training compute whose model is as bad as the spliced one.
 
     The table's last loss stands for the clean LM, so it is read at last loss + delta, linearly

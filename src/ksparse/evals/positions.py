@@ -6,21 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.evals.estimate import DocumentSums, Result, ratio
-from ksparse.evals.held_out import Eval, Seen, Subject
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import SAEBatch
+from ksparse.evals.statistics import DocumentSums, Result, ratio
 from ksparse.evals.stats import spread
 
 
-class Positions(Eval):
+class Positions(Metric):
     """Norm, error, L0 and the LM's additional loss at each position of the context; position 0 is
     its first token, BOS if it has one."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         self.kept: dict[int, DocumentSums] = {}
         self.predicted: dict[int, DocumentSums] = {}
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: SAEBatch) -> None:
         batch = seen.batch
         x, x_hat = seen.sae.normalize(batch.x).x.cpu().double(), seen.recon.cpu().double()
         position = torch.arange(batch.keep.shape[1]).expand(batch.keep.shape)

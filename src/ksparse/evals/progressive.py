@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ksparse.errors import InputError
-from ksparse.evals.estimate import DocumentSums, Result, ratio
-from ksparse.evals.held_out import Eval, Seen, Subject
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import SAEBatch
+from ksparse.evals.statistics import DocumentSums, Result, ratio
 from ksparse.evals.stats import spread
 from ksparse.sae.model import SAE, Code
 
@@ -33,13 +34,13 @@ GATES = ("gated", "prolu")
 CHOSEN_ON = 8_192  # tokens that thresholds are chosen on
 
 
-class Progressive(Eval):
+class Progressive(Metric):
     """L0, error and loss of the LM with the SAE's own activation, with TopK(k'), with a threshold,
     with all positive latents."""
 
     beside = ("own", "topk", "threshold", "all")
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         self.sums, self.tokens, sae = DocumentSums(), 0, subject.sae
         rows = _first_rows(subject)
@@ -50,7 +51,7 @@ class Progressive(Eval):
         self.chosen_on = len(rows)
         self.thresholds = thresholds_for(sae, rows, self.ks)
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: SAEBatch) -> None:
         if self.tokens >= self.subject.options.progressive_tokens:
             return
         batch, sae, x = seen.batch, seen.sae, seen.inputs.x
@@ -78,7 +79,7 @@ class Progressive(Eval):
             recon = some @ sae.W_dec + sae.b_pre
             self._add(seen, f"threshold-{k}", (some > 0).sum(1), recon, seen.losses_with(recon))
 
-    def _add(self, seen: Seen, name: str, l0: Tensor, recon: Tensor, losses: Tensor) -> None:
+    def _add(self, seen: SAEBatch, name: str, l0: Tensor, recon: Tensor, losses: Tensor) -> None:
         error = (seen.inputs.x.cpu().double() - recon.cpu().double()).square().sum(1)
         self.sums.add(seen.batch.documents, **{f"l0 {name}": l0, f"error {name}": error})
         self.sums.add(seen.batch.predicted_documents, **{f"ce {name}": losses})
@@ -119,7 +120,7 @@ class Progressive(Eval):
         )
 
 
-def _first_rows(subject: Subject) -> Tensor:
+def _first_rows(subject: EvalContext) -> Tensor:
     """Return the first raw activations of the text [m, d]."""
 
     def read() -> Tensor:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ksparse.errors import InputError
-from ksparse.evals.estimate import DocumentSums, Estimate, Result, ratio
-from ksparse.evals.held_out import Eval, Seen, Subject
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import SAEBatch
+from ksparse.evals.statistics import DocumentSums, Result, Value, ratio
 from ksparse.evals.stats import spread
 from ksparse.sae.model import SAE, Code
 
@@ -27,7 +28,7 @@ _ENTRIES = 2**20  # numbers of Gram matrices in one piece, which stays in cache
 _BINS = np.linspace(-2, 2, 161)  # of (refined - raw) over the mean active value
 
 
-class Refinement(Eval):
+class Refinement(Metric):
     """Error and loss of the LM with values as encoded and refined, and the distribution of the
     difference."""
 
@@ -42,7 +43,7 @@ class Refinement(Eval):
         "shift_median",
     )
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         self.sums = DocumentSums()
         self.tokens = self.most_steps = self.checked = 0
@@ -51,7 +52,7 @@ class Refinement(Eval):
         self.shift_documents: list[Tensor] = []
         self.draw = np.random.default_rng(subject.options.seed)
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: SAEBatch) -> None:
         if self.tokens >= self.subject.options.refine_tokens:
             return
         batch, sae, x, code = seen.batch, seen.sae, seen.inputs.x, seen.code
@@ -299,7 +300,7 @@ def _error(sae: SAE, target: Tensor, indices: Tensor, values: Tensor) -> float:
     return float((target - values.cpu().double() @ directions).square().sum())
 
 
-def median(values: np.ndarray, documents: np.ndarray) -> Estimate:
+def median(values: np.ndarray, documents: np.ndarray) -> Value:
     """Return the median of values that come from documents; its standard error is that of the share
     below it over the density there."""
     if not len(values):

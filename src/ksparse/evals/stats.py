@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.acts.text import token_strings
-from ksparse.evals import together
-from ksparse.evals.estimate import DocumentSums, Result, ratio, share
-from ksparse.evals.held_out import Eval, Seen, Subject
-from ksparse.evals.powers import Powers
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import SAEBatch
+from ksparse.evals.latents import coactivation
+from ksparse.evals.latents.moments import Moments
+from ksparse.evals.statistics import DocumentSums, Result, ratio, share
+from ksparse.lm.tokens import token_strings
 from ksparse.sae.model import Code
-from ksparse.sae.normalize import input_rms
+from ksparse.sae.normalization import input_rms
 
 BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
 BANDS = 4  # of equally many activations of a latent, by size
@@ -30,20 +31,20 @@ _EXAMPLE_TOKENS = (
 _EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
 
 
-class Stats(Eval):
+class Stats(Metric):
     """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each
     latent."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: EvalContext):
         super().__init__(subject)
         self.sums, n = DocumentSums(), subject.sae.shape.n_latents
-        self.powers = subject.part(Powers)
+        self.powers = subject.part(Moments)
         self.bars = torch.zeros(n, BARS, dtype=torch.int32)
         self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
 
-    def see(self, seen: Seen) -> None:
+    def see(self, seen: SAEBatch) -> None:
         raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
         x, x_hat, y, y_hat = (
             part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon))
@@ -173,7 +174,7 @@ class Stats(Eval):
         counted = {
             "histogram": histograms(latent, value, self.powers.largest.numpy()),
             **fired_on(latent, token, n, self.subject.lm.vocab),
-            **together.companions(context * tokens.shape[1] + position, latent, n),
+            **coactivation.coactivating(context * tokens.shape[1] + position, latent, n),
         }
         return (
             arrays

@@ -20,11 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ksparse import files
 from ksparse.errors import InputError
 from ksparse.interop import (
+    compatibility,
     dictionary_learning,
-    fit,
     foreign,
     gemma_scope,
     llamascopium,
@@ -32,10 +31,11 @@ from ksparse.interop import (
     sae_lens,
     sparsify,
 )
-from ksparse.interop.fit import Normalization
-from ksparse.runs import RunFolder
-from ksparse.sae import store
+from ksparse.interop.compatibility import Normalization
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder
 
 SIDECAR = "ksparse.json"
 """Beside what we write in another's format: what that cannot say of where an SAE comes from."""
@@ -71,8 +71,8 @@ FORMATS: dict[str, Format] = {
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file
     here, or one in a Hub repository."""
-    path = store.locate(source, revision=revision, subfolder=subfolder)
-    with files.read_errors(path):
+    path = serialization.locate(source, revision=revision, subfolder=subfolder)
+    with atomic.read_errors(path):
         return _load(path)
 
 
@@ -89,17 +89,17 @@ def _load(path: Path) -> SAE:
                 f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name "
                 "one (subfolder=…)"
             )
-    return store.load(path)
+    return serialization.load(path)
 
 
 def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization = "exact") -> None:
     """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot
     hold is an InputError.
 
-    normalization: what to do if the format has not the SAE's own (see `ksparse.interop.fit`).
+    normalization: what to do if the format has not the SAE's own (see `ksparse.interop.compatibility`).
     """
     if to == "ksparse":
-        store.save(sae, folder)
+        serialization.save(sae, folder)
         return
     form = FORMATS.get(to)
     if form is None:
@@ -108,16 +108,16 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
             f"there is no format {to!r}; "
             + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}")
         )
-    fitted = fit.fitted(
+    fitted = compatibility.fitted(
         sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
     )
-    files.check_replaceable(Path(folder))
-    with files.committed(Path(folder)) as tmp:
+    checksums.check_replaceable(Path(folder))
+    with checksums.checksummed_dir(Path(folder)) as tmp:
         form.write(fitted, tmp)
-        files.write_json(
+        jsonio.write_json(
             tmp / SIDECAR,
             {
-                "format": store.FORMAT,
+                "format": serialization.FORMAT,
                 "activation": fitted.shape.activation,
                 "k": fitted.shape.k,
                 "metadata": sae.metadata,
@@ -146,29 +146,29 @@ def convert(
 
 
 def _is_ours(path: Path) -> bool:
-    return RunFolder(path).exists() or (path / store.CONFIG).is_file()
+    return RunFolder(path).exists() or (path / serialization.CONFIG).is_file()
 
 
 def _read(form: Format, place: Path) -> SAE:
     """Read an SAE of another format, with what its sidecar says."""
     folder = place if place.is_dir() else place.parent
     ours = (folder / SIDECAR).is_file()
-    if (folder / files.MANIFEST).is_file() and (
-        ours or "sha256" in foreign.json_file(folder / files.MANIFEST).table
+    if (folder / checksums.MANIFEST).is_file() and (
+        ours or "sha256" in foreign.json_file(folder / checksums.MANIFEST).table
     ):
-        files.verify(folder)
+        checksums.verify(folder)
     try:
         sae = form.read(place)
     except InputError as error:
         raise error if str(folder) in str(error) else type(error)(f"{place}: {error}") from None
     if not ours:
         return sae
-    said = files.read_numbered(
+    said = jsonio.read_numbered(
         folder / SIDECAR,
-        store.FORMAT,
+        serialization.FORMAT,
         {"activation": str, "k": int, "metadata": (dict, type(None))},
     )
-    store.check_metadata(said["metadata"] or {}, folder / SIDECAR)
+    serialization.check_metadata(said["metadata"] or {}, folder / SIDECAR)
     if sae.shape.activation == said["activation"]:
         sae.shape = dataclasses.replace(
             sae.shape, k=said["k"]

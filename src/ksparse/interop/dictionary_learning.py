@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksparse import files
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Settings, Weights
+from ksparse.interop import foreign, hook_names
+from ksparse.interop.foreign import CheckedTensors, Settings
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import atomic, jsonio
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = {
@@ -62,7 +62,7 @@ def find(path: Path) -> Path | None:
     file = path / WEIGHTS if path.is_dir() else path
     return (
         file
-        if files.exists(file)
+        if atomic.exists(file)
         and not file.is_dir()
         and (file.name == WEIGHTS or (file.suffix == ".pt" and (_config(file) is not None)))
         else None
@@ -118,7 +118,7 @@ def write(sae: SAE, folder: Path) -> None:
         "activation_dim": sae.shape.d_model,
         "dict_size": sae.shape.n_latents,
         "device": "cpu",
-        "layer": sites.layer_of(site),
+        "layer": hook_names.layer_of(site),
         "lm_name": acts.get("lm", ""),
         "submodule_name": site,
         "wandb_name": "",
@@ -130,13 +130,13 @@ def write(sae: SAE, folder: Path) -> None:
         "ctx_len": acts.get("context"),
         "device": "cpu",
     }
-    carried = sites.carried(sae, "dictionary_learning")
-    files.write_json(
+    carried = hook_names.carried(sae, "dictionary_learning")
+    jsonio.write_json(
         folder / CONFIG,
         carried
         | {
-            "trainer": sites.table(carried, "trainer") | trainer,
-            "buffer": sites.table(carried, "buffer") | buffer,
+            "trainer": hook_names.table(carried, "trainer") | trainer,
+            "buffer": hook_names.table(carried, "buffer") | buffer,
         },
     )
 
@@ -145,7 +145,7 @@ def write(sae: SAE, folder: Path) -> None:
 
 
 def _topk(
-    weights: Weights, trainer: Settings | None, activation: str = "topk"
+    weights: CheckedTensors, trainer: Settings | None, activation: str = "topk"
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "b_dec")
     k = weights.whole("k", trainer.want("k", int, None) if trainer else None)
@@ -155,13 +155,13 @@ def _topk(
 
 
 def _batch_topk(
-    weights: Weights, trainer: Settings | None
+    weights: CheckedTensors, trainer: Settings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _topk(weights, trainer, "batch_topk")
 
 
 def _matryoshka(
-    weights: Weights, trainer: Settings | None
+    weights: CheckedTensors, trainer: Settings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"k": weights.whole("k"), "activation": "batch_topk"}, _matrices(weights) | {
         "threshold": torch.tensor([weights.number("threshold")])
@@ -169,7 +169,7 @@ def _matryoshka(
 
 
 def _standard(
-    weights: Weights, trainer: Settings | None
+    weights: CheckedTensors, trainer: Settings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "bias")
     if not _unit_rows(tensors["W_dec"]):
@@ -178,14 +178,16 @@ def _standard(
 
 
 def _standard_new(
-    weights: Weights, trainer: Settings | None
+    weights: CheckedTensors, trainer: Settings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _linear(weights, "decoder.bias")
     foreign.centre_(tensors)
     return {"k": 1, "activation": "relu"}, tensors
 
 
-def _gated(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _gated(
+    weights: CheckedTensors, trainer: Settings | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = {
         "W_enc": weights.take("encoder.weight", *"nd"),
         "b_enc": weights.take("gate_bias", "n"),
@@ -198,14 +200,16 @@ def _gated(weights: Weights, trainer: Settings | None) -> tuple[dict[str, Any], 
 
 
 def _jump_relu(
-    weights: Weights, trainer: Settings | None
+    weights: CheckedTensors, trainer: Settings | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors = _matrices(weights) | {"threshold": weights.take("threshold", "n")}
     foreign.centre_(tensors)
     return {"k": 1, "activation": "jump_relu"}, tensors
 
 
-_READ: dict[str, Callable[[Weights, Settings | None], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+_READ: dict[
+    str, Callable[[CheckedTensors, Settings | None], tuple[dict[str, Any], dict[str, Tensor]]]
+] = {
     "AutoEncoderTopK": _topk,
     "BatchTopKSAE": _batch_topk,
     "MatryoshkaBatchTopKSAE": _matryoshka,
@@ -254,7 +258,7 @@ def _theirs(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     }
 
 
-def _linear(weights: Weights, bias: str) -> dict[str, Tensor]:
+def _linear(weights: CheckedTensors, bias: str) -> dict[str, Tensor]:
     return {
         "W_enc": weights.take("encoder.weight", *"nd"),
         "b_enc": weights.take("encoder.bias", "n"),
@@ -263,7 +267,7 @@ def _linear(weights: Weights, bias: str) -> dict[str, Tensor]:
     }
 
 
-def _matrices(weights: Weights) -> dict[str, Tensor]:
+def _matrices(weights: CheckedTensors) -> dict[str, Tensor]:
     return {
         "W_enc": weights.take("W_enc", *"dn").t(),
         "b_enc": weights.take("b_enc", "n"),
@@ -291,7 +295,7 @@ def _config(file: Path) -> Settings | None:
     return None
 
 
-def _kind(weights: Weights, trainer: Settings | None) -> str:
+def _kind(weights: CheckedTensors, trainer: Settings | None) -> str:
     if trainer:
         return trainer.among("dict_class", _READ)
     for mark, kind in (
@@ -312,11 +316,11 @@ def _kind(weights: Weights, trainer: Settings | None) -> str:
 
 def _metadata(settings: Settings | None, trainer: Settings | None) -> dict[str, Any]:
     if settings is None or trainer is None:
-        return sites.metadata("dictionary_learning", {})
+        return hook_names.metadata("dictionary_learning", {})
     name = trainer.text("submodule_name") or ""
     numbered = re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", name)
     site = f"{numbered[1]}.{numbered[2]}" if numbered else name
-    return sites.metadata(
+    return hook_names.metadata(
         "dictionary_learning",
         settings.table,
         lm=trainer.text("lm_name"),

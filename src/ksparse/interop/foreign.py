@@ -1,4 +1,4 @@
-"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensors`),
+"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensor_files`),
 settings by key and type.
 
     settings.want("k", int)             the value of a key, of that type
@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ksparse import files
 from ksparse.errors import CorruptError, InputError, KsparseError
 from ksparse.sae.model import SAE, Shape
-from ksparse.sae.tensors import Stored
-from ksparse.sae.tensors import Weights as Weights
-from ksparse.sae.tensors import safetensors_file as safetensors_file
+from ksparse.sae.tensor_files import CheckedTensors as CheckedTensors
+from ksparse.sae.tensor_files import StoredTensor
+from ksparse.sae.tensor_files import safetensors_file as safetensors_file
+from ksparse.storage import atomic, jsonio
 
 _PLAIN = (bool, int, float, str, type(None))
 _PICKLE = 2**18
@@ -120,13 +120,13 @@ def new_folder(folder: Path | str) -> Path:
 
 
 def json_file(file: Path) -> Settings:
-    return Settings(file, files.read_json(file))
+    return Settings(file, jsonio.read_json(file))
 
 
 def torch_file(file: Path) -> dict[str, Any]:
     """Return the dictionary of a file of torch.save, if it holds tensors and plain values only."""
     try:
-        with files.read_errors(file), _Counted(file) as stream:
+        with atomic.read_errors(file), _Counted(file) as stream:
             if zipfile.is_zipfile(file):
                 _check_archive(file)
                 found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -195,7 +195,7 @@ def _too_long(file: Path) -> InputError:
     )
 
 
-def tensors_of(file: Path, table: Any) -> Weights:
+def tensors_of(file: Path, table: Any) -> CheckedTensors:
     """Return the tensors of a dictionary out of a torch file; values of other types are left over
     like tensors.
     """
@@ -203,20 +203,20 @@ def tensors_of(file: Path, table: Any) -> Weights:
         raise InputError(
             f"{file} holds a {type(table).__name__} in the place of a dictionary of tensors"
         )
-    return Weights(file, {key: _stored(file, key, value) for key, value in table.items()})
+    return CheckedTensors(file, {key: _stored(file, key, value) for key, value in table.items()})
 
 
-def _stored(file: Path, key: Any, value: Any) -> Stored:
+def _stored(file: Path, key: Any, value: Any) -> StoredTensor:
     """Return a value of a torch file as a tensor that is read when it is taken."""
     if type(value) in (int, float):
-        return Stored((), torch.float64, lambda: torch.tensor(value, dtype=torch.float64))
+        return StoredTensor((), torch.float64, lambda: torch.tensor(value, dtype=torch.float64))
     plain = (
         type(value) in (Tensor, torch.nn.Parameter)
         and value.layout is torch.strided
         and value.device.type == "cpu"
     )
     if not plain or value.is_quantized or value.is_nested:
-        return Stored(
+        return StoredTensor(
             (), f"a {type(value).__name__} that is no plain tensor", lambda: torch.empty(())
         )
 
@@ -230,17 +230,17 @@ def _stored(file: Path, key: Any, value: Any) -> Stored:
             )
         return value
 
-    return Stored(tuple(value.shape), value.dtype, read)
+    return StoredTensor(tuple(value.shape), value.dtype, read)
 
 
-def npz_file(file: Path) -> Weights:
+def npz_file(file: Path) -> CheckedTensors:
     """Return the arrays of a NumPy archive; each is read when it is taken."""
     try:
-        with files.read_errors(file):
+        with atomic.read_errors(file):
             if not zipfile.is_zipfile(file):
                 raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
             with np.load(file, allow_pickle=False) as archive:
-                return Weights(
+                return CheckedTensors(
                     file, {key: _in_archive(file, archive, key) for key in archive.files}
                 )
     except KsparseError:
@@ -249,7 +249,7 @@ def npz_file(file: Path) -> Weights:
         raise _no_archive(file, error) from None
 
 
-def _in_archive(file: Path, archive: Any, key: str) -> Stored:
+def _in_archive(file: Path, archive: Any, key: str) -> StoredTensor:
     """Return an array of a NumPy archive by its header."""
     name = f"{key}.npy" if f"{key}.npy" in archive.zip.namelist() else key
     with archive.zip.open(name) as stream:
@@ -284,7 +284,7 @@ def _in_archive(file: Path, archive: Any, key: str) -> Stored:
         except Exception as error:
             raise _no_archive(file, error) from None
 
-    return Stored(
+    return StoredTensor(
         tuple(shape),
         getattr(torch, dtype.name, dtype.name) if dtype.kind in "fiu" else dtype.name,
         read,
@@ -352,7 +352,7 @@ def uncentred(sae: SAE) -> dict[str, Tensor]:
     return biases
 
 
-def no_scaling(weights: Weights) -> None:
+def no_scaling(weights: CheckedTensors) -> None:
     """Raise InputError for a scaling factor of the latents that is not 1."""
     if "scaling_factor" in weights and not bool((weights.take("scaling_factor", "n") == 1).all()):
         raise InputError(

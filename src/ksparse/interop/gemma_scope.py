@@ -22,9 +22,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ksparse import files
-from ksparse.interop import foreign, sites
+from ksparse.interop import foreign, hook_names
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import atomic
 
 WEIGHTS = "params.npz"
 HOLDS = {"jump_relu": ("none",)}
@@ -34,7 +34,7 @@ _KEYS = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d", "threshold": 
 def find(path: Path) -> Path | None:
     """Return the file of an SAE in this format, if the path is one or its folder holds one."""
     file = path / WEIGHTS if path.is_dir() else path
-    return file if file.suffix == ".npz" and files.exists(file) and not file.is_dir() else None
+    return file if file.suffix == ".npz" and atomic.exists(file) and not file.is_dir() else None
 
 
 def read(file: Path) -> SAE:
@@ -79,14 +79,14 @@ def _metadata(file: Path) -> dict[str, Any]:
     repository = re.search(r"gemma-scope-([\w.]+)-(pt|it)-(res|att|mlp)\b", path)
     layer = re.search(r"/layer_(\d+)/", path)
     if not (repository and layer):
-        return sites.metadata("gemma_scope", {})
+        return hook_names.metadata("gemma_scope", {})
     size, tuned, kind = repository.groups()
     site = {
         "res": "resid_post.{}",
         "att": "model.layers.{}.self_attn.o_proj:in",
         "mlp": "model.layers.{}.post_feedforward_layernorm",
     }[kind]
-    return sites.metadata(
+    return hook_names.metadata(
         "gemma_scope",
         {},
         lm=f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""),

@@ -17,13 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ksparse import files, interop
+from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.interop import foreign
-from ksparse.interop.fit import Normalization
-from ksparse.runs import RunFolder
-from ksparse.sae import store
+from ksparse.interop.compatibility import Normalization
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE
+from ksparse.storage import atomic, jsonio
+from ksparse.storage.run_folder import RunFolder
 
 COPY = "sae_lens"
 _HEADLINE = {
@@ -94,8 +95,8 @@ def prepare(
     """Write what is uploaded into a new folder; return that folder."""
     _check_name(repository)
     place, run, sae = foreign.new_folder(folder), RunFolder(Path(source)), interop.load(source)
-    with files.filled(place, new=True) as folder:
-        store.write(sae, folder)
+    with atomic.atomic_dir(place, new=True) as folder:
+        serialization.write(sae, folder)
         refused = ""
         try:
             interop.write(sae, folder / COPY, "sae_lens", normalization=normalization)
@@ -110,9 +111,9 @@ def prepare(
             for file in sorted(run.file("evals").glob("*.json")):
                 file = run.file("evals", file.name)
                 if file.stem != "vocabulary":
-                    results[file.stem] = files.read_table(file)
+                    results[file.stem] = jsonio.read_table(file)
                     shutil.copy(file, folder / "run" / "evals" / file.name)
-        files.write_text(
+        atomic.write_text(
             folder / "README.md",
             card(sae, repository, subfolder=subfolder, results=results, refused=refused),
         )

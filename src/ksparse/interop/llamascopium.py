@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from ksparse import files
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Weights
+from ksparse.interop import foreign, hook_names
+from ksparse.interop.foreign import CheckedTensors
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import atomic, jsonio
 
 CONFIG, WEIGHTS = "config.json", "sae_weights"
 ACTIVATIONS = {"relu": "relu", "topk": "topk", "jumprelu": "jump_relu"}
@@ -81,11 +81,11 @@ def read(folder: Path) -> SAE:
         weights.file,
         Shape(d, n, k, normalize, factor, activation),
         tensors,
-        sites.metadata(
+        hook_names.metadata(
             "llamascopium",
             settings.table,
             lm=settings.text("model_name"),
-            site=sites.from_hook(site),
+            site=hook_names.from_hook(site),
         ),
     )
 
@@ -93,7 +93,7 @@ def read(folder: Path) -> SAE:
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files of an SAE that this format can hold."""
     shape = sae.shape
-    site = sites.to_hook(
+    site = hook_names.to_hook(
         (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site", "") or "unknown"
     )
     tensors = {
@@ -109,9 +109,9 @@ def write(sae: SAE, folder: Path) -> None:
     if shape.normalize == "dataset":
         tensors[f"{_NORM}{site}"] = torch.tensor(math.sqrt(shape.d_model) / shape.factor)
     foreign.write_safetensors(tensors, folder / f"{WEIGHTS}.safetensors")
-    files.write_json(
+    jsonio.write_json(
         folder / CONFIG,
-        sites.carried(sae, "llamascopium")
+        hook_names.carried(sae, "llamascopium")
         | {
             "sae_type": "sae",
             "d_model": shape.d_model,
@@ -128,12 +128,12 @@ def write(sae: SAE, folder: Path) -> None:
     )
 
 
-def _weights(folder: Path) -> Weights:
+def _weights(folder: Path) -> CheckedTensors:
     """Return the tensors of whichever file there is."""
-    if files.exists(folder / f"{WEIGHTS}.safetensors"):
+    if atomic.exists(folder / f"{WEIGHTS}.safetensors"):
         return foreign.safetensors_file(folder / f"{WEIGHTS}.safetensors")
     file = folder / f"{WEIGHTS}.pt"
-    if files.exists(file):
+    if atomic.exists(file):
         return foreign.tensors_of(file, foreign.torch_file(file).get("sae"))
     raise InputError(
         f"{folder} holds a distributed checkpoint; ksparse reads {WEIGHTS}.safetensors and "

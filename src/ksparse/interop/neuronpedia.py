@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ksparse import files
-from ksparse.acts.lm import LM
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
-from ksparse.interop.shown import Example, Shown
-from ksparse.runs import RunFolder
-from ksparse.sae import store
+from ksparse.interop import foreign, hook_names
+from ksparse.interop.latent_examples import Example, LatentExamples
+from ksparse.lm.model import LM
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE
+from ksparse.storage import atomic, jsonio
+from ksparse.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from ksparse.acts.lm import CausalLM
+    from ksparse.lm.loading import CausalLM
 
 BATCH = 128
 _LOGITS, _BINS = 10, 50
@@ -73,9 +73,9 @@ def dashboard(run: RunFolder, folder: Path, publication: Publication = Publicati
         "sae_id_suffix": None,
     }
     count = 0
-    with files.filled(folder, new=True) as folder:
+    with atomic.atomic_dir(folder, new=True) as folder:
         for number, features in enumerate(_batches(shown, sae, lm)):
-            files.write_json(folder / f"batch-{number}.json", head | {"features": features})
+            jsonio.write_json(folder / f"batch-{number}.json", head | {"features": features})
             count += len(features)
     return count
 
@@ -98,7 +98,7 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     release = publication.release or publication.set
     explained = _explanations(run, shown)
     count = 0
-    with files.filled(folder, new=True) as filled:
+    with atomic.atomic_dir(folder, new=True) as filled:
         home = filled / model / source
         home.mkdir(parents=True)
         _lines(
@@ -188,14 +188,14 @@ def bulk(run: RunFolder, folder: Path, publication: Publication = Publication())
     return count
 
 
-def _opened(run: RunFolder, folder: Path) -> tuple[Shown, SAE, LM]:
+def _opened(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
     foreign.new_folder(folder)
-    shown = Shown(run)
-    return shown, store.load(run.path), LM(acts=shown.acts)
+    shown = LatentExamples(run)
+    return shown, serialization.load(run.path), LM(acts=shown.acts)
 
 
-def _layer(shown: Shown) -> int:
-    layer = sites.layer_of(shown.acts.site)
+def _layer(shown: LatentExamples) -> int:
+    layer = hook_names.layer_of(shown.acts.site)
     if layer is None:
         raise InputError(
             f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants "
@@ -208,7 +208,7 @@ def _layer(shown: Shown) -> int:
 
 
 @torch.no_grad()
-def _batches(shown: Shown, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
+def _batches(shown: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
     """Yield the live latents in SAEDashboard's terms, some at a time."""
     unembed, live = unembedding(lm.model), shown.live()
     for first in range(0, len(live), BATCH):
@@ -238,7 +238,7 @@ def unembedding(model: CausalLM) -> Tensor:
     return weight - weight.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
 
 
-def _feature(shown: Shown, latent: int, row: Tensor, logits: Tensor) -> dict[str, Any]:
+def _feature(shown: LatentExamples, latent: int, row: Tensor, logits: Tensor) -> dict[str, Any]:
     top, bottom = logits.topk(min(_LOGITS, len(logits))), (-logits).topk(min(_LOGITS, len(logits)))
     strongest = row.abs().topk(min(3, len(row))).indices
     heights, edges = np.histogram(logits.numpy(), bins=_BINS)
@@ -273,7 +273,7 @@ def _feature(shown: Shown, latent: int, row: Tensor, logits: Tensor) -> dict[str
     }
 
 
-def _examples(shown: Shown, latent: int) -> list[dict[str, Any]]:
+def _examples(shown: LatentExamples, latent: int) -> list[dict[str, Any]]:
     largest = float(shown.arrays["max_act"][latent])
     top = [_example(shown, each, (-1.0, -1.0, largest)) for each in shown.examples(latent, "top")]
     return top + [
@@ -281,7 +281,9 @@ def _examples(shown: Shown, latent: int) -> list[dict[str, Any]]:
     ]
 
 
-def _example(shown: Shown, example: Example, group: tuple[float, float, float]) -> dict[str, Any]:
+def _example(
+    shown: LatentExamples, example: Example, group: tuple[float, float, float]
+) -> dict[str, Any]:
     low, share, high = group
     return {
         "bin_min": low,
@@ -319,7 +321,7 @@ def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> 
         "vector": feature["vector"],
         "vectorLabel": None,
         "vectorDefaultSteerStrength": largest,
-        "hookName": sites.to_hook(site),
+        "hookName": hook_names.to_hook(site),
         "topkCosSimIndices": [],
         "topkCosSimValues": [],
         **{key: value for key, value in feature.items() if key not in elsewhere},
@@ -374,7 +376,7 @@ def _explanation_row(
     }
 
 
-def _explanations(run: RunFolder, shown: Shown) -> dict[int, str]:
+def _explanations(run: RunFolder, shown: LatentExamples) -> dict[int, str]:
     """Return the three best supported N2G patterns of each latent in words; '*' is any token."""
     if run.eval("n2g") is None:
         return {}

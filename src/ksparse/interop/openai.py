@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Settings, Weights
+from ksparse.interop import foreign, hook_names
+from ksparse.interop.foreign import CheckedTensors, Settings
 from ksparse.sae.model import SAE, Shape
 
 WEIGHTS = "autoencoder.pt"
@@ -80,7 +80,9 @@ def read(file: Path) -> SAE:
         file,
         shape,
         tensors,
-        sites.metadata("openai", {"activation": settings.get("activation")}, **_published(file)),
+        hook_names.metadata(
+            "openai", {"activation": settings.get("activation")}, **_published(file)
+        ),
     )
 
 
@@ -103,7 +105,7 @@ def write(sae: SAE, folder: Path) -> None:
     )
 
 
-def _decoder(weights: Weights) -> torch.Tensor:
+def _decoder(weights: CheckedTensors) -> torch.Tensor:
     """Return the decoder [n, d], which is the encoder itself where the two are tied."""
     if "decoder.weight" in weights or "decoder.linear.weight" not in weights:
         return weights.take("decoder.weight", *"dn").t()
@@ -136,4 +138,4 @@ def _published(file: Path) -> dict[str, Any]:
         if location == "mlp_post_act"
         else None
     )
-    return {"lm": sites.from_model(parts[-4]), "site": site, "context": 64}
+    return {"lm": hook_names.from_model(parts[-4]), "site": site, "context": 64}

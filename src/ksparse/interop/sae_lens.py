@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from ksparse import files
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
-from ksparse.interop.foreign import Settings, Weights
+from ksparse.interop import foreign, hook_names
+from ksparse.interop.foreign import CheckedTensors, Settings
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import jsonio
 
 CONFIG, WEIGHTS, SCALER, SPARSITY = (
     "cfg.json",
@@ -139,15 +139,16 @@ def write(sae: SAE, folder: Path) -> None:
             "k": shape.k,
             "rescale_acts_by_decoder_norm": foreign.unit_rows(sae.W_dec.detach()),
         }  # their own default, and the same then
-    carried = sites.carried(sae, "sae_lens")
+    carried = hook_names.carried(sae, "sae_lens")
     config |= {key: carried[key] for key in ("reshape_activations",) if key in carried}
-    files.write_json(
+    jsonio.write_json(
         folder / CONFIG,
-        config | {"metadata": sites.table(carried, "metadata") | _their_metadata(sae, carried)},
+        config
+        | {"metadata": hook_names.table(carried, "metadata") | _their_metadata(sae, carried)},
     )
 
 
-def _check_size(settings: Settings, weights: Weights) -> None:
+def _check_size(settings: Settings, weights: CheckedTensors) -> None:
     for key, letter in (("d_in", "d"), ("d_sae", "n")):
         said = settings.want(key, int, weights.lengths[letter])
         if said != weights.lengths[letter]:
@@ -189,11 +190,11 @@ def _metadata(settings: Settings) -> dict[str, Any]:
     theirs = settings.under("metadata")
     name, hook = theirs.text("model_name"), theirs.text("hook_name")
     text = theirs.text("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
-    return sites.metadata(
+    return hook_names.metadata(
         "sae_lens",
         settings.table,
-        lm=name and sites.from_model(name),
-        site=hook and sites.from_hook(hook),
+        lm=name and hook_names.from_model(name),
+        site=hook and hook_names.from_hook(hook),
         context=theirs.get("context_size"),
         bos=theirs.get("prepend_bos"),
         text=text,
@@ -206,13 +207,13 @@ def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
     """
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
-    hook = sites.to_hook(site)
+    hook = hook_names.to_hook(site)
     known = {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
         "model_name": acts.get("lm"),
         "hook_name": hook or None,
-        "hook_layer": sites.layer_of(site),
+        "hook_layer": hook_names.layer_of(site),
         "hook_head_index": None,
         "context_size": acts.get("context"),
         "dataset_path": acts.get("text"),
@@ -220,9 +221,9 @@ def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
         "model_class_name": "HookedTransformer"
         if hook.startswith("blocks.")
         else "AutoModelForCausalLM",  # whose names hook_name is of
-        "exclude_special_tokens": sites.trained_without_special_tokens(sae),
+        "exclude_special_tokens": hook_names.trained_without_special_tokens(sae),
     }
-    theirs = sites.table(carried, "metadata")
+    theirs = hook_names.table(carried, "metadata")
     own = (
         ("sae_lens_version", "hook_name")
         if theirs.get("hook_name") != hook

@@ -16,11 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ksparse import files
 from ksparse.errors import InputError
-from ksparse.interop import foreign, sites
+from ksparse.interop import foreign, hook_names
 from ksparse.interop.foreign import Settings
 from ksparse.sae.model import SAE, Shape
+from ksparse.storage import jsonio
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 HOLDS = {"topk": ("none",)}
@@ -72,9 +72,9 @@ def write(sae: SAE, folder: Path) -> None:
         },
         folder / WEIGHTS,
     )
-    files.write_json(
+    jsonio.write_json(
         folder / CONFIG,
-        sites.carried(sae, "sparsify")
+        hook_names.carried(sae, "sparsify")
         | {
             "activation": "topk",
             "expansion_factor": 32,
@@ -94,11 +94,11 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     hookpoint = folder.parent.name if folder.name.startswith("seed") else folder.name
     above = folder.parent.parent if folder.name.startswith("seed") else folder.parent
     run = foreign.json_file(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
-    return sites.metadata(
+    return hook_names.metadata(
         "sparsify",
         settings.table,
         lm=run.text("model"),
-        site=sites.from_module(hookpoint),
+        site=hook_names.from_module(hookpoint),
         context=run.get("ctx_len"),
         text=run.text("dataset"),
     )

@@ -18,10 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ksparse.kernels import fast, reference
+from ksparse.kernels import reference, torch_ops
 
-IMPLEMENTATIONS = {"reference": reference, "fast": fast}
-_current: ModuleType = fast
+IMPLEMENTATIONS = {"reference": reference, "fast": torch_ops}
+_current: ModuleType = torch_ops
 
 
 @contextmanager

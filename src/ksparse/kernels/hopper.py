@@ -32,7 +32,7 @@ LONGEST = 16 * WARP
 out."""
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """The constants that hopper.cu is compiled with."""
 
     chunks: int
@@ -85,13 +85,13 @@ def compiler() -> tuple[int, int] | None:
         return None
 
 
-def plan(d: int, c: int) -> Plan | None:
+def plan(d: int, c: int) -> TilePlan | None:
     """Return the constants for rows of d bytes and c candidates, None where there is no kernel for
     them."""
     per = -(-min(LONGEST, 2 * c + 96) // WARP)
     kinds = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
     options = (
-        Plan(-(-d // CHUNK), resident, stages, per, latents)
+        TilePlan(-(-d // CHUNK), resident, stages, per, latents)
         for resident, latents, fewest in kinds
         for stages in range(STAGES, fewest - 1, -1)
     )
@@ -100,7 +100,13 @@ def plan(d: int, c: int) -> Plan | None:
 
 
 def candidates(
-    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, c: int, chosen: Plan
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    c: int,
+    chosen: TilePlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b,
     d] weight[n, d]^T + bias[n], bytes x and weight.
@@ -215,7 +221,7 @@ def _map(rows: Tensor, box: int) -> Any:
 
 
 @functools.cache
-def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
+def _kernel(chosen: TilePlan, index: int) -> ctypes.c_void_p:
     """Return the kernel for these constants, loaded on the current device, number `index`."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(compiled(chosen)))
@@ -226,7 +232,7 @@ def _kernel(chosen: Plan, index: int) -> ctypes.c_void_p:
 
 
 @functools.cache
-def compiled(chosen: Plan) -> bytes:
+def compiled(chosen: TilePlan) -> bytes:
     """Return the machine code for these constants. Raise RuntimeError with the compiler's words
     where it fails."""
     constants = {

@@ -25,8 +25,8 @@ from typing import Final, Literal, overload
 import torch
 from torch import Tensor
 
-from ksparse import files
 from ksparse.errors import DiskError
+from ksparse.storage import atomic
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
@@ -151,7 +151,7 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
     path = (folder or _cache()) / f"native-{key}.so"
     if path.is_file() and _of_this_user(path):
         return path
-    with files.placed(path) as made:  # whole or not at all, also where two processes build
+    with atomic.atomic_file(path) as made:  # whole or not at all, also where two processes build
         subprocess.run(
             [compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)],
             check=True,
@@ -177,7 +177,7 @@ def _cache() -> Path:
     if not home.is_absolute():
         raise NoCache("this user has no home folder; set XDG_CACHE_HOME to a folder of its own")
     folder = home / "ksparse"
-    with files.explained(folder):
+    with atomic.translate_oserrors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         shared = next((above for above in folder.resolve().parents if _open_to_all(above)), None)
         if shared or not _of_this_user(folder):
@@ -239,10 +239,10 @@ def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @overload
-def lower(x: Tensor, kind: Literal[1, 3]) -> tuple[Tensor, Tensor]: ...
+def quantize(x: Tensor, kind: Literal[1, 3]) -> tuple[Tensor, Tensor]: ...
 @overload
-def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]: ...
-def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
+def quantize(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]: ...
+def quantize(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
     """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen`
     wants its latents (kind 3)."""
     b, d = x.shape
@@ -261,7 +261,7 @@ def lower(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
     return out, scale
 
 
-def rescore(
+def rerank(
     low: Tensor,
     x_scale: Tensor | None,
     w_scale: Tensor | None,
@@ -298,7 +298,7 @@ def rescore(
     return values, indices, dropped, spread
 
 
-def screen(
+def candidates(
     low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself

@@ -19,19 +19,19 @@ studies   a study's folder -> its page
 
 from pathlib import Path
 
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 
 
 def write(run: RunFolder) -> Path:
     """Write report.html and its figures from whatever files the run has; return the page's path."""
-    from ksparse import files
     from ksparse.report import page
+    from ksparse.storage import atomic
 
     html, pictures = page.render(run)
     run.remove_leftovers()
     for picture in pictures:
-        files.write_text(run.file("figures", f"{picture.name}.svg"), picture.svg)
-    files.write_text(run.report_file, html)
+        atomic.write_text(run.file("figures", f"{picture.name}.svg"), picture.svg)
+    atomic.write_text(run.report_file, html)
     return run.report_file
 
 

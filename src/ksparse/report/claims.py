@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from ksparse.report.numbers import brief, percent, significant, written
-from ksparse.report.source import Number, Source
+from ksparse.report.source import Number, RunSource
+from ksparse.report.tables import brief, percent, significant, written
 
 Verdict = Literal["holds", "does not hold", "unclear"]
 FAR = 10
@@ -25,14 +25,14 @@ class Claim:
     """Something that a good SAE shows."""
 
     says: str
-    margin: Callable[[Source], Number | None]
-    numbers: Callable[[Source], str]
-    otherwise: str | Callable[[Source], str]
+    margin: Callable[[RunSource], Number | None]
+    numbers: Callable[[RunSource], str]
+    otherwise: str | Callable[[RunSource], str]
     """What it means if it does not hold, and why, as far as the run's other numbers tell."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class ClaimVerdict:
     """A claim and what the run's numbers say of it."""
 
     says: str
@@ -41,7 +41,7 @@ class Judged:
     meaning: str
 
 
-def judged(source: Source) -> list[Judged]:
+def judged(source: RunSource) -> list[ClaimVerdict]:
     """Return the claims that the run's results decide."""
     return [
         _judge(claim, margin, source)
@@ -50,7 +50,7 @@ def judged(source: Source) -> list[Judged]:
     ]
 
 
-def tally(found: list[Judged]) -> str:
+def tally(found: list[ClaimVerdict]) -> str:
     """Return how many hold, in words."""
     counts = {
         name: sum(each.verdict == name for each in found) for name in ("does not hold", "unclear")
@@ -71,7 +71,7 @@ def verdict(margin: Number) -> Verdict:
     return "holds" if margin.value > 0 else "does not hold"
 
 
-def _judge(claim: Claim, margin: Number, source: Source) -> Judged:
+def _judge(claim: Claim, margin: Number, source: RunSource) -> ClaimVerdict:
     found = verdict(margin)
     unclear = (
         "It has no standard error to judge by."
@@ -79,7 +79,7 @@ def _judge(claim: Claim, margin: Number, source: Source) -> Judged:
         else "The difference is within two standard errors; more text, rows or latents may tell."
     )
     otherwise = claim.otherwise if isinstance(claim.otherwise, str) else claim.otherwise(source)
-    return Judged(
+    return ClaimVerdict(
         claim.says,
         found,
         claim.numbers(source),
@@ -90,7 +90,7 @@ def _judge(claim: Claim, margin: Number, source: Source) -> Judged:
 def _gain(says: str, key: str, rival: str, words: str, otherwise: str) -> Claim:
     """Return a claim that the probe loss is below a rival's."""
 
-    def numbers(source: Source) -> str:
+    def numbers(source: RunSource) -> str:
         losses = [
             f"{brief(found.value, 'number')} {what}"
             for name, what in (("probe_loss", "with its latents"), (rival, words))
@@ -108,10 +108,10 @@ def _above_chance(says: str, key: str, otherwise: str) -> Claim:
     """Return a claim that a score of explanations is above that of explanations dealt to the wrong
     latents."""
 
-    def margin(source: Source) -> Number | None:
+    def margin(source: RunSource) -> Number | None:
         return less(source.number("n2g", key), source.number("n2g", f"shuffled_{key}"))
 
-    def numbers(source: Source) -> str:
+    def numbers(source: RunSource) -> str:
         own, chance = (
             _with_se(source.number("n2g", name), "percent") for name in (key, f"shuffled_{key}")
         )
@@ -120,7 +120,7 @@ def _above_chance(says: str, key: str, otherwise: str) -> Claim:
     return Claim(says, margin, numbers, otherwise)
 
 
-def _sparser(source: Source) -> str:
+def _sparser(source: RunSource) -> str:
     ours, theirs = (
         _with_se(source.number("ablation", name), "percent")
         for name in ("ablation_sparsity", "channel_sparsity")
@@ -132,7 +132,7 @@ def _sparser(source: Source) -> str:
     )
 
 
-def _spread(source: Source) -> str:
+def _spread(source: RunSource) -> str:
     """Say whether a latent's effect is on more of the vocabulary, or reaches further into the
     text."""
     here, later, channel_later = (
@@ -156,7 +156,7 @@ def _spread(source: Source) -> str:
     )
 
 
-def _harmless(source: Source) -> Number | None:
+def _harmless(source: RunSource) -> Number | None:
     """Return a tenth of the mean activation's damage less that of the reconstruction."""
     damage = _damage(source)
     tenth = (
@@ -167,7 +167,7 @@ def _harmless(source: Source) -> Number | None:
     return less(tenth, source.number("downstream", "ce_delta"))
 
 
-def _damages(source: Source) -> str:
+def _damages(source: RunSource) -> str:
     added, mean = source.number("downstream", "ce_delta"), _damage(source)
     share = (
         f", {percent(added.value / mean.value)} of the mean activation’s {significant(mean.value)}"
@@ -177,7 +177,7 @@ def _damages(source: Source) -> str:
     return f"Loss added: {_with_se(added, 'number')} nats per token{share}."
 
 
-def _damage(source: Source) -> Number | None:
+def _damage(source: RunSource) -> Number | None:
     """Return the loss that the mean activation adds."""
     return less(source.number("downstream", "ce_mean"), source.number("downstream", "ce_clean"))
 

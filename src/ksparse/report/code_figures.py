@@ -20,15 +20,15 @@ from ksparse.report.figures import (
     save,
     short,
 )
-from ksparse.report.numbers import brief, percent, significant
-from ksparse.report.source import Number, Source, is_number, number
+from ksparse.report.source import Number, RunSource, is_number, number
+from ksparse.report.tables import brief, percent, significant
 from ksparse.report.tokens import safe_text
 
 OTHERS = ((SECOND, "s", "-"), (INK, "^", "-"), (SECOND, "D", ":"), (INK, "v", ":"))
 """Colour, marker and line of the other SAEs, as far as they go."""
 
 
-def pictures(source: Source) -> list[Picture]:
+def pictures(source: RunSource) -> list[Picture]:
     """Return the figures of the evaluations that have been run."""
     results = {
         name: source.result(name) or {}

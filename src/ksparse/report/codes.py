@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ksparse.report import code_figures, latents, numbers
-from ksparse.report.numbers import Group, Row, beside, brief, percent
-from ksparse.report.source import Source, is_number
+from ksparse.report import code_figures, latents, tables
+from ksparse.report.source import RunSource, is_number
+from ksparse.report.tables import NumberGroup, NumberRow, beside, brief, percent
 
 RULES = {
     "first": "fires at the beginning of a context",
@@ -17,7 +17,7 @@ RULES = {
 """What a recurring latent does, by the name of its rule."""
 
 
-def _noise(source: Source) -> str:
+def _noise(source: RunSource) -> str:
     chance = source.number("subspaces", "separation_of_noise")
     return "1: two subspaces" + (
         ""
@@ -27,11 +27,11 @@ def _noise(source: Source) -> str:
 
 
 GROUPS = (
-    Group(
+    NumberGroup(
         "refinement",
         "The best values for the latents that are active",
         (
-            Row(
+            NumberRow(
                 "Normalised MSE, refined",
                 "nmse_refined",
                 "number",
@@ -39,14 +39,14 @@ GROUPS = (
                 "With the values of each token’s active latents at their optimum, at least 0. What "
                 "is left is the choice of latents and the decoder.",
             ),
-            Row(
+            NumberRow(
                 "Loss added, refined",
                 "ce_delta_refined",
                 "number",
                 beside("refinement", "number", ce_delta_raw="as encoded"),
                 "Nats per token that the LM’s loss rises by with the refined reconstruction.",
             ),
-            Row(
+            NumberRow(
                 "Mean shift",
                 "shift_mean",
                 "percent",
@@ -54,14 +54,14 @@ GROUPS = (
                 "Mean of refined less encoded values, in the unit of the mean active value. An L1 "
                 "penalty makes it large.",
             ),
-            Row(
+            NumberRow(
                 "Median shift",
                 "shift_median",
                 "percent",
                 "0 %: as many go up as down",
                 "The same for the value in the middle, which a few large shifts do not move.",
             ),
-            Row(
+            NumberRow(
                 "Values that go up",
                 "upward",
                 "percent",
@@ -70,18 +70,18 @@ GROUPS = (
             ),
         ),
     ),
-    Group(
+    NumberGroup(
         "progressive",
         "Other k, and a threshold in the place of k",
         (
-            Row(
+            NumberRow(
                 "Normalised MSE",
                 "nmse",
                 "number",
                 "What other k are held against, on the same tokens",
                 "With the SAE’s own activation.",
             ),
-            Row(
+            NumberRow(
                 "Loss added (ΔCE)",
                 "ce_delta",
                 "number",
@@ -90,11 +90,11 @@ GROUPS = (
             ),
         ),
     ),
-    Group(
+    NumberGroup(
         "latents",
         "How often and how strongly latents fire",
         (
-            Row(
+            NumberRow(
                 "Density of the densest",
                 "densest_density",
                 "percent",
@@ -102,14 +102,14 @@ GROUPS = (
                 "Mean density of the d_model densest latents. Near 40 % at k = 512 in the paper, "
                 "where codes are dense solutions; a few per cent where they are sparse.",
             ),
-            Row(
+            NumberRow(
                 "Their share of all activations",
                 "densest_share",
                 "percent",
                 "100 %: the others are never used",
                 "Of all activations, those of the d_model densest latents.",
             ),
-            Row(
+            NumberRow(
                 "Opposite pairs",
                 "n_opposite_pairs",
                 "count",
@@ -119,11 +119,11 @@ GROUPS = (
             ),
         ),
     ),
-    Group(
+    NumberGroup(
         "subspaces",
         "Groups of latents with directions of their own",
         (
-            Row(
+            NumberRow(
                 "Separation",
                 "separation",
                 "number",
@@ -131,14 +131,14 @@ GROUPS = (
                 "How much the two sides of the best cut read directions of their own. 0 if both "
                 "read alike; choosing the cut makes it more than 0 even for noise.",
             ),
-            Row(
+            NumberRow(
                 "Latents on the first side",
                 "latents_share",
                 "percent",
                 "25 % in the paper",
                 "Share of the latents that fire.",
             ),
-            Row(
+            NumberRow(
                 "Directions of the first side",
                 "dims_share",
                 "percent",
@@ -150,21 +150,21 @@ GROUPS = (
 )
 
 
-def facts(source: Source) -> dict[str, Any]:
+def facts(source: RunSource) -> dict[str, Any]:
     """Return their numbers, figures and tables, as far as they have been run."""
     asked = [group for group in GROUPS if source.result(group.eval) is not None]
     return {
-        "groups": numbers.table(source, tuple(asked)),
+        "groups": tables.table(source, tuple(asked)),
         "pictures": code_figures.pictures(source),
         "recurring": recurring(source),
         "sides": sides(source),
-        "settings": numbers.settings(source, tuple(asked)),
+        "settings": tables.settings(source, tuple(asked)),
         "missing": [group for group in GROUPS if group not in asked],
         "command": source.command("eval", *(group.eval for group in GROUPS if group not in asked)),
     }
 
 
-def recurring(source: Source) -> list[dict[str, Any]]:
+def recurring(source: RunSource) -> list[dict[str, Any]]:
     """Return the latents that each rule comes nearest to, those it has found first."""
     found, cards = (source.result("latents") or {}).get("recurring") or {}, latents.shown(source)
     return [
@@ -184,7 +184,7 @@ def recurring(source: Source) -> list[dict[str, Any]]:
     ]
 
 
-def sides(source: Source) -> list[dict[str, str]]:
+def sides(source: RunSource) -> list[dict[str, str]]:
     """Return the medians of what latents on both sides are like."""
     found = (source.result("subspaces") or {}).get("sides") or {}
 

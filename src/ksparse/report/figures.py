@@ -21,8 +21,8 @@ from urllib.parse import quote, unquote
 import numpy as np
 from markupsafe import Markup
 
-from ksparse.report.numbers import GAUSSIAN, amount, percent, significant, written
 from ksparse.report.source import Number, is_number
+from ksparse.report.tables import GAUSSIAN, amount, percent, significant, written
 from ksparse.report.tokens import safe_text
 
 INK, GRID, FIRST, SECOND = "#1c1d22", "#dfe1e7", "#3a55c8", "#b4530a"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ksparse.report.source import Arrays, Number, Source, is_number, number
+from ksparse.report.source import Arrays, Number, RunSource, is_number, number
 from ksparse.report.tokens import token_of
 
 PATTERNS = 4
@@ -25,7 +25,7 @@ _ANY = -1
 
 
 @dataclass(frozen=True)
-class Part:
+class PatternPart:
     """A piece of a pattern: a token in quotes, or a sign that stands for something."""
 
     text: str
@@ -33,11 +33,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class PatternView:
     """Tokens in reading order, the value they predict at the last of them, and the number of
     examples that it was built from."""
 
-    parts: list[Part]
+    parts: list[PatternPart]
     value: float
     support: int
 
@@ -46,7 +46,7 @@ class Pattern:
 class Explanation:
     """A latent's patterns, as many as are shown, and its scores if it was among the scored."""
 
-    patterns: list[Pattern]
+    patterns: list[PatternView]
     count: int
     scores: dict[str, float]
 
@@ -54,7 +54,7 @@ class Explanation:
 class Explanations:
     """Reads the patterns of one latent at a time: there may be millions."""
 
-    def __init__(self, source: Source, arrays: Arrays):
+    def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
         self.latents = arrays.whole("pattern_latent")  # sorted
         self.scored = arrays.whole("scored")
@@ -83,7 +83,7 @@ class Explanations:
         known = np.isfinite(self.scores["f1"])
         return self.scored[known][np.argsort(-self.scores["f1"][known], kind="stable")]
 
-    def _patterns(self, first: int, last: int, most: int) -> list[Pattern]:
+    def _patterns(self, first: int, last: int, most: int) -> list[PatternView]:
         if first == last:
             return []
         values, support, anchored = (
@@ -93,7 +93,7 @@ class Explanations:
         starts = self.arrays.rows("pattern_start", first, last + 1)
         shown = np.lexsort((-values, -support))[:most]
         return [
-            Pattern(
+            PatternView(
                 self._parts(
                     self.arrays.rows("pattern_tokens", int(starts[i]), int(starts[i + 1])).tolist(),
                     bool(anchored[i]),
@@ -104,18 +104,18 @@ class Explanations:
             for i in shown
         ]
 
-    def _parts(self, tokens: list[int], anchored: bool) -> list[Part]:
-        parts = [Part("^", sign=True)] if anchored else []
+    def _parts(self, tokens: list[int], anchored: bool) -> list[PatternPart]:
+        parts = [PatternPart("^", sign=True)] if anchored else []
         for token, run in groupby(tokens):
             count = len(list(run))
             if token == _ANY:
-                parts.append(Part("*" if count == 1 else f"*×{count}", sign=True))
+                parts.append(PatternPart("*" if count == 1 else f"*×{count}", sign=True))
             else:
-                parts += [Part(f'"{token_of(self.vocabulary, token)}"')] * count
-        return parts if len(parts) <= PARTS else [Part("…", sign=True), *parts[-PARTS:]]
+                parts += [PatternPart(f'"{token_of(self.vocabulary, token)}"')] * count
+        return parts if len(parts) <= PARTS else [PatternPart("…", sign=True), *parts[-PARTS:]]
 
 
-def explanations(source: Source) -> Explanations | None:
+def explanations(source: RunSource) -> Explanations | None:
     """Return the reader of explanations, or None without them."""
     arrays = source.arrays("n2g")
     return (
@@ -135,10 +135,10 @@ class Effect:
     sparsity: float | None
 
 
-class Effects:
+class EffectsReader:
     """Reads the table of one latent at a time."""
 
-    def __init__(self, source: Source, arrays: Arrays):
+    def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
         self.latents = arrays.whole("latent")
 
@@ -167,18 +167,18 @@ class Effects:
         ]
 
 
-def effects(source: Source) -> Effects | None:
+def effects(source: RunSource) -> EffectsReader | None:
     """Return the reader of effects, or None without them."""
     arrays = source.arrays("ablation")
     return (
-        Effects(source, arrays)
+        EffectsReader(source, arrays)
         if arrays is not None and source.result("ablation") is not None
         else None
     )
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbeTask:
     """A probe task: the latent that was best on its training half, and losses on its test half by
     the names of the result."""
 
@@ -210,7 +210,7 @@ LOSSES = (
 )
 
 
-def tasks(source: Source) -> list[Task]:
+def tasks(source: RunSource) -> list[ProbeTask]:
     """Return the probe tasks, those with the largest gain first and those without one last."""
     found = (source.result("probes") or {}).get("tasks")
     made = (
@@ -221,11 +221,11 @@ def tasks(source: Source) -> list[Task]:
     return sorted(made, key=lambda task: (task.gain is None, -(task.gain or 0), task.name))
 
 
-def _task(name: str, found: dict[str, Any]) -> Task:
+def _task(name: str, found: dict[str, Any]) -> ProbeTask:
     def whole(key: str) -> int | None:
         return int(found[key]) if is_number(found.get(key)) else None
 
-    return Task(
+    return ProbeTask(
         name,
         whole("latent"),
         {key: number(found.get(key)) for key in LOSSES},

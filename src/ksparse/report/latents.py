@@ -11,8 +11,8 @@ import numpy as np
 from ksparse.report import figures, findings
 from ksparse.report.figures import Picture
 from ksparse.report.findings import Effect, Explanation
-from ksparse.report.numbers import decimals
-from ksparse.report.source import Arrays, Source
+from ksparse.report.source import Arrays, RunSource
+from ksparse.report.tables import decimals
 from ksparse.report.tokens import is_right_to_left, token_of
 
 DENSEST, RANDOM, RAREST = 4, 12, 4
@@ -24,7 +24,7 @@ EXAMPLES = 6
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextRun:
     """Some tokens that look alike: one that the latent fires on, or a stretch of text where it does
     not."""
 
@@ -38,15 +38,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleView:
     """A stretch of text around one token on which the latent fires."""
 
     value: float
-    pieces: list[Piece]
+    pieces: list[TextRun]
 
 
 @dataclass(frozen=True)
-class Card:
+class LatentCard:
     """One latent."""
 
     number: int
@@ -54,8 +54,8 @@ class Card:
     mean: float
     largest: float
     cosine: float
-    top: list[Example]
-    random: list[Example]
+    top: list[ExampleView]
+    random: list[ExampleView]
     explanation: Explanation | None = None
     effect: Effect | None = None
     tasks: tuple[str, ...] = ()
@@ -67,15 +67,15 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Sample:
+class LatentSample:
     """Some latents that were chosen alike."""
 
     title: str
     why: str
-    cards: list[Card]
+    cards: list[LatentCard]
 
 
-def pictures(source: Source) -> list[Picture]:
+def pictures(source: RunSource) -> list[Picture]:
     """Return the figures over all latents."""
     stats, arrays = source.result("stats") or {}, source.arrays("stats")
     recipe, histogram = source.recipe, stats.get("density_histogram") or {}
@@ -91,19 +91,19 @@ def pictures(source: Source) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
-def samples(source: Source) -> list[Sample]:
+def samples(source: RunSource) -> list[LatentSample]:
     """Return the cards of each sample; nothing without the arrays of `stats`."""
     groups, arrays = chosen(source), source.arrays("stats")
     if not groups or arrays is None:
         return []
     reader = _Reader(source, arrays)
     return [
-        Sample(title, why, [reader.card(latent) for latent in latents])
+        LatentSample(title, why, [reader.card(latent) for latent in latents])
         for title, why, latents in groups
     ]
 
 
-def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
+def chosen(source: RunSource) -> list[tuple[str, str, list[int]]]:
     """Return (title, why, latents) of each sample, each latent in one: the densest, some at random,
     the rarest, and what evaluations single out."""
     arrays = source.arrays("stats")
@@ -161,7 +161,7 @@ def chosen(source: Source) -> list[tuple[str, str, list[int]]]:
     return [group for group in groups if group[2]]
 
 
-def shown(source: Source) -> set[int]:
+def shown(source: RunSource) -> set[int]:
     """Return the latents that have a card on the page."""
     return {latent for _, _, latents in chosen(source) for latent in latents}
 
@@ -179,7 +179,7 @@ def choose(density: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class _Reader:
     """Reads the rows of one latent and makes its card."""
 
-    def __init__(self, source: Source, arrays: Arrays):
+    def __init__(self, source: RunSource, arrays: Arrays):
         stats = source.result("stats") or {}
         window, self.none = stats.get("window") or {}, stats.get("options", {}).get("examples") == 0
         self.arrays, self.vocabulary = arrays, source.vocabulary
@@ -190,11 +190,11 @@ class _Reader:
         )
         self.after, self.before = int(window.get("after", 0)), int(window.get("before", 0))
 
-    def card(self, latent: int) -> Card:
+    def card(self, latent: int) -> LatentCard:
         density, mean, largest, cosine = (
             self._one(name, latent) for name in ("density", "mean_act", "max_act", "cosine")
         )
-        return Card(
+        return LatentCard(
             latent,
             density,
             mean,
@@ -210,7 +210,7 @@ class _Reader:
     def _one(self, name: str, latent: int) -> float:
         return float(np.nan_to_num(self.arrays.row(name, latent)))
 
-    def _examples(self, kind: str, latent: int, largest: float) -> list[Example]:
+    def _examples(self, kind: str, latent: int, largest: float) -> list[ExampleView]:
         if self.none:
             return []
         context, position, value, acts = (
@@ -230,7 +230,7 @@ class _Reader:
 
     def _example(
         self, context: int, position: int, value: float, acts: np.ndarray, largest: float
-    ) -> Example:
+    ) -> ExampleView:
         tokens = self.arrays.row("contexts", context)
         shown = []
         for offset, act in zip(
@@ -239,31 +239,33 @@ class _Reader:
         ):
             if 0 <= offset < len(tokens) and tokens[offset] >= 0:
                 shown.append(self._piece(int(tokens[offset]), act, largest, offset == position))
-        return Example(min(value, largest), join(shown))  # examples are float16 and may round up
+        return ExampleView(
+            min(value, largest), join(shown)
+        )  # examples are float16 and may round up
 
-    def _piece(self, token: int, act: float, largest: float, peak: bool) -> Piece:
+    def _piece(self, token: int, act: float, largest: float, peak: bool) -> TextRun:
         heat = min(1.0, act / largest) if act > 0 and largest > 0 else 0.0
         text = token_of(self.vocabulary, token)
-        return Piece(text, act if heat else 0.0, round(heat, 2), peak, is_right_to_left(text))
+        return TextRun(text, act if heat else 0.0, round(heat, 2), peak, is_right_to_left(text))
 
 
-def join(pieces: list[Piece]) -> list[Piece]:
+def join(pieces: list[TextRun]) -> list[TextRun]:
     """Join neighbours on which the latent does not fire, so that a page has an element only where
     there is something to say."""
-    joined: list[Piece] = []
+    joined: list[TextRun] = []
     for piece in pieces:
         if joined and _quiet(piece) and _quiet(joined[-1]):
-            joined[-1] = Piece(joined[-1].text + piece.text)
+            joined[-1] = TextRun(joined[-1].text + piece.text)
         else:
             joined.append(piece)
     return joined
 
 
-def _quiet(piece: Piece) -> bool:
+def _quiet(piece: TextRun) -> bool:
     return not (piece.value or piece.peak or piece.apart)
 
 
-def facts(source: Source) -> dict[str, Any]:
+def facts(source: RunSource) -> dict[str, Any]:
     """Return what the section on latents shows."""
     arrays = source.arrays("stats")
     count = len(arrays.whole("density")) if arrays is not None else None

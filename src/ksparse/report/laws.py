@@ -24,9 +24,9 @@ from ksparse.report.figures import (
     short,
     thousands,
 )
-from ksparse.report.numbers import percent, significant
-from ksparse.scaling.forms import Columns
-from ksparse.scaling.law import evaluate
+from ksparse.report.tables import percent, significant
+from ksparse.scaling.laws.forms import Columns
+from ksparse.scaling.laws.law import evaluate
 
 _MARKS = "osD^vPX<>hp*"
 Law = dict[str, Any]

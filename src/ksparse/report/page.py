@@ -14,14 +14,14 @@ from typing import Any
 
 import jinja2
 
-from ksparse import recipe as recipes
+from ksparse import config as recipes
+from ksparse.config import WITH_AUXK, Recipe
 from ksparse.errors import KsparseError
-from ksparse.recipe import WITH_AUXK, Recipe
-from ksparse.report import claims, codes, figures, findings, latents, numbers, probes
+from ksparse.report import claims, codes, figures, findings, latents, probes, tables
 from ksparse.report.figures import Picture
-from ksparse.report.source import DamagedResult, Source, is_number
+from ksparse.report.source import DamagedResult, RunSource, is_number
 from ksparse.report.tokens import safe_text
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 
 _ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What values of odd types raise."""
@@ -45,7 +45,7 @@ class Section:
 
     anchor: str
     title: str
-    facts: Callable[[Source], dict[str, Any]]
+    facts: Callable[[RunSource], dict[str, Any]]
 
     @property
     def template(self) -> str:
@@ -54,7 +54,7 @@ class Section:
 
 def render(run: RunFolder) -> tuple[str, list[Picture]]:
     """Return the page and the pictures on it."""
-    source = Source(run)
+    source = RunSource(run)
     while True:
         try:
             return _page(source)
@@ -70,7 +70,7 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
             source.leave_out(name, f"{run.eval_file(name)}: {why}")
 
 
-def _page(source: Source) -> tuple[str, list[Picture]]:
+def _page(source: RunSource) -> tuple[str, list[Picture]]:
     shown = [(section, section.facts(source)) for section in SECTIONS]
     html = (
         environment()
@@ -85,11 +85,11 @@ def _page(source: Source) -> tuple[str, list[Picture]]:
     return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
 
 
-def _culprit(source: Source) -> str | None:
+def _culprit(source: RunSource) -> str | None:
     """Return the result without which there would be a page: its sum is right, what it holds is
     not."""
     for name in source.read():
-        rest = Source(source.run)
+        rest = RunSource(source.run)
         rest.do_without([name, *source.left_out])
         with suppress(*_ODD, DamagedResult):
             _page(rest)
@@ -110,21 +110,21 @@ def environment() -> jinja2.Environment:
             safe_text(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
         ),
     )
-    made.filters |= {"percent": numbers.percent}
+    made.filters |= {"percent": tables.percent}
     return made
 
 
 # ---- the top -------------------------------------------------------------------------------------
 
 
-def summary(source: Source) -> str:
+def summary(source: RunSource) -> str:
     """Return what there is to say of a run in one sentence; what was not measured is left out."""
     recipe = source.recipe
     seen = tokens_seen(source)
     trained = (
-        f"trained on {numbers.amount(seen)}"
+        f"trained on {tables.amount(seen)}"
         if seen
-        else f"to be trained on {numbers.amount(recipe.tokens)}"
+        else f"to be trained on {tables.amount(recipe.tokens)}"
     )
     what = (
         f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} "
@@ -142,11 +142,11 @@ def summary(source: Source) -> str:
     )
     said = []
     if explained:
-        said.append(f"it explains {numbers.percent(explained.value)} of their variance")
+        said.append(f"it explains {tables.percent(explained.value)} of their variance")
     if added and clean and spliced:
         said.append(
             "with its reconstructions in their place the LM's loss rises by "
-            f"{numbers.significant(added.value, 2)} nats per "
+            f"{tables.significant(added.value, 2)} nats per "
             f"token, from {clean.value:.2f} to {spliced.value:.2f}"
         )
     return what + (": " if said else "") + ", and ".join(said) + "."
@@ -161,7 +161,7 @@ def called(lm: str) -> str:
     )
 
 
-def tokens_seen(source: Source) -> int:
+def tokens_seen(source: RunSource) -> int:
     """Return the tokens that the metrics say were trained on."""
     last = source.metrics[-1].get("tokens") if source.metrics else None
     return int(last) if is_number(last) else 0
@@ -170,7 +170,7 @@ def tokens_seen(source: Source) -> int:
 # ---- the sections --------------------------------------------------------------------------------
 
 
-def subject(source: Source) -> dict[str, Any]:
+def subject(source: RunSource) -> dict[str, Any]:
     """Return what was trained on what, and on which machine."""
     recipe = source.recipe
     text = source.run.recipe_file.read_text(encoding="utf-8")
@@ -182,7 +182,7 @@ def subject(source: Source) -> dict[str, Any]:
     }
 
 
-def what(recipe: Recipe, source: Source) -> dict[str, str]:
+def what(recipe: Recipe, source: RunSource) -> dict[str, str]:
     acts, sae, seen = recipe.acts, recipe.sae, tokens_seen(source)
     text = " · ".join(
         part for part in (acts.text, acts.text_config, acts.text_split) if part and part != "train"
@@ -218,16 +218,16 @@ def what(recipe: Recipe, source: Source) -> dict[str, str]:
     }
 
 
-def machine(source: Source) -> dict[str, str]:
+def machine(source: RunSource) -> dict[str, str]:
     """Return the hardware, the versions and the time, as far as the run recorded them."""
     found, last = source.environment, source.metrics[-1] if source.metrics else {}
     facts = {
         "Hardware": hardware(found),
         "System": found.get("platform"),
-        "Versions": numbers.plain(found.get("versions") or {}),
+        "Versions": tables.plain(found.get("versions") or {}),
     }
     if is_number(last.get("seconds")):
-        facts["Time"] = numbers.duration(last["seconds"])
+        facts["Time"] = tables.duration(last["seconds"])
     if is_number(last.get("tokens_per_s")):
         facts["Speed"] = f"{last['tokens_per_s']:,.0f} tokens per second"
     return {key: str(value) for key, value in facts.items() if value}
@@ -236,27 +236,27 @@ def machine(source: Source) -> dict[str, str]:
 def hardware(found: dict[str, Any]) -> str:
     threads = f"{found['threads']} CPU threads" if found.get("threads") else ""
     parts = [
-        numbers.plain(found.get("gpus") or ""),
-        numbers.plain(found.get("processor") or ""),
+        tables.plain(found.get("gpus") or ""),
+        tables.plain(found.get("processor") or ""),
         threads,
     ]
     return ", ".join(part for part in parts if part)
 
 
-def quality(source: Source) -> dict[str, Any]:
+def quality(source: RunSource) -> dict[str, Any]:
     """Return the claims, the numbers behind them, and the figures that show more than a mean
     does."""
     judged = claims.judged(source)
     return {
         "claims": judged,
         "tally": claims.tally(judged),
-        "groups": numbers.table(source),
+        "groups": tables.table(source),
         "pictures": evaluated(source),
-        "settings": numbers.settings(source),
+        "settings": tables.settings(source),
     }
 
 
-def evaluated(source: Source) -> list[Picture]:
+def evaluated(source: RunSource) -> list[Picture]:
     """Return the figures of explanations and ablations."""
     drawn = [
         figures.explained(
@@ -281,7 +281,7 @@ def evaluated(source: Source) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
-def training(source: Source) -> dict[str, Any]:
+def training(source: RunSource) -> dict[str, Any]:
     held_out = source.number("stats", "nmse")
     skipped = source.metrics[-1].get("skipped") if source.metrics else 0
     return {
@@ -296,7 +296,7 @@ def training(source: Source) -> dict[str, Any]:
     }
 
 
-def again(source: Source) -> dict[str, Any]:
+def again(source: RunSource) -> dict[str, Any]:
     """Return the commands that make this run and this page again."""
     train = ["ksparse", "train", f"{source.place}/recipe.toml", "--out", AGAIN]
     if not source.recipe.threads and is_number(source.environment.get("threads")):
@@ -314,10 +314,10 @@ def again(source: Source) -> dict[str, Any]:
     }
 
 
-def evaluations(source: Source) -> list[str]:
+def evaluations(source: RunSource) -> list[str]:
     """Return the commands of the results that there are, one for all whose options agree."""
     calls: list[tuple[list[str], dict[str, Any]]] = []
-    for group in (*numbers.GROUPS, *codes.GROUPS):
+    for group in (*tables.GROUPS, *codes.GROUPS):
         result = source.result(group.eval)
         if result is None:
             continue

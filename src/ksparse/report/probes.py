@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ksparse.report import figures, findings, latents
-from ksparse.report.findings import Task
-from ksparse.report.numbers import plain, written
-from ksparse.report.source import Number, Source
+from ksparse.report.findings import ProbeTask
+from ksparse.report.source import Number, RunSource
+from ksparse.report.tables import plain, written
 
 
-def facts(source: Source) -> dict[str, Any]:
+def facts(source: RunSource) -> dict[str, Any]:
     """Return the figure of all tasks, and their numbers as a table."""
     result, found, cards = (
         source.result("probes") or {},
@@ -33,7 +33,7 @@ def facts(source: Source) -> dict[str, Any]:
     }
 
 
-def _row(task: Task, cards: set[int]) -> dict[str, Any]:
+def _row(task: ProbeTask, cards: set[int]) -> dict[str, Any]:
     """Return a task as the table has it."""
     halves = " + ".join("?" if rows is None else f"{rows:,}" for rows in task.rows)
     return {

@@ -13,10 +13,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ksparse import files
+from ksparse.config import Recipe
 from ksparse.errors import CorruptError
-from ksparse.recipe import Recipe
-from ksparse.runs import RunFolder
+from ksparse.storage import jsonio
+from ksparse.storage.run_folder import RunFolder
 
 log = logging.getLogger("ksparse")
 
@@ -46,7 +46,7 @@ class Number:
 
 
 @dataclass
-class Source:
+class RunSource:
     """What the sections read. A result that is not there is None, never an error; so is a damaged
     one."""
 
@@ -73,7 +73,7 @@ class Source:
         """Return the string of each token id, or nothing if no evaluation wrote it."""
         file = self.run.eval_file("vocabulary")
         try:
-            return files.read_strings(file) if file.is_file() else []
+            return jsonio.read_strings(file) if file.is_file() else []
         except CorruptError as error:
             self.leave_out("vocabulary", str(error))
             return []

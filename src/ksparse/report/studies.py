@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ksparse import files
 from ksparse.errors import InputError
 from ksparse.report.figures import INK, Picture, canvas, save, short, thousands
-from ksparse.report.numbers import significant
 from ksparse.report.page import environment
 from ksparse.report.source import is_number
+from ksparse.report.tables import significant
 from ksparse.report.tokens import safe_text
+from ksparse.storage import atomic, checksums, jsonio
 
 COLOURS = ("#3a55c8", "#b4530a", "#1b8a5a", "#a8328f", "#7a6a00", "#0b7f9c", "#c0392b", "#6b6f7a")
 MARKS = "os^Dv<>P"
@@ -43,21 +43,21 @@ def write(folder: Path | str) -> Path:
         )
     )
     for picture in pictures:
-        name = files.plain_name(picture.name, folder / "study.json")
-        files.write_text(files.inside(folder, "figures", f"{name}.svg"), picture.svg)
-    files.write_text(files.inside(folder, "report.html"), html)
+        name = checksums.plain_name(picture.name, folder / "study.json")
+        atomic.write_text(atomic.inside(folder, "figures", f"{name}.svg"), picture.svg)
+    atomic.write_text(atomic.inside(folder, "report.html"), html)
     return folder / "report.html"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Return a study's answer; raise InputError where there is none."""
-    if not files.inside(folder, "study.json").is_file():
+    if not atomic.inside(folder, "study.json").is_file():
         raise InputError(
             f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` "
             "makes one"
         )
-    found = files.read_table(folder / "study.json", name=str, members=dict, figures=list)
-    files.check_format(folder / "study.json", found.get("format", 1), 1)
+    found = jsonio.read_table(folder / "study.json", name=str, members=dict, figures=list)
+    jsonio.check_format(folder / "study.json", found.get("format", 1), 1)
     return found
 
 

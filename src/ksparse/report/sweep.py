@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from ksparse import files
 from ksparse.errors import CorruptError
 from ksparse.report import laws as figures
 from ksparse.report.figures import Picture, short
-from ksparse.report.numbers import percent
 from ksparse.report.page import environment
-from ksparse.scaling.forms import LAWS, Columns
-from ksparse.scaling.points import read
+from ksparse.report.tables import percent
+from ksparse.scaling.laws.forms import LAWS, Columns
+from ksparse.scaling.laws.points import read
+from ksparse.storage import atomic, jsonio
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Sweep:
     @cached_property
     def found(self) -> dict[str, Any]:
         """Return law.json."""
-        found = files.read_json(files.inside(self.folder, "law.json"))
+        found = jsonio.read_json(atomic.inside(self.folder, "law.json"))
         if isinstance(found, dict):
-            files.check_format(self.folder / "law.json", found.get("format", 1), 1)
+            jsonio.check_format(self.folder / "law.json", found.get("format", 1), 1)
         if (
             not isinstance(found, dict)
             or not isinstance(found.get("laws"), dict)
@@ -53,12 +53,12 @@ class Sweep:
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:
         """Return points.csv."""
-        return read(files.inside(self.folder, "points.csv"), ("n", "k", "loss"))
+        return read(atomic.inside(self.folder, "points.csv"), ("n", "k", "loss"))
 
     @cached_property
     def curves(self) -> dict[str, np.ndarray]:
         """Return the subject's curves.csv with compute as c; empty without one."""
-        file = files.inside(self.folder, "curves.csv")
+        file = atomic.inside(self.folder, "curves.csv")
         if not file.is_file():
             return {}
         rows = read(file, ("run", "n", "k", "flops", "loss"))
@@ -129,8 +129,8 @@ def write(folder: Path) -> Path:
         )
     )
     for picture in pictures:
-        files.write_text(files.inside(folder, "figures", f"{picture.name}.svg"), picture.svg)
-    files.write_text(files.inside(folder, "report.html"), html)
+        atomic.write_text(atomic.inside(folder, "figures", f"{picture.name}.svg"), picture.svg)
+    atomic.write_text(atomic.inside(folder, "report.html"), html)
     return folder / "report.html"
 
 

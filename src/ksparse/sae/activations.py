@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ksparse import kernels, recipe
+from ksparse import config, kernels
 
 SETTLED = 4096  # activations on which a threshold is set: L0 is then known to about 1 %
 _NUMBERS = 2**24  # pre-activations in memory at once
@@ -33,7 +33,7 @@ SPARSE = 8
 products are faster (docs/lab-book.md)."""
 
 
-class Weights(Protocol):
+class HasWeights(Protocol):
     """What activations read of an autoencoder; each only its own tensors."""
 
     @property
@@ -52,7 +52,7 @@ class Weights(Protocol):
     def pre_acts_normalized(self, x: Tensor) -> Tensor: ...
 
 
-class Chosen(NamedTuple):
+class SparsePreActs(NamedTuple):
     """Products of the latents that count for each token: of all, [b, n], or of those listed in
     indices[b, m]; `real` says which of them do."""
 
@@ -98,7 +98,7 @@ def listed(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     return indices, torch.arange(width, device=mask.device) < counts[:, None]
 
 
-Options_co = TypeVar("Options_co", bound=recipe.Activation, covariant=True)
+Options_co = TypeVar("Options_co", bound=config.ActivationConfig, covariant=True)
 """The options of one kind."""
 
 
@@ -117,43 +117,43 @@ class Activation(Generic[Options_co]):
         """Return the shape of one of its tensors, for n latents."""
         return (n,)
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         """Return which latents have a value above 0 in use, as bool[b, n]."""
         raise NotImplementedError
 
-    def reach(self, sae: Weights, products: Tensor) -> Tensor:
+    def reach(self, sae: HasWeights, products: Tensor) -> Tensor:
         """Return which latents have a value or a gradient other than 0 in training, as bool[b,
         n]."""
         return self.active(sae, products)
 
-    def values(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def values(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         """Return the values >= 0 of chosen latents, with gradient, in the shape of the products; 0
         where they are not real."""
         raise NotImplementedError
 
-    def constrain_(self, sae: Weights) -> None:
+    def constrain_(self, sae: HasWeights) -> None:
         """Bring its tensors back to where they mean something, after a step, in place."""
 
-    def settle_(self, sae: Weights, x: Tensor) -> None:
+    def settle_(self, sae: HasWeights, x: Tensor) -> None:
         """Set tensors that are followed to what these very weights need, on normalised activations
         x[b, d], in place."""
 
 
-class TopK(Activation[recipe.TopK]):
+class TopK(Activation[config.TopKConfig]):
     """z = ReLU(TopK(a)); `SAE.code` chooses, for any k."""
 
 
 class ReLU(Activation[Options_co]):
     """z = ReLU(a)."""
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         return products + sae.b_enc > 0
 
-    def values(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def values(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         return torch.relu(chosen.products + chosen.of(sae.b_enc)) * chosen.real
 
 
-class BatchTopK(ReLU[recipe.BatchTopK]):
+class BatchTopK(ReLU[config.BatchTopKConfig]):
     """z = ReLU(a) of the b k largest of a batch of b tokens; in use, of those above a threshold, so
     that no token depends on another."""
 
@@ -162,34 +162,34 @@ class BatchTopK(ReLU[recipe.BatchTopK]):
     def shape(self, name: str, n: int) -> tuple[int, ...]:
         return (1,)
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         return products + sae.b_enc > sae.threshold.clamp_min(0)
 
-    def reach(self, sae: Weights, products: Tensor) -> Tensor:
+    def reach(self, sae: HasWeights, products: Tensor) -> Tensor:
         return largest(products + sae.b_enc, len(products) * sae.k, guess=sae.threshold.item() / 2)
 
     @torch.no_grad()
-    def settle_(self, sae: Weights, x: Tensor) -> None:
+    def settle_(self, sae: HasWeights, x: Tensor) -> None:
         sae.threshold.fill_(threshold_for(sae, x[:SETTLED]))
 
 
-class JumpReLU(Activation[recipe.JumpReLU]):
+class JumpReLU(Activation[config.JumpReLUConfig]):
     """z = a where a > threshold. The thresholds get gradients by a kernel estimate over a window
     (`_Jump`, `_Step`)."""
 
     own = ("threshold",)
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         return products + sae.b_enc > sae.threshold.clamp_min(0)
 
-    def reach(self, sae: Weights, products: Tensor) -> Tensor:
+    def reach(self, sae: HasWeights, products: Tensor) -> Tensor:
         return products + sae.b_enc > sae.threshold - self.window(sae) / 2
 
-    def window(self, sae: Weights) -> float:
+    def window(self, sae: HasWeights) -> float:
         """Return the width of the window, in the unit of this autoencoder's inputs."""
         return self.options.bandwidth * sae.input_norm
 
-    def values(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def values(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         return (
             _Jump.apply(
                 chosen.products + chosen.of(sae.b_enc), chosen.of(sae.threshold), self.window(sae)
@@ -198,10 +198,10 @@ class JumpReLU(Activation[recipe.JumpReLU]):
         )
 
     @torch.no_grad()
-    def constrain_(self, sae: Weights) -> None:
+    def constrain_(self, sae: HasWeights) -> None:
         sae.threshold.clamp_(min=0.0)  # a value below 0 is no activation
 
-    def count(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def count(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         """Return the number of active latents of each token, [b], with the thresholds' gradient."""
         return (
             _Step.apply(
@@ -213,36 +213,36 @@ class JumpReLU(Activation[recipe.JumpReLU]):
         ).sum(1)
 
 
-class Gated(Activation[recipe.Gated]):
+class Gated(Activation[config.GatedConfig]):
     """z = ReLU(exp(r_mag) p + b_mag) where a = p + b_enc > 0: gates and magnitudes share W_enc up
     to a factor."""
 
     own = ("r_mag", "b_mag")
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         return self.reach(sae, products) & (sae.r_mag.exp() * products + sae.b_mag > 0)
 
-    def reach(self, sae: Weights, products: Tensor) -> Tensor:
+    def reach(self, sae: HasWeights, products: Tensor) -> Tensor:
         return products + sae.b_enc > 0
 
-    def values(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def values(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         gates = chosen.real & (chosen.products.detach() + chosen.of(sae.b_enc.detach()) > 0)
         return (
             torch.relu(chosen.of(sae.r_mag).exp() * chosen.products + chosen.of(sae.b_mag)) * gates
         )
 
-    def gates(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def gates(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         """Return ReLU(a), what the penalty and the auxiliary loss are about."""
         return torch.relu(chosen.products + chosen.of(sae.b_enc)) * chosen.real
 
 
-class ProLU(Activation[recipe.ProLU]):
+class ProLU(Activation[config.ProLUConfig]):
     """z = p where p > 0 and a = p + b_enc > 0: the bias decides and is not added."""
 
-    def active(self, sae: Weights, products: Tensor) -> Tensor:
+    def active(self, sae: HasWeights, products: Tensor) -> Tensor:
         return (products > 0) & (products + sae.b_enc > 0)
 
-    def values(self, sae: Weights, chosen: Chosen) -> Tensor:
+    def values(self, sae: HasWeights, chosen: SparsePreActs) -> Tensor:
         return (
             _ProLU.apply(chosen.products, chosen.of(sae.b_enc), self.options.gradient) * chosen.real
         )
@@ -258,17 +258,17 @@ KINDS: dict[str, type[Activation[Any]]] = {
 }
 
 
-def of(options: recipe.Activation) -> Activation[recipe.Activation]:
+def build_activation(options: config.ActivationConfig) -> Activation[config.ActivationConfig]:
     """Return the activation of a recipe."""
     return KINDS[options.kind](options)
 
 
-def in_use(kind: str) -> Activation[recipe.Activation]:
+def in_use(kind: str) -> Activation[config.ActivationConfig]:
     """Return the activation of an autoencoder in use; its training options are the defaults."""
-    return of(recipe.ACTIVATIONS[kind]())
+    return build_activation(config.ACTIVATION_CONFIGS[kind]())
 
 
-def threshold_for(sae: Weights, x: Tensor) -> float:
+def threshold_for(sae: HasWeights, x: Tensor) -> float:
     """Return the value above which k latents are active on average on normalised activations x[b,
     d]; 0 if fewer are positive."""
     count = len(x) * sae.k

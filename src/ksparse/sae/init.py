@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ksparse.recipe import SAE as Options
+from ksparse.config import SAEConfig as Options
 from ksparse.sae.activations import threshold_for
 from ksparse.sae.model import SAE
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ksparse import kernels
 from ksparse.errors import InputError
 from ksparse.sae import activations
-from ksparse.sae.normalize import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
+from ksparse.sae.normalization import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
 
 KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
 """Tensors of every autoencoder; `SAE.keys` has those of its activation too."""
@@ -269,7 +269,7 @@ class SAE(nn.Module):
             indices, real = activations.listed(self.activation.active(self, products))
         chosen = kernels.selected(x, self.b_pre, self.W_enc, None, indices, products)
         return Code(
-            self.activation.values(self, activations.Chosen(chosen, indices, real)), indices
+            self.activation.values(self, activations.SparsePreActs(chosen, indices, real)), indices
         )
 
     def products(self, x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import InputError
-from ksparse.options import StudyOptions
 from ksparse.studies import ablations, baselines, gaussian, sites
 from ksparse.studies.study import Observe, Study
 
@@ -44,7 +44,7 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
 
 def run(
     name: str,
-    options: StudyOptions = StudyOptions(),
+    options: StudyConfig = StudyConfig(),
     *,
     observe: Observe = lambda what, done, total: None,
 ) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ksparse.recipe import Recipe
-from ksparse.studies.study import Curve, Figure, Study, said
+from ksparse.config import Recipe
+from ksparse.studies.study import Figure, Study, StudyCurve, said
 
 TOKENS, LATENTS, K = 800_000, 8192, 16
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def study(study: Study) -> dict[str, Any]:
                 "tokens",
                 "dead latents",
                 [
-                    Curve(
+                    StudyCurve(
                         member,
                         [row["tokens"] for row in rows[member]],
                         [row["dead"] for row in rows[member]],
@@ -64,7 +64,7 @@ def study(study: Study) -> dict[str, Any]:
                 "tokens",
                 "normalised MSE",
                 [
-                    Curve(
+                    StudyCurve(
                         member,
                         [row["tokens"] for row in rows[member]],
                         [row["nmse"] for row in rows[member]],

@@ -9,8 +9,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ksparse.recipe import Activation, BatchTopK, Gated, JumpReLU, ProLU, Recipe, ReLU, TopK
-from ksparse.studies.study import Curve, Figure, Fitted, Study, at_k, between, points, said
+from ksparse.config import (
+    ActivationConfig,
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    ProLUConfig,
+    Recipe,
+    ReLUConfig,
+    TopKConfig,
+)
+from ksparse.studies.study import Figure, Fitted, Study, StudyCurve, at_k, between, points, said
 
 TOKENS, LATENTS, K = 400_000, 2048, 32
 SPARSITIES = (1 / 4, 1 / 2, 1, 2, 4)
@@ -52,7 +61,7 @@ def study(study: Study) -> dict[str, Any]:
                 "At equal error, the kinds still differ in what they cost the LM.",
                 "normalised MSE",
                 "delta CE, nats per token",
-                [Curve(kind, error[kind].y, loss[kind].y, loss[kind].se) for kind in kinds],
+                [StudyCurve(kind, error[kind].y, loss[kind].y, loss[kind].se) for kind in kinds],
                 "xy",
             ),
         ],
@@ -66,7 +75,9 @@ def recipes(study: Study) -> dict[str, Recipe]:
     n, middle = options.n_latents or LATENTS, options.k or K
     found: dict[str, Recipe] = {}
 
-    def add(kind: str, activation: Activation, word: str, k: int = middle, **changes: Any) -> None:
+    def add(
+        kind: str, activation: ActivationConfig, word: str, k: int = middle, **changes: Any
+    ) -> None:
         for seed in range(options.seeds):
             name = f"{kind} {word}" + (f" seed{seed}" if options.seeds > 1 else "")
             found[name] = study.recipe(
@@ -75,17 +86,17 @@ def recipes(study: Study) -> dict[str, Recipe]:
 
     for share in SPARSITIES:
         k = max(1, min(n, round(share * middle)))
-        add("TopK", TopK(), f"k{k}", k)
+        add("TopK", TopKConfig(), f"k{k}", k)
         if 4 * k <= n:
-            add("Multi-TopK", TopK(), f"k{k}", k, multi_topk=MULTI)
+            add("Multi-TopK", TopKConfig(), f"k{k}", k, multi_topk=MULTI)
         if share in (SPARSITIES[0], 1, SPARSITIES[-1]):
-            add("BatchTopK", BatchTopK(), f"k{k}", k)
-            add("JumpReLU", JumpReLU(bandwidth=BANDWIDTH), f"k{k}", k)
-    penalised: dict[str, Callable[..., Activation]] = {
-        "ReLU": ReLU,
-        "Gated": Gated,
-        "ProLU-STE": ProLU,
-        "ProLU-ReLU": functools.partial(ProLU, gradient="relu"),
+            add("BatchTopK", BatchTopKConfig(), f"k{k}", k)
+            add("JumpReLU", JumpReLUConfig(bandwidth=BANDWIDTH), f"k{k}", k)
+    penalised: dict[str, Callable[..., ActivationConfig]] = {
+        "ReLU": ReLUConfig,
+        "Gated": GatedConfig,
+        "ProLU-STE": ProLUConfig,
+        "ProLU-ReLU": functools.partial(ProLUConfig, gradient="relu"),
     }
     for share in PENALTIES:
         for kind, make in penalised.items():
@@ -123,7 +134,7 @@ def _at_4k(study: Study, members: dict[str, Recipe]) -> dict[str, dict[str, Any]
     )
 
 
-def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure:
+def _frontier(name: str, title: str, y: str, curves: dict[str, StudyCurve]) -> Figure:
     return Figure(
         name,
         title,
@@ -136,7 +147,7 @@ def _frontier(name: str, title: str, y: str, curves: dict[str, Curve]) -> Figure
     )
 
 
-def _rivals(loss: dict[str, Curve], error: dict[str, Curve]) -> list[str]:
+def _rivals(loss: dict[str, StudyCurve], error: dict[str, StudyCurve]) -> list[str]:
     """Say, for each other kind, how it compares with TopK at TopK's own values of L0, or, where it
     is never so sparse, at its own lowest."""
     found = []
@@ -167,7 +178,7 @@ def _less(one: tuple[float, float | None], other: tuple[float, float | None]) ->
     return {"value": one[0] - other[0], "se": math.hypot(one[1] or 0.0, other[1] or 0.0)}
 
 
-def _beyond(kind: str, loss: dict[str, Curve]) -> str:
+def _beyond(kind: str, loss: dict[str, StudyCurve]) -> str:
     """Say how the sparsest of a kind that is never as sparse as TopK compares with the densest
     TopK; curves go by rising L0."""
     theirs, ours = _known(loss[kind]), _known(loss["TopK"])
@@ -182,7 +193,7 @@ def _beyond(kind: str, loss: dict[str, Curve]) -> str:
     )
 
 
-def _known(curve: Curve) -> list[tuple[float, float, float | None]]:
+def _known(curve: StudyCurve) -> list[tuple[float, float, float | None]]:
     """Return the points (x, y, standard error) of a curve that have a value."""
     errors = curve.se or [None] * len(curve.x)
     return [

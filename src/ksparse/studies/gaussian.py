@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksparse.acts.stream import Batch, Cursor
-from ksparse.recipe import Curve as CurveOptions
-from ksparse.recipe import Recipe
-from ksparse.studies.study import Curve, Figure, Study, power_law, said
-from ksparse.training.feed import Feed
+from ksparse.config import CurveConfig as CurveOptions
+from ksparse.config import Recipe
+from ksparse.data.base import ActivationBatch, Cursor
+from ksparse.studies.study import Figure, Study, StudyCurve, power_law, said
+from ksparse.training.source import ActivationSource
 
 TOKENS, LATENTS, K, SIZES = 600_000, 8192, 16, 6
 HELD_OUT = 16_384
@@ -71,7 +71,7 @@ def study(study: Study) -> dict[str, Any]:
                 "normalised MSE",
                 [
                     *(
-                        Curve(
+                        StudyCurve(
                             kind,
                             [n for n, found in sizes.items() for _ in found],
                             [loss for found in sizes.values() for loss in found],
@@ -79,7 +79,7 @@ def study(study: Study) -> dict[str, Any]:
                         for kind, sizes in losses.items()
                     ),
                     *(
-                        Curve(
+                        StudyCurve(
                             f"{kind}: n^{fits[kind]['exponent']['value']:.3f}",
                             list(sizes),
                             [
@@ -126,7 +126,7 @@ def recipes(study: Study, kind: str) -> dict[str, Recipe]:
     return found
 
 
-class GaussianFeed(Feed):
+class GaussianFeed(ActivationSource):
     """Gaussian rows with mean and covariance of the normalised activations that `real` names, in
     the place of these."""
 
@@ -167,11 +167,11 @@ class GaussianStream:
             .to(self.device)
         )
 
-    def batches(self, cursor: Cursor | None = None) -> Generator[Batch, None, None]:
+    def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
         step = cursor["step"] if cursor else 0
         while True:
             step += 1
-            yield Batch(
+            yield ActivationBatch(
                 self.rows(self.batch, step),
                 torch.zeros(self.batch, dtype=torch.long),
                 {"step": step},

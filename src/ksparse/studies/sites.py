@@ -7,12 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ksparse.acts import shards
-from ksparse.acts.lm import LM, resolve_device
-from ksparse.acts.sites import sites_of
-from ksparse.acts.text import Corpus
-from ksparse.recipe import Recipe
-from ksparse.studies.study import Curve, Figure, Study, said
+from ksparse.config import Recipe
+from ksparse.data import shards
+from ksparse.data.contexts import Corpus
+from ksparse.device import resolve_device
+from ksparse.lm.model import LM
+from ksparse.lm.sites import sites_of
+from ksparse.studies.study import Figure, Study, StudyCurve, said
 
 TOKENS, LATENTS, K = 200_000, 2048, 32
 
@@ -125,7 +126,7 @@ def _by_layer(
     key: str,
 ) -> Figure:
     curves = [
-        Curve(
+        StudyCurve(
             kind,
             [int(member.rpartition(".")[2]) for member in some],
             [results[member][of][key]["value"] for member in some],
@@ -155,7 +156,7 @@ def _by_position(
     """Draw the residual stream after each layer."""
     some = kinds.get("resid_post") or next(iter(kinds.values()))
     curves = [
-        Curve(
+        StudyCurve(
             member,
             results[member]["positions"][at],
             [each["value"] for each in results[member]["positions"][key]],

@@ -23,16 +23,17 @@ from typing import Any, TypedDict
 
 import torch
 
-from ksparse import evals, files
+from ksparse.config import ActivationConfig, Recipe
+from ksparse.config import SAEConfig as SAEOptions
+from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import CorruptError, InputError
-from ksparse.options import EvalOptions, StudyOptions
-from ksparse.recipe import SAE as SAEOptions
-from ksparse.recipe import Activation, Recipe
-from ksparse.runs import RunFolder, open_run
-from ksparse.sae import store
+from ksparse.evals import runner
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE
-from ksparse.training.feed import Feed
-from ksparse.training.loop import train_cohort
+from ksparse.storage import atomic, jsonio
+from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.training.source import ActivationSource
+from ksparse.training.train import train_many
 
 log = logging.getLogger("ksparse")
 
@@ -51,7 +52,7 @@ class Fitted(TypedDict):
 
 
 @dataclass(frozen=True)
-class Curve:
+class StudyCurve:
     """Points of one thing: x, y and the standard errors of y, or none."""
 
     label: str
@@ -71,7 +72,7 @@ class Figure:
     caption: str
     x: str
     y: str
-    curves: list[Curve]
+    curves: list[StudyCurve]
     log: str = ""
     """Which axes are logarithmic: "", x, y or xy."""
 
@@ -79,7 +80,7 @@ class Figure:
 class Study:
     """One study on disk, and the recipe that its members start from."""
 
-    def __init__(self, name: str, options: StudyOptions, observe: Observe):
+    def __init__(self, name: str, options: StudyConfig, observe: Observe):
         self.name, self.options, self.observe = name, options, observe
         self.path = Path(options.out or f"studies/{name}")
         self.began = time.monotonic()
@@ -106,7 +107,7 @@ class Study:
         tokens: int,
         n: int,
         k: int,
-        activation: Activation | None = None,
+        activation: ActivationConfig | None = None,
         seed: int = 0,
         **changes: Any,
     ) -> Recipe:
@@ -127,7 +128,7 @@ class Study:
 
     def run(self, member: str) -> RunFolder:
         """Return a member's folder, named so that a shell takes it as one word."""
-        return RunFolder(files.inside(self.path, "runs", re.sub(r"[^\w.-]+", "_", member)))
+        return RunFolder(atomic.inside(self.path, "runs", re.sub(r"[^\w.-]+", "_", member)))
 
     # ---- training
 
@@ -136,7 +137,7 @@ class Study:
         members: dict[str, Recipe],
         *,
         what: str = "training",
-        open_feed: Callable[[Recipe, torch.device], Feed] = Feed,
+        open_feed: Callable[[Recipe, torch.device], ActivationSource] = ActivationSource,
     ) -> None:
         """Train members on one stream; those that are finished stay as they are."""
         names = {self.run(member).path: member for member in members}
@@ -149,7 +150,7 @@ class Study:
             done[names[run.path]] = row["tokens"]
             self.observe(what, sum(done.values()), total)
 
-        train_cohort(
+        train_many(
             list(members.values()),
             [self.run(member).path for member in members],
             observe=observe,
@@ -171,7 +172,7 @@ class Study:
 
         source: the member whose SAE is judged under a name; change: what is made of it before.
         """
-        options = EvalOptions(
+        options = EvalConfig(
             tokens=self.options.eval_tokens, examples=0, device=self.options.device
         )
         found: dict[str, dict[str, Any]] = {
@@ -182,9 +183,10 @@ class Study:
         for first in range(0, len(missing), TOGETHER):
             some = missing[first : first + TOGETHER]
             saes = {
-                member: change(member, store.load(self.run(source(member)).path)) for member in some
+                member: change(member, serialization.load(self.run(source(member)).path))
+                for member in some
             }
-            results = evals.evaluate_many(
+            results = runner.evaluate_many(
                 saes,
                 None,
                 names,
@@ -194,14 +196,14 @@ class Study:
                 ),
             )
             for member in some:
-                evals.write(self.run(member), results[member])
+                runner.write(self.run(member), results[member])
                 found[member] = {name: dict(results[member][name]) for name in names}
         return found
 
     def _judging(self, which: str, what: str, done: int, total: int) -> None:
         self.observe(which, done, total)
 
-    def _judged(self, member: str, name: str, options: EvalOptions) -> dict[str, Any] | None:
+    def _judged(self, member: str, name: str, options: EvalConfig) -> dict[str, Any] | None:
         try:
             result = self.run(member).eval(name)
         except CorruptError as error:
@@ -223,7 +225,7 @@ class Study:
             "text": self.acts.text,
         }
         figures = [dataclasses.asdict(figure) for figure in found.pop("figures")]
-        files.write_json(
+        jsonio.write_json(
             self.path / "study.json",
             {
                 **about,
@@ -252,7 +254,9 @@ def at_k(sae: SAE, k: int) -> SAE:
     return made
 
 
-def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequence[str]) -> Curve:
+def points(
+    results: dict[str, dict[str, Any]], y: str, of: str, members: Sequence[str]
+) -> StudyCurve:
     """Return members' values of `y` of one evaluation against their L0, by rising L0;
     unlabelled."""
     rows = sorted(
@@ -264,10 +268,10 @@ def points(results: dict[str, dict[str, Any]], y: str, of: str, members: Sequenc
         for member in members
     )
     x, values, errors = ([row[i] for row in rows] for i in range(3))
-    return Curve("", x, values, errors)
+    return StudyCurve("", x, values, errors)
 
 
-def between(curve: Curve, x: float) -> tuple[float, float] | None:
+def between(curve: StudyCurve, x: float) -> tuple[float, float] | None:
     """Return (y, its standard error) at x by a straight line between logarithms of neighbouring
     points; None outside of the points."""
     rows = [

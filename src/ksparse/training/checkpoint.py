@@ -31,17 +31,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ksparse import files
+from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import CorruptError, DiskError, InputError, PeerError
-from ksparse.mesh import ALONE, Mesh
-from ksparse.runs import RunFolder, piece
-from ksparse.sae import store
+from ksparse.sae import serialization
 from ksparse.sae.model import Shape
-from ksparse.training.optim import Optimizer
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder, shard_file
+from ksparse.training.steps.autograd import AutogradStep
 
 
 @dataclass
-class State:
+class TrainState:
     """What changes during training besides the weights."""
 
     since: torch.Tensor
@@ -67,7 +67,7 @@ class State:
 
 FORMAT = 2
 """Of state.json: 1 had no number, and nothing else is different."""
-STATE: dict[str, files.Types] = {
+STATE: dict[str, jsonio.Types] = {
     "step": int,
     "tokens": int,
     "cursor": (dict, type(None)),
@@ -75,7 +75,7 @@ STATE: dict[str, files.Types] = {
     "updates": int,
 }
 """The keys that state.json must have."""
-MORE: dict[str, files.Types] = {
+MORE: dict[str, jsonio.Types] = {
     "skipped": int,
     "converged": bool,
     "flops_auxk": (int, float),
@@ -84,7 +84,7 @@ MORE: dict[str, files.Types] = {
     "mesh": list,
 }
 """Those that it may lack."""
-CURSORS: tuple[dict[str, files.Types], ...] = (
+CURSORS: tuple[dict[str, jsonio.Types], ...] = (
     {"block": int, "place": list, "skip": int, "batch": int},
     {"step": int},
 )
@@ -95,23 +95,25 @@ class Saver:
     """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is
     raised by the next call."""
 
-    def __init__(self, mesh: Mesh = ALONE, *, behind: bool = False):
+    def __init__(self, mesh: Mesh = SINGLE_PROCESS, *, behind: bool = False):
         self.mesh, self.behind = mesh, behind
         self.thread: threading.Thread | None = None
         self.wrong: BaseException | None = None
 
-    def save(self, run: RunFolder, state: State, optimizer: Optimizer) -> None:
+    def save(self, run: RunFolder, state: TrainState, optimizer: AutogradStep) -> None:
         """Take what is to be saved, and write it, now or while training goes on."""
         self.wait()
         if not self.behind:
             save(run, state, optimizer)
             return
         self.thread = threading.Thread(
-            target=self._work, args=(run, take(state, optimizer, copied=True)), name="ksparse-saver"
+            target=self._work,
+            args=(run, snapshot(state, optimizer, copied=True)),
+            name="ksparse-saver",
         )
         self.thread.start()
 
-    def _work(self, run: RunFolder, taken: Taken) -> None:
+    def _work(self, run: RunFolder, taken: Snapshot) -> None:
         try:
             commit(run, taken, self.mesh)
         except BaseException as error:  # whatever it is, whoever saves next is to have it
@@ -131,7 +133,7 @@ class Saver:
             self.thread = None
 
 
-class Taken(NamedTuple):
+class Snapshot(NamedTuple):
     """A checkpoint in memory: the whole's shape, metadata and facts, and tensors of this process's
     slice."""
 
@@ -144,12 +146,12 @@ class Taken(NamedTuple):
     keep: int
 
 
-def save(run: RunFolder, state: State, optimizer: Optimizer) -> None:
+def save(run: RunFolder, state: TrainState, optimizer: AutogradStep) -> None:
     """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
-    commit(run, take(state, optimizer, copied=False), optimizer.mesh)
+    commit(run, snapshot(state, optimizer, copied=False), optimizer.mesh)
 
 
-def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
+def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Snapshot:
     """Return what is to be saved; copies on the CPU, so that training may go on, where that is
     asked for."""
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
@@ -170,7 +172,7 @@ def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
         key: value.detach().to("cpu", copy=True) if copied else value
         for key, value in {**optimizer.tensors(), "since": state.since}.items()
     }
-    return Taken(
+    return Snapshot(
         replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent),
         metadata,
         copy.deepcopy({**facts, "updates": optimizer.updates}),
@@ -181,20 +183,22 @@ def take(state: State, optimizer: Optimizer, *, copied: bool) -> Taken:
     )
 
 
-def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
+def commit(run: RunFolder, taken: Snapshot, mesh: Mesh = SINGLE_PROCESS) -> None:
     """Write what was taken, on a mesh each process its slice; the first commits it and removes all
     but the newest `run.keep`."""
     path = run.checkpoint(taken.facts["step"])
     with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
         if mesh.data_rank == 0:
-            store.write_weights(taken.weights, tmp / piece("sae", mesh.latent_rank, mesh.latent))
+            serialization.write_weights(
+                taken.weights, tmp / shard_file("sae", mesh.latent_rank, mesh.latent)
+            )
             save_file(
                 {key: value.contiguous() for key, value in taken.tensors.items()},
-                tmp / piece("optim", mesh.latent_rank, mesh.latent),
+                tmp / shard_file("optim", mesh.latent_rank, mesh.latent),
             )
         if mesh.first:
-            store.write_shape(taken.shape, taken.metadata, tmp)
-            files.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
+            serialization.write_shape(taken.shape, taken.metadata, tmp)
+            jsonio.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
     if mesh.first:
         there = run.checkpoints()
         newest = there.index(path) + 1
@@ -202,7 +206,7 @@ def commit(run: RunFolder, taken: Taken, mesh: Mesh = ALONE) -> None:
             *there[: max(0, newest - taken.keep)],
             *there[newest:],
         ):  # a later one was damaged, or it would have been gone on from
-            files.remove(old)
+            atomic.remove(old)
 
 
 @contextmanager
@@ -210,12 +214,12 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
     """Yield, on every process, the temporary folder that the first one commits once all have
     written; where one fails, nothing is committed."""
     if mesh.size == 1:
-        with files.committed(path, **facts) as tmp:
+        with checksums.checksummed_dir(path, **facts) as tmp:
             yield tmp
         return
     named = False
     try:
-        with files.committed(path, **facts) if mesh.first else nullcontext() as tmp:
+        with checksums.checksummed_dir(path, **facts) if mesh.first else nullcontext() as tmp:
             name = mesh.told("folder", tmp.name if tmp else "", "save")
             named = True
             if not name:
@@ -225,7 +229,7 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
                 )
             written = False
             try:
-                with files.explained(path):
+                with atomic.translate_oserrors(path):
                     yield path.parent / name
                 written = True
             finally:
@@ -240,14 +244,14 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
             mesh.told("folder", "", "save")
 
 
-def dead_fraction(state: State, dead_after: int, mesh: Mesh = ALONE) -> float:
+def dead_fraction(state: TrainState, dead_after: int, mesh: Mesh = SINGLE_PROCESS) -> float:
     """Return the share of latents, over all slices, that have not been active for `dead_after`
     tokens."""
     share = (state.since >= dead_after).float().mean()
     return (mesh.sum("dead", share, "latent") / mesh.latent).item()
 
 
-def load(path: Path, optimizer: Optimizer) -> State:
+def load(path: Path, optimizer: AutogradStep) -> TrainState:
     """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found,
     and return the state."""
     facts = read_state(path / "state.json")
@@ -256,7 +260,9 @@ def load(path: Path, optimizer: Optimizer) -> State:
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()
     }
     mesh, n = optimizer.mesh, sae.shape.n_latents
-    weights = store.rows_of(path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None)
+    weights = serialization.rows_of(
+        path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None
+    )
     followed = sae.activation.own if sae.activation.running else ()
     shapes |= {  # older files have none
         f"average.{key}": shapes[f"raw.{key}"] for key in followed if f"average.{key}" in weights
@@ -274,12 +280,12 @@ def load(path: Path, optimizer: Optimizer) -> State:
     }
     tensors = weights.all(shapes, counts)
     optimizer.restore(tensors, facts.pop("updates"))
-    return State(since=tensors["since"].to(sae.W_enc.device), **facts)
+    return TrainState(since=tensors["since"].to(sae.W_enc.device), **facts)
 
 
 def read_state(file: Path) -> dict[str, Any]:
     """Read state.json; raise CorruptError, naming the key, for what a run cannot go on from."""
-    facts = files.read_numbered(file, FORMAT, STATE, MORE, unnumbered=1)
+    facts = jsonio.read_numbered(file, FORMAT, STATE, MORE, unnumbered=1)
     cursor = facts["cursor"]
     if cursor is not None:
         keys = next((keys for keys in CURSORS if set(keys) == set(cursor)), None)
@@ -289,7 +295,7 @@ def read_state(file: Path) -> dict[str, Any]:
                 f"{file}: 'cursor' has the keys {', '.join(cursor)[:80] or 'none'}, expected "
                 f"{known}"
             )
-        files.check_keys(file, cursor, keys, "cursor.")
+        jsonio.check_keys(file, cursor, keys, "cursor.")
     numbers = {**facts, **{f"cursor.{key}": value for key, value in (cursor or {}).items()}}
     for name, length in (("mesh", 2), ("cursor.place", 3)):
         values = numbers.get(name, [1] * length)
@@ -311,7 +317,7 @@ def read_state(file: Path) -> dict[str, Any]:
     return facts
 
 
-def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
+def check_room(runs: Sequence[tuple[RunFolder, AutogradStep]]) -> None:
     """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written,
     of all these runs together."""
     needed = 0
@@ -338,7 +344,7 @@ def check_room(runs: Sequence[tuple[RunFolder, Optimizer]]) -> None:
 
 def check_same(run: RunFolder, asked: Any) -> None:
     """Raise InputError, naming the keys, if a run's recipe is not the one asked for."""
-    from ksparse.recipe import differences
+    from ksparse.config import differences
 
     changed = differences(run.recipe().identity(), asked.identity())
     if changed:

@@ -7,9 +7,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ksparse.config import Recipe, flat, to_dict
 from ksparse.errors import InputError
-from ksparse.recipe import Recipe, flat, to_dict
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 
 Send = Callable[[dict[str, Any]], None]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ksparse.recipe import Recipe
+from ksparse.config import Recipe
 from ksparse.sae.model import SAE, Code
 
 SIZE = 0.2
@@ -25,7 +25,9 @@ def resampling(step: int, recipe: Recipe) -> bool:
 
 
 @torch.no_grad()
-def starts(sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int) -> dict[str, Tensor] | None:
+def resample_dead(
+    sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int
+) -> dict[str, Tensor] | None:
     """Return new values of the tensors of the dead latents, from activations of x[b, d] drawn by
     their squared error; None if there is none.
 

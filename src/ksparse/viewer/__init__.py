@@ -21,7 +21,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from ksparse.runs import RunFolder
+from ksparse.storage.run_folder import RunFolder
 
 Observe = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -31,9 +31,9 @@ def export(
     run: RunFolder, folder: Path, *, observe: Observe = lambda what, done, total: None
 ) -> Path:
     """Write the static pages of a run into a folder of their own; return the page to open."""
-    from ksparse.viewer import site
+    from ksparse.viewer import static_site
 
-    return site.write(run, folder, observe=observe)
+    return static_site.write(run, folder, observe=observe)
 
 
 def listen(port: int) -> socket.socket:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.report.source import Arrays
-from ksparse.viewer.reading import Reading, number
+from ksparse.viewer.run_data import RunData, number
 from ksparse.viewer.weights import Decoder
 
 ROWS = 50
@@ -115,7 +115,7 @@ LISTED = {"n2g": "scored", "ablation": "latent"}
 class Columns:
     """The columns of a run, by key."""
 
-    def __init__(self, reading: Reading, decoder: Decoder):
+    def __init__(self, reading: RunData, decoder: Decoder):
         self.reading, self.decoder = reading, decoder
         self.all = {column.key: column for column in COLUMNS if reading.has(column.eval)}
         if reading.source.run.checkpoints():

@@ -13,7 +13,7 @@ from ksparse.report import findings
 from ksparse.report.source import Arrays
 from ksparse.viewer.columns import Columns
 from ksparse.viewer.index import Index
-from ksparse.viewer.reading import Reading, number
+from ksparse.viewer.run_data import RunData, number
 
 PATTERNS = 12
 """Patterns shown of a latent."""
@@ -24,7 +24,7 @@ BEFORE_EFFECT = 16
 class Details:
     """Reads the rows of a block of latents in each array."""
 
-    def __init__(self, reading: Reading, columns: Columns, index: Index):
+    def __init__(self, reading: RunData, columns: Columns, index: Index):
         self.reading, self.columns, self.index = reading, columns, index
 
     def piece(self, first: int, last: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ksparse.report import findings
 from ksparse.report.tokens import safe_text
-from ksparse.viewer.reading import Reading, number
+from ksparse.viewer.run_data import RunData, number
 
 OF_TOKEN = 50
 """Latents listed of a token."""
@@ -18,7 +18,7 @@ OF_TOKEN = 50
 class Index:
     """From tasks and tokens to latents."""
 
-    def __init__(self, reading: Reading):
+    def __init__(self, reading: RunData):
         self.reading = reading
 
     @cached_property
@@ -35,7 +35,7 @@ class Index:
             for task in findings.tasks(self.reading.source)
         ]
 
-    def _task(self, task: findings.Task, listed: list[Any]) -> dict[str, Any]:
+    def _task(self, task: findings.ProbeTask, listed: list[Any]) -> dict[str, Any]:
         best = dict.fromkeys(
             [task.latent, *(entry.get("latent") for entry in listed if isinstance(entry, dict))]
         )

@@ -10,10 +10,10 @@ import os
 import re
 from typing import Any
 
-from ksparse import files
 from ksparse.errors import CorruptError, InputError
-from ksparse.runs import RunFolder
-from ksparse.viewer.reading import written
+from ksparse.storage import atomic, jsonio
+from ksparse.storage.run_folder import RunFolder
+from ksparse.viewer.run_data import written
 
 FORMAT, LONGEST = 1, 1000
 MEND = "mend it, or move it away to begin anew"
@@ -51,20 +51,20 @@ class Labels:
         if len(label) > LONGEST:
             raise InputError(f"a label has {len(label):,} characters; at most {LONGEST:,} are kept")
         entry = {"label": label.encode("utf-8", "replace").decode().strip(), "star": star}
-        with files.locked(self.folder, ".labels.lock", wait=PATIENCE, advice="try again"):
+        with atomic.locked(self.folder, ".labels.lock", wait=PATIENCE, advice="try again"):
             latents = self._table()
             latents.pop(str(latent), None)
             if entry["label"] or star:
                 latents[str(latent)] = entry
             ordered = {key: latents[key] for key in sorted(latents, key=_order)}
-            files.write_text(self.file, self._dumps({"format": FORMAT, "latents": ordered}) + "\n")
+            atomic.write_text(self.file, self._dumps({"format": FORMAT, "latents": ordered}) + "\n")
         return entry
 
     def _table(self) -> dict[str, dict[str, Any]]:
         """Return the file's table as it is: also what a reader wrote there by hand is kept."""
-        if not os.path.lexists(files.inside(self.folder, self.file.name)):
+        if not os.path.lexists(atomic.inside(self.folder, self.file.name)):
             return {}
-        content = files.read_json(self.file)
+        content = jsonio.read_json(self.file)
         ours = isinstance(content, dict) and content.get("format") == FORMAT
         latents = content.get("latents") if ours else None
         if not isinstance(latents, dict) or not all(isinstance(e, dict) for e in latents.values()):

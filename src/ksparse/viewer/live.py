@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
-from ksparse.runs import RunFolder
-from ksparse.viewer.reading import number, written
+from ksparse.storage.run_folder import RunFolder
+from ksparse.viewer.run_data import number, written
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ksparse.acts.lm import LM
+    from ksparse.lm.model import LM
     from ksparse.sae.model import SAE, Code
     from ksparse.steering import Change, Comparison
 
@@ -41,8 +41,9 @@ class Live:
 
     @cached_property
     def _loaded(self) -> tuple[SAE, LM]:
-        from ksparse.acts.lm import LM, resolve_device
-        from ksparse.sae.store import load
+        from ksparse.device import resolve_device
+        from ksparse.lm.model import LM
+        from ksparse.sae.serialization import load
 
         recipe = self.run.recipe()
         device = resolve_device("auto")
@@ -136,7 +137,7 @@ class Live:
         return text, tokens, [safe_token(token) for token in lm.tokens(text)]
 
     def _strings(self, lm: LM, tokens: list[int]) -> list[str]:
-        from ksparse.acts.text import token_strings
+        from ksparse.lm.tokens import token_strings
 
         return [safe_token(token) for token in token_strings(lm.tokenizer, tokens)]
 

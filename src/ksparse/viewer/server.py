@@ -26,14 +26,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
 
-from ksparse import files
 from ksparse.errors import InputError, Interrupted, KsparseError, NonFiniteError
 from ksparse.report.tokens import safe_text
-from ksparse.runs import RunFolder
-from ksparse.viewer import site
+from ksparse.storage import atomic
+from ksparse.storage.run_folder import RunFolder
+from ksparse.viewer import static_site
 from ksparse.viewer.labels import Labels
 from ksparse.viewer.live import Live
-from ksparse.viewer.pieces import Pieces
+from ksparse.viewer.resources import Resources
 
 try:
     import h11
@@ -200,16 +200,16 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        if name == "report.html" and files.inside(run.path, name).is_file():
+        if name == "report.html" and atomic.inside(run.path, name).is_file():
             return Response(
                 run.report_file.read_bytes(),
                 media_type="text/html; charset=utf-8",
                 headers={"Content-Security-Policy": REPORT_POLICY},
             )
-        kind = site.ASSETS.get(name)
+        kind = static_site.ASSETS.get(name)
         return (
             Response(
-                site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'),
+                static_site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'),
                 media_type=kind,
             )
             if kind
@@ -260,15 +260,15 @@ class Fresh:
 
     def __init__(self, run: RunFolder):
         self.run, self._lock = run, threading.Lock()
-        self._made: tuple[list[tuple[str, int]], Pieces] | None = None
+        self._made: tuple[list[tuple[str, int]], Resources] | None = None
 
-    def now(self) -> Pieces:
+    def now(self) -> Resources:
         """Return the pieces, made anew if a result or a checkpoint is another than before."""
         found = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
         stamp = [(file.name, file.stat().st_mtime_ns) for file in found if file.exists()]
         with self._lock:
             if self._made is None or stamp != self._made[0]:
-                self._made = stamp, Pieces(self.run, block=1)
+                self._made = stamp, Resources(self.run, block=1)
             return self._made[1]
 
 
@@ -394,7 +394,7 @@ class Guard:
             for name, value in scope["headers"]
         }
         why = refusal(scope["method"], headers)
-        of_the_run = scope["path"].removeprefix("/") not in {"", *site.ASSETS}
+        of_the_run = scope["path"].removeprefix("/") not in {"", *static_site.ASSETS}
         if not why and of_the_run and not self._knows(scope, headers):
             why = (
                 "open the address that `ksparse view` printed when it began: it ends in a "

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from ksparse.errors import InputError
-from ksparse.runs import RunFolder, pieces
+from ksparse.storage.run_folder import RunFolder, shard_files
 
 NEIGHBOURS = 12
 """Nearest latents that are shown of each."""
@@ -37,7 +37,7 @@ class Decoder:
                 f"{'; '.join(wrong) or 'nothing has been saved yet'}"
             )
         parts = []
-        for file in pieces(checkpoint, "sae"):
+        for file in shard_files(checkpoint, "sae"):
             with safe_open(file, framework="np") as tensors:
                 parts.append(tensors.get_tensor("W_dec").astype(np.float32, copy=False))
         rows = np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,44 @@
+"""How often and how strongly each latent fires: sums over the text, for whichever evaluation
+asks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import SAEBatch
+
+
+class Moments(Metric):
+    """Sums of each latent's activation to the powers 0 (how often it is above 0) to 4, sums[5, n],
+    and its largest, [n]."""
+
+    def __init__(self, subject: EvalContext):
+        super().__init__(subject)
+        n = subject.sae.shape.n_latents
+        self.sums, self.largest, self.tokens = (
+            torch.zeros(5, n, dtype=torch.float64),
+            torch.zeros(n),
+            0,
+        )
+
+    def see(self, seen: SAEBatch) -> None:
+        values, indices = (part.cpu() for part in seen.code)
+        active = values > 0
+        values, indices = values[active], indices[active]
+        for power, sums in enumerate(self.sums):
+            sums.index_add_(0, indices, values.double() ** power)
+        self.largest.scatter_reduce_(0, indices, values.float(), "amax")
+        self.tokens += len(active)
+
+    @property
+    def means(self) -> Tensor:
+        """The means of the same powers over all tokens, [5, n]: density, E[a], E[a^2], E[a^3],
+        E[a^4]."""
+        return self.sums / max(1, self.tokens)
+
+    @property
+    def mean_act(self) -> Tensor:
+        """The mean activation over tokens where the latent fires, [n]."""
+        return self.sums[1] / self.sums[0].clamp_min(1)

@@ -1,0 +1,332 @@
+"""Candidates for the k largest by a product in low precision, as Triton kernels: whoever asks
+computes their exact values and chooses among them.
+
+    rows ─▶ lower: bfloat16, or int8 with a scale for each row
+    x, low, bias ─▶ tiles: product, the best few keys of each bucket ─▶ keys[b, candidates] ─▶ the c
+    largest, and a bound on all others
+
+A key is a float32 as an integer of the same order whose lowest bits say where in its bucket it is
+from: one maximum finds both, and what is kept of a bucket is 4 bytes. The price is the score's last
+bits, 2^-17 of it with buckets of 64; a screen is far coarser than that. Buckets are those of `gpu`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ksparse.kernels import hopper
+from ksparse.kernels.triton_ops import (
+    MOST_KEPT,
+    TILE,
+    Tile,
+    _bytes,
+    _finite,
+    _jit,
+    _latents,
+    _on,
+    _ordered,
+    _tile,
+    _whole,
+    tl,
+)
+
+LOWEST = -(2**31)
+REDONE = 2e-3
+"""Tokens that may be expected to be unclear since a bucket holds more winners than are kept of it;
+each costs a product with all latents."""
+WIDEST = 2**14
+"""Candidates of a token, at most, that one program holds; torch chooses where there are more."""
+BYTES_TILE = TILE._replace(depth=128)
+
+
+class Quantized(NamedTuple):
+    """Rows in low precision: [n, d] in bfloat16, or in int8 to be multiplied by scale[n]."""
+
+    rows: Tensor
+    scale: Tensor | None = None
+
+
+class TileCandidates(NamedTuple):
+    """scores[b, c] and latents[b, c] in no particular order, and an upper bound dropped[b] on the
+    scores of all others."""
+
+    scores: Tensor
+    latents: Tensor
+    dropped: Tensor
+
+
+# ---- low precision
+
+
+@_jit
+def _round(x, out, scale, d, COLUMNS: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    part, unit = _bytes(tl.load(x + row * d + columns, columns < d, 0.0).to(tl.float32))
+    tl.store(out + row * d + columns, part, columns < d)
+    tl.store(scale + row, unit)
+
+
+def quantize(x: Tensor, kind: str) -> Quantized:
+    """Return rows x[m, d] in low precision; kind: 'bfloat16' or 'int8'."""
+    if kind == "bfloat16":
+        return Quantized(x.bfloat16())
+    if kind != "int8":
+        raise ValueError(f"low precision {kind!r} is unknown; there are bfloat16 and int8")
+    return Quantized(*_in_bytes(x))
+
+
+def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows x[m, d] as int8, and their scale[m]."""
+    out, scale = (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.ones(len(x), device=x.device),
+    )
+    if x.numel():
+        with _on(x.device):
+            _round[(len(x),)](x.contiguous(), out, scale, x.shape[1], **_whole(x.shape[1]))
+    return out, scale
+
+
+# ---- keys
+
+
+@_jit
+def _keys(
+    x,
+    weight,
+    bias,
+    x_scale,
+    scale,
+    keys,
+    b,
+    n,
+    d,
+    buckets,
+    TOKENS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEPT: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """One tile of the product; of each bucket the KEPT largest keys go to keys[b, buckets, KEPT],
+    the largest first."""
+    tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
+    rows, columns, at = (
+        tile_b * TOKENS + tl.arange(0, TOKENS),
+        tile_n * LATENTS + tl.arange(0, LATENTS),
+        tl.arange(0, DEPTH),
+    )
+    row, column = tl.minimum(rows, b - 1), tl.minimum(columns, n - 1)
+    left, right = (
+        x + row.to(tl.int64)[:, None] * d + at[None, :],
+        weight + column.to(tl.int64)[None, :] * d + at[:, None],
+    )
+    SUM: tl.constexpr = tl.int32 if BYTES else tl.float32
+    total = tl.zeros([TOKENS, LATENTS], SUM)
+    for start in range(0, d, DEPTH):
+        if EVEN:
+            total = tl.dot(tl.load(left), tl.load(right), total, out_dtype=SUM)
+        else:
+            inside = start + at < d
+            total = tl.dot(
+                tl.load(left, inside[None, :], 0),
+                tl.load(right, inside[:, None], 0),
+                total,
+                out_dtype=SUM,
+            )
+        left += DEPTH
+        right += DEPTH
+    if BYTES:
+        score = (
+            total.to(tl.float32)
+            * tl.load(x_scale + row)[:, None]
+            * tl.load(scale + column)[None, :]
+            + tl.load(bias + column)[None, :]
+        )
+    else:
+        score = _finite(total + tl.load(bias + column)[None, :])
+    if not FULL:
+        score = tl.where((columns < n)[None, :], score, float("-inf"))
+
+    # As in `gpu._candidates`: a bucket is what one thread holds of a row of the accumulator.
+    key = tl.reshape(
+        tl.permute(
+            tl.reshape(_ordered(score.to(tl.int32, bitcast=True)), [TOKENS, LATENTS // 8, 4, 2]),
+            [0, 2, 1, 3],
+        ),
+        [TOKENS, 4, LATENTS // 4],
+    )
+    key = (key & -(LATENTS // 4)) | (LATENTS // 4 - 1 - tl.arange(0, LATENTS // 4))[
+        None, None, :
+    ]  # of equal scores the first wins
+    to = (
+        keys + (rows.to(tl.int64)[:, None] * buckets + tile_n * 4 + tl.arange(0, 4)[None, :]) * KEPT
+    )
+    for slot in tl.static_range(KEPT):
+        best = tl.max(key, 2)
+        tl.store(to + slot, best, (rows < b)[:, None])
+        key = tl.where(key == best[:, :, None], -2147483648, key)
+
+
+@_jit
+def _largest(
+    keys,
+    scores,
+    latents,
+    dropped,
+    size,
+    c,
+    KEPT: tl.constexpr,
+    LATENTS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """One token: the c largest of its keys. The c-th is found by halving the range that it is
+    in."""
+    token, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    key = tl.load(keys + token * size + at, at < size, -2147483648)
+    low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        there = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        low, high = (
+            tl.where(there >= c, middle, low),
+            tl.where(there > c, high, tl.where(there == c, middle, middle - 1)),
+        )
+    above, equal = key > low.to(tl.int32), key == low.to(tl.int32)
+    taken = above | (
+        equal & (tl.cumsum(equal.to(tl.int32), 0) <= c - tl.sum(above.to(tl.int32), 0))
+    )
+    slot = token * c + tl.cumsum(taken.to(tl.int32), 0) - 1
+    place, bucket = LATENTS // 4 - 1 - (key & (LATENTS // 4 - 1)), at // KEPT
+    tl.store(scores + slot, _ordered(key | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True), taken)
+    tl.store(
+        latents + slot,
+        (bucket // 4 * LATENTS + place // 2 * 8 + bucket % 4 * 2 + place % 2).to(tl.int64),
+        taken,
+    )
+    # What a bucket dropped is at most the last that it kept, which is among those that were not
+    # taken, or else counts itself.
+    most = tl.max(tl.where(taken & (at % KEPT != KEPT - 1), -2147483648, key), 0)
+    tl.store(dropped + token, _ordered(most | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True))
+
+
+def candidates(
+    x: Tensor,
+    low: Quantized,
+    bias: Tensor,
+    c: int,
+    *,
+    k: int | None = None,
+    tile: Tile | None = None,
+    kept: int | None = None,
+) -> TileCandidates | None:
+    """Return c candidates for the k largest (all c if not given) of x[b, d] low^T + bias[n]; None
+    where n is too small for buckets to hold so many.
+
+    x is rounded as `low` is. The scores are rounded up, by 2^-17 with the tile that is used.
+    """
+    scale = low.scale
+    chosen = (
+        hopper.plan(low.rows.shape[1], c)
+        if scale is not None and not (tile or kept) and hopper.usable(x.device)
+        else None
+    )
+    if scale is not None and chosen and c <= len(low.rows) and len(x):
+        in_bytes = _in_bytes(x.contiguous())
+        return TileCandidates(*hopper.candidates(*in_bytes, low.rows, scale, bias, c, chosen))
+    tile = tile or (BYTES_TILE if scale is not None else TILE)
+    b, (n, d), width = len(x), low.rows.shape, tile.latents // 4
+    kept = kept or _kept(c if k is None else k, 4 * (n // tile.latents))
+    if not 0 < c <= kept * 4 * (n // tile.latents) or kept > width or not b:
+        return None
+    rows, x_scale = quantize(x.contiguous(), "bfloat16" if scale is None else "int8")
+    weight = low.rows
+    if (
+        x.device.type == "cpu" and scale is None
+    ):  # Triton's interpreter has no product in bfloat16; this one is the same
+        rows, weight = rows.float(), weight.float()
+    buckets = 4 * -(-n // tile.latents)
+    keys = torch.empty(b, buckets * kept, dtype=torch.int32, device=x.device)
+    with _on(x.device):
+        _keys[(-(-b // tile.tokens) * buckets // 4,)](
+            rows,
+            weight,
+            bias,
+            bias if x_scale is None else x_scale,
+            bias if scale is None else scale,
+            keys,
+            b,
+            n,
+            d,
+            buckets,
+            TOKENS=tile.tokens,
+            LATENTS=tile.latents,
+            DEPTH=tile.depth,
+            GROUP=tile.group,
+            KEPT=kept,
+            EVEN=d % tile.depth == 0,
+            FULL=n % tile.latents == 0,
+            BYTES=scale is not None,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return largest(keys, c, kept, tile)
+
+
+def _kept(k: int, buckets: int) -> int:
+    """Return how many of a bucket to keep, so that few tokens are expected to have more of their k
+    winners in one (they fall in buckets at random)."""
+    return next(
+        (
+            m
+            for m in range(2, MOST_KEPT)
+            if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)
+        ),
+        MOST_KEPT,
+    )
+
+
+def largest(keys: Tensor, c: int, kept: int, tile: Tile) -> TileCandidates:
+    """Return the c largest of keys[b, buckets x kept] as candidates."""
+    b, size = keys.shape
+    if size > WIDEST:
+        return largest_by_sorting(keys, c, kept, tile)
+    scores, dropped = torch.empty(b, c, device=keys.device), torch.empty(b, device=keys.device)
+    latents = torch.empty(b, c, dtype=torch.long, device=keys.device)
+    padded = max(16, 1 << (size - 1).bit_length())
+    with _on(keys.device):
+        _largest[(b,)](
+            keys,
+            scores,
+            latents,
+            dropped,
+            size,
+            c,
+            KEPT=kept,
+            LATENTS=tile.latents,
+            SIZE=padded,
+            num_warps=8 if padded > 4096 else 4,
+        )
+    return TileCandidates(scores, latents, dropped)
+
+
+def largest_by_sorting(keys: Tensor, c: int, kept: int, tile: Tile) -> TileCandidates:
+    """Return the same: the definition."""
+    best, at = keys.topk(c, dim=1)
+    rest = keys.scatter(1, at, torch.where(at % kept == kept - 1, best, LOWEST))
+    place, bucket = tile.latents // 4 - 1 - (best & (tile.latents // 4 - 1)).long(), at // kept
+    return TileCandidates(
+        _score(best, tile), _latents(bucket, place, tile), _score(rest.amax(1), tile)
+    )
+
+
+def _score(keys: Tensor, tile: Tile) -> Tensor:
+    keys = keys | (tile.latents // 4 - 1)
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)

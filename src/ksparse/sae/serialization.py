@@ -1,0 +1,300 @@
+"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre, its activation's own) and
+sae.json (its shape and what it was trained on).
+
+Where several processes wrote it, each left its rows in a file of its own: sae.0-of-2.safetensors,
+sae.1-of-2.safetensors. `rows_of` reads any range of latents from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ksparse import config
+from ksparse.config import ActsConfig
+from ksparse.errors import CorruptError, InputError
+from ksparse.sae import activations
+from ksparse.sae.model import KEYS as KEYS
+from ksparse.sae.model import SAE, Shape
+from ksparse.sae.tensor_files import CheckedTensors, StoredTensor, safetensors_file, views
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder, shard_files
+
+WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
+_SHAPE: dict[str, jsonio.Types] = {
+    "d_model": int,
+    "n_latents": int,
+    "k": int,
+    "normalize": str,
+    "factor": (int, float),
+}
+_METADATA: dict[str, jsonio.Types] = {
+    "acts": dict,
+    "policy": dict,
+    "origin": dict,
+    "tokens": int,
+    "step": int,
+    "dead_after": int,
+    "ksparse": str,
+    "baseline": (int, float),
+    "dead_fraction_training": (int, float),
+}
+_LARGEST = {
+    "tokens": 2**63,
+    "step": 2**63,
+    "dead_after": 2**63,
+    "baseline": 1e300,
+    "dead_fraction_training": 1,
+}
+_ORIGIN = {
+    "format": str,
+    "lm": str,
+    "site": str,
+    "context": int,
+    "bos": str,
+    "text": str,
+    "settings": dict,
+}
+POLICY: dict[str, jsonio.Types] = {
+    "context": int,
+    "bos_token": (int, type(None)),
+    "separator_token": (int, type(None)),
+    "borders": str,
+    "keep": str,
+    "split": str,
+    "tokens_per_document": (int, type(None)),
+}
+"""The keys of `metadata.policy`, as `Corpus.policy` writes them."""
+
+
+def save(sae: SAE, folder: Path | str) -> None:
+    """Write an autoencoder as a folder of its own."""
+    checksums.check_replaceable(Path(folder))
+    with checksums.checksummed_dir(Path(folder)) as tmp:
+        write(sae, tmp)
+
+
+def write(sae: SAE, folder: Path) -> None:
+    """Write the two files into a folder that somebody else commits, such as a checkpoint."""
+    write_weights({key: getattr(sae, key) for key in sae.keys}, folder / WEIGHTS)
+    write_shape(sae.shape, sae.metadata, folder)
+
+
+def write_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Write the weights, or those of one slice."""
+    save_file({key: value.detach().contiguous() for key, value in weights.items()}, file)
+
+
+def write_shape(shape: Shape, metadata: dict[str, Any], folder: Path) -> None:
+    """Write what an autoencoder is, without its weights."""
+    check_metadata(metadata, folder / CONFIG)
+    jsonio.write_json(folder / CONFIG, {"format": FORMAT, **asdict(shape), "metadata": metadata})
+
+
+def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
+    """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with
+    sae.safetensors, or a Hub repository with such a folder."""
+    folder = locate(source, revision=revision, subfolder=subfolder)
+    run = RunFolder(folder)
+    if run.exists():
+        checkpoint, wrong = run.newest_intact()
+        if checkpoint is None:
+            why = "; ".join(wrong) or "nothing has been saved yet"
+            raise InputError(f"run {folder} has no checkpoint to load: {why}")
+        return read(checkpoint)
+    if not (folder / CONFIG).is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+        raise InputError(
+            f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; "
+            f"found {there}"
+        )
+    if (folder / checksums.MANIFEST).is_file():
+        checksums.verify(folder)
+    return read(folder)
+
+
+def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
+    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not
+    here."""
+    path = Path(source)
+    found = path if atomic.exists(path) else _download(str(source), revision, subfolder)
+    place = found / subfolder
+    if not atomic.exists(place):
+        raise InputError(f"{path} has no {subfolder[:80]!r} in it")
+    return place
+
+
+def read(folder: Path) -> SAE:
+    """Read an autoencoder from its folder, naming whatever does not fit."""
+    shape, metadata = read_shape(folder)
+    # checked before memory is taken for what a damaged file asks for
+    tensors = rows_of(folder, "sae").all(tensor_shapes(shape))
+    sae = SAE(shape, metadata)
+    sae.load_state_dict(tensors)
+    return sae
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of an autoencoder, its activation's own among them, with their shapes."""
+    n, d, activation = shape.n_latents, shape.d_model, activations.in_use(shape.activation)
+    return dict(zip(KEYS, ((n, d), (n,), (n, d), (d,)))) | {
+        name: activation.shape(name, n) for name in activation.own
+    }
+
+
+def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
+    """Read what an autoencoder is, and what it was trained on."""
+    file = folder / CONFIG
+    table = jsonio.read_numbered(
+        file, FORMAT, _SHAPE, {"activation": str, "metadata": (dict, type(None))}
+    )
+    metadata = table.pop("metadata", None) or {}
+    check_metadata(metadata, file)
+    try:
+        return Shape(**table), metadata  # no activation said: TopK
+    except InputError as error:
+        raise CorruptError(f"{file}: {error}") from None
+
+
+def check_metadata(metadata: dict[str, Any], file: Path) -> None:
+    """Raise CorruptError, naming the key, where metadata that ksparse reads is not of its type;
+    other keys may hold anything.
+    """
+    jsonio.check_keys(
+        file,
+        metadata,
+        {key: kind for key, kind in _METADATA.items() if metadata.get(key) is not None},
+        "metadata.",
+    )
+    for key, largest in _LARGEST.items():
+        if not 0 <= (metadata.get(key) or 0) <= largest:
+            raise CorruptError(
+                f"{file}: 'metadata.{key}' is {metadata[key]!r}, expected a number from 0 to "
+                f"{largest:g}"
+            )
+    origin, policy = metadata.get("origin") or {}, metadata.get("policy") or {}
+    jsonio.check_keys(
+        file,
+        origin,
+        {key: kind for key, kind in _ORIGIN.items() if key in origin},
+        "metadata.origin.",
+    )
+    unknown = sorted(set(policy) - set(POLICY))
+    if unknown:
+        raise CorruptError(
+            f"{file} has the unknown key 'metadata.policy.{unknown[0][:80]}'; the keys are "
+            f"{', '.join(POLICY)}"
+        )
+    jsonio.check_keys(
+        file,
+        policy,
+        {key: kind for key, kind in POLICY.items() if key in policy},
+        "metadata.policy.",
+    )
+    shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
+    for part, table in (("acts", metadata.get("acts") or {}), ("policy", shared)):
+        try:
+            config.from_dict({"acts": table}, where=f" in metadata.{part}")
+        except InputError as error:
+            raise CorruptError(f"{file}: metadata.{part}: {error}") from None
+
+
+def acts_of(metadata: dict[str, Any]) -> ActsConfig:
+    """Return the activations that an autoencoder was trained on; raise InputError where its
+    metadata does not say, or is wrong.
+    """
+    acts = metadata.get("acts")
+    if not acts or not isinstance(acts, dict) or not acts.get("lm"):
+        raise InputError(
+            "this SAE does not say which LM it was trained on; give one: ksparse.LM(name, site=…)"
+        )
+    return config.from_dict({"acts": acts}, where=" of this SAE's metadata").acts
+
+
+def by_rows(key: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor has a row for each latent: all but scalars and what belongs to
+    b_pre."""
+    return len(shape) > 0 and key.rpartition(".")[2] != "b_pre"
+
+
+def rows_of(folder: Path, stem: str, rows: slice | None = None) -> CheckedTensors:
+    """Return all tensors of `stem` in a folder, whether one file holds all latents or several hold
+    some each.
+
+    rows: which of the latents, if not all; no others are read.
+    """
+    held = shard_files(folder, stem)
+    if len(held) == 1 and rows is None:
+        return safetensors_file(held[0], CorruptError)
+    parts: dict[str, list[StoredTensor]] = {}
+    at = 0
+    for file in held:
+        at = _add(parts, file, at, rows or slice(0, 2**62))
+    return CheckedTensors(
+        held[0] if len(held) == 1 else folder / f"{stem}.*.safetensors",
+        {key: _joined(folder, stem, key, some) for key, some in parts.items()},
+        CorruptError,
+    )
+
+
+def _add(parts: dict[str, list[StoredTensor]], file: Path, at: int, rows: slice) -> int:
+    """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row
+    after its last."""
+    held = views(file)
+    lengths = {
+        key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)
+    }
+    count = max(lengths.values(), default=0)
+    other = [key for key, length in lengths.items() if length != count]
+    if other:
+        raise CorruptError(
+            f"{file}: tensor {other[0]!r} has {lengths[other[0]]} rows, others have {count}"
+        )
+    for key, (stored, read) in held.items():
+        if key not in lengths:
+            parts.setdefault(key, [stored])
+            continue
+        some = slice(max(0, rows.start - at), min(count, rows.stop - at))
+        if some.start < some.stop:
+            part = StoredTensor(
+                (some.stop - some.start, *stored.shape[1:]), stored.dtype, partial(read, some)
+            )
+            parts.setdefault(key, []).append(part)
+    return at + count
+
+
+def _joined(folder: Path, stem: str, key: str, parts: list[StoredTensor]) -> StoredTensor:
+    """Return one tensor whose rows lie in several files."""
+    if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1:
+        raise CorruptError(
+            f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its "
+            f"{len(parts)} files"
+        )
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return StoredTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+def _download(repository: str, revision: str | None, subfolder: str) -> Path:
+    """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to
+    it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        said = next(iter(str(error).splitlines()), "")[:200]
+        raise InputError(
+            f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
+            f"folder here nor a Hub repository "
+            f"that can be reached ({type(error).__name__}: {said})"
+        ) from None

@@ -1,0 +1,112 @@
+"""A sweep's runs -> points.csv and curves.csv, which laws are fitted to. docs/formats.md has the
+columns."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+from ksparse import pylm
+from ksparse.config import Recipe
+from ksparse.lm.loading import find_model
+from ksparse.planning.plan import read_lm_spec
+from ksparse.scaling.sweeps.grid import SweepFolder, finished
+from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage.run_folder import RunFolder
+
+POINTS = (
+    "run",
+    "n",
+    "k",
+    "lr",
+    "seed",
+    "activation",
+    "d_model",
+    "lm",
+    "lm_parameters",
+    "lm_flops",
+    "batch",
+    "tokens",
+    "tokens_to_convergence",
+    "converged",
+    "flops",
+    "flops_lm",
+    "loss",
+    "loss_raw",
+    "loss_ema",
+    "dead",
+)
+CURVES = ("run", "n", "k", "lr", "seed", "lm", "tokens", "flops", "loss", "loss_raw", "loss_ema")
+
+
+def collect(sweep: SweepFolder) -> int:
+    """Write both files from all finished runs that have a curve; return how many there are."""
+    subjects: dict[tuple[str, str], dict[str, Any]] = {}
+    points, curves = [], []
+    for run in sweep.runs():
+        curve = run.curve() if finished(run) else []
+        if not curve:
+            continue
+        about = _about(run, subjects)
+        last = curve[-1]
+        converged = bool(jsonio.read_table(run.checkpoints()[-1] / "state.json").get("converged"))
+        points.append(
+            about
+            | last
+            | {
+                "tokens_to_convergence": last["tokens"] if converged else None,
+                "converged": str(converged).lower(),
+            }
+        )
+        curves += [about | row for row in curve]
+    atomic.write_text(sweep.points_file, _csv(POINTS, points))
+    atomic.write_text(sweep.curves_file, _csv(CURVES, curves))
+    return len(points)
+
+
+def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a run is, as columns."""
+    recipe = run.recipe()
+    checksums.verify(run.checkpoints()[-1], "sae.json")
+    config = jsonio.read_table(run.checkpoints()[-1] / "sae.json", d_model=int)
+    subject = (recipe.acts.lm, recipe.acts.shards)
+    if subject not in subjects:
+        subjects[subject] = _subject(recipe)
+    return {
+        "run": run.name,
+        "n": recipe.sae.n_latents,
+        "k": recipe.sae.k,
+        "lr": recipe.lr,
+        "seed": recipe.seed,
+        "activation": config.get("activation", "topk"),
+        "d_model": config["d_model"],
+        "lm": recipe.acts.lm,
+        "batch": recipe.batch,
+    } | subjects[subject]
+
+
+def _subject(recipe: Recipe) -> dict[str, Any]:
+    """Return an LM's size: its parameters without embeddings, and the FLOPs of its pre-training
+    where its folder says."""
+    folder = Path(find_model(recipe.acts.lm))
+    spent = [flops for flops, _ in pylm.loss_table(folder)] if folder.is_dir() else []
+    return {
+        "lm_parameters": read_lm_spec(
+            dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, shards=""))
+        ).body,
+        "lm_flops": max(spent, default=None),
+    }
+
+
+def _csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    for row in sorted(
+        rows, key=lambda row: (row["lm"], row["k"], row["n"], row["run"], row["tokens"])
+    ):
+        writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
+    return stream.getvalue()

@@ -1,0 +1,103 @@
+"""What nobody looks at for days should call by itself: a gradient out of the ordinary, latents that
+die.
+
+    grad_norm     the norm is more than `run.alarm_grad_norm` times the median of the last 100
+                  finite ones
+    dead          the share of dead latents has come above `run.alarm_dead`
+    dead_growth   the share has risen by more than `run.alarm_dead_growth` above the lowest since
+                  the last alarm of this kind
+
+The share counts from 2 x dead_after tokens on: before, it rises from zero in every run. After an
+alarm its kind is silent for 100 steps; the next one says how many steps would have called in
+between. Nothing of this changes what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from ksparse.config import Recipe
+
+WINDOW, LEAST = 100, 20  # norms whose median is usual, and how many there must be
+QUIET = 100  # steps
+
+
+class Monitor:
+    """Holds each step against those before; `past` are the lines of metrics of a run that goes
+    on."""
+
+    def __init__(self, recipe: Recipe, past: Iterable[dict[str, Any]] = ()):
+        self.options, self.from_tokens = recipe.run, 2 * recipe.dead_after
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+        self.lowest, self.above = math.inf, False
+        self.called: dict[str, int] = {}
+        self.kept_back: dict[str, int] = {}
+        for row in past:
+            self.see(row["step"], row.get("tokens", 0), row.get("grad_norm"), row.get("dead"))
+
+    def see(
+        self, step: int, tokens: int, grad_norm: float | None, dead: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the alarms of a step, as lines of alarms.jsonl. dead: the share of dead latents,
+        where it was looked at."""
+        found = [
+            *self._gradient(grad_norm),
+            *(self._dead(dead) if dead is not None and tokens >= self.from_tokens else ()),
+        ]
+        rows = [
+            {"step": step, "tokens": tokens, **alarm}
+            for alarm in found
+            if self._may(alarm["alarm"], step)
+        ]
+        for row in rows:
+            row["kept_back"] = self.kept_back.pop(row["alarm"], 0)
+        return rows
+
+    def _gradient(self, norm: float | None) -> Iterable[dict[str, Any]]:
+        if norm is None or not math.isfinite(norm):
+            return
+        usual = statistics.median(self.norms) if len(self.norms) >= LEAST else math.inf
+        self.norms.append(norm)
+        if self.options.alarm_grad_norm and norm > self.options.alarm_grad_norm * usual:
+            yield {
+                "alarm": "grad_norm",
+                "value": norm,
+                "limit": self.options.alarm_grad_norm * usual,
+                "says": f"the gradient's norm is {norm:.3g}, {norm / max(usual, 1e-300):,.0f} "
+                f"times its usual {usual:.3g}; if this goes on, a smaller optim.lr or "
+                "optim.clip = 1 may help",
+            }
+
+    def _dead(self, share: float) -> Iterable[dict[str, Any]]:
+        limit, growth = self.options.alarm_dead, self.options.alarm_dead_growth
+        above, self.above = self.above, bool(limit) and share > limit
+        if self.above and not above:
+            yield {
+                "alarm": "dead",
+                "value": share,
+                "limit": limit,
+                "says": f"{share:.0%} of the latents are dead, more than {limit:.0%}; a larger "
+                "sae.k_aux, a lower optim.lr or fewer latents may help",
+            }
+        self.lowest = min(self.lowest, share)
+        if growth and share > self.lowest + growth:
+            yield {
+                "alarm": "dead_growth",
+                "value": share,
+                "limit": self.lowest + growth,
+                "says": "the share of dead latents has risen "
+                f"from {self.lowest:.0%} to {share:.0%}",
+            }
+            self.lowest = share
+
+    def _may(self, kind: str, step: int) -> bool:
+        """Return whether an alarm may be given, and count it where not."""
+        if step - self.called.get(kind, -QUIET) < QUIET:
+            self.kept_back[kind] = self.kept_back.get(kind, 0) + 1
+            return False
+        self.called[kind] = step
+        return True

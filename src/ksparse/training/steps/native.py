@@ -1,0 +1,158 @@
+"""TODO ksparse.training.steps.native."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from ksparse.kernels import native
+from ksparse.training.steps.explicit import PIECE, SparseGrads
+from ksparse.training.steps.prefilter import PrefilteredStep, int8_kind
+
+
+class NativeStep(PrefilteredStep):
+    """The same by the compiled kernels, on a CPU."""
+
+    def _kind(self, screen: str) -> int:
+        return int8_kind() if screen == "int8" else super()._kind(screen)
+
+    @torch.no_grad()
+    def _lower(self) -> None:
+        if self.kind:
+            self.low, self.low_scale = native.quantize(self.sae.W_enc.detach(), self.kind)
+
+    def _piece(self) -> int:
+        return 2**62 if self.kind == native.PANELS else PIECE  # panels have no product in memory
+
+    def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sae, bias, weight = self.sae, self.sae.b_enc.detach(), self.sae.W_enc.detach()
+        if self.kind == native.PANELS and self.low_scale is not None:
+            return native.candidates(
+                self.low, self.low_scale, bias, centred, weight, sae.shape.k, c
+            )
+        low, scale = native.quantize(centred, self.kind)
+        product = self._buffer(
+            "low",
+            (len(centred), sae.shape.n_latents),
+            torch.int32 if self.kind == 1 else torch.bfloat16,
+        )
+        torch._int_mm(low, self.low.t(), out=product) if self.kind == 1 else torch.mm(
+            low, self.low.t(), out=product
+        )
+        return native.rerank(product, scale, self.low_scale, bias, centred, weight, sae.shape.k, c)
+
+    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return native.select(product, bias, k)
+
+    def _decode(
+        self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return native.decode(
+            x, self.sae.b_pre.detach(), self.sae.W_dec.detach(), values, indices, error
+        )
+
+    # ---- the pass over the rows
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
+        if it is not finite."""
+        pending, options = self._taken(), self.recipe.optim
+        if not pending.finite:
+            return math.nan
+        lists = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
+        clip = 1.0
+        if options.clip:
+            norm, _ = self._pass(pending, lists, step, apply=False)
+            clip = min(1.0, options.clip / (norm + 1e-6))
+        norm, pull = self._pass(pending, lists, step, apply=True, clip=clip)
+        self._bias(pull * clip, step)
+        return norm
+
+    def _pass(
+        self,
+        pending: SparseGrads,
+        lists: tuple[Tensor, Tensor],
+        step: int,
+        *,
+        apply: bool,
+        clip: float = 1.0,
+    ) -> tuple[float, Tensor]:
+        """Return the gradient's norm and b_pre's gradient [d], from one pass over the latents."""
+        sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
+        n, d, k = sae.shape.n_latents, sae.shape.d_model, sae.shape.k
+        norms, pull = torch.zeros(threads, dtype=torch.float64), torch.zeros(threads, d)
+        extra, extra_of = pending.extra, None
+        if extra is not None:
+            extra_of = torch.full((n,), -1, dtype=torch.int32)
+            extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+        rates = self._rates(step)
+        rule = self._rule(step, rates[0], clip)
+        state = self.adam.state[sae.b_enc]
+        parts = [
+            native.pointer(part)
+            for part in (
+                *lists,
+                pending.values,
+                pending.slopes,
+                pending.error,
+                pending.x,
+                sae.b_pre.detach(),
+            )
+        ]
+        more = [
+            native.pointer(part)
+            for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))
+        ]
+        native.library().ks_update(
+            ctypes.c_int64(n),
+            ctypes.c_int64(d),
+            k,
+            *parts,
+            ctypes.c_float(pending.scale),
+            *more,
+            self._matrix("W_enc"),
+            self._matrix("W_dec"),
+            *(
+                native.pointer(part)
+                for part in (
+                    sae.b_enc.detach(),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.average.get("b_enc"),
+                )
+            ),
+            ctypes.byref(rule),
+            ctypes.c_float(rates[1]),
+            int(recipe.sae.unit_norm),
+            int(recipe.sae.b_enc),
+            int(apply),
+            self.kind,
+            *(
+                native.pointer(part)
+                for part in ((self.low, self.low_scale) if self.kind else (None, None))
+            ),
+            native.pointer(norms),
+            native.pointer(pull),
+            threads,
+        )
+        gradient = pending.scale * pending.error.sum(0) - pull.sum(0)
+        return math.sqrt(norms.sum().item() + gradient.double().square().sum().item()), gradient
+
+    def _matrix(self, key: str) -> native.Matrix:
+        weight = getattr(self.sae, key)
+        state = self.adam.state[weight]
+        return native.Matrix(
+            *(
+                native.pointer(part).value
+                for part in (
+                    weight.detach(),
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    self.average.get(key),
+                )
+            )
+        )

@@ -1,0 +1,398 @@
+"""Processes share a run: the same weights up to rounding, the same latents, files that any mesh reads, one named error where a process is lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ksparse import distributed as meshes
+from ksparse.config import Recipe, from_dict, to_toml
+from ksparse.distributed import Mesh
+from ksparse.errors import InputError, PeerError
+from ksparse.sae import serialization
+from ksparse.sae.model import SAE, Shape
+from ksparse.sae.sharded import ShardedSAE, shard_of
+from ksparse.storage.run_folder import RunFolder
+from ksparse.training import checkpoint
+from ksparse.training.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+D, N, K, BATCH = 32, 1024, 8, 256  # of bench/mesh.py
+
+
+class Slices(Mesh):
+    """A slice among others in this process: what it offers is noted, what all offer is given."""
+
+    def __init__(self, latent: int, rank: int, offers=None):
+        super().__init__()
+        self.latent, self.latent_rank, self.offers, self.noted = latent, rank, offers, None
+
+    def gather(self, name, value, over):
+        self.noted = value
+        return torch.stack(self.offers) if self.offers else value.expand(self.latent, *value.shape)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Return what bench/mesh.py finds in 16 steps, all on one group of four processes."""
+    folder = tmp_path_factory.mktemp("mesh")
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "bench" / "mesh.py",
+            "--steps",
+            "16",
+            "--kinds",
+            "topk",
+            "multi_topk",
+            "--no-elastic",
+            "--json",
+            folder / "found.json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"TMPDIR": str(folder), "PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_every_mesh_trains_the_same_weights_up_to_rounding(measured):
+    rows = [row for row in measured["rows"] if row["mesh"] != "reversed"]
+    assert [(row["kind"], row["mesh"]) for row in rows] == [
+        (kind, mesh) for kind in ("topk", "multi_topk") for mesh in ("4x1", "2x2", "1x4")
+    ]
+    assert all(row["parameters"] < 1e-5 and row["curve"] < 1e-5 for row in rows)
+    assert all(row["dead"] > 0.1 for row in measured["rows"] if row["mesh"] == "reversed")
+
+
+def test_every_mesh_chooses_the_same_latents_in_the_first_step(measured):
+    assert all(row["same_choice"] for row in measured["rows"] if row["mesh"] != "reversed")
+
+
+def test_a_run_stopped_on_a_mesh_goes_on_to_the_same_bits(measured):
+    assert measured["resumed"] == {"4x1": True, "2x2": True, "1x4": True}
+
+
+def test_what_2x2_wrote_is_read_bit_for_bit_by_every_mesh(measured):
+    assert measured["loaded"] == {"4x1": True, "2x2": True, "1x4": True, "1x1": True}
+
+
+def test_a_checkpoint_by_slices_is_an_autoencoder_like_any_other(measured):
+    run = RunFolder(Path(measured["folder"]) / "topk-2-2")
+    assert sorted(file.name for file in run.checkpoints()[-1].iterdir()) == [
+        "manifest.json",
+        "optim.0-of-2.safetensors",
+        "optim.1-of-2.safetensors",
+        "sae.0-of-2.safetensors",
+        "sae.1-of-2.safetensors",
+        "sae.json",
+        "state.json",
+    ]
+    sae = serialization.load(run.path)
+    assert sae.shape == Shape(D, N, K) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(N))
+
+
+def test_a_step_sends_what_the_formula_says(measured):
+    sent = {
+        row["mesh"]: row["sent"]
+        for row in measured["rows"]
+        if row["kind"] == "topk" and row["mesh"] != "reversed"
+    }
+    for data, latent in ((4, 1), (2, 2), (1, 4)):
+        found, n, b = sent[f"{data}x{latent}"], N // latent, BATCH // data
+        assert found.get("W_enc", 0) == found.get("W_dec", 0) == (4 * n * D if data > 1 else 0)
+        assert found.get("b_enc", 0) == (4 * n if data > 1 else 0) and found.get("fired", 0) == (
+            n if data > 1 else 0
+        )
+        assert found.get("recon", 0) == (2 * 4 * b * D if latent > 1 else 0)  # TopK's and AuxK's
+        assert found.get("values", 0) == (4 * b * (K + 16) if latent > 1 else 0)
+        assert found.get("b_pre_encoder", 0) == (4 * D if latent > 1 else 0)
+
+
+def test_a_bounded_capacity_is_logged(measured):
+    assert (
+        measured["capacity"]["4x1"]["used_up"] is None
+        and 0 < measured["capacity"]["2x2"]["used_up"] < 1
+    )
+
+
+# ---- in this process
+
+
+@pytest.mark.parametrize("latent", [2, 4])
+def test_the_survivors_of_all_slices_are_the_k_largest_with_ties_in_the_order_of_the_slices(latent):
+    torch.manual_seed(0)
+    whole = torch.randint(-3, 6, (50, 32)).float()  # many ties
+    n, k = 32 // latent, 5
+    offered = [part.topk(min(k, n), dim=1) for part in whole.split(n, dim=1)]
+    found = torch.zeros(50, 32)
+    for rank, (values, indices) in enumerate(offered):
+        sae = ShardedSAE(
+            Shape(4, n, k), mesh=Slices(latent, rank, [each.values for each in offered])
+        )
+        kept = sae.survivors(values, k, sae.offer(k))
+        found.scatter_(1, indices + rank * n, kept.float())
+    assert torch.equal(found.sum(1), torch.full((50,), float(k)))
+    least = whole.topk(k, dim=1).values[:, -1:]
+    assert bool((found[whole > least] == 1).all()) and bool((found[whole < least] == 0).all())
+    given_up, kept = ((whole == least) & (found == each) for each in (0, 1))
+    for border in range(
+        n, 32, n
+    ):  # no slice gives up one of equal values while a later slice keeps one
+        assert not bool((given_up[:, :border].any(1) & kept[:, border:].any(1)).any())
+
+
+def test_nan_survives_so_that_the_loss_shows_it():
+    values = torch.tensor([[torch.nan, 1.0]])
+    sae = ShardedSAE(Shape(4, 4, 2), mesh=Slices(2, 0, [values, torch.tensor([[3.0, 2.0]])]))
+    assert bool(sae.survivors(values, 2, 2)[0, 0])
+
+
+@pytest.mark.parametrize("capacity, offer", [(0.0, 8), (1.0, 2), (1.25, 3), (8.0, 8)])
+def test_a_slice_offers_k_values_or_what_the_capacity_allows(capacity, offer):
+    assert ShardedSAE(Shape(4, 16, 8), mesh=Slices(4, 0), capacity=capacity).offer(8) == offer
+
+
+def test_slices_of_an_autoencoder_are_its_rows_and_b_pre():
+    whole = SAE(Shape(4, 12, 2))
+    torch.nn.init.normal_(whole.W_enc)
+    torch.nn.init.normal_(whole.b_pre)
+    parts = [shard_of(whole, Slices(3, rank)) for rank in range(3)]
+    assert torch.equal(torch.cat([part.W_enc for part in parts]), whole.W_enc) and all(
+        torch.equal(part.b_pre, whole.b_pre) for part in parts
+    )
+    assert shard_of(whole, Mesh()) is whole
+
+
+def test_one_process_sends_nothing():
+    alone, x = Mesh(), torch.ones(3)
+    assert (
+        alone.sum("a", x, "data") is x
+        and alone.largest("a", x, "latent") is x
+        and alone.gather("a", x, "latent").shape == (1, 3)
+    )
+    assert (
+        alone.agree("a", [3, 1]) == [3, 1] and alone.told("a", "text") == "text" and not alone.sent
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, data, world, message",
+    [
+        (
+            {"mesh": {"data": 2, "latent": 2}},
+            2,
+            1,
+            r"mesh\.data x mesh\.latent is 2 x 2 = 4, but there is 1 process; start `torchrun --nproc-per-node 4",
+        ),
+        (
+            {"mesh": {"data": 1, "latent": 2}},
+            1,
+            4,
+            r"1 x 2 = 2, but there are 4 processes; .* or give keys whose product is 4",
+        ),
+        (
+            {"mesh": {"latent": 3}},
+            1,
+            3,
+            r"sae\.n_latents is 4096, which mesh\.latent = 3 does not divide; give a multiple of 3",
+        ),
+        (
+            {"mesh": {"latent": 256}},
+            1,
+            256,
+            r"sae\.k is 32, more than the 16 latents of a slice; give a smaller mesh\.latent",
+        ),
+        (
+            {"batch": 1000, "mesh": {"data": 16}},
+            16,
+            16,
+            r"batch is 1000, which mesh\.data = 16 does not divide",
+        ),
+        (
+            {"sae": {"activation": {"kind": "relu"}}},
+            2,
+            2,
+            r"sae\.activation\.kind is 'relu'; several processes can share 'topk' alone so far",
+        ),
+        (
+            {"sae": {"multi_topk": 0.1, "auxk_norm": "batch"}},
+            2,
+            2,
+            r"sae\.auxk_norm is 'batch', which with sae\.multi_topk is not summed over mesh\.data",
+        ),
+        (
+            {"run": {"kernels": "native"}},
+            2,
+            2,
+            r"run\.kernels is 'native', .*several processes take the step in plain torch",
+        ),
+        (
+            {"optim": {"screen": "int8"}},
+            2,
+            2,
+            r"optim\.screen 'int8' and .*several processes take the step in plain torch",
+        ),
+        (
+            {"optim": {"precision": "bfloat16"}},
+            2,
+            2,
+            r"optim\.precision 'bfloat16'; several processes take the step in plain torch: leave them at 'auto', 'off' and 'float32'",
+        ),
+        (
+            {"run": {"ahead": "on"}},
+            2,
+            2,
+            r"run\.ahead is 'on'; several processes compute a block of activations together",
+        ),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_cannot_be_is_refused(changes, data, world, message):
+    with pytest.raises(InputError, match=message):
+        meshes.check(from_dict(changes), data, world)
+
+
+def test_a_mesh_without_torchrun_is_refused_before_anything_is_written(small_recipe, tmp_path):
+    asked = dataclasses.replace(small_recipe(), mesh=dataclasses.replace(Recipe().mesh, latent=2))
+    with pytest.raises(
+        InputError, match="but there is 1 process; start `torchrun --nproc-per-node 2"
+    ):
+        train(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_goes_wrong_behind_the_steps_is_raised_by_the_next_call(monkeypatch):
+    saver = checkpoint.Saver(behind=True)
+    monkeypatch.setattr(checkpoint, "snapshot", lambda *args, **kw: None)
+    monkeypatch.setattr(
+        checkpoint, "commit", lambda *args: (_ for _ in ()).throw(InputError("no room"))
+    )
+    saver.save(None, None, None)
+    with pytest.raises(InputError, match="no room"):
+        saver.wait()
+    saver.wait()  # raised once
+
+
+def test_only_the_first_process_acts_and_the_others_fail_with_it():
+    class Second(Mesh):
+        first = False
+
+        def agree(self, name, numbers, over="all"):
+            return [1]
+
+    with pytest.raises(PeerError, match="process 0 of 1 could not go on; its own message says why"):
+        Second().once("begin", lambda: pytest.fail("it acted"))
+
+
+# ---- processes of their own
+
+WAITING = """
+import time
+import torch
+from ksparse.errors import PeerError
+from ksparse.distributed import open_mesh
+from ksparse.config import from_dict
+try:
+    with opened(from_dict({"mesh": {"data": 2, "timeout": 2.0}}), "cpu") as mesh:
+        if mesh.first:
+            mesh.sum("W_enc", torch.ones(4), "data")
+        else:
+            time.sleep(4)
+except PeerError as error:
+    print(error.exit_code, error)
+"""
+
+
+def processes(command, folder, port, count=2):
+    """Return (exit code, stdout, stderr) of processes that torchrun would start so."""
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        for rank in range(count)
+    ]
+    said = [process.communicate(timeout=200) for process in started]
+    return [(process.returncode, *words) for process, words in zip(started, said)]
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_process_that_does_not_answer_is_a_named_error(tmp_path, port):
+    code, out, err = processes(["-c", WAITING], tmp_path, port)[0]
+    assert code == 0, err
+    assert out.startswith(
+        "6 process 0 of 2 waited for the others at 'W_enc': one of them is gone, or did not answer within 2 s (mesh.timeout)"
+    )
+
+
+def test_the_command_line_trains_on_a_mesh_what_one_process_trains(small_recipe, tmp_path, port):
+    """The LM runs on two processes, each on half of every block; the text is dealt out in the same order; one process goes on with the run."""
+    asked = small_recipe({"tokens": 8 * 64})
+    (tmp_path / "recipe.toml").write_text(to_toml(asked))
+    found = processes(
+        [
+            "-m",
+            "ksparse",
+            "train",
+            "recipe.toml",
+            "--mesh.data",
+            "1",
+            "--mesh.latent",
+            "2",
+            "--out",
+            "shared",
+        ],
+        tmp_path,
+        port,
+    )
+    assert [code for code, *_ in found] == [0, 0], found
+    assert "run      shared" in found[0][1] and found[1][1] == ""
+    alone, shared = train(asked, tmp_path / "alone"), RunFolder(tmp_path / "shared")
+    for one, other in zip(alone.metrics(), shared.metrics(), strict=True):
+        assert (
+            one["nmse"] == pytest.approx(other["nmse"], rel=1e-4)
+            and one["l0"] == other["l0"]
+            and one["tokens"] == other["tokens"]
+        )
+    states = [
+        json.loads((run.checkpoints()[-1] / "state.json").read_text()) for run in (alone, shared)
+    ]
+    assert (
+        states[0]["cursor"] == states[1]["cursor"]
+        and states[1]["mesh"] == [1, 2]
+        and "mesh" not in states[0]
+    )
+    shutil.rmtree(shared.checkpoints()[-1])
+    train(asked, shared.path)
+    assert (
+        shared.metrics()[-1]["nmse"] == pytest.approx(alone.metrics()[-1]["nmse"], rel=1e-4)
+        and (shared.checkpoints()[-1] / "sae.safetensors").is_file()
+    )
