@@ -33,7 +33,7 @@ from ksparse.kernels import hopper, reference, triton_candidates, triton_ops  # 
 from ksparse.sae.model import SAE, Shape  # noqa: E402
 from ksparse.training.checkpoint import TrainState  # noqa: E402
 from ksparse.training.steps.select import choose_step  # noqa: E402
-from ksparse.training.trainer import train_step
+from ksparse.training.trainer import train_step  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {

@@ -95,7 +95,7 @@ class Stream:
                 torch.cat([part.flip(0) for part in (x[:AUXK_TOKENS], x[AUXK_TOKENS:])])
                 if self.reverse
                 else x
-            )[self.mesh.part(BATCH)]
+            )[self.mesh.batch_range(BATCH)]
             step += 1
             yield ActivationBatch(x, torch.zeros(len(x), dtype=torch.long), {"step": step})
 
@@ -155,7 +155,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
             gaps.clear()
         if state.step == 1:
             out.mkdir(parents=True, exist_ok=True)
-            first = optimizer.mesh.slice(N).start
+            first = optimizer.mesh.latent_range(N).start
             save_file(
                 {"values": part.code.values.contiguous(), "indices": part.code.indices + first},
                 out.with_name(f"{out.name}.chosen-{rank}"),

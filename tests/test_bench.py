@@ -231,7 +231,7 @@ def misused(source: str) -> list[str]:
 @pytest.mark.parametrize(
     "source",
     [
-        "from ksparse.training import feed\nfeed.open_stream = lambda recipe, device: 0",
+        "from ksparse.training import source\nsource.open_stream = lambda recipe, device: 0",
         "import ksparse\nksparse.load()",
         "from ksparse.lm.model import LM\nLM(names='x')",
         "from ksparse.lm.model import resolve\nresolve(1)",

@@ -345,7 +345,7 @@ def failing(patch: pytest.MonkeyPatch, call: str, number: int, error: OSError) -
         for module in (serialization, checkpoint):
             patch.setattr(module, "save_file", counted(module.save_file))
     elif call == "write":
-        patch.setattr(atomic.json, "dumps", counted(atomic.json.dumps))  # what is written next
+        patch.setattr(jsonio.json, "dumps", counted(jsonio.json.dumps))  # what is written next
     elif call == "fsync":
         patch.setattr(os, "fsync", counted(os.fsync))
     else:

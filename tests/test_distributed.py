@@ -33,7 +33,7 @@ class Slices(Mesh):
         super().__init__()
         self.latent, self.latent_rank, self.offers, self.noted = latent, rank, offers, None
 
-    def gather(self, name, value, over):
+    def all_gather(self, name, value, over):
         self.noted = value
         return torch.stack(self.offers) if self.offers else value.expand(self.latent, *value.shape)
 
@@ -175,12 +175,14 @@ def test_slices_of_an_autoencoder_are_its_rows_and_b_pre():
 def test_one_process_sends_nothing():
     alone, x = Mesh(), torch.ones(3)
     assert (
-        alone.sum("a", x, "data") is x
-        and alone.largest("a", x, "latent") is x
-        and alone.gather("a", x, "latent").shape == (1, 3)
+        alone.all_reduce_sum("a", x, "data") is x
+        and alone.all_reduce_max("a", x, "latent") is x
+        and alone.all_gather("a", x, "latent").shape == (1, 3)
     )
     assert (
-        alone.agree("a", [3, 1]) == [3, 1] and alone.told("a", "text") == "text" and not alone.sent
+        alone.all_reduce_max_ints("a", [3, 1]) == [3, 1]
+        and alone.broadcast_str("a", "text") == "text"
+        and not alone.sent
     )
 
 
@@ -284,13 +286,13 @@ def test_what_goes_wrong_behind_the_steps_is_raised_by_the_next_call(monkeypatch
 
 def test_only_the_first_process_acts_and_the_others_fail_with_it():
     class Second(Mesh):
-        first = False
+        is_rank0 = False
 
-        def agree(self, name, numbers, over="all"):
+        def all_reduce_max_ints(self, name, numbers, over="all"):
             return [1]
 
     with pytest.raises(PeerError, match="process 0 of 1 could not go on; its own message says why"):
-        Second().once("begin", lambda: pytest.fail("it acted"))
+        Second().on_rank0("begin", lambda: pytest.fail("it acted"))
 
 
 # ---- processes of their own
@@ -302,9 +304,9 @@ from ksparse.errors import PeerError
 from ksparse.distributed import open_mesh
 from ksparse.config import from_dict
 try:
-    with opened(from_dict({"mesh": {"data": 2, "timeout": 2.0}}), "cpu") as mesh:
-        if mesh.first:
-            mesh.sum("W_enc", torch.ones(4), "data")
+    with open_mesh(from_dict({"mesh": {"data": 2, "timeout": 2.0}}), "cpu") as mesh:
+        if mesh.is_rank0:
+            mesh.all_reduce_sum("W_enc", torch.ones(4), "data")
         else:
             time.sleep(4)
 except PeerError as error:

@@ -47,7 +47,7 @@ def test_undamaged_files_are_read_as_they_were_written_and_a_stopped_run_ends_li
 def test_other_weights_would_be_noticed(bench, world, tmp_path, monkeypatch):
     """The sums are what notices them: without, the same damage goes through, and is counted as wrong."""
     (tmp_path / "outside").write_bytes(b"outside")
-    monkeypatch.setattr(bench.files, "verify", lambda path, *names: {})
+    monkeypatch.setattr(bench.checksums, "verify", lambda path, *names: {})
     assert "wrong" in {
         bench.attempt(world, "export", tmp_path / "outside", random.Random(seed))[0]
         for seed in range(40)

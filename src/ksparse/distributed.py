@@ -12,7 +12,6 @@ asked for is what was given. What is sent is counted by name, so that a plan can
 
 from __future__ import annotations
 
-import builtins
 import os
 import threading
 from collections import Counter
@@ -69,36 +68,36 @@ class Mesh:
         return self.data * self.latent
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
 
     # ---- who has what
 
-    def slice(self, n: int) -> builtins.slice:
+    def latent_range(self, n: int) -> slice:
         """Return which of n latents this process holds."""
         own = n // self.latent
         return slice(self.latent_rank * own, (self.latent_rank + 1) * own)
 
-    def part(self, rows: int) -> builtins.slice:
+    def batch_range(self, rows: int) -> slice:
         """Return which rows of a batch this process takes."""
         own = rows // self.data
         return slice(self.data_rank * own, (self.data_rank + 1) * own)
 
     # ---- collectives: in place, over an axis or a group of all
 
-    def width(self, over: str) -> int:
+    def axis_size(self, over: str) -> int:
         """Return how many processes there are along an axis."""
         return {"data": self.data, "latent": self.latent}.get(over, self.size)
 
-    def sum(self, name: str, value: Tensor, over: str) -> Tensor:
+    def all_reduce_sum(self, name: str, value: Tensor, over: str) -> Tensor:
         """Sum over an axis, in place; the same bits on all of its processes."""
-        self.start_sum(name, value, over)()
+        self.start_all_reduce_sum(name, value, over)()
         return value
 
-    def start_sum(self, name: str, value: Tensor, over: str) -> Callable[[], None]:
+    def start_all_reduce_sum(self, name: str, value: Tensor, over: str) -> Callable[[], None]:
         """Begin a sum; what is returned waits for it."""
-        if self.width(over) == 1 or not value.numel():
+        if self.axis_size(over) == 1 or not value.numel():
             return lambda: None
         with self._explained(name):
             work = dist.all_reduce(
@@ -111,20 +110,20 @@ class Mesh:
 
         return wait
 
-    def largest(self, name: str, value: Tensor, over: str) -> Tensor:
+    def all_reduce_max(self, name: str, value: Tensor, over: str) -> Tensor:
         """Take the largest over an axis, in place."""
-        if self.width(over) > 1:
+        if self.axis_size(over) > 1:
             with self._explained(name):
                 dist.all_reduce(
                     self._counted(name, value), dist.ReduceOp.MAX, group=self.groups[over]
                 )
         return value
 
-    def gather(self, name: str, value: Tensor, over: str) -> Tensor:
+    def all_gather(self, name: str, value: Tensor, over: str) -> Tensor:
         """Return [p, ...]: the value of each process along an axis, all of one shape."""
-        if self.width(over) == 1:
+        if self.axis_size(over) == 1:
             return value[None]
-        out = value.new_empty(self.width(over), *value.shape)
+        out = value.new_empty(self.axis_size(over), *value.shape)
         with self._explained(name):
             dist.all_gather(
                 list(out.unbind(0)),
@@ -133,7 +132,7 @@ class Mesh:
             )
         return out
 
-    def spread(self, name: str, value: Tensor, source: int, over: str = "stream") -> Tensor:
+    def broadcast(self, name: str, value: Tensor, source: int, over: str = "stream") -> Tensor:
         """Give all processes what process `source` has, in place."""
         if self.size > 1 and value.numel():
             with self._explained(name):
@@ -146,31 +145,33 @@ class Mesh:
 
     # ---- decisions that all processes take alike, by numbers on the CPU
 
-    def agree(self, name: str, numbers: Sequence[int], over: str = "all") -> list[int]:
+    def all_reduce_max_ints(
+        self, name: str, numbers: Sequence[int], over: str = "all"
+    ) -> list[int]:
         """Return the largest of each number over all processes."""
         return (
-            self.largest(name, torch.tensor(numbers), over).tolist()
+            self.all_reduce_max(name, torch.tensor(numbers), over).tolist()
             if self.size > 1
             else list(numbers)
         )
 
-    def told(self, name: str, text: str, over: str = "all") -> str:
+    def broadcast_str(self, name: str, text: str, over: str = "all") -> str:
         """Return the text that the first process gives."""
         if self.size == 1:
             return text
         letters = torch.zeros(1024, dtype=torch.uint8)
         letters[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        return bytes(self.spread(name, letters, 0, over).tolist()).rstrip(b"\0").decode()
+        return bytes(self.broadcast(name, letters, 0, over).tolist()).rstrip(b"\0").decode()
 
-    def once(self, name: str, action: Callable[[], None]) -> None:
+    def on_rank0(self, name: str, action: Callable[[], None]) -> None:
         """Have the first process do something that the others wait for; where it fails, all do."""
         wrong = None
-        if self.first:
+        if self.is_rank0:
             try:
                 action()
             except KsparseError as error:
                 wrong = error
-        if self.agree(name, [int(wrong is not None)])[0]:
+        if self.all_reduce_max_ints(name, [int(wrong is not None)])[0]:
             raise wrong or PeerError(
                 f"process 0 of {self.size} could not go on; its own message says why"
             )

@@ -333,12 +333,18 @@ def test_every_mistake_is_named(table, message):
             lambda: recipes.RunConfig(loggers="wandb"),
             r"'run\.loggers' is 'wandb'; it must be a list",
         ),
-        (lambda: Recipe(sae=3), r"'sae' is 3; it must be SAE\(…\), or a dictionary of its keys"),
-        (lambda: Recipe(sae=recipes.ActsConfig()), r"'sae' is Acts\(.*; it must be SAE"),
+        (
+            lambda: Recipe(sae=3),
+            r"'sae' is 3; it must be SAEConfig\(…\), or a dictionary of its keys",
+        ),
+        (
+            lambda: Recipe(sae=recipes.ActsConfig()),
+            r"'sae' is ActsConfig\(.*; it must be SAEConfig",
+        ),
         (lambda: Recipe(sae={"kk": 3}), r"unknown key 'sae\.kk'"),
         (
             lambda: recipes.SAEConfig(activation="relu"),
-            r"'sae\.activation' is 'relu'; it must be TopK\(…\) or BatchTopK",
+            r"'sae\.activation' is 'relu'; it must be TopKConfig\(…\) or BatchTopKConfig",
         ),
         (
             lambda: EvalConfig(tokens="many"),

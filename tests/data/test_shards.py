@@ -127,7 +127,7 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(
     with monkeypatch.context() as patch:
         if where == "before_the_shard_is_renamed":
             patch.setattr(
-                module.files,
+                module.atomic,
                 "sha256",
                 die(
                     atomic.sha256,
@@ -139,7 +139,7 @@ def test_a_killed_writer_goes_on_and_the_result_is_the_same(
         elif where != "before_a_shard":
             name = module.NAMES if where == "before_the_names" else checksums.MANIFEST
             patch.setattr(
-                module.files, "write_json", die(jsonio.write_json, lambda path: path.name == name)
+                module.jsonio, "write_json", die(jsonio.write_json, lambda path: path.name == name)
             )
         stop = (
             {"progress": die(lambda done: None, lambda done: True)}

@@ -281,8 +281,8 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, kind, message):
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     tmp_path, monkeypatch, name, package
 ):
-    for module in (package, f"{package}.parquet"):
-        monkeypatch.setitem(sys.modules, module, None)
+    for name_ in (package, f"{package}.parquet"):
+        monkeypatch.setitem(sys.modules, name_, None)
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(InputError, match=rf"needs the package {package}: pip install 'ksparse\["):
         every(ActsConfig(text=str(tmp_path / name)))

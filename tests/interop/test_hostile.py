@@ -559,4 +559,4 @@ def test_a_folder_with_something_damaged_below_still_names_the_saes_that_there_a
 def test_there_is_one_reader_of_tensors():
     from ksparse.sae import serialization, tensor_files
 
-    assert foreign.Weights is tensor_files.CheckedTensors is serialization.Weights
+    assert foreign.CheckedTensors is tensor_files.CheckedTensors is serialization.CheckedTensors

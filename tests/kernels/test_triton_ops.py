@@ -92,7 +92,7 @@ def test_importing_the_kernels_does_not_import_triton():
 
 @pytest.mark.skipif(triton_ops.triton is not None and RUNS, reason="already run outside")
 def test_without_triton_the_module_is_there_and_says_that_it_is_not_available():
-    code = "import sys; sys.modules['triton'] = None; from ksparse.kernels import gpu; print(gpu.available())"
+    code = "import sys; sys.modules['triton'] = None; from ksparse.kernels import triton_ops; print(triton_ops.available())"
     done = run([sys.executable, "-c", code])
     assert done.stdout.strip() == "False", done.stderr
 
@@ -121,14 +121,14 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ksparse.kernels import gpu, screen
+from ksparse.kernels import triton_ops, triton_candidates
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
 TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, latents="*i32", indices=I, parts=F, weights=F, part_sums=F, out=F, b="i32", n="i32",
              d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, clip_at=F, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
-    kernel, types = getattr(gpu, name, None) or getattr(screen, name), TYPES | types
+    kernel, types = getattr(triton_ops, name, None) or getattr(triton_candidates, name), TYPES | types
     signature = {each: "constexpr" if each in constants else types[each] for each in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(kernel.arg_names) if each == "d" or signature[each][0] == "*"}
     done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

@@ -299,7 +299,7 @@ def test_out_of_memory_gives_the_plans_own_advice(small_recipe, tmp_path, monkey
     def full(*rest):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(train, "Feed", full)
+    monkeypatch.setattr(train, "ActivationSource", full)
     with pytest.raises(OutOfMemoryError) as raised:
         train.train_many([asked], [tmp_path / "run"], open_feed=full)
     made = plan.plan(asked)

@@ -120,7 +120,7 @@ def test_baselines_that_are_null_are_not_mentioned(make_run) -> None:
     assert all(
         cell.number is None
         for name in ("probes", "ablation", "explained_loss")
-        for cell in tables[name]
+        for cell in groups[name]
     )
 
 

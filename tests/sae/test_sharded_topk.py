@@ -21,7 +21,7 @@ class Slices:
     def __init__(self, rank: int):
         self.latent_rank, self.at, self.calls = rank, 0, 0
 
-    def gather(self, name, value, over):
+    def all_gather(self, name, value, over):
         assert torch.equal(value, OFFERED[self.latent_rank, self.at : self.at + len(value)])
         self.at, self.calls = self.at + len(value), self.calls + 1
         return OFFERED[:, self.at - len(value) : self.at]

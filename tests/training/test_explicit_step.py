@@ -527,7 +527,7 @@ class Work(torch.utils._python_dispatch.TorchDispatchMode):
 )
 def test_only_the_encoder_product_is_dense(kind, products, wide, weights, monkeypatch):
     """A step makes one product with all latents; the written-out ones no new [b, n] and no new [n, d] either."""
-    monkeypatch.setattr(explicit.fast, "_LATENTS", N // 4)  # of so few latents
+    monkeypatch.setattr(explicit.torch_ops, "_LATENTS", N // 4)  # of so few latents
     optimizer = made(kind, optim__ema=0.0)
     xs = batches(3, 512)
     run(optimizer, xs[:2], 0)
@@ -543,7 +543,7 @@ def test_no_tensor_of_the_written_out_step_is_made_on_another_device_than_the_we
     changes, monkeypatch
 ):
     """A tensor made without a device lands, here, where there is no memory; on a GPU it would be on the CPU."""
-    monkeypatch.setattr(explicit.fast, "_has_sampled_product", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(explicit.torch_ops, "_has_sampled_product", lambda x: False)  # as on a GPU
     optimizer = made(ExplicitStep, **changes)
     for number, x in enumerate(batches(2), 1):
         dead = torch.arange(60) * 2

@@ -15,12 +15,14 @@ from ksparse.training.train import train
 ATTEMPTS = """
 import contextlib, io, json, os, resource, signal, sys, time
 from pathlib import Path
-from ksparse import cli, errors, files, recipe
+from ksparse import cli, errors
+from ksparse.config import load_recipe
+from ksparse.storage import checksums
 from ksparse.storage.run_folder import RunFolder
-from ksparse.training import loop
+from ksparse.training.train import train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base, asked = Path(sys.argv[1]), recipe.load(sys.argv[2])
+base, asked = Path(sys.argv[1]), load_recipe(sys.argv[2])
 
 def attempt(folder, way, number, ready):
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +55,7 @@ def attempt(folder, way, number, ready):
             except SystemExit as ended:
                 return ended.code, said.getvalue()
     try:
-        loop.train(asked, folder, observe=observe)
+        train(asked, folder, observe=observe)
     except errors.KsparseError as error:
         return error.exit_code, str(error)
     return 0, ""
@@ -72,7 +74,7 @@ for item in sys.argv[3:]:
         os.kill(pid, signal.SIGTERM)
     (base / "message").touch()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    steps = [files.verify(path)["step"] for path in RunFolder(base / name).checkpoints()]  # each is whole, or this raises
+    steps = [checksums.verify(path)["step"] for path in RunFolder(base / name).checkpoints()]  # each is whole, or this raises
     found.setdefault(name, []).append([code, (base / "message").read_text(), steps])
 print(json.dumps(found))
 """

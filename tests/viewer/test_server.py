@@ -653,8 +653,8 @@ def test_a_background_job_whose_interrupts_are_ignored_goes_on(run):
 
 def test_an_export_ended_by_a_signal_leaves_nothing(run, tmp_path):
     code = (
-        "import os, signal, sys; from ksparse import cli; from ksparse.viewer import site\n"
-        "site._put = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal, sys; from ksparse import cli; from ksparse.viewer import static_site\n"
+        "static_site._put = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"cli.main(['view', {str(run.path)!r}, '--export', {str(tmp_path / 'site')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

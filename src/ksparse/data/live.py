@@ -62,7 +62,9 @@ class LiveStream:
             order = torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
             self._measure_mixing(block, order)
             for i in range(done, self.per_block):
-                chosen = order[i * self.batch : (i + 1) * self.batch][self.mesh.part(self.batch)]
+                chosen = order[i * self.batch : (i + 1) * self.batch][
+                    self.mesh.batch_range(self.batch)
+                ]
                 after = {"block": number, "place": list(start[0]), "skip": start[1], "batch": i + 1}
                 if i + 1 == self.per_block:
                     after = {
@@ -140,7 +142,7 @@ class LiveStream:
         for rank in range(self.mesh.size if self.mesh.size > 1 else 0):
             own = [group for group in range(groups) if self._whose(group, groups) == rank]
             if own:
-                self.mesh.spread(
+                self.mesh.broadcast(
                     "block", x[borders[own[0]] : borders[own[-1] + 1]].view(torch.uint8), rank
                 )
 

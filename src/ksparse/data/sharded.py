@@ -47,7 +47,7 @@ class ShardStream:
             rows = self.rows(step)
             contexts = self.shards.contexts(rows)
             self._mixing = _neighbours_in(rows, contexts) / len(rows)
-            rows = rows[self.mesh.part(len(rows))]
+            rows = rows[self.mesh.batch_range(len(rows))]
             x = self.shards.read(rows).to(self.device)
             documents = torch.from_numpy(self.shards.documents(rows))
             bad = ~torch.isfinite(x).all(1)

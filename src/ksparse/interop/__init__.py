@@ -96,7 +96,7 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
     """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot
     hold is an InputError.
 
-    normalization: what to do if the format has not the SAE's own (see `ksparse.interop.compatibility`).
+    normalization: what to do if the format has not the SAE's own (see `interop.compatibility`).
     """
     if to == "ksparse":
         serialization.save(sae, folder)

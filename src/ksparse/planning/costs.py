@@ -122,7 +122,7 @@ class Collective:
     """What one rank gives to the collectives of one name in a step, in bytes of its own tensors,
     among `ranks` ranks of an axis.
 
-    Names are those by which `ksparse.distributed.Mesh` counts. A broadcast is each rank's own, one after
+    Names are those by which `distributed.Mesh` counts. A broadcast is each rank's own, one after
     the other.
     """
 

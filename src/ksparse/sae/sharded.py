@@ -57,7 +57,7 @@ class ShardedSAE(SAE):
         if self._among[0] is not latents:
             self._among = (
                 latents,
-                self.mesh.gather(
+                self.mesh.all_gather(
                     "counts", torch.tensor([len(latents)], device=latents.device), "latent"
                 )
                 .flatten()
@@ -105,7 +105,7 @@ class ShardedSAE(SAE):
     def _compared(self, values: Tensor, k: int, offer: int) -> Tensor:
         width, slices = values.shape[1], self.mesh.latent
         padded = torch.nn.functional.pad(values, (0, offer - width), value=-torch.inf)
-        together = self.mesh.gather("values", padded, "latent").transpose(0, 1).flatten(1)
+        together = self.mesh.all_gather("values", padded, "latent").transpose(0, 1).flatten(1)
         least = together.topk(k, dim=1).values[:, -1:]
         kept, ties = ~(together <= least), together == least
         kept |= ties & (ties.cumsum(1) <= k - kept.sum(1, keepdim=True))
@@ -134,7 +134,7 @@ def shard_of(sae: SAE, mesh: Mesh, capacity: float = 0.0) -> SAE:
     """Return this process's slice of a whole autoencoder; itself where there is one slice."""
     if mesh.latent == 1:
         return sae
-    shape, rows = shard_shape(sae.shape, mesh), mesh.slice(sae.shape.n_latents)
+    shape, rows = shard_shape(sae.shape, mesh), mesh.latent_range(sae.shape.n_latents)
     own = ShardedSAE(shape, sae.metadata, mesh=mesh, capacity=capacity).to(sae.W_enc.device)
     with torch.no_grad():
         for key in own.keys:
@@ -155,7 +155,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, own, mesh):
-        return mesh.sum("recon", own.clone(), "latent")
+        return mesh.all_reduce_sum("recon", own.clone(), "latent")
 
     @staticmethod
     def backward(ctx, grad):
@@ -172,4 +172,4 @@ class _SharedBias(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.mesh.sum("b_pre_encoder", grad.clone(), "latent"), None
+        return ctx.mesh.all_reduce_sum("b_pre_encoder", grad.clone(), "latent"), None

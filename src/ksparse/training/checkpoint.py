@@ -196,10 +196,10 @@ def commit(run: RunFolder, taken: Snapshot, mesh: Mesh = SINGLE_PROCESS) -> None
                 {key: value.contiguous() for key, value in taken.tensors.items()},
                 tmp / shard_file("optim", mesh.latent_rank, mesh.latent),
             )
-        if mesh.first:
+        if mesh.is_rank0:
             serialization.write_shape(taken.shape, taken.metadata, tmp)
             jsonio.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
-    if mesh.first:
+    if mesh.is_rank0:
         there = run.checkpoints()
         newest = there.index(path) + 1
         for old in (
@@ -219,8 +219,8 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
         return
     named = False
     try:
-        with checksums.checksummed_dir(path, **facts) if mesh.first else nullcontext() as tmp:
-            name = mesh.told("folder", tmp.name if tmp else "", "save")
+        with checksums.checksummed_dir(path, **facts) if mesh.is_rank0 else nullcontext() as tmp:
+            name = mesh.broadcast_str("folder", tmp.name if tmp else "", "save")
             named = True
             if not name:
                 raise PeerError(
@@ -233,22 +233,22 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
                     yield path.parent / name
                 written = True
             finally:
-                failed = mesh.agree("written", [int(not written)], "save")[0]
+                failed = mesh.all_reduce_max_ints("written", [int(not written)], "save")[0]
             if failed:
                 raise PeerError(
                     f"checkpoint {path} was given up: another process could not write its slice; "
                     "its own message says why"
                 )
     finally:
-        if mesh.first and not named:
-            mesh.told("folder", "", "save")
+        if mesh.is_rank0 and not named:
+            mesh.broadcast_str("folder", "", "save")
 
 
 def dead_fraction(state: TrainState, dead_after: int, mesh: Mesh = SINGLE_PROCESS) -> float:
     """Return the share of latents, over all slices, that have not been active for `dead_after`
     tokens."""
     share = (state.since >= dead_after).float().mean()
-    return (mesh.sum("dead", share, "latent") / mesh.latent).item()
+    return (mesh.all_reduce_sum("dead", share, "latent") / mesh.latent).item()
 
 
 def load(path: Path, optimizer: AutogradStep) -> TrainState:
@@ -261,7 +261,7 @@ def load(path: Path, optimizer: AutogradStep) -> TrainState:
     }
     mesh, n = optimizer.mesh, sae.shape.n_latents
     weights = serialization.rows_of(
-        path, "optim", mesh.slice(n * mesh.latent) if mesh.latent > 1 else None
+        path, "optim", mesh.latent_range(n * mesh.latent) if mesh.latent > 1 else None
     )
     followed = sae.activation.own if sae.activation.running else ()
     shapes |= {  # older files have none

@@ -36,8 +36,8 @@ def restore(
         nonlocal path
         path = newest_checkpoint(run)
 
-    mesh.once("checkpoint", find)
-    step = int(mesh.told("step", path.name.rpartition("-")[2] if path else "-1"))
+    mesh.on_rank0("checkpoint", find)
+    step = int(mesh.broadcast_str("step", path.name.rpartition("-")[2] if path else "-1"))
     if step < 0:
         return None
     path = run.checkpoint(step)
@@ -53,7 +53,7 @@ def restore(
     state = checkpoint.load(path, optimizer)
     if state.mesh == [mesh.data, mesh.latent]:
         torch.set_num_threads(state.threads)
-    elif mesh.first:
+    elif mesh.is_rank0:
         log.info(
             "begun on a mesh of %s x %s, going on on one of %s x %s",
             *state.mesh,

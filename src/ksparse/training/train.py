@@ -80,7 +80,7 @@ def train_many(
     with ExitStack() as stack, _memory_explained(common):
         device = mesh_of.local_device(resolve_device(common.run.device))
         mesh = stack.enter_context(mesh_of.open_mesh(common, device))
-        mesh.once("begin", lambda: _claim(stack, runs, recipes))
+        mesh.on_rank0("begin", lambda: _claim(stack, runs, recipes))
         stop = stack.enter_context(_signals())
         threads(common.threads)
         saver = checkpoint.Saver(mesh, behind=mesh.size > 1 or not device.startswith("cpu"))
@@ -99,7 +99,7 @@ def train_many(
         )
         for member in going:
             member.join(feed, observe)
-        mesh.once(
+        mesh.on_rank0(
             "room",
             lambda: checkpoint.check_room([(member.run, member.optimizer) for member in going]),
         )
@@ -116,7 +116,7 @@ def train_many(
                 member.step(batch, x)
             for member in now:
                 member.log(batch, x)
-            signum, *due = mesh.agree(
+            signum, *due = mesh.all_reduce_max_ints(
                 "stop", [stop[0] if stop else 0, *(int(member.due()) for member in now)]
             )
             for member, wanted in zip(now, due):

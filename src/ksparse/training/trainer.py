@@ -90,7 +90,7 @@ class SAETrainer:
                 lambda row: observe(self.run, row),
                 *open_loggers(self.recipe, self.run),
             ]
-            if self.mesh.first
+            if self.mesh.is_rank0
             else []
         )
         self.curve = self.run.curve()
@@ -144,7 +144,7 @@ class SAETrainer:
             dead = row["dead"]
         for alarm in (
             self.alarms.see(state.step, state.tokens, self.grad_norm, dead)
-            if self.mesh.first
+            if self.mesh.is_rank0
             else ()
         ):
             log.warning(
@@ -182,19 +182,19 @@ class SAETrainer:
             "l0": l0(self.part, self.mesh),
             "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh),
         }
-        if self.mesh.first:
+        if self.mesh.is_rank0:
             self.run.append_curve(row)
             self.curve.append(row)
         state.converged = bool(
-            self.mesh.agree(
+            self.mesh.all_reduce_max_ints(
                 "converged",
-                [int(self.mesh.first and convergence.converged(self.curve, recipe.curve))],
+                [int(self.mesh.is_rank0 and convergence.converged(self.curve, recipe.curve))],
             )[0]
         )
 
     def due(self) -> bool:
         """Return whether it is time for a checkpoint; the first process has the clock."""
-        return self.mesh.first and checkpoint_due(self.state.step, self.saved, self.recipe)
+        return self.mesh.is_rank0 and checkpoint_due(self.state.step, self.saved, self.recipe)
 
     def save(self) -> None:
         """Save a checkpoint."""
@@ -330,7 +330,7 @@ def update_dead_counts(
         0, torch.where(values > 0, indices, n).flatten(), 1
     )[:n]
     if mesh.data > 1:
-        fired = mesh.largest("fired", fired, "data")
+        fired = mesh.all_reduce_max("fired", fired, "data")
     return (since + tokens).masked_fill_(fired.bool(), 0)
 
 
@@ -366,7 +366,9 @@ def metrics(
 def l0(part: Losses, mesh: Mesh = SINGLE_PROCESS) -> float:
     """Return the mean number of values above 0, over all parts of the batch and slices."""
     active = (part.code.values > 0).sum(1).float().mean()
-    return (mesh.sum("l0", mesh.sum("l0", active, "latent"), "data") / mesh.data).item()
+    return (
+        mesh.all_reduce_sum("l0", mesh.all_reduce_sum("l0", active, "latent"), "data") / mesh.data
+    ).item()
 
 
 def checkpoint_due(step: int, saved: float, recipe: Recipe) -> bool:

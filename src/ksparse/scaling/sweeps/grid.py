@@ -111,14 +111,18 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
             raise InputError(
-                f"'{key}' of the grid in {file} is {recipes.preview(values)}; it must be a list of at "
-                "least one value"
+                f"'{key}' of the grid in {file} is {recipes.preview(values)}; it must be a list of "
+                "at least one value"
             )
     if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
         raise InputError(
             f"the grid in {file} has {points:,} points; at most {MOST_POINTS:,} make a sweep"
         )
     return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+
+
+def _shown(point: dict[str, Any]) -> str:
+    return ", ".join(f"{key} = {recipes.preview(value)}" for key, value in point.items())
 
 
 def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
@@ -131,11 +135,7 @@ def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
     try:
         return recipes.from_dict(merged, where=f" in {file}")
     except InputError as error:
-        raise InputError(
-            f"{error} (at the point "
-            f"{', '.join(f'{key} = {recipes.preview(value)}' for key, value in point.items())} of the "
-            "grid)"
-        ) from None
+        raise InputError(f"{error} (at the point {_shown(point)} of the grid)") from None
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

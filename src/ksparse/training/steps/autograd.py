@@ -65,7 +65,7 @@ class AutogradStep:
         code is that of its part and slice.
         """
         whole = len(x) * self.mesh.data
-        options, at = self.recipe.sae, self.mesh.part(whole).start
+        options, at = self.recipe.sae, self.mesh.batch_range(whole).start
         wanted = auxk_tokens(options, whole)
         scalars: list[Tensor] = []
         codes: list[Code] = []
@@ -92,7 +92,9 @@ class AutogradStep:
             if self.sae.activation.running or resampling(self.updates + 1, self.recipe)
             else None
         )
-        total, nmse, auxk = self.mesh.sum("loss", sum(scalars[1:], start=scalars[0]), "data")
+        total, nmse, auxk = self.mesh.all_reduce_sum(
+            "loss", sum(scalars[1:], start=scalars[0]), "data"
+        )
         self.total = total
         return Losses(total, nmse, auxk, code)
 
@@ -107,7 +109,7 @@ class AutogradStep:
         """Sum over the parts of the batch, take the part along decoder rows off, clip, and return
         the norm before clipping."""
         sums = [
-            self.mesh.start_sum(key, weight.grad, "data")
+            self.mesh.start_all_reduce_sum(key, weight.grad, "data")
             for key, weight in self.sae.named_parameters()
             if weight.grad is not None
         ]
@@ -277,7 +279,7 @@ def clip_(sae: SAE, limit: float, mesh: Mesh = SINGLE_PROCESS) -> float:
         own = torch.nn.utils.get_total_norm(
             [gradient for gradient in gradients if gradient is not shared]
         )
-        squares = mesh.sum("norm", own.double().square(), "latent")
+        squares = mesh.all_reduce_sum("norm", own.double().square(), "latent")
         if shared is not None:
             squares = squares + shared.double().square().sum()
         norm = squares.sqrt().float()

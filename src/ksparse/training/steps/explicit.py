@@ -79,14 +79,14 @@ class ExplicitStep(AutogradStep):
         error = self._buffer("error", x.shape)
         values, indices, square, slopes = self._code(x, centred, error)
         whole = len(x) * self.mesh.data
-        nmse = self.mesh.sum(
+        nmse = self.mesh.all_reduce_sum(
             "loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data"
         )
         finite = self._finite(nmse, slopes)
         aux, extra = nmse.new_zeros(()), None
         if options.auxk_coef and sae.count(dead) and finite is not False:
             wanted = auxk_tokens(options, whole)
-            some = slice(max(0, wanted - self.mesh.part(whole).start))
+            some = slice(max(0, wanted - self.mesh.batch_range(whole).start))
             aux, extra = self._auxk(centred[some], error[some], dead, k_aux, wanted)
         total = nmse + options.auxk_coef * aux
         scale = 2 / (whole * x.shape[1] * baseline)
@@ -96,7 +96,7 @@ class ExplicitStep(AutogradStep):
     def _finite(self, nmse: Tensor, slopes: Tensor) -> bool | Tensor:
         """Return whether loss and slopes are finite, on all processes."""
         finite = bool(torch.isfinite(nmse)) and bool(torch.isfinite(slopes.sum()))
-        return not self.mesh.agree("finite", [int(not finite)])[0]
+        return not self.mesh.all_reduce_max_ints("finite", [int(not finite)])[0]
 
     def _code(
         self, x: Tensor, centred: Tensor, error: Tensor
@@ -158,7 +158,7 @@ class ExplicitStep(AutogradStep):
         """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its
         product with each chosen decoder row [b, k])."""
         sae = self.sae
-        recon = self.mesh.sum(
+        recon = self.mesh.all_reduce_sum(
             "recon", torch_ops.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent"
         )
         torch.add(recon, sae.b_pre.detach(), out=error).sub_(x)
@@ -224,7 +224,7 @@ class ExplicitStep(AutogradStep):
         """Return the loss and its gradient by the prediction [s, d], which takes the place of this
         slice's share; both are 0 where the loss is not finite."""
         options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
-        difference = self.mesh.sum("recon", predicted, "latent").add_(
+        difference = self.mesh.all_reduce_sum("recon", predicted, "latent").add_(
             error
         )  # the prediction less x - recon
         if options.auxk_norm == "token":
@@ -233,7 +233,9 @@ class ExplicitStep(AutogradStep):
             weights = (
                 1 / (self._spread(error, tokens).clamp_min(tiny) * tokens * error.shape[1])
             ).expand(len(error))
-        loss = self.mesh.sum("loss", (difference.square().sum(1) * weights).double().sum(), "data")
+        loss = self.mesh.all_reduce_sum(
+            "loss", (difference.square().sum(1) * weights).double().sum(), "data"
+        )
         finite = torch.isfinite(loss)  # nobody waits for a device to tell
         return torch.where(finite, loss, 0.0), torch.where(
             finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0
@@ -244,8 +246,8 @@ class ExplicitStep(AutogradStep):
         process's error[<= tokens, d]."""
         if self.mesh.data == 1:
             return (error - error.mean(0)).square().mean()
-        mean = self.mesh.sum("spread", error.sum(0), "data") / tokens
-        return self.mesh.sum("spread", (error - mean).square().sum(), "data") / (
+        mean = self.mesh.all_reduce_sum("spread", error.sum(0), "data") / tokens
+        return self.mesh.all_reduce_sum("spread", (error - mean).square().sum(), "data") / (
             tokens * error.shape[1]
         )
 
@@ -298,7 +300,7 @@ class ExplicitStep(AutogradStep):
         if extra is not None:
             sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
         sums = [
-            mesh.start_sum("W_enc", sae.W_enc.grad, "data")
+            mesh.start_all_reduce_sum("W_enc", sae.W_enc.grad, "data")
         ]  # on its way while the decoder's is computed
         sae.W_dec.grad = torch_ops.scatter_transposed(
             lists, values, pending.error, out=self._gradient("W_dec")
@@ -313,11 +315,11 @@ class ExplicitStep(AutogradStep):
             along.index_add_(0, extra.latents, (extra.dec * sae.W_dec[extra.latents]).sum(1))
         if self.recipe.sae.unit_norm:
             sae.W_dec.grad.addcmul_(sae.W_dec, along[:, None], value=-1)
-        sums.append(mesh.start_sum("W_dec", sae.W_dec.grad, "data"))
-        mesh.sum("b_enc", g_bias, "data")
-        sae.b_pre.grad = mesh.sum("b_pre", pending.scale * pending.error.sum(0), "data") - mesh.sum(
-            "b_pre_encoder", g_bias @ sae.W_enc, "latent"
-        )
+        sums.append(mesh.start_all_reduce_sum("W_dec", sae.W_dec.grad, "data"))
+        mesh.all_reduce_sum("b_enc", g_bias, "data")
+        sae.b_pre.grad = mesh.all_reduce_sum(
+            "b_pre", pending.scale * pending.error.sum(0), "data"
+        ) - mesh.all_reduce_sum("b_pre_encoder", g_bias @ sae.W_enc, "latent")
         sae.b_enc.grad = g_bias if self.recipe.sae.b_enc else None
         for wait in sums:
             wait()

@@ -98,7 +98,7 @@ def build(
 
     text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or
     'OWNER/NAME:CONFIG') with a column 'text', or a file or folder here; `documents` of it are read.
-    local: folders that stand in for data sets of the Hub (ksparse.evals.probing.suites.sources). only: these
+    local: folders that stand in for data sets of the Hub (see `sources`). only: these
     tasks.
     """
     plan = BuildPlan(Path(folder), rows, seed, text, documents, Path(local) if local else None)
