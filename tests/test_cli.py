@@ -543,7 +543,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["trian"], 2, "did you mean `ksparse train`"),
+        (["trian"], 2, "did you mean 'train'"),
         (["train", "--sae.kk", "3"], 2, "--sae.k"),
         (["train", "--sae.k", "many"], 2, "many"),
         (["train", "--sae.k", "5000"], 2, "sae.k is 5000, more than the 4096 latents"),

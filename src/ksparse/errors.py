@@ -4,6 +4,11 @@ with.
 A message says what is wrong, where, what was got, what was expected, and what to do.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class KsparseError(Exception):
     """Whatever ksparse refuses or cannot go on with."""
@@ -51,3 +56,27 @@ class Interrupted(KsparseError):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def unknown(what: str, name: object, known: Iterable[str], otherwise: str = "") -> InputError:
+    """Return the error for a name that does not exist: one rule for every "did you mean".
+
+    Args:
+        what: the sentence up to the name, such as "there is no format".
+        name: what was given.
+        known: the names that exist.
+        otherwise: what to say where no known name is near; the list of all of them by default.
+
+    Example:
+        >>> str(unknown("there is no law", "L(M)", ["L(N)", "L(C)"]))
+        "there is no law 'L(M)'; did you mean 'L(N)'?"
+    """
+    names = [*known]
+    nearest = nearest_name(name, names)
+    hint = f"did you mean {nearest!r}?" if nearest else otherwise or f"there are {', '.join(names)}"
+    return InputError(f"{what} {str(name)[:80]!r}; {hint}")
+
+
+def nearest_name(name: object, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a mistyped one, or None if none is near."""
+    return next(iter(difflib.get_close_matches(str(name)[:80], [*known], 1, 0.6)), None)

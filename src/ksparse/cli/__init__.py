@@ -13,7 +13,6 @@ Nothing heavy is imported before a verb runs, so that help is there at once.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ from contextlib import suppress
 from ksparse.cli import convert, evaluate, interventions, prepare, report, sweeps, train
 from ksparse.cli.arguments import LOAD_LM, VERBS, usage_of
 from ksparse.cli.output import Lines, first_process, visible
-from ksparse.errors import DiskError, InputError, KsparseError
+from ksparse.errors import DiskError, InputError, KsparseError, unknown
 from ksparse.storage.atomic import FULL
 from ksparse.trust import taken_from, trusted
 
@@ -92,11 +91,7 @@ def _run(arguments: list[str]) -> None:
     logging.getLogger("ksparse").setLevel(logging.INFO if first_process() else logging.ERROR)
     try:
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1)
-            raise InputError(
-                f"there is no verb {verb!r}"
-                + (f"; did you mean `ksparse {near[0]}`?" if near else "; see `ksparse --help`")
-            )
+            raise unknown("there is no verb", verb, VERBS, "see `ksparse --help`")
         _check_working_folder()
         code, rest = taken_from(rest) if verb in LOAD_LM else (False, rest)
         with trusted(code):

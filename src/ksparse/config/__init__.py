@@ -1,40 +1,62 @@
-"""What a run is, as frozen data. See `ksparse.config.schema`."""
+"""What to run, as frozen data that is validated when it is made. Torch is never imported here.
 
-from ksparse.config.schema import (
+options       the base of every option class: types, choices, finite numbers
+activations   one option class for each kind of activation
+schema        Recipe and its sections
+serialize     TOML and dictionaries
+evaluation    EvalConfig and StudyConfig
+"""
+
+from ksparse.config.activations import (
     ACTIVATION_CONFIGS as ACTIVATION_CONFIGS,
 )
-from ksparse.config.schema import (
-    LARGEST as LARGEST,
-)
-from ksparse.config.schema import (
-    LARGEST_TOML as LARGEST_TOML,
-)
-from ksparse.config.schema import (
-    MOST_DOTS as MOST_DOTS,
-)
-from ksparse.config.schema import (
+from ksparse.config.activations import (
     WITH_AUXK as WITH_AUXK,
 )
-from ksparse.config.schema import (
+from ksparse.config.activations import (
     ActivationConfig as ActivationConfig,
+)
+from ksparse.config.activations import (
+    BatchTopKConfig as BatchTopKConfig,
+)
+from ksparse.config.activations import (
+    GatedConfig as GatedConfig,
+)
+from ksparse.config.activations import (
+    JumpReLUConfig as JumpReLUConfig,
+)
+from ksparse.config.activations import (
+    ProLUConfig as ProLUConfig,
+)
+from ksparse.config.activations import (
+    ReLUConfig as ReLUConfig,
+)
+from ksparse.config.activations import (
+    TopKConfig as TopKConfig,
+)
+from ksparse.config.activations import (
+    activation_kind as activation_kind,
+)
+from ksparse.config.options import (
+    LARGEST as LARGEST,
+)
+from ksparse.config.options import (
+    Config as Config,
+)
+from ksparse.config.options import (
+    check_fields as check_fields,
+)
+from ksparse.config.options import (
+    flat as flat,
+)
+from ksparse.config.options import (
+    preview as preview,
 )
 from ksparse.config.schema import (
     ActsConfig as ActsConfig,
 )
 from ksparse.config.schema import (
-    BatchTopKConfig as BatchTopKConfig,
-)
-from ksparse.config.schema import (
-    Config as Config,
-)
-from ksparse.config.schema import (
     CurveConfig as CurveConfig,
-)
-from ksparse.config.schema import (
-    GatedConfig as GatedConfig,
-)
-from ksparse.config.schema import (
-    JumpReLUConfig as JumpReLUConfig,
 )
 from ksparse.config.schema import (
     MeshConfig as MeshConfig,
@@ -43,25 +65,13 @@ from ksparse.config.schema import (
     OptimConfig as OptimConfig,
 )
 from ksparse.config.schema import (
-    ProLUConfig as ProLUConfig,
-)
-from ksparse.config.schema import (
     Recipe as Recipe,
-)
-from ksparse.config.schema import (
-    ReLUConfig as ReLUConfig,
 )
 from ksparse.config.schema import (
     RunConfig as RunConfig,
 )
 from ksparse.config.schema import (
     SAEConfig as SAEConfig,
-)
-from ksparse.config.schema import (
-    TopKConfig as TopKConfig,
-)
-from ksparse.config.schema import (
-    activation_kind as activation_kind,
 )
 from ksparse.config.schema import (
     auxk_tokens as auxk_tokens,
@@ -73,35 +83,32 @@ from ksparse.config.schema import (
     check_activation as check_activation,
 )
 from ksparse.config.schema import (
-    check_fields as check_fields,
-)
-from ksparse.config.schema import (
     check_schedule as check_schedule,
-)
-from ksparse.config.schema import (
-    differences as differences,
-)
-from ksparse.config.schema import (
-    flat as flat,
-)
-from ksparse.config.schema import (
-    from_dict as from_dict,
 )
 from ksparse.config.schema import (
     k_aux as k_aux,
 )
-from ksparse.config.schema import (
+from ksparse.config.serialize import (
+    LARGEST_TOML as LARGEST_TOML,
+)
+from ksparse.config.serialize import (
+    MOST_DOTS as MOST_DOTS,
+)
+from ksparse.config.serialize import (
+    differences as differences,
+)
+from ksparse.config.serialize import (
+    from_dict as from_dict,
+)
+from ksparse.config.serialize import (
     load_recipe as load_recipe,
 )
-from ksparse.config.schema import (
-    preview as preview,
-)
-from ksparse.config.schema import (
+from ksparse.config.serialize import (
     read_toml as read_toml,
 )
-from ksparse.config.schema import (
+from ksparse.config.serialize import (
     to_dict as to_dict,
 )
-from ksparse.config.schema import (
+from ksparse.config.serialize import (
     to_toml as to_toml,
 )

@@ -18,63 +18,24 @@ has the paper's. Nothing here opens a file of the run, imports torch, or prints.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import json
 import logging
 import math
-import tomllib
-import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from ksparse.errors import InputError
+from ksparse.config.activations import (
+    _SPOKEN,
+    WITH_AUXK,
+    ActivationConfig,
+    TopKConfig,
+)
+from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
+from ksparse.errors import InputError, nearest_name
 from ksparse.storage.rows import has_half
 
 _log = logging.getLogger("ksparse")
-LARGEST = 3e38  # a float of single precision
-
-
-class Config:
-    """Frozen data whose fields hold what they are declared to: the type, one of the choices, a
-    finite number. One rule for all options.
-
-    What stands for a value becomes it, as in TOML: 1e6 for a whole number, 1 for a float, a list
-    for a tuple, a dictionary for a section.
-    """
-
-    SECTION: ClassVar[str] = ""
-    """What its keys begin with in a recipe."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, self.SECTION)
-
-    def at_least(self, what: str, **lowest: float) -> None:
-        """Raise InputError, saying of what they are options, for a number below its lowest."""
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise InputError(
-                    f"{name} of {what} is {getattr(self, name)}; it must be at least {low}"
-                )
-
-
-def check_fields(options: object, prefix: str = "") -> None:
-    """Give each field of a dataclass the type that it declares, in place; raise InputError, naming
-    the field, for a value that is none of it."""
-    kind: type = type(options)
-    for name, hint in _hints(kind).items():
-        value = getattr(options, name)
-        fitting = _convert(value, hint, f"'{prefix}{name}'")
-        if fitting is not value:
-            object.__setattr__(options, name, fitting)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Return the types that a dataclass declares."""
-    hints = typing.get_type_hints(kind)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind)}
 
 
 @dataclass(frozen=True)
@@ -127,131 +88,6 @@ class ActsConfig(Config):
     shards: str = ""
     """A folder written by `ksparse shard`; activations are read from it instead of running the
     LM."""
-
-
-@dataclass(frozen=True)
-class TopKConfig(Config):
-    """The k largest pre-activations of each token, then ReLU (Gao et al. 2024, section 2.3)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["topk"] = "topk"
-    """What becomes of pre-activations: topk, batch_topk, relu, jump_relu, gated, prolu.
-    `--sae.activation.kind KIND --help` lists the keys of a kind."""
-
-
-@dataclass(frozen=True)
-class BatchTopKConfig(Config):
-    """The k x b largest pre-activations of a batch of b tokens, then ReLU; in use, those above a
-    threshold (Bussmann et al. 2024)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["batch_topk"] = "batch_topk"
-    """The kind."""
-    threshold_decay: float = 0.99
-    """Decay of the running average, over steps, of the smallest value that a batch keeps, from
-    which training looks for the largest. The threshold in use is another: it is set at each
-    checkpoint, so that the saved weights have an L0 of k on the last batch."""
-
-
-@dataclass(frozen=True)
-class ReLUConfig(Config):
-    """ReLU with an L1 penalty (Gao et al. 2024, sections 2.2 and B.2; Conerly et al. 2024)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["relu"] = "relu"
-    """The kind."""
-    l1: float = 5e-3
-    """Weight of the penalty. The paper's are 1.7e-3 to 1.7e-2."""
-    penalty: Literal["paper", "decoder_norm"] = "paper"
-    """paper: the sum of a token's values by the norm of its input. decoder_norm: each value times
-    its decoder row's norm, for sae.unit_norm = false."""
-    warmup: float = 0.05
-    """First share of the steps over which the penalty rises linearly (the paper's, for GPT-4)."""
-    resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first
-    half of the run; 0: never. The paper: 4."""
-
-
-@dataclass(frozen=True)
-class JumpReLUConfig(Config):
-    """Values above a threshold of their latent, trained through kernel estimates of the gradient
-    (Rajamanoharan et al. 2024b)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["jump_relu"] = "jump_relu"
-    """The kind."""
-    penalty: Literal["target", "l0"] = "target"
-    """target: coef x (L0 / k - 1)^2, so that sae.k is the L0 aimed at. l0: coef x L0 / k."""
-    coef: float = 1.0
-    """Weight of the penalty."""
-    bandwidth: float = 0.001
-    """Width of the window around a threshold in which its gradient is seen, for inputs of norm 1
-    (the original's); it grows with the input."""
-    threshold: float = 0.0
-    """Where all thresholds start, for inputs of norm 1; 0: where sae.k latents are active, on a
-    sample."""
-    warmup: float = 0.05
-    """First share of the steps over which the penalty rises linearly."""
-
-
-@dataclass(frozen=True)
-class GatedConfig(Config):
-    """Gates say which latents are active, magnitudes how much; L1 and an auxiliary loss on the
-    gates (Rajamanoharan et al. 2024a)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["gated"] = "gated"
-    """The kind."""
-    l1: float = 5e-3
-    """Weight of the penalty on the gates' pre-activations. The paper's are 1e-3 to 2e-2."""
-    aux: float = 1.0
-    """Weight of the error of reconstructing from the gates' pre-activations, with a decoder that
-    gets no gradient from it."""
-    warmup: float = 0.05
-    """First share of the steps over which the penalty rises linearly."""
-    resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first
-    half of the run; 0: never. The paper: 4."""
-
-
-@dataclass(frozen=True)
-class ProLUConfig(Config):
-    """The product itself where product and biased product are positive, with one of two made-up
-    gradients (Taggart 2024)."""
-
-    SECTION = "sae.activation."
-
-    kind: Literal["prolu"] = "prolu"
-    """The kind."""
-    gradient: Literal["ste", "relu"] = "ste"
-    """How the bias gets a gradient. ste: straight through the step. relu: as if it were added."""
-    l1: float = 5e-3
-    """Weight of the penalty. The paper's are 5e-4 to 2e-2."""
-    warmup: float = 0.05
-    """First share of the steps over which the penalty rises linearly."""
-    resample: int = 4
-    """How often dead latents start anew on badly reconstructed activations, evenly over the first
-    half of the run; 0: never. The paper: 4."""
-
-
-_SPOKEN = {
-    "topk": "{k} of them active at a time",
-    "batch_topk": "{k} of them active on average",
-    "jump_relu": "about {k} of them active at a time",
-}
-ActivationConfig = (
-    TopKConfig | BatchTopKConfig | ReLUConfig | JumpReLUConfig | GatedConfig | ProLUConfig
-)
-ACTIVATION_CONFIGS: dict[str, type[ActivationConfig]] = {
-    kind.kind: kind for kind in typing.get_args(ActivationConfig)
-}
-WITH_AUXK = ("topk", "batch_topk", "jump_relu")
-"""Kinds whose dead latents are revived by AuxK; the others resample them."""
 
 
 @dataclass(frozen=True)
@@ -444,7 +280,8 @@ class Recipe(Config):
     digit."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with suggesting_keys():
+            super().__post_init__()
         check(self)
 
     @property
@@ -476,7 +313,7 @@ class Recipe(Config):
         of threads. Two spellings of one order are one."""
         return {
             key: value
-            for key, value in to_dict(self).items()
+            for key, value in plain(dataclasses.asdict(self)).items()
             if key not in ("run", "mesh", "threads")
         } | {"order": self.data_seed}
 
@@ -679,252 +516,17 @@ def check_activation(sae: SAEConfig) -> None:
         )
 
 
-# ---- TOML and dictionaries -----------------------------------------------------------------------
-
-
-def load_recipe(path: Path | str) -> Recipe:
-    """Read a recipe from a TOML file."""
-    return from_dict(read_toml(path, "recipe"), where=f" in {path}")
-
-
-LARGEST_TOML = 2**23
-MOST_DOTS = 3_000  # in a line, or fewer in many: a key's parts take the parser memory by the square
-
-
-def read_toml(path: Path | str, what: str, advice: str = "") -> dict[str, Any]:
-    """Read a TOML file; raise InputError, saying what it should have been, where it is not there or
-    none."""
+@contextmanager
+def suggesting_keys() -> Iterator[None]:
+    """Add the nearest key of a recipe, or all keys, to an error about an unknown one."""
     try:
-        with Path(path).open("rb") as stream:
-            data = stream.read(LARGEST_TOML + 1)
-        dots = sum(line.count(b".") ** 2 for line in data.split(b"\n"))
-        if len(data) > LARGEST_TOML or dots > MOST_DOTS**2:
-            raise InputError(
-                f"{what} {path} is no file of ours: it has more than "
-                f"{LARGEST_TOML:,} bytes, or {MOST_DOTS:,} dots in a line"
-            )
-        return tomllib.loads(data.decode("utf-8").replace("\r\n", "\n"))
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist{advice}") from None
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read: {error.strerror or error}") from None
-    except InputError:
-        raise
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, not TOML, a number of thousands of digits, lists in lists without end
-        raise InputError(f"{what} {path} is not TOML: {error}") from None
-
-
-def from_dict(table: dict[str, Any], where: str = "") -> Recipe:
-    """Make a recipe of nested dictionaries; name every key that is unknown or has the wrong
-    type."""
-    return _build(Recipe, table, "", where)
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Return nested dictionaries of plain values, tuples as lists."""
-    return _plain(dataclasses.asdict(recipe))
-
-
-def to_toml(recipe: Recipe) -> str:
-    """Write every key of the recipe as TOML, so that a later change of a default does not change an
-    old run."""
-    table = to_dict(recipe)
-    return "\n".join(_toml_lines(table)).lstrip() + "\n"
-
-
-def _toml_lines(table: dict[str, Any], name: str = "") -> list[str]:
-    """Return a table's own keys, then those of the tables in it, each under its whole name."""
-    lines = [
-        *(["", f"[{name}]"] if name else []),
-        *(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict)),
-    ]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += _toml_lines(value, f"{name}.{key}" if name else key)
-    return lines
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"sae.k": 32, …} of nested dictionaries."""
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return out
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List what differs between two recipes' dictionaries, as 'sae.k: 32 -> 64'."""
-    old, new = flat(old), flat(new)
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _build(kind: type, table: dict[str, Any], prefix: str, where: str) -> Any:
-    if not isinstance(table, dict):
-        raise InputError(f"a recipe{where} is a table of keys, not {type(table).__name__}")
-    hints = _hints(kind)
-    values = {}
-    for key, value in table.items():
-        key = str(key)
-        if f"{prefix}{key}" == "run.trust_remote_code":  # of older recipes
-            if value:
-                _log.warning(
-                    "run.trust_remote_code%s is passed over: a file cannot allow code to run. If "
-                    "you trust the code that comes "
-                    "with the model, give --trust-remote-code True with this command",
-                    where,
-                )
-            continue
-        if key not in hints:
-            raise InputError(f"unknown key '{prefix}{key:.80}'{where}{_suggest(prefix + key[:80])}")
-        hint = hints[key]
-        section = dataclasses.is_dataclass(hint) or hint == ActivationConfig
-        if section and not isinstance(value, dict):
-            raise InputError(
-                f"'{prefix}{key}'{where} is a section; write [{prefix}{key}] and its keys"
-            )
-        values[key] = (
-            _section(value, hint, f"{prefix}{key}.", where)
-            if section
-            else _convert(value, hint, f"'{prefix}{key}'{where}")
-        )
-    return kind(**values)
-
-
-def _section(table: dict[str, Any], hint: Any, prefix: str, where: str = "") -> Any:
-    return _build(
-        activation_kind(table, prefix, where) if hint == ActivationConfig else hint,
-        table,
-        prefix,
-        where,
-    )
-
-
-def activation_kind(
-    table: dict[str, Any], prefix: str = "sae.activation.", where: str = ""
-) -> type:
-    """Return the kind of activation that a table names, topk if it names none; raise InputError for
-    keys that this kind does not have."""
-    kind = _convert(
-        table.get("kind", "topk"), Literal[tuple(ACTIVATION_CONFIGS)], f"'{prefix}kind'{where}"
-    )
-    own = [each.name for each in dataclasses.fields(ACTIVATION_CONFIGS[kind])]
-    for key in table:
-        if key not in own:
-            others = [
-                name
-                for name, other in ACTIVATION_CONFIGS.items()
-                if key in {each.name for each in dataclasses.fields(other)}
-            ]
-            near = difflib.get_close_matches(key[:80], own, 1, 0.6)
-            raise InputError(
-                f"unknown key '{prefix}{key:.80}' of kind {kind!r}{where}; "
-                + (
-                    f"did you mean '{prefix}{near[0]}'?"
-                    if near
-                    else f"it is a key of kind {', '.join(others)}"
-                    if others
-                    else f"its keys are {', '.join(own)}"
-                )
-            )
-    return ACTIVATION_CONFIGS[kind]
+        yield
+    except UnknownKeyError as error:
+        raise InputError(f"{error}{_suggest(error.key)}") from None
 
 
 def _suggest(key: str) -> str:
     known = list(flat(dataclasses.asdict(Recipe())))
     last = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(key, known, 1, 0.6) or [
-        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), 1, 0.6)
-    ]
-    return f"; did you mean '{near[0]}'?" if near else f"; the keys are {', '.join(known)}"
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """Return a value as its type; raise InputError, naming the option, if it is none of it."""
-    if dataclasses.is_dataclass(hint) or hint == ActivationConfig:
-        kinds = typing.get_args(hint) or (hint,)
-        if isinstance(value, dict):
-            return _section(value, hint, f"{name.strip(chr(39))}.")
-        if not isinstance(value, kinds):
-            raise InputError(
-                f"{name} is {value!r}; it must be "
-                f"{' or '.join(f'{kind.__name__}(…)' for kind in kinds)}, or a dictionary of its "
-                "keys"
-            )
-        return value
-    if type(None) in typing.get_args(hint):
-        return None if value is None else _convert(value, typing.get_args(hint)[0], name)
-    if typing.get_origin(hint) is Literal:
-        options = typing.get_args(hint)
-        if value not in options:
-            near = difflib.get_close_matches(preview(value).strip("'"), options, 1)
-            raise InputError(
-                f"{name} is {preview(value)}; it must be one of {', '.join(map(repr, options))}"
-                + (f". Did you mean {near[0]!r}?" if near else "")
-            )
-        return value
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{name} is {preview(value)}; it must be a list")
-        return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
-    if (
-        hint is float
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        and abs(value) < 2**63
-    ):
-        return float(value)
-    if hint is float and type(value) is float and not abs(value) <= LARGEST:
-        raise InputError(
-            f"{name} is {value}; it must be a finite number"
-            + (f", at most {LARGEST:g}" if math.isfinite(value) else "")
-        )
-    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        return int(value)  # so that tokens = 1e9 may be written
-    if hint in (int, float) and type(value) is int and abs(value) >= 2**63:
-        raise InputError(f"{name} is too large a number; it must be below 2^63")
-    if type(value) is not hint:
-        raise InputError(
-            f"{name} is {preview(value)}, of type {type(value).__name__}; it must be of type "
-            f"{hint.__name__}"
-        )
-    return value
-
-
-def preview(value: Any) -> str:
-    """Return a value as it can stand in a message, whatever a file has in its place."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
-        return (
-            "a number of thousands of digits"
-            if isinstance(value, int)
-            else f"a {type(value).__name__} that cannot be shown"
-        )
-    return text if len(text) <= 80 else text[:80] + "…"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace(
-            "\x7f", "\\u007f"
-        )  # JSON's escapes are TOML's
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
+    near = nearest_name(key, known) or last.get(nearest_name(key.rpartition(".")[2], last) or "")
+    return f"; did you mean '{near}'?" if near else f"; the keys are {', '.join(known)}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from ksparse.errors import InputError
+from ksparse.errors import unknown
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.base import Metric
 from ksparse.evals.downstream import Downstream
@@ -41,8 +40,4 @@ def check_names(names: Sequence[str]) -> None:
     """Raise InputError for an evaluation that does not exist."""
     for name in names:
         if name not in EVALS:
-            near = difflib.get_close_matches(name, EVALS, 1)
-            raise InputError(
-                f"there is no evaluation {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EVALS)}")
-            )
+            raise unknown("there is no evaluation", name, EVALS)

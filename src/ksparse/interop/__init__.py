@@ -14,13 +14,12 @@ foreign    their tensors and settings, without trust        fit    what a format
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ksparse.errors import InputError
+from ksparse.errors import InputError, unknown
 from ksparse.interop import (
     compatibility,
     dictionary_learning,
@@ -103,11 +102,7 @@ def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization
         return
     form = FORMATS.get(to)
     if form is None:
-        near = difflib.get_close_matches(to, FORMATS, 1)
-        raise InputError(
-            f"there is no format {to!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"there are ksparse, {', '.join(FORMATS)}")
-        )
+        raise unknown("there is no format", to, ["ksparse", *FORMATS])
     fitted = compatibility.fitted(
         sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
     )

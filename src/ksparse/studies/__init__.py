@@ -13,13 +13,12 @@ on.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ksparse.config.evaluation import StudyConfig
-from ksparse.errors import InputError
+from ksparse.errors import unknown
 from ksparse.studies import ablations, baselines, gaussian, sites
 from ksparse.studies.study import Observe, Study
 
@@ -35,11 +34,7 @@ def check_name(name: str, others: Sequence[str] = ()) -> None:
     """Raise InputError if there is no study of this name, nor any of the `others`."""
     known = [*STUDIES, *others]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise InputError(
-            f"there is no study {name!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
-        )
+        raise unknown("there is no study", name, known)
 
 
 def run(

@@ -16,13 +16,12 @@ coefficients (`solve.Terms`):
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ksparse.errors import InputError
+from ksparse.errors import unknown
 from ksparse.scaling.laws.solver import Terms
 
 Columns = Mapping[str, np.ndarray]
@@ -96,11 +95,7 @@ class Form:
 def law_of(name: str) -> LawKind:
     """Return a law by its name; say which there are."""
     if name not in LAWS:
-        near = difflib.get_close_matches(name, LAWS, 1)
-        raise InputError(
-            f"there is no law {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(LAWS)}")
-        )
+        raise unknown("there is no law", name, LAWS)
     return LAWS[name]
 
 

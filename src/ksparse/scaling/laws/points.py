@@ -11,7 +11,6 @@ best_lr(rows, by)      of the runs of each cell that differ in learning rate, th
 from __future__ import annotations
 
 import csv
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ksparse.errors import InputError
+from ksparse.errors import InputError, unknown
 from ksparse.scaling.laws.forms import Columns, LawKind
 
 WORDS = ("run", "activation", "lm", "converged")
@@ -58,12 +57,9 @@ def read(
     header, rows = _rows(Path(file))
     missing = [name for name in needed if name not in header]
     if missing:
-        near = difflib.get_close_matches(missing[0], header, 1)
-        raise InputError(
-            f"{file} has no column {missing[0]!r}"
-            + (f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(header)}")
-            + f" The header must name {', '.join(needed)}"
-        )
+        header_list = f"its columns are {', '.join(header)}"
+        error = unknown(f"{file} has no column", missing[0], header, header_list)
+        raise InputError(f"{error} The header must name {', '.join(needed)}")
     if not rows:
         raise InputError(
             f"{file} has a header and no rows; each row is one point with {', '.join(needed)}"

@@ -13,13 +13,12 @@ made again.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ksparse.errors import DiskError, InputError
+from ksparse.errors import DiskError, InputError, unknown
 from ksparse.evals.probing.suites import folder as suite
 from ksparse.evals.probing.suites.paper import POSITION, ROWS, TASKS, TEXT, PaperTask
 from ksparse.evals.probing.suites.sample import Pair, TaskSample
@@ -144,11 +143,7 @@ def _asked(only: Sequence[str]) -> list[PaperTask]:
     names = [task.name for task in TASKS]
     for name in only:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise InputError(
-                f"the paper has no task {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}")
-            )
+            raise unknown("the paper has no task", name, names)
     return [task for task in TASKS if not only or task.name in only]
 
 
