@@ -235,8 +235,8 @@ def test_formats_in_the_docs_are_those_there_are():
     rows = {row.split("|")[1].strip(" `"): row for row in table.strip().splitlines()[2:]}
     assert list(rows) == list(FORMATS)
     for name, form in FORMATS.items():
-        assert all(activation in rows[name] for activation in form.HOLDS), name
-        assert all(kind in rows[name] for kinds in form.HOLDS.values() for kind in kinds), name
+        assert all(activation in rows[name] for activation in form.SUPPORTED), name
+        assert all(kind in rows[name] for kinds in form.SUPPORTED.values() for kind in kinds), name
 
 
 @pytest.mark.parametrize(

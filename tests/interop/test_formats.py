@@ -20,7 +20,7 @@ from ksparse.sae.normalization import KINDS as NORMALIZATIONS
 HELD = [
     (form, activation, normalize)
     for form, module in interop.FORMATS.items()
-    for activation, kinds in module.HOLDS.items()
+    for activation, kinds in module.SUPPORTED.items()
     for normalize in kinds
 ]
 CENTRED = {
@@ -78,7 +78,7 @@ def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(
             activation in str(error) or normalize in str(error)
         )
         assert not (tmp_path / "sae").exists()
-    else:  # dictionary_learning wants decoder rows of norm 1, so latents take the data set's constant
+    else:  # dictionary_learning needs decoder rows of norm 1, so latents are divided by the scale
         in_raw_units = form == "dictionary_learning" and normalize == "dataset"
         assert_same(sae, again, x, unit=sae.shape.factor if in_raw_units else 1.0)
 
@@ -90,7 +90,7 @@ def written(sae, folder, form, **options):
 
 def test_the_constant_of_the_data_set_goes_into_the_weights_exactly(make_sae, x):
     sae = make_sae("topk", "dataset")
-    folded = compatibility.fitted(sae, "sparsify", {"topk": ("none",)})
+    folded = compatibility.adapt(sae, "sparsify", {"topk": ("none",)})
     assert folded.shape.normalize == "none"
     assert_same(sae, folded, x)
 
@@ -104,8 +104,8 @@ def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
     with caplog.at_level("INFO", "ksparse"):
         again = written(sae, tmp_path / "sae", "dictionary_learning")
     assert (
-        "latents are divided by the constant of the data set, 0.3, since dictionary_learning "
-        "wants decoder rows of norm 1" in caplog.text
+        "latents are divided by the data set's scale, 0.3, because dictionary_learning needs "
+        "decoder rows of norm 1" in caplog.text
     )
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(20))
     assert_same(sae, again, x, unit=0.3)
@@ -129,7 +129,7 @@ def test_unit_norm_goes_as_layer_norm_only_when_asked_and_is_off_by_the_epsilon(
     with pytest.raises(
         InputError,
         match=r"cannot hold this SAE's normalisation, unit_norm; it holds none, layer_norm, constant_norm. "
-        r"Ask for --normalization layer_norm .* or --normalization outside",
+        r"Use --normalization layer_norm .* or --normalization outside",
     ):
         interop.write(sae, tmp_path / "a", "sae_lens")
     again = written(sae, tmp_path / "b", "sae_lens", normalization="layer_norm")
@@ -353,7 +353,7 @@ def test_what_a_format_said_of_an_sae_is_there_again_when_it_is_written_in_that_
     (tmp_path / "a" / name).write_text(json.dumps(merged))
     with caplog.at_level("WARNING", "ksparse"):
         interop.convert(tmp_path / "a", tmp_path / "ours", "ksparse")
-    assert ("of hook_z, so x is the heads' outputs one after another" in caplog.text) == (
+    assert ("hook_z: x is the concatenation of the heads' outputs" in caplog.text) == (
         form == "sae_lens"
     )
     interop.convert(tmp_path / "ours", tmp_path / "b", form)
@@ -593,7 +593,7 @@ def tensors(file, **changes):
             "sparsify",
             lambda f: change(f / "cfg.json", num_latents=21),
             InputError,
-            r"speaks of d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20",
+            r"says d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20",
         ),
         (
             "dictionary_learning",
@@ -713,7 +713,7 @@ def test_nothing_is_overwritten(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("")
-    with pytest.raises(InputError, match="b is there already and not empty; give a new folder"):
+    with pytest.raises(InputError, match="b already exists and is not empty; give a new folder"):
         interop.convert(tmp_path / "a", tmp_path / "b", "sparsify")
 
 
@@ -750,6 +750,6 @@ def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
         cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "d"), "--to", "openai"])
     assert (
         end.value.code == 2
-        and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. There is no way around"
+        and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. No conversion is available"
         in capsys.readouterr().err
     )

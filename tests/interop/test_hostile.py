@@ -122,7 +122,7 @@ def test_a_tied_decoder_that_is_not_the_encoder_is_refused(tmp_path):
     torch.save(table, tmp_path / "8.pt")
     with pytest.raises(
         InputError,
-        match="decoder.linear.weight is that of a tied decoder, and differs from encoder.weight",
+        match="decoder.linear.weight is that of a tied decoder, but differs from encoder.weight",
     ):
         ksparse.load(tmp_path / "8.pt")
 
@@ -176,7 +176,7 @@ def saved(folder, changes):
         ),
         (
             {"encoder.weight": torch.ones(20, 6).to_sparse()},
-            "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is no plain "
+            "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is not a plain "
             "tensor",
         ),
         ({"encoder.weight": torch.ones(20, 6, device="meta")}, "'encoder.weight' has shape .*"),
@@ -199,7 +199,7 @@ def saved(folder, changes):
         ({"k": torch.tensor(0)}, "k of an SAE is 0"),
         ({"k": torch.tensor([4, 4])}, r"'k' has shape \[2\], expected a single number"),
         ({"k": torch.tensor(True)}, "'k' is of type bool"),
-        ({"k": "4"}, "'k' is of type a str that is no plain tensor"),
+        ({"k": "4"}, "'k' is of type a str that is not a plain tensor"),
         ({"W_skip": torch.ones(6, 6)}, "holds W_skip, which an SAE of this kind does not have"),
         ({"skip": "yes"}, "holds skip, which an SAE of this kind does not have"),
         ({7: torch.ones(1)}, "holds 7, which an SAE of this kind does not have"),
@@ -232,7 +232,7 @@ def test_what_is_no_dictionary_in_a_torch_file_is_named(held, tmp_path):
     torch.save({"ae": held}, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(TOPK_CONFIG)
     with pytest.raises(
-        InputError, match=f"holds a {type(held).__name__} in the place of a dictionary of tensors"
+        InputError, match=f"holds a {type(held).__name__} instead of a dictionary of tensors"
     ):
         ksparse.load(tmp_path)
 
@@ -243,7 +243,7 @@ def test_what_is_no_dictionary_in_a_torch_file_is_named(held, tmp_path):
         ("W_enc", torch.ones(6, 20, dtype=torch.int8), "'W_enc' is of type int8"),
         ("b_enc", torch.ones(20, dtype=torch.bool), "'b_enc' is of type BOOL"),
         ("W_dec", torch.full((20, 6), -torch.inf), "'W_dec' holds NaN or infinity"),
-        ("log_threshold", torch.full((20,), 1e4), "make a threshold that holds NaN or infinity"),
+        ("log_threshold", torch.full((20,), 1e4), "give a threshold with NaN or infinity"),
     ],
 )
 def test_a_tensor_of_a_foreign_safetensors_file_is_checked_the_same(

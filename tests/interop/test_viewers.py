@@ -98,14 +98,16 @@ def values(run):
 
 def test_moments_and_histograms_are_their_definitions(run, values):
     shown = LatentExamples(run)
-    for latent in shown.live():
+    for latent in shown.live_latents():
         column = values[:, latent]
         np.testing.assert_allclose(
             shown.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
         )
         bars = np.ceil(column[column > 0] / shown.stats["act_bin"]).astype(int)
-        assert shown.bars(latent) == {int(bar): int((bars == bar).sum()) for bar in np.unique(bars)}
-    assert shown.live() == np.flatnonzero((values > 0).any(0)).tolist()
+        assert shown.histogram(latent) == {
+            int(bar): int((bars == bar).sum()) for bar in np.unique(bars)
+        }
+    assert shown.live_latents() == np.flatnonzero((values > 0).any(0)).tolist()
 
 
 def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
@@ -115,7 +117,7 @@ def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
     )
     shown = LatentExamples(run)
     scale = math.sqrt(16)  # unit_norm: a component of the input is 1 / sqrt(d)
-    for latent in shown.live():
+    for latent in shown.live_latents():
         atom = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}.json").read_text())
         column = values[:, latent] * scale
         assert atom["density"] == pytest.approx((column > 0).mean(), rel=1e-5)
@@ -170,7 +172,7 @@ def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
         "test",
         None,
     )
-    assert len(batch["features"]) == count == len(LatentExamples(run).live())
+    assert len(batch["features"]) == count == len(LatentExamples(run).live_latents())
     for feature in batch["features"]:
         assert set(feature) == FEATURE
         assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True) and feature[
@@ -252,12 +254,12 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
     empty.path.mkdir()
     empty.recipe_file.write_text(to_toml(small_recipe()))
     with pytest.raises(
-        InputError, match="has no result of `stats`; `ksparse eval .*empty stats` makes it"
+        InputError, match="has no result of `stats`; run `ksparse eval .*empty stats`"
     ):
         openai_viewer.export(empty, tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(InputError, match="full is there already and not empty; give a new folder"):
+    with pytest.raises(InputError, match="full already exists and is not empty; give a new folder"):
         openai_viewer.export(run, tmp_path / "full")
 
 
