@@ -244,7 +244,9 @@ def test_formats_in_the_docs_are_those_there_are():
     [
         "README.md",
         "docs/architecture.md",
+        "docs/extending.md",
         "docs/formats.md",
+        "docs/glossary.md",
         "docs/interop.md",
         "docs/metrics.md",
         "docs/paper.md",
@@ -254,6 +256,26 @@ def test_formats_in_the_docs_are_those_there_are():
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_tests_that_the_guide_to_extending_names_exist():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 5 and named <= TESTS, named - TESTS
+    files = set(re.findall(r"tests/[\w/]+\.py", text)) - {"tests/evals/test_NAME.py"}
+    assert len(files) > 6
+    for file in files:
+        assert (ROOT / file).exists(), file
+
+
+def test_every_entry_of_the_glossary_has_a_meaning():
+    rows = [
+        line.strip("|").split("|")
+        for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| our word")
+    ]
+    assert len(rows) > 60
+    assert all(len(row) == 4 and row[0].strip() and row[1].strip() for row in rows)
 
 
 def test_the_built_in_tasks_are_in_the_docs():
