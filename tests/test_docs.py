@@ -261,7 +261,7 @@ def test_links_between_documents_lead_somewhere(file):
 def test_the_tests_that_the_guide_to_extending_names_exist():
     text = (ROOT / "docs" / "extending.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", text))
-    assert len(named) > 5 and named <= TESTS, named - TESTS
+    assert len(named) > 4 and named <= TESTS, named - TESTS
     files = set(re.findall(r"tests/[\w/]+\.py", text)) - {"tests/evals/test_NAME.py"}
     assert len(files) > 6
     for file in files:
