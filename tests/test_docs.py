@@ -136,11 +136,16 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 
 
+def joined_lines(file: Path) -> str:
+    """Return a document with the lines of each command joined that end in a backslash."""
+    return re.sub(r"\\\n\s*", "", file.read_text())
+
+
 def commands() -> dict[str, set[str]]:
     """Return the flags that the documents give to each verb."""
     found: dict[str, set[str]] = {}
     for file in DOCUMENTS:
-        for verb, rest in COMMAND.findall(file.read_text()):
+        for verb, rest in COMMAND.findall(joined_lines(file)):
             found.setdefault(verb, set()).update(
                 re.findall(r"--([a-zA-Z][\w.-]*\w)", rest.partition(" #")[0])
             )
@@ -188,7 +193,7 @@ def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
     lines = [
         line.partition("#")[0].replace("torchrun", "\ntorchrun")
         for line in re.findall(
-            r"^(?:ksparse|torchrun) .*$", (ROOT / "README.md").read_text(), re.MULTILINE
+            r"^(?:ksparse|torchrun) .*$", joined_lines(ROOT / "README.md"), re.MULTILINE
         )
     ]
     seen = 0
