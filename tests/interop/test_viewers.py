@@ -1,4 +1,4 @@
-"""What viewers show is what the evaluations found, in the fields that those viewers read."""
+"""Viewers show what the evaluations measured, in the fields that those viewers read."""
 
 from __future__ import annotations
 
@@ -72,19 +72,20 @@ def run(tmp_path_factory, tiny_lm, text_file):
             "run": {"device": "cpu", "kernels": "torch"},
         }
     )
-    made = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
+    trained = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
     options = EvalConfig(
         tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5
     )
     runner.write(
-        made, ksparse.evaluate(ksparse.load(made.path), None, ["stats", "ablation", "n2g"], options)
+        trained,
+        ksparse.evaluate(ksparse.load(trained.path), None, ["stats", "ablation", "n2g"], options),
     )
-    return made
+    return trained
 
 
 @pytest.fixture(scope="module")
 def values(run):
-    """Return every value above 0 of each latent, computed the slow way."""
+    """Return the latents' values [tokens, n] as the slow definition computes them."""
     result = run.eval("stats")
     sae, lm = ksparse.load(run.path), LM(acts=run.recipe().acts)
     from ksparse.evals.batches import HeldOut
@@ -97,17 +98,17 @@ def values(run):
 
 
 def test_moments_and_histograms_are_their_definitions(run, values):
-    shown = LatentExamples(run)
-    for latent in shown.live_latents():
+    source = LatentExamples(run)
+    for latent in source.live_latents():
         column = values[:, latent]
         np.testing.assert_allclose(
-            shown.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
+            source.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
         )
-        bars = np.ceil(column[column > 0] / shown.stats["act_bin"]).astype(int)
-        assert shown.histogram(latent) == {
+        bars = np.ceil(column[column > 0] / source.stats["act_bin"]).astype(int)
+        assert source.histogram(latent) == {
             int(bar): int((bars == bar).sum()) for bar in np.unique(bars)
         }
-    assert shown.live_latents() == np.flatnonzero((values > 0).any(0)).tolist()
+    assert source.live_latents() == np.flatnonzero((values > 0).any(0)).tolist()
 
 
 def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
@@ -115,9 +116,9 @@ def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
     assert count == len(list((tmp_path / "viewer" / "atoms").glob("[0-9]*.json"))) - len(
         list((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
     )
-    shown = LatentExamples(run)
+    source = LatentExamples(run)
     scale = math.sqrt(16)  # unit_norm: a component of the input is 1 / sqrt(d)
-    for latent in shown.live_latents():
+    for latent in source.live_latents():
         atom = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}.json").read_text())
         column = values[:, latent] * scale
         assert atom["density"] == pytest.approx((column > 0).mean(), rel=1e-5)
@@ -263,7 +264,7 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
         openai_viewer.export(run, tmp_path / "full")
 
 
-def test_the_verb_writes_each_of_them(run, tmp_path, capsys):
+def test_the_command_writes_all_three(run, tmp_path, capsys):
     from ksparse import cli
 
     for kind, file in (

@@ -86,9 +86,13 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
         CorruptError: a file is damaged.
 
     Example:
-        >>> sae = ksparse.load("runs/demo")  # doctest: +SKIP
-        >>> sae.encode(torch.randn(8, sae.shape.d_model)).indices.shape  # doctest: +SKIP
-        torch.Size([8, 32])
+        >>> import tempfile
+        >>> import ksparse
+        >>> from ksparse.sae.model import SAE, Shape
+        >>> folder = tempfile.mkdtemp()
+        >>> ksparse.save(SAE(Shape(d_model=8, n_latents=32, k=4)), f"{folder}/sae")
+        >>> ksparse.load(f"{folder}/sae").shape.k
+        4
     """
     path = serialization.locate(source, revision=revision, subfolder=subfolder)
     with atomic.read_errors(path):
@@ -178,7 +182,15 @@ def convert(
         InputError: see `load` and `write`; or `folder` is not empty.
 
     Example:
-        >>> ksparse.convert("runs/demo", "for-sae-lens", "sae_lens")  # doctest: +SKIP
+        >>> import tempfile
+        >>> import ksparse
+        >>> from ksparse.sae.model import SAE, Shape
+        >>> folder = tempfile.mkdtemp()
+        >>> sae = SAE(Shape(d_model=8, n_latents=32, k=4, normalize="layer_norm"))
+        >>> ksparse.save(sae, f"{folder}/sae")
+        >>> copy = ksparse.convert(f"{folder}/sae", f"{folder}/for-sae-lens", "sae_lens")
+        >>> copy.shape.normalize
+        'layer_norm'
     """
     foreign.check_new_folder(folder)
     write(

@@ -1,14 +1,12 @@
 """Rewrite an SAE in the terms that a format can hold, without changing what it computes.
 
-| from | to | how |
-|---|---|---|
-| dataset | none | exact: the scale is folded into the weights |
-| dataset | none, in a format with UNIT_NORM_DECODER | folded into biases and thresholds instead, \
-which divides latents by the scale |
-| batch_topk, relu | jump_relu | exact at inference: one threshold per latent |
-| unit_norm | layer_norm | on request; layer_norm divides by deviation + 1e-5, so values differ by \
-about 1e-5 / deviation of the activation |
-| unit_norm, layer_norm, constant_norm | none | on request; the user of the SAE must normalise |
+* Normalisation dataset -> none: exact. The scale is folded into the weights; in a format with
+  UNIT_NORM_DECODER into biases and thresholds instead, which divides latents by the scale.
+* Activation batch_topk or relu -> jump_relu: exact at inference, with one threshold per latent.
+* Normalisation unit_norm -> layer_norm, on request: layer_norm divides by deviation + 1e-5, so
+  values differ by about 1e-5 / deviation of the activation.
+* Normalisation unit_norm, layer_norm or constant_norm -> none, on request: the user of the SAE must
+  normalise.
 """
 
 from __future__ import annotations
