@@ -136,11 +136,16 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"(?:^|`|-m )ksparse ([a-z]+)((?: [^`\n]*)?)", re.MULTILINE)
 
 
+def joined_lines(file: Path) -> str:
+    """Return a document with the lines of each command joined that end in a backslash."""
+    return re.sub(r"\\\n\s*", "", file.read_text())
+
+
 def commands() -> dict[str, set[str]]:
     """Return the flags that the documents give to each verb."""
     found: dict[str, set[str]] = {}
     for file in DOCUMENTS:
-        for verb, rest in COMMAND.findall(file.read_text()):
+        for verb, rest in COMMAND.findall(joined_lines(file)):
             found.setdefault(verb, set()).update(
                 re.findall(r"--([a-zA-Z][\w.-]*\w)", rest.partition(" #")[0])
             )
@@ -188,7 +193,7 @@ def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
     lines = [
         line.partition("#")[0].replace("torchrun", "\ntorchrun")
         for line in re.findall(
-            r"^(?:ksparse|torchrun) .*$", (ROOT / "README.md").read_text(), re.MULTILINE
+            r"^(?:ksparse|torchrun) .*$", joined_lines(ROOT / "README.md"), re.MULTILINE
         )
     ]
     seen = 0
@@ -235,8 +240,8 @@ def test_formats_in_the_docs_are_those_there_are():
     rows = {row.split("|")[1].strip(" `"): row for row in table.strip().splitlines()[2:]}
     assert list(rows) == list(FORMATS)
     for name, form in FORMATS.items():
-        assert all(activation in rows[name] for activation in form.HOLDS), name
-        assert all(kind in rows[name] for kinds in form.HOLDS.values() for kind in kinds), name
+        assert all(activation in rows[name] for activation in form.SUPPORTED), name
+        assert all(kind in rows[name] for kinds in form.SUPPORTED.values() for kind in kinds), name
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,9 @@ def test_formats_in_the_docs_are_those_there_are():
     [
         "README.md",
         "docs/architecture.md",
+        "docs/extending.md",
         "docs/formats.md",
+        "docs/glossary.md",
         "docs/interop.md",
         "docs/metrics.md",
         "docs/paper.md",
@@ -254,6 +261,26 @@ def test_formats_in_the_docs_are_those_there_are():
 def test_links_between_documents_lead_somewhere(file):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / file).read_text()):
         assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_the_tests_that_the_guide_to_extending_names_exist():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 4 and named <= TESTS, named - TESTS
+    files = set(re.findall(r"tests/[\w/]+\.py", text)) - {"tests/evals/test_NAME.py"}
+    assert len(files) > 6
+    for file in files:
+        assert (ROOT / file).exists(), file
+
+
+def test_every_entry_of_the_glossary_has_a_meaning():
+    rows = [
+        line.strip("|").split("|")
+        for line in (ROOT / "docs" / "glossary.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| our word")
+    ]
+    assert len(rows) > 60
+    assert all(len(row) == 4 and row[0].strip() and row[1].strip() for row in rows)
 
 
 def test_the_built_in_tasks_are_in_the_docs():

@@ -1,4 +1,4 @@
-"""Written and read is the same, or an error names what the format cannot hold."""
+"""What is written and read again is the same SAE, or an error names what the format cannot hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ksparse.sae.normalization import KINDS as NORMALIZATIONS
 HELD = [
     (form, activation, normalize)
     for form, module in interop.FORMATS.items()
-    for activation, kinds in module.HOLDS.items()
+    for activation, kinds in module.SUPPORTED.items()
     for normalize in kinds
 ]
 CENTRED = {
@@ -78,7 +78,7 @@ def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(
             activation in str(error) or normalize in str(error)
         )
         assert not (tmp_path / "sae").exists()
-    else:  # dictionary_learning wants decoder rows of norm 1, so latents take the data set's constant
+    else:  # dictionary_learning needs decoder rows of norm 1, so latents are divided by the scale
         in_raw_units = form == "dictionary_learning" and normalize == "dataset"
         assert_same(sae, again, x, unit=sae.shape.factor if in_raw_units else 1.0)
 
@@ -88,9 +88,9 @@ def written(sae, folder, form, **options):
     return interop.load(folder)
 
 
-def test_the_constant_of_the_data_set_goes_into_the_weights_exactly(make_sae, x):
+def test_the_scale_of_a_data_set_is_folded_into_the_weights_exactly(make_sae, x):
     sae = make_sae("topk", "dataset")
-    folded = compatibility.fitted(sae, "sparsify", {"topk": ("none",)})
+    folded = compatibility.adapt(sae, "sparsify", {"topk": ("none",)})
     assert folded.shape.normalize == "none"
     assert_same(sae, folded, x)
 
@@ -99,13 +99,13 @@ def test_the_constant_of_the_data_set_goes_into_the_weights_exactly(make_sae, x)
 def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
     activation, make_sae, x, tmp_path, caplog
 ):
-    """Those who load them refuse other rows."""
+    """The library refuses other rows."""
     sae = make_sae(activation, "dataset")
     with caplog.at_level("INFO", "ksparse"):
         again = written(sae, tmp_path / "sae", "dictionary_learning")
     assert (
-        "latents are divided by the constant of the data set, 0.3, since dictionary_learning "
-        "wants decoder rows of norm 1" in caplog.text
+        "latents are divided by the data set's scale, 0.3, because dictionary_learning needs "
+        "decoder rows of norm 1" in caplog.text
     )
     torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(20))
     assert_same(sae, again, x, unit=0.3)
@@ -122,14 +122,14 @@ def test_decoder_rows_keep_their_norm_in_the_files_of_dictionary_learning(
     )
 
 
-def test_unit_norm_goes_as_layer_norm_only_when_asked_and_is_off_by_the_epsilon(
+def test_unit_norm_is_written_as_layer_norm_only_on_request_and_is_off_by_the_epsilon(
     make_sae, x, tmp_path
 ):
     sae = make_sae("topk", "unit_norm")
     with pytest.raises(
         InputError,
         match=r"cannot hold this SAE's normalisation, unit_norm; it holds none, layer_norm, constant_norm. "
-        r"Ask for --normalization layer_norm .* or --normalization outside",
+        r"Use --normalization layer_norm .* or --normalization outside",
     ):
         interop.write(sae, tmp_path / "a", "sae_lens")
     again = written(sae, tmp_path / "b", "sae_lens", normalization="layer_norm")
@@ -150,7 +150,7 @@ def test_outside_leaves_the_normalisation_to_the_user(make_sae, x, tmp_path):
     torch.testing.assert_close(inputs.restore(again(inputs.x)), sae(x))
 
 
-def test_a_batch_topk_goes_as_a_threshold_for_each_latent(make_sae, x, tmp_path):
+def test_batch_topk_is_written_as_a_threshold_for_each_latent(make_sae, x, tmp_path):
     sae = make_sae("batch_topk")
     again = written(sae, tmp_path / "sae", "sae_lens")
     assert again.shape.activation == "jump_relu"
@@ -170,14 +170,14 @@ def test_a_standard_autoencoder_with_free_norms_is_written_as_the_class_that_kee
 
 
 @pytest.mark.parametrize("n, d", [(20, 6), (49, 7), (1000, 3), (131072, 768), (4099, 640)])
-def test_llamascopium_finds_the_number_of_latents_again(n, d):
+def test_llamascopium_recovers_the_number_of_latents(n, d):
     from ksparse.interop.llamascopium import _expansion
     from ksparse.sae.model import Shape
 
     assert int(d * _expansion(Shape(d, n, 1))) == n
 
 
-def test_four_formats_and_ours_are_told_apart_by_what_is_there(make_sae, tmp_path):
+def test_all_formats_are_recognised_by_their_files(make_sae, tmp_path):
     for form in [*interop.FORMATS, "ksparse"]:
         activation = "jump_relu" if form == "gemma_scope" else "topk"
         interop.write(
@@ -193,7 +193,7 @@ def test_four_formats_and_ours_are_told_apart_by_what_is_there(make_sae, tmp_pat
     assert ksparse.load(tmp_path, subfolder="sparsify").shape.k == 4
 
 
-def test_a_single_file_may_be_named(make_sae, tmp_path):
+def test_a_single_file_can_be_loaded(make_sae, tmp_path):
     interop.write(make_sae("topk", "layer_norm"), tmp_path / "a", "openai")
     interop.write(make_sae("jump_relu"), tmp_path / "b", "gemma_scope")
     (tmp_path / "a" / "autoencoder.pt").rename(tmp_path / "8.pt")
@@ -209,7 +209,7 @@ def test_half_precision_is_read_as_float32(make_sae, tmp_path):
     assert ksparse.load(tmp_path / "sae").W_enc.dtype == torch.float32
 
 
-def test_a_changed_file_beside_our_sums_is_noticed(make_sae, tmp_path):
+def test_a_file_that_differs_from_its_checksum_is_refused(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "sae", "sparsify")
     file = tmp_path / "sae" / "sae.safetensors"
     save_file({key: value + 1 for key, value in load_file(file).items()}, file)
@@ -217,7 +217,7 @@ def test_a_changed_file_beside_our_sums_is_noticed(make_sae, tmp_path):
         ksparse.load(tmp_path / "sae")
 
 
-# ---- what other libraries say ------------------------------------------------------------------------------------
+# ---- settings of other libraries ------------------------------------------------------------------------------------
 
 
 def test_the_flat_settings_of_old_sae_lens_are_read(make_sae, x, tmp_path):
@@ -250,13 +250,13 @@ def test_the_flat_settings_of_old_sae_lens_are_read(make_sae, x, tmp_path):
     )
 
 
-def test_sae_lens_gets_to_know_where_an_sae_belongs(make_sae, tmp_path):
+def test_sae_lens_metadata_name_the_model_and_the_hook(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "sae", "sae_lens")
-    theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert (
-        theirs["hook_name"] == "blocks.8.hook_resid_post"
-        and theirs["model_name"] == "gpt2"
-        and theirs["context_size"] == 64
+        metadata["hook_name"] == "blocks.8.hook_resid_post"
+        and metadata["model_name"] == "gpt2"
+        and metadata["context_size"] == 64
     )
 
 
@@ -269,35 +269,35 @@ def test_sae_lens_gets_to_know_where_an_sae_belongs(make_sae, tmp_path):
         ("transformer.h.8", "transformer.h.8", "AutoModelForCausalLM"),
     ],
 )
-def test_sae_lens_is_told_the_class_of_models_whose_names_the_hook_is_of(
+def test_sae_lens_metadata_name_the_class_of_models_that_have_the_hook(
     site, hook, model_class, make_sae, tmp_path
 ):
     sae = make_sae()
     sae.metadata["acts"] = sae.metadata["acts"] | {"site": site}
     interop.write(sae, tmp_path / "sae", "sae_lens")
-    theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
-    assert (theirs["hook_name"], theirs["model_class_name"]) == (hook, model_class)
+    metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert (metadata["hook_name"], metadata["model_class_name"]) == (hook, model_class)
 
 
-def test_sae_lens_is_told_that_values_are_times_decoder_norms_where_these_are_1(
-    make_sae, x, tmp_path
-):
+def test_rescaling_by_decoder_norm_is_set_for_sae_lens_where_norms_are_1(make_sae, x, tmp_path):
     """Its own default for TopK, which its dashboards want."""
     sae = make_sae()
-    for norm, said in ((1.0, True), (2.0, False)):
+    for norm, expected in ((1.0, True), (2.0, False)):
         sae.W_dec.data *= norm
         interop.write(sae, tmp_path / str(norm), "sae_lens")
         assert (
             json.loads((tmp_path / str(norm) / "cfg.json").read_text())[
                 "rescale_acts_by_decoder_norm"
             ]
-            is said
+            is expected
         )
         assert_same(sae, ksparse.load(tmp_path / str(norm)), x)
 
 
-@pytest.mark.parametrize("keep, said", [("text", True), ("all", False)])
-def test_sae_lens_is_told_whether_an_sae_saw_bos(keep, said, make_sae, tmp_path):
+@pytest.mark.parametrize("keep, expected", [("text", True), ("all", False)])
+def test_sae_lens_metadata_say_whether_special_tokens_were_excluded(
+    keep, expected, make_sae, tmp_path
+):
     sae = make_sae()
     sae.metadata["policy"] = {"keep": keep}
     interop.write(sae, tmp_path / "sae", "sae_lens")
@@ -305,11 +305,11 @@ def test_sae_lens_is_told_whether_an_sae_saw_bos(keep, said, make_sae, tmp_path)
         json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"][
             "exclude_special_tokens"
         ]
-        is said
+        is expected
     )
 
 
-THEIRS = {
+SETTINGS = {
     "sae_lens": (
         "cfg.json",
         {
@@ -339,33 +339,33 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("form", list(THEIRS))
-def test_what_a_format_said_of_an_sae_is_there_again_when_it_is_written_in_that_format(
+@pytest.mark.parametrize("form", list(SETTINGS))
+def test_settings_of_a_format_are_kept_when_an_sae_is_written_in_that_format_again(
     form, make_sae, tmp_path, caplog
 ):
-    name, said = THEIRS[form]
+    name, settings = SETTINGS[form]
     interop.write(make_sae(), tmp_path / "a", form)
     for other in ("manifest.json", "ksparse.json"):
         (tmp_path / "a" / other).unlink()
     merged = json.loads((tmp_path / "a" / name).read_text())
-    for key, value in said.items():
+    for key, value in settings.items():
         merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
     (tmp_path / "a" / name).write_text(json.dumps(merged))
     with caplog.at_level("WARNING", "ksparse"):
         interop.convert(tmp_path / "a", tmp_path / "ours", "ksparse")
-    assert ("of hook_z, so x is the heads' outputs one after another" in caplog.text) == (
+    assert ("hook_z: x is the concatenation of the heads' outputs" in caplog.text) == (
         form == "sae_lens"
     )
     interop.convert(tmp_path / "ours", tmp_path / "b", form)
     again = json.loads((tmp_path / "b" / name).read_text())
-    for key, value in said.items():
+    for key, value in settings.items():
         if isinstance(value, dict):
             assert {inner: again[key][inner] for inner in value} == value
         else:
             assert again[key] == value
 
 
-def test_what_another_format_said_is_not_carried_into_this_one(make_sae, tmp_path):
+def test_settings_of_one_format_are_not_written_into_another(make_sae, tmp_path):
     sae = make_sae()
     sae.metadata = {
         "origin": {
@@ -374,11 +374,11 @@ def test_what_another_format_said_is_not_carried_into_this_one(make_sae, tmp_pat
         }
     }
     interop.write(sae, tmp_path / "sae", "sae_lens")
-    theirs = json.loads((tmp_path / "sae" / "cfg.json").read_text())
-    assert "wandb" not in theirs and theirs["metadata"]["exclude_special_tokens"] is False
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert "wandb" not in config and config["metadata"]["exclude_special_tokens"] is False
 
 
-def test_a_constant_beside_the_weights_of_sae_lens_is_used_and_one_that_is_missing_is_asked_for(
+def test_a_scaling_factor_beside_sae_lens_weights_is_used_and_a_missing_one_is_an_error(
     make_sae, tmp_path
 ):
     interop.write(make_sae(), tmp_path, "sae_lens")
@@ -396,7 +396,7 @@ def test_a_constant_beside_the_weights_of_sae_lens_is_used_and_one_that_is_missi
     )
 
 
-def test_sparsify_says_by_its_folders_where_an_sae_belongs(make_sae, tmp_path):
+def test_sparsify_folders_name_the_site(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "run" / "layers.10", "sparsify")
     for name in ("ksparse.json", "manifest.json"):
         (tmp_path / "run" / "layers.10" / name).unlink()
@@ -411,7 +411,7 @@ def test_sparsify_says_by_its_folders_where_an_sae_belongs(make_sae, tmp_path):
     )
 
 
-def test_a_published_file_of_openai_says_where_it_belongs(make_sae, tmp_path):
+def test_the_path_of_a_published_openai_file_names_the_site(make_sae, tmp_path):
     interop.write(make_sae("topk", "layer_norm"), tmp_path / "a", "openai")
     place = tmp_path / "gpt2-small" / "resid_post_attn_v5_32k" / "autoencoders"
     place.mkdir(parents=True)
@@ -420,7 +420,7 @@ def test_a_published_file_of_openai_says_where_it_belongs(make_sae, tmp_path):
     assert (origin["lm"], origin["site"], origin["context"]) == ("gpt2", "resid_mid.8", 64)
 
 
-def test_gemma_scope_in_lower_case_and_of_embeddings(make_sae, x, tmp_path):
+def test_gemma_scope_is_read_in_lower_case_and_for_embeddings(make_sae, x, tmp_path):
     sae = make_sae("jump_relu")
     interop.write(sae, tmp_path / "embedding" / "width_4k", "gemma_scope")
     file = tmp_path / "embedding" / "width_4k" / "params.npz"
@@ -593,7 +593,7 @@ def tensors(file, **changes):
             "sparsify",
             lambda f: change(f / "cfg.json", num_latents=21),
             InputError,
-            r"speaks of d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20",
+            r"says d_in = 6 and 21 latents, the tensors of sae.safetensors have 6 and 20",
         ),
         (
             "dictionary_learning",
@@ -704,7 +704,7 @@ def repack(file, **changes):
     torch.save(torch.load(file, weights_only=True) | changes, file)
 
 
-def test_a_format_that_there_is_not_is_named(make_sae, tmp_path):
+def test_an_unknown_format_is_named_with_the_nearest_one(make_sae, tmp_path):
     with pytest.raises(InputError, match="there is no format 'saelens'; did you mean 'sae_lens'?"):
         interop.write(make_sae(), tmp_path / "sae", "saelens")
 
@@ -713,7 +713,7 @@ def test_nothing_is_overwritten(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("")
-    with pytest.raises(InputError, match="b is there already and not empty; give a new folder"):
+    with pytest.raises(InputError, match="b already exists and is not empty; give a new folder"):
         interop.convert(tmp_path / "a", tmp_path / "b", "sparsify")
 
 
@@ -722,7 +722,7 @@ def test_only_tensors_and_plain_values_are_written(tmp_path):
         foreign.write_torch({"a": tmp_path}, tmp_path / "file.pt")
 
 
-def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit(
+def test_a_topk_that_selects_by_decoder_norm_warns_that_latents_change_their_unit(
     make_sae, tmp_path, caplog
 ):
     sae = make_sae()
@@ -737,7 +737,7 @@ def test_a_topk_that_chooses_by_decoder_norm_says_that_latents_change_their_unit
     )
 
 
-def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
+def test_the_command_converts_there_and_back(make_sae, x, tmp_path, capsys):
     from ksparse import cli
 
     sae = make_sae("topk", "dataset")
@@ -750,6 +750,6 @@ def test_the_verb_converts_there_and_back(make_sae, x, tmp_path, capsys):
         cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "d"), "--to", "openai"])
     assert (
         end.value.code == 2
-        and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. There is no way around"
+        and "openai cannot hold this SAE's normalisation, dataset; it holds layer_norm. No conversion is available"
         in capsys.readouterr().err
     )

@@ -24,12 +24,12 @@ def differences(sae, expected):
     ).max()
 
 
-def test_there_is_a_file_of_every_format():
+def test_there_is_a_golden_file_of_every_format():
     assert {kind.parent.name for kind in KINDS} == set(interop.FORMATS)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.parent.name}-{kind.name}")
-def test_we_read_what_the_library_wrote_and_get_what_it_gets(kind):
+def test_files_that_a_library_wrote_give_its_own_numbers(kind):
     expected = np.load(kind / "expected.npz")
     assert (expected["latents"] > 0).any() and (expected["latents"] == 0).any()
     latents, recon = differences(interop.load(kind / "sae"), expected)
@@ -37,7 +37,7 @@ def test_we_read_what_the_library_wrote_and_get_what_it_gets(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.parent.name}-{kind.name}")
-def test_what_we_write_of_it_in_its_own_format_still_gives_that(kind, tmp_path):
+def test_files_written_again_in_the_same_format_still_give_them(kind, tmp_path):
     sae = interop.load(kind / "sae")
     again = interop.convert(kind / "sae", tmp_path / "again", kind.parent.name)
     assert again.shape.n_latents == sae.shape.n_latents

@@ -1,6 +1,4 @@
-"""Files of others that are odd, damaged or made to harm: read as their library reads them, or
-refused by name, at once.
-"""
+"""Odd, damaged and hostile files: read as their library reads them, or refused by name at once."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ class Tied(nn.Module):
         self.linear = linear
 
 
-class Theirs(nn.Module):
+class OpenAIModule(nn.Module):
     def __init__(self, n, d, activation, *, tied=False):
         super().__init__()
         self.pre_bias, self.latent_bias = nn.Parameter(torch.randn(d)), nn.Parameter(torch.randn(n))
@@ -86,17 +84,15 @@ class Theirs(nn.Module):
 @pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
 @pytest.mark.parametrize("activation", [TopK(4, nn.ReLU()), nn.ReLU()], ids=["topk", "relu"])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_what_openais_module_writes_by_torch_save_is_read_and_gives_its_numbers(
-    activation, tied, legacy, x, tmp_path
-):
+def test_state_dicts_of_openais_module_give_its_numbers(activation, tied, legacy, x, tmp_path):
     torch.manual_seed(0)
-    theirs = Theirs(20, 6, activation, tied=tied)
-    torch.save(theirs.state_dict(), tmp_path / "8.pt", _use_new_zipfile_serialization=not legacy)
+    module = OpenAIModule(20, 6, activation, tied=tied)
+    torch.save(module.state_dict(), tmp_path / "8.pt", _use_new_zipfile_serialization=not legacy)
     table = torch.load(tmp_path / "8.pt", weights_only=True)
     assert type(table) is type(table["activation_state_dict"]) is collections.OrderedDict
     sae = ksparse.load(tmp_path / "8.pt")
     with torch.no_grad():
-        latents, recon = theirs(x)
+        latents, recon = module(x)
         torch.testing.assert_close(sae.encode(x).dense(20), latents, atol=1e-5, rtol=0)
         torch.testing.assert_close(sae(x), recon, atol=1e-5, rtol=1e-5)
 
@@ -108,21 +104,19 @@ def test_what_openais_module_writes_by_torch_save_is_read_and_gives_its_numbers(
         (nn.Identity(), "activation is 'Identity'; ksparse reads 'TopK', 'ReLU'"),
     ],
 )
-def test_what_openais_module_writes_with_an_activation_that_there_is_not_is_named(
-    activation, message, tmp_path
-):
-    torch.save(Theirs(20, 6, activation).state_dict(), tmp_path / "8.pt")
+def test_an_unknown_activation_of_openais_module_is_named(activation, message, tmp_path):
+    torch.save(OpenAIModule(20, 6, activation).state_dict(), tmp_path / "8.pt")
     with pytest.raises(InputError, match=message):
         ksparse.load(tmp_path / "8.pt")
 
 
 def test_a_tied_decoder_that_is_not_the_encoder_is_refused(tmp_path):
-    table = Theirs(20, 6, nn.ReLU(), tied=True).state_dict()
+    table = OpenAIModule(20, 6, nn.ReLU(), tied=True).state_dict()
     table["decoder.linear.weight"] = table["decoder.linear.weight"] + 1
     torch.save(table, tmp_path / "8.pt")
     with pytest.raises(
         InputError,
-        match="decoder.linear.weight is that of a tied decoder, and differs from encoder.weight",
+        match="decoder.linear.weight is that of a tied decoder, but differs from encoder.weight",
     ):
         ksparse.load(tmp_path / "8.pt")
 
@@ -176,7 +170,7 @@ def saved(folder, changes):
         ),
         (
             {"encoder.weight": torch.ones(20, 6).to_sparse()},
-            "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is no plain "
+            "'encoder.weight' has shape .*|'encoder.weight' is of type a Tensor that is not a plain "
             "tensor",
         ),
         ({"encoder.weight": torch.ones(20, 6, device="meta")}, "'encoder.weight' has shape .*"),
@@ -199,13 +193,13 @@ def saved(folder, changes):
         ({"k": torch.tensor(0)}, "k of an SAE is 0"),
         ({"k": torch.tensor([4, 4])}, r"'k' has shape \[2\], expected a single number"),
         ({"k": torch.tensor(True)}, "'k' is of type bool"),
-        ({"k": "4"}, "'k' is of type a str that is no plain tensor"),
+        ({"k": "4"}, "'k' is of type a str that is not a plain tensor"),
         ({"W_skip": torch.ones(6, 6)}, "holds W_skip, which an SAE of this kind does not have"),
         ({"skip": "yes"}, "holds skip, which an SAE of this kind does not have"),
         ({7: torch.ones(1)}, "holds 7, which an SAE of this kind does not have"),
     ],
 )
-def test_a_tensor_of_a_torch_file_that_is_none_of_finite_numbers_is_refused_by_name(
+def test_a_tensor_of_a_torch_file_that_is_not_of_finite_numbers_is_refused_by_name(
     changes, message, tmp_path
 ):
     torch.save({**table(), **changes}, tmp_path / "ae.pt")
@@ -215,7 +209,7 @@ def test_a_tensor_of_a_torch_file_that_is_none_of_finite_numbers_is_refused_by_n
     assert "ae.pt" in str(caught.value)
 
 
-def test_numbers_of_python_are_read_like_tensors_with_one_element(tmp_path):
+def test_python_numbers_are_read_like_tensors_with_one_element(tmp_path):
     assert ksparse.load(saved(tmp_path, {"k": 4, "threshold": 0.5})).shape.k == 4
 
 
@@ -228,11 +222,11 @@ def test_the_factor_of_a_backup_is_a_number_above_0(factor, tmp_path):
 
 
 @pytest.mark.parametrize("held", [[1], 3, "x"])
-def test_what_is_no_dictionary_in_a_torch_file_is_named(held, tmp_path):
+def test_a_torch_file_without_a_dictionary_is_refused_by_type(held, tmp_path):
     torch.save({"ae": held}, tmp_path / "ae.pt")
     (tmp_path / "config.json").write_text(TOPK_CONFIG)
     with pytest.raises(
-        InputError, match=f"holds a {type(held).__name__} in the place of a dictionary of tensors"
+        InputError, match=f"holds a {type(held).__name__} instead of a dictionary of tensors"
     ):
         ksparse.load(tmp_path)
 
@@ -243,10 +237,10 @@ def test_what_is_no_dictionary_in_a_torch_file_is_named(held, tmp_path):
         ("W_enc", torch.ones(6, 20, dtype=torch.int8), "'W_enc' is of type int8"),
         ("b_enc", torch.ones(20, dtype=torch.bool), "'b_enc' is of type BOOL"),
         ("W_dec", torch.full((20, 6), -torch.inf), "'W_dec' holds NaN or infinity"),
-        ("log_threshold", torch.full((20,), 1e4), "make a threshold that holds NaN or infinity"),
+        ("log_threshold", torch.full((20,), 1e4), "give a threshold with NaN or infinity"),
     ],
 )
-def test_a_tensor_of_a_foreign_safetensors_file_is_checked_the_same(
+def test_tensors_of_a_foreign_safetensors_file_are_checked_too(
     key, value, message, make_sae, tmp_path
 ):
     interop.write(make_sae("jump_relu"), tmp_path, "sae_lens")
@@ -261,7 +255,7 @@ def test_a_tensor_of_a_foreign_safetensors_file_is_checked_the_same(
     assert "sae_weights.safetensors" in str(caught.value)
 
 
-def test_half_precision_of_others_is_read_as_before(tmp_path):
+def test_half_precision_torch_files_are_read_as_float32(tmp_path):
     halves = {key: value.half() if value.ndim else value for key, value in table().items()}
     assert ksparse.load(saved(tmp_path, halves)).W_enc.dtype == torch.float32
 
@@ -279,7 +273,7 @@ def test_half_precision_of_others_is_read_as_before(tmp_path):
         ({"W_enc": np.ones((6, 20), dtype=">f4")}, None),
     ],
 )
-def test_an_array_of_a_numpy_archive_is_checked_the_same(arrays, message, make_sae, tmp_path):
+def test_arrays_of_a_numpy_archive_are_checked_too(arrays, message, make_sae, tmp_path):
     interop.write(make_sae("jump_relu"), tmp_path, "gemma_scope")
     whole = dict(np.load(tmp_path / "params.npz"))
     np.savez_compressed(tmp_path / "params.npz", **whole | arrays)
@@ -292,7 +286,7 @@ def test_an_array_of_a_numpy_archive_is_checked_the_same(arrays, message, make_s
     assert "params.npz" in str(caught.value)
 
 
-def test_an_array_whose_header_asks_for_more_than_there_is_takes_no_memory(tmp_path):
+def test_an_array_whose_header_claims_too_much_takes_no_memory(tmp_path):
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 4), }"
         archive.writestr(
@@ -328,7 +322,7 @@ def test_an_array_whose_header_asks_for_more_than_there_is_takes_no_memory(tmp_p
         "sae.json",
     ],
 )
-def test_what_is_no_file_is_refused_and_not_waited_for(make, name, tmp_path, monkeypatch):
+def test_pipes_and_devices_are_refused_without_waiting(make, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a socket's name must be short
     for other in {
         "sae_weights.safetensors": ["cfg.json"],
@@ -360,7 +354,7 @@ def bind(path):
     "opcodes", [b"(" * 2**20, b"]" * 2**20, b"K\x01" * 2**19], ids=["marks", "lists", "numbers"]
 )
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_pickle_without_end_is_given_up_soon(opcodes, legacy, tmp_path):
+def test_reading_an_endless_pickle_stops_soon(opcodes, legacy, tmp_path):
     file = tmp_path / "8.pt"
     if legacy:
         torch.save({}, file, _use_new_zipfile_serialization=False)
@@ -398,18 +392,20 @@ def test_a_compressed_torch_file_is_refused(tmp_path):
         ksparse.load(tmp_path)
 
 
-def test_a_storage_that_is_larger_than_what_lies_in_the_file_is_refused(tmp_path):
+def test_a_storage_larger_than_its_data_in_the_file_is_refused(tmp_path):
     saved(tmp_path, {"encoder.weight": torch.ones(2000, 600)})
     replace_in_archive(tmp_path / "ae.pt", "data/0", bytes(16))
     with pytest.raises(CorruptError, match="ae.pt is not a file of torch.save, or is damaged"):
         ksparse.load(tmp_path)
 
 
-def test_a_list_that_holds_itself_many_times_is_not_written_out(tmp_path):
+def test_a_list_nested_many_times_is_abbreviated_in_the_message(tmp_path):
     held = ["x"]
     for _ in range(60):
         held = [held, held]
-    torch.save(Theirs(20, 6, nn.ReLU()).state_dict() | {"activation": held}, tmp_path / "8.pt")
+    torch.save(
+        OpenAIModule(20, 6, nn.ReLU()).state_dict() | {"activation": held}, tmp_path / "8.pt"
+    )
     with pytest.raises(InputError, match=r"activation is \[\[\[\.\.\.\], \[\.\.\.\]\]"):
         ksparse.load(tmp_path / "8.pt")
 
@@ -474,7 +470,7 @@ def test_a_setting_of_another_type_is_named(form, file, changes, message, make_s
     assert file in str(caught.value)
 
 
-def test_what_metadata_says_in_another_type_is_not_known_and_is_kept_as_it_is(make_sae, tmp_path):
+def test_metadata_of_another_type_is_unknown_and_kept_as_it_is(make_sae, tmp_path):
     interop.write(make_sae(), tmp_path / "a", "sae_lens")
     (tmp_path / "a" / "manifest.json").unlink()
     (tmp_path / "a" / "ksparse.json").unlink()
@@ -502,7 +498,7 @@ def test_what_metadata_says_in_another_type_is_not_known_and_is_kept_as_it_is(ma
         ({"k": 21}, "k is 21, more than the 20 latents"),
     ],
 )
-def test_what_is_beside_the_files_is_checked_like_sae_json(changes, message, make_sae, tmp_path):
+def test_the_sidecar_is_checked_like_sae_json(changes, message, make_sae, tmp_path):
     interop.write(make_sae(), tmp_path, "sparsify")
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "ksparse.json").write_text(
@@ -518,14 +514,14 @@ def test_what_is_beside_the_files_is_checked_like_sae_json(changes, message, mak
 @pytest.mark.parametrize(
     "source", ["x" * 5000, "a\0b", "half\ud800", "/proc/self/mem", "/dev/zero"]
 )
-def test_convert_says_of_any_source_that_it_is_none_in_one_line(source, tmp_path, capsys):
+def test_convert_refuses_a_bad_source_in_one_line(source, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["convert", source, str(tmp_path / "out"), "--to", "sparsify"])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.splitlines()) == 1 and len(said) < 700
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1 and len(error) < 700
 
 
-def test_folders_that_may_not_be_entered_and_links_are_passed_over_in_looking_for_an_sae(
+def test_the_search_for_an_sae_skips_links_and_folders_that_cannot_be_entered(
     make_sae, tmp_path, monkeypatch
 ):
     (tmp_path / "a" / "closed").mkdir(parents=True)
@@ -546,9 +542,7 @@ def test_folders_that_may_not_be_entered_and_links_are_passed_over_in_looking_fo
         ksparse.load(tmp_path)
 
 
-def test_a_folder_with_something_damaged_below_still_names_the_saes_that_there_are(
-    make_sae, tmp_path
-):
+def test_a_damaged_file_does_not_hide_the_saes_of_other_folders(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "good")
     (tmp_path / "odd").mkdir()
     os.mkfifo(tmp_path / "odd" / "8.pt")
@@ -556,7 +550,7 @@ def test_a_folder_with_something_damaged_below_still_names_the_saes_that_there_a
         ksparse.load(tmp_path)
 
 
-def test_there_is_one_reader_of_tensors():
+def test_tensors_have_one_reader():
     from ksparse.sae import serialization, tensor_files
 
     assert foreign.CheckedTensors is tensor_files.CheckedTensors is serialization.CheckedTensors

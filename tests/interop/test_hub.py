@@ -68,7 +68,7 @@ def test_the_card_says_what_it_is_how_to_load_it_and_what_was_measured_how(make_
     card = hub.card(
         make_sae("topk", "dataset"), "somebody/small", subfolder="layer_8", results=results
     )
-    for said in (
+    for text in (
         "library_name: ksparse",
         "tags: [sparse-autoencoder, topk, saelens]",
         "base_model: gpt2",
@@ -80,7 +80,7 @@ def test_the_card_says_what_it_is_how_to_load_it_and_what_was_measured_how(make_
         '"policy": {"context": 16}',
         "| k | 4 |",
     ):
-        assert said in card, said
+        assert text in card, text
 
 
 def test_the_code_in_the_card_runs(make_sae, published):
@@ -92,7 +92,7 @@ def test_the_code_in_the_card_runs(make_sae, published):
     assert names["code"].values.shape == (3, 4)
 
 
-def test_what_sae_lens_cannot_hold_is_said_on_the_card_and_left_out(make_sae, tmp_path):
+def test_the_card_says_why_there_is_no_copy_for_sae_lens(make_sae, tmp_path):
     ksparse.save(make_sae("topk", "unit_norm"), tmp_path / "sae")
     hub.prepare(tmp_path / "sae", tmp_path / "a", "somebody/small")
     assert not (tmp_path / "a" / "sae_lens").exists()
@@ -134,7 +134,7 @@ def test_an_upload_sends_that_folder(make_sae, tmp_path, monkeypatch):
     }
 
 
-def test_without_a_way_to_the_hub_the_message_says_what_to_do(make_sae, tmp_path):
+def test_an_upload_that_fails_says_what_to_do(make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "sae")
     with pytest.raises(
         InputError,
@@ -144,7 +144,7 @@ def test_without_a_way_to_the_hub_the_message_says_what_to_do(make_sae, tmp_path
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "some body/x"])
-def test_a_name_that_is_no_repository_is_refused(name, make_sae, tmp_path):
+def test_a_name_that_is_not_owner_slash_name_is_refused(name, make_sae, tmp_path):
     ksparse.save(make_sae(), tmp_path / "sae")
     with pytest.raises(
         InputError, match="is not the name of a repository on the Hub; give OWNER/NAME"
@@ -152,7 +152,7 @@ def test_a_name_that_is_no_repository_is_refused(name, make_sae, tmp_path):
         hub.prepare(tmp_path / "sae", tmp_path / "a", name)
 
 
-def test_the_verb_writes_a_folder_to_look_at(make_sae, tmp_path, capsys):
+def test_the_command_writes_a_folder_without_uploading(make_sae, tmp_path, capsys):
     from ksparse import cli
 
     ksparse.save(make_sae(), tmp_path / "sae")

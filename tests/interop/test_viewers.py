@@ -1,4 +1,4 @@
-"""What viewers show is what the evaluations found, in the fields that those viewers read."""
+"""Viewers show what the evaluations measured, in the fields that those viewers read."""
 
 from __future__ import annotations
 
@@ -72,19 +72,20 @@ def run(tmp_path_factory, tiny_lm, text_file):
             "run": {"device": "cpu", "kernels": "torch"},
         }
     )
-    made = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
+    trained = ksparse.train(recipe, tmp_path_factory.mktemp("runs") / "run")
     options = EvalConfig(
         tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5
     )
     runner.write(
-        made, ksparse.evaluate(ksparse.load(made.path), None, ["stats", "ablation", "n2g"], options)
+        trained,
+        ksparse.evaluate(ksparse.load(trained.path), None, ["stats", "ablation", "n2g"], options),
     )
-    return made
+    return trained
 
 
 @pytest.fixture(scope="module")
 def values(run):
-    """Return every value above 0 of each latent, computed the slow way."""
+    """Return the latents' values [tokens, n] as the slow definition computes them."""
     result = run.eval("stats")
     sae, lm = ksparse.load(run.path), LM(acts=run.recipe().acts)
     from ksparse.evals.batches import HeldOut
@@ -97,15 +98,17 @@ def values(run):
 
 
 def test_moments_and_histograms_are_their_definitions(run, values):
-    shown = LatentExamples(run)
-    for latent in shown.live():
+    source = LatentExamples(run)
+    for latent in source.live_latents():
         column = values[:, latent]
         np.testing.assert_allclose(
-            shown.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
+            source.moments(latent), [(column**power).mean() for power in (1, 2, 3, 4)], rtol=1e-4
         )
-        bars = np.ceil(column[column > 0] / shown.stats["act_bin"]).astype(int)
-        assert shown.bars(latent) == {int(bar): int((bars == bar).sum()) for bar in np.unique(bars)}
-    assert shown.live() == np.flatnonzero((values > 0).any(0)).tolist()
+        bars = np.ceil(column[column > 0] / source.stats["act_bin"]).astype(int)
+        assert source.histogram(latent) == {
+            int(bar): int((bars == bar).sum()) for bar in np.unique(bars)
+        }
+    assert source.live_latents() == np.flatnonzero((values > 0).any(0)).tolist()
 
 
 def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
@@ -113,9 +116,9 @@ def test_atoms_have_the_published_fields_and_numbers(run, values, tmp_path):
     assert count == len(list((tmp_path / "viewer" / "atoms").glob("[0-9]*.json"))) - len(
         list((tmp_path / "viewer" / "atoms").glob("*-ablated.json"))
     )
-    shown = LatentExamples(run)
+    source = LatentExamples(run)
     scale = math.sqrt(16)  # unit_norm: a component of the input is 1 / sqrt(d)
-    for latent in shown.live():
+    for latent in source.live_latents():
         atom = json.loads((tmp_path / "viewer" / "atoms" / f"{latent}.json").read_text())
         column = values[:, latent] * scale
         assert atom["density"] == pytest.approx((column > 0).mean(), rel=1e-5)
@@ -170,7 +173,7 @@ def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
         "test",
         None,
     )
-    assert len(batch["features"]) == count == len(LatentExamples(run).live())
+    assert len(batch["features"]) == count == len(LatentExamples(run).live_latents())
     for feature in batch["features"]:
         assert set(feature) == FEATURE
         assert feature["pos_values"] == sorted(feature["pos_values"], reverse=True) and feature[
@@ -252,16 +255,16 @@ def test_what_is_missing_is_named(run, small_recipe, tmp_path):
     empty.path.mkdir()
     empty.recipe_file.write_text(to_toml(small_recipe()))
     with pytest.raises(
-        InputError, match="has no result of `stats`; `ksparse eval .*empty stats` makes it"
+        InputError, match="has no result of `stats`; run `ksparse eval .*empty stats`"
     ):
         openai_viewer.export(empty, tmp_path / "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(InputError, match="full is there already and not empty; give a new folder"):
+    with pytest.raises(InputError, match="full already exists and is not empty; give a new folder"):
         openai_viewer.export(run, tmp_path / "full")
 
 
-def test_the_verb_writes_each_of_them(run, tmp_path, capsys):
+def test_the_command_writes_all_three(run, tmp_path, capsys):
     from ksparse import cli
 
     for kind, file in (

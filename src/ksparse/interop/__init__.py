@@ -1,14 +1,13 @@
-"""Other libraries' formats: one file each, with a table of its keys; all are read and written, or
-say why not.
+"""Read and write the SAE formats of other libraries; refuse, with a reason, what cannot convert.
 
-load       an SAE of any format, recognised by what is there        convert, write     one in
-           another's format
-hub        a repository on the Hub, with a card                    neuronpedia, atoms   what
-           Neuronpedia and OpenAI's viewer show, of a run
-
-sae_lens · sparsify · dictionary_learning · openai · gemma_scope · llamascopium
-foreign    their tensors and settings, without trust        fit    what a format can hold
-           sites    names of places
+* `load` reads an SAE of any format and recognises the format by the files.
+* `convert` and `write` write an SAE in another format.
+* `sae_lens`, `sparsify`, `dictionary_learning`, `openai`, `gemma_scope`, `llamascopium`: one module
+  per format. Each begins with a table of its keys.
+* `foreign`: tensors and settings of untrusted files. `compatibility`: fits an SAE to what a format
+  can hold. `hook_names`: names of a site in other libraries.
+* `hub`: a repository on the Hub, with a model card. `latent_examples`, `neuronpedia` and
+  `openai_viewer`: the latents of a run, for other libraries' viewers.
 """
 
 from __future__ import annotations
@@ -37,24 +36,27 @@ from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder
 
 SIDECAR = "ksparse.json"
-"""Beside what we write in another's format: what that cannot say of where an SAE comes from."""
+"""File beside an export that keeps what the other format has no place for."""
 
-
-_MOST_FOLDERS = 10_000
-"""Folders that are looked into for an SAE to propose."""
+_MAX_SEARCHED_FOLDERS = 10_000
+"""Folders searched for SAEs to suggest."""
 
 
 class Format(Protocol):
-    """What each format's module has."""
+    """What the module of a format provides."""
 
     @property
-    def HOLDS(self) -> Mapping[str, tuple[str, ...]]:
-        """The activations that it can be written with, and the normalisations that it can hold
-        with each."""
+    def SUPPORTED(self) -> Mapping[str, tuple[str, ...]]:
+        """Activations the format can hold, each with the input normalisations it can hold."""
 
-    def find(self, path: Path) -> Path | None: ...
-    def read(self, path: Path) -> SAE: ...
-    def write(self, sae: SAE, folder: Path) -> None: ...
+    def find(self, path: Path) -> Path | None:
+        """Return the file or folder of an SAE in this format; None if `path` is not one."""
+
+    def read(self, path: Path) -> SAE:
+        """Read an SAE from a path that `find` returned."""
+
+    def write(self, sae: SAE, folder: Path) -> None:
+        """Write an SAE that this format can hold."""
 
 
 FORMATS: dict[str, Format] = {
@@ -68,53 +70,87 @@ FORMATS: dict[str, Format] = {
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
-    """Load an autoencoder of any format: a run (its newest intact checkpoint), a folder or file
-    here, or one in a Hub repository."""
+    """Load an autoencoder of any format.
+
+    Args:
+        source: a run (its newest intact checkpoint is loaded), a local folder or file, or a Hub
+            repository, "owner/name".
+        revision: revision of the Hub repository.
+        subfolder: folder of the SAE inside `source`.
+
+    Returns:
+        The autoencoder, in float32 on the CPU.
+
+    Raises:
+        InputError: `source` holds no SAE, or one that ksparse cannot represent.
+        CorruptError: a file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import ksparse
+        >>> from ksparse.sae.model import SAE, Shape
+        >>> folder = tempfile.mkdtemp()
+        >>> ksparse.save(SAE(Shape(d_model=8, n_latents=32, k=4)), f"{folder}/sae")
+        >>> ksparse.load(f"{folder}/sae").shape.k
+        4
+    """
     path = serialization.locate(source, revision=revision, subfolder=subfolder)
     with atomic.read_errors(path):
         return _load(path)
 
 
 def _load(path: Path) -> SAE:
-    if not _is_ours(path):
-        for form in FORMATS.values():
-            place = form.find(path)
-            if place is not None:
-                return _read(form, place)
-        inside = _folders_with_saes(path)
-        if inside:
-            more = " …" if len(inside) > 8 else ""
+    if not _is_ksparse(path):
+        for format_ in FORMATS.values():
+            location = format_.find(path)
+            if location is not None:
+                return _read(format_, location)
+        subfolders = _folders_with_saes(path)
+        if subfolders:
+            more = " …" if len(subfolders) > 8 else ""
             raise InputError(
-                f"{path} holds no SAE itself; its folders {', '.join(inside[:8])}{more} do: name "
-                "one (subfolder=…)"
+                f"{path} holds no SAE itself; its folders {', '.join(subfolders[:8])}{more} do: "
+                "name one (subfolder=…)"
             )
     return serialization.load(path)
 
 
 def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization = "exact") -> None:
-    """Write an autoencoder as a folder in a format: one of FORMATS, or ksparse. What that cannot
-    hold is an InputError.
+    """Write an autoencoder in a format.
 
-    normalization: what to do if the format has not the SAE's own (see `interop.compatibility`).
+    Args:
+        sae: the autoencoder.
+        folder: folder to create, or to replace if ksparse wrote it.
+        to: name of the format: "ksparse" or a key of `FORMATS`.
+        normalization: what to do where the format lacks the SAE's input normalisation. "exact":
+            fold it into the weights or refuse. "layer_norm": also write unit_norm as layer_norm.
+            "outside": leave it out, so that the user of the SAE must normalise.
+
+    Raises:
+        InputError: the format cannot hold the SAE; names what it cannot hold.
     """
     if to == "ksparse":
         serialization.save(sae, folder)
         return
-    form = FORMATS.get(to)
-    if form is None:
+    format_ = FORMATS.get(to)
+    if format_ is None:
         raise unknown("there is no format", to, ["ksparse", *FORMATS])
-    fitted = compatibility.fitted(
-        sae, to, form.HOLDS, normalization, unit_rows=getattr(form, "UNIT_ROWS", False)
+    adapted = compatibility.adapt(
+        sae,
+        to,
+        format_.SUPPORTED,
+        normalization,
+        unit_norm_decoder=getattr(format_, "UNIT_NORM_DECODER", False),
     )
     checksums.check_replaceable(Path(folder))
     with checksums.checksummed_dir(Path(folder)) as tmp:
-        form.write(fitted, tmp)
+        format_.write(adapted, tmp)
         jsonio.write_json(
             tmp / SIDECAR,
             {
                 "format": serialization.FORMAT,
-                "activation": fitted.shape.activation,
-                "k": fitted.shape.k,
+                "activation": adapted.shape.activation,
+                "k": adapted.shape.k,
                 "metadata": sae.metadata,
             },
         )
@@ -129,8 +165,34 @@ def convert(
     subfolder: str = "",
     normalization: Normalization = "exact",
 ) -> SAE:
-    """Write an SAE of any format as a folder in another; return what is read from there."""
-    foreign.new_folder(folder)
+    """Convert an SAE of any format to another.
+
+    Args:
+        source: what `load` takes.
+        folder: a new or empty folder.
+        to: name of the format: "ksparse" or a key of `FORMATS`.
+        revision: revision of the Hub repository `source`.
+        subfolder: folder of the SAE inside `source`.
+        normalization: see `write`.
+
+    Returns:
+        The SAE as read back from `folder`.
+
+    Raises:
+        InputError: see `load` and `write`; or `folder` is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> import ksparse
+        >>> from ksparse.sae.model import SAE, Shape
+        >>> folder = tempfile.mkdtemp()
+        >>> sae = SAE(Shape(d_model=8, n_latents=32, k=4, normalize="layer_norm"))
+        >>> ksparse.save(sae, f"{folder}/sae")
+        >>> copy = ksparse.convert(f"{folder}/sae", f"{folder}/for-sae-lens", "sae_lens")
+        >>> copy.shape.normalize
+        'layer_norm'
+    """
+    foreign.check_new_folder(folder)
     write(
         load(source, revision=revision, subfolder=subfolder),
         folder,
@@ -140,59 +202,59 @@ def convert(
     return load(folder)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ksparse(path: Path) -> bool:
     return RunFolder(path).exists() or (path / serialization.CONFIG).is_file()
 
 
-def _read(form: Format, place: Path) -> SAE:
-    """Read an SAE of another format, with what its sidecar says."""
-    folder = place if place.is_dir() else place.parent
-    ours = (folder / SIDECAR).is_file()
+def _read(format_: Format, path: Path) -> SAE:
+    """Read an SAE of another format, and what its sidecar adds."""
+    folder = path if path.is_dir() else path.parent
+    has_sidecar = (folder / SIDECAR).is_file()
     if (folder / checksums.MANIFEST).is_file() and (
-        ours or "sha256" in foreign.json_file(folder / checksums.MANIFEST).table
+        has_sidecar or "sha256" in foreign.read_settings(folder / checksums.MANIFEST).table
     ):
         checksums.verify(folder)
     try:
-        sae = form.read(place)
+        sae = format_.read(path)
     except InputError as error:
-        raise error if str(folder) in str(error) else type(error)(f"{place}: {error}") from None
-    if not ours:
+        raise error if str(folder) in str(error) else type(error)(f"{path}: {error}") from None
+    if not has_sidecar:
         return sae
-    said = jsonio.read_numbered(
+    sidecar = jsonio.read_numbered(
         folder / SIDECAR,
         serialization.FORMAT,
         {"activation": str, "k": int, "metadata": (dict, type(None))},
     )
-    serialization.check_metadata(said["metadata"] or {}, folder / SIDECAR)
-    if sae.shape.activation == said["activation"]:
-        sae.shape = dataclasses.replace(
-            sae.shape, k=said["k"]
-        )  # most activations need none to be used, so most formats have none
-    sae.metadata = dict(said["metadata"] or sae.metadata)
+    serialization.check_metadata(sidecar["metadata"] or {}, folder / SIDECAR)
+    if sae.shape.activation == sidecar["activation"]:
+        # Most activations run without k, so most formats do not store it.
+        sae.shape = dataclasses.replace(sae.shape, k=sidecar["k"])
+    sae.metadata = dict(sidecar["metadata"] or sae.metadata)
     return sae
 
 
 def _folders_with_saes(path: Path) -> list[str]:
-    """Return the folders below, three deep at most, that hold an SAE; links, and what may not be
-    entered or read, are passed over.
+    """Return the folders that hold an SAE, at most three levels below `path`.
+
+    Skips links and folders that cannot be entered or read.
     """
     with_saes, level = [], [path]
-    looked = 0
+    searched = 0
     for _ in range(3):
-        below = [
+        subfolders = [
             Path(entry.path)
             for folder in level
-            for entry in _entries(folder)
+            for entry in _subfolders(folder)
             if not entry.name.startswith(".")
         ]
-        level = below[: max(0, _MOST_FOLDERS - looked)]
-        looked += len(level)
+        level = subfolders[: max(0, _MAX_SEARCHED_FOLDERS - searched)]
+        searched += len(level)
         with_saes += [str(folder.relative_to(path)) for folder in level if _holds_sae(folder)]
     return with_saes
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the folders in a folder by name; none where it cannot be read."""
+def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the subfolders sorted by name; none if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -205,6 +267,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _holds_sae(folder: Path) -> bool:
     try:
-        return _is_ours(folder) or any(form.find(folder) for form in FORMATS.values())
+        return _is_ksparse(folder) or any(format_.find(folder) for format_ in FORMATS.values())
     except (InputError, OSError):
         return False

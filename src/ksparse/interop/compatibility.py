@@ -1,14 +1,13 @@
-"""What a format can hold: the same autoencoder in other units, so that latents and reconstructions
-stay what they are.
+"""Rewrite an SAE in the terms that a format can hold, without changing what it computes.
 
-| from | to | |
-|---|---|---|
-| dataset | none | exact: the constant goes into the weights |
-| | of a format with UNIT_ROWS | into biases and thresholds: latents are divided by it |
-| batch_topk, relu | jump_relu | exact in use: a threshold for each latent |
-| unit_norm | layer_norm | when asked: layer_norm divides by deviation + 1e-5, so values differ by about 1e-5 / deviation of the activation |
-| unit_norm, layer_norm, constant_norm | none | when asked: whoever uses the SAE normalises |
-"""  # noqa: E501 (a table)
+* Normalisation dataset -> none: exact. The scale is folded into the weights; in a format with
+  UNIT_NORM_DECODER into biases and thresholds instead, which divides latents by the scale.
+* Activation batch_topk or relu -> jump_relu: exact at inference, with one threshold per latent.
+* Normalisation unit_norm -> layer_norm, on request: layer_norm divides by deviation + 1e-5, so
+  values differ by about 1e-5 / deviation of the activation.
+* Normalisation unit_norm, layer_norm or constant_norm -> none, on request: the user of the SAE must
+  normalise.
+"""
 
 from __future__ import annotations
 
@@ -24,109 +23,127 @@ from ksparse.sae.model import SAE
 
 _log = logging.getLogger("ksparse")
 Normalization = Literal["exact", "layer_norm", "outside"]
-"""exact: carried or folded, or refused. layer_norm: also unit_norm as layer_norm. outside: left to
-whoever uses the SAE."""
+"""exact: keep or fold the normalisation, or refuse. layer_norm: also write unit_norm as layer_norm.
+outside: leave the normalisation to the user of the SAE."""
 
 
-def fitted(
+def adapt(
     sae: SAE,
-    form: str,
-    holds: Mapping[str, Collection[str]],
+    format_name: str,
+    supported: Mapping[str, Collection[str]],
     normalization: Normalization = "exact",
     *,
-    unit_rows: bool = False,
+    unit_norm_decoder: bool = False,
 ) -> SAE:
-    """Return the SAE as a format can hold it; raise InputError, naming it, for what the format
-    cannot hold.
+    """Rewrite an SAE so that a format can hold it.
 
-    holds: the activations that the format can hold, and with each the normalisations. unit_rows:
-    whether decoder rows are to keep their norm.
+    Args:
+        sae: the autoencoder.
+        format_name: name of the format, for messages.
+        supported: activations the format can hold, each with the normalisations it can hold.
+        normalization: what may be done to a normalisation that the format lacks.
+        unit_norm_decoder: whether decoder rows must keep norm 1.
+
+    Returns:
+        `sae` itself, or a rewritten copy.
+
+    Raises:
+        InputError: the format cannot hold the SAE; names the activation or normalisation.
     """
-    made = _activation(sae, form, holds)
+    adapted = _adapt_activation(sae, format_name, supported)
+    normalizations = supported[adapted.shape.activation]
     if (
-        unit_rows
-        and made.shape.normalize == "dataset"
-        and "dataset" not in holds[made.shape.activation]
+        unit_norm_decoder
+        and adapted.shape.normalize == "dataset"
+        and "dataset" not in normalizations
     ):
-        made = in_raw_units(made)
+        adapted = fold_factor_into_latents(adapted)
         _log.info(
-            "latents are divided by the constant of the data set, %.6g, since %s wants decoder "
-            "rows of norm 1",
+            "latents are divided by the data set's scale, %.6g, because %s needs decoder rows of "
+            "norm 1",
             sae.shape.factor,
-            form,
+            format_name,
         )
-    return _normalization(made, form, holds[made.shape.activation], normalization)
+    return _adapt_normalization(adapted, format_name, normalizations, normalization)
 
 
-def in_units(sae: SAE, size: float, normalize: str) -> SAE:
-    """Return the SAE for inputs x / size, of another normalisation: latents keep their values,
-    reconstructions are divided by size too."""
-    made = like(sae, normalize=normalize, factor=1.0)
-    with torch.no_grad():
-        made.W_enc.mul_(size)
-        made.W_dec.div_(size)
-        made.b_pre.div_(size)
-    return made
+def rescale_input(sae: SAE, scale: float, normalize: str) -> SAE:
+    """Return the same SAE for inputs x / scale, under another normalisation.
 
-
-def in_raw_units(sae: SAE) -> SAE:
-    """Return the SAE without the constant of the data set, and with the rows that it has: biases
-    and thresholds, and so latents, are divided by it.
-
-    Exact, since every activation is positively homogeneous: values, biases and thresholds times a
-    number give values times that number.
+    Latents keep their values; reconstructions are divided by `scale` too.
     """
-    made = like(sae, normalize="none", factor=1.0)
+    rescaled = copy_with(sae, normalize=normalize, factor=1.0)
     with torch.no_grad():
-        for key in {"b_enc", "b_pre", "threshold", "b_mag"} & set(made.keys):
-            getattr(made, key).div_(sae.shape.factor)
-    return made
+        rescaled.W_enc.mul_(scale)
+        rescaled.W_dec.div_(scale)
+        rescaled.b_pre.div_(scale)
+    return rescaled
 
 
-class _Changes(TypedDict, total=False):
+def fold_factor_into_latents(sae: SAE) -> SAE:
+    """Return the same SAE without the data set's scale, with unchanged decoder rows.
+
+    Biases and thresholds, and with them the latents, are divided by the scale. This is exact since
+    every activation is positively homogeneous: scaling pre-activations, biases and thresholds by a
+    positive number scales the values by it.
+    """
+    folded = copy_with(sae, normalize="none", factor=1.0)
+    with torch.no_grad():
+        for key in {"b_enc", "b_pre", "threshold", "b_mag"} & set(folded.keys):
+            getattr(folded, key).div_(sae.shape.factor)
+    return folded
+
+
+class _ShapeChanges(TypedDict, total=False):
     normalize: str
     factor: float
     activation: str
 
 
-def like(sae: SAE, **changes: Unpack[_Changes]) -> SAE:
-    """Return a copy with another shape and the same weights."""
-    made = SAE(dataclasses.replace(sae.shape, **changes), sae.metadata)
+def copy_with(sae: SAE, **changes: Unpack[_ShapeChanges]) -> SAE:
+    """Return a copy with the same weights and a changed shape."""
+    copied = SAE(dataclasses.replace(sae.shape, **changes), sae.metadata)
     with torch.no_grad():
-        for key in set(made.keys) & set(sae.keys):
-            getattr(made, key).copy_(getattr(sae, key).expand_as(getattr(made, key)))
-    return made
+        for key in set(copied.keys) & set(sae.keys):
+            getattr(copied, key).copy_(getattr(sae, key).expand_as(getattr(copied, key)))
+    return copied
 
 
-def _normalization(sae: SAE, form: str, held: Collection[str], asked: Normalization) -> SAE:
-    kind = sae.shape.normalize
-    if kind in held:
+def _adapt_normalization(
+    sae: SAE, format_name: str, supported: Collection[str], requested: Normalization
+) -> SAE:
+    current = sae.shape.normalize
+    if current in supported:
         return sae
-    if kind == "dataset" and "none" in held:
-        return in_units(sae, sae.shape.factor, "none")
-    if kind == "unit_norm" and asked == "layer_norm" and "layer_norm" in held:
-        return in_units(sae, (sae.shape.d_model - 1) ** -0.5, "layer_norm")
-    if asked == "outside" and "none" in held:
-        return like(sae, normalize="none")
-    choices = ["--normalization outside (whoever uses it must normalise)"] if "none" in held else []
-    if kind == "unit_norm" and "layer_norm" in held:
-        choices.insert(
-            0,
+    if current == "dataset" and "none" in supported:
+        return rescale_input(sae, sae.shape.factor, "none")
+    if current == "unit_norm" and requested == "layer_norm" and "layer_norm" in supported:
+        return rescale_input(sae, (sae.shape.d_model - 1) ** -0.5, "layer_norm")
+    if requested == "outside" and "none" in supported:
+        return copy_with(sae, normalize="none")
+    choices = []
+    if current == "unit_norm" and "layer_norm" in supported:
+        choices.append(
             "--normalization layer_norm (it divides by deviation + 1e-5, so values differ by about "
-            "1e-5 / deviation of the activation)",
+            "1e-5 / deviation of the activation)"
         )
+    if "none" in supported:
+        choices.append("--normalization outside (the user of the SAE must normalise)")
     raise InputError(
-        f"{form} cannot hold this SAE's normalisation, {kind}; it holds {', '.join(held)}. "
-        + (f"Ask for {' or '.join(choices)}" if choices else "There is no way around")
+        f"{format_name} cannot hold this SAE's normalisation, {current}; it holds "
+        f"{', '.join(supported)}. "
+        + (f"Use {' or '.join(choices)}" if choices else "No conversion is available")
     )
 
 
-def _activation(sae: SAE, form: str, held: Collection[str]) -> SAE:
-    kind = sae.shape.activation
-    if kind in held:
+def _adapt_activation(sae: SAE, format_name: str, supported: Collection[str]) -> SAE:
+    current = sae.shape.activation
+    if current in supported:
         return sae
-    if kind in ("batch_topk", "relu") and "jump_relu" in held:
-        return like(sae, activation="jump_relu")  # ReLU has no threshold: those of the copy are 0
+    if current in ("batch_topk", "relu") and "jump_relu" in supported:
+        # ReLU has no threshold; a new SAE's thresholds are 0.
+        return copy_with(sae, activation="jump_relu")
     raise InputError(
-        f"{form} cannot hold this SAE's activation, {kind}; it holds {', '.join(held)}"
+        f"{format_name} cannot hold this SAE's activation, {current}; it holds "
+        f"{', '.join(supported)}"
     )

@@ -1,25 +1,33 @@
-"""dictionary_learning: ae.pt (a state dict of torch.save) and config.json beside it.
+"""dictionary_learning: ae.pt (a state dict by torch.save) and config.json beside it.
 
     AutoEncoderTopK, BatchTopKSAE      acts = f(encoder.weight (x - b_dec) + encoder.bias)
                                        recon = decoder.weight acts + b_dec
 
-| ours | TopK, BatchTopK | AutoEncoder | AutoEncoderNew | GatedAutoEncoder | JumpReluAutoEncoder, Matryoshka |
-|---|---|---|---|---|---|
-| W_enc[n, d] | encoder.weight[n, d] | the same | the same | the same | W_enc[d, n], transposed |
-| b_enc[n] | encoder.bias | encoder.bias | encoder.bias - W_enc b_pre | gate_bias | b_enc; JumpRelu: - W_enc b_pre |
-| W_dec[n, d] | decoder.weight[d, n], transposed | the same | the same | the same | W_dec[n, d] |
-| b_pre[d] | b_dec | bias | decoder.bias | decoder_bias | b_dec |
-| threshold | threshold, a number (-1: none yet) | | | | threshold[n]; Matryoshka: a number |
-| r_mag, b_mag | | | | r_mag, mag_bias | |
-| k | k | | | | Matryoshka: k |
+| ksparse | AutoEncoderTopK, BatchTopKSAE | JumpReluAutoEncoder, MatryoshkaBatchTopKSAE |
+|---|---|---|
+| W_enc[n, d] | encoder.weight[n, d] | W_enc[d, n], transposed |
+| b_enc[n] | encoder.bias | b_enc; + W_enc b_dec for JumpRelu, which does not center x |
+| W_dec[n, d] | decoder.weight[d, n], transposed | W_dec[n, d] |
+| b_pre[d] | b_dec | b_dec |
+| threshold | threshold, a number (-1: none yet) | threshold[n]; Matryoshka: a number |
+| k | k | Matryoshka: k |
 
-AutoEncoder is loaded by that library with decoder rows brought to norm 1 and latents multiplied by
-what they had, so it is here too. What is written for ReLU is an AutoEncoder where rows have norm 1,
-else an AutoEncoderNew. Matryoshka's groups only matter in training; it is read and not written. The
-constant of `dataset` goes into biases and thresholds, latents are then in the activations' unit,
-and decoder rows keep their norm. A backup from the midst of a run holds {ae, norm_factor, …}: the
-SAE of activations that are divided by that factor.
-"""  # noqa: E501 (a table)
+| ksparse | AutoEncoder | AutoEncoderNew | GatedAutoEncoder |
+|---|---|---|---|
+| W_enc, W_dec | encoder.weight, decoder.weight, as above | the same | the same |
+| b_enc[n] | encoder.bias | encoder.bias + W_enc decoder.bias | gate_bias |
+| b_pre[d] | bias | decoder.bias | decoder_bias |
+| r_mag, b_mag | | | r_mag, mag_bias |
+
+* The library loads an AutoEncoder by scaling decoder rows to norm 1 and latents by the norms that
+  the rows had; so does `read`. A ReLU SAE is written as an AutoEncoder if its rows have norm 1,
+  else as an AutoEncoderNew.
+* Matryoshka's groups matter only in training. The class is read, not written.
+* The scale of `dataset` is folded into biases and thresholds: latents are then in units of the
+  activations, and decoder rows keep their norm.
+* A backup from the middle of a run holds {ae, norm_factor, …}: an SAE of activations divided by
+  that factor.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +46,12 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.storage import atomic, jsonio
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-HOLDS = {
+SUPPORTED = {
     activation: ("none",) for activation in ("topk", "batch_topk", "relu", "jump_relu", "gated")
 }
-UNIT_ROWS = True
-"""Those who load its files want decoder rows of norm 1, so a constant of the data set goes into the
-latents' unit.
-"""
-_LINEAR = {"encoder.weight": "nd", "encoder.bias": "n", "decoder.weight": "dn"}
-_MATRICES = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
+UNIT_NORM_DECODER = True
+"""Users of the library's files need decoder rows of norm 1, so the data set's scale is folded into
+the latents instead of the rows."""
 _TRAINERS = {
     "AutoEncoderTopK": "TopKTrainer",
     "BatchTopKSAE": "BatchTopKTrainer",
@@ -57,64 +62,60 @@ _TRAINERS = {
 }
 
 
+_ShapeAndTensors = tuple[dict[str, Any], dict[str, Tensor]]
+
+
 def find(path: Path) -> Path | None:
-    """Return the file of an SAE in this format, if the path is one or its folder holds one."""
+    """Return the file of an SAE in this format: `path` itself, or ae.pt in it; else None."""
     file = path / WEIGHTS if path.is_dir() else path
-    return (
-        file
-        if atomic.exists(file)
-        and not file.is_dir()
-        and (file.name == WEIGHTS or (file.suffix == ".pt" and (_config(file) is not None)))
-        else None
-    )
+    if not atomic.exists(file) or file.is_dir():
+        return None
+    matches = file.name == WEIGHTS or (file.suffix == ".pt" and _trainer_config(file) is not None)
+    return file if matches else None
 
 
 def read(file: Path) -> SAE:
     """Read ae.pt, or checkpoints/ae_STEP.pt, with the config.json of its trainer."""
-    found, settings = foreign.torch_file(file), _config(file)
-    backup = "ae" in found
-    weights = foreign.tensors_of(file, found["ae"] if backup else found)
-    trainer = settings.under("trainer") if settings else None
-    kind = _kind(weights, trainer)
-    shape, tensors = _READ[kind](weights, trainer)
-    weights.finish(
-        ("group_sizes", "threshold")
-        if kind in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE")
-        else ()
-    )
-    normalize: dict[str, Any] = {"normalize": "none"}
-    if backup and found.get("norm_factor") is not None:
-        factor = foreign.tensors_of(file, {"norm_factor": found["norm_factor"]}).number(
+    table, settings = foreign.load_torch_dict(file), _trainer_config(file)
+    is_backup = "ae" in table
+    weights = foreign.check_tensors(file, table["ae"] if is_backup else table)
+    trainer = settings.get_section("trainer") if settings else None
+    dict_class = _dict_class(weights, trainer)
+    shape, tensors = _READ[dict_class](weights, trainer)
+    unused = ("group_sizes", "threshold")
+    weights.finish(unused if dict_class in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE") else ())
+    normalization: dict[str, Any] = {"normalize": "none"}
+    if is_backup and table.get("norm_factor") is not None:
+        factor = foreign.check_tensors(file, {"norm_factor": table["norm_factor"]}).number(
             "norm_factor"
         )
         if factor <= 0:
             raise InputError(f"{file}: norm_factor is {factor}, expected a number above 0")
-        normalize = {"normalize": "dataset", "factor": 1 / factor}
-    return foreign.built(
+        normalization = {"normalize": "dataset", "factor": 1 / factor}
+    return foreign.build_sae(
         file,
-        Shape(weights.lengths["d"], weights.lengths["n"], **shape, **normalize),
+        Shape(weights.lengths["d"], weights.lengths["n"], **shape, **normalization),
         tensors,
         _metadata(settings, trainer),
     )
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write the two files of an SAE that this format can hold."""
-    kind, tensors = _theirs(sae)
-    numbers = {
-        "topk": {"k": torch.tensor(sae.shape.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
-    }
-    if sae.shape.activation == "batch_topk":
-        numbers["batch_topk"] = {
-            "k": numbers["topk"]["k"],
-            "threshold": sae.threshold.detach().reshape(()),
-        }
-    foreign.write_torch(tensors | numbers.get(sae.shape.activation, {}), folder / WEIGHTS)
+    """Write ae.pt and config.json."""
+    dict_class, tensors = _class_and_tensors(sae)
+    if sae.shape.activation in ("topk", "batch_topk"):
+        threshold = (
+            sae.threshold.detach().reshape(())
+            if sae.shape.activation == "batch_topk"
+            else torch.tensor(-1.0)
+        )
+        tensors |= {"k": torch.tensor(sae.shape.k, dtype=torch.int32), "threshold": threshold}
+    foreign.write_torch(tensors, folder / WEIGHTS)
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
     trainer = {
-        "trainer_class": _TRAINERS[kind],
-        "dict_class": kind,
+        "trainer_class": _TRAINERS[dict_class],
+        "dict_class": dict_class,
         "activation_dim": sae.shape.d_model,
         "dict_size": sae.shape.n_latents,
         "device": "cpu",
@@ -130,64 +131,54 @@ def write(sae: SAE, folder: Path) -> None:
         "ctx_len": acts.get("context"),
         "device": "cpu",
     }
-    carried = hook_names.carried(sae, "dictionary_learning")
+    original = hook_names.original_settings(sae, "dictionary_learning")
     jsonio.write_json(
         folder / CONFIG,
-        carried
+        original
         | {
-            "trainer": hook_names.table(carried, "trainer") | trainer,
-            "buffer": hook_names.table(carried, "buffer") | buffer,
+            "trainer": hook_names.get_table(original, "trainer") | trainer,
+            "buffer": hook_names.get_table(original, "buffer") | buffer,
         },
     )
 
 
-# ---- one of each kind ----------------------------------------------------------------------------
+# ---- one reader per class: weights, trainer's settings -> shape options, tensors -----------------
 
 
 def _topk(
     weights: CheckedTensors, trainer: Settings | None, activation: str = "topk"
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> _ShapeAndTensors:
     tensors = _linear(weights, "b_dec")
-    k = weights.whole("k", trainer.want("k", int, None) if trainer else None)
+    k = weights.whole("k", trainer.get_typed("k", int, None) if trainer else None)
     if activation == "batch_topk":
         tensors["threshold"] = torch.tensor([weights.number("threshold")])
     return {"k": k, "activation": activation}, tensors
 
 
-def _batch_topk(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _batch_topk(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     return _topk(weights, trainer, "batch_topk")
 
 
-def _matryoshka(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _matryoshka(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     return {"k": weights.whole("k"), "activation": "batch_topk"}, _matrices(weights) | {
         "threshold": torch.tensor([weights.number("threshold")])
     }
 
 
-def _standard(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _standard(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     tensors = _linear(weights, "bias")
-    if not _unit_rows(tensors["W_dec"]):
-        foreign.weigh_by_decoder_(tensors)
+    if not _passes_unit_norm_check(tensors["W_dec"]):
+        foreign.fold_decoder_norms_(tensors)
     return {"k": 1, "activation": "relu"}, tensors
 
 
-def _standard_new(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _standard_april_update(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     tensors = _linear(weights, "decoder.bias")
-    foreign.centre_(tensors)
+    foreign.center_encoder_(tensors)
     return {"k": 1, "activation": "relu"}, tensors
 
 
-def _gated(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _gated(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     tensors = {
         "W_enc": weights.take("encoder.weight", *"nd"),
         "b_enc": weights.take("gate_bias", "n"),
@@ -199,62 +190,58 @@ def _gated(
     return {"k": 1, "activation": "gated"}, tensors
 
 
-def _jump_relu(
-    weights: CheckedTensors, trainer: Settings | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _jump_relu(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
     tensors = _matrices(weights) | {"threshold": weights.take("threshold", "n")}
-    foreign.centre_(tensors)
+    foreign.center_encoder_(tensors)
     return {"k": 1, "activation": "jump_relu"}, tensors
 
 
-_READ: dict[
-    str, Callable[[CheckedTensors, Settings | None], tuple[dict[str, Any], dict[str, Tensor]]]
-] = {
+_READ: dict[str, Callable[[CheckedTensors, Settings | None], _ShapeAndTensors]] = {
     "AutoEncoderTopK": _topk,
     "BatchTopKSAE": _batch_topk,
     "MatryoshkaBatchTopKSAE": _matryoshka,
     "AutoEncoder": _standard,
-    "AutoEncoderNew": _standard_new,
+    "AutoEncoderNew": _standard_april_update,
     "GatedAutoEncoder": _gated,
     "JumpReluAutoEncoder": _jump_relu,
 }
 
 
-def _theirs(sae: SAE) -> tuple[str, dict[str, Tensor]]:
-    """Return the class that holds an SAE, and its tensors."""
-    own = {key: getattr(sae, key).detach() for key in sae.keys}
+def _class_and_tensors(sae: SAE) -> tuple[str, dict[str, Tensor]]:
+    """Return the dict_class that holds an SAE, and its tensors under the library's names."""
+    weights = {key: getattr(sae, key).detach() for key in sae.keys}
     linear = {
-        "encoder.weight": own["W_enc"],
-        "encoder.bias": own["b_enc"],
-        "decoder.weight": own["W_dec"].t(),
+        "encoder.weight": weights["W_enc"],
+        "encoder.bias": weights["b_enc"],
+        "decoder.weight": weights["W_dec"].t(),
     }
     activation = sae.shape.activation
     if activation in ("topk", "batch_topk"):
         return ("AutoEncoderTopK" if activation == "topk" else "BatchTopKSAE"), linear | {
-            "b_dec": own["b_pre"]
+            "b_dec": weights["b_pre"]
         }
     if activation == "gated":
         return "GatedAutoEncoder", {
-            "encoder.weight": own["W_enc"],
-            "decoder.weight": own["W_dec"].t(),
-            "decoder_bias": own["b_pre"],
-            "gate_bias": own["b_enc"],
-            "r_mag": own["r_mag"],
-            "mag_bias": own["b_mag"],
+            "encoder.weight": weights["W_enc"],
+            "decoder.weight": weights["W_dec"].t(),
+            "decoder_bias": weights["b_pre"],
+            "gate_bias": weights["b_enc"],
+            "r_mag": weights["r_mag"],
+            "mag_bias": weights["b_mag"],
         }
     if activation == "jump_relu":
         return "JumpReluAutoEncoder", {
-            "W_enc": own["W_enc"].t(),
-            "W_dec": own["W_dec"],
-            "b_dec": own["b_pre"],
-            "threshold": own["threshold"],
-            **foreign.uncentred(sae),
+            "W_enc": weights["W_enc"].t(),
+            "W_dec": weights["W_dec"],
+            "b_dec": weights["b_pre"],
+            "threshold": weights["threshold"],
+            **foreign.uncentered_biases(sae),
         }
-    if _unit_rows(own["W_dec"]):
-        return "AutoEncoder", linear | {"bias": own["b_pre"]}
+    if _passes_unit_norm_check(weights["W_dec"]):
+        return "AutoEncoder", linear | {"bias": weights["b_pre"]}
     return "AutoEncoderNew", linear | {
-        "encoder.bias": foreign.uncentred(sae)["b_enc"],
-        "decoder.bias": own["b_pre"],
+        "encoder.bias": foreign.uncentered_biases(sae)["b_enc"],
+        "decoder.bias": weights["b_pre"],
     }
 
 
@@ -276,54 +263,54 @@ def _matrices(weights: CheckedTensors) -> dict[str, Tensor]:
     }
 
 
-def _unit_rows(W_dec: Tensor) -> bool:
-    """Return whether that library takes the decoder's rows for normalised."""
+def _passes_unit_norm_check(W_dec: Tensor) -> bool:
+    """Return whether the library considers the decoder rows normalised."""
     norms = W_dec.norm(dim=1)
     return torch.allclose(norms, torch.ones_like(norms))
 
 
-# ---- what is beside the weights ------------------------------------------------------------------
+# ---- config.json ---------------------------------------------------------------------------------
 
 
-def _config(file: Path) -> Settings | None:
-    """Return the config.json of the trainer that wrote a file: beside it, or a folder above
-    checkpoints/."""
+def _trainer_config(file: Path) -> Settings | None:
+    """Return the config.json of the trainer that wrote a file: in its folder, or one above it (for
+    files in checkpoints/)."""
     for folder in (file.parent, file.parent.parent):
         if (folder / CONFIG).is_file():
-            settings = foreign.json_file(folder / CONFIG)
+            settings = foreign.read_settings(folder / CONFIG)
             return settings if isinstance(settings.table.get("trainer"), dict) else None
     return None
 
 
-def _kind(weights: CheckedTensors, trainer: Settings | None) -> str:
+def _dict_class(weights: CheckedTensors, trainer: Settings | None) -> str:
+    """Return the dict_class of a file: from config.json, else from a tensor that only it has."""
     if trainer:
-        return trainer.among("dict_class", _READ)
-    for mark, kind in (
+        return trainer.get_choice("dict_class", _READ)
+    for key, dict_class in (
         ("group_sizes", "MatryoshkaBatchTopKSAE"),
         ("gate_bias", "GatedAutoEncoder"),
         ("decoder.bias", "AutoEncoderNew"),
         ("bias", "AutoEncoder"),
         ("W_enc", "JumpReluAutoEncoder"),
     ):
-        if mark in weights:
-            return kind
+        if key in weights:
+            return dict_class
     raise InputError(
         f"{weights.file} has no {CONFIG} beside it that says whether it is an AutoEncoderTopK or a "
-        "BatchTopKSAE; "
-        f'write one: {{"trainer": {{"dict_class": …}}}}'
+        f'BatchTopKSAE; write one: {{"trainer": {{"dict_class": …}}}}'
     )
 
 
 def _metadata(settings: Settings | None, trainer: Settings | None) -> dict[str, Any]:
     if settings is None or trainer is None:
-        return hook_names.metadata("dictionary_learning", {})
-    name = trainer.text("submodule_name") or ""
-    numbered = re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", name)
-    site = f"{numbered[1]}.{numbered[2]}" if numbered else name
-    return hook_names.metadata(
+        return hook_names.build_metadata("dictionary_learning", {})
+    name = trainer.get_text("submodule_name") or ""
+    match = re.fullmatch(r"(resid_pre|resid_post|mlp_out|attn_out)_layer_(\d+)", name)
+    site = f"{match[1]}.{match[2]}" if match else name
+    return hook_names.build_metadata(
         "dictionary_learning",
         settings.table,
-        lm=trainer.text("lm_name"),
+        lm=trainer.get_text("lm_name"),
         site=site or None,
-        context=settings.under("buffer").get("ctx_len"),
+        context=settings.get_section("buffer").get("ctx_len"),
     )

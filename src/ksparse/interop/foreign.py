@@ -1,10 +1,12 @@
-"""Reading what others wrote, without trust: tensors by name and shape (`ksparse.sae.tensor_files`),
-settings by key and type.
+"""Read files of other libraries without trusting them.
 
-    settings.want("k", int)             the value of a key, of that type
+Tensors are checked by name, shape and type (`ksparse.sae.tensor_files`), settings by key and type:
 
-Pickles are not run: of a torch file only tensors and plain values are read, and one that wants more
-is refused.
+    settings = read_settings(file)
+    settings.get_typed("k", int)      the value of a key, which must be an int
+
+Pickles are never executed: of a torch file only tensors and plain values are read, and a file that
+needs more is refused.
 """
 
 from __future__ import annotations
@@ -30,18 +32,19 @@ from ksparse.sae.tensor_files import StoredTensor
 from ksparse.sae.tensor_files import safetensors_file as safetensors_file
 from ksparse.storage import atomic, jsonio
 
-_PLAIN = (bool, int, float, str, type(None))
-_PICKLE = 2**18
-"""Bytes of a pickle, or calls to read one: tensors lie outside it, and much more would take
-long."""
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+_PICKLE_LIMIT = 2**18
+"""Largest pickle in bytes, and most read calls while unpickling. Tensor data lie outside the
+pickle, so an SAE's is a few kB; a much larger one could take very long."""
 _REQUIRED: Any = object()
+# A pickle of 1 kB can describe a list of 2^60 entries, so values are abbreviated in messages.
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
-# since a pickle of 1 kB can name a list of 2^60 entries
 
 
 class Settings:
-    """The keys of one JSON file, or of a table in it."""
+    """The keys of a JSON file, or of one table in it. A key that is null counts as missing where a
+    default is given."""
 
     def __init__(self, file: Path, table: Any):
         if not isinstance(table, dict):
@@ -49,58 +52,65 @@ class Settings:
         self.file, self.table = file, table
 
     def get(self, key: str, default: Any = None) -> Any:
-        found = self.table.get(key, default)
-        return default if found is None else found
+        """Return the value of a key, unchecked; `default` where it is missing or null."""
+        value = self.table.get(key, default)
+        return default if value is None else value
 
-    def want(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Return the value of a key, which must be of a type; `default`, if given, where there is
-        none or null.
+    def get_typed(self, key: str, type_: type, default: Any = _REQUIRED) -> Any:
+        """Return the value of a key, which must have a type.
 
-        Subclasses of dict are dicts; a boolean is no number.
+        Args:
+            key: the key.
+            type_: the type. Integers below 2^63 count as floats; booleans do not count as numbers.
+            default: returned where the key is missing or null; without one the key is required.
+
+        Raises:
+            InputError: the key is missing, or its value has another type.
         """
         if default is not _REQUIRED and self.table.get(key) is None:
             return default
         if key not in self.table:
             raise InputError(f"{self.file} lacks the key {key!r}")
-        found = self.table[key]
-        if kind is float and type(found) is int and abs(found) < 2**63:
-            found = float(found)
+        value = self.table[key]
+        if type_ is float and type(value) is int and abs(value) < 2**63:
+            value = float(value)
         if (
-            not isinstance(found, kind)
-            or (isinstance(found, bool) and kind is not bool)
-            or (kind is int and isinstance(found, int) and abs(found) >= 2**63)
+            not isinstance(value, type_)
+            or (isinstance(value, bool) and type_ is not bool)
+            or (type_ is int and isinstance(value, int) and abs(value) >= 2**63)
         ):
             raise InputError(
-                f"{self.file}: {key!r} is {_short.repr(found)}, expected a value of type "
-                f"{kind.__name__}"
+                f"{self.file}: {key!r} is {_short.repr(value)}, expected a value of type "
+                f"{type_.__name__}"
             )
-        return found
+        return value
 
-    def under(self, key: str) -> Settings:
-        """Return the table of a key, an empty one where there is none."""
-        return Settings(self.file, self.want(key, dict, {}))
+    def get_section(self, key: str) -> Settings:
+        """Return the table under a key; an empty one where it is missing."""
+        return Settings(self.file, self.get_typed(key, dict, {}))
 
-    def text(self, key: str) -> str | None:
-        """Return a string that says where an SAE comes from; None where it says nothing, or not in
-        a string.
+    def get_text(self, key: str) -> str | None:
+        """Return a string; None where it is missing, empty, or not a string.
+
+        For keys that only describe where an SAE comes from.
         """
-        found = self.table.get(key)
-        return found if isinstance(found, str) and found else None
+        value = self.table.get(key)
+        return value if isinstance(value, str) and value else None
 
-    def among(self, key: str, choices: Collection[Any], default: Any = None) -> Any:
-        """Return the value of a key, which must be one that ksparse knows."""
-        found = self.get(key, default)
-        if found not in list(choices):  # a list, because what is found may have no hash
+    def get_choice(self, key: str, choices: Collection[Any], default: Any = None) -> Any:
+        """Return the value of a key, which must be one of `choices`."""
+        value = self.get(key, default)
+        if value not in list(choices):  # a list, since the value may not be hashable
             raise InputError(
-                f"{self.file}: {key} is {_short.repr(found)}; ksparse reads "
+                f"{self.file}: {key} is {_short.repr(value)}; ksparse reads "
                 f"{', '.join(map(repr, choices))}"
             )
-        return found
+        return value
 
-    def refuse(self, **harmless: Any) -> None:
-        """Raise InputError for a setting that changes what the SAE computes in a way that ksparse
-        does not have."""
-        for key, value in harmless.items():
+    def require(self, **supported: Any) -> None:
+        """Raise InputError where a setting is present with another value than the supported one,
+        because it makes the SAE compute something that ksparse does not have."""
+        for key, value in supported.items():
             if self.get(key, value) != value:
                 raise InputError(
                     f"{self.file}: {key} is {_short.repr(self.table[key])}; ksparse has no such "
@@ -108,70 +118,83 @@ class Settings:
                 )
 
 
-def new_folder(folder: Path | str) -> Path:
-    """Return a folder that can be made or filled; raise InputError where something is already."""
+def check_new_folder(folder: Path | str) -> Path:
+    """Return a folder that is absent or empty; raise InputError if it is not."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already and not empty; give a new folder")
+        raise InputError(f"{folder} already exists and is not empty; give a new folder")
     return folder
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def json_file(file: Path) -> Settings:
+def read_settings(file: Path) -> Settings:
+    """Return the settings of a JSON file."""
     return Settings(file, jsonio.read_json(file))
 
 
-def torch_file(file: Path) -> dict[str, Any]:
-    """Return the dictionary of a file of torch.save, if it holds tensors and plain values only."""
+def load_torch_dict(file: Path) -> dict[str, Any]:
+    """Load the dictionary in a `torch.save` file that holds only tensors and plain values.
+
+    Raises:
+        InputError: the pickle needs code to load, is too large, or does not hold a dictionary.
+        CorruptError: the file is damaged, or not a `torch.save` file.
+    """
     try:
-        with atomic.read_errors(file), _Counted(file) as stream:
+        with atomic.read_errors(file), _LimitedReader(file) as stream:
             if zipfile.is_zipfile(file):
                 _check_archive(file)
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:
-                found = torch.load(stream, map_location="cpu", weights_only=True)
+                loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except KsparseError:
         raise
-    except Exception as error:  # of many types, those of the unpickler among them
-        wanted = re.search(r"GLOBAL (\S+)|`([\w.]+)`? (?:was not|is not)", str(error))
-        if type(error).__name__ == "UnpicklingError" and "weights_only" in str(
-            error
-        ).lower().replace(" ", "_"):
-            what = f" ({next(filter(None, wanted.groups()))})" if wanted else ""
-            raise InputError(
-                f"{file} is a pickle with code in it{what}; ksparse reads tensors and plain values "
-                "only. Load it where you trust it, "
-                "and save its state_dict"
-            ) from None
-        said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-        raise CorruptError(f"{file} is not a file of torch.save, or is damaged: {said}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds a {type(found).__name__}, expected a dictionary of tensors")
-    return found
+    except Exception as error:  # torch.load and the unpickler raise many types
+        raise _explain_torch_error(file, error) from None
+    if not isinstance(loaded, dict):
+        raise InputError(
+            f"{file} holds a {type(loaded).__name__}, expected a dictionary of tensors"
+        )
+    return loaded
 
 
-class _Counted(io.BufferedReader):
-    """A file whose pickle ends the reading after so many calls; the tensors behind it are read in a
-    few.
+def _explain_torch_error(file: Path, error: Exception) -> InputError:
+    message = str(error)
+    if type(error).__name__ == "UnpicklingError" and "weights_only" in message.lower().replace(
+        " ", "_"
+    ):
+        match = re.search(r"GLOBAL (\S+)|`([\w.]+)`? (?:was not|is not)", message)
+        name = f" ({next(filter(None, match.groups()))})" if match else ""
+        return InputError(
+            f"{file} is a pickle with code in it{name}; ksparse reads tensors and plain values "
+            "only. Load it where you trust it, and save its state_dict"
+        )
+    return CorruptError(f"{file} is not a file of torch.save, or is damaged: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+class _LimitedReader(io.BufferedReader):
+    """A file that allows a limited number of `read` calls: unpickling makes many, reading the
+    tensor data few.
     """
 
     def __init__(self, file: Path):
         super().__init__(io.FileIO(file))
-        self.file, self.left = file, _PICKLE
+        self.file, self.reads_left = file, _PICKLE_LIMIT
 
     def read(self, size: int | None = -1) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise _too_long(self.file)
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise _pickle_too_large(self.file)
         return super().read(size)
 
 
 def _check_archive(file: Path) -> None:
-    """Raise unless an archive is one that torch.save makes: nothing compressed, and no large
-    pickle.
-    """
+    """Raise unless an archive looks like `torch.save`'s: nothing compressed, no large pickle."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -181,108 +204,112 @@ def _check_archive(file: Path) -> None:
         if member.compress_type != zipfile.ZIP_STORED:
             raise CorruptError(
                 f"{file} is not a file of torch.save, or is damaged: {member.filename[:80]} in "
-                f"it is compressed"
+                "it is compressed"
             )
-        if member.filename.endswith(".pkl") and member.file_size > _PICKLE:
-            raise _too_long(file)
+        if member.filename.endswith(".pkl") and member.file_size > _PICKLE_LIMIT:
+            raise _pickle_too_large(file)
 
 
-def _too_long(file: Path) -> InputError:
+def _pickle_too_large(file: Path) -> InputError:
     return InputError(
-        f"{file} holds a pickle of more than {_PICKLE:,} bytes beside its tensors; that of an "
-        f"SAE is a few kB. Load it where you trust "
-        "it, and save its state_dict"
+        f"{file} holds a pickle of more than {_PICKLE_LIMIT:,} bytes beside its tensors; an SAE's "
+        "is a few kB. Load it where you trust it, and save its state_dict"
     )
 
 
-def tensors_of(file: Path, table: Any) -> CheckedTensors:
-    """Return the tensors of a dictionary out of a torch file; values of other types are left over
-    like tensors.
+def check_tensors(file: Path, table: Any) -> CheckedTensors:
+    """Wrap a dictionary from a torch file, so that each tensor is checked when it is taken.
+
+    Values of other types count as tensors that nothing takes, so `finish` reports them.
     """
     if not isinstance(table, dict):
         raise InputError(
-            f"{file} holds a {type(table).__name__} in the place of a dictionary of tensors"
+            f"{file} holds a {type(table).__name__} instead of a dictionary of tensors"
         )
     return CheckedTensors(file, {key: _stored(file, key, value) for key, value in table.items()})
 
 
 def _stored(file: Path, key: Any, value: Any) -> StoredTensor:
-    """Return a value of a torch file as a tensor that is read when it is taken."""
+    """Describe a value of a torch file as a tensor that is read when taken."""
     if type(value) in (int, float):
         return StoredTensor((), torch.float64, lambda: torch.tensor(value, dtype=torch.float64))
-    plain = (
+    is_dense = (
         type(value) in (Tensor, torch.nn.Parameter)
         and value.layout is torch.strided
         and value.device.type == "cpu"
     )
-    if not plain or value.is_quantized or value.is_nested:
+    if not is_dense or value.is_quantized or value.is_nested:
         return StoredTensor(
-            (), f"a {type(value).__name__} that is no plain tensor", lambda: torch.empty(())
+            (), f"a {type(value).__name__} that is not a plain tensor", lambda: torch.empty(())
         )
 
     def read() -> Tensor:
-        held = value.untyped_storage().nbytes() // value.element_size()
-        if held < value.numel():
+        stored = value.untyped_storage().nbytes() // value.element_size()
+        if stored < value.numel():
             raise InputError(
-                f"{file}: tensor {key!r} is expanded: {value.numel():,} numbers on {held:,} that "
-                f"are stored; "
-                "save a copy of it (tensor.contiguous())"
+                f"{file}: tensor {key!r} is expanded: {value.numel():,} numbers on {stored:,} that "
+                "are stored; save a copy of it (tensor.contiguous())"
             )
         return value
 
     return StoredTensor(tuple(value.shape), value.dtype, read)
 
 
-def npz_file(file: Path) -> CheckedTensors:
-    """Return the arrays of a NumPy archive; each is read when it is taken."""
+def open_npz(file: Path) -> CheckedTensors:
+    """Open a NumPy archive; each array is read when taken.
+
+    Raises:
+        InputError: an array holds Python objects.
+        CorruptError: the file is damaged, or not a NumPy archive.
+    """
     try:
         with atomic.read_errors(file):
             if not zipfile.is_zipfile(file):
                 raise CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged")
             with np.load(file, allow_pickle=False) as archive:
                 return CheckedTensors(
-                    file, {key: _in_archive(file, archive, key) for key in archive.files}
+                    file, {key: _stored_array(file, archive, key) for key in archive.files}
                 )
     except KsparseError:
         raise
-    except Exception as error:  # of zipfile, zlib or NumPy
-        raise _no_archive(file, error) from None
+    except Exception as error:  # zipfile, zlib and NumPy raise many types
+        raise _bad_npz(file, _first_line(error)) from None
 
 
-def _in_archive(file: Path, archive: Any, key: str) -> StoredTensor:
-    """Return an array of a NumPy archive by its header."""
+def _stored_array(file: Path, archive: Any, key: str) -> StoredTensor:
+    """Describe an array of a NumPy archive from its header."""
     name = f"{key}.npy" if f"{key}.npy" in archive.zip.namelist() else key
     with archive.zip.open(name) as stream:
         version = np.lib.format.read_magic(stream)
-        header = (
+        read_header = (
             np.lib.format.read_array_header_1_0
             if version == (1, 0)
             else np.lib.format.read_array_header_2_0
         )
-        shape, _, dtype = header(stream)
+        shape, _, dtype = read_header(stream)
     if dtype.hasobject:
         raise InputError(
             f"{file} is a pickle with code in it; ksparse reads arrays of numbers only"
         )
-    held, packed = archive.zip.getinfo(name).file_size, archive.zip.getinfo(name).compress_size
-    if held < math.prod(shape) * dtype.itemsize:
-        raise _no_archive(
+    info = archive.zip.getinfo(name)
+    if info.file_size < math.prod(shape) * dtype.itemsize:
+        raise _bad_npz(
             file,
-            ValueError(
-                f"{name[:80]} has {held:,} bytes, too few for an array of shape {list(shape)}"
-            ),
+            f"{name[:80]} has {info.file_size:,} bytes, too few for an array of shape "
+            f"{list(shape)}",
         )
-    if held > 2**26 + 100 * packed:
-        raise _no_archive(
-            file, ValueError(f"{name[:80]} would grow from {packed:,} bytes to {held:,}")
+    if info.file_size > 2**26 + 100 * info.compress_size:
+        raise _bad_npz(
+            file,
+            f"{name[:80]} would grow from {info.compress_size:,} bytes to {info.file_size:,}",
         )
 
     def read() -> Tensor:
         try:
-            with np.load(file, allow_pickle=False) as again:
-                return torch.from_numpy(np.array(again[key], dtype=dtype.newbyteorder("=")))
+            with np.load(file, allow_pickle=False) as reopened:
+                return torch.from_numpy(np.array(reopened[key], dtype=dtype.newbyteorder("=")))
         except Exception as error:
-            raise _no_archive(file, error) from None
+            raise _bad_npz(file, _first_line(error)) from None
 
     return StoredTensor(
         tuple(shape),
@@ -291,47 +318,48 @@ def _in_archive(file: Path, archive: Any, key: str) -> StoredTensor:
     )
 
 
-def _no_archive(file: Path, error: Exception) -> CorruptError:
-    said = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-    return CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged: {said}")
+def _bad_npz(file: Path, reason: str) -> CorruptError:
+    return CorruptError(f"{file} is not a NumPy archive of numbers, or is damaged: {reason[:200]}")
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors."""
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
 
 
 def write_torch(table: Mapping[str, Any], file: Path) -> None:
-    """Write tensors and plain values as torch.save does."""
+    """Write tensors and plain values with `torch.save`."""
 
-    def plain(value: Any) -> Any:
+    def to_plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return (
-                value.detach().cpu().contiguous().clone()
-            )  # of its own, or a view would bring the whole storage along
+            # A clone, since a view would be saved with its whole storage.
+            return value.detach().cpu().contiguous().clone()
         if isinstance(value, Mapping):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, _PLAIN):
+            return {key: to_plain(item) for key, item in value.items()}
+        if isinstance(value, _PLAIN_TYPES):
             return value
         raise TypeError(f"{type(value).__name__} is not a tensor or a plain value")
 
-    made = io.BytesIO()
-    torch.save(plain(table), made)
-    file.write_bytes(
-        made.getbuffer()
-    )  # torch, writing by itself, says of a full disk only that its position is unexpected
+    buffer = io.BytesIO()
+    torch.save(to_plain(table), buffer)
+    # On a full disk torch.save itself raises an unclear error; write_bytes raises an OSError.
+    file.write_bytes(buffer.getbuffer())
 
 
 def write_npz(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as a NumPy archive."""
     arrays = {key: value.detach().cpu().numpy() for key, value in tensors.items()}
     np.savez(file, **arrays)  # type: ignore[arg-type]  # no key of ours is allow_pickle
 
 
-# ---- weights in our terms ------------------------------------------------------------------------
+# ---- weights in ksparse's terms ------------------------------------------------------------------
 
 
-def centre_(tensors: dict[str, Tensor]) -> None:
-    """Account, in place, for an encoder that does not subtract b_pre from its input, while ours
-    does: b_enc += W_enc b_pre."""
+def center_encoder_(tensors: dict[str, Tensor]) -> None:
+    """Convert, in place, an encoder of x to ksparse's encoder of x - b_pre: b_enc += W_enc b_pre.
+
+    b_mag of a gated SAE is converted too.
+    """
     shift = tensors["W_enc"].double() @ tensors["b_pre"].double()
     tensors["b_enc"] = (tensors["b_enc"].double() + shift).float()
     if "b_mag" in tensors:
@@ -340,9 +368,9 @@ def centre_(tensors: dict[str, Tensor]) -> None:
         ).float()
 
 
-def uncentred(sae: SAE) -> dict[str, Tensor]:
-    """Return the biases [n] of an encoder that does not subtract b_pre from its input: b_enc -
-    W_enc b_pre, and b_mag's share of it."""
+def uncentered_biases(sae: SAE) -> dict[str, Tensor]:
+    """Return the biases [n] of the equivalent encoder of x, the inverse of `center_encoder_`:
+    b_enc - W_enc b_pre, and b_mag of a gated SAE."""
     shift = sae.W_enc.detach().double() @ sae.b_pre.detach().double()
     biases = {"b_enc": (sae.b_enc.detach().double() - shift).float()}
     if sae.shape.activation == "gated":
@@ -352,44 +380,48 @@ def uncentred(sae: SAE) -> dict[str, Tensor]:
     return biases
 
 
-def no_scaling(weights: CheckedTensors) -> None:
-    """Raise InputError for a scaling factor of the latents that is not 1."""
+def check_no_scaling(weights: CheckedTensors) -> None:
+    """Raise InputError if the file scales latents by a `scaling_factor` other than 1."""
     if "scaling_factor" in weights and not bool((weights.take("scaling_factor", "n") == 1).all()):
         raise InputError(
             f"{weights.file}: scaling_factor is not 1; what it multiplies differs between "
-            "releases, so it is not guessed. "
-            "Put it into the weights and leave it out"
+            "releases, so ksparse does not guess. Fold it into the weights and remove it"
         )
 
 
-def unit_rows(W_dec: Tensor) -> bool:
-    """Return whether decoder rows have norm 1, so that multiplying by their norms changes
-    nothing."""
+def has_unit_rows(W_dec: Tensor) -> bool:
+    """Return whether all decoder rows have norm 1, so that scaling by their norms is a no-op."""
     return bool(((W_dec.norm(dim=1) - 1).abs() <= 1e-6).all())
 
 
-def weigh_by_decoder_(tensors: dict[str, Tensor]) -> None:
-    """Account, in place, for latents that are multiplied by the norm of their decoder row before
-    the choice, and divided by it in decoding."""
+def fold_decoder_norms_(tensors: dict[str, Tensor]) -> None:
+    """Convert, in place, an SAE that multiplies latents by their decoder row's norm before it
+    selects, and divides by it before it decodes: fold the norms into the encoder, and normalise the
+    decoder."""
     norms = tensors["W_dec"].norm(dim=1)
     if not bool((norms > 0).all()):
         raise InputError(
-            "a decoder row is 0, though latents are to be multiplied and divided by the norms of "
-            "their rows"
+            "a decoder row is 0, but latents are multiplied and divided by the norms of their rows"
         )
     tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms[:, None], tensors["b_enc"] * norms
     tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
 
 
-def built(file: Path, shape: Shape, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> SAE:
-    """Return an SAE of that shape with those tensors, which were computed from those of a file."""
-    made = SAE(shape, metadata)
+def build_sae(
+    file: Path, shape: Shape, tensors: Mapping[str, Tensor], metadata: dict[str, Any]
+) -> SAE:
+    """Build an SAE from tensors computed from those of a file, which messages name.
+
+    Raises:
+        InputError: a tensor is not finite.
+    """
+    sae = SAE(shape, metadata)
     with torch.no_grad():
-        for key in made.keys:
+        for key in sae.keys:
             if not all(math.isfinite(end) for end in tensors[key].aminmax()):
                 raise InputError(
-                    f"{file}: its numbers make a {key} that holds NaN or infinity; it is "
-                    f"damaged, or training had failed"
+                    f"{file}: its numbers give a {key} with NaN or infinity; it is damaged, or "
+                    "training had failed"
                 )
-            getattr(made, key).copy_(tensors[key])
-    return made
+            getattr(sae, key).copy_(tensors[key])
+    return sae

@@ -1,7 +1,7 @@
-"""Names of the same place in a model: ours, TransformerLens' (SAELens, Neuronpedia), modules of
-transformers (sparsify).
+"""Names of the same site in ksparse, in TransformerLens (SAELens, Neuronpedia) and in transformers
+(sparsify).
 
-| ours | TransformerLens | transformers, under the base model |
+| ksparse | TransformerLens | transformers, module under the base model |
 |---|---|---|
 | resid_pre.8 | blocks.8.hook_resid_pre | h.8:in |
 | resid_mid.8 | blocks.8.hook_resid_mid | |
@@ -9,8 +9,8 @@ transformers (sparsify).
 | attn_out.8 | blocks.8.hook_attn_out | |
 | mlp_out.8 | blocks.8.hook_mlp_out | |
 
-A name that is in no row is a module's name, and stays what it is: h.8.mlp is what the module gives,
-which a norm or a factor may still change before it is added to the stream as mlp_out.8.
+Any other name is a module's name and is not translated. h.8.mlp is the module's output; a norm or a
+factor may still change it before it is added to the residual stream as mlp_out.8.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from ksparse.config import ActsConfig, from_dict
 from ksparse.errors import InputError
 from ksparse.sae.model import SAE
 
-_KINDS = "resid_pre|resid_mid|resid_post|attn_out|mlp_out"
+_HOOKS = "resid_pre|resid_mid|resid_post|attn_out|mlp_out"
 
 
 def to_hook(site: str) -> str:
-    """Return TransformerLens' name of a site."""
-    alias = re.fullmatch(rf"({_KINDS})\.(\d+)", site)
+    """Return TransformerLens' name of a site; any other name as it is."""
+    alias = re.fullmatch(rf"({_HOOKS})\.(\d+)", site)
     return f"blocks.{alias[2]}.hook_{alias[1]}" if alias else site
 
 
 def from_hook(name: str) -> str:
-    """Return the site of a TransformerLens name."""
-    hook = re.fullmatch(rf"blocks\.(\d+)\.hook_({_KINDS})", name)
+    """Return the site of a TransformerLens hook name; any other name as it is."""
+    hook = re.fullmatch(rf"blocks\.(\d+)\.hook_({_HOOKS})", name)
     return f"{hook[2]}.{hook[1]}" if hook else name
 
 
 def from_module(name: str) -> str:
-    """Return the site of the output of a module, named from the base model on."""
+    """Return the site of a module's output, given its name under the base model."""
     block = re.fullmatch(r"(?:.*\.)?(?:h|layers)\.(\d+)", name)
     return f"resid_post.{block[1]}" if block else name
 
 
-def from_model(name: str) -> str:
-    """Return the Hub's name of a model that TransformerLens calls otherwise."""
+def hub_model_name(name: str) -> str:
+    """Return the Hub name of a model, given TransformerLens' name."""
     if name in ("gpt2-small", "gpt2"):
         return "gpt2"
-    for begin, owner in (
+    for prefix, owner in (
         ("pythia-", "EleutherAI"),
         ("gemma-", "google"),
         ("gpt2-", "openai-community"),
     ):
-        if name.startswith(begin):
+        if name.startswith(prefix):
             return f"{owner}/{name}"
     return name
 
 
 def layer_of(site: str) -> int | None:
-    """Return the number of the block that a site belongs to, if its name says so."""
-    found = re.search(r"\.(\d+)(?:\.|:|$)", site)
-    return int(found[1]) if found else None
+    """Return the number of the block that a site's name contains; None if it contains none."""
+    match = re.search(r"\.(\d+)(?:\.|:|$)", site)
+    return int(match[1]) if match else None
 
 
-def metadata(
-    form: str,
+def build_metadata(
+    format_name: str,
     settings: dict[str, Any],
     *,
     lm: Any = None,
@@ -75,51 +75,60 @@ def metadata(
     bos: Any = None,
     text: Any = None,
 ) -> dict[str, Any]:
-    """Return the metadata of an SAE that another library made: `origin`, and `acts` where LM, site
-    and text are all known.
+    """Build the metadata of an SAE made by another library.
 
-    What is not of its type is not known; `settings` has it as it is.
+    Args:
+        format_name: name of the format.
+        settings: the library's own settings, kept unchanged.
+        lm: language model. This and the following come from `settings`; a value that a recipe's
+            section `acts` would not accept is dropped.
+        site: site, in ksparse's terms.
+        context: tokens in a context.
+        bos: whether contexts begin with BOS.
+        text: text source.
+
+    Returns:
+        `origin`: {format, the accepted values, settings}; and `acts`, where LM, site and text are
+        all known.
     """
-    said = {
+    candidates = {
         "lm": lm,
         "site": site,
         "context": context,
         "text": text,
         "bos": ("none", "auto")[bos] if isinstance(bos, bool) else None,
     }
-    known: dict[str, Any] = {}
-    for key, value in said.items():
+    accepted: dict[str, Any] = {}
+    for key, value in candidates.items():
         try:
-            known |= {key: getattr(from_dict({"acts": {key: value}}).acts, key)}
+            accepted |= {key: getattr(from_dict({"acts": {key: value}}).acts, key)}
         except InputError:
             continue
-    origin = {"format": form, **known, "settings": settings}
-    return (
-        {"origin": origin, "acts": dataclasses.asdict(ActsConfig(**known))}
-        if {"lm", "site", "text"} <= set(known)
-        else {"origin": origin}
-    )
+    origin = {"format": format_name, **accepted, "settings": settings}
+    if not {"lm", "site", "text"} <= set(accepted):
+        return {"origin": origin}
+    return {"origin": origin, "acts": dataclasses.asdict(ActsConfig(**accepted))}
 
 
 def trained_without_special_tokens(sae: SAE) -> bool:
-    """Return whether ksparse trained an SAE, and left BOS and separators out; of others' it is not
-    known.
-    """
+    """Return whether ksparse trained an SAE without BOS and separators; False for SAEs of other
+    libraries, where it is unknown."""
     return (
         "origin" not in sae.metadata
         and (sae.metadata.get("policy") or sae.metadata.get("acts") or {}).get("keep") == "text"
     )
 
 
-def carried(sae: SAE, form: str) -> dict[str, Any]:
-    """Return the settings that an SAE came with in a format, for writing it in the same one again;
-    {} if it came otherwise.
-    """
+def original_settings(sae: SAE, format_name: str) -> dict[str, Any]:
+    """Return a copy of the settings that an SAE was read with, to write it in the same format
+    again; {} if it was not read from that format."""
     origin = sae.metadata.get("origin") or {}
-    return copy.deepcopy(origin.get("settings") or {}) if origin.get("format") == form else {}
+    if origin.get("format") != format_name:
+        return {}
+    return copy.deepcopy(origin.get("settings") or {})
 
 
-def table(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return a table in settings; {} where there is none."""
-    found = settings.get(key)
-    return found if isinstance(found, dict) else {}
+def get_table(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the table under a key; {} where the value is missing or not a table."""
+    value = settings.get(key)
+    return value if isinstance(value, dict) else {}

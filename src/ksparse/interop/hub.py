@@ -1,10 +1,10 @@
-"""An SAE as a repository on the Hub: ours, a copy for SAELens where it can hold the SAE, results,
-and a card that says what it is and how to load it.
+"""Publish an SAE as a repository on the Hub, with a model card.
 
 README.md                    the card
 sae.json, sae.safetensors    for ksparse.load("user/repo")
-sae_lens/                    for SAE.from_pretrained("user/repo", "sae_lens")
-run/                         recipe.toml and evals/*.json of a run
+sae_lens/                    for SAELens: SAE.from_pretrained("user/repo", "sae_lens"), if it can
+                             hold the SAE
+run/                         recipe.toml and evals/*.json, if the SAE is a run's
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
 COPY = "sae_lens"
+"""Folder of the copy for SAELens."""
 _HEADLINE = {
     ("stats", "nmse"): "normalised MSE (1 = predicting the mean)",
     ("stats", "explained_variance"): "explained variance, raw activations",
@@ -51,8 +52,21 @@ def push(
     private: bool = False,
     normalization: Normalization = "exact",
 ) -> str:
-    """Make a repository of an SAE and upload it; return its address. A token is needed, as for all
-    that writes to the Hub (`hf auth login`)."""
+    """Upload an SAE as a repository on the Hub. Needs a token (`hf auth login`).
+
+    Args:
+        source: what `ksparse.load` takes; of a run, its recipe and results are uploaded too.
+        repository: "owner/name"; created if it does not exist.
+        subfolder: folder in the repository, for several SAEs in one.
+        private: whether a new repository is private.
+        normalization: for the copy in SAELens' format, as in `interop.write`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        InputError: the Hub refused, or cannot be reached.
+    """
     _check_name(repository)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -75,11 +89,10 @@ def push(
                 commit_message=f"{Path(source).name}, written by ksparse",
             )
         except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-            said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise InputError(
-                f"{repository} could not be written on the Hub ({said}); log in with `hf auth "
-                "login`, or "
-                "write the same folder here with --folder DIR"
+                f"{repository} could not be written on the Hub ({reason}); log in with `hf auth "
+                "login`, or write the same folder here with --folder DIR"
             ) from None
     return f"https://huggingface.co/{repository}"
 
@@ -92,32 +105,50 @@ def prepare(
     subfolder: str = "",
     normalization: Normalization = "exact",
 ) -> Path:
-    """Write what is uploaded into a new folder; return that folder."""
+    """Write the files of a repository into a new folder, without uploading them.
+
+    Args:
+        source, repository, subfolder, normalization: see `push`.
+        folder: a new or empty folder.
+
+    Returns:
+        The folder.
+    """
     _check_name(repository)
-    place, run, sae = foreign.new_folder(folder), RunFolder(Path(source)), interop.load(source)
-    with atomic.atomic_dir(place, new=True) as folder:
+    target, run, sae = (
+        foreign.check_new_folder(folder),
+        RunFolder(Path(source)),
+        interop.load(source),
+    )
+    with atomic.atomic_dir(target, new=True) as folder:
         serialization.write(sae, folder)
-        refused = ""
+        refusal = ""
         try:
             interop.write(sae, folder / COPY, "sae_lens", normalization=normalization)
         except InputError as error:
-            refused = str(error)
-        results: dict[str, Any] = {}
-        if run.exists():
-            (folder / "run" / "evals").mkdir(
-                parents=True
-            )  # not in the folder itself, which would then be taken for a run
-            shutil.copy(run.recipe_file, folder / "run" / "recipe.toml")
-            for file in sorted(run.file("evals").glob("*.json")):
-                file = run.file("evals", file.name)
-                if file.stem != "vocabulary":
-                    results[file.stem] = jsonio.read_table(file)
-                    shutil.copy(file, folder / "run" / "evals" / file.name)
+            refusal = str(error)
+        results = _copy_run(run, folder / "run") if run.exists() else {}
         atomic.write_text(
             folder / "README.md",
-            card(sae, repository, subfolder=subfolder, results=results, refused=refused),
+            card(sae, repository, subfolder=subfolder, results=results, refusal=refusal),
         )
-    return place
+    return target
+
+
+def _copy_run(run: RunFolder, folder: Path) -> dict[str, Any]:
+    """Copy a run's recipe and results; return {evaluation: result}.
+
+    They go into a folder of their own: recipe.toml beside the SAE would make that folder a run.
+    """
+    results: dict[str, Any] = {}
+    (folder / "evals").mkdir(parents=True)
+    shutil.copy(run.recipe_file, folder / "recipe.toml")
+    for entry in sorted(run.file("evals").glob("*.json")):
+        file = run.file("evals", entry.name)
+        if file.stem != "vocabulary":
+            results[file.stem] = jsonio.read_table(file)
+            shutil.copy(file, folder / "evals" / file.name)
+    return results
 
 
 def card(
@@ -126,45 +157,31 @@ def card(
     *,
     subfolder: str = "",
     results: dict[str, Any] | None = None,
-    refused: str = "",
+    refusal: str = "",
 ) -> str:
-    """Return the model card: front matter, what the SAE is, how to load it, what was measured and
-    how.
+    """Return the model card as Markdown: what the SAE is, how to load it, what was measured.
 
-    results: {evaluation: result}. refused: why there is no copy for SAELens; '' if there is one.
+    Args:
+        sae: the SAE.
+        repository: "owner/name".
+        subfolder: folder of the SAE in the repository.
+        results: {evaluation: result}.
+        refusal: why there is no copy for SAELens; empty if there is one.
     """
     acts, shape = sae.metadata.get("acts") or sae.metadata.get("origin") or {}, sae.shape
     lm, site = acts.get("lm", "an unknown LM"), acts.get("site", "an unknown site")
     tags = [
         "sparse-autoencoder",
         shape.activation.replace("_", ""),
-        *([] if refused else ["saelens"]),
+        *([] if refusal else ["saelens"]),
     ]
-    front = [
+    facts = _facts(sae, acts, lm, site)
+    lines = [
         "---",
         "library_name: ksparse",
         f"tags: [{', '.join(tags)}]",
-        *([f"base_model: {lm}"] if _on_hub(lm) else []),
+        *([f"base_model: {lm}"] if _is_hub_name(lm) else []),
         "---",
-    ]
-    where = f', subfolder="{subfolder}"' if subfolder else ""
-    lens = f"{subfolder}/{COPY}" if subfolder else COPY
-    facts = {
-        "language model": lm,
-        "site": site,
-        "activation": shape.activation,
-        "latents": f"{shape.n_latents:,}",
-        "k": shape.k if shape.activation in ("topk", "batch_topk") else None,
-        "d_model": shape.d_model,
-        "normalisation of inputs": shape.normalize
-        + (f", times {shape.factor:.6g}" if shape.normalize == "dataset" else ""),
-        "text": acts.get("text"),
-        "tokens": _count(sae.metadata.get("tokens")),
-        "context": acts.get("context"),
-        "positions": json.dumps(sae.metadata["policy"]) if sae.metadata.get("policy") else None,
-    }
-    lines = [
-        *front,
         "",
         f"# {repository.rpartition('/')[2]}{'/' + subfolder if subfolder else ''}",
         "",
@@ -174,49 +191,77 @@ def card(
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")),
         "",
+        *_usage(sae, repository, subfolder, refusal),
+        *_measurements(results or {}),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(sae: SAE, acts: dict[str, Any], lm: str, site: str) -> dict[str, Any]:
+    shape = sae.shape
+    return {
+        "language model": lm,
+        "site": site,
+        "activation": shape.activation,
+        "latents": f"{shape.n_latents:,}",
+        "k": shape.k if shape.activation in ("topk", "batch_topk") else None,
+        "d_model": shape.d_model,
+        "normalisation of inputs": shape.normalize
+        + (f", times {shape.factor:.6g}" if shape.normalize == "dataset" else ""),
+        "text": acts.get("text"),
+        "tokens": _format_count(sae.metadata.get("tokens")),
+        "context": acts.get("context"),
+        "positions": json.dumps(sae.metadata["policy"]) if sae.metadata.get("policy") else None,
+    }
+
+
+def _usage(sae: SAE, repository: str, subfolder: str, refusal: str) -> list[str]:
+    """Return the section on loading the SAE in ksparse and in SAELens."""
+    argument = f', subfolder="{subfolder}"' if subfolder else ""
+    lines = [
         "## Load it",
         "",
         "```python",
         "import ksparse",
         "",
-        f'sae = ksparse.load("{repository}"{where})',
-        f"code = sae.encode(x)   # raw x[..., {shape.d_model}]; the SAE normalises it",
+        f'sae = ksparse.load("{repository}"{argument})',
+        f"code = sae.encode(x)   # raw x[..., {sae.shape.d_model}]; the SAE normalises it",
         "```",
         "",
     ]
-    if refused:
-        lines += [f"There is no copy for SAELens: {refused}.", ""]
-    else:
-        lines += [
-            "```python",
-            "from sae_lens import SAE",
-            "",
-            f'sae = SAE.from_pretrained("{repository}", "{lens}")',
-            "```",
-            "",
-        ]
-    return "\n".join([*lines, *_measured(results or {})]) + "\n"
+    if refusal:
+        return [*lines, f"There is no copy for SAELens: {refusal}.", ""]
+    copy = f"{subfolder}/{COPY}" if subfolder else COPY
+    return [
+        *lines,
+        "```python",
+        "from sae_lens import SAE",
+        "",
+        f'sae = SAE.from_pretrained("{repository}", "{copy}")',
+        "```",
+        "",
+    ]
 
 
-def _measured(results: dict[str, Any]) -> list[str]:
-    """Return the headline numbers, each with the settings that it depends on."""
-    shown = {
+def _measurements(results: dict[str, Any]) -> list[str]:
+    """Return the section with the headline numbers and the settings that they depend on."""
+    values = {
         (name, key): results[name][key]
         for name, key in _HEADLINE
         if isinstance(results.get(name, {}).get(key), dict)
     }
-    if not shown:
+    if not values:
         return []
     rows = [
-        f"| {_HEADLINE[name, key]} | {_value(value)} | {name} |"
-        for (name, key), value in shown.items()
+        f"| {_HEADLINE[name, key]} | {_format_estimate(value)} | {name} |"
+        for (name, key), value in values.items()
     ]
     settings = {
         name: {
             key: results[name].get(key)
             for key in ("options", "policy", "text", "n_tokens", "n_documents")
         }
-        for name in dict.fromkeys(name for name, _ in shown)
+        for name in dict.fromkeys(name for name, _ in values)
     }
     splits = sorted(
         {(results[name].get("policy") or {}).get("split", "held-out") for name in settings}
@@ -238,18 +283,18 @@ def _measured(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _value(estimate: dict[str, float | None]) -> str:
+def _format_estimate(estimate: dict[str, float | None]) -> str:
     value, se = estimate.get("value"), estimate.get("se")
     if value is None:
         return "-"
     return f"{value:.4g}" + (f" ± {se:.2g}" if se is not None and math.isfinite(se) else "")
 
 
-def _count(tokens: Any) -> str | None:
+def _format_count(tokens: Any) -> str | None:
     return f"{tokens:,}" if isinstance(tokens, int) else None
 
 
-def _on_hub(lm: str) -> bool:
+def _is_hub_name(lm: str) -> bool:
     return (
         bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", lm))
         and not lm.startswith("pylm")

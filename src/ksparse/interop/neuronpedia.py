@@ -1,16 +1,18 @@
-"""What Neuronpedia shows: SAEDashboard's batch-K.json, and the folder that Neuronpedia's bulk
-import takes.
+"""Files for Neuronpedia: SAEDashboard's batch-K.json, and the folder for Neuronpedia's bulk import.
 
-    FOLDER/batch-K.json
-        sae_dashboard
-    FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
-        neuronpedia
-    FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
+`--to sae_dashboard`:
 
-Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and random ones
-among all where a latent fires, as one bin. Logits are those of the direction alone: decoder row x
-final norm's weight x unembedding. What needs activations of other latents or channels at the same
-time (correlated_*) is empty.
+* FOLDER/batch-K.json
+
+`--to neuronpedia`:
+
+* FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
+* FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
+
+Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and, as one bin,
+random ones among all positions where a latent fires. Logits are those of the latent's direction
+alone: decoder row x weight of the final norm x unembedding. Fields that need several latents or
+channels at once (correlated_*) are empty.
 """
 
 from __future__ import annotations
@@ -41,165 +43,104 @@ if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
 BATCH = 128
-_LOGITS, _BINS = 10, 50
+_N_LOGITS, _N_BINS = 10, 50
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What Neuronpedia calls things."""
+    """The names under which a run is published on Neuronpedia."""
 
     model: str = ""
-    """Its name of the LM, such as gpt2-small; ours if not given."""
+    """Neuronpedia's name of the LM, such as gpt2-small; empty: that of the run's recipe."""
     set: str = "ksparse"
     """Name of the source set, without the layer: author, site and width, such as res-jb."""
     release: str = ""
-    """Name of the release that sets belong to; the set's if not given."""
+    """Name of the release that the set belongs to; empty: the set's name."""
     creator: str = ""
-    """Who made it."""
+    """Name of the author."""
     url: str = ""
-    """Where to read about it."""
+    """Address of a page about the release."""
     repository: str = ""
-    """Repository on the Hub that holds the weights."""
+    """Hub repository that holds the weights."""
 
 
 def dashboard(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
-    """Write SAEDashboard's files of a run's live latents; return how many latents."""
-    shown, sae, lm = _opened(run, folder)
+    """Write SAEDashboard's files of a run's live latents.
+
+    Args:
+        run: a run with results of `stats`.
+        folder: a new or empty folder.
+        publication: the names to publish under.
+
+    Returns:
+        The number of latents written.
+    """
+    source, sae, lm = _open(run, folder)
     head = {
-        "model_id": publication.model or shown.acts.lm,
-        "layer": _layer(shown),
+        "model_id": publication.model or source.acts.lm,
+        "layer": _layer(source),
         "sae_set": publication.set,
         "sae_id_suffix": None,
     }
     count = 0
     with atomic.atomic_dir(folder, new=True) as folder:
-        for number, features in enumerate(_batches(shown, sae, lm)):
+        for number, features in enumerate(_batches(source, sae, lm)):
             jsonio.write_json(folder / f"batch-{number}.json", head | {"features": features})
             count += len(features)
     return count
 
 
 def bulk(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
-    """Write the folder that Neuronpedia imports of a run's live latents; return how many
-    latents."""
-    shown, sae, lm = _opened(run, folder)
-    model, source = (
-        publication.model or shown.acts.lm.replace("/", "-"),
-        f"{_layer(shown)}-{publication.set}",
-    )
-    for name in (model, source):
+    """Write the folder that Neuronpedia's bulk import takes, with a run's live latents.
+
+    Args:
+        run: a run with results of `stats`, and of `n2g` for explanations.
+        folder: a new or empty folder.
+        publication: the names to publish under.
+
+    Returns:
+        The number of latents written.
+    """
+    source, sae, lm = _open(run, folder)
+    model = publication.model or source.acts.lm.replace("/", "-")
+    source_id = f"{_layer(source)}-{publication.set}"
+    for name in (model, source_id):
         if Path(name).name != name or name == "..":
             raise InputError(
                 f"{name!r} cannot be the name of a folder; give --model and --set plain names"
             )
-    now = datetime.datetime.now(datetime.UTC).isoformat()
-    common = {"creatorId": publication.creator, "createdAt": now}
-    release = publication.release or publication.set
-    explained = _explanations(run, shown)
+    created = datetime.datetime.now(datetime.UTC).isoformat()
+    names = {"modelId": model, "layer": source_id}
+    common = {"creatorId": publication.creator, "createdAt": created}
+    explanations = _explanations(run, source)
     count = 0
-    with atomic.atomic_dir(folder, new=True) as filled:
-        home = filled / model / source
-        home.mkdir(parents=True)
-        _lines(
-            home / "release.jsonl",
-            [
-                {
-                    "name": release,
-                    "description": release,
-                    "descriptionShort": release,
-                    "urls": [publication.url] if publication.url else [],
-                    "creatorNameShort": publication.creator,
-                    "creatorName": publication.creator,
-                    **common,
-                }
-            ],
-        )
-        _lines(
-            home / "model.jsonl",
-            [
-                {
-                    "id": model,
-                    "instruct": model.endswith("-it"),
-                    "displayNameShort": model,
-                    "displayName": model,
-                    "updatedAt": now,
-                    **common,
-                }
-            ],
-        )
-        _lines(
-            home / "sourceset.jsonl",
-            [
-                {
-                    "modelId": model,
-                    "name": publication.set,
-                    "creatorName": publication.creator,
-                    "releaseName": release,
-                    "description": f"{shown.acts.site}, {shown.n:,} latents",
-                    "visibility": "PUBLIC",
-                    **common,
-                }
-            ],
-        )
-        _lines(
-            home / "source.jsonl",
-            [
-                {
-                    "modelId": model,
-                    "setName": publication.set,
-                    "visibility": "PUBLIC",
-                    "dataset": shown.acts.text,
-                    "id": source,
-                    "num_prompts": len(shown.arrays["contexts"]),
-                    "num_tokens_in_prompt": shown.acts.context,
-                    "hfRepoId": publication.repository or None,
-                    "hfFolderId": None,
-                    "creatorId": publication.creator,
-                }
-            ],
-        )
-        for number, features in enumerate(_batches(shown, sae, lm)):
-            names = {"modelId": model, "layer": source}
-            rows = {
-                "features": [
-                    _feature_row(each, shown.acts.site, names | common) for each in features
-                ],
-                "activations": [
-                    _activation_row(each, place, names, common, one)
-                    for each in features
-                    for place, one in enumerate(each["activations"])
-                ],
-                "explanations": [
-                    _explanation_row(
-                        each["feature_index"],
-                        explained[each["feature_index"]],
-                        names,
-                        publication.creator,
-                    )
-                    for each in features
-                    if each["feature_index"] in explained
-                ],
-            }
-            for kind, lines in rows.items():
-                (home / kind).mkdir(exist_ok=True)
-                _lines(home / kind / f"batch-{number}.jsonl.gz", lines)
+    with atomic.atomic_dir(folder, new=True) as root:
+        target = root / model / source_id
+        target.mkdir(parents=True)
+        for table, row in _release_rows(source, publication, names, common).items():
+            _write_rows(target / f"{table}.jsonl", [row])
+        for number, features in enumerate(_batches(source, sae, lm)):
+            tables = _latent_rows(features, source, publication, names, common, explanations)
+            for table, rows in tables.items():
+                (target / table).mkdir(exist_ok=True)
+                _write_rows(target / table / f"batch-{number}.jsonl.gz", rows)
             count += len(features)
     return count
 
 
-def _opened(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
-    foreign.new_folder(folder)
-    shown = LatentExamples(run)
-    return shown, serialization.load(run.path), LM(acts=shown.acts)
+def _open(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
+    foreign.check_new_folder(folder)
+    source = LatentExamples(run)
+    return source, serialization.load(run.path), LM(acts=source.acts)
 
 
-def _layer(shown: LatentExamples) -> int:
-    layer = hook_names.layer_of(shown.acts.site)
+def _layer(source: LatentExamples) -> int:
+    layer = hook_names.layer_of(source.acts.site)
     if layer is None:
         raise InputError(
-            f"site {shown.acts.site!r} does not say of which layer it is, which Neuronpedia wants "
-            "in a source's name"
+            f"site {source.acts.site!r} does not say which layer it belongs to; Neuronpedia needs "
+            "the layer in a source's name"
         )
     return layer
 
@@ -208,21 +149,24 @@ def _layer(shown: LatentExamples) -> int:
 
 
 @torch.no_grad()
-def _batches(shown: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
-    """Yield the live latents in SAEDashboard's terms, some at a time."""
-    unembed, live = unembedding(lm.model), shown.live()
+def _batches(source: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
+    """Yield the live latents as SAEDashboard's features, in batches."""
+    unembed, live = unembedding(lm.model), source.live_latents()
     for first in range(0, len(live), BATCH):
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
         logits = rows @ unembed.T
         yield [
-            _feature(shown, latent, row, logit) for latent, row, logit in zip(latents, rows, logits)
+            _feature(source, latent, row, logit)
+            for latent, row, logit in zip(latents, rows, logits)
         ]
 
 
 def unembedding(model: CausalLM) -> Tensor:
-    """Return the matrix [v, d] that maps a direction of the residual stream to logits, through the
-    final norm's weight; centred where that norm centres."""
+    """Return the matrix [vocabulary, d_model] from directions of the residual stream to logits.
+
+    It includes the final norm's weight, and is centred if that norm subtracts the mean.
+    """
     weight = model.get_output_embeddings().weight.detach().float()
     norms = (
         (module, scale.detach().float())
@@ -232,17 +176,19 @@ def unembedding(model: CausalLM) -> Tensor:
     if (first := next(norms, None)) is None:
         return weight
     norm, scale = first
-    weight = weight * (
-        1 + scale if type(norm).__name__.startswith("Gemma") else scale
-    )  # Gemma's norms keep what they add to 1
+    # Gemma's norms store scale - 1.
+    weight = weight * (1 + scale if type(norm).__name__.startswith("Gemma") else scale)
     return weight - weight.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
 
 
-def _feature(shown: LatentExamples, latent: int, row: Tensor, logits: Tensor) -> dict[str, Any]:
-    top, bottom = logits.topk(min(_LOGITS, len(logits))), (-logits).topk(min(_LOGITS, len(logits)))
+def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -> dict[str, Any]:
+    top, bottom = (
+        logits.topk(min(_N_LOGITS, len(logits))),
+        (-logits).topk(min(_N_LOGITS, len(logits))),
+    )
     strongest = row.abs().topk(min(3, len(row))).indices
-    heights, edges = np.histogram(logits.numpy(), bins=_BINS)
-    bars, width = shown.bars(latent), shown.stats["act_bin"]
+    heights, edges = np.histogram(logits.numpy(), bins=_N_BINS)
+    bars, width = source.histogram(latent), source.stats["act_bin"]
     values = row[strongest]
     return {
         "feature_index": latent,
@@ -255,41 +201,44 @@ def _feature(shown: LatentExamples, latent: int, row: Tensor, logits: Tensor) ->
         "correlated_features_indices": [],
         "correlated_features_l1": [],
         "correlated_features_pearson": [],
-        "neg_str": shown.strings(bottom.indices.tolist()),
+        "neg_str": source.token_strings(bottom.indices.tolist()),
         "neg_values": _rounded(-bottom.values),
-        "pos_str": shown.strings(top.indices.tolist()),
+        "pos_str": source.token_strings(top.indices.tolist()),
         "pos_values": _rounded(top.values),
-        "frac_nonzero": float(shown.arrays["density"][latent]),
+        "frac_nonzero": float(source.arrays["density"][latent]),
         "freq_hist_data_bar_values": [round((bar - 0.5) * width, 6) for bar in bars],
         "freq_hist_data_bar_heights": list(bars.values()),
         "logits_hist_data_bar_values": _rounded(torch.from_numpy((edges[1:] + edges[:-1]) / 2)),
         "logits_hist_data_bar_heights": heights.tolist(),
-        "n_prompts_total": len(shown.arrays["contexts"]),
-        "n_tokens_in_prompt": shown.acts.context,
-        "dataset": shown.acts.text,
+        "n_prompts_total": len(source.arrays["contexts"]),
+        "n_tokens_in_prompt": source.acts.context,
+        "dataset": source.acts.text,
         "decoder_weights_dist": [],
         "vector": _rounded(row),
-        "activations": _examples(shown, latent),
+        "activations": _examples(source, latent),
     }
 
 
-def _examples(shown: LatentExamples, latent: int) -> list[dict[str, Any]]:
-    largest = float(shown.arrays["max_act"][latent])
-    top = [_example(shown, each, (-1.0, -1.0, largest)) for each in shown.examples(latent, "top")]
-    return top + [
-        _example(shown, each, (0.0, 1.0, largest)) for each in shown.examples(latent, "random")
+def _examples(source: LatentExamples, latent: int) -> list[dict[str, Any]]:
+    """Return the strongest and the random examples as SAEDashboard's activations."""
+    largest = float(source.arrays["max_act"][latent])
+    bins = {"top": (-1.0, -1.0, largest), "random": (0.0, 1.0, largest)}
+    return [
+        _example(source, example, bin_)
+        for sampling, bin_ in bins.items()
+        for example in source.examples(latent, sampling)
     ]
 
 
 def _example(
-    shown: LatentExamples, example: Example, group: tuple[float, float, float]
+    source: LatentExamples, example: Example, bin_: tuple[float, float, float]
 ) -> dict[str, Any]:
-    low, share, high = group
+    low, share, high = bin_
     return {
         "bin_min": low,
         "bin_max": high,
         "bin_contains": share,
-        "tokens": shown.strings(example.tokens),
+        "tokens": source.token_strings(example.tokens),
         "values": [round(act, 4) for act in example.acts],
         "qualifying_token_index": example.at,
     }
@@ -302,9 +251,86 @@ def _rounded(values: Tensor) -> list[float]:
 # ---- rows of the database ------------------------------------------------------------------------
 
 
+def _release_rows(
+    source: LatentExamples,
+    publication: Publication,
+    names: dict[str, str],
+    common: dict[str, str],
+) -> dict[str, dict[str, Any]]:
+    """Return the rows that describe the release, the model, the source set and the source."""
+    model, creator = names["modelId"], publication.creator
+    release = publication.release or publication.set
+    return {
+        "release": {
+            "name": release,
+            "description": release,
+            "descriptionShort": release,
+            "urls": [publication.url] if publication.url else [],
+            "creatorNameShort": creator,
+            "creatorName": creator,
+            **common,
+        },
+        "model": {
+            "id": model,
+            "instruct": model.endswith("-it"),
+            "displayNameShort": model,
+            "displayName": model,
+            "updatedAt": common["createdAt"],
+            **common,
+        },
+        "sourceset": {
+            "modelId": model,
+            "name": publication.set,
+            "creatorName": creator,
+            "releaseName": release,
+            "description": f"{source.acts.site}, {source.n_latents:,} latents",
+            "visibility": "PUBLIC",
+            **common,
+        },
+        "source": {
+            "modelId": model,
+            "setName": publication.set,
+            "visibility": "PUBLIC",
+            "dataset": source.acts.text,
+            "id": names["layer"],
+            "num_prompts": len(source.arrays["contexts"]),
+            "num_tokens_in_prompt": source.acts.context,
+            "hfRepoId": publication.repository or None,
+            "hfFolderId": None,
+            "creatorId": creator,
+        },
+    }
+
+
+def _latent_rows(
+    features: list[dict[str, Any]],
+    source: LatentExamples,
+    publication: Publication,
+    names: dict[str, str],
+    common: dict[str, str],
+    explanations: dict[int, str],
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of a batch of latents, by table."""
+    return {
+        "features": [
+            _feature_row(feature, source.acts.site, names | common) for feature in features
+        ],
+        "activations": [
+            _activation_row(feature, index, names, common, example)
+            for feature in features
+            for index, example in enumerate(feature["activations"])
+        ],
+        "explanations": [
+            _explanation_row(latent, explanations[latent], names, publication.creator)
+            for latent in (feature["feature_index"] for feature in features)
+            if latent in explanations
+        ],
+    }
+
+
 def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:
-    largest = max((max(each["values"]) for each in feature["activations"]), default=0.0)
-    elsewhere = (
+    largest = max((max(example["values"]) for example in feature["activations"]), default=0.0)
+    other_tables = (
         "feature_index",
         "activations",
         "vector",
@@ -324,13 +350,13 @@ def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> 
         "hookName": hook_names.to_hook(site),
         "topkCosSimIndices": [],
         "topkCosSimValues": [],
-        **{key: value for key, value in feature.items() if key not in elsewhere},
+        **{key: value for key, value in feature.items() if key not in other_tables},
     }
 
 
 def _activation_row(
     feature: dict[str, Any],
-    place: int,
+    number: int,
     names: dict[str, str],
     common: dict[str, Any],
     example: dict[str, Any],
@@ -340,7 +366,7 @@ def _activation_row(
     return {
         **names,
         **common,
-        "id": _identity(*names.values(), index, str(place)),
+        "id": _row_id(*names.values(), index, str(number)),
         "index": index,
         "tokens": example["tokens"],
         "values": values,
@@ -366,7 +392,7 @@ def _explanation_row(
 ) -> dict[str, Any]:
     return {
         **names,
-        "id": _identity(*names.values(), str(latent), "n2g"),
+        "id": _row_id(*names.values(), str(latent), "n2g"),
         "index": str(latent),
         "description": description,
         "authorId": author,
@@ -376,29 +402,30 @@ def _explanation_row(
     }
 
 
-def _explanations(run: RunFolder, shown: LatentExamples) -> dict[int, str]:
-    """Return the three best supported N2G patterns of each latent in words; '*' is any token."""
+def _explanations(run: RunFolder, source: LatentExamples) -> dict[int, str]:
+    """Return the three N2G patterns of each latent with the most support, as text; '*' is any
+    token."""
     if run.eval("n2g") is None:
         return {}
-    arrays = shown.read("n2g")[1]
-    found: dict[int, list[tuple[int, str]]] = {}
+    arrays = source.read("n2g")[1]
+    patterns: dict[int, list[tuple[int, str]]] = {}
     for number, latent in enumerate(arrays["pattern_latent"].tolist()):
         tokens = arrays["pattern_tokens"][
             slice(*arrays["pattern_start"][number : number + 2].tolist())
         ].tolist()
-        words = "".join("*" if token < 0 else shown.strings([token])[0] for token in tokens)
-        found.setdefault(latent, []).append((-int(arrays["pattern_support"][number]), words))
+        words = "".join("*" if token < 0 else source.token_strings([token])[0] for token in tokens)
+        patterns.setdefault(latent, []).append((-int(arrays["pattern_support"][number]), words))
     return {
-        latent: " | ".join(words for _, words in sorted(patterns)[:3])
-        for latent, patterns in found.items()
+        latent: " | ".join(words for _, words in sorted(supported)[:3])
+        for latent, supported in patterns.items()
     }
 
 
-def _identity(*parts: str) -> str:
+def _row_id(*parts: str) -> str:
     return "c" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _lines(file: Path, rows: list[dict[str, Any]]) -> None:
+def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     text = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
     if file.suffix == ".gz":
         with gzip.GzipFile(file, "wb", mtime=0) as stream:

@@ -1,8 +1,8 @@
-"""The JSON of OpenAI's viewer: atoms/LATENT.json of every latent that fired, and
-LATENT-ablated.json of those that were ablated where they are strongest.
+"""The JSON files of OpenAI's viewer: atoms/LATENT.json for every latent that fired, and
+LATENT-ablated.json for the latents that `ablation` ablated at their strongest activation.
 
-Values are in units of the size of a component of the SAE's input (of layer_norm: as they are), so
-that the viewer's bars of width 0.2 fit.
+Values are in units of the root mean square of a component of the SAE's input, so that they fit the
+viewer's bars of width 0.2. (With layer_norm that unit is 1.)
 """
 
 from __future__ import annotations
@@ -18,91 +18,111 @@ from ksparse.interop.latent_examples import Example, LatentExamples
 from ksparse.storage import atomic
 from ksparse.storage.run_folder import RunFolder
 
-_BAR = 0.2
+_BAR_WIDTH = 0.2
 
 
 def export(run: RunFolder, folder: Path) -> int:
-    """Write a run's latents; return how many."""
-    foreign.new_folder(folder)
-    shown = LatentExamples(run)
-    latents = shown.live()
+    """Write the files of a run's live latents into a new folder; return the number of latents.
+
+    Raises:
+        InputError: the run has no results of `stats`, or the folder is not empty.
+    """
+    foreign.check_new_folder(folder)
+    source = LatentExamples(run)
+    latents = source.live_latents()
     with atomic.atomic_dir(folder, new=True) as folder:
         (folder / "atoms").mkdir()
         for latent in latents:
-            _write(folder / "atoms" / f"{latent}.json", atom(shown, latent))
-        for row, latent in enumerate(shown.ablation.get("latent", np.zeros(0)).tolist()):
-            _write(folder / "atoms" / f"{latent}-ablated.json", ablated(shown, row))
+            _write_json(folder / "atoms" / f"{latent}.json", latent_record(source, latent))
+        for row, latent in enumerate(source.ablation.get("latent", np.zeros(0)).tolist()):
+            _write_json(folder / "atoms" / f"{latent}-ablated.json", ablation_record(source, row))
     return len(latents)
 
 
-def atom(shown: LatentExamples, latent: int) -> dict[str, Any]:
-    """Return what the viewer shows of a latent."""
-    scale = _BAR / shown.stats["act_bin"]
-    first, second, third, fourth = shown.moments(latent)
+def latent_record(source: LatentExamples, latent: int) -> dict[str, Any]:
+    """Return what the viewer shows of a latent: statistics, histogram and examples."""
+    scale = _scale(source)
     return {
-        "density": float(shown.arrays["density"][latent]),
+        **_statistics(source, latent),
+        "random": [
+            _sequence(source, example, scale) for example in source.examples(latent, "random")
+        ],
+        "top": [_sequence(source, example, scale) for example in source.examples(latent, "top")],
+    }
+
+
+def _statistics(source: LatentExamples, latent: int) -> dict[str, Any]:
+    scale = _scale(source)
+    first, second, third, fourth = source.moments(latent)
+    return {
+        "density": float(source.arrays["density"][latent]),
         "mean_act": first * scale,
         "mean_act_squared": second * scale**2,
         "skew": third / second**1.5 if second else None,
         "kurtosis": fourth / second**2 if second else None,
-        "hist": {str(bar): count for bar, count in shown.bars(latent).items()},
-        "random": [_sequence(shown, each, scale) for each in shown.examples(latent, "random")],
-        "top": [_sequence(shown, each, scale) for each in shown.examples(latent, "top")],
+        "hist": {str(bar): count for bar, count in source.histogram(latent).items()},
     }
 
 
-def ablated(shown: LatentExamples, row: int) -> dict[str, Any]:
-    """Return what happens without a latent, of row `row` of the ablation tables: entry t - 1 of
-    each list is about the prediction of token t."""
-    table, scale = shown.ablation, _BAR / shown.stats["act_bin"]
+def ablation_record(source: LatentExamples, row: int) -> dict[str, Any]:
+    """Return what the viewer shows of a latent's ablation.
+
+    Args:
+        source: the run's latents.
+        row: row of the arrays of `ablation`.
+
+    Returns:
+        The latent's statistics and one sequence, whose lists have one entry per prediction: entry
+        t - 1 is about the prediction of token t.
+    """
+    table = source.ablation
     tokens = [token for token in table["context_tokens"][row].tolist() if token >= 0]
     at, latent = int(table["position"][row]), int(table["latent"][row])
-    acts = [0.0] * len(tokens)
-    for each in shown.examples(latent, "top"):
-        start = next(
-            (
-                first
-                for first in range(len(tokens))
-                if first + each.at == at and tokens[first : first + len(each.tokens)] == each.tokens
-            ),
-            None,
-        )
-        if start is not None:
-            acts[start : start + len(each.acts)] = each.acts
+    acts = _acts_in_context(source, latent, tokens, at)
     acts[at] = float(table["value"][row])
-    sequence = _sequence(shown, Example(-1, tokens, acts, at), scale)
-    horizon = min(table["kl"].shape[1], len(tokens) - 1 - at)
+    sequence = _sequence(source, Example(-1, tokens, acts, at), _scale(source))
     predictions = len(tokens) - 1
+    horizon = min(table["kl"].shape[1], predictions - at)
 
-    def spread(values: Any, empty: Any) -> list[Any]:
-        """Return a value for each prediction: `empty` for those that the ablated position cannot
-        reach or that were not compared."""
-        return [empty] * at + list(values[:horizon]) + [empty] * (predictions - at - horizon)
+    def pad(values: Any, filler: Any) -> list[Any]:
+        """Return one value per prediction, with `filler` where none was compared."""
+        return [filler] * at + list(values[:horizon]) + [filler] * (predictions - at - horizon)
 
     finite = {name: np.nan_to_num(table[name][row]).tolist() for name in ("loss_difference", "kl")}
     sequence |= {
-        "ablate_loss_diff": spread(finite["loss_difference"], 0.0),
-        "kl": spread(finite["kl"], 0.0),
+        "ablate_loss_diff": pad(finite["loss_difference"], 0.0),
+        "kl": pad(finite["kl"], 0.0),
     }
-    for way in ("up", "down"):
-        strings = [shown.strings(each) for each in table[f"{way}_tokens"][row].tolist()]
-        logits = table[f"{way}_values"][row].astype(float).tolist()
+    for direction in ("up", "down"):
+        strings = [source.token_strings(ids) for ids in table[f"{direction}_tokens"][row].tolist()]
+        logits = table[f"{direction}_values"][row].astype(float).tolist()
         sequence |= {
-            f"top_{way}vote_tokens_logits": spread(strings, []),
-            f"top_{way}votes_logits": spread(logits, []),
-            f"top_{way}vote_tokens_probs": [[]] * predictions,
-            f"top_{way}votes_probs": [[]] * predictions,
+            f"top_{direction}vote_tokens_logits": pad(strings, []),
+            f"top_{direction}votes_logits": pad(logits, []),
+            f"top_{direction}vote_tokens_probs": [[]] * predictions,
+            f"top_{direction}votes_probs": [[]] * predictions,
         }
-    return {
-        **{
-            key: value for key, value in atom(shown, latent).items() if key not in ("random", "top")
-        },
-        "random": [],
-        "top": [sequence],
-    }
+    return {**_statistics(source, latent), "random": [], "top": [sequence]}
 
 
-def _sequence(shown: LatentExamples, example: Example, scale: float) -> dict[str, Any]:
+def _acts_in_context(
+    source: LatentExamples, latent: int, tokens: list[int], at: int
+) -> list[float]:
+    """Return a latent's values on a context, from the top examples around `at`; else 0."""
+    acts = [0.0] * len(tokens)
+    for example in source.examples(latent, "top"):
+        first = at - example.at
+        if first >= 0 and tokens[first : first + len(example.tokens)] == example.tokens:
+            acts[first : first + len(example.acts)] = example.acts
+    return acts
+
+
+def _scale(source: LatentExamples) -> float:
+    """Return the factor from the latents' values to the viewer's."""
+    return _BAR_WIDTH / source.stats["act_bin"]
+
+
+def _sequence(source: LatentExamples, example: Example, scale: float) -> dict[str, Any]:
     acts = [round(act * scale, 6) for act in example.acts]
     return {
         "density": float(np.mean(np.array(acts) > 0)),
@@ -110,10 +130,10 @@ def _sequence(shown: LatentExamples, example: Example, scale: float) -> dict[str
         "idx": example.at,
         "acts": acts,
         "act": acts[example.at],
-        "tokens": shown.strings(example.tokens),
+        "tokens": source.token_strings(example.tokens),
         "token_ints": example.tokens,
     }
 
 
-def _write(file: Path, value: dict[str, Any]) -> None:
+def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, allow_nan=False, ensure_ascii=False), encoding="utf-8")

@@ -1,20 +1,21 @@
-"""SAELens: cfg.json and sae_weights.safetensors; version 6 and later, and the flat cfg.json of
-before.
+"""SAELens: cfg.json and sae_weights.safetensors, of version 6 and later; reads the flat cfg.json of
+earlier versions.
 
-    pre_acts = (norm(x) - apply_b_dec_to_input b_dec) W_enc + b_enc        recon = unnorm(acts W_dec
-        + b_dec)
+    pre_acts = (norm(x) - apply_b_dec_to_input b_dec) W_enc + b_enc
+    recon    = unnorm(acts W_dec + b_dec)
 
-| ours | file | |
+| ksparse | SAELens | |
 |---|---|---|
 | W_enc[n, d] | W_enc[d, n] | transposed |
-| b_enc[n] | b_enc[n], or b_gate[n] of gated | - W_enc b_dec if the input is not centred |
+| b_enc[n] | b_enc[n]; b_gate[n] of gated | + W_enc b_dec where SAELens does not center the input |
 | W_dec[n, d] | W_dec[n, d] | |
 | b_pre[d] | b_dec[d] | |
-| threshold[n] | threshold[n] of jumprelu; topk_threshold of batchtopk and matryoshka_batchtopk in training | |
-| r_mag[n], b_mag[n] | r_mag[n], b_mag[n] of gated | |
+| threshold[n] | threshold[n] | jumprelu |
+| threshold[1] | topk_threshold | batchtopk and matryoshka_batchtopk, in training |
+| r_mag[n], b_mag[n] | r_mag[n], b_mag[n] | gated |
 
-What we write centres the input, so every number is carried as it is.
-"""  # noqa: E501 (a table)
+Files are written with apply_b_dec_to_input = true, so that every number is kept as it is.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
@@ -30,12 +32,7 @@ from ksparse.interop.foreign import CheckedTensors, Settings
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import jsonio
 
-CONFIG, WEIGHTS, SCALER, SPARSITY = (
-    "cfg.json",
-    "sae_weights.safetensors",
-    "activation_scaler.json",
-    "sparsity.safetensors",
-)
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 ACTIVATIONS = {
     "standard": "relu",
     "topk": "topk",
@@ -44,49 +41,70 @@ ACTIVATIONS = {
     "batchtopk": "batch_topk",
     "matryoshka_batchtopk": "batch_topk",
 }
-WRITTEN = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "gated": "gated"}
+"""SAELens' architecture -> ksparse's activation, for reading."""
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "gated": "gated"}
+"""ksparse's activation -> SAELens' architecture, for writing."""
 NORMALIZATIONS = {
     "none": "none",
     "layer_norm": "layer_norm",
     "constant_norm_rescale": "constant_norm",
 }
-HOLDS = {ours: tuple(NORMALIZATIONS.values()) for ours in WRITTEN}
+"""SAELens' normalize_activations -> ksparse's normalisation."""
+SUPPORTED = {activation: tuple(NORMALIZATIONS.values()) for activation in ARCHITECTURES}
 _log = logging.getLogger("ksparse")
-# whose format this is: without one the file would be taken for the flat format of before 6
+# The version whose format is written: without one SAELens takes a file for the flat format.
 _VERSION = "6.54.12"
 
 
 def find(path: Path) -> Path | None:
-    """Return the folder of an SAE in this format, if the path is one."""
+    """Return `path` if it is the folder of an SAE in this format, else None."""
     return path if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() else None
 
 
 def read(folder: Path) -> SAE:
-    """Read a folder."""
-    settings = foreign.json_file(folder / CONFIG)
+    """Read an SAE from a folder."""
+    settings = foreign.read_settings(folder / CONFIG)
     if "metadata" not in settings.table:
         settings = _from_flat(settings)
     elif not isinstance(settings.table["metadata"], dict):
         raise InputError(f"{settings.file}: 'metadata' is not a table of settings")
     weights = foreign.safetensors_file(folder / WEIGHTS)
-    architecture = settings.among("architecture", ACTIVATIONS, "standard")
-    activation = ACTIVATIONS[architecture]
-    settings.refuse(
+    activation = ACTIVATIONS[settings.get_choice("architecture", ACTIVATIONS, "standard")]
+    settings.require(
         activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False
     )
-    if settings.among("reshape_activations", ("none", "hook_z"), "none") == "hook_z":
+    if settings.get_choice("reshape_activations", ("none", "hook_z"), "none") == "hook_z":
         _log.warning(
-            "%s: of hook_z, so x is the heads' outputs one after another, [..., heads x width of "
-            "a head]",
+            "%s was trained on hook_z: x is the concatenation of the heads' outputs, "
+            "[..., heads x head width]",
             folder,
         )
     normalize, factor = _normalization(folder, settings)
-    W_enc, b_pre = weights.take("W_enc", "d", "n").t().contiguous(), weights.take("b_dec", "d")
+    tensors = _take_tensors(weights, activation)
+    foreign.check_no_scaling(weights)
+    weights.finish()
+    _check_size(settings, weights)
+    if not settings.get_typed("apply_b_dec_to_input", bool, True):
+        foreign.center_encoder_(tensors)
+    rescaled = settings.get_typed("rescale_acts_by_decoder_norm", bool, False)
+    if rescaled and not foreign.has_unit_rows(tensors["W_dec"]):
+        foreign.fold_decoder_norms_(tensors)
+    k = (
+        settings.get_typed("k", int)
+        if activation == "topk"
+        else max(1, int(settings.get_typed("k", float, 1.0)))
+    )
+    shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, factor, activation)
+    return foreign.build_sae(weights.file, shape, tensors, _metadata(settings))
+
+
+def _take_tensors(weights: CheckedTensors, activation: str) -> dict[str, Tensor]:
+    """Return the tensors under ksparse's names, as the file has them but for W_enc."""
     tensors = {
-        "W_enc": W_enc,
+        "W_enc": weights.take("W_enc", "d", "n").t().contiguous(),
+        "b_pre": weights.take("b_dec", "d"),
         "b_enc": weights.take("b_gate" if activation == "gated" else "b_enc", "n"),
         "W_dec": weights.take("W_dec", "n", "d"),
-        "b_pre": b_pre,
     }
     if activation == "gated":
         tensors |= {"r_mag": weights.take("r_mag", "n"), "b_mag": weights.take("b_mag", "n")}
@@ -98,26 +116,11 @@ def read(folder: Path) -> SAE:
         )
     elif activation == "batch_topk":
         tensors["threshold"] = torch.tensor([weights.number("topk_threshold")])
-    foreign.no_scaling(weights)
-    weights.finish()
-    _check_size(settings, weights)
-    if not settings.want("apply_b_dec_to_input", bool, True):
-        foreign.centre_(tensors)
-    if settings.want("rescale_acts_by_decoder_norm", bool, False) and not foreign.unit_rows(
-        tensors["W_dec"]
-    ):
-        foreign.weigh_by_decoder_(tensors)
-    k = (
-        settings.want("k", int)
-        if activation == "topk"
-        else max(1, int(settings.want("k", float, 1.0)))
-    )
-    shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, factor, activation)
-    return foreign.built(weights.file, shape, tensors, _metadata(settings))
+    return tensors
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write the two files of an SAE that this format can hold."""
+    """Write cfg.json and sae_weights.safetensors."""
     shape = sae.shape
     tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
     tensors["b_gate" if shape.activation == "gated" else "b_enc"] = sae.b_enc
@@ -125,7 +128,7 @@ def write(sae: SAE, folder: Path) -> None:
     foreign.write_safetensors(tensors, folder / WEIGHTS)
     normalize = {ours: theirs for theirs, ours in NORMALIZATIONS.items()}[shape.normalize]
     config: dict[str, Any] = {
-        "architecture": WRITTEN[shape.activation],
+        "architecture": ARCHITECTURES[shape.activation],
         "d_in": shape.d_model,
         "d_sae": shape.n_latents,
         "dtype": "float32",
@@ -135,50 +138,51 @@ def write(sae: SAE, folder: Path) -> None:
         "reshape_activations": "none",
     }
     if shape.activation == "topk":
+        # True is SAELens' default for TopK; with rows of norm 1 it changes nothing.
         config |= {
             "k": shape.k,
-            "rescale_acts_by_decoder_norm": foreign.unit_rows(sae.W_dec.detach()),
-        }  # their own default, and the same then
-    carried = hook_names.carried(sae, "sae_lens")
-    config |= {key: carried[key] for key in ("reshape_activations",) if key in carried}
-    jsonio.write_json(
-        folder / CONFIG,
-        config
-        | {"metadata": hook_names.table(carried, "metadata") | _their_metadata(sae, carried)},
-    )
+            "rescale_acts_by_decoder_norm": foreign.has_unit_rows(sae.W_dec.detach()),
+        }
+    original = hook_names.original_settings(sae, "sae_lens")
+    config |= {key: original[key] for key in ("reshape_activations",) if key in original}
+    metadata = hook_names.get_table(original, "metadata") | _lens_metadata(sae, original)
+    jsonio.write_json(folder / CONFIG, config | {"metadata": metadata})
 
 
 def _check_size(settings: Settings, weights: CheckedTensors) -> None:
     for key, letter in (("d_in", "d"), ("d_sae", "n")):
-        said = settings.want(key, int, weights.lengths[letter])
-        if said != weights.lengths[letter]:
+        size = settings.get_typed(key, int, weights.lengths[letter])
+        if size != weights.lengths[letter]:
             raise InputError(
-                f"{settings.file}: {key} is {said}, the tensors of {weights.file.name} have "
+                f"{settings.file}: {key} is {size}, the tensors of {weights.file.name} have "
                 f"{weights.lengths[letter]}"
             )
 
 
 def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
-    """Return our normalisation and its constant."""
-    kind = settings.get("normalize_activations", "none")
-    if kind == "expected_average_only_in":
+    """Return ksparse's normalisation and its constant."""
+    if settings.get("normalize_activations", "none") == "expected_average_only_in":
         if (folder / SCALER).is_file():
-            return "dataset", foreign.json_file(folder / SCALER).want("scaling_factor", float)
+            return "dataset", foreign.read_settings(folder / SCALER).get_typed(
+                "scaling_factor", float
+            )
         raise InputError(
-            f"{settings.file}: the input is to be multiplied by a constant (normalize_activations "
-            "is 'expected_average_only_in') that is not "
-            f"in the file, nor is there {SCALER}; fold it into the weights where it is known "
-            "(fold_activation_norm_scaling_factor)"
+            f"{settings.file}: the input must be multiplied by a constant (normalize_activations "
+            f"is 'expected_average_only_in') that is not in the file, nor is there {SCALER}; fold "
+            "it into the weights where it is known (fold_activation_norm_scaling_factor)"
         )
-    return NORMALIZATIONS[settings.among("normalize_activations", NORMALIZATIONS, "none")], 1.0
+    return NORMALIZATIONS[settings.get_choice("normalize_activations", NORMALIZATIONS, "none")], 1.0
 
 
 def _from_flat(settings: Settings) -> Settings:
-    """Return the settings of a cfg.json of before version 6 under the names of later."""
+    """Return the settings of a cfg.json from before version 6 under the names of version 6."""
     renamed = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
     table = {renamed.get(key, key): value for key, value in settings.table.items()}
     if table.get("activation_fn") == "topk":
-        table |= {"architecture": "topk", "k": settings.under("activation_fn_kwargs").get("k")}
+        table |= {
+            "architecture": "topk",
+            "k": settings.get_section("activation_fn_kwargs").get("k"),
+        }
     if isinstance(table.get("normalize_activations"), bool):
         table["normalize_activations"] = (
             "expected_average_only_in" if table["normalize_activations"] else "none"
@@ -187,28 +191,30 @@ def _from_flat(settings: Settings) -> Settings:
 
 
 def _metadata(settings: Settings) -> dict[str, Any]:
-    theirs = settings.under("metadata")
-    name, hook = theirs.text("model_name"), theirs.text("hook_name")
-    text = theirs.text("dataset_path") if theirs.get("is_dataset_tokenized") is not True else None
-    return hook_names.metadata(
+    metadata = settings.get_section("metadata")
+    name, hook = metadata.get_text("model_name"), metadata.get_text("hook_name")
+    is_text = metadata.get("is_dataset_tokenized") is not True
+    return hook_names.build_metadata(
         "sae_lens",
         settings.table,
-        lm=name and hook_names.from_model(name),
+        lm=name and hook_names.hub_model_name(name),
         site=hook and hook_names.from_hook(hook),
-        context=theirs.get("context_size"),
-        bos=theirs.get("prepend_bos"),
-        text=text,
+        context=metadata.get("context_size"),
+        bos=metadata.get("prepend_bos"),
+        text=metadata.get_text("dataset_path") if is_text else None,
     )
 
 
-def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
-    """Return what SAELens wants to know of where an SAE belongs; what it said itself, in `carried`,
-    stays.
+def _lens_metadata(sae: SAE, original: dict[str, Any]) -> dict[str, Any]:
+    """Return what SAELens stores about where an SAE belongs.
+
+    Values in `original`, the settings of the SAELens file that the SAE came from, are kept, except
+    for the version and a `hook_name` that no longer fits.
     """
     acts = sae.metadata.get("acts") or sae.metadata.get("origin", {})
     site = acts.get("site", "")
     hook = hook_names.to_hook(site)
-    known = {
+    metadata = {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
         "model_name": acts.get("lm"),
@@ -218,18 +224,15 @@ def _their_metadata(sae: SAE, carried: dict[str, Any]) -> dict[str, Any]:
         "context_size": acts.get("context"),
         "dataset_path": acts.get("text"),
         "prepend_bos": acts.get("bos", "auto") == "auto",
+        # the class of models in which hook_name exists
         "model_class_name": "HookedTransformer"
         if hook.startswith("blocks.")
-        else "AutoModelForCausalLM",  # whose names hook_name is of
+        else "AutoModelForCausalLM",
         "exclude_special_tokens": hook_names.trained_without_special_tokens(sae),
     }
-    theirs = hook_names.table(carried, "metadata")
-    own = (
-        ("sae_lens_version", "hook_name")
-        if theirs.get("hook_name") != hook
-        else ("sae_lens_version",)
-    )
+    kept = hook_names.get_table(original, "metadata")
+    replaced = {"sae_lens_version"} | ({"hook_name"} if kept.get("hook_name") != hook else set())
     return {
-        key: theirs[key] if key in theirs and key not in own else value
-        for key, value in known.items()
+        key: kept[key] if key in kept and key not in replaced else value
+        for key, value in metadata.items()
     }

@@ -1,8 +1,9 @@
-"""sparsify: cfg.json and sae.safetensors, in a folder named like the module whose output it takes.
+"""sparsify: cfg.json and sae.safetensors, in a folder named after the module whose output x is.
 
-    acts = TopK(ReLU(encoder.weight (x - b_dec) + encoder.bias))        recon = acts W_dec + b_dec
+    acts  = TopK(ReLU(encoder.weight (x - b_dec) + encoder.bias))
+    recon = acts W_dec + b_dec
 
-| ours | file |
+| ksparse | sparsify |
 |---|---|
 | W_enc[n, d] | encoder.weight[n, d] |
 | b_enc[n] | encoder.bias[n] |
@@ -23,21 +24,21 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.storage import jsonio
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
-HOLDS = {"topk": ("none",)}
+SUPPORTED = {"topk": ("none",)}
 
 
 def find(path: Path) -> Path | None:
-    """Return the folder of an SAE in this format, if the path is one."""
+    """Return `path` if it is the folder of an SAE in this format, else None."""
     return path if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() else None
 
 
 def read(folder: Path) -> SAE:
-    """Read a folder."""
+    """Read an SAE from a folder."""
     settings, weights = (
-        foreign.json_file(folder / CONFIG),
+        foreign.read_settings(folder / CONFIG),
         foreign.safetensors_file(folder / WEIGHTS),
     )
-    settings.refuse(activation="topk", signed=False, transcode=False, skip_connection=False)
+    settings.require(activation="topk", signed=False, transcode=False, skip_connection=False)
     tensors = {
         "W_enc": weights.take("encoder.weight", *"nd"),
         "b_enc": weights.take("encoder.bias", "n"),
@@ -46,23 +47,25 @@ def read(folder: Path) -> SAE:
     }
     weights.finish()
     n, d = weights.lengths["n"], weights.lengths["d"]
-    width = settings.want("d_in", int, d)
-    said = settings.want("num_latents", int, 0) or width * settings.want("expansion_factor", int, 0)
-    if width != d or (said and said != n):
+    width = settings.get_typed("d_in", int, d)
+    n_latents = settings.get_typed("num_latents", int, 0) or width * settings.get_typed(
+        "expansion_factor", int, 0
+    )
+    if width != d or (n_latents and n_latents != n):
         raise InputError(
-            f"{settings.file} speaks of d_in = {settings.get('d_in')} and {said} latents, the "
+            f"{settings.file} says d_in = {settings.get('d_in')} and {n_latents} latents, the "
             f"tensors of {WEIGHTS} have {d} and {n}"
         )
-    return foreign.built(
+    return foreign.build_sae(
         weights.file,
-        Shape(d, n, settings.want("k", int), "none"),
+        Shape(d, n, settings.get_typed("k", int), "none"),
         tensors,
         _metadata(folder, settings),
     )
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write the two files of an SAE that this format can hold."""
+    """Write cfg.json and sae.safetensors."""
     foreign.write_safetensors(
         {
             "encoder.weight": sae.W_enc,
@@ -74,7 +77,7 @@ def write(sae: SAE, folder: Path) -> None:
     )
     jsonio.write_json(
         folder / CONFIG,
-        hook_names.carried(sae, "sparsify")
+        hook_names.original_settings(sae, "sparsify")
         | {
             "activation": "topk",
             "expansion_factor": 32,
@@ -93,12 +96,14 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     """Return what the folder's name says, and the run's config.json above it."""
     hookpoint = folder.parent.name if folder.name.startswith("seed") else folder.name
     above = folder.parent.parent if folder.name.startswith("seed") else folder.parent
-    run = foreign.json_file(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
-    return hook_names.metadata(
+    run = (
+        foreign.read_settings(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
+    )
+    return hook_names.build_metadata(
         "sparsify",
         settings.table,
-        lm=run.text("model"),
+        lm=run.get_text("model"),
         site=hook_names.from_module(hookpoint),
         context=run.get("ctx_len"),
-        text=run.text("dataset"),
+        text=run.get_text("dataset"),
     )
