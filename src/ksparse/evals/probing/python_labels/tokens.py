@@ -46,7 +46,7 @@ def mark_layout(code: MarkedSource) -> None:
 def _mark_line(code: MarkedSource, line: list[SourceToken], depth: int) -> None:
     """Mark one logical line.
 
-    Its end is the punctuation after its last word, index or string, or that token itself where no
+    Its end is the punctuation after its last word, number or string, or that token itself where no
     punctuation follows.
     """
     start, end = line[0].start, line[-1].end
