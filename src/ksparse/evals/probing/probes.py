@@ -1,9 +1,9 @@
 """Probe loss: how well the best single latent predicts a label.
 
-Gao et al. 2024, section 4.2, eq. 4. For each task a logistic probe is fitted to each latent alone. The best latent is chosen on the
-training half of the task's rows, and its loss is taken on the test half. The paper reports the
-smallest of n training losses instead; that falls with n even for latents that carry no information.
-It is reported too, as `probe_loss_in_sample`.
+Gao et al. 2024, section 4.2, eq. 4. For each task a logistic probe is fitted to each latent alone.
+The best latent is chosen on the training half of the task's rows, and its loss is taken on the test
+half. The paper reports the smallest of n training losses instead; that falls with n even for
+latents that carry no information. It is reported too, as `probe_loss_in_sample`.
 """
 
 from __future__ import annotations
