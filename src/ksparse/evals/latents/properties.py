@@ -314,7 +314,8 @@ def law(values: np.ndarray) -> dict[str, Any]:
         The parameters of both and `better`, the likelier one; `margin`, the mean log-likelihood of
         a value under the Gaussian minus that under the Laplace distribution, in nats, with its
         standard error over values (Vuong 1989); and `mode`, where the density of log10 is highest,
-        by Gaussian kernels of Scott's width. None with fewer than 3 different values.
+        by Gaussian kernels of Scott's width. All are None with fewer
+        than 3 values, or if all are equal.
     """
     from scipy.stats import gaussian_kde
 

@@ -27,7 +27,7 @@ from ksparse.sae.model import SAE
 LISTED = 10
 """Best latents that are listed for each task."""
 _SLICE = 4_096  # latents fitted at a time
-KINDS = ("probe", "channel", "random_sae", "dense_probe", "prior")
+PREDICTORS = ("probe", "channel", "random_sae", "dense_probe", "prior")
 """The best latent, channel and random latent, a probe on all dimensions, and the base rate."""
 
 
@@ -47,7 +47,7 @@ class TaskLosses:
 
     Attributes:
         latent: The best latent in training.
-        losses: Test losses for each of `KINDS`.
+        losses: Test losses by each of `PREDICTORS`.
         in_sample: The training loss of the best latent.
         best_latents: The best latents with their training loss, best first.
         counts: Fields n_train, n_test and positive (the share of label 1) of the result.
@@ -113,7 +113,8 @@ class Probes(Metric):
         )
         y = test.label.double()
         clustered = {
-            kind: Clustered(test.cluster, logistic.cross_entropy(losses[kind], y)) for kind in KINDS
+            predictor: Clustered(test.cluster, logistic.cross_entropy(losses[predictor], y))
+            for predictor in PREDICTORS
         }
         log_odds = torch.tensor(logistic.log_odds(train.label))
         base_rate_loss = logistic.cross_entropy(log_odds, train.label.double()).mean().item()
@@ -142,19 +143,23 @@ class Probes(Metric):
 
     def result(self) -> Result:
         tasks_done, options = list(self.task_losses.values()), self.subject.options
-        losses = {kind: [task.losses[kind] for task in tasks_done] for kind in KINDS}
+        losses = {
+            predictor: [task.losses[predictor] for task in tasks_done] for predictor in PREDICTORS
+        }
         values = {
             "probe_loss": Clustered.mean(losses["probe"]),
             "probe_loss_in_sample": Clustered.mean([task.in_sample for task in tasks_done]),
         }
         values |= {
-            f"{kind}_loss": Clustered.mean(losses[kind]) for kind in KINDS if kind != "probe"
+            f"{predictor}_loss": Clustered.mean(losses[predictor])
+            for predictor in PREDICTORS
+            if predictor != "probe"
         }
         values |= {
             f"gain_over_{name}": Clustered.mean(
-                [baseline - probe for baseline, probe in zip(losses[kind], losses["probe"])]
+                [baseline - probe for baseline, probe in zip(losses[predictor], losses["probe"])]
             )
-            for name, kind in (("channels", "channel"), ("random_sae", "random_sae"))
+            for name, predictor in (("channels", "channel"), ("random_sae", "random_sae"))
         }
         notes = list(self.tasks.notes) + [
             f"{name} is left out: {why}" for name, why in self.tasks.left_out.items()
@@ -181,8 +186,8 @@ class Probes(Metric):
 
 def _to_dict(task: TaskLosses) -> dict[str, object]:
     losses: dict[str, Value] = {
-        ("loss" if kind == "probe" else f"{kind}_loss"): Clustered.mean([loss])
-        for kind, loss in task.losses.items()
+        ("loss" if predictor == "probe" else f"{predictor}_loss"): Clustered.mean([loss])
+        for predictor, loss in task.losses.items()
     }
     return {
         "latent": task.latent,
@@ -221,7 +226,7 @@ def baselines(train: TaskRows, test: TaskRows, position: str, l2: float) -> dict
     """Return the test logits [s] of the baselines that do not depend on the SAE.
 
     Returns:
-        By kind: the best channel, a probe on all dimensions (`dense_probe`), and the base rate
+        By name: the best channel, a probe on all dimensions (`dense_probe`), and the base rate
         (`prior`).
     """
     _, channel = _best_probe(_ChannelBank(position), train, test, l2)

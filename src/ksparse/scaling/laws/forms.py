@@ -136,7 +136,9 @@ def _power(kind: LawKind, groups: list, *, shared_beta: bool = False, floor: boo
         (_indicator(kind.group, group), f"_{_label(group)}" if group is not None else "")
         for group in groups
     ]
-    alphas, betas, floors = (), (), ()
+    alphas: tuple[CoefficientSpec, ...] = ()
+    betas: tuple[CoefficientSpec, ...] = ()
+    floors: tuple[CoefficientSpec, ...] = ()
     for column, suffix in columns:
         alphas += (CoefficientSpec(f"alpha{suffix}", column, exponential=True),)
         betas += (CoefficientSpec(f"beta{suffix}", _times_log(column, x)),)

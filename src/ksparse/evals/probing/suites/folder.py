@@ -144,7 +144,7 @@ def _check_row(row: Any, where: str) -> tuple[str, int]:
         )
         raise InputError(f"{where}: {what}; expected {ROW}")
     if not text.strip():
-        raise InputError(f"{where}: 'text' is empty; a probe needs a token to look at")
+        raise InputError(f"{where}: 'text' is empty; a probe needs a token")
     if has_half(text):
         raise InputError(
             f"{where}: 'text' holds half of a surrogate pair, which is not a character; repair "
