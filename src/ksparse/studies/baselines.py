@@ -209,8 +209,10 @@ def _compare_sparsest(method: str, loss: dict[str, StudyCurve]) -> str:
     """
     theirs, ours = _known(loss[method]), _known(loss["TopK"])
     if not theirs or not ours or theirs[0][0] <= ours[-1][0]:
-        f"{method} has no point on either side of one of TopK's values of L0: "
-        "nothing to compare."
+        return (
+            f"{method} has no point on either side of one of TopK's values of L0: "
+            "nothing to compare."
+        )
     difference = _difference(theirs[0][1:], ours[-1][1:])
     return (
         f"{method} at L0 {theirs[0][0]:.1f}, its lowest, costs the LM more than TopK at "
