@@ -34,7 +34,7 @@ def main() -> None:
     ours, theirs, largest = 0.0, [], 0.0
     for number in range(asked.tasks):
         train = rows(number, asked.rows, asked.d_model).half(True)
-        bank = probes._Latents(sae, "pre_acts", "last")
+        bank = probes._LatentBank(sae, "pre_acts", "last")
         began = time.perf_counter()
         fit = bank.fit(train, 1e-3)
         ours += time.perf_counter() - began

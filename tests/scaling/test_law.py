@@ -96,10 +96,10 @@ def test_the_extrapolation_error_is_that_of_a_fit_without_the_largest_n(gpt4):
     part = laws.fit({name: column[small] for name, column in points.items()}, "nk", draws=0)
     said = np.array([part.predict(n=2**19, k=k).value for k in points["k"][~small]])
     errors = np.abs(said / points["loss"][~small] - 1)
-    assert gpt4.foretelling.error == pytest.approx(
+    assert gpt4.extrapolation.error == pytest.approx(
         errors.mean(), rel=1e-3
-    ) and gpt4.foretelling.largest == pytest.approx(errors.max(), rel=1e-3)
-    assert gpt4.foretelling.value == 2**19 and len(gpt4.foretelling.points) == 5
+    ) and gpt4.extrapolation.largest == pytest.approx(errors.max(), rel=1e-3)
+    assert gpt4.extrapolation.value == 2**19 and len(gpt4.extrapolation.points) == 5
 
 
 def test_leaving_one_out_is_fitting_the_others(gpt4):
@@ -167,7 +167,7 @@ def test_size_and_compute_laws_have_an_irreducible_term_that_is_not_negative():
     )
     assert (
         compute.coefficients["e"].value == pytest.approx(0.09, rel=1e-3)
-        and compute.foretelling.error < 1e-4
+        and compute.extrapolation.error < 1e-4
     )
 
 
@@ -292,6 +292,7 @@ def test_a_form_that_is_not_there_lists_those_that_are():
         ({"n": 5, "k": 3, "lm": "x"}, "it does not depend on 'lm'"),
         ({"n": -5, "k": 3}, "n=-5 is not a number above 0"),
         ({"n": math.inf, "k": 3}, "n=inf is not"),
+        ({"n": 10**400, "k": 3}, "n is larger than any float"),
     ],
 )
 def test_a_prediction_without_its_place_is_refused(gpt4, at, message):

@@ -106,7 +106,7 @@ def test_an_outlier_hardly_moves_the_fit():
     terms, theta, logs = eq3()
     clean, spoilt = noisy(logs, 3), noisy(logs, 3)
     spoilt[20] += 1.0
-    plain = solver._scipy(terms, spoilt, np.ones(45), theta, math.inf).x
+    plain = solver._polish(terms, spoilt, np.ones(45), theta, math.inf).x
     moved = [
         np.abs(terms.value(each) - terms.value(solver.fit(terms, clean).theta)).max()
         for each in (solver.fit(terms, spoilt).theta, plain)

@@ -45,7 +45,8 @@ def test_the_laws_behind_the_runs_come_back(whole):
         limit(2_048, 32, "pylm/7.6m"), rel=0.01
     )
     assert (
-        whole.laws["nk"].foretelling.error < 0.03 and whole.laws["nk"].foretelling.value == 16_384
+        whole.laws["nk"].extrapolation.error < 0.03
+        and whole.laws["nk"].extrapolation.value == 16_384
     )
 
 

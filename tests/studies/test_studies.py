@@ -16,7 +16,7 @@ from ksparse.report import studies as pages
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import jsonio
 from ksparse.studies import ablations, baselines, gaussian, sites, study
-from ksparse.studies.study import Study, StudyCurve, at_k, between, power_law
+from ksparse.studies.study import Study, StudyCurve, at_k, interpolate, power_law
 from ksparse.training.train import train
 
 
@@ -78,7 +78,7 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(
     orders = {
         json.dumps([recipe["acts"], recipe["batch"], recipe["order"]])
         for recipe in (
-            to_dict(Study("", options("baselines"), lambda *a: None).run(member).recipe())
+            to_dict(Study("", options("baselines"), lambda *a: None).run_folder(member).recipe())
             for member in found["members"]
             if "at 4k" not in member
         )
@@ -114,7 +114,7 @@ def test_a_rival_is_compared_at_topks_sparsity_or_where_it_is_denser_and_still_w
         "TopK": StudyCurve("TopK", [8.0, 16.0], [0.1, 0.1], [0.0, 0.0]),
         "ReLU": StudyCurve("ReLU", x, [0.9, 0.9], [0.0, 0.0]),
     }
-    assert baselines._rivals(curves, curves) == [says]
+    assert baselines._compare_with_topk(curves, curves) == [says]
 
 
 def test_a_value_that_is_not_known_is_compared_with_nothing():
@@ -124,7 +124,7 @@ def test_a_value_that_is_not_known_is_compared_with_nothing():
         "ReLU has no point on either side of one of TopK's values of L0: nothing to compare."
     ]
     curves = {"ReLU": known, "TopK": unknown}
-    assert baselines._rivals(curves, curves) == expected
+    assert baselines._compare_with_topk(curves, curves) == expected
 
 
 def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monk
 
     def stop(what, done, total):
         steps.append(what)
-        if what.startswith("judging"):
+        if what.startswith("evaluating"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -143,7 +143,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monk
     path = studies.run(
         "recipe", options("again"), observe=lambda what, done, total: again.append(what)
     )
-    assert "training" not in again and any(what.startswith("judging") for what in again)
+    assert "training" not in again and any(what.startswith("evaluating") for what in again)
     first = answer(path)
     third = []
     assert answer(
@@ -154,7 +154,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monk
     studies.run(
         "recipe", options("again", eval_tokens=300), observe=lambda what, *rest: other.append(what)
     )
-    assert any(what.startswith("judging") for what in other), "other options, another judgement"
+    assert any(what.startswith("evaluating") for what in other), "other options, another judgement"
 
 
 def test_sites_are_read_in_one_pass_and_judged_by_layer_and_position(options):
@@ -174,7 +174,7 @@ def test_sites_are_read_in_one_pass_and_judged_by_layer_and_position(options):
     shards = {
         recipe.acts.shards
         for recipe in (
-            Study("", options("sites"), lambda *a: None).run(member).recipe()
+            Study("", options("sites"), lambda *a: None).run_folder(member).recipe()
             for member in found["members"]
         )
     }
@@ -194,7 +194,12 @@ def test_gaussian_data_say_so_and_have_exponents_beside_the_real_ones(options, m
         assert found["fits"][kind]["exponent"]["value"] == pytest.approx(
             power_law([8, 16, 32], losses)["exponent"]["value"]
         )
-        text = Study("", options("gaussian"), lambda *a: None).run(f"{kind} n8").recipe().acts.text
+        text = (
+            Study("", options("gaussian"), lambda *a: None)
+            .run_folder(f"{kind} n8")
+            .recipe()
+            .acts.text
+        )
         assert text.startswith("gaussian:") == (kind == "gaussian")
 
 
@@ -223,7 +228,7 @@ def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, smal
         Study("x", options("x", site="resid_post.0"), lambda *a: None).acts.site == "resid_post.0"
     )
     assert Study("x", StudyConfig(), lambda *a: None).acts == Recipe().acts
-    assert base.run("no AuxK, untied").path.name == "no_AuxK_untied"
+    assert base.run_folder("no AuxK, untied").path.name == "no_AuxK_untied"
 
 
 # ---- numbers
@@ -231,11 +236,11 @@ def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, smal
 
 def test_between_is_a_straight_line_of_logarithms_and_says_nothing_outside():
     curve = StudyCurve("", [10.0, 40.0, 90.0], [1.0, 0.25, 0.1], [0.1, 0.05, 0.01])
-    assert between(curve, 20.0)[0] == pytest.approx(0.5) and between(curve, 40.0)[
+    assert interpolate(curve, 20.0)[0] == pytest.approx(0.5) and interpolate(curve, 40.0)[
         0
     ] == pytest.approx(0.25)
-    assert between(curve, 20.0)[1] == pytest.approx(0.5 * math.hypot(0.5 * 0.1, 0.5 * 0.2))
-    assert between(curve, 9.0) is None and between(curve, 91.0) is None
+    assert interpolate(curve, 20.0)[1] == pytest.approx(0.5 * math.hypot(0.5 * 0.1, 0.5 * 0.2))
+    assert interpolate(curve, 9.0) is None and interpolate(curve, 91.0) is None
 
 
 def test_the_power_law_is_found_with_an_error_that_covers_it():

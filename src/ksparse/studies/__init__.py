@@ -1,14 +1,13 @@
-"""Experiments that train several SAEs on one stream to answer one question.
+"""Studies: experiments that train several SAEs on one activation stream to answer one question.
 
-    baselines   which activation is best: L0 against error and the LM's additional loss
-    sites       where in the LM: layers and locations, and positions of the context
-    gaussian    what is learnt of the data beyond mean and covariance: the error against n, beside
-                Gaussian data
-    recipe      what each part of the recipe is good for: dead latents along training, and the error
+    baselines   which activation is best: error and the LM's additional loss against L0
+    sites       where in the LM: layers, locations and positions in the context
+    gaussian    what is learnt beyond mean and covariance: error against n, beside Gaussian data
+    recipe      what each part of the recipe contributes: dead latents and error along training
 
-`run(name, options)` leaves a folder: runs/MEMBER (ordinary runs), study.json (what was asked, each
-member's numbers, figures as data, findings). The report draws it. A study that was interrupted goes
-on.
+`run(name, options)` fills a folder with runs/MEMBER (ordinary run folders) and study.json (options,
+each member's numbers, figures as data, findings), which the report draws. An interrupted study
+resumes.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from ksparse.studies import ablations, baselines, gaussian, sites
 from ksparse.studies.study import Observe, Study
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
-    "baselines": baselines.study,
-    "sites": sites.study,
-    "gaussian": gaussian.study,
-    "recipe": ablations.study,
+    "baselines": baselines.run,
+    "sites": sites.run,
+    "gaussian": gaussian.run,
+    "recipe": ablations.run,
 }
 
 
 def check_name(name: str, others: Sequence[str] = ()) -> None:
-    """Raise InputError if there is no study of this name, nor any of the `others`."""
+    """Raise InputError unless a name is that of a study or one of the `others`."""
     known = [*STUDIES, *others]
     if name not in known:
         raise unknown("there is no study", name, known)
@@ -43,10 +42,19 @@ def run(
     *,
     observe: Observe = lambda what, done, total: None,
 ) -> Path:
-    """Do a study; return the folder that holds it.
+    """Run a study.
 
-    observe: called with what is being done, and how much of how much is done. Raises Interrupted,
-    once all is saved, on Ctrl-C and SIGTERM.
+    Args:
+        name: One of `STUDIES`.
+        options: What to train and evaluate.
+        observe: Called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        The study's folder.
+
+    Raises:
+        InputError: The name is unknown, or an option cannot be used.
+        Interrupted: On Ctrl-C or SIGTERM, after everything is saved.
     """
     check_name(name)
     study = Study(name, options, observe)

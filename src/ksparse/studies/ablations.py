@@ -1,12 +1,14 @@
-"""What is each part of the recipe good for? Gao et al. 2024, appendix C: the same SAE without AuxK,
-without tied initialisation, and so on, on one stream."""
+"""What does each part of the recipe contribute? Gao et al. 2024, appendix C.
+
+The same SAE is trained without AuxK, without tied initialisation and so on, on one stream.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ksparse.config import Recipe
-from ksparse.studies.study import Figure, Study, StudyCurve, said
+from ksparse.studies.study import Figure, Study, StudyCurve, format_estimate
 
 TOKENS, LATENTS, K = 800_000, 8192, 16
 MEMBERS: dict[str, dict[str, Any]] = {
@@ -21,12 +23,16 @@ MEMBERS: dict[str, dict[str, Any]] = {
 }
 
 
-def study(study: Study) -> dict[str, Any]:
-    """Train them, and draw dead latents and error along training."""
+def run(study: Study) -> dict[str, Any]:
+    """Train and evaluate the members; return the fields of study.json.
+
+    The figures show dead latents and error along training.
+    """
     members = recipes(study)
     study.train(members)
-    results = study.judge(list(members))
-    rows = {member: study.run(member).metrics() for member in members}
+    results = study.evaluate(list(members))
+    rows = {member: study.run_folder(member).metrics() for member in members}
+    dead = {member: [row["dead"] for row in rows[member]] for member in members}
     return {
         "question": "What does each part of the recipe change: latents that die, and the error?",
         "members": {
@@ -35,8 +41,8 @@ def study(study: Study) -> dict[str, Any]:
                 "nmse": result["stats"]["nmse"],
                 "ce_delta": result["downstream"]["ce_delta"],
                 "dead_fraction": result["stats"]["dead_fraction"],
-                "dead_at_the_end": {"value": rows[member][-1]["dead"], "se": None},
-                "dead_at_most": {"value": max(row["dead"] for row in rows[member]), "se": None},
+                "dead_at_the_end": {"value": dead[member][-1], "se": None},
+                "dead_at_most": {"value": max(dead[member]), "se": None},
             }
             for member, result in results.items()
         },
@@ -48,43 +54,38 @@ def study(study: Study) -> dict[str, Any]:
                 f"{next(iter(members.values())).dead_after:,} tokens.",
                 "tokens",
                 "dead latents",
-                [
-                    StudyCurve(
-                        member,
-                        [row["tokens"] for row in rows[member]],
-                        [row["dead"] for row in rows[member]],
-                    )
-                    for member in members
-                ],
+                _curves(rows, "dead"),
             ),
             Figure(
                 "nmse",
                 "Error along training",
-                "Of each logged step's batch, with the raw weights.",
+                "On the batch of each logged step, with the raw weights.",
                 "tokens",
                 "normalised MSE",
-                [
-                    StudyCurve(
-                        member,
-                        [row["tokens"] for row in rows[member]],
-                        [row["nmse"] for row in rows[member]],
-                    )
-                    for member in members
-                ],
+                _curves(rows, "nmse"),
                 "xy",
             ),
         ],
         "findings": [
-            f"{member}: {rows[member][-1]['dead']:.1%} dead at the end (at most "
-            f"{max(row['dead'] for row in rows[member]):.1%}), error "
-            f"{said(results[member]['stats']['nmse'])}, "
-            f"delta CE {said(results[member]['downstream']['ce_delta'])}."
+            f"{member}: {dead[member][-1]:.1%} dead at the end (at most "
+            f"{max(dead[member]):.1%}), error "
+            f"{format_estimate(results[member]['stats']['nmse'])}, "
+            f"delta CE {format_estimate(results[member]['downstream']['ce_delta'])}."
             for member in members
         ],
     }
 
 
+def _curves(rows: dict[str, list[dict[str, Any]]], key: str) -> list[StudyCurve]:
+    """Return a metric of each member against tokens."""
+    return [
+        StudyCurve(member, [row["tokens"] for row in logged], [row[key] for row in logged])
+        for member, logged in rows.items()
+    ]
+
+
 def recipes(study: Study) -> dict[str, Recipe]:
+    """Return the members' recipes by name, each member once for every seed."""
     options = study.options
     return {
         member + (f" seed{seed}" if options.seeds > 1 else ""): study.recipe(

@@ -1,5 +1,8 @@
-"""What is learnt beyond mean and covariance? Gao et al. 2024, appendix G: the same pipeline on
-Gaussian data, whose error hardly falls with n."""
+"""What is learnt beyond mean and covariance? Gao et al. 2024, appendix G.
+
+The same pipeline runs on Gaussian data of the activations' mean and covariance, whose error hardly
+falls with n.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksparse.config import CurveConfig as CurveOptions
-from ksparse.config import Recipe
+from ksparse.config import CurveConfig, Recipe
 from ksparse.data.base import ActivationBatch, Cursor
-from ksparse.studies.study import Figure, Study, StudyCurve, power_law, said
+from ksparse.studies.study import Figure, Fitted, Study, StudyCurve, format_estimate, power_law
 from ksparse.training.source import ActivationSource
 
 TOKENS, LATENTS, K, SIZES = 600_000, 8192, 16, 6
-HELD_OUT = 16_384
+HELD_OUT = 16_384  # rows
 
 
-def study(study: Study) -> dict[str, Any]:
-    """Train SAEs of several n on the activations and on Gaussian data like them; fit the errors."""
+def run(study: Study) -> dict[str, Any]:
+    """Train SAEs of several n on activations and on Gaussian data; return the fields of study.json.
+
+    A power law of n is fitted to the errors on each kind of data.
+    """
     losses: dict[str, dict[int, list[float]]] = {}
     members: dict[str, Any] = {}
-    for kind in ("real", "gaussian"):
-        some = recipes(study, kind)
-        study.train(
-            some,
-            what=f"training on {kind} data",
-            **(
-                {}
-                if kind == "real"
-                else {
-                    "open_feed": lambda recipe, device: GaussianFeed(
-                        recipe, dataclasses.replace(recipe, acts=study.acts), device
-                    )
-                }
-            ),
-        )
-        for member, recipe in some.items():
-            last = study.run(member).curve()[-1]
-            losses.setdefault(kind, {}).setdefault(recipe.sae.n_latents, []).append(last["loss"])
+    for data in ("real", "gaussian"):
+        for member, recipe in _train(study, data).items():
+            last = study.run_folder(member).curve()[-1]
+            losses.setdefault(data, {}).setdefault(recipe.sae.n_latents, []).append(last["loss"])
             members[member] = {
                 "n_latents": recipe.sae.n_latents,
                 "nmse": {"value": last["loss"], "se": None},
                 "l0": {"value": last["l0"], "se": None},
                 "dead_fraction": {"value": last["dead"], "se": None},
             }
-    fits = {
-        kind: power_law(
-            [n for n, found in sizes.items() for _ in found],
-            [loss for found in sizes.values() for loss in found],
+    points = {
+        data: (
+            [n for n, values in by_size.items() for _ in values],
+            [loss for values in by_size.values() for loss in values],
         )
-        for kind, sizes in losses.items()
+        for data, by_size in losses.items()
     }
+    fits = {data: power_law(n, values) for data, (n, values) in points.items()}
     return {
         "question": "How fast does the error fall with n, beside data with the same mean and "
         "covariance and nothing else to learn?",
@@ -70,41 +62,49 @@ def study(study: Study) -> dict[str, Any]:
                 "latents n",
                 "normalised MSE",
                 [
-                    *(
-                        StudyCurve(
-                            kind,
-                            [n for n, found in sizes.items() for _ in found],
-                            [loss for found in sizes.values() for loss in found],
-                        )
-                        for kind, sizes in losses.items()
-                    ),
-                    *(
-                        StudyCurve(
-                            f"{kind}: n^{fits[kind]['exponent']['value']:.3f}",
-                            list(sizes),
-                            [
-                                fits[kind]["factor"]["value"] * n ** fits[kind]["exponent"]["value"]
-                                for n in sizes
-                            ],
-                            reference=True,
-                        )
-                        for kind, sizes in losses.items()
-                    ),
+                    *(StudyCurve(data, n, values) for data, (n, values) in points.items()),
+                    *(_fitted_curve(data, fits[data], list(losses[data])) for data in losses),
                 ],
                 "xy",
             )
         ],
         "findings": [
-            f"The error falls as n^{said(fits['real']['exponent'], 3)} on activations and as "
-            f"n^{said(fits['gaussian']['exponent'], 3)} on Gaussian data; the paper, "
-            "of 768 dimensions and at convergence, has about -0.26 and -0.04."
+            f"The error falls as n^{format_estimate(fits['real']['exponent'], 3)} on activations "
+            f"and as n^{format_estimate(fits['gaussian']['exponent'], 3)} on Gaussian data; the "
+            "paper, with 768 dimensions and at convergence, has about -0.26 and -0.04."
         ],
     }
 
 
-def recipes(study: Study, kind: str) -> dict[str, Recipe]:
-    """Return members of rising n; those on Gaussian data say so where the text is named."""
-    options, found = study.options, {}
+def _train(study: Study, data: str) -> dict[str, Recipe]:
+    """Train the members on one kind of data; return their recipes."""
+
+    def open_gaussian(recipe: Recipe, device: torch.device) -> GaussianSource:
+        return GaussianSource(recipe, dataclasses.replace(recipe, acts=study.acts), device)
+
+    members = recipes(study, data)
+    study.train(
+        members,
+        what=f"training on {data} data",
+        open_feed=ActivationSource if data == "real" else open_gaussian,
+    )
+    return members
+
+
+def _fitted_curve(data: str, fit: dict[str, Fitted], sizes: list[int]) -> StudyCurve:
+    exponent, factor = fit["exponent"]["value"], fit["factor"]["value"]
+    values = [factor * n**exponent for n in sizes]
+    return StudyCurve(f"{data}: n^{exponent:.3f}", sizes, values, reference=True)
+
+
+def recipes(study: Study, data: str) -> dict[str, Recipe]:
+    """Return the members' recipes by name, of rising n.
+
+    Args:
+        study: The study.
+        data: "real" or "gaussian"; the recipes' `acts.text` says which data are Gaussian.
+    """
+    options, members = study.options, {}
     largest = options.n_latents or LATENTS
     for n in sorted({max(options.k or K, largest >> i) for i in range(SIZES)}):
         for seed in range(options.seeds):
@@ -113,61 +113,54 @@ def recipes(study: Study, kind: str) -> dict[str, Recipe]:
                 n=n,
                 k=options.k or K,
                 seed=seed,
-                curve=CurveOptions(held_out=HELD_OUT, octaves=4, per_octave=1),
+                curve=CurveConfig(held_out=HELD_OUT, octaves=4, per_octave=1),
             )
             acts = (
                 study.acts
-                if kind == "real"
+                if data == "real"
                 else dataclasses.replace(study.acts, text=f"gaussian:{study.acts.text}", shards="")
             )
-            found[f"{kind} n{n}" + (f" seed{seed}" if options.seeds > 1 else "")] = (
+            members[f"{data} n{n}" + (f" seed{seed}" if options.seeds > 1 else "")] = (
                 dataclasses.replace(recipe, acts=acts)
             )
-    return found
+    return members
 
 
-class GaussianFeed(ActivationSource):
-    """Gaussian rows with mean and covariance of the normalised activations that `real` names, in
-    the place of these."""
+class GaussianSource(ActivationSource):
+    """Gaussian rows in place of activations, with the mean and covariance of those of `real`."""
 
     def __init__(self, recipe: Recipe, real: Recipe, device: torch.device):
         super().__init__(real, device)
         x = self.look.x.cpu().double()
-        del self.look  # that was of the activations; the members start from their own
+        del self.look  # of the activations; training calibrates on the Gaussian rows instead
         self.gaussian = GaussianStream(x, batch=recipe.batch, seed=recipe.data_seed, device=device)
         self.recipe, self.stream = recipe, self.gaussian
 
     @property
     def held_out(self) -> Tensor:
+        """Held-out Gaussian rows [s, d]."""
         return self.gaussian.rows(self.recipe.curve.held_out, -2)
 
 
 class GaussianStream:
-    """Batches of N(mean, covariance) of x[s, d]: batch s is a function of (seed, s)."""
+    """Batches of N(mean, covariance) of x[s, d]: a batch is a function of the seed and its step."""
 
     def __init__(self, x: Tensor, *, batch: int, seed: int, device: torch.device):
         self.batch, self.seed, self.device, self.d_model = batch, seed, device, x.shape[1]
         self.halt = threading.Event()
         self.mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / (len(x) - 1))
-        self.root = (
-            vectors * values.clamp_min(0).sqrt()
-        )  # a covariance of normalised activations has no full rank
+        # The covariance of normalised activations does not have full rank.
+        self.root = vectors * values.clamp_min(0).sqrt()
 
     def rows(self, count: int, number: int) -> Tensor:
-        """Return `count` rows, of a number that names them."""
+        """Return `count` rows [count, d], a function of the seed and a number."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number + 3)
-        return (
-            (
-                torch.randn(count, self.d_model, dtype=torch.float64, generator=generator)
-                @ self.root.T
-                + self.mean
-            )
-            .float()
-            .to(self.device)
-        )
+        noise = torch.randn(count, self.d_model, dtype=torch.float64, generator=generator)
+        return (noise @ self.root.T + self.mean).float().to(self.device)
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
+        """Yield batches without end, from the one after a cursor."""
         step = cursor["step"] if cursor else 0
         while True:
             step += 1
@@ -178,10 +171,13 @@ class GaussianStream:
             )
 
     def sample(self, rows: int) -> Tensor:
+        """Return rows for calibration."""
         return self.rows(rows, -1)
 
     def document_names(self, documents: Tensor) -> list[str]:
+        """Return a name for the report."""
         return ["Gaussian data"]
 
     def mixing(self) -> float | None:
+        """Return None: rows have no context to share."""
         return None

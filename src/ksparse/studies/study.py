@@ -1,10 +1,11 @@
-"""What all studies do: train members on one stream, judge them, and write down what was found.
+"""What all studies share: train members on one stream, evaluate them, write the results.
 
-    Study(name, options).train({member: recipe})    a run each, trained together
-         .judge({member: …})                        evaluations, kept beside each member
-         .finish(found)                             study.json
+    study = Study(name, options, observe)
+    study.train({member: recipe})     one run for each, trained together
+    study.evaluate([member, ...])     evaluations, kept in each member's run folder
+    study.finish(results)             study.json
 
-Figures are data (`Figure`), drawn by the report; findings are sentences with numbers.
+Figures are data (`Figure`), drawn by the report. Findings are sentences with numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from ksparse.config import ActivationConfig, Recipe
-from ksparse.config import SAEConfig as SAEOptions
+from ksparse.config import ActivationConfig, Recipe, SAEConfig
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
@@ -38,10 +38,12 @@ from ksparse.training.train import train_many
 log = logging.getLogger("ksparse")
 
 FORMAT = 1
-TOGETHER = 8  # SAEs that are judged in one pass: what has been judged is not lost
+BATCH = 8
+"""SAEs evaluated in one pass; results are saved after each pass."""
 Observe = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Estimate = dict[str, float | None]
+"""A value with its standard error, {"value", "se"}; None where unknown."""
 
 
 class Fitted(TypedDict):
@@ -53,19 +55,21 @@ class Fitted(TypedDict):
 
 @dataclass(frozen=True)
 class StudyCurve:
-    """Points of one thing: x, y and the standard errors of y, or none."""
+    """A labelled curve of a figure: x, y and the standard errors of y, if known.
+
+    `reference` marks a curve that is only there for comparison.
+    """
 
     label: str
-    x: list[float | None]
-    y: list[float | None]
-    se: list[float | None] | None = None
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    se: Sequence[float | None] | None = None
     reference: bool = False
-    """Whether it is only there to compare with."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as data."""
+    """A figure as data; `log` names the logarithmic axes: "", "x", "y" or "xy"."""
 
     name: str
     title: str
@@ -74,11 +78,10 @@ class Figure:
     y: str
     curves: list[StudyCurve]
     log: str = ""
-    """Which axes are logarithmic: "", x, y or xy."""
 
 
 class Study:
-    """One study on disk, and the recipe that its members start from."""
+    """One study on disk, and the recipe that its members are derived from."""
 
     def __init__(self, name: str, options: StudyConfig, observe: Observe):
         self.name, self.options, self.observe = name, options, observe
@@ -111,23 +114,28 @@ class Study:
         seed: int = 0,
         **changes: Any,
     ) -> Recipe:
-        """Return a member's recipe: the base's acts and optimiser, and of `sae` only what is given;
-        the options' own sizes win.
+        """Return a member's recipe: the base recipe with a new section `sae`.
 
-        changes: keys of the section `sae`; whole sections; and `tokens`, `batch`.
+        Args:
+            tokens: Tokens to train on, unless the study's options say otherwise.
+            n: The number of latents.
+            k: Active latents.
+            activation: The activation; TopK by default.
+            seed: The seed.
+            changes: Keys of the section `sae`, and whole sections of the recipe.
         """
-        own = {
-            key: changes.pop(key) for key in list(changes) if key in SAEOptions.__dataclass_fields__
+        sae_changes = {
+            key: changes.pop(key) for key in list(changes) if key in SAEConfig.__dataclass_fields__
         }
         if activation:
-            own["activation"] = activation
-        sae = SAEOptions(n_latents=n, k=k, **own)
+            sae_changes["activation"] = activation
+        sae = SAEConfig(n_latents=n, k=k, **sae_changes)
         return dataclasses.replace(
             self.base, sae=sae, tokens=self.options.tokens or tokens, seed=seed, **changes
         )
 
-    def run(self, member: str) -> RunFolder:
-        """Return a member's folder, named so that a shell takes it as one word."""
+    def run_folder(self, member: str) -> RunFolder:
+        """Return a member's run folder, whose name needs no quoting in a shell."""
         return RunFolder(atomic.inside(self.path, "runs", re.sub(r"[^\w.-]+", "_", member)))
 
     # ---- training
@@ -139,12 +147,16 @@ class Study:
         what: str = "training",
         open_feed: Callable[[Recipe, torch.device], ActivationSource] = ActivationSource,
     ) -> None:
-        """Train members on one stream; those that are finished stay as they are."""
-        names = {self.run(member).path: member for member in members}
-        total, done = (
-            sum(recipe.steps * recipe.batch for recipe in members.values()),
-            dict.fromkeys(members, 0),
-        )
+        """Train members on one stream; finished ones stay as they are.
+
+        Args:
+            members: Recipes by name.
+            what: What to call it in progress reports.
+            open_feed: Opens the stream.
+        """
+        names = {self.run_folder(member).path: member for member in members}
+        total = sum(recipe.steps * recipe.batch for recipe in members.values())
+        done = dict.fromkeys(members, 0)
 
         def observe(run: RunFolder, row: dict[str, Any]) -> None:
             done[names[run.path]] = row["tokens"]
@@ -152,14 +164,14 @@ class Study:
 
         train_many(
             list(members.values()),
-            [self.run(member).path for member in members],
+            [self.run_folder(member).path for member in members],
             observe=observe,
             open_feed=open_feed,
         )
 
-    # ---- judging
+    # ---- evaluation
 
-    def judge(
+    def evaluate(
         self,
         members: Sequence[str],
         names: Sequence[str] = ("stats", "downstream"),
@@ -167,56 +179,64 @@ class Study:
         change: Callable[[str, SAE], SAE] = lambda member, sae: sae,
         source: Callable[[str], str] = lambda member: member,
     ) -> dict[str, dict[str, Any]]:
-        """Return {member: {evaluation: result}}; what has been judged with the same options is read
-        back.
+        """Evaluate members; results with the same options are read back instead.
 
-        source: the member whose SAE is judged under a name; change: what is made of it before.
+        Args:
+            members: The names that results are stored under.
+            names: The evaluations.
+            change: Changes a member's SAE before it is evaluated.
+            source: Gives the member whose trained SAE is evaluated under a name.
+
+        Returns:
+            {member: {evaluation: result}}.
         """
         options = EvalConfig(
             tokens=self.options.eval_tokens, examples=0, device=self.options.device
         )
-        found: dict[str, dict[str, Any]] = {
-            member: {name: self._judged(member, name, options) for name in names}
+        results: dict[str, dict[str, Any]] = {
+            member: {name: self._read_result(member, name, options) for name in names}
             for member in members
         }
-        missing = [member for member in members if not all(found[member].values())]
-        for first in range(0, len(missing), TOGETHER):
-            some = missing[first : first + TOGETHER]
+        missing = [member for member in members if not all(results[member].values())]
+        for first in range(0, len(missing), BATCH):
+            batch = missing[first : first + BATCH]
             saes = {
-                member: change(member, serialization.load(self.run(source(member)).path))
-                for member in some
+                member: change(member, serialization.load(self.run_folder(source(member)).path))
+                for member in batch
             }
-            results = runner.evaluate_many(
+            evaluated = runner.evaluate_many(
                 saes,
                 None,
                 names,
                 options,
                 observe=functools.partial(
-                    self._judging, f"judging {first + 1} to {first + len(some)} of {len(missing)}"
+                    self._report,
+                    f"evaluating {first + 1} to {first + len(batch)} of {len(missing)}",
                 ),
             )
-            for member in some:
-                runner.write(self.run(member), results[member])
-                found[member] = {name: dict(results[member][name]) for name in names}
-        return found
+            for member in batch:
+                runner.write(self.run_folder(member), evaluated[member])
+                results[member] = {name: dict(evaluated[member][name]) for name in names}
+        return results
 
-    def _judging(self, which: str, what: str, done: int, total: int) -> None:
-        self.observe(which, done, total)
+    def _report(self, batch: str, what: str, done: int, total: int) -> None:
+        self.observe(batch, done, total)
 
-    def _judged(self, member: str, name: str, options: EvalConfig) -> dict[str, Any] | None:
+    def _read_result(self, member: str, name: str, options: EvalConfig) -> dict[str, Any] | None:
+        """Return a stored result; None if it is missing, damaged or has other options."""
         try:
-            result = self.run(member).eval(name)
+            result = self.run_folder(member).eval(name)
         except CorruptError as error:
-            log.warning("%s: %s is judged again", error, member)
+            log.warning("%s: %s is evaluated again", error, member)
             result = None
         same = result is not None and result["options"] == options.resolved().for_eval(name)
         return result if same else None
 
-    # ---- the answer
+    # ---- results
 
-    def finish(self, found: dict[str, Any]) -> None:
-        """Write study.json."""
-        about = {
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write study.json: the study's options and its results, with `figures` as data."""
+        header = {
             "format": FORMAT,
             "name": self.name,
             "options": dataclasses.asdict(self.options),
@@ -224,12 +244,12 @@ class Study:
             "site": self.acts.site,
             "text": self.acts.text,
         }
-        figures = [dataclasses.asdict(figure) for figure in found.pop("figures")]
+        figures = [dataclasses.asdict(figure) for figure in results.pop("figures")]
         jsonio.write_json(
             self.path / "study.json",
             {
-                **about,
-                **found,
+                **header,
+                **results,
                 "figures": figures,
                 "seconds": round(time.monotonic() - self.began, 1),
             },
@@ -241,29 +261,28 @@ class Study:
 
 
 def at_k(sae: SAE, k: int) -> SAE:
-    """Return the same weights with TopK of another k."""
+    """Return a TopK SAE of another k with the same weights."""
     if k > sae.shape.n_latents:
         raise InputError(
             f"k = {k} is more than the {sae.shape.n_latents} latents; give a smaller --k or more "
             "--n-latents"
         )
-    made = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
-    made.load_state_dict(
-        {key: value for key, value in sae.state_dict().items() if key in made.keys}
+    changed = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
+    changed.load_state_dict(
+        {key: value for key, value in sae.state_dict().items() if key in changed.keys}
     )
-    return made
+    return changed
 
 
-def points(
-    results: dict[str, dict[str, Any]], y: str, of: str, members: Sequence[str]
+def curve_against_l0(
+    results: dict[str, dict[str, Any]], y: str, evaluation: str, members: Sequence[str]
 ) -> StudyCurve:
-    """Return members' values of `y` of one evaluation against their L0, by rising L0;
-    unlabelled."""
+    """Return the members' `y` of an evaluation against L0, by rising L0, without a label."""
     rows = sorted(
         (
             results[member]["stats"]["l0"]["value"],
-            results[member][of][y]["value"],
-            results[member][of][y]["se"],
+            results[member][evaluation][y]["value"],
+            results[member][evaluation][y]["se"],
         )
         for member in members
     )
@@ -271,13 +290,12 @@ def points(
     return StudyCurve("", x, values, errors)
 
 
-def between(curve: StudyCurve, x: float) -> tuple[float, float] | None:
-    """Return (y, its standard error) at x by a straight line between logarithms of neighbouring
-    points; None outside of the points."""
+def interpolate(curve: StudyCurve, x: float) -> tuple[float, float] | None:
+    """Return y and its standard error at x, linear in logs; None outside the curve's range."""
     rows = [
-        (a, b, c or 0.0)
-        for a, b, c in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x))
-        if a and b and a > 0 and b > 0
+        (px, py, se or 0.0)
+        for px, py, se in zip(curve.x, curve.y, curve.se or [0.0] * len(curve.x))
+        if px and py and px > 0 and py > 0
     ]
     for (x0, y0, s0), (x1, y1, s1) in itertools.pairwise(rows):
         if x0 <= x <= x1:
@@ -288,13 +306,16 @@ def between(curve: StudyCurve, x: float) -> tuple[float, float] | None:
 
 
 def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Fitted]:
-    """Return the exponent b and factor a of loss = a n^b by least squares of logarithms, with
-    standard errors where there are 3 points or more."""
+    """Fit loss = a n^b by least squares of logs.
+
+    Returns:
+        `exponent` b and `factor` a, with standard errors from 3 points on.
+    """
     x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (n, loss))
     spread = (x - x.mean()).square().sum()
     slope = ((x - x.mean()) * y).sum() / spread
-    left = y - y.mean() - slope * (x - x.mean())
-    variance = left.square().sum() / (len(x) - 2) if len(x) > 2 else None
+    residual = y - y.mean() - slope * (x - x.mean())
+    variance = residual.square().sum() / (len(x) - 2) if len(x) > 2 else None
     factor = (y.mean() - slope * x.mean()).exp().item()
     return {
         "exponent": {
@@ -310,11 +331,9 @@ def power_law(n: Sequence[float], loss: Sequence[float]) -> dict[str, Fitted]:
     }
 
 
-def said(estimate: Estimate | Fitted, digits: int = 4) -> str:
-    """Write a value with its standard error."""
+def format_estimate(estimate: Estimate | Fitted, digits: int = 4) -> str:
+    """Format a value with its standard error, if known."""
     value, se = estimate["value"], estimate["se"]
-    return (
-        "unknown"
-        if value is None
-        else f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
-    )
+    if value is None:
+        return "unknown"
+    return f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")

@@ -117,9 +117,7 @@ def test_more_latents_than_are_ordered_are_sampled_and_the_result_says_so(small_
         dataclasses.replace(OPTIONS, subspace_rows=150),
     )["subspaces"]
     assert result["n_ordered"] == 150 < result["n_live"]
-    assert any(
-        "150 of them, drawn at random, were put into an order" in note for note in result["notes"]
-    )
+    assert any("150 of them, drawn at random, were ordered" in note for note in result["notes"])
     assert int((result.arrays["side"] >= 0).sum()) == result["n_live"]
 
 

@@ -156,7 +156,7 @@ def test_the_probe_on_all_dimensions_is_that_of_scikit_learn(rows, width):
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, width, generator=generator) + 3
     y = (x[:, 0] + torch.randn(rows, generator=generator) > 3).long()
-    weight, bias = logistic.fit_whole(x, y, l2=0.05)
+    weight, bias = logistic.fit_dense(x, y, l2=0.05)
     model = linear.LogisticRegression(
         C=1 / (0.05 * rows), solver="lbfgs", tol=1e-10, max_iter=100_000
     ).fit(x.double().numpy(), y.numpy())

@@ -173,7 +173,7 @@ def test_a_planted_binary_latent_has_the_analytic_loss(subject, suite, monkeypat
 
 
 def test_many_random_latents_look_good_only_in_sample(subject, monkeypatch):
-    """T34: the smallest of n losses on the rows of the fit falls with n although there is nothing to know."""
+    """The smallest of n losses on the rows of the fit falls with n although there is nothing to know."""
     acts, lm = subject
     generator = torch.Generator().manual_seed(1)
     x, label = torch.randn(200, lm.d_model, generator=generator), torch.arange(200) % 2

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ksparse import pylm
-from ksparse.evals.probing.python_labels import TASKS, PythonTask, _Code, labels
+from ksparse.evals.probing.python_labels import TASKS, PythonTask, labels
+from ksparse.evals.probing.python_labels.source import MarkedSource
 
 COLUMN = {task.name: number for number, task in enumerate(TASKS)}
 
@@ -521,7 +522,7 @@ def test_the_parser_counts_as_many_docstrings(files):
 def test_the_parser_counts_as_many_replacement_fields(files):
     seen = 0
     for text, _ in files:
-        count = sum(map(len, _Code(text).fields.values()))
+        count = sum(map(len, MarkedSource(text).replacement_fields.values()))
         assert count == fields_of(ast.parse(text))
         seen += count
     assert seen > 5

@@ -18,12 +18,12 @@ from ksparse.errors import InputError
 from ksparse.evals.probing import suites
 from ksparse.evals.probing.suites import TASKS, build, read, templates
 from ksparse.evals.probing.suites.paper import LANGUAGES, PHRASES
-from ksparse.evals.probing.suites.sample import Pair, TaskSample
+from ksparse.evals.probing.suites.sample import LabelledText, TaskSample
 from ksparse.evals.probing.suites.sources import (
     CONVERTED,
     DatasetPart,
     DatasetSource,
-    opened,
+    open_source,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -301,7 +301,7 @@ def test_a_phrase_has_so_many_words_before_it_and_none_after():
 def test_a_document_gives_each_kind_of_phrase_once():
     text = " ".join([f"{FILL} a living room. {FILL} a living thing. {FILL} a small room."] * 3)
     assert sorted(
-        pair.kind for pair in TASK["phrase_living-room"].template("", {"text": text})
+        pair.stratum for pair in TASK["phrase_living-room"].template("", {"text": text})
     ) == ["both", "first", "second"]
     assert made("phrase_high-school", {"text": text}) == []
 
@@ -336,9 +336,9 @@ def drawn(pairs, rows=40, seed=0, name="task"):
     return sample.draw()
 
 
-def questions(number: int) -> list[Pair]:
+def questions(number: int) -> list[LabelledText]:
     return [
-        Pair(f"{i} {answer}", int(answer == "a"), str(i))
+        LabelledText(f"{i} {answer}", int(answer == "a"), str(i))
         for i in range(number)
         for answer in "abcd"
     ]
@@ -364,12 +364,12 @@ def test_labels_are_mixed():
 
 
 def test_duplicates_are_removed_and_contradictions_left_out():
-    pairs = [Pair(f"text {i}", i % 2) for i in range(60)] * 2 + [
-        Pair("both", 0),
-        Pair("both", 1),
-        Pair("  text 0 ", 0),
-        Pair(" ", 1),
-        Pair("\ud800", 1),
+    pairs = [LabelledText(f"text {i}", i % 2) for i in range(60)] * 2 + [
+        LabelledText("both", 0),
+        LabelledText("both", 1),
+        LabelledText("  text 0 ", 0),
+        LabelledText(" ", 1),
+        LabelledText("\ud800", 1),
     ]
     texts = [pair.text for pair in drawn(pairs, rows=1000)]
     assert len(texts) == len(set(texts)) == 60
@@ -378,7 +378,7 @@ def test_duplicates_are_removed_and_contradictions_left_out():
 
 def test_the_kinds_of_a_label_are_equally_frequent():
     pairs = [
-        Pair(f"{kind} {i}", int(kind == "a"), kind=kind)
+        LabelledText(f"{kind} {i}", int(kind == "a"), stratum=kind)
         for kind, number in (("a", 500), ("b", 400), ("c", 100), ("d", 7))
         for i in range(number)
     ]
@@ -396,9 +396,13 @@ def test_the_kinds_of_a_label_are_equally_frequent():
 
 
 def test_forgetting_changes_nothing():
-    pairs = [Pair(f"{kind} {i}", int(kind == "a"), kind=kind) for i in range(400) for kind in "abc"]
+    pairs = [
+        LabelledText(f"{kind} {i}", int(kind == "a"), stratum=kind)
+        for i in range(400)
+        for kind in "abc"
+    ]
     sample = TaskSample("task", 40, 0)
-    sample.room = 200
+    sample.max_groups = 200
     for pair in pairs:
         sample.add([pair])
     assert len(sample.candidates) <= 200
@@ -410,7 +414,7 @@ def test_too_few_texts_are_refused():
         InputError,
         match="too few texts: 19 with the label 1 and 100 with the label 0; at least 20 of each",
     ):
-        drawn([Pair(str(i), int(i < 19)) for i in range(119)])
+        drawn([LabelledText(str(i), int(i < 19)) for i in range(119)])
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
@@ -855,7 +859,7 @@ def test_of_several_parts_the_same_number_of_rows_is_read(hub):
         hub.rows["owner/set", config] = [{"text": f"{config}{i}"} for i in range(100)]
     found = [
         row["text"][0]
-        for _, row in opened(
+        for _, row in open_source(
             DatasetSource("owner/set", (DatasetPart("a"), DatasetPart("b"))), None, 20
         ).rows
     ]
@@ -865,7 +869,7 @@ def test_of_several_parts_the_same_number_of_rows_is_read(hub):
 def test_without_a_network_the_branch_is_written_down(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     hub.rows["owner/set", None] = [{"text": "x"}]
-    assert opened(DatasetSource("owner/set"), None, 20).revision == "main"
+    assert open_source(DatasetSource("owner/set"), None, 20).revision == "main"
 
 
 # ---- documents ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""How often and how strongly each latent fires: sums over the text, for whichever evaluation
-asks."""
+"""How often and how strongly each latent fires: moments that several evaluations share."""
 
 from __future__ import annotations
 
@@ -11,8 +10,13 @@ from ksparse.evals.batches import SAEBatch
 
 
 class Moments(Metric):
-    """Sums of each latent's activation to the powers 0 (how often it is above 0) to 4, sums[5, n],
-    and its largest, [n]."""
+    """Moments of each latent's activation over the text.
+
+    Attributes:
+        sums: Sums of the activation to the powers 0 (how often it is above 0) to 4, [5, n].
+        largest: The largest activation, [n].
+        tokens: The number of tokens.
+    """
 
     def __init__(self, subject: EvalContext):
         super().__init__(subject)
@@ -34,11 +38,10 @@ class Moments(Metric):
 
     @property
     def means(self) -> Tensor:
-        """The means of the same powers over all tokens, [5, n]: density, E[a], E[a^2], E[a^3],
-        E[a^4]."""
+        """Means over all tokens, [5, n]: density, E[a], E[a^2], E[a^3] and E[a^4]."""
         return self.sums / max(1, self.tokens)
 
     @property
     def mean_act(self) -> Tensor:
-        """The mean activation over tokens where the latent fires, [n]."""
+        """Mean activation over the tokens where the latent fires, [n]."""
         return self.sums[1] / self.sums[0].clamp_min(1)

@@ -1,16 +1,15 @@
-"""How often do latents fire, how strongly, and on what kinds of position? Gao et al. 2024,
-appendices E.4 to E.6.
+"""How often latents fire, how strongly and where (Gao et al. 2024, appendices E.4 to E.6).
 
-    Firing     what is counted of each latent: how often it fires by position, by repetition, by
-               token
-    Latents    densities and importances and their laws, moments, dense solutions, opposite pairs,
-               recurring latents, effective tokens
+    Firing    counts for each latent: by position, by repetition, by token
+    Latents   densities, importances and their distributions, moments, dense solutions,
+              opposite pairs, recurring latents, effective tokens
 
-Recurring latents are found by rule: Somers' D between a latent being active and a property of the
-position, from -1 to 1. For a property that is there or not, such as being the first, it is P(active
-| property) - P(active | not); for the place in the context it is P(later | active) - P(earlier |
-active), of an active and an inactive token drawn at random. Repetition is compared position by
-position, because tokens are repeated more often late in a context, whatever a latent does.
+Recurring latents are found by a rule each: Somers' D, from -1 to 1, between a latent being active
+and a property of the position. For a binary property, such as being the first position, D is
+P(active | property) - P(active | not property). For the position in the context, take an active and
+an inactive token at random: D is P(active one is later) - P(active one is earlier). Repetition is
+compared position by position, because tokens repeat more often late in a context whatever a latent
+does.
 """
 
 from __future__ import annotations
@@ -26,33 +25,40 @@ from ksparse.evals.batches import SAEBatch
 from ksparse.evals.latents.moments import Moments
 from ksparse.evals.statistics import DocumentSums, Result, ratio
 
-LEAST = (
-    10  # activations of a latent that its density, importance and effective tokens are read from
-)
-OPPOSITE = -0.9  # decoder cosine of a pair that undoes itself
-DENSE, FOUND = (
-    0.05,
-    0.5,
-)  # a recurring latent fires on so many tokens, and its Somers' D is at least this; our choice
+LEAST = 10
+"""Activations that a latent needs for its density, importance and effective tokens to count."""
+OPPOSITE = -0.9
+"""Largest decoder cosine of an opposite pair."""
+DENSE, MIN_SCORE = 0.05, 0.5
+"""Smallest density and Somers' D of a recurring latent; our choice."""
 RULES = ("first", "late", "early", "repetition")
 LISTED = 5
-_PAIRED = 32_768  # latents among which opposite pairs are looked for, the densest
-_COMPACT = 4_000_000  # (latent, token) sums held before they are put together
-_PART = 2**25  # cosines at a time
+"""Latents listed for each rule."""
+_PAIRED = 32_768  # opposite pairs are searched among this many densest latents
+_COMPACT = 4_000_000  # (latent, token) sums held before they are merged
+_PART = 2**25  # cosines computed at a time
 
 
 class Firing(Metric):
-    """Counts what each latent does over the text; `latents` and `subspaces` ask it."""
+    """Counts of each latent's firing over the text, shared by `Latents` and `Subspaces`.
+
+    Attributes:
+        sums: L0 and token counts by document.
+        moments: The latents' moments.
+        fired_at: How often each latent fires at each position, [n, t].
+        fired_on_repeats: The same, for tokens that occurred before in the context, [n, t].
+        tokens_at: Tokens at each position, [t].
+        repeats_at: Repeated tokens at each position, [t].
+        token_counts: Occurrences of each token of the vocabulary.
+    """
 
     def __init__(self, subject: EvalContext):
         super().__init__(subject)
         n, length = subject.sae.shape.n_latents, subject.data.acts.context
         self.sums = DocumentSums()
-        self.powers = subject.part(Moments)
-        self.at = torch.zeros(n, length, dtype=torch.float64)  # how often it fires at each position
-        self.repeated_at = torch.zeros(
-            n, length, dtype=torch.float64
-        )  # the same where the token was in the context before
+        self.moments = subject.part(Moments)
+        self.fired_at = torch.zeros(n, length, dtype=torch.float64)
+        self.fired_on_repeats = torch.zeros(n, length, dtype=torch.float64)
         self.tokens_at, self.repeats_at = (
             torch.zeros(length, dtype=torch.float64),
             torch.zeros(length, dtype=torch.float64),
@@ -60,7 +66,7 @@ class Firing(Metric):
         self.token_counts = torch.zeros(subject.lm.vocab, dtype=torch.float64)
         self._keys: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
-        self._waiting = 0
+        self._pending = 0
 
     def see(self, seen: SAEBatch) -> None:
         batch, values, indices = seen.batch, *(part.cpu() for part in seen.code)
@@ -69,10 +75,10 @@ class Firing(Metric):
         repeated, token = repeats(tokens, batch.contexts.attention.cpu())[keep], tokens[keep]
         row, slot = (values > 0).nonzero(as_tuple=True)
         latent, value = indices[row, slot], values[row, slot].double()
-        length = self.at.shape[1]
-        places, ones = latent * length + position[row], torch.ones_like(value)
-        self.at.view(-1).index_add_(0, places, ones)
-        self.repeated_at.view(-1).index_add_(0, places, repeated[row].double())
+        length = self.fired_at.shape[1]
+        cells, ones = latent * length + position[row], torch.ones_like(value)
+        self.fired_at.view(-1).index_add_(0, cells, ones)
+        self.fired_on_repeats.view(-1).index_add_(0, cells, repeated[row].double())
         self.tokens_at += torch.bincount(position, minlength=length)
         self.repeats_at += torch.bincount(position, repeated.double(), length)
         self.token_counts += torch.bincount(token, minlength=len(self.token_counts))
@@ -84,12 +90,13 @@ class Firing(Metric):
     def _add_tokens(self, keys: np.ndarray, squares: np.ndarray) -> None:
         self._keys.append(keys)
         self._squares.append(squares)
-        self._waiting += len(keys)
-        if self._waiting > _COMPACT:
-            keys, squares = self._together()
-            self._keys, self._squares, self._waiting = [keys], [squares], 0
+        self._pending += len(keys)
+        if self._pending > _COMPACT:
+            keys, squares = self._merge()
+            self._keys, self._squares, self._pending = [keys], [squares], 0
 
-    def _together(self) -> tuple[np.ndarray, np.ndarray]:
+    def _merge(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sum of squared activations of each (latent, token) key."""
         if not self._keys:
             return np.zeros(0, np.int64), np.zeros(0)
         keys, inverse = np.unique(np.concatenate(self._keys), return_inverse=True)
@@ -97,37 +104,41 @@ class Firing(Metric):
 
     @property
     def density(self) -> np.ndarray:
-        """The share of tokens on which each latent fires, [n]."""
-        return self.powers.means[0].numpy()
+        """Share of tokens on which each latent fires, [n]."""
+        return self.moments.means[0].numpy()
 
     @property
-    def often(self) -> np.ndarray:
-        """Which latents have fired often enough to be described, [n]."""
-        return self.powers.sums[0].numpy() >= LEAST
+    def fires_enough(self) -> np.ndarray:
+        """Which latents fire often enough to be described, bool [n]."""
+        return self.moments.sums[0].numpy() >= LEAST
 
     def effective_tokens(self) -> np.ndarray:
-        """Return exp of the entropy of each latent's mean squared activation over tokens, [n]; NaN
-        where it never fires."""
-        keys, squares = self._together()
+        """Return exp of the entropy of each latent's mean squared activation over tokens, [n].
+
+        NaN for a latent that never fires.
+        """
+        keys, squares = self._merge()
         vocabulary = len(self.token_counts)
         return effective(
-            keys // vocabulary, squares / self.token_counts.numpy()[keys % vocabulary], len(self.at)
+            keys // vocabulary,
+            squares / self.token_counts.numpy()[keys % vocabulary],
+            len(self.fired_at),
         )
 
 
 def repeats(tokens: Tensor, attention: Tensor) -> Tensor:
-    """Return where a token has been in its context before, [b, t]; padding has not."""
-    out = torch.zeros_like(attention)
+    """Return where a token occurred before in its context, bool [b, t]; False for padding."""
+    repeated = torch.zeros_like(attention)
     order = tokens.sort(dim=1, stable=True)
-    out.scatter_(1, order.indices[:, 1:], order.values[:, 1:] == order.values[:, :-1])
-    return out & attention
+    repeated.scatter_(1, order.indices[:, 1:], order.values[:, 1:] == order.values[:, :-1])
+    return repeated & attention
 
 
 def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
-    """Return exp(-sum p log p) of each group's weights, p their shares, [n]: m for m equal ones;
-    NaN for a group with none.
+    """Return the effective number of weights in each group, [n]: m for m equal weights.
 
-    Gao et al. 2024, appendix E.7, with the sign that its formula lost.
+    exp(-sum p log p), with p the shares of a group's weights; NaN for a group without any. Gao et
+    al. 2024, appendix E.7, whose formula lacks the minus sign.
     """
     total = np.bincount(group, weights, n)
     live = weights > 0
@@ -137,8 +148,7 @@ def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
 
 
 class Latents(Metric):
-    """What latents are like: how often they fire and how much they matter, dense and opposite and
-    recurring ones, their tokens."""
+    """Properties of latents: densities, importances, dense, opposite and recurring ones, tokens."""
 
     def __init__(self, subject: EvalContext):
         super().__init__(subject)
@@ -155,8 +165,8 @@ class Latents(Metric):
     def result(self) -> Result:
         firing, sae = self.firing, self.subject.sae
         n, d = sae.shape.n_latents, sae.shape.d_model
-        density, often = firing.density, firing.often
-        moments = firing.powers.means.numpy()
+        density, enough = firing.density, firing.fires_enough
+        moments = firing.moments.means.numpy()
         importance = moments[2]
         with np.errstate(divide="ignore", invalid="ignore"):
             skew, kurtosis = moments[3] / importance**1.5, moments[4] / importance**2
@@ -165,22 +175,22 @@ class Latents(Metric):
         densest = np.sort(density)[::-1][:d]
         values = {
             "l0": l0,
-            "n_described": int(often.sum()),
+            "n_described": int(enough.sum()),
             "least": LEAST,
-            "density_fit": law(density[often]),
-            "importance_fit": law(importance[often]),
+            "density_fit": law(density[enough]),
+            "importance_fit": law(importance[enough]),
             "density_histogram": histogram(density),
             "importance_histogram": histogram(importance),
             "densest_density": float(densest.mean()),
             "densest_over_l0": float(densest.mean() / l0["value"]) if l0["value"] else None,
             "densest_share": float(densest.sum() / density.sum()) if density.sum() else None,
-            "skew": quartiles(skew[often]),
-            "kurtosis": quartiles(kurtosis[often]),
-            "effective_tokens": quartiles(tokens[often]),
-            "effective_histogram": histogram(tokens[often]),
-            **self._pairs(density),
-            "recurring": self._recurring(scores, density),
-            "rules": {"density": DENSE, "score": FOUND},
+            "skew": quartiles(skew[enough]),
+            "kurtosis": quartiles(kurtosis[enough]),
+            "effective_tokens": quartiles(tokens[enough]),
+            "effective_histogram": histogram(tokens[enough]),
+            **self._describe_pairs(density),
+            "recurring": self._list_recurring(scores, density),
+            "rules": {"density": DENSE, "score": MIN_SCORE},
         }
         arrays = {
             "density": density,
@@ -206,58 +216,55 @@ class Latents(Metric):
         )
 
     def _scores(self) -> dict[str, np.ndarray]:
-        """Return each rule's Somers' D of every latent, NaN where it is not defined."""
+        """Return Somers' D of every latent by each rule, [n]; NaN where it is undefined."""
         firing = self.firing
-        at, everywhere = firing.at.numpy(), firing.tokens_at.numpy()
-        first = int(np.argmax(everywhere > 0))
-        later = somers(at[:, first + 1 :], everywhere[first + 1 :])
+        fired, tokens = firing.fired_at.numpy(), firing.tokens_at.numpy()
+        first = int(np.argmax(tokens > 0))
+        after = slice(first + 1, None)
+        later = somers(fired[:, after], tokens[after])
         return {
             "first": difference(
-                at[:, first],
-                everywhere[first],
-                at[:, first + 1 :].sum(1),
-                everywhere[first + 1 :].sum(),
+                fired[:, first], tokens[first], fired[:, after].sum(1), tokens[after].sum()
             ),
             "late": later,
             "early": -later,
             "repetition": stratified(
-                firing.repeated_at.numpy(), firing.repeats_at.numpy(), at, everywhere
+                firing.fired_on_repeats.numpy(), firing.repeats_at.numpy(), fired, tokens
             ),
         }
 
-    def _recurring(
+    def _list_recurring(
         self, scores: dict[str, np.ndarray], density: np.ndarray
     ) -> dict[str, list[dict[str, Any]]]:
-        """Return the latents with the highest scores by each rule, and whether the rule has found
-        them."""
+        """Return the latents with the highest scores by each rule, and whether it accepts them."""
         dense = density >= DENSE
-        mean = self.firing.powers.mean_act.numpy()
-        found: dict[str, list[dict[str, Any]]] = {}
+        mean = self.firing.moments.mean_act.numpy()
+        listed: dict[str, list[dict[str, Any]]] = {}
         for rule in RULES:
             score = np.nan_to_num(scores[rule], nan=-1.0)
-            among = (
-                self.firing.often if rule == "first" else dense
-            )  # one position cannot be many tokens
-            best = [i for i in np.argsort(-score, kind="stable").tolist() if among[i]][:LISTED]
-            found[rule] = [
+            # A latent of a single position cannot be dense.
+            eligible = self.firing.fires_enough if rule == "first" else dense
+            best = [i for i in np.argsort(-score, kind="stable").tolist() if eligible[i]][:LISTED]
+            listed[rule] = [
                 {
                     "latent": i,
                     "score": float(score[i]),
                     "density": float(density[i]),
                     "mean_act": float(mean[i]),
-                    "found": bool(score[i] >= FOUND),
+                    "found": bool(score[i] >= MIN_SCORE),
                 }
                 for i in best
             ]
-        return found
+        return listed
 
-    def _pairs(self, density: np.ndarray) -> dict[str, Any]:
-        """Return the pairs of latents that write opposite directions, the most opposite first."""
+    def _describe_pairs(self, density: np.ndarray) -> dict[str, Any]:
+        """Return the pairs of latents that write opposite directions, most opposite first."""
         rows = np.flatnonzero(self.opposite <= OPPOSITE)
+        # Each pair once, its denser latent first.
         cosines = {
             tuple(sorted((row, int(self.partner[row])))): float(self.opposite[row])
             for row in rows.tolist()
-        }  # of a pair once, the denser first
+        }
         pairs = [
             {
                 "latents": (both := self.paired[list(pair)]).tolist(),
@@ -266,10 +273,10 @@ class Latents(Metric):
             }
             for pair, cosine in sorted(cosines.items(), key=lambda item: item[1])
         ]
-        ten = set(self.paired[:10].tolist())
+        ten_densest = set(self.paired[:10].tolist())
         return {
             "n_opposite_pairs": len(pairs),
-            "n_opposite_among_densest": sum(set(pair["latents"]) <= ten for pair in pairs),
+            "n_opposite_among_densest": sum(set(pair["latents"]) <= ten_densest for pair in pairs),
             "opposite_pairs": pairs[:20],
             "opposite_cosine": quartiles(self.opposite),
             "n_paired": len(self.paired),
@@ -278,31 +285,37 @@ class Latents(Metric):
     def _notes(self, density: np.ndarray) -> list[str]:
         keep, live = self.subject.data.acts.keep, int((density > 0).sum())
         notes = [
-            f"laws, moments and effective tokens are of latents that fire on at least {LEAST} "
-            "tokens"
+            "distributions, moments and effective tokens are of latents that fire on at least "
+            f"{LEAST} tokens"
         ]
         if keep == "text":
             notes.append(
-                "the first position of a context is not read (acts.keep is text): 'first' is the "
-                "first that is"
+                "the first position of a context is left out (acts.keep is text): 'first' is the "
+                "first that is kept"
             )
         if live > _PAIRED:
             notes.append(
-                f"opposite pairs were looked for among the {_PAIRED:,} densest of {live:,} live "
+                f"opposite pairs were searched among the {_PAIRED:,} densest of {live:,} live "
                 "latents"
             )
         return notes
 
 
-# ---- laws ----------------------------------------------------------------------------------------
+# ---- distributions -------------------------------------------------------------------------------
 
 
 def law(values: np.ndarray) -> dict[str, Any]:
     """Fit a Gaussian and a Laplace distribution to log10 of values > 0 by maximum likelihood.
 
-    margin: the mean log-likelihood of a value by the Gaussian less that by the Laplace law, nats;
-    its standard error is over values (Vuong 1989).
-    mode: where the density of log10 is highest, by Gaussian kernels of Scott's width.
+    Args:
+        values: Values; those that are not above 0 are ignored.
+
+    Returns:
+        The parameters of both and `better`, the likelier one; `margin`, the mean log-likelihood of
+        a value under the Gaussian minus that under the Laplace distribution, in nats, with its
+        standard error over values (Vuong 1989); and `mode`, where the density of log10 is highest,
+        by Gaussian kernels of Scott's width. All are None with fewer
+        than 3 values, or if all are equal.
     """
     from scipy.stats import gaussian_kde
 
@@ -342,7 +355,7 @@ def law(values: np.ndarray) -> dict[str, Any]:
 
 
 def histogram(values: np.ndarray) -> dict[str, list[float]]:
-    """Return a histogram of log10 of values > 0: edges (log10) and counts."""
+    """Return a histogram of log10 of values > 0: 41 edges (log10) and 40 counts."""
     logs = np.log10(values[values > 0])
     counts, edges = (
         np.histogram(logs, 40, (np.floor(logs.min()), np.floor(logs.max()) + 1))
@@ -353,8 +366,7 @@ def histogram(values: np.ndarray) -> dict[str, list[float]]:
 
 
 def quartiles(values: np.ndarray) -> list[float] | None:
-    """Return the least, the quartiles and the largest of the finite values; None if there is
-    none."""
+    """Return minimum, quartiles and maximum of the finite values; None if there are none."""
     finite = values[np.isfinite(values)]
     return np.quantile(finite, (0, 0.25, 0.5, 0.75, 1)).tolist() if len(finite) else None
 
@@ -362,21 +374,32 @@ def quartiles(values: np.ndarray) -> list[float] | None:
 # ---- rules ---------------------------------------------------------------------------------------
 
 
-def difference(active: np.ndarray, of: float, other: np.ndarray, other_of: float) -> np.ndarray:
-    """Return the share of tokens with a property that are active less the share of the others, [n];
-    NaN where either has none."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (
-            np.asarray(active) / of - np.asarray(other) / other_of
-            if of and other_of
-            else np.full(len(active), np.nan)
-        )
+def difference(
+    active_with: np.ndarray, with_: float, active_without: np.ndarray, without: float
+) -> np.ndarray:
+    """Return P(active | property) - P(active | not property), [n]; NaN where either is undefined.
+
+    Args:
+        active_with: Tokens with the property on which each latent is active, [n].
+        with_: Tokens with the property.
+        active_without: Tokens without it on which each latent is active, [n].
+        without: Tokens without it.
+    """
+    if not with_ or not without:
+        return np.full(len(active_with), np.nan)
+    return np.asarray(active_with) / with_ - np.asarray(active_without) / without
 
 
-def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
-    """Return Somers' D of being active with the position, [n], from counts active[n, t] of
-    everywhere[t] tokens; NaN where nothing differs."""
-    idle = everywhere - active
+def somers(active: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return Somers' D between being active and the position, [n].
+
+    NaN for a latent that is always or never active.
+
+    Args:
+        active: On how many tokens each latent is active at each position, [n, t].
+        tokens: The tokens at each position, [t].
+    """
+    idle = tokens - active
     before = np.cumsum(idle, 1) - idle
     after = idle.sum(1, keepdims=True) - before - idle
     pairs = active.sum(1) * idle.sum(1)
@@ -385,35 +408,38 @@ def somers(active: np.ndarray, everywhere: np.ndarray) -> np.ndarray:
 
 
 def stratified(
-    active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, everywhere: np.ndarray
+    active_with: np.ndarray, with_: np.ndarray, active: np.ndarray, tokens: np.ndarray
 ) -> np.ndarray:
-    """Return P(active | property) - P(active | not) within positions, [n], as the Mantel-Haenszel
-    risk difference; NaN where it is not defined.
+    """Return P(active | property) - P(active | not property) within positions, [n].
 
-    active_with[n, t] and with_[t] count what has the property; active[n, t] and everywhere[t] count
-    all.
+    The Mantel-Haenszel risk difference; NaN where no position has tokens of both kinds.
+
+    Args:
+        active_with: Tokens with the property on which each latent is active, [n, t].
+        with_: Tokens with the property, [t].
+        active: All tokens on which each latent is active, [n, t].
+        tokens: All tokens, [t].
     """
-    without = everywhere - with_
-    there = (with_ > 0) & (without > 0)
-    if not there.any():
+    without = tokens - with_
+    both = (with_ > 0) & (without > 0)
+    if not both.any():
         return np.full(len(active), np.nan)
-    weight = with_[there] * without[there] / everywhere[there]
-    gap = active_with[:, there] / with_[there] - (active - active_with)[:, there] / without[there]
+    weight = with_[both] * without[both] / tokens[both]
+    gap = active_with[:, both] / with_[both] - (active - active_with)[:, both] / without[both]
     return (gap * weight).sum(1) / weight.sum()
 
 
 @torch.no_grad()
 def opposites(directions: Tensor, observe: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most negative cosine of each row of directions[m, d] with another, and which row
-    that is."""
+    """Return each row's most negative cosine with another row of directions[m, d], and which."""
     m = len(directions)
     if m < 2:
         return np.full(m, np.nan), np.zeros(m, int)
     unit = directions.float() / directions.float().norm(dim=1, keepdim=True).clamp_min(1e-30)
     cosines, partners, done = [], [], 0
     for part in unit.split(max(1, _PART // m)):
-        found = (part @ unit.T).min(1)
-        cosines.append(found.values.cpu())
-        partners.append(found.indices.cpu())
+        lowest = (part @ unit.T).min(1)
+        cosines.append(lowest.values.cpu())
+        partners.append(lowest.indices.cpu())
         observe("comparing latents", done := done + len(part), m)
     return torch.cat(cosines).double().numpy(), torch.cat(partners).numpy()

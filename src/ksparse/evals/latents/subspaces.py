@@ -1,12 +1,13 @@
-"""Do groups of latents keep to subspaces of their own? Gao et al. 2024, appendix E.7.
+"""Whether two groups of latents read separate subspaces (Gao et al. 2024, appendix E.7).
 
-W_enc = U S V^T of the latents that fire. A row of U, normalised and squared, says in what shares a
-latent reads the d principal directions. Latents are put into an order by the distances between
-these shares, the order is cut in two where the parts share the fewest directions, and each
-direction goes to the part that reads more of it. `separation` is how much of the one part's reading
-is on its own directions, plus the same of the other, less 1: 1 for two subspaces, 0 if both read
-alike. Some of it comes from
-choosing: rows of noise say how much.
+Let W_enc = U S V^T, of the latents that fire. A row of U, squared and normalised, holds the shares
+in which a latent reads the principal directions. Latents are ordered by the distances between their
+shares. The order is cut in two where the parts share the fewest directions, and each direction goes
+to the part that reads more of it.
+
+`separation` is the share of the first part's reading on its own directions, plus the same of the
+second, minus 1: it is 1 for two subspaces and 0 if both parts read alike. Part of it comes from
+choosing the cut; rows of noise show how much.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from ksparse.evals.base import EvalContext, Metric, Progress
 from ksparse.evals.latents.properties import Firing, quartiles
 from ksparse.evals.statistics import Result
 
-NEIGHBOURS = 15  # of a latent: the one so far away gives the width of its kernel
-LEAST_SHARE = 0.05  # of the latents on either side of a cut
-_CELLS = 100  # along the order
+NEIGHBOURS = 15
+"""A latent's kernel is as wide as the distance to its neighbour of this rank."""
+LEAST_SHARE = 0.05
+"""Smallest share of the latents on either side of a cut."""
+_CELLS = 100  # cells along the order in the result
 
 
 class Subspaces(Metric):
-    """The split of latents and of directions, and what latents on both sides are like."""
+    """The split of latents and directions into two subspaces, and properties of both sides."""
 
     def __init__(self, subject: EvalContext):
         super().__init__(subject)
@@ -43,18 +46,18 @@ class Subspaces(Metric):
                 f"{len(self.live)} do. Give more --tokens"
             )
         observe("decomposing the encoder", 0, 3)
-        draw = np.random.default_rng([options.seed, 7])
+        generator = np.random.default_rng([options.seed, 7])
         self.shares, self.sizes = shares(
             sae.W_enc.detach()[torch.from_numpy(self.live).to(sae.W_enc.device)]
         )
-        self.sample = np.sort(draw.permutation(len(self.live))[: options.subspace_rows])
+        self.sample = np.sort(generator.permutation(len(self.live))[: options.subspace_rows])
         observe("ordering latents", 1, 3)
         rows = self.shares[torch.from_numpy(self.sample)].numpy()
         self.order = order(rows, options.ordering, options.seed)
         self.split = split(rows[self.order])
         self.order = self.order[::-1].copy() if self.split.is_last else self.order
         observe("ordering noise", 2, 3)
-        noise = draw.standard_normal((min(len(rows), options.subspace_rows), rows.shape[1]))
+        noise = generator.standard_normal((min(len(rows), options.subspace_rows), rows.shape[1]))
         noise = (noise / np.linalg.norm(noise, axis=1, keepdims=True)) ** 2
         self.chance = split(noise[order(noise, options.ordering, options.seed)]).separation
         observe("ordering noise", 3, 3)
@@ -62,20 +65,20 @@ class Subspaces(Metric):
     def result(self) -> Result:
         sae, firing, cut = self.subject.sae, self.firing, self.split
         rows = self.shares.numpy()
-        own = rows[:, cut.dims].sum(1)  # of every live latent, sampled or not
-        first = own >= cut.border
+        # Share on the first part's directions, of every live latent, sampled or not.
+        share = rows[:, cut.dims].sum(1)
+        first = share >= cut.border
         parts = {"first": first, "second": ~first}
         norms = sae.W_enc.detach().norm(dim=1).cpu().double().numpy()
-        tokens = np.where(firing.often, firing.effective_tokens(), np.nan)
+        tokens = np.where(firing.fires_enough, firing.effective_tokens(), np.nan)
         ordered = self.sample[self.order]
         notes = [
-            f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are "
-            "looked at"
+            f"{len(self.live):,} of {sae.shape.n_latents:,} latents fire on this text and are used"
         ]
         if len(self.sample) < len(self.live):
             notes.append(
-                f"{len(self.sample):,} of them, drawn at random, were put into an order; the "
-                "others were then dealt by the directions that they read"
+                f"{len(self.sample):,} of them, drawn at random, were ordered; the others were "
+                "then assigned by the directions that they read"
             )
         values = {
             "separation": cut.separation,
@@ -85,20 +88,22 @@ class Subspaces(Metric):
             "n_live": len(self.live),
             "n_ordered": len(self.sample),
             "own_share": [
-                float(own[first].mean()) if first.any() else None,
-                float(1 - own[~first].mean()) if (~first).any() else None,
+                float(share[first].mean()) if first.any() else None,
+                float(1 - share[~first].mean()) if (~first).any() else None,
             ],
             "sides": {
-                name: _side(self.live[where], norms, tokens, firing.density)
-                for name, where in parts.items()
+                name: _describe_side(self.live[members], norms, tokens, firing.density)
+                for name, members in parts.items()
             },
             "cut": cut.at / len(ordered),
             "along_order": [
                 float(part.mean())
-                for part in np.array_split(own[ordered], min(_CELLS, len(ordered)))
+                for part in np.array_split(share[ordered], min(_CELLS, len(ordered)))
             ],
             "by_direction": {
-                name: rows[where].mean(0).tolist() for name, where in parts.items() if where.any()
+                name: rows[members].mean(0).tolist()
+                for name, members in parts.items()
+                if members.any()
             },
             "singular_values": self.sizes.tolist(),
             "notes": notes,
@@ -117,73 +122,83 @@ class Subspaces(Metric):
 
 
 class Split(NamedTuple):
-    """An order cut in two. The first part is the one that reads fewer directions."""
+    """An order cut in two; the first part is the one that reads fewer directions.
+
+    Attributes:
+        at: Latents in the first part.
+        is_last: Whether the first part is at the end of the order.
+        dims: The directions of the first part.
+        separation: How separate the parts are, from 0 to 1.
+        border: The share on `dims` midway between the means of both parts.
+    """
 
     at: int
-    """Latents in the first part."""
     is_last: bool
-    """Whether these are the last ones of the order."""
     dims: np.ndarray
-    """The directions of the first part."""
     separation: float
     border: float
-    """Share on these directions that is between those of the two parts."""
 
 
 @torch.no_grad()
 def shares(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Return squared normalised rows of U of W[n, d] = U S V^T, largest singular value first, [n,
-    r] as float64 with rows that sum to 1; and S.
+    """Return the shares in which each row of W[n, d] = U S V^T reads the principal directions.
 
-    By the eigenvectors of W^T W, d x d, so that it works for any n; directions that W has nothing
-    in are left out.
+    Computed from the eigenvectors of W^T W, d x d, so that it works for any n. Directions without
+    any variance are left out.
+
+    Returns:
+        Squared rows of U, normalised to sum to 1, float64 [n, r], and S [r], largest first.
     """
     rows = W.cpu().double()
     squares, vectors = torch.linalg.eigh(rows.T @ rows)
     squares, vectors = squares.flip(0), vectors.flip(1)
-    there = squares > squares[0] * 1e-12
-    sizes = squares[there].sqrt()
-    U = rows @ vectors[:, there] / sizes
-    return U.square() / U.square().sum(1, keepdim=True).clamp_min(1e-300), sizes
+    kept = squares > squares[0] * 1e-12
+    singular_values = squares[kept].sqrt()
+    U = rows @ vectors[:, kept] / singular_values
+    return U.square() / U.square().sum(1, keepdim=True).clamp_min(1e-300), singular_values
 
 
 def order(rows: np.ndarray, how: str = "spectral", seed: int = 0) -> np.ndarray:
-    """Return an order of rows[m, d] in which near ones are near.
+    """Return an order of rows[m, d] in which similar rows are close.
 
-    spectral: by the second eigenvector of the normalised Laplacian of Gaussian kernels, each as
-    wide as its row's neighbours are far.
+    Args:
+        rows: The rows.
+        how: `spectral` orders by the second eigenvector of the normalised Laplacian of Gaussian
+            kernels, as wide as a row's neighbours are far; `umap` by UMAP in one dimension.
+        seed: Seed of UMAP.
     """
-    line = _umap(rows, seed) if how == "umap" else _fiedler(rows)
-    return np.argsort(line, kind="stable")
+    coordinate = _umap(rows, seed) if how == "umap" else _fiedler(rows)
+    return np.argsort(coordinate, kind="stable")
 
 
 def _fiedler(rows: np.ndarray) -> np.ndarray:
+    """Return the Fiedler vector [m] of the rows' similarity graph."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     m = len(rows)
-    square = np.einsum("md,md->m", rows, rows)
-    away = square[:, None] + square[None, :]
-    away -= 2 * rows @ rows.T
-    np.maximum(away, 0, out=away)
+    norm2 = np.einsum("md,md->m", rows, rows)
+    distance = norm2[:, None] + norm2[None, :]
+    distance -= 2 * rows @ rows.T
+    np.maximum(distance, 0, out=distance)
     neighbours = min(NEIGHBOURS, m - 1)
-    width = np.sqrt(np.maximum(np.partition(away, neighbours, axis=1)[:, neighbours], 1e-300))
-    away /= -width[:, None]
-    away /= width[None, :]
-    kernel = np.exp(away, out=away)
+    width = np.sqrt(np.maximum(np.partition(distance, neighbours, axis=1)[:, neighbours], 1e-300))
+    distance /= -width[:, None]
+    distance /= width[None, :]
+    kernel = np.exp(distance, out=distance)
     root = 1 / np.sqrt(kernel.sum(1))
-    known = (
-        1 / root / np.linalg.norm(1 / root)
-    )  # the first eigenvector, of value 1, which is taken out
+    known = 1 / root / np.linalg.norm(1 / root)  # the first eigenvector, of eigenvalue 1
 
-    def times(v: np.ndarray) -> np.ndarray:
+    def multiply(v: np.ndarray) -> np.ndarray:
+        """Multiply by the matrix with the known eigenvector removed and the others shifted by 1.
+
+        The shift keeps them positive, so that the second eigenvector has the largest eigenvalue.
+        """
         v = v.ravel()
-        return (
-            root * (kernel @ (root * v)) + v - 2 * known * (known @ v)
-        )  # one more on all but the known one: nothing is negative
+        return root * (kernel @ (root * v)) + v - 2 * known * (known @ v)
 
     start = np.random.default_rng(0).standard_normal(m)
     _, vectors = eigsh(
-        LinearOperator((m, m), matvec=times),
+        LinearOperator((m, m), matvec=multiply),
         k=1,
         which="LA",
         v0=start - known * (known @ start),
@@ -206,31 +221,33 @@ def _umap(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split(rows: np.ndarray) -> Split:
-    """Cut ordered rows[m, d], each summing to 1, where the two parts are most separate for their
-    sizes; the part that reads fewer directions is called the first."""
+    """Cut ordered rows[m, d], each summing to 1, where both parts are most separate for their size.
+
+    The first part is the one that reads fewer directions.
+    """
     m, d = rows.shape
-    least = max(1, int(np.ceil(LEAST_SHARE * m)))
+    smallest = max(1, int(np.ceil(LEAST_SHARE * m)))
     before = np.cumsum(rows, 0)
-    at = np.arange(least, m - least + 1)
+    at = np.arange(smallest, m - smallest + 1)
     left = before[at - 1] / at[:, None]
     right = (before[-1] - before[at - 1]) / (m - at)[:, None]
-    gaps = np.maximum(left - right, 0).sum(
-        1
-    )  # sum over the left's directions of left - right: own share of both, less 1
-    best = int(np.argmax(gaps * np.sqrt(at * (m - at))))  # means of few rows differ by chance alone
-    mine = left[best] > right[best]
-    own = rows[:, mine].sum(1)
-    border = float((own[: at[best]].mean() + own[at[best] :].mean()) / 2)
-    if mine.sum() * 2 <= d:
-        return Split(int(at[best]), False, np.flatnonzero(mine), float(gaps[best]), border)
-    return Split(int(m - at[best]), True, np.flatnonzero(~mine), float(gaps[best]), 1 - border)
+    # Summed over the directions that the left reads more, left - right is the separation.
+    separations = np.maximum(left - right, 0).sum(1)
+    # Weighted by size, because means of few rows differ by chance.
+    best = int(np.argmax(separations * np.sqrt(at * (m - at))))
+    of_left = left[best] > right[best]
+    share = rows[:, of_left].sum(1)
+    border = float((share[: at[best]].mean() + share[at[best] :].mean()) / 2)
+    separation = float(separations[best])
+    if of_left.sum() * 2 <= d:
+        return Split(int(at[best]), False, np.flatnonzero(of_left), separation, border)
+    return Split(int(m - at[best]), True, np.flatnonzero(~of_left), separation, 1 - border)
 
 
-def _side(
+def _describe_side(
     latents: np.ndarray, norms: np.ndarray, tokens: np.ndarray, density: np.ndarray
 ) -> dict[str, Any]:
-    """Return what the latents on a side are like: quartiles of their encoder norm, effective tokens
-    and density."""
+    """Return quartiles of the encoder norm, effective tokens and density of a side's latents."""
     return {
         "n_latents": len(latents),
         "encoder_norm": quartiles(norms[latents]),

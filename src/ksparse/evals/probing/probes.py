@@ -1,9 +1,9 @@
-"""Do single latents know what we know? Probe loss: Gao et al. 2024, section 4.2, eq. 4.
+"""Probe loss: how well the best single latent predicts a label.
 
-For each task a logistic probe is fitted to each latent alone. The best latent is chosen on the
-training half of the task's rows and its loss taken on the other half: the smallest of n losses on
-the rows of the fit, which the paper reports, falls with n even for latents that know nothing. That
-number is reported beside it, as `probe_loss_in_sample`.
+Gao et al. 2024, section 4.2, eq. 4. For each task a logistic probe is fitted to each latent alone.
+The best latent is chosen on the training half of the task's rows, and its loss is taken on the test
+half. The paper reports the smallest of n training losses instead; that falls with n even for
+latents that carry no information. It is reported too, as `probe_loss_in_sample`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from ksparse.evals.probing.tasks import ProbeTasks, TaskRows
 from ksparse.evals.statistics import Clustered, Result, Value
 from ksparse.sae.model import SAE
 
-LISTED = 10  # best latents of each task
-_SLICE = 4_096  # latents at a time
-KINDS = ("probe", "channel", "random_sae", "dense_probe", "prior")
+LISTED = 10
+"""Best latents that are listed for each task."""
+_SLICE = 4_096  # latents fitted at a time
+PREDICTORS = ("probe", "channel", "random_sae", "dense_probe", "prior")
+"""The best latent, channel and random latent, a probe on all dimensions, and the base rate."""
 
 
 @dataclass
 class BestLatent:
-    """The best of n probes of a task: which, its weight and bias, and the training loss of all
-    [n]."""
+    """The best of a task's n probes, and the training losses [n] of all."""
 
     latent: int
     weight: float
@@ -42,27 +43,37 @@ class BestLatent:
 
 @dataclass
 class TaskLosses:
-    """One task's losses, a Clustered for each kind of probe, and the latents that were best in
-    training."""
+    """The losses of one task.
+
+    Attributes:
+        latent: The best latent in training.
+        losses: Test losses by each of `PREDICTORS`.
+        in_sample: The training loss of the best latent.
+        best_latents: The best latents with their training loss, best first.
+        counts: Fields n_train, n_test and positive (the share of label 1) of the result.
+    """
 
     latent: int
     losses: dict[str, Clustered]
     in_sample: Clustered
-    listed: list[tuple[int, float]]
-    facts: dict[str, float]
+    best_latents: list[tuple[int, float]]
+    counts: dict[str, float]
 
 
 class Probes(Metric):
-    """The loss of the best single latent of each task, beside channels, random latents, all
-    dimensions and the label's share."""
+    """The loss of each task's best latent, and of four baselines.
+
+    The baselines are the best channel, the best latent of a random SAE, a probe on all dimensions,
+    and the base rate.
+    """
 
     passes = 0
 
     def __init__(self, subject: EvalContext):
         super().__init__(subject)
-        self.judged: dict[str, TaskLosses] = {}
-        self.unseen: list[int] = []
-        self.texts = 0
+        self.task_losses: dict[str, TaskLosses] = {}
+        self.cut: list[int] = []
+        self.n_texts = 0
         self.gain = torch.full((subject.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
         self.best_task = torch.full((subject.sae.shape.n_latents,), -1, dtype=torch.int32)
 
@@ -71,26 +82,30 @@ class Probes(Metric):
         self.tasks: ProbeTasks = data.once(
             "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, observe)
         )
-        rivals = random_sae(sae, data.options.seed)
+        random_baseline = random_sae(sae, data.options.seed)
         for number, name in enumerate(self.tasks.names):
             rows = (
                 data.once(f"probe rows {name}", functools.partial(self.tasks.rows, name))
                 if data.options.position == "last"
                 else self.tasks.rows(name)
             )
-            _check(rows)
-            self.unseen, self.texts = [*self.unseen, *rows.unseen], self.texts + len(rows.label)
-            self.judged[name] = self._judge(number, rows, rivals)
+            _check_counts(rows)
+            self.cut += rows.cut
+            self.n_texts += len(rows.label)
+            self.task_losses[name] = self._fit_task(number, rows, random_baseline)
             observe("fitting probes", number + 1, len(self.tasks.names))
 
-    def _judge(self, number: int, rows: TaskRows, rivals: SAE) -> TaskLosses:
+    def _fit_task(self, number: int, rows: TaskRows, random_baseline: SAE) -> TaskLosses:
         options, sae = self.subject.options, self.subject.sae
         train, test = rows.half(True), rows.half(False)
-        best, logits = _probe(
-            _Latents(sae, options.probe_on, options.position), train, test, options.probe_l2
+        best, logits = _best_probe(
+            _LatentBank(sae, options.probe_on, options.position), train, test, options.probe_l2
         )
-        _, random = _probe(
-            _Latents(rivals, options.probe_on, options.position), train, test, options.probe_l2
+        _, random = _best_probe(
+            _LatentBank(random_baseline, options.probe_on, options.position),
+            train,
+            test,
+            options.probe_l2,
         )
         losses = {"probe": logits, "random_sae": random} | self.subject.data.once(
             f"probe baselines {rows.name}",
@@ -98,16 +113,12 @@ class Probes(Metric):
         )
         y = test.label.double()
         clustered = {
-            kind: Clustered(test.cluster, logistic.cross_entropy(losses[kind], y)) for kind in KINDS
+            predictor: Clustered(test.cluster, logistic.cross_entropy(losses[predictor], y))
+            for predictor in PREDICTORS
         }
-        prior = (
-            logistic.cross_entropy(
-                torch.tensor(logistic.log_odds(train.label)), train.label.double()
-            )
-            .mean()
-            .item()
-        )
-        gain = prior - best.losses.cpu()
+        log_odds = torch.tensor(logistic.log_odds(train.label))
+        base_rate_loss = logistic.cross_entropy(log_odds, train.label.double()).mean().item()
+        gain = base_rate_loss - best.losses.cpu()
         better = gain > self.gain
         self.gain[better], self.best_task[better] = gain[better], number
         order = best.losses.argsort()[:LISTED].tolist()
@@ -126,29 +137,36 @@ class Probes(Metric):
 
     def _training_losses(self, best: BestLatent, train: TaskRows) -> Tensor:
         options = self.subject.options
-        z = _Latents(self.subject.sae, options.probe_on, options.position).values(
-            train, best.latent
-        )
+        bank = _LatentBank(self.subject.sae, options.probe_on, options.position)
+        z = bank.values(train, best.latent)
         return logistic.cross_entropy(best.weight * z + best.bias, train.label.double())
 
     def result(self) -> Result:
-        judged, options = self.judged, self.subject.options
-        of = {kind: [each.losses[kind] for each in judged.values()] for kind in KINDS}
-        values = {
-            "probe_loss": Clustered.mean(of["probe"]),
-            "probe_loss_in_sample": Clustered.mean([each.in_sample for each in judged.values()]),
+        tasks_done, options = list(self.task_losses.values()), self.subject.options
+        losses = {
+            predictor: [task.losses[predictor] for task in tasks_done] for predictor in PREDICTORS
         }
-        values |= {f"{kind}_loss": Clustered.mean(of[kind]) for kind in KINDS if kind != "probe"}
+        values = {
+            "probe_loss": Clustered.mean(losses["probe"]),
+            "probe_loss_in_sample": Clustered.mean([task.in_sample for task in tasks_done]),
+        }
         values |= {
-            f"gain_over_{name}": Clustered.mean([a - b for a, b in zip(of[kind], of["probe"])])
-            for name, kind in (("channels", "channel"), ("random_sae", "random_sae"))
+            f"{predictor}_loss": Clustered.mean(losses[predictor])
+            for predictor in PREDICTORS
+            if predictor != "probe"
+        }
+        values |= {
+            f"gain_over_{name}": Clustered.mean(
+                [baseline - probe for baseline, probe in zip(losses[predictor], losses["probe"])]
+            )
+            for name, predictor in (("channels", "channel"), ("random_sae", "random_sae"))
         }
         notes = list(self.tasks.notes) + [
             f"{name} is left out: {why}" for name, why in self.tasks.left_out.items()
         ]
-        notes += tasks.lost(
-            self.unseen,
-            self.texts,
+        notes += tasks.describe_cuts(
+            self.cut,
+            self.n_texts,
             "texts",
             min(options.probe_tokens, self.subject.lm.context or options.probe_tokens),
             "beginning",
@@ -158,31 +176,32 @@ class Probes(Metric):
             {
                 **values,
                 "suite": self.tasks.suite,
-                "n_tasks": len(judged),
-                "tasks": {name: _shown(each) for name, each in judged.items()},
+                "n_tasks": len(tasks_done),
+                "tasks": {name: _to_dict(task) for name, task in self.task_losses.items()},
                 "notes": notes,
             },
             arrays,
         )
 
 
-def _shown(judged: TaskLosses) -> dict[str, object]:
+def _to_dict(task: TaskLosses) -> dict[str, object]:
     losses: dict[str, Value] = {
-        ("loss" if kind == "probe" else f"{kind}_loss"): Clustered.mean([each])
-        for kind, each in judged.losses.items()
+        ("loss" if predictor == "probe" else f"{predictor}_loss"): Clustered.mean([loss])
+        for predictor, loss in task.losses.items()
     }
     return {
-        "latent": judged.latent,
+        "latent": task.latent,
         **losses,
-        "loss_in_sample": Clustered.mean([judged.in_sample]),
-        **judged.facts,
+        "loss_in_sample": Clustered.mean([task.in_sample]),
+        **task.counts,
         "best_latents": [
-            {"latent": latent, "loss_in_sample": loss} for latent, loss in judged.listed
+            {"latent": latent, "loss_in_sample": loss} for latent, loss in task.best_latents
         ],
     }
 
 
-def _check(rows: TaskRows) -> None:
+def _check_counts(rows: TaskRows) -> None:
+    """Raise InputError unless both halves have enough rows of both labels."""
     for train, name in ((True, "training"), (False, "test")):
         labels = rows.label[rows.train == train]
         for label in (0, 1):
@@ -195,28 +214,29 @@ def _check(rows: TaskRows) -> None:
 
 
 def random_sae(sae: SAE, seed: int) -> SAE:
-    """Return a TopK SAE of the same size, k and b_pre whose encoder rows are random directions."""
-    made = SAE(dataclasses.replace(sae.shape, activation="topk")).to(sae.W_enc.device)
+    """Return a TopK SAE of the same size, k and b_pre with random unit vectors as encoder rows."""
+    random = SAE(dataclasses.replace(sae.shape, activation="topk")).to(sae.W_enc.device)
     directions = torch.randn(sae.W_enc.shape, generator=torch.Generator().manual_seed(seed))
-    made.W_enc.data = (directions / directions.norm(dim=1, keepdim=True)).to(sae.W_enc)
-    made.b_pre.data = sae.b_pre.data.clone()
-    return made
+    random.W_enc.data = (directions / directions.norm(dim=1, keepdim=True)).to(sae.W_enc)
+    random.b_pre.data = sae.b_pre.data.clone()
+    return random
 
 
 def baselines(train: TaskRows, test: TaskRows, position: str, l2: float) -> dict[str, Tensor]:
-    """Return test logits of what does not depend on the SAE: the best channel, a probe on all
-    dimensions, the label's share."""
-    _, channel = _probe(_Channels(position), train, test, l2)
-    x_train, x_test = (
-        _pooled(rows.x, rows, "mean" if position == "mean" else position) for rows in (train, test)
-    )
+    """Return the test logits [s] of the baselines that do not depend on the SAE.
+
+    Returns:
+        By name: the best channel, a probe on all dimensions (`dense_probe`), and the base rate
+        (`prior`).
+    """
+    _, channel = _best_probe(_ChannelBank(position), train, test, l2)
+    x_train, x_test = (_pool(rows.x, rows, position) for rows in (train, test))
     mean = x_train.mean(0)
-    scale = (
-        (x_train - mean).square().mean().sqrt().clamp_min(1e-30)
-    )  # one for all, so that directions keep their proportions
+    # One scale for all dimensions, so that directions keep their proportions.
+    scale = (x_train - mean).square().mean().sqrt().clamp_min(1e-30)
     u_train, u_test = (x_train - mean).cpu() / scale.cpu(), (x_test - mean).cpu() / scale.cpu()
     y = train.label.cpu()
-    weight, bias = logistic.fit_whole(
+    weight, bias = logistic.fit_dense(
         u_train, y, l2=logistic.choose_penalty(u_train, y, train.cluster.cpu())
     )
     dense = (u_test.double() @ weight + bias).to(channel.device)
@@ -227,42 +247,44 @@ def baselines(train: TaskRows, test: TaskRows, position: str, l2: float) -> dict
     }
 
 
-def _probe(bank: _Bank, train: TaskRows, test: TaskRows, l2: float) -> tuple[BestLatent, Tensor]:
-    """Fit a probe to each latent of a bank; return the best in training, and its logits [s] on the
-    test rows."""
+def _best_probe(
+    bank: _ProbeBank, train: TaskRows, test: TaskRows, l2: float
+) -> tuple[BestLatent, Tensor]:
+    """Fit a probe to each latent; return the best in training and its logits [s] on test rows."""
     fitted = bank.fit(train, l2)
     latent = int(fitted.loss.argmin())
     weight, bias = fitted.weight[latent], fitted.bias[latent]
-    return BestLatent(latent, weight.item(), bias.item(), fitted.loss), weight * bank.values(
-        test, latent
-    ) + bias
+    logits = weight * bank.values(test, latent) + bias
+    return BestLatent(latent, weight.item(), bias.item(), fitted.loss), logits
 
 
-# ---- what is probed ------------------------------------------------------------------------------
+# ---- inputs of probes ----------------------------------------------------------------------------
 
 
-class _Bank(Protocol):
-    """Numbers that a text or a token has one of for each latent: a probe for each, and one latent's
-    values [s] as float64."""
+class _ProbeBank(Protocol):
+    """Many scalar functions of a row (latents or channels), each the input of a probe."""
 
-    def fit(self, rows: TaskRows, l2: float) -> logistic.ProbeFit: ...
-    def values(self, rows: TaskRows, latent: int) -> Tensor: ...
+    def fit(self, rows: TaskRows, l2: float) -> logistic.ProbeFit:
+        """Fit a probe to each."""
+
+    def values(self, rows: TaskRows, latent: int) -> Tensor:
+        """Return the values [s] of one, float64."""
 
 
-class _Channels:
+class _ChannelBank:
     """The site's own channels."""
 
     def __init__(self, position: str):
         self.position = position
 
     def fit(self, rows: TaskRows, l2: float) -> logistic.ProbeFit:
-        return logistic.fit(_pooled(rows.x, rows, self.position).T.contiguous(), rows.label, l2=l2)
+        return logistic.fit(_pool(rows.x, rows, self.position).T.contiguous(), rows.label, l2=l2)
 
     def values(self, rows: TaskRows, latent: int) -> Tensor:
-        return _pooled(rows.x[:, latent : latent + 1], rows, self.position)[:, 0].double()
+        return _pool(rows.x[:, latent : latent + 1], rows, self.position)[:, 0].double()
 
 
-class _Latents:
+class _LatentBank:
     """An SAE's latents, before or after its TopK."""
 
     def __init__(self, sae: SAE, on: str, position: str):
@@ -273,7 +295,7 @@ class _Latents:
             return logistic.fit_sparse(
                 *self._entries(rows), rows.label, self.sae.shape.n_latents, l2=l2
             )
-        centred = self._centred(rows)  # once for all slices
+        centred = self._centre(rows)  # shared by all slices
         parts = (
             logistic.fit(
                 self._pre_acts(rows, centred, slice(at, at + _SLICE)),
@@ -287,32 +309,31 @@ class _Latents:
 
     def values(self, rows: TaskRows, latent: int) -> Tensor:
         if self.on == "pre_acts":
-            return self._pre_acts(rows, self._centred(rows), slice(latent, latent + 1))[0].double()
+            return self._pre_acts(rows, self._centre(rows), slice(latent, latent + 1))[0].double()
         latents, owners, values = self._entries(rows)
-        mine = latents == latent
+        chosen = latents == latent
         return torch.zeros(len(rows.label), dtype=torch.float64, device=rows.x.device).index_add(
-            0, owners[mine], values[mine].double()
+            0, owners[chosen], values[chosen].double()
         )
 
-    def _centred(self, rows: TaskRows) -> Tensor:
-        """Return x - b_pre; the mean over positions is taken of it, since pre-activations are
-        linear in it."""
+    def _centre(self, rows: TaskRows) -> Tensor:
+        """Return x - b_pre; pooled by mean already here, since pre-activations are linear in it."""
         x = self.sae.normalize(rows.x).x - self.sae.b_pre
-        return _pooled(x, rows, "mean") if self.position == "mean" else x
+        return _pool(x, rows, "mean") if self.position == "mean" else x
 
     def _pre_acts(self, rows: TaskRows, centred: Tensor, part: slice) -> Tensor:
-        """Return pre-activations [part, s]."""
+        """Return pre-activations of a slice of the latents, [part, s]."""
         z = torch.addmm(self.sae.b_enc[part, None], self.sae.W_enc[part], centred.T)
-        return _pooled(z.T, rows, "max").T.contiguous() if self.position == "max" else z
+        return _pool(z.T, rows, "max").T.contiguous() if self.position == "max" else z
 
     def _entries(self, rows: TaskRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (latent, row, value) of all activations above 0, each latent and row once."""
+        """Return latent, row and pooled value of all pairs with an activation above 0."""
         code = self.sae.encode(rows.x)
-        at, slot = (code.values > 0).nonzero(as_tuple=True)
-        key = code.indices[at, slot] * len(rows.label) + rows.owner[at]
+        act, slot = (code.values > 0).nonzero(as_tuple=True)
+        key = code.indices[act, slot] * len(rows.label) + rows.owner[act]
         keys, inverse = key.unique(return_inverse=True)
         values = torch.zeros(len(keys), device=key.device).scatter_reduce(
-            0, inverse, code.values[at, slot], "amax" if self.position == "max" else "sum"
+            0, inverse, code.values[act, slot], "amax" if self.position == "max" else "sum"
         )
         owner = keys % len(rows.label)
         if self.position == "mean":
@@ -320,9 +341,8 @@ class _Latents:
         return keys // len(rows.label), owner, values
 
 
-def _pooled(values: Tensor, rows: TaskRows, position: str) -> Tensor:
-    """Return [s, c] from values[m, c] of all activations: the last's, which is the only one, or the
-    mean or largest of each row."""
+def _pool(values: Tensor, rows: TaskRows, position: str) -> Tensor:
+    """Pool values[m, c] of activations to rows [s, c]: the only one ("last"), mean or max."""
     if position == "last":
         return values
     shape = (len(rows.label), values.shape[1])

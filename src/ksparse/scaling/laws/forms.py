@@ -1,17 +1,14 @@
-"""The forms of each law: what the loss, the tokens or the learning rate may be as a function of n,
-k, compute, the subject's size.
+"""The laws and the forms that each may have.
 
-Every form is a power, or a power and an irreducible term, whose exponents are linear in
-coefficients (`solve.Terms`):
+A law predicts a loss, a number of tokens, a learning rate or a size from n, k, compute or the LM.
+Every form is a power, with or without an irreducible term. Their exponents are linear in the
+coefficients (`solver.Terms`), logarithms are natural:
 
-    nk        L = exp(alpha + b_k log k + b_n log n + g log k log n) + exp(zeta + eta log k)     Gao
-              et al. 2024, eq. 3; natural logarithms
-    n, c      L = alpha n^beta + e           of each k, or of each LM, where the points have
-              several: the paper's L(N), L_s(N) and L(C)
-    tokens, lr, optimal    alpha n^beta, of compute alpha C^beta; beta shared by all k
-
-    forms(law, points)   the forms that a law may have, the paper's first
-    law_of(name)         columns that a law needs
+    nk                   L = exp(alpha + b_k log k + b_n log n + g log k log n)
+                             + exp(zeta + eta log k)           Gao et al. 2024, eq. 3
+    n, s, c              L = alpha n^beta + e                  the paper's L(N), L_s(N) and L(C);
+                                                               one for each k or LM, if several
+    tokens, lr, optimal  alpha n^beta, or alpha C^beta         beta shared by all k
 """
 
 from __future__ import annotations
@@ -29,10 +26,15 @@ Columns = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class LawKind:
-    """What a law says: the column it predicts from which others.
+    """Which column a law predicts from which others.
 
-    group: a column by which it may be split. cluster: a column whose equal rows are one
-    measurement, such as the points of one run's curve.
+    Attributes:
+        name: The law's name on the command line and in files.
+        title: The law's name in reports.
+        target: The column that it predicts.
+        variables: The columns that it depends on.
+        group: A column by which the law may be split.
+        cluster: A column whose equal rows are one measurement, such as the curve of one run.
     """
 
     name: str
@@ -59,8 +61,13 @@ LAWS = {
 
 @dataclass(frozen=True)
 class CoefficientSpec:
-    """One coefficient: its name, its column of the exponent, and whether it is the exponential of
-    what is fitted."""
+    """One coefficient of a form.
+
+    Attributes:
+        name: Its name in law.json.
+        column: What it multiplies in the exponent, computed from the points.
+        exponential: Whether the reported coefficient is exp of the fitted one.
+    """
 
     name: str
     column: Callable[[Columns], np.ndarray]
@@ -69,7 +76,14 @@ class CoefficientSpec:
 
 @dataclass(frozen=True)
 class Form:
-    """A form: coefficients of the first exponent and of the irreducible term's."""
+    """A form of a law.
+
+    Attributes:
+        name: Its name on the command line and in files.
+        equation: The equation, for reports.
+        amplitude: The coefficients of the power.
+        floor: The coefficients of the irreducible term; empty without one.
+    """
 
     name: str
     equation: str
@@ -78,35 +92,36 @@ class Form:
 
     @property
     def coefficients(self) -> tuple[CoefficientSpec, ...]:
+        """All coefficients, in the order of the fit."""
         return self.amplitude + self.floor
 
     def terms(self, points: Columns) -> Terms:
-        """Return the columns of both exponents at points."""
-        count = len(next(iter(points.values())))
-        first, second = (
-            np.stack([each.column(points) for each in some], 1).astype(float)
-            if some
-            else np.zeros((count, 0))
-            for some in (self.amplitude, self.floor)
+        """Return the columns of both exponents at m points, [m, p] each."""
+        m = len(next(iter(points.values())))
+        amplitude, floor = (
+            np.stack([spec.column(points) for spec in specs], 1).astype(float)
+            if specs
+            else np.zeros((m, 0))
+            for specs in (self.amplitude, self.floor)
         )
-        return Terms(first, second)
+        return Terms(amplitude, floor)
 
 
 def law_of(name: str) -> LawKind:
-    """Return a law by its name; say which there are."""
+    """Return a law by its name; raise InputError that lists the laws for an unknown one."""
     if name not in LAWS:
         raise unknown("there is no law", name, LAWS)
     return LAWS[name]
 
 
 def forms(law: str, points: Columns) -> list[Form]:
-    """Return the forms of a law for these points, the paper's first."""
+    """Return the forms that a law may have for these points, the paper's first."""
     kind = law_of(law)
     if law == "nk":
         return _joint(points)
     groups = _groups(points, kind.group)
     if law in ("tokens", "lr", "optimal"):
-        shared = _power(kind, groups, exponents="one")
+        shared = _power(kind, groups, shared_beta=True)
         return [shared, _power(kind, groups)] if len(groups) > 1 else [shared]
     return [_power(kind, groups, floor=True), _power(kind, groups)]
 
@@ -114,58 +129,51 @@ def forms(law: str, points: Columns) -> list[Form]:
 # ---- single powers -------------------------------------------------------------------------------
 
 
-def _power(kind: LawKind, groups: list, *, exponents: str = "own", floor: bool = False) -> Form:
-    """Return alpha x^beta [+ e] of each group, with exponents of their own or one for all."""
+def _power(kind: LawKind, groups: list, *, shared_beta: bool = False, floor: bool = False) -> Form:
+    """Return alpha x^beta [+ e] for each group, with a beta for each or one for all."""
     x = kind.variables[0]
-    own = [
-        (_in(kind.group, group), f"_{_label(group)}" if group is not None else "")
+    columns = [
+        (_indicator(kind.group, group), f"_{_label(group)}" if group is not None else "")
         for group in groups
     ]
-    alphas = tuple(CoefficientSpec(f"alpha{end}", inside, exponential=True) for inside, end in own)
-    betas = tuple(CoefficientSpec(f"beta{end}", _times(inside, x)) for inside, end in own)
-    if exponents == "one":
-        betas = (CoefficientSpec("beta", lambda points: np.log(points[x])),)
-    floors = (
-        tuple(CoefficientSpec(f"e{end}", inside, exponential=True) for inside, end in own)
-        if floor
-        else ()
-    )
-    left = "L" if kind.target == "loss" else kind.target
-    of = (
-        ""
-        if groups == [None]
-        else f", alpha of each {kind.group}"
-        if exponents == "one"
-        else f", of each {kind.group}"
-    )
-    return Form(
-        ("power_floor" if floor else "power")
-        + ("_each" if groups != [None] and exponents == "own" else ""),
-        f"{left} = alpha {'C' if x == 'c' else x}^beta" + (" + e" if floor else "") + of,
-        alphas + betas,
-        floors,
-    )
+    alphas: tuple[CoefficientSpec, ...] = ()
+    betas: tuple[CoefficientSpec, ...] = ()
+    floors: tuple[CoefficientSpec, ...] = ()
+    for column, suffix in columns:
+        alphas += (CoefficientSpec(f"alpha{suffix}", column, exponential=True),)
+        betas += (CoefficientSpec(f"beta{suffix}", _times_log(column, x)),)
+        floors += (CoefficientSpec(f"e{suffix}", column, exponential=True),) if floor else ()
+    if shared_beta:
+        betas = (CoefficientSpec("beta", _log(x)),)
+    name = "power_floor" if floor else "power"
+    target = "L" if kind.target == "loss" else kind.target
+    equation = f"{target} = alpha {'C' if x == 'c' else x}^beta" + (" + e" if floor else "")
+    if groups != [None]:
+        name += "" if shared_beta else "_each"
+        equation += f", {'alpha ' if shared_beta else ''}of each {kind.group}"
+    return Form(name, equation, alphas + betas, floors)
 
 
 def _groups(points: Columns, group: str | None) -> list:
-    """Return the values of the column that splits a law, or [None] where there is none."""
-    if group is None or group not in points or len(found := np.unique(points[group])) < 2:
+    """Return the values of the column that splits a law; [None] if it has fewer than two."""
+    if group is None or group not in points:
         return [None]
-    return found.tolist()
+    values = np.unique(points[group]).tolist()
+    return values if len(values) > 1 else [None]
 
 
-def _one(points: Columns) -> np.ndarray:
+def _ones(points: Columns) -> np.ndarray:
     return np.ones(len(next(iter(points.values()))))
 
 
-def _in(group: str | None, value: object) -> Callable[[Columns], np.ndarray]:
+def _indicator(group: str | None, value: object) -> Callable[[Columns], np.ndarray]:
     if group is None or value is None:
-        return _one
+        return _ones
     return lambda points: (points[group] == value).astype(float)
 
 
-def _times(inside: Callable[[Columns], np.ndarray], x: str) -> Callable[[Columns], np.ndarray]:
-    return lambda points: inside(points) * np.log(points[x])
+def _times_log(column: Callable[[Columns], np.ndarray], x: str) -> Callable[[Columns], np.ndarray]:
+    return lambda points: column(points) * np.log(points[x])
 
 
 def _label(group: object) -> str:
@@ -180,30 +188,33 @@ def _log(name: str, power: int = 1) -> Callable[[Columns], np.ndarray]:
 
 
 def _joint(points: Columns) -> list[Form]:
-    first = (
-        CoefficientSpec("alpha", _one),
+    """Return the forms of L(n, k): equation 3, bent in k, with an alpha for each k, and L(n)."""
+    amplitude = (
+        CoefficientSpec("alpha", _ones),
         CoefficientSpec("b_k", _log("k")),
         CoefficientSpec("b_n", _log("n")),
         CoefficientSpec("g", lambda points: np.log(points["k"]) * np.log(points["n"])),
     )
-    floor = (CoefficientSpec("zeta", _one), CoefficientSpec("eta", _log("k")))
+    floor = (CoefficientSpec("zeta", _ones), CoefficientSpec("eta", _log("k")))
     bend = CoefficientSpec("q", _log("k", 2))
-    power, rest = "exp(alpha + b_k log k + b_n log n + g log k log n)", "exp(zeta + eta log k)"
+    power = "exp(alpha + b_k log k + b_n log n + g log k log n)"
+    irreducible = "exp(zeta + eta log k)"
     bent = power[:-1] + " + q log^2 k)"
-    own = tuple(
-        CoefficientSpec(f"alpha_{_label(k)}", _in("k", k)) for k in np.unique(points["k"]).tolist()
+    alphas = tuple(
+        CoefficientSpec(f"alpha_{_label(k)}", _indicator("k", k))
+        for k in np.unique(points["k"]).tolist()
     )
     kind = LAWS["n"]
     groups = _groups(points, "k")
     return [
-        Form("eq3", f"L = {power} + {rest}", first, floor),
-        Form("eq3_no_floor", f"L = {power}", first),
-        Form("eq3_bent", f"L = {bent} + {rest}", (*first, bend), floor),
-        Form("eq3_bent_no_floor", f"L = {bent}", (*first, bend)),
+        Form("eq3", f"L = {power} + {irreducible}", amplitude, floor),
+        Form("eq3_no_floor", f"L = {power}", amplitude),
+        Form("eq3_bent", f"L = {bent} + {irreducible}", (*amplitude, bend), floor),
+        Form("eq3_bent_no_floor", f"L = {bent}", (*amplitude, bend)),
         Form(
             "eq3_free",
-            f"L = exp(alpha_k + b_n log n + g log k log n) + {rest}, alpha_k of each k",
-            (*own, *first[2:]),
+            f"L = exp(alpha_k + b_n log n + g log k log n) + {irreducible}, alpha_k of each k",
+            (*alphas, *amplitude[2:]),
             floor,
         ),
         _power(kind, groups, floor=True),

@@ -1,11 +1,8 @@
-"""Points of a law out of CSV files: read, checked, and the runs of a sweep put together cell by
-cell.
+"""Read the points of laws from CSV files, merge seeds, and keep the best learning rates.
 
-read(file, needed)     columns of a CSV as arrays; what cannot be a point is refused with its line
-cells(points, by)      rows that differ only by seed become one, with their geometric mean and their
-                       count
-best_lr(rows, by)      of the runs of each cell that differ in learning rate, those of the lowest
-                       loss
+read(file, needed)       columns of a CSV as arrays; a bad row is reported with its line
+to_cells(kind, points)   rows that differ only by seed become one: geometric mean and count
+best_lr(rows, by)        in each group, the rows of the learning rate with the lowest loss
 """
 
 from __future__ import annotations
@@ -23,16 +20,20 @@ from ksparse.errors import InputError, unknown
 from ksparse.scaling.laws.forms import Columns, LawKind
 
 WORDS = ("run", "activation", "lm", "converged")
-"""Columns that are words; all others are numbers."""
+"""Columns that hold text; all others hold numbers."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Points to fit: their variables, the target's value, and how many rows each stands for.
+    """The m points to fit.
 
-    weight: how much each counts; they sum to the number of independent measurements. cluster: rows
-    of one measurement have one number.
-    seed_scatter: standard deviation of the logarithm among rows of one point.
+    Attributes:
+        columns: The variables by name, [m] each.
+        value: The target [m].
+        count: How many rows each point stands for, [m].
+        weight: How much each point counts, [m]; the sum is the number of independent measurements.
+        cluster: The number of the measurement that each point belongs to, [m].
+        seed_scatter: The standard deviation of the target's logarithm among rows of one point.
     """
 
     columns: dict[str, np.ndarray]
@@ -49,12 +50,17 @@ class Cells:
 def read(
     file: Path | str, needed: Sequence[str], *, positive: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Return the columns of a CSV, words as str and numbers as float64, an empty cell as NaN; raise
-    InputError where a needed one is missing.
+    """Read the columns of a CSV: text as str, numbers as float64, an empty cell as NaN.
 
-    positive: columns whose every number must be finite and above 0.
+    Args:
+        file: The CSV file, with a header.
+        needed: Columns that must be there.
+        positive: Columns whose every number must be finite and above 0.
+
+    Raises:
+        InputError: The file cannot be read, a column is missing, or a cell is not a usable number.
     """
-    header, rows = _rows(Path(file))
+    header, rows = _read_rows(Path(file))
     missing = [name for name in needed if name not in header]
     if missing:
         header_list = f"its columns are {', '.join(header)}"
@@ -64,33 +70,33 @@ def read(
         raise InputError(
             f"{file} has a header and no rows; each row is one point with {', '.join(needed)}"
         )
-    found = {}
-    for at, name in enumerate(header):
-        cells = [row[at].strip() for _, row in rows]
-        found[name] = (
-            np.array(cells)
-            if name in WORDS
-            else np.array(
+    columns = {}
+    for index, name in enumerate(header):
+        texts = [row[index].strip() for _, row in rows]
+        if name in WORDS:
+            columns[name] = np.array(texts)
+        else:
+            lines = [line for line, _ in rows]
+            columns[name] = np.array(
                 [
-                    _number(file, line, name, cell, name in needed)
-                    for (line, _), cell in zip(rows, cells)
+                    _parse_number(file, line, name, text, name in needed)
+                    for line, text in zip(lines, texts)
                 ]
             )
-        )
     for name in positive:
-        wrong = np.flatnonzero(~(np.isfinite(found[name]) & (found[name] > 0)))
-        if len(wrong):
-            line, row = rows[wrong[0]]
+        unusable = np.flatnonzero(~(np.isfinite(columns[name]) & (columns[name] > 0)))
+        if len(unusable):
+            line, row = rows[unusable[0]]
             raise InputError(
                 f"{file} line {line}: {name} is {row[header.index(name)].strip() or 'empty'}; laws "
-                "are fitted to logarithms, so it must be a "
-                f"number above 0. Correct the row or take it out"
+                "are fitted to logarithms, so it must be a number above 0. Correct the row or "
+                "remove it"
             )
-    return found
+    return columns
 
 
-def _rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the header and (line, cells) of each row that is not empty."""
+def _read_rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the header, and (line number, cells) of each row that is not empty."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -106,7 +112,7 @@ def _rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     header = [cell.strip() for cell in lines[0][1]]
     if len(set(header)) < len(header):
         raise InputError(
-            f"{file} names a column twice: {', '.join(header)}; give each a name of its own"
+            f"{file} names a column twice: {', '.join(header)}; give each its own name"
         )
     for line, row in lines[1:]:
         if len(row) != len(header):
@@ -117,21 +123,20 @@ def _rows(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return header, lines[1:]
 
 
-def _number(file: Path | str, line: int, name: str, cell: str, needed: bool) -> float:
+def _parse_number(file: Path | str, line: int, name: str, text: str, needed: bool) -> float:
     try:
-        return float(cell) if cell else math.nan
+        return float(text) if text else math.nan
     except ValueError:
         if not needed:
-            return math.nan  # a column that no law reads
-        raise InputError(f"{file} line {line}: {name} is {cell!r}, which is not a number") from None
+            return math.nan  # no law reads this column
+        raise InputError(f"{file} line {line}: {name} is {text!r}, which is not a number") from None
 
 
-def cells(kind: LawKind, points: Columns) -> Cells:
-    """Return one point for each value of the law's variables: the geometric mean of its rows, which
-    then differ by seed alone.
+def to_cells(kind: LawKind, points: Columns) -> Cells:
+    """Merge rows that agree in a law's variables, and so differ by seed alone.
 
-    Of a law with clusters each row is a point, and the rows of a cluster weigh together as much as
-    one.
+    A point's value is the geometric mean of its rows. For a law with clusters each row is a point,
+    and the rows of one cluster together weigh as much as one point.
     """
     by = [name for name in (*kind.variables, kind.group) if name is not None and name in points]
     logs = np.log(np.asarray(points[kind.target], float))
@@ -144,14 +149,14 @@ def cells(kind: LawKind, points: Columns) -> Cells:
             1 / sizes[cluster],
             cluster,
         )
-    key = np.array([_rank(points[name]) for name in by]).T
-    _, first, place, count = np.unique(
-        key, axis=0, return_index=True, return_inverse=True, return_counts=True
+    keys = np.array([_ranks(points[name]) for name in by]).T
+    _, first, cell, count = np.unique(
+        keys, axis=0, return_index=True, return_inverse=True, return_counts=True
     )
-    place = place.reshape(-1)
-    mean = np.bincount(place, logs) / count
-    spare = int((count - 1).sum())
-    scatter = math.sqrt(float(((logs - mean[place]) ** 2).sum()) / spare) if spare else None
+    cell = cell.reshape(-1)
+    mean = np.bincount(cell, logs) / count
+    freedom = int((count - 1).sum())
+    scatter = math.sqrt(float(((logs - mean[cell]) ** 2).sum()) / freedom) if freedom else None
     return Cells(
         {name: np.asarray(points[name])[first] for name in by},
         np.exp(mean),
@@ -163,29 +168,30 @@ def cells(kind: LawKind, points: Columns) -> Cells:
 
 
 def best_lr(rows: Columns, by: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the rows of each group `by` with the learning rate that has the lowest loss (geometric
-    mean over its rows)."""
+    """Keep, in each group of equal `by`, the rows of the best learning rate.
+
+    Best is the lowest geometric mean of the loss over a rate's rows.
+    """
     if "lr" not in rows:
         return dict(rows)
-    group, rate = _number_of(rows, by), _number_of(rows, [*by, "lr"])
+    group, rate = _group_numbers(rows, by), _group_numbers(rows, [*by, "lr"])
     mean = np.bincount(rate, np.log(rows["loss"])) / np.bincount(rate)
-    least = np.full(group.max() + 1, np.inf)
-    np.minimum.at(least, group, mean[rate])
-    return take(rows, mean[rate] <= least[group])
+    lowest = np.full(group.max() + 1, np.inf)
+    np.minimum.at(lowest, group, mean[rate])
+    return take(rows, mean[rate] <= lowest[group])
 
 
 def take(rows: Columns, chosen: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the chosen rows of every column."""
+    """Return the chosen rows (a mask or indices) of every column."""
     return {name: column[chosen] for name, column in rows.items()}
 
 
-def _number_of(rows: Columns, by: Sequence[str]) -> np.ndarray:
-    """Return for each row the number of its group of equal values in the columns `by`."""
-    return np.unique(np.array([_rank(rows[name]) for name in by]).T, axis=0, return_inverse=True)[
-        1
-    ].reshape(-1)
+def _group_numbers(rows: Columns, by: Sequence[str]) -> np.ndarray:
+    """Number the groups of rows that agree in the columns `by`; return each row's number."""
+    keys = np.array([_ranks(rows[name]) for name in by]).T
+    return np.unique(keys, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _rank(column: Any) -> np.ndarray:
-    """Return the rank of each value, so that words and numbers can be sorted together."""
+def _ranks(column: Any) -> np.ndarray:
+    """Return the rank of each value, so that text and numbers can be sorted together."""
     return np.unique(np.asarray(column), return_inverse=True)[1].reshape(-1)

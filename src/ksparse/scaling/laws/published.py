@@ -1,5 +1,8 @@
-"""Points of Gao et al. 2024, read off the figures, and the coefficients printed beside them: to
-compare with one's own, and to test fits on."""
+"""Reference numbers of Gao et al. 2024: points read off the figures and printed coefficients.
+
+Nothing in the package depends on them. The tests fit the laws to these points, and `bench/laws.py`
+compares the fits with the printed coefficients, so this file is the record of the paper's numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ EQ3 = {"alpha": -0.50, "b_k": 0.26, "b_n": -0.017, "g": -0.042, "zeta": -1.32, "
 L_OF_C = {"alpha": 0.056, "beta": -0.084, "e": 0.09}
 
 GAUSSIAN = {"alpha": 1.03, "beta": -0.04, "e": 0.0}
-"""Printed coefficients: equation 3 (GPT-4), L(C) with C as a share of GPT-4's training (figure 1),
-L(N) of Gaussian data (figure 31)."""
+"""Printed coefficients: `EQ3` of equation 3 (GPT-4), `L_OF_C` with C as a share of GPT-4's training
+compute (figure 1), `GAUSSIAN` of L(N) on Gaussian data (figure 31)."""
 
 _GPT4 = {
     32: ".6265 .5874 .5473 .5084 .4760 .4418 .4188 .3933 .3780",
@@ -40,17 +43,17 @@ def _points(table: dict[int, str], step: int) -> dict[str, np.ndarray]:
 
 
 def gpt4() -> dict[str, np.ndarray]:
-    """Return n, k, loss of the 45 GPT-4 autoencoders."""
+    """Return n, k and loss of the 45 GPT-4 autoencoders."""
     return _points(_GPT4, 1)
 
 
 def gpt2() -> dict[str, np.ndarray]:
-    """Return n, k, loss of the 25 GPT-2 autoencoders."""
+    """Return n, k and loss of the 25 GPT-2 autoencoders."""
     return _points(_GPT2, 2)
 
 
 def eq3(c: Mapping[str, float], n: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Return L(n, k) of equation 3, written out."""
+    """Return L(n, k) of equation 3 with coefficients c."""
     return np.exp(
         c["alpha"] + c["b_k"] * np.log(k) + c["b_n"] * np.log(n) + c["g"] * np.log(k) * np.log(n)
     ) + np.exp(c["zeta"] + c["eta"] * np.log(k))

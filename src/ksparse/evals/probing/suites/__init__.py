@@ -1,17 +1,11 @@
 """Suites of labelled texts, on which probes are fitted. Plain Python: no torch.
 
-folder     a suite on disk: TASK.jsonl or TASK.jsonl.gz, rows {"text", "label": 0 | 1}      read,
-           write, TextTask
-sources    where rows come from: a data set on the Hugging Face Hub, or a folder in its place
-           Source, Part, opened
-templates  a row of a data set -> texts with their label                                       one
-    function a data set
-sample     which of them are taken: balanced, by a hash, whatever their order
-           Pair, Sample
-paper      the 61 tasks of Gao et al. 2024, table 1
-           TASKS, Task, table
-builder    the tasks -> a folder
-           build, Report
+folder      a suite on disk: TASK.jsonl or TASK.jsonl.gz with rows {"text", "label": 0 | 1}
+sources     where rows come from: a data set on the Hugging Face Hub, or a local folder
+templates   a row of a data set -> labelled texts, one function for each data set
+sample      which texts are taken: balanced, chosen by a hash, whatever their order
+paper       the 61 tasks of Gao et al. 2024, table 1
+builder     builds the tasks into a folder
 """
 
 from ksparse.evals.probing.suites.builder import Report, Step, build

@@ -1,14 +1,16 @@
-"""The paper's tasks -> a folder of them: build().
+"""Build the paper's tasks into a folder.
 
-Tasks of one source are made from one reading of it. A source that fails is written down with its
-reason and never stops the rest. A finished task is kept when the same command is run again;
-index.json says how each was made:
+Tasks with the same source are made in one pass over it. A source that fails is recorded with the
+reason and does not stop the others. A finished task is kept when the command runs again. index.json
+says how each task was made:
+
     {"format": 1,
-     "tasks": {TASK: {rows, positive, source, revision, licence, template, label, position, seed,
-     sha256, settings}},
+     "tasks": {TASK: {rows, positive, source, revision, licence, template, label, position,
+                      seed, sha256, settings}},
      "failed": {TASK: reason}}
-settings is a sum over everything that decides what is in the file; a task whose settings differ is
-made again.
+
+`settings` is a hash of everything that decides the content of the file; a task whose settings
+differ is made again.
 """
 
 from __future__ import annotations
@@ -21,28 +23,33 @@ from typing import Any, NamedTuple
 from ksparse.errors import DiskError, InputError, unknown
 from ksparse.evals.probing.suites import folder as suite
 from ksparse.evals.probing.suites.paper import POSITION, ROWS, TASKS, TEXT, PaperTask
-from ksparse.evals.probing.suites.sample import Pair, TaskSample
+from ksparse.evals.probing.suites.sample import LabelledText, TaskSample
 from ksparse.evals.probing.suites.sources import (
     DatasetPart,
     DatasetSource,
     check_hub,
-    in_short,
     is_local,
-    opened,
+    one_line,
+    open_source,
 )
-from ksparse.evals.probing.suites.templates import Blank
+from ksparse.evals.probing.suites.templates import MissingValue
 from ksparse.storage.atomic import remove_leftovers, sha256
 from ksparse.storage.jsonio import digest, read_json, write_json
 
 INDEX = "index.json"
-DOCUMENTS = 200_000  # of running text: 'prime factors' and 'second derivative' are rare
+DOCUMENTS = 200_000  # of running text; 'prime factors' and 'second derivative' are rare
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Step:
-    """What has just happened: `state` is reading (of a source), made, kept or failed; `words` says
-    more."""
+    """Progress of a build.
+
+    Attributes:
+        name: The task, or the source being read.
+        state: "reading", "made", "kept" or "failed".
+        words: Details.
+    """
 
     name: str
     state: str
@@ -51,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the tasks that were asked for; failed = {task: reason}."""
+    """The outcome of a build: tasks made now, kept from before, and failed with the reason."""
 
     folder: Path
     made: tuple[str, ...]
@@ -61,7 +68,7 @@ class Report:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What is the same for every task of a build."""
+    """Options that all tasks of a build share."""
 
     folder: Path
     rows: int
@@ -71,10 +78,10 @@ class BuildPlan:
     local: Path | None
 
 
-class Drawn(NamedTuple):
-    """The rows of a task and where they are from."""
+class DrawnTask(NamedTuple):
+    """The rows of a task, and the source and revision they come from."""
 
-    pairs: list[Pair]
+    texts: list[LabelledText]
     source: DatasetSource
     revision: str
 
@@ -93,53 +100,55 @@ def build(
     only: Sequence[str] = (),
     observe: Observe = lambda step: None,
 ) -> Report:
-    """Make every task of the paper that can be made, as a suite in `folder`.
+    """Build every task of the paper that can be built, as a suite in a folder.
 
-    text: running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or
-    'OWNER/NAME:CONFIG') with a column 'text', or a file or folder here; `documents` of it are read.
-    local: folders that stand in for data sets of the Hub (see `sources`). only: these
-    tasks.
+    Args:
+        folder: The suite's folder; tasks that are finished there are kept.
+        rows: Rows of each task, half of each label.
+        seed: Seed of the choice of rows.
+        text: Running text for base64 and phrase_*: a data set of the Hub ('OWNER/NAME' or
+            'OWNER/NAME:CONFIG') with a column 'text', or a local file or folder.
+        documents: How many documents of `text` to read.
+        local: A folder of local copies of data sets of the Hub (see `sources`).
+        only: Names of the tasks to build; all by default.
+        observe: Called with each step.
+
+    Raises:
+        InputError: An option is not usable, a task is unknown, or nothing can be read at all.
     """
     plan = BuildPlan(Path(folder), rows, seed, text, documents, Path(local) if local else None)
-    asked = _asked(only)
-    _check(plan)
-    index = _index(plan.folder)
+    tasks = _select_tasks(only)
+    _check_plan(plan)
+    index = _read_index(plan.folder)
     remove_leftovers(plan.folder)
-    kept = [task for task in asked if _is_finished(task, plan, index)]
-    pending = [task for task in asked if task not in kept]
+    kept = [task for task in tasks if _is_finished(task, plan, index)]
+    pending = [task for task in tasks if task not in kept]
     for task in kept:
         index["failed"].pop(task.name, None)
         observe(Step(task.name, "kept"))
     _check_reachable(pending, plan)
     made: list[str] = []
     failed: dict[str, str] = {}
-    for sources, tasks in _families(pending, plan).items():
-        for task, result in _make(tasks, sources, plan, observe):
-            reason = _written(task, result, plan, index)
+    for sources, family in _group_by_sources(pending, plan).items():
+        for task, result in _make(family, sources, plan, observe):
+            reason = _write_task(task, result, plan, index)
             if reason is not None:
                 failed[task.name] = index["failed"][task.name] = reason
+                step = Step(task.name, "failed", reason)
             else:
                 index["failed"].pop(task.name, None)
                 made.append(task.name)
+                step = Step(task.name, "made", f"{index['tasks'][task.name]['rows']:,} rows")
             write_json(plan.folder / INDEX, index)
-            observe(
-                Step(
-                    task.name,
-                    *(
-                        ("failed", reason)
-                        if reason is not None
-                        else ("made", f"{index['tasks'][task.name]['rows']:,} rows")
-                    ),
-                )
-            )
+            observe(step)
     write_json(plan.folder / INDEX, index)
     return Report(plan.folder, tuple(made), tuple(task.name for task in kept), failed)
 
 
-# ---- what is asked for ---------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
-def _asked(only: Sequence[str]) -> list[PaperTask]:
+def _select_tasks(only: Sequence[str]) -> list[PaperTask]:
     names = [task.name for task in TASKS]
     for name in only:
         if name not in names:
@@ -147,11 +156,11 @@ def _asked(only: Sequence[str]) -> list[PaperTask]:
     return [task for task in TASKS if not only or task.name in only]
 
 
-def _check(plan: BuildPlan) -> None:
-    least = 2 * suite.LEAST
-    if plan.rows < least or plan.rows % 2:
+def _check_plan(plan: BuildPlan) -> None:
+    minimum = 2 * suite.LEAST
+    if plan.rows < minimum or plan.rows % 2:
         raise InputError(
-            f"{plan.rows} rows a task; expected an even number of at least {least}, half of them "
+            f"{plan.rows} rows a task; expected an even number of at least {minimum}, half of them "
             "of each label"
         )
     if plan.documents < 1:
@@ -159,13 +168,13 @@ def _check(plan: BuildPlan) -> None:
     if plan.local is not None and not plan.local.is_dir():
         raise InputError(
             f"the folder {plan.local} does not exist; expected folders OWNER__NAME in it that "
-            "stand in for data sets"
+            "replace data sets"
         )
     if plan.folder.exists() and not plan.folder.is_dir():
         raise InputError(f"{plan.folder} is not a folder; give one for the suite")
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         return {"format": FORMAT, "tasks": {}, "failed": {}}
     index = read_json(folder / INDEX)
@@ -176,18 +185,17 @@ def _index(folder: Path) -> dict[str, Any]:
         or not all(isinstance(entry, dict) for entry in index["tasks"].values())
     ):
         raise InputError(
-            f"{folder / INDEX} is not one that this version of ksparse wrote; give a new folder "
+            f"{folder / INDEX} was not written by this version of ksparse; give a new folder "
             "for the suite"
         )
     return index
 
 
 def _settings(task: PaperTask, plan: BuildPlan) -> str:
-    """Return a sum over what decides which rows a task gets; a local copy counts as the data set it
-    stands in for."""
+    """Return a hash of what decides a task's rows; a local copy counts as its data set."""
     text = () if task.sources else (plan.text, plan.documents)
     sources = [(str(source), source.splits, source.revision) for source in task.sources]
-    return digest([FORMAT, task.words, task.positive, sources, text, plan.rows, plan.seed])
+    return digest([FORMAT, task.description, task.positive, sources, text, plan.rows, plan.seed])
 
 
 def _is_finished(task: PaperTask, plan: BuildPlan, index: dict[str, Any]) -> bool:
@@ -200,7 +208,7 @@ def _is_finished(task: PaperTask, plan: BuildPlan, index: dict[str, Any]) -> boo
 
 
 def _sources(task: PaperTask, plan: BuildPlan) -> tuple[DatasetSource, ...]:
-    """Return what to try, in order: what is here before what must be fetched."""
+    """Return the sources to try, in order, local ones first."""
     sources = task.sources or (_text_source(plan.text),)
     return tuple(sorted(sources, key=lambda source: not is_local(source, plan.local)))
 
@@ -223,8 +231,7 @@ def _text_source(text: str) -> DatasetSource:
 
 
 def _check_reachable(tasks: list[PaperTask], plan: BuildPlan) -> None:
-    """Raise InputError at once if everything needs the Hub and its package is missing, instead of
-    failing 61 times."""
+    """Raise InputError if all tasks need the Hub and its package is missing, not 61 failures."""
     sources = [source for task in tasks for source in _sources(task, plan)]
     if (
         sources
@@ -234,14 +241,14 @@ def _check_reachable(tasks: list[PaperTask], plan: BuildPlan) -> None:
         check_hub()
 
 
-def _families(
+def _group_by_sources(
     tasks: list[PaperTask], plan: BuildPlan
 ) -> dict[tuple[DatasetSource, ...], list[PaperTask]]:
-    """Group tasks by their sources, so that each is read once."""
-    families: dict[tuple[DatasetSource, ...], list[PaperTask]] = {}
+    """Group tasks by their sources, so that each source is read once."""
+    groups: dict[tuple[DatasetSource, ...], list[PaperTask]] = {}
     for task in tasks:
-        families.setdefault(_sources(task, plan), []).append(task)
-    return families
+        groups.setdefault(_sources(task, plan), []).append(task)
+    return groups
 
 
 # ---- making --------------------------------------------------------------------------------------
@@ -249,19 +256,18 @@ def _families(
 
 def _make(
     tasks: list[PaperTask], sources: tuple[DatasetSource, ...], plan: BuildPlan, observe: Observe
-) -> Iterator[tuple[PaperTask, Drawn | str]]:
-    """Yield each task with its rows, from the first source that has them, or with the reason why
-    none has."""
+) -> Iterator[tuple[PaperTask, DrawnTask | str]]:
+    """Yield each task with its rows from the first source that works, or why none did."""
     reasons: dict[str, list[str]] = {task.name: [] for task in tasks}
-    missing = list(tasks)
+    pending = list(tasks)
     for source in sources:
-        if not missing:
+        if not pending:
             return
         observe(Step(str(source), "reading"))
-        results = _draw(missing, source, plan)
-        for task in missing:
+        results = _draw(pending, source, plan)
+        for task in pending:
             result = results[task.name]
-            if isinstance(result, Drawn):
+            if isinstance(result, DrawnTask):
                 yield task, result
             else:
                 reasons[task.name].append(
@@ -269,64 +275,68 @@ def _make(
                     if result.startswith(source.repo) or source.by_hand
                     else f"{source.repo}: {result}"
                 )
-        missing = [task for task in missing if not isinstance(results[task.name], Drawn)]
-    for task in missing:
+        pending = [task for task in pending if not isinstance(results[task.name], DrawnTask)]
+    for task in pending:
         yield task, "; ".join(dict.fromkeys(reasons[task.name]))
 
 
-def _draw(tasks: list[PaperTask], source: DatasetSource, plan: BuildPlan) -> dict[str, Drawn | str]:
-    """Read a source once for all of its tasks; a row that a template cannot read makes the source
-    unfit for that task."""
+def _draw(
+    tasks: list[PaperTask], source: DatasetSource, plan: BuildPlan
+) -> dict[str, DrawnTask | str]:
+    """Read a source once for all of its tasks.
+
+    A row that a task's template cannot read fails the source for that task.
+    """
     samples = {task.name: TaskSample(task.name, plan.rows, plan.seed) for task in tasks}
-    results: dict[str, Drawn | str] = {}
+    results: dict[str, DrawnTask | str] = {}
     limit = max(20_000, 20 * plan.rows) if tasks[0].sources else plan.documents
     try:
-        revision, rows = opened(source, plan.local, limit)
+        revision, rows = open_source(source, plan.local, limit)
         for config, row in rows:
             for task in tasks:
                 if task.name not in results:
                     try:
                         samples[task.name].add(task.template(config, row))
-                    except Blank:
+                    except MissingValue:
                         pass
-                    except Exception as error:  # a data set may hold anything
-                        results[task.name] = in_short(error)
+                    except Exception as error:  # a data set can hold anything
+                        results[task.name] = one_line(error)
             if len(results) == len(tasks):
                 break
     except DiskError:
         raise
     except Exception as error:  # a broken connection, a damaged file
-        return {task.name: results.get(task.name, in_short(error)) for task in tasks}
+        return {task.name: results.get(task.name, one_line(error)) for task in tasks}
     for task in tasks:
         if task.name not in results:
             try:
-                results[task.name] = Drawn(samples[task.name].draw(), source, revision)
+                results[task.name] = DrawnTask(samples[task.name].draw(), source, revision)
             except InputError as error:
                 results[task.name] = f"{error} (read up to {limit:,} rows)"
     return results
 
 
-def _written(
-    task: PaperTask, result: Drawn | str, plan: BuildPlan, index: dict[str, Any]
+def _write_task(
+    task: PaperTask, result: DrawnTask | str, plan: BuildPlan, index: dict[str, Any]
 ) -> str | None:
-    """Write a task and its entry; return why not, if not."""
+    """Write a task and add it to the index; return the reason if it failed."""
     if isinstance(result, str):
         return result
     try:
         path = suite.write(
             plan.folder,
             task.name,
-            ({"text": pair.text, "label": pair.label} for pair in result.pairs),
+            ({"text": row.text, "label": row.label} for row in result.texts),
         )
     except InputError as error:
         return str(error)
     index["tasks"][task.name] = {
-        "rows": len(result.pairs),
-        "positive": sum(pair.label for pair in result.pairs),
+        "rows": len(result.texts),
+        "positive": sum(row.label for row in result.texts),
         "source": str(result.source),
         "revision": result.revision,
         "licence": task.licence if task.sources else f"that of {plan.text}",
-        "template": task.words,
+        "template": task.description,
         "label": f"1: {task.positive}",
         "position": POSITION,
         "seed": plan.seed,

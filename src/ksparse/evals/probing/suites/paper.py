@@ -1,9 +1,8 @@
-"""The 61 tasks of Gao et al. 2024 (section 4.2, table 1), with a public source and a template for
-each.
+"""The 61 tasks of Gao et al. 2024 (section 4.2, table 1), each with a public source and a template.
 
 The paper gives names and citations. Templates, labels, balance, splits, sizes and the probed token
-are choices of ours, and docs/probes.md says so; its table is made by table(). Of sources whose
-place on the Hub has changed or may change, several are tried in order.
+are our choices; docs/probes.md says so, with a table made by `table`. Where a source has moved on
+the Hub, or may move, several are tried in order.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from ksparse.evals.probing.suites import templates
 from ksparse.evals.probing.suites.sources import DatasetPart, DatasetSource
 from ksparse.evals.probing.suites.templates import Template
 
-ROWS = 1000  # the paper does not say
+ROWS = 1000  # not stated in the paper
 POSITION = "last"  # the token to probe: every template ends where the answer is known
 TEXT = "monology/pile-uncopyrighted"
 OCCUPATIONS = ("journalist", "athlete", "actor", "politician", "singer", "researcher")
@@ -62,16 +61,25 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class PaperTask:
-    """One task: `sources` are tried in order (none: running text); `words` and `positive` say what
-    the text and label 1 are."""
+    """One task of the paper.
+
+    Attributes:
+        name: The paper's name.
+        sources: Data sets to try in order; none for running text.
+        template: Makes texts from a row.
+        description: What the texts are.
+        positive: What label 1 means.
+        licence: The licence of the data.
+        fewer: Why there are fewer rows than requested.
+    """
 
     name: str
     sources: tuple[DatasetSource, ...]
     template: Template
-    words: str
+    description: str
     positive: str
     licence: str
-    fewer: str = ""  # why there are fewer rows than asked for
+    fewer: str = ""
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -382,7 +390,7 @@ TASKS: tuple[PaperTask, ...] = (
 
 
 def table() -> str:
-    """Return the tasks as a Markdown table."""
+    """Return the tasks as the Markdown table of docs/probes.md."""
     head = (
         "| task | source, tried in order | split | licence | text | label 1 | balance | token | "
         "rows |"
@@ -395,7 +403,7 @@ def table() -> str:
         rows = f"at most {ROWS:,} ({task.fewer})" if task.fewer else f"{ROWS:,}"
         split = task.sources[0].splits if task.sources else "train"
         lines.append(
-            f"| {task.name} | {sources} | {split} | {task.licence} | {task.words} | "
+            f"| {task.name} | {sources} | {split} | {task.licence} | {task.description} | "
             f"{task.positive} | 50/50 | {POSITION} | {rows} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,12 +1,14 @@
-"""Where rows come from: a data set on the Hugging Face Hub, or a folder that stands in its place.
+"""Where rows come from: a data set on the Hugging Face Hub, or a local folder in its place.
 
-LOCAL/OWNER__NAME/ replaces the data set OWNER/NAME. In it, the rows of a configuration and a split
-are in
-    CONFIG.SPLIT.EXT, CONFIG/SPLIT.EXT          with a configuration
-    SPLIT.EXT, data/SPLIT.EXT                   without one
-or in several such files, SPLIT-00000-of-00002.EXT …; EXT is jsonl, jsonl.gz, csv, tsv or parquet.
+LOCAL/OWNER__NAME/ replaces the data set OWNER/NAME. The rows of a configuration and split are in
 
-On the Hub, the repository is read first as it is, then as the Hub's own conversion to parquet
+    CONFIG.SPLIT.EXT or CONFIG/SPLIT.EXT   with a configuration
+    SPLIT.EXT or data/SPLIT.EXT            without one
+
+or in several such files, SPLIT-00000-of-00002.EXT and so on. EXT is jsonl, jsonl.gz, csv, tsv or
+parquet.
+
+On the Hub the repository is read as it is; if that fails, from the Hub's own conversion to parquet
 (branch refs/convert/parquet), because many of these repositories hold a script, which `datasets` no
 longer runs. Code from a repository is never run.
 """
@@ -30,7 +32,7 @@ _PURPOSE = "reading data sets of the Hugging Face Hub"
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """One configuration ('': the only one) and split of a data set."""
+    """One configuration ("" for the only one) and split of a data set."""
 
     config: str = ""
     split: str = "train"
@@ -38,11 +40,15 @@ class DatasetPart:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set: all of its `parts` are read, a same number of rows from each.
+    """A data set and what to read of it.
 
-    converted: the folder of its only configuration on the branch refs/convert/parquet.
-    by_hand: how to get it where the Hub does not have it; {place} is where to put it.
-    path: read this file or folder, whatever its layout.
+    Attributes:
+        repo: The repository OWNER/NAME.
+        parts: The parts to read, the same number of rows from each.
+        revision: The branch or commit.
+        converted: The folder of its only configuration on the branch refs/convert/parquet.
+        by_hand: How to get data that the Hub does not have; {place} is where to put it.
+        path: A file or folder to read instead, whatever its layout.
     """
 
     repo: str
@@ -58,69 +64,77 @@ class DatasetSource:
 
     @property
     def splits(self) -> str:
-        """Return the names of the splits that are read."""
+        """The names of the splits that are read."""
         return " and ".join(dict.fromkeys(part.split for part in self.parts))
 
 
-class Opened(NamedTuple):
-    """A source that can be read: the commit (or 'local'), and (configuration, row) after row."""
+class OpenSource(NamedTuple):
+    """A source being read: its commit (or 'local'), and an iterator over (configuration, row)."""
 
     revision: str
     rows: Iterator[tuple[str, dict[str, Any]]]
 
 
-def opened(source: DatasetSource, local: Path | None, limit: int) -> Opened:
-    """Open a source, here or on the Hub, and read at most `limit` rows of it; raise InputError if
-    it cannot be read."""
-    each = max(1, limit // len(source.parts))
+def open_source(source: DatasetSource, local: Path | None, limit: int) -> OpenSource:
+    """Open a source for reading.
+
+    Args:
+        source: The data set.
+        local: A folder with local copies of data sets, preferred to the Hub.
+        limit: The most rows to read in all, spread equally over the source's parts.
+
+    Raises:
+        InputError: The source cannot be read.
+    """
+    per_part = max(1, limit // len(source.parts))
     if is_local(source, local):
-        parts = [(part.config, _local(source, part, local)) for part in source.parts]
-        return Opened("local", _joined(parts, each))
+        parts = [(part.config, _read_local(source, part, local)) for part in source.parts]
+        return OpenSource("local", _chain_parts(parts, per_part))
     if source.by_hand:
         raise InputError(source.by_hand.format(place=folder_of(source, local)))
-    return _hub(source, each)
+    return _open_on_hub(source, per_part)
 
 
 def is_local(source: DatasetSource, local: Path | None) -> bool:
-    """Return whether a folder stands in for the data set."""
+    """Return whether the data set is read from a local file or folder."""
     return bool(source.path) or (local is not None and folder_of(source, local).is_dir())
 
 
 def folder_of(source: DatasetSource, local: Path | None) -> Path:
-    """Return the folder that can stand in for the data set; LOCAL where none was named."""
+    """Return the folder that can replace the data set, under `local` or a placeholder LOCAL."""
     return (local or Path("LOCAL")) / source.repo.replace("/", "__")
 
 
 def check_hub() -> None:
-    """Raise InputError unless data sets of the Hub can be read at all."""
+    """Raise InputError unless the package that reads data sets of the Hub is installed."""
     rows.extra("datasets", "datasets", _PURPOSE)
 
 
-def _joined(
-    parts: Sequence[tuple[str, Iterable[dict[str, Any]]]], each: int
+def _chain_parts(
+    parts: Sequence[tuple[str, Iterable[dict[str, Any]]]], per_part: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    for config, group in parts:
-        for row in islice(group, each):
+    for config, part in parts:
+        for row in islice(part, per_part):
             yield config, row
 
 
 # ---- the Hub -------------------------------------------------------------------------------------
 
 
-def _hub(source: DatasetSource, each: int) -> Opened:
+def _open_on_hub(source: DatasetSource, per_part: int) -> OpenSource:
     datasets = rows.extra("datasets", "datasets", _PURPOSE)
     reasons = []
-    for asked, load in ((source.revision, _as_it_is), (CONVERTED, _as_converted)):
-        revision = _commit(source.repo, asked)
+    for branch, load in ((source.revision, _load_original), (CONVERTED, _load_converted)):
+        revision = _resolve_commit(source.repo, branch)
         try:
             parts = [
-                (part.config, _begun(load(datasets, source, part, revision)))
+                (part.config, _check_first(load(datasets, source, part, revision)))
                 for part in source.parts
             ]
-        except Exception as error:  # whatever it is, this way of reading it does not work
-            reasons.append(f"{asked}: {in_short(error)}")
+        except Exception as error:  # any error means that this way of reading fails
+            reasons.append(f"{branch}: {one_line(error)}")
         else:
-            return Opened(revision, _joined(parts, each))
+            return OpenSource(revision, _chain_parts(parts, per_part))
     raise InputError(
         f"{source.repo} cannot be read from the Hub ({'; '.join(reasons)}); put its rows into "
         f"{folder_of(source, None)} "
@@ -128,44 +142,38 @@ def _hub(source: DatasetSource, each: int) -> Opened:
     )
 
 
-def _as_it_is(datasets: Any, source: DatasetSource, part: DatasetPart, revision: str) -> Any:
+def _load_original(datasets: Any, source: DatasetSource, part: DatasetPart, revision: str) -> Any:
     return datasets.load_dataset(
         source.repo, part.config or None, split=part.split, streaming=True, revision=revision
     )
 
 
-def _as_converted(datasets: Any, source: DatasetSource, part: DatasetPart, revision: str) -> Any:
+def _load_converted(datasets: Any, source: DatasetSource, part: DatasetPart, revision: str) -> Any:
     folder = f"{source.repo}@{revision}/{part.config or source.converted}/{part.split}"
     files = f"hf://datasets/{folder}/*.parquet"
     return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
 
-def _begun(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Read the first row now, because a stream that cannot be read fails only then."""
-    rest = iter(rows)
-    first = next(rest, None)
+def _check_first(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Read the first row now: a stream that cannot be read fails only there."""
+    remaining = iter(rows)
+    first = next(remaining, None)
     if first is None:
-        raise InputError("no row in it")
-    return chain([first], rest)
+        raise InputError("it holds no rows")
+    return chain([first], remaining)
 
 
-def _commit(repo: str, revision: str) -> str:
-    """Return the commit that a branch of a data set is at now, or the branch where that cannot be
-    found out."""
+def _resolve_commit(repo: str, revision: str) -> str:
+    """Return the commit that a branch of a data set points to, or the branch if that fails."""
     try:
-        return (
-            importlib.import_module("huggingface_hub")
-            .HfApi()
-            .dataset_info(repo, revision=revision, timeout=30)
-            .sha
-            or revision
-        )
-    except Exception:  # no package, no network, no such repository: reading it will say
+        api = importlib.import_module("huggingface_hub").HfApi()
+        return api.dataset_info(repo, revision=revision, timeout=30).sha or revision
+    except Exception:  # no package, network or repository: reading it will raise a clear error
         return revision
 
 
-def in_short(error: BaseException) -> str:
-    """Return an error as one line; ksparse's own are sentences already."""
+def one_line(error: BaseException) -> str:
+    """Return an error as one line; InputErrors are complete sentences already."""
     if isinstance(error, InputError):
         return str(error)
     lines = str(error).strip().splitlines()
@@ -175,16 +183,18 @@ def in_short(error: BaseException) -> str:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def _local(
+def _read_local(
     source: DatasetSource, part: DatasetPart, local: Path | None
 ) -> Iterator[dict[str, Any]]:
     files = (
-        _everything(Path(source.path)) if source.path else _files(folder_of(source, local), part)
+        _all_files(Path(source.path))
+        if source.path
+        else _part_files(folder_of(source, local), part)
     )
-    return chain.from_iterable(map(_read, files))
+    return chain.from_iterable(map(_read_file, files))
 
 
-def _everything(path: Path) -> list[Path]:
+def _all_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(
@@ -199,35 +209,35 @@ def _everything(path: Path) -> list[Path]:
     return files
 
 
-def _files(folder: Path, part: DatasetPart) -> list[Path]:
-    """Return the files of a part, all of one place: the first that has any."""
-    places = (
+def _part_files(folder: Path, part: DatasetPart) -> list[Path]:
+    """Return the files of a part, all from the first location that has any."""
+    locations = (
         [(folder, f"{part.config}.{part.split}"), (folder / part.config, part.split)]
         if part.config
         else [(folder, part.split), (folder / "data", part.split)]
     )
-    for place, stem in places:
-        names = sorted(place.iterdir()) if place.is_dir() else []
+    for parent, stem in locations:
+        names = sorted(parent.iterdir()) if parent.is_dir() else []
         if files := [
             file
             for file in names
             if any(_is_named(file.name, stem, extension) for extension in EXTENSIONS)
         ]:
             return files
-    wanted = " or ".join(str(place / f"{stem}.EXT") for place, stem in places)
+    expected = " or ".join(str(parent / f"{stem}.EXT") for parent, stem in locations)
     raise InputError(
-        f"no rows in {folder}: expected {wanted}, EXT one of "
+        f"no rows in {folder}: expected {expected}, EXT one of "
         f"{', '.join(extension[1:] for extension in EXTENSIONS)}"
     )
 
 
 def _is_named(name: str, stem: str, extension: str) -> bool:
-    own = name.removesuffix(extension)
-    return name.endswith(extension) and (own == stem or own.startswith(f"{stem}-"))
+    base = name.removesuffix(extension)
+    return name.endswith(extension) and (base == stem or base.startswith(f"{stem}-"))
 
 
-def _read(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one file; say which one cannot be read, and where."""
+def _read_file(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one file; an error names the file and line."""
     name = file.name.removesuffix(file.suffix) if file.suffix in rows.COMPRESSIONS else file.name
     if name.endswith(".parquet"):
         yield from rows.parquet(file)
@@ -241,4 +251,4 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{file}, line {number}: {rows.columns(row)} instead of a row")
             yield row
     else:
-        raise InputError(f"{file} is of no known kind; expected .txt, {', '.join(EXTENSIONS)}")
+        raise InputError(f"{file} has an unknown extension; expected .txt, {', '.join(EXTENSIONS)}")
