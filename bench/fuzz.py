@@ -73,7 +73,7 @@ from ksparse.lm.model import LM
 from ksparse.report import studies
 from ksparse.report import sweep as sweeps
 from ksparse.sae import serialization
-from ksparse.scaling.laws.survey import survey
+from ksparse.scaling.laws.survey import fit_sweep
 from ksparse.scaling.sweeps import grid
 from ksparse.steering import lm_of
 from ksparse.storage import atomic, checksums, jsonio
@@ -207,7 +207,7 @@ class World:
             sweep / "sweep.toml",
             recipes.to_toml(recipes.from_dict({})) + '\n[grid]\n"sae.k" = [8, 16]\nseed = [0, 1]\n',
         )
-        jsonio.write_json(sweep / "law.json", survey(sweep, draws=0).to_dict(), sealed=True)
+        jsonio.write_json(sweep / "law.json", fit_sweep(sweep, draws=0).to_dict(), sealed=True)
         curve = {
             "label": "TopK",
             "x": [8.0, 16.0],

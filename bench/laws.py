@@ -42,7 +42,7 @@ def main() -> None:
             ("25 published GPT-2 points", published.gpt2()),
         ):
             law = laws.fit(points, "nk")
-            print(f"\n{name}", *law.says(), sep="\n  ")
+            print(f"\n{name}", *law.summary(), sep="\n  ")
             for each in law.candidates:
                 print(
                     f"  {each.form.name:<20}{len(each.form.coefficients):>3} coefficients   log-RMS {each.log_rms:.4f}   AICc {each.aicc:8.1f}"

@@ -84,7 +84,7 @@ def test_the_tokens_a_latent_fires_on_are_counted(fired):
 
 def test_companions_are_the_latents_of_highest_correlation(fired):
     token, latent, _ = fired
-    found = coactivation.coactivating(token * 7 + 3, latent, N)
+    found = coactivation.find_coactivating(token * 7 + 3, latent, N)
     fires = np.zeros((TOKENS, N))
     fires[token, latent] = 1
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -108,9 +108,9 @@ def test_companions_are_the_latents_of_highest_correlation(fired):
 
 def test_companions_do_not_depend_on_the_size_of_blocks(fired, monkeypatch):
     token, latent, _ = fired
-    whole = coactivation.coactivating(token, latent, N)
+    whole = coactivation.find_coactivating(token, latent, N)
     monkeypatch.setattr(coactivation, "_CELLS", 5 * N)
-    parts = coactivation.coactivating(token, latent, N)
+    parts = coactivation.find_coactivating(token, latent, N)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
 
@@ -122,12 +122,12 @@ def test_too_many_pairs_are_counted_on_the_first_tokens(fired, monkeypatch):
         int(np.bincount(token[token < 100]).astype(int) @ np.bincount(token[token < 100])),
     )
     few, first = (
-        coactivation.coactivating(token, latent, N),
-        coactivation.coactivating(token[token < 100], latent[token < 100], N),
+        coactivation.find_coactivating(token, latent, N),
+        coactivation.find_coactivating(token[token < 100], latent[token < 100], N),
     )
     assert all(np.array_equal(few[name], first[name]) for name in few)
 
 
 def test_nothing_that_fires_has_no_companions():
-    found = coactivation.coactivating(np.zeros(0, int), np.zeros(0, int), 3)
+    found = coactivation.find_coactivating(np.zeros(0, int), np.zeros(0, int), 3)
     assert (found["together_latent"] == -1).all()

@@ -163,7 +163,7 @@ def test_the_ablated_variant_has_an_entry_for_each_prediction(run, tmp_path):
 
 
 def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
-    count = neuronpedia.dashboard(
+    count = neuronpedia.export_dashboard(
         run, tmp_path / "out", neuronpedia.Publication(model="tiny", set="test")
     )
     batch = json.loads((tmp_path / "out" / "batch-0.json").read_text())
@@ -210,7 +210,7 @@ def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_l
 
 
 def test_the_bulk_folder_has_neuronpedias_files_and_rows(run, tmp_path):
-    count = neuronpedia.bulk(
+    count = neuronpedia.export_bulk(
         run,
         tmp_path / "out",
         neuronpedia.Publication(

@@ -18,7 +18,7 @@ from ksparse.report import laws as figures
 from ksparse.report import sweep as pages
 from ksparse.scaling.laws import published
 from ksparse.scaling.laws.law import fit
-from ksparse.scaling.laws.survey import survey
+from ksparse.scaling.laws.survey import fit_sweep
 from ksparse.storage import jsonio
 
 from .reading import Page
@@ -64,7 +64,7 @@ def build(
     folder.mkdir(parents=True)
     (folder / "points.csv").write_text("\n".join(points) + "\n")
     (folder / "curves.csv").write_text("\n".join(curves) + "\n")
-    jsonio.write_json(folder / "law.json", survey(folder, draws=0).to_dict())
+    jsonio.write_json(folder / "law.json", fit_sweep(folder, draws=0).to_dict())
     return folder
 
 
@@ -132,7 +132,7 @@ def test_the_points_of_every_law_are_on_the_page(whole):
 def test_what_the_points_do_not_allow_is_a_sentence_with_the_runs_that_would_add_it(tmp_path):
     folder = build(tmp_path / "small", ks=(16,), lms=("pylm/0.3m",), rates=(1.0,))
     (folder / "curves.csv").unlink()
-    jsonio.write_json(folder / "law.json", survey(folder, draws=0).to_dict())
+    jsonio.write_json(folder / "law.json", fit_sweep(folder, draws=0).to_dict())
     page = read(folder)
     assert_inert(page)
     assert {file.stem for file in (folder / "figures").iterdir()} == {"law-size", "law-trends"}
@@ -180,7 +180,7 @@ def test_names_from_data_stay_text(tmp_path):
     for name in ("points.csv", "curves.csv"):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("pylm/1.9m", "<img src=x onerror=alert(1)>"))
-    jsonio.write_json(folder / "law.json", survey(folder, draws=0).to_dict())
+    jsonio.write_json(folder / "law.json", fit_sweep(folder, draws=0).to_dict())
     assert_inert(read(folder))
 
 

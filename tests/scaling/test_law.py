@@ -39,16 +39,16 @@ def test_the_joint_law_fits_the_published_gpt4_points_better_than_the_printed_co
 
 def test_the_published_points_are_said_to_err_in_a_pattern(gpt4):
     assert gpt4.correlation > 0.5 and any(
-        "neighbours err alike" in sentence for sentence in gpt4.says()
+        "neighbours err alike" in sentence for sentence in gpt4.summary()
     )
-    assert any("the points ask for it" in sentence for sentence in gpt4.says())
+    assert any("the points ask for it" in sentence for sentence in gpt4.summary())
 
 
 def test_on_the_gpt2_points_equation_3_fits_badly_and_the_form_that_fits_is_named(gpt2):
     assert gpt2.log_rms == pytest.approx(0.0253, abs=5e-4)
     assert gpt2.best.form.name == "eq3_free" and gpt2.best.log_rms < 0.008
     assert any(
-        "eq3_free" in sentence and "AICc lower by 48" in sentence for sentence in gpt2.says()
+        "eq3_free" in sentence and "AICc lower by 48" in sentence for sentence in gpt2.summary()
     )
     assert laws.fit(published.gpt2(), "nk", form="best", draws=0).form.name == "eq3_free"
 
@@ -156,7 +156,7 @@ def test_size_and_compute_laws_have_an_irreducible_term_that_is_not_negative():
     bent_down["loss"] = bent_down["loss"] * np.exp(-0.002 * np.log(bent_down["n"]) ** 2)
     none = laws.fit(bent_down, "n", draws=0)
     assert none.coefficients["e"].value == none.coefficients["e"].low == 0.0
-    assert any("the points do not ask for it" in sentence for sentence in none.says())
+    assert any("the points do not ask for it" in sentence for sentence in none.summary())
     compute = laws.fit(
         {
             "c": np.geomspace(1e-10, 1e-4, 12),

@@ -10,14 +10,14 @@ import pytest
 
 from ksparse.errors import InputError
 from ksparse.scaling.laws import survey as surveys
-from ksparse.scaling.laws.survey import Survey, best_rates, crossings, frontier_of, survey
+from ksparse.scaling.laws.survey import Survey, best_rates, crossings, fit_sweep, frontier_of
 
 from .conftest import LMS, LR_EXPONENT, MAIN, TOKENS_EXPONENT, build, cost, limit, rows_of, write
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Survey:
-    return survey(build(tmp_path_factory.mktemp("sweep"), lms=tuple(LMS)), draws=50)
+    return fit_sweep(build(tmp_path_factory.mktemp("sweep"), lms=tuple(LMS)), draws=50)
 
 
 def test_a_whole_sweep_gives_every_law(whole):
@@ -152,7 +152,7 @@ def test_predictions_are_those_of_every_law_that_the_place_decides(whole):
 
 
 def test_one_k_one_rate_and_no_curves_leave_laws_out_and_say_what_would_add_them(make_sweep):
-    found = survey(make_sweep(ks=[16], rates=(1.0,), curves=False), draws=0)
+    found = fit_sweep(make_sweep(ks=[16], rates=(1.0,), curves=False), draws=0)
     assert set(found.laws) == {"n", "tokens"} and list(found.laws["n"].coefficients) == [
         "alpha",
         "beta",
@@ -174,7 +174,7 @@ def test_runs_that_did_not_converge_count_for_compute_and_rate_alone(make_sweep)
             {"converged": "false", "tokens_to_convergence": ""} if row["n"] == 512 else {}
         )
 
-    found = survey(make_sweep(change=change), draws=0)
+    found = fit_sweep(make_sweep(change=change), draws=0)
     assert (
         min(found.laws["nk"].cells.columns["n"]) == 1_024
         and min(found.laws["lr"].cells.columns["n"]) == 512
@@ -191,7 +191,7 @@ def test_where_too_few_converged_to_fit_alone_all_runs_count_and_the_note_says_s
             {"converged": "false", "tokens_to_convergence": ""} if row["n"] > 1_024 else {}
         )
 
-    found = survey(make_sweep(rates=(1.0,), change=change), draws=0)
+    found = fit_sweep(make_sweep(rates=(1.0,), change=change), draws=0)
     assert len(found.laws["nk"].cells) == 24 and len(found.laws["n"].cells) == 24
     assert max(found.laws["tokens"].cells.columns["n"]) == 1_024
     assert any(
@@ -200,7 +200,7 @@ def test_where_too_few_converged_to_fit_alone_all_runs_count_and_the_note_says_s
 
 
 def test_where_none_converged_the_laws_are_of_the_budgets_end_and_say_so(make_sweep):
-    found = survey(
+    found = fit_sweep(
         make_sweep(
             rates=(1.0,),
             change=lambda row: row | {"converged": "false", "tokens_to_convergence": ""},
@@ -218,7 +218,7 @@ def test_runs_without_a_finite_loss_are_left_out_by_name_and_negative_ones_refus
         rates=(1.0,),
         change=lambda row: row | ({"loss": "nan"} if row["n"] == 512 and row["k"] == 8 else {}),
     )
-    found = survey(folder, draws=0)
+    found = fit_sweep(folder, draws=0)
     assert (
         len(found.laws["nk"].cells) == 23
         and "1 of 24 runs have no finite loss and are left out: pylm-1.9m-512-8-" in found.notes[0]
@@ -229,11 +229,11 @@ def test_runs_without_a_finite_loss_are_left_out_by_name_and_negative_ones_refus
     with pytest.raises(
         InputError, match="points.csv: the loss of pylm-1.9m-512-8-.* is -0.5; a loss is above 0"
     ):
-        survey(folder, draws=0)
+        fit_sweep(folder, draws=0)
 
 
 def test_seeds_are_put_together_and_other_activations_left_out(make_sweep):
-    found = survey(
+    found = fit_sweep(
         make_sweep(
             rates=(1.0,),
             ks=[8, 16],
@@ -249,9 +249,9 @@ def test_seeds_are_put_together_and_other_activations_left_out(make_sweep):
 
 def test_a_folder_without_points_or_with_too_few_says_so(tmp_path, make_sweep):
     with pytest.raises(InputError, match="holds no points.csv; `ksparse sweep` writes it"):
-        survey(tmp_path)
+        fit_sweep(tmp_path)
     with pytest.raises(
         InputError,
         match="allows no law: No law L.N, k.: all runs have one k; .*needs at least 4 different points; there are 2",
     ):
-        survey(make_sweep(sizes=[512, 1024], ks=[8], rates=(1.0,)), draws=0)
+        fit_sweep(make_sweep(sizes=[512, 1024], ks=[8], rates=(1.0,)), draws=0)

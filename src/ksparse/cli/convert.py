@@ -82,9 +82,9 @@ def convert(arguments: list[str]) -> None:
                 for field in dataclasses.fields(neuronpedia.Publication)
             }
         )
-        count = (neuronpedia.bulk if args.to == "neuronpedia" else neuronpedia.dashboard)(
-            run, Path(folder), names
-        )
+        count = (
+            neuronpedia.export_bulk if args.to == "neuronpedia" else neuronpedia.export_dashboard
+        )(run, Path(folder), names)
     print(f"{args.to} {folder}: {count:,} latents")
 
 

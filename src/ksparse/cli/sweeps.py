@@ -160,7 +160,7 @@ def fit(arguments: list[str]) -> None:
     jsonio.write_json(file, {"format": laws.FORMAT, **law.to_dict()}, sealed=True)
     _show_law(law)
     if at:
-        print(law.predict(**at).says(law.kind.target, at))
+        print(law.predict(**at).summary(law.kind.target, at))
     print(f"law      {file}")
 
 
@@ -169,7 +169,7 @@ def survey_of(folder: str, **options: Any) -> Any:
     from ksparse.scaling.laws import survey
 
     with Progress("laws", len(survey.LAWS)) as progress:
-        found = survey.survey(
+        found = survey.fit_sweep(
             folder, **options, observe=lambda done, total, what: progress(done, what, total)
         )
     jsonio.write_json(Path(folder) / "law.json", found.to_dict(), sealed=True)
@@ -181,7 +181,7 @@ def _show_law(law: Any) -> None:
     for name, each in law.coefficients.items():
         low, high = ("-" if end is None else f"{end:.4g}" for end in (each.low, each.high))
         print(f"  {name:<12}{each.value:>12.5g}   [{low}, {high}]")
-    for sentence in law.says():
+    for sentence in law.summary():
         print(f"  {sentence}")
 
 

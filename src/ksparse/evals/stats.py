@@ -174,7 +174,7 @@ class Stats(Metric):
         counted = {
             "histogram": histograms(latent, value, self.powers.largest.numpy()),
             **fired_on(latent, token, n, self.subject.lm.vocab),
-            **coactivation.coactivating(context * tokens.shape[1] + position, latent, n),
+            **coactivation.find_coactivating(context * tokens.shape[1] + position, latent, n),
         }
         return (
             arrays

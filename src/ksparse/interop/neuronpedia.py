@@ -65,7 +65,7 @@ class Publication:
     """Hub repository that holds the weights."""
 
 
-def dashboard(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
+def export_dashboard(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
     """Write SAEDashboard's files of a run's live latents.
 
     Args:
@@ -91,7 +91,7 @@ def dashboard(run: RunFolder, folder: Path, publication: Publication = Publicati
     return count
 
 
-def bulk(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
+def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publication()) -> int:
     """Write the folder that Neuronpedia's bulk import takes, with a run's live latents.
 
     Args:

@@ -12,7 +12,7 @@ _PAIRS = 2**28  # the most pairs to count; beyond that, fewer tokens are used
 _CELLS = 2**24  # pairs of latents in one block of counts, most of them zero
 
 
-def coactivating(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.ndarray]:
+def find_coactivating(token: np.ndarray, latent: np.ndarray, n: int) -> dict[str, np.ndarray]:
     """Find the latents that each latent fires together with.
 
     Args:

@@ -3,7 +3,7 @@
     law = fit({"n": ..., "k": ..., "loss": ...}, "nk")
     law = fit(read_points("points.csv", "nk"), "nk")
     law.predict(n=65_536, k=32)      # Prediction(value, low, high, run_low, run_high)
-    law.says()                       # sentences on the quality of the fit
+    law.summary()                       # sentences on the quality of the fit
     law.to_dict()                    # the content of law.json
 
 The fit minimises Huber's loss of log residuals (`solver`). Every form that the law may have
@@ -56,7 +56,7 @@ class Prediction:
     run_low: float
     run_high: float
 
-    def says(self, target: str, at: dict[str, Any]) -> str:
+    def summary(self, target: str, at: dict[str, Any]) -> str:
         """Describe the prediction in one line."""
         where = ", ".join(
             f"{name} = {value if isinstance(value, str) else _short(value)}"
@@ -231,7 +231,7 @@ class Law:
                 }
                 for i in range(len(self.cells))
             ],
-            "says": self.says(),
+            "says": self.summary(),
         }
 
     def _candidate_rows(self) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ class Law:
 
     # ---- in words
 
-    def says(self) -> list[str]:
+    def summary(self) -> list[str]:
         """Describe in sentences how well the law fits, what fits better, and what to distrust."""
         worst = float(np.abs(self.fit.residuals).max())
         return [

@@ -1,6 +1,6 @@
 """Fit every law that a sweep's folder has points for, and say what the others are missing.
 
-    survey(folder) -> Survey   laws by name, notes on runs left out, the compute frontier
+    fit_sweep(folder) -> Survey   laws by name, notes on runs left out, the compute frontier
 
 Which points each law is fitted to:
 
@@ -95,7 +95,7 @@ class Survey:
             ):
                 continue
             values = {column: at[column] for column in columns}
-            lines.append(law.predict(**values).says(law.kind.target, values))
+            lines.append(law.predict(**values).summary(law.kind.target, values))
         if not lines:
             raise InputError(
                 f"no law of this sweep is predicted at {', '.join(at)} alone; "
@@ -172,7 +172,7 @@ class _Runs:
     subject: dict[str, str] = field(default_factory=dict)
 
 
-def survey(
+def fit_sweep(
     folder: Path | str,
     *,
     form: str = "paper",
