@@ -276,7 +276,7 @@ class World:
         ):
             return "wrong"
         recipe = run.recipe()
-        if recipes.differences(recipe.identity(), self.recipe.identity()):
+        if recipes.differences(recipe.fingerprint(), self.recipe.fingerprint()):
             return "wrong" if newest is not None else "harmless"  # nothing was trained with it yet
         train_many([recipe], [path], open_feed=lambda recipe, device: self.feed)
         there = run.checkpoints()

@@ -540,8 +540,8 @@ def test_differences_are_named_with_both_values():
 
 def test_identity_leaves_out_only_what_does_not_change_the_result():
     assert (
-        Recipe(run=RunConfig(device="cpu", log_every=3, keep=5), threads=3).identity()
-        == Recipe().identity()
+        Recipe(run=RunConfig(device="cpu", log_every=3, keep=5), threads=3).fingerprint()
+        == Recipe().fingerprint()
     )
     for other in (
         Recipe(seed=1),
@@ -551,7 +551,7 @@ def test_identity_leaves_out_only_what_does_not_change_the_result():
         Recipe(acts=ActsConfig(mix=4096)),
         Recipe(optim=OptimConfig(lr=1.0)),
     ):
-        assert other.identity() != Recipe().identity()
+        assert other.fingerprint() != Recipe().fingerprint()
 
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_n():

@@ -308,7 +308,7 @@ class Recipe(Config):
         """Tokens without activation after which a latent counts as dead."""
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the result depends on: everything but the sections `run` and `mesh` and the number
         of threads. Two spellings of one order are one."""
         return {

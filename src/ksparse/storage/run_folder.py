@@ -193,7 +193,7 @@ class RunFolder:
         """Raise InputError unless a checkpoint is of this run's recipe, in all keys that both have
         (checkpoints of older versions say nothing)."""
         if self.exists() and isinstance(trained, dict):
-            ours, theirs = config.flat(self.recipe().identity()), config.flat(trained)
+            ours, theirs = config.flat(self.recipe().fingerprint()), config.flat(trained)
             changed = config.differences(
                 {key: theirs[key] for key in theirs if key in ours},
                 {key: ours[key] for key in ours if key in theirs},
