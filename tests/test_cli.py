@@ -827,3 +827,11 @@ def test_a_study_that_is_an_evaluation_needs_a_run_and_an_unknown_one_is_named(v
     )
     code, _, err = verb("study", "baseline")
     assert code == 2 and "there is no study 'baseline'; did you mean 'baselines'?" in err
+
+
+def test_the_old_flag_optim_screen_is_taken_with_a_warning(verb, recipe_file, tmp_path, caplog):
+    code, _, err = verb("train", recipe_file, "--optim.screen", "off", "--out", tmp_path / "run")
+    assert code == 0 and "--optim.screen is now called --optim.approx-topk" in caplog.text, err
+    assert RunFolder(tmp_path / "run").recipe().optim.approx_topk == "off"
+    caplog.clear()
+    assert verb("resume", tmp_path / "run")[0] == 0 and "now called" not in caplog.text

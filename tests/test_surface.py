@@ -65,7 +65,7 @@ KEYS = {
     "optim.clip",
     "optim.ema",
     "optim.ema_span",
-    "optim.screen",
+    "optim.approx_topk",
     "optim.precision",
     "curve.held_out",
     "curve.per_octave",

@@ -68,7 +68,7 @@ def test_a_recipe_cannot_allow_code_to_run(own_code, small_recipe, tmp_path, cap
         recipes.load_recipe(file).run, "trust_remote_code"
     )
     assert (
-        f"run.trust_remote_code in {file} is passed over: a file cannot allow code to run"
+        f"run.trust_remote_code in {file} is ignored: a file cannot allow code to run"
         in caplog.text
     )
     for verb in (

@@ -318,7 +318,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
                     "auxk_coef": cfg.auxk_coef,
                     "dead_after": cfg.dead_tokens,
                 },
-                "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen},
+                "optim": {"lr": cfg.lr, "ema": 0.0, "approx_topk": screen},
             }
         )
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)

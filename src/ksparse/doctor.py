@@ -91,7 +91,7 @@ def _compiled() -> Check:
         + (
             "no low-precision product is faster here"
             if screen == "off"
-            else f"--optim.screen {screen} is faster still"
+            else f"--optim.approx-topk {screen} is faster still"
         ),
     )
 

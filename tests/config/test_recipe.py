@@ -26,6 +26,7 @@ from ksparse.config import (
 )
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError
+from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import train
 from ksparse.training.steps.autograd import rate_share
@@ -586,3 +587,28 @@ def test_a_short_run_averages_over_a_share_of_itself():
     assert short.ema == pytest.approx(0.9)
     assert Recipe(tokens=10**6, batch=10, optim=OptimConfig(ema=0.999, ema_span=0.1)).ema == 0.999
     assert Recipe(tokens=1, batch=1).ema == 0 and Recipe(optim=OptimConfig(ema=0.0)).ema == 0
+
+
+@pytest.mark.parametrize("value", ["off", "int8"])
+def test_the_old_key_optim_screen_is_read_and_leaves_the_fingerprint_as_it_was(value, caplog):
+    recipe = Recipe(optim=OptimConfig(approx_topk=value))
+    assert from_dict({"optim": {"screen": value}}) == recipe == Recipe(optim={"screen": value})
+    assert recipe.fingerprint()["optim"]["screen"] == value
+    assert "approx_topk" not in recipe.fingerprint()["optim"] and not caplog.records
+    assert "approx_topk" in to_toml(recipe) and "screen" not in to_toml(recipe)
+
+
+def test_the_fingerprint_of_the_default_recipe_is_the_one_that_folders_of_sweeps_are_named_by():
+    assert jsonio.digest(Recipe().fingerprint()) == "87b7079c38ac30bf"
+
+
+def test_a_changed_key_is_named_as_it_is_written_today():
+    old, new = Recipe(), Recipe(optim=OptimConfig(approx_topk="int8"))
+    assert recipes.differences(old.fingerprint(), new.fingerprint()) == [
+        "optim.approx_topk: 'off' -> 'int8'"
+    ]
+
+
+def test_the_old_and_the_new_name_of_a_key_together_are_refused():
+    with pytest.raises(InputError, match="'optim.screen' is the old name of 'optim.approx_topk'"):
+        from_dict({"optim": {"screen": "off", "approx_topk": "int8"}})

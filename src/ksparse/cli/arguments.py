@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from ksparse import config as recipes
 from ksparse.config import Recipe
+from ksparse.config.options import RENAMED_KEYS
 from ksparse.errors import InputError
 from ksparse.trust import FLAG
 
+_log = logging.getLogger("ksparse")
 VERBS: dict[str, Callable[[list[str]], None]] = {}
 """Every verb by its name, the first word of its docstring."""
 LOAD_LM = (
@@ -49,6 +52,7 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
     """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own
     options; a name for it."""
     given, name = Recipe(), "default"
+    arguments = [_current_flag(argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
         given, name = recipes.load_recipe(file), Path(file).stem
@@ -62,6 +66,17 @@ def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict
     parsed = parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
     own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
     return Recipe(**{key: own.pop(key) for key in fields}), own, name
+
+
+def _current_flag(argument: str) -> str:
+    """Return an argument with the current name of a renamed flag; warn if it has the old one."""
+    flag, equals, value = argument.partition("=")
+    key = flag.removeprefix("--").replace("-", "_")
+    if not flag.startswith("--") or key not in RENAMED_KEYS:
+        return argument
+    current = f"--{RENAMED_KEYS[key]}".replace("_", "-")
+    _log.warning("%s is now called %s", flag, current)
+    return f"{current}{equals}{value}"
 
 
 def activation_of(

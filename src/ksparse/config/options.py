@@ -14,6 +14,8 @@ from ksparse.errors import InputError, nearest_name
 
 _log = logging.getLogger("ksparse")
 LARGEST = 3e38  # a float of single precision
+RENAMED_KEYS = {"optim.screen": "optim.approx_topk"}
+"""Old names of recipe keys, which are still read, by the new ones."""
 
 
 class Config:
@@ -99,6 +101,13 @@ def build(config: Any, table: dict[str, Any], prefix: str = "", where: str = "")
         if name == "run.trust_remote_code":
             _refuse_trust(value, where)
             continue
+        if name in RENAMED_KEYS:
+            key = RENAMED_KEYS[name].removeprefix(prefix)
+            if key in table:
+                raise InputError(
+                    f"'{name}'{where} is the old name of '{prefix}{key}', which is there too; "
+                    "keep the new one"
+                )
         if key not in hints:
             raise UnknownKeyError(f"{prefix}{key!s:.80}", where)
         is_section = bool(classes(hints[key]))

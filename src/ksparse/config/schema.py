@@ -170,7 +170,7 @@ class OptimConfig(Config):
     """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span
     steps the decay is lower, because an average over a short run's beginning is worse than no
     average. 1: the decay as given (the paper)."""
-    screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
+    approx_topk: Literal["off", "auto", "int8", "bfloat16"] = "off"
     """Choose candidates by a product in low precision, their values and the final choice being
     exact; tokens that are not clear are computed in full. auto: whichever is fastest here (on a GPU
     int8). Needs the compiled kernels. The log says how often the choice differs."""
@@ -311,11 +311,14 @@ class Recipe(Config):
     def fingerprint(self) -> dict[str, Any]:
         """What the result depends on: everything but the sections `run` and `mesh` and the number
         of threads. Two spellings of one order are one."""
-        return {
+        table = {
             key: value
             for key, value in plain(dataclasses.asdict(self)).items()
             if key not in ("run", "mesh", "threads")
-        } | {"order": self.data_seed}
+        }
+        # The old spelling stays here: checkpoints and folder names of sweeps were made with it.
+        table["optim"]["screen"] = table["optim"].pop("approx_topk")
+        return table | {"order": self.data_seed}
 
 
 def k_aux(recipe: SAEConfig, d_model: int) -> int:

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from ksparse.config.options import build, flat, plain
+from ksparse.config.options import RENAMED_KEYS, build, flat, plain
 from ksparse.config.schema import Recipe, suggesting_keys
 from ksparse.errors import InputError
 
@@ -85,7 +85,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List what differs between two recipes' dictionaries, as 'sae.k: 32 -> 64'."""
     old, new = flat(old), flat(new)
     return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        f"{RENAMED_KEYS.get(key, key)}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old | new)
         if old.get(key) != new.get(key)
     ]
