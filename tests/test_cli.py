@@ -569,7 +569,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
         (
             ["eval", "run", "refinement", "--refine-exact", "-1"],
             2,
-            "refine_exact of an evaluation is -1; it must be 0",
+            "refine_exact of an evaluation is -1; it must not be negative",
         ),
         (["steer"], 2, "`ksparse steer` needs the folder of a run"),
         (
