@@ -57,7 +57,7 @@ from safetensors.torch import load_file, save_file
 from ksparse import config as recipes
 from ksparse import interop
 from ksparse import report as reports
-from ksparse.cli.arguments import recipe_of
+from ksparse.cli.arguments import parse_recipe
 from ksparse.cli.train import TrainArgs
 from ksparse.config import ActsConfig, Recipe
 from ksparse.config.evaluation import EvalConfig
@@ -1110,7 +1110,7 @@ def flags_input(world: World, folder: Path, draw: random.Random) -> Trial:
     def read() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
-                recipe, _, _ = recipe_of(TrainArgs, "train", arguments)
+                recipe, _, _ = parse_recipe(TrainArgs, "train", arguments)
             except SystemExit as done:  # of tyro, which has said why
                 if done.code not in (0, 2):
                     raise AssertionError(f"exit code {done.code}") from None

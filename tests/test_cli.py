@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ksparse import cli
 from ksparse import config as recipes
-from ksparse.cli.output import Lines
+from ksparse.cli.output import EscapingFormatter
 from ksparse.config import to_toml
 from ksparse.scaling.sweeps import grid as grids
 from ksparse.storage.run_folder import RunFolder
@@ -158,7 +158,7 @@ def test_an_error_keeps_its_code_where_nobody_reads_messages():
 def test_a_working_folder_that_is_gone_is_said(verb, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: os.stat(tmp_path / "gone"))
     code, _, said = verb("report", "run")
-    assert code == 2 and "the working folder is not there: No such file" in said
+    assert code == 2 and "the working folder does not exist: No such file" in said
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "probes", "steer", "attribute"])
@@ -457,7 +457,7 @@ def test_steering_says_where_nothing_changed_and_shows_tokens_with_their_spaces(
         (("--scale", "nan"), "'scale' is nan"),
         (("--value", 1, "--temperature", "inf"), "'temperature' is inf"),
         (("--value", 1, "--temperature", "1e-300"), "at least 0.001"),
-        (("--value", 1, "--shown", -1), "shown of the command is -1; it must be at least 0"),
+        (("--value", 1, "--shown", -1), "shown of the command is -1; it must not be negative"),
     ],
 )
 def test_numbers_that_are_none_end_steering_before_it_loads_anything(verb, flags, message):
@@ -615,7 +615,7 @@ def test_a_terminal_gets_no_commands_from_names_and_logs(verb, tmp_path):
     code, _, said = verb("report", str(tmp_path / "x\x1b]0;evil\x07\u202ey é"))
     assert code == 2 and "x\\x1b]0;evil\\x07\\u202ey é is not a run" in said and "\x1b" not in said
     record = logging.LogRecord("ksparse", logging.WARNING, "", 0, "%s", ("a\x1b[2Jb\nc",), None)
-    assert Lines().format(record) == "a\\x1b[2Jb\nc"
+    assert EscapingFormatter().format(record) == "a\\x1b[2Jb\nc"
 
 
 def test_a_file_with_an_unknown_key_names_file_and_key(verb, tmp_path):
@@ -822,8 +822,7 @@ def test_a_study_prints_what_it_found_and_leaves_a_page(verb, recipe_file, tmp_p
 def test_a_study_that_is_an_evaluation_needs_a_run_and_an_unknown_one_is_named(verb):
     code, _, err = verb("study", "latents")
     assert (
-        code == 2
-        and "study 'latents' is an evaluation of one SAE: say of which, with --run RUN" in err
+        code == 2 and "study 'latents' is an evaluation of one SAE: name it with --run RUN" in err
     )
     code, _, err = verb("study", "baseline")
     assert code == 2 and "there is no study 'baseline'; did you mean 'baselines'?" in err

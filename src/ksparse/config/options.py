@@ -134,7 +134,7 @@ def check_fields(options: object, prefix: str = "") -> None:
     Raises:
         InputError: for a value that cannot be converted; it names the field.
     """
-    for name, hint in _field_types(type(options)).items():
+    for name, hint in field_types(type(options)).items():
         value = getattr(options, name)
         converted = _convert(value, hint, f"'{prefix}{name}'")
         if converted is not value:
@@ -142,7 +142,8 @@ def check_fields(options: object, prefix: str = "") -> None:
 
 
 @functools.cache
-def _field_types(config: type) -> dict[str, Any]:
+def field_types(config: type) -> dict[str, Any]:
+    """Return the declared types of a dataclass's fields, by name."""
     hints = typing.get_type_hints(config)
     return {field.name: hints[field.name] for field in dataclasses.fields(config)}
 
@@ -188,7 +189,7 @@ def build(config: Any, table: dict[str, Any], prefix: str = "", where: str = "")
         raise InputError(f"a recipe{where} is a table of keys, not {type(table).__name__}")
     if len(classes(config)) > 1:
         config = choose_class(config, table, prefix, where)
-    hints = _field_types(config)
+    hints = field_types(config)
     values = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
@@ -247,7 +248,7 @@ def choose_class(union: Any, table: dict[str, Any], prefix: str, where: str = ""
     kind = _convert(
         table.get("kind", next(iter(by_kind))), Literal[tuple(by_kind)], f"'{prefix}kind'{where}"
     )
-    keys = {name: list(_field_types(member)) for name, member in by_kind.items()}
+    keys = {name: list(field_types(member)) for name, member in by_kind.items()}
     for key in table:
         if key not in keys[kind]:
             others = [name for name in by_kind if key in keys[name]]
