@@ -118,7 +118,7 @@ class SAEConfig(Config):
         '64 of them active on average'
         >>> SAEConfig(n_latents=16, k=32)
         Traceback (most recent call last):
-        ksparse.errors.InputError: sae.k is 32, more than the 16 latents of sae.n_latents; give a …
+        ksparse.errors.InputError: sae.k is 32, more than the 16 latents of sae.n_latents; ...
     """
 
     SECTION = "sae."
