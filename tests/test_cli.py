@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 
 from ksparse import cli
 from ksparse import config as recipes
+from ksparse.cli.evaluate import CompareArgs
 from ksparse.cli.output import EscapingFormatter
 from ksparse.config import to_toml
+from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.scaling.sweeps import grid as grids
 from ksparse.storage.run_folder import RunFolder
 
@@ -91,6 +94,21 @@ def test_help_lists_every_verb_and_the_exit_codes(verb):
 def test_every_verb_has_help(verb, name):
     code, out, _ = verb(name, "--help")
     assert code == 0 and "usage" in out.lower()
+
+
+def test_every_flag_has_a_help_text_in_one_paragraph(verb):
+    for name in ("train", "eval", "study", "compare", "resume"):
+        assert verb(name, "--help")[0] == 0
+    sections = [kind for kind in vars(recipes).values() if dataclasses.is_dataclass(kind)]
+    fields = [
+        field
+        for options in (*sections, EvalConfig, StudyConfig, CompareArgs)
+        for field in dataclasses.fields(options)
+    ]
+    assert len(fields) > 120
+    for field in fields:
+        text = field.metadata["help"]
+        assert text and "\n" not in text and text.endswith("."), field.name
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])

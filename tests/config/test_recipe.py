@@ -540,7 +540,7 @@ def test_differences_are_named_with_both_values():
     assert "seed: 0 -> None" in recipes.differences(old, new)
 
 
-def test_identity_leaves_out_only_what_does_not_change_the_result():
+def test_the_fingerprint_leaves_out_only_what_does_not_change_the_result():
     assert (
         Recipe(run=RunConfig(device="cpu", log_every=3, keep=5), threads=3).fingerprint()
         == Recipe().fingerprint()

@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> None:
 
         print(f"ksparse {version('ksparse')}")
         sys.exit(0)
-    verb, *rest = arguments
+    verb, *words = arguments
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(EscapingFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -98,9 +98,9 @@ def _run(arguments: list[str]) -> None:
         if verb not in VERBS:
             raise unknown("there is no verb", verb, VERBS, "see `ksparse --help`")
         _check_working_folder()
-        trust, rest = split_trust_flag(rest) if verb in LOAD_LM else (False, rest)
+        trust, words = split_trust_flag(words) if verb in LOAD_LM else (False, words)
         with trusted(trust):
-            VERBS[verb](rest)
+            VERBS[verb](words)
     except KsparseError as error:
         with suppress(OSError):  # the exit code holds even if standard error cannot be written
             print(escape_unprintable(f"ksparse {verb}: {error}"), file=sys.stderr)

@@ -173,7 +173,7 @@ def _field_docstrings(owner: type) -> dict[str, str]:
     """Return the strings that follow a class's annotated fields in its source."""
     statements = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
     return {
-        statement.target.id: following.value.value
+        statement.target.id: str(following.value.value)
         for statement, following in itertools.pairwise(statements)
         if isinstance(statement, ast.AnnAssign)
         and isinstance(statement.target, ast.Name)
@@ -205,11 +205,11 @@ def split_folder(
     return arguments[0], list(arguments[1:])
 
 
-def refuse_arguments(verb: str, rest: list[str]) -> None:
+def refuse_arguments(verb: str, arguments: list[str]) -> None:
     """Show help and exit, or refuse arguments, for a verb that takes none."""
-    if rest and rest[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         usage, description = describe_verb(verb)
         print(f"usage: ksparse {usage}\n\n{description}")
         sys.exit(0)
-    if rest:
-        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(rest)}")
+    if arguments:
+        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(arguments)}")

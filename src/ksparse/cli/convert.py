@@ -49,15 +49,15 @@ def convert(arguments: list[str]) -> None:
 
     Convert an SAE between formats, or write the data of a run for a viewer.
     """
-    source, rest = split_folder(
+    source, flags = split_folder(
         "convert",
         arguments,
         "an SAE: a run, a folder of any format, or a Hub repository; and a new folder",
     )
-    folder, rest = (
-        split_folder("convert", rest, "a new folder, after the SAE") if source else ("", rest)
+    folder, flags = (
+        split_folder("convert", flags, "a new folder, after the SAE") if source else ("", flags)
     )
-    args = parse(ConvertArgs, "convert SRC DST", rest)
+    args = parse(ConvertArgs, "convert SRC DST", flags)
     if args.to in VIEWER_FORMATS:
         print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
         return
@@ -103,6 +103,8 @@ def push(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class PushArgs:
+        """Options of `ksparse push`."""
+
         subfolder: str = ""
         """Folder in the repository, if it holds several SAEs."""
         visibility: Literal["public", "private"] = "public"
@@ -112,15 +114,17 @@ def push(arguments: list[str]) -> None:
         normalization: Literal["exact", "layer_norm", "outside"] = "exact"
         """For the copy for SAELens, as in `ksparse convert`."""
 
-    source, rest = split_folder(
+    source, flags = split_folder(
         "push", arguments, "an SAE, such as runs/demo; and the name of a repository"
     )
-    repository, rest = (
-        split_folder("push", rest, "the name of a repository on the Hub, OWNER/NAME, after the SAE")
+    repository, flags = (
+        split_folder(
+            "push", flags, "the name of a repository on the Hub, OWNER/NAME, after the SAE"
+        )
         if source
-        else ("", rest)
+        else ("", flags)
     )
-    args = parse(PushArgs, "push RUN OWNER/NAME", rest)
+    args = parse(PushArgs, "push RUN OWNER/NAME", flags)
     from ksparse.interop import hub
 
     if args.folder:

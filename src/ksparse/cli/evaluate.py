@@ -24,14 +24,14 @@ def evaluate(arguments: list[str]) -> None:
     Evaluate SAEs on held-out text; without names: downstream, stats, probes, n2g, explained_loss
     and ablation.
     """
-    folder, rest = split_folder("eval", arguments)
-    words = [folder]
-    while rest and not rest[0].startswith("-"):
-        words.append(rest.pop(0))
-    options = parse(EvalConfig, "eval RUN [RUN …] [NAME …]", rest)
+    folder, flags = split_folder("eval", arguments)
+    words = []
+    while flags and not flags[0].startswith("-"):
+        words.append(flags.pop(0))
+    options = parse(EvalConfig, "eval RUN [RUN …] [NAME …]", flags)
     sources: list[str] = [folder]
     names: list[str] = []
-    for word in words[1:]:
+    for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
     for source, results in evaluate_saes(sources, names, options).items():
         run = RunFolder(Path(source))
@@ -111,15 +111,15 @@ def compare(arguments: list[str]) -> None:
 
     Compare SAEs of any format on the same text, positions and baselines, in one table.
     """
-    folder, rest = split_folder(
+    folder, flags = split_folder(
         "compare",
         arguments,
         "the SAEs to compare: runs, folders of any format, or Hub repositories",
     )
     sources = [folder]
-    while rest and not rest[0].startswith("-"):
-        sources.append(rest.pop(0))
-    args = parse(CompareArgs, "compare A B …", rest)
+    while flags and not flags[0].startswith("-"):
+        sources.append(flags.pop(0))
+    args = parse(CompareArgs, "compare A B …", flags)
     from ksparse import interop
     from ksparse.evals import comparison
 
@@ -210,8 +210,8 @@ def study(arguments: list[str]) -> None:
 
     Answer a question with several SAEs (baselines, sites, …), or with an evaluation of one run.
     """
-    name, rest = split_folder("study", arguments, "the name of a study, such as baselines")
-    options = parse(StudyConfig, "study NAME", rest)
+    name, flags = split_folder("study", arguments, "the name of a study, such as baselines")
+    options = parse(StudyConfig, "study NAME", flags)
     from ksparse import studies
     from ksparse.evals.registry import EVALS
 
@@ -278,10 +278,10 @@ def probes(arguments: list[str]) -> None:
             "`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got "
             f"{' '.join(arguments) or 'nothing'}"
         )
-    folder, rest = split_folder(
+    folder, flags = split_folder(
         "probes build", arguments, "the folder to write the tasks to, such as suites/paper"
     )
-    options = parse(ProbesArgs, "probes build DIR", rest)
+    options = parse(ProbesArgs, "probes build DIR", flags)
     from ksparse.evals.probing import suites
 
     built = suites.build(

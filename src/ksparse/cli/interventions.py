@@ -80,11 +80,10 @@ def steer(arguments: list[str]) -> None:
 
     Show what the LM writes with latents held at a value, beside what it writes without.
     """
-    folder, rest = split_folder("steer", arguments)
-    options = parse(SteerArgs, "steer RUN", rest)
+    folder, flags = split_folder("steer", arguments)
+    options = parse(SteerArgs, "steer RUN", flags)
     options.check()
     from ksparse import steering
-    from ksparse.lm.tokens import token_strings
     from ksparse.sae.serialization import load
 
     sae = load(folder)
@@ -118,9 +117,16 @@ def steer(arguments: list[str]) -> None:
         f"as it is {options.prompt}{escape_unprintable(comparison.before.text)}\nsteered  "
         f"{options.prompt}{escape_unprintable(comparison.after.text)}"
     )
+    _print_next_token(comparison, lm, options.shown)
+
+
+def _print_next_token(comparison: Any, lm: LM, count: int) -> None:
+    """Print how steering changes the probabilities of the next token, the largest changes."""
+    from ksparse.lm.tokens import token_strings
+
     rows = [
         (token, f"{before:>10.4f}", f"{after:>10.4f}")
-        for token, before, after in comparison.moved(options.shown)
+        for token, before, after in comparison.moved(count)
     ]
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
@@ -203,8 +209,8 @@ def attribute(arguments: list[str]) -> None:
 
     Find the latents that make the LM prefer a token, by activation x gradient.
     """
-    folder, rest = split_folder("attribute", arguments)
-    options = parse(AttributeArgs, "attribute RUN", rest)
+    folder, flags = split_folder("attribute", arguments)
+    options = parse(AttributeArgs, "attribute RUN", flags)
     from ksparse import steering
     from ksparse.sae.serialization import load
 

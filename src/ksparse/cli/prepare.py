@@ -123,6 +123,8 @@ def bench(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class BenchArgs(benchmark.Setting):
+        """Options of `ksparse bench`."""
+
         json: str = ""
         """File to write the result to, as JSON."""
         picture: str = ""

@@ -26,8 +26,8 @@ def report(arguments: list[str]) -> None:
 
     Write report.html of a run, a sweep or a study.
     """
-    folder, rest = split_folder("report", arguments)
-    refuse_arguments("report", rest)
+    folder, flags = split_folder("report", arguments)
+    refuse_arguments("report", flags)
     if (Path(folder) / "study.json").is_file():
         print_study(Path(folder))
         return
@@ -52,6 +52,8 @@ def view(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class ViewArgs:
+        """Options of `ksparse view`."""
+
         export: str = ""
         """Folder to write static pages to, instead of serving them. They leave out what needs the
         LM."""
@@ -60,8 +62,8 @@ def view(arguments: list[str]) -> None:
         trust_remote_code: bool = False
         """Let code that comes with the LM run, if you trust its author. No file can allow it."""
 
-    folder, rest = split_folder("view", arguments)
-    options = parse(ViewArgs, "view RUN", rest)
+    folder, flags = split_folder("view", arguments)
+    options = parse(ViewArgs, "view RUN", flags)
     run = open_run(folder)
     from ksparse import viewer
 

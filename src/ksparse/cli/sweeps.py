@@ -26,6 +26,8 @@ def sweep(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class SweepArgs(Launch):
+        """Options of `ksparse sweep`."""
+
         out: str = ""
         """Folder of the sweep; by default sweeps/NAME, with the name of the file. The folder of a
         sweep can also be given in place of its file."""
@@ -34,12 +36,12 @@ def sweep(arguments: list[str]) -> None:
         only: tuple[str, ...] = ()
         """Train these runs together in this process and stop. This is what a worker does."""
 
-    source, rest = split_folder(
+    source, flags = split_folder(
         "sweep",
         arguments,
         "a sweep.toml, such as recipes/sweeps/pylm.toml, or the folder of a sweep",
     )
-    options = parse(SweepArgs, "sweep SWEEP.toml", rest)
+    options = parse(SweepArgs, "sweep SWEEP.toml", flags)
     is_folder = Path(source).is_dir()
     grid = read(atomic.inside(Path(source), "sweep.toml") if is_folder else source)
     default = source if is_folder else f"sweeps/{Path(source).stem}"
@@ -124,8 +126,8 @@ def fit(arguments: list[str]) -> None:
 
     Fit scaling laws, with intervals, to the runs of a sweep or to a table of points.
     """
-    source, rest = split_folder("fit", arguments, "a sweep's folder or a CSV file of points")
-    options = parse(FitArgs, "fit SWEEP|POINTS.csv", rest)
+    source, flags = split_folder("fit", arguments, "a sweep's folder or a CSV file of points")
+    options = parse(FitArgs, "fit SWEEP|POINTS.csv", flags)
     at = _parse_assignments("--predict", options.predict)
     if options.budget < 0:
         raise InputError(f"--budget is {options.budget}; it is a number of FLOPs, 0 for none")

@@ -57,10 +57,10 @@ def resume(arguments: list[str]) -> None:
 
     Resume an interrupted run, on the same mesh or another.
     """
-    folder, rest = split_folder("resume", arguments)
+    folder, flags = split_folder("resume", arguments)
     run = open_run(folder) if folder else None
     recipe = run.recipe() if run else Recipe()
-    options = parse(ResumeArgs, "resume RUN", rest, default=ResumeArgs(recipe.run, recipe.mesh))
+    options = parse(ResumeArgs, "resume RUN", flags, default=ResumeArgs(recipe.run, recipe.mesh))
     if run is None:
         return
     train_run(dataclasses.replace(recipe, run=options.run, mesh=options.mesh), run)
@@ -76,6 +76,8 @@ def demo(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class DemoArgs:
+        """Options of `ksparse demo`."""
+
         out: str = "runs/demo"
         """Folder of the run."""
 

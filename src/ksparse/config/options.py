@@ -134,7 +134,8 @@ def check_fields(options: object, prefix: str = "") -> None:
     Raises:
         InputError: for a value that cannot be converted; it names the field.
     """
-    for name, hint in field_types(type(options)).items():
+    options_class: type = type(options)
+    for name, hint in field_types(options_class).items():
         value = getattr(options, name)
         converted = _convert(value, hint, f"'{prefix}{name}'")
         if converted is not value:

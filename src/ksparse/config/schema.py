@@ -109,7 +109,7 @@ class ActsConfig(Config):
 
 @dataclass(frozen=True)
 class SAEConfig(Config):
-    """The autoencoder: its size, activation, losses and start values (Gao et al. 2024, section 2
+    """The autoencoder: its size, activation, losses and initialization (Gao et al. 2024, section 2
     and appendix A).
 
     Example:
@@ -158,7 +158,7 @@ class SAEConfig(Config):
     """recon: scale the encoder so that reconstructions start with the norm of their input. unit:
     start encoder rows at norm 1."""
     b_pre_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
-    """Start value of b_pre, the bias subtracted from the input, from a sample of activations."""
+    """Initial value of b_pre, the bias subtracted from the input, from a sample of activations."""
     unit_norm: bool = True
     """Keep decoder rows at norm 1, and remove the gradient component parallel to them."""
 
@@ -423,7 +423,7 @@ class Recipe(Config):
     batch: int = 1024
     """Activations per step (paper: 131,072)."""
     seed: int = 0
-    """Seed of the start values, and of the order of the data unless `order` is given."""
+    """Seed of the initial weights, and of the order of the data unless `order` is given."""
     order: int = -1
     """Seed of the order of the data alone, so that SAEs with different seeds can share a stream of
     activations; -1: the same as `seed`."""
