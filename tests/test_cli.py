@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_every_flag_has_a_help_text_in_one_paragraph(verb):
     for field in fields:
         text = field.metadata["help"]
         assert text and "\n" not in text and text.endswith("."), field.name
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "eval"])
+def test_help_takes_less_than_a_second_of_processor_time(name):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-m", "ksparse", name, "--help"], check=True, capture_output=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -171,7 +171,7 @@ def _reflow_help(options: type) -> None:
 
 def _field_docstrings(owner: type) -> dict[str, str]:
     """Return the strings that follow a class's annotated fields in its source."""
-    statements = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+    statements = _class_bodies(owner.__module__)[owner.__name__]
     return {
         statement.target.id: str(following.value.value)
         for statement, following in itertools.pairwise(statements)
@@ -180,6 +180,12 @@ def _field_docstrings(owner: type) -> dict[str, str]:
         and isinstance(following, ast.Expr)
         and isinstance(following.value, ast.Constant)
     }
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def split_folder(
