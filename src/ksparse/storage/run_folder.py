@@ -68,7 +68,7 @@ class RunFolder:
     Example:
         >>> run = RunFolder(Path("runs/demo"))
         >>> run.metrics()[-1]["step"], run.recipe().sae.n_latents
-        (8, 256)
+        (8, 4096)
         >>> run.eval("stats")["n_tokens"] > 0
         True
     """
