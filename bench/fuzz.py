@@ -57,7 +57,7 @@ from safetensors.torch import load_file, save_file
 from ksparse import config as recipes
 from ksparse import interop
 from ksparse import report as reports
-from ksparse.cli.arguments import recipe_of
+from ksparse.cli.arguments import parse_recipe
 from ksparse.cli.train import TrainArgs
 from ksparse.config import ActsConfig, Recipe
 from ksparse.config.evaluation import EvalConfig
@@ -276,7 +276,7 @@ class World:
         ):
             return "wrong"
         recipe = run.recipe()
-        if recipes.differences(recipe.identity(), self.recipe.identity()):
+        if recipes.differences(recipe.fingerprint(), self.recipe.fingerprint()):
             return "wrong" if newest is not None else "harmless"  # nothing was trained with it yet
         train_many([recipe], [path], open_feed=lambda recipe, device: self.feed)
         there = run.checkpoints()
@@ -1110,7 +1110,7 @@ def flags_input(world: World, folder: Path, draw: random.Random) -> Trial:
     def read() -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
-                recipe, _, _ = recipe_of(TrainArgs, "train", arguments)
+                recipe, _, _ = parse_recipe(TrainArgs, "train", arguments)
             except SystemExit as done:  # of tyro, which has said why
                 if done.code not in (0, 2):
                     raise AssertionError(f"exit code {done.code}") from None

@@ -43,9 +43,9 @@ SIZES = {
 TRAINING = {
     "train, torch": {"run": {"kernels": "torch"}},
     "train, triton": {"run": {"kernels": "triton"}},
-    "train, screened by bfloat16": {"optim": {"screen": "bfloat16"}},
-    "train, screened by int8": {"optim": {"screen": "int8"}},
-    "train, int8, read in bfloat16": {"optim": {"screen": "int8", "precision": "bfloat16"}},
+    "train, screened by bfloat16": {"optim": {"approx_topk": "bfloat16"}},
+    "train, screened by int8": {"optim": {"approx_topk": "int8"}},
+    "train, int8, read in bfloat16": {"optim": {"approx_topk": "int8", "precision": "bfloat16"}},
 }
 """Steps of `ksparse train`, the last as fast as it gets."""
 REPEAT = 4  # steps that are timed together
@@ -279,7 +279,7 @@ def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
         {
             "acts": {"normalize": "none"},
             "run": {"kernels": "triton"},
-            "optim": {"screen": "int8"},
+            "optim": {"approx_topk": "int8"},
             "sae": {"n_latents": n, "k": k},
         }
     )

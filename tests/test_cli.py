@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from safetensors.torch import load_file
 
 from ksparse import cli
 from ksparse import config as recipes
-from ksparse.cli.output import Lines
+from ksparse.cli.evaluate import CompareArgs
+from ksparse.cli.output import EscapingFormatter
 from ksparse.config import to_toml
+from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.scaling.sweeps import grid as grids
 from ksparse.storage.run_folder import RunFolder
 
@@ -93,6 +97,31 @@ def test_every_verb_has_help(verb, name):
     assert code == 0 and "usage" in out.lower()
 
 
+def test_every_flag_has_a_help_text_in_one_paragraph(verb):
+    for name in ("train", "eval", "study", "compare", "resume"):
+        assert verb(name, "--help")[0] == 0
+    sections = [kind for kind in vars(recipes).values() if dataclasses.is_dataclass(kind)]
+    fields = [
+        field
+        for options in (*sections, EvalConfig, StudyConfig, CompareArgs)
+        for field in dataclasses.fields(options)
+    ]
+    assert len(fields) > 120
+    for field in fields:
+        text = field.metadata["help"]
+        assert text and "\n" not in text and text.endswith("."), field.name
+
+
+@pytest.mark.parametrize("name", ["train", "plan", "eval"])
+def test_help_takes_less_than_a_second_of_processor_time(name):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-m", "ksparse", name, "--help"], check=True, capture_output=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
 @pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["--version"]], ids=" ".join
@@ -158,7 +187,7 @@ def test_an_error_keeps_its_code_where_nobody_reads_messages():
 def test_a_working_folder_that_is_gone_is_said(verb, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getcwd", lambda: os.stat(tmp_path / "gone"))
     code, _, said = verb("report", "run")
-    assert code == 2 and "the working folder is not there: No such file" in said
+    assert code == 2 and "the working folder does not exist: No such file" in said
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "probes", "steer", "attribute"])
@@ -457,7 +486,7 @@ def test_steering_says_where_nothing_changed_and_shows_tokens_with_their_spaces(
         (("--scale", "nan"), "'scale' is nan"),
         (("--value", 1, "--temperature", "inf"), "'temperature' is inf"),
         (("--value", 1, "--temperature", "1e-300"), "at least 0.001"),
-        (("--value", 1, "--shown", -1), "shown of the command is -1; it must be at least 0"),
+        (("--value", 1, "--shown", -1), "shown of the command is -1; it must not be negative"),
     ],
 )
 def test_numbers_that_are_none_end_steering_before_it_loads_anything(verb, flags, message):
@@ -569,7 +598,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
         (
             ["eval", "run", "refinement", "--refine-exact", "-1"],
             2,
-            "refine_exact of an evaluation is -1; it must be 0",
+            "refine_exact of an evaluation is -1; it must not be negative",
         ),
         (["steer"], 2, "`ksparse steer` needs the folder of a run"),
         (
@@ -615,7 +644,7 @@ def test_a_terminal_gets_no_commands_from_names_and_logs(verb, tmp_path):
     code, _, said = verb("report", str(tmp_path / "x\x1b]0;evil\x07\u202ey é"))
     assert code == 2 and "x\\x1b]0;evil\\x07\\u202ey é is not a run" in said and "\x1b" not in said
     record = logging.LogRecord("ksparse", logging.WARNING, "", 0, "%s", ("a\x1b[2Jb\nc",), None)
-    assert Lines().format(record) == "a\\x1b[2Jb\nc"
+    assert EscapingFormatter().format(record) == "a\\x1b[2Jb\nc"
 
 
 def test_a_file_with_an_unknown_key_names_file_and_key(verb, tmp_path):
@@ -822,8 +851,15 @@ def test_a_study_prints_what_it_found_and_leaves_a_page(verb, recipe_file, tmp_p
 def test_a_study_that_is_an_evaluation_needs_a_run_and_an_unknown_one_is_named(verb):
     code, _, err = verb("study", "latents")
     assert (
-        code == 2
-        and "study 'latents' is an evaluation of one SAE: say of which, with --run RUN" in err
+        code == 2 and "study 'latents' is an evaluation of one SAE: name it with --run RUN" in err
     )
     code, _, err = verb("study", "baseline")
     assert code == 2 and "there is no study 'baseline'; did you mean 'baselines'?" in err
+
+
+def test_the_old_flag_optim_screen_is_taken_with_a_warning(verb, recipe_file, tmp_path, caplog):
+    code, _, err = verb("train", recipe_file, "--optim.screen", "off", "--out", tmp_path / "run")
+    assert code == 0 and "--optim.screen is now called --optim.approx-topk" in caplog.text, err
+    assert RunFolder(tmp_path / "run").recipe().optim.approx_topk == "off"
+    caplog.clear()
+    assert verb("resume", tmp_path / "run")[0] == 0 and "now called" not in caplog.text

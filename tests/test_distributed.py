@@ -238,10 +238,10 @@ def test_one_process_sends_nothing():
             r"run\.kernels is 'native', .*several processes take the step in plain torch",
         ),
         (
-            {"optim": {"screen": "int8"}},
+            {"optim": {"approx_topk": "int8"}},
             2,
             2,
-            r"optim\.screen 'int8' and .*several processes take the step in plain torch",
+            r"optim\.approx_topk 'int8' and .*several processes take the step in plain torch",
         ),
         (
             {"optim": {"precision": "bfloat16"}},

@@ -186,7 +186,7 @@ def test_commands_of_the_readme_are_read_as_they_stand(monkeypatch):
         parse(*args, **options)
         raise Parsed
 
-    for module in (arguments, *cli.STATIONS):
+    for module in (arguments, *cli.COMMAND_MODULES):
         if hasattr(module, "parse"):
             monkeypatch.setattr(module, "parse", stop)
     monkeypatch.chdir(ROOT)

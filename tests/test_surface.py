@@ -1,11 +1,11 @@
 """What users may rely on: a change here is a change of the interface, and goes into the change log."""
 
-import importlib
+import importlib.metadata
 
 import pytest
 
 import ksparse
-from ksparse import config, errors
+from ksparse import cli, config, errors
 
 NAMES = [
     "Code",
@@ -65,7 +65,7 @@ KEYS = {
     "optim.clip",
     "optim.ema",
     "optim.ema_span",
-    "optim.screen",
+    "optim.approx_topk",
     "optim.precision",
     "curve.held_out",
     "curve.per_octave",
@@ -154,3 +154,10 @@ def test_every_error_of_ours_is_a_ksparse_error_and_what_python_users_expect():
         if isinstance(value, type) and value.__module__ == errors.__name__
     ]
     assert all(issubclass(kind, errors.KsparseError) for kind in kinds)
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert ksparse.__version__ == importlib.metadata.version("ksparse")
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"ksparse {ksparse.__version__}\n"

@@ -11,7 +11,7 @@ from ksparse import config as recipes
 from ksparse.cli import main
 from ksparse.errors import InputError
 from ksparse.scaling.sweeps import launch
-from ksparse.trust import code_is_trusted, taken_from, trusted
+from ksparse.trust import code_is_trusted, split_trust_flag, trusted
 
 
 @pytest.fixture
@@ -151,19 +151,22 @@ def test_workers_of_a_sweep_are_told_on_their_command_line(tmp_path):
         (["--trust_remote_code=yes"], "is 'yes'; it must be True or False"),
         (
             ["--run.trust-remote-code", "True"],
-            "is no key of a recipe, since a stored one could set it",
+            "is not a key of a recipe, since a stored one could set it",
         ),
-        (["--run.trust_remote_code=True"], "is no key of a recipe"),
+        (["--run.trust_remote_code=True"], "is not a key of a recipe"),
     ],
 )
 def test_the_flag_takes_true_or_false(words, message):
     with pytest.raises(InputError, match=message):
-        taken_from(words)
+        split_trust_flag(words)
 
 
 def test_the_flag_is_taken_off_and_the_rest_stays():
-    assert taken_from(["a", "--trust-remote-code=True", "--b", "c"]) == (True, ["a", "--b", "c"])
-    assert taken_from(["--trust_remote_code", "False", "d"]) == (False, ["d"])
+    assert split_trust_flag(["a", "--trust-remote-code=True", "--b", "c"]) == (
+        True,
+        ["a", "--b", "c"],
+    )
+    assert split_trust_flag(["--trust_remote_code", "False", "d"]) == (False, ["d"])
 
 
 def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_path):

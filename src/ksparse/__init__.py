@@ -1,4 +1,4 @@
-"""ksparse: train, scale and judge k-sparse autoencoders on language-model activations.
+"""Train, scale and evaluate k-sparse autoencoders on language-model activations.
 
     sae  = ksparse.load("runs/demo")
     lm   = ksparse.LM("gpt2", site="resid_post.8")
@@ -6,12 +6,12 @@
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
     run  = ksparse.train(ksparse.Recipe(), "runs/mine")
 
-Names are imported when they are first used, so that `import ksparse` is free.
+Names are imported when they are first used, so `import ksparse` does not import torch.
 """
 
 from typing import Any
 
-_WHERE = {
+_MODULE_OF = {
     "Code": "ksparse.sae.model",
     "KsparseError": "ksparse.errors",
     "LM": "ksparse.lm.model",
@@ -26,17 +26,21 @@ _WHERE = {
     "steer": "ksparse.steering",
     "train": "ksparse.training.train",
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ksparse")
+    if name not in _MODULE_OF:
         raise AttributeError(
             f"module 'ksparse' has no attribute {name!r}; it has {', '.join(__all__)}"
         )
     from importlib import import_module
 
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

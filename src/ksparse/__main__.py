@@ -1,4 +1,4 @@
-"""`python -m ksparse`, for torchrun and for where the command is not on the path."""
+"""`python -m ksparse`, for torchrun, and where the command `ksparse` is not on the path."""
 
 from ksparse.cli import main
 

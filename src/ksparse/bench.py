@@ -1,16 +1,17 @@
-"""How fast is a training step here? Every contestant in a process of its own, one step each in
-turn, against the float32 encoder product.
+"""Measure the speed of a training step on this machine.
 
-    product     x[b, d] times W_enc^T[d, n], into memory that is used again: the floor of an exact
-                step
-    selection   the same and torch.topk
-    dense       the step as autograd does it with dense codes: what most libraries compute
-    torch       our step in plain torch
+Each contestant runs in a process of its own, and they take single steps in turn. Times are given as
+a ratio to the float32 encoder product.
+
+    product     x[b, d] times W_enc^T[d, n] into a reused buffer: the floor of an exact step
+    selection   the product and torch.topk
+    dense       autograd with dense codes, which is what most libraries compute
+    torch       our step in plain PyTorch
     exact       our compiled step
-    screened    our compiled step, candidates chosen by the fastest low-precision product
+    screened    our compiled step with approximate top k, in the fastest low precision
 
-A ratio is the median over rounds of a contestant's seconds over the product's in the same round.
-Other libraries take part by a file with make(cfg) -> step(x): bench/step.py shows one.
+A ratio is the median, over rounds, of a contestant's time over the product's in the same round.
+Other libraries take part through a file with make(cfg) -> step(x); bench/step.py is an example.
 """
 
 from __future__ import annotations
@@ -31,40 +32,45 @@ from types import SimpleNamespace
 from typing import Any
 
 from ksparse.config import Config
-from ksparse.errors import InputError
+from ksparse.errors import InputError, unknown
 
-_WARM = 2  # steps before any is timed
+_WARMUP_STEPS = 2
 Step = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class Setting(Config):
-    """What a step is timed on."""
+    """The sizes of the step to time.
+
+    Example:
+        >>> Setting(d=64, n=512, k=8, batch=256).rounds
+        7
+    """
+
+    OWNER = "a benchmark"
 
     d: int = 768
-    """Width of an activation."""
+    """Dimension of an activation (d_model)."""
     n: int = 24_576
-    """Latents."""
+    """Number of latents."""
     k: int = 32
-    """Active latents."""
+    """Active latents per token."""
     batch: int = 4_096
-    """Activations in a step."""
+    """Activations per step."""
     dead: float = 0.0
-    """Share of latents that are dead, so that AuxK has work."""
+    """Share of the latents that are dead, which AuxK then has to reconstruct with."""
     rounds: int = 7
-    """Steps of each contestant that are timed."""
+    """Steps of each contestant to time."""
     threads: int = 0
-    """CPU threads; 0: what torch takes."""
+    """CPU threads; 0: torch's default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("a benchmark", d=1, n=1, k=1, batch=1, rounds=1, threads=0)
+        self.check_range("d", "n", "k", "batch", "rounds", at_least=1)
+        self.check_range("threads", at_least=0)
+        self.check_range("dead", at_least=0, below=1)
         if self.k > self.n:
             raise InputError(f"k of a benchmark is {self.k}, more than the {self.n} latents")
-        if not 0 <= self.dead < 1:
-            raise InputError(
-                f"dead of a benchmark is {self.dead}; it is a share, from 0 to below 1"
-            )
 
 
 def bench(
@@ -74,12 +80,25 @@ def bench(
     only: Sequence[str] = (),
     observe: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Time all contestants; others: {name: file with make(cfg)}; only: these, and the product.
-    Return what `ksparse bench --json` writes."""
+    """Time the contestants.
+
+    Args:
+        setting: sizes of the step.
+        others: further contestants by name, each a Python file with make(cfg).
+        only: names of the contestants to time, besides the product; by default all.
+        observe: called after each round with the number of rounds done, and of all.
+
+    Returns:
+        What `ksparse bench --json` writes: the setting, the machine, and for each contestant its
+        ratio to the product, seconds, tokens per second and peak memory.
+
+    Raises:
+        InputError: for an unknown contestant, and for one whose process ends.
+    """
     names = [*BUILT_IN, *(others or {})]
     for name in only:
         if name not in names:
-            raise InputError(f"there is no contestant {name!r}; there are {', '.join(names)}")
+            raise unknown("there is no contestant", name, names)
     names = [name for name in names if not only or name in ("product", *only)]
     workers = {name: _Worker(name, setting, (others or {}).get(name, "")) for name in names}
     try:
@@ -105,7 +124,7 @@ def bench(
         "processor": _processor(),
         "versions": {name: version(name) for name in ("ksparse", "torch")},
         "contestants": table,
-        "left_out": {name: why for name, why in ready.items() if why is not None},
+        "left_out": {name: reason for name, reason in ready.items() if reason is not None},
         **{
             f"{name}_ratio": table[name]["ratio"] if name in table else None
             for name in ("torch", "exact", "screened")
@@ -116,46 +135,52 @@ def bench(
 def _row(
     setting: Setting, times: list[float], product: list[float], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    middle = statistics.median(times)
+    """Return the measurements of one contestant."""
+    seconds = statistics.median(times)
     return {
-        "ratio": statistics.median(own / floor for own, floor in zip(times, product)),
+        "ratio": statistics.median(time / floor for time, floor in zip(times, product)),
         "best_ratio": min(times) / min(product),
-        "seconds": middle,
+        "seconds": seconds,
         "best_seconds": min(times),
-        "tokens_per_s": setting.batch / middle,
+        "tokens_per_s": setting.batch / seconds,
         **{key: value for key, value in facts.items() if key != "threads"},
     }
 
 
 class _Worker:
-    """A contestant in a process of its own, waiting for its turn."""
+    """A contestant in a process of its own, which takes a step when it is told to."""
 
     def __init__(self, name: str, setting: Setting, file: str):
         context = multiprocessing.get_context("spawn")
         self.name = name
-        self.pipe, theirs = context.Pipe()
+        self.pipe, worker_end = context.Pipe()
         self.process = context.Process(
-            target=_work, args=(theirs, name, setting, file), daemon=True
+            target=_work, args=(worker_end, name, setting, file), daemon=True
         )
         self.process.start()
-        theirs.close()
+        worker_end.close()
 
-    def ask(self, what: str) -> Any:
-        """Return the answer to one question; None to 'ready' if it is, else why not."""
+    def ask(self, request: str) -> Any:
+        """Send a request and return the answer.
+
+        Args:
+            request: "ready" (answer: None, or why the contestant cannot run), "step" (seconds of
+                one step), or "facts" (peak memory, threads and what the step reports).
+        """
         try:
-            self.pipe.send(what)
+            self.pipe.send(request)
             return self.pipe.recv()
         except (EOFError, OSError):
-            if what == "ready":
+            if request == "ready":
                 return "its process ended"
             raise InputError(
-                f"contestant {self.name!r} ended before its time: too little memory, most likely; "
+                f"contestant {self.name!r} ended unexpectedly: too little memory, most likely; "
                 "give a smaller --n or --batch"
             ) from None
 
 
 def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
-    """Build one contestant and step when asked."""
+    """Build a contestant and answer the requests of `_Worker.ask`, in the worker's process."""
     import torch
 
     if setting.threads:
@@ -168,10 +193,10 @@ def _work(pipe: Any, name: str, setting: Setting, file: str) -> None:
         dead = torch.randperm(setting.n, generator=torch.Generator().manual_seed(1))[
             : int(setting.dead * setting.n)
         ]
-        for _ in range(_WARM):
+        for _ in range(_WARMUP_STEPS):
             _prepare(step, dead)
             step(x)
-    except Exception as error:  # whatever another library does
+    except Exception as error:  # other libraries raise anything
         pipe.send(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         )
@@ -223,15 +248,18 @@ def _from_file(file: str) -> Callable[[Any], Step]:
 
 
 def activations(setting: Setting) -> Any:
-    """Return [b, d] of sparse codes over a hidden dictionary, whose features are as unequally
-    frequent as words, a mean and noise."""
+    """Return synthetic activations [b, d].
+
+    Each is a sparse combination of features from a hidden dictionary, with a mean and noise.
+    Frequencies of features follow Zipf's law, like those of words.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4 * setting.d, setting.d, generator=generator) / setting.d**0.5
-    often = 1 / torch.arange(1, 4 * setting.d + 1)
+    frequency = 1 / torch.arange(1, 4 * setting.d + 1)
     chosen = torch.multinomial(
-        often.expand(setting.batch, -1), min(24, 4 * setting.d), generator=generator
+        frequency.expand(setting.batch, -1), min(24, 4 * setting.d), generator=generator
     )
     values = torch.zeros(setting.batch, len(features)).scatter_(
         1, chosen, torch.rand(chosen.shape, generator=generator).log().neg()
@@ -258,7 +286,7 @@ def _selection(cfg: Any) -> Step:
 
 
 def _dense(cfg: Any) -> Step:
-    """Scatter the code into [b, n], multiply by both weights in full, let autograd do the rest."""
+    """Scatter the code into [b, n] and use dense products throughout, with autograd."""
     import torch
 
     from ksparse.sae.model import SAE, Shape
@@ -280,7 +308,7 @@ def _dense(cfg: Any) -> Step:
 
 @dataclass(frozen=True)
 class OwnStep:
-    """A step of ours, and what else is wanted of it."""
+    """One of our steps, with what benchmarks and tests need besides it."""
 
     step: Step
     set_dead: Callable[[Any], None]
@@ -292,8 +320,12 @@ class OwnStep:
 
 
 def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
-    """Return make(cfg) of our own step, with everything that a step of training does but the
-    average."""
+    """Return make(cfg) of our step: a full training step without weight averaging.
+
+    Args:
+        kernels: as in `run.kernels`.
+        screen: as in `optim.approx_topk`.
+    """
 
     def make(cfg: Any) -> Step:
         import torch
@@ -318,7 +350,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
                     "auxk_coef": cfg.auxk_coef,
                     "dead_after": cfg.dead_tokens,
                 },
-                "optim": {"lr": cfg.lr, "ema": 0.0, "screen": screen},
+                "optim": {"lr": cfg.lr, "ema": 0.0, "approx_topk": screen},
             }
         )
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
@@ -333,7 +365,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
 
         def set_dead(latents: Any) -> None:
             state.since[latents], state.dead = cfg.dead_tokens, None
-            sae.b_enc.data[latents] = -1e4  # so that they stay dead
+            sae.b_enc.data[latents] = -1e4  # keeps them dead
 
         def facts() -> dict[str, Any]:
             if screen == "off" or not isinstance(optimizer, PrefilteredStep):
@@ -351,13 +383,13 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
 def _initialized(sae: Any, cfg: Any) -> Any:
     import torch
 
-    from ksparse.config import SAEConfig as Options
+    from ksparse.config import SAEConfig
     from ksparse.sae.init import initialize_
 
     initialize_(
         sae,
         getattr(cfg, "sample", cfg.mean.expand(2, -1)),
-        Options(b_pre_init="mean"),
+        SAEConfig(b_pre_init="mean"),
         torch.Generator().manual_seed(cfg.seed),
     )
     return sae
@@ -373,11 +405,11 @@ BUILT_IN: dict[str, Callable[[Any], Step]] = {
 }
 
 
-# ---- the machine, and a picture ------------------------------------------------------------------
+# ---- the machine, and a chart --------------------------------------------------------------------
 
 
 def _resident(field: str) -> int:
-    """Return the process's memory in KiB: VmRSS now, VmHWM at most so far."""
+    """Return the memory of this process in KiB: VmRSS for now, VmHWM for the peak."""
     try:
         size = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
     except OSError:
@@ -393,11 +425,15 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def picture(found: dict[str, Any]) -> str:
-    """Return a bar for each contestant as SVG."""
+def picture(result: dict[str, Any]) -> str:
+    """Return a bar chart of the ratios, as SVG.
+
+    Args:
+        result: what `bench` returns.
+    """
     from matplotlib.figure import Figure
 
-    rows = sorted(found["contestants"].items(), key=lambda item: -item[1]["ratio"])
+    rows = sorted(result["contestants"].items(), key=lambda item: -item[1]["ratio"])
     figure = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([name for name, _ in rows], [row["ratio"] for _, row in rows], color="#3a55c8")
@@ -405,8 +441,8 @@ def picture(found: dict[str, Any]) -> str:
     axes.axvline(1, color="#1c1d22", linewidth=0.8, linestyle="--")
     axes.set_xlabel("time of a step, in encoder products of float32")
     axes.set_title(
-        f"d {found['d']:,} · n {found['n']:,} · k {found['k']} · batch {found['batch']:,} · "
-        f"{found['threads']} threads",
+        f"d {result['d']:,} · n {result['n']:,} · k {result['k']} · batch {result['batch']:,} · "
+        f"{result['threads']} threads",
         fontsize=10,
         loc="left",
     )

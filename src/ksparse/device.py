@@ -1,4 +1,4 @@
-"""TODO ksparse.device."""
+"""The device on which a recipe or an evaluation runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from ksparse.errors import InputError
 
 
 def resolve_device(name: str) -> str:
-    """Return the device that a recipe asks for; auto takes an accelerator if there is one."""
+    """Return a device that is available.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", "mps", or "auto" for an accelerator if there is one.
+
+    Raises:
+        InputError: if the device is not available.
+
+    Example:
+        >>> resolve_device("cpu")
+        'cpu'
+    """
     if name == "auto":
         return (
             "cuda"
@@ -21,6 +32,6 @@ def resolve_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"device {name!r} is not to be had here: {str(error).splitlines()[0]}; cpu always is"
+            f"device {name!r} is not available: {str(error).splitlines()[0]}; cpu always is"
         ) from None
     return name

@@ -281,13 +281,14 @@ def check(recipe: Recipe, data: int, world: int) -> None:
         )
     if (
         recipe.run.kernels in ("native", "triton")
-        or recipe.optim.screen not in ("off", "auto")
+        or recipe.optim.approx_topk not in ("off", "auto")
         or recipe.optim.precision != "float32"
     ):
         raise InputError(
-            f"run.kernels is {recipe.run.kernels!r}, optim.screen {recipe.optim.screen!r} and "
-            f"optim.precision {recipe.optim.precision!r}; several processes take the "
-            "step in plain torch: leave them at 'auto', 'off' and 'float32'"
+            f"run.kernels is {recipe.run.kernels!r}, optim.approx_topk "
+            f"{recipe.optim.approx_topk!r} and optim.precision {recipe.optim.precision!r}; "
+            "several processes take the step in plain torch: leave them at 'auto', 'off' and "
+            "'float32'"
         )
 
 

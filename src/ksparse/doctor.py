@@ -1,4 +1,4 @@
-"""Is this machine fit? One line for each thing that first runs fail on."""
+"""Check whether this machine can run ksparse: one line for each requirement."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-Check = tuple[str, str, str]  # name, "yes" | "note" | "no", what was found and what to do
+Check = tuple[str, str, str]
+"""Name of the requirement, verdict ("yes", "note" or "no"), and what was found and what to do."""
 
 
 def checks() -> Iterator[Check]:
-    """Yield a verdict on everything that ksparse needs."""
-    fit = sys.version_info >= (3, 11)
+    """Check everything that ksparse needs, in the order in which a first run would need it.
+
+    Yields:
+        One verdict for each requirement.
+
+    Example:
+        >>> [name for name, verdict, detail in checks()][0]
+        'python'
+    """
+    supported = sys.version_info >= (3, 11)
     yield (
         "python",
-        "yes" if fit else "no",
-        f"{platform.python_version()}" + ("" if fit else "; ksparse needs 3.11 or newer"),
+        "yes" if supported else "no",
+        f"{platform.python_version()}" + ("" if supported else "; ksparse needs 3.11 or newer"),
     )
     if importlib.util.find_spec("torch") is None:
         yield "torch", "no", "not installed: pip install torch"
@@ -52,46 +61,47 @@ def _torch() -> Iterator[Check]:
         "yes" if device != "cpu" else "note",
         f"{device} ({name})" + ("" if device != "cpu" else "; no accelerator: small models only"),
     )
-    for kind in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
         try:
-            a = torch.ones(8, 8, dtype=kind, device=device)
-            right = bool(((a @ a) == 8).all())
+            ones = torch.ones(8, 8, dtype=dtype, device=device)
+            correct = bool(((ones @ ones) == 8).all())
         except RuntimeError as error:
             yield (
-                str(kind).removeprefix("torch."),
+                name,
                 "note",
-                f"no product on {device}: {str(error).splitlines()[0]}",
+                f"no matrix products on {device}: {str(error).splitlines()[0]}",
             )
             continue
         yield (
-            str(kind).removeprefix("torch."),
-            "yes" if right else "no",
-            f"products on {device}" + ("" if right else " are wrong"),
+            name,
+            "yes" if correct else "no",
+            f"matrix products on {device}" + ("" if correct else " are wrong"),
         )
 
 
 def _compiled() -> Check:
-    """Build the compiled training step, if it has not been, and say which screen is fastest."""
+    """Compile the training step unless it is already, and find the fastest approximate top k."""
     from ksparse.kernels import native
 
     if native.load() is None:
         return (
             "compiler",
             "note",
-            "no compiled kernels; training on a CPU is about a quarter slower: install g++ or "
+            "no compiled kernels, so training on a CPU is about a quarter slower: install g++ or "
             "clang++",
         )
     from ksparse.training.steps.prefilter import fastest_prefilter
 
-    screen = fastest_prefilter()
+    fastest = fastest_prefilter()
     return (
         "compiler",
         "yes",
         "training steps on a CPU are compiled; "
         + (
             "no low-precision product is faster here"
-            if screen == "off"
-            else f"--optim.screen {screen} is faster still"
+            if fastest == "off"
+            else f"--optim.approx-topk {fastest} is faster still"
         ),
     )
 
@@ -114,18 +124,18 @@ def _triton() -> Check:
 
 def _packages() -> Iterator[Check]:
     for name in ("transformers", "tokenizers", "safetensors", "matplotlib"):
-        found = importlib.util.find_spec(name) is not None
+        installed = importlib.util.find_spec(name) is not None
         from importlib.metadata import version
 
         yield (
             name,
-            "yes" if found else "no",
-            version(name) if found else f"not installed: pip install {name}",
+            "yes" if installed else "no",
+            version(name) if installed else f"not installed: pip install {name}",
         )
 
 
 def _disk() -> Check:
-    """Write and sync a file where runs would go."""
+    """Write and sync a file in the working folder, where runs are stored by default."""
     here = Path.cwd()
     try:
         with tempfile.NamedTemporaryFile(dir=here) as file:
@@ -159,7 +169,7 @@ def _model() -> Check:
         return (
             "built-in LM",
             "no",
-            "this Python has no standard library in source, so the built-in text is empty",
+            "this Python lacks the source of its standard library, so the built-in text is empty",
         )
     return (
         "built-in LM",
@@ -170,7 +180,7 @@ def _model() -> Check:
 
 def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return "hub", "note", "HF_HUB_OFFLINE=1: only models that are on this machine"
+        return "hub", "note", "HF_HUB_OFFLINE=1: only models already on this machine"
     from huggingface_hub import constants
 
     host = constants.ENDPOINT.partition("://")[2].partition("/")[0]

@@ -1,7 +1,6 @@
-"""The errors that ksparse raises on purpose, each with the exit code that the command line ends
-with.
+"""The errors that ksparse raises on purpose, each with the exit code of the command line.
 
-A message says what is wrong, where, what was got, what was expected, and what to do.
+A message says what is wrong, where, what was found, what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -11,23 +10,34 @@ from collections.abc import Iterable
 
 
 class KsparseError(Exception):
-    """Whatever ksparse refuses or cannot go on with."""
+    """Base of all errors that ksparse raises on purpose.
+
+    `exit_code` is that of the command line.
+
+    Example:
+        >>> from ksparse import KsparseError, Recipe
+        >>> try:
+        ...     Recipe(sae={"k": 0})
+        ... except KsparseError as error:
+        ...     print(error, error.exit_code)
+        sae.k is 0; it must be at least 1 2
+    """
 
     exit_code = 1
 
 
 class InputError(KsparseError, ValueError):
-    """Something given to ksparse does not fit: a key, a path, a shape, a text."""
+    """An input is wrong: a key, a path, a shape, a text."""
 
     exit_code = 2
 
 
 class CorruptError(InputError):
-    """A file that ksparse wrote is truncated or altered."""
+    """A file that ksparse wrote is truncated or was altered."""
 
 
 class NonFiniteError(KsparseError, ArithmeticError):
-    """NaN or infinity in activations, loss or gradients."""
+    """Activations, loss or gradients are NaN or infinite."""
 
     exit_code = 3
 
@@ -39,19 +49,19 @@ class OutOfMemoryError(KsparseError):
 
 
 class DiskError(KsparseError, OSError):
-    """A disk that is full or that cannot be written."""
+    """A disk is full or cannot be written."""
 
     exit_code = 5
 
 
 class PeerError(KsparseError):
-    """Another process of the same run is gone, or does not answer."""
+    """Another process of the same run has ended or does not answer."""
 
     exit_code = 6
 
 
 class Interrupted(KsparseError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved."""
+    """The run was stopped by a signal (Ctrl-C, SIGTERM) and has saved a checkpoint."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -59,13 +69,13 @@ class Interrupted(KsparseError):
 
 
 def unknown(what: str, name: object, known: Iterable[str], otherwise: str = "") -> InputError:
-    """Return the error for a name that does not exist: one rule for every "did you mean".
+    """Return the error for a name that does not exist, with the nearest name that does.
 
     Args:
         what: the sentence up to the name, such as "there is no format".
         name: what was given.
         known: the names that exist.
-        otherwise: what to say where no known name is near; the list of all of them by default.
+        otherwise: what to say if no known name is near; by default the list of all of them.
 
     Example:
         >>> str(unknown("there is no law", "L(M)", ["L(N)", "L(C)"]))
@@ -78,5 +88,5 @@ def unknown(what: str, name: object, known: Iterable[str], otherwise: str = "") 
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like a mistyped one, or None if none is near."""
+    """Return the known name that is most similar to a mistyped one, or None if none is near."""
     return next(iter(difflib.get_close_matches(str(name)[:80], [*known], 1, 0.6)), None)

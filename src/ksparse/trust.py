@@ -1,11 +1,10 @@
-"""Whether code that comes with a language model may run: only where the very call says so, never
-because a file does.
+"""Whether code that comes with a language model may run.
 
-    with trusted(True): ...     what the command line's --trust-remote-code and the argument
-                                trust_remote_code do
-    code_is_trusted()           what whoever loads a model asks
+Only the call itself can allow it, with `--trust-remote-code True` or the argument
+`trust_remote_code`. It is stored nowhere: no recipe, run, SAE or sweep can allow it.
 
-It is stored nowhere. A recipe, a run, an SAE or a sweep of somebody else cannot set it.
+    with trusted(True): ...     allow it inside the block
+    code_is_trusted()           whether it is allowed, for code that loads a model
 """
 
 from __future__ import annotations
@@ -26,31 +25,48 @@ def code_is_trusted() -> bool:
 
 
 @contextmanager
-def trusted(code: bool) -> Iterator[None]:
-    """Let code that comes with a model run inside a with block, if `code`; a block around it is not
-    taken back."""
-    token = _trusted.set(code or _trusted.get())
+def trusted(allow: bool) -> Iterator[None]:
+    """Allow code that comes with a model to run inside a with block.
+
+    Args:
+        allow: False changes nothing; it does not take back what an enclosing block allows.
+
+    Example:
+        >>> with trusted(True):
+        ...     code_is_trusted()
+        True
+        >>> code_is_trusted()
+        False
+    """
+    token = _trusted.set(allow or _trusted.get())
     try:
         yield
     finally:
         _trusted.reset(token)
 
 
-def taken_from(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Return what --trust-remote-code says on a command line, and the other arguments."""
-    rest, code, words = [], False, iter(arguments)
+def split_trust_flag(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Split --trust-remote-code off the words of a command line.
+
+    Returns:
+        Whether code is trusted, and the other words.
+
+    Raises:
+        InputError: for a value other than True and False, and for the flag as a key of a recipe.
+    """
+    others, allow, words = [], False, iter(arguments)
     for word in words:
         name, equals, value = word.replace("_", "-").partition("=")
         if name == "--run.trust-remote-code":
             raise InputError(
-                f"{word} is no key of a recipe, since a stored one could set it; give {FLAG} True, "
-                "which counts for this call alone"
+                f"{word} is not a key of a recipe, since a stored one could set it; give {FLAG} "
+                "True, which applies to this call only"
             )
         if name != FLAG:
-            rest.append(word)
+            others.append(word)
             continue
         value = value if equals else next(words, "")
         if value not in ("True", "False"):
             raise InputError(f"{FLAG} is {value!r}; it must be True or False")
-        code = value == "True"
-    return code, rest
+        allow = value == "True"
+    return allow, others

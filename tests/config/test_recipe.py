@@ -24,8 +24,10 @@ from ksparse.config import (
     to_dict,
     to_toml,
 )
-from ksparse.config.evaluation import EvalConfig, StudyConfig
+from ksparse.config.evaluation import EvalConfig, StudyConfig, budget_sizes
 from ksparse.errors import InputError
+from ksparse.evals.registry import EVALS
+from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import train
 from ksparse.training.steps.autograd import rate_share
@@ -269,9 +271,9 @@ def test_a_recipe_is_frozen():
                 ("ema", -0.1),
                 ("beta1", 1.0),
                 ("beta2", 1.5),
-                ("decay", 1.5),
             ]
         ],
+        ({"optim": {"decay": 1.5}}, r"optim\.decay is 1\.5; it must be from 0 to 1$"),
         *[
             ({section: {key: math.nan}}, rf"{section}\.{key}' is nan; it must be a finite number")
             for section, key in [
@@ -351,7 +353,7 @@ def test_every_mistake_is_named(table, message):
             r"'tokens' is 'many', of type str; it must be of type int",
         ),
         (lambda: EvalConfig(probe_l2=math.inf), r"'probe_l2' is inf; it must be a finite number"),
-        (lambda: EvalConfig(seed=-1), r"seed of an evaluation is -1; it must be at least 0"),
+        (lambda: EvalConfig(seed=-1), r"seed of an evaluation is -1; it must not be negative"),
         (
             lambda: StudyConfig(tokens=1.5),
             r"'tokens' is 1\.5, of type float; it must be of type int",
@@ -538,10 +540,10 @@ def test_differences_are_named_with_both_values():
     assert "seed: 0 -> None" in recipes.differences(old, new)
 
 
-def test_identity_leaves_out_only_what_does_not_change_the_result():
+def test_the_fingerprint_leaves_out_only_what_does_not_change_the_result():
     assert (
-        Recipe(run=RunConfig(device="cpu", log_every=3, keep=5), threads=3).identity()
-        == Recipe().identity()
+        Recipe(run=RunConfig(device="cpu", log_every=3, keep=5), threads=3).fingerprint()
+        == Recipe().fingerprint()
     )
     for other in (
         Recipe(seed=1),
@@ -551,7 +553,7 @@ def test_identity_leaves_out_only_what_does_not_change_the_result():
         Recipe(acts=ActsConfig(mix=4096)),
         Recipe(optim=OptimConfig(lr=1.0)),
     ):
-        assert other.identity() != Recipe().identity()
+        assert other.fingerprint() != Recipe().fingerprint()
 
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_n():
@@ -586,3 +588,65 @@ def test_a_short_run_averages_over_a_share_of_itself():
     assert short.ema == pytest.approx(0.9)
     assert Recipe(tokens=10**6, batch=10, optim=OptimConfig(ema=0.999, ema_span=0.1)).ema == 0.999
     assert Recipe(tokens=1, batch=1).ema == 0 and Recipe(optim=OptimConfig(ema=0.0)).ema == 0
+
+
+@pytest.mark.parametrize("value", ["off", "int8"])
+def test_the_old_key_optim_screen_is_read_and_leaves_the_fingerprint_as_it_was(value, caplog):
+    recipe = Recipe(optim=OptimConfig(approx_topk=value))
+    assert from_dict({"optim": {"screen": value}}) == recipe == Recipe(optim={"screen": value})
+    assert recipe.fingerprint()["optim"]["screen"] == value
+    assert "approx_topk" not in recipe.fingerprint()["optim"] and not caplog.records
+    assert "approx_topk" in to_toml(recipe) and "screen" not in to_toml(recipe)
+
+
+def test_the_fingerprint_of_the_default_recipe_is_the_one_that_folders_of_sweeps_are_named_by():
+    assert jsonio.digest(Recipe().fingerprint()) == "87b7079c38ac30bf"
+
+
+def test_a_changed_key_is_named_as_it_is_written_today():
+    old, new = Recipe(), Recipe(optim=OptimConfig(approx_topk="int8"))
+    assert recipes.differences(old.fingerprint(), new.fingerprint()) == [
+        "optim.approx_topk: 'off' -> 'int8'"
+    ]
+
+
+def test_the_old_and_the_new_name_of_a_key_together_are_refused():
+    with pytest.raises(InputError, match="'optim.screen' is the old name of 'optim.approx_topk'"):
+        from_dict({"optim": {"screen": "off", "approx_topk": "int8"}})
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SAEConfig(k=9, n_latents=8), "sae.k is 9, more than the 8 latents"),
+        (lambda: ActsConfig(context=1), "acts.context is 1; a context needs at least 3 tokens"),
+        (lambda: OptimConfig(ema=1.0), "optim.ema is 1.0; it must be from 0 up to"),
+        (lambda: CurveConfig(converged=0.1), "curve.converged needs a held-out loss"),
+        (lambda: RunConfig(alarm_dead=1.0), "alarm_dead is 1.0; .*: it is a share of the latents"),
+        (lambda: MeshConfig(capacity=0.1), "mesh.capacity is 0.1; below 1"),
+    ],
+)
+def test_a_section_refuses_its_own_values_before_it_is_part_of_a_recipe(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_a_result_records_the_options_of_its_evaluation_and_those_of_all():
+    every = {"budget", "tokens", "per_document", "split", "text", "seed", "device"}
+    assert set(EvalConfig().for_eval("positions")) == every
+    assert set(EvalConfig().for_eval("refinement")) == every | {"refine_tokens", "refine_exact"}
+    recorded = {name for evaluation in EVALS for name in EvalConfig().for_eval(evaluation)}
+    assert {option.name for option in dataclasses.fields(EvalConfig)} - recorded == {"force"}
+
+
+@pytest.mark.parametrize("budget", ["small", "paper"])
+def test_every_size_of_a_budget_replaces_0_and_nothing_else(budget):
+    options = EvalConfig(budget=budget)
+    resolved = options.resolved()
+    changed = {
+        option.name
+        for option in dataclasses.fields(EvalConfig)
+        if getattr(options, option.name) != getattr(resolved, option.name)
+    }
+    assert changed == {name for name, size in budget_sizes(budget).items() if size}
+    assert EvalConfig(budget=budget, tokens=7).resolved().tokens == 7

@@ -288,7 +288,7 @@ def test_every_part_of_the_memory_has_a_word_on_what_makes_it_smaller():
     everything = {
         **costs.memory(case(curve__held_out=1), MeshConfig(2, 2)),
         **costs.memory(case(DEVICES["laptop"], step="native"), MeshConfig()),
-        **costs.memory(case(step="triton", optim__screen="int8"), MeshConfig()),
+        **costs.memory(case(step="triton", optim__approx_topk="int8"), MeshConfig()),
     }
     assert set(everything) == set(costs.SMALLER)
 

@@ -58,7 +58,7 @@ def test_a_grid_is_every_combination_and_each_is_named_by_its_recipe(sweep_file)
         (64, 2),
         (64, 4),
     ]
-    assert all(name == jsonio.digest(recipe.identity()) for name, recipe in grid.recipes.items())
+    assert all(name == jsonio.digest(recipe.fingerprint()) for name, recipe in grid.recipes.items())
 
 
 def test_what_does_not_change_the_result_does_not_change_the_name(sweep_file):

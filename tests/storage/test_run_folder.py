@@ -122,7 +122,7 @@ def test_a_checkpoint_under_another_ones_name_is_passed_over(run):
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_and_the_keys_named(run):
-    ours = Recipe(seed=5).identity()
+    ours = Recipe(seed=5).fingerprint()
     with checksums.checksummed_dir(run.checkpoint(4), step=4, recipe=ours) as tmp:
         (tmp / "state.json").write_text("{}")
     assert run.newest_intact() == (run.checkpoint(4), [])
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_keys_named(run):
 
 
 def test_a_checkpoint_of_a_version_with_other_keys_is_compared_in_those_that_both_have(run):
-    theirs = Recipe(seed=5).identity()
+    theirs = Recipe(seed=5).fingerprint()
     del theirs["curve"], theirs["sae"]["init"]
     with checksums.checksummed_dir(run.checkpoint(4), step=4, recipe=theirs | {"gone": 1}):
         pass

@@ -375,7 +375,7 @@ def test_a_sealed_table_comes_back_without_its_seal_and_no_value_of_it_can_be_ch
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(
             CorruptError,
-            match="x.json was altered: it does not have the sum that it was written with",
+            match="x.json was altered: its checksum does not match",
         ):
             jsonio.read_json(file)
         jsonio.write_json(file, table, sealed=True)
@@ -484,7 +484,7 @@ def test_a_name_that_no_file_can_have_is_not_there(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", closed)
-    with pytest.raises(InputError, match="secret cannot be looked at: Permission denied"):
+    with pytest.raises(InputError, match="secret cannot be accessed: Permission denied"):
         atomic.exists(Path("secret"))
 
 

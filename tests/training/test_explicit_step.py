@@ -234,7 +234,7 @@ def test_resuming_is_bitwise_the_same_run(small_recipe, tmp_path):
 
     for screen in ("off", "int8", "bfloat16"):
         wanted = small_recipe(
-            {"run.kernels": "native", "optim.screen": screen, "run.save_every": 5}
+            {"run.kernels": "native", "optim.approx_topk": screen, "run.save_every": 5}
         )
         whole = train(wanted, tmp_path / f"whole-{screen}")
         cut = tmp_path / f"cut-{screen}"
@@ -452,9 +452,9 @@ def test_the_recipe_says_which_step_runs(monkeypatch):
             dataclasses.replace(recipe(), run=dataclasses.replace(recipe().run, kernels="native")),
         )
     with pytest.raises(
-        InputError, match="optim.screen is 'int8', which needs the compiled kernels"
+        InputError, match="optim.approx_topk is 'int8', which needs the compiled kernels"
     ):
-        select.choose_step(sae, recipe(optim__screen="int8"))
+        select.choose_step(sae, recipe(optim__approx_topk="int8"))
 
 
 def test_the_fastest_screen_is_one_of_them():

@@ -794,8 +794,8 @@ def test_the_initial_weights_do_not_depend_on_training_options(small_recipe):
     "changes, message",
     [
         ({"acts.mix": 32}, r"acts\.mix is 32, less than one batch of 64; give several batches"),
-        ({"run.device": "cuda:7"}, r"device 'cuda:7' is not to be had here: .*cpu always is"),
-        ({"run.device": "abacus"}, r"device 'abacus' is not to be had here"),
+        ({"run.device": "cuda:7"}, r"device 'cuda:7' is not available: .*cpu always is"),
+        ({"run.device": "abacus"}, r"device 'abacus' is not available"),
         ({"acts.text": "/no/such.txt"}, r"text /no/such\.txt does not exist"),
         ({"acts.site": "resid_post.9"}, r"site 'resid_post\.9' does not exist"),
         ({"acts.shards": "/no/such"}, r"/no/such is no folder of shards"),

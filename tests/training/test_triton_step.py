@@ -235,14 +235,14 @@ def test_reading_in_bfloat16_is_refused_where_nothing_does():
 @inside
 def test_the_recipe_asks_for_it_and_another_step_takes_its_checkpoint_up():
     ours = choose_step(
-        SAE(Shape(D, N, K)).to(DEVICE), recipe(run__kernels="triton", optim__screen="auto")
+        SAE(Shape(D, N, K)).to(DEVICE), recipe(run__kernels="triton", optim__approx_topk="auto")
     )
     assert (
         type(ours) is TritonStep and ours.screen == "off"
     )  # 48 latents with k = 4: a screen could save nothing
     ours = choose_step(
         SAE(Shape(D, 300, K)).to(DEVICE),
-        recipe(sae__n_latents=300, run__kernels="triton", optim__screen="auto"),
+        recipe(sae__n_latents=300, run__kernels="triton", optim__approx_topk="auto"),
     )
     assert ours.screen == "int8"
     ours = choose_step(SAE(Shape(D, N, K)).to(DEVICE), recipe(optim__precision="bfloat16"))
@@ -257,11 +257,11 @@ def test_the_recipe_asks_for_it_and_another_step_takes_its_checkpoint_up():
 
 @inside
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # in the interpreter's numpy
-@pytest.mark.parametrize("options", [{}, {"screen": "int8", "precision": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"approx_topk": "int8", "precision": "bfloat16"}], ids=str)
 def test_a_batch_that_is_not_finite_changes_nothing(options):
     ours = made(
         TritonStep,
-        *([options["screen"]] if options else []),
+        *([options["approx_topk"]] if options else []),
         n=300,
         **{f"optim__{key}": value for key, value in options.items()},
     )

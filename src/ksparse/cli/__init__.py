@@ -1,14 +1,17 @@
-"""The verbs. The only station that prints or exits.
+"""The command line, and the only part of ksparse that prints or exits.
 
-    training   demo, train, resume              judging    eval, compare, study, probes
-    sweeps     sweep, fit                       pages      report, view
-    inside     steer, attribute                 exchange   convert, push
-    before     shard, plan, bench, doctor
+    train          demo, train, resume
+    sweeps         sweep, fit
+    evaluate       eval, compare, study, probes
+    report         report, view
+    interventions  steer, attribute
+    convert        convert, push
+    prepare        shard, plan, bench, doctor
 
-    arguments  the table of verbs, and how their arguments are read        shown   lines, numbers,
-        progress
+    arguments      the table of verbs, and how their arguments are parsed
+    output         messages, estimates, progress
 
-Nothing heavy is imported before a verb runs, so that help is there at once.
+Modules import torch inside their verbs, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -19,37 +22,39 @@ import sys
 from contextlib import suppress
 
 from ksparse.cli import convert, evaluate, interventions, prepare, report, sweeps, train
-from ksparse.cli.arguments import LOAD_LM, VERBS, usage_of
-from ksparse.cli.output import Lines, first_process, visible
+from ksparse.cli.arguments import LOAD_LM, VERBS, describe_verb
+from ksparse.cli.output import EscapingFormatter, escape_unprintable, is_first_process
 from ksparse.errors import DiskError, InputError, KsparseError, unknown
 from ksparse.storage.atomic import FULL
-from ksparse.trust import taken_from, trusted
+from ksparse.trust import split_trust_flag, trusted
 
 EXIT_CODES = (
-    "0 done · 1 failed · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · 6 "
-    "another process gone · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 nobody "
-    "reads the output"
+    "0 success · 1 failure · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · "
+    "6 another process failed · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 broken pipe"
 )
-STATIONS = (train, sweeps, evaluate, report, interventions, convert, prepare)
+COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, prepare)
 """In the order in which help lists their verbs."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb and exit with its code."""
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # before torch: waiting threads that spin cost others' work dearly
+    """Run one verb and exit with its code.
+
+    Args:
+        arguments: the words of the command line; by default those of this process.
+    """
+    # Set before torch is imported: threads that spin while they wait slow down other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _open_streams()
     try:
         try:
             _run(sys.argv[1:] if arguments is None else arguments)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has left, as `| head` does
-        sys.stdout = None  # else Python tries once more as it ends
+    except BrokenPipeError:  # the reader of the output has left, as `| head` does
+        sys.stdout = None  # else Python flushes it once more at exit
         sys.exit(141)
     except OSError as error:
-        if error.errno not in FULL:  # of a file, it would be a DiskError
+        if error.errno not in FULL:  # an error of a file would be a DiskError
             raise
         sys.stdout = None
         with suppress(OSError):
@@ -58,16 +63,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _open_streams() -> None:
-    """Make the standard streams fit to print to, whatever the caller made of them.
+    """Make the standard streams safe to print to, in whatever state the caller left them.
 
-    Of a closed one the system would give the number to the next file that is opened, and what a
-    library prints would land in that. A character that the output's encoding lacks is escaped.
+    The number of a closed stream would be given to the next file that is opened, and prints of
+    libraries would end up in that file. Characters that the output's encoding lacks are escaped.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -84,21 +89,21 @@ def _run(arguments: list[str]) -> None:
 
         print(f"ksparse {version('ksparse')}")
         sys.exit(0)
-    verb, *rest = arguments
+    verb, *words = arguments
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines())
+    handler.setFormatter(EscapingFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("ksparse").setLevel(logging.INFO if first_process() else logging.ERROR)
+    logging.getLogger("ksparse").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     try:
         if verb not in VERBS:
             raise unknown("there is no verb", verb, VERBS, "see `ksparse --help`")
         _check_working_folder()
-        code, rest = taken_from(rest) if verb in LOAD_LM else (False, rest)
-        with trusted(code):
-            VERBS[verb](rest)
+        trust, words = split_trust_flag(words) if verb in LOAD_LM else (False, words)
+        with trusted(trust):
+            VERBS[verb](words)
     except KsparseError as error:
-        with suppress(OSError):  # who reads no messages still gets the exit code
-            print(visible(f"ksparse {verb}: {error}"), file=sys.stderr)
+        with suppress(OSError):  # the exit code holds even if standard error cannot be written
+            print(escape_unprintable(f"ksparse {verb}: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -110,25 +115,26 @@ def _check_working_folder() -> None:
         os.getcwd()
     except OSError as error:
         raise InputError(
-            f"the working folder is not there: {error.strerror}; go to another one"
+            f"the working folder does not exist: {error.strerror}; change to another one"
         ) from None
 
 
 def usage() -> str:
+    """Return the help of the command without a verb."""
     verbs = [
-        usage_of(name)
-        for station in STATIONS
+        describe_verb(name)
+        for module in COMMAND_MODULES
         for name, verb in VERBS.items()
-        if verb.__module__ == station.__name__
+        if verb.__module__ == module.__name__
     ]
-    lines = [f"  {usage:<50} {what}" for usage, what in verbs]
+    lines = [f"  {usage:<50} {description}" for usage, description in verbs]
     return "\n".join(
         [
             "ksparse: train, scale and judge k-sparse autoencoders on language-model activations",
             "",
             *lines,
             "",
-            "`ksparse VERB --help` shows a verb's options.",
+            "`ksparse VERB --help` shows the options of a verb.",
             f"Exit codes: {EXIT_CODES}",
         ]
     )

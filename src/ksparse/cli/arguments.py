@@ -1,20 +1,28 @@
-"""What verbs have in common: the table of them, and how their arguments are read."""
+"""What the verbs share: the table of verbs, and how their arguments are parsed."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import inspect
+import itertools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ksparse import config as recipes
 from ksparse.config import Recipe
+from ksparse.config.options import RENAMED_KEYS, classes, field_types
 from ksparse.errors import InputError
 from ksparse.trust import FLAG
 
+_log = logging.getLogger("ksparse")
 VERBS: dict[str, Callable[[list[str]], None]] = {}
-"""Every verb by its name, the first word of its docstring."""
+"""Every verb by its name, the first word of its function's docstring."""
 LOAD_LM = (
     "train",
     "resume",
@@ -29,46 +37,70 @@ LOAD_LM = (
     "sweep",
     "view",
 )
-"""Verbs that take --trust-remote-code True: it lets code that comes with a language model run, in
-this call alone."""
+"""Verbs that take --trust-remote-code True, which lets code that comes with a language model run in
+this call only."""
 
 
 def verb(function: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """Enter a function into the table of verbs."""
+    """Add a function to the table of verbs.
+
+    Args:
+        function: takes the command line's words after the verb. The first line of its docstring is
+            the usage, starting with the verb's name; the rest says what the verb does.
+    """
     VERBS[(function.__doc__ or "").split()[0]] = function
     return function
 
 
-def usage_of(name: str) -> tuple[str, str]:
-    """Return how a verb is written, the first line of its docstring, and what it does, the rest."""
-    usage, *what = (VERBS[name].__doc__ or "").strip().splitlines()
-    return usage, " ".join(line.strip() for line in what if line.strip())
+def describe_verb(name: str) -> tuple[str, str]:
+    """Return the usage line of a verb, and what it does in a sentence or two."""
+    usage, *description = (VERBS[name].__doc__ or "").strip().splitlines()
+    return usage, " ".join(line.strip() for line in description if line.strip())
 
 
-def recipe_of(kind: type, verb: str, arguments: list[str]) -> tuple[Recipe, dict[str, Any], str]:
-    """Return the recipe of a TOML file, if one is named first, with flags over it; the verb's own
-    options; a name for it."""
-    given, name = Recipe(), "default"
+def parse_recipe(
+    options: type, verb: str, arguments: list[str]
+) -> tuple[Recipe, dict[str, Any], str]:
+    """Parse a recipe: a TOML file, if one is named first, with flags over it.
+
+    Args:
+        options: a dataclass with the fields of `Recipe` and more of the verb's own.
+        verb: name of the verb, for its help.
+        arguments: words of the command line after the verb.
+
+    Returns:
+        The recipe, the values of the verb's own options, and the name of the file without its
+        ending ("default" without a file).
+    """
+    base, name = Recipe(), "default"
+    arguments = [_current_flag(argument) for argument in arguments]
     if arguments and not arguments[0].startswith("-"):
         file, *arguments = arguments
-        given, name = recipes.load_recipe(file), Path(file).stem
-    given = dataclasses.replace(
-        given,
-        sae=dataclasses.replace(
-            given.sae, activation=activation_of(given.sae.activation, arguments)
-        ),
-    )
-    fields = {field.name: getattr(given, field.name) for field in dataclasses.fields(Recipe)}
-    parsed = parse(kind, f"{verb} [RECIPE.toml]", arguments, default=kind(**fields))
-    own = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)}
-    return Recipe(**{key: own.pop(key) for key in fields}), own, name
+        base, name = recipes.load_recipe(file), Path(file).stem
+    activation = _choose_activation(base.sae.activation, arguments)
+    base = dataclasses.replace(base, sae=dataclasses.replace(base.sae, activation=activation))
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(Recipe)}
+    parsed = parse(options, f"{verb} [RECIPE.toml]", arguments, default=options(**fields))
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
+    return Recipe(**{key: values.pop(key) for key in fields}), values, name
 
 
-def activation_of(
-    given: recipes.ActivationConfig, arguments: list[str]
+def _current_flag(argument: str) -> str:
+    """Return an argument with the current name of a renamed flag; warn if it has the old one."""
+    flag, equals, value = argument.partition("=")
+    key = flag.removeprefix("--").replace("-", "_")
+    if not flag.startswith("--") or key not in RENAMED_KEYS:
+        return argument
+    current = f"--{RENAMED_KEYS[key]}".replace("_", "-")
+    _log.warning("%s is now called %s", flag, current)
+    return f"{current}{equals}{value}"
+
+
+def _choose_activation(
+    activation: recipes.ActivationConfig, arguments: list[str]
 ) -> recipes.ActivationConfig:
-    """Return the activation whose keys the flags --sae.activation.… are: the given one, or that of
-    another kind where they name one."""
+    """Return the activation that the flags --sae.activation.… change: the recipe's, or the default
+    of the kind that they name."""
     words = [
         word
         for argument in arguments
@@ -79,39 +111,99 @@ def activation_of(
         for word, value in zip(words, [*words[1:], ""])
         if word.startswith("--sae.activation.")
     }
-    kind = recipes.activation_kind({"kind": given.kind} | flags, "--sae.activation.")
-    return given if isinstance(given, kind) else kind()
+    options = recipes.activation_kind({"kind": activation.kind} | flags, "--sae.activation.")
+    return activation if isinstance(activation, options) else options()
 
 
-def parse(
-    kind: type, verb: str, arguments: list[str], default: Any = None, prefix: str = ""
-) -> Any:
+def parse(options: type, verb: str, arguments: list[str], default: Any = None) -> Any:
+    """Parse flags into an instance of a dataclass; show help and exit where it is wanted.
+
+    Args:
+        options: a dataclass whose fields are the flags.
+        verb: usage of the verb without its flags, such as "eval RUN".
+        arguments: words of the command line.
+        default: an instance with the values of flags that are not given; by default that of the
+            fields.
+
+    Raises:
+        InputError: for a value out of range. An unknown flag exits with code 2.
+    """
     import tyro
 
-    description = usage_of(verb.split()[0])[1]
-    if verb.split()[0] in LOAD_LM:
+    name = verb.split()[0]
+    description = describe_verb(name)[1]
+    if name in LOAD_LM:
         description += (
-            f"\n\n{FLAG} True lets code that comes with the language model run, in this "
-            "call alone; no file can say so."
+            f"\n\nGive {FLAG} True to let code that comes with the language model run, in this "
+            "call only. No file can allow it."
         )
-    if prefix:  # tyro names the flags of a bare dataclass without the section's name
-        arguments = [argument.replace(f"--{prefix}.", "--", 1) for argument in arguments]
-    made = tyro.cli(
-        kind,
+    if {"-h", "--help"} & set(arguments):
+        _reflow_help(options)
+    parsed = tyro.cli(
+        options,
         prog=f"ksparse {verb}",
         args=arguments,
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         **({} if default is None else {"default": default}),
     )
-    recipes.check_fields(made)
-    return made
+    recipes.check_fields(parsed)
+    return parsed
 
 
-def take_folder(
+def _reflow_help(options: type) -> None:
+    """Make the docstring of each field its help text, as one paragraph.
+
+    tyro would keep the line breaks of the source.
+    """
+    for owner in options.__mro__:
+        if not dataclasses.is_dataclass(owner):
+            continue
+        fields = {field.name: field for field in dataclasses.fields(owner)}
+        for name, text in _field_docstrings(owner).items():
+            fields[name].metadata = MappingProxyType(
+                {**fields[name].metadata, "help": " ".join(text.split())}
+            )
+    for hint in field_types(options).values():
+        for section in classes(hint):
+            _reflow_help(section)
+
+
+def _field_docstrings(owner: type) -> dict[str, str]:
+    """Return the strings that follow a class's annotated fields in its source."""
+    statements = _class_bodies(owner.__module__)[owner.__name__]
+    return {
+        statement.target.id: str(following.value.value)
+        for statement, following in itertools.pairwise(statements)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+    }
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def split_folder(
     verb: str, arguments: list[str], what: str = "the folder of a run, such as runs/demo"
 ) -> tuple[str, list[str]]:
-    """Take the folder off the arguments; '' where only help is wanted."""
+    """Split the first argument, a folder, off the others.
+
+    Args:
+        verb: name of the verb, for the message.
+        arguments: words of the command line.
+        what: what the first argument is, for the message.
+
+    Returns:
+        The folder and the other arguments. The folder is '' where only help is wanted.
+
+    Raises:
+        InputError: if the first argument is a flag, or missing.
+    """
     if arguments and arguments[0] in ("-h", "--help"):
         return "", arguments
     if not arguments or arguments[0].startswith("-"):
@@ -119,11 +211,11 @@ def take_folder(
     return arguments[0], list(arguments[1:])
 
 
-def no_options(verb: str, rest: list[str]) -> None:
-    """Show help, or refuse arguments, for a verb without options."""
-    if rest and rest[0] in ("-h", "--help"):
-        usage, what = usage_of(verb)
-        print(f"usage: ksparse {usage}\n\n{what}")
+def refuse_arguments(verb: str, arguments: list[str]) -> None:
+    """Show help and exit, or refuse arguments, for a verb that takes none."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        usage, description = describe_verb(verb)
+        print(f"usage: ksparse {usage}\n\n{description}")
         sys.exit(0)
-    if rest:
-        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(rest)}")
+    if arguments:
+        raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(arguments)}")

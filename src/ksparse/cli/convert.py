@@ -1,4 +1,4 @@
-"""convert, push: other libraries, and the Hub."""
+"""Verbs that exchange SAEs with other libraries and the Hub: convert, push."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ksparse.cli.arguments import parse, take_folder, verb
+from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.storage.run_folder import open_run
+
+VIEWER_FORMATS = ("neuronpedia", "sae_dashboard", "atoms")
 
 
 @dataclass(frozen=True)
 class ConvertArgs:
+    """Options of `ksparse convert`."""
+
     to: str
-    """sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium or ksparse; of an
-    evaluated run also what viewers show: neuronpedia, sae_dashboard, atoms."""
+    """Format to write: sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium
+    or ksparse. For an evaluated run also the data of viewers: neuronpedia, sae_dashboard or
+    atoms."""
     subfolder: str = ""
-    """Folder of the SAE in SRC."""
+    """Folder of the SAE inside SRC."""
     revision: str = ""
     """Revision of a Hub repository."""
     normalization: Literal["exact", "layer_norm", "outside"] = "exact"
-    """What to do with a normalisation that the format has not. exact: refuse, unless it can go into
-    the weights. layer_norm: also take that for unit_norm, which differs by about 1e-5 / deviation
-    of the activation. outside: leave it to whoever uses the SAE."""
+    """What to do with a normalization that the format does not have. exact: refuse, unless it can
+    be folded into the weights. layer_norm: also write unit_norm as layer_norm, which differs by
+    about 1e-5 / standard deviation of the activation. outside: leave it to the user of the SAE."""
     model: str = ""
     """neuronpedia, sae_dashboard: Neuronpedia's name of the LM."""
     set: str = "ksparse"
@@ -35,86 +40,91 @@ class ConvertArgs:
     url: str = ""
     """neuronpedia: where to read about it."""
     repository: str = ""
-    """neuronpedia: repository on the Hub that holds the weights."""
+    """neuronpedia: Hub repository that holds the weights."""
 
 
 @verb
 def convert(arguments: list[str]) -> None:
     """convert SRC DST --to FORMAT
 
-    write an SAE of any format in another, or what viewers show of a run
+    Convert an SAE between formats, or write the data of a run for a viewer.
     """
-    source, rest = take_folder(
+    source, flags = split_folder(
         "convert",
         arguments,
         "an SAE: a run, a folder of any format, or a Hub repository; and a new folder",
     )
-    folder, rest = (
-        take_folder("convert", rest, "a new folder, after the SAE") if source else ("", rest)
+    folder, flags = (
+        split_folder("convert", flags, "a new folder, after the SAE") if source else ("", flags)
     )
-    args = parse(ConvertArgs, "convert SRC DST", rest)
-    viewers = ("neuronpedia", "sae_dashboard", "atoms")
-    if args.to not in viewers:
-        from ksparse import interop
-
-        sae = interop.convert(
-            source,
-            folder,
-            args.to,
-            revision=args.revision or None,
-            subfolder=args.subfolder,
-            normalization=args.normalization,
-        )
-        print(
-            f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
-            f"normalisation {sae.shape.normalize}"
-        )
+    args = parse(ConvertArgs, "convert SRC DST", flags)
+    if args.to in VIEWER_FORMATS:
+        print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
         return
+    from ksparse import interop
+
+    sae = interop.convert(
+        source,
+        folder,
+        args.to,
+        revision=args.revision or None,
+        subfolder=args.subfolder,
+        normalization=args.normalization,
+    )
+    print(
+        f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
+        f"normalisation {sae.shape.normalize}"
+    )
+
+
+def _export(source: str, folder: Path, args: ConvertArgs) -> int:
+    """Write the data of a run for a viewer; return the number of latents."""
     from ksparse.interop import neuronpedia, openai_viewer
 
     run = open_run(source)
     if args.to == "atoms":
-        count = openai_viewer.export(run, Path(folder))
-    else:
-        names = neuronpedia.Publication(
-            **{
-                field.name: getattr(args, field.name)
-                for field in dataclasses.fields(neuronpedia.Publication)
-            }
-        )
-        count = (
-            neuronpedia.export_bulk if args.to == "neuronpedia" else neuronpedia.export_dashboard
-        )(run, Path(folder), names)
-    print(f"{args.to} {folder}: {count:,} latents")
+        return openai_viewer.export(run, folder)
+    publication = neuronpedia.Publication(
+        **{
+            field.name: getattr(args, field.name)
+            for field in dataclasses.fields(neuronpedia.Publication)
+        }
+    )
+    export = neuronpedia.export_bulk if args.to == "neuronpedia" else neuronpedia.export_dashboard
+    return export(run, folder, publication)
 
 
 @verb
 def push(arguments: list[str]) -> None:
     """push RUN OWNER/NAME [--key value …]
 
-    put an SAE on the Hub, with a card and a copy for SAELens
+    Upload an SAE to the Hub, with a model card and a copy for SAELens.
     """
 
     @dataclass(frozen=True)
     class PushArgs:
-        subfolder: str = ""
-        """Folder in the repository, where it holds several SAEs."""
-        visibility: Literal["public", "private"] = "public"
-        """Of a repository that is not there yet."""
-        folder: str = ""
-        """Write the repository's folder here, and upload nothing."""
-        normalization: Literal["exact", "layer_norm", "outside"] = "exact"
-        """For SAELens' copy, as of `ksparse convert`."""
+        """Options of `ksparse push`."""
 
-    source, rest = take_folder(
+        subfolder: str = ""
+        """Folder in the repository, if it holds several SAEs."""
+        visibility: Literal["public", "private"] = "public"
+        """Visibility of a repository that does not exist yet."""
+        folder: str = ""
+        """Write the repository to this folder, and upload nothing."""
+        normalization: Literal["exact", "layer_norm", "outside"] = "exact"
+        """For the copy for SAELens, as in `ksparse convert`."""
+
+    source, flags = split_folder(
         "push", arguments, "an SAE, such as runs/demo; and the name of a repository"
     )
-    repository, rest = (
-        take_folder("push", rest, "the name of a repository on the Hub, OWNER/NAME, after the SAE")
+    repository, flags = (
+        split_folder(
+            "push", flags, "the name of a repository on the Hub, OWNER/NAME, after the SAE"
+        )
         if source
-        else ("", rest)
+        else ("", flags)
     )
-    args = parse(PushArgs, "push RUN OWNER/NAME", rest)
+    args = parse(PushArgs, "push RUN OWNER/NAME", flags)
     from ksparse.interop import hub
 
     if args.folder:

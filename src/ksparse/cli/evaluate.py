@@ -1,4 +1,4 @@
-"""eval, compare, study, probes."""
+"""Verbs that evaluate: eval, compare, study, probes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse import config as recipes
-from ksparse.cli.arguments import parse, take_folder, verb
-from ksparse.cli.output import Progress, say, write_report, written
+from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.output import Progress, format_estimate, print_status, write_report
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError
 from ksparse.storage import jsonio
@@ -21,33 +21,35 @@ from ksparse.storage.run_folder import RunFolder, open_run
 def evaluate(arguments: list[str]) -> None:
     """eval RUN … [NAME …] [--key value …]
 
-    judge on held-out text: downstream, stats, probes, … (those six if none is named)
+    Evaluate SAEs on held-out text; without names: downstream, stats, probes, n2g, explained_loss
+    and ablation.
     """
-    folder, rest = take_folder("eval", arguments)
-    words = [folder]
-    while rest and not rest[0].startswith("-"):
-        words.append(rest.pop(0))
-    options = parse(EvalConfig, "eval RUN [RUN …] [NAME …]", rest)
+    folder, flags = split_folder("eval", arguments)
+    words = []
+    while flags and not flags[0].startswith("-"):
+        words.append(flags.pop(0))
+    options = parse(EvalConfig, "eval RUN [RUN …] [NAME …]", flags)
     sources: list[str] = [folder]
     names: list[str] = []
-    for word in words[1:]:
+    for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
     for source, results in evaluate_saes(sources, names, options).items():
         run = RunFolder(Path(source))
         if len(sources) > 1:
             print(f"\n{source}")
         for result in results.values():
-            show_result(result, run.eval_file(result["name"]) if run.exists() else "")
+            print_result(result, run.eval_file(result["name"]) if run.exists() else "")
         if run.exists():
             write_report(run)
             print(f"report   {run.report_file.resolve().as_uri()}")
 
 
-def show_result(result: dict[str, Any], file: Path | str) -> None:
+def print_result(result: dict[str, Any], file: Path | str) -> None:
+    """Print the name, file, numbers and notes of an evaluation's result."""
     print(f"{result['name']}   {file}".rstrip())
     for key, value in result.items():
         if isinstance(value, dict) and set(value) == {"value", "se"}:
-            print(f"  {key:<32}{written(value)}")
+            print(f"  {key:<32}{format_estimate(value)}")
     for note in result["notes"]:
         print(f"  note: {note}")
 
@@ -55,58 +57,69 @@ def show_result(result: dict[str, Any], file: Path | str) -> None:
 def evaluate_saes(
     sources: list[str], names: list[str], options: EvalConfig
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the SAEs of runs or folders, and write the results of those that are runs."""
+    """Evaluate SAEs, and write the results of those that are runs.
+
+    Args:
+        sources: runs, folders of any format, or Hub repositories.
+        names: evaluations; empty for the default ones.
+        options: for all of them.
+
+    Returns:
+        For each source, the results by name.
+    """
     from ksparse.evals import registry, runner
     from ksparse.interop import load
 
     registry.check_names(names)
     saes = {source: load(source) for source in sources}
     with Progress("evaluating", 0) as progress:
-        found = runner.evaluate_many(
+        results_by_source = runner.evaluate_many(
             saes,
             None,
             names or list(registry.DEFAULT),
             options,
-            observe=lambda what, done, total: progress(done, "", total, what),
+            observe=lambda label, done, total: progress(done, "", total, label),
         )
-    for source, results in found.items():
+    for source, results in results_by_source.items():
         run = RunFolder(Path(source))
         if run.exists():
             runner.write(run, {result["name"]: result for result in results.values()})
-    return found
+    return results_by_source
 
 
 @dataclass(frozen=True)
 class CompareArgs(EvalConfig):
+    """Options of `ksparse compare`."""
+
     lm: str = ""
-    """The LM, where no SAE says which; a Hub name, a folder, or pylm."""
+    """LM, where no SAE names one: a name on the Hub, a folder, or pylm."""
     site: str = ""
-    """The site, where no SAE says which."""
+    """Site, where no SAE names one."""
     like: str = ""
     """Evaluate all on the text, contexts and positions that this SAE was trained with."""
     by: str = ""
-    """Rank by this column; by the first if not given."""
+    """Column to rank by; by default the first."""
     results: Literal["new", "saved"] = "new"
-    """new: evaluate. saved: take the results that runs have."""
+    """new: evaluate. saved: use the results that runs already have."""
     json: str = ""
-    """File for the table."""
+    """File to write the table to, as JSON."""
 
 
 @verb
 def compare(arguments: list[str]) -> None:
     """compare A B … [--key value …]
 
-    SAEs of any format on the same text, positions and baselines: one table
+    Compare SAEs of any format on the same text, positions and baselines, in one table.
     """
-    folder, rest = take_folder(
+    folder, flags = split_folder(
         "compare",
         arguments,
         "the SAEs to compare: runs, folders of any format, or Hub repositories",
     )
     sources = [folder]
-    while rest and not rest[0].startswith("-"):
-        sources.append(rest.pop(0))
-    args = parse(CompareArgs, "compare A B …", rest)
+    while flags and not flags[0].startswith("-"):
+        sources.append(flags.pop(0))
+    args = parse(CompareArgs, "compare A B …", flags)
     from ksparse import interop
     from ksparse.evals import comparison
 
@@ -114,45 +127,47 @@ def compare(arguments: list[str]) -> None:
     if repeated:
         raise InputError(f"{repeated[0]} is named twice")
     saes = {source: interop.load(source) for source in sources}
-    results = _saved(sources) if args.results == "saved" else _together(saes, args)
+    results_by_source = (
+        _read_results(sources) if args.results == "saved" else _evaluate_together(saes, args)
+    )
     rows = comparison.table(
-        results, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
+        results_by_source, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
     )
     width = max(map(len, sources)) + 2
     print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
     for row in rows:
-        print(
-            f"{row.name:<{width}}" + "".join(f"{written(each):>22}" for each in row.values.values())
-        )
+        cells = (f"{format_estimate(value):>22}" for value in row.values.values())
+        print(f"{row.name:<{width}}" + "".join(cells))
     print(
-        "± one standard error over documents; the SAEs saw the same ones, so differences are known "
-        "better than that"
+        "± one standard error over documents. All SAEs were evaluated on the same documents, so "
+        "differences between them are more certain than that."
     )
-    for source, found in results.items():
-        for note in dict.fromkeys(note for result in found.values() for note in result["notes"]):
+    for source, results in results_by_source.items():
+        for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
             print(f"note: {source}: {note}")
     if args.json:
         jsonio.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
 
 
-def _saved(sources: list[str]) -> dict[str, dict[str, Any]]:
+def _read_results(sources: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the saved results of runs; raise InputError for a run without any."""
     from ksparse.evals.comparison import NAMES
 
-    found = {
+    results_by_source = {
         source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))}
         for source in sources
     }
-    for source, results in found.items():
+    for source, results in results_by_source.items():
         if not results:
             raise InputError(
                 f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes "
                 "them of a run, or leave out --results saved"
             )
-    return found
+    return results_by_source
 
 
-def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, Any]]:
-    """Evaluate SAEs in one pass, on what one of them was trained with."""
+def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, Any]]:
+    """Evaluate SAEs in one pass over the activations that one of them was trained on."""
     from ksparse.device import resolve_device
     from ksparse.evals import runner
     from ksparse.evals.comparison import NAMES
@@ -162,12 +177,16 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
         raise InputError(
             f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}"
         )
-    told = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
-    own = told[args.like] if args.like else next((acts for acts in told.values() if acts), {})
-    acts = recipes.ActsConfig(
-        **own | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))}
+    trained_on = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
+    table = (
+        trained_on[args.like]
+        if args.like
+        else next((acts for acts in trained_on.values() if acts), {})
     )
-    if not own and not (args.lm and args.site):
+    acts = recipes.ActsConfig(
+        **table | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))}
+    )
+    if not table and not (args.lm and args.site):
         raise InputError(
             "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
         )
@@ -181,7 +200,7 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
             NAMES,
             options,
             like=acts if args.like else None,
-            observe=lambda what, done, total: progress(done, "", total, what),
+            observe=lambda label, done, total: progress(done, "", total, label),
         )
 
 
@@ -189,10 +208,10 @@ def _together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, An
 def study(arguments: list[str]) -> None:
     """study NAME [--run RUN] [--key value …]
 
-    answer a question with several SAEs, or by an evaluation of one: baselines, sites, …
+    Answer a question with several SAEs (baselines, sites, …), or with an evaluation of one run.
     """
-    name, rest = take_folder("study", arguments, "the name of a study, such as baselines")
-    options = parse(StudyConfig, "study NAME", rest)
+    name, flags = split_folder("study", arguments, "the name of a study, such as baselines")
+    options = parse(StudyConfig, "study NAME", flags)
     from ksparse import studies
     from ksparse.evals.registry import EVALS
 
@@ -200,26 +219,25 @@ def study(arguments: list[str]) -> None:
     if name in studies.STUDIES:
         with Progress("reading", 0) as progress:
             folder = studies.run(
-                name, options, observe=lambda what, done, total: progress(done, "", total, what)
+                name, options, observe=lambda label, done, total: progress(done, "", total, label)
             )
-        show_study(folder)
+        print_study(folder)
         return
     if not options.run:
-        raise InputError(
-            f"study {name!r} is an evaluation of one SAE: say of which, with --run RUN"
-        )
+        raise InputError(f"study {name!r} is an evaluation of one SAE: name it with --run RUN")
     run = open_run(options.run)
     results = evaluate_saes(
         [options.run],
         [name],
         EvalConfig(tokens=options.eval_tokens, text=options.text, device=options.device),
     )
-    show_result(results[options.run][name], run.eval_file(name))
+    print_result(results[options.run][name], run.eval_file(name))
     write_report(run)
     print(f"report   {run.report_file.resolve().as_uri()}")
 
 
-def show_study(folder: Path) -> None:
+def print_study(folder: Path) -> None:
+    """Write the report of a study, and print its findings."""
     from ksparse.report import studies as pages
 
     page = pages.write(folder)
@@ -230,26 +248,28 @@ def show_study(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ProbesArgs:
+    """Options of `ksparse probes build`."""
+
     rows: int = 1_000
-    """Rows of a task, half of each label."""
+    """Rows per task, half of them of each label."""
     seed: int = 0
-    """Draws the rows."""
+    """Seed of the choice of rows."""
     text: str = ""
-    """Running text for base64 and the phrase tasks: a data set of the Hub (OWNER/NAME or
-    OWNER/NAME:CONFIG), or a file or folder; monology/pile-uncopyrighted if not given."""
+    """Text for the base64 and phrase tasks: a data set on the Hub (OWNER/NAME or
+    OWNER/NAME:CONFIG), or a file or folder; by default monology/pile-uncopyrighted."""
     documents: int = 200_000
     """Documents of that text to read."""
     local: str = ""
-    """Folder with OWNER__NAME/ folders that stand in for data sets of the Hub."""
+    """Folder with subfolders OWNER__NAME to use instead of data sets on the Hub."""
     only: tuple[str, ...] = ()
-    """Make these tasks alone."""
+    """Tasks to build; by default all."""
 
 
 @verb
 def probes(arguments: list[str]) -> None:
     """probes build DIR [--key value …]
 
-    make the paper's 61 probe tasks from the Hub's data sets: --suite DIR uses them
+    Build the paper's 61 probe tasks from data sets on the Hub, for `ksparse eval --suite DIR`.
     """
     if arguments[:1] == ["build"]:
         arguments = arguments[1:]
@@ -258,10 +278,10 @@ def probes(arguments: list[str]) -> None:
             "`ksparse probes` knows one thing to do, `ksparse probes build DIR`; got "
             f"{' '.join(arguments) or 'nothing'}"
         )
-    folder, rest = take_folder(
+    folder, flags = split_folder(
         "probes build", arguments, "the folder to write the tasks to, such as suites/paper"
     )
-    options = parse(ProbesArgs, "probes build DIR", rest)
+    options = parse(ProbesArgs, "probes build DIR", flags)
     from ksparse.evals.probing import suites
 
     built = suites.build(
@@ -271,7 +291,7 @@ def probes(arguments: list[str]) -> None:
         documents=options.documents,
         local=options.local or None,
         only=options.only,
-        observe=lambda step: say(
+        observe=lambda step: print_status(
             f"{step.state:<9}{step.name}" + (f" · {step.words}" if step.words else "")
         ),
         **({"text": options.text} if options.text else {}),
@@ -280,8 +300,8 @@ def probes(arguments: list[str]) -> None:
         f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, "
         f"{len(built.failed)} failed"
     )
-    for name, why in built.failed.items():
-        print(f"  {name}: {why}")
+    for name, reason in built.failed.items():
+        print(f"  {name}: {reason}")
     if built.made or built.kept:
         print(f"next     ksparse eval RUN probes --suite {built.folder}")
     else:

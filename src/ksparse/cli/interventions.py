@@ -1,4 +1,4 @@
-"""steer, attribute: an SAE in a running LM."""
+"""Verbs that use an SAE inside a running LM: steer, attribute."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse.cli.arguments import parse, take_folder, verb
-from ksparse.cli.output import visible
+from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.output import escape_unprintable
 from ksparse.config import Config
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.storage.run_folder import RunFolder
@@ -19,136 +19,147 @@ if TYPE_CHECKING:
     from ksparse.sae.model import SAE
 
 
-COLDEST = 1e-3  # below, logits over the temperature overflow
+LOWEST_TEMPERATURE = 1e-3  # below, logits divided by the temperature overflow
 
 
 @dataclass(frozen=True)
 class SteerArgs(Config):
+    """Options of `ksparse steer`."""
+
+    OWNER = "the command"
+
     latent: tuple[int, ...] = ()
-    """Latents to steer, several if wanted."""
+    """Latents to steer, one or several."""
     prompt: str = ""
-    """Text that the LM continues."""
+    """Text for the LM to continue."""
     value: float | None = None
-    """What the latents are held at, of either sign, in the unit of their activations; 0 takes them
-    out."""
+    """Value to hold the latents at, of either sign and in the unit of their activations; 0 ablates
+    them."""
     scale: float | None = None
-    """Instead: what their own activations are multiplied by."""
+    """Instead of a value: factor to multiply the latents' own activations by."""
     error: Literal["keep", "drop"] = "keep"
-    """keep: what the SAE fails to reconstruct stays. drop: the LM gets the reconstruction."""
+    """keep: add the SAE's reconstruction error back. drop: give the LM the reconstruction."""
     tokens: int = 40
-    """Most tokens of a continuation."""
+    """Largest number of tokens to generate."""
     temperature: float = 0.0
-    """0: always the likeliest token. Above: drawn, with the same random numbers for both
+    """0: always the most likely token. Above 0: sample, with the same random numbers for both
     continuations."""
     seed: int = 0
-    """Draws the tokens."""
+    """Seed of the sampling."""
     shown: int = 10
-    """Tokens listed whose probability changes most."""
+    """Tokens to list, those whose probability changes most."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device: auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("the command", shown=0)
+        self.check_range("shown", at_least=0)
+
+    def check(self) -> None:
+        """Raise InputError unless the options say what to steer, and how."""
+        if not self.latent or not self.prompt:
+            raise InputError(
+                "steering needs "
+                + ("a text to continue: --prompt TEXT" if self.latent else "a latent: --latent 123")
+            )
+        if (self.value is None) == (self.scale is None):
+            raise InputError(
+                "give one of --value V, which latents are held at, and --scale S, which their own "
+                "activations are multiplied by"
+            )
+        if self.temperature and self.temperature < LOWEST_TEMPERATURE:
+            raise InputError(
+                f"temperature is {self.temperature}; it must be 0, for the most likely token, or "
+                f"at least {LOWEST_TEMPERATURE}"
+            )
 
 
 @verb
 def steer(arguments: list[str]) -> None:
     """steer RUN --latent I --value V --prompt …
 
-    what the LM writes with latents held at a value, beside what it writes as it is
+    Show what the LM writes with latents held at a value, beside what it writes without.
     """
-    folder, rest = take_folder("steer", arguments)
-    asked = parse(SteerArgs, "steer RUN", rest)
-    if not asked.latent or not asked.prompt:
-        raise InputError(
-            "steering needs "
-            + ("a text to continue: --prompt TEXT" if asked.latent else "a latent: --latent 123")
-        )
-    if (asked.value is None) == (asked.scale is None):
-        raise InputError(
-            "give one of --value V, which latents are held at, and --scale S, which their own "
-            "activations are multiplied by"
-        )
-    if asked.temperature and asked.temperature < COLDEST:
-        raise InputError(
-            f"temperature is {asked.temperature}; it must be 0, for the likeliest token, or at "
-            f"least {COLDEST}"
-        )
+    folder, flags = split_folder("steer", arguments)
+    options = parse(SteerArgs, "steer RUN", flags)
+    options.check()
     from ksparse import steering
-    from ksparse.lm.tokens import token_strings
     from ksparse.sae.serialization import load
 
     sae = load(folder)
-    steering.check_latents(sae, asked.latent)
-    lm = steering.lm_of(sae, asked.device)
-    known = _stats_of(folder)
-    largest = _largest(lm, sae.to(lm.device), asked.prompt, asked.latent, known)
-    clamp = None if asked.value is None else dict.fromkeys(asked.latent, asked.value)
-    scale = None if asked.scale is None else dict.fromkeys(asked.latent, asked.scale)
-    found = steering.compare(
+    steering.check_latents(sae, options.latent)
+    lm = steering.lm_of(sae, options.device)
+    stats = _read_latent_stats(folder)
+    largest = _largest_acts(lm, sae.to(lm.device), options.prompt, options.latent, stats)
+    comparison = steering.compare(
         lm,
         sae,
-        asked.prompt,
-        clamp,
-        scale=scale,
-        error=asked.error,
-        tokens=asked.tokens,
-        temperature=asked.temperature,
-        seed=asked.seed,
+        options.prompt,
+        None if options.value is None else dict.fromkeys(options.latent, options.value),
+        scale=None if options.scale is None else dict.fromkeys(options.latent, options.scale),
+        error=options.error,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        seed=options.seed,
         largest=largest,
     )
-    if not math.isfinite(found.kl):
+    if not math.isfinite(comparison.kl):
         raise NonFiniteError(
             "with these latents held there the LM's predictions are not finite; give a value from "
             "the latents' own range"
         )
-    for latent in asked.latent:
-        said = _what_is_known(known, latent) or f": {largest[latent]:.3g} at most on this prompt"
-        print(f"latent   {latent}{said}")
+    for latent in options.latent:
+        description = _describe_latent(stats, latent)
+        print(
+            f"latent   {latent}{description or f': {largest[latent]:.3g} at most on this prompt'}"
+        )
     print(
-        f"as it is {asked.prompt}{visible(found.before.text)}\nsteered  "
-        f"{asked.prompt}{visible(found.after.text)}"
+        f"as it is {options.prompt}{escape_unprintable(comparison.before.text)}\nsteered  "
+        f"{options.prompt}{escape_unprintable(comparison.after.text)}"
     )
-    moved = [
+    _print_next_token(comparison, lm, options.shown)
+
+
+def _print_next_token(comparison: Any, lm: LM, count: int) -> None:
+    """Print how steering changes the probabilities of the next token, the largest changes."""
+    from ksparse.lm.tokens import token_strings
+
+    rows = [
         (token, f"{before:>10.4f}", f"{after:>10.4f}")
-        for token, before, after in found.moved(asked.shown)
+        for token, before, after in comparison.moved(count)
     ]
-    moved = [row for row in moved if row[1] != row[2]]
-    if not moved:
+    rows = [row for row in rows if row[1] != row[2]]
+    if not rows:
         print(
             "nothing changed"
-            if found.before.tokens == found.after.tokens
-            else f"next token, KL {found.kl:.1e} nats: no probability changes by 0.0001; later "
-            "tokens do"
+            if comparison.before.tokens == comparison.after.tokens
+            else f"next token, KL {comparison.kl:.1e} nats: no probability changes by 0.0001; "
+            "later tokens do"
         )
         return
-    print(f"next token, KL {found.kl:.4f} nats{'':<16}as it is   steered")
-    for (_, before, after), string in zip(
-        moved, token_strings(lm.tokenizer, [token for token, _, _ in moved])
-    ):
+    print(f"next token, KL {comparison.kl:.4f} nats{'':<16}as it is   steered")
+    strings = token_strings(lm.tokenizer, [token for token, _, _ in rows])
+    for (_, before, after), string in zip(rows, strings):
         print(f"  {string!r:<40}{before}{after}")
 
 
-def _largest(
-    lm: LM, sae: SAE, prompt: str, latents: Sequence[int], found: Mapping[str, Any]
+def _largest_acts(
+    lm: LM, sae: SAE, prompt: str, latents: Sequence[int], stats: Mapping[str, Any]
 ) -> dict[int, float]:
-    """Return the largest value of each latent: that `stats` has found, else that on the tokens of
-    the prompt."""
+    """Return the largest activation of each latent: from `stats`, or else on the prompt."""
     import torch
 
     from ksparse.steering import acts_at
 
-    if found:
-        return {latent: float(found["max_act"][latent]) for latent in latents}
+    if stats:
+        return {latent: float(stats["max_act"][latent]) for latent in latents}
     with torch.no_grad():
         acts = acts_at(sae.encode(lm(prompt)), torch.tensor(latents))
     return dict(zip(latents, acts.max(0).values.tolist()))
 
 
-def _stats_of(folder: str) -> dict[str, Any]:
-    """Return what `stats` has found of each latent, so that a value can be chosen; nothing if it
-    has not been run."""
+def _read_latent_stats(folder: str) -> dict[str, Any]:
+    """Return the arrays of the evaluation `stats`; none if it has not been run."""
     try:
         arrays = RunFolder(Path(folder)).arrays_file("stats")
     except CorruptError:
@@ -160,59 +171,64 @@ def _stats_of(folder: str) -> dict[str, Any]:
     return load_file(arrays)
 
 
-def _what_is_known(found: Mapping[str, Any], latent: int) -> str:
+def _describe_latent(stats: Mapping[str, Any], latent: int) -> str:
+    if not stats:
+        return ""
     return (
-        (
-            f": fires on {found['density'][latent]:.2%} of tokens, with "
-            f"{found['mean_act'][latent]:.3g} on average and "
-            f"{found['max_act'][latent]:.3g} at most"
-        )
-        if found
-        else ""
+        f": fires on {stats['density'][latent]:.2%} of tokens, with "
+        f"{stats['mean_act'][latent]:.3g} on average and {stats['max_act'][latent]:.3g} at most"
     )
 
 
 @dataclass(frozen=True)
 class AttributeArgs(Config):
+    """Options of `ksparse attribute`."""
+
+    OWNER = "the command"
+
     prompt: tuple[str, ...] = ()
-    """Texts; what counts is the token after each."""
+    """Texts; the prediction of the token after each is explained."""
     toward: tuple[str, ...] = ()
-    """Tokens whose mean logit is explained, as they look in a text, leading space included."""
+    """Tokens whose mean logit is explained, written as in a text, with a leading space if they have
+    one."""
     away: tuple[str, ...] = ()
-    """Tokens whose mean logit is taken off; the mean of all logits if not given."""
+    """Tokens whose mean logit is subtracted; by default the mean of all logits."""
     shown: int = 10
-    """Latents listed on either side."""
+    """Latents to list, those with the largest effect."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device: auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("the command", shown=0)
+        self.check_range("shown", at_least=0)
 
 
 @verb
 def attribute(arguments: list[str]) -> None:
     """attribute RUN --prompt … --toward T --away U
 
-    which latents the LM's preference for a token hangs on: activation x gradient
+    Find the latents that make the LM prefer a token, by activation x gradient.
     """
-    folder, rest = take_folder("attribute", arguments)
-    asked = parse(AttributeArgs, "attribute RUN", rest)
+    folder, flags = split_folder("attribute", arguments)
+    options = parse(AttributeArgs, "attribute RUN", flags)
     from ksparse import steering
     from ksparse.sae.serialization import load
 
     sae = load(folder)
-    lm = steering.lm_of(sae, asked.device)
+    lm = steering.lm_of(sae, options.device)
     scores = steering.attribute(
-        lm, sae.to(lm.device), asked.prompt, steering.logit_difference(lm, asked.toward, asked.away)
+        lm,
+        sae.to(lm.device),
+        options.prompt,
+        steering.logit_difference(lm, options.toward, options.away),
     )
-    known = _stats_of(folder)
+    stats = _read_latent_stats(folder)
     order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
     print(
-        f"difference of logits by first-order effect of each latent, mean over {len(asked.prompt)} "
-        f"prompts, all together {scores.sum():+.4f}"
+        "difference of logits by first-order effect of each latent, mean over "
+        f"{len(options.prompt)} prompts, all together {scores.sum():+.4f}"
     )
-    for latent in sorted(order[: asked.shown], key=lambda i: -scores[i]):
-        print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_what_is_known(known, latent)}")
+    for latent in sorted(order[: options.shown], key=lambda i: -scores[i]):
+        print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_describe_latent(stats, latent)}")
     if order:
         print(f"next     ksparse steer {folder} --latent {order[0]} --value 0 --prompt …")

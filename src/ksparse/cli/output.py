@@ -1,4 +1,4 @@
-"""What people see: lines, numbers, progress."""
+"""What the command line prints: messages, estimates, progress."""
 
 from __future__ import annotations
 
@@ -11,36 +11,42 @@ from typing import TYPE_CHECKING, Any
 from ksparse.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 
-def say(text: str) -> None:
+def print_status(text: str) -> None:
+    """Print a line about what is happening to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
-def visible(text: str) -> str:
-    """Return a text that no terminal takes for a command: what cannot be printed, but ends of lines
-    and tabs, as its code."""
+def escape_unprintable(text: str) -> str:
+    """Return a text with the escape codes of characters that a terminal could take for commands.
+
+    Newlines and tabs stay.
+    """
     return "".join(
-        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
-        for each in text
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
 
 
-class Lines(logging.Formatter):
-    """A log's messages alone, which may name documents and files of others."""
+class EscapingFormatter(logging.Formatter):
+    """Formatter for log messages, which may quote documents and file names from anywhere."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
+        return escape_unprintable(super().format(record))
 
 
-def first_process() -> bool:
-    """Return whether this is the one of torchrun's processes that speaks for all."""
+def is_first_process() -> bool:
+    """Return whether this is the process that prints, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def written(estimate: dict[str, float | None]) -> str:
+def format_estimate(estimate: dict[str, float | None]) -> str:
+    """Return {"value": v, "se": s} as "v ± s"; "-" if there is no value."""
     if estimate["value"] is None:
         return "-"
     return f"{estimate['value']:.4f}" + (
@@ -49,29 +55,39 @@ def written(estimate: dict[str, float | None]) -> str:
 
 
 def write_report(run: RunFolder) -> None:
+    """Write report.html of a run."""
     from ksparse.report import write
 
     write(run)
 
 
 class Progress:
-    """How far, how fast, how long still: a bar on a terminal, a line every few seconds in a log."""
+    """Progress of a task: a bar on a terminal, a line every few seconds in a log.
 
-    EVERY = 5.0
+        with Progress("training", total) as progress:
+            progress(done, "nmse 0.31")
 
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.began, self.last = what, total, time.monotonic(), 0.0
-        self.first: int | None = None
-        self.bar: Bar | None = None
+    Args:
+        label: what is being done.
+        total: amount of work; 0 if it is not known yet.
+    """
+
+    SECONDS_BETWEEN_LINES = 5.0
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total = label, total
+        self.began, self.last_line = time.monotonic(), 0.0
+        self.done_at_start: int | None = None
+        self.bar: RichProgress | None = None
         self.task: TaskID
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+            from rich.progress import Progress as RichProgress
 
-            self.bar = Bar(
+            self.bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
@@ -79,33 +95,43 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self.task = self.bar.add_task(self.what, total=self.total or None, note="")
+            self.task = self.bar.add_task(self.label, total=self.total or None, note="")
             self.bar.start()
         return self
 
-    def __call__(self, done: int, note: str, total: int = 0, what: str = "") -> None:
-        """Say how much is done; another `what` than before begins a new bar."""
+    def __call__(self, done: int, note: str, total: int = 0, label: str = "") -> None:
+        """Show how much is done.
+
+        Args:
+            done: amount of work done.
+            note: text to show beside it.
+            total: amount of work, if it has changed.
+            label: what is being done, if it has changed; this starts a new bar.
+        """
         self.total = total or self.total
-        if what and what != self.what:
-            self.what, self.began, self.last, self.first = what, time.monotonic(), 0.0, None
+        if label and label != self.label:
+            self.label, self.began, self.last_line = label, time.monotonic(), 0.0
+            self.done_at_start = None
             if self.bar is not None:
                 self.bar.update(self.task, visible=self.bar.tasks[-1].completed > 0)
-                self.task = self.bar.add_task(what, total=self.total, note="")
+                self.task = self.bar.add_task(label, total=self.total, note="")
         if self.bar is not None:
             self.bar.update(self.task, completed=done, total=self.total, note=note)
             return
         now = time.monotonic()
-        self.first = done if self.first is None else self.first
-        if now - self.last < self.EVERY and done < self.total:
+        self.done_at_start = done if self.done_at_start is None else self.done_at_start
+        if now - self.last_line < self.SECONDS_BETWEEN_LINES and done < self.total:
             return
-        self.last = now
-        spent, moved = now - self.began, done - self.first
+        self.last_line = now
+        seconds, progressed = now - self.began, done - self.done_at_start
         left = (
-            f", about {spent / moved * (self.total - done):,.0f} s left"
-            if moved and done < self.total
+            f", about {seconds / progressed * (self.total - done):,.0f} s left"
+            if progressed and done < self.total
             else ""
         )
-        say(f"{self.what} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else ""))
+        print_status(
+            f"{self.label} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else "")
+        )
 
     def __exit__(self, *error: Any) -> None:
         if self.bar is not None:

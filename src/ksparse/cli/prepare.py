@@ -1,4 +1,4 @@
-"""shard, plan, bench, doctor: before anything is trained."""
+"""Verbs for before training: shard, plan, bench, doctor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ksparse.cli.arguments import no_options, parse, recipe_of, verb
+from ksparse.cli.arguments import parse, parse_recipe, refuse_arguments, verb
 from ksparse.cli.output import Progress
 from ksparse.cli.train import TrainArgs
 from ksparse.config import Recipe
@@ -21,19 +21,21 @@ from ksparse.storage import atomic, jsonio
 
 @dataclass(frozen=True)
 class ShardArgs(Recipe):
+    """Options of `ksparse shard`."""
+
     out: str = "acts"
-    """Folder that gets a subfolder named by a hash of what the activations are."""
+    """Folder to write to, in a subfolder named by a hash of what the activations are."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Numbers on disk."""
+    """Data type on disk."""
 
 
 @verb
 def shard(arguments: list[str]) -> None:
     """shard [RECIPE.toml] [--key value …]
 
-    write activations to disk once, for many runs
+    Write activations to disk once, for many runs.
     """
-    recipe, extra, _ = recipe_of(ShardArgs, "shard", arguments)
+    recipe, options, _ = parse_recipe(ShardArgs, "shard", arguments)
     import torch
 
     from ksparse.data import shards
@@ -48,9 +50,9 @@ def shard(arguments: list[str]) -> None:
         folder = shards.write(
             lm,
             Corpus(recipe.acts, lm.tokenizer, "train"),
-            Path(extra["out"]),
+            Path(options["out"]),
             rows=recipe.tokens,
-            dtype=extra["dtype"],
+            dtype=options["dtype"],
             progress=lambda done: progress(done, "activations"),
         )
     print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
@@ -58,47 +60,51 @@ def shard(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class PlanArgs(TrainArgs):
+    """Options of `ksparse plan`."""
+
     devices: str = ""
-    """Numbers of devices, such as 1,8,64,512: for each the best mesh, with its memory,
+    """Numbers of devices, such as 1,8,64,512: plan the best mesh for each, with its memory,
     communication and time."""
     gpu: Literal["here", "a100", "h100", "h200", "laptop"] = "here"
-    """Which devices. here: this machine's, whose speed is measured."""
+    """Type of device. here: this machine's, whose speed is measured."""
     hardware: Hardware = field(default_factory=Hardware)
     subject: UnseenLM = field(default_factory=UnseenLM)
     dead: float = 0.1
-    """Share of the latents that are taken to be dead: AuxK costs in proportion."""
+    """Share of the latents to assume dead; the cost of AuxK is proportional to it."""
     json: str = ""
-    """File for all of it as JSON; - writes that to standard output, and nothing else."""
+    """File to write the plan to, as JSON; -: write it to standard output, and nothing else."""
 
 
 @verb
 def plan(arguments: list[str]) -> None:
     """plan [RECIPE.toml] [--key value …]
 
-    parameters, memory, FLOPs, disk and time, before anything runs; --devices 1,8,64: on meshes
+    Show parameters, memory, FLOPs, disk and time of a recipe before running it.
     """
-    recipe, asked, _ = recipe_of(PlanArgs, "plan", arguments)
-    devices = [_number("--devices", each) for each in asked["devices"].split(",") if each.strip()]
+    recipe, options, _ = parse_recipe(PlanArgs, "plan", arguments)
+    devices = [
+        _parse_int("--devices", word) for word in options["devices"].split(",") if word.strip()
+    ]
     from ksparse.planning import plan as planning
 
-    made = planning.plan(
+    planned = planning.plan(
         recipe,
         devices=devices,
-        card=asked["gpu"],
-        figures=asked["hardware"],
-        dead=asked["dead"],
-        unseen=asked["subject"],
+        card=options["gpu"],
+        figures=options["hardware"],
+        dead=options["dead"],
+        unseen=options["subject"],
     )
-    if asked["json"] == "-":
-        print(json.dumps(planning.to_dict(made), indent=1))
+    if options["json"] == "-":
+        print(json.dumps(planning.to_dict(planned), indent=1))
         return
-    for line in planning.lines(made) + (["", *planning.tables(made)] if devices else []):
+    for line in planning.lines(planned) + (["", *planning.tables(planned)] if devices else []):
         print(line)
-    if asked["json"]:
-        jsonio.write_json(Path(asked["json"]), planning.to_dict(made))
+    if options["json"]:
+        jsonio.write_json(Path(options["json"]), planning.to_dict(planned))
 
 
-def _number(flag: str, text: str) -> int:
+def _parse_int(flag: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -111,62 +117,70 @@ def _number(flag: str, text: str) -> int:
 def bench(arguments: list[str]) -> None:
     """bench [--n --d --k --batch …]
 
-    time a training step here, against the encoder product and a dense step
+    Time a training step on this machine, against the encoder product and a dense step.
     """
     from ksparse import bench as benchmark
 
     @dataclass(frozen=True)
     class BenchArgs(benchmark.Setting):
+        """Options of `ksparse bench`."""
+
         json: str = ""
-        """File for the result."""
+        """File to write the result to, as JSON."""
         picture: str = ""
-        """File for a picture of it (.svg)."""
+        """File for a bar chart of it (.svg)."""
         only: tuple[str, ...] = ()
-        """Time these, and the product."""
+        """Contestants to time, besides the product; by default all."""
         contestant: tuple[str, ...] = ()
         """NAME=FILE.py: also time what make(cfg) in that file returns."""
 
     options = parse(BenchArgs, "bench", arguments)
-    own = {field.name for field in dataclasses.fields(benchmark.Setting)}
+    names = {option.name for option in dataclasses.fields(benchmark.Setting)}
     setting = benchmark.Setting(
-        **{name: value for name, value in dataclasses.asdict(options).items() if name in own}
+        **{name: value for name, value in dataclasses.asdict(options).items() if name in names}
     )
-    wrong = [each for each in options.contestant if not Path(each.partition("=")[2]).is_file()]
-    if wrong:
-        raise InputError(f"contestant {wrong[0]!r} is not NAME=FILE with a file that is there")
+    for contestant in options.contestant:
+        if not Path(contestant.partition("=")[2]).is_file():
+            raise InputError(
+                f"contestant {contestant!r} is not NAME=FILE with a file that is there"
+            )
     with Progress("rounds", setting.rounds) as progress:
-        found = benchmark.bench(
+        result = benchmark.bench(
             setting,
-            dict(each.split("=", 1) for each in options.contestant),
+            dict(contestant.split("=", 1) for contestant in options.contestant),
             only=options.only,
             observe=lambda done, total: progress(done, ""),
         )
+    _print_benchmark(result)
+    if options.json:
+        jsonio.write_json(Path(options.json), result)
+    if options.picture:
+        atomic.write_text(Path(options.picture), benchmark.picture(result))
+
+
+def _print_benchmark(result: dict[str, Any]) -> None:
     print(f"{'':<12}{'ratio':>8}{'best':>8}{'ms':>9}{'tokens/s':>12}{'MiB':>8}")
-    for name, row in sorted(found["contestants"].items(), key=lambda item: item[1]["ratio"]):
+    for name, row in sorted(result["contestants"].items(), key=lambda item: item[1]["ratio"]):
         print(
             f"{name:<12}{row['ratio']:>8.2f}{row['best_ratio']:>8.2f}"
             f"{1000 * row['seconds']:>9.1f}{row['tokens_per_s']:>12,.0f}{row['peak_mib']:>8,}"
         )
-    for name, why in found["left_out"].items():
-        print(f"{name:<12}left out: {why}")
-    if options.json:
-        jsonio.write_json(Path(options.json), found)
-    if options.picture:
-        atomic.write_text(Path(options.picture), benchmark.picture(found))
+    for name, reason in result["left_out"].items():
+        print(f"{name:<12}left out: {reason}")
 
 
 @verb
 def doctor(arguments: list[str]) -> None:
     """doctor
 
-    say what of this machine is fit for ksparse, a line each
+    Check whether this machine can run ksparse, with a line for each requirement.
     """
-    no_options("doctor", arguments)
+    refuse_arguments("doctor", arguments)
     from ksparse.doctor import checks
 
     failed = False
-    for name, verdict, what in checks():
+    for name, verdict, detail in checks():
         failed |= verdict == "no"
-        print(f"{verdict:<5}{name:<14}{what}")
+        print(f"{verdict:<5}{name:<14}{detail}")
     if failed:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""report, view."""
+"""Verbs that show results: report, view."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksparse.cli.arguments import no_options, parse, take_folder, verb
-from ksparse.cli.evaluate import show_study
-from ksparse.cli.output import Progress, say, write_report
-from ksparse.cli.sweeps import survey_of
+from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
+from ksparse.cli.evaluate import print_study
+from ksparse.cli.output import Progress, print_status, write_report
+from ksparse.cli.sweeps import fit_sweep
 from ksparse.errors import Interrupted
 from ksparse.storage.run_folder import open_run
 from ksparse.trust import code_is_trusted
@@ -24,18 +24,18 @@ from ksparse.trust import code_is_trusted
 def report(arguments: list[str]) -> None:
     """report RUN|SWEEP|STUDY
 
-    write report.html from what a folder holds
+    Write report.html of a run, a sweep or a study.
     """
-    folder, rest = take_folder("report", arguments)
-    no_options("report", rest)
+    folder, flags = split_folder("report", arguments)
+    refuse_arguments("report", flags)
     if (Path(folder) / "study.json").is_file():
-        show_study(Path(folder))
+        print_study(Path(folder))
         return
     if (Path(folder) / "points.csv").is_file():
         from ksparse.report import sweep
 
         if not (Path(folder) / "law.json").is_file():
-            survey_of(folder)
+            fit_sweep(folder)
         print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
         return
     run = open_run(folder)
@@ -47,53 +47,55 @@ def report(arguments: list[str]) -> None:
 def view(arguments: list[str]) -> None:
     """view RUN [--export DIR] [--port N]
 
-    look at its latents in the browser, on this machine; or write pages for any web host
+    Browse the latents of a run on this machine, or write pages for any web host.
     """
 
     @dataclass(frozen=True)
     class ViewArgs:
-        export: str = ""
-        """Folder to write static pages to, without the parts that need the LM; nothing is served
-        then."""
-        port: int = 8765
-        """Port on 127.0.0.1; 0 takes any that is free."""
-        trust_remote_code: bool = False
-        """Let code that comes with the LM run, if you trust its author. The run cannot say so."""
+        """Options of `ksparse view`."""
 
-    folder, rest = take_folder("view", arguments)
-    options = parse(ViewArgs, "view RUN", rest)
+        export: str = ""
+        """Folder to write static pages to, instead of serving them. They leave out what needs the
+        LM."""
+        port: int = 8765
+        """Port on 127.0.0.1; 0: any that is free."""
+        trust_remote_code: bool = False
+        """Let code that comes with the LM run, if you trust its author. No file can allow it."""
+
+    folder, flags = split_folder("view", arguments)
+    options = parse(ViewArgs, "view RUN", flags)
     run = open_run(folder)
     from ksparse import viewer
 
     if options.export:
-        with Progress("pages", 0) as progress, stopped_by(signal.SIGTERM):
+        with Progress("pages", 0) as progress, raise_on_signal(signal.SIGTERM):
             page = viewer.export(
                 run,
                 Path(options.export),
-                observe=lambda what, done, total: progress(done, "", total, what),
+                observe=lambda label, done, total: progress(done, "", total, label),
             )
         print(f"pages    {page.resolve().as_uri()}")
         return
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/?token={token}"
-    print(f"latents  {address}   (Ctrl-C ends it)", flush=True)
+    print(f"latents  {address}   (Ctrl-C stops it)", flush=True)
     try:
         viewer.serve(run, listener, token, trust_remote_code=code_is_trusted())
-    except Interrupted as stopped:
-        say(str(stopped))
-        os._exit(stopped.exit_code)  # the LM may be at work in another thread, for nobody
+    except Interrupted as interrupted:
+        print_status(str(interrupted))
+        os._exit(interrupted.exit_code)  # without waiting for a thread in which the LM may run
 
 
 @contextmanager
-def stopped_by(signum: int) -> Iterator[None]:
-    """Raise Interrupted where a signal comes, so that nothing half written is left behind."""
+def raise_on_signal(signum: int) -> Iterator[None]:
+    """Raise Interrupted on a signal inside the block, so that nothing half written is left."""
 
-    def stop(signum: int, frame: Any) -> None:
+    def interrupt(signum: int, frame: Any) -> None:
         raise Interrupted("stopped", signum)
 
     before = signal.getsignal(signum)
     if before is not signal.SIG_IGN:
-        signal.signal(signum, stop)
+        signal.signal(signum, interrupt)
     try:
         yield
     finally:

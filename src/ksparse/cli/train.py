@@ -1,4 +1,4 @@
-"""demo, train, resume."""
+"""Verbs that train: demo, train, resume."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ksparse import config as recipes
-from ksparse.cli.arguments import parse, recipe_of, take_folder, verb
+from ksparse.cli.arguments import parse, parse_recipe, split_folder, verb
 from ksparse.cli.evaluate import evaluate_saes
-from ksparse.cli.output import Progress, first_process, say, write_report, written
+from ksparse.cli.output import (
+    Progress,
+    format_estimate,
+    is_first_process,
+    print_status,
+    write_report,
+)
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
 from ksparse.storage.run_folder import RunFolder, open_run
@@ -19,25 +25,27 @@ from ksparse.storage.run_folder import RunFolder, open_run
 
 @dataclass(frozen=True)
 class TrainArgs(Recipe):
+    """Options of `ksparse train`."""
+
     out: str = ""
-    """Folder of the run; runs/<name of the recipe> if not given."""
+    """Folder of the run; by default runs/NAME, with the name of the recipe."""
 
 
 @verb
 def train(arguments: list[str]) -> None:
     """train [RECIPE.toml] [--key value …]
 
-    train an autoencoder; the same command again goes on
+    Train an autoencoder; the same command resumes an interrupted run.
     """
-    recipe, extra, name = recipe_of(TrainArgs, "train", arguments)
-    run = RunFolder(Path(extra["out"] or f"runs/{name}"))
+    recipe, options, name = parse_recipe(TrainArgs, "train", arguments)
+    run = RunFolder(Path(options["out"] or f"runs/{name}"))
     train_run(recipe, run)
-    say_next(run)
+    print_next_steps(run)
 
 
 @dataclass(frozen=True)
 class ResumeArgs:
-    """What another process may do differently, since the result does not depend on it."""
+    """What a resumed run may change, because the result does not depend on it."""
 
     run: recipes.RunConfig
     mesh: recipes.MeshConfig
@@ -47,79 +55,88 @@ class ResumeArgs:
 def resume(arguments: list[str]) -> None:
     """resume RUN [--run.key value …]
 
-    go on with an interrupted run, on the same mesh or another
+    Resume an interrupted run, on the same mesh or another.
     """
-    folder, rest = take_folder("resume", arguments)
+    folder, flags = split_folder("resume", arguments)
     run = open_run(folder) if folder else None
     recipe = run.recipe() if run else Recipe()
-    settings = parse(ResumeArgs, "resume RUN", rest, default=ResumeArgs(recipe.run, recipe.mesh))
+    options = parse(ResumeArgs, "resume RUN", flags, default=ResumeArgs(recipe.run, recipe.mesh))
     if run is None:
         return
-    train_run(dataclasses.replace(recipe, run=settings.run, mesh=settings.mesh), run)
-    say_next(run)
+    train_run(dataclasses.replace(recipe, run=options.run, mesh=options.mesh), run)
+    print_next_steps(run)
 
 
 @verb
 def demo(arguments: list[str]) -> None:
     """demo [--out DIR]
 
-    train on the built-in LM, evaluate, report: minutes, no network
+    Train on the built-in LM, evaluate and report: minutes, without a network.
     """
 
     @dataclass(frozen=True)
     class DemoArgs:
+        """Options of `ksparse demo`."""
+
         out: str = "runs/demo"
         """Folder of the run."""
 
     run = RunFolder(Path(parse(DemoArgs, "demo", arguments).out))
     recipe, began = Recipe(), time.monotonic()
-    say(
+    print_status(
         f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} "
         "activations of a small LM of Python source"
     )
     train_run(recipe, run)
-    say("2/3 evaluating on held-out files")
+    print_status("2/3 evaluating on held-out files")
     results = evaluate_saes([str(run.path)], [], EvalConfig())[str(run.path)]
-    say("3/3 writing the report")
+    print_status("3/3 writing the report")
     write_report(run)
-    stats, downstream, probe, n2g, explained, ablation = (
-        results[name]
-        for name in ("stats", "downstream", "probes", "n2g", "explained_loss", "ablation")
-    )
-    trained = f"{recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens"
-    channel, untrained = written(probe["channel_loss"]), written(probe["random_sae_loss"])
-    bigrams, unigrams = written(explained["ce_bigram"]), written(explained["ce_unigram"])
-    spliced = f"{written(downstream['ce_clean'])} -> {written(downstream['ce_spliced'])}"
-    recall, precision = written(n2g["recall"]), written(n2g["precision"])
-    latent, channels = written(ablation["ablation_sparsity"]), written(ablation["channel_sparsity"])
-    print(f"""
-{recipe.acts.lm} at {recipe.acts.site}: {trained}, {time.monotonic() - began:.0f} s
-  normalised MSE          {written(stats["nmse"])}   (1 = predicting the mean)
-  L0, dead latents        {written(stats["l0"])}, {written(stats["dead_fraction"])}
+    print(_summarize_demo(recipe, run, results, time.monotonic() - began))
+
+
+def _summarize_demo(
+    recipe: Recipe, run: RunFolder, results: dict[str, dict[str, Any]], seconds: float
+) -> str:
+    def estimate(evaluation: str, key: str) -> str:
+        return format_estimate(results[evaluation][key])
+
+    size = f"{recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens"
+    spliced = f"{estimate('downstream', 'ce_clean')} -> {estimate('downstream', 'ce_spliced')}"
+    return f"""
+{recipe.acts.lm} at {recipe.acts.site}: {size}, {seconds:.0f} s
+  normalised MSE          {estimate("stats", "nmse")}   (1 = predicting the mean)
+  L0, dead latents        {estimate("stats", "l0")}, {estimate("stats", "dead_fraction")}
   loss of the LM          {spliced} nats per token with the reconstruction spliced in
-  zero-ablation recovered {written(downstream["recovered"])}
-  compute fraction        {written(downstream["compute_fraction"])}   (a model of that share of
-                          the pre-training compute is as good)
-  probe loss              {written(probe["probe_loss"])}   (best channel {channel}, random SAE
-                          {untrained})
-  explanations (N2G)      recall {recall}, precision {precision}
-  loss of explanations    {written(explained["ce_n2g"])}   (bigrams {bigrams}, unigrams {unigrams})
-  ablation sparsity       {latent}   (channels {channels})
+  zero-ablation recovered {estimate("downstream", "recovered")}
+  compute fraction        {estimate("downstream", "compute_fraction")}   (the share of the \
+pre-training compute
+                          with which a model reaches this loss)
+  probe loss              {estimate("probes", "probe_loss")}   (best channel \
+{estimate("probes", "channel_loss")}, random SAE
+                          {estimate("probes", "random_sae_loss")})
+  explanations (N2G)      recall {estimate("n2g", "recall")}, precision \
+{estimate("n2g", "precision")}
+  loss of explanations    {estimate("explained_loss", "ce_n2g")}   (bigrams \
+{estimate("explained_loss", "ce_bigram")}, unigrams {estimate("explained_loss", "ce_unigram")})
+  ablation sparsity       {estimate("ablation", "ablation_sparsity")}   (channels \
+{estimate("ablation", "channel_sparsity")})
 
 report   {run.report_file.resolve().as_uri()}
 look     ksparse view {run.path}
 next     ksparse train recipes/gpt2-small-32k.toml
-         (the same on GPT-2 small; `ksparse plan` first)""")
+         (the same on GPT-2 small; `ksparse plan` first)"""
 
 
 def train_run(recipe: Recipe, run: RunFolder) -> None:
-    if not first_process():
-        from ksparse.training.train import train as silent
+    """Train in a run's folder, with progress shown by the first process."""
+    if not is_first_process():
+        from ksparse.training.train import train as train_quietly
 
-        silent(recipe, run.path)
+        train_quietly(recipe, run.path)
         return
-    say("loading torch and the language model")
-    from ksparse.training.train import train as train_
+    print_status("loading torch and the language model")
+    from ksparse.training.train import train as train_observed
 
     with Progress("training", recipe.steps * recipe.batch) as progress:
 
@@ -130,11 +147,12 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
                 f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s",
             )
 
-        train_(recipe, run.path, observe=observe)
+        train_observed(recipe, run.path, observe=observe)
 
 
-def say_next(run: RunFolder) -> None:
-    if not first_process():
+def print_next_steps(run: RunFolder) -> None:
+    """Write the report of a trained run, and print where it is and what to do next."""
+    if not is_first_process():
         return
     write_report(run)
     print(

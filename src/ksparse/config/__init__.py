@@ -1,114 +1,82 @@
-"""What to run, as frozen data that is validated when it is made. Torch is never imported here.
+"""What to run, as frozen data that is validated when it is made. Nothing here imports torch.
 
-options       the base of every option class: types, choices, finite numbers
+options       the base of every option class: types, choices, ranges
 activations   one option class for each kind of activation
 schema        Recipe and its sections
-serialize     TOML and dictionaries
+serialize     recipes as TOML and as dictionaries
 evaluation    EvalConfig and StudyConfig
 """
 
 from ksparse.config.activations import (
-    ACTIVATION_CONFIGS as ACTIVATION_CONFIGS,
+    ACTIVATION_CONFIGS,
+    WITH_AUXK,
+    ActivationConfig,
+    BatchTopKConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    ProLUConfig,
+    ReLUConfig,
+    TopKConfig,
+    activation_kind,
 )
-from ksparse.config.activations import (
-    WITH_AUXK as WITH_AUXK,
-)
-from ksparse.config.activations import (
-    ActivationConfig as ActivationConfig,
-)
-from ksparse.config.activations import (
-    BatchTopKConfig as BatchTopKConfig,
-)
-from ksparse.config.activations import (
-    GatedConfig as GatedConfig,
-)
-from ksparse.config.activations import (
-    JumpReLUConfig as JumpReLUConfig,
-)
-from ksparse.config.activations import (
-    ProLUConfig as ProLUConfig,
-)
-from ksparse.config.activations import (
-    ReLUConfig as ReLUConfig,
-)
-from ksparse.config.activations import (
-    TopKConfig as TopKConfig,
-)
-from ksparse.config.activations import (
-    activation_kind as activation_kind,
-)
-from ksparse.config.options import (
-    LARGEST as LARGEST,
-)
-from ksparse.config.options import (
-    Config as Config,
-)
-from ksparse.config.options import (
-    check_fields as check_fields,
-)
-from ksparse.config.options import (
-    flat as flat,
-)
-from ksparse.config.options import (
-    preview as preview,
-)
+from ksparse.config.options import LARGEST, Config, check_fields, flat, preview
 from ksparse.config.schema import (
-    ActsConfig as ActsConfig,
-)
-from ksparse.config.schema import (
-    CurveConfig as CurveConfig,
-)
-from ksparse.config.schema import (
-    MeshConfig as MeshConfig,
-)
-from ksparse.config.schema import (
-    OptimConfig as OptimConfig,
-)
-from ksparse.config.schema import (
-    Recipe as Recipe,
-)
-from ksparse.config.schema import (
-    RunConfig as RunConfig,
-)
-from ksparse.config.schema import (
-    SAEConfig as SAEConfig,
-)
-from ksparse.config.schema import (
-    auxk_tokens as auxk_tokens,
-)
-from ksparse.config.schema import (
-    check as check,
-)
-from ksparse.config.schema import (
-    check_activation as check_activation,
-)
-from ksparse.config.schema import (
-    check_schedule as check_schedule,
-)
-from ksparse.config.schema import (
-    k_aux as k_aux,
+    ActsConfig,
+    CurveConfig,
+    MeshConfig,
+    OptimConfig,
+    Recipe,
+    RunConfig,
+    SAEConfig,
+    auxk_tokens,
+    check_activation,
+    check_schedule,
+    k_aux,
 )
 from ksparse.config.serialize import (
-    LARGEST_TOML as LARGEST_TOML,
+    LARGEST_TOML,
+    MOST_DOTS,
+    differences,
+    from_dict,
+    load_recipe,
+    read_toml,
+    to_dict,
+    to_toml,
 )
-from ksparse.config.serialize import (
-    MOST_DOTS as MOST_DOTS,
-)
-from ksparse.config.serialize import (
-    differences as differences,
-)
-from ksparse.config.serialize import (
-    from_dict as from_dict,
-)
-from ksparse.config.serialize import (
-    load_recipe as load_recipe,
-)
-from ksparse.config.serialize import (
-    read_toml as read_toml,
-)
-from ksparse.config.serialize import (
-    to_dict as to_dict,
-)
-from ksparse.config.serialize import (
-    to_toml as to_toml,
-)
+
+__all__ = [
+    "ACTIVATION_CONFIGS",
+    "LARGEST",
+    "LARGEST_TOML",
+    "MOST_DOTS",
+    "WITH_AUXK",
+    "ActivationConfig",
+    "ActsConfig",
+    "BatchTopKConfig",
+    "Config",
+    "CurveConfig",
+    "GatedConfig",
+    "JumpReLUConfig",
+    "MeshConfig",
+    "OptimConfig",
+    "ProLUConfig",
+    "ReLUConfig",
+    "Recipe",
+    "RunConfig",
+    "SAEConfig",
+    "TopKConfig",
+    "activation_kind",
+    "auxk_tokens",
+    "check_activation",
+    "check_fields",
+    "check_schedule",
+    "differences",
+    "flat",
+    "from_dict",
+    "k_aux",
+    "load_recipe",
+    "preview",
+    "read_toml",
+    "to_dict",
+    "to_toml",
+]

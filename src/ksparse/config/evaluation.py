@@ -1,214 +1,222 @@
-"""What an evaluation looks at, as frozen data; without torch, so that the command line can show it
-at once."""
+"""What an evaluation or a study does, as frozen data. Nothing here imports torch, so that the
+command line can show its help at once.
+
+Each option of `EvalConfig` says beside its default which evaluations it is for, and a sample size
+what each budget makes of 0. To add an option, add a field: budgets and the options that a result
+records are read from the fields.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ksparse.config import Config
-from ksparse.errors import InputError
 
-BUDGETS: dict[str, dict[str, int]] = {
-    "small": {
-        "tokens": 100_000,
-        "probe_rows": 1_000,
-        "latents": 400,
-        "n2g_examples": 16,
-        "ngram_tokens": 1_000_000,
-        "ablation_positions": 64,
-        "ablation_latents": 4_096,
-        "refine_tokens": 30_000,
-        "progressive_tokens": 30_000,
-        "subspace_rows": 4_096,
-    },
-    "paper": {
-        "tokens": 10_000_000,
-        "probe_rows": 4_000,
-        "latents": 400,
-        "n2g_examples": 16,
-        "ngram_tokens": 10_000_000,
-        "ablation_positions": 2_000,
-        "ablation_latents": 0,
-        "refine_tokens": 1_000_000,
-        "progressive_tokens": 1_000_000,
-        "subspace_rows": 16_384,
-    },
-}
-"""Sample sizes by the name of a budget. The paper names 400 latents and 16 examples; it leaves the
-others open."""
+_EVERY = "every evaluation"
+
+
+def _option(default: Any, *evaluations: str) -> Any:
+    """Return a field with the evaluations that depend on it; their results record its value."""
+    return field(default=default, metadata={"evaluations": evaluations})
+
+
+def _sample_size(*evaluations: str, small: int, paper: int) -> Any:
+    """Return a field for a sample size that is 0 by default: the size of the chosen budget."""
+    sizes = {"small": small, "paper": paper}
+    return field(default=0, metadata={"evaluations": evaluations, "sizes": sizes})
 
 
 @dataclass(frozen=True)
 class EvalConfig(Config):
-    """Which text, how much of it, and how each question is asked. A sample size of 0 is the
-    budget's."""
+    """Which text evaluations use, how much of it, and how each of them works.
 
-    budget: Literal["small", "paper"] = "small"
-    """small: minutes on two cores. paper: tight standard errors, for a GPU."""
-    tokens: int = 0
-    """Kept activations of held-out text to look at (small: 100,000; paper: 10 M); fewer if the text
-    has fewer."""
-    per_document: int = 512
-    """Tokens used of each document, so that few tokens still come from many documents."""
-    split: Literal["held-out", "validation", "train"] = "held-out"
-    """Side of the text. Training sees neither of the first two; results of the others than held-out
-    are files of their own, such as stats-train.json."""
-    text: str = ""
-    """Another text than the SAE's own."""
+    A sample size of 0 is that of the budget. The paper names 400 latents and 16 examples for N2G;
+    the other sizes are ours.
+
+    Example:
+        >>> from ksparse.config.evaluation import EvalConfig
+        >>> EvalConfig(budget="paper", seed=1).resolved().tokens
+        10000000
+        >>> EvalConfig().for_eval("progressive")["progressive_tokens"]
+        0
+    """
+
+    OWNER = "an evaluation"
+
+    budget: Literal["small", "paper"] = _option("small", _EVERY)
+    """Sample sizes. small: minutes on two cores. paper: tight standard errors, for a GPU."""
+    tokens: int = _sample_size(_EVERY, small=100_000, paper=10_000_000)
+    """Activations of held-out text to evaluate on, fewer if the text is shorter; 0: those of the
+    budget (small: 100,000; paper: 10 million)."""
+    per_document: int = _option(512, _EVERY)
+    """Tokens to use per document, so that a small sample still comes from many documents."""
+    split: Literal["held-out", "validation", "train"] = _option("held-out", _EVERY)
+    """Side of the text. Training uses neither held-out nor validation. Results of a side other than
+    held-out get files of their own, such as stats-train.json."""
+    text: str = _option("", _EVERY)
+    """Text to use instead of the SAE's own: a file, a folder or a data set on the Hub."""
     force: bool = False
-    """Evaluate where the SAE was not trained all the same: at another site, in other contexts or
-    positions. The results say so."""
-    seed: int = 0
-    """Draws every random sample."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    loss_table: str = ""
-    """downstream: JSON lines {flops, loss} of the LM's pre-training, for compute_fraction; the LM
-    folder's training.jsonl if not given."""
-    examples: int = 8
-    """stats: contexts kept of each latent, as many of its strongest as of random ones; 0: none, nor
-    anything else to show of single latents."""
-    suite: str = ""
-    """probes: a folder of TASK.jsonl[.gz] with rows {text, label}; the built-in suite of Python
-    tokens if not given."""
-    position: Literal["last", "mean", "max"] = "last"
-    """probes: which token of a text is probed: its last, or the mean or the largest value of each
-    latent over all."""
-    probe_on: Literal["pre_acts", "acts"] = "pre_acts"
-    """probes: values before the TopK (paper) or after it."""
-    probe_rows: int = 0
-    """probes: most rows of a task (small: 1,000; paper: 4,000)."""
-    probe_l2: float = 1e-3
-    """probes: penalty on the squared weight of a probe, its input scaled to variance 1; above 0, or
-    separable data have no optimum."""
-    probe_tokens: int = 512
-    """probes: most tokens of a text, of which the end is kept; never more than the LM takes."""
-    latents: int = 0
-    """n2g: latents whose explanations are scored, drawn at random from the live ones (400)."""
-    n2g_examples: int = 0
-    """n2g, explained_loss: activations of a latent that its explanation is built from, and as many
-    to score it on (16)."""
-    n2g_variant: Literal["ksparse", "official"] = "ksparse"
-    """n2g: ksparse, or the published code with its faults, to compare."""
-    n2g_pad: str = ""
-    """n2g: text of the token that stands for a removed one; chosen for the tokenizer if not
-    given."""
-    ngram_tokens: int = 0
-    """explained_loss: training tokens that the unigram and bigram baselines count (small: 1 M;
-    paper: 10 M)."""
-    ablation_positions: int = 0
-    """ablation: random positions at which every active latent is ablated (small: 64; paper:
-    2,000)."""
-    ablation_latents: int = 0
-    """ablation: latents ablated where they are strongest, for their own tables (small: 4,096;
-    paper: all)."""
-    ablation_horizon: int = 16
-    """ablation: tokens whose predictions are compared, the ablated one included (the paper's T)."""
-    ablation_error: Literal["keep", "drop"] = "keep"
-    """ablation: keep: the latent is taken out of the activation itself. drop: out of its
+    """Evaluate even where the SAE was not trained: at another site, with other contexts or
+    positions. The results note it."""
+    seed: int = _option(0, _EVERY)
+    """Seed of all random samples."""
+    device: str = _option("auto", _EVERY)
+    """Device: auto, cpu, cuda, cuda:1, mps."""
+
+    loss_table: str = _option("", "downstream")
+    """downstream: file of JSON lines {flops, loss} from the LM's pre-training, for
+    compute_fraction; by default training.jsonl in the folder of the LM."""
+    examples: int = _option(8, "stats")
+    """stats: contexts to keep per latent, this many of its strongest and as many random ones; 0:
+    keep nothing about single latents."""
+
+    suite: str = _option("", "probes")
+    """probes: folder of tasks, TASK.jsonl or TASK.jsonl.gz with rows {text, label}; by default the
+    built-in tasks on Python tokens."""
+    position: Literal["last", "mean", "max"] = _option("last", "probes")
+    """probes: which values of a text to probe: those at its last token, or the mean or maximum of
+    each latent over its tokens."""
+    probe_on: Literal["pre_acts", "acts"] = _option("pre_acts", "probes")
+    """probes: values before the activation function (paper) or after it."""
+    probe_rows: int = _sample_size("probes", small=1_000, paper=4_000)
+    """probes: largest number of rows per task; 0: that of the budget (small: 1,000; paper:
+    4,000)."""
+    probe_l2: float = _option(1e-3, "probes")
+    """probes: L2 penalty on the weight of a probe, for inputs scaled to variance 1."""
+    probe_tokens: int = _option(512, "probes")
+    """probes: largest number of tokens per text; the end of a longer text is used. The LM's own
+    limit applies too."""
+
+    latents: int = _sample_size("n2g", small=400, paper=400)
+    """n2g: number of live latents, drawn at random, whose explanations are scored; 0: 400."""
+    n2g_examples: int = _sample_size("n2g", "explained_loss", small=16, paper=16)
+    """n2g, explained_loss: activations per latent from which its explanation is built, and as many
+    to score it; 0: 16."""
+    n2g_variant: Literal["ksparse", "official"] = _option("ksparse", "n2g", "explained_loss")
+    """n2g, explained_loss: our implementation, or the published code with its faults, for
+    comparison."""
+    n2g_pad: str = _option("", "n2g", "explained_loss")
+    """n2g, explained_loss: text of the token that replaces removed ones; by default chosen for the
+    tokenizer."""
+    ngram_tokens: int = _sample_size("explained_loss", small=1_000_000, paper=10_000_000)
+    """explained_loss: training tokens from which the unigram and bigram baselines are counted; 0:
+    those of the budget (small: 1 million; paper: 10 million)."""
+
+    ablation_positions: int = _sample_size("ablation", small=64, paper=2_000)
+    """ablation: random positions at which every active latent is ablated; 0: those of the budget
+    (small: 64; paper: 2,000)."""
+    ablation_latents: int = _sample_size("ablation", small=4_096, paper=0)
+    """ablation: latents to ablate where they are strongest, for tables of their own; 0: those of
+    the budget (small: 4,096; paper: all)."""
+    ablation_horizon: int = _option(16, "ablation")
+    """ablation: tokens whose predictions are compared, from the ablated one on (T in the paper)."""
+    ablation_error: Literal["keep", "drop"] = _option("keep", "ablation")
+    """ablation: keep: remove the latent from the activation itself. drop: from its
     reconstruction."""
-    refine_tokens: int = 0
-    """refinement: tokens whose codes are refined (small: 30,000; paper: 1 M)."""
-    refine_exact: int = 64
-    """refinement: of these, tokens that are also solved exactly, as a check; 0: none."""
-    progressive_tokens: int = 0
-    """progressive: tokens that are coded at each k and threshold (small: 30,000; paper: 1 M)."""
-    subspace_rows: int = 0
-    """subspaces: most latents that are put into an order; more are sampled (small: 4,096; paper:
-    16,384)."""
-    ordering: Literal["spectral", "umap"] = "spectral"
-    """subspaces: how latents are put into an order: spectral, or the paper's UMAP to one dimension
-    (pip install 'ksparse[umap]')."""
+
+    refine_tokens: int = _sample_size("refinement", small=30_000, paper=1_000_000)
+    """refinement: tokens whose codes are refined; 0: those of the budget (small: 30,000; paper: 1
+    million)."""
+    refine_exact: int = _option(64, "refinement")
+    """refinement: how many of these tokens to solve exactly as well, as a check; 0: none."""
+    progressive_tokens: int = _sample_size("progressive", small=30_000, paper=1_000_000)
+    """progressive: tokens to encode at each k and threshold; 0: those of the budget (small: 30,000;
+    paper: 1 million)."""
+    subspace_rows: int = _sample_size("subspaces", small=4_096, paper=16_384)
+    """subspaces: largest number of latents to order; more are sampled. 0: that of the budget
+    (small: 4,096; paper: 16,384)."""
+    ordering: Literal["spectral", "umap"] = _option("spectral", "subspaces")
+    """subspaces: how to order latents: spectral, or UMAP to one dimension as in the paper (pip
+    install 'ksparse[umap]')."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(
-            "an evaluation", per_document=1, examples=0, probe_tokens=1, ablation_horizon=1, seed=0
+        self.check_range("per_document", "probe_tokens", "ablation_horizon", at_least=1)
+        self.check_range("examples", "refine_exact", "seed", at_least=0)
+        self.check_range(*budget_sizes("small"), at_least=0, note="; 0 is the budget's size")
+        self.check_range(
+            "probe_l2", above=0, note=": without a penalty separable data have no optimum"
         )
-        for name in (*BUDGETS["small"], "refine_exact"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"{name} of an evaluation is {getattr(self, name)}; it must be 0, for the "
-                    "budget's, or more"
-                )
-        if not self.probe_l2 > 0:
-            raise InputError(
-                f"probe_l2 is {self.probe_l2}; it must be above 0: without a penalty separable "
-                "data have no optimum"
-            )
 
     def resolved(self) -> EvalConfig:
         """Return the same options with the budget's sample sizes in place of 0."""
         sizes: dict[str, Any] = {
-            name: getattr(self, name) or size for name, size in BUDGETS[self.budget].items()
+            name: getattr(self, name) or size for name, size in budget_sizes(self.budget).items()
         }
         return dataclasses.replace(self, **sizes)
 
     def for_eval(self, name: str) -> dict[str, Any]:
-        """Return the options that one evaluation depends on, as its result records them."""
+        """Return the options that one evaluation depends on, which its result records.
+
+        Args:
+            name: the evaluation, such as "probes". One without options of its own depends on those
+                of every evaluation.
+        """
         return {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key in (*COMMON, *OWN.get(name, ()))
+            option.name: getattr(self, option.name)
+            for option in dataclasses.fields(self)
+            if {_EVERY, name} & set(option.metadata.get("evaluations", ()))
         }
+
+
+def budget_sizes(budget: str) -> dict[str, int]:
+    """Return the sample sizes of a budget, by the names of the options."""
+    return {
+        option.name: option.metadata["sizes"][budget]
+        for option in dataclasses.fields(EvalConfig)
+        if "sizes" in option.metadata
+    }
 
 
 @dataclass(frozen=True)
 class StudyConfig(Config):
-    """What a study trains, on what, and how long. 0 or nothing is the study's own choice, which
-    takes minutes on two cores for the built-in LM."""
+    """What a study trains, on what, and for how long.
+
+    0 and '' leave the choice to the study, which then takes minutes on two cores with the built-in
+    LM.
+
+    Example:
+        >>> from ksparse.config.evaluation import StudyConfig
+        >>> StudyConfig(run="runs/demo", tokens=1e6, seeds=3).tokens
+        1000000
+    """
+
+    OWNER = "a study"
 
     run: str = ""
-    """A run whose activations and recipe the study starts from; the defaults, on the built-in LM,
-    if not given. Evaluations as studies need one."""
+    """Run whose activations and recipe the study starts from; by default the built-in LM and the
+    default recipe. A study that is an evaluation needs one."""
     out: str = ""
-    """Folder of the study; studies/NAME if not given. The same command goes on with what is
-    there."""
+    """Folder of the study; by default studies/NAME. The same command continues an unfinished
+    study."""
     lm: str = ""
-    """Another LM than the run's."""
+    """LM to use instead of the run's."""
     site: str = ""
-    """Another site."""
+    """Site to use instead of the run's."""
     text: str = ""
-    """Another text."""
+    """Text to use instead of the run's."""
     tokens: int = 0
-    """Activations that each SAE is trained on."""
+    """Activations to train each SAE on; 0: the study's choice."""
     n_latents: int = 0
-    """Latents of each SAE; the largest where a study varies them."""
+    """Latents of each SAE, or of the largest where the study varies them; 0: the study's choice."""
     k: int = 0
-    """k of each SAE; the middle one where a study varies them."""
+    """k of each SAE, or the middle one where the study varies it; 0: the study's choice."""
     batch: int = 1024
-    """Activations in a step."""
+    """Activations per step."""
     seeds: int = 1
-    """SAEs of each kind, with different initial weights."""
+    """SAEs of each kind to train, with different seeds."""
     eval_tokens: int = 30_000
-    """Held-out activations to judge on."""
+    """Held-out activations to evaluate on."""
     threads: int = 0
-    """CPU threads; 0: as many as the machine has."""
+    """CPU threads; 0: all cores."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device: auto, cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokens", "n_latents", "k", "threads"):
-            if getattr(self, name) < 0:
-                raise InputError(
-                    f"{name} of a study is {getattr(self, name)}; it must be 0, for the study's "
-                    "own choice, or more"
-                )
-        self.at_least("a study", batch=1, seeds=1, eval_tokens=1)
-
-
-COMMON = ("budget", "tokens", "per_document", "split", "text", "seed", "device")
-OWN = {
-    "downstream": ("loss_table",),
-    "stats": ("examples",),
-    "probes": ("suite", "position", "probe_on", "probe_rows", "probe_l2", "probe_tokens"),
-    "n2g": ("latents", "n2g_examples", "n2g_variant", "n2g_pad"),
-    "explained_loss": ("n2g_examples", "n2g_variant", "n2g_pad", "ngram_tokens"),
-    "ablation": ("ablation_positions", "ablation_latents", "ablation_horizon", "ablation_error"),
-    "refinement": ("refine_tokens", "refine_exact"),
-    "progressive": ("progressive_tokens",),
-    "subspaces": ("subspace_rows", "ordering"),
-}
+        self.check_range(
+            "tokens", "n_latents", "k", "threads", at_least=0, note="; 0 is the study's own choice"
+        )
+        self.check_range("batch", "seeds", "eval_tokens", at_least=1)

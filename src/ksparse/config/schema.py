@@ -1,24 +1,23 @@
-"""What a run is, as frozen data: sections of plain values, read from TOML, overridden by flags of
-the same names.
+"""The recipe: everything that defines a run, as frozen, validated sections of plain values.
 
     Recipe
-      acts   where activations come from: LM, site, text, contexts, normalisation
-      sae    the autoencoder: latents, k, AuxK, initialisation; sae.activation: one of several
-             kinds, each with its own keys
-      optim  how it is trained: learning rate, Adam, EMA, schedule
-      curve  the held-out loss along the way, and whether the run ends where it no longer falls
-      run    what does not change the result: device, log, how often to save
-      mesh   how many processes share the work: parts of the batch, slices of the latents
-      tokens, batch, seed, order
+      acts    where activations come from: LM, site, text, contexts, normalization
+      sae     the autoencoder: latents, k, AuxK, initialization, and sae.activation,
+              one of several kinds with options of its own
+      optim   how it is trained: learning rate, Adam, weight averaging, schedule
+      curve   the held-out loss during training, and stopping at convergence
+      run     what does not change the result: device, logging, checkpoints
+      mesh    how several processes share the work
+      tokens, batch, seed, order, threads
 
-The defaults are the demo: the built-in LM of Python source, small enough for two cores. `recipes/`
-has the paper's. Nothing here opens a file of the run, imports torch, or prints.
+Each section checks its own values when it is made; `Recipe` checks the rules between sections. The
+defaults are the demo: the built-in LM of Python source, small enough for two cores. The folder
+`recipes/` holds the paper's settings. Nothing here opens a file, imports torch or prints.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,107 +34,154 @@ from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
 from ksparse.errors import InputError, nearest_name
 from ksparse.storage.rows import has_half
 
-_log = logging.getLogger("ksparse")
-
 
 @dataclass(frozen=True)
 class ActsConfig(Config):
-    """Where activations come from."""
+    """Where activations come from: a language model, a site in it, and a text.
+
+    Example:
+        >>> from ksparse.config import ActsConfig
+        >>> acts = ActsConfig(lm="gpt2", site="resid_post.8", text="texts/", context=128)
+        >>> acts.normalize
+        'unit_norm'
+    """
 
     SECTION = "acts."
 
     lm: str = "pylm/1.9m"
-    """Causal LM: a Hub name, a local folder, or the built-in pylm (pylm/0.3m, pylm/1.9m, pylm/7.6m;
-    pylm is 1.9m)."""
+    """Causal language model: a name on the Hugging Face Hub, a local folder, or the built-in pylm
+    in one of its sizes, pylm/0.3m, pylm/1.9m (also called pylm) or pylm/7.6m."""
     revision: str = "main"
-    """Revision of a Hub model."""
+    """Revision of a model on the Hub."""
     tokenizer: str = ""
-    """Tokenizer, if it is not the LM's own: a Hub name or a folder."""
+    """Tokenizer to use instead of the LM's own: a name on the Hub or a local folder."""
     site: str = "resid_post.3"
-    """resid_pre.I, resid_mid.I, resid_post.I, attn_out.I, mlp_out.I, or a module's name (its
-    output; NAME:in for its input)."""
+    """Where in the LM activations are read (the hook point): resid_pre.I, resid_mid.I,
+    resid_post.I, attn_out.I or mlp_out.I for layer I, or the name of a module for its output
+    (NAME:in for its input)."""
     text: str = "pylm"
-    """A file or folder (.txt .jsonl .parquet, also .xz .gz .zst), a Hub data set, or the built-in
-    pylm."""
+    """Text to run the LM on: a file or folder (.txt, .jsonl, .parquet, also compressed as .xz, .gz
+    or .zst), a data set on the Hub, or the built-in text pylm."""
     text_config: str = ""
-    """Configuration of a Hub data set."""
+    """Configuration of a data set on the Hub."""
     text_split: str = "train"
-    """Split of a Hub data set; the held-out documents are taken from it by a hash of each."""
+    """Split of a data set on the Hub. Held-out documents are taken from the same split, chosen by a
+    hash of each document."""
     text_field: str = "text"
-    """Column of a .jsonl or .parquet file or a Hub data set that holds the text."""
+    """Column that holds the text, in a .jsonl or .parquet file or a data set on the Hub."""
     context: int = 64
-    """Tokens in a context, BOS included. The paper's is 64."""
+    """Tokens per context, BOS included (paper: 64)."""
     bos: Literal["auto", "none"] = "auto"
-    """auto: each context begins with the tokenizer's BOS, if it has one. none: never."""
+    """auto: start each context with the tokenizer's BOS token, if it has one. none: never."""
     borders: Literal["pack", "split"] = "pack"
-    """pack: documents follow one another, a separator between. split: no context spans two
-    documents; ends are padded."""
+    """How documents fill contexts. pack: documents follow one another with a separator token
+    between them. split: a context never spans two documents, and the end of a document is
+    padded."""
     keep: Literal["text", "all"] = "text"
-    """text: leave out the first position, BOS, separators and padding. all: leave out padding
-    only."""
+    """Positions to train on. text: all but the first of a context, BOS, separators and padding.
+    all: all but padding."""
     normalize: Literal["unit_norm", "layer_norm", "dataset", "none"] = "unit_norm"
-    """unit_norm (paper) and layer_norm: per activation, after subtracting its mean over d_model.
-    dataset: one scale, so that the mean squared norm is d_model. none: as they are."""
+    """Normalization of each activation. unit_norm (paper): subtract its mean over d_model and scale
+    to norm 1. layer_norm: subtract its mean and divide by its standard deviation. dataset:
+    multiply all by one constant, so that the mean squared norm is d_model. none: leave as it is."""
     mix: int = 65_536
-    """Activations that are shuffled together; each batch is drawn from so many."""
+    """Size of the shuffle buffer: activations are shuffled in blocks of this many, and batches are
+    drawn from a block."""
     lm_batch: int = 64
-    """Contexts in one forward pass of the LM."""
+    """Contexts per forward pass of the LM."""
     lm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of the LM."""
+    """Data type in which the LM runs."""
     store: Literal["float32", "bfloat16"] = "float32"
-    """How the `mix` activations wait in memory. bfloat16 takes half of it and rounds them to 8
-    bits; of an LM in bfloat16 nothing is lost."""
+    """Data type of the shuffle buffer. bfloat16 halves its memory; for an LM that runs in bfloat16
+    nothing is lost."""
     shards: str = ""
-    """A folder written by `ksparse shard`; activations are read from it instead of running the
-    LM."""
+    """Folder of activations written by `ksparse shard`, to read instead of running the LM."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("lm_batch", "mix", at_least=1)
+        if self.context < 3:
+            raise InputError(
+                f"acts.context is {self.context}; a context needs at least 3 tokens to predict "
+                "one from text"
+            )
 
 
 @dataclass(frozen=True)
 class SAEConfig(Config):
-    """The autoencoder (Gao et al. 2024, section 2 and appendix A)."""
+    """The autoencoder: its size, activation, losses and initialization (Gao et al. 2024, section 2
+    and appendix A).
+
+    Example:
+        >>> from ksparse.config import BatchTopKConfig, SAEConfig
+        >>> SAEConfig(n_latents=32_768, k=64, activation=BatchTopKConfig()).bound
+        '64 of them active on average'
+        >>> SAEConfig(n_latents=16, k=32)
+        Traceback (most recent call last):
+        ksparse.errors.InputError: sae.k is 32, more than the 16 latents of sae.n_latents; ...
+    """
 
     SECTION = "sae."
 
     n_latents: int = 4096
-    """Latents."""
+    """Number of latents."""
     k: int = 32
-    """Latents that may be active for one activation. Of batch_topk: on average over a batch. Of
-    jump_relu: the L0 at the start, and the one aimed at. Of relu, gated and prolu: no bound; the
-    number chosen where one is asked for, as in the codes at other k."""
+    """Active latents per token. For batch_topk this is the average over a batch; for jump_relu the
+    L0 at the start and the target. For relu, gated and prolu it does not limit training, and is
+    the k used by analyses that need one."""
     activation: ActivationConfig = field(default_factory=TopKConfig)
-    """What becomes of pre-activations."""
+    """Activation function, with options of its own."""
     auxk_coef: float = 1 / 32
-    """Weight of the AuxK loss, of topk, batch_topk and jump_relu; 0 turns it off. The other kinds
-    have no AuxK: they resample."""
+    """Weight of the AuxK loss, which revives dead latents of topk, batch_topk and jump_relu; 0
+    turns it off. The other kinds resample dead latents instead."""
     k_aux: int = 0
-    """Dead latents that reconstruct the error; 0: the power of two nearest to d_model / 2."""
+    """Dead latents that reconstruct the error in AuxK; 0: the power of two nearest to
+    d_model / 2."""
     auxk_share: float = 1.0
-    """Share of a batch's tokens, its first ones, that AuxK is computed on. Batches are mixed, so
-    these are a random sample; the loss is their mean, its cost in proportion. The paper: 1, all."""
+    """Share of a batch on which AuxK is computed, from its start. Batches are shuffled, so this is
+    a random sample; AuxK's cost falls in proportion (paper: 1)."""
     auxk_norm: Literal["token", "batch"] = "token"
-    """AuxK's error is divided by the error's own square, per token (paper) or by its variance over
-    the batch (official code)."""
+    """Normalization of the AuxK error. token (paper): divide by the squared norm of the error, per
+    token. batch (official code): divide by the variance of the error over the batch."""
     dead_after: int = 0
-    """Tokens without activation after which a latent is dead; 0: the paper's 10 M, or a
-    thirty-second of a shorter run's tokens."""
+    """Tokens without activation after which a latent counts as dead; 0: 10 million as in the
+    paper, or 1/32 of the tokens of a shorter run."""
     multi_topk: float = 0.0
-    """Weight of a second loss at 4k (Multi-TopK, section 5.3; the paper's is 1/8); 0 turns it
-    off."""
+    """Weight of a second reconstruction loss at 4k (Multi-TopK, section 5.3; paper: 1/8); 0 turns
+    it off."""
     b_enc: bool = True
-    """Train a bias inside the TopK."""
+    """Train an encoder bias."""
     init: Literal["tied", "independent"] = "tied"
-    """tied: encoder rows start as the decoder's. independent: both random."""
+    """tied: start the encoder rows as a copy of the decoder rows. independent: start both at
+    random."""
     init_scale: Literal["recon", "unit"] = "recon"
-    """recon: the encoder is scaled so that reconstructions start with the norm of their input.
-    unit: rows of norm 1."""
+    """recon: scale the encoder so that reconstructions start with the norm of their input. unit:
+    start encoder rows at norm 1."""
     b_pre_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
-    """Where b_pre starts, from a sample of activations."""
+    """Initial value of b_pre, the bias subtracted from the input, from a sample of activations."""
     unit_norm: bool = True
-    """Keep decoder rows at norm 1, and remove the gradient along them."""
+    """Keep decoder rows at norm 1, and remove the gradient component parallel to them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("n_latents", "k", at_least=1)
+        self.check_range("auxk_coef", "k_aux", "dead_after", "multi_topk", at_least=0)
+        self.check_range("auxk_share", above=0, at_most=1)
+        if self.k > self.n_latents:
+            raise InputError(
+                f"sae.k is {self.k}, more than the {self.n_latents} latents of sae.n_latents; "
+                "give a smaller k"
+            )
+        if self.multi_topk and 4 * self.k > self.n_latents:
+            raise InputError(
+                f"Multi-TopK needs 4 x sae.k = {4 * self.k} latents, sae.n_latents is "
+                f"{self.n_latents}"
+            )
+        check_activation(self)
 
     @property
     def bound(self) -> str:
-        """Say how many latents are active, as far as that is set."""
+        """How many latents are active, in words, as far as the options determine it."""
         return _SPOKEN.get(
             self.activation.kind, "as many of them active as its penalty leaves"
         ).format(k=self.k)
@@ -143,164 +189,284 @@ class SAEConfig(Config):
 
 @dataclass(frozen=True)
 class OptimConfig(Config):
-    """Adam as in appendix A.3-A.6."""
+    """The optimizer: Adam with weight averaging, as in appendix A.3 to A.6.
+
+    Example:
+        >>> from ksparse.config import OptimConfig
+        >>> OptimConfig(lr=3e-4, warmup=1_000, decay=0.2).beta2
+        0.999
+    """
 
     SECTION = "optim."
 
     lr: float = 0.0
-    """Learning rate; 0: the law lr_at_32k x sqrt(32,768 / n_latents)."""
+    """Learning rate; 0: lr_at_32k x sqrt(32,768 / n_latents), the law of section 3.2."""
     lr_at_32k: float = 8e-4
-    """Learning rate of the law at 32,768 latents. The paper's rates at convergence are about 2e-4
-    to 4e-4 there, those for a given amount of compute some four times as large; ours is of the
-    second kind."""
+    """Learning rate of that law at 32,768 latents. The paper's is 2e-4 to 4e-4 for training to
+    convergence, and about four times as large for a fixed amount of compute, as here."""
     beta1: float = 0.9
+    """Adam's decay of the average of gradients."""
     beta2: float = 0.999
+    """Adam's decay of the average of squared gradients."""
     eps: float = 6.25e-10
-    """The paper's: gradients, averaged over a batch, are tiny."""
+    """Adam's epsilon. It is the paper's; it is small because gradients are averaged over a large
+    batch."""
     warmup: int = 0
-    """Steps over which the rate rises linearly."""
+    """Steps over which the learning rate rises linearly from 0."""
     decay: float = 0.0
-    """Last share of the steps over which the rate falls linearly to 0. The paper: 0."""
+    """Share of the steps, at the end, over which the learning rate falls linearly to 0 (paper:
+    0)."""
     clip: float = 0.0
-    """Largest norm of the gradient; 0: no clipping (the paper's GPT-2 runs)."""
+    """Largest norm of the gradient; larger ones are scaled down to it. 0: no clipping (the paper's
+    GPT-2 runs)."""
     ema: float = 0.999
-    """Decay of the average of the weights, bias-corrected; 0 turns it off. The average is what is
-    evaluated and used."""
+    """Decay of the exponential moving average (EMA) of the weights, with bias correction; 0 turns
+    it off. Evaluations and exports use the average."""
     ema_span: float = 0.1
-    """Largest share of the run that the average spans: with fewer than 1 / (1 - ema) / ema_span
-    steps the decay is lower, because an average over a short run's beginning is worse than no
-    average. 1: the decay as given (the paper)."""
-    screen: Literal["off", "auto", "int8", "bfloat16"] = "off"
-    """Choose candidates by a product in low precision, their values and the final choice being
-    exact; tokens that are not clear are computed in full. auto: whichever is fastest here (on a GPU
-    int8). Needs the compiled kernels. The log says how often the choice differs."""
+    """Largest share of the run that the average may span. Where the run has fewer than
+    1 / (1 - ema) / ema_span steps, the decay is lowered, because averaging over the start of a
+    short run is worse than not averaging. 1: use the decay as it is (paper)."""
+    approx_topk: Literal["off", "auto", "int8", "bfloat16"] = "off"
+    """Select candidate latents with a low-precision encoder product, then compute their values and
+    the top k exactly; uncertain tokens are recomputed in full. auto: the fastest choice on this
+    machine (int8 on a GPU). Needs compiled kernels. The log reports how often the selection
+    differs from the exact one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the sparse parts of a step read weights, activations and errors in, on a GPU: bfloat16
-    copies are read in half the time. Weights, moments, gradients and sums stay float32."""
+    """Data type in which the sparse parts of a step read weights, activations and errors, on a GPU.
+    bfloat16 halves the memory traffic; weights, moments, gradients and sums stay float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("lr", "warmup", "clip", at_least=0)
+        self.check_range("lr_at_32k", "eps", above=0)
+        self.check_range("ema", "beta1", "beta2", at_least=0, below=1)
+        self.check_range("ema_span", above=0, at_most=1)
+        self.check_range("decay", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class CurveConfig(Config):
-    """The held-out loss along a run, from which scaling laws are fitted (section 3)."""
+    """The held-out loss during training, from which scaling laws are fitted (section 3), and
+    stopping at convergence.
+
+    Example:
+        >>> from ksparse.config import CurveConfig
+        >>> CurveConfig(held_out=16_384, converged=0.01).per_octave
+        2
+    """
 
     SECTION = "curve."
 
     held_out: int = 0
-    """Activations of the validation side of the text on which the loss is measured at log-spaced
-    points, with raw and with averaged weights; 0: not at all."""
+    """Activations, from the validation side of the text, on which the loss is measured at
+    log-spaced steps, with the raw and with the averaged weights; 0: do not measure."""
     per_octave: int = 2
-    """Points for each doubling of the tokens."""
+    """Measurements per doubling of the tokens."""
     octaves: int = 8
-    """Doublings before the last step from which on there are points."""
+    """Doublings before the last step over which the loss is measured."""
     converged: float = 0.0
-    """The run ends once the loss falls by less than this share for a doubling of the tokens: the
-    slope of the logarithms over the last `window` octaves. 0: it ends after `tokens`. The paper
-    trains "to convergence" without saying how that is told."""
+    """Stop once the loss falls by less than this share per doubling of the tokens, estimated as the
+    log-log slope over the last `window` octaves; 0: stop after `tokens`. The paper trains to
+    convergence but does not define it."""
     window: float = 1.5
-    """Octaves over which the slope is taken."""
+    """Octaves over which that slope is estimated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("held_out", at_least=0)
+        self.check_range("per_octave", "octaves", at_least=1)
+        self.check_range("window", above=0)
+        if not 0 <= self.converged < 1:
+            raise InputError(
+                f"curve.converged is {self.converged}; it is the share by which the loss still "
+                "falls, from 0 up to, but not including, 1"
+            )
+        if self.converged and not self.held_out:
+            raise InputError(
+                "curve.converged needs a held-out loss: give curve.held_out, such as 16384"
+            )
+        if self.converged and self.window * self.per_octave < 2:
+            raise InputError(
+                f"curve.window is {self.window} octaves with {self.per_octave} points each; a "
+                "slope needs at least 3 points, 2 intervals"
+            )
 
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """What may change between a run and its resumption, because it does not change the result."""
+    """Device, logging and checkpoints: options that do not change the result, so that a resumed
+    run may use others.
+
+    Example:
+        >>> from ksparse.config import RunConfig
+        >>> RunConfig(device="cuda:1", save_every=1_000, loggers=["tensorboard"]).loggers
+        ('tensorboard',)
+    """
 
     SECTION = "run."
 
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device to train on: auto, cpu, cuda, cuda:1, mps. auto takes an accelerator if there is
+    one."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
-    """native: the compiled training step, on a CPU with a C++ compiler; triton: Triton's kernels,
-    on a CUDA GPU; torch: plain torch;
-    auto: one of the first two where it can be, else torch."""
+    """Implementation of the training step. native: compiled C++, on a CPU with a C++ compiler.
+    triton: Triton kernels, on a CUDA GPU. torch: plain PyTorch. auto: native or triton where
+    available, else torch."""
     ahead: Literal["auto", "on", "off"] = "auto"
-    """Compute activations in a thread of their own while the step before is taken: the same
-    batches, and up to `acts.mix` more of them in memory. auto: on a GPU, where reading and
-    tokenising would keep it waiting."""
+    """Prefetch: compute activations in a background thread while steps run. The batches are the
+    same; up to `acts.mix` more activations are held in memory. auto: on for a GPU, which would
+    otherwise wait for reading and tokenizing."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 0
-    """Steps between checkpoints; 0: every save_minutes."""
+    """Steps between checkpoints; 0: save by time (save_minutes)."""
     save_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    """Minutes between checkpoints, where save_every is 0."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a batch whose loss is NaN or infinite; skip counts it in the metrics."""
+    """What to do with a batch whose loss is NaN or infinite: stop the run, or skip the batch and
+    count it in the metrics."""
     alarm_grad_norm: float = 10.0
-    """Warn, and write a line of alarms.jsonl, where the gradient's norm is more than so many times
-    its running median; 0: never."""
+    """Warn, and write a line of alarms.jsonl, when the norm of the gradient exceeds its running
+    median by this factor; 0: never."""
     alarm_dead: float = 0.5
-    """Warn where the share of dead latents comes above this; 0: never."""
+    """Warn when the share of dead latents exceeds this; 0: never."""
     alarm_dead_growth: float = 0.2
-    """Warn where the share of dead latents has risen by more than this; 0: never."""
+    """Warn when the share of dead latents has grown by more than this; 0: never."""
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where to send the metrics besides metrics.jsonl."""
+    """Where to send metrics, besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("log_every", "keep", at_least=1)
+        self.check_range("save_every", "save_minutes", "alarm_grad_norm", at_least=0)
+        self.check_range(
+            "alarm_dead",
+            "alarm_dead_growth",
+            at_least=0,
+            below=1,
+            note=": it is a share of the latents, or 0 for never",
+        )
 
 
 @dataclass(frozen=True)
 class MeshConfig(Config):
-    """How the processes that torchrun starts share one run; data x latent of them. Another mesh may
-    go on with a run: results agree up to rounding."""
+    """How the processes started by torchrun share one run: `data` x `latent` of them. A run may be
+    resumed on another mesh; results agree up to rounding.
+
+    Example:
+        >>> from ksparse.config import MeshConfig
+        >>> MeshConfig(data=2, latent=4).capacity
+        0.0
+    """
 
     SECTION = "mesh."
 
     data: int = 1
-    """Parts that each batch is cut into; 0: as many as processes / latent."""
+    """Parts that each batch is split into (data parallelism); 0: number of processes / latent."""
     latent: int = 1
-    """Slices that the latents are cut into."""
+    """Shards that the latents are split into (latent parallelism)."""
     capacity: float = 0.0
-    """Values that a slice offers for each token, as a share of k / latent. 0: k, so that the choice
-    is that of one process. The paper's may miss some where a token's latents crowd into one slice;
-    the log says how often."""
+    """Candidates that each shard of the latents offers per token, as a multiple of k / latent. 0:
+    k, which gives the same selection as one process. Fewer than k, as in the paper, can miss
+    latents where those of a token are concentrated in one shard; the log reports how often."""
     timeout: float = 600.0
-    """Seconds that a process waits for the others before the run ends with an error."""
+    """Seconds that a process waits for the others before the run fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("data", at_least=0)
+        self.check_range("latent", at_least=1)
+        self.check_range("timeout", above=0, note=" seconds")
+        if self.capacity and self.capacity < 1:
+            raise InputError(
+                f"mesh.capacity is {self.capacity}; below 1 the shards offer fewer than k values "
+                "together; give 0 (exact) or at least 1"
+            )
 
 
 @dataclass(frozen=True)
 class Recipe(Config):
-    """One run, completely."""
+    """Everything that defines a run.
+
+    Sections may be given as option classes or as dictionaries of their keys.
+
+    Raises:
+        InputError: for a key that does not exist, and for a value of the wrong type, out of range,
+            or at odds with another one.
+
+    Example:
+        >>> from ksparse import Recipe
+        >>> recipe = Recipe(sae={"n_latents": 8192, "k": 64}, tokens=10_000_000)
+        >>> recipe.steps, f"{recipe.lr:.1e}"
+        (9766, '1.6e-03')
+        >>> Recipe(sae={"kk": 64})
+        Traceback (most recent call last):
+        ksparse.errors.InputError: unknown key 'sae.kk'; did you mean 'sae.k'?
+    """
 
     acts: ActsConfig = field(default_factory=ActsConfig)
+    """Where activations come from."""
     sae: SAEConfig = field(default_factory=SAEConfig)
+    """The autoencoder."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
     curve: CurveConfig = field(default_factory=CurveConfig)
+    """The held-out loss during training."""
     run: RunConfig = field(default_factory=RunConfig)
+    """Device, logging and checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How processes share the work."""
     tokens: int = 800_000
-    """Activations to train on."""
+    """Activations to train on; each is that of one token."""
     batch: int = 1024
-    """Activations in a step. The paper's is 131,072."""
+    """Activations per step (paper: 131,072)."""
     seed: int = 0
-    """Fixes the initial weights, and the order of the data unless `order` does."""
+    """Seed of the initial weights, and of the order of the data unless `order` is given."""
     order: int = -1
-    """Fixes the order of the data alone, so that SAEs with different seeds can share a stream; -1:
-    as seed."""
+    """Seed of the order of the data alone, so that SAEs with different seeds can share a stream of
+    activations; -1: the same as `seed`."""
     threads: int = 0
-    """CPU threads; 0: as many as the machine has. Recorded, since sums depend on it in the last
+    """CPU threads; 0: all cores. It is recorded with the run, because sums depend on it in the last
     digit."""
 
     def __post_init__(self) -> None:
         with suggesting_keys():
             super().__post_init__()
-        check(self)
+        self.check_range("tokens", "batch", at_least=1)
+        self.check_range("threads", "seed", at_least=0)
+        if self.order < -1:
+            raise InputError(f"order is {self.order}; it must be -1, as seed, or not be negative")
+        if self.curve.converged and self.optim.decay:
+            raise InputError(
+                "optim.decay needs to know where the run ends, which curve.converged leaves open; "
+                "give one of them"
+            )
+        for key, value in flat(dataclasses.asdict(self)).items():
+            if isinstance(value, str) and has_half(value):  # file names may be so, TOML cannot
+                raise InputError(
+                    f"{key} is {preview(value)}, which is not UTF-8; give another name"
+                )
 
     @property
     def steps(self) -> int:
+        """Number of steps: tokens / batch, rounded up."""
         return math.ceil(self.tokens / self.batch)
 
     @property
     def lr(self) -> float:
-        """The learning rate: the given one, or the 1 / sqrt(n) law of section 3.2."""
+        """The learning rate: `optim.lr`, or the 1 / sqrt(n) law of section 3.2."""
         return self.optim.lr or self.optim.lr_at_32k * math.sqrt(32_768 / self.sae.n_latents)
 
     @property
     def data_seed(self) -> int:
-        """What fixes the order of the data."""
+        """Seed of the order of the data."""
         return self.seed if self.order < 0 else self.order
 
     @property
     def ema(self) -> float:
-        """The decay of the average of the weights: the given one, or less in a short run."""
+        """Decay of the average of the weights: `optim.ema`, or less in a short run."""
         return max(0.0, min(self.optim.ema, 1 - 1 / max(1.0, self.optim.ema_span * self.steps)))
 
     @property
@@ -308,146 +474,41 @@ class Recipe(Config):
         """Tokens without activation after which a latent counts as dead."""
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on: everything but the sections `run` and `mesh` and the number
-        of threads. Two spellings of one order are one."""
-        return {
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the result depends on: all but the sections `run` and `mesh` and `threads`.
+
+        Two recipes with the same fingerprint train the same SAE, up to rounding. Checkpoints store
+        it, and folders of a sweep are named by its hash.
+
+        Returns:
+            Nested dictionaries of plain values; `order` is the resolved one.
+        """
+        table = {
             key: value
             for key, value in plain(dataclasses.asdict(self)).items()
             if key not in ("run", "mesh", "threads")
-        } | {"order": self.data_seed}
+        }
+        # The old name of the key: checkpoints and the names of sweep folders were made with it.
+        table["optim"]["screen"] = table["optim"].pop("approx_topk")
+        return table | {"order": self.data_seed}
 
 
 def k_aux(recipe: SAEConfig, d_model: int) -> int:
-    """Return the number of dead latents in AuxK: given, or the power of two nearest to d_model / 2
-    (appendix A.2)."""
+    """Return the number of dead latents in AuxK: `sae.k_aux`, or the power of two nearest to
+    d_model / 2 (appendix A.2)."""
     return recipe.k_aux or 2 ** round(math.log2(max(2, d_model / 2)))
 
 
 def auxk_tokens(recipe: SAEConfig, tokens: int) -> int:
-    """Return how many of a batch's tokens AuxK is computed on: the first ones, at least one."""
+    """Return on how many of a batch's `tokens`, from its start, AuxK is computed: at least one."""
     return math.ceil(recipe.auxk_share * tokens)
 
 
-def check(recipe: Recipe) -> None:
-    """Raise InputError for values that cannot be right whatever the model."""
-    sae, acts = recipe.sae, recipe.acts
-    for key, value in flat(dataclasses.asdict(recipe)).items():
-        if isinstance(value, str) and has_half(value):  # as names of files may; no TOML holds it
-            raise InputError(f"{key} is {preview(value)}, which is not UTF-8; give another name")
-    positive = {
-        "sae.n_latents": sae.n_latents,
-        "sae.k": sae.k,
-        "tokens": recipe.tokens,
-        "batch": recipe.batch,
-        "acts.lm_batch": acts.lm_batch,
-        "acts.mix": acts.mix,
-        "run.log_every": recipe.run.log_every,
-        "run.keep": recipe.run.keep,
-        "curve.per_octave": recipe.curve.per_octave,
-        "curve.octaves": recipe.curve.octaves,
-        "mesh.latent": recipe.mesh.latent,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise InputError(f"{key} is {value}; it must be at least 1")
-    if sae.k > sae.n_latents:
-        raise InputError(
-            f"sae.k is {sae.k}, more than the {sae.n_latents} latents of sae.n_latents; give a "
-            "smaller k"
-        )
-    if sae.multi_topk and 4 * sae.k > sae.n_latents:
-        raise InputError(
-            f"Multi-TopK needs 4 x sae.k = {4 * sae.k} latents, sae.n_latents is {sae.n_latents}"
-        )
-    check_activation(sae)
-    if acts.context < 3:
-        raise InputError(
-            f"acts.context is {acts.context}; a context needs at least 3 tokens to predict one "
-            "from text"
-        )
-    if not 0 <= recipe.curve.converged < 1:
-        raise InputError(
-            f"curve.converged is {recipe.curve.converged}; it is the share by which the loss still "
-            "falls, from 0 up to, but not including, 1"
-        )
-    if recipe.curve.converged and not recipe.curve.held_out:
-        raise InputError(
-            "curve.converged needs a held-out loss: give curve.held_out, such as 16384"
-        )
-    if recipe.curve.converged and recipe.optim.decay:
-        raise InputError(
-            "optim.decay needs to know where the run ends, which curve.converged leaves open; give "
-            "one of them"
-        )
-    if recipe.curve.converged and recipe.curve.window * recipe.curve.per_octave < 2:
-        raise InputError(
-            f"curve.window is {recipe.curve.window} octaves with {recipe.curve.per_octave} points "
-            "each; a slope needs at least 3 points, 2 intervals"
-        )
-    if recipe.mesh.timeout <= 0:
-        raise InputError(f"mesh.timeout is {recipe.mesh.timeout}; it must be above 0 seconds")
-    for key, value in {
-        "optim.lr_at_32k": recipe.optim.lr_at_32k,
-        "optim.eps": recipe.optim.eps,
-        "curve.window": recipe.curve.window,
-    }.items():
-        if value <= 0:
-            raise InputError(f"{key} is {value}; it must be above 0")
-    if recipe.order < -1:
-        raise InputError(f"order is {recipe.order}; it must be -1, as seed, or not be negative")
-    for key, value in {
-        "optim.ema_span": recipe.optim.ema_span,
-        "sae.auxk_share": sae.auxk_share,
-    }.items():
-        if not 0 < value <= 1:
-            raise InputError(f"{key} is {value}; it must be above 0 and at most 1")
-    at_least_zero = {
-        "sae.auxk_coef": sae.auxk_coef,
-        "sae.k_aux": sae.k_aux,
-        "sae.dead_after": sae.dead_after,
-        "sae.multi_topk": sae.multi_topk,
-        "optim.lr": recipe.optim.lr,
-        "optim.warmup": recipe.optim.warmup,
-        "optim.clip": recipe.optim.clip,
-        "threads": recipe.threads,
-        "seed": recipe.seed,
-        "run.save_every": recipe.run.save_every,
-        "run.save_minutes": recipe.run.save_minutes,
-        "run.alarm_grad_norm": recipe.run.alarm_grad_norm,
-        "curve.held_out": recipe.curve.held_out,
-        "mesh.data": recipe.mesh.data,
-    }
-    for key, value in at_least_zero.items():
-        if value < 0:
-            raise InputError(f"{key} is {value}; it must not be negative")
-    for key, value in {
-        "run.alarm_dead": recipe.run.alarm_dead,
-        "run.alarm_dead_growth": recipe.run.alarm_dead_growth,
-    }.items():
-        if not 0 <= value < 1:
-            raise InputError(
-                f"{key} is {value}; it is a share of the latents, from 0 (never) up to, but not "
-                "including, 1"
-            )
-    if recipe.mesh.capacity and recipe.mesh.capacity < 1:
-        raise InputError(
-            f"mesh.capacity is {recipe.mesh.capacity}; below 1 the slices offer fewer than k "
-            "values together; give 0 (exact) or at least 1"
-        )
-    for key, value in {
-        "optim.ema": recipe.optim.ema,
-        "optim.beta1": recipe.optim.beta1,
-        "optim.beta2": recipe.optim.beta2,
-        "optim.decay": recipe.optim.decay,
-    }.items():
-        if not 0 <= value < 1 and not (key == "optim.decay" and value == 1):
-            raise InputError(f"{key} is {value}; it must be from 0 up to, but not including, 1")
-
-
 def check_schedule(recipe: Recipe) -> None:
-    """Raise InputError where no step of the run has the whole learning rate. Runs that were begun
-    without this question may go on."""
+    """Raise InputError if no step of the run has the full learning rate.
+
+    This is checked when a run starts, not when a recipe is made: older runs can still be read.
+    """
     falling = recipe.optim.decay * recipe.steps
     if recipe.optim.warmup > min(recipe.steps, recipe.steps + 1 - falling):
         raise InputError(
@@ -518,15 +579,17 @@ def check_activation(sae: SAEConfig) -> None:
 
 @contextmanager
 def suggesting_keys() -> Iterator[None]:
-    """Add the nearest key of a recipe, or all keys, to an error about an unknown one."""
+    """Add a suggestion to an error about an unknown key: the nearest key of a recipe, or all."""
     try:
         yield
     except UnknownKeyError as error:
-        raise InputError(f"{error}{_suggest(error.key)}") from None
+        raise InputError(f"{error}{_suggest_key(error.key)}") from None
 
 
-def _suggest(key: str) -> str:
-    known = list(flat(dataclasses.asdict(Recipe())))
-    last = {name.rpartition(".")[2]: name for name in known}
-    near = nearest_name(key, known) or last.get(nearest_name(key.rpartition(".")[2], last) or "")
-    return f"; did you mean '{near}'?" if near else f"; the keys are {', '.join(known)}"
+def _suggest_key(key: str) -> str:
+    keys = list(flat(dataclasses.asdict(Recipe())))
+    by_last_part = {name.rpartition(".")[2]: name for name in keys}
+    nearest = nearest_name(key, keys) or by_last_part.get(
+        nearest_name(key.rpartition(".")[2], by_last_part) or ""
+    )
+    return f"; did you mean '{nearest}'?" if nearest else f"; the keys are {', '.join(keys)}"

@@ -220,7 +220,7 @@ SMALLER = {
     "weights": "--mesh.latent",
     "moments": "--mesh.latent",
     "average": "--optim.ema 0",
-    "low-precision copies": "--optim.screen off",
+    "low-precision copies": "--optim.approx-topk off",
     "gradients": "--mesh.latent",
     "copy for a checkpoint": "--mesh.latent",
     "pre-activations": "--batch",
@@ -312,12 +312,12 @@ def _halves(case: PlanInput, rank: RankShape) -> bool:
 def _copies(case: PlanInput, rank: RankShape) -> float:
     """Return the bytes of what the screen and the sparse parts read the weights from."""
     one, optim, half = rank.n * rank.d, case.recipe.optim, _halves(case, rank)
-    screened = rank.step in ("triton", "native") and optim.screen != "off"
+    screened = rank.step in ("triton", "native") and optim.approx_topk != "off"
     return (4 * one if half else 0) + (
         0
-        if not screened or (half and optim.screen == "bfloat16")
+        if not screened or (half and optim.approx_topk == "bfloat16")
         else 2 * one
-        if optim.screen == "bfloat16"
+        if optim.approx_topk == "bfloat16"
         else one
     )
 
@@ -465,7 +465,7 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
 def _screened(case: PlanInput, rank: RankShape) -> bool:
     """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection
     holds to about its speed."""
-    screen = case.recipe.optim.screen
+    screen = case.recipe.optim.approx_topk
     return (rank.step == "triton" and screen != "off") or (
         rank.step == "native" and screen == "bfloat16"
     )

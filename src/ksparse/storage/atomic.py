@@ -1,23 +1,16 @@
-"""Folders and files that are there whole or not at all, and that notice a flipped bit.
+"""Folders and files that are replaced in one step, so that a killed process leaves no half of one.
 
-    with committed(path) as tmp: ...   write into tmp; on success it becomes path, with a manifest
-                                       of SHA-256 sums
-    with filled(path) as tmp: ...      the same without a manifest, also for folders of folders
-    with placed(path) as tmp: ...      write the file tmp; on success it becomes path
-    with temporary(path) as tmp: ...   a folder beside path that is removed in the end
-    inside(folder, name, ...)          a path of a folder, refused where a link leads out of it
-    with locked(folder, name): ...     one process at a time
-    verify(path)                       raise CorruptError unless every file is as the manifest says
-    remove(path)                       a folder that is gone at once or not at all
-    remove_leftovers(folder)           what killed processes left; what living ones write stays
-    write_json / read_json             one JSON file, replaced atomically; sealed, it has its own
-                                       sum in it
-    read_table / read_lines            a JSON table with keys of known types; JSON lines, damaged
-                                       ones left out
-    read_numbered                      a table with a format number and a known list of keys
+    with atomic_dir(path) as tmp: ...    write into tmp; on success it becomes path
+    with atomic_file(path) as tmp: ...   the same for a single file
+    with temporary(path) as tmp: ...     a folder beside path that is removed at the end
+    write_text, write_bytes              a file written through atomic_file
+    inside(folder, name, ...)            a path in a folder, refused where a link leads out of it
+    with locked(folder): ...             one process at a time
+    remove(path)                         a folder that is gone completely or not at all
+    remove_leftovers(folder)             remove what killed processes left
+    read_errors, translate_oserrors      the system's errors as CorruptError and DiskError
 
-Neither safetensors nor torch.save notices an altered bit, and neither syncs to disk, so both happen
-here.
+safetensors and torch.save do not sync what they write to disk, so this happens here.
 """
 
 from __future__ import annotations
@@ -40,10 +33,10 @@ from ksparse.errors import CorruptError, DiskError, InputError
 
 log = logging.getLogger("ksparse")
 _PREFIX = ".tmp-"
-_OLD = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
+_MOVED_AWAY = re.compile(r"\.tmp-old-(?:[0-9a-f]{16}-(?P<name>.+)|(?P<formerly>.+)-\d+)")
 _DAY = 86_400  # seconds
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_BARRED = (
+_NOT_WRITABLE = (
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
@@ -53,7 +46,7 @@ _BARRED = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EBUSY,
-    errno.ENOENT,  # it was removed meanwhile
+    errno.ENOENT,  # another process removed it
     errno.ESTALE,
     errno.EIO,
     errno.EMFILE,
@@ -62,15 +55,19 @@ _BARRED = (
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-# ---- whose files -------------------------------------------------------------------------------
+# ---- paths and locks -----------------------------------------------------------------------------
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """Return folder/names, there or not; raise InputError where that is not in the folder.
+    """Return the path folder/names, which need not exist, after checking that it is in the folder.
 
-    Somebody else's folder may hold links to any file of whoever opens it. What is read through one
-    would be shown or published, and what is written would land behind it. Links that stay in the
-    folder are followed, and those of the Hub's cache, whose snapshots link to its blobs.
+    A folder from someone else may hold links to the files of whoever opens it. What is read through
+    such a link would be shown or published, and what is written would go to its target. Links
+    within the folder are followed, and those of the Hub's cache, whose snapshots link to blobs.
+
+    Raises:
+        InputError: if a link leads out of the folder, and for a path that exists and is neither a
+            file nor a folder.
     """
     path, home = Path(folder, *names), Path(os.path.realpath(folder))
     real = Path(os.path.realpath(path))
@@ -93,10 +90,19 @@ def inside(folder: Path, *names: str) -> Path:
 def locked(
     folder: Path, name: str = ".lock", *, wait: float = 0.0, advice: str = "wait for it"
 ) -> Iterator[None]:
-    """Keep other processes, and threads, from what the lock folder/name stands for.
+    """Hold a lock, which no other process or thread can hold at the same time.
 
-    The system lets go of a lock when its process dies. Raise InputError, naming the process that
-    holds it, if that has not let go after `wait` seconds.
+    The system releases the lock when its process dies.
+
+    Args:
+        folder: the folder to lock; it is made if it does not exist.
+        name: name of the lock file in it.
+        wait: seconds to wait for the lock.
+        advice: what to do if it is not released, for the message.
+
+    Raises:
+        InputError: if another process still holds the lock after `wait` seconds; it names that
+            process.
     """
     with translate_oserrors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -116,18 +122,25 @@ def locked(
                 holder = stream.read().decode(errors="replace").strip() or "unknown"
                 raise InputError(f"{folder} is in use by process {holder}; {advice}") from None
         with translate_oserrors(folder):
-            if os.fstat(handle).st_nlink == 1:  # else it is another folder's file as well
+            if os.fstat(handle).st_nlink == 1:  # else a hard link shares it with another folder
                 stream.truncate(0)
                 stream.seek(0)
                 stream.write(str(os.getpid()).encode())
         yield
 
 
+# ---- writing -------------------------------------------------------------------------------------
+
+
 @contextmanager
 def atomic_dir(path: Path, *, new: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place once all of it is synced.
+    """Yield a temporary folder beside `path` that replaces it once all its files are synced.
 
-    new: raise InputError, and leave what is there, where `path` has come to hold anything.
+    On any error the temporary folder is removed and `path` stays as it was.
+
+    Args:
+        path: the folder to make or replace.
+        new: raise InputError, and replace nothing, if `path` is no longer empty at the end.
     """
     path = Path(path)
     if os.path.realpath(path) == os.getcwd():
@@ -136,27 +149,27 @@ def atomic_dir(path: Path, *, new: bool = False) -> Iterator[Path]:
         )
     with translate_oserrors(path), temporary(path) as tmp:
         yield tmp
-        mode = _mode(tmp)
+        mode = _new_file_mode(tmp)
         for file in sorted(tmp.rglob("*"), reverse=True):
             if file.is_file():
-                file.chmod(mode)  # safetensors makes files that only their owner can read
+                file.chmod(mode)  # safetensors makes files that only the owner can read
             _sync(file)
         _sync(tmp)
         if not new:
             _replace(tmp, path)
-        elif not _renamed(tmp, path):
+        elif not _rename_if_free(tmp, path):
             raise InputError(f"{path} is there already and not empty; give a new folder")
         _sync(path.parent)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file at, which takes the place of `path` once it is synced."""
+    """Yield a temporary path to write a file to, which replaces `path` once it is synced."""
     path = Path(path)
     with translate_oserrors(path), temporary(path) as folder:
         tmp = folder / path.name
         yield tmp
-        tmp.chmod(_mode(folder))
+        tmp.chmod(_new_file_mode(folder))
         _sync(tmp)
         tmp.replace(path)
         _sync(path.parent)
@@ -164,10 +177,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, of a name that nobody can guess; remove it in the end.
+    """Yield a new folder beside `path`, with an unpredictable name, and remove it at the end.
 
-    A folder for a single file too: whoever writes it may do so by way of names of its own, and none
-    of those is one that others could have put a link at.
+    A single file is written in such a folder too. The library that writes it may use temporary
+    names of its own, and in a new folder no other user can have put a link at any of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_for(path)
@@ -187,10 +200,16 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def _hold(path: Path, *, aged: bool = False) -> int | None:
-    """Return a handle that says, until it is closed, that a living process uses `path`.
+    """Lock a file or folder, to show that a living process uses it, and return the handle.
 
-    None where another one has said so. The lock is on what is there, whatever its name comes to be,
-    and ends with its process. aged: on a file system without locks, only what is a day old.
+    The lock is on the file itself, also if it is renamed, and ends with the handle or the process.
+
+    Args:
+        path: the file or folder.
+        aged: on a file system without locks, take a lock only on what is at least a day old.
+
+    Returns:
+        The handle, or None if another process holds the lock or the path does not exist.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -198,7 +217,7 @@ def _hold(path: Path, *, aged: bool = False) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = path.exists()  # else another process took it for a leftover, just now
+        free = path.exists()  # else another process has just removed it as a leftover
     except BlockingIOError:
         free = False
     except OSError:
@@ -209,8 +228,8 @@ def _hold(path: Path, *, aged: bool = False) -> int | None:
     return None
 
 
-def _mode(folder: Path) -> int:
-    """Return the mode of a new file in a folder: what the umask leaves of 0666."""
+def _new_file_mode(folder: Path) -> int:
+    """Return the mode that a new file in a folder gets: 0666 without the umask."""
     probe = folder / ".mode"
     handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
@@ -221,9 +240,9 @@ def _mode(folder: Path) -> int:
 
 
 def _replace(tmp: Path, path: Path) -> None:
-    """Put `tmp` in the place of `path`; move away what is there: no folder with files is
-    overwritten."""
-    while not _renamed(tmp, path):
+    """Rename `tmp` to `path`; first move away what is there, since a rename cannot replace a folder
+    with files in it."""
+    while not _rename_if_free(tmp, path):
         old = path.parent / f"{_PREFIX}old-{secrets.token_hex(8)}-{path.name}"
         with ExitStack() as stack:
             with suppress(OSError):  # a link cannot be held
@@ -232,7 +251,7 @@ def _replace(tmp: Path, path: Path) -> None:
             with suppress(FileNotFoundError):
                 path.rename(old)
             try:
-                if _renamed(tmp, path):
+                if _rename_if_free(tmp, path):
                     break
             except OSError:
                 old.rename(path)
@@ -242,8 +261,8 @@ def _replace(tmp: Path, path: Path) -> None:
                     _discard(old)
 
 
-def _renamed(tmp: Path, path: Path) -> bool:
-    """Rename, if nothing is in the way; another process may put something there at any time."""
+def _rename_if_free(tmp: Path, path: Path) -> bool:
+    """Rename `tmp` to `path`; return False if that is occupied, which can happen at any time."""
     try:
         tmp.rename(path)
     except OSError as error:
@@ -254,14 +273,13 @@ def _renamed(tmp: Path, path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder: a process that is killed meanwhile leaves it whole, or under a temporary
-    name, never half of it under its own."""
+    """Remove a folder. A process killed meanwhile leaves it complete, or under a temporary name."""
     with translate_oserrors(path):
         _discard(path.rename(path.parent / f"{_PREFIX}gone-{secrets.token_hex(8)}-{path.name}"))
 
 
 def _discard(path: Path) -> None:
-    """Remove whatever is there as far as that goes; of a link, the link alone."""
+    """Remove a file, a folder or a link (not its target), ignoring errors inside a folder."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -269,15 +287,16 @@ def _discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders and files that killed processes left; give back what was moved
-    away."""
+    """Remove temporary files that killed processes left, and restore what they had moved away.
+
+    What living processes are writing stays.
+    """
     for tmp in Path(folder).glob(f"{_PREFIX}*"):
         _clear(tmp)
 
 
 def _clear_for(path: Path) -> None:
-    """Remove what killed processes left of `path`, and nothing else: the folder may be
-    anybody's."""
+    """Remove what killed processes left of `path`; other leftovers in the folder are not ours."""
     name = re.escape(path.name)
     ours = re.compile(rf"\.tmp-([0-9a-f]{{16}}-{name}~|(old|gone)-[0-9a-f]{{16}}-{name})")
     for entry in [entry.name for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
@@ -285,7 +304,7 @@ def _clear_for(path: Path) -> None:
 
 
 def _clear(tmp: Path) -> None:
-    """Remove a leftover, or give it back, unless its process lives or it is not ours to remove."""
+    """Remove a leftover, or restore what was moved away, unless its process is alive."""
     with suppress(OSError):
         if tmp.is_symlink():
             tmp.unlink()
@@ -294,7 +313,7 @@ def _clear(tmp: Path) -> None:
         if handle is None:
             return
         try:
-            moved = _OLD.fullmatch(tmp.name)
+            moved = _MOVED_AWAY.fullmatch(tmp.name)
             name = moved and (moved["name"] or moved["formerly"])
             if name and not os.path.lexists(tmp.parent / name):
                 tmp.rename(tmp.parent / name)
@@ -305,36 +324,38 @@ def _clear(tmp: Path) -> None:
 
 
 def unshare(path: Path) -> None:
-    """Before a file is written in its place: put a copy there if it has other names as well, as in
-    a folder that was copied by hard links."""
+    """Replace a file that has other hard links by a copy, so that writing to it in place does not
+    change a folder that was copied by hard links."""
     with suppress(FileNotFoundError):
         if os.lstat(path).st_nlink > 1 and path.is_file():
             write_bytes(path, path.read_bytes())
 
 
-def sha256(file: Path) -> str:
-    """Return the sum of a file's bytes."""
-    with read_errors(file), file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text to a temporary name, sync, rename."""
+    """Write a UTF-8 file: under a temporary name, synced to disk, then renamed."""
     with atomic_file(path) as tmp, tmp.open("w", encoding="utf-8") as stream:
         stream.write(text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes to a temporary name, sync, rename."""
+    """Write a binary file: under a temporary name, synced to disk, then renamed."""
     with atomic_file(path) as tmp:
         tmp.write_bytes(content)
 
 
+# ---- reading, and errors -------------------------------------------------------------------------
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 checksum of a file, as hex digits."""
+    with read_errors(file), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors of reading `path` into a CorruptError; refuse what would keep a
-    reader waiting.
-    """
+    """Turn errors of reading `path` inside a with block into CorruptError, and refuse FIFOs and
+    devices, which could block the reader forever."""
     try:
         check_regular(path)
         yield
@@ -347,9 +368,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise CorruptError for what is there and is neither a file nor a folder: opening a FIFO or a
-    device may never end.
-    """
+    """Raise CorruptError for a FIFO, a socket or a device: opening one may block forever."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         names = {
@@ -364,9 +383,8 @@ def check_regular(path: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Return whether a path is there; a name that the system cannot have (too long, with NUL, half
-    characters) is not.
-    """
+    """Return whether a path exists. One that the system cannot represent (too long, with NUL or a
+    lone surrogate) does not."""
     try:
         return path.exists()
     except ValueError:
@@ -374,47 +392,47 @@ def exists(path: Path) -> bool:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return False
-        raise InputError(f"{path} cannot be looked at: {error.strerror or error}") from None
+        raise InputError(f"{path} cannot be accessed: {error.strerror or error}") from None
 
 
 @contextmanager
 def translate_oserrors(path: Path) -> Iterator[None]:
-    """Turn the system's write errors under `path` into one DiskError that says how much room there
-    is."""
+    """Turn errors of writing `path` inside a with block into DiskError, with the free space."""
     try:
         yield
     except DiskError:
         raise
     except OSError as error:
         if error.errno in FULL:
-            raise DiskError(
-                f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
-                "Make room and run the same command again"
-            ) from error
-        if error.errno in _BARRED:
+            raise _disk_full(path) from error
+        if error.errno in _NOT_WRITABLE:
             raise DiskError(
                 f"cannot write {path}: {error.strerror}; give a folder that you may write, and "
                 "that is there, with --out"
             ) from error
         raise
-    except Exception as error:  # safetensors reports a full disk in an exception of its own
+    except Exception as error:  # safetensors has its own exception for a full disk
         if (
             "No space left" in str(error)
             or "os error 28" in str(error)
             or "File too large" in str(error)
         ):
-            raise DiskError(
-                f"disk full while writing {path}: {_free(path)}; what was saved before is intact. "
-                "Make room and run the same command again"
-            ) from error
+            raise _disk_full(path) from error
         raise
 
 
-def _free(path: Path) -> str:
+def _disk_full(path: Path) -> DiskError:
+    return DiskError(
+        f"disk full while writing {path}: {_free_space(path)}; what was saved before is intact. "
+        "Make room and run the same command again"
+    )
+
+
+def _free_space(path: Path) -> str:
     for folder in (path, *path.parents):
-        with suppress(OSError):  # it may just have been removed
+        with suppress(OSError):  # the folder may have been removed
             return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free at {folder}"
-    return "nothing is known of the room there"
+    return "free space unknown"
 
 
 def _sync(path: Path) -> None:

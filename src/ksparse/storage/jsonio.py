@@ -1,4 +1,14 @@
-"""TODO ksparse.storage.jsonio."""
+"""JSON files that are checked when they are read.
+
+    write_json       replace a JSON file atomically, on request with a checksum inside it
+    read_json        any JSON
+    read_table       a table (object) with keys of known types
+    read_numbered    a table with a format number and a closed list of keys
+    read_strings     a list of strings
+    read_lines       JSON lines; damaged ones are left out with a warning
+
+NaN and infinity are refused, in writing and in reading.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +25,29 @@ from ksparse.storage.atomic import read_errors, write_text
 
 log = logging.getLogger("ksparse")
 SEAL = "checksum"
+"""Key that holds the checksum of a sealed table."""
 Types = type | tuple[type, ...]
 
 
 def digest(facts: Any) -> str:
-    """Return a short name for JSON-able facts: the first 16 hex digits of the SHA-256 of their
-    canonical form."""
+    """Return a short hash of JSON-able facts: 16 hex digits of the SHA-256 of their canonical form.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
-    """Write JSON (never NaN) to a temporary name, sync, rename. sealed: a table gets the sum of all
-    else in it, which `read_json` checks and takes off."""
+    """Write a JSON file: under a temporary name, synced to disk, then renamed.
+
+    Args:
+        path: the file.
+        value: what to write; NaN and infinity are refused.
+        sealed: add to a table the checksum of everything else in it. `read_json` checks and
+            removes it.
+    """
     text = _dumps(value)
     write_text(path, (_dumps({**value, SEAL: _seal(json.loads(text))}) if sealed else text) + "\n")
 
@@ -35,7 +56,7 @@ def _dumps(value: Any) -> str:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, which no UTF-8 can hold and an escape can
+    except UnicodeEncodeError:  # a lone surrogate: JSON can escape it, UTF-8 cannot encode it
         return json.dumps(value, indent=1, allow_nan=False)
     return text
 
@@ -45,29 +66,40 @@ def _seal(table: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON file; say which one is missing, damaged, or not what its seal says."""
+    """Read a JSON file.
+
+    Raises:
+        CorruptError: if it is missing, is not JSON, or is not what its checksum says.
+    """
     path = Path(path)
     with read_errors(path):
-        found = parse(path.read_text(encoding="utf-8"), path)
-    if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
+        value = parse(path.read_text(encoding="utf-8"), path)
+    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != _seal(value):
         raise CorruptError(
-            f"{path} was altered: it does not have the sum that it was written with; use an older "
-            "copy, or have it written again"
+            f"{path} was altered: its checksum does not match; use an older copy, or have it "
+            "written again"
         )
-    return found
+    return value
 
 
 def read_table(path: Path, **keys: Types) -> dict[str, Any]:
-    """Read a JSON table; raise CorruptError, naming the key, unless it has these keys with values
-    of these types."""
-    found = read_json(path)
-    if not isinstance(found, dict):
+    """Read a JSON table.
+
+    Args:
+        path: the file.
+        keys: keys that it must have, with their types.
+
+    Raises:
+        CorruptError: if it cannot be read, is not a table, or lacks a key of the right type.
+    """
+    table = read_json(path)
+    if not isinstance(table, dict):
         raise CorruptError(
-            f"{path} is not a table but {type(found).__name__}; it was not written by ksparse or "
+            f"{path} is not a table but {type(table).__name__}; it was not written by ksparse or "
             "is damaged"
         )
-    check_keys(path, found, keys)
-    return found
+    check_keys(path, table, keys)
+    return table
 
 
 def read_numbered(
@@ -78,29 +110,37 @@ def read_numbered(
     *,
     unnumbered: int | None = None,
 ) -> dict[str, Any]:
-    """Read a JSON table whose `format` is a number of 1 to `newest`, and return all else in it:
-    `keys`, perhaps `optional` ones, and nothing that a newer ksparse may mean something by.
+    """Read a JSON table that has a format number, and return the rest of it.
 
-    unnumbered: the format of a table without a number; None: there is none.
+    Args:
+        path: the file.
+        newest: largest format number that this version of ksparse reads.
+        keys: keys that it must have, with their types.
+        optional: keys that it may have, with their types. Any other key is refused, because a
+            newer ksparse may mean something by it.
+        unnumbered: format of a table without a number; None: the number is required.
+
+    Raises:
+        InputError: for a newer format.
+        CorruptError: for a file that cannot be read, and for keys other than these.
     """
-    found, optional = read_table(path), optional or {}
-    number = found.pop("format", unnumbered)
+    table, optional = read_table(path), optional or {}
+    number = table.pop("format", unnumbered)
     check_format(path, number, newest)
-    unknown = sorted(set(found) - set(keys) - set(optional))
+    unknown = sorted(set(table) - set(keys) - set(optional))
     if unknown:
         raise CorruptError(
             f"{path} has the key {unknown[0][:80]!r}, which this ksparse does not know in format "
             f"{number}; "
             "it was written by another version or is damaged"
         )
-    check_keys(
-        path, found, {**keys, **{key: kind for key, kind in optional.items() if key in found}}
-    )
-    return found
+    present = {key: types for key, types in optional.items() if key in table}
+    check_keys(path, table, {**keys, **present})
+    return table
 
 
 def check_format(path: Path, number: Any, newest: int) -> None:
-    """Raise InputError unless the format number of a file is one of 1 to `newest`."""
+    """Raise InputError unless the format number of a file is from 1 to `newest`."""
     if type(number) is int and number > newest:
         raise InputError(
             f"{path} was written by a newer ksparse (format {number}); this one reads up to "
@@ -117,42 +157,51 @@ def check_format(path: Path, number: Any, newest: int) -> None:
 def check_keys(
     path: Path, table: Mapping[str, Any], keys: Mapping[str, Types], under: str = ""
 ) -> None:
-    """Raise CorruptError, naming the key, unless a table of a file has these keys with values of
-    these types.
+    """Raise CorruptError unless a table has certain keys with values of certain types.
 
-    A boolean is no number, and no whole number has more than 63 bits. under: where in the file the
-    table is.
+    A boolean does not count as a number, and a whole number may have 63 bits.
+
+    Args:
+        path: the file, for messages.
+        table: the table to check.
+        keys: the keys, with the type or types of each.
+        under: prefix of the keys in messages, for a table inside the file.
     """
-    for key, kind in keys.items():
+    for key, expected in keys.items():
         name = f"{under}{key}"
         if key not in table:
             raise CorruptError(
-                f"{path} has no {'table' if kind is dict else 'key'} {name!r}; it was not "
+                f"{path} has no {'table' if expected is dict else 'key'} {name!r}; it was not "
                 f"written by ksparse or is damaged"
             )
-        kinds, value = kind if isinstance(kind, tuple) else (kind,), table[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(
-                "null" if each is type(None) else each.__name__ for each in kinds
-            )
-            raise CorruptError(f"{path}: {name!r} is {str(value)[:80]!r}, expected {expected}")
+        types, value = expected if isinstance(expected, tuple) else (expected,), table[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise CorruptError(f"{path}: {name!r} is {str(value)[:80]!r}, expected {names}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise CorruptError(f"{path}: {name!r} is too large a number; it must be below 2^63")
 
 
 def read_strings(path: Path) -> list[str]:
-    """Read a JSON list of strings."""
-    found = read_json(path)
-    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+    """Read a JSON list of strings; raise CorruptError if it is not one."""
+    strings = read_json(path)
+    if not isinstance(strings, list) or not all(isinstance(item, str) for item in strings):
         raise CorruptError(
             f"{path} is not a list of strings; it was not written by ksparse or is damaged"
         )
-    return found
+    return strings
 
 
 def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
-    """Return the tables of a file of JSON lines that have these keys; leave out others with a
-    warning, the last without: a killed process was writing it."""
+    """Read the tables of a file of JSON lines.
+
+    Lines that are not JSON, or lack a key, are left out with a warning. If only the last line is
+    damaged there is no warning: a process was killed while it wrote it.
+
+    Args:
+        path: the file.
+        keys: keys that each line must have, with their types.
+    """
     with read_errors(path):
         lines = path.read_bytes().splitlines()
     rows, damaged = [], []
@@ -162,8 +211,8 @@ def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
         except (CorruptError, UnicodeDecodeError):
             row = None
         if isinstance(row, dict) and all(
-            isinstance(row.get(key), kind) and not isinstance(row[key], bool)
-            for key, kind in keys.items()
+            isinstance(row.get(key), types) and not isinstance(row[key], bool)
+            for key, types in keys.items()
         ):
             rows.append(row)
         elif number < len(lines):
@@ -179,17 +228,17 @@ def read_lines(path: Path, **keys: Types) -> list[dict[str, Any]]:
 
 
 def parse(text: str, path: Path) -> Any:
-    """Return what JSON says, where it is JSON without NaN and infinity; else raise CorruptError."""
+    """Return the value of a JSON text; raise CorruptError, naming the file, if it is not JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_float)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is not JSON: {error}; it is truncated or was altered") from None
 
 
-def _refuse(word: str) -> Any:
-    raise ValueError(f"{word} is no number")
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a number")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
+    return value if math.isfinite(value) else _refuse_constant(digits)

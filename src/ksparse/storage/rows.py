@@ -1,10 +1,12 @@
-"""Rows and documents of files that somebody else wrote: .txt .jsonl .csv .parquet, also compressed.
+"""Rows and documents of files that others wrote: .txt, .jsonl, .csv and .parquet, also compressed.
 
-Whatever is wrong with such a file is one InputError that names it, and the line or row. A file is
-never held whole; what must be, a line or a cell, may have LONGEST bytes, so that neither an endless
-line nor a small file that unpacks to terabytes takes the memory. Text is UTF-8. Half a character (a
-lone surrogate), which scraped JSON has, is let through: what reads texts decides whether to mend it
-or to refuse it. Lines end with LF, CR LF or CR; a byte order mark at the start is dropped.
+Anything wrong with such a file is one InputError that names the file and the line or row. A file is
+never held in memory as a whole. A line or a cell is, so it may have LONGEST bytes: neither an
+endless line nor a small file that decompresses to terabytes takes all memory.
+
+Text is UTF-8. Lone surrogates, which scraped JSON contains, are let through: the reader of the text
+decides whether to replace or refuse them. Lines end with LF, CR LF or CR; a byte order mark at the
+start is dropped.
 """
 
 from __future__ import annotations
@@ -27,15 +29,25 @@ from typing import Any
 from ksparse.errors import InputError
 
 COMPRESSIONS = (".xz", ".gz", ".zst")
-SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file
+SEPARATOR = "<|endoftext|>"
+"""Text between the documents of a .txt file."""
 LONGEST = 1 << 28
-"""Bytes that one line or one cell may have."""
+"""Largest size of a line or a cell, in bytes."""
 _CHUNK = 1 << 20
-_HALF = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def extra(module: str, extra: str, purpose: str) -> Any:
-    """Import a module of an optional package, or say how to install it."""
+    """Import a module of an optional package.
+
+    Args:
+        module: the module, such as "pyarrow.parquet".
+        extra: the extra of ksparse that installs the package.
+        purpose: what needs the package, for the message.
+
+    Raises:
+        InputError: if it is not installed; it says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -46,7 +58,7 @@ def extra(module: str, extra: str, purpose: str) -> Any:
 
 
 def columns(row: Any) -> str:
-    """Say which columns a row has, or what it is instead of a row."""
+    """Return the names of a row's columns for a message, or the type of what is not a row."""
     if not isinstance(row, Mapping):
         return type(row).__name__
     names = [shown(name) for name in itertools.islice(row, 20)]
@@ -54,20 +66,28 @@ def columns(row: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value from a file as it can stand in a message: short, and in whole characters."""
+    """Return a value from a file as text for a message: 60 characters, without lone surrogates."""
     return whole_characters(str(value)[:60])
 
 
-# ---- half characters -----------------------------------------------------------------------------
+# ---- lone surrogates -----------------------------------------------------------------------------
 
 
 def has_half(text: str) -> bool:
-    """Return whether a text holds half a character, which no tokenizer and no UTF-8 file takes."""
-    return not text.isascii() and _HALF.search(text) is not None
+    """Return whether a text has lone surrogates (halves of UTF-16 pairs).
+
+    No tokenizer accepts them, and UTF-8 cannot encode them.
+    """
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 def whole_characters(text: str) -> str:
-    """Return a text with U+FFFD for each half character; two that belong together become one."""
+    """Return a text with U+FFFD in place of each lone surrogate; a pair becomes its character.
+
+    Example:
+        >>> whole_characters("a\\ud83d\\ude00 b\\ud83d") == "a\\U0001f600 b\\ufffd"
+        True
+    """
     return (
         text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         if has_half(text)
@@ -79,8 +99,7 @@ def whole_characters(text: str) -> str:
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, unpacked; zstandard's own reader takes a cut one for a whole
-    one."""
+    """Reader of a .zst file. zstandard's own reader does not notice that a file is truncated."""
 
     def __init__(self, file: Path):
         self.package = extra("zstandard", "zstandard", f"reading {file}")
@@ -93,9 +112,8 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self.unpacked:
-            self.packed = self.packed or self.source.read(
-                4096
-            )  # little, since it may unpack to 30,000 times as much
+            if not self.packed:  # read little: it may decompress to 30,000 times the size
+                self.packed = self.source.read(4096)
             if not self.packed:
                 if self.frame is not None:
                     raise EOFError("the last frame has no end")
@@ -117,7 +135,7 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
-def _open(file: Path) -> io.BufferedReader | lzma.LZMAFile | gzip.GzipFile:
+def _open_decompressed(file: Path) -> io.BufferedReader | lzma.LZMAFile | gzip.GzipFile:
     if file.suffix == ".zst":
         return io.BufferedReader(_Zstandard(file), _CHUNK)
     if file.suffix == ".xz":
@@ -126,21 +144,32 @@ def _open(file: Path) -> io.BufferedReader | lzma.LZMAFile | gzip.GzipFile:
 
 
 @contextmanager
-def _explained(file: Path, where: Callable[[], str] = str) -> Iterator[None]:
-    """Say which file cannot be read; `where` says how far it could."""
+def _translate_errors(file: Path, where: Callable[[], str] = str) -> Iterator[None]:
+    """Turn errors of reading and decompressing into InputError; `where` says how far it got."""
     try:
         yield
     except (lzma.LZMAError, zlib.error, EOFError, OSError, MemoryError) as error:
-        why = str(error).strip() or type(error).__name__
+        reason = str(error).strip() or type(error).__name__
         raise InputError(
-            f"{file} cannot be read{where()}: {why}; it is truncated or not what its name says"
+            f"{file} cannot be read{where()}: {reason}; it is truncated or not what its name says"
         ) from None
 
 
 def lines(file: Path, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line)."""
+    """Yield the lines of a text file, also compressed.
+
+    Args:
+        file: the file; its ending says how it is compressed.
+        keep_ends: keep the newline characters.
+
+    Yields:
+        The number of a line, from 1, and the line.
+    """
     number = 0
-    with _explained(file, lambda: f" after line {number:,}"), _open(file) as stream:
+    with (
+        _translate_errors(file, lambda: f" after line {number:,}"),
+        _open_decompressed(file) as stream,
+    ):
         while block := stream.readline(LONGEST + 1):
             if len(block) > LONGEST:
                 raise InputError(
@@ -160,11 +189,11 @@ def lines(file: Path, *, keep_ends: bool = False) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-# ---- kinds of files ------------------------------------------------------------------------------
+# ---- file formats --------------------------------------------------------------------------------
 
 
 def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of a file of JSON lines, without blank ones."""
+    """Yield (line number, value) of a file of JSON lines; blank lines are left out."""
     for number, line in lines(file):
         if line.strip():
             try:
@@ -177,7 +206,8 @@ def jsonl(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of separated values, whose first line names the columns."""
+    """Yield the rows of a file of separated values (.csv, .tsv), whose first line names the
+    columns."""
     rows = csv.DictReader((line for _, line in lines(file, keep_ends=True)), delimiter=delimiter)
     try:
         yield from rows
@@ -186,24 +216,25 @@ def table(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def documents(file: Path) -> Iterator[Iterator[str]]:
-    """Yield the documents of a .txt file that are not blank, each as chunks.
+    """Yield the documents of a .txt file, without blank ones.
 
-    They are to be read before the next document is asked for.
+    Yields:
+        Each document as an iterator of chunks of text, to be read before the next document.
     """
     with (
-        _explained(file),
-        _open(file) as raw,
+        _translate_errors(file),
+        _open_decompressed(file) as raw,
         io.TextIOWrapper(raw, "utf-8-sig", "surrogatepass") as stream,
     ):
         try:
             for _, pairs in itertools.groupby(_chunks(file, stream), lambda pair: pair[0]):
-                rest = (chunk for _, chunk in pairs)
-                begun, length = [], 0
-                for chunk in rest:
-                    begun.append(chunk)
+                chunks = (chunk for _, chunk in pairs)
+                blank, length = [], 0
+                for chunk in chunks:
+                    blank.append(chunk)
                     length += len(chunk)
                     if chunk.strip():
-                        yield itertools.chain(begun, rest)
+                        yield itertools.chain(blank, chunks)
                         break
                     if length > LONGEST:
                         raise InputError(f"{file} has {LONGEST:,} blank characters in one document")
@@ -212,7 +243,7 @@ def documents(file: Path) -> Iterator[Iterator[str]]:
 
 
 def joined(chunks: Iterable[str], file: Path) -> str:
-    """Return a document that is wanted whole."""
+    """Return a document's chunks as one text; raise InputError if it is longer than LONGEST."""
     parts, length = [], 0
     for chunk in chunks:
         parts.append(chunk)
@@ -226,54 +257,59 @@ def joined(chunks: Iterable[str], file: Path) -> str:
 
 
 def _chunks(file: Path, stream: io.TextIOBase) -> Iterator[tuple[int, str]]:
-    """Yield (document, a part of it). What may begin a separator waits for the next part."""
-    number, rest = 0, ""
+    """Yield (document number, chunk of it).
+
+    The end of what was read is kept for the next chunk, since a separator may start there.
+    """
+    number, kept = 0, ""
     while chunk := stream.read(_CHUNK):
         if 4 * chunk.count("\0") > len(chunk):
             raise InputError(
                 f"{file} is not UTF-8 text: it is full of NUL, as UTF-16 and binary files are; "
                 "convert it first"
             )
-        first, *others = (rest + chunk).split(SEPARATOR)
-        for text in others:
-            yield number, first
-            number, first = number + 1, text
-        border = max(0, len(first) - len(SEPARATOR) + 1)
-        rest = first[border:]
-        yield number, first[:border]
-    yield number, rest
+        text, *following = (kept + chunk).split(SEPARATOR)
+        for start in following:
+            yield number, text
+            number, text = number + 1, start
+        end = max(0, len(text) - len(SEPARATOR) + 1)
+        kept = text[end:]
+        yield number, text[:end]
+    yield number, kept
 
 
 def parquet(file: Path, column: str = "") -> Iterator[Any]:
-    """Yield the rows of a .parquet file; of a column of text what it holds, None for null."""
+    """Yield the rows of a .parquet file as dictionaries, or the texts of one column, None for
+    null."""
     reader = extra("pyarrow.parquet", "datasets", f"reading {file}")
     number = 0
     try:
-        with reader.ParquetFile(file) as opened:
+        with reader.ParquetFile(file) as table:
             if column:
-                _check_column(file, column, opened.schema_arrow)
-            for batch in opened.iter_batches(256, columns=[column] if column else None):
+                _check_column(file, column, table.schema_arrow)
+            for batch in table.iter_batches(256, columns=[column] if column else None):
                 for value in batch.column(0) if column else batch.to_pylist():
                     yield _cell(value, f"{file}, row {number}") if column else value
                     number += 1
     except InputError:
         raise
-    except Exception as error:  # pyarrow has many, of several kinds
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    except Exception as error:  # pyarrow raises exceptions of many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
-            f"{file} cannot be read after row {number:,}: {why}; "
+            f"{file} cannot be read after row {number:,}: {reason}; "
             "it is truncated or not what its name says"
         ) from None
 
 
 def _check_column(file: Path, column: str, schema: Any) -> None:
-    at = schema.get_field_index(column)  # -1 also where two have the name
-    held = schema.field(at).type if at >= 0 else None
-    held = getattr(held, "value_type", held) if str(held).startswith("dictionary") else held
-    if str(held) not in ("string", "large_string", "string_view", "null"):
+    """Raise InputError unless a column of an Arrow schema holds text."""
+    index = schema.get_field_index(column)  # -1 also if two columns have the name
+    dtype = schema.field(index).type if index >= 0 else None
+    dtype = getattr(dtype, "value_type", dtype) if str(dtype).startswith("dictionary") else dtype
+    if str(dtype) not in ("string", "large_string", "string_view", "null"):
         what = (
-            f"the column {column!r} holds {held}, not text"
-            if at >= 0
+            f"the column {column!r} holds {dtype}, not text"
+            if index >= 0
             else f"no text in the column {column!r}"
         )
         raise InputError(
@@ -283,7 +319,8 @@ def _check_column(file: Path, column: str, schema: Any) -> None:
 
 
 def _cell(scalar: Any, where: str) -> str | None:
-    scalar = getattr(scalar, "value", scalar)  # of a dictionary
+    """Return the text of an Arrow scalar, None for null."""
+    scalar = getattr(scalar, "value", scalar)  # of a dictionary-encoded column
     data = scalar.as_buffer() if scalar is not None and scalar.is_valid else None
     if data is None:
         return None
@@ -296,7 +333,19 @@ def _cell(scalar: Any, where: str) -> str | None:
 
 
 def text_of(row: Any, column: str, where: str) -> str | None:
-    """Return the text in a row's column, None where it is null; raise InputError for none."""
+    """Return the text in a column of a row.
+
+    Args:
+        row: a row of a file; anything but a mapping is refused.
+        column: the column.
+        where: file and line, for the message.
+
+    Returns:
+        The text, or None for null.
+
+    Raises:
+        InputError: if the row has no such column, or something other than text in it.
+    """
     if (
         isinstance(row, Mapping)
         and column in row
@@ -304,8 +353,8 @@ def text_of(row: Any, column: str, where: str) -> str | None:
     ):
         return row[column]
     if isinstance(row, Mapping) and column in row:
-        kind = type(row[column]).__name__
-        what = f"the column {column!r} holds {shown(row[column])!r}, of type {kind}, not text"
+        type_name = type(row[column]).__name__
+        what = f"the column {column!r} holds {shown(row[column])!r}, of type {type_name}, not text"
     else:
         what = f"no text in the column {column!r}"
     raise InputError(f"{where}: {what}; there are {columns(row)}. Name it with --acts.text-field")

@@ -178,7 +178,7 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
         copy.deepcopy({**facts, "updates": optimizer.updates}),
         {key: getattr(sae, key).detach() for key in sae.keys},
         tensors,
-        recipe.identity(),
+        recipe.fingerprint(),
         recipe.run.keep,
     )
 
@@ -346,7 +346,7 @@ def check_same(run: RunFolder, asked: Any) -> None:
     """Raise InputError, naming the keys, if a run's recipe is not the one asked for."""
     from ksparse.config import differences
 
-    changed = differences(run.recipe().identity(), asked.identity())
+    changed = differences(run.recipe().fingerprint(), asked.fingerprint())
     if changed:
         raise InputError(
             f"{run.path} was begun with another recipe: {'; '.join(changed)}. "

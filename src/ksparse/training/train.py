@@ -54,7 +54,7 @@ def train(
     with trusted(trust_remote_code):
         return train_many(
             [recipe],
-            [out or f"runs/{jsonio.digest(recipe.identity())}"],
+            [out or f"runs/{jsonio.digest(recipe.fingerprint())}"],
             observe=lambda run, row: observe(row),
         )[0]
 
@@ -159,9 +159,9 @@ def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
 
 def _stream_of(recipe: Recipe) -> dict[str, Any]:
     """Return what the members of a cohort have in common."""
-    identity = recipe.identity()
+    fingerprint = recipe.fingerprint()
     return {
-        "acts": identity["acts"],
+        "acts": fingerprint["acts"],
         "batch": recipe.batch,
         "order": recipe.data_seed,
         "threads": recipe.threads,

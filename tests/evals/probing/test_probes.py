@@ -451,8 +451,8 @@ def test_a_single_cluster_has_no_error_and_nothing_no_mean():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"probe_l2": 0.0}, "probe_l2 is 0.0; it must be above 0"),
-        ({"latents": -1}, "latents of an evaluation is -1; it must be 0"),
+        ({"probe_l2": 0.0}, "probe_l2 of an evaluation is 0.0; it must be above 0"),
+        ({"latents": -1}, "latents of an evaluation is -1; it must not be negative"),
         ({"position": "first"}, "'position' is 'first'; it must be one of 'last', 'mean', 'max'"),
         ({"budget": "huge"}, "'budget' is 'huge'; it must be one of 'small', 'paper'"),
         ({"ablation_horizon": 0}, "ablation_horizon of an evaluation is 0; it must be at least 1"),

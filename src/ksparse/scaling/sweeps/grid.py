@@ -101,7 +101,7 @@ def read(file: Path | str) -> Grid:
     for grid in grids:
         for point in _points(grid, file):
             recipe = _recipe(table, point, file)
-            found[jsonio.digest(recipe.identity())] = recipe
+            found[jsonio.digest(recipe.fingerprint())] = recipe
     return Grid(file, found)
 
 
@@ -241,10 +241,10 @@ def _packed(
 
 def stream_key(recipe: Recipe) -> str:
     """Return what runs must have in common to train as one cohort."""
-    identity = recipe.identity()
+    fingerprint = recipe.fingerprint()
     return json.dumps(
         [
-            identity["acts"],
+            fingerprint["acts"],
             recipe.batch,
             recipe.data_seed,
             recipe.threads,

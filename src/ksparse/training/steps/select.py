@@ -17,7 +17,7 @@ from ksparse.training.steps.triton import TritonStep
 def choose_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> AutogradStep:
     """Return the fastest step that can run here and is not refused: compiled, written out in plain
     torch, or by autograd; on a mesh one of the last two."""
-    screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
+    screen, kernels, device = recipe.optim.approx_topk, recipe.run.kernels, sae.W_enc.device
     written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
     if mesh.size > 1:
         return (
@@ -53,7 +53,7 @@ def choose_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogr
         )
     if screen not in ("off", "auto"):
         raise InputError(
-            f"optim.screen is {screen!r}, which needs the compiled kernels (a CPU and a C++ "
+            f"optim.approx_topk is {screen!r}, which needs the compiled kernels (a CPU and a C++ "
             "compiler, or a CUDA GPU and triton; TopK without Multi-TopK, run.kernels not "
             "'torch'); "
             "leave it at 'off' or 'auto'"
