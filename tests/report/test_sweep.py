@@ -201,16 +201,21 @@ def test_figures_stand_alone_and_take_the_pages_colours(whole):
 
 
 def test_figures_without_their_law_are_not_drawn():
-    assert figures.sizes(None) is figures.joint(None) is figures.subjects(None, "", []) is None
     assert (
-        figures.trends({}) is None
-        and figures.compute(None, [], {}, 8) is None
-        and figures.rates({"k": np.ones(1)}, 1) is None
+        figures.draw_size_law(None)
+        is figures.draw_joint_law(None)
+        is figures.draw_subject_law(None, "", [])
+        is None
+    )
+    assert (
+        figures.draw_trends({}) is None
+        and figures.draw_compute_law(None, [], {}, 8) is None
+        and figures.draw_learning_rates({"k": np.ones(1)}, 1) is None
     )
 
 
 def test_the_joint_figure_shows_every_point_and_the_worst_residual():
     law = fit(published.gpt4(), "nk", draws=0).to_dict()
-    picture = figures.joint(law)
+    picture = figures.draw_joint_law(law)
     assert "log-RMS 0.0096" in picture.label and "exp(zeta + eta log k)" in picture.caption
     assert picture.svg.count("<use ") > 2 * 45  # each point above and below

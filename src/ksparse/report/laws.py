@@ -17,14 +17,14 @@ from ksparse.report.figures import (
     INK,
     SECOND,
     Picture,
+    add_legend,
     canvas,
-    legend,
-    reference,
-    save,
-    short,
-    thousands,
+    format_thousands,
+    format_tick,
+    reference_line,
+    to_svg,
 )
-from ksparse.report.tables import percent, significant
+from ksparse.report.tables import format_percent, format_significant
 from ksparse.scaling.laws.forms import Columns
 from ksparse.scaling.laws.law import evaluate
 
@@ -32,7 +32,7 @@ _MARKS = "osD^vPX<>hp*"
 Law = dict[str, Any]
 
 
-def compute(
+def draw_compute_law(
     law: Law | None, frontier: list[dict[str, Any]], curves: Columns, k: float
 ) -> Picture | None:
     """Draw the loss of all runs of one k against compute, their frontier, and the law through it:
@@ -78,8 +78,8 @@ def compute(
         low = min(point["loss"] for point in best)
         axes.set_ylim(low * 0.9, min(1.2, 4 * low))
         _logs(axes, "training FLOPs", "normalised MSE")
-        legend(figure)
-        svg = save(figure)
+        add_legend(figure)
+        svg = to_svg(figure)
     return Picture(
         "law-compute",
         svg,
@@ -91,15 +91,15 @@ def compute(
     )
 
 
-def sizes(law: Law | None) -> Picture | None:
+def draw_size_law(law: Law | None) -> Picture | None:
     """Draw the loss against n, a series for each k: figure 1, right."""
     if law is None:
         return None
     with canvas(size=(5.2, 3.7)) as (figure, axes):
         _points_and_lines(axes, law, "k", _k_of)
         _logs(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
-        legend(figure)
-        svg = save(figure)
+        add_legend(figure)
+        svg = to_svg(figure)
     return Picture(
         "law-size",
         svg,
@@ -110,15 +110,15 @@ def sizes(law: Law | None) -> Picture | None:
     )
 
 
-def subjects(law: Law | None, k: str, lms: list[str]) -> Picture | None:
+def draw_subject_law(law: Law | None, k: str, lms: list[str]) -> Picture | None:
     """Draw the loss against n, a series for each of the LMs in the order given: figure 4."""
     if law is None:
         return None
     with canvas(size=(5.2, 3.7)) as (figure, axes):
         _points_and_lines(axes, law, "lm", str, lms)
         _logs(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
-        legend(figure, 3)
-        svg = save(figure)
+        add_legend(figure, 3)
+        svg = to_svg(figure)
     return Picture(
         "law-subject",
         svg,
@@ -129,7 +129,7 @@ def subjects(law: Law | None, k: str, lms: list[str]) -> Picture | None:
     )
 
 
-def rates(rows: Columns, k: float) -> Picture | None:
+def draw_learning_rates(rows: Columns, k: float) -> Picture | None:
     """Draw tokens to convergence and loss against the learning rate, a series for each n: figure
     3."""
     if "lr" not in rows or "tokens_to_convergence" not in rows:
@@ -155,12 +155,12 @@ def rates(rows: Columns, k: float) -> Picture | None:
                     label=f"n = {n:,.0f}" if axes is below else None,
                 )
         _logs(above, "", "tokens to convergence")
-        above.yaxis.set_major_formatter(lambda value, _: thousands(value))
+        above.yaxis.set_major_formatter(lambda value, _: format_thousands(value))
         _logs(below, "learning rate", "normalised MSE")
         above.tick_params(labelbottom=False)
         above.sharex(below)
-        legend(figure)
-        svg = save(figure)
+        add_legend(figure)
+        svg = to_svg(figure)
     return Picture(
         "law-rates",
         svg,
@@ -171,7 +171,7 @@ def rates(rows: Columns, k: float) -> Picture | None:
     )
 
 
-def trends(laws: dict[str, Law]) -> Picture | None:
+def draw_trends(laws: dict[str, Law]) -> Picture | None:
     """Draw tokens, loss and the best learning rate against n, a series for each k, one above the
     other: figure 11."""
     shown = [
@@ -200,7 +200,7 @@ def trends(laws: dict[str, Law]) -> Picture | None:
                 ticks=_values(laws[name], "n"),
             )
             if name == "tokens":
-                axes.yaxis.set_major_formatter(lambda value, _: thousands(value))
+                axes.yaxis.set_major_formatter(lambda value, _: format_thousands(value))
             axes.annotate(
                 f"n^{_slope(laws[name]):+.2f}",
                 (0.5, 1),
@@ -211,8 +211,8 @@ def trends(laws: dict[str, Law]) -> Picture | None:
                 ha="center",
                 parse_math=False,
             )
-        legend(figure)
-        svg = save(figure)
+        add_legend(figure)
+        svg = to_svg(figure)
     return Picture(
         "law-trends",
         svg,
@@ -223,7 +223,7 @@ def trends(laws: dict[str, Law]) -> Picture | None:
     )
 
 
-def joint(law: Law | None) -> Picture | None:
+def draw_joint_law(law: Law | None) -> Picture | None:
     """Draw the joint law through its points, and below it what it leaves: figure 26."""
     if law is None:
         return None
@@ -240,19 +240,19 @@ def joint(law: Law | None) -> Picture | None:
                 markersize=4.5,
                 linewidth=0.8,
             )
-        reference(below, 0, "")
+        reference_line(below, 0, "")
         _logs(above, "", "normalised MSE", ticks=_values(law, "n"))
         _logs(below, "latents n", "above the law, %", ticks=_values(law, "n"), y=False)
         above.tick_params(labelbottom=False)
-        legend(figure)
-        svg = save(figure)
+        add_legend(figure)
+        svg = to_svg(figure)
     return Picture(
         "law-joint",
         svg,
         "The joint law L(N, k)",
         f"{law['equation']}. Below: what the points differ by, in per cent. Where neighbours err "
         "alike the form is not exact.",
-        f"log-RMS {law['log_rms']:.4f}; the worst point is {percent(law['log_max'])} off.",
+        f"log-RMS {law['log_rms']:.4f}; the worst point is {format_percent(law['log_max'])} off.",
     )
 
 
@@ -347,7 +347,7 @@ def _logs(
 
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: format_tick(value))
     if ticks:
         axes.set_xticks(ticks[:: -(-len(ticks) // 6)])
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -360,7 +360,7 @@ def _logs(
             else LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
         )
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: short(value))
+        axes.yaxis.set_major_formatter(lambda value, _: format_tick(value))
         axes.set_ylim(low, high)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
@@ -395,7 +395,5 @@ def _ends(points: list[dict[str, Any]], x: str, y: str, unit: str) -> str:
         min(points, key=lambda point: (point[x], point[y])),
         max(points, key=lambda point: (point[x], point[y])),
     )
-    return (
-        f"From {significant(first[y])} at {short(first[x])} {unit} to {significant(last[y])} at "
-        f"{short(last[x])}."
-    )
+    low, high = format_significant(first[y]), format_significant(last[y])
+    return f"From {low} at {format_tick(first[x])} {unit} to {high} at {format_tick(last[x])}."

@@ -19,9 +19,9 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.report import laws as figures
-from ksparse.report.figures import Picture, short
+from ksparse.report.figures import Picture, format_tick
 from ksparse.report.page import environment
-from ksparse.report.tables import percent
+from ksparse.report.tables import format_percent
 from ksparse.scaling.laws.forms import LAWS, Columns
 from ksparse.scaling.laws.points import read
 from ksparse.storage import atomic, jsonio
@@ -154,10 +154,10 @@ def summary(sweep: Sweep) -> str:
             ),
         )
         said.append(
-            f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} "
+            f"Loss follows {law['title']}, {law['equation']}, to {format_percent(law['log_rms'])} "
             "(log-RMS)"
             + (
-                f" and foretells the largest n to {percent(law['extrapolation_error'])}"
+                f" and foretells the largest n to {format_percent(law['extrapolation_error'])}"
                 if law["extrapolation_error"] is not None
                 else ""
             )
@@ -214,12 +214,16 @@ def drawn(sweep: Sweep) -> list[Picture]:
     """Return the pictures that the points allow."""
     found = sweep.found["laws"]
     pictures = (
-        figures.compute(found.get("c"), sweep.found.get("frontier") or [], sweep.curves, sweep.k),
-        figures.sizes(found.get("n")),
-        figures.joint(found.get("nk")),
-        figures.rates(sweep.mine, sweep.k),
-        figures.trends(found),
-        figures.subjects(found.get("s"), sweep.found["subject"].get("k of L_s(N)", ""), sweep.lms),
+        figures.draw_compute_law(
+            found.get("c"), sweep.found.get("frontier") or [], sweep.curves, sweep.k
+        ),
+        figures.draw_size_law(found.get("n")),
+        figures.draw_joint_law(found.get("nk")),
+        figures.draw_learning_rates(sweep.mine, sweep.k),
+        figures.draw_trends(found),
+        figures.draw_subject_law(
+            found.get("s"), sweep.found["subject"].get("k of L_s(N)", ""), sweep.lms
+        ),
     )
     return [picture for picture in pictures if picture is not None]
 
@@ -270,7 +274,8 @@ def point_tables(sweep: Sweep) -> list[dict[str, Any]]:
                 ]
                 + ["off by"],
                 "rows": [
-                    [_written(point[column]) for column in columns] + [percent(point["residual"])]
+                    [_written(point[column]) for column in columns]
+                    + [format_percent(point["residual"])]
                     for point in law["points"]
                 ],
             }
@@ -301,7 +306,7 @@ def _written(value: Any) -> str:
     return (
         f"{value:,.0f}"
         if isinstance(value, int) or abs(value) >= 1000
-        else short(value)
+        else format_tick(value)
         if abs(value) < 1e-3
         else f"{value:.4g}"
     )

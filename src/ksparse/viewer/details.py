@@ -159,7 +159,7 @@ class Details:
         return findings.explanations(self.reading.source)
 
     def _patterns(self, latent: int) -> dict[str, Any] | None:
-        found = self._explanations.of(latent, PATTERNS) if self._explanations else None
+        found = self._explanations.find(latent, PATTERNS) if self._explanations else None
         return (
             None
             if found is None or not found.patterns

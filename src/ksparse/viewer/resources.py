@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ksparse.report.page import summary
+from ksparse.report.page import summarize
 from ksparse.report.tokens import safe_text
 from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer.columns import Columns
@@ -89,7 +89,7 @@ class Resources:
         )
         return {
             "name": safe_text(self.run.name),
-            "summary": safe_text(summary(source)),
+            "summary": safe_text(summarize(source)),
             "n": self.n,
             "k": recipe.sae.k,
             "lm": safe_text(recipe.acts.lm),
