@@ -111,6 +111,7 @@ def test_a_run_with_all_results_has_every_section(whole, page) -> None:
         "How to reproduce it",
     ]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
+    assert page.all("p", **{"class": "summary"})[0].text.startswith("A TopK autoencoder of 64 ")
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text
     assert sorted(file.name for file in (whole.path / "figures").iterdir()) == sorted(

@@ -96,7 +96,7 @@ def summarize(source: RunSource) -> str:
         else f"to be trained on {format_amount(recipe.tokens)}"
     )
     text = (
-        f"A {type(recipe.sae.activation).__name__} autoencoder of {recipe.sae.n_latents:,} "
+        f"A {source.activation} autoencoder of {recipe.sae.n_latents:,} "
         f"latents, {recipe.sae.bound}, {trained} activations of {short_name(recipe.acts.lm)} at "
         f"{recipe.acts.site}"
     )

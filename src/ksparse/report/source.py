@@ -83,6 +83,11 @@ class RunSource:
         return self.run.metrics()
 
     @property
+    def activation(self) -> str:
+        """The activation's name: "TopK" for TopKConfig."""
+        return type(self.recipe.sae.activation).__name__.removesuffix("Config")
+
+    @property
     def tokens_trained(self) -> int:
         """The tokens that the run was trained on, by its metrics."""
         last = self.metrics[-1].get("tokens") if self.metrics else None

@@ -44,15 +44,16 @@ def read_facts(source: RunSource) -> dict[str, Any]:
     recipe = source.recipe
     text = source.run.recipe_file.read_text(encoding="utf-8")
     return {
-        "run": describe_run(recipe, source.tokens_trained),
+        "run": describe_run(source),
         "machine": describe_machine(source),
         "recipe": text.splitlines(),
         "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe)),
     }
 
 
-def describe_run(recipe: Recipe, tokens_trained: int) -> dict[str, str]:
-    """Return the main settings of a recipe as text, by name."""
+def describe_run(source: RunSource) -> dict[str, str]:
+    """Return the main settings of a run's recipe as text, by name."""
+    recipe, tokens_trained = source.recipe, source.tokens_trained
     acts, sae = recipe.acts, recipe.sae
     text = (acts.text, acts.text_config, acts.text_split)
     asked = recipe.steps * recipe.batch
@@ -64,7 +65,7 @@ def describe_run(recipe: Recipe, tokens_trained: int) -> dict[str, str]:
         "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, positions "
         f"kept: {acts.keep}",
         "Latents": f"{sae.n_latents:,}",
-        "Activation": ", ".join([type(sae.activation).__name__, *options]),
+        "Activation": ", ".join([source.activation, *options]),
         "Active latents per token": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,
         "Training": f"{tokens_trained:,} tokens in batches of {recipe.batch:,}"
         + (f" (the recipe has {asked:,})" if tokens_trained < asked else ""),
