@@ -16,7 +16,7 @@ from ksparse.report.sections.base import draw_all
 from ksparse.report.source import RunSource
 
 from .conftest import COMMON, estimate
-from .reading import Page
+from .html_page import Page
 from .test_page import assert_inert
 
 EDGES = np.linspace(-2, 2, 161).tolist()

@@ -1,4 +1,4 @@
-"""Figures: SVG that stands alone, and that can live on a page with others."""
+"""Figures: SVG that works as a file, and on a page beside others."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_one_line_of_metrics_and_null_values_can_be_drawn() -> None:
     assert len(training.draw_curves(metrics(2), K, None)) == 4
 
 
-def test_labels_say_where_a_curve_began_and_ended() -> None:
+def test_labels_say_where_a_curve_begins_and_ends() -> None:
     error = training.draw_curves(metrics(), K, None)[0]
     assert error.label == "From 0.400 to 0.124 over 51,200 tokens."
 
@@ -199,11 +199,11 @@ def test_latents_without_a_precision_are_counted_not_drawn() -> None:
     )
 
 
-# ---- values on hover
+# ---- tooltips
 
 
-def spots(picture) -> list[tuple[str, dict[str, str]]]:
-    """Return the words of each place that says something, and its shape's attributes."""
+def tooltips(picture) -> list[tuple[str, dict[str, str]]]:
+    """Return the text of each tooltip, and its shape's attributes."""
     space = "{http://www.w3.org/2000/svg}"
     groups = [
         group
@@ -218,40 +218,42 @@ def spots(picture) -> list[tuple[str, dict[str, str]]]:
     return [(group[0].text, group[1].attrib) for group in groups]
 
 
-def test_every_figure_says_its_values_on_hover() -> None:
+def test_every_figure_has_tooltips() -> None:
     for picture in all_pictures():
-        found = spots(picture)
+        found = tooltips(picture)
         assert found and all(
             shape["fill"] == "none" and shape["pointer-events"] == "all" for _, shape in found
         ), picture.name
         assert 'id="tooltip' not in picture.svg
 
 
-def test_a_bar_says_its_range_and_count_and_an_empty_one_nothing() -> None:
+def test_a_bar_shows_its_range_and_count_and_an_empty_one_nothing() -> None:
     picture = latents.draw_densities({"edges": [-3.0, -2.0, -1.0, 0.0], "counts": [5, 0, 7]}, 0.1)
-    assert [words for words, _ in spots(picture)] == [
+    assert [words for words, _ in tooltips(picture)] == [
         "density 0.10 % to 1.0 %: 5 latents",
         "density 10 % to 100 %: 7 latents",
     ]
 
 
-def test_a_long_curve_says_some_of_its_values_and_its_last() -> None:
+def test_a_long_curve_shows_some_values_and_its_last() -> None:
     picture = training.draw_error(
         [{"tokens": 10 * i, "nmse": 1 / i} for i in range(1, 2_001)], None
     )
-    words = [words for words, _ in spots(picture)]
+    words = [words for words, _ in tooltips(picture)]
     assert len(words) == 120 and words[0] == "10 tokens: 1" and words[-1] == "20,000 tokens: 0.0005"
 
 
-def test_a_point_of_a_latent_names_it() -> None:
+def test_the_tooltip_of_a_latents_point_names_the_latent() -> None:
     picture = explanations.draw_precision_and_recall(
         np.array([0.5, 0.25]), np.array([1, np.nan]), {}, np.array([17, 4])
     )
-    assert [words for words, _ in spots(picture)] == ["latent 17: recall 50 %, precision 100 %"]
+    assert [words for words, _ in tooltips(picture)] == ["latent 17: recall 50 %, precision 100 %"]
 
 
-def test_hostile_names_are_text_on_hover_too() -> None:
+def test_hostile_names_are_text_in_tooltips() -> None:
     name = '"><script>alert(1)</script>\u202e&'
     picture = probes.draw_tasks([(name, "1", {"loss": Number(0.5, 0.1)})])
-    assert spots(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
+    assert (
+        tooltips(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
+    )
     assert "<script" not in picture.inline and "\u202e" not in picture.inline

@@ -32,7 +32,7 @@ from .conftest import (
     n2g_arrays,
     tasks,
 )
-from .reading import Page
+from .html_page import Page
 
 ALLOWED = set(
     """html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd

@@ -15,7 +15,7 @@ from ksparse.report.sections.base import EvaluationPart, Section
 from ksparse.report.tables import NumberGroup, NumberRow
 
 from .conftest import COMMON, estimate
-from .reading import Page
+from .html_page import Page
 from .test_page import assert_inert
 
 NEW = EvaluationPart(

@@ -21,7 +21,7 @@ from ksparse.scaling.laws.law import fit
 from ksparse.scaling.laws.survey import survey
 from ksparse.storage import jsonio
 
-from .reading import Page
+from .html_page import Page
 from .test_page import assert_inert
 
 K, SIZES = (8, 16, 32), (512, 1_024, 2_048, 4_096, 8_192)

@@ -50,7 +50,7 @@ def ask(
     return found
 
 
-def test_pages_and_pieces_are_served(served):
+def test_pages_and_resources_are_served(served):
     status, headers, page = ask(served, "/")
     assert (
         status == 200 and b"data-live" in page and headers["content-type"].startswith("text/html")
@@ -352,7 +352,7 @@ def test_without_the_extra_the_command_says_what_to_install(trained):
         "Bearer \u00e9",
     ],
 )
-def test_nothing_of_the_run_is_told_without_the_token(served, path, given):
+def test_nothing_about_the_run_is_shown_without_the_token(served, path, given):
     status, headers, body = ask(served, path, Authorization=given)
     assert (
         status == 403
@@ -564,7 +564,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
     assert answers.count(200) == waiting and answers.count(429) == 60 - waiting
 
 
-def test_who_is_gone_does_not_keep_a_place(trained, monkeypatch):
+def test_a_client_that_disconnects_frees_its_place(trained, monkeypatch):
     begun, go_on, read = threading.Event(), threading.Event(), []
 
     def slow(self, text):

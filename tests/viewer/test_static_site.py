@@ -47,7 +47,7 @@ def older(folder: Path, run: RunFolder) -> None:
     (folder / static_site.MARKER).write_text('{"format": 1, "run": "run"}\n')
 
 
-def test_the_mark_lists_what_was_written_and_the_page_names_all_that_it_loads(bare, tmp_path):
+def test_the_marker_lists_what_was_written_and_the_page_names_all_that_it_loads(bare, tmp_path):
     page = viewer.export(bare, tmp_path / "site")
     files = tree(tmp_path / "site")
     mark = json.loads(files.pop(static_site.MARKER))
@@ -90,7 +90,7 @@ def test_an_export_keeps_what_it_did_not_write(bare, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["report.html", "index.html"])
-def test_a_file_of_somebody_elses_in_the_way_is_named(bare, tmp_path, name):
+def test_a_foreign_file_in_the_way_is_named(bare, tmp_path, name):
     folder, report = tmp_path / "site", bare.report_file.read_bytes()
     bare.report_file.unlink()
     viewer.export(bare, folder)
@@ -144,7 +144,7 @@ def test_a_link_in_the_place_of_a_file_or_a_folder_of_ours_is_named(bare, tmp_pa
         ["ksparse-0123456789abcdef/../x.js"],
     ],
 )
-def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path, listed):
+def test_a_marker_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path, listed):
     (tmp_path / "outside").write_text("mine")
     folder = tmp_path / "site"
     viewer.export(bare, folder)
@@ -160,7 +160,7 @@ def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path
     assert tree(tmp_path) == before
 
 
-def test_a_site_of_before_there_was_a_list_is_replaced_but_for_what_is_not_ours(bare, tmp_path):
+def test_a_site_without_a_list_is_replaced_except_for_foreign_files(bare, tmp_path):
     older(tmp_path / "site", bare)
     mine = {
         "CNAME": b"mine",
@@ -176,7 +176,7 @@ def test_a_site_of_before_there_was_a_list_is_replaced_but_for_what_is_not_ours(
     assert tree(tmp_path / "site") == tree(tmp_path / "fresh") | mine
 
 
-def test_a_report_of_somebody_elses_in_a_site_without_a_list_stays(bare, tmp_path):
+def test_a_foreign_report_in_a_site_without_a_list_stays(bare, tmp_path):
     older(tmp_path / "site", bare)
     (tmp_path / "site" / "report.html").write_text("<!DOCTYPE html>mine")
     with pytest.raises(InputError, match="report.html is in the way"):

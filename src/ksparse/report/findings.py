@@ -63,8 +63,8 @@ class Explanations:
 
     def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
-        self.latents = arrays.whole("pattern_latent")  # sorted
-        self.scored = arrays.whole("scored")
+        self.latents = arrays.tensor("pattern_latent")  # sorted
+        self.scored = arrays.tensor("scored")
         self.scores = {
             name: arrays.rows(name, 0, len(self.scored)) for name in ("precision", "recall", "f1")
         }
@@ -102,7 +102,7 @@ class Explanations:
             for name in ("value", "support", "anchored")
         )
         starts = self.arrays.rows("pattern_start", first, last + 1)
-        shown = np.lexsort((-values, -support))[:most]
+        order = np.lexsort((-values, -support))[:most]
         return [
             PatternView(
                 self._split_pattern(
@@ -112,7 +112,7 @@ class Explanations:
                 float(values[i]),
                 int(support[i]),
             )
-            for i in shown
+            for i in order
         ]
 
     def _split_pattern(self, tokens: list[int], anchored: bool) -> list[PatternPart]:
@@ -161,7 +161,7 @@ class EffectsReader:
 
     def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
-        self.latents = arrays.whole("latent")
+        self.latents = arrays.tensor("latent")
 
     def find(self, latent: int) -> Effect | None:
         """Return a latent's effect; None if it was not ablated."""

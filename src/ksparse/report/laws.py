@@ -27,7 +27,7 @@ from ksparse.report.tables import format_percent, format_significant
 from ksparse.scaling.laws.forms import Columns
 from ksparse.scaling.laws.law import evaluate
 
-_MARKS = "osD^vPX<>hp*"
+_MARKERS = "osD^vPX<>hp*"
 Law = dict[str, Any]
 
 
@@ -47,19 +47,7 @@ def draw_compute_law(
     if not of_k.any() or not best:
         return None
     with canvas(size=(5.2, 3.7)) as (figure, axes):
-        runs, sizes = curves["run"][of_k], curves["n"][of_k]
-        for strength, _, n in _series(np.unique(sizes)):
-            for i, run in enumerate(np.unique(runs[sizes == n])):
-                points = of_k.nonzero()[0][runs == run]
-                points = points[np.argsort(curves["c"][points])]
-                axes.plot(
-                    curves["c"][points],
-                    curves["loss"][points],
-                    color=FIRST,
-                    alpha=strength,
-                    linewidth=1,
-                    label=f"n = {n:,.0f}" if i == 0 else None,
-                )
+        _draw_curves(axes, {name: column[of_k] for name, column in curves.items()})
         axes.plot(
             [point["c"] for point in best],
             [point["loss"] for point in best],
@@ -150,15 +138,15 @@ def draw_learning_rates(rows: Columns, k: float) -> Picture | None:
     if "lr" not in rows or "tokens_to_convergence" not in rows:
         return None
     of_k = (rows["k"] == k) & (rows["lr"] > 0)
-    shown = [
+    sizes = [
         n
         for n in np.unique(rows["n"][of_k])
         if len(np.unique(rows["lr"][of_k & (rows["n"] == n)])) > 1
     ]
-    if not shown:
+    if not sizes:
         return None
     with canvas(rows=2, size=(5.2, 5.2)) as (figure, (above, below)):
-        for strength, mark, n in _series(shown):
+        for strength, marker, n in _series(sizes):
             of_n = of_k & (rows["n"] == n)
             for axes, name in ((above, "tokens_to_convergence"), (below, "loss")):
                 x, y = _geometric_means(rows["lr"][of_n], rows[name][of_n])
@@ -167,7 +155,7 @@ def draw_learning_rates(rows: Columns, k: float) -> Picture | None:
                     y,
                     color=FIRST,
                     alpha=strength,
-                    marker=mark,
+                    marker=marker,
                     markersize=4.5,
                     label=f"n = {n:,.0f}" if axes is below else None,
                 )
@@ -184,7 +172,7 @@ def draw_learning_rates(rows: Columns, k: float) -> Picture | None:
         "Learning rate, tokens and loss",
         f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer "
         "tokens, until it costs loss. Means over seeds; all axes are logarithmic.",
-        f"{len(shown)} sizes.",
+        f"{len(sizes)} sizes.",
     )
 
 
@@ -194,7 +182,7 @@ def draw_trends(laws: dict[str, Law]) -> Picture | None:
     Args:
         laws: the sweep's laws by name; those named "tokens", "n" and "lr" are drawn.
     """
-    shown = [
+    panels_of = [
         (name, label)
         for name, label in (
             ("tokens", "tokens to convergence"),
@@ -203,19 +191,19 @@ def draw_trends(laws: dict[str, Law]) -> Picture | None:
         )
         if name in laws
     ]
-    if len(shown) < 2:
+    if len(panels_of) < 2:
         return None
-    with canvas(rows=len(shown), size=(5.2, 0.4 + 2.4 * len(shown))) as (figure, panels):
-        for (name, label), axes in zip(shown, panels):
+    with canvas(rows=len(panels_of), size=(5.2, 0.4 + 2.4 * len(panels_of))) as (figure, panels):
+        for (name, label), axes in zip(panels_of, panels):
             _points_and_lines(
                 axes,
                 laws[name],
                 "k",
-                _k_of if name == shown[0][0] else lambda k: None,
+                _k_of if name == panels_of[0][0] else lambda k: None,
             )
             _use_log_axes(
                 axes,
-                "latents n" if name == shown[-1][0] else "",
+                "latents n" if name == panels_of[-1][0] else "",
                 label,
                 ticks=_values(laws[name], "n"),
             )
@@ -239,7 +227,9 @@ def draw_trends(laws: dict[str, Law]) -> Picture | None:
         "Tokens, loss and learning rate against n",
         "Each panel’s exponent is that of a plain power of n fitted to its points, with one slope "
         "for all k, as in the paper’s titles; the table has that of the fitted law.",
-        "; ".join(f"{label}: exponent {_exponent_of_n(laws[name]):+.2f}" for name, label in shown)
+        "; ".join(
+            f"{label}: exponent {_exponent_of_n(laws[name]):+.2f}" for name, label in panels_of
+        )
         + ".",
     )
 
@@ -250,14 +240,14 @@ def draw_joint_law(law: Law | None) -> Picture | None:
         return None
     with canvas(rows=2, size=(5.2, 5.2)) as (figure, (above, below)):
         _points_and_lines(above, law, "k", _k_of)
-        for strength, mark, k in _series(_values(law, "k")):
-            here = [point for point in law["points"] if point["k"] == k]
+        for strength, marker, k in _series(_values(law, "k")):
+            of_series = [point for point in law["points"] if point["k"] == k]
             below.plot(
-                [point["n"] for point in here],
-                [100 * point["residual"] for point in here],
+                [point["n"] for point in of_series],
+                [100 * point["residual"] for point in of_series],
                 color=FIRST,
                 alpha=strength,
-                marker=mark,
+                marker=marker,
                 markersize=4.5,
                 linewidth=0.8,
             )
@@ -284,7 +274,7 @@ def _series(values: Any) -> Iterator[tuple[float, str, Any]]:
     """Yield (opacity, marker, value) of each series, the last in full colour."""
     values = list(values)
     for i, value in enumerate(values):
-        yield 0.35 + 0.65 * (i + 1) / len(values), _MARKS[i % len(_MARKS)], value
+        yield 0.35 + 0.65 * (i + 1) / len(values), _MARKERS[i % len(_MARKERS)], value
 
 
 def _values(law: Law, name: str) -> list[Any]:
@@ -295,6 +285,22 @@ def _k_of(k: float) -> str:
     return f"k = {k:g}"
 
 
+def _draw_curves(axes: Any, curves: Columns) -> None:
+    """Draw the loss of each run against compute, the runs of one n alike."""
+    for strength, _, n in _series(np.unique(curves["n"])):
+        for i, run in enumerate(np.unique(curves["run"][curves["n"] == n])):
+            points = np.flatnonzero(curves["run"] == run)
+            points = points[np.argsort(curves["c"][points])]
+            axes.plot(
+                curves["c"][points],
+                curves["loss"][points],
+                color=FIRST,
+                alpha=strength,
+                linewidth=1,
+                label=f"n = {n:,.0f}" if i == 0 else None,
+            )
+
+
 def _points_and_lines(
     axes: Any,
     law: Law,
@@ -303,20 +309,20 @@ def _points_and_lines(
     order: list[Any] | None = None,
 ) -> None:
     """Draw a law of n through its points, a series for each value of `group`."""
-    for strength, mark, value in _series(order or _values(law, group) or [None]):
-        here = [point for point in law["points"] if value is None or point[group] == value]
+    for strength, marker, value in _series(order or _values(law, group) or [None]):
+        of_series = [point for point in law["points"] if value is None or point[group] == value]
         axes.plot(
-            [point["n"] for point in here],
-            [point[law["target"]] for point in here],
+            [point["n"] for point in of_series],
+            [point[law["target"]] for point in of_series],
             linestyle="none",
-            marker=mark,
+            marker=marker,
             markersize=4.5,
             color=FIRST,
             alpha=strength,
             label=name(value) if value is not None else None,
         )
         n = np.geomspace(
-            min(point["n"] for point in here), 2 * max(point["n"] for point in here), 60
+            min(point["n"] for point in of_series), 2 * max(point["n"] for point in of_series), 60
         )
         _line(
             axes,

@@ -42,18 +42,18 @@ def render(run: RunFolder) -> tuple[str, list[Picture]]:
 
 
 def _render(source: RunSource) -> tuple[str, list[Picture]]:
-    shown = [(section, section.facts(source)) for section in SECTIONS]
+    sections = [(section, section.facts(source)) for section in SECTIONS]
     html = (
         environment()
         .get_template("report.html.jinja")
         .render(
             name=source.run.name,
             summary=summarize(source),
-            sections=shown,
+            sections=sections,
             left_out=source.left_out,
         )
     )
-    return html, [picture for _, facts in shown for picture in facts.get("pictures", [])]
+    return html, [picture for _, facts in sections for picture in facts.get("pictures", [])]
 
 
 def _find_culprit(source: RunSource) -> str | None:

@@ -197,7 +197,7 @@ class Arrays:
         except (SafetensorError, OSError) as error:
             raise self.damaged(f" is not a readable safetensors file: {error}") from None
 
-    def whole(self, name: str) -> np.ndarray:
+    def tensor(self, name: str) -> np.ndarray:
         """Return a whole tensor."""
         return self._rows(name, slice(None))
 
@@ -207,7 +207,7 @@ class Arrays:
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Return rows `first` to `last - 1`, without reading the others."""
-        rows = self._rows(name, slice(first, last)) if 0 <= first < last else self.whole(name)[:0]
+        rows = self._rows(name, slice(first, last)) if 0 <= first < last else self.tensor(name)[:0]
         if len(rows) != last - first:
             raise self.damaged(f": '{name}' has no rows {first} to {last}")
         return rows

@@ -184,11 +184,11 @@ class Columns:
     def _read_values(self, column: Column) -> np.ndarray:
         arrays, n = self.data.arrays(column.eval), self.data.n
         if column.key == "effect":
-            measured = np.nansum(arrays.whole("kl"), axis=1)
+            measured = np.nansum(arrays.tensor("kl"), axis=1)
         else:
-            measured = arrays.whole(column.array)
+            measured = arrays.tensor(column.array)
         listed = LATENT_LISTS.get(column.eval)
-        latents = arrays.whole(listed) if listed else np.arange(n)
+        latents = arrays.tensor(listed) if listed else np.arange(n)
         if measured.shape != latents.shape or (
             len(latents) and not 0 <= latents.min() <= latents.max() < n
         ):

@@ -99,7 +99,7 @@ class Details:
 
     @cached_property
     def _contexts(self) -> np.ndarray:
-        return self.data.arrays("stats").whole("contexts")
+        return self.data.arrays("stats").tensor("contexts")
 
     def _make_example(
         self, context: int, position: int, acts: np.ndarray, strings: Strings
@@ -183,7 +183,7 @@ class Details:
         needed = {"context_tokens", "position", "value", "kl", "loss_difference"}
         if arrays is None or not needed <= set(arrays.names):
             return None, {}
-        return arrays, {latent: row for row, latent in enumerate(arrays.whole("latent").tolist())}
+        return arrays, {latent: row for row, latent in enumerate(arrays.tensor("latent").tolist())}
 
     def _describe_effect(self, latent: int, strings: Strings) -> dict[str, Any] | None:
         """Return what ablating a latent does, token by token from where it is strongest."""

@@ -68,7 +68,7 @@ class RunData:
         """
         if self.stats is None or "on_token" not in self.stats.names:
             return None
-        return self.stats.whole("on_token"), self.stats.whole("on_share")
+        return self.stats.tensor("on_token"), self.stats.tensor("on_share")
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""

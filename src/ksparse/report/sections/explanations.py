@@ -153,8 +153,8 @@ def draw_precision_and_recall(
     )
     if not known.all():
         caption += f" {(~known).sum():,} latents whose patterns predicted nothing are left out."
-    r, p = (format_percent(float(np.median(values[known]))) for values in (recall, precision))
-    label = f"{known.sum():,} latents; median recall {r}, median precision {p}."
+    medians = [format_percent(float(np.median(values[known]))) for values in (recall, precision)]
+    label = f"{known.sum():,} latents; median recall {medians[0]}, median precision {medians[1]}."
     title = "Precision and recall of explanations"
     return Picture("n2g-latents", svg, title, caption, label)
 

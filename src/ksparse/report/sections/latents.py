@@ -139,7 +139,7 @@ def read_facts(source: RunSource) -> dict[str, Any]:
     return {
         "pictures": draw_pictures(source),
         "samples": samples,
-        "count": len(arrays.whole("density")) if arrays is not None else None,
+        "count": len(arrays.tensor("density")) if arrays is not None else None,
         "text": source.describe_text("stats"),
         "command": source.command("eval", "stats"),
         "view": source.command("view"),
@@ -158,8 +158,8 @@ def draw_pictures(source: RunSource) -> list[Picture]:
     stats, arrays, sae = source.result("stats") or {}, source.arrays("stats"), source.recipe.sae
     pictures = [draw_densities(stats.get("density_histogram"), sae.k / sae.n_latents)]
     if arrays is not None:
-        live = arrays.whole("density") > 0
-        pictures.append(draw_cosines(arrays.whole("cosine")[live]))
+        live = arrays.tensor("density") > 0
+        pictures.append(draw_cosines(arrays.tensor("cosine")[live]))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -243,7 +243,7 @@ def choose_latents(source: RunSource) -> list[tuple[str, str, list[int]]]:
     arrays = source.arrays("stats")
     if arrays is None or source.result("stats") is None:
         return []
-    density = arrays.whole("density")
+    density = arrays.tensor("density")
     densest, random, rarest = (latents.tolist() for latents in sample_by_density(density))
     taken = {*densest, *random, *rarest}
 

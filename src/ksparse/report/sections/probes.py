@@ -82,6 +82,8 @@ with the others. Rows: training half + test half. Latents that are links have a 
 </details>
 {% endif %}
 """
+TaskLosses = tuple[str, str, dict[str, Number | None]]
+"""A task's name, the text at the end of its row, and its losses by the keys of MARKS."""
 MARKS = (
     ("prior_loss", "base rate", "|", INK, INK),
     ("dense_probe_loss", "all channels together", "D", INK, "none"),
@@ -128,45 +130,17 @@ def _make_row(task: ProbeTask, cards: set[int]) -> dict[str, Any]:
     }
 
 
-def draw_tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture | None:
+def draw_tasks(rows: list[TaskLosses]) -> Picture | None:
     """Draw the losses of each task's probes in a row of their own.
 
     Args:
-        rows: each task's name, the text at the end of its row, and its losses by the keys of MARKS.
+        rows: the tasks, the first at the top.
     """
     if not any(losses.get("loss") for _, _, losses in rows):
         return None
     with canvas(size=(6.2, 1.4 + 0.185 * len(rows))) as (figure, axes):
-        for key, name, marker, colour, fill in MARKS:
-            points = [
-                (loss, row)
-                for row, (_, _, losses) in enumerate(rows)
-                if (loss := losses.get(key)) is not None
-            ]
-            x, y = [loss.value for loss, _ in points], [row for _, row in points]
-            axes.plot(
-                x,
-                y,
-                linestyle="none",
-                marker=marker,
-                color=colour,
-                markerfacecolor=fill,
-                markersize=6 if key == "prior_loss" else 4.5,
-                markeredgewidth=1.1,
-                label=name,
-                clip_on=False,
-            )
-            texts = [
-                f"{safe_text(rows[row][0], 60)}: {name} {format_with_se(loss)}"
-                for loss, row in points
-            ]
-            add_point_tooltips(axes, x, y, texts)
-            if key == "loss":
-                low, high = (
-                    [loss.value + side * 2 * (loss.se or 0) for loss, _ in points]
-                    for side in (-1, 1)
-                )
-                axes.hlines(y, low, high, colors=colour, linewidth=1.1)
+        for mark in MARKS:
+            _draw_probe(axes, rows, *mark)
         name_rows(axes, [name for name, _, _ in rows], fontsize=8)
         for row, text in [*enumerate(end for _, end, _ in rows), (-1, "latent")]:
             axes.annotate(
@@ -193,6 +167,38 @@ def draw_tasks(rows: list[tuple[str, str, dict[str, Number | None]]]) -> Picture
         "single latent.",
         f"{len(rows)} tasks, from {safe_text(rows[0][0], 40)} to {safe_text(rows[-1][0], 40)}.",
     )
+
+
+def _draw_probe(
+    axes: Any, rows: list[TaskLosses], key: str, name: str, marker: str, colour: str, fill: str
+) -> None:
+    """Draw the losses of one probe, with two standard errors if it is the best latent's."""
+    points = [
+        (loss, row)
+        for row, (_, _, losses) in enumerate(rows)
+        if (loss := losses.get(key)) is not None
+    ]
+    x, y = [loss.value for loss, _ in points], [row for _, row in points]
+    axes.plot(
+        x,
+        y,
+        linestyle="none",
+        marker=marker,
+        color=colour,
+        markerfacecolor=fill,
+        markersize=6 if key == "prior_loss" else 4.5,
+        markeredgewidth=1.1,
+        label=name,
+        clip_on=False,
+    )
+    texts = [
+        f"{safe_text(rows[row][0], 60)}: {name} {format_with_se(loss)}" for loss, row in points
+    ]
+    add_point_tooltips(axes, x, y, texts)
+    if key == "loss":
+        low = [loss.value - 2 * (loss.se or 0) for loss, _ in points]
+        high = [loss.value + 2 * (loss.se or 0) for loss, _ in points]
+        axes.hlines(y, low, high, colors=colour, linewidth=1.1)
 
 
 def _gain_claim(statement: str, key: str, baseline: str, words: str, if_not: str) -> Claim:

@@ -50,7 +50,7 @@ def draw_shifts(name: str, result: dict[str, Any]) -> Picture | None:
                 colour, _, line = OTHERS[i - 1]
                 style = {"color": colour, "linestyle": line, "linewidth": 1.3}
                 axes.stairs(density, edges, label=text, **style)
-        total = sum(counts for _, (_, counts), _ in series)
+        total = np.sum([counts for _, (_, counts), _ in series], axis=0)
         first, last = filled_range(total > 1e-4 * total.sum())
         edges = series[0][1][0]
         axes.set_xlim(edges[first], edges[last + 1])
