@@ -34,6 +34,12 @@ def write(run: RunFolder) -> Path:
 
     Raises:
         InputError: the folder is not a run, or one of its files is a link that leads out of it.
+
+    Example:
+        >>> from ksparse import report
+        >>> from ksparse.storage.run_folder import open_run
+        >>> report.write(open_run("runs/demo"))  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
     """
     from ksparse.report import page
     from ksparse.storage import atomic

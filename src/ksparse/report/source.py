@@ -53,12 +53,6 @@ class RunSource:
 
     Args:
         run: the run folder.
-
-    Example:
-        >>> from ksparse.storage.run_folder import RunFolder
-        >>> source = RunSource(RunFolder("runs/demo"))
-        >>> source.number("stats", "nmse")
-        Number(value=0.0961, se=0.0009)
     """
 
     run: RunFolder

@@ -50,12 +50,6 @@ class Resources:
     Args:
         run: the run folder.
         block: latents in one resource of details.
-
-    Example:
-        >>> from ksparse.storage.run_folder import open_run
-        >>> resources = Resources(open_run("runs/demo"), block=16)
-        >>> resources.get("overview")["n"]
-        4096
     """
 
     def __init__(self, run: RunFolder, block: int):
