@@ -349,7 +349,7 @@ def test_studies_are_asked_by_name_and_their_section_shows_both_runs(verb, recip
     assert (
         "The code at another k" in page
         and "k4, TopK" in page
-        and "Not asked yet: Groups of latents" in page
+        and "Not run yet: Groups of latents" in page
     )
 
 

@@ -1,4 +1,4 @@
-"""The section on studies: what there is of it is shown, whatever else is missing, and other SAEs stand beside."""
+"""The section on codes and latents: each evaluation is shown alone, and beside other SAEs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from ksparse import report
-from ksparse.report import code_figures, codes
+from ksparse.report.sections import codes, latent_statistics
+from ksparse.report.sections.base import draw_all
 from ksparse.report.source import RunSource
 
 from .conftest import COMMON, estimate
-from .reading import Page
+from .html_page import Page
 from .test_page import assert_inert
 
 EDGES = np.linspace(-2, 2, 161).tolist()
@@ -65,7 +66,7 @@ def progressive(scale: float) -> dict:
     }
 
 
-FOUND = {
+RESULTS = {
     "refinement": {
         "name": "refinement",
         **COMMON,
@@ -125,13 +126,13 @@ FOUND = {
 
 
 @pytest.fixture
-def studied(make_run):
-    """Return studied(names): a run with these results of studies."""
+def evaluated(make_run):
+    """Return evaluated(names): a run with these results."""
 
     def make(*names: str, changes: dict | None = None):
         run = make_run()
         for name in names:
-            run.eval_file(name).write_text(json.dumps({**FOUND[name], **(changes or {})}))
+            run.eval_file(name).write_text(json.dumps({**RESULTS[name], **(changes or {})}))
         return run
 
     return make
@@ -141,13 +142,13 @@ def section(run) -> str:
     return (
         report.write(run)
         .read_text(encoding="utf-8")
-        .partition("How its codes and latents are</h2>")[2]
+        .partition("Codes and latents in detail</h2>")[2]
         .partition("<h2")[0]
     )
 
 
-def test_all_studies_have_their_numbers_figures_and_tables(studied) -> None:
-    run = studied(*FOUND)
+def test_all_evaluations_have_their_numbers_figures_and_tables(evaluated) -> None:
+    run = evaluated(*RESULTS)
     page = Page(report.write(run).read_text(encoding="utf-8"))
     assert_inert(page)
     text = section(run)
@@ -155,13 +156,13 @@ def test_all_studies_have_their_numbers_figures_and_tables(studied) -> None:
         "Mean shift",
         "Other k, and a threshold",
         "Density of the densest",
-        "Latents that recur",
+        "Recurring latents",
         "The two sides of the cut",
         "2.3",
     ):
         assert words in text
-    assert "Not asked yet" not in text
-    names = {picture.name for picture in code_figures.pictures(RunSource(run))}
+    assert "Not run yet" not in text
+    names = {picture.name for picture in draw_all(RunSource(run), codes.PARTS)}
     assert names == {
         "refinement-shift",
         "progressive",
@@ -174,8 +175,10 @@ def test_all_studies_have_their_numbers_figures_and_tables(studied) -> None:
     }
 
 
-def test_other_saes_of_the_pass_stand_in_the_figures_and_their_names_are_text(studied) -> None:
-    text = section(studied(*FOUND))
+def test_other_saes_of_the_evaluation_are_in_the_figures_and_their_names_are_text(
+    evaluated,
+) -> None:
+    text = section(evaluated(*RESULTS))
     assert (
         "multi, TopK" in text
         and "relu &lt;b&gt;" in text
@@ -184,15 +187,15 @@ def test_other_saes_of_the_pass_stand_in_the_figures_and_their_names_are_text(st
     )
 
 
-@pytest.mark.parametrize("name", FOUND)
-def test_one_study_alone_says_how_to_ask_for_the_others(studied, name) -> None:
-    text = section(studied(name))
-    assert "Not asked yet" in text and codes.GROUPS[0].title in text
-    others = [other for other in FOUND if other != name]
+@pytest.mark.parametrize("name", RESULTS)
+def test_one_evaluation_alone_names_the_command_that_adds_the_others(evaluated, name) -> None:
+    text = section(evaluated(name))
+    assert "Not run yet" in text and codes.PARTS[0].group.title in text
+    others = [other for other in RESULTS if other != name]
     assert f"ksparse eval demo {' '.join(others)}" in text
 
 
-def test_a_run_without_studies_has_one_line_for_them(make_run) -> None:
+def test_a_run_without_these_evaluations_has_one_line_for_them(make_run) -> None:
     text = section(make_run())
     assert (
         "ksparse eval demo refinement progressive latents subspaces" in text
@@ -230,20 +233,20 @@ def test_a_run_without_studies_has_one_line_for_them(make_run) -> None:
         },
     ],
 )
-def test_results_with_holes_are_shown_as_far_as_they_go(studied, changes) -> None:
-    run = studied(*FOUND, changes=changes)
+def test_results_with_missing_or_null_entries_still_make_a_page(evaluated, changes) -> None:
+    run = evaluated(*RESULTS, changes=changes)
     assert_inert(Page(report.write(run).read_text(encoding="utf-8")))
-    for picture in code_figures.pictures(RunSource(run)):
+    for picture in draw_all(RunSource(run), codes.PARTS):
         assert "".join(ElementTree.fromstring(picture.svg).itertext()).strip()
 
 
-def test_the_commands_at_the_end_make_the_studies_again(studied) -> None:
-    page = report.write(studied("refinement")).read_text(encoding="utf-8")
+def test_the_commands_at_the_end_run_the_evaluations_again(evaluated) -> None:
+    page = report.write(evaluated("refinement")).read_text(encoding="utf-8")
     assert re.search(r"ksparse eval runs/again [a-z0-9_ ]*refinement", page)
 
 
-def test_the_verdict_on_a_law_needs_two_standard_errors(studied) -> None:
+def test_the_better_fit_needs_two_standard_errors(evaluated) -> None:
     fit = copy.deepcopy(FIT)
-    assert "the Gaussian law fits better, by 0.100 ± 0.020" in code_figures._verdict(fit)
+    assert "the Gaussian fits better, by 0.100 ± 0.020" in latent_statistics.compare_fits(fit)
     fit["margin"] = {"value": -0.01, "se": 0.02}
-    assert "the Laplace law fits no worse than the other" in code_figures._verdict(fit)
+    assert "the Laplace fits no worse than the other" in latent_statistics.compare_fits(fit)

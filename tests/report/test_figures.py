@@ -1,4 +1,4 @@
-"""Figures: SVG that stands alone, and that can live on a page with others."""
+"""Figures: SVG that works as a file, and on a page beside others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ksparse.report import figures
+from ksparse.report.sections import ablation, explanations, latents, probes, training
 from ksparse.report.source import Number
 
 from .conftest import ABLATION, EDGES, STATS, K, metrics
@@ -19,17 +20,19 @@ from .conftest import ABLATION, EDGES, STATS, K, metrics
 def all_pictures() -> list[figures.Picture]:
     histogram = STATS["density_histogram"]
     return [
-        *figures.training(metrics(), K, 0.096),
-        figures.density(histogram["edges"], histogram["counts"], 1 / 16),
-        figures.cosines(np.linspace(-0.1, 1, 50)),
-        figures.explained({"clean": Number(2, 0.1), "n2g": Number(4, 0.1), "zero": None}, "n2g"),
-        figures.patterns(
+        *training.draw_curves(metrics(), K, 0.096),
+        latents.draw_densities(histogram, 1 / 16),
+        latents.draw_cosines(np.linspace(-0.1, 1, 50)),
+        explanations.draw_losses(
+            {"clean": Number(2, 0.1), "n2g": Number(4, 0.1), "zero": None}, "n2g"
+        ),
+        explanations.draw_precision_and_recall(
             np.linspace(0, 1, 9),
             np.linspace(1, 0, 9),
             {"mean": (Number(0.5), Number(0.5)), "wrong": (Number(0.01), None)},
         ),
-        figures.effects(ABLATION["histogram"], ABLATION["channel_histogram"]),
-        figures.tasks(rows(5)),
+        ablation.draw_sparsities(ABLATION["histogram"], ABLATION["channel_histogram"]),
+        probes.draw_tasks(rows(5)),
     ]
 
 
@@ -39,7 +42,7 @@ def rows(count: int, loss: float | None = 0.3) -> list[tuple[str, str, dict[str,
         (
             f"task {i}",
             str(i),
-            {key: Number(0.6, 0.02) for key, *_ in figures.PROBES}
+            {key: Number(0.6, 0.02) for key, *_ in probes.MARKS}
             | {"loss": None if loss is None else Number(loss, 0.01)},
         )
         for i in range(count)
@@ -85,39 +88,40 @@ def test_a_label_is_escaped() -> None:
 
 
 def test_runs_without_anything_to_draw_have_no_figures() -> None:
-    assert figures.training([], K, None) == []
-    assert figures.density([], [], 0.1) is None and figures.density([0, 1], [0], 0.1) is None
-    assert figures.cosines(np.array([])) is None
+    assert training.draw_curves([], K, None) == []
+    assert latents.draw_densities({"edges": [], "counts": []}, 0.1) is None
+    assert latents.draw_densities({"edges": [0, 1], "counts": [0]}, 0.1) is None
+    assert latents.draw_cosines(np.array([])) is None
     assert (
-        figures.explained({"clean": Number(2), "n2g": None}, "n2g") is None
-        and figures.explained({"n2g": Number(2)}, "n2g") is None
+        explanations.draw_losses({"clean": Number(2), "n2g": None}, "n2g") is None
+        and explanations.draw_losses({"n2g": Number(2)}, "n2g") is None
     )
     assert (
-        figures.patterns(np.array([]), np.array([]), {}) is None
-        and figures.patterns(np.ones(2), np.full(2, np.nan), {}) is None
+        explanations.draw_precision_and_recall(np.array([]), np.array([]), {}) is None
+        and explanations.draw_precision_and_recall(np.ones(2), np.full(2, np.nan), {}) is None
     )
-    assert figures.tasks([]) is None and figures.tasks(rows(3, loss=None)) is None
+    assert probes.draw_tasks([]) is None and probes.draw_tasks(rows(3, loss=None)) is None
 
 
 def test_one_line_of_metrics_and_null_values_can_be_drawn() -> None:
     one = [{**metrics(1)[0], "nmse": None}]
-    assert [picture.name for picture in figures.training(one, K, 0.1)] == [
+    assert [picture.name for picture in training.draw_curves(one, K, 0.1)] == [
         "training-dead",
         "training-steps",
         "training-l0",
     ]
-    assert len(figures.training(metrics(2), K, None)) == 4
+    assert len(training.draw_curves(metrics(2), K, None)) == 4
 
 
-def test_labels_say_where_a_curve_began_and_ended() -> None:
-    error = figures.training(metrics(), K, None)[0]
+def test_labels_say_where_a_curve_begins_and_ends() -> None:
+    error = training.draw_curves(metrics(), K, None)[0]
     assert error.label == "From 0.400 to 0.124 over 51,200 tokens."
 
 
 def test_matplotlib_settings_and_pyplot_are_left_alone() -> None:
     code = (
         "import matplotlib, sys; matplotlib.rcParams['font.size'] = 33; before = matplotlib.rcParams.copy();"
-        "from ksparse.report import figures; figures.cosines(__import__('numpy').ones(3));"
+        "from ksparse.report.sections import latents; latents.draw_cosines(__import__('numpy').ones(3));"
         "assert matplotlib.rcParams.copy() == before; assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -137,14 +141,14 @@ def test_matplotlib_settings_and_pyplot_are_left_alone() -> None:
 def test_histograms_that_cannot_be_compared_are_not_drawn(change) -> None:
     other = ABLATION["channel_histogram"] | change if change else {}
     assert (
-        figures.effects(ABLATION["histogram"], other) is None
-        and figures.effects(other, ABLATION["histogram"]) is None
+        ablation.draw_sparsities(ABLATION["histogram"], other) is None
+        and ablation.draw_sparsities(other, ABLATION["histogram"]) is None
     )
 
 
 @pytest.mark.parametrize("count", [1, 2, 61])
 def test_tasks_have_a_line_each_of_the_same_height(count) -> None:
-    picture = figures.tasks(rows(count))
+    picture = probes.draw_tasks(rows(count))
     root = ElementTree.fromstring(picture.svg)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text.startswith("task ")] == [
@@ -163,7 +167,7 @@ def test_tasks_have_a_line_each_of_the_same_height(count) -> None:
 
 def test_names_of_tasks_are_neither_formulas_nor_markup_nor_endless() -> None:
     names = ["$\\frac{$", "<script>", "\u202eevil", "語" * 10, "x" * 10_000, "a & b"]
-    picture = figures.tasks(
+    picture = probes.draw_tasks(
         [(name, end, losses) for name, (_, end, losses) in zip(names, rows(len(names)))]
     )
     texts = [
@@ -176,28 +180,30 @@ def test_names_of_tasks_are_neither_formulas_nor_markup_nor_endless() -> None:
 
 
 def test_explanations_are_drawn_among_the_losses_in_their_order() -> None:
-    picture = figures.explained(
+    picture = explanations.draw_losses(
         {"zero": Number(9, 0.1), "n2g": Number(4.5, None), "clean": Number(2, 0)}, "n2g"
     )
     assert picture.label == "clean 2.00; n2g 4.50; zero 9.00 nats."
     assert (
-        figures.explained({"clean": Number(2), "n2g": Number(2)}, "n2g") is not None
+        explanations.draw_losses({"clean": Number(2), "n2g": Number(2)}, "n2g") is not None
     )  # all the same
 
 
 def test_latents_without_a_precision_are_counted_not_drawn() -> None:
-    picture = figures.patterns(np.array([0.5, 0.25, 0.1]), np.array([1, np.nan, np.nan]), {})
+    picture = explanations.draw_precision_and_recall(
+        np.array([0.5, 0.25, 0.1]), np.array([1, np.nan, np.nan]), {}
+    )
     assert (
         "2 latents whose patterns predicted nothing are left out" in picture.caption
         and picture.label.startswith("1 latents")
     )
 
 
-# ---- values on hover
+# ---- tooltips
 
 
-def spots(picture) -> list[tuple[str, dict[str, str]]]:
-    """Return the words of each place that says something, and its shape's attributes."""
+def tooltips(picture) -> list[tuple[str, dict[str, str]]]:
+    """Return the text of each tooltip, and its shape's attributes."""
     space = "{http://www.w3.org/2000/svg}"
     groups = [
         group
@@ -212,38 +218,42 @@ def spots(picture) -> list[tuple[str, dict[str, str]]]:
     return [(group[0].text, group[1].attrib) for group in groups]
 
 
-def test_every_figure_says_its_values_on_hover() -> None:
+def test_every_figure_has_tooltips() -> None:
     for picture in all_pictures():
-        found = spots(picture)
+        found = tooltips(picture)
         assert found and all(
             shape["fill"] == "none" and shape["pointer-events"] == "all" for _, shape in found
         ), picture.name
-        assert 'id="spot' not in picture.svg
+        assert 'id="tooltip' not in picture.svg
 
 
-def test_a_bar_says_its_range_and_count_and_an_empty_one_nothing() -> None:
-    picture = figures.density([-3.0, -2.0, -1.0, 0.0], [5, 0, 7], 0.1)
-    assert [words for words, _ in spots(picture)] == [
+def test_a_bar_shows_its_range_and_count_and_an_empty_one_nothing() -> None:
+    picture = latents.draw_densities({"edges": [-3.0, -2.0, -1.0, 0.0], "counts": [5, 0, 7]}, 0.1)
+    assert [words for words, _ in tooltips(picture)] == [
         "density 0.10 % to 1.0 %: 5 latents",
         "density 10 % to 100 %: 7 latents",
     ]
 
 
-def test_a_long_curve_says_some_of_its_values_and_its_last() -> None:
-    picture = figures.error_curve(
+def test_a_long_curve_shows_some_values_and_its_last() -> None:
+    picture = training.draw_error(
         [{"tokens": 10 * i, "nmse": 1 / i} for i in range(1, 2_001)], None
     )
-    words = [words for words, _ in spots(picture)]
+    words = [words for words, _ in tooltips(picture)]
     assert len(words) == 120 and words[0] == "10 tokens: 1" and words[-1] == "20,000 tokens: 0.0005"
 
 
-def test_a_point_of_a_latent_names_it() -> None:
-    picture = figures.patterns(np.array([0.5, 0.25]), np.array([1, np.nan]), {}, np.array([17, 4]))
-    assert [words for words, _ in spots(picture)] == ["latent 17: recall 50 %, precision 100 %"]
+def test_the_tooltip_of_a_latents_point_names_the_latent() -> None:
+    picture = explanations.draw_precision_and_recall(
+        np.array([0.5, 0.25]), np.array([1, np.nan]), {}, np.array([17, 4])
+    )
+    assert [words for words, _ in tooltips(picture)] == ["latent 17: recall 50 %, precision 100 %"]
 
 
-def test_hostile_names_are_text_on_hover_too() -> None:
+def test_hostile_names_are_text_in_tooltips() -> None:
     name = '"><script>alert(1)</script>\u202e&'
-    picture = figures.tasks([(name, "1", {"loss": Number(0.5, 0.1)})])
-    assert spots(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
+    picture = probes.draw_tasks([(name, "1", {"loss": Number(0.5, 0.1)})])
+    assert (
+        tooltips(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
+    )
     assert "<script" not in picture.inline and "\u202e" not in picture.inline

@@ -43,7 +43,7 @@ def shown(explanation: findings.Explanation) -> list[str]:
 def test_a_pattern_reads_like_the_text_it_matches(make_run) -> None:
     found = explained(
         make_run(), [([DEF, ANY, OPEN], False, 0.83, 5), ([SPACES], True, 0.5, 3)]
-    ).of(7)
+    ).find(7)
     assert shown(found) == ['"def" * "("', '^ "↵····"']
     assert [(pattern.value, pattern.support) for pattern in found.patterns] == [
         (pytest.approx(0.83), 5),
@@ -53,12 +53,12 @@ def test_a_pattern_reads_like_the_text_it_matches(make_run) -> None:
 
 def test_a_stretch_of_any_token_is_counted(make_run) -> None:
     assert shown(
-        explained(make_run(), [([DEF, ANY, ANY, ANY, DEF, DEF], False, 1.0, 1)]).of(7)
+        explained(make_run(), [([DEF, ANY, ANY, ANY, DEF, DEF], False, 1.0, 1)]).find(7)
     ) == ['"def" *×3 "def" "def"']
 
 
 def test_the_end_of_a_long_pattern_is_shown(make_run) -> None:
-    pattern = explained(make_run(), [([DEF, OPEN] * 30, True, 1.0, 1)]).of(7).patterns[0]
+    pattern = explained(make_run(), [([DEF, OPEN] * 30, True, 1.0, 1)]).find(7).patterns[0]
     assert [part.text for part in pattern.parts] == ["…", *['"def"', '"("'] * (findings.PARTS // 2)]
 
 
@@ -78,7 +78,7 @@ def test_patterns_with_the_most_examples_are_shown_then_those_with_the_largest_v
                 (6, 0.6, 1),
             )
         ],
-    ).of(7)
+    ).find(7)
     assert [(round(pattern.value, 1), pattern.support) for pattern in found.patterns] == [
         (0.2, 9),
         (0.5, 2),
@@ -92,19 +92,19 @@ def test_scores_are_those_of_the_latent_and_none_where_undefined(make_run) -> No
     run, arrays = make_run(), n2g_arrays()
     reader = findings.explanations(RunSource(run))
     for i in (0, 5):
-        assert reader.of(int(arrays["scored"][i])).scores == {
+        assert reader.find(int(arrays["scored"][i])).scores == {
             name: float(arrays[name][i])
             for name in ("precision", "recall", "f1")
             if np.isfinite(arrays[name][i])
         }
-    assert set(reader.of(int(arrays["scored"][0])).scores) == {"recall"}
+    assert set(reader.find(int(arrays["scored"][0])).scores) == {"recall"}
 
 
 def test_latents_that_were_neither_explained_nor_scored_have_nothing(make_run) -> None:
     reader = findings.explanations(RunSource(make_run()))
     scored = set(n2g_arrays()["scored"].tolist())
-    assert all((reader.of(latent) is None) == (latent not in scored) for latent in DEAD)
-    assert reader.of(10_000) is None
+    assert all((reader.find(latent) is None) == (latent not in scored) for latent in DEAD)
+    assert reader.find(10_000) is None
 
 
 def test_only_the_latents_own_patterns_are_read(make_run, monkeypatch) -> None:
@@ -116,7 +116,7 @@ def test_only_the_latents_own_patterns_are_read(make_run, monkeypatch) -> None:
             read.append((name, rows)) or real(self, name, rows)
         ),
     )
-    findings.explanations(RunSource(make_run())).of(7)
+    findings.explanations(RunSource(make_run())).find(7)
     whole = {name for name, rows in read if rows == slice(None)}
     assert whole == {"pattern_latent", "scored"} and ("pattern_start", slice(36, 43)) in read
 
@@ -133,7 +133,7 @@ def test_only_the_latents_own_patterns_are_read(make_run, monkeypatch) -> None:
 def test_patterns_that_do_not_fit_together_are_refused(make_run, change) -> None:
     reader = explained(make_run(), [([1], False, 1.0, 1)], **change)
     with pytest.raises(CorruptError, match="n2g.safetensors.*run the evaluation again"):
-        reader.of(7)
+        reader.find(7)
 
 
 def test_an_evaluation_without_arrays_has_no_findings(make_run) -> None:
@@ -148,11 +148,11 @@ def test_an_evaluation_without_arrays_has_no_findings(make_run) -> None:
 def test_effects_are_those_of_the_latents_own_position(make_run) -> None:
     reader, arrays = findings.effects(RunSource(make_run())), ablation_arrays()
     for row in (0, 20):
-        effect = reader.of(int(arrays["latent"][row]))
+        effect = reader.find(int(arrays["latent"][row]))
         assert [value for _, value in effect.up] == arrays["up_values"][row, 0].tolist()
         assert [value for _, value in effect.down] == arrays["down_values"][row, 0].tolist()
         assert effect.sparsity == pytest.approx(float(arrays["sparsity"][row]))
-    assert reader.of(10_000) is None
+    assert reader.find(10_000) is None
 
 
 def test_tokens_that_are_not_moved_and_numbers_that_are_none_are_left_out(make_run) -> None:
@@ -161,7 +161,7 @@ def test_tokens_that_are_not_moved_and_numbers_that_are_none_are_left_out(make_r
     arrays["up_tokens"][0, 0] = [DEF, 0, 0, 0, -1]
     arrays["sparsity"][0] = np.nan
     save_file(arrays, run.path / "evals" / "ablation.safetensors")
-    effect = findings.effects(RunSource(run)).of(int(arrays["latent"][0]))
+    effect = findings.effects(RunSource(run)).find(int(arrays["latent"][0]))
     assert effect.up == [("def", 2.0)] and effect.sparsity is None
 
 
@@ -201,10 +201,10 @@ def test_without_probes_there_are_no_tasks(make_run) -> None:
 def test_a_vocabulary_that_is_missing_leaves_ids(make_run) -> None:
     run = make_run()
     run.eval_file("vocabulary").unlink()
-    assert shown(explained(run, [([DEF], False, 1.0, 1)]).of(7)) == ['"⟨1⟩"']
+    assert shown(explained(run, [([DEF], False, 1.0, 1)]).find(7)) == ['"⟨1⟩"']
     assert (
         findings.effects(RunSource(run))
-        .of(int(ablation_arrays()["latent"][0]))
+        .find(int(ablation_arrays()["latent"][0]))
         .up[0][0]
         .startswith("⟨")
     )

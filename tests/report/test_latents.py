@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ksparse.errors import CorruptError
-from ksparse.report import latents
+from ksparse.report.sections import latents
 from ksparse.report.source import RunSource
 from ksparse.report.tokens import safe_token
 from ksparse.storage import jsonio
@@ -31,13 +31,17 @@ from .conftest import (
 
 def cards(run) -> dict[int, latents.LatentCard]:
     return {
-        card.number: card for sample in latents.samples(RunSource(run)) for card in sample.cards
+        card.number: card
+        for sample in latents.read_samples(RunSource(run))
+        for card in sample.cards
     }
 
 
 def test_dead_latents_are_not_shown_and_no_latent_twice(make_run) -> None:
     found = [
-        card.number for sample in latents.samples(RunSource(make_run())) for card in sample.cards
+        card.number
+        for sample in latents.read_samples(RunSource(make_run()))
+        for card in sample.cards
     ]
     assert (
         len(found)
@@ -46,7 +50,7 @@ def test_dead_latents_are_not_shown_and_no_latent_twice(make_run) -> None:
         + latents.RANDOM
         + latents.RAREST
         + 2 * latents.EXPLAINED
-        + latents.KNOWING
+        + latents.AT_TASKS
     )
     assert not set(found) & set(DEAD)
 
@@ -55,7 +59,7 @@ def test_the_densest_and_the_rarest_are_that(make_run) -> None:
     density = arrays()["density"]
     densest, _, rarest = (
         np.array([card.number for card in sample.cards])
-        for sample in latents.samples(RunSource(make_run()))[:3]
+        for sample in latents.read_samples(RunSource(make_run()))[:3]
     )
     live = density[density > 0]
     assert (
@@ -68,7 +72,7 @@ def test_the_densest_and_the_rarest_are_that(make_run) -> None:
 def test_few_live_latents_are_each_chosen_once(live: int) -> None:
     density = np.zeros(20)
     density[:live] = np.linspace(0.1, 0.9, live) if live else []
-    chosen = np.concatenate(latents.choose(density))
+    chosen = np.concatenate(latents.sample_by_density(density))
     assert sorted(chosen.tolist()) == list(range(live))
 
 
@@ -84,10 +88,10 @@ def test_an_example_is_the_window_of_its_context(make_run) -> None:
                 for i in range(position - BEFORE, position + AFTER + 1)
                 if 0 <= i < len(row) and row[i] >= 0
             ]
-            assert "".join(piece.text for piece in example.pieces) == "".join(
+            assert "".join(piece.text for piece in example.runs) == "".join(
                 safe_token(WORDS[row[i]]) for i in at
             )
-            assert [piece.text for piece in example.pieces if piece.peak] == [
+            assert [piece.text for piece in example.runs if piece.peak] == [
                 safe_token(WORDS[row[position]])
             ]
 
@@ -95,7 +99,7 @@ def test_an_example_is_the_window_of_its_context(make_run) -> None:
 def test_heat_is_the_share_of_the_latents_largest_value(make_run) -> None:
     run = make_run()
     card = next(iter(cards(run).values()))
-    pieces = [piece for example in card.top for piece in example.pieces]
+    pieces = [piece for example in card.top for piece in example.runs]
     assert card.top[0].value == pytest.approx(card.largest, rel=1e-3)
     assert all(
         piece.heat == pytest.approx(min(1, piece.value / card.largest), abs=0.006)
@@ -137,7 +141,7 @@ def test_tokens_outside_the_vocabulary_are_their_ids(make_run) -> None:
         piece.text
         for card in cards(make_run(vocabulary=["a"])).values()
         for example in card.top
-        for piece in example.pieces
+        for piece in example.runs
     }
     assert any("⟨13⟩" in text for text in texts)
 
@@ -149,7 +153,7 @@ def test_not_a_number_among_the_values_does_not_reach_the_page(make_run) -> None
     save_file(data, run.path / "evals" / "stats.safetensors")
     assert all(
         card.cosine == 0
-        and np.isfinite([piece.heat for example in card.top for piece in example.pieces]).all()
+        and np.isfinite([piece.heat for example in card.top for piece in example.runs]).all()
         for card in cards(run).values()
     )
 
@@ -159,7 +163,7 @@ def test_a_damaged_file_of_arrays_is_named(make_run) -> None:
     file = run.path / "evals" / "stats.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CorruptError, match="stats.safetensors has no readable 'density'"):
-        latents.samples(RunSource(run))
+        latents.read_samples(RunSource(run))
 
 
 @pytest.mark.parametrize(
@@ -175,14 +179,14 @@ def test_arrays_that_do_not_fit_together_are_refused(make_run, name, change, mes
     data[name] = np.ascontiguousarray(change(data[name]))
     save_file(data, run.path / "evals" / "stats.safetensors")
     with pytest.raises(CorruptError, match=message):
-        latents.samples(RunSource(run))
+        latents.read_samples(RunSource(run))
 
 
 # ---- what other evaluations found
 
 
 def titles(run) -> dict[str, list[int]]:
-    return {title: numbers for title, _, numbers in latents.chosen(RunSource(run))}
+    return {title: numbers for title, _, numbers in latents.choose_latents(RunSource(run))}
 
 
 def test_evaluations_add_samples_of_live_latents_that_have_no_card_yet(make_run) -> None:
@@ -194,7 +198,7 @@ def test_evaluations_add_samples_of_live_latents_that_have_no_card_yet(make_run)
     order = sorted(free, key=lambda i: -f1[i])
     assert found["Best explained"] == order[: latents.EXPLAINED]
     assert found["Worst explained"] == order[::-1][: latents.EXPLAINED]
-    assert len(found["Best at a task"]) == latents.KNOWING
+    assert len(found["Best at a task"]) == latents.AT_TASKS
 
 
 @pytest.mark.parametrize(

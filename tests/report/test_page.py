@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from ksparse import report
 from ksparse.errors import InputError
-from ksparse.report.tables import GROUPS
+from ksparse.report.sections import quality
 from ksparse.report.tokens import safe_text
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
@@ -32,7 +32,7 @@ from .conftest import (
     n2g_arrays,
     tasks,
 )
-from .reading import Page
+from .html_page import Page
 
 ALLOWED = set(
     """html head meta title style body a header p h1 h2 h3 h4 h5 nav ol ul li main section article div span dl dt dd
@@ -106,11 +106,12 @@ def test_a_run_with_all_results_has_every_section(whole, page) -> None:
         "Is it good?",
         "What its latents know",
         "How it trained",
-        "How its codes and latents are",
-        "Its latents",
+        "Codes and latents in detail",
+        "Example latents",
         "How to reproduce it",
     ]
     assert page.all("h1")[0].text == page.all("title")[0].text.split(" · ")[0] == "demo"
+    assert page.all("p", **{"class": "summary"})[0].text.startswith("A TopK autoencoder of 64 ")
     assert "explains 91 % of their variance" in page.all("p", **{"class": "summary"})[0].text
     assert "Not measured" not in page.text
     assert sorted(file.name for file in (whole.path / "figures").iterdir()) == sorted(
@@ -138,7 +139,7 @@ def test_the_tables_values_are_the_files(page) -> None:
         if "table" in element.inside
     ]
     expected = []
-    for group in GROUPS:
+    for group in [part.group for part in quality.PARTS]:
         for row in group.rows:
             found = RESULTS[group.eval][row.key]
             expected += (
@@ -157,7 +158,7 @@ def test_the_policy_and_the_amount_of_text_are_under_the_table(page) -> None:
 def test_a_result_of_an_older_checkpoint_says_so(make_run) -> None:
     run = make_run()
     run.eval_file("stats").write_text(json.dumps(STATS | {"checkpoint": 30}))
-    assert "step 30, though training went on to step 50" in written(run).text
+    assert "step 30, though training continued to step 50" in written(run).text
 
 
 @pytest.mark.parametrize(
@@ -190,8 +191,8 @@ def test_a_missing_result_names_the_command_that_adds_it(make_run, missing) -> N
     page = written(make_run(evals=[name for name in RESULTS if name not in missing]))
     assert_inert(page)
     commands = {code.text for code in page.all("code") if code.text.startswith("ksparse eval")}
-    studies = "ksparse eval demo refinement progressive latents subspaces"  # asked by name, and of this run nobody has
-    assert commands == {f"ksparse eval demo {name}" for name in missing} | {studies}
+    by_name = "ksparse eval demo refinement progressive latents subspaces"  # run only by name
+    assert commands == {f"ksparse eval demo {name}" for name in missing} | {by_name}
     assert bool(page.all("article")) == ("stats" not in missing)
 
 
@@ -238,8 +239,8 @@ def test_verdicts_are_words_above_the_numbers(make_run) -> None:
         "does not hold",
     ]
     assert (
-        "4 of 6 hold, 1 does not, 1 cannot be told" in page.text
-        and "counts reach as lack of sparsity" in page.text
+        "4 of 6 hold, 1 does not, 1 is unclear" in page.text
+        and "counts such reach as lack of sparsity" in page.text
     )
     assert page.text.index("4 of 6 hold") < page.text.index("How to read it")
 
@@ -357,7 +358,7 @@ def test_numbers_that_are_null_or_absent_are_not_measured(make_run) -> None:
         if "not measured" in row.text
     }
     assert set(rows) == {"KL from the LM", "Compute fraction"}
-    assert "which this LM comes without" in rows["Compute fraction"]
+    assert "which are not known for this LM" in rows["Compute fraction"]
 
 
 def test_arrays_or_vocabulary_that_are_missing_are_asked_for(make_run) -> None:

@@ -79,8 +79,8 @@ def test_a_figure_without_a_point_on_its_axes_is_left_out(folder):
 
 
 def test_many_points_are_thinned_and_keep_their_ends():
-    x, y, _ = studies._points({"x": list(range(1, 5001)), "y": list(range(1, 5001))}, "xy")
-    assert len(x) <= studies.MOST and (x[0], x[-1]) == (1, 5000)
+    x, y, _ = studies.read_points({"x": list(range(1, 5001)), "y": list(range(1, 5001))}, "xy")
+    assert len(x) <= studies.MOST_POINTS and (x[0], x[-1]) == (1, 5000)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b", "..", 7])

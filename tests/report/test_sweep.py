@@ -21,7 +21,7 @@ from ksparse.scaling.laws.law import fit
 from ksparse.scaling.laws.survey import fit_sweep
 from ksparse.storage import jsonio
 
-from .reading import Page
+from .html_page import Page
 from .test_page import assert_inert
 
 K, SIZES = (8, 16, 32), (512, 1_024, 2_048, 4_096, 8_192)
@@ -90,7 +90,7 @@ def test_a_whole_sweep_has_every_section_and_figure(whole):
     assert [heading.text for heading in page.all("h2")] == [
         "In figures",
         "The laws",
-        "What else would fit",
+        "Other forms",
         "The points",
         "How to reproduce it",
     ]
@@ -102,13 +102,13 @@ def test_a_whole_sweep_has_every_section_and_figure(whole):
         "45 runs on pylm/0.3m, n from 512 to 8,192, k from 8 to 32" in summary
         and "Tokens to convergence grow as n^0.60" in summary
     )
-    assert "added or taken away" not in page.text
+    assert "added or removed" not in page.text
 
 
 def test_laws_of_a_newer_ksparse_say_so(tmp_path):
     (tmp_path / "law.json").write_text('{"format": 2, "laws": {}, "subject": {}}')
     with pytest.raises(InputError, match=r"law.json was written by a newer ksparse \(format 2\)"):
-        pages.Sweep(tmp_path).found  # noqa: B018
+        pages.Sweep(tmp_path).law_file  # noqa: B018
 
 
 def test_the_coefficients_on_the_page_are_those_of_the_file(whole):
@@ -150,7 +150,7 @@ def test_runs_added_since_the_fit_are_noticed(copy):
     with (copy / "points.csv").open("a") as stream:
         stream.write("new,512,64,0.01,0,pylm/0.3m,200000,1e6,0.5\n")
     page = read(copy)
-    assert "Runs have been added or taken away since the laws were fitted" in page.text and any(
+    assert "Runs have been added or removed since the laws were fitted" in page.text and any(
         code.text == "ksparse fit sweep" for code in page.all("code")
     )
 
@@ -191,7 +191,7 @@ def test_the_page_needs_no_torch(whole):
 
 def test_figures_stand_alone_and_take_the_pages_colours(whole):
     inline = ""
-    for picture in pages.drawn(pages.Sweep(whole)):
+    for picture in pages.draw_pictures(pages.Sweep(whole)):
         root = ElementTree.fromstring(picture.svg)
         assert root.tag.endswith("svg") and "metadata" not in picture.svg
         assert not re.search("#[0-9a-f]{6}", picture.inline) and "var(--first)" in picture.inline
@@ -201,16 +201,21 @@ def test_figures_stand_alone_and_take_the_pages_colours(whole):
 
 
 def test_figures_without_their_law_are_not_drawn():
-    assert figures.sizes(None) is figures.joint(None) is figures.subjects(None, "", []) is None
     assert (
-        figures.trends({}) is None
-        and figures.compute(None, [], {}, 8) is None
-        and figures.rates({"k": np.ones(1)}, 1) is None
+        figures.draw_size_law(None)
+        is figures.draw_joint_law(None)
+        is figures.draw_subject_law(None, "", [])
+        is None
+    )
+    assert (
+        figures.draw_trends({}) is None
+        and figures.draw_compute_law(None, [], {}, 8) is None
+        and figures.draw_learning_rates({"k": np.ones(1)}, 1) is None
     )
 
 
 def test_the_joint_figure_shows_every_point_and_the_worst_residual():
     law = fit(published.gpt4(), "nk", draws=0).to_dict()
-    picture = figures.joint(law)
+    picture = figures.draw_joint_law(law)
     assert "log-RMS 0.0096" in picture.label and "exp(zeta + eta log k)" in picture.caption
     assert picture.svg.count("<use ") > 2 * 45  # each point above and below

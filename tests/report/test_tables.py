@@ -7,9 +7,13 @@ import json
 import pytest
 
 from ksparse.report import tables
+from ksparse.report.sections import codes, quality
 from ksparse.report.source import Number, RunSource, is_number
 
 from .conftest import ABLATION, EXPLAINED_LOSS, N2G, OPTIONS, PROBES
+
+GROUPS = [part.group for part in quality.PARTS]
+ALL_GROUPS = [part.group for part in (*quality.PARTS, *codes.PARTS)]
 
 
 @pytest.mark.parametrize(
@@ -28,17 +32,17 @@ from .conftest import ABLATION, EXPLAINED_LOSS, N2G, OPTIONS, PROBES
     ],
 )
 def test_a_value_has_the_digits_that_its_standard_error_leaves(value, se, kind, written) -> None:
-    assert tables.written(Number(value, se), kind) == written
+    assert tables.format_estimate(Number(value, se), kind) == written
 
 
 def test_every_row_has_a_key_of_its_own_and_says_how_to_read_it() -> None:
-    rows = [(group.eval, row) for group in tables.GROUPS for row in group.rows]
+    rows = [(group.eval, row) for group in ALL_GROUPS for row in group.rows]
     assert len({(name, row.key) for name, row in rows}) == len(rows)
     assert all(row.reading.endswith(".") and row.label for _, row in rows)
 
 
 def test_results_measured_on_the_same_are_described_once(make_run) -> None:
-    found = tables.settings(RunSource(make_run(evals=("stats", "downstream"))))
+    found = tables.describe_settings(RunSource(make_run(evals=("stats", "downstream"))), GROUPS)
     assert len(found) == 1 and len(found[0]["titles"]) == 2
     assert found[0]["facts"]["Tokens"] == "29,289" and found[0]["notes"] == ["only 70 documents"]
 
@@ -48,7 +52,7 @@ def test_results_measured_on_the_same_are_described_once(make_run) -> None:
     [(999, "999"), (200_704, "200,704"), (1_500_000, "1.5 million"), (4e10, "40 billion")],
 )
 def test_amounts_are_words(count, words) -> None:
-    assert tables.amount(count) == words
+    assert tables.format_amount(count) == words
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,7 @@ def test_amounts_are_words(count, words) -> None:
     [(1.0, "100 %"), (0.9134, "91 %"), (0.0371, "3.7 %"), (0.00012, "0.012 %"), (0, "0 %")],
 )
 def test_shares_are_per_cent(share, shown) -> None:
-    assert tables.percent(share) == shown
+    assert tables.format_percent(share) == shown
 
 
 def test_options_that_results_share_are_written_once_and_the_others_by_their_names(
@@ -66,7 +70,7 @@ def test_options_that_results_share_are_written_once_and_the_others_by_their_nam
     run.eval_file("n2g").write_text(
         json.dumps(N2G | {"options": OPTIONS | {"latents": 400, "n2g_pad": ""}})
     )
-    found = tables.settings(RunSource(run))
+    found = tables.describe_settings(RunSource(run), GROUPS)
     assert len(found) == 2 and [entry["facts"].get("Suite of tasks") for entry in found] == [
         None,
         "demo",
@@ -81,12 +85,12 @@ def test_options_that_results_share_are_written_once_and_the_others_by_their_nam
 def test_baselines_stand_beside_what_they_are_for(make_run) -> None:
     cells = {
         cell.row.key: cell.compare
-        for entry in tables.table(RunSource(make_run()))
+        for entry in tables.build_table(RunSource(make_run()), GROUPS)
         for cell in entry["cells"]
     }
     assert cells["probe_loss"] == (
         "0.500: the best channel; 0.520: the best latent of an untrained SAE; 0.100: all channels together; "
-        "0.693: the label’s share alone"
+        "0.693: the base rate alone"
     )
     assert (
         cells["recall"].startswith("1.4 %: ")
@@ -113,7 +117,9 @@ def test_baselines_that_are_null_are_not_mentioned(make_run) -> None:
                 }
             )
         )
-    groups = {entry["group"].eval: entry["cells"] for entry in tables.table(RunSource(run))}
+    groups = {
+        entry["group"].eval: entry["cells"] for entry in tables.build_table(RunSource(run), GROUPS)
+    }
     assert [cell.compare for cell in groups["probes"]][0] == "" and groups["ablation"][
         0
     ].compare == "64 %: noise"

@@ -109,9 +109,7 @@ def loudest(trained) -> int:
 # ---- the viewer --------------------------------------------------------------------------------------------------
 
 
-def test_search_open_follow_hold_star_reload_and_all_is_still_there(
-    browser: Browser, run: RunFolder
-):
+def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Browser, run: RunFolder):
     with serving(run) as port:
         browser.open(at(port))
         assert len(browser.driver.find_elements("css selector", "tbody tr")) == 50 or browser.find(
@@ -172,7 +170,7 @@ def test_search_open_follow_hold_star_reload_and_all_is_still_there(
     }
 
 
-def test_keys_lead_everywhere(browser: Browser, served: int):
+def test_every_page_can_be_reached_by_keys(browser: Browser, served: int):
     browser.open(at(served, "#/latent/7"))
     browser.title("Latent 7 ·")
     for key, words in (
@@ -267,7 +265,7 @@ def test_a_run_that_lacks_an_evaluation_opens_and_names_the_command(
         browser.find("canvas")
 
 
-def test_what_is_not_there_is_said(browser: Browser, served: int):
+def test_missing_pages_and_bad_requests_are_explained(browser: Browser, served: int):
     for path, words in (
         ("#/latent/99999", "There is no latent 99999"),
         ("#/latent/x<b>", "There is no latent"),
@@ -369,7 +367,7 @@ def test_the_report_opens_in_light_dark_narrow_and_print(browser: Browser, train
     browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_figures_of_the_report_say_their_values_on_hover(browser: Browser, trained: RunFolder):
+def test_figures_of_the_report_show_their_values_on_hover(browser: Browser, trained: RunFolder):
     browser.open(trained.report_file.as_uri())
     spots = browser.js(
         "return [...document.querySelectorAll('figure svg .spot')].map((s) => [s.querySelector('title').textContent, s.getBoundingClientRect().width])"

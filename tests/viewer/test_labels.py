@@ -48,7 +48,7 @@ def test_an_empty_label_without_a_star_is_removed(labels):
         (True, "x", True, "not one of"),
         ("1", "x", True, "not one of"),
         (1.0, "x", True, "not one of"),
-        (1, None, True, "a label is a text"),
+        (1, None, True, "a label must be a text"),
         (1, "x", 1, "a star true or false"),
         (1, "x" * 1001, False, "1,001 characters"),
     ],

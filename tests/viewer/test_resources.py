@@ -1,4 +1,4 @@
-"""Pieces: what they say is what the files say, none grows with the number of latents but where it must, and all strings are safe."""
+"""Resources: they say what the files say, stay small however many latents there are, and their strings are safe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ksparse.report.tokens import token_of
 from ksparse.storage.atomic import sha256
 from ksparse.storage.jsonio import write_json
 from ksparse.storage.run_folder import RunFolder
+from ksparse.viewer import static_site
 from ksparse.viewer.columns import COLUMNS
 from ksparse.viewer.resources import Resources
 from ksparse.viewer.weights import Decoder
@@ -25,7 +26,7 @@ from .conftest import N
 
 
 @pytest.fixture(scope="module")
-def pieces(trained) -> Resources:
+def resources(trained) -> Resources:
     return Resources(trained, 16)
 
 
@@ -37,12 +38,12 @@ def files(trained):
     }
 
 
-def decoded(piece) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(piece["float32"]), "<f4")
+def decoded(resource) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(resource["float32"]), "<f4")
 
 
-def test_every_named_piece_is_there_and_is_json_without_nan(pieces):
-    names = list(pieces.names())
+def test_every_named_resource_exists_and_is_json_without_nan(resources):
+    names = list(resources.names())
     assert len(names) == len(set(names)) and {
         "overview",
         "tasks",
@@ -54,7 +55,7 @@ def test_every_named_piece_is_there_and_is_json_without_nan(pieces):
         "columns/f1",
     } <= set(names)
     for name in names:
-        json.dumps(pieces.get(name), allow_nan=False)
+        json.dumps(resources.get(name), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +79,14 @@ def test_every_named_piece_is_there_and_is_json_without_nan(pieces):
         "latents/1\n",
     ],
 )
-def test_what_is_no_piece_is_none(pieces, name):
-    assert pieces.get(name) is None
+def test_a_name_of_no_resource_gives_none(resources, name):
+    assert resources.get(name) is None
 
 
-def test_columns_are_the_files_numbers(pieces, files):
+def test_columns_are_the_files_numbers(resources, files):
     for key in ("density", "mean_act", "max_act", "cosine"):
-        assert np.array_equal(decoded(pieces.get(f"columns/{key}")), files["stats"][key])
-    f1, effect = decoded(pieces.get("columns/f1")), decoded(pieces.get("columns/effect"))
+        assert np.array_equal(decoded(resources.get(f"columns/{key}")), files["stats"][key])
+    f1, effect = decoded(resources.get("columns/f1")), decoded(resources.get("columns/effect"))
     assert np.array_equal(f1[files["n2g"]["scored"]], files["n2g"]["f1"], equal_nan=True)
     assert np.isnan(np.delete(f1, files["n2g"]["scored"])).all()
     assert np.allclose(
@@ -93,16 +94,16 @@ def test_columns_are_the_files_numbers(pieces, files):
         np.nansum(files["ablation"]["kl"].astype(float), 1),
         rtol=1e-5,
     )
-    assert {column["key"] for column in pieces.get("overview")["columns"]} == {
+    assert {column["key"] for column in resources.get("overview")["columns"]} == {
         column.key for column in COLUMNS
     } | {"pca_1", "pca_2"}
 
 
-def test_a_latents_examples_are_the_files_tokens_and_values(pieces, files, trained):
+def test_a_latents_examples_are_the_files_tokens_and_values(resources, files, trained):
     stats, vocabulary = files["stats"], json.loads(trained.eval_file("vocabulary").read_text())
     latent = int(stats["density"].argmax())
-    piece = pieces.get(f"latents/{latent // 16}")
-    entry = piece["latents"][str(latent)]
+    resource = resources.get(f"latents/{latent // 16}")
+    entry = resource["latents"][str(latent)]
     assert entry["values"]["density"] == pytest.approx(stats["density"][latent], rel=1e-4)
     for kind in ("top", "band", "random"):
         assert len(entry[kind]) == (stats[f"{kind}_context"][latent] >= 0).sum() > 0
@@ -112,7 +113,7 @@ def test_a_latents_examples_are_the_files_tokens_and_values(pieces, files, train
                 stats["contexts"][stats[f"{kind}_context"][latent, place]],
                 stats[f"{kind}_position"][latent, place],
             )
-            assert piece["strings"][example["t"][example["at"]]] == token_of(
+            assert resource["strings"][example["t"][example["at"]]] == token_of(
                 vocabulary, int(context[position])
             )
             assert example["a"][example["at"]] == pytest.approx(
@@ -130,12 +131,12 @@ def test_a_latents_examples_are_the_files_tokens_and_values(pieces, files, train
     ]
 
 
-def test_the_effect_of_a_latent_is_read_place_by_place(pieces, files):
+def test_the_effect_of_a_latent_is_read_token_by_token(resources, files):
     ablation = files["ablation"]
     row = int(np.nansum(ablation["kl"], 1).argmax())
     latent = int(ablation["latent"][row])
-    piece = pieces.get(f"latents/{latent // 16}")
-    effect = piece["latents"][str(latent)]["effect"]
+    resource = resources.get(f"latents/{latent // 16}")
+    effect = resource["latents"][str(latent)]["effect"]
     assert effect["kl"] == [
         None if np.isnan(each) else pytest.approx(float(each), rel=1e-4)
         for each in ablation["kl"][row]
@@ -146,13 +147,13 @@ def test_the_effect_of_a_latent_is_read_place_by_place(pieces, files):
     assert effect["at"] == min(16, ablation["position"][row])
 
 
-def test_nearest_latents_are_those_of_the_largest_cosine(pieces, trained):
+def test_nearest_latents_are_those_of_the_largest_cosine(resources, trained):
     from ksparse.sae.serialization import load
 
     rows = load(trained.path).W_dec.detach().double().numpy()
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosines = rows @ rows.T
-    near = pieces.get("near/2")["near"]
+    near = resources.get("near/2")["near"]
     for latent in range(32, 48):
         expected = -np.sort(-np.delete(cosines[latent], latent))[:12]
         found = near[str(latent)]
@@ -172,10 +173,10 @@ def test_the_plane_is_the_first_two_principal_components(trained):
     assert np.array_equal(Decoder(trained).plane, decoder.plane)
 
 
-def test_the_index_of_tokens_lists_the_latents_that_fire_on_them_most(pieces, files):
+def test_the_index_of_tokens_lists_the_latents_that_fire_on_them_most(resources, files):
     on, share = files["stats"]["on_token"], files["stats"]["on_share"]
     token = int(on[on >= 0][0])
-    listed = pieces.get(f"tokens/{token // 512}")["tokens"][str(token)]
+    listed = resources.get(f"tokens/{token // 512}")["tokens"][str(token)]
     latent, place = np.nonzero(on == token)
     assert {entry[0] for entry in listed} <= set(latent.tolist()) and len(listed) == min(
         50, len(latent)
@@ -183,17 +184,17 @@ def test_the_index_of_tokens_lists_the_latents_that_fire_on_them_most(pieces, fi
     assert [entry[1] for entry in listed] == pytest.approx(
         -np.sort(-share[latent, place])[:50], rel=1e-4
     )
-    there = pieces.get("tokens")
+    there = resources.get("tokens")
     assert there["numbers"] == np.unique(on[on >= 0]).tolist() and len(there["strings"]) == len(
         there["numbers"]
     )
 
 
-def test_tasks_name_their_best_latents_and_latents_their_tasks(pieces, trained):
-    task = pieces.get("tasks")["tasks"][0]
+def test_tasks_name_their_best_latents_and_latents_their_tasks(resources, trained):
+    task = resources.get("tasks")["tasks"][0]
     result = json.loads(trained.eval_file("probes").read_text())["tasks"]["is_a_list"]
     assert task["name"] == "is_a_list" and task["best"][0][0] == result["latent"]
-    entry = pieces.get(f"latents/{result['latent'] // 16}")["latents"][str(result["latent"])]
+    entry = resources.get(f"latents/{result['latent'] // 16}")["latents"][str(result["latent"])]
     assert entry["tasks"] == [{"name": "is_a_list", "place": 1, "gain": task["gain"]}]
 
 
@@ -201,14 +202,14 @@ def test_tasks_name_their_best_latents_and_latents_their_tasks(pieces, trained):
 def test_a_run_that_lacks_an_evaluation_opens_and_names_the_command(run, missing):
     for file in run.eval_file(missing).parent.glob(f"{missing}.*"):
         file.unlink()
-    pieces = Resources(run, 16)
-    for name in pieces.names():
-        json.dumps(pieces.get(name), allow_nan=False)
-    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == [
+    resources = Resources(run, 16)
+    for name in resources.names():
+        json.dumps(resources.get(name), allow_nan=False)
+    assert [lack["command"] for lack in resources.get("overview")["lacks"]] == [
         f"ksparse eval tiny {missing}"
     ]
     assert not {column.key for column in COLUMNS if column.eval == missing} & {
-        column["key"] for column in pieces.get("overview")["columns"]
+        column["key"] for column in resources.get("overview")["columns"]
     }
 
 
@@ -216,12 +217,12 @@ def test_a_recipe_alone_opens(tmp_path, trained):
     run = RunFolder(tmp_path / "bare")
     run.path.mkdir()
     run.recipe_file.write_text(trained.recipe_file.read_text())
-    pieces = Resources(run, 16)
-    assert {name: json.dumps(pieces.get(name), allow_nan=False) for name in pieces.names()}
-    assert len(pieces.get("overview")["lacks"]) == 4
+    resources = Resources(run, 16)
+    assert {name: json.dumps(resources.get(name), allow_nan=False) for name in resources.names()}
+    assert len(resources.get("overview")["lacks"]) == 4
 
 
-def put(run, arrays):
+def replace_stats(run, arrays):
     """Replace the arrays of stats, and their sum in the result."""
     file = run.arrays_file("stats")
     save_file(arrays, file)
@@ -244,18 +245,18 @@ def test_altered_arrays_are_left_out(run, caplog):
     )
 
 
-def test_results_of_before_there_were_counts_open(run):
+def test_old_results_without_counts_open(run):
     file = run.arrays_file("stats")
     old = {
         name: array
         for name, array in load_file(file).items()
         if name.split("_")[0] not in ("band", "on", "together", "histogram")
     }
-    put(run, old)
-    pieces = Resources(run, 16)
-    entry = pieces.get("latents/0")["latents"]["0"]
+    replace_stats(run, old)
+    resources = Resources(run, 16)
+    entry = resources.get("latents/0")["latents"]["0"]
     assert "histogram" not in entry and "band" not in entry and "top" in entry
-    assert [lack["command"] for lack in pieces.get("overview")["lacks"]] == [
+    assert [lack["command"] for lack in resources.get("overview")["lacks"]] == [
         "ksparse eval tiny stats"
     ]
 
@@ -263,7 +264,7 @@ def test_results_of_before_there_were_counts_open(run):
 def test_arrays_of_another_run_are_refused(run):
     file = run.arrays_file("stats")
     arrays = load_file(file)
-    put(run, arrays | {"density": arrays["density"][:-1]})
+    replace_stats(run, arrays | {"density": arrays["density"][:-1]})
     with pytest.raises(
         CorruptError,
         match="'density' has shape .191. and is not about the run's 192 latents; run the evaluation again",
@@ -271,11 +272,11 @@ def test_arrays_of_another_run_are_refused(run):
         Resources(run, 16).get("overview")
 
 
-def test_a_piece_of_details_does_not_grow_with_the_number_of_latents(pieces):
+def test_a_resource_of_details_does_not_grow_with_the_number_of_latents(resources):
     """One block has its latents' own details alone; the overview the first rows alone."""
-    whole = sum(len(json.dumps(pieces.get(f"latents/{i}"))) for i in range(N // 16))
-    assert len(json.dumps(pieces.get("latents/0"))) < 3 * whole / (N // 16)
-    assert len(pieces.get("overview")["first"]["latents"]) == 50
+    whole = sum(len(json.dumps(resources.get(f"latents/{i}"))) for i in range(N // 16))
+    assert len(json.dumps(resources.get("latents/0"))) < 3 * whole / (N // 16)
+    assert len(resources.get("overview")["first"]["latents"]) == 50
 
 
 def test_the_static_part_needs_no_torch(trained, tmp_path):
@@ -287,6 +288,26 @@ def test_the_static_part_needs_no_torch(trained, tmp_path):
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
     assert (tmp_path / "site" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({}, "held-out text"),
+        ({"policy": {"split": "validation"}}, "validation text"),
+        ({"policy": {"split": "train"}}, "text that it was trained on"),
+        ({"text": "other.txt"}, "another text"),
+    ],
+)
+def test_the_pages_say_which_text_the_numbers_are_of(run, changes, text):
+    write_json(run.eval_file("stats"), run.eval("stats") | changes, sealed=True)
+    overview = Resources(run, 16).get("overview")
+    readings = {column["key"]: column["reading"] for column in overview["columns"]}
+    assert overview["text"] == text
+    assert readings["max_act"] == f"Largest value on {text}"
+    assert readings["density"] == f"Share of tokens on which it fires, on {text}"
+    page = "".join(static_site.asset(name).decode() for name in static_site.SCRIPTS)
+    assert "held-out" not in page and "run.text" in page
 
 
 def test_columns_are_frozen_data():

@@ -50,7 +50,7 @@ def ask(
     return found
 
 
-def test_pages_and_pieces_are_served(served):
+def test_pages_and_resources_are_served(served):
     status, headers, page = ask(served, "/")
     assert (
         status == 200 and b"data-live" in page and headers["content-type"].startswith("text/html")
@@ -309,7 +309,7 @@ def test_a_port_in_use_is_said(served):
         InputError, match=rf"port {served} is in use; give another with --port, or 0"
     ):
         server.listen(served)
-    with pytest.raises(InputError, match="port 70000 cannot be had"):
+    with pytest.raises(InputError, match="port 70000 cannot be opened"):
         server.listen(70_000)
 
 
@@ -352,7 +352,7 @@ def test_without_the_extra_the_command_says_what_to_install(trained):
         "Bearer \u00e9",
     ],
 )
-def test_nothing_of_the_run_is_told_without_the_token(served, path, given):
+def test_nothing_about_the_run_is_shown_without_the_token(served, path, given):
     status, headers, body = ask(served, path, Authorization=given)
     assert (
         status == 403
@@ -539,7 +539,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
         return {"text": text}
 
     monkeypatch.setattr(server.Live, "activations", slow)
-    waiting = server.WAITING + 1
+    waiting = server.MOST_WAITING + 1
     with serving(trained) as port:
         answers: list[int] = []
         ask_one = lambda: answers.append(
@@ -556,8 +556,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
         status, _, body = ask(port, "/api/change", method="POST", body={"text": "x"})
         assert (
             status == 429
-            and body
-            == b"the LM is at work, and 4 requests wait for it already; ask again in a moment"
+            and body == b"the LM is busy, and 4 requests wait for it already; try again in a moment"
         )
         go_on.set()
         for thread in threads:
@@ -565,7 +564,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
     assert answers.count(200) == waiting and answers.count(429) == 60 - waiting
 
 
-def test_who_is_gone_does_not_keep_a_place(trained, monkeypatch):
+def test_a_client_that_disconnects_frees_its_place(trained, monkeypatch):
     begun, go_on, read = threading.Event(), threading.Event(), []
 
     def slow(self, text):
@@ -578,13 +577,13 @@ def test_who_is_gone_does_not_keep_a_place(trained, monkeypatch):
     head = f"POST /api/activations HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n"
     with serving(trained) as port:
         gone = threading.Event()
-        left = server._left
+        left = server._wait_for_disconnect
 
         async def noted(request):
             await left(request)
             gone.set()
 
-        monkeypatch.setattr(server, "_left", noted)
+        monkeypatch.setattr(server, "_wait_for_disconnect", noted)
         first = threading.Thread(
             target=ask,
             args=(port, "/api/activations"),
@@ -654,7 +653,7 @@ def test_a_background_job_whose_interrupts_are_ignored_goes_on(run):
 def test_an_export_ended_by_a_signal_leaves_nothing(run, tmp_path):
     code = (
         "import os, signal, sys; from ksparse import cli; from ksparse.viewer import static_site\n"
-        "static_site._put = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "static_site._install = lambda *given: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"cli.main(['view', {str(run.path)!r}, '--export', {str(tmp_path / 'site')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -44,13 +44,13 @@ def older(folder: Path, run: RunFolder) -> None:
         (folder / name).write_bytes(static_site.asset(name))
     shutil.move(home / "data", folder / "data")
     shutil.rmtree(home)
-    (folder / static_site.MARK).write_text('{"format": 1, "run": "run"}\n')
+    (folder / static_site.MARKER).write_text('{"format": 1, "run": "run"}\n')
 
 
-def test_the_mark_lists_what_was_written_and_the_page_names_all_that_it_loads(bare, tmp_path):
+def test_the_marker_lists_what_was_written_and_the_page_names_all_that_it_loads(bare, tmp_path):
     page = viewer.export(bare, tmp_path / "site")
     files = tree(tmp_path / "site")
-    mark = json.loads(files.pop(static_site.MARK))
+    mark = json.loads(files.pop(static_site.MARKER))
     assert mark == {"format": 2, "run": "run", "files": sorted(files)}
     loaded = re.findall(r'(?:src|href)="([^"#]+\.(?:js|css))"', page.read_text())
     assert (
@@ -90,12 +90,12 @@ def test_an_export_keeps_what_it_did_not_write(bare, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["report.html", "index.html"])
-def test_a_file_of_somebody_elses_in_the_way_is_named(bare, tmp_path, name):
+def test_a_foreign_file_in_the_way_is_named(bare, tmp_path, name):
     folder, report = tmp_path / "site", bare.report_file.read_bytes()
     bare.report_file.unlink()
     viewer.export(bare, folder)
-    mark = json.loads((folder / static_site.MARK).read_text())
-    (folder / static_site.MARK).write_text(
+    mark = json.loads((folder / static_site.MARKER).read_text())
+    (folder / static_site.MARKER).write_text(
         json.dumps(mark | {"files": [file for file in mark["files"] if file != name]})
     )
     (folder / name).write_text("mine")
@@ -144,12 +144,14 @@ def test_a_link_in_the_place_of_a_file_or_a_folder_of_ours_is_named(bare, tmp_pa
         ["ksparse-0123456789abcdef/../x.js"],
     ],
 )
-def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path, listed):
+def test_a_marker_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path, listed):
     (tmp_path / "outside").write_text("mine")
     folder = tmp_path / "site"
     viewer.export(bare, folder)
     (folder / "CNAME").write_text("mine")
-    (folder / static_site.MARK).write_text(json.dumps({"format": 2, "run": "run", "files": listed}))
+    (folder / static_site.MARKER).write_text(
+        json.dumps({"format": 2, "run": "run", "files": listed})
+    )
     before = tree(tmp_path)
     with pytest.raises(
         CorruptError, match=r"ksparse-site\.json does not list files that ksparse writes"
@@ -158,7 +160,7 @@ def test_a_mark_that_lists_what_ksparse_does_not_write_is_refused(bare, tmp_path
     assert tree(tmp_path) == before
 
 
-def test_a_site_of_before_there_was_a_list_is_replaced_but_for_what_is_not_ours(bare, tmp_path):
+def test_a_site_without_a_list_is_replaced_except_for_foreign_files(bare, tmp_path):
     older(tmp_path / "site", bare)
     mine = {
         "CNAME": b"mine",
@@ -174,7 +176,7 @@ def test_a_site_of_before_there_was_a_list_is_replaced_but_for_what_is_not_ours(
     assert tree(tmp_path / "site") == tree(tmp_path / "fresh") | mine
 
 
-def test_a_report_of_somebody_elses_in_a_site_without_a_list_stays(bare, tmp_path):
+def test_a_foreign_report_in_a_site_without_a_list_stays(bare, tmp_path):
     older(tmp_path / "site", bare)
     (tmp_path / "site" / "report.html").write_text("<!DOCTYPE html>mine")
     with pytest.raises(InputError, match="report.html is in the way"):
@@ -254,7 +256,7 @@ def test_a_killed_export_leaves_the_old_site_or_the_new_one_and_the_next_mends_t
 
 def test_a_killed_first_export_is_no_foreign_folder(bare, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(static_site, "_put", lambda *given: (_ for _ in ()).throw(Killed))
+        patched.setattr(static_site, "_install", lambda *given: (_ for _ in ()).throw(Killed))
         patched.setattr(shutil, "rmtree", lambda *given, **options: None)
         with pytest.raises(Killed):
             viewer.export(bare, tmp_path / "site")
@@ -272,14 +274,14 @@ def test_a_failed_export_leaves_nothing(bare, tmp_path):
 
 
 def test_one_export_at_a_time(bare, tmp_path, monkeypatch):
-    put = static_site._put
+    put = static_site._install
 
     def meanwhile(*given):
         with pytest.raises(InputError, match=f"is in use by process {os.getpid()}; wait for it"):
             viewer.export(bare, tmp_path / "site")
         put(*given)
 
-    monkeypatch.setattr(static_site, "_put", meanwhile)
+    monkeypatch.setattr(static_site, "_install", meanwhile)
     viewer.export(bare, tmp_path / "site")
     assert static_site.WORK not in os.listdir(tmp_path / "site")
 

@@ -2,20 +2,20 @@
 
 write(run)   run/report.html and run/figures/*.svg
 
-source    the run's files, read once, with the numbers in them
-tokens    the one place where text from data is made safe to show
-numbers   results -> the table of numbers           (a Row per number)
-claims    results -> what a good SAE shows, and whether it does   (a Claim per claim)
-figures   results -> SVG
-findings  arrays -> what evaluations found of single latents
-probes    tasks -> the section on them
-codes     refinement, progressive, latents, subspaces -> the section on them     code_figures
-          their figures
-latents   arrays -> cards with heat-maps
-page      the sections in their order               (a Section per question)
+source       a run's files, each read once, and the numbers in them
+tokens       the one place where text from data is made safe to show
+tables       the table of numbers, and how numbers are written
+claims       what a good SAE shows, and whether the numbers say so
+figures      shared drawing tools: a canvas, SVG, a Picture
+findings     what evaluations found of single latents; the viewer reads it too
+sections/    one file per section: its table, figures and template; how to add one
+page         the sections in their order
 
-studies   a study's folder -> its page
+sweep, laws  a sweep's folder -> its page; its figures
+studies      a study's folder -> its page
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -23,7 +23,24 @@ from ksparse.storage.run_folder import RunFolder
 
 
 def write(run: RunFolder) -> Path:
-    """Write report.html and its figures from whatever files the run has; return the page's path."""
+    """Write report.html and its figures from the files that a run has.
+
+    Args:
+        run: the run folder. Evaluations that were not run are named on the page, with the command
+            that adds them.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: the folder is not a run, or one of its files is a link that leads out of it.
+
+    Example:
+        >>> from ksparse import report
+        >>> from ksparse.storage.run_folder import open_run
+        >>> report.write(open_run("runs/demo"))  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
+    """
     from ksparse.report import page
     from ksparse.storage import atomic
 

@@ -1,8 +1,10 @@
-"""Arrays of `n2g` and `ablation`, tasks of `probes` -> what they found of single latents.
+"""What evaluations found of single latents: arrays of `n2g` and `ablation`, tasks of `probes`.
 
-Explanations   patterns of tokens that predict a latent, and how well
-Effects        what a latent does to the LM's predictions where it is strongest
-tasks          losses of each probe task, and the latent that is best at it
+explanations   patterns of tokens that predict a latent, and how well they do
+effects        how a latent changes the LM's predictions where it is strongest
+tasks          the losses of each probe task, and the latent that is best at it
+
+Both the report's cards and the viewer's pages show them.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ from ksparse.report.source import Arrays, Number, RunSource, is_number, number
 from ksparse.report.tokens import token_of
 
 PATTERNS = 4
-"""Patterns of a latent that are shown, those with the most examples."""
+"""Patterns of a latent that are shown: those with the most examples."""
 PARTS = 24
-"""Parts of a pattern that are shown, the last ones."""
-_ANY = -1
+"""Parts of a pattern that are shown: the last ones."""
+_ANY_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class PatternPart:
-    """A piece of a pattern: a token in quotes, or a sign that stands for something."""
+    """A part of a pattern: a token in quotes, or a sign such as * for any token."""
 
     text: str
     sign: bool = False
@@ -34,8 +36,8 @@ class PatternPart:
 
 @dataclass(frozen=True)
 class PatternView:
-    """Tokens in reading order, the value they predict at the last of them, and the number of
-    examples that it was built from."""
+    """A pattern: tokens in reading order, the value that they predict at the last of them, and the
+    number of examples that it was built from."""
 
     parts: list[PatternPart]
     value: float
@@ -44,7 +46,7 @@ class PatternView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A latent's patterns, as many as are shown, and its scores if it was among the scored."""
+    """A latent's first patterns, the number of all, and its scores if it was scored."""
 
     patterns: list[PatternView]
     count: int
@@ -52,19 +54,28 @@ class Explanation:
 
 
 class Explanations:
-    """Reads the patterns of one latent at a time: there may be millions."""
+    """Reads the patterns of one latent at a time, since all together may be millions.
+
+    Args:
+        source: the run, for the vocabulary.
+        arrays: the arrays of `n2g`.
+    """
 
     def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
-        self.latents = arrays.whole("pattern_latent")  # sorted
-        self.scored = arrays.whole("scored")
+        self.latents = arrays.tensor("pattern_latent")  # sorted
+        self.scored = arrays.tensor("scored")
         self.scores = {
             name: arrays.rows(name, 0, len(self.scored)) for name in ("precision", "recall", "f1")
         }
 
-    def of(self, latent: int, most: int = PATTERNS) -> Explanation | None:
-        """Return what is known of a latent, with so many patterns, or None if it was neither
-        explained nor scored."""
+    def find(self, latent: int, most: int = PATTERNS) -> Explanation | None:
+        """Return a latent's explanation; None if it was neither explained nor scored.
+
+        Args:
+            latent: the latent's number.
+            most: patterns to return at most.
+        """
         first, last = (
             int(np.searchsorted(self.latents, latent, side)) for side in ("left", "right")
         )
@@ -76,14 +87,14 @@ class Explanations:
             for name, values in self.scores.items()
             if len(at) and math.isfinite(values[at[0]])
         }
-        return Explanation(self._patterns(first, last, most), last - first, scores)
+        return Explanation(self._read_patterns(first, last, most), last - first, scores)
 
     def best_first(self) -> np.ndarray:
-        """Return the scored latents that have an F1, by F1."""
+        """Return the scored latents that have an F1, the highest first."""
         known = np.isfinite(self.scores["f1"])
         return self.scored[known][np.argsort(-self.scores["f1"][known], kind="stable")]
 
-    def _patterns(self, first: int, last: int, most: int) -> list[PatternView]:
+    def _read_patterns(self, first: int, last: int, most: int) -> list[PatternView]:
         if first == last:
             return []
         values, support, anchored = (
@@ -91,24 +102,24 @@ class Explanations:
             for name in ("value", "support", "anchored")
         )
         starts = self.arrays.rows("pattern_start", first, last + 1)
-        shown = np.lexsort((-values, -support))[:most]
+        order = np.lexsort((-values, -support))[:most]
         return [
             PatternView(
-                self._parts(
+                self._split_pattern(
                     self.arrays.rows("pattern_tokens", int(starts[i]), int(starts[i + 1])).tolist(),
                     bool(anchored[i]),
                 ),
                 float(values[i]),
                 int(support[i]),
             )
-            for i in shown
+            for i in order
         ]
 
-    def _parts(self, tokens: list[int], anchored: bool) -> list[PatternPart]:
+    def _split_pattern(self, tokens: list[int], anchored: bool) -> list[PatternPart]:
         parts = [PatternPart("^", sign=True)] if anchored else []
         for token, run in groupby(tokens):
             count = len(list(run))
-            if token == _ANY:
+            if token == _ANY_TOKEN:
                 parts.append(PatternPart("*" if count == 1 else f"*×{count}", sign=True))
             else:
                 parts += [PatternPart(f'"{token_of(self.vocabulary, token)}"')] * count
@@ -116,7 +127,7 @@ class Explanations:
 
 
 def explanations(source: RunSource) -> Explanations | None:
-    """Return the reader of explanations, or None without them."""
+    """Return the reader of explanations; None if `n2g` was not run."""
     arrays = source.arrays("n2g")
     return (
         Explanations(source, arrays)
@@ -127,8 +138,13 @@ def explanations(source: RunSource) -> Explanations | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a latent adds to the logits of tokens at the position where it is strongest, and the
-    share of logits that it matters to."""
+    """A latent's effect at the position where it is strongest.
+
+    Attributes:
+        up: tokens whose logits it raises, and by how much.
+        down: tokens whose logits it lowers, and by how much.
+        sparsity: the share of logits that change without it.
+    """
 
     up: list[tuple[str, float]]
     down: list[tuple[str, float]]
@@ -136,29 +152,33 @@ class Effect:
 
 
 class EffectsReader:
-    """Reads the table of one latent at a time."""
+    """Reads the effect of one latent at a time.
+
+    Args:
+        source: the run, for the vocabulary.
+        arrays: the arrays of `ablation`.
+    """
 
     def __init__(self, source: RunSource, arrays: Arrays):
         self.arrays, self.vocabulary = arrays, source.vocabulary
-        self.latents = arrays.whole("latent")
+        self.latents = arrays.tensor("latent")
 
-    def of(self, latent: int) -> Effect | None:
-        """Return a latent's effect, or None if it was not ablated."""
-        at = np.flatnonzero(self.latents == latent)
-        if not len(at):
+    def find(self, latent: int) -> Effect | None:
+        """Return a latent's effect; None if it was not ablated."""
+        rows = np.flatnonzero(self.latents == latent)
+        if not len(rows):
             return None
-        sparsity = float(self.arrays.row("sparsity", int(at[0])))
+        sparsity = float(self.arrays.row("sparsity", int(rows[0])))
         return Effect(
-            self._tokens("up", int(at[0]), 1),
-            self._tokens("down", int(at[0]), -1),
+            self._read_tokens("up", int(rows[0]), 1),
+            self._read_tokens("down", int(rows[0]), -1),
             sparsity if math.isfinite(sparsity) else None,
         )
 
-    def _tokens(self, kind: str, row: int, sign: int) -> list[tuple[str, float]]:
-        """Return the tokens of the latent's own position, the first of the table, as far as they
-        are moved that way."""
+    def _read_tokens(self, direction: str, row: int, sign: int) -> list[tuple[str, float]]:
+        """Return the tokens moved in a direction at the latent's own position, its first one."""
         tokens, values = (
-            self.arrays.row(f"{kind}_{name}", row)[0].tolist() for name in ("tokens", "values")
+            self.arrays.row(f"{direction}_{name}", row)[0].tolist() for name in ("tokens", "values")
         )
         return [
             (token_of(self.vocabulary, token), value)
@@ -168,7 +188,7 @@ class EffectsReader:
 
 
 def effects(source: RunSource) -> EffectsReader | None:
-    """Return the reader of effects, or None without them."""
+    """Return the reader of effects; None if `ablation` was not run."""
     arrays = source.arrays("ablation")
     return (
         EffectsReader(source, arrays)
@@ -179,25 +199,30 @@ def effects(source: RunSource) -> EffectsReader | None:
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """A probe task: the latent that was best on its training half, and losses on its test half by
-    the names of the result."""
+    """A probe task.
+
+    Attributes:
+        name: the task's name.
+        latent: the latent that was best on the training half.
+        losses: losses on the test half, by their names in the result.
+        rows: rows of the training half and of the test half.
+        positive: share of rows with the label "yes".
+    """
 
     name: str
     latent: int | None
     losses: dict[str, Number | None]
     rows: tuple[int | None, int | None]
-    """Of the training and of the test half."""
     positive: float | None
 
     @property
     def gain(self) -> float | None:
-        """How far the best latent is below the best of its rivals: a channel, a random latent, and
-        the label's share alone."""
-        ours, *rivals = (
+        """How far the best latent is below the best baseline: channel, random latent, base rate."""
+        loss, *baselines = (
             self.losses[name] for name in ("loss", "channel_loss", "random_sae_loss", "prior_loss")
         )
-        known = [rival.value for rival in rivals if rival is not None]
-        return min(known) - ours.value if ours is not None and known else None
+        known = [baseline.value for baseline in baselines if baseline is not None]
+        return min(known) - loss.value if loss is not None and known else None
 
 
 LOSSES = (
@@ -208,27 +233,28 @@ LOSSES = (
     "prior_loss",
     "loss_in_sample",
 )
+"""Losses of a task, by their keys in the result."""
 
 
 def tasks(source: RunSource) -> list[ProbeTask]:
-    """Return the probe tasks, those with the largest gain first and those without one last."""
-    found = (source.result("probes") or {}).get("tasks")
-    made = (
-        [_task(str(name), each) for name, each in found.items() if isinstance(each, dict)]
-        if isinstance(found, dict)
-        else []
-    )
-    return sorted(made, key=lambda task: (task.gain is None, -(task.gain or 0), task.name))
+    """Return the probe tasks, the largest gain first; those without one come last."""
+    entries = (source.result("probes") or {}).get("tasks")
+    if not isinstance(entries, dict):
+        return []
+    tasks = [
+        _read_task(str(name), entry) for name, entry in entries.items() if isinstance(entry, dict)
+    ]
+    return sorted(tasks, key=lambda task: (task.gain is None, -(task.gain or 0), task.name))
 
 
-def _task(name: str, found: dict[str, Any]) -> ProbeTask:
-    def whole(key: str) -> int | None:
-        return int(found[key]) if is_number(found.get(key)) else None
+def _read_task(name: str, entry: dict[str, Any]) -> ProbeTask:
+    def read_int(key: str) -> int | None:
+        return int(entry[key]) if is_number(entry.get(key)) else None
 
     return ProbeTask(
         name,
-        whole("latent"),
-        {key: number(found.get(key)) for key in LOSSES},
-        (whole("n_train"), whole("n_test")),
-        float(found["positive"]) if is_number(found.get("positive")) else None,
+        read_int("latent"),
+        {key: number(entry.get(key)) for key in LOSSES},
+        (read_int("n_train"), read_int("n_test")),
+        float(entry["positive"]) if is_number(entry.get("positive")) else None,
     )

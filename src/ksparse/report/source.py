@@ -1,4 +1,4 @@
-"""A run's files, read once and only when a section asks for them."""
+"""A run's files, read once each, when a section first needs them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger("ksparse")
 
 
 class DamagedResult(CorruptError):
-    """What an evaluation left cannot be read; the others can do without."""
+    """A result that cannot be read; the page is written without it."""
 
-    def __init__(self, evaluation: str, says: str):
-        super().__init__(says)
+    def __init__(self, evaluation: str, message: str):
+        super().__init__(message)
         self.evaluation = evaluation
 
 
@@ -34,12 +34,12 @@ SPLITS = {
     "validation": "validation text, which training never saw",
     "train": "text that it was trained on",
 }
-"""What the sides of a run's text are to it."""
+"""What each split of a run's text is to the run."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A value of a result with its standard error, if it has one."""
+    """A value of a result, and its standard error if it has one."""
 
     value: float
     se: float | None = None
@@ -47,30 +47,49 @@ class Number:
 
 @dataclass
 class RunSource:
-    """What the sections read. A result that is not there is None, never an error; so is a damaged
-    one."""
+    """What the sections read of a run.
+
+    A result that is missing or damaged is None, never an error.
+
+    Args:
+        run: the run folder.
+    """
 
     run: RunFolder
     left_out: dict[str, str] = field(default_factory=dict)
-    """{damaged result: the command that writes it again}."""
+    """The command that writes each damaged result again, by the result's name."""
     _results: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     _arrays: dict[str, Arrays | None] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
+        """The recipe."""
         return self.run.recipe()
 
     @cached_property
     def environment(self) -> dict[str, Any]:
+        """Versions and hardware, as the run recorded them."""
         return self.run.environment()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
         return self.run.metrics()
+
+    @property
+    def activation(self) -> str:
+        """The activation's name: "TopK" for TopKConfig."""
+        return type(self.recipe.sae.activation).__name__.removesuffix("Config")
+
+    @property
+    def tokens_trained(self) -> int:
+        """The tokens that the run was trained on, by its metrics."""
+        last = self.metrics[-1].get("tokens") if self.metrics else None
+        return int(last) if is_number(last) else 0
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """Return the string of each token id, or nothing if no evaluation wrote it."""
+        """The string of each token id; empty if no evaluation wrote it."""
         file = self.run.eval_file("vocabulary")
         try:
             return jsonio.read_strings(file) if file.is_file() else []
@@ -79,7 +98,7 @@ class RunSource:
             return []
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """Return one evaluation's JSON; None if it was not run, or if what it left is damaged."""
+        """Return one evaluation's JSON; None if it was not run or its files are damaged."""
         if name not in self._results:
             self._results[name], self._arrays[name] = None, None
             try:
@@ -89,7 +108,7 @@ class RunSource:
         return self._results[name]
 
     def _read(self, name: str) -> None:
-        """Read a result and check its arrays; again if both have been replaced meanwhile."""
+        """Read a result and check its arrays; read again if both were replaced meanwhile."""
         result = self.run.eval(name)
         try:
             file = self.run.arrays_file(name, result)
@@ -99,51 +118,50 @@ class RunSource:
             raise
         self._results[name], self._arrays[name] = result, Arrays(file, name) if file else None
 
-    def read(self) -> list[str]:
-        """Return the results that were read so far."""
+    def names_read(self) -> list[str]:
+        """Return the names of the results read so far."""
         return [name for name, result in self._results.items() if result is not None]
 
     def do_without(self, names: Iterable[str]) -> None:
-        """Read these results no more."""
+        """Treat these results as missing."""
         for name in names:
             self._results[name], self._arrays[name] = None, None
 
-    def leave_out(self, name: str, why: str) -> None:
-        """Go on without a damaged result, and say so."""
+    def leave_out(self, name: str, reason: str) -> None:
+        """Continue without a damaged result, and log a warning."""
         self.do_without([name])
         self.left_out[name] = self.command("eval", "stats" if name == "vocabulary" else name)
         log.warning(
             "the result of %s is left out: %s. To write it again: %s",
             name,
-            why,
+            reason,
             self.left_out[name],
         )
 
-    def text_of(self, name: str) -> str:
-        """Say which text a result is of, as far as training is concerned."""
+    def describe_text(self, name: str) -> str:
+        """Return what the text of a result is to training: "held-out text, which …"."""
         result = self.result(name) or {}
         if result.get("text") not in (None, self.recipe.acts.text):
             return f"text of {result['text']}, which is not what it was trained on"
-        return SPLITS.get(split_of(result), "text of an unknown side")
+        return SPLITS.get(split_of(result), "text of an unknown split")
 
-    def brief_text_of(self, name: str) -> str:
-        """Return the same in two or three words."""
-        words = self.text_of(name)
+    def describe_text_briefly(self, name: str) -> str:
+        """Return the same in two to five words: "held-out text"."""
+        words = self.describe_text(name)
         return words.partition(",")[0] if words in SPLITS.values() else "another text"
 
     def number(self, name: str, key: str) -> Number | None:
-        """Return a number of a result: plain or {"value", "se"}; None if it is missing or null."""
+        """Return a number of a result; None if it is missing or null."""
         return number((self.result(name) or {}).get(key))
 
     def arrays(self, name: str) -> Arrays | None:
-        """Return the arrays of a result, or None if there are none."""
+        """Return the arrays of a result; None if it has none."""
         self.result(name)
         return self._arrays[name]
 
     @property
     def place(self) -> str:
-        """Return the run's folder as a command would name it: relative, so that a page tells
-        nothing of a machine."""
+        """The run's folder as a command names it: relative, so that a page reveals no machine."""
         return self.run.name if self.run.path.is_absolute() else str(self.run.path)
 
     def command(self, verb: str, *words: str) -> str:
@@ -153,27 +171,28 @@ class RunSource:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A safetensors file, of which a section reads the rows it shows."""
+    """A safetensors file of which only the rows that are shown are read."""
 
     file: Path
     evaluation: str = ""
 
-    def damaged(self, what: str) -> DamagedResult:
+    def damaged(self, problem: str) -> DamagedResult:
         """Return the error that says what is wrong with the arrays."""
-        return DamagedResult(self.evaluation, f"{self.file}{what}; run the evaluation again")
+        return DamagedResult(self.evaluation, f"{self.file}{problem}; run the evaluation again")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The tensors there are."""
+        """The names of the tensors."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.file, framework="np") as tensors:
                 return tuple(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise self.damaged(f" is no readable safetensors file: {error}") from None
+            raise self.damaged(f" is not a readable safetensors file: {error}") from None
 
-    def whole(self, name: str) -> np.ndarray:
+    def tensor(self, name: str) -> np.ndarray:
+        """Return a whole tensor."""
         return self._rows(name, slice(None))
 
     def row(self, name: str, index: int) -> np.ndarray:
@@ -181,42 +200,38 @@ class Arrays:
         return self._rows(name, slice(index, index + 1))[0]
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Return the rows first to last, last not among them, without reading the others."""
-        found = self._rows(name, slice(first, last)) if 0 <= first < last else self.whole(name)[:0]
-        if len(found) != last - first:
+        """Return rows `first` to `last - 1`, without reading the others."""
+        rows = self._rows(name, slice(first, last)) if 0 <= first < last else self.tensor(name)[:0]
+        if len(rows) != last - first:
             raise self.damaged(f": '{name}' has no rows {first} to {last}")
-        return found
+        return rows
 
     def _rows(self, name: str, rows: slice) -> np.ndarray:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.file, framework="np") as tensors:
-                return (
-                    tensors.get_tensor(name)
-                    if rows == slice(None)
-                    else tensors.get_slice(name)[rows]
-                )  # no slice of an empty one
+                if rows == slice(None):  # an empty tensor has no slices
+                    return tensors.get_tensor(name)
+                return tensors.get_slice(name)[rows]
         except (SafetensorError, IndexError, OSError) as error:
             raise self.damaged(f" has no readable '{name}': {error}") from None
 
 
 def split_of(result: dict[str, Any]) -> str:
-    """Return the side of the text that a result is of; older ones are of the held-out one where
-    they do not say."""
+    """Return the split that a result is of; old results that do not say are held-out."""
     policy = result.get("policy")
     return str(policy.get("split", "held-out")) if isinstance(policy, dict) else "held-out"
 
 
-def number(found: Any) -> Number | None:
-    """Return a number as JSON has it, plain or {"value", "se"}; None if it is missing or null."""
-    value, se = (found.get("value"), found.get("se")) if isinstance(found, dict) else (found, None)
+def number(entry: Any) -> Number | None:
+    """Return a number of JSON, plain or {"value", "se"}; None if it is missing or null."""
+    value, se = (entry.get("value"), entry.get("se")) if isinstance(entry, dict) else (entry, None)
     return Number(value, se if is_number(se) else None) if is_number(value) else None
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value from JSON is a number that a float can be, which not every integer
-    is."""
+    """Return whether a value from JSON is a number in the range of a float."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max

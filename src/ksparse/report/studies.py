@@ -1,4 +1,4 @@
-"""A study's study.json -> its page and figures, which are data there. Needs no torch."""
+"""A study's study.json -> its page. The figures are data in that file. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,47 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import InputError
-from ksparse.report.figures import INK, Picture, canvas, save, short, thousands
+from ksparse.report.figures import (
+    INK,
+    Picture,
+    add_legend,
+    canvas,
+    format_thousands,
+    format_tick,
+    plain_log_ticks,
+    to_svg,
+)
 from ksparse.report.page import environment
 from ksparse.report.source import is_number
-from ksparse.report.tables import significant
+from ksparse.report.tables import format_significant
 from ksparse.report.tokens import safe_text
 from ksparse.storage import atomic, checksums, jsonio
 
+FORMAT = 1
+"""The version of study.json that this module reads."""
 COLOURS = ("#3a55c8", "#b4530a", "#1b8a5a", "#a8328f", "#7a6a00", "#0b7f9c", "#c0392b", "#6b6f7a")
 MARKS = "os^Dv<>P"
-MOST = 200  # points of a curve that are drawn
+MOST_POINTS = 200
+"""Points of a curve that are drawn at most."""
 
 
 def write(folder: Path | str) -> Path:
-    """Write report.html and figures/*.svg of a study; return the page's path."""
+    """Write report.html and figures/*.svg of a study.
+
+    Args:
+        folder: the study's folder, with study.json in it.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: the folder holds no study.
+    """
     folder = Path(folder)
     study = read(folder)
     pictures = [picture for picture in map(draw, study.get("figures", [])) if picture is not None]
-    columns = list(dict.fromkeys(name for row in study.get("members", {}).values() for name in row))
-    table = {
-        member: [_cell(row.get(name)) for name in columns]
-        for member, row in study.get("members", {}).items()
-    }
+    members = study.get("members", {})
+    columns = list(dict.fromkeys(name for row in members.values() for name in row))
     html = (
         environment()
         .get_template("study.html.jinja")
@@ -39,7 +58,10 @@ def write(folder: Path | str) -> Path:
             name=study["name"],
             pictures=pictures,
             columns=[column.replace("_", " ") for column in columns],
-            table=table,
+            table={
+                member: [format_cell(row.get(name)) for name in columns]
+                for member, row in members.items()
+            },
         )
     )
     for picture in pictures:
@@ -50,42 +72,36 @@ def write(folder: Path | str) -> Path:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return a study's answer; raise InputError where there is none."""
+    """Return the content of study.json; raise InputError if there is none."""
     if not atomic.inside(folder, "study.json").is_file():
         raise InputError(
             f"{folder} holds no study: it has no study.json. `ksparse study NAME --out {folder}` "
             "makes one"
         )
-    found = jsonio.read_table(folder / "study.json", name=str, members=dict, figures=list)
-    jsonio.check_format(folder / "study.json", found.get("format", 1), 1)
-    return found
+    study = jsonio.read_table(folder / "study.json", name=str, members=dict, figures=list)
+    jsonio.check_format(folder / "study.json", study.get("format", 1), FORMAT)
+    return study
 
 
 def draw(figure: dict[str, Any]) -> Picture | None:
-    """Return a figure drawn from its data; None if it has no point."""
-    curves = [(curve, *_points(curve, figure["log"])) for curve in figure["curves"]]
+    """Return a figure drawn from its data; None if it has no point to draw."""
+    curves = [(curve, *read_points(curve, figure["log"])) for curve in figure["curves"]]
     curves = [curve for curve in curves if len(curve[1])]
     if not curves:
         return None
     with canvas(size=(5.6, 3.6)) as (picture, axes):
         number = 0
         for curve, x, y, se in curves:
+            name = safe_text(curve["label"])
             if curve["reference"]:
-                axes.plot(
-                    x,
-                    y,
-                    color=INK,
-                    linewidth=0.9,
-                    linestyle=(0, (4, 3)),
-                    label=safe_text(curve["label"]),
-                )
+                axes.plot(x, y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=name)
                 continue
             few = len(x) < 16
             axes.errorbar(
                 x,
                 y,
                 se if se is not None and few else None,
-                label=safe_text(curve["label"]),
+                label=name,
                 color=COLOURS[number % len(COLOURS)],
                 linewidth=1.3,
                 elinewidth=0.8,
@@ -95,31 +111,32 @@ def draw(figure: dict[str, Any]) -> Picture | None:
             number += 1
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
             if name in figure["log"]:
-                _logarithmic(axes, name, axis)
+                _make_logarithmic(axes, name, axis)
             axis.set_major_formatter(
-                lambda value, _: thousands(value) if abs(value) >= 1e4 else short(value)
+                lambda value, _: (
+                    format_thousands(value) if abs(value) >= 1e4 else format_tick(value)
+                )
             )
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
-        picture.legend(
-            loc="outside upper left",
-            ncols=3,
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.6,
-            columnspacing=1.2,
-        )
-        svg = save(picture)
+        add_legend(picture, 3, handlelength=1.6, handletextpad=None)
+        svg = to_svg(picture)
     label = "; ".join(
-        f"{curve['label']}: {significant(float(y[0]))} to {significant(float(y[-1]))}"
+        f"{curve['label']}: {format_significant(float(y[0]))} to {format_significant(float(y[-1]))}"
         for curve, _, y, _ in curves
     )
     return Picture(figure["name"], svg, figure["title"], figure["caption"], label)
 
 
-def _points(curve: dict[str, Any], log: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the points that can be drawn, not too many: both numbers known, and above 0 where the
-    axis is logarithmic."""
+def read_points(
+    curve: dict[str, Any], log: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return x, y and standard errors of the points that can be drawn, MOST_POINTS at most.
+
+    Args:
+        curve: lists "x", "y" and, if it has standard errors, "se".
+        log: the logarithmic axes, "x", "y" or "xy"; their numbers must be above 0.
+    """
     x, y = (
         np.array([value if is_number(value) else math.nan for value in curve[name]], float)
         for name in ("x", "y")
@@ -129,33 +146,30 @@ def _points(curve: dict[str, Any], log: str) -> tuple[np.ndarray, np.ndarray, np
         if curve.get("se")
         else None
     )
-    good = (
-        np.isfinite(x)
-        & np.isfinite(y)
-        & ((x > 0) | ("x" not in log))
-        & ((y > 0) | ("y" not in log))
-    )
-    chosen = np.flatnonzero(good)
-    if len(chosen) > MOST:
-        chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, MOST).round().astype(int))]
-    return x[chosen], y[chosen], None if se is None else se[chosen]
+    drawable = np.isfinite(x) & np.isfinite(y)
+    for name, values in (("x", x), ("y", y)):
+        if name in log:
+            drawable &= values > 0
+    points = np.flatnonzero(drawable)
+    if len(points) > MOST_POINTS:
+        spread = np.linspace(0, len(points) - 1, MOST_POINTS).round().astype(int)
+        points = points[np.unique(spread)]
+    return x[points], y[points], None if se is None else se[points]
 
 
-def _logarithmic(axes: Any, name: str, axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
+def _make_logarithmic(axes: Any, name: str, axis: Any) -> None:
     (axes.set_xscale if name == "x" else axes.set_yscale)("log")
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_minor_locator(NullLocator())
+    plain_log_ticks(axis, (1, 2, 5) if high / low < 300 else (1,))
 
 
-def _cell(value: Any) -> str:
-    """Return a number with its standard error as a table shows it."""
+def format_cell(value: Any) -> str:
+    """Return a value of the table, a number with its standard error."""
     if isinstance(value, dict):
         if not is_number(value.get("value")):
             return "–"
-        return significant(value["value"]) + (
-            f" ± {significant(value['se'], 2)}" if is_number(value.get("se")) else ""
-        )
-    return "–" if value is None else f"{value:,}" if is_number(value) else str(value)
+        se = f" ± {format_significant(value['se'], 2)}" if is_number(value.get("se")) else ""
+        return format_significant(value["value"]) + se
+    if value is None:
+        return "–"
+    return f"{value:,}" if is_number(value) else str(value)

@@ -1,9 +1,8 @@
-"""A sweep folder's files -> one page on its laws, that needs no network, no script and no torch.
+"""A sweep folder's files -> one page on its laws that needs no network, no script and no torch.
 
-    write(folder)   folder/report.html and folder/figures/*.svg, from law.json, points.csv and
-                    curves.csv
+write(folder)   report.html and figures/*.svg, from law.json, points.csv and curves.csv
 
-A part that the points do not allow is a sentence that says which runs would add it.
+Where the points are not enough for a law or a figure, a sentence says which runs would add it.
 """
 
 from __future__ import annotations
@@ -19,51 +18,54 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.report import laws as figures
-from ksparse.report.figures import Picture, short
+from ksparse.report.figures import Picture, format_tick
 from ksparse.report.page import environment
-from ksparse.report.tables import percent
+from ksparse.report.tables import format_percent
 from ksparse.scaling.laws.forms import LAWS, Columns
 from ksparse.scaling.laws.points import read
 from ksparse.storage import atomic, jsonio
 
+FORMAT = 1
+"""The version of law.json that this module reads."""
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the page reads, each file once."""
+    """A sweep's files, each read once."""
 
     folder: Path
 
     @cached_property
-    def found(self) -> dict[str, Any]:
-        """Return law.json."""
-        found = jsonio.read_json(atomic.inside(self.folder, "law.json"))
-        if isinstance(found, dict):
-            jsonio.check_format(self.folder / "law.json", found.get("format", 1), 1)
+    def law_file(self) -> dict[str, Any]:
+        """The content of law.json."""
+        content = jsonio.read_json(atomic.inside(self.folder, "law.json"))
+        if isinstance(content, dict):
+            jsonio.check_format(self.folder / "law.json", content.get("format", 1), FORMAT)
         if (
-            not isinstance(found, dict)
-            or not isinstance(found.get("laws"), dict)
-            or not isinstance(found.get("subject"), dict)
+            not isinstance(content, dict)
+            or not isinstance(content.get("laws"), dict)
+            or not isinstance(content.get("subject"), dict)
         ):
             raise CorruptError(
                 f"{self.folder / 'law.json'} is not that of a sweep; `ksparse fit {self.folder}` "
                 "writes it again"
             )
-        return found
+        return content
 
     @cached_property
     def rows(self) -> dict[str, np.ndarray]:
-        """Return points.csv."""
+        """The columns of points.csv."""
         return read(atomic.inside(self.folder, "points.csv"), ("n", "k", "loss"))
 
     @cached_property
     def curves(self) -> dict[str, np.ndarray]:
-        """Return the subject's curves.csv with compute as c; empty without one."""
+        """The columns of curves.csv for the laws' LM, with training FLOPs as c; {} without it."""
         file = atomic.inside(self.folder, "curves.csv")
         if not file.is_file():
             return {}
         rows = read(file, ("run", "n", "k", "flops", "loss"))
         rows["c"] = rows.pop("flops")
-        lm = self.found["subject"].get("lm")
+        lm = self.law_file["subject"].get("lm")
         good = (
             (rows["c"] > 0)
             & (rows["loss"] > 0)
@@ -73,18 +75,17 @@ class Sweep:
 
     @property
     def mine(self) -> Columns:
-        """Return the runs that most laws are of."""
+        """The rows of points.csv of the LM and activation that most laws are fitted to."""
         good = np.ones(len(self.rows["n"]), bool)
         for name in ("lm", "activation"):
-            if name in self.rows and name in self.found["subject"]:
-                good &= self.rows[name] == self.found["subject"][name]
+            if name in self.rows and name in self.law_file["subject"]:
+                good &= self.rows[name] == self.law_file["subject"][name]
         return {name: column[good] for name, column in self.rows.items()}
 
     @property
     def k(self) -> float:
-        """Return the k of figures that show one: that of L_s(N), or the middle one of those with
-        the most runs."""
-        if (named := self.found["subject"].get("k of L_s(N)")) is not None:
+        """The k of figures that show one: that of L_s(N), or the middle one of the commonest."""
+        if (named := self.law_file["subject"].get("k of L_s(N)")) is not None:
             return float(named)
         values, counts = np.unique(self.mine["k"], return_counts=True)
         most = values[counts == counts.max()]
@@ -92,39 +93,48 @@ class Sweep:
 
     @property
     def lms(self) -> list[str]:
-        """Return the LMs of L_s(N), the smallest first where their sizes are known."""
-        there = {point["lm"] for point in self.found["laws"].get("s", {}).get("points", ())}
+        """The LMs of L_s(N), the smallest first where their sizes are known."""
+        names = {point["lm"] for point in self.law_file["laws"].get("s", {}).get("points", ())}
         size = self.rows.get("lm_parameters", np.zeros(len(self.rows["n"])))
         return sorted(
-            there,
+            names,
             key=lambda lm: (float(np.nan_to_num(size[self.rows["lm"] == lm]).max(initial=0)), lm),
         )
 
     @property
     def place(self) -> str:
-        """Return the folder as a command would name it: relative, so that a page tells nothing of a
-        machine."""
+        """The folder as a command names it: relative, so that a page reveals no machine."""
         return self.folder.resolve().name if self.folder.is_absolute() else str(self.folder)
 
 
 def write(folder: Path) -> Path:
-    """Write report.html and its figures from a sweep's files; return the page's path."""
+    """Write report.html and its figures from a sweep's files.
+
+    Args:
+        folder: the sweep's folder, with law.json and points.csv in it.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        CorruptError: law.json is not that of a sweep.
+    """
     sweep = Sweep(folder)
-    pictures = drawn(sweep)
+    pictures = draw_pictures(sweep)
     html = (
         environment()
         .get_template("sweep.html.jinja")
         .render(
             name=folder.resolve().name,
             summary=summary(sweep),
-            found=sweep.found,
+            law=sweep.law_file,
             laws=tables(sweep),
             pictures=pictures,
-            absent=absent(sweep, {picture.name for picture in pictures}),
+            absent=list_missing(sweep, {picture.name for picture in pictures}),
             forms=compared(sweep),
             points=point_tables(sweep),
-            commands=commands(sweep),
-            stale=sweep.found.get("runs") != len(sweep.rows["n"]),
+            commands=list_commands(sweep),
+            stale=sweep.law_file.get("runs") != len(sweep.rows["n"]),
             fit=shlex.join(["ksparse", "fit", sweep.place]),
         )
     )
@@ -139,25 +149,25 @@ def write(folder: Path) -> Path:
 
 def summary(sweep: Sweep) -> str:
     """Return the laws in a few sentences."""
-    rows, found = sweep.mine, sweep.found["laws"]
-    lm = sweep.found["subject"].get("lm")
-    said = [
+    rows, laws = sweep.mine, sweep.law_file["laws"]
+    lm = sweep.law_file["subject"].get("lm")
+    sentences = [
         f"{len(rows['n'])} runs{f' on {lm}' if lm else ''}, n {_range(rows['n'])}, k "
         f"{_range(rows['k'])}."
     ]
-    laws = [found[name] for name in ("nk", "n") if name in found]
-    if laws:
+    of_size = [laws[name] for name in ("nk", "n") if name in laws]
+    if of_size:
         law = min(
-            laws,
+            of_size,
             key=lambda law: (
                 math.inf if law["extrapolation_error"] is None else law["extrapolation_error"]
             ),
         )
-        said.append(
-            f"Loss follows {law['title']}, {law['equation']}, to {percent(law['log_rms'])} "
+        sentences.append(
+            f"Loss follows {law['title']}, {law['equation']}, to {format_percent(law['log_rms'])} "
             "(log-RMS)"
             + (
-                f" and foretells the largest n to {percent(law['extrapolation_error'])}"
+                f" and predicts the largest n to {format_percent(law['extrapolation_error'])}"
                 if law["extrapolation_error"] is not None
                 else ""
             )
@@ -165,20 +175,20 @@ def summary(sweep: Sweep) -> str:
         )
     for name, words in (
         ("tokens", "Tokens to convergence grow as"),
-        ("lr", "The best learning rate goes as"),
+        ("lr", "The best learning rate scales as"),
         ("optimal", "The best n for a budget grows as"),
     ):
-        if name in found and "beta" in found[name]["coefficients"]:
-            beta = found[name]["coefficients"]["beta"]
+        if name in laws and "beta" in laws[name]["coefficients"]:
+            beta = laws[name]["coefficients"]["beta"]
             low, high = (
                 "−∞" if beta["low"] is None else f"{beta['low']:.2f}",
                 "∞" if beta["high"] is None else f"{beta['high']:.2f}",
             )
-            said.append(
+            sentences.append(
                 f"{words} {'C' if name == 'optimal' else 'n'}^{beta['value']:.2f} (95 %: {low} to "
                 f"{high})."
             )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
 def _range(values: np.ndarray) -> str:
@@ -186,23 +196,23 @@ def _range(values: np.ndarray) -> str:
     return f"= {low:,.0f}" if low == high else f"from {low:,.0f} to {high:,.0f}"
 
 
-def absent(sweep: Sweep, there: set[str]) -> list[str]:
-    """Say for each picture and law that is not there which runs would add it."""
-    said = dict(sweep.found.get("absent") or {})
-    lines = list(said.values())
-    if "law-compute" not in there and "c" not in said:
+def list_missing(sweep: Sweep, pictures: set[str]) -> list[str]:
+    """Say for each missing law and picture which runs would add it."""
+    missing_laws = dict(sweep.law_file.get("absent") or {})
+    lines = list(missing_laws.values())
+    if "law-compute" not in pictures and "c" not in missing_laws:
         lines.append(
-            f"No picture of L(C): there are no curves of runs at k = {sweep.k:g}; runs that record "
-            "theirs would add it."
+            f"No picture of L(C): no run at k = {sweep.k:g} has a curve; runs that record theirs "
+            "would add it."
         )
-    if "law-rates" not in there:
+    if "law-rates" not in pictures:
         lines.append(
             f"No picture of learning rates: at k = {sweep.k:g} no n has runs of two rates with "
-            "their tokens to convergence; such runs would add it."
+            "known tokens to convergence; such runs would add it."
         )
-    if "law-trends" not in there:
+    if "law-trends" not in pictures:
         lines.append(
-            "No picture of tokens, loss and learning rate together: it takes two of those laws."
+            "No picture of tokens, loss and learning rate together: it needs two of those laws."
         )
     return lines
 
@@ -210,36 +220,44 @@ def absent(sweep: Sweep, there: set[str]) -> list[str]:
 # ---- figures and tables --------------------------------------------------------------------------
 
 
-def drawn(sweep: Sweep) -> list[Picture]:
-    """Return the pictures that the points allow."""
-    found = sweep.found["laws"]
+def draw_pictures(sweep: Sweep) -> list[Picture]:
+    """Return the pictures that the points are enough for."""
+    laws = sweep.law_file["laws"]
     pictures = (
-        figures.compute(found.get("c"), sweep.found.get("frontier") or [], sweep.curves, sweep.k),
-        figures.sizes(found.get("n")),
-        figures.joint(found.get("nk")),
-        figures.rates(sweep.mine, sweep.k),
-        figures.trends(found),
-        figures.subjects(found.get("s"), sweep.found["subject"].get("k of L_s(N)", ""), sweep.lms),
+        figures.draw_compute_law(
+            laws.get("c"), sweep.law_file.get("frontier") or [], sweep.curves, sweep.k
+        ),
+        figures.draw_size_law(laws.get("n")),
+        figures.draw_joint_law(laws.get("nk")),
+        figures.draw_learning_rates(sweep.mine, sweep.k),
+        figures.draw_trends(laws),
+        figures.draw_subject_law(
+            laws.get("s"), sweep.law_file["subject"].get("k of L_s(N)", ""), sweep.lms
+        ),
     )
     return [picture for picture in pictures if picture is not None]
 
 
 def tables(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return each law with its coefficients as they are written."""
+    """Return each law with its coefficients as text."""
     return [
         {
             "law": law,
             "rows": [
-                {"name": name, **{key: _written(each[key]) for key in each}, "raw": each["value"]}
-                for name, each in law["coefficients"].items()
+                {
+                    "name": name,
+                    **{key: _format_cell(value) for key, value in coefficient.items()},
+                    "raw": coefficient["value"],
+                }
+                for name, coefficient in law["coefficients"].items()
             ],
         }
-        for law in sweep.found["laws"].values()
+        for law in sweep.law_file["laws"].values()
     ]
 
 
 def compared(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the forms that were tried of each law that has several."""
+    """Return the forms that were tried for each law that has several."""
     return [
         {
             "law": law,
@@ -252,17 +270,17 @@ def compared(sweep: Sweep) -> list[dict[str, Any]]:
                 for form in law["forms"]
             ],
         }
-        for law in sweep.found["laws"].values()
+        for law in sweep.law_file["laws"].values()
         if len(law["forms"]) > 1
     ]
 
 
 def point_tables(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the points of each law as rows of strings."""
-    made = []
-    for name, law in sweep.found["laws"].items():
+    """Return the points of each law as rows of text."""
+    tables = []
+    for name, law in sweep.law_file["laws"].items():
         columns = [column for column in law["points"][0] if column != "residual"]
-        made.append(
+        tables.append(
             {
                 "title": law["title"],
                 "columns": [
@@ -270,38 +288,35 @@ def point_tables(sweep: Sweep) -> list[dict[str, Any]]:
                 ]
                 + ["off by"],
                 "rows": [
-                    [_written(point[column]) for column in columns] + [percent(point["residual"])]
+                    [_format_cell(point[column]) for column in columns]
+                    + [format_percent(point["residual"])]
                     for point in law["points"]
                 ],
             }
         )
-    return made
+    return tables
 
 
-def commands(sweep: Sweep) -> list[tuple[str, str]]:
-    """Return what makes the sweep, its laws and this page again."""
-    recipe = (
+def list_commands(sweep: Sweep) -> list[tuple[str, str]]:
+    """Return (title, command) of what makes the sweep, its laws and this page again."""
+    train = (
         [("Train the runs again", shlex.join(["ksparse", "sweep", f"{sweep.place}/sweep.toml"]))]
         if (sweep.folder / "sweep.toml").is_file()
         else []
     )
     return [
-        *recipe,
+        *train,
         ("Fit the laws", shlex.join(["ksparse", "fit", sweep.place])),
         ("Write this page", shlex.join(["ksparse", "report", sweep.place])),
     ]
 
 
-def _written(value: Any) -> str:
-    """Return a number as a table shows it; what has no end as a dash."""
+def _format_cell(value: Any) -> str:
+    """Return a number as a table shows it; None, an open end, as a dash."""
     if value is None or isinstance(value, str):
         return "–" if value is None else value
     if abs(value) >= 1e7:
         return f"{value:.3g}"
-    return (
-        f"{value:,.0f}"
-        if isinstance(value, int) or abs(value) >= 1000
-        else short(value)
-        if abs(value) < 1e-3
-        else f"{value:.4g}"
-    )
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return format_tick(value) if abs(value) < 1e-3 else f"{value:.4g}"

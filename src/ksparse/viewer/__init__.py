@@ -1,18 +1,19 @@
 """A run's latents in the browser, one by one. The static part reads files and needs no torch.
 
-export(run, folder)   pages for any web host, or for a folder that is opened by a double click
-serve(run, socket, token)    the same pages from 127.0.0.1 for who has the token, and the LM
+export(run, folder)            pages for any web host, or to open from the disk
+serve(run, listener, token)    the same pages from 127.0.0.1 for whoever has the token, and the LM
 
-pieces    the run's files -> pieces of JSON, each small whatever the number of latents
-reading   what all pieces need of the files          columns   one number of every latent after
-          another
-details   everything on a block of latents           index     from tokens and tasks to latents
-weights   the decoder -> nearest latents, a plane to draw them on
-labels    names and stars that a reader gives, beside the run
-site      pieces -> a folder
-server    pieces -> HTTP, on this machine alone                 (the extra `serve`)
-live      a text -> its latents; a latent held -> another text  (loads the LM)
-assets/   the page: HTML, CSS and JavaScript as they are, with no build step
+resources    a run's files -> resources: JSON objects, small however many latents there are
+run_data     what all resources need of the files
+columns      a number of every latent, for tables and maps
+details      everything on a block of latents
+index        from tokens and tasks to latents
+weights      the decoder -> nearest latents, and a plane to draw all latents on
+labels       names and stars that a reader gives, stored beside the run
+static_site  resources -> a folder of files
+server       resources -> HTTP, on this machine only            (needs the extra `serve`)
+live         a text -> its latents; a latent held -> the text's continuation   (loads the LM)
+assets/      the page: HTML, CSS and JavaScript as they are, without a build step
 """
 
 from __future__ import annotations
@@ -23,21 +24,50 @@ from pathlib import Path
 
 from ksparse.storage.run_folder import RunFolder
 
-Observe = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and the total."""
 
 
 def export(
-    run: RunFolder, folder: Path, *, observe: Observe = lambda what, done, total: None
+    run: RunFolder,
+    folder: Path,
+    *,
+    observe: ProgressCallback = lambda what, done, total: None,
 ) -> Path:
-    """Write the static pages of a run into a folder of their own; return the page to open."""
+    """Write the static pages of a run into a folder.
+
+    Args:
+        run: the run.
+        folder: a new or empty folder, or one that holds an earlier export.
+        observe: called as the pages are written.
+
+    Returns:
+        The page to open.
+
+    Raises:
+        InputError: the folder holds other files that are in the way.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ksparse import viewer
+        >>> from ksparse.storage.run_folder import open_run
+        >>> viewer.export(open_run("runs/demo"), Path("site"))  # doctest: +SKIP
+        PosixPath('site/index.html')
+    """
     from ksparse.viewer import static_site
 
     return static_site.write(run, folder, observe=observe)
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket bound to 127.0.0.1; port 0 takes any that is free."""
+    """Return a socket bound to 127.0.0.1.
+
+    Args:
+        port: the port; 0 takes any free one.
+
+    Raises:
+        InputError: the port is in use or cannot be opened.
+    """
     from ksparse.viewer import server
 
     return server.listen(port)
@@ -46,9 +76,17 @@ def listen(port: int) -> socket.socket:
 def serve(
     run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
 ) -> None:
-    """Answer browsers on this machine that have the token; raise Interrupted at SIGINT and SIGTERM.
+    """Serve a run's pages to browsers on this machine until SIGINT or SIGTERM.
 
-    trust_remote_code: let code that comes with the LM run; nothing in the run's folder can.
+    Args:
+        run: the run.
+        listener: a socket from `listen`.
+        token: the secret that requests must carry.
+        trust_remote_code: let code that comes with the LM run. Nothing in the run's folder can set
+            this.
+
+    Raises:
+        Interrupted: a signal ended the server.
     """
     from ksparse.viewer import server
 

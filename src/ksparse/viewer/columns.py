@@ -1,4 +1,4 @@
-"""One number of every latent after another: what tables are sorted by and maps are drawn from."""
+"""Columns: a number of every latent, by which tables are sorted and maps drawn."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import CorruptError
-from ksparse.report.source import Arrays
 from ksparse.viewer.run_data import RunData, number
 from ksparse.viewer.weights import Decoder
 
 ROWS = 50
-"""Rows of a table's page."""
+"""Rows on one page of the table."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of every latent; NaN where it was not measured."""
+    """A number of every latent; NaN where it was not measured.
+
+    Attributes:
+        key: its name among the resources.
+        label: its heading.
+        kind: how to write it, "percent" or "number".
+        reading: what it is; {text} stands for the text that the evaluation is of.
+        eval: the evaluation that measures it; "" if it comes from the decoder.
+        array: its name among the evaluation's arrays.
+    """
 
     key: str
     label: str
     kind: str
-    """percent, or number."""
     reading: str
     eval: str
     array: str
-    """Its name among the evaluation's arrays."""
 
 
 COLUMNS = (
@@ -37,12 +43,12 @@ COLUMNS = (
         "density",
         "Density",
         "percent",
-        "Share of held-out tokens on which it fires",
+        "Share of tokens on which it fires, on {text}",
         "stats",
         "density",
     ),
     Column("mean_act", "Mean", "number", "Mean value where it fires", "stats", "mean_act"),
-    Column("max_act", "Max", "number", "Largest value on held-out text", "stats", "max_act"),
+    Column("max_act", "Max", "number", "Largest value on {text}", "stats", "max_act"),
     Column(
         "cosine",
         "Enc–dec",
@@ -74,7 +80,7 @@ COLUMNS = (
         "effect",
         "Effect",
         "number",
-        "KL in nats over the next predictions, when it is taken out where it is strongest",
+        "KL in nats, summed over the next predictions, when it is ablated where it is strongest",
         "ablation",
         "kl",
     ),
@@ -82,7 +88,7 @@ COLUMNS = (
         "sparsity",
         "Sparsity",
         "percent",
-        "Share of the logits that taking it out changes",
+        "Share of the logits that change when it is ablated",
         "ablation",
         "sparsity",
     ),
@@ -90,7 +96,7 @@ COLUMNS = (
         "gain",
         "Task gain",
         "number",
-        "Nats that it says of its best probe task, on the training half",
+        "Nats that it gains at its best probe task, on the training half",
         "probes",
         "best_gain",
     ),
@@ -108,75 +114,88 @@ PLANE = (
         "",
     ),
 )
-LISTED = {"n2g": "scored", "ablation": "latent"}
-"""Evaluations of some latents, and the array that lists them."""
+"""Columns from the decoder."""
+LATENT_LISTS = {"n2g": "scored", "ablation": "latent"}
+"""Evaluations of only some latents, and the array that lists these."""
 
 
 class Columns:
-    """The columns of a run, by key."""
+    """The columns of a run, by key.
 
-    def __init__(self, reading: RunData, decoder: Decoder):
-        self.reading, self.decoder = reading, decoder
-        self.all = {column.key: column for column in COLUMNS if reading.has(column.eval)}
-        if reading.source.run.checkpoints():
+    Args:
+        data: the run's files.
+        decoder: the decoder of its newest checkpoint.
+    """
+
+    def __init__(self, data: RunData, decoder: Decoder):
+        self.data, self.decoder = data, decoder
+        self.all = {column.key: column for column in COLUMNS if data.has(column.eval)}
+        if data.source.run.checkpoints():
             self.all |= {column.key: column for column in PLANE}
         self._read: dict[str, np.ndarray] = {}
 
     @property
     def measured(self) -> list[Column]:
-        """Those that come from evaluations."""
+        """The columns that come from evaluations."""
         return [column for column in self.all.values() if column.eval]
 
     def values(self, key: str) -> np.ndarray:
-        """Return one number of every latent, [n] as float32; NaN where there is none."""
+        """Return a number of every latent, [n] as float32; NaN where there is none."""
         if not self.all[key].eval:
             return self.decoder.plane[:, [column.key for column in PLANE].index(key)]
         if key not in self._read:
-            self._read[key] = self._values(self.all[key])
+            self._read[key] = self._read_values(self.all[key])
         return self._read[key]
 
-    def piece(self, key: str) -> dict[str, Any]:
-        return {
-            "float32": base64.b64encode(
-                np.ascontiguousarray(self.values(key), "<f4").tobytes()
-            ).decode()
-        }
+    def resource(self, key: str) -> dict[str, Any]:
+        """Return a column as base64 of little-endian float32."""
+        values = np.ascontiguousarray(self.values(key), "<f4")
+        return {"float32": base64.b64encode(values.tobytes()).decode()}
+
+    def describe(self) -> list[dict[str, str]]:
+        """Return what each column is, for the overview."""
+        text = self.data.text or "the text"
+        return [
+            {
+                "key": column.key,
+                "label": column.label,
+                "kind": column.kind,
+                "reading": column.reading.format(text=text),
+            }
+            for column in self.all.values()
+        ]
 
     @cached_property
     def first_rows(self) -> dict[str, Any]:
         """The top of the table in its first order: by effect, or else by density."""
         key = next((key for key in ("effect", "density") if key in self.all), None)
-        values = self.values(key) if key else np.zeros(self.reading.n)
+        values = self.values(key) if key else np.zeros(self.data.n)
         order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:ROWS]
         return {
             "sort": key,
             "latents": order.tolist(),
-            "glosses": [self.reading.gloss(latent) for latent in order.tolist()],
+            "glosses": [self.data.gloss(latent) for latent in order.tolist()],
             "values": {
                 column.key: [number(value) for value in self.values(column.key)[order].tolist()]
                 for column in self.measured
             },
         }
 
-    def _values(self, column: Column) -> np.ndarray:
-        arrays, n = self.reading.arrays(column.eval), self.reading.n
-        found = (
-            np.nansum(arrays.whole("kl"), axis=1)
-            if column.key == "effect"
-            else arrays.whole(column.array)
-        )
-        latents = arrays.whole(LISTED[column.eval]) if column.eval in LISTED else np.arange(n)
-        if found.shape != latents.shape or (
+    def _read_values(self, column: Column) -> np.ndarray:
+        arrays, n = self.data.arrays(column.eval), self.data.n
+        if column.key == "effect":
+            measured = np.nansum(arrays.tensor("kl"), axis=1)
+        else:
+            measured = arrays.tensor(column.array)
+        listed = LATENT_LISTS.get(column.eval)
+        latents = arrays.tensor(listed) if listed else np.arange(n)
+        if measured.shape != latents.shape or (
             len(latents) and not 0 <= latents.min() <= latents.max() < n
         ):
-            raise self._other(arrays, column.array, found)
+            raise CorruptError(
+                f"{arrays.file}: '{column.array}' has shape {list(measured.shape)} and is not "
+                f"about the run's {n:,} latents; run the evaluation again"
+            )
         values = np.full(n, np.nan, np.float32)
-        values[latents] = found
+        values[latents] = measured
         return values
-
-    def _other(self, arrays: Arrays, name: str, found: np.ndarray) -> CorruptError:
-        return CorruptError(
-            f"{arrays.file}: '{name}' has shape {list(found.shape)} and is not about the run's "
-            f"{self.reading.n:,} latents; "
-            "run the evaluation again"
-        )

@@ -16,107 +16,107 @@ from ksparse.viewer.index import Index
 from ksparse.viewer.run_data import RunData, number
 
 PATTERNS = 12
-"""Patterns shown of a latent."""
+"""Patterns shown of a latent at most."""
 BEFORE_EFFECT = 16
-"""Tokens shown before the place of an ablation."""
+"""Tokens shown before the position of an ablation."""
 
 
 class Details:
-    """Reads the rows of a block of latents in each array."""
+    """Reads the rows of a block of latents from each array.
 
-    def __init__(self, reading: RunData, columns: Columns, index: Index):
-        self.reading, self.columns, self.index = reading, columns, index
+    Args:
+        data: the run's files.
+        columns: the run's columns.
+        index: the run's index of tasks.
+    """
 
-    def piece(self, first: int, last: int) -> dict[str, Any]:
-        """Return the details of latents first to last - 1; token strings are listed once, and named
-        by their place in the list."""
-        strings = Strings(self.reading.token)
-        made: dict[int, dict[str, Any]] = {
-            i: {"values": {}, "gloss": self.reading.gloss(i)} for i in range(first, last)
+    def __init__(self, data: RunData, columns: Columns, index: Index):
+        self.data, self.columns, self.index = data, columns, index
+
+    def resource(self, first: int, last: int) -> dict[str, Any]:
+        """Return the details of latents `first` to `last - 1`.
+
+        Token strings are listed once, and referred to by their place in the list.
+        """
+        strings = Strings(self.data.token)
+        entries: dict[int, dict[str, Any]] = {
+            i: {"values": {}, "gloss": self.data.gloss(i)} for i in range(first, last)
         }
         for column in self.columns.measured:
-            for i, value in enumerate(self.columns.values(column.key)[first:last].tolist(), first):
-                made[i]["values"][column.key] = number(value)
-        if self.reading.stats is not None:
-            self._add_examples(made, self.reading.stats, first, last, strings)
-            self._add_counts(made, self.reading.stats, first, last, strings)
-        for i, entry in made.items():
+            values = self.columns.values(column.key)[first:last].tolist()
+            for i, value in enumerate(values, first):
+                entries[i]["values"][column.key] = number(value)
+        if self.data.stats is not None:
+            self._add_examples(entries, self.data.stats, first, last, strings)
+            self._add_counts(entries, self.data.stats, first, last, strings)
+        for i, entry in entries.items():
             entry |= {
-                "patterns": self._patterns(i),
-                "effect": self._effect(i, strings),
+                "patterns": self._describe_patterns(i),
+                "effect": self._describe_effect(i, strings),
                 "tasks": self.index.tasks_of.get(i, []),
             }
-        return {"strings": strings.listed, "latents": {str(i): entry for i, entry in made.items()}}
+        return {
+            "strings": strings.listed,
+            "latents": {str(i): entry for i, entry in entries.items()},
+        }
 
     # ---- examples
 
     def _add_examples(
         self,
-        made: dict[int, dict[str, Any]],
+        entries: dict[int, dict[str, Any]],
         stats: Arrays,
         first: int,
         last: int,
         strings: Strings,
     ) -> None:
         before, after = self._window
-        for kind in ("top", "band", "random"):
-            if (
-                f"{kind}_context" not in stats.names
-            ):  # text was none, or results are of before there were any
+        for sample in ("top", "band", "random"):
+            # Results with examples = 0, and old ones without bands, lack these arrays.
+            if f"{sample}_context" not in stats.names:
                 continue
             context, position, value, acts = (
-                stats.rows(f"{kind}_{name}", first, last)
+                stats.rows(f"{sample}_{name}", first, last)
                 for name in ("context", "position", "value", "acts")
             )
             if acts.shape[2:] != (before + 1 + after,):
                 raise CorruptError(
-                    f"{stats.file}: '{kind}_acts' has windows of {acts.shape[-1]} tokens, the "
-                    f"result says {before + 1 + after}; "
-                    "run the evaluation again"
+                    f"{stats.file}: '{sample}_acts' has windows of {acts.shape[-1]} tokens, the "
+                    f"result says {before + 1 + after}; run the evaluation again"
                 )
-            for row, entry in enumerate(made.values()):
-                entry[kind] = [
-                    self._example(c, p, a, strings) | {"v": number(v), "place": place}
-                    for place, (c, p, v, a) in enumerate(
-                        zip(
-                            context[row].tolist(),
-                            position[row].tolist(),
-                            value[row].tolist(),
-                            acts[row],
-                        )
-                    )
+            for row, entry in enumerate(entries.values()):
+                columns = (context[row].tolist(), position[row].tolist(), value[row].tolist())
+                entry[sample] = [
+                    self._make_example(c, p, a, strings) | {"v": number(v), "place": place}
+                    for place, (c, p, v, a) in enumerate(zip(*columns, acts[row]))
                     if c >= 0
                 ]
 
     @cached_property
     def _window(self) -> tuple[int, int]:
-        window = (self.reading.source.result("stats") or {}).get("window") or {}
+        window = (self.data.source.result("stats") or {}).get("window") or {}
         return int(window.get("before", 0)), int(window.get("after", 0))
 
     @cached_property
     def _contexts(self) -> np.ndarray:
-        return self.reading.arrays("stats").whole("contexts")
+        return self.data.arrays("stats").tensor("contexts")
 
-    def _example(
+    def _make_example(
         self, context: int, position: int, acts: np.ndarray, strings: Strings
     ) -> dict[str, Any]:
-        """Return tokens t, values a of the latent on them, and at, the number of the one that the
-        example is for."""
+        """Return tokens t, the latent's values a on them, and the place `at` of the chosen one."""
         if context >= len(self._contexts):
             raise CorruptError(
-                f"{self.reading.arrays('stats').file} has no context {context}; "
+                f"{self.data.arrays('stats').file} has no context {context}; "
                 "run the evaluation again"
             )
         before, after = self._window
-        row = self._contexts[context].tolist()
-        places = [
-            p
-            for p in range(max(0, position - before), min(len(row), position + after + 1))
-            if row[p] >= 0
-        ]
+        tokens = self._contexts[context].tolist()
+        window = range(max(0, position - before), min(len(tokens), position + after + 1))
+        places = [p for p in window if tokens[p] >= 0]
         return {
             "at": places.index(position) if position in places else -1,
-            "t": [strings.number(row[p]) for p in places],
+            "t": [strings.number(tokens[p]) for p in places],
             "a": [
                 number(act, 4) or 0 if act else 0
                 for act in acts[[p - position + before for p in places]].tolist()
@@ -125,30 +125,32 @@ class Details:
 
     def _add_counts(
         self,
-        made: dict[int, dict[str, Any]],
+        entries: dict[int, dict[str, Any]],
         stats: Arrays,
         first: int,
         last: int,
         strings: Strings,
     ) -> None:
-        """Add histogram, tokens and companions, which results of before there were any lack."""
-        if self.reading.fires_on is None:
+        """Add histogram, tokens and coactive latents, which old results lack."""
+        if self.data.fires_on is None:
             return
-        bands = (self.reading.source.result("stats") or {}).get("bands") or {}
+        bands = (self.data.source.result("stats") or {}).get("bands") or {}
         histogram, *together = (
             stats.rows(name, first, last).tolist()
             for name in ("histogram", "together_latent", "together_phi", "together_count")
         )
-        for row, (i, entry) in enumerate(made.items()):
-            on = zip(*(column[i].tolist() for column in self.reading.fires_on))
+        for row, (i, entry) in enumerate(entries.items()):
+            tokens = zip(*(column[i].tolist() for column in self.data.fires_on))
             entry |= {
                 "histogram": histogram[row],
                 "bands": bands,
-                "on": [[strings.number(token), number(share)] for token, share in on if token >= 0],
+                "on": [
+                    [strings.number(token), number(share)] for token, share in tokens if token >= 0
+                ],
                 "together": [
-                    [other, number(phi), both, self.reading.gloss(other)]
+                    [other, number(phi), both, self.data.gloss(other)]
                     for other, phi, both in zip(*(column[row] for column in together))
-                    if 0 <= other < self.reading.n
+                    if 0 <= other < self.data.n
                 ],
             }
 
@@ -156,82 +158,77 @@ class Details:
 
     @cached_property
     def _explanations(self) -> findings.Explanations | None:
-        return findings.explanations(self.reading.source)
+        return findings.explanations(self.data.source)
 
-    def _patterns(self, latent: int) -> dict[str, Any] | None:
-        found = self._explanations.of(latent, PATTERNS) if self._explanations else None
-        return (
-            None
-            if found is None or not found.patterns
-            else {
-                "count": found.count,
-                "shown": [
-                    {
-                        "parts": [[part.text, part.sign] for part in each.parts],
-                        "value": number(each.value),
-                        "support": each.support,
-                    }
-                    for each in found.patterns
-                ],
-            }
-        )
+    def _describe_patterns(self, latent: int) -> dict[str, Any] | None:
+        explanation = self._explanations.find(latent, PATTERNS) if self._explanations else None
+        if explanation is None or not explanation.patterns:
+            return None
+        return {
+            "count": explanation.count,
+            "shown": [
+                {
+                    "parts": [[part.text, part.sign] for part in pattern.parts],
+                    "value": number(pattern.value),
+                    "support": pattern.support,
+                }
+                for pattern in explanation.patterns
+            ],
+        }
 
     @cached_property
     def _ablated(self) -> tuple[Arrays | None, dict[int, int]]:
-        """The ablation's arrays, and the row of each latent that has one."""
-        arrays = self.reading.source.arrays("ablation") if self.reading.has("ablation") else None
-        if arrays is None or not {
-            "context_tokens",
-            "position",
-            "value",
-            "kl",
-            "loss_difference",
-        } <= set(arrays.names):
+        """The ablation's arrays, and the row of each ablated latent."""
+        arrays = self.data.source.arrays("ablation") if self.data.has("ablation") else None
+        needed = {"context_tokens", "position", "value", "kl", "loss_difference"}
+        if arrays is None or not needed <= set(arrays.names):
             return None, {}
-        return arrays, {latent: row for row, latent in enumerate(arrays.whole("latent").tolist())}
+        return arrays, {latent: row for row, latent in enumerate(arrays.tensor("latent").tolist())}
 
-    def _effect(self, latent: int, strings: Strings) -> dict[str, Any] | None:
-        """Return what taking a latent out does, token by token from where it is strongest on."""
+    def _describe_effect(self, latent: int, strings: Strings) -> dict[str, Any] | None:
+        """Return what ablating a latent does, token by token from where it is strongest."""
         arrays, rows = self._ablated
         if arrays is None or latent not in rows:
             return None
+        row = rows[latent]
         tokens, kl, loss, position, value = (
-            arrays.row(name, rows[latent]).tolist()
+            arrays.row(name, row).tolist()
             for name in ("context_tokens", "kl", "loss_difference", "position", "value")
         )
-        places = [
-            p
-            for p in range(max(0, position - BEFORE_EFFECT), min(len(tokens), position + len(kl)))
-            if tokens[p] >= 0
-        ]
-        moved = {}
-        for kind in ("up", "down"):
-            steps = zip(
-                *(
-                    arrays.row(f"{kind}_{name}", rows[latent]).tolist()
-                    for name in ("tokens", "values")
-                )
-            )
-            moved[kind] = [
-                [
-                    [strings.number(token), number(change)]
-                    for token, change in zip(*step)
-                    if token >= 0 and change
-                ]
-                for step in steps
-            ]
+        window = range(max(0, position - BEFORE_EFFECT), min(len(tokens), position + len(kl)))
+        places = [p for p in window if tokens[p] >= 0]
         return {
             "value": number(value),
             "at": places.index(position) if position in places else -1,
             "t": [strings.number(tokens[p]) for p in places],
-            "kl": [number(each) for each in kl],
-            "loss": [number(each) for each in loss],
-            **moved,
+            "kl": [number(step) for step in kl],
+            "loss": [number(step) for step in loss],
+            "up": _moved_tokens(arrays, "up", row, strings),
+            "down": _moved_tokens(arrays, "down", row, strings),
         }
 
 
+def _moved_tokens(
+    arrays: Arrays, direction: str, row: int, strings: Strings
+) -> list[list[list[Any]]]:
+    """Return [token, change of its logit] of the tokens moved most, for each prediction."""
+    steps = zip(*(arrays.row(f"{direction}_{name}", row).tolist() for name in ("tokens", "values")))
+    return [
+        [
+            [strings.number(token), number(change)]
+            for token, change in zip(*step)
+            if token >= 0 and change
+        ]
+        for step in steps
+    ]
+
+
 class Strings:
-    """Strings of tokens, each listed once."""
+    """The strings of tokens, each listed once.
+
+    Args:
+        token: return a token's string by its id.
+    """
 
     def __init__(self, token: Callable[[int], str]):
         self.listed: list[str] = []
@@ -239,6 +236,7 @@ class Strings:
         self._numbers: dict[int, int] = {}
 
     def number(self, token: int) -> int:
+        """Return a token's place in the list, and add its string if it is new."""
         if token not in self._numbers:
             self._numbers[token] = len(self.listed)
             self.listed.append(self._token(token))

@@ -1,5 +1,7 @@
-"""What needs the LM: a text's latents, and what becomes of a text when a latent is held at a value,
-by `ksparse.steering`: all that the autoencoder does not explain stays as it was."""
+"""What needs the LM: a text's latents, and how a text continues with a latent held at a value.
+
+Latents are held by `ksparse.steering`, so the autoencoder's error stays in the activation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ksparse.errors import InputError, NonFiniteError, OutOfMemoryError
 from ksparse.report.tokens import safe_token
 from ksparse.storage.run_folder import RunFolder
-from ksparse.viewer.run_data import number, written
+from ksparse.viewer.run_data import number, quote_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,19 +23,23 @@ if TYPE_CHECKING:
     from ksparse.sae.model import SAE, Code
     from ksparse.steering import Change, Comparison
 
-CHARACTERS, TOKENS = 20_000, 512
+MOST_CHARACTERS, MOST_TOKENS = 20_000, 512
 """Characters and tokens of a text at most."""
-FLOAT32 = 2.0**127
-"""The largest value that a latent is held at."""
-CONTINUED, LISTED = 24, 12
-"""Tokens that a text is continued by; predictions listed."""
+MOST_VALUE = 2.0**127
+"""The largest value that a latent can be held at: float32 has room above it."""
+CONTINUED = 24
+"""Tokens that a text is continued by."""
+PREDICTIONS = 12
+"""Likeliest tokens listed of each distribution."""
 
 
 class Live:
-    """The LM and the autoencoder of a run, loaded when first asked, one request at a time.
+    """The LM and the autoencoder of a run, loaded on the first request; one request at a time.
 
-    trust_remote_code: whether code that comes with the LM may run. Whoever opens the run says so,
-        never the run's own files.
+    Args:
+        run: the run folder.
+        trust_remote_code: let code that comes with the LM run. Whoever opens the run decides,
+            never the run's own files.
     """
 
     def __init__(self, run: RunFolder, *, trust_remote_code: bool = False):
@@ -51,119 +57,133 @@ class Live:
         return sae, LM(acts=recipe.acts, device=device, trust_remote_code=self.trust_remote_code)
 
     def activations(self, text: str) -> dict[str, Any]:
-        """Return the text's tokens, and of each the latents active there, [latent, value], the
-        largest first."""
+        """Return a text's tokens and, for each, [latent, value] of its active latents by value.
+
+        Raises:
+            InputError: the text is empty or too long.
+            NonFiniteError: the LM or the autoencoder gives NaN or infinity.
+        """
         import torch
 
-        with self._lock, room_explained(), torch.inference_mode():
+        with self._lock, translate_memory_errors(), torch.inference_mode():
             _, lm = self._loaded
-            text, tokens, shown = self._read(lm, text)
-            values, indices = self._code(tokens, len(shown))
+            text, tokens, strings = self._tokenize(lm, text)
+            values, indices = self._encode(tokens, len(strings))
             if not bool(values.isfinite().all()):
                 raise NonFiniteError("the LM or the autoencoder gives NaN or infinity on this text")
-            found = [
-                [[i, rounded(v)] for v, i in zip(value, index) if v > 0]
-                for value, index in zip(values.tolist(), indices.tolist())
+            latents = [
+                [[i, round_for_json(v)] for v, i in zip(row, row_indices) if v > 0]
+                for row, row_indices in zip(values.tolist(), indices.tolist())
             ]
-            return {"tokens": shown, "latents": found}
+            return {"tokens": strings, "latents": latents}
 
     def change(self, text: str, latent: Any, value: Any, at: Any = None) -> dict[str, Any]:
-        """Return what the LM predicts after a text, and how it goes on, as it is and with a latent
-        held at a value.
+        """Return predictions and continuations of a text, plain and with a latent held at a value.
 
-        at: the number of the token at which it is held; at all of them, also those that are
-        written, if None.
+        The arguments come from a request and may be of any type.
+
+        Args:
+            text: the text.
+            latent: the latent's number.
+            value: the value that it is held at.
+            at: the token at which it is held; None holds it at all tokens, generated ones too.
+
+        Raises:
+            InputError: an argument is not valid, or the text is empty or too long.
+            NonFiniteError: the LM predicts NaN.
         """
         from ksparse import steering
 
-        with self._lock, room_explained():
+        with self._lock, translate_memory_errors():
             sae, lm = self._loaded
-            text, tokens, shown = self._read(lm, text)
+            text, tokens, strings = self._tokenize(lm, text)
             if not isinstance(latent, int) or isinstance(latent, bool):
-                raise InputError(f"a latent is named by its number, not by {written(latent)}")
+                raise InputError(f"a latent is named by its number, not by {quote_value(latent)}")
             steering.check_latents(sae, [latent])
-            value = finite(value)
+            value = check_value(value)
             if at is not None and (
-                not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(shown)
+                not isinstance(at, int) or isinstance(at, bool) or not 0 <= at < len(strings)
             ):
-                raise InputError(f"token {written(at)} is not one of 0 to {len(shown) - 1}")
+                raise InputError(f"token {quote_value(at)} is not one of 0 to {len(strings) - 1}")
             change = steering.clamped({latent: value})
             if at is not None:
-                change = once_at(
-                    change, tokens.shape[1] - len(shown) + at
-                )  # BOS is none of the text's tokens
+                # BOS comes before the text's own tokens.
+                change = change_once_at(change, tokens.shape[1] - len(strings) + at)
             before = steering.continue_text(lm, text, tokens=CONTINUED)
             with steering.attach(lm.model, sae, lm.options.site, change=change):
-                found = steering.Comparison(
-                    before, steering.continue_text(lm, text, tokens=CONTINUED)
-                )
+                after = steering.continue_text(lm, text, tokens=CONTINUED)
+            comparison = steering.Comparison(before, after)
             if bool(before.log_probs.isnan().any()):
                 raise NonFiniteError("the LM predicts NaN after this text")
-            if bool(found.after.log_probs.isnan().any()):
+            if bool(after.log_probs.isnan().any()):
                 raise NonFiniteError(
                     f"with latent {latent} held at {value:g} the LM predicts NaN; "
                     "hold it nearer to the values that it has on text"
                 )
-            plain, changed = (self._strings(lm, each.tokens) for each in found)
+            plain, changed = (self._token_strings(lm, side.tokens) for side in comparison)
             return {
-                "tokens": shown,
-                "kl": number(found.kl),
+                "tokens": strings,
+                "kl": number(comparison.kl),
                 "plain": plain,
                 "changed": changed,
-                "predictions": self._predictions(lm, found),
+                "predictions": self._list_predictions(lm, comparison),
             }
 
-    def _code(self, tokens: Tensor, last: int) -> Code:
-        """Return the codes [t, k] of the last so many tokens."""
+    def _encode(self, tokens: Tensor, last: int) -> Code:
+        """Return the codes [last, k] of the last tokens."""
         import torch
 
         sae, lm = self._loaded
         return sae.encode(lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[0, -last:])
 
-    def _read(self, lm: LM, text: str) -> tuple[str, Tensor, list[str]]:
+    def _tokenize(self, lm: LM, text: str) -> tuple[str, Tensor, list[str]]:
         """Return the text as it is read, ids [1, t] with BOS as in training, and safe tokens."""
         if not text:
             raise InputError("there is no text to read")
-        if len(text) > CHARACTERS:
+        if len(text) > MOST_CHARACTERS:
             raise InputError(
-                f"the text has {len(text):,} characters; at most {CHARACTERS:,} are read here"
+                f"the text has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read here"
             )
-        text = text.encode("utf-8", "replace").decode()  # half a character from a browser is none
-        tokens, most = lm.tokenize(text), min(TOKENS, (lm.context or TOKENS) - CONTINUED)
+        text = text.encode("utf-8", "replace").decode()  # browsers may send lone surrogates
+        tokens = lm.tokenize(text)
+        most = min(MOST_TOKENS, (lm.context or MOST_TOKENS) - CONTINUED)
         if tokens.shape[1] > most:
             raise InputError(
                 f"the text has {tokens.shape[1]:,} tokens; at most {most:,} are read here"
             )
         return text, tokens, [safe_token(token) for token in lm.tokens(text)]
 
-    def _strings(self, lm: LM, tokens: list[int]) -> list[str]:
+    def _token_strings(self, lm: LM, tokens: list[int]) -> list[str]:
         from ksparse.lm.tokens import token_strings
 
         return [safe_token(token) for token in token_strings(lm.tokenizer, tokens)]
 
-    def _predictions(self, lm: LM, found: Comparison) -> list[dict[str, Any]]:
-        """Return the likeliest tokens of either distribution with both probabilities."""
-        before, after = (each.log_probs.exp() for each in found)
-        chosen = list(
+    def _list_predictions(self, lm: LM, comparison: Comparison) -> list[dict[str, Any]]:
+        """Return the likeliest tokens of either distribution, with both probabilities."""
+        before, after = (side.log_probs.exp() for side in comparison)
+        tokens = list(
             dict.fromkeys(
-                i
-                for each in (before, after)
-                for i in each.topk(min(LISTED, len(each))).indices.tolist()
+                token
+                for probs in (before, after)
+                for token in probs.topk(min(PREDICTIONS, len(probs))).indices.tolist()
             )
         )
-        chosen.sort(key=lambda token: -max(float(before[token]), float(after[token])))
+        tokens.sort(key=lambda token: -max(float(before[token]), float(after[token])))
         return [
-            {"token": string, "plain": rounded(before[token]), "changed": rounded(after[token])}
-            for token, string in zip(chosen, self._strings(lm, chosen))
+            {
+                "token": string,
+                "plain": round_for_json(before[token]),
+                "changed": round_for_json(after[token]),
+            }
+            for token, string in zip(tokens, self._token_strings(lm, tokens))
         ]
 
 
-def once_at(change: Change, position: int) -> Change:
-    """Return the change at one position of the first forward pass alone, which has the whole
-    prompt."""
+def change_once_at(change: Change, position: int) -> Change:
+    """Return a change at one position of the first forward pass only, which reads the prompt."""
     passes = 0
 
-    def there(code: Code) -> Code:
+    def change_at_position(code: Code) -> Code:
         nonlocal passes
         passes += 1
         added, keep = change(code), code.values.new_zeros(code.values.shape[-2], 1)
@@ -171,30 +191,32 @@ def once_at(change: Change, position: int) -> Change:
             keep[position] = 1
         return added._replace(values=added.values * keep)
 
-    return there
+    return change_at_position
 
 
-def finite(value: Any) -> float:
-    """Return the value that a latent is to be held at, one that the autoencoder's float32 has."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= FLOAT32:
+def check_value(value: Any) -> float:
+    """Return a value that a latent can be held at; raise InputError if float32 has no room."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MOST_VALUE:
         raise InputError(
-            f"a latent is held at a number, not at {written(value)}; "
-            f"at most {FLOAT32:.1e} either way"
+            f"a latent is held at a number, not at {quote_value(value)}; "
+            f"at most {MOST_VALUE:.1e} either way"
         )
     return float(value)
 
 
 @contextmanager
-def room_explained() -> Iterator[None]:
-    """Turn what torch says of too little memory into an error of ours."""
+def translate_memory_errors() -> Iterator[None]:
+    """Raise torch's out-of-memory errors as OutOfMemoryError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of the latter
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        why = (str(error) or "MemoryError").splitlines()[0]
-        raise OutOfMemoryError(f"out of memory: {why} Take a shorter text") from error
+        message = (str(error) or "MemoryError").splitlines()[0]
+        raise OutOfMemoryError(f"out of memory: {message} Take a shorter text") from error
 
 
-def rounded(value: Any) -> float:
+def round_for_json(value: Any) -> float:
+    """Return a number with five significant digits."""
     return float(f"{float(value):.5g}")

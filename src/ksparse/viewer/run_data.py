@@ -1,4 +1,4 @@
-"""What all pieces need of a run: its results, its tokens as text, a few words on each latent."""
+"""What all resources need of a run: its results, its tokens as text, a gloss of each latent."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from ksparse.storage import atomic
 from ksparse.storage.run_folder import RunFolder
 
 GLOSS_TOKENS = 3
-"""Tokens in a gloss."""
-_LEAST_SHARE = 0.02  # of a latent's activations, for a token to be in its gloss
+"""Tokens in a gloss at most."""
+GLOSS_SHARE = 0.02
+"""Smallest share of a latent's activations at which a token is in its gloss."""
 
 
 class RunData:
-    """A run's files, read when they are first needed."""
+    """A run's files, each read when it is first needed.
+
+    Args:
+        run: the run folder.
+    """
 
     def __init__(self, run: RunFolder):
+        # No file of the results may be a link that leads out of the run.
         for path in sorted(atomic.inside(run.path, "evals").glob("*")):
             atomic.inside(run.path, "evals", path.name)
         self.source = RunSource(run)
@@ -30,14 +36,13 @@ class RunData:
         self._tokens: dict[int, str] = {}
 
     def has(self, name: str) -> bool:
-        """Tell whether an evaluation has been run and left its arrays; what needs none always
-        is."""
+        """Return whether an evaluation has a result and arrays; "" stands for no evaluation."""
         return not name or (
             self.source.result(name) is not None and self.source.arrays(name) is not None
         )
 
     def arrays(self, name: str) -> Arrays:
-        """Return the arrays of an evaluation that `has` says is there."""
+        """Return the arrays of an evaluation; raise CorruptError if there are none."""
         arrays = self.source.arrays(name)
         if arrays is None:
             raise CorruptError(
@@ -47,41 +52,49 @@ class RunData:
 
     @cached_property
     def stats(self) -> Arrays | None:
+        """The arrays of `stats`."""
         return self.source.arrays("stats") if self.has("stats") else None
 
     @cached_property
+    def text(self) -> str | None:
+        """The text that `stats` is of, in a few words: "held-out text"; None without `stats`."""
+        return self.source.describe_text_briefly("stats") if self.has("stats") else None
+
+    @cached_property
     def fires_on(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The tokens that each latent fires on most, and its share of activations on each; None in
-        results of before there were any."""
+        """Tokens that each latent fires on most, and its share of activations on each, [n, tokens].
+
+        None in results that were written before they were recorded.
+        """
         if self.stats is None or "on_token" not in self.stats.names:
             return None
-        return self.stats.whole("on_token"), self.stats.whole("on_share")
+        return self.stats.tensor("on_token"), self.stats.tensor("on_share")
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
         if self.fires_on is None:
             return []
-        listed = zip(*(column[latent].tolist() for column in self.fires_on))
+        pairs = zip(*(column[latent].tolist() for column in self.fires_on))
         return [
             [self.token(token), number(share, 3)]
-            for token, share in listed
-            if token >= 0 and share >= _LEAST_SHARE
+            for token, share in pairs
+            if token >= 0 and share >= GLOSS_SHARE
         ][:GLOSS_TOKENS]
 
-    def token(self, which: int) -> str:
+    def token(self, token_id: int) -> str:
         """Return a token by its id, made safe to look at."""
-        if which not in self._tokens:
-            self._tokens[which] = token_of(self.source.vocabulary, which)
-        return self._tokens[which]
+        if token_id not in self._tokens:
+            self._tokens[token_id] = token_of(self.source.vocabulary, token_id)
+        return self._tokens[token_id]
 
 
 def number(value: Any, digits: int = 5) -> float | None:
-    """Return a number for JSON, rounded; None for one that is missing or not finite."""
+    """Return a number for JSON with so many significant digits; None if missing or not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{float(value):.{digits}g}")
 
 
-def written(value: Any) -> str:
-    """Return what a request gave in place of a number, for an error; lists and tables by name."""
+def quote_value(value: Any) -> str:
+    """Return a value of a request for an error message; lists and tables only by their type."""
     return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else repr(value)

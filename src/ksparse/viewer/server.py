@@ -1,11 +1,15 @@
 """The pages over HTTP, for the browser of one person on this machine.
 
-Only 127.0.0.1 listens. A request must name this machine in Host (or another site's name could be
-pointed here), and come from our own pages if it comes from a page at all (or any site that is open
-in the browser could read a run, and write labels). Whatever says something of the run wants the
-token of this start, or other users of the machine could ask: it comes in the address that is
-opened, and the page sends it with each request. A cookie would go to all ports of the machine. What
-is answered is looked up in tables; no path is ever joined to a folder.
+What keeps others out:
+
+- The server listens on 127.0.0.1 only.
+- A request must name this machine in Host, since DNS can point a foreign name here.
+- A request from a page must come from the server's own pages, since any site that is open in the
+  browser could otherwise read the run and write labels.
+- Everything about the run needs the token of this start, since other users of the machine could
+  otherwise ask. The token is in the address that is opened, and the page sends it with each
+  request. A cookie would be sent to every port of the machine.
+- Names are looked up in tables; no path of a request is joined to a folder.
 """
 
 from __future__ import annotations
@@ -52,17 +56,18 @@ except ImportError as error:
     ) from None
 
 Table = dict[str, Any]
-Answer = Callable[[Table], Table]
-ADDRESS, HOSTS = (
-    "127.0.0.1",
-    re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII),
-)
-LARGEST = 1_000_000
-"""Bytes of a request."""
-PATIENCE, ENDING = 30.0, 3
-"""Seconds for a request to arrive or an answer to be taken; seconds to end when asked to."""
-WAITING = 4
-"""Requests that wait for the LM, at most, besides the one that it answers."""
+Handler = Callable[[Table], Table]
+ADDRESS = "127.0.0.1"
+HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
+"""The values of Host that are answered."""
+MOST_BYTES = 1_000_000
+"""Bytes of a request at most."""
+PATIENCE = 30.0
+"""Seconds for a request to arrive, or for a response to be taken."""
+SHUTDOWN = 3
+"""Seconds for open requests to end at a shutdown."""
+MOST_WAITING = 4
+"""Requests that wait for the LM at most, besides the one that it answers."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
     "data:; "
@@ -82,8 +87,7 @@ HEADERS = {
 
 
 def listen(port: int) -> socket.socket:
-    """Return a socket that listens on this machine alone; raise InputError where the port is
-    taken."""
+    """Return a socket that listens on this machine only; raise InputError if the port is taken."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -91,13 +95,10 @@ def listen(port: int) -> socket.socket:
         listener.listen()
     except (OSError, OverflowError) as error:
         listener.close()
-        why = (
-            "is in use"
-            if getattr(error, "errno", None) == errno.EADDRINUSE
-            else f"cannot be had ({error})"
-        )
+        in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        problem = "is in use" if in_use else f"cannot be opened ({error})"
         raise InputError(
-            f"port {port} {why}; give another with --port, or 0 for any that is free"
+            f"port {port} {problem}; give another with --port, or 0 for any that is free"
         ) from None
     return listener
 
@@ -105,19 +106,18 @@ def listen(port: int) -> socket.socket:
 def serve(
     run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
 ) -> None:
-    """Answer those who have the token until SIGINT or SIGTERM, then raise Interrupted."""
-    made = server(run, token, trust_remote_code=trust_remote_code)
-    made.run(sockets=[listener])
-    if made.ended_by:
-        raise Interrupted("stopped", made.ended_by)
+    """Answer requests until SIGINT or SIGTERM, then raise Interrupted."""
+    http = server(run, token, trust_remote_code=trust_remote_code)
+    http.run(sockets=[listener])
+    if http.ended_by:
+        raise Interrupted("stopped", http.ended_by)
 
 
 def server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
     """Return the server of a run."""
-    answers = app(run, token, trust_remote_code=trust_remote_code)
     return Server(
         uvicorn.Config(
-            answers,
+            app(run, token, trust_remote_code=trust_remote_code),
             http=Connection,
             ws="none",
             lifespan="off",
@@ -125,20 +125,20 @@ def server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Se
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=ENDING,
+            timeout_graceful_shutdown=SHUTDOWN,
         )
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which ends at once and without a word when asked to."""
+    """uvicorn's server; a signal ends it at once and without a message."""
 
     ended_by = 0
-    """The signal that ended it."""
+    """The signal that ended it; 0 while it runs."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """End at SIGINT and SIGTERM; one that is ignored, as in a background job, stays ignored."""
+        """End at SIGINT and SIGTERM, unless they are ignored, as in a background job."""
         before = {}
         if threading.current_thread() is threading.main_thread():
             signums = (signal.SIGINT, signal.SIGTERM)
@@ -154,28 +154,32 @@ class Server(uvicorn.Server):
                 signal.signal(signum, handler)
 
     def _end(self, signum: int, frame: Any) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off is no error
+        # Requests that are cut off are no errors.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit, self.should_exit, self.ended_by = self.should_exit, True, signum
 
 
 class Connection(H11Protocol):
-    """A connection that is closed where a request does not arrive or an answer is not taken."""
+    """A connection that closes if a request does not arrive or a response is not taken."""
 
     def connection_made(self, transport: Any) -> None:
+        """Start the time limit."""
         super().connection_made(transport)
-        self._limit = self.loop.call_later(PATIENCE, self._late)
+        self._limit = self.loop.call_later(PATIENCE, self._end_late)
 
     def on_response_complete(self) -> None:
+        """Start the time limit of the next request."""
         self._limit.cancel()
-        self._limit = self.loop.call_later(PATIENCE, self._late)
+        self._limit = self.loop.call_later(PATIENCE, self._end_late)
         super().on_response_complete()
 
     def connection_lost(self, error: Exception | None) -> None:
+        """End the time limit."""
         self._limit.cancel()
         super().connection_lost(error)
 
     def send_400_response(self, message: str) -> None:
-        """Say what is no HTTP, unless an answer is under way already; nobody else answers then."""
+        """Answer invalid HTTP, unless a response has begun: then only close the connection."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -184,19 +188,19 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
 
-    def _late(self) -> None:
+    def _end_late(self) -> None:
         cycle = self.cycle
         answering = cycle is not None and not cycle.response_complete and not cycle.more_body
         if answering and not self.flow.write_paused:
-            self._limit = self.loop.call_later(PATIENCE, self._late)
+            self._limit = self.loop.call_later(PATIENCE, self._end_late)
         else:
             self.transport.abort()
 
 
 def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
-    """Return what answers requests, behind the guard."""
-    pieces, labels = Fresh(run), Labels(run, run.recipe().sae.n_latents)
-    live, turns = Live(run, trust_remote_code=trust_remote_code), Turns()
+    """Return the ASGI application of a run, behind the guard."""
+    resources, labels = FreshResources(run), Labels(run, run.recipe().sae.n_latents)
+    live, queue_for_lm = Live(run, trust_remote_code=trust_remote_code), LMQueue()
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
@@ -206,150 +210,162 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
                 media_type="text/html; charset=utf-8",
                 headers={"Content-Security-Policy": REPORT_POLICY},
             )
-        kind = static_site.ASSETS.get(name)
-        return (
-            Response(
-                static_site.asset(name).replace(b'<html lang="en">', b'<html lang="en" data-live>'),
-                media_type=kind,
-            )
-            if kind
-            else _nothing(request)
-        )
+        media_type = static_site.ASSETS.get(name)
+        if media_type is None:
+            return _not_found(request)
+        content = static_site.asset(name)
+        content = content.replace(b'<html lang="en">', b'<html lang="en" data-live>')
+        return Response(content, media_type=media_type)
 
     def data(request: Request) -> Response:
         name = request.path_params["name"]
-        found = {"latents": labels.all()} if name == "labels" else pieces.now().get(name)
-        if found is None:
-            return _nothing(request)
-        return _json(found | {"live": True} if name == "overview" else found)
+        if name == "labels":
+            return _json({"latents": labels.all()})
+        resource = resources.current().get(name)
+        if resource is None:
+            return _not_found(request)
+        return _json(resource | {"live": True} if name == "overview" else resource)
 
-    def label(asked: dict[str, Any]) -> dict[str, Any]:
-        return labels.set(asked.get("latent"), asked.get("label", ""), asked.get("star", False))
+    def label(body: Table) -> Table:
+        return labels.set(body.get("latent"), body.get("label", ""), body.get("star", False))
 
-    def activations(asked: dict[str, Any]) -> dict[str, Any]:
-        return live.activations(_text(asked))
+    def activations(body: Table) -> Table:
+        return live.activations(_text(body))
 
-    def change(asked: dict[str, Any]) -> dict[str, Any]:
-        return live.change(_text(asked), asked.get("latent"), asked.get("value"), asked.get("at"))
+    def change(body: Table) -> Table:
+        return live.change(_text(body), body.get("latent"), body.get("value"), body.get("at"))
 
     return Guard(
         Starlette(
             routes=[
                 Route("/", page),
                 Route("/data/{name:path}.json", data),
-                _api("label", label, run_in_threadpool),
-                _api("activations", activations, turns),
-                _api("change", change, turns),
+                _api_route("label", label, run_in_threadpool),
+                _api_route("activations", activations, queue_for_lm),
+                _api_route("change", change, queue_for_lm),
                 Route("/{name}", page),
             ],
             exception_handlers={
-                KsparseError: _refused,
-                OSError: _refused,
-                ClientDisconnect: _refused,
+                KsparseError: _error,
+                OSError: _error,
+                ClientDisconnect: _error,
                 Busy: _busy,
-                404: lambda request, error: _nothing(request),
+                404: lambda request, error: _not_found(request),
             },
         ),
         token,
     )
 
 
-class Fresh:
-    """The pieces of a run as it is: results that are written while pages are open belong
-    together."""
+class FreshResources:
+    """The resources of a run, read again when a result or a checkpoint changes.
+
+    Args:
+        run: the run folder.
+    """
 
     def __init__(self, run: RunFolder):
         self.run, self._lock = run, threading.Lock()
-        self._made: tuple[list[tuple[str, int]], Resources] | None = None
+        self._cached: tuple[list[tuple[str, int]], Resources] | None = None
 
-    def now(self) -> Resources:
-        """Return the pieces, made anew if a result or a checkpoint is another than before."""
-        found = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
-        stamp = [(file.name, file.stat().st_mtime_ns) for file in found if file.exists()]
+    def current(self) -> Resources:
+        """Return the resources of the files as they are now."""
+        files = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
+        stamp = [(file.name, file.stat().st_mtime_ns) for file in files if file.exists()]
         with self._lock:
-            if self._made is None or stamp != self._made[0]:
-                self._made = stamp, Resources(self.run, block=1)
-            return self._made[1]
+            if self._cached is None or stamp != self._cached[0]:
+                self._cached = stamp, Resources(self.run, block=1)
+            return self._cached[1]
 
 
 class Busy(Exception):
     """Too many requests wait for the LM."""
 
 
-class Turns:
-    """One thread for all that needs the LM, and a short queue, so that pages keep their threads.
+class LMQueue:
+    """One thread for everything that needs the LM, and a short queue; pages keep their threads.
 
-    The end of the process does not wait for it.
+    The thread is a daemon, so the end of the process does not wait for it.
     """
 
     def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future, Answer, Table]]
-        self._asked = queue.SimpleQueue()
-        self._thread, self._here = threading.Thread(target=self._work, daemon=True), 0
+        self._requests: queue.SimpleQueue[tuple[concurrent.futures.Future, Handler, Table]]
+        self._requests = queue.SimpleQueue()
+        self._thread, self._count = threading.Thread(target=self._work, daemon=True), 0
 
-    async def __call__(self, answer: Answer, asked: Table) -> Table:
-        if self._here > WAITING:
+    async def __call__(self, handle: Handler, body: Table) -> Table:
+        if self._count > MOST_WAITING:
             raise Busy
         if self._thread.ident is None:
             self._thread.start()
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._asked.put((future, answer, asked))
-        self._here += 1
+        self._requests.put((future, handle, body))
+        self._count += 1
         try:
             return await asyncio.wrap_future(future)
         finally:
-            self._here -= 1
+            self._count -= 1
 
     def _work(self) -> None:
         while True:
-            future, answer, asked = self._asked.get()
+            future, handle, body = self._requests.get()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(answer(asked))
-            except Exception as error:  # which the request's own task raises
+                future.set_result(handle(body))
+            except Exception as error:  # the request's own task raises it
                 future.set_exception(error)
 
 
-def _api(name: str, answer: Answer, run: Callable[[Answer, Table], Awaitable[Table]]) -> Route:
-    """Return a route that takes a JSON table and answers with one, worked out by `run`."""
+def _api_route(
+    name: str, handle: Handler, run: Callable[[Handler, Table], Awaitable[Table]]
+) -> Route:
+    """Return a route that takes a JSON table and answers with one.
+
+    Args:
+        name: the last part of the path.
+        handle: compute the answer.
+        run: call `handle` on a thread and await it.
+    """
 
     async def respond(request: Request) -> Response:
         content_type = request.headers.get("content-type", "").partition(";")[0]
         if content_type.strip().lower() != "application/json":
-            return PlainTextResponse("a request's body is JSON, and says so", 415)
+            return PlainTextResponse(
+                "a request's body must be JSON, and its type application/json", 415
+            )
         body = b""
         async for part in request.stream():
             body += part
-            if len(body) > LARGEST:
-                return PlainTextResponse(f"a request has at most {LARGEST:,} bytes", 413)
+            if len(body) > MOST_BYTES:
+                return PlainTextResponse(f"a request has at most {MOST_BYTES:,} bytes", 413)
         try:
-            asked = json.loads(body)
+            table = json.loads(body)
         except (ValueError, RecursionError):
-            asked = None
-        if not isinstance(asked, dict):
-            return PlainTextResponse("a request's body is a JSON table", 400)
-        answering = asyncio.ensure_future(run(answer, asked))
-        left = asyncio.ensure_future(_left(request))
+            table = None
+        if not isinstance(table, dict):
+            return PlainTextResponse("a request's body must be a JSON table", 400)
+        answer = asyncio.ensure_future(run(handle, table))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
-            await asyncio.wait((answering, left), return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
+            await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
                 raise ClientDisconnect
-            return _json(answering.result())
+            return _json(answer.result())
         finally:
-            answering.cancel(), left.cancel()
+            answer.cancel()
+            disconnect.cancel()
 
     return Route(f"/api/{name}", respond, methods=["POST"])
 
 
-async def _left(request: Request) -> None:
-    """Wait until whoever asked is gone."""
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _json(value: Any, status: int = 200) -> Response:
-    """Answer with JSON of ASCII alone: half a character, which a label may hold, has no UTF-8."""
+    """Return a response of ASCII JSON, since lone surrogates, as in labels, have no UTF-8."""
     return Response(
         json.dumps(value, allow_nan=False, separators=(",", ":")),
         status,
@@ -357,31 +373,37 @@ def _json(value: Any, status: int = 200) -> Response:
     )
 
 
-def _text(asked: dict[str, Any]) -> str:
-    if not isinstance(text := asked.get("text"), str):
+def _text(body: Table) -> str:
+    if not isinstance(text := body.get("text"), str):
         raise InputError("the text to read is missing")
     return text
 
 
-def _nothing(request: Request) -> Response:
+def _not_found(request: Request) -> Response:
     return PlainTextResponse("there is nothing here", 404)
 
 
-def _refused(request: Request, error: Exception) -> Response:
-    """Answer what ksparse refuses with its own words, which may quote what is hostile, or
-    endless."""
-    asked = isinstance(error, (InputError, NonFiniteError, ClientDisconnect))
-    return _json({"error": safe_text(str(error))}, 400 if asked else 507)  # else there is no room
+def _error(request: Request, error: Exception) -> Response:
+    """Return an error's message, made safe, since it may quote hostile or endless text."""
+    is_clients = isinstance(error, (InputError, NonFiniteError, ClientDisconnect))
+    # All other errors mean too little disk or memory.
+    return _json({"error": safe_text(str(error))}, 400 if is_clients else 507)
 
 
 def _busy(request: Request, error: Exception) -> Response:
     return PlainTextResponse(
-        f"the LM is at work, and {WAITING} requests wait for it already; ask again in a moment", 429
+        f"the LM is busy, and {MOST_WAITING} requests wait for it already; try again in a moment",
+        429,
     )
 
 
 class Guard:
-    """Refuses requests that are not from our own pages, and says to browsers what pages may do."""
+    """Middleware that refuses foreign requests, and tells browsers what pages may do.
+
+    Args:
+        inner: the application.
+        token: the secret that requests about the run must carry.
+    """
 
     def __init__(self, inner: Any, token: str):
         self.inner, self.token = inner, token.encode()
@@ -393,53 +415,55 @@ class Guard:
             name.decode("latin-1").lower(): value.decode("latin-1")
             for name, value in scope["headers"]
         }
-        why = refusal(scope["method"], headers)
-        of_the_run = scope["path"].removeprefix("/") not in {"", *static_site.ASSETS}
-        if not why and of_the_run and not self._knows(scope, headers):
-            why = (
-                "open the address that `ksparse view` printed when it began: it ends in a "
-                "token, without which nothing of the run is shown"
+        reason = reason_to_refuse(scope["method"], headers)
+        about_the_run = scope["path"].removeprefix("/") not in {"", *static_site.ASSETS}
+        if not reason and about_the_run and not self._has_token(scope, headers):
+            reason = (
+                "open the address that `ksparse view` printed when it started: it ends in a "
+                "token, without which nothing about the run is shown"
             )
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {name.lower() for name, _ in message["headers"]}
-                more = HEADERS | {"Content-Security-Policy": POLICY}
+                names = {name.lower() for name, _ in message["headers"]}
+                defaults = HEADERS | {"Content-Security-Policy": POLICY}
                 message["headers"] = [
                     *message["headers"],
                     *(
                         (name.lower().encode(), value.encode())
-                        for name, value in more.items()
-                        if name.lower().encode() not in own
+                        for name, value in defaults.items()
+                        if name.lower().encode() not in names
                     ),
                 ]
             await send(message)
 
-        await (PlainTextResponse(why, 403) if why else self.inner)(scope, receive, with_headers)
+        await (PlainTextResponse(reason, 403) if reason else self.inner)(
+            scope, receive, with_headers
+        )
 
-    def _knows(self, scope: Scope, headers: dict[str, str]) -> bool:
-        """Tell whether a request has the token, in a header or in the address."""
-        asked = parse_qs(scope["query_string"].decode("latin-1"))
-        given = [headers.get("authorization", "").removeprefix("Bearer "), *asked.get("token", ())]
+    def _has_token(self, scope: Scope, headers: dict[str, str]) -> bool:
+        """Return whether a request has the token, in a header or in the address."""
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        header = headers.get("authorization", "").removeprefix("Bearer ")
         return any(
-            secrets.compare_digest(word.encode("utf-8", "replace"), self.token) for word in given
+            secrets.compare_digest(token.encode("utf-8", "replace"), self.token)
+            for token in (header, *query.get("token", ()))
         )
 
 
-def refusal(method: str, headers: dict[str, str]) -> str:
-    """Return why a request is refused; '' if it is not."""
+def reason_to_refuse(method: str, headers: dict[str, str]) -> str:
+    """Return why a request is refused; "" if it is not."""
     host = headers.get("host", "")
     if not HOSTS.fullmatch(host):
-        return "this server answers as 127.0.0.1 or localhost alone"
+        return "this server answers only as 127.0.0.1 or localhost"
     if "origin" in headers and headers["origin"] != f"http://{host}":
-        return "this server answers its own pages alone"
-    opened = (
+        return "this server answers only its own pages"
+    is_navigation = (
         method == "GET"
         and headers.get("sec-fetch-mode") == "navigate"
         and headers.get("sec-fetch-dest") == "document"
     )
-    if (
-        headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opened
-    ):  # but a link may lead here
-        return "this server answers its own pages alone"
+    # A link from another site may lead here, but its pages may not load anything.
+    if headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not is_navigation:
+        return "this server answers only its own pages"
     return ""

@@ -1,15 +1,18 @@
-"""Pieces -> a folder of static pages, for a web host or for opening from the disk.
+"""Resources -> a folder of static pages, for a web host or to open from the disk.
 
-    index.html, report.html        what people open
-    ksparse-SUM/                   all that the page loads, under a name that its contents give it
-    ksparse-site.json              the mark: the files that ksparse wrote, the only ones it touches
+index.html, report.html    the pages that people open
+ksparse-SUM/               everything that index.html loads; SUM is a checksum of the content
+ksparse-site.json          the marker: it lists the files that ksparse wrote, and only these are
+                           ever replaced or removed
 
-From the disk a page may not fetch, so each piece is also a script that hands its JSON to the page.
+A page opened from the disk may not fetch, so each resource is a script that hands its JSON to the
+page.
 
-A folder with a mark is written anew in place, and keeps whatever else it holds. New pages come in
-beside the old ones; a rename of index.html changes from these to those at once; what only the old
-ones needed is removed after. So a process that is killed leaves one of the two whole, and perhaps
-files of the other, which the mark lists and the next export removes.
+A folder with a marker is updated in place, and keeps its other files. The new files are moved in
+beside the old ones; renaming index.html switches to them at once; then files that only the old
+pages needed are removed. A process that is killed in between leaves either the old or the new pages
+complete, and perhaps some files of the other; the marker lists these too, and the next export
+removes them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files as resources
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +36,19 @@ from ksparse.viewer.resources import Resources
 
 BLOCK = 16
 """Latents in a file of details."""
-MARK, PAGE, REPORT = "ksparse-site.json", "index.html", "report.html"
+MARKER, PAGE, REPORT = "ksparse-site.json", "index.html", "report.html"
 WORK = ".tmp-ksparse-site"
-"""Where new pages are made, in the site's own folder: only there a rename is sure to do."""
+"""Where new pages are made: in the site's own folder, since a rename needs the same disk."""
 SCRIPTS = ("base.js", "latent.js", "table.js", "map.js", "search.js", "live.js", "main.js")
 STYLE = "style.css"
-"""The report's style, on which the viewer's stands."""
+"""The report's style sheet, which the viewer's extends."""
 ASSETS = {
     PAGE: "text/html; charset=utf-8",
     STYLE: "text/css; charset=utf-8",
     "viewer.css": "text/css; charset=utf-8",
     **{name: "text/javascript; charset=utf-8" for name in SCRIPTS},
 }
-OURS = re.compile(
+WRITTEN_NAMES = re.compile(
     "|".join(
         [
             r"(ksparse-[0-9a-f]{16}/)?data/([a-z]+/)?\w+\.js",
@@ -55,15 +58,15 @@ OURS = re.compile(
     ),
     re.ASCII,
 )
-"""Names that any version has written: a mark that lists others is not ours."""
+"""Names that some version of ksparse has written; a marker that lists others is not valid."""
 
 
 def asset(name: str) -> bytes:
-    """Return a file of the page."""
+    """Return the content of a file of the page."""
     folder = (
-        resources("ksparse.report") / "templates"
+        package_files("ksparse.report") / "templates"
         if name == STYLE
-        else resources("ksparse.viewer") / "assets"
+        else package_files("ksparse.viewer") / "assets"
     )
     return (folder / name).read_bytes()
 
@@ -74,51 +77,53 @@ def write(
     *,
     observe: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Path:
-    """Write the pages of a run, in the place of an earlier site's; return the page to open."""
+    """Write the pages of a run; see `ksparse.viewer.export`."""
     folder = Path(folder)
     with atomic.translate_oserrors(folder):
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; give a folder for the pages")
-        began = not folder.exists()
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            if not (folder / MARK).exists() and any(path.name != WORK for path in folder.iterdir()):
+            if not (folder / MARKER).exists() and any(
+                path.name != WORK for path in folder.iterdir()
+            ):
                 raise InputError(
                     f"{folder} holds something else than an exported site; "
                     "give an empty or a new folder"
                 )
-            with _working(folder) as work:
-                new = _fill(work, run, observe)
-                _put(work, new, folder, run.name)
+            with _work_folder(folder) as work:
+                names = _write_pages(work, run, observe)
+                _install(work, names, folder, run.name)
         finally:
-            if began and not any(folder.iterdir()):
+            if is_new and not any(folder.iterdir()):
                 folder.rmdir()
     return folder / PAGE
 
 
 @contextmanager
-def _working(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder in `folder` that is gone afterwards; one process at a time has it."""
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder inside `folder`, under a lock, and remove it afterwards."""
     work = folder / WORK
-    _check_way(folder, f"{WORK}/lock", mine=True)
+    _check_path(folder, f"{WORK}/lock", owned=True)
     with atomic.locked(work, "lock"):
-        for left in work.iterdir():  # by one that was killed
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            elif left.name != "lock":
-                left.unlink()
+        for leftover in work.iterdir():  # of a process that was killed
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            elif leftover.name != "lock":
+                leftover.unlink()
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
-    """Move files into their place one by one, the page last; then remove the earlier ones."""
-    old = _listed(folder)
+def _install(work: Path, new: list[str], folder: Path, run: str) -> None:
+    """Move the new files into place, the page last; then remove the old ones."""
+    old = _read_marker(folder)
     for name in sorted({*new, *old}):
-        _check_way(folder, name, mine=name in old)
-    _mark(work, sorted({*new, *old}), folder, run)
+        _check_path(folder, name, owned=name in old)
+    _write_marker(work, sorted({*new, *old}), folder, run)
     for name in sorted(new, key=lambda name: name == PAGE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(work / name, folder / name)
@@ -127,32 +132,32 @@ def _put(work: Path, new: list[str], folder: Path, run: str) -> None:
     for place in sorted({parent for name in old for parent in _parents(name)}, reverse=True):
         if (folder / place).is_dir() and not any((folder / place).iterdir()):
             (folder / place).rmdir()
-    _mark(work, sorted(new), folder, run)
+    _write_marker(work, sorted(new), folder, run)
 
 
-def _listed(folder: Path) -> set[str]:
-    """Return the names that the mark of an earlier site lists, as far as they are there."""
-    if not atomic.inside(folder, MARK).exists():
+def _read_marker(folder: Path) -> set[str]:
+    """Return the files of an earlier site that still exist."""
+    if not atomic.inside(folder, MARKER).exists():
         return set()
-    mark = jsonio.read_table(folder / MARK)
-    if "files" not in mark:  # of before there was a list
+    marker = jsonio.read_table(folder / MARKER)
+    if "files" not in marker:  # markers of format 1 had no list
         paths = [*folder.glob("*"), *folder.glob("data/**/*.js")]
         names = {path.relative_to(folder).as_posix() for path in paths}
-        return {name for name in names if _wrote(folder / name, name)}
-    names = mark["files"]
+        return {name for name in names if _looks_written(folder / name, name)}
+    names = marker["files"]
     if not isinstance(names, list) or not all(
-        isinstance(name, str) and OURS.fullmatch(name) for name in names
+        isinstance(name, str) and WRITTEN_NAMES.fullmatch(name) for name in names
     ):
         raise CorruptError(
-            f"{folder / MARK} does not list files that ksparse writes; "
+            f"{folder / MARKER} does not list files that ksparse writes; "
             "give a new folder, or take it out of this one"
         )
     return {name for name in names if os.path.lexists(folder / name)}
 
 
-def _wrote(file: Path, name: str) -> bool:
-    """Tell whether ksparse wrote a file of a site without a list: it looks like one of ours."""
-    if not file.is_file() or file.is_symlink() or not OURS.fullmatch(name):
+def _looks_written(file: Path, name: str) -> bool:
+    """Return whether a file looks as if ksparse wrote it, for sites whose marker has no list."""
+    if not file.is_file() or file.is_symlink() or not WRITTEN_NAMES.fullmatch(name):
         return False
     with file.open("rb") as stream:
         beginning = stream.read(4_096)
@@ -162,39 +167,44 @@ def _wrote(file: Path, name: str) -> bool:
 
 
 def _parents(name: str) -> list[Path]:
-    """Return the folders that a name is in, the outermost first."""
+    """Return the folders that contain a name, the outermost first."""
     return [parent for parent in Path(name).parents if parent.name][::-1]
 
 
-def _check_way(folder: Path, name: str, *, mine: bool) -> None:
-    """Raise InputError where a file of somebody else's, or a link, is in the way of one of ours."""
+def _check_path(folder: Path, name: str, *, owned: bool) -> None:
+    """Raise InputError if a foreign file or a link is where a file is to be written.
+
+    Args:
+        folder: the site's folder.
+        name: the file to be written.
+        owned: whether ksparse wrote the file that is there.
+    """
     file, parents = folder / name, [folder / parent for parent in _parents(name)]
-    strange = [
+    foreign = [
         parent
         for parent in parents
         if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir())
     ]
-    if os.path.lexists(file) and not (mine and file.is_file() and not file.is_symlink()):
-        strange.append(file)
-    if strange:
+    if os.path.lexists(file) and not (owned and file.is_file() and not file.is_symlink()):
+        foreign.append(file)
+    if foreign:
         raise InputError(
-            f"{strange[0]} is in the way of the pages, and ksparse did not write it; "
+            f"{foreign[0]} is in the way of the pages, and ksparse did not write it; "
             "move it, or give another folder. Nothing was changed"
         )
 
 
-def _mark(work: Path, names: list[str], folder: Path, run: str) -> None:
-    mark = json.dumps({"format": 2, "run": run, "files": names}, indent=0)
-    (work / MARK).write_text(mark + "\n", encoding="utf-8")
-    os.replace(work / MARK, folder / MARK)
+def _write_marker(work: Path, names: list[str], folder: Path, run: str) -> None:
+    marker = json.dumps({"format": 2, "run": run, "files": names}, indent=0)
+    (work / MARKER).write_text(marker + "\n", encoding="utf-8")
+    os.replace(work / MARKER, folder / MARKER)
 
 
-def _fill(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) -> list[str]:
+def _write_pages(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) -> list[str]:
     """Write the pages into an empty folder; return the names of the files."""
-    pieces, pages = Resources(run, BLOCK), work / "pages"
-    contents, sums = _contents(run, pieces, observe), hashlib.sha256()
+    pages, sums = work / "pages", hashlib.sha256()
     names = []
-    for name, content in contents:
+    for name, content in _make_files(run, Resources(run, BLOCK), observe):
         sums.update(f"{name} {len(content)} ".encode() + content)
         (pages / name).parent.mkdir(parents=True, exist_ok=True)
         (pages / name).write_bytes(content)
@@ -212,25 +222,24 @@ def _fill(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) 
     return [PAGE, *report, *(f"{home}/{name}" for name in names)]
 
 
-def _contents(
-    run: RunFolder, pieces: Resources, observe: Callable[[str, int, int], None]
+def _make_files(
+    run: RunFolder, resources: Resources, observe: Callable[[str, int, int], None]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the contents of all that the page loads."""
+    """Yield name and content of every file that the page loads."""
     yield from ((name, asset(name)) for name in ASSETS if name != PAGE)
-    yield _script("labels", {"latents": Labels(run, pieces.n).all()})
-    names = list(pieces.names())
+    yield _make_script("labels", {"latents": Labels(run, resources.n).all()})
+    names = list(resources.names())
     for done, name in enumerate(names, 1):
-        yield _script(name, pieces.get(name))
+        yield _make_script(name, resources.get(name))
         observe("pages", done, len(names))
 
 
-def _script(name: str, piece: Any) -> tuple[str, bytes]:
-    script = f"ksparse.take({json.dumps(name)}, {script_json(piece)});\n"
+def _make_script(name: str, resource: Any) -> tuple[str, bytes]:
+    script = f"ksparse.take({json.dumps(name)}, {dump_for_script(resource)});\n"
     return f"data/{name}.js", script.encode("ascii")
 
 
-def script_json(value: Any) -> str:
-    """Return JSON of ASCII alone that is also an expression, and cannot end a script or a comment
-    of HTML."""
+def dump_for_script(value: Any) -> str:
+    """Return ASCII JSON that is a JavaScript expression and cannot end a script or HTML comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

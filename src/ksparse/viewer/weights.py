@@ -1,5 +1,7 @@
-"""The decoder of a run's newest checkpoint -> nearest latents, and a plane to draw all of them on.
-numpy alone."""
+"""The decoder of a run's newest checkpoint -> nearest latents, and a plane to draw all latents on.
+
+Uses numpy only.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +14,34 @@ from ksparse.errors import InputError
 from ksparse.storage.run_folder import RunFolder, shard_files
 
 NEIGHBOURS = 12
-"""Nearest latents that are shown of each."""
+"""Nearest latents shown for each latent."""
 
 
 class Decoder:
-    """W_dec[n, d] with rows of norm 1 (rows of zeros stay), read when first asked for."""
+    """W_dec [n, d] with rows scaled to norm 1 (zero rows stay zero), read on first use.
+
+    Args:
+        run: the run folder.
+    """
 
     def __init__(self, run: RunFolder):
         self.run, self._lock = run, threading.Lock()
 
     @property
     def rows(self) -> np.ndarray:
-        with self._lock:  # requests come from several threads; the file is read once
+        """The scaled rows, [n, d] as float32."""
+        with self._lock:  # several threads serve requests, and the file is read once
             return self._rows
 
     @cached_property
     def _rows(self) -> np.ndarray:
         from safetensors import safe_open
 
-        checkpoint, wrong = self.run.newest_intact()
+        checkpoint, problems = self.run.newest_intact()
         if checkpoint is None:
             raise InputError(
                 f"run {self.run.path} has no checkpoint to read: "
-                f"{'; '.join(wrong) or 'nothing has been saved yet'}"
+                f"{'; '.join(problems) or 'nothing has been saved yet'}"
             )
         parts = []
         for file in shard_files(checkpoint, "sae"):
@@ -47,25 +54,35 @@ class Decoder:
     def nearest(
         self, first: int, last: int, count: int = NEIGHBOURS
     ) -> list[list[tuple[int, float]]]:
-        """Return (latent, cosine) of the latents nearest to each of first to last - 1 but itself;
-        those at a right angle or beyond are not near."""
+        """Return the latents nearest to each of `first` to `last - 1`, itself left out.
+
+        Args:
+            first: the first latent.
+            last: the end of the range, not in it.
+            count: nearest latents of each at most.
+
+        Returns:
+            For each latent, (latent, cosine) of those with a positive cosine, the nearest first.
+        """
         rows = self.rows
         cosines = rows[first:last] @ rows.T
         cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = -1
         count = min(count, len(rows) - 1)
         if count < 1:
             return [[] for _ in cosines]
-        found = np.argpartition(cosines, -count, axis=1)[:, -count:]
+        candidates = np.argpartition(cosines, -count, axis=1)[:, -count:]
         near = []
-        for row, chosen in zip(cosines, found):
+        for row, chosen in zip(cosines, candidates):
             order = chosen[np.lexsort((chosen, -row[chosen]))]
             near.append([(int(i), float(row[i])) for i in order if row[i] > 0])
         return near
 
     @cached_property
     def plane(self) -> np.ndarray:
-        """Place each latent by the first two principal components of the decoder's rows, [n, 2];
-        the sign is fixed."""
+        """Each latent's first two principal components of the decoder's rows, [n, 2].
+
+        The sign of each component is fixed, so that a map looks the same each time.
+        """
         rows = self.rows
         mean = rows.mean(0)
         covariance = rows.T @ rows / len(rows) - np.outer(mean, mean)

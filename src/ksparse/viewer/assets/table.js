@@ -1,103 +1,185 @@
 "use strict";
-// All latents: a table that is sorted and filtered by any column, a page at a time.
+// All latents: a table that can be sorted and filtered by any column, a page at a time.
 
 const ROWS = 50;
 
-ksparse.views.latents = async function latentsView(path, asked, current) {
+ksparse.views.latents = async function latentsView(path, query, current) {
   const { el, run } = ksparse;
-  const shown = run.columns.filter(({ key }) => !key.startsWith("pca_"));
-  const state = { sort: asked.get("sort") ?? run.first.sort ?? "number", up: asked.get("up") === "1", page: Math.max(1, Number(asked.get("page")) || 1),
-    own: asked.get("own") === "1", ranges: Object.fromEntries(shown.map(({ key }) => [key, asked.get(key) ?? ""]).filter(([, range]) => range)) };
+  const columns = run.columns.filter(({ key }) => !key.startsWith("pca_"));
+  const ranges = columns.map(({ key }) => [key, query.get(key) ?? ""]).filter(([, range]) => range);
+  const state = {
+    sort: query.get("sort") ?? run.first.sort ?? "number",
+    up: query.get("up") === "1",
+    page: Math.max(1, Number(query.get("page")) || 1),
+    own: query.get("own") === "1",
+    ranges: Object.fromEntries(ranges),
+  };
   document.title = `${run.name} · latents`;
 
   const filtered = Object.keys(state.ranges).length > 0 || state.own;
-  const first = !filtered && !state.up && state.page === 1 && state.sort === run.first.sort;
-  const found = first ? { numbers: run.first.latents, total: run.n, value: (key, i) => run.first.values[key]?.[i], gloss: async (i) => run.first.glosses[i] } : await chosen();
+  const isFirst = !filtered && !state.up && state.page === 1 && state.sort === run.first.sort;
+  const rows = isFirst ? firstRows() : await selectRows();
   if (!current()) return;
-  const body = el("tbody", {}, found.numbers.map((number, i) => el("tr", {}, el("th", { scope: "row" }, ksparse.link(number).slice(0, 2)),
-    shown.map(({ key, kind }) => el("td", { class: "num" }, ksparse.written(found.value(key, i), kind))), el("td", { class: "words" }))));
-  ksparse.show(intro(), controls(), found.numbers.length ? el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of latents" },
-    el("table", { class: "latents" }, el("thead", {}, el("tr", {}, heading("number", "Latent", "Number of the latent"), shown.map(({ key, label, reading }) => heading(key, label, reading)),
-      el("th", { scope: "col" }, "Fires on"))), body)) : el("p", { class: "missing" }, "No latent is like that."), pages());
+  const body = el("tbody", {}, rows.numbers.map((number, i) => el("tr", {},
+    el("th", { scope: "row" }, ksparse.link(number).slice(0, 2)),
+    columns.map(({ key, kind }) =>
+      el("td", { class: "num" }, ksparse.format(rows.value(key, i), kind))),
+    el("td", { class: "words" }))));
+  ksparse.show(intro(), controls(), rows.numbers.length ? table(body) : nothing(), pages());
   performance.mark("table");
-  await Promise.all(found.numbers.map(async (number, i) => {
-    const gloss = await found.gloss(i);
+  await Promise.all(rows.numbers.map(async (number, i) => {
+    const gloss = await rows.gloss(i);
     if (current()) body.rows[i].lastChild.append(...ksparse.link(number, gloss).slice(2));
   }));
 
-  // ---- what is shown
+  // ---- the rows
 
-  // Sort and filter the numbers of all latents; read what one page needs.
-  async function chosen() {
-    const keys = new Set([...Object.keys(state.ranges), ...(state.sort === "number" ? [] : [state.sort])]);
-    const columns = Object.fromEntries(await Promise.all([...keys].map(async (key) => [key, await ksparse.column(key)])));
-    const tests = Object.entries(state.ranges).map(([key, range]) => [columns[key], ...borders(key, range)]);
-    let numbers = state.own ? ksparse.labels.numbers() : Array.from({ length: run.n }, (_, i) => i);
-    numbers = numbers.filter((i) => tests.every(([values, least, most]) => values[i] >= least && values[i] <= most));
-    const values = columns[state.sort];
-    if (values) {
-      const sign = state.up ? 1 : -1; // what was not measured comes last
-      numbers.sort((a, b) => (Number.isNaN(values[a]) - Number.isNaN(values[b])) || sign * (values[a] - values[b]) || a - b);
+  function firstRows() {
+    const { latents, values, glosses } = run.first;
+    return {
+      numbers: latents, total: run.n,
+      value: (key, i) => values[key]?.[i], gloss: async (i) => glosses[i],
+    };
+  }
+
+  // Sort and filter the numbers of all latents, and read what one page of them needs.
+  async function selectRows() {
+    const keys = new Set(Object.keys(state.ranges));
+    if (state.sort !== "number") keys.add(state.sort);
+    const read = async (key) => [key, await ksparse.column(key)];
+    const values = Object.fromEntries(await Promise.all([...keys].map(read)));
+    const tests = Object.entries(state.ranges)
+      .map(([key, range]) => [values[key], ...parseRange(key, range)]);
+    const candidates = state.own
+      ? ksparse.labels.numbers()
+      : Array.from({ length: run.n }, (_, i) => i);
+    const numbers = candidates.filter((i) =>
+      tests.every(([column, least, most]) => column[i] >= least && column[i] <= most));
+    const by = values[state.sort];
+    if (by) {
+      const sign = state.up ? 1 : -1; // latents that were not measured come last either way
+      numbers.sort((a, b) =>
+        Number.isNaN(by[a]) - Number.isNaN(by[b]) || sign * (by[a] - by[b]) || a - b);
     } else if (!state.up) {
       numbers.reverse();
     }
     const total = numbers.length;
     state.page = Math.min(state.page, Math.max(1, Math.ceil(total / ROWS)));
     const page = numbers.slice((state.page - 1) * ROWS, state.page * ROWS);
-    const all = Object.fromEntries(await Promise.all(shown.map(async ({ key }) => [key, await ksparse.column(key)])));
-    return { numbers: page, total, value: (key, i) => all[key][page[i]], gloss: (i) => ksparse.gloss(page[i]) };
+    const all = Object.fromEntries(await Promise.all(columns.map(({ key }) => read(key))));
+    return {
+      numbers: page, total,
+      value: (key, i) => all[key][page[i]], gloss: (i) => ksparse.gloss(page[i]),
+    };
+  }
+
+  // "1..2.5" in a column's own unit -> [least, most], as precise as the columns.
+  function parseRange(key, range) {
+    const unit = columns.find((column) => column.key === key).kind === "percent" ? 0.01 : 1;
+    const [least, most] = range.split("..").map((text) => Math.fround(parseFloat(text) * unit));
+    const orElse = (value, otherwise) => (ksparse.known(value) ? value : otherwise);
+    return [orElse(least, -Infinity), orElse(most, Infinity)];
+  }
+
+  // ---- what is shown
+
+  function table(rowsOfBody) {
+    const headings = columns.map(({ key, label, reading }) => heading(key, label, reading));
+    return el("div", {
+      class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of latents",
+    }, el("table", { class: "latents" }, el("thead", {}, el("tr", {},
+      heading("number", "Latent", "Number of the latent"), headings,
+      el("th", { scope: "col" }, "Fires on"))), rowsOfBody));
+  }
+
+  function nothing() {
+    return el("p", { class: "missing" }, "No latent matches the filter.");
   }
 
   function intro() {
-    return el("div", { class: "intro" }, el("h1", {}, run.name), el("p", { class: "summary" }, run.summary),
+    return el("div", { class: "intro" },
+      el("h1", {}, run.name), el("p", { class: "summary" }, run.summary),
       run.lacks.map(({ adds, command }) => ksparse.missing(adds, command)),
-      ksparse.live ? null : el("p", { class: "note" }, "These are pages without a server. ", el("code", {}, run.serve), " also searches by any text, and tries what a latent does."));
+      ksparse.live ? null : el("p", { class: "note" },
+        "These pages work without a server. ", el("code", {}, run.serve),
+        " starts one, which can also search by any text and show what holding a latent does."));
   }
 
-  function heading(key, label, reading) {
+  function heading(key, label, title) {
     const sorted = state.sort === key;
-    return el("th", { scope: "col", class: key === "number" ? "" : "num", title: reading, "aria-sort": sorted ? (state.up ? "ascending" : "descending") : null },
-      el("button", { type: "button", on: { click: () => go({ sort: key, up: sorted ? !state.up : key === "number", page: 1 }) } }, label, sorted ? (state.up ? " ↑" : " ↓") : ""));
+    const arrow = sorted ? (state.up ? " ↑" : " ↓") : "";
+    const click = () => go({ sort: key, up: sorted ? !state.up : key === "number", page: 1 });
+    return el("th", {
+      scope: "col", class: key === "number" ? "" : "num", title,
+      "aria-sort": sorted ? (state.up ? "ascending" : "descending") : null,
+    }, el("button", { type: "button", on: { click } }, label, arrow));
   }
 
   function controls() {
     const own = ksparse.labels.numbers().length;
-    return el("div", { class: "controls" }, el("p", { class: "tally" }, filtered ? `${ksparse.count(found.total)} of ${ksparse.count(run.n)} latents` : `${ksparse.count(run.n)} latents`),
-      el("label", {}, el("input", { type: "checkbox", id: "own", checked: state.own, on: { change: (event) => go({ own: event.target.checked, page: 1 }) } }), ` labelled or starred (${own})`),
-      own ? el("button", { type: "button", class: "button small", id: "export", on: { click: () => ksparse.labels.download() } }, "Export labels") : null,
-      shown.length ? el("details", { open: Object.keys(state.ranges).length > 0 }, el("summary", {}, "Filter"), el("form", { class: "filters", on: { submit: filter } },
-        shown.map(({ key, label, kind, reading }) => {
-          const [least, most] = (state.ranges[key] ?? "").split("..");
-          const box = (name, value, word) => el("input", { name, value: value ?? "", inputmode: "text", placeholder: word, "aria-label": `${label}: ${word}`, size: 7 });
-          return el("fieldset", { title: reading }, el("legend", {}, label + (kind === "percent" ? ", %" : "")), box(`${key} least`, least, "at least"), box(`${key} most`, most, "at most"));
-        }), el("div", { class: "actions" }, el("button", { class: "button" }, "Show"), el("a", { href: "#/latents" }, "Show all")))) : null);
+    const all = `${ksparse.count(run.n)} latents`;
+    return el("div", { class: "controls" },
+      el("p", { class: "tally" }, filtered ? `${ksparse.count(rows.total)} of ${all}` : all),
+      el("label", {}, el("input", {
+        type: "checkbox", id: "own", checked: state.own,
+        on: { change: (event) => go({ own: event.target.checked, page: 1 }) },
+      }), ` labelled or starred (${own})`),
+      own
+        ? el("button", {
+          type: "button", class: "button small", id: "export",
+          on: { click: () => ksparse.labels.download() },
+        }, "Export labels")
+        : null,
+      columns.length ? filterForm() : null);
+  }
+
+  function filterForm() {
+    const field = ({ key, label, kind, reading }) => {
+      const [least, most] = (state.ranges[key] ?? "").split("..");
+      const box = (value, word) => el("input", {
+        name: `${key} ${word}`, value: value ?? "", inputmode: "text", size: 7,
+        placeholder: `at ${word}`, "aria-label": `${label}: at ${word}`,
+      });
+      return el("fieldset", { title: reading },
+        el("legend", {}, label + (kind === "percent" ? ", %" : "")),
+        box(least, "least"), box(most, "most"));
+    };
+    return el("details", { open: Object.keys(state.ranges).length > 0 },
+      el("summary", {}, "Filter"),
+      el("form", { class: "filters", on: { submit: filter } }, columns.map(field),
+        el("div", { class: "actions" }, el("button", { class: "button" }, "Show"),
+          el("a", { href: "#/latents" }, "Show all"))));
   }
 
   function filter(event) {
     event.preventDefault();
-    const given = new FormData(event.target);
-    state.ranges = Object.fromEntries(shown.map(({ key }) => [key, [given.get(`${key} least`).trim(), given.get(`${key} most`).trim()]])
-      .filter(([, [least, most]]) => least || most).map(([key, [least, most]]) => [key, `${least}..${most}`]));
+    const form = new FormData(event.target);
+    const entries = columns.map(({ key }) =>
+      [key, form.get(`${key} least`).trim(), form.get(`${key} most`).trim()]);
+    state.ranges = Object.fromEntries(entries.filter(([, least, most]) => least || most)
+      .map(([key, least, most]) => [key, `${least}..${most}`]));
     go({ page: 1 });
   }
 
-  // "1..2.5" of a column in its own unit -> its borders
-  function borders(key, range) {
-    const [least, most] = range.split("..");
-    const unit = shown.find((column) => column.key === key).kind === "percent" ? 0.01 : 1;
-    const number = (text, otherwise) => (text === undefined || text.trim() === "" || Number.isNaN(parseFloat(text)) ? otherwise : Math.fround(parseFloat(text) * unit)); // as precise as the columns
-    return [number(least, -Infinity), number(most, Infinity)];
-  }
-
   function pages() {
-    const last = Math.max(1, Math.ceil(found.total / ROWS));
-    const link = (page, word) => (page < 1 || page > last ? el("span", { class: "none" }, word) : el("a", { href: address({ page }), rel: word.includes("next") ? "next" : "prev" }, word));
-    return last > 1 ? el("nav", { class: "pages", "aria-label": "Pages of the table" }, link(state.page - 1, "‹ previous"), el("span", {}, `${ksparse.count(state.page)} of ${ksparse.count(last)}`), link(state.page + 1, "next ›")) : null;
+    const last = Math.max(1, Math.ceil(rows.total / ROWS));
+    if (last === 1) return null;
+    const link = (page, text, rel) =>
+      page < 1 || page > last
+        ? el("span", { class: "none" }, text)
+        : el("a", { href: address({ page }), rel }, text);
+    return el("nav", { class: "pages", "aria-label": "Pages of the table" },
+      link(state.page - 1, "‹ previous", "prev"),
+      el("span", {}, `${ksparse.count(state.page)} of ${ksparse.count(last)}`),
+      link(state.page + 1, "next ›", "next"));
   }
 
   function address(changes) {
-    const { sort, up, page, own, ranges } = { ...state, ...changes };
-    return ksparse.to("latents", { sort: sort === run.first.sort && !up ? "" : sort, up: up ? 1 : "", page: page > 1 ? page : "", own: own ? 1 : "", ...ranges });
+    const { sort, up, page, own, ranges: selected } = { ...state, ...changes };
+    return ksparse.to("latents", {
+      sort: sort === run.first.sort && !up ? "" : sort, up: up ? 1 : "",
+      page: page > 1 ? page : "", own: own ? 1 : "", ...selected,
+    });
   }
 
   function go(changes) {

@@ -1,0 +1,108 @@
+"""What was run: the LM, the SAE, the recipe, and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ksparse import config as recipes
+from ksparse.config import WITH_AUXK, Recipe
+from ksparse.report.sections.base import Section
+from ksparse.report.source import RunSource, is_number
+from ksparse.report.tables import format_duration, format_plain
+
+TEMPLATE = """\
+{% from "parts.html.jinja" import facts_list %}
+{{ facts_list(facts.run) }}
+{% if facts.machine %}
+<h3>Machine and versions</h3>
+{{ facts_list(facts.machine) }}
+{% endif %}
+{% if facts.changed %}
+<details>
+<summary>Differences from the default recipe ({{ facts.changed | length }})</summary>
+<ul class="plain">
+{% for change in facts.changed %}
+<li><code>{{ change }}</code></li>
+{% endfor %}
+</ul>
+</details>
+{% endif %}
+<details>
+<summary>The whole recipe</summary>
+<pre class="code" tabindex="0">
+{% for line in facts.recipe %}
+{{ line }}
+{% endfor %}
+</pre>
+</details>
+"""
+
+
+def read_facts(source: RunSource) -> dict[str, Any]:
+    """Return what was trained on what, and on which machine."""
+    recipe = source.recipe
+    text = source.run.recipe_file.read_text(encoding="utf-8")
+    return {
+        "run": describe_run(source),
+        "machine": describe_machine(source),
+        "recipe": text.splitlines(),
+        "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe)),
+    }
+
+
+def describe_run(source: RunSource) -> dict[str, str]:
+    """Return the main settings of a run's recipe as text, by name."""
+    recipe, tokens_trained = source.recipe, source.tokens_trained
+    acts, sae = recipe.acts, recipe.sae
+    text = (acts.text, acts.text_config, acts.text_split)
+    asked = recipe.steps * recipe.batch
+    options = [f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind"]
+    return {
+        "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
+        "Site": acts.site,
+        "Text": " · ".join(part for part in text if part and part != "train"),
+        "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, positions "
+        f"kept: {acts.keep}",
+        "Latents": f"{sae.n_latents:,}",
+        "Activation": ", ".join([source.activation, *options]),
+        "Active latents per token": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,
+        "Training": f"{tokens_trained:,} tokens in batches of {recipe.batch:,}"
+        + (f" (the recipe has {asked:,})" if tokens_trained < asked else ""),
+        "Normalisation": acts.normalize,
+        "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
+        "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens"
+        if sae.auxk_coef and sae.activation.kind in WITH_AUXK
+        else "off",
+        "Weights": f"average with decay {recipe.ema:.4g}" if recipe.ema else "the last step's",
+        "Seed": str(recipe.seed),
+    }
+
+
+def describe_machine(source: RunSource) -> dict[str, str]:
+    """Return the hardware, the versions and the time that the run recorded."""
+    environment, last = source.environment, source.metrics[-1] if source.metrics else {}
+    facts = {
+        "Hardware": describe_hardware(environment),
+        "System": environment.get("platform"),
+        "Versions": format_plain(environment.get("versions") or {}),
+    }
+    if is_number(last.get("seconds")):
+        facts["Time"] = format_duration(last["seconds"])
+    if is_number(last.get("tokens_per_s")):
+        facts["Speed"] = f"{last['tokens_per_s']:,.0f} tokens per second"
+    return {key: str(value) for key, value in facts.items() if value}
+
+
+def describe_hardware(environment: dict[str, Any]) -> str:
+    """Return the GPUs, the processor and the CPU threads of a recorded environment."""
+    threads = environment.get("threads")
+    parts = [
+        format_plain(environment.get("gpus") or ""),
+        format_plain(environment.get("processor") or ""),
+        f"{threads} CPU threads" if threads else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+SECTION = Section("subject", "What was run", read_facts, TEMPLATE)
