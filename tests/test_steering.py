@@ -215,14 +215,14 @@ def test_generation_with_a_cache_is_steered_like_the_whole_context(tiny):
 def test_dropping_the_error_splices_the_reconstruction_in(tiny):
     lm, sae = tiny
     ids = lm.tokenize("two black dogs run over old green hills")
-    watched = lm.watch(ids, torch.ones_like(ids, dtype=torch.bool))
+    watched = lm.run_with_cache(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def spliced(x):
         return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
 
     with torch.no_grad(), attach(lm.model, sae, error="drop"):
         logits = lm.model(ids).logits
-    assert torch.allclose(logits, lm.replay(watched, spliced), atol=1e-5)
+    assert torch.allclose(logits, lm.run_patched(watched, spliced), atol=1e-5)
 
 
 def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):

@@ -1,4 +1,4 @@
-"""An LM whose passes do not agree is refused, or read only, or replayed the long way: never believed."""
+"""An LM whose passes do not agree is refused, or read only, or run the long way: never believed."""
 
 import logging
 import types
@@ -69,8 +69,8 @@ def test_keys_and_values_that_later_blocks_share_are_not_left_out(tiny_lm, caplo
         and "they are run again" in caplog.text
     )
     ids = tokens()
-    watched = again.watch(ids, full(ids))
-    assert torch.equal(again.replay(watched, lambda x: x), watched.logits)
+    cached = again.run_with_cache(ids, full(ids))
+    assert torch.equal(again.run_patched(cached, lambda x: x), cached.logits)
     assert again._before == [] and again.refused == ""
 
 
@@ -85,8 +85,8 @@ def test_a_site_whose_changes_do_not_arrive_can_be_read_but_not_changed(tiny_lm)
     ids = tokens()
     assert reading.acts(ids, full(ids)).shape == (2, 9, 8)
     for call in (
-        lambda: reading.replay(reading.watch(ids, full(ids)), torch.zeros_like),
-        lambda: reading.fork(ids, full(ids), 2, 3),
+        lambda: reading.run_patched(reading.run_with_cache(ids, full(ids)), torch.zeros_like),
+        lambda: reading.branch_from(ids, full(ids), 2, 3),
     ):
         with pytest.raises(
             InputError,

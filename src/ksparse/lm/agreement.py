@@ -79,7 +79,7 @@ def check_passes_agree(lm: LM) -> None:
 
 
 def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
-    """Return why activations at the site cannot be changed, '' if they can; turn off what LM.replay
+    """Return why activations at the site cannot be changed, '' if they can; turn off what LM.run_patched
     leaves out where that is wrong."""
     why = _replays(lm, tokens, attention, plain)
     if why and lm._before:
@@ -97,12 +97,12 @@ def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
 
 def _replays(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
     try:
-        watched = lm.watch(tokens, attention)
-        if wrong := difference(lm, watched.logits, plain) or difference(
-            lm, lm.replay(watched, lambda x: x), plain
+        cached = lm.run_with_cache(tokens, attention)
+        if wrong := difference(lm, cached.logits, plain) or difference(
+            lm, lm.run_patched(cached, lambda x: x), plain
         ):
             return f"unchanged activations do not give the unchanged logits: {wrong}"
-        changed = lm.replay(watched, lambda x: x.roll(1, -1))
+        changed = lm.run_patched(cached, lambda x: x.roll(1, -1))
         with torch.inference_mode(), hooked(lm.site, lambda x: x.roll(1, -1)):
             whole = lm._forward(tokens, attention).logits
     except (torch.OutOfMemoryError, InputError):

@@ -23,12 +23,12 @@ LM = Any  # ksparse.lm.model.LM, which imports this module
 # ---- continuations -------------------------------------------------------------------------------
 
 
-class Fork(ABC):
-    """Many continuations of c contexts from one position on, made by `LM.fork`.
+class Branch(ABC):
+    """Many continuations of c contexts from one position on, made by `LM.branch_from`.
 
     fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i]
     (float32) in place of the site's at that position; all others as they are. Rows may repeat and
-    be in any order. Equal to `LM.replay` with that edit up to rounding.
+    be in any order. Equal to `LM.run_patched` with that edit up to rounding.
     """
 
     logits: Tensor
@@ -45,7 +45,7 @@ class Fork(ABC):
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor: ...
 
 
-class _CachedFork(Fork):
+class CachedBranch(Branch):
     """Continues from the keys and values of what comes before the position."""
 
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
@@ -58,10 +58,10 @@ class _CachedFork(Fork):
             if isinstance(number := getattr(module, "layer_idx", None), int)
         }
         everyone = torch.arange(len(tokens), device=tokens.device)
-        watched = lm._watch(
+        cached = lm._run_with_cache(
             self.tokens, torch.ones_like(self.tokens), self._past_of(everyone, frozenset())
         )
-        self.logits, self.x, self.prefix = watched.logits, watched.x[:, 0], watched.prefix
+        self.logits, self.x, self.prefix = cached.logits, cached.x[:, 0], cached.prefix
         read = (
             [layer for i, layer in enumerate(self.past.layers) if i not in self.unread]
             if self.past is not None
@@ -105,34 +105,34 @@ class _CachedFork(Fork):
         return past
 
 
-class _ReplayedFork(Fork):
-    """Runs each continuation's whole context: slower, and right wherever `LM.replay` is."""
+class PatchedBranch(Branch):
+    """Runs each continuation's whole context: slower, and right wherever `LM.run_patched` is."""
 
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
         tokens = tokens[:, : at + length]
-        self.lm, self.at, self.watched = (
+        self.lm, self.at, self.cached = (
             lm,
             at,
-            lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)),
+            lm.run_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool)),
         )
-        self.logits, self.x = self.watched.logits[:, at:], self.watched.x[:, at]
-        self.row_bytes = 4 * self.watched.logits[0].numel()
+        self.logits, self.x = self.cached.logits[:, at:], self.cached.x[:, at]
+        self.row_bytes = 4 * self.cached.logits[0].numel()
 
     @torch.inference_mode()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
-        rows = rows.to(self.watched.tokens.device)
+        rows = rows.to(self.cached.tokens.device)
 
         def put(old: Tensor) -> Tensor:
             new = old.clone()
             new[:, self.at] = x.to(old)
             return new
 
-        part = self.watched._replace(
-            tokens=self.watched.tokens[rows],
-            attention=self.watched.attention[rows],
-            prefix=_take(self.watched.prefix, rows),
+        part = self.cached._replace(
+            tokens=self.cached.tokens[rows],
+            attention=self.cached.attention[rows],
+            prefix=_take(self.cached.prefix, rows),
         )
-        return self.lm.replay(part, put)[:, self.at :]
+        return self.lm.run_patched(part, put)[:, self.at :]
 
 
 def _past(model: CausalLM, tokens: Tensor) -> Any:
@@ -162,14 +162,14 @@ def _take(output: Any, rows: Tensor) -> Any:
 
 
 def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
-    """Return how a cached fork fails to give what `LM.replay` gives, unchanged and with half the
+    """Return how a cached fork fails to give what `LM.run_patched` gives, unchanged and with half the
     activation; '' if it does."""
     rows = torch.arange(len(tokens), device=tokens.device).flip(0)
-    slow = _ReplayedFork(lm, tokens, at, length)
+    slow = PatchedBranch(lm, tokens, at, length)
     halves = slow.x[rows] / 2
     expected = torch.cat([slow.logits, slow(rows, halves)]).float()
     try:
-        fast = _CachedFork(lm, tokens, at, length)
+        fast = CachedBranch(lm, tokens, at, length)
         given = torch.cat([fast.logits, fast(rows, halves)]).float()
     except torch.OutOfMemoryError:
         raise

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     pass
 
 
-from ksparse.lm.continuations import Fork, _CachedFork, _disagreement, _ReplayedFork
+from ksparse.lm.continuations import Branch, CachedBranch, PatchedBranch, _disagreement
 from ksparse.lm.hooks import _copied, _passing, _Stop
 from ksparse.lm.loading import _load_tokenizer, find_model, load_model
 
@@ -45,7 +45,7 @@ _LENGTHS = (
 
 class CachedRun(NamedTuple):
     """An unchanged run of the LM: logits[b, t, v], the site's x[b, t, d] as float32, and what
-    `LM.replay` starts from."""
+    `LM.run_patched` starts from."""
 
     logits: Tensor
     x: Tensor
@@ -58,8 +58,8 @@ class LM:
     """A causal LM and a site in it.
 
     lm("text") returns the activations x[t, d] of the text's tokens. On batches of contexts, `acts`
-    reads the site and stops there, `watch` runs the whole LM, and `replay` runs it again, from the
-    site on, with other activations there. `fork` runs the rest of a context many times, with
+    reads the site and stops there, `run_with_cache` runs the whole LM, and `run_patched` runs it again, from the
+    site on, with other activations there. `branch_from` runs the rest of a context many times, with
     another activation at one position.
     """
 
@@ -104,7 +104,7 @@ class LM:
         self.options = dataclasses.replace(self.options, site=site)
         self.site = resolve(self.model, site)
         self._before = blocks_before(self.model, self.site)
-        self._fork: type[Fork] | None = None  # what `fork` has seen to be right
+        self._branch: type[Branch] | None = None  # what `branch_from` has seen to be right
         self.refused = ""  # why activations at the site cannot be changed
         agreement.check_passes_agree(self)
         self.d_model = self._width()
@@ -207,11 +207,11 @@ class LM:
         return seen[site]
 
     @torch.inference_mode()
-    def watch(self, tokens: Tensor, attention: Tensor) -> CachedRun:
+    def run_with_cache(self, tokens: Tensor, attention: Tensor) -> CachedRun:
         """Run the LM unchanged."""
-        return self._watch(tokens, attention)
+        return self._run_with_cache(tokens, attention)
 
-    def _watch(self, tokens: Tensor, attention: Tensor, past: Any = None) -> CachedRun:
+    def _run_with_cache(self, tokens: Tensor, attention: Tensor, past: Any = None) -> CachedRun:
         seen: list[Tensor] = []
         prefix: list[Any] = []
         with ExitStack() as hooks:
@@ -225,44 +225,46 @@ class LM:
         return CachedRun(logits, seen[0], tokens, attention, prefix[0] if prefix else None)
 
     @torch.inference_mode()
-    def replay(self, watched: CachedRun, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    def run_patched(self, cached: CachedRun, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """Return logits[b, t, v] with the site's x[b, t, d] (float32) mapped by `edit`; blocks
         before the site are not run again."""
         self.check_changes()
         with ExitStack() as changes:
-            for block in self._before if watched.prefix is not None else ():
-                changes.enter_context(_passing(block, watched.prefix))
+            for block in self._before if cached.prefix is not None else ():
+                changes.enter_context(_passing(block, cached.prefix))
             changes.enter_context(self._hooked(lambda x: edit(x.float()).to(x.dtype)))
-            return self._forward(watched.tokens, watched.attention).logits
+            return self._forward(cached.tokens, cached.attention).logits
 
     @torch.inference_mode()
-    def fork(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> Fork:
-        """Return a `Fork` of contexts tokens[c, t] at position `at`, whose logits are those of
+    def branch_from(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> Branch:
+        """Return a `Branch` of contexts tokens[c, t] at position `at`, whose logits are those of
         positions at .. at + length - 1.
 
         All positions before at + length must be attended (padding may follow). What comes before
         `at` is computed once and kept as keys and values. The first fork at a site is compared with
-        `replay`; where the LM's cache does not give the same, a warning is logged and forks replay
+        `run_patched`; where the LM's cache does not give the same, a warning is logged and forks replay
         whole contexts instead.
         """
         end = at + length
         if at < 0 or length < 1 or end > tokens.shape[1]:
             raise InputError(
-                f"positions {at} to {end - 1} cannot be forked: the contexts have positions 0 to "
+                f"positions {at} to {end - 1} cannot be branched from: the contexts have positions 0 to "
                 f"{tokens.shape[1] - 1}"
             )
         if not bool(attention[:, :end].all()):
             raise InputError(
-                f"positions {at} to {end - 1} cannot be forked: some context has padding before "
+                f"positions {at} to {end - 1} cannot be branched from: some context has padding before "
                 f"position {end}"
             )
         self.check_changes()
-        if self._fork is None:
-            self._fork = self._fork_kind(tokens.to(self.device), attention, at, length)
-        return self._fork(self, tokens.to(self.device), at, length)
+        if self._branch is None:
+            self._branch = self._choose_branch(tokens.to(self.device), attention, at, length)
+        return self._branch(self, tokens.to(self.device), at, length)
 
-    def _fork_kind(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Fork]:
-        """Return the fork that is right: the cached one if it gives what `replay` gives, at `at`
+    def _choose_branch(
+        self, tokens: Tensor, attention: Tensor, at: int, length: int
+    ) -> type[Branch]:
+        """Return the fork that is right: the cached one if it gives what `run_patched` gives, at `at`
         and as deep as the first contexts go."""
         text = int(
             attention[:2].long().cumprod(1).sum(1).min()
@@ -278,8 +280,8 @@ class LM:
                     self.options.site,
                     why,
                 )
-                return _ReplayedFork
-        return _CachedFork
+                return PatchedBranch
+        return CachedBranch
 
     def check_changes(self) -> None:
         """Raise InputError where activations at the site can be read but not changed."""
