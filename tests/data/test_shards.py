@@ -232,8 +232,8 @@ def test_several_sites_in_one_pass_are_what_each_is_alone(small_acts, tmp_path, 
             )
         )
     lm = LM(acts=small_acts(site=sites[0]))
-    passes, own = [], lm._forward
-    monkeypatch.setattr(lm, "_forward", lambda *args: passes.append(1) or own(*args))
+    passes, own = [], lm.forward
+    monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
     together = write_sites(
         lm,
         Corpus(lm.options, lm.tokenizer, "train"),

@@ -80,7 +80,7 @@ def check(lm, at, length=5, ids=None):
         found[2], branch.logits[2], rtol=1e-4, atol=1e-4
     )  # its activation as it was
     assert not torch.allclose(found[0], branch.logits[2], atol=1e-2)
-    return lm._branch
+    return lm._branch_type
 
 
 @pytest.mark.parametrize("at", [0, 1, 13, LENGTH - 5])
@@ -217,12 +217,12 @@ def fresh(tiny_lm):
 def test_a_cache_that_gives_something_else_is_found_out_and_whole_contexts_are_run(
     fresh, monkeypatch, caplog
 ):
-    lm, whole = fresh(), continuations._past
+    lm, whole = fresh(), continuations._run_past
 
     def shifted(model, ids):
         return whole(model, ids.roll(1, 1))
 
-    monkeypatch.setattr(continuations, "_past", shifted)
+    monkeypatch.setattr(continuations, "_run_past", shifted)
     with caplog.at_level(logging.WARNING, logger="ksparse"):
         assert check(lm, 13) is continuations.PatchedBranch
         check(lm, 0)
@@ -236,10 +236,10 @@ def test_a_cache_that_gives_something_else_is_found_out_and_whole_contexts_are_r
 def test_a_cache_that_only_fails_deep_in_the_context_is_found_out_at_the_first_branch(
     fresh, monkeypatch
 ):
-    whole = continuations._past
+    whole = continuations._run_past
     monkeypatch.setattr(
         continuations,
-        "_past",
+        "_run_past",
         lambda model, ids: whole(model, ids if ids.shape[1] < 9 else ids.roll(1, 1)),
     )
     assert check(fresh(), 2) is continuations.PatchedBranch
@@ -264,5 +264,5 @@ def test_an_lm_without_keys_and_values_is_replayed(fresh, monkeypatch, caplog):
 @pytest.mark.parametrize("at", [0, 13])
 def test_the_slow_way_equals_replay(fresh, monkeypatch, kind, at):
     lm = fresh(kind, "resid_mid.1")
-    lm._branch = continuations.PatchedBranch
+    lm._branch_type = continuations.PatchedBranch
     assert check(lm, at) is continuations.PatchedBranch
