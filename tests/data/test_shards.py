@@ -581,7 +581,7 @@ def test_neighbours_in_a_batch_are_few_and_a_sample_moves_nothing(stream):
     shares = []
     for _ in range(8):
         next(batches)
-        shares.append(made.mixing())
+        shares.append(made.same_context_fraction())
     assert 0 < np.mean(shares) < 0.25  # 64 of 500 rows
     assert torch.equal(sample, made.sample(100)) and made.sample(10**6).shape == (
         made.shards.rows,

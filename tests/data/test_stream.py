@@ -162,9 +162,9 @@ def test_the_share_of_neighbours_in_a_batch_is_about_one_over_the_batches_of_a_b
 ):
     """T22: in the order of the text it would be about 1."""
     stream = small_stream(mix=512, batch=512 // batches)
-    assert stream.mixing() is None
+    assert stream.same_context_fraction() is None
     take(stream, 1)
-    assert stream.mixing() == pytest.approx(1 / batches, abs=0.08)
+    assert stream.same_context_fraction() == pytest.approx(1 / batches, abs=0.08)
 
 
 def test_a_batch_holds_many_documents(small_stream):
@@ -322,7 +322,7 @@ def test_ahead_gives_the_same_batches_cursors_and_mixing(small_stream, depth):
     for stream, rows_ in ((plain, expected), (ahead, found)):
         with closing(stream.batches()) as batches:
             for batch in itertools.islice(batches, 20):
-                rows_.append((batch, stream.mixing()))
+                rows_.append((batch, stream.same_context_fraction()))
     for (one, mixed), (other, other_mixed) in zip(expected, found, strict=True):
         assert torch.equal(one.x, other.x) and torch.equal(one.documents, other.documents)
         assert one.cursor == other.cursor and mixed == other_mixed

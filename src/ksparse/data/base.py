@@ -55,7 +55,7 @@ class ActivationStream(Protocol):
     def document_names(self, documents: Tensor) -> list[str]:
         """Name documents, for messages."""
 
-    def mixing(self) -> float | None:
+    def same_context_fraction(self) -> float | None:
         """Return the share of neighbours in a context that came into the same batch, in the newest
         block."""
 

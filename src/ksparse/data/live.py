@@ -40,7 +40,7 @@ class LiveStream:
         self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
         self.per_block = max(1, corpus.acts.mix // batch)
-        self._mixing: float | None = None
+        self._same_context_fraction: float | None = None
         self._newest: tuple[tuple[TextCursor, int], ShuffleBuffer] | None = None
         self._reading: tuple[TextCursor, Iterator[Context]] | None = (
             None  # the text from a place on, left open there
@@ -85,8 +85,8 @@ class LiveStream:
     def document_names(self, documents: Tensor) -> list[str]:
         return [self.corpus.names.get(i, f"document {i}") for i in documents.unique().tolist()]
 
-    def mixing(self) -> float | None:
-        return self._mixing
+    def same_context_fraction(self) -> float | None:
+        return self._same_context_fraction
 
     def _block(self, start: tuple[TextCursor, int]) -> ShuffleBuffer:
         """Compute the block that begins at a place of the text; the newest one is kept, since it is
@@ -199,7 +199,7 @@ class LiveStream:
         batch_of[order] = torch.arange(len(order)) // self.batch
         neighbours = block.contexts[1:] == block.contexts[:-1]
         together = (batch_of[1:] == batch_of[:-1]) & neighbours
-        self._mixing = together.sum().item() / max(1, neighbours.sum().item())
+        self._same_context_fraction = together.sum().item() / max(1, neighbours.sum().item())
 
 
 def _neighbours_in(rows: np.ndarray, contexts: np.ndarray) -> int:

@@ -27,7 +27,7 @@ class Prefetcher:
             stream.d_model,
             stream.halt,
         )
-        self._mixing: float | None = None
+        self._same_context_fraction: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
         ready: queue.Queue[tuple[ActivationBatch, float | None] | BaseException] = queue.Queue(
@@ -43,7 +43,7 @@ class Prefetcher:
                 made = ready.get()
                 if isinstance(made, BaseException):
                     raise made
-                batch, self._mixing = made
+                batch, self._same_context_fraction = made
                 yield batch
         finally:
             self.halt.set()
@@ -56,7 +56,7 @@ class Prefetcher:
     def _fill(self, ready: queue.Queue, cursor: Cursor | None) -> None:
         try:
             for batch in self.stream.batches(cursor):
-                ready.put((batch, self.stream.mixing()))
+                ready.put((batch, self.stream.same_context_fraction()))
                 if self.halt.is_set():
                     return
         except StreamCancelled:
@@ -70,6 +70,6 @@ class Prefetcher:
     def document_names(self, documents: Tensor) -> list[str]:
         return self.stream.document_names(documents)
 
-    def mixing(self) -> float | None:
+    def same_context_fraction(self) -> float | None:
         """Return that of the block of the batch that was given out last."""
-        return self._mixing
+        return self._same_context_fraction

@@ -37,7 +37,7 @@ class ShardStream:
             mesh,
         )
         self.d_model = shards.d_model
-        self._mixing: float | None = None
+        self._same_context_fraction: float | None = None
         self.halt = threading.Event()
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
@@ -46,7 +46,7 @@ class ShardStream:
         while True:
             rows = self.rows(step)
             contexts = self.shards.contexts(rows)
-            self._mixing = _neighbours_in(rows, contexts) / len(rows)
+            self._same_context_fraction = _neighbours_in(rows, contexts) / len(rows)
             rows = rows[self.mesh.batch_range(len(rows))]
             x = self.shards.read(rows).to(self.device)
             documents = torch.from_numpy(self.shards.documents(rows))
@@ -78,5 +78,5 @@ class ShardStream:
     def document_names(self, documents: Tensor) -> list[str]:
         return [self.shards.names[i] for i in documents.unique().tolist()]
 
-    def mixing(self) -> float | None:
-        return self._mixing
+    def same_context_fraction(self) -> float | None:
+        return self._same_context_fraction

@@ -183,5 +183,5 @@ class GaussianStream:
     def document_names(self, documents: Tensor) -> list[str]:
         return ["Gaussian data"]
 
-    def mixing(self) -> float | None:
+    def same_context_fraction(self) -> float | None:
         return None
