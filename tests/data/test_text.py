@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ksparse.config import ActsConfig
 from ksparse.data import documents as module
 from ksparse.data.contexts import Corpus, TextCursor
-from ksparse.data.documents import PIECE, documents
+from ksparse.data.documents import PIECE_CHARACTERS, documents
 from ksparse.errors import InputError
 from ksparse.lm import tokens
 from ksparse.storage.rows import SEPARATOR
@@ -89,15 +89,19 @@ def test_documents_from_a_number_on_are_the_rest_of_all(source):
 
 def test_long_documents_are_cut_at_line_ends_and_lose_nothing(source):
     lines = "".join(f"line {i} of a long file\n" for i in range(5000))
-    acts = source([lines, "x" * (2 * PIECE + 5), "short\n"])
+    acts = source([lines, "x" * (2 * PIECE_CHARACTERS + 5), "short\n"])
     pieces = sorted(
         (doc for split in SPLITS for doc in every(acts, split)), key=lambda doc: doc.index
     )
-    assert "".join(doc.text for doc in pieces) == lines + "x" * (2 * PIECE + 5) + "short\n"
-    assert all(0 < len(doc.text) <= PIECE for doc in pieces) and len(
+    assert (
+        "".join(doc.text for doc in pieces) == lines + "x" * (2 * PIECE_CHARACTERS + 5) + "short\n"
+    )
+    assert all(0 < len(doc.text) <= PIECE_CHARACTERS for doc in pieces) and len(
         {doc.name for doc in pieces}
     ) == len(pieces)
-    assert all(doc.text.endswith("\n") and len(doc.text) >= PIECE // 2 for doc in pieces[:4])
+    assert all(
+        doc.text.endswith("\n") and len(doc.text) >= PIECE_CHARACTERS // 2 for doc in pieces[:4]
+    )
     assert pieces[-1].name == "text.txt:2" and pieces[0].name == "text.txt:0#0"
 
 
@@ -184,7 +188,7 @@ def test_a_folder_gives_the_documents_of_its_files_by_name(tmp_path):
 def test_a_large_file_is_read_in_parts_with_separators_across_their_ends(tmp_path, monkeypatch):
     texts = [("ab" * 9 + "\n") * 1000 + f"{i}" for i in range(120)]  # over 2 MB
     (tmp_path / "big.txt").write_text(SEPARATOR.join(texts))
-    monkeypatch.setattr(module, "PIECE", 10**9)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 10**9)
     found = sorted(
         (
             doc
@@ -595,7 +599,7 @@ def test_an_endless_line_is_looked_at_once_and_given_in_pieces_as_it_comes(tmp_p
     """What is held is less than two parts, however long the line: else each part would be joined to all before it."""
     part, number = 10_000, 50
     monkeypatch.setattr(module.rows, "_CHUNK", part)
-    monkeypatch.setattr(module, "PIECE", 1_000)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 1_000)
     parts = iter(["x" * part] * number)
 
     class Stream:
@@ -624,7 +628,7 @@ def test_a_document_in_parts_is_cut_as_a_whole_one_is(monkeypatch):
         draw.choice("abc \n") if draw.random() < 0.9 else "x" * draw.randrange(300)
         for _ in range(3_000)
     )
-    monkeypatch.setattr(module, "PIECE", 100)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
     expected = list(module._pieces(iter([("a", whole), ("b", "short"), ("c", "")])))
     for size in (1, 7, 99, 100, 101, 5_000):
         chunks = (whole[at : at + size] for at in range(0, len(whole), size))
@@ -969,7 +973,7 @@ def test_documents_that_begin_with_bos_get_no_second_one(
         found[name] = [corpus(acts, folder, split) for split in SPLITS]
     tokens = {
         name: sorted(
-            [made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenized(0)
+            [made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenize(0)
         )
         for name, corpora in found.items()
     }
