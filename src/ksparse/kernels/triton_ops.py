@@ -98,6 +98,7 @@ def usable(device: torch.device) -> bool:
 
 
 def jit(function: Callable[..., Any]) -> Any:
+    """Compile a function with Triton when it is launched; leave it as it is without Triton."""
     return triton.jit(function) if triton else function
 
 
@@ -751,11 +752,8 @@ def decode(
         The error's squared norm [b], and <error, row> [b, k] where the value is above 0, else 0.
     """
     (b, k), d = indices.shape, weight.shape[1]
-    squares, slopes, whole = (
-        torch.empty(b, device=x.device),
-        torch.empty(b, k, device=x.device),
-        max(16, 1 << (d - 1).bit_length()),
-    )
+    squares, slopes = torch.empty(b, device=x.device), torch.empty(b, k, device=x.device)
+    columns = max(16, 1 << (d - 1).bit_length())
     if b:
         with on_device(x.device):
             _decode[(b,)](
@@ -769,8 +767,8 @@ def decode(
                 slopes,
                 k,
                 d,
-                COLUMNS=whole,
-                **_row_block(whole, weight.element_size()),
+                COLUMNS=columns,
+                **_row_block(columns, weight.element_size()),
             )
     return squares, slopes
 

@@ -118,10 +118,10 @@ def attach(
             f"an SAE is attached to a torch module, got {type(model).__name__}; of a ksparse.LM, "
             "give lm.model"
         )
-    given, site = site, site or _trained_site(sae)
-    place = resolve(model, site)
-    if given:
-        _warn_of_other_site(model, sae, given)
+    place = resolve(model, site or _trained_site(sae))
+    if site:
+        _warn_of_other_site(model, sae, site)
+    site = site or _trained_site(sae)
     tap, calls = Tap(sae), CallTracker(sae, positions)
 
     def replace(old: Tensor) -> Tensor | None:
