@@ -1,4 +1,4 @@
-"""Every kept activation once an epoch, mixed, and from any cursor on the same bits."""
+"""Every kept activation is used once an epoch, shuffled, and any cursor resumes with the same bits."""
 
 import dataclasses
 import itertools
@@ -160,7 +160,7 @@ def test_blocks_are_mixed_in_different_orders(small_stream):
 def test_the_share_of_neighbours_in_a_batch_is_about_one_over_the_batches_of_a_block(
     small_stream, batches
 ):
-    """T22: in the order of the text it would be about 1."""
+    """In the order of the text it would be about 1."""
     stream = small_stream(mix=512, batch=512 // batches)
     assert stream.same_context_fraction() is None
     take(stream, 1)
@@ -173,7 +173,7 @@ def test_a_batch_holds_many_documents(small_stream):
 
 
 def test_a_sample_does_not_move_the_stream(small_stream):
-    """T25: estimating from the training iterator uses it up, and makes going on inexact."""
+    """estimating from the training iterator uses it up, and makes resumption inexact."""
     untouched = take(small_stream(), 12)
     stream = small_stream()
     sample = stream.sample(100)
@@ -188,7 +188,7 @@ def test_a_sample_does_not_move_the_stream(small_stream):
 
 
 def test_a_sample_leaves_out_first_positions(small_stream):
-    """T18: a sink in the sample moves b_pre and the scale."""
+    """A sink in the sample moves b_pre and the scale."""
     stream = small_stream()
     corpus, lm = stream.corpus, stream.lm
     contexts = corpus.batch(list(itertools.islice(corpus.contexts(), 30)))

@@ -68,7 +68,7 @@ def test_splits_are_disjoint_and_hold_everything(source):
 
 
 def test_a_document_is_always_on_the_same_side(source):
-    """T33: the held-out text stays so if the file grows, is sorted anew, or holds a document twice."""
+    """The held-out text stays so if the file grows, is sorted anew, or holds a document twice."""
     texts = paragraphs(200)
     before = {doc.text for doc in every(source(texts), "held-out")}
     after = {
@@ -820,7 +820,7 @@ def test_each_epoch_is_the_same_text(policy, borders):
 
 
 def test_bos_is_at_position_0_only_and_id_0_counts_as_an_id(source, tiny_lm):
-    """A BOS id of 0 is falsy, and is not 'unset' (T20)."""
+    """A BOS id of 0 is falsy, and is not 'unset'."""
     made = corpus(source(paragraphs(30), borders="split", context=16), tiny_lm())
     assert made.bos == 0 and made.separator == 0 and made.policy()["bos_token"] == 0
     for context in one_epoch(made):
@@ -844,7 +844,7 @@ def test_packed_documents_have_a_separator_between_them_and_it_is_not_kept(sourc
 )
 @pytest.mark.parametrize("bos", ["auto", "none"])
 def test_the_first_position_is_left_out_with_or_without_bos(source, tiny_lm, options, bos):
-    """T20: in a model without BOS the first token takes its role."""
+    """In a model without BOS the first token takes its role."""
     made = corpus(source(paragraphs(30), context=16, bos=bos), tiny_lm("gpt2", **options))
     batch = made.batch(one_epoch(made))
     assert not batch.keep[:, 0].any() and batch.keep[:, 1:].float().mean() > 0.8

@@ -1,4 +1,4 @@
-"""The fast copies agree with the definition, and both with autograd of dense code. Bugs T1, T2 of other libraries."""
+"""The fast copies agree with the definition, and both with autograd of dense code.."""
 
 import ctypes
 import math

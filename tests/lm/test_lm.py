@@ -114,7 +114,7 @@ def test_resid_aliases_are_the_hidden_states_of_transformers(lm_at, kind):
 
 @every_kind
 def test_the_last_resid_post_is_before_the_final_norm(lm_at, kind):
-    """T24: the last of transformers' hidden_states is after it."""
+    """The last of transformers' hidden_states is after it."""
     lm, ids = lm_at(kind, "resid_post.2"), tokens()
     x = lm.acts(ids, full(ids))
     norm = lm.model.get_submodule(FINAL_NORM.get(kind, "model.norm"))
