@@ -173,7 +173,7 @@ def test_a_batch_holds_many_documents(small_stream):
 
 
 def test_a_sample_does_not_move_the_stream(small_stream):
-    """estimating from the training iterator uses it up, and makes resumption inexact."""
+    """Estimating from the training iterator uses it up, and makes resumption inexact."""
     untouched = take(small_stream(), 12)
     stream = small_stream()
     sample = stream.sample(100)

@@ -862,7 +862,7 @@ def test_keep_all_leaves_out_padding_only(source, tiny_lm):
 
 
 def test_padding_is_masked_by_place_though_pad_is_eos(source, tiny_lm):
-    """T21: GPT-2's pad is its EOS; an EOS that is in the text is a token, one that fills up is not."""
+    """GPT-2's pad is its EOS; an EOS that is in the text is a token, one that fills up is not."""
     acts = source(paragraphs(30), borders="split", context=16, keep="all")
     made = corpus(acts, tiny_lm("gpt2", tokenizer={"pad": "<|endoftext|>"}))
     assert made.pad == made.tokenizer.eos_token_id == 0

@@ -1,4 +1,4 @@
-"""The fast copies agree with the definition, and both with autograd of dense code.."""
+"""The fast copies agree with the definition, and both with autograd of dense code."""
 
 import ctypes
 import math
