@@ -235,7 +235,7 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
         x, weight = x.bfloat16(), weight.bfloat16()
         if name != "random":
             bias[
-                triton_ops._latents(
+                triton_ops.latents_at(
                     torch.tensor(1234), torch.arange(triton_ops.TILE.latents // 4), triton_ops.TILE
                 ).cuda()
             ] += 1000 * d**0.5

@@ -105,7 +105,7 @@ class Stream:
     def document_names(self, documents: Any) -> list[str]:
         return ["synthetic"]
 
-    def mixing(self) -> float:
+    def same_context_fraction(self) -> float:
         return 0.0
 
 

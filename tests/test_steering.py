@@ -20,7 +20,7 @@ from ksparse.sae.model import SAE, Shape
 from ksparse.steering import (
     attach,
     attribute,
-    attribution,
+    attribute_positions,
     clamped,
     compare,
     continue_text,
@@ -28,6 +28,7 @@ from ksparse.steering import (
     scaled,
     steer,
 )
+from ksparse.steering.calls import holds_tokens
 
 D, N, K, VOCABULARY = 8, 24, 3, 11
 
@@ -111,6 +112,7 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
         model=model,
         site=resolve(model, "block"),
         module=model.block,
+        options=SimpleNamespace(lm="linear", site="block"),
         check_changes=lambda: None,
         tokenize=lambda prompt: torch.tensor([[int(c) for c in prompt]]),
     )
@@ -118,7 +120,7 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
         t.float() for t in (model.embed.weight, model.head.weight, model.head.bias)
     )
     sae = sae.float()
-    contributions = attribution(lm, sae, "31415", lambda logits: logits[2] - logits[7])
+    contributions = attribute_positions(lm, sae, "31415", lambda logits: logits[2] - logits[7])
     scores = attribute(lm, sae, ["31415", "926"], lambda logits: logits[2] - logits[7])
     assert (
         contributions.values[:-1].abs().max() == 0
@@ -159,7 +161,7 @@ def test_attribution_at_a_site_that_is_a_sum_is_the_slope_of_scaling(small_acts,
 def test_attributions_add_up_to_the_first_order_effect_through_a_real_lm(tiny):
     lm, sae = tiny
     metric = lambda logits: logits[5] - logits[6]  # noqa: E731
-    code = attribution(lm, sae, "the cat sat on a mat", metric)
+    code = attribute_positions(lm, sae, "the cat sat on a mat", metric)
     latent = int(code.indices.flatten()[code.values.abs().argmax()])
     score = attribute(lm, sae, ["the cat sat on a mat"], metric)[latent].item()
     with torch.no_grad():
@@ -215,14 +217,14 @@ def test_generation_with_a_cache_is_steered_like_the_whole_context(tiny):
 def test_dropping_the_error_splices_the_reconstruction_in(tiny):
     lm, sae = tiny
     ids = lm.tokenize("two black dogs run over old green hills")
-    watched = lm.watch(ids, torch.ones_like(ids, dtype=torch.bool))
+    watched = lm.run_with_cache(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def spliced(x):
         return torch.cat([x[:, :1], sae(x[:, 1:])], 1)
 
     with torch.no_grad(), attach(lm.model, sae, error="drop"):
         logits = lm.model(ids).logits
-    assert torch.allclose(logits, lm.replay(watched, spliced), atol=1e-5)
+    assert torch.allclose(logits, lm.run_patched(watched, spliced), atol=1e-5)
 
 
 def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):
@@ -278,7 +280,7 @@ def test_changes_are_sums_of_their_parts():
     code = sae.encode(
         torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     )
-    both = steering.changes(clamped({1: 2.0}), scaled({2: 3.0}), clamped({}))(code)
+    both = steering.sum_changes(clamped({1: 2.0}), scaled({2: 3.0}), clamped({}))(code)
     dense = code.dense(N)
     expected = torch.zeros_like(dense)
     expected[:, 1], expected[:, 2] = 2 - dense[:, 1], 2 * dense[:, 2]
@@ -301,18 +303,24 @@ def masked(lm, sae):
         (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
         (
             lambda lm, sae: steer(lm.model, sae, {3: float("nan")}).__enter__(),
-            "latent 3 is to be held at or scaled by nan; give a finite number",
+            "latent 3 cannot be clamped to or scaled by nan; give a finite number",
         ),
         (
             lambda lm, sae: steer(lm.model, sae, scale={3: float("inf")}).__enter__(),
-            "latent 3 is to be held at or scaled by inf; give a finite number",
+            "latent 3 cannot be clamped to or scaled by inf; give a finite number",
         ),
         (
             lambda lm, sae: steer(lm.model, sae, {3: torch.ones(2)}).__enter__(),
-            "latent 3 is to be held at or scaled by tensor.*; give a finite number",
+            "latent 3 cannot be clamped to or scaled by tensor.*; give a finite number",
         ),
-        (lambda lm, sae: steer(lm.model, sae, {3.0: 1.0}).__enter__(), "latent 3.0 is no latent"),
-        (lambda lm, sae: steer(lm.model, sae, {True: 1.0}).__enter__(), "latent True is no latent"),
+        (
+            lambda lm, sae: steer(lm.model, sae, {3.0: 1.0}).__enter__(),
+            "latent 3.0 is not a latent",
+        ),
+        (
+            lambda lm, sae: steer(lm.model, sae, {True: 1.0}).__enter__(),
+            "latent True is not a latent",
+        ),
         (
             lambda lm, sae: attach(lm, sae).__enter__(),
             "attached to a torch module, got LM; of a ksparse.LM, give lm.model",
@@ -323,7 +331,7 @@ def masked(lm, sae):
         ),
         (
             lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(),
-            "latent 3 is to be both clamped and scaled",
+            "latent 3 is both clamped and scaled",
         ),
         (
             lambda lm, sae: attach(lm.model, SAE(sae.shape)).__enter__(),
@@ -343,7 +351,7 @@ def masked(lm, sae):
         ),
         (
             lambda lm, sae: attach(lm.model, sae).__enter__().recon,
-            "nothing has gone through the site yet, so there is no x",
+            "no activation has reached the site yet, so there is no x",
         ),
         (
             lambda lm, sae: masked(lm, sae),
@@ -358,7 +366,7 @@ def masked(lm, sae):
         (lambda lm, sae: attribute(lm, sae, [], lambda logits: logits[0]), "at least one prompt"),
         (
             lambda lm, sae: logit_difference(lm, ["the cat sat"]),
-            r"'the cat sat' is \d+ tokens of .*; give a text that is one",
+            r"'the cat sat' is \d+ tokens of .*; give a text that is a single token",
         ),
         (lambda lm, sae: logit_difference(lm, []), "at least one token to look toward"),
         (lambda lm, sae: steering.lm_of(SAE(sae.shape)), "does not say which LM it was trained on"),
@@ -550,7 +558,7 @@ def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, capl
         lm.model(torch.full((1, 9), 7))
         lm.model(torch.full((1, 9), 7))
     assert [record.getMessage() for record in caplog.records] == [
-        "contexts of 9 tokens are longer than the 6 that this autoencoder was trained on; it has not seen the positions behind them"
+        "contexts of 9 tokens are longer than the 6 that this autoencoder was trained on; it has not seen the positions beyond"
     ]
 
 
@@ -571,7 +579,7 @@ def test_contexts_longer_than_the_sae_was_trained_on_have_a_word_once(tiny, capl
     ],
 )
 def test_a_memory_says_whether_it_holds_earlier_tokens(state, continues):
-    assert steering._remembers(state) is continues
+    assert holds_tokens(state) is continues
 
 
 def test_a_value_far_beyond_what_a_latent_can_reach_is_warned_of(tiny, caplog):

@@ -36,7 +36,7 @@ class Saved:
     def document_names(self, documents) -> list[str]:
         return ["saved"]
 
-    def mixing(self) -> None:
+    def same_context_fraction(self) -> None:
         return None
 
 

@@ -232,8 +232,8 @@ def test_several_sites_in_one_pass_are_what_each_is_alone(small_acts, tmp_path, 
             )
         )
     lm = LM(acts=small_acts(site=sites[0]))
-    passes, own = [], lm._forward
-    monkeypatch.setattr(lm, "_forward", lambda *args: passes.append(1) or own(*args))
+    passes, own = [], lm.forward
+    monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
     together = write_sites(
         lm,
         Corpus(lm.options, lm.tokenizer, "train"),
@@ -581,7 +581,7 @@ def test_neighbours_in_a_batch_are_few_and_a_sample_moves_nothing(stream):
     shares = []
     for _ in range(8):
         next(batches)
-        shares.append(made.mixing())
+        shares.append(made.same_context_fraction())
     assert 0 < np.mean(shares) < 0.25  # 64 of 500 rows
     assert torch.equal(sample, made.sample(100)) and made.sample(10**6).shape == (
         made.shards.rows,

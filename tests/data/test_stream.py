@@ -1,4 +1,4 @@
-"""Every kept activation once an epoch, mixed, and from any cursor on the same bits."""
+"""Every kept activation is used once an epoch, shuffled, and any cursor resumes with the same bits."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ksparse.data.contexts import Corpus, TextCursor
-from ksparse.data.live import LiveStream, blocks_for, memory_bytes
+from ksparse.data.live import LiveStream, memory_bytes
 from ksparse.data.prefetch import Prefetcher
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM
@@ -160,11 +160,11 @@ def test_blocks_are_mixed_in_different_orders(small_stream):
 def test_the_share_of_neighbours_in_a_batch_is_about_one_over_the_batches_of_a_block(
     small_stream, batches
 ):
-    """T22: in the order of the text it would be about 1."""
+    """In the order of the text it would be about 1."""
     stream = small_stream(mix=512, batch=512 // batches)
-    assert stream.mixing() is None
+    assert stream.same_context_fraction() is None
     take(stream, 1)
-    assert stream.mixing() == pytest.approx(1 / batches, abs=0.08)
+    assert stream.same_context_fraction() == pytest.approx(1 / batches, abs=0.08)
 
 
 def test_a_batch_holds_many_documents(small_stream):
@@ -173,7 +173,7 @@ def test_a_batch_holds_many_documents(small_stream):
 
 
 def test_a_sample_does_not_move_the_stream(small_stream):
-    """T25: estimating from the training iterator uses it up, and makes going on inexact."""
+    """Estimating from the training iterator uses it up, and makes resumption inexact."""
     untouched = take(small_stream(), 12)
     stream = small_stream()
     sample = stream.sample(100)
@@ -188,7 +188,7 @@ def test_a_sample_does_not_move_the_stream(small_stream):
 
 
 def test_a_sample_leaves_out_first_positions(small_stream):
-    """T18: a sink in the sample moves b_pre and the scale."""
+    """A sink in the sample moves b_pre and the scale."""
     stream = small_stream()
     corpus, lm = stream.corpus, stream.lm
     contexts = corpus.batch(list(itertools.islice(corpus.contexts(), 30)))
@@ -270,9 +270,7 @@ def test_documents_of_a_batch_have_names(small_stream):
 
 def test_a_mix_that_is_no_multiple_of_the_batch_is_rounded_down(small_stream):
     stream = small_stream(mix=100, batch=32)
-    assert (
-        stream.per_block == 3 and blocks_for(960, 32, 100) == 10 and blocks_for(961, 32, 100) == 11
-    )
+    assert stream.per_block == 3
     acts = stream.corpus.acts
     assert memory_bytes(acts, 32, 16) == 96 * (4 * 16 + 16)
     assert memory_bytes(dataclasses.replace(acts, store="bfloat16"), 32, 16) == 96 * (2 * 16 + 16)
@@ -308,7 +306,7 @@ def test_of_an_lm_in_bfloat16_nothing_is_lost(small_stream):
     assert all(torch.equal(one.x, other.x) for one, other in zip(exact, kept))
 
 
-# ---- ahead
+# ---- prefetched
 
 
 def running() -> list[str]:
@@ -316,22 +314,22 @@ def running() -> list[str]:
 
 
 @pytest.mark.parametrize("depth", [1, 3, 8])
-def test_ahead_gives_the_same_batches_cursors_and_mixing(small_stream, depth):
-    plain, ahead = small_stream(), Prefetcher(small_stream(), depth)
+def test_a_prefetcher_gives_the_same_batches_cursors_and_fractions(small_stream, depth):
+    plain, prefetched = small_stream(), Prefetcher(small_stream(), depth)
     expected, found = [], []
-    for stream, rows_ in ((plain, expected), (ahead, found)):
+    for stream, rows_ in ((plain, expected), (prefetched, found)):
         with closing(stream.batches()) as batches:
             for batch in itertools.islice(batches, 20):
-                rows_.append((batch, stream.mixing()))
+                rows_.append((batch, stream.same_context_fraction()))
     for (one, mixed), (other, other_mixed) in zip(expected, found, strict=True):
         assert torch.equal(one.x, other.x) and torch.equal(one.documents, other.documents)
         assert one.cursor == other.cursor and mixed == other_mixed
     middle = json.loads(json.dumps(expected[11][0].cursor))
-    assert torch.equal(take(ahead, 1, middle)[0].x, expected[12][0].x)
+    assert torch.equal(take(prefetched, 1, middle)[0].x, expected[12][0].x)
     assert running() == []
 
 
-def test_ahead_holds_no_more_than_its_depth(small_stream):
+def test_a_prefetcher_holds_no_more_than_its_depth(small_stream):
     stream, made = small_stream(), []
     own = stream.batches
 
@@ -382,30 +380,34 @@ def test_closing_gives_up_the_block_that_is_being_computed(small_stream, monkeyp
         return own(tokens, attention)
 
     monkeypatch.setattr(stream.lm, "acts", slow)
-    ahead = Prefetcher(stream, 64)
-    batches = ahead.batches()
+    prefetched = Prefetcher(stream, 64)
+    batches = prefetched.batches()
     next(batches)
     assert began.wait(20)
     batches.close()
     assert running() == [] and len(calls) < 260  # a block is 150 and more
     monkeypatch.setattr(stream.lm, "acts", own)
     assert torch.equal(
-        take(ahead, 1)[0].x, take(small_stream(mix=2048, lm_batch=1), 1)[0].x
+        take(prefetched, 1)[0].x, take(small_stream(mix=2048, lm_batch=1), 1)[0].x
     )  # and it can begin again
 
 
 def test_a_sample_may_be_asked_for_while_the_thread_computes(small_stream):
-    ahead, expected = Prefetcher(small_stream(), 8), take(small_stream(), 24)
+    prefetched, expected = Prefetcher(small_stream(), 8), take(small_stream(), 24)
     sample = small_stream().sample(50)
-    with closing(ahead.batches()) as batches:
+    with closing(prefetched.batches()) as batches:
         for one in expected:
-            assert torch.equal(next(batches).x, one.x) and torch.equal(ahead.sample(50), sample)
+            assert torch.equal(next(batches).x, one.x) and torch.equal(
+                prefetched.sample(50), sample
+            )
 
 
 def test_names_of_documents_are_known_for_the_batch_in_hand(small_stream):
-    ahead = Prefetcher(small_stream(), 8)
-    batch = take(ahead, 1)[0]
-    assert ahead.document_names(batch.documents) == small_stream_names(ahead.stream, batch)
+    prefetched = Prefetcher(small_stream(), 8)
+    batch = take(prefetched, 1)[0]
+    assert prefetched.document_names(batch.documents) == small_stream_names(
+        prefetched.stream, batch
+    )
 
 
 def small_stream_names(stream, batch):

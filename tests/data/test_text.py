@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ksparse.config import ActsConfig
 from ksparse.data import documents as module
 from ksparse.data.contexts import Corpus, TextCursor
-from ksparse.data.documents import PIECE, documents
+from ksparse.data.documents import PIECE_CHARACTERS, documents
 from ksparse.errors import InputError
 from ksparse.lm import tokens
 from ksparse.storage.rows import SEPARATOR
@@ -68,7 +68,7 @@ def test_splits_are_disjoint_and_hold_everything(source):
 
 
 def test_a_document_is_always_on_the_same_side(source):
-    """T33: the held-out text stays so if the file grows, is sorted anew, or holds a document twice."""
+    """The held-out text stays so if the file grows, is sorted anew, or holds a document twice."""
     texts = paragraphs(200)
     before = {doc.text for doc in every(source(texts), "held-out")}
     after = {
@@ -89,15 +89,19 @@ def test_documents_from_a_number_on_are_the_rest_of_all(source):
 
 def test_long_documents_are_cut_at_line_ends_and_lose_nothing(source):
     lines = "".join(f"line {i} of a long file\n" for i in range(5000))
-    acts = source([lines, "x" * (2 * PIECE + 5), "short\n"])
+    acts = source([lines, "x" * (2 * PIECE_CHARACTERS + 5), "short\n"])
     pieces = sorted(
         (doc for split in SPLITS for doc in every(acts, split)), key=lambda doc: doc.index
     )
-    assert "".join(doc.text for doc in pieces) == lines + "x" * (2 * PIECE + 5) + "short\n"
-    assert all(0 < len(doc.text) <= PIECE for doc in pieces) and len(
+    assert (
+        "".join(doc.text for doc in pieces) == lines + "x" * (2 * PIECE_CHARACTERS + 5) + "short\n"
+    )
+    assert all(0 < len(doc.text) <= PIECE_CHARACTERS for doc in pieces) and len(
         {doc.name for doc in pieces}
     ) == len(pieces)
-    assert all(doc.text.endswith("\n") and len(doc.text) >= PIECE // 2 for doc in pieces[:4])
+    assert all(
+        doc.text.endswith("\n") and len(doc.text) >= PIECE_CHARACTERS // 2 for doc in pieces[:4]
+    )
     assert pieces[-1].name == "text.txt:2" and pieces[0].name == "text.txt:0#0"
 
 
@@ -184,7 +188,7 @@ def test_a_folder_gives_the_documents_of_its_files_by_name(tmp_path):
 def test_a_large_file_is_read_in_parts_with_separators_across_their_ends(tmp_path, monkeypatch):
     texts = [("ab" * 9 + "\n") * 1000 + f"{i}" for i in range(120)]  # over 2 MB
     (tmp_path / "big.txt").write_text(SEPARATOR.join(texts))
-    monkeypatch.setattr(module, "PIECE", 10**9)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 10**9)
     found = sorted(
         (
             doc
@@ -595,7 +599,7 @@ def test_an_endless_line_is_looked_at_once_and_given_in_pieces_as_it_comes(tmp_p
     """What is held is less than two parts, however long the line: else each part would be joined to all before it."""
     part, number = 10_000, 50
     monkeypatch.setattr(module.rows, "_CHUNK", part)
-    monkeypatch.setattr(module, "PIECE", 1_000)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 1_000)
     parts = iter(["x" * part] * number)
 
     class Stream:
@@ -624,7 +628,7 @@ def test_a_document_in_parts_is_cut_as_a_whole_one_is(monkeypatch):
         draw.choice("abc \n") if draw.random() < 0.9 else "x" * draw.randrange(300)
         for _ in range(3_000)
     )
-    monkeypatch.setattr(module, "PIECE", 100)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
     expected = list(module._pieces(iter([("a", whole), ("b", "short"), ("c", "")])))
     for size in (1, 7, 99, 100, 101, 5_000):
         chunks = (whole[at : at + size] for at in range(0, len(whole), size))
@@ -816,7 +820,7 @@ def test_each_epoch_is_the_same_text(policy, borders):
 
 
 def test_bos_is_at_position_0_only_and_id_0_counts_as_an_id(source, tiny_lm):
-    """A BOS id of 0 is falsy, and is not 'unset' (T20)."""
+    """A BOS id of 0 is falsy, and is not 'unset'."""
     made = corpus(source(paragraphs(30), borders="split", context=16), tiny_lm())
     assert made.bos == 0 and made.separator == 0 and made.policy()["bos_token"] == 0
     for context in one_epoch(made):
@@ -840,7 +844,7 @@ def test_packed_documents_have_a_separator_between_them_and_it_is_not_kept(sourc
 )
 @pytest.mark.parametrize("bos", ["auto", "none"])
 def test_the_first_position_is_left_out_with_or_without_bos(source, tiny_lm, options, bos):
-    """T20: in a model without BOS the first token takes its role."""
+    """In a model without BOS the first token takes its role."""
     made = corpus(source(paragraphs(30), context=16, bos=bos), tiny_lm("gpt2", **options))
     batch = made.batch(one_epoch(made))
     assert not batch.keep[:, 0].any() and batch.keep[:, 1:].float().mean() > 0.8
@@ -858,7 +862,7 @@ def test_keep_all_leaves_out_padding_only(source, tiny_lm):
 
 
 def test_padding_is_masked_by_place_though_pad_is_eos(source, tiny_lm):
-    """T21: GPT-2's pad is its EOS; an EOS that is in the text is a token, one that fills up is not."""
+    """GPT-2's pad is its EOS; an EOS that is in the text is a token, one that fills up is not."""
     acts = source(paragraphs(30), borders="split", context=16, keep="all")
     made = corpus(acts, tiny_lm("gpt2", tokenizer={"pad": "<|endoftext|>"}))
     assert made.pad == made.tokenizer.eos_token_id == 0
@@ -969,7 +973,7 @@ def test_documents_that_begin_with_bos_get_no_second_one(
         found[name] = [corpus(acts, folder, split) for split in SPLITS]
     tokens = {
         name: sorted(
-            [made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenized(0)
+            [made.tokenizer.bos_token_id, *ids] for made in corpora for _, ids in made._tokenize(0)
         )
         for name, corpora in found.items()
     }

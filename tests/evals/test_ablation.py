@@ -64,14 +64,14 @@ def row(tokens):
 def logits_with(lm, place, x):
     """Return float64 logits of the place's positions with x[d] at the position, by replay of the context's text."""
     tokens, attention = row(place.tokens[: place.text])
-    watched = lm.watch(tokens, attention)
+    watched = lm.run_with_cache(tokens, attention)
 
     def put(old):
         old = old.clone()
         old[0, place.position] = x
         return old
 
-    return lm.replay(watched, put)[0, place.position : place.position + place.length].double()
+    return lm.run_patched(watched, put)[0, place.position : place.position + place.length].double()
 
 
 def x_at(lm, place):

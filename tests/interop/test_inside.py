@@ -49,7 +49,8 @@ def test_splicing_is_the_replay_of_the_evaluations(model, sae, tokens, tiny_lm):
         spliced = logits(model, tokens)
     lm = LM(str(tiny_lm("gpt2")), site=SITE)
     torch.testing.assert_close(
-        spliced, lm.replay(lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)), sae)
+        spliced,
+        lm.run_patched(lm.run_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool)), sae),
     )
 
 

@@ -55,7 +55,7 @@ def test_a_plan_for_more_candidates_than_before_changes_only_now_and_then():
     [(256, 512, 1), (64, 512, 2), (32, 512, 4), (2, 512, 8), (2, 1, 1), (2, 0, 1), (20, 3, 3)],
 )
 def test_few_tokens_split_the_latents_between_processors(blocks, most, parts):
-    assert hopper._parts(blocks, most, 132) == parts
+    assert hopper._choose_parts(blocks, most, 132) == parts
 
 
 def test_a_cpu_has_no_such_kernel():
@@ -142,7 +142,7 @@ def test_the_candidates_are_the_largest_and_the_bound_holds(shape, cluster):
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", ["rising", "falling", "equal", "few_columns"])
 def test_the_order_of_the_scores_does_not_matter(kind, parts, monkeypatch):
-    monkeypatch.setattr(hopper, "_parts", lambda *_: parts)
+    monkeypatch.setattr(hopper, "_choose_parts", lambda *_: parts)
     x, x_scale, weight, scale, bias = operands(500, 256, 6000)
     at = torch.arange(6000.0).cuda()
     bias = {

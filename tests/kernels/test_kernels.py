@@ -1,10 +1,12 @@
-"""The fast copies agree with the definition, and both with autograd of dense code. Bugs T1, T2 of other libraries."""
+"""The fast copies agree with the definition, and both with autograd of dense code."""
 
 import ctypes
 import math
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,34 @@ def test_using_reference_switches_and_switches_back(monkeypatch):
             raise KeyError("stop")
     kernels.gather_sum(*one)
     assert calls == ["reference", "fast"]
+
+
+def test_a_backward_pass_runs_what_its_forward_pass_ran(monkeypatch):
+    calls, gather_dot = [], reference.gather_dot
+    monkeypatch.setattr(
+        reference, "gather_dot", lambda *a: calls.append("reference") or gather_dot(*a)
+    )
+    values, indices, _, weight = inputs((4, 3, 9, 5))
+    with kernels.using("reference"):
+        out = kernels.gather_sum(values.requires_grad_(), indices, weight)
+    assert calls == []
+    thread = threading.Thread(target=lambda: out.sum().backward())
+    thread.start(), thread.join()
+    assert calls == ["reference"] and values.grad is not None
+
+
+def test_neither_importing_nor_using_the_operations_edits_the_warning_filters():
+    code = (
+        "import warnings, torch\n"
+        "warnings.simplefilter('error')\n"
+        "before = list(warnings.filters)\n"
+        "from ksparse.kernels import torch_ops\n"
+        "x, w, i = torch.ones(4, 8), torch.ones(16, 8), torch.zeros(4, 3, dtype=torch.long)\n"
+        "torch_ops.gather_dot(x, i, w), torch_ops.gather_dot(x.double(), i, w.double())\n"
+        "assert warnings.filters == before, warnings.filters\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- gradients
@@ -423,7 +453,7 @@ def test_what_is_no_library_of_ours_is_one_line_and_plain_torch(
     assert native.load.__wrapped__() is None
     assert (
         len(caplog.records) == 1
-        and "training goes on with plain torch" in caplog.text
+        and "training uses plain torch" in caplog.text
         and "\n" not in caplog.records[0].getMessage()
     )
 
@@ -435,5 +465,5 @@ def test_a_compiler_that_fails_is_one_line_and_leaves_nothing(cache, monkeypatch
     caplog.set_level("INFO")
     assert native.load.__wrapped__() is None and list(cache.iterdir()) == []
     assert [record.getMessage() for record in caplog.records] == [
-        "the compiled kernels are not available (is wrong); training goes on with plain torch"
+        "the compiled kernels are not available (is wrong); training uses plain torch"
     ]

@@ -228,7 +228,7 @@ def repaired(monkeypatch):
 def test_winners_that_all_lie_in_one_bucket_are_found(repaired, kept):
     _, _, x, weight = inputs((20, 8, 200, 12))
     bias = torch.zeros(200, device=DEVICE)
-    in_a_bucket = triton_ops._latents(
+    in_a_bucket = triton_ops.latents_at(
         torch.tensor(9), torch.arange(8), TINY
     )  # all eight places of the second bucket of the third tile
     bias[in_a_bucket] = 100
@@ -249,7 +249,7 @@ def test_tokens_with_none_one_and_many_suspect_buckets_are_kept_apart(repaired):
     for column, buckets in ((1, [5]), (2, [0, 13, 22])):
         weight[:, column] = torch.randperm(200, generator=make) * 0.001
         for bucket in buckets:
-            weight[triton_ops._latents(torch.tensor(bucket), torch.arange(4), TINY), column] += 10
+            weight[triton_ops.latents_at(torch.tensor(bucket), torch.arange(4), TINY), column] += 10
     check_topk(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 12, tile=TINY, kept=3)
     assert repaired
 
@@ -257,7 +257,7 @@ def test_tokens_with_none_one_and_many_suspect_buckets_are_kept_apart(repaired):
 @inside
 def test_the_certificate_does_not_fire_where_winners_are_apart(repaired):
     bias = torch.zeros(256, device=DEVICE)
-    bias[triton_ops._latents(torch.arange(4), torch.zeros(4, dtype=torch.long), TINY)] = 100
+    bias[triton_ops.latents_at(torch.arange(4), torch.zeros(4, dtype=torch.long), TINY)] = 100
     _, _, x, weight = inputs((5, 4, 256, 8))
     check_topk(x, weight, bias, 4, tile=TINY, kept=2)
     assert repaired == []

@@ -1,4 +1,4 @@
-"""An LM whose passes do not agree is refused, or read only, or replayed the long way: never believed."""
+"""An LM whose passes do not agree is refused, or read only, or run the long way: never believed."""
 
 import logging
 import types
@@ -64,14 +64,13 @@ def test_keys_and_values_that_later_blocks_share_are_not_left_out(tiny_lm, caplo
     with caplog.at_level(logging.WARNING, logger="ksparse"):
         again = lm.at_site("resid_post.1")
     assert (
-        "leaving out the blocks before the site changes what comes after it (IndexError"
-        in caplog.text
+        "skipping the blocks before the site changes what comes after it (IndexError" in caplog.text
         and "they are run again" in caplog.text
     )
     ids = tokens()
-    watched = again.watch(ids, full(ids))
-    assert torch.equal(again.replay(watched, lambda x: x), watched.logits)
-    assert again._before == [] and again.refused == ""
+    cached = again.run_with_cache(ids, full(ids))
+    assert torch.equal(again.run_patched(cached, lambda x: x), cached.logits)
+    assert again.skippable == [] and again.read_only_reason == ""
 
 
 def test_a_site_whose_changes_do_not_arrive_can_be_read_but_not_changed(tiny_lm):
@@ -85,8 +84,8 @@ def test_a_site_whose_changes_do_not_arrive_can_be_read_but_not_changed(tiny_lm)
     ids = tokens()
     assert reading.acts(ids, full(ids)).shape == (2, 9, 8)
     for call in (
-        lambda: reading.replay(reading.watch(ids, full(ids)), torch.zeros_like),
-        lambda: reading.fork(ids, full(ids), 2, 3),
+        lambda: reading.run_patched(reading.run_with_cache(ids, full(ids)), torch.zeros_like),
+        lambda: reading.branch_from(ids, full(ids), 2, 3),
     ):
         with pytest.raises(
             InputError,
@@ -148,7 +147,7 @@ def test_a_place_without_contexts_and_tokens_is_refused_as_a_site_and_under_an_s
 def test_activations_that_are_not_finite_are_left_to_whoever_uses_them(tiny_lm):
     lm = LM(str(tiny_lm("llama")), "resid_post.1")
     lm.model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
-    assert lm.at_site("resid_post.1").refused == ""
+    assert lm.at_site("resid_post.1").read_only_reason == ""
 
 
 def test_the_rows_that_are_compared_differ_in_their_last_token_alone(tiny_lm):

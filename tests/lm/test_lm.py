@@ -114,7 +114,7 @@ def test_resid_aliases_are_the_hidden_states_of_transformers(lm_at, kind):
 
 @every_kind
 def test_the_last_resid_post_is_before_the_final_norm(lm_at, kind):
-    """T24: the last of transformers' hidden_states is after it."""
+    """The last of transformers' hidden_states is after it."""
     lm, ids = lm_at(kind, "resid_post.2"), tokens()
     x = lm.acts(ids, full(ids))
     norm = lm.model.get_submodule(FINAL_NORM.get(kind, "model.norm"))
@@ -195,7 +195,7 @@ def test_a_change_of_resid_mid_reaches_the_mlp_and_the_skip_around_it(lm_at, kin
                 output[0] if isinstance(output, tuple) else output
             )
         )
-        lm.replay(lm.watch(ids, full(ids)), change)
+        lm.run_patched(lm.run_with_cache(ids, full(ids)), change)
         handle.remove()
         with torch.no_grad():
             torch.testing.assert_close(seen[-1], change(mid) + nn.Sequential(*mlp)(change(mid)))
@@ -225,8 +225,8 @@ def test_a_module_that_takes_its_input_by_name_can_be_read_and_changed(tiny_lm):
     lm = LM(str(tiny_lm("llama")), "model.layers.1.self_attn:in")
     expected = output_of(lm.model, lm.model.model.layers[1].self_attn, ids, "in")
     assert torch.equal(lm.acts(ids, full(ids)), expected)
-    watched = lm.watch(ids, full(ids))
-    assert not torch.allclose(lm.replay(watched, torch.zeros_like), watched.logits)
+    cached = lm.run_with_cache(ids, full(ids))
+    assert not torch.allclose(lm.run_patched(cached, torch.zeros_like), cached.logits)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_what_comes_after_the_site_is_not_computed(tiny_lm, kind):
         block.register_forward_hook(lambda *_, number=number: calls.append(number))
     lm.acts(ids, full(ids))
     assert 2 not in calls and 0 in calls
-    lm.watch(ids, full(ids))
+    lm.run_with_cache(ids, full(ids))
     assert 2 in calls
 
 
@@ -301,12 +301,12 @@ def test_what_comes_after_the_site_is_not_computed(tiny_lm, kind):
 )
 def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, kind, site):
     lm, ids = lm_at(kind, site), tokens()
-    watched = lm.watch(ids, full(ids))
+    cached = lm.run_with_cache(ids, full(ids))
     with torch.no_grad():
         clean = lm.model(ids, use_cache=False).logits
-    torch.testing.assert_close(watched.logits, clean)
-    assert torch.equal(watched.x, lm.acts(ids, full(ids)))
-    assert torch.equal(lm.replay(watched, lambda x: x), watched.logits)
+    torch.testing.assert_close(cached.logits, clean)
+    assert torch.equal(cached.x, lm.acts(ids, full(ids)))
+    assert torch.equal(lm.run_patched(cached, lambda x: x), cached.logits)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +314,9 @@ def test_replay_with_the_activations_as_they_are_gives_the_clean_logits(lm_at, k
 )
 def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
     lm, ids = lm_at(kind, site), tokens()
-    watched = lm.watch(ids, full(ids))
-    changed = lm.replay(watched, torch.zeros_like)
-    assert not torch.allclose(changed, watched.logits)
+    cached = lm.run_with_cache(ids, full(ids))
+    changed = lm.run_patched(cached, torch.zeros_like)
+    assert not torch.allclose(changed, cached.logits)
 
     def zero_out(module, args, output):
         return (
@@ -338,24 +338,26 @@ def test_replay_with_zeros_equals_a_hook_that_gives_zeros(lm_at, kind, site):
         expected = lm.model(ids, use_cache=False).logits
     handle.remove()
     torch.testing.assert_close(changed, expected)
-    assert torch.equal(lm.watch(ids, full(ids)).logits, watched.logits), "the LM was left changed"
+    assert torch.equal(lm.run_with_cache(ids, full(ids)).logits, cached.logits), (
+        "the LM was left changed"
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neo"])
 def test_blocks_before_the_site_are_not_run_again(tiny_lm, kind):
     lm, ids = LM(str(tiny_lm(kind)), "resid_post.1"), tokens()
-    watched = lm.watch(ids, full(ids))
+    cached = lm.run_with_cache(ids, full(ids))
     calls = []
     for number, block in enumerate(blocks(lm.model, kind)):
         block.get_submodule("mlp").register_forward_hook(
             lambda *_, number=number: calls.append(number)
         )
-    lm.replay(watched, lambda x: x)
+    lm.run_patched(cached, lambda x: x)
     assert calls == [2]
     with pytest.raises(ZeroDivisionError):
-        lm.replay(watched, lambda x: 1 / 0)
+        lm.run_patched(cached, lambda x: 1 / 0)
     calls.clear()
-    lm.watch(ids, full(ids))
+    lm.run_with_cache(ids, full(ids))
     assert calls == [0, 1, 2], "after an error the LM must be whole again"
 
 
@@ -363,10 +365,10 @@ def test_the_edit_sees_float32_whatever_the_lm_computes_in(tiny_lm):
     ids = tokens()
     lm = LM(acts=ActsConfig(lm=str(tiny_lm("llama")), site="resid_post.1", lm_dtype="bfloat16"))
     seen = []
-    watched = lm.watch(ids, full(ids))
-    out = lm.replay(watched, lambda x: seen.append(x.dtype) or x)
-    assert seen == [torch.float32] and torch.equal(out, watched.logits)
-    assert lm.acts(ids, full(ids)).dtype == watched.x.dtype == torch.float32
+    cached = lm.run_with_cache(ids, full(ids))
+    out = lm.run_patched(cached, lambda x: seen.append(x.dtype) or x)
+    assert seen == [torch.float32] and torch.equal(out, cached.logits)
+    assert lm.acts(ids, full(ids)).dtype == cached.x.dtype == torch.float32
     assert next(lm.model.parameters()).dtype == torch.bfloat16
 
 
@@ -515,7 +517,7 @@ def test_real_stories_model_reads_stories_best(shared_data):
     ids = lm.tokenize(
         "Once upon a time, there was a little girl named Lily. She loved to play with her toys in the park."
     )
-    logits = lm.watch(ids, full(ids)).logits
+    logits = lm.run_with_cache(ids, full(ids)).logits
     loss = nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert loss < 2.0
     assert (

@@ -314,15 +314,15 @@ def test_confirming_leaves_a_model_as_it_was():
 def test_a_block_that_goes_on_in_place_does_not_change_what_was_seen(tiny_lm):
     lm = LM(str(tiny_lm("llama")), "resid_post.0")
     tokens, full = ids(), torch.ones(2, 7, dtype=torch.bool)
-    clean = lm.watch(tokens, full)
+    clean = lm.run_with_cache(tokens, full)
     handle = lm.model.model.layers[1].register_forward_pre_hook(
         lambda module, args: args[0].mul_(1.5) is None or None
     )
-    watched = lm.watch(tokens, full)
-    first, second = lm.replay(watched, lambda x: x), lm.replay(watched, lambda x: x)
+    cached = lm.run_with_cache(tokens, full)
+    first, second = lm.run_patched(cached, lambda x: x), lm.run_patched(cached, lambda x: x)
     handle.remove()
-    assert torch.equal(watched.x, clean.x)
-    assert torch.equal(first, second) and torch.equal(first, watched.logits)
+    assert torch.equal(cached.x, clean.x)
+    assert torch.equal(first, second) and torch.equal(first, cached.logits)
 
 
 def test_looking_at_a_model_is_not_seen_by_what_is_attached_to_it():

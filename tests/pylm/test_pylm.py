@@ -96,7 +96,7 @@ def test_the_tokenizer_gives_source_code_back(lm):
 def test_the_smallest_model_loads_and_knows_python(lm):
     assert lm.d_model == 64 and lm.tokenizer.bos_token_id == 0 and lm.tokenizer.pad_token_id == 1
     ids = lm.tokenize(dict(pylm.documents("held-out")).popitem()[1])[:, :128]
-    logits = lm.watch(ids, torch.ones_like(ids, dtype=torch.bool)).logits
+    logits = lm.run_with_cache(ids, torch.ones_like(ids, dtype=torch.bool)).logits
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
     assert loss < 0.8 * math.log(lm.vocab)
 

@@ -79,7 +79,7 @@ def test_a_latent_held_at_one_token_is_changed_there_alone(asked, parts, at):
     with torch.inference_mode():
         tokens = lm.tokenize(TEXT)
         place = tokens.shape[1] - len(read["tokens"]) + at
-        watched = lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        watched = lm.run_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
         def hold(x):
             x = x.clone()
@@ -91,7 +91,7 @@ def test_a_latent_held_at_one_token_is_changed_there_alone(asked, parts, at):
             )
             return x
 
-        expected = lm.replay(watched, hold)[0, -1].softmax(-1)
+        expected = lm.run_patched(watched, hold)[0, -1].softmax(-1)
     assert max(row["changed"] for row in found["predictions"]) == pytest.approx(
         float(expected.max()), rel=1e-3
     )

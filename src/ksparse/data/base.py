@@ -1,20 +1,20 @@
-"""Batches of raw activations in a mixed order, and a cursor from which to go on exactly.
+"""What all activation streams share: shuffled batches, and a cursor to resume from exactly.
 
-Live: the text is taken in blocks of `mix` kept activations. A block's activations are computed,
-permuted by a permutation that is a function of (seed, block), and dealt out as batches. The cursor
-is where the block's text begins and how many batches of it are out: to go on, the block is computed
-again. No buffer is saved, none is lost, and every kept activation of the text is used exactly once
-an epoch: a context that crosses the end of a block is computed in both.
+A stream yields batches of raw activations forever. Each batch carries the cursor of the stream
+after it; `batches(cursor)` continues from there with the same bits. Nothing else is saved.
 
-From shards: batch s holds the activations numbered s·b … s·b + b - 1 of a permutation of all rows,
-a new one each epoch.
+- `LiveStream` computes activations from text, a shuffle buffer of `mix` kept activations at a time.
+  A buffer's order is a permutation that is a function of (seed, buffer number). The cursor says
+  where the buffer's text begins and how many of its batches are used; to resume, the buffer is
+  computed again. Every kept activation of the text is used exactly once an epoch: a context that
+  crosses the end of a buffer is computed in both.
+- `ShardStream` reads activations from disk. Batch s holds activations s·b … s·b + b - 1 of a
+  permutation of all rows, a new one each epoch.
+- `Prefetcher` computes either of them in a thread, with the same batches and cursors.
 
-On a mesh the order of the data is the same. Each process runs the LM on its share of a block's
-contexts, the block is put together, and each takes its part of every batch; of shards it reads only
-that part.
-
-Ahead: either of them, computed by a thread of its own while training uses what is there. The same
-batches with the same cursors.
+With several processes the order of the data is the same. For live activations each process runs
+the LM on its share of a buffer's contexts, the buffer is put together, and each takes its part of
+every batch. From shards each process reads only its part.
 """
 
 from __future__ import annotations
@@ -27,45 +27,48 @@ from torch import Tensor
 
 from ksparse.errors import CorruptError
 
-Cursor = dict[str, Any]  # JSON
+Cursor = dict[str, Any]
+"""Position in a stream, as JSON."""
 
 
 class ActivationBatch(NamedTuple):
-    """Raw activations x[b, d], the document of each [b], and the cursor after them; on a mesh, the
-    rows of this process's part."""
+    """One batch, or with several processes this process's rows of it."""
 
     x: Tensor
+    """[b, d] raw activations in float32."""
     documents: Tensor
+    """[b] index of the document of each."""
     cursor: Cursor
+    """Where the stream continues after this batch."""
 
 
 class ActivationStream(Protocol):
-    """What training reads from."""
+    """What training reads batches of activations from."""
 
     d_model: int
     halt: threading.Event
-    """Set by another thread to have the batch that is being made given up, by raising Halted."""
+    """Set by another thread to abandon the batch being computed, which raises StreamCancelled."""
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
-        """Yield batches for ever, from the cursor on. To be closed when no more are wanted."""
+        """Yield batches forever, from the cursor on; close the generator when done."""
 
     def sample(self, rows: int) -> Tensor:
-        """Return some raw activations [<= rows, d] without moving any cursor."""
+        """Return up to `rows` raw activations [rows, d] without moving any cursor."""
 
     def document_names(self, documents: Tensor) -> list[str]:
-        """Name documents, for messages."""
+        """Return the names of documents, for messages."""
 
-    def mixing(self) -> float | None:
-        """Return the share of neighbours in a context that came into the same batch, in the newest
-        block."""
+    def same_context_fraction(self) -> float | None:
+        """Return the fraction of neighbouring tokens of a context that are in the same batch, in
+        the newest buffer or batch; None before the first one."""
 
 
 class StreamCancelled(Exception):
-    """A batch was given up because nobody waits for it any more."""
+    """The batch being computed was abandoned, because nothing waits for it any more."""
 
 
-def _check_cursor(cursor: Cursor, key: str) -> None:
-    """Raise CorruptError for the cursor of another kind of stream."""
+def check_cursor(cursor: Cursor, key: str) -> None:
+    """Raise CorruptError for the cursor of another kind of stream, which lacks `key`."""
     if key not in cursor:
         raise CorruptError(
             f"the checkpoint's cursor has {', '.join(cursor)[:80]} and no {key!r}: "

@@ -1,4 +1,13 @@
-"""TODO ksparse.data.contexts."""
+"""Cut a text into contexts: rows of `acts.context` tokens that the LM reads.
+
+- borders = 'pack': documents follow one another, with a separator between them (BOS, otherwise EOS,
+  otherwise nothing). borders = 'split': each context belongs to one document and is padded at its
+  end.
+- bos = 'auto': position 0 is the tokenizer's BOS, if it has one. A document that brings its own BOS
+  or separator gets no second one.
+- keep = 'text': activations are not used at position 0, whether or not it is BOS (in a model
+  without BOS the first token takes its role), at BOS, EOS and separators, and at padding.
+"""
 
 from __future__ import annotations
 
@@ -14,66 +23,79 @@ from ksparse.errors import InputError
 from ksparse.lm.tokens import TokenBatch, without_bos
 from ksparse.pylm.text import SPLITS
 
+_TOKENIZED_TOGETHER = 32
+"""Documents given to the tokenizer in one call."""
+_LEAST_TOKENS = 3
+"""Tokens of the shortest context with borders = 'split': fewer predict nothing from text."""
+
 
 class TextCursor(NamedTuple):
-    """Where the next context begins: the token `offset` (separator included) of document `index`,
-    in pass `epoch`."""
+    """Where a context begins in a text that is read again and again."""
 
     epoch: int = 0
+    """How often the text has been read."""
     index: int = 0  # type: ignore[assignment]  # hides the method of a tuple
+    """The number of the document."""
     offset: int = 0
+    """The number of the token in the document, its separator included."""
 
 
 class Context(NamedTuple):
-    """One row: its tokens[t], the document of each (-1: padding), where it began, and where the
-    next one begins."""
+    """One row of tokens."""
 
     tokens: list[int]
     documents: list[int]
+    """The document of each token; -1 for padding."""
     start: TextCursor
     next: TextCursor
+    """Where the next context begins."""
 
 
 class Corpus:
-    """One split of a text as contexts of tokens, from any place on, again and again."""
+    """One split of a text as contexts of tokens, from any position on, epoch after epoch.
+
+    Args:
+        acts: The source and how it is cut.
+        tokenizer: Of the transformers library.
+        split: 'train', 'validation' or 'held-out'.
+        per_document: Use at most this many tokens of each document, so that a short evaluation sees
+            many documents.
+
+    Attributes:
+        names: The name of each document read so far, by its index.
+    """
 
     def __init__(
         self, acts: ActsConfig, tokenizer: Any, split: str, *, per_document: int | None = None
     ):
-        """per_document: use so many tokens of each document, so that a short evaluation sees many.
-
-        cut_documents and cut_tokens say how many documents that has cut so far, and how many of
-        their tokens are never seen.
-        """
         if split not in SPLITS:
             raise InputError(f"split {split!r} does not exist; there are {', '.join(SPLITS)}")
         self.acts, self.split, self.per_document = acts, split, per_document
         self.tokenizer = tokenizer
         self.bos = tokenizer.bos_token_id if acts.bos == "auto" else None
-        found = [
-            i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None
-        ]  # an id of 0 is an id
-        self.separator = found[0] if found else None
+        # compared with None, since 0 is an id
+        ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+        self.separator = ends[0] if ends else None
         self.pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (found or [0])[0]
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
         )
-        self.special = set(found)
+        self.special = set(ends)
         self.names: dict[int, str] = {}
-        self._cut: dict[int, int] = {}  # tokens left out, by document: a second pass adds none
+        self._cut: dict[int, int] = {}  # tokens left out, by document: a second epoch adds none
 
     @property
     def cut_documents(self) -> int:
-        """Documents so far that have more than `per_document` tokens."""
+        """The number of documents so far with more than `per_document` tokens."""
         return len(self._cut)
 
     @property
     def cut_tokens(self) -> int:
-        """Tokens of these documents that are left out."""
+        """The number of tokens of these documents that are left out."""
         return sum(self._cut.values())
 
     def policy(self) -> dict[str, Any]:
-        """Return what decides which activations are used, to be saved with every number that
-        depends on it."""
+        """Return what decides which activations are used; saved with every number that depends on
+        it."""
         return {
             "context": self.acts.context,
             "bos_token": self.bos,
@@ -85,35 +107,38 @@ class Corpus:
         }
 
     def contexts(self, start: TextCursor = TextCursor()) -> Iterator[Context]:
-        """Yield contexts for ever, beginning anew with the next epoch where the text ends."""
-        cut = self._packed if self.acts.borders == "pack" else self._split
+        """Yield contexts forever; where the text ends, the next epoch begins.
+
+        Raises:
+            InputError: The split has not a single context.
+        """
+        cut = self._pack if self.acts.borders == "pack" else self._split
         while True:
-            found = False
+            is_empty = True
             for context in cut(start):
-                found = True
+                is_empty = False
                 yield context
-            if not found and start == TextCursor(epoch=start.epoch):
-                raise InputError(self._nothing())
+            if is_empty and start == TextCursor(epoch=start.epoch):
+                raise InputError(self._describe_empty())
             start = TextCursor(epoch=start.epoch + 1)
 
-    def _nothing(self) -> str:
-        total = sum(
-            1 for split in SPLITS for _ in itertools.islice(documents(self.acts, split), 1000)
-        )
-        if not total:
-            return f"text {self.acts.text!r} is empty: no document in it"
-        return (
-            f"text {self.acts.text!r} has no {self.acts.context}-token context in its split "
-            f"{self.split!r} "
-            f"({total if total < 1000 else 'many'} documents in all, divided by a hash of each: 85 "
-            "% train, "
-            "5 % validation, 10 % held-out); give more text, or a smaller --acts.context"
-        )
+    def batch(self, contexts: list[Context]) -> TokenBatch:
+        """Stack contexts into tensors, with masks of padding (by position, not by id) and of the
+        activations that are used."""
+        tokens = torch.tensor([context.tokens for context in contexts])
+        owners = torch.tensor([context.documents for context in contexts])
+        attention = owners >= 0
+        keep = attention.clone()
+        if self.acts.keep == "text":
+            keep[:, 0] = False
+            for special in self.special:
+                keep &= tokens != special
+        return TokenBatch(tokens, attention, keep, owners)
 
-    def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Yield (index, ids) from document `start` on, without the border that each gets here."""
+    def _tokenize(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Yield (index, ids) of documents from number `start` on, without BOS or separator."""
         source, packed = documents(self.acts, self.split, start), self.acts.borders == "pack"
-        while group := list(itertools.islice(source, 32)):
+        while group := list(itertools.islice(source, _TOKENIZED_TOGETHER)):
             rows = self.tokenizer(
                 [text for _, _, text in group], add_special_tokens=False, verbose=False
             )["input_ids"]
@@ -121,26 +146,26 @@ class Corpus:
                 self.names[document.index] = document.name
                 ids = without_bos(ids, self.separator if packed else self.bos)
                 if packed and ids and ids[-1] == self.separator:
-                    ids = ids[:-1]  # the next document's separator does its work
+                    ids = ids[:-1]  # the next document's separator follows
                 if self.per_document is not None and len(ids) > self.per_document:
                     self._cut[document.index] = len(ids) - self.per_document
                 yield document.index, ids[: self.per_document]
 
-    def _packed(self, start: TextCursor) -> Iterator[Context]:
+    def _pack(self, start: TextCursor) -> Iterator[Context]:
         head = [] if self.bos is None else [self.bos]
         tokens: list[int] = []
         owners: list[int] = []
         began = start
-        for index, ids in self._tokenized(start.index):
+        for index, ids in self._tokenize(start.index):
             if not ids:
-                continue  # else two separators would follow one another
+                continue  # otherwise two separators would follow one another
             ids = ids if self.separator is None else [self.separator, *ids]
             at = start.offset if index == start.index else 0
             while at < len(ids):
                 if not tokens:
                     began = TextCursor(start.epoch, index, at)
                     if head and at == 0 and ids[0] == self.separator:
-                        at = 1  # the context's own BOS does the separator's work
+                        at = 1  # the context's own BOS replaces the separator
                     tokens, owners = [*head], [index] * len(head)
                 taken = ids[at : at + self.acts.context - len(tokens)]
                 tokens, owners, at = tokens + taken, owners + [index] * len(taken), at + len(taken)
@@ -151,28 +176,28 @@ class Corpus:
     def _split(self, start: TextCursor) -> Iterator[Context]:
         head = [] if self.bos is None else [self.bos]
         room = self.acts.context - len(head)
-        for index, ids in self._tokenized(start.index):
+        for index, ids in self._tokenize(start.index):
             for at in range(start.offset if index == start.index else 0, len(ids), room):
                 tokens = head + ids[at : at + room]
-                if len(tokens) >= 3:  # fewer predict nothing from text
-                    missing = self.acts.context - len(tokens)
-                    owners = [index] * len(tokens) + [-1] * missing
+                if len(tokens) >= _LEAST_TOKENS:
+                    padding = self.acts.context - len(tokens)
                     yield Context(
-                        tokens + [self.pad] * missing,
-                        owners,
+                        tokens + [self.pad] * padding,
+                        [index] * len(tokens) + [-1] * padding,
                         TextCursor(start.epoch, index, at),
                         TextCursor(start.epoch, index, at + room),
                     )
 
-    def batch(self, contexts: list[Context]) -> TokenBatch:
-        """Stack contexts into tensors, with the mask of padding (by place, not by id) and of what
-        is kept."""
-        tokens = torch.tensor([context.tokens for context in contexts])
-        owners = torch.tensor([context.documents for context in contexts])
-        attention = owners >= 0
-        keep = attention.clone()
-        if self.acts.keep == "text":
-            keep[:, 0] = False
-            for special in self.special:
-                keep &= tokens != special
-        return TokenBatch(tokens, attention, keep, owners)
+    def _describe_empty(self) -> str:
+        """Say why the split has no context."""
+        total = sum(
+            1 for split in SPLITS for _ in itertools.islice(documents(self.acts, split), 1000)
+        )
+        if not total:
+            return f"text {self.acts.text!r} is empty: no document in it"
+        return (
+            f"text {self.acts.text!r} has no {self.acts.context}-token context in its split "
+            f"{self.split!r} ({total if total < 1000 else 'many'} documents in all, divided by a "
+            "hash of each: 85 % train, 5 % validation, 10 % held-out); give more text, or a "
+            "smaller --acts.context"
+        )

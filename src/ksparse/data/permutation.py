@@ -1,4 +1,5 @@
-"""Permutations of any size that are a function of a key: nothing to store, any element at once."""
+"""Pseudo-random permutations as a function of a key: nothing is stored, any element can be computed
+alone."""
 
 from __future__ import annotations
 
@@ -8,15 +9,19 @@ _ROUNDS = 4
 
 
 def permutation(index: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """Return where a pseudo-random permutation of range(n), chosen by `key`, sends each of
-    index[...].
+    """Return where the permutation of range(n) chosen by `key` sends each element of `index`.
 
-    A Feistel network permutes the next power of four; results outside range(n) are sent through it
-    again ("cycle walking"), which leaves a permutation of range(n).
+    A Feistel network permutes the next power of four; results outside range(n) are permuted again
+    ("cycle walking"), which leaves a permutation of range(n).
+
+    Args:
+        index: Numbers in range(n), of any shape.
+        n: The size of the permutation.
+        key: Whole numbers that choose it.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = [_mix(np.array([_fold(key) + round_], np.uint64))[0] for round_ in range(_ROUNDS)]
+    keys = [_mix(np.array([_fold(key) + number], np.uint64))[0] for number in range(_ROUNDS)]
     out = np.asarray(index, np.uint64).copy()
     todo = np.ones(out.shape, bool)
     while todo.any():

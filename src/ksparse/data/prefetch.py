@@ -1,4 +1,4 @@
-"""TODO ksparse.data.prefetch."""
+"""Compute a stream's batches in a thread while training uses the previous ones."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ from ksparse.data.base import ActivationBatch, ActivationStream, Cursor, StreamC
 
 
 class Prefetcher:
-    """Another stream whose batches a thread makes while those before are used: at most `depth` of
-    them wait, each as it would have been.
+    """Another stream, with up to `depth` batches computed ahead by a thread.
 
-    What goes wrong in the thread is raised where the batch is asked for. The thread ends when the
-    iterator is closed, or with its error.
+    Batches and cursors are those of the stream. An error in the thread is raised where its batch is
+    requested. The thread ends when the generator is closed, or with its error.
     """
 
     def __init__(self, stream: ActivationStream, depth: int):
-        self.stream, self.depth, self.d_model, self.halt = (
-            stream,
-            depth,
-            stream.d_model,
-            stream.halt,
-        )
-        self._mixing: float | None = None
+        self.stream, self.depth = stream, depth
+        self.d_model, self.halt = stream.d_model, stream.halt
+        self._same_context_fraction: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
+        """Yield the stream's batches, from the cursor on."""
         ready: queue.Queue[tuple[ActivationBatch, float | None] | BaseException] = queue.Queue(
             self.depth
         )
@@ -40,36 +36,38 @@ class Prefetcher:
         thread.start()
         try:
             while True:
-                made = ready.get()
-                if isinstance(made, BaseException):
-                    raise made
-                batch, self._mixing = made
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                batch, self._same_context_fraction = item
                 yield batch
         finally:
             self.halt.set()
             while thread.is_alive():
                 with suppress(queue.Empty):
-                    ready.get(timeout=0.01)  # makes room for what the thread is about to leave
+                    ready.get(timeout=0.01)  # makes room for the batch the thread may be putting
             thread.join()
             self.halt.clear()
 
     def _fill(self, ready: queue.Queue, cursor: Cursor | None) -> None:
         try:
             for batch in self.stream.batches(cursor):
-                ready.put((batch, self.stream.mixing()))
+                ready.put((batch, self.stream.same_context_fraction()))
                 if self.halt.is_set():
                     return
         except StreamCancelled:
             pass
-        except BaseException as error:  # whatever it is, whoever asks for the batch is to have it
+        except BaseException as error:  # raised where the batch is requested
             ready.put(error)
 
     def sample(self, rows: int) -> Tensor:
+        """Return up to `rows` raw activations [rows, d] without moving any cursor."""
         return self.stream.sample(rows)
 
     def document_names(self, documents: Tensor) -> list[str]:
+        """Return the names of documents, for messages."""
         return self.stream.document_names(documents)
 
-    def mixing(self) -> float | None:
-        """Return that of the block of the batch that was given out last."""
-        return self._mixing
+    def same_context_fraction(self) -> float | None:
+        """Return the fraction that belongs to the last batch handed out."""
+        return self._same_context_fraction

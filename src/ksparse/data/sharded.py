@@ -1,4 +1,4 @@
-"""TODO ksparse.data.sharded."""
+"""Batches of activations read back from shards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksparse.data.base import ActivationBatch, Cursor, _check_cursor
-from ksparse.data.live import _neighbours_in
+from ksparse.data.base import ActivationBatch, Cursor, check_cursor
 from ksparse.data.permutation import permutation
 from ksparse.data.shards import Shards
 from ksparse.distributed import SINGLE_PROCESS, Mesh
@@ -18,7 +17,7 @@ from ksparse.errors import NonFiniteError
 
 
 class ShardStream:
-    """Activations read back from disk."""
+    """An `ActivationStream` of activations on disk: a new permutation of all rows each epoch."""
 
     def __init__(
         self,
@@ -29,24 +28,24 @@ class ShardStream:
         device: torch.device | str = "cpu",
         mesh: Mesh = SINGLE_PROCESS,
     ):
-        self.shards, self.batch, self.seed, self.device, self.mesh = (
-            shards,
-            batch,
-            seed,
-            device,
-            mesh,
-        )
-        self.d_model = shards.d_model
-        self._mixing: float | None = None
+        self.shards, self.d_model = shards, shards.d_model
+        self.batch, self.seed, self.device, self.mesh = batch, seed, device, mesh
         self.halt = threading.Event()
+        self._same_context_fraction: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
-        _check_cursor(cursor or {"step": 0}, "step")
+        """Yield batches forever, from the cursor on.
+
+        Raises:
+            NonFiniteError: An activation is NaN or infinite.
+            CorruptError: The cursor is of another kind of stream.
+        """
+        check_cursor(cursor or {"step": 0}, "step")
         step = cursor["step"] if cursor else 0
         while True:
             rows = self.rows(step)
             contexts = self.shards.contexts(rows)
-            self._mixing = _neighbours_in(rows, contexts) / len(rows)
+            self._same_context_fraction = _count_same_context(rows, contexts) / len(rows)
             rows = rows[self.mesh.batch_range(len(rows))]
             x = self.shards.read(rows).to(self.device)
             documents = torch.from_numpy(self.shards.documents(rows))
@@ -54,14 +53,14 @@ class ShardStream:
             if bad.any():
                 raise NonFiniteError(
                     f"{int(bad.sum())} activations of {self.shards.folder} are NaN or infinite, "
-                    "the first in "
-                    f"document {self.document_names(documents[bad.cpu()][:1])[0]!r}"
+                    "the first in document "
+                    f"{self.document_names(documents[bad.cpu()][:1])[0]!r}"
                 )
             yield ActivationBatch(x, documents, {"step": step + 1})
             step += 1
 
     def rows(self, step: int) -> np.ndarray:
-        """Return the rows [b] of one batch: a function of seed and step alone."""
+        """Return the row numbers [b] of one batch: a function of seed and step alone."""
         index = np.arange(step * self.batch, (step + 1) * self.batch)
         n = self.shards.rows
         epochs = range(index[0] // n, index[-1] // n + 1)
@@ -70,13 +69,23 @@ class ShardStream:
         )
 
     def sample(self, rows: int) -> Tensor:
+        """Return up to `rows` raw activations [rows, d] without moving any cursor."""
         n = self.shards.rows
-        return self.shards.read(permutation(np.arange(min(rows, n)), n, (self.seed, 0))).to(
-            self.device
-        )
+        order = permutation(np.arange(min(rows, n)), n, (self.seed, 0))
+        return self.shards.read(order).to(self.device)
 
     def document_names(self, documents: Tensor) -> list[str]:
+        """Return the names of documents, for messages."""
         return [self.shards.names[i] for i in documents.unique().tolist()]
 
-    def mixing(self) -> float | None:
-        return self._mixing
+    def same_context_fraction(self) -> float | None:
+        """Return the fraction of rows whose predecessor in the same context is in the same batch,
+        for the last batch."""
+        return self._same_context_fraction
+
+
+def _count_same_context(rows: np.ndarray, contexts: np.ndarray) -> int:
+    """Count the rows whose predecessor in the text, in the same context, is in the same batch."""
+    order = np.argsort(rows)
+    rows, contexts = rows[order], contexts[order]
+    return int(((rows[1:] - rows[:-1] == 1) & (contexts[1:] == contexts[:-1])).sum())

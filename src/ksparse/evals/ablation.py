@@ -31,7 +31,7 @@ from ksparse.errors import InputError
 from ksparse.evals.base import EvalContext, Metric, Progress
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, ratio
-from ksparse.lm.continuations import Fork
+from ksparse.lm.continuations import Branch
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import TokenBatch
 from ksparse.sae.model import Code
@@ -121,7 +121,11 @@ class Ablation(Metric):
     # ---- ablations
 
     def _ablate(
-        self, fork: Fork, places: list[AblationSite], numbers: list[int], draw: np.random.Generator
+        self,
+        fork: Branch,
+        places: list[AblationSite],
+        numbers: list[int],
+        draw: np.random.Generator,
     ) -> None:
         """Ablate each active latent, and as many random channels, at the one place of each of the
         fork's contexts."""
@@ -136,7 +140,7 @@ class Ablation(Metric):
         ):
             self.channels.add(place, numbers[int(row[part.start])], effects)
 
-    def _tabulate(self, fork: Fork, places: list[AblationSite], numbers: Tensor) -> None:
+    def _tabulate(self, fork: Branch, places: list[AblationSite], numbers: Tensor) -> None:
         """Ablate one latent at each of the fork's contexts, where it is strongest."""
         _, inputs, before = self._encoded(fork.x)
         row = torch.arange(len(places), device=before.device)
@@ -179,7 +183,7 @@ class Ablation(Metric):
         return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
 
     def _effects(
-        self, fork: Fork, places: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
+        self, fork: Branch, places: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
     ) -> Iterator[tuple[slice, AblationSite, AblationEffects]]:
         """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m],
         in order, before[c, d] their originals.
@@ -405,7 +409,7 @@ def _without_channels(
     return row, x, after
 
 
-def _forks(lm: LM, places: list[AblationSite], most: int) -> Iterator[tuple[list[int], Fork]]:
+def _forks(lm: LM, places: list[AblationSite], most: int) -> Iterator[tuple[list[int], Branch]]:
     """Yield (numbers of places, their fork), places at the same position together, at most so
     many."""
 
@@ -420,7 +424,7 @@ def _forks(lm: LM, places: list[AblationSite], most: int) -> Iterator[tuple[list
                 torch.arange(tokens.shape[1])
                 < torch.tensor([places[i].text for i in some])[:, None]
             )
-            yield some, lm.fork(tokens, attention, at, length)
+            yield some, lm.branch_from(tokens, attention, at, length)
 
 
 # ---- what is ablated -----------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class HeldOutBatch(_Memo):
     @cached_property
     def watched(self) -> CachedRun:
         """The unchanged LM's whole run."""
-        return self.lm.watch(self.contexts.tokens, self.contexts.attention)
+        return self.lm.run_with_cache(self.contexts.tokens, self.contexts.attention)
 
     @property
     def logits(self) -> Tensor:
@@ -90,7 +90,7 @@ class HeldOutBatch(_Memo):
             x[self.keep] = rows.expand(int(self.keep.sum()), -1)
             return x
 
-        return self.lm.replay(self.watched, put)
+        return self.lm.run_patched(self.watched, put)
 
     @cached_property
     def predicted(self) -> Tensor:

@@ -1,18 +1,25 @@
-"""The sparse operations: one adjoint pair, the selection, and the two of them as differentiable
-functions.
+"""Sparse operations: one adjoint pair, the selection, and both as differentiable functions.
 
-    topk(pre_acts[b, n], k)                -> indices[b, k]        no gradient
-    gather_sum(values, indices, weight)    -> [b, d]               decode
-    selected(x, b_pre, W_enc, b_enc, ...)  -> [b, k]               pre-activations at the selected
-        latents
+    topk(pre_acts[b, n], k)                -> indices[b, k]    no gradient
+    gather_sum(values, indices, weight)    -> [b, d]           decode
+    selected(x, b_pre, W_enc, b_enc, …)    -> [b, k]           pre-activations of selected latents
 
-`using("reference")` switches to the slow definitions for a block of code.
+| module | provides |
+|---|---|
+| reference | the definition, in a few lines of plain torch |
+| torch_ops | the same at the speed of plain torch, on any device |
+| native | compiled for the CPU at hand, with candidates in low precision |
+| triton_ops, triton_candidates | Triton kernels for CUDA tensors |
+| hopper | a CUDA kernel for candidates on Hopper GPUs |
+
+The functions here run torch_ops. Inside `using("reference")` they run the definition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -21,28 +28,36 @@ from torch import Tensor
 from ksparse.kernels import reference, torch_ops
 
 IMPLEMENTATIONS = {"reference": reference, "fast": torch_ops}
-_current: ModuleType = torch_ops
+_implementation: ContextVar[ModuleType] = ContextVar("implementation", default=torch_ops)
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Use one implementation, 'reference' or 'fast', inside a with block."""
-    global _current
-    before, _current = _current, IMPLEMENTATIONS[name]
+    """Use one implementation, 'reference' or 'fast', inside a `with` block.
+
+    It applies to the calling thread; a backward pass runs what its forward pass ran.
+    """
+    token = _implementation.set(IMPLEMENTATIONS[name])
     try:
         yield
     finally:
-        _current = before
+        _implementation.reset(token)
 
 
 @torch.no_grad()
 def topk(pre_acts: Tensor, k: int) -> Tensor:
-    """Return indices[b, k] of the k largest pre-activations. Ties are broken arbitrarily."""
-    return _current.topk(pre_acts, k)
+    """Return the indices [b, k] of the k largest pre-activations [b, n], in no particular order.
+
+    Ties are broken arbitrarily.
+    """
+    return _implementation.get().topk(pre_acts, k)
 
 
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return [b, d]: rows of weight[n, d] weighted by values[b, k] and summed. Without bias."""
+    """Return the sums [b, d] of rows of weight[n, d] at indices[b, k], weighted by values[b, k].
+
+    This decodes a sparse code, without bias.
+    """
     return _GatherSum.apply(values, indices, weight)
 
 
@@ -54,10 +69,18 @@ def selected(
     indices: Tensor,
     pre_acts: Tensor | None,
 ) -> Tensor:
-    """Return pre-activations [b, k] at `indices` of W_enc (x - b_pre) + b_enc, or without bias.
+    """Return the pre-activations W_enc (x - b_pre) + b_enc at some latents, with sparse gradients.
 
-    Their values are read from pre_acts[b, n] where that is given, else computed. The gradient is
-    sparse.
+    Args:
+        x: [b, d]
+        b_pre: [d]
+        W_enc: [n, d]
+        b_enc: [n], or None for no bias.
+        indices: [b, k], the latents.
+        pre_acts: [b, n], from which the values are read; computed if None.
+
+    Returns:
+        [b, k]
     """
     return _Selected.apply(x, b_pre, W_enc, b_enc, indices, pre_acts)
 
@@ -66,18 +89,16 @@ class _GatherSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, indices, weight):
         ctx.save_for_backward(values, indices, weight)
-        return _current.gather_sum(values, indices, weight)
+        ctx.implementation = _implementation.get()
+        return ctx.implementation.gather_sum(values, indices, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        values, indices, weight = ctx.saved_tensors
+        (values, indices, weight), ops = ctx.saved_tensors, ctx.implementation
         grad = grad.contiguous()
-        d_values = _current.gather_dot(grad, indices, weight) if ctx.needs_input_grad[0] else None
-        d_weight = (
-            _current.scatter_outer(values, indices, grad, len(weight))
-            if ctx.needs_input_grad[2]
-            else None
-        )
+        needs_values, _, needs_weight = ctx.needs_input_grad
+        d_values = ops.gather_dot(grad, indices, weight) if needs_values else None
+        d_weight = ops.scatter_outer(values, indices, grad, len(weight)) if needs_weight else None
         return d_values, None, d_weight
 
 
@@ -86,20 +107,20 @@ class _Selected(torch.autograd.Function):
     def forward(ctx, x, b_pre, W_enc, b_enc, indices, pre_acts):
         centred = x - b_pre
         ctx.save_for_backward(centred, W_enc, indices)
+        ctx.implementation = _implementation.get()
         if pre_acts is not None:
             return pre_acts.gather(1, indices)
-        products = _current.gather_dot(centred, indices, W_enc)
+        products = ctx.implementation.gather_dot(centred, indices, W_enc)
         return products if b_enc is None else products + b_enc[indices]
 
     @staticmethod
     def backward(ctx, grad):
-        centred, W_enc, indices = ctx.saved_tensors
+        (centred, W_enc, indices), ops = ctx.saved_tensors, ctx.implementation
+        needs_x, needs_b_pre, needs_W_enc, needs_b_enc = ctx.needs_input_grad[:4]
         n = len(W_enc)
-        d_x = _current.gather_sum(grad, indices, W_enc) if ctx.needs_input_grad[0] else None
+        d_x = ops.gather_sum(grad, indices, W_enc) if needs_x else None
         # b_pre's gradient is reduced over the batch before the multiplication (appendix D.2)
         per_latent = torch.bincount(indices.flatten(), grad.flatten(), n).to(grad.dtype)
-        d_b_pre = -(per_latent @ W_enc) if ctx.needs_input_grad[1] else None
-        d_W_enc = (
-            _current.scatter_outer(grad, indices, centred, n) if ctx.needs_input_grad[2] else None
-        )
-        return d_x, d_b_pre, d_W_enc, per_latent if ctx.needs_input_grad[3] else None, None, None
+        d_b_pre = -(per_latent @ W_enc) if needs_b_pre else None
+        d_W_enc = ops.scatter_outer(grad, indices, centred, n) if needs_W_enc else None
+        return d_x, d_b_pre, d_W_enc, per_latent if needs_b_enc else None, None, None

@@ -1,23 +1,27 @@
-// Candidates for the largest numbers of each row of a product of bytes, x[b, d] w[n, d]^T, on Hopper GPUs (compute capability 9.0).
+// Candidates for the largest numbers of each row of a product of bytes, x[b, d] w[n, d]^T, on Hopper
+// GPUs (compute capability 9.0).
 //
-//     x: 128 tokens, stays ──────┐
-//     w: a tile of latents x 128 bytes ┴▶ tensor cores ─▶ scores in registers ─▶ those above the token's limit ─▶ list ─▶ the c best
-//        ring of STAGES, by the copy engine, each half shared with the neighbouring processor
+//     x: 128 tokens, resident            ─┐
+//     w: a tile of latents x 128 bytes   ─┴▶ tensor cores ─▶ scores in registers
+//        (ring of STAGES chunks, filled by the copy engine;
+//        each half is shared with the neighbouring multiprocessor)
+//     scores above the token's limit     ─▶ list ─▶ the c best
 //
-// A block goes over all latents with its tokens. A token's limit is the c-th largest score that it has seen, so that of n latents about
-// c ln(n / c) are ever listed; all others cost a multiplication, an addition and a comparison. A warp owns 16 tokens, their limits and lists:
-// nothing is shared between warps but the ring. hopper.py says what the constants in capitals are.
+// A block goes over all latents with its tokens. A token's limit is the c-th largest score seen so
+// far, so that of n latents only about c ln(n / c) are ever listed. All others cost a
+// multiplication, an addition and a comparison. A warp owns 16 tokens, their limits and lists; warps
+// share nothing but the ring. hopper.py documents the constants in capitals.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int TOKENS = 128, CHUNK = 128;
-constexpr int HELD = LATENTS / 2;  // numbers of a tile that one thread has
+constexpr int HELD = LATENTS / 2;  // numbers of a tile held by one thread
 constexpr u32 X_TILE = TOKENS * CHUNK, W_TILE = LATENTS * CHUNK, COLUMNS_TILE = LATENTS * 8;
 constexpr u32 STAGE = W_TILE + (RESIDENT ? 0 : X_TILE);
-constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales come with its last chunk: so many are in use at once
+constexpr int SIDES = (STAGES + CHUNKS) / CHUNKS;  // a tile's scales arrive with its last chunk; tiles in use at once
 constexpr u32 X_AT = STAGES * STAGE, COLUMNS_AT = X_AT + (RESIDENT ? CHUNKS * X_TILE : 0), BARRIERS_AT = COLUMNS_AT + SIDES * COLUMNS_TILE;
-constexpr int CAPACITY = 32 * PER, FULL = CAPACITY / 4 - 16;  // of a lane, which four eights of numbers can give 16 more of a token
+constexpr int CAPACITY = 32 * PER, FULL = CAPACITY / 4 - 16;  // of a lane's list; four groups of eight numbers can add 16 more of a token
 constexpr u32 ALL = 0xffffffff;
 
 #define INFINITE __int_as_float(0x7f800000)
@@ -36,7 +40,7 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {  // on that of a block of the cluster
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {  // on the barrier of a block of the cluster
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
         "r"(block)
@@ -75,7 +79,8 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void *from, u32 barrier
 
 // ---- tensor cores
 
-// Where a matrix is, for the tensor cores: rows of 128 bytes, eight of them swizzled together. In units of 16 bytes, so that others follow by addition.
+// A matrix descriptor for the tensor cores: rows of 128 bytes, swizzled in groups of eight. In units
+// of 16 bytes, so that other matrices' descriptors follow by addition.
 __device__ __forceinline__ u32 matrix_at(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
 __device__ __forceinline__ u64 matrix(u32 at) { return (u64)0x40000040 << 32 | at; }
 
@@ -89,7 +94,7 @@ __device__ __forceinline__ u64 matrix(u32 at) { return (u64)0x40000040 << 32 | a
              "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,"       \
              "%122,%123,%124,%125,%126,%127"
 
-// d = (or +=, if more) the product of 64 rows and 128, or 256, rows of 32 bytes
+// d = (d += if more) the product of 64 rows and 128 (or 256) rows of 32 bytes.
 __device__ __forceinline__ void multiply(int (&d)[64], u64 left, u64 right, int more) {
     asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" NAMES_64 "}, %64, %65, more;\n}"
                  : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
@@ -108,13 +113,14 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait() { asm volati
 
 // ---- lists
 
-__device__ __forceinline__ u32 ordered(u32 bits) {  // a float's bits as a whole number of the same order, above 0
+__device__ __forceinline__ u32 ordered(u32 bits) {  // a float's bits as an unsigned integer of the same order
     return bits ^ ((bits >> 31) ? ALL : 0x80000000);
 }
 
 __device__ __forceinline__ float score_of(u32 number) { return __uint_as_float(number ^ ((number >> 31) ? 0x80000000 : ALL)); }
 
-// Append (score, latent) to a lane's list if the score is above the limit. Without a branch: a warp's lanes rarely agree.
+// Append (score, latent) to a lane's list if the score is above the limit. Without a branch, since
+// the lanes of a warp rarely agree.
 __device__ __forceinline__ void store_above(u64 *&to, int score, float limit, u32 latent) {
     asm volatile("{\n.reg .pred above;\nsetp.gt.f32 above, %1, %2;\n@above st.global.v2.b32 [%0], {%4, %3};\n@above add.s64 %0, %0, 32;\n}"
                  : "+l"(to)
@@ -127,11 +133,12 @@ struct Kept {
     float limit;
 };
 
-// Leave the c (to `most`) best of a token's list, all above `limit`, in their order and evenly spread over the four lanes; each has `count` now.
+// Shorten a token's list, whose scores are all above `limit`, to its c (to `most`) best, in their order
+// and evenly spread over the four lanes. Each lane has `count` entries now.
 __device__ __noinline__ Kept shrink(u64 *list, int count, float limit, int c, int most, int lane) {
     u64 key[PER];
     u32 number[PER], low = ordered(__float_as_uint(limit)), high = 0;
-    int there = 0;  // scores of at least `low`
+    int there = 0;  // number of scores that are at least `low`
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < PER; ++j) {
@@ -152,7 +159,7 @@ __device__ __noinline__ Kept shrink(u64 *list, int count, float limit, int c, in
             if (there <= most) break;
         } else high = middle - 1;
     }
-    int spare = there;  // of those equal to `low`
+    int spare = there;  // how many scores equal to `low` to keep
     if (there > most) {
         spare = c;
 #pragma unroll
@@ -172,8 +179,9 @@ __device__ __noinline__ Kept shrink(u64 *list, int count, float limit, int c, in
     return {kept, score_of(low)};
 }
 
-// A warp's 16 tokens. The four lanes of a quad have tokens lane / 4 and lane / 4 + 8 together: each has every fourth place of their lists, from its
-// number in the quad on, so that none waits for another when a score is added.
+// A warp's 16 tokens. The four lanes of a quad share tokens lane / 4 and lane / 4 + 8: each has every
+// fourth slot of their lists, starting at its number in the quad, so that none waits for another when
+// a score is added.
 struct Tokens {
     u64 *lists, *to[2];
     float limit[2];
@@ -183,13 +191,15 @@ struct Tokens {
     __device__ __forceinline__ u64 *start(int half) const { return list(lane / 4 + 8 * half) + (lane & 3); }
     __device__ __forceinline__ int count(int half) const { return (int)((char *)to[half] - (char *)start(half)) >> 5; }
 
-    // Those of eight scores that are above their token's limit: two of a token stand side by side, then two of the other.
+    // Append those of eight scores that are above their token's limit: two of one token, two of the
+    // other, in turn.
     __device__ __forceinline__ void offer(const int *score, u32 latent) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) store_above(to[i % 4 / 2], score[i], limit[i % 4 / 2], latent + i / 4 * 8 + i % 2);
     }
 
-    // Where a lane has more than `full` scores of a token keep the token's c best, or some more (at most `most`) if that is found sooner.
+    // Where a lane has more than `full` scores of a token, keep the token's c best, or up to `most` if
+    // that is found sooner.
     __device__ __forceinline__ void tidy(int full, int c, int most) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -207,7 +217,7 @@ struct Tokens {
     __device__ __forceinline__ bool crowded() const { return max(count(0), count(1)) > FULL; }
 };
 
-// ---- the kernel: one warp feeds, eight multiply
+// ---- the kernel: one warp copies, eight multiply
 
 __device__ __forceinline__ u32 base() {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -249,19 +259,19 @@ __device__ __forceinline__ void feed(const Map &x, const Map &w, const float2 *c
     }
 }
 
-// One warp of the eight: with its three neighbours it multiplies 64 tokens, and selects for its own 16.
+// One of the eight warps: multiplies 64 tokens with three others, and selects for its own 16.
 struct Worker {
     Tokens mine;
     Ring ring;
     float unit[2];
-    u32 half;  // of the block's tokens
+    u32 half;  // which half of the block's tokens
     int first, c;
 
     __device__ __forceinline__ void release(u32 slot) {
         if (mine.lane < CLUSTER) barrier_arrive(empty(slot), mine.lane);
     }
 
-    // d = the product of the tile that comes next.
+    // d = the product of the next tile.
     __device__ __forceinline__ void product(int (&d)[HELD]) {
         u32 held = STAGES;
 #pragma unroll 1
@@ -282,13 +292,13 @@ struct Worker {
         multiply_wait<0>();
         release(held);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above
+        for (int i = 0; i < HELD; ++i) asm volatile("" : "+r"(d[i])::"memory");  // nothing below may be moved above this
     }
 
-    // A tile's scores; those above their limits go to the lists.
+    // Compute a tile's scores, and append those above their limits to the lists.
     __device__ __forceinline__ void select(int (&d)[HELD], int tile) {
         const u32 side = base() + COLUMNS_AT + (tile - first) % SIDES * COLUMNS_TILE + (mine.lane & 3) * 16, latent = tile * LATENTS + (mine.lane & 3) * 2;
-        u32 above = 0;  // which eights of numbers have one above its limit
+        u32 above = 0;  // which groups of eight numbers have one above its limit
 #pragma unroll
         for (int part = 0; part < HELD / 8; ++part) {
             bool any = false;
@@ -322,7 +332,7 @@ struct Worker {
         mine.tidy(-1, c, c);
     }
 
-    // The c best of each token, from number `token` on, to row token * gridDim.y + blockIdx.y.
+    // Write the c best of each token, from number `token` on, to row token * gridDim.y + blockIdx.y.
     __device__ __forceinline__ void write(float *scores, long long *latents, float *dropped, int token, int b) const {
         __syncwarp();
 #pragma unroll
@@ -344,8 +354,9 @@ struct Worker {
     }
 };
 
-// Of the latents of tiles [tiles s / gridDim.y, tiles (s + 1) / gridDim.y), s = blockIdx.y, the c best of each token go to scores, latents[b, s, c];
-// dropped[b, s] is an upper bound on the others' scores. columns[n]: each latent's scale and bias.
+// For s = blockIdx.y and the latents of tiles [tiles s / gridDim.y, tiles (s + 1) / gridDim.y): writes
+// the c best of each token to scores and latents[b, s, c], and an upper bound on the others' scores to
+// dropped[b, s]. columns[n] holds each latent's scale and bias.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)
     candidates(const __grid_constant__ Map x, const __grid_constant__ Map w, const float2 *columns, const float *x_scale, u64 *lists, float *scores,
                long long *latents, float *dropped, int b, int c, int tiles) {
@@ -375,7 +386,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         worker.ring = {0, 0};
         worker.unit[0] = row < b ? x_scale[row] : 0;
         worker.unit[1] = row + 8 < b ? x_scale[row + 8] : 0;
-        worker.half = __shfl_sync(ALL, warp / 4, 0);  // which the compiler would not know to be the same in all lanes
+        worker.half = __shfl_sync(ALL, warp / 4, 0);  // tells the compiler that it is the same in all lanes
         worker.first = first;
         worker.c = c;
         if (RESIDENT) barrier_wait(x_full(), 0);

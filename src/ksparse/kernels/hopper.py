@@ -1,8 +1,9 @@
-"""hopper.cu from Python: compiled for the shapes at hand when first used, by the compiler that
-comes with torch for CUDA (NVRTC).
+"""hopper.cu from Python: compiled on first use, for the shapes at hand, by the compiler that comes
+with torch for CUDA (NVRTC).
 
-Triton's kernels (`screen`) do the same on other GPUs. They go through memory, since they cannot
-branch on one number, and share no copies between processors; both is what this kernel is for.
+The Triton kernels in `triton_candidates` do the same on other GPUs. They write scores to memory,
+since they cannot branch on a single number, and share no copies between multiprocessors. This
+kernel does both.
 """
 
 from __future__ import annotations
@@ -23,40 +24,40 @@ except ImportError:
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 TOKENS, CHUNK, WARP = 128, 128, 32
-"""Tokens of a block, bytes of a row that are multiplied at once: constants of hopper.cu."""
+"""Tokens of a block, bytes of a row multiplied at once, threads of a warp: as in hopper.cu."""
 SHARED = 227 * 2**10
-"""Bytes of shared memory that a block may have."""
-STAGES = 8
-LONGEST = 16 * WARP
-"""Scores that a token's list holds at most: a warp has them in registers when it thins a list
-out."""
+"""Bytes of shared memory available to a block."""
+MAX_STAGES = 8
+MAX_LIST = 16 * WARP
+"""Scores that a token's list holds at most: a warp has them in registers when it shortens one."""
+BLOCK_THREADS = 384
 
 
 class TilePlan(NamedTuple):
     """The constants that hopper.cu is compiled with."""
 
     chunks: int
-    """Parts of CHUNK bytes that a row has."""
+    """Chunks of CHUNK bytes in a row."""
     resident: bool
-    """Whether a block's tokens stay in shared memory; else they come again with each tile."""
+    """Whether a block's tokens stay in shared memory; otherwise they are copied with each tile."""
     stages: int
-    """Parts of a tile that are in shared memory or on their way."""
+    """Chunks of tiles in the ring: in shared memory, or being copied."""
     per: int
     """Scores of a token's list for each thread of a warp."""
     latents: int
-    """Latents of a tile: few let the ring hold many parts, many need fewer copies of tokens that
-    are not resident."""
+    """Latents of a tile. With few, the ring holds many chunks; with many, tokens that are not
+    resident are copied less often."""
     cluster: int = 2
-    """Blocks that share the latents' copies."""
+    """Blocks that share copies of latents."""
 
     @property
     def full(self) -> int:
-        """Return the scores that a list may have before more numbers are looked at."""
+        """Scores that a list may have before more numbers are compared."""
         return self.per * WARP - 64
 
     @property
     def bytes(self) -> int:
-        """Return the shared memory of a block, as hopper.cu lays it out."""
+        """Shared memory of a block, as hopper.cu lays it out."""
         stage, tokens = self.latents * CHUNK, TOKENS * CHUNK
         sides = (self.stages + self.chunks) // self.chunks
         return (
@@ -78,7 +79,7 @@ def usable(device: torch.device) -> bool:
 
 @functools.cache
 def compiler() -> tuple[int, int] | None:
-    """Return the compiler's version, None where there is none."""
+    """Return the version of NVRTC; None if it is not installed."""
     try:
         return None if nvrtc is None else nvrtc.nvrtcVersion()[1:]
     except RuntimeError:  # bindings without the library
@@ -86,14 +87,14 @@ def compiler() -> tuple[int, int] | None:
 
 
 def plan(d: int, c: int) -> TilePlan | None:
-    """Return the constants for rows of d bytes and c candidates, None where there is no kernel for
+    """Return the constants for rows of d bytes and c candidates; None if the kernel cannot take
     them."""
-    per = -(-min(LONGEST, 2 * c + 96) // WARP)
-    kinds = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
+    per = -(-min(MAX_LIST, 2 * c + 96) // WARP)
+    layouts = ((True, 128, 5), (False, 256, 2))  # resident, latents, fewest stages
     options = (
         TilePlan(-(-d // CHUNK), resident, stages, per, latents)
-        for resident, latents, fewest in kinds
-        for stages in range(STAGES, fewest - 1, -1)
+        for resident, latents, fewest in layouts
+        for stages in range(MAX_STAGES, fewest - 1, -1)
     )
     chosen = next(option for option in options if option.bytes <= SHARED)
     return chosen if d % 16 == 0 and 0 < c + c // 8 <= chosen.full else None
@@ -108,41 +109,44 @@ def candidates(
     c: int,
     chosen: TilePlan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (scores[b, c], latents[b, c], dropped[b]) of the c largest of x_scale[b] scale[n] x[b,
-    d] weight[n, d]^T + bias[n], bytes x and weight.
+    """Select the c largest of x_scale[b] * scale[n] * <x[b], weight[n]> + bias[n].
 
-    In no particular order; dropped bounds the scores of all others, and is infinite for a token
-    with fewer than c scores (NaN).
+    Args:
+        x: [b, d] in int8.
+        x_scale: [b]
+        weight: [n, d] in int8.
+        scale: [n]
+        bias: [n]
+        c: How many to select for each token.
+        chosen: What `plan` returned for d and c.
+
+    Returns:
+        scores[b, c] and latents[b, c] in no particular order, and an upper bound dropped[b] on the
+        scores of all others; it is infinite for a token with fewer than c scores that are not NaN.
     """
     b, n, device = len(x), len(weight), x.device
     blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
-    parts = _parts(
-        blocks,
-        min(tiles, n // (4 * c)),
-        torch.cuda.get_device_properties(device).multi_processor_count,
-    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = _choose_parts(blocks, min(tiles, n // (4 * c)), processors)
     columns = torch.stack((scale, bias), 1)
-    beyond = tiles * chosen.latents - n
-    if beyond:  # there the copy engine puts zeros, and this -inf
-        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(beyond, 2)])
-    lists = torch.empty(
-        parts * blocks * TOKENS * chosen.per * WARP, dtype=torch.int64, device=device
-    )
+    if padding := tiles * chosen.latents - n:
+        # The copy engine fills rows beyond n with zeros; a bias of -inf keeps them out.
+        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(padding, 2)])
+    slots = parts * blocks * TOKENS * chosen.per * WARP
+    lists = torch.empty(slots, dtype=torch.int64, device=device)
     scores = torch.empty(b, parts * c, device=device)
-    latents, dropped = (
-        torch.empty(b, parts * c, dtype=torch.int64, device=device),
-        torch.empty(b, parts, device=device),
-    )
+    latents = torch.empty(b, parts * c, dtype=torch.int64, device=device)
+    dropped = torch.empty(b, parts, device=device)
     maps = [_map(x, TOKENS), _map(weight, chosen.latents // 2)]
     arguments = [
         *maps,
         *(
-            ctypes.c_void_p(each.data_ptr())
-            for each in (columns, x_scale, lists, scores, latents, dropped)
+            ctypes.c_void_p(tensor.data_ptr())
+            for tensor in (columns, x_scale, lists, scores, latents, dropped)
         ),
         *map(ctypes.c_int, (b, c, tiles)),
     ]
-    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
     with torch.cuda.device(device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _call(
@@ -151,7 +155,7 @@ def candidates(
             blocks,
             parts,
             1,
-            384,
+            BLOCK_THREADS,
             1,
             1,
             chosen.bytes,
@@ -162,13 +166,13 @@ def candidates(
     if parts == 1:
         return scores, latents, dropped[:, 0]
     best, at = scores.topk(c, dim=1, sorted=False)
-    rest = scores.scatter(1, at, -torch.inf).amax(1)
-    return best, latents.gather(1, at), torch.maximum(rest, dropped.amax(1))
+    best_dropped = scores.scatter(1, at, -torch.inf).amax(1)
+    return best, latents.gather(1, at), torch.maximum(best_dropped, dropped.amax(1))
 
 
-def _parts(blocks: int, most: int, processors: int) -> int:
-    """Return into how many parts, at most `most`, to split the latents, so that few processors wait
-    at the end."""
+def _choose_parts(blocks: int, most: int, processors: int) -> int:
+    """Return into how many parts, at most `most`, to split the latents, so that few multiprocessors
+    are idle at the end."""
     return min(
         range(1, max(1, min(8, most)) + 1),
         key=lambda parts: (math.ceil(blocks * parts / processors) / parts, parts),
@@ -184,7 +188,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Call the driver; raise RuntimeError with its words where it refuses."""
+    """Call the CUDA driver; raise RuntimeError with its message on failure."""
     status = getattr(_driver(), name)(*arguments)
     if status:
         text = ctypes.c_char_p()
@@ -196,8 +200,10 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _map(rows: Tensor, box: int) -> Any:
-    """Return what the copy engine has to know of rows[m, d] of bytes: boxes of `box` rows of CHUNK
-    bytes, swizzled, zeros beyond the edges."""
+    """Return the copy engine's tensor map of rows[m, d] of bytes.
+
+    It copies boxes of `box` rows of CHUNK bytes, swizzled, with zeros beyond the edges.
+    """
     memory = (ctypes.c_uint64 * 24)()
     aligned = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
     (m, d), word, half = rows.shape, ctypes.c_uint64, ctypes.c_uint32
@@ -233,8 +239,11 @@ def _kernel(chosen: TilePlan, index: int) -> ctypes.c_void_p:
 
 @functools.cache
 def compiled(chosen: TilePlan) -> bytes:
-    """Return the machine code for these constants. Raise RuntimeError with the compiler's words
-    where it fails."""
+    """Compile hopper.cu with these constants; return the machine code.
+
+    Raises:
+        RuntimeError: The compiler fails.
+    """
     constants = {
         "CHUNKS": chosen.chunks,
         "RESIDENT": int(chosen.resident),

@@ -1,14 +1,20 @@
-// The parts of a training step that plain torch cannot do in one pass over memory. A C interface: no torch, no Python in here.
+// The parts of a training step that plain torch cannot do in one pass over memory. A C interface, with
+// no torch and no Python.
 //
 //   ks_select     pre-activations -> the k largest of each token, exactly
-//   ks_rescore    candidates of a low-precision product -> the k best by their exact values, and a certificate
-//   ks_screen     the same without the product: it is made here, of bytes, and never leaves the cache
-//   ks_decode     values -> reconstruction error, loss, and the gradient of the values, in one reading of the rows
+//   ks_lower      rows -> quantized rows
+//   ks_rescore    low-precision products -> candidates, reranked: the k best by exact value, and a
+//                 certificate
+//   ks_screen     the same from quantized rows: the products of bytes are computed here and never
+//                 leave the cache
+//   ks_decode     values -> reconstruction error, loss and the values' gradient, reading the rows once
 //   ks_transpose  tokens' latents -> latents' tokens
-//   ks_update     latents' tokens -> both gradient rows of a latent, projection, Adam, unit norm, average, low-precision copy
+//   ks_update     latents' tokens -> both gradient rows of a latent, projection, Adam, unit norm,
+//                 average, quantized copy
 //
-// Every loop is split over threads by fixed borders, so that the same number of threads gives the same bits.
-// It is built for the processor that runs it; loops are written so that a compiler makes vectors of any width of them.
+// Every loop is split over threads at fixed borders, so the same number of threads gives the same bits.
+// The file is compiled for the processor that runs it; loops are written so that the compiler can
+// vectorise them at any width.
 
 #include <algorithm>
 #include <cmath>
@@ -30,8 +36,9 @@
 namespace {
 
 #ifdef __linux__
-// Begins threads on other cores than our own. A new thread starts on its parent's core, and where other processes keep the scheduler from finding an
-// idle one it waits there until the parent has done its share; from where it began it may move to any core that the process may use.
+// Starts threads on other cores than the caller's. A new thread starts on its parent's core, and where
+// other processes keep the scheduler from finding an idle one it waits there until the parent has done
+// its share. Once started, it may move to any core that the process may use.
 struct Cores {
     cpu_set_t allowed;
     std::vector<int> list;
@@ -110,7 +117,7 @@ std::vector<int64_t> even(int64_t count, int threads) {
 }
 
 float dot(const float* a, const float* b, int64_t d) {
-    float parts[32] = {}, sum = 0;  // so many that their additions do not wait for each other
+    float parts[32] = {}, sum = 0;  // enough that additions do not wait for each other
     int64_t i = 0;
     for (; i + 32 <= d; i += 32)
         for (int l = 0; l < 32; l++) parts[l] += a[i + l] * b[i + l];
@@ -123,24 +130,25 @@ void add_scaled(float* out, float by, const float* row, int64_t d) {
     for (int64_t i = 0; i < d; i++) out[i] += by * row[i];
 }
 
-void fetch(const float* row, int64_t d) {  // a row that is wanted soon
+void fetch(const float* row, int64_t d) {  // prefetch a row that is needed soon
     for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(row + i);
 }
 
 const float NOTHING = -std::numeric_limits<float>::infinity();
 const int LANES = 64, EVERY = 8;
 
-// A float's bits as a whole number of the same order.
+// A float's bits as an integer of the same order.
 int32_t ordered(float value) {
     int32_t bits;
     std::memcpy(&bits, &value, 4);
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// Keeps the largest values that it is shown; what does not reach the k-th so far is dropped unseen. What it holds stays in the order of showing.
+// Keeps the k largest of the values offered to it, in the order in which they were offered. Values that
+// do not reach the k-th so far are dropped at once.
 struct Best {
     int k, count = 0, room;
-    float bar = NOTHING;  // only values above it can still be among the k
+    float bar = NOTHING;  // only values above it can still be among the k largest
     std::vector<float> value;
     std::vector<int32_t> latent, key;
 
@@ -159,12 +167,13 @@ struct Best {
     void cut() { cut(k); }  // to the k largest
     void cut(int most) {
         if (count <= most) return;
-        // Halves the range of keys until as many as wanted lie above its middle: counting goes by vectors, where sorting would guess at branches.
+        // Bisect the range of keys until `most` lie above its middle: counting is vectorised, where
+        // sorting would mispredict branches.
         int32_t low = INT32_MAX, high = INT32_MIN;
         for (int i = 0; i < count; i++) key[i] = ordered(value[i]);
         for (int i = 0; i < count; i++) low = std::min(low, key[i]);
         for (int i = 0; i < count; i++) high = std::max(high, key[i]);
-        low = low == INT32_MIN ? low : low - 1;  // all lie above it, and none above high
+        low = low == INT32_MIN ? low : low - 1;  // all keys are above low, and none is above high
         int above = 0;
         while ((int64_t)high - low > 1) {
             int32_t middle = (int32_t)(((int64_t)low + high) >> 1);
@@ -177,7 +186,7 @@ struct Best {
                 if (found == most) break;
             }
         }
-        int kept = 0, equal = most - above;  // of those that are as large as the smallest that is kept, the first
+        int kept = 0, equal = most - above;  // how many of those equal to the smallest kept value, the first ones
         float least = -NOTHING;
         for (int i = 0; i < count; i++) {
             bool take = key[i] > high;
@@ -200,7 +209,7 @@ struct Best {
     }
 };
 
-// Which of COUNT values, at most 64, are above the bar, a bit each.
+// A bit for each of COUNT values, at most 64: whether it is above the bar.
 template <int COUNT>
 uint64_t above(const float* block, float bar) {
     uint64_t found = 0;
@@ -216,7 +225,7 @@ uint64_t above(const float* block, float bar) {
     return found;
 }
 
-// Offers score(i) of all i in [begin, end); a value that is not above the bar costs one comparison.
+// Offers score(i) for all i in [begin, end). A value that is not above the bar costs one comparison.
 template <class Score>
 void offer_all(Best& best, int64_t begin, int64_t end, Score score) {
     float block[LANES];
@@ -231,8 +240,8 @@ void offer_all(Best& best, int64_t begin, int64_t end, Score score) {
     for (; i < end; i++) best.offer(score(i), (int32_t)i);
 }
 
-// Leaves the best.k largest scores of all i < n in best. A sample of blocks gives a bar that most likely has k values above it, so that the
-// rest goes by almost without a hit; where it has not, all is looked at again.
+// Leaves the best.k largest scores of all i < n in best. A sample of blocks gives a bar that most likely
+// has k values above it, so that few other values pass it. Where it has fewer, all are scanned again.
 template <class Score>
 void scan(Best& best, Best& sample, int64_t n, Score score) {
     best.clear();
@@ -281,12 +290,12 @@ float quantize(const float* row, int8_t* out, int64_t d) {  // returns the scale
     return scale;
 }
 
-// Takes the k best by exact value of the candidates in best, which holds the c with the largest scores and, unless there are no more, the next one.
-// A score is its value * unit.
+// Reranks the candidates in best, and writes the k best by exact value. best holds the c largest scores
+// and, unless there are no more, the next one. A score is its value * unit.
 void settle(Best& best, Best& chosen, int c, float unit, const float* x, const float* weight, const float* bias, int64_t d, int k, float* values,
             int32_t* indices, float* dropped, float* spread) {
     *dropped = best.bar == NOTHING ? NOTHING : -NOTHING;  // all are candidates; or the bar was too high, and nothing is certain
-    if (best.count > c) {  // the one beyond the candidates
+    if (best.count > c) {  // the best score that is not a candidate
         int least = (int)(std::min_element(best.value.begin(), best.value.begin() + best.count) - best.value.begin());
         *dropped = best.value[least] * unit;
         best.drop(least);
@@ -305,12 +314,14 @@ void settle(Best& best, Best& chosen, int c, float unit, const float* x, const f
     *spread = (float)std::sqrt(square / std::max(1, best.count));
 }
 
-// ---- the product of bytes, for processors whose fastest one this is
+// ---- the product of bytes, for processors on which it is the fastest
 //
-// Tokens are 7 bits and a sign, as u = q + 64 >= 0; latents are bytes, scaled so that in each SPAN of a row neither the positive nor the negative
-// ones reach 32767 / 127 in sum: then the products of a span add up in 16 bits. Latents lie in panels of PANEL; a panel has, for every four
-// components, the four of each of its latents. Behind the scales of all latents stand their shifts, which take the 64 of every u off again.
-const int PANEL = 16, SPAN = 32, TOKENS = 6, BLOCK = 192;  // TOKENS at a time against a panel, BLOCK of them while a panel is in cache
+// Tokens are 7 bits and a sign, as u = q + 64 >= 0. Latents are bytes, scaled so that in each SPAN of a
+// row neither the positive nor the negative ones reach 32767 / 127 in sum: then the products of a span
+// fit 16 bits. Latents are stored in panels of PANEL: for every four components, a panel has these four
+// of each of its latents. After the scales of all latents come their shifts, which subtract the
+// contribution of the 64 in every u.
+const int PANEL = 16, SPAN = 32, TOKENS = 6, BLOCK = 192;  // TOKENS are multiplied with a panel at a time, BLOCK while it is in cache
 
 int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
@@ -327,7 +338,7 @@ void pack(const float* row, int64_t i, int64_t n, int64_t d, int8_t* low, float*
         for (int c = 0; c < SPAN; c++) sum += x[c];
         for (int c = 0; c < SPAN; c++) size += std::fabs(x[c]);
         for (int c = 0; c < SPAN; c++) largest = std::fabs(x[c]) > largest ? std::fabs(x[c]) : largest;
-        limit = std::max({limit, (size + std::fabs(sum)) / 2 / most, largest / 127});  // those of the more frequent sign
+        limit = std::max({limit, (size + std::fabs(sum)) / 2 / most, largest / 127});  // the sum of the sign with the larger one
     }
     float inverse = limit > std::numeric_limits<float>::min() ? 1 / limit : 0;
     int32_t sum = 0;
@@ -350,7 +361,7 @@ float shift_up(const float* row, uint8_t* out, int64_t d) {  // returns the scal
     return inverse > 0 ? largest / 63 : 1;
 }
 
-// out[TOKENS, PANEL] = u[TOKENS, depth] times a panel, in whole numbers.
+// out[TOKENS, PANEL] = u[TOKENS, depth] times a panel, in integers.
 #if defined(__AVX2__) && !defined(KS_PORTABLE)
 __attribute__((noinline))  // it needs all registers
 void multiply(const uint8_t* u, const int8_t* panel, int64_t depth, int32_t* out) {
@@ -369,7 +380,7 @@ void multiply(const uint8_t* u, const int8_t* panel, int64_t depth, int32_t* out
                 __m256i token = _mm256_set1_epi32(four), a = _mm256_maddubs_epi16(token, left), b = _mm256_maddubs_epi16(token, right);
                 part[t][0] = s ? _mm256_add_epi16(part[t][0], a) : a;
                 part[t][1] = s ? _mm256_add_epi16(part[t][1], b) : b;
-                asm("" : "+x"(part[t][0]), "+x"(part[t][1]));  // in this order: a compiler that adds pairs first runs out of registers
+                asm("" : "+x"(part[t][0]), "+x"(part[t][1]));  // keeps this order: a compiler that adds pairs first runs out of registers
             }
         }
         for (int t = 0; t < TOKENS; t++)
@@ -394,7 +405,8 @@ extern "C" {
 
 int ks_version() { return 1; }
 
-// pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias, in the order of latents.
+// pre[b, n] (without bias) and bias[n] -> values[b, k], indices[b, k]: the k largest of pre + bias,
+// ordered by latent.
 void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k, float* values, int32_t* indices, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
         Best best(k), sample(sample_of(k));
@@ -406,7 +418,8 @@ void ks_select(const float* pre, const float* bias, int64_t b, int64_t n, int k,
     });
 }
 
-// Rows as they go into a low-precision product: kind 1: int8 with a scale for each row, 2: bfloat16, 3: panels of ks_screen, with scales and shifts.
+// Quantizes rows. kind 1: int8 with a scale for each row; 2: bfloat16; 3: panels of ks_screen, with
+// scales and shifts.
 void ks_lower(const float* x, int64_t b, int64_t d, int kind, void* out, float* scale, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
@@ -417,9 +430,10 @@ void ks_lower(const float* x, int64_t b, int64_t d, int kind, void* out, float* 
     });
 }
 
-// Low-precision products of tokens and latents -> the k best of c candidates by exact value.
+// Reranks low-precision products of tokens and latents: the k best of c candidates by exact value.
 //   low[b, n]   kind 1: int32 sums, to be scaled by x_scale[b] w_scale[n]; kind 2: bfloat16
-//   dropped[b]  the best score that was not a candidate;   spread[b] the root mean square of (exact - score) of the candidates
+//   dropped[b]  the best score that was not a candidate
+//   spread[b]   the root mean square of (exact - score) over the candidates
 void ks_rescore(const void* low, int kind, const float* x_scale, const float* w_scale, const float* bias, const float* x, const float* weight,
                 int64_t b, int64_t n, int64_t d, int k, int c, float* values, int32_t* indices, float* dropped, float* spread, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
@@ -438,8 +452,9 @@ void ks_rescore(const void* low, int kind, const float* x_scale, const float* w_
     });
 }
 
-// Tokens x[b, d] and latents' panels -> as ks_rescore. No product of all latents is written anywhere: a panel's scores are compared while they are
-// in registers. An eighth of the panels sets a bar that some three times c scores are expected to pass; where fewer than c do, dropped is infinite.
+// As ks_rescore, from tokens x[b, d] and latents in panels. The full product is never materialised: a
+// panel's scores are compared while they are in registers. An eighth of the panels sets a bar that about
+// three times c scores are expected to pass; where fewer than c do, dropped is infinite.
 void ks_screen(const int8_t* low, const float* scale, const float* bias, const float* x, const float* weight, int64_t b, int64_t n, int64_t d, int k,
                int c, float* values, int32_t* indices, float* dropped, float* spread, int threads) {
     int64_t depth = padded(d, SPAN), wide = padded(n, PANEL);
@@ -484,8 +499,8 @@ void ks_screen(const int8_t* low, const float* scale, const float* bias, const f
     });
 }
 
-// values[b, k] (made >= 0 in place) -> error[b, d] = reconstruction - x, square[b] = its squared norm, slopes[b, k] = <error, row> where the
-// value is above 0, else 0.
+// values[b, k] (clamped to >= 0 in place) -> error[b, d] = reconstruction - x, square[b] = its squared
+// norm, slopes[b, k] = <error, row> where the value is above 0, else 0.
 void ks_decode(const float* x, const float* b_pre, const float* weight, int64_t b, int64_t d, int k, float* values, const int32_t* indices,
                float* error, float* square, float* slopes, int threads) {
     parallel(even(b, threads), [=](int, int64_t begin, int64_t end) {
@@ -505,7 +520,8 @@ void ks_decode(const float* x, const float* b_pre, const float* weight, int64_t 
     });
 }
 
-// Entries above 0 of values[m], sorted by their latent: those of latent i are order[starts[i] .. starts[i + 1]], in the order of the tokens.
+// Sorts the entries above 0 of values[m] by latent: those of latent i are order[starts[i] .. starts[i +
+// 1]], in the order of tokens.
 void ks_transpose(const float* values, const int32_t* indices, int64_t m, int64_t n, int64_t* starts, int32_t* order) {
     std::fill(starts, starts + n + 1, 0);
     for (int64_t i = 0; i < m; i++) starts[indices[i] + 1] += values[i] > 0;
@@ -515,7 +531,7 @@ void ks_transpose(const float* values, const int32_t* indices, int64_t m, int64_
         if (values[i] > 0) order[next[indices[i]]++] = (int32_t)i;
 }
 
-struct Matrix {  // a weight [n, d] with its moments and its average (null: none)
+struct Matrix {  // a weight [n, d] with its moments and average (null: none)
     float *weight, *first, *second, *average;
 };
 
@@ -539,16 +555,20 @@ static void average(float* mean, const float* w, int64_t d, float decay) {
     if (mean) for (int64_t i = 0; i < d; i++) mean[i] += (w[i] - mean[i]) * (1 - decay);
 }
 
-// One pass over the latents: builds both gradient rows where they are needed and uses them at once.
-//   W_dec's  scale * sum of values * error,      less its part along the row if unit_norm; W_enc's  scale * sum of slopes * (x - b_pre)
-//   extra_of[n]: row of extra_dec, extra_enc [m, d] and extra_bias[m] that is added (AuxK's), or -1
-//   apply 0: only the norms.  norms[threads]: sums of squares of all gradients but b_pre's;  pull[threads, d]: sum of (b_enc's gradient) * (row of W_enc)
-//   low: W_enc in low precision (kind as above), written anew for each latent, with low_scale[n] if int8 (scales and shifts if panels)
+// One pass over the latents: computes both gradient rows of a latent in cache and uses them at once.
+//   W_dec's gradient: scale * sum of values * error, without the component along the row if unit_norm
+//   W_enc's gradient: scale * sum of slopes * (x - b_pre)
+//   extra_of[n]       row of extra_dec, extra_enc [m, d] and extra_bias[m] that is added (AuxK's), or -1
+//   apply             0: only the norms
+//   norms[threads]    sums of squares of all gradients but b_pre's
+//   pull[threads, d]  sum of (b_enc's gradient) * (row of W_enc)
+//   low               W_enc quantized (kind as above), rewritten for each latent, with low_scale[n] if
+//                     int8 (scales and shifts if panels)
 void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t* order, const float* values, const float* slopes, const float* error,
                const float* x, const float* b_pre, float scale, const int32_t* extra_of, const float* extra_dec, const float* extra_enc,
                const float* extra_bias, Matrix enc, Matrix dec, float* b_enc, float* b_first, float* b_second, float* b_average, const Adam* rule,
                float bias_rate, int unit_norm, int train_bias, int apply, int kind, void* low, float* low_scale, double* norms, float* pull, int threads) {
-    std::vector<int64_t> borders(1, 0);  // of equal work: entries, and what each latent costs anyway
+    std::vector<int64_t> borders(1, 0);  // of equal work: entries, plus a fixed cost of each latent
     int64_t total = starts[n] + 8 * n, at = 0;
     for (int t = 1; t < threads; t++) {
         while (at < n && starts[at] + 8 * at < total * t / threads) at++;
@@ -565,7 +585,7 @@ void ks_update(int64_t n, int64_t d, int k, const int64_t* starts, const int32_t
             float g_bias = 0;
             for (int64_t e = starts[i]; e < starts[i + 1]; e++) {
                 int64_t token = order[e] / k;
-                if (e + 2 < starts[n]) {  // of this latent or the next
+                if (e + 2 < starts[n]) {  // of this latent or the next one
                     int64_t ahead = order[e + 2] / k;
                     fetch(error + ahead * d, d);
                     fetch(x + ahead * d, d);

@@ -1,10 +1,10 @@
-"""native.cpp from Python: built for this machine's processor when it is first needed, and kept in
-the user's cache.
+"""native.cpp from Python: compiled for this machine's processor on first use, and cached for the
+user.
 
-It is not in the wheel, because code for any processor would leave out what most of them can do, and
-because a wheel that carried it would be one for each platform. Without a compiler, or with
-KSPARSE_NATIVE=0, `load` returns None and everything runs on plain torch. Where others may have
-written to the cache it is built anew in each process, or theirs might be run.
+It is not in the wheel: code for every processor could not use what most of them can do, and the
+wheel would need a build for each platform. Without a compiler, or with KSPARSE_NATIVE=0, `load`
+returns None and everything runs on plain torch. Where other users may write to the cache it is
+compiled again in each process, since a file of theirs might be run.
 """
 
 from __future__ import annotations
@@ -41,20 +41,23 @@ _FLAGS = (
     "-fno-signed-zeros",
 )
 PANELS: Final = 3
-"""The kind of low-precision rows that `screen` multiplies; 1 is int8, 2 bfloat16, for torch's
-products."""
+"""The `kind` of quantized rows that `candidates` multiplies; 1 is int8 and 2 is bfloat16, for
+torch's products."""
 _log = logging.getLogger("ksparse")
 
 
 class Matrix(ctypes.Structure):
-    """A weight with its moments and its average; a missing average is null."""
+    """Addresses of a weight, its Adam moments and its average (null if there is none)."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "first", "second", "average")]
 
 
 class Adam(ctypes.Structure):
-    """What a step of Adam needs; the corrections are 1 - beta^step, `decay` is the average's,
-    `clip` multiplies all gradients."""
+    """The numbers of a step of Adam.
+
+    The corrections are 1 - beta^step, `decay` is that of the average, `clip` is a factor on all
+    gradients.
+    """
 
     _fields_ = [
         (name, ctypes.c_float)
@@ -63,7 +66,7 @@ class Adam(ctypes.Structure):
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Return where a contiguous CPU tensor lies; null for None."""
+    """Return the address of a contiguous CPU tensor; null for None."""
     if tensor is None:
         return ctypes.c_void_p(None)
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
@@ -86,31 +89,30 @@ _SYMBOLS = (
 
 
 class NoCache(OSError):
-    """There is no folder that this user alone can have written libraries to."""
+    """There is no folder in which only this user can have written libraries."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the library, built if need be; None where that cannot be done, said once in the
-    log."""
+    """Return the library, compiled if necessary; None, with a line in the log, where that fails."""
     if os.environ.get("KSPARSE_NATIVE", "1") == "0":
         return None
     try:
-        opened = _opened()
+        kernels = _open_library()
         for name in _SYMBOLS:
-            getattr(opened, name).restype = None
+            getattr(kernels, name).restype = None
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
+        text = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         _log.info(
-            "the compiled kernels are not available (%s); training goes on with plain torch",
-            said.splitlines()[-1],
+            "the compiled kernels are not available (%s); training uses plain torch",
+            text.splitlines()[-1],
         )
         return None
-    return opened
+    return kernels
 
 
 def library() -> ctypes.CDLL:
-    """Return what `load` does; raise RuntimeError where there is none."""
+    """Return the library; raise RuntimeError where there is none."""
     loaded = load()
     if loaded is None:
         raise RuntimeError(
@@ -119,8 +121,8 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def _opened() -> ctypes.CDLL:
-    """Load the library from the cache, or from a folder that is gone right after."""
+def _open_library() -> ctypes.CDLL:
+    """Load the library from the cache, or from a temporary folder that is removed at once."""
     try:
         return ctypes.CDLL(str(build()))
     except (NoCache, DiskError) as error:
@@ -130,18 +132,22 @@ def _opened() -> ctypes.CDLL:
 
 
 def build(compiler: str | None = None, folder: Path | None = None) -> Path:
-    """Return the built library; raise OSError without a compiler, SubprocessError if it fails.
+    """Compile the library unless it is in the folder already.
 
-    folder: where it is kept; the user's cache if not given, or NoCache where that is none.
+    Args:
+        compiler: Path of a C++ compiler; $CXX, g++, clang++ or c++ by default.
+        folder: Where the library is kept; the user's cache by default.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        OSError: There is no compiler.
+        SubprocessError: The compiler fails.
+        NoCache: The user has no cache folder of their own.
     """
-    compiler = compiler or next(
-        (
-            found
-            for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
-            if name and (found := shutil.which(name))
-        ),
-        None,
-    )
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = compiler or next((p for name in names if name and (p := shutil.which(name))), None)
     if compiler is None:
         raise OSError("no C++ compiler: install g++ or clang++, or set CXX")
     tune = "-mcpu=native" if platform.machine().lower() in ("aarch64", "arm64") else "-march=native"
@@ -149,11 +155,11 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
         repr((SOURCE.read_bytes(), compiler, tune, _FLAGS, _processor())).encode()
     ).hexdigest()[:20]
     path = (folder or _cache()) / f"native-{key}.so"
-    if path.is_file() and _of_this_user(path):
+    if path.is_file() and _is_private(path):
         return path
-    with atomic.atomic_file(path) as made:  # whole or not at all, also where two processes build
+    with atomic.atomic_file(path) as tmp:  # also where two processes compile at once
         subprocess.run(
-            [compiler, *_FLAGS, tune, str(SOURCE), "-o", str(made)],
+            [compiler, *_FLAGS, tune, str(SOURCE), "-o", str(tmp)],
             check=True,
             capture_output=True,
             text=True,
@@ -164,14 +170,14 @@ def build(compiler: str | None = None, folder: Path | None = None) -> Path:
 
 
 def _cache() -> Path:
-    """Return the folder of libraries; raise NoCache unless this user alone can write there.
+    """Return the folder of libraries; raise NoCache unless only this user can write to it.
 
-    A library is run as it is loaded, and anybody can work out the name of ours.
+    Loading a library runs it, and anybody can work out the name of ours.
     """
     try:
-        given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        # a relative one is to be ignored
-        home = given if given.is_absolute() else Path.home() / ".cache"
+        configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        # The XDG specification says to ignore a relative path.
+        home = configured if configured.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         home = Path()
     if not home.is_absolute():
@@ -179,8 +185,8 @@ def _cache() -> Path:
     folder = home / "ksparse"
     with atomic.translate_oserrors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        shared = next((above for above in folder.resolve().parents if _open_to_all(above)), None)
-        if shared or not _of_this_user(folder):
+        shared = next((parent for parent in folder.resolve().parents if _is_open(parent)), None)
+        if shared or not _is_private(folder):
             raise NoCache(
                 f"others can write to {shared or folder}; "
                 "set XDG_CACHE_HOME to a folder of this user alone"
@@ -188,21 +194,21 @@ def _cache() -> Path:
     return folder
 
 
-def _of_this_user(path: Path) -> bool:
-    """Return whether nobody but this user and root can have put there what is there."""
-    found = path.lstat()
-    of_others = stat.S_ISLNK(found.st_mode) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return found.st_uid in (0, os.geteuid()) and not of_others
+def _is_private(path: Path) -> bool:
+    """Return whether only this user and root can have written a file or folder."""
+    status = path.lstat()
+    by_others = stat.S_ISLNK(status.st_mode) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (0, os.geteuid()) and not by_others
 
 
-def _open_to_all(folder: Path) -> bool:
-    """Return whether everybody may take away what others have in a folder."""
+def _is_open(folder: Path) -> bool:
+    """Return whether everybody may replace others' files in a folder."""
     mode = folder.stat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _processor() -> str:
-    """Return what tells processors apart: a cache may be shared by machines."""
+    """Return what distinguishes processors, since machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(
@@ -213,7 +219,7 @@ def _processor() -> str:
         return platform.processor() + platform.machine()
 
 
-# ---- the kernels on tensors ----------------------------------------------------------------------
+# ---- the kernels on tensors
 
 
 def _int(value: int) -> ctypes.c_int64:
@@ -221,8 +227,12 @@ def _int(value: int) -> ctypes.c_int64:
 
 
 def select(pre_acts: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k]) of the k largest of pre_acts[b, n] + bias[n], exactly,
-    by latent; NaN where there are fewer."""
+    """Select the k largest of pre_acts[b, n] + bias[n], exactly.
+
+    Returns:
+        (values[b, k], indices[b, k]), ordered by latent. Values are NaN where fewer than k are not
+        NaN.
+    """
     b, n = pre_acts.shape
     values, indices = pre_acts.new_empty(b, k), torch.empty(b, k, dtype=torch.int32)
     library().ks_select(
@@ -243,14 +253,23 @@ def quantize(x: Tensor, kind: Literal[1, 3]) -> tuple[Tensor, Tensor]: ...
 @overload
 def quantize(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]: ...
 def quantize(x: Tensor, kind: int) -> tuple[Tensor, Tensor | None]:
-    """Return rows x[b, d] as int8 with a scale[b] (kind 1), as bfloat16 (kind 2), or as `screen`
-    wants its latents (kind 3)."""
+    """Quantize rows x[b, d].
+
+    Args:
+        x: [b, d] in float32.
+        kind: 1 for int8 with a scale for each row, 2 for bfloat16, or PANELS for the layout in
+            which `candidates` takes latents.
+
+    Returns:
+        The quantized rows, and their scale (None for bfloat16).
+    """
     b, d = x.shape
     scale: Tensor | None = None
     if kind == PANELS:
-        wide = -(-b // 16) * 16
-        out, scale = torch.zeros(wide * -(-d // 32) * 32, dtype=torch.int8), torch.zeros(2, wide)
-        scale[1, b:] = -torch.inf  # what fills the last panel up is never chosen
+        padded = -(-b // 16) * 16
+        out = torch.zeros(padded * -(-d // 32) * 32, dtype=torch.int8)
+        scale = torch.zeros(2, padded)
+        scale[1, b:] = -torch.inf  # the padding of the last panel is never chosen
     elif kind == 1:
         out, scale = torch.empty(b, d, dtype=torch.int8), torch.empty(b)
     else:
@@ -271,8 +290,22 @@ def rerank(
     k: int,
     c: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k], dropped[b], spread[b]): the k best by exact value of the
-    c best of low[b, n]."""
+    """Recompute the c best of low-precision products exactly, and select the k best of them.
+
+    Args:
+        low: Products [b, n], int32 sums or bfloat16.
+        x_scale: [b], the scale of int8 rows of x; None for bfloat16.
+        w_scale: [n], the scale of int8 rows of the weight; None for bfloat16.
+        bias: [n]
+        x: [b, d] in float32.
+        weight: [n, d] in float32.
+        k: How many to select.
+        c: How many candidates to recompute.
+
+    Returns:
+        values[b, k] and indices[b, k]; dropped[b], the best score that was not a candidate; and
+        spread[b], the root mean square of (exact - score) over the candidates.
+    """
     b, n = low.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
@@ -301,8 +334,10 @@ def rerank(
 def candidates(
     low: Tensor, scale: Tensor, bias: Tensor, x: Tensor, weight: Tensor, k: int, c: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the same of x[b, d] times latents that `lower` has put into panels; the product itself
-    is nowhere."""
+    """Return what `rerank` does, for x[b, d] times latents quantized into panels.
+
+    The full product is never materialised.
+    """
     b, (n, d) = len(x), weight.shape
     values, indices = torch.empty(b, k), torch.empty(b, k, dtype=torch.int32)
     dropped, spread = torch.empty(b), torch.empty(b)
@@ -329,8 +364,19 @@ def candidates(
 def decode(
     x: Tensor, b_pre: Tensor, weight: Tensor, values: Tensor, indices: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Make values[b, k] >= 0 in place and write error[b, d] = reconstruction - x; return (its
-    squared norm[b], <error, row>[b, k])."""
+    """Decode a code, and multiply the error with the decoder rows in use.
+
+    Args:
+        x: [b, d]
+        b_pre: [d]
+        weight: [n, d], the decoder.
+        values: [b, k], clamped to >= 0 in place.
+        indices: [b, k]
+        error: [b, d], written: reconstruction - x.
+
+    Returns:
+        The error's squared norm [b], and <error, row> [b, k] where the value is above 0, else 0.
+    """
     b, k = values.shape
     square, slopes = x.new_empty(b), x.new_empty(b, k)
     library().ks_decode(
@@ -351,8 +397,11 @@ def decode(
 
 
 def transpose(values: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return (starts[n + 1], order): the entries above 0 of each latent are order[starts[i] :
-    starts[i + 1]]."""
+    """Sort the entries above 0 of values[b, k] by latent.
+
+    Returns:
+        (starts[n + 1], order): the entries of latent i are order[starts[i] : starts[i + 1]].
+    """
     starts, order = (
         torch.empty(n + 1, dtype=torch.long),
         torch.empty(values.numel(), dtype=torch.int32),

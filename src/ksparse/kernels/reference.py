@@ -1,7 +1,7 @@
-"""The definition of the sparse operations, in a few lines of plain torch. The fast copies must
-agree with it.
+"""The definition of the sparse operations, in a few lines of plain torch.
 
-b activations, k selected latents each, n latents, d = d_model.
+Every other implementation must agree with it. b activations, k selected latents each, n latents,
+d = d_model.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ def topk(pre_acts: Tensor, k: int) -> Tensor:
 
 
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]]: a sparse code times a
-    dense matrix."""
+    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]].
+
+    A sparse code times a dense matrix.
+    """
     return torch.einsum("bk,bkd->bd", values, weight[indices])
 
 
 def gather_dot(x: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return out[b, j] = <x[b], weight[indices[b, j]]>: a dense product, only where it is
-    wanted."""
+    """Return out[b, j] = <x[b], weight[indices[b, j]]>.
+
+    A dense product, computed only at the given latents.
+    """
     return torch.einsum("bd,bkd->bk", x, weight[indices])
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
-    """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b]: both
-    weights' gradient."""
+    """Return out[i] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], as [n, d].
+
+    The gradient of either weight.
+    """
     out = torch.zeros(n, x.shape[1], dtype=x.dtype, device=x.device)
     return out.index_add_(
         0, indices.flatten(), (values.unsqueeze(-1) * x.unsqueeze(1)).flatten(0, 1)

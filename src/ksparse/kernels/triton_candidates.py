@@ -1,13 +1,15 @@
-"""Candidates for the k largest by a product in low precision, as Triton kernels: whoever asks
-computes their exact values and chooses among them.
+"""Candidates for the k largest, by a product in low precision, as Triton kernels.
 
-    rows ─▶ lower: bfloat16, or int8 with a scale for each row
-    x, low, bias ─▶ tiles: product, the best few keys of each bucket ─▶ keys[b, candidates] ─▶ the c
-    largest, and a bound on all others
+The caller recomputes the candidates' values exactly (`triton_ops.choose`) and selects among them.
 
-A key is a float32 as an integer of the same order whose lowest bits say where in its bucket it is
-from: one maximum finds both, and what is kept of a bucket is 4 bytes. The price is the score's last
-bits, 2^-17 of it with buckets of 64; a screen is far coarser than that. Buckets are those of `gpu`.
+    rows             ─▶ quantize: bfloat16, or int8 with a scale for each row
+    x, weight, bias  ─▶ tiles: product, the best few keys of each bucket ─▶ keys[b, candidates]
+    keys             ─▶ the c largest, and a bound on all others
+
+A key is a float32 as an integer of the same order, whose lowest bits hold the position in its
+bucket. So one maximum finds both, and an entry takes 4 bytes. This costs the score's last bits,
+2^-17 of it with buckets of 64: far less than the error of the low precision. Buckets are those of
+`triton_ops`.
 """
 
 from __future__ import annotations
@@ -23,78 +25,80 @@ from ksparse.kernels.triton_ops import (
     MOST_KEPT,
     TILE,
     Tile,
-    _bytes,
-    _finite,
-    _jit,
-    _latents,
-    _on,
-    _ordered,
-    _tile,
-    _whole,
+    jit,
+    latents_at,
+    map_infinite,
+    on_device,
+    ordered_bits,
+    program_tile,
+    quantize_row,
+    row_options,
     tl,
 )
 
-LOWEST = -(2**31)
-REDONE = 2e-3
-"""Tokens that may be expected to be unclear since a bucket holds more winners than are kept of it;
-each costs a product with all latents."""
-WIDEST = 2**14
-"""Candidates of a token, at most, that one program holds; torch chooses where there are more."""
+LOWEST_KEY = -(2**31)
+MAX_UNCERTAIN = 2e-3
+"""The expected fraction of tokens that may be uncertain because a bucket holds more winners than
+are kept; each costs a product with all latents."""
+MAX_KEYS = 2**14
+"""The most keys of a token that one program holds; with more, torch selects."""
 BYTES_TILE = TILE._replace(depth=128)
 
 
 class Quantized(NamedTuple):
-    """Rows in low precision: [n, d] in bfloat16, or in int8 to be multiplied by scale[n]."""
+    """Rows in low precision."""
 
     rows: Tensor
+    """[n, d] in bfloat16, or in int8 to be multiplied by `scale`."""
     scale: Tensor | None = None
+    """[n], for int8."""
 
 
 class TileCandidates(NamedTuple):
-    """scores[b, c] and latents[b, c] in no particular order, and an upper bound dropped[b] on the
-    scores of all others."""
+    """The candidates of each token, in no particular order."""
 
     scores: Tensor
+    """[b, c]"""
     latents: Tensor
+    """[b, c]"""
     dropped: Tensor
+    """[b], an upper bound on the scores of all other latents."""
 
 
-# ---- low precision
+# ---- quantization
 
 
-@_jit
+@jit
 def _round(x, out, scale, d, COLUMNS: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
-    part, unit = _bytes(tl.load(x + row * d + columns, columns < d, 0.0).to(tl.float32))
+    part, unit = quantize_row(tl.load(x + row * d + columns, columns < d, 0.0).to(tl.float32))
     tl.store(out + row * d + columns, part, columns < d)
     tl.store(scale + row, unit)
 
 
 def quantize(x: Tensor, kind: str) -> Quantized:
-    """Return rows x[m, d] in low precision; kind: 'bfloat16' or 'int8'."""
+    """Quantize rows x[m, d] to `kind`: 'bfloat16', or 'int8' with a scale for each row."""
     if kind == "bfloat16":
         return Quantized(x.bfloat16())
     if kind != "int8":
         raise ValueError(f"low precision {kind!r} is unknown; there are bfloat16 and int8")
-    return Quantized(*_in_bytes(x))
+    return Quantized(*_quantize_int8(x))
 
 
-def _in_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows x[m, d] as int8, and their scale[m]."""
-    out, scale = (
-        torch.empty(x.shape, dtype=torch.int8, device=x.device),
-        torch.ones(len(x), device=x.device),
-    )
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.ones(len(x), device=x.device)
     if x.numel():
-        with _on(x.device):
-            _round[(len(x),)](x.contiguous(), out, scale, x.shape[1], **_whole(x.shape[1]))
+        with on_device(x.device):
+            _round[(len(x),)](x.contiguous(), out, scale, x.shape[1], **row_options(x.shape[1]))
     return out, scale
 
 
 # ---- keys
 
 
-@_jit
+@jit
 def _keys(
     x,
     weight,
@@ -115,9 +119,9 @@ def _keys(
     FULL: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """One tile of the product; of each bucket the KEPT largest keys go to keys[b, buckets, KEPT],
-    the largest first."""
-    tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
+    """One tile of the product: writes the KEPT largest keys of each bucket, largest first, to
+    keys[b, buckets, KEPT]."""
+    tile_b, tile_n = program_tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = (
         tile_b * TOKENS + tl.arange(0, TOKENS),
         tile_n * LATENTS + tl.arange(0, LATENTS),
@@ -151,21 +155,23 @@ def _keys(
             + tl.load(bias + column)[None, :]
         )
     else:
-        score = _finite(total + tl.load(bias + column)[None, :])
+        score = map_infinite(total + tl.load(bias + column)[None, :])
     if not FULL:
         score = tl.where((columns < n)[None, :], score, float("-inf"))
 
-    # As in `gpu._candidates`: a bucket is what one thread holds of a row of the accumulator.
+    # As in `triton_ops._candidates`: a bucket is what one thread holds of an accumulator row.
     key = tl.reshape(
         tl.permute(
-            tl.reshape(_ordered(score.to(tl.int32, bitcast=True)), [TOKENS, LATENTS // 8, 4, 2]),
+            tl.reshape(
+                ordered_bits(score.to(tl.int32, bitcast=True)), [TOKENS, LATENTS // 8, 4, 2]
+            ),
             [0, 2, 1, 3],
         ),
         [TOKENS, 4, LATENTS // 4],
     )
-    key = (key & -(LATENTS // 4)) | (LATENTS // 4 - 1 - tl.arange(0, LATENTS // 4))[
-        None, None, :
-    ]  # of equal scores the first wins
+    # The position is stored reversed, so that of equal scores the first wins.
+    position = LATENTS // 4 - 1 - tl.arange(0, LATENTS // 4)
+    key = (key & -(LATENTS // 4)) | position[None, None, :]
     to = (
         keys + (rows.to(tl.int64)[:, None] * buckets + tile_n * 4 + tl.arange(0, 4)[None, :]) * KEPT
     )
@@ -175,7 +181,7 @@ def _keys(
         key = tl.where(key == best[:, :, None], -2147483648, key)
 
 
-@_jit
+@jit
 def _largest(
     keys,
     scores,
@@ -187,17 +193,16 @@ def _largest(
     LATENTS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """One token: the c largest of its keys. The c-th is found by halving the range that it is
-    in."""
+    """One token: selects the c largest of its keys. The c-th is found by bisection."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     key = tl.load(keys + token * size + at, at < size, -2147483648)
     low, high = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64)
     while low < high:
         middle = (low + high + 1) >> 1
-        there = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
         low, high = (
-            tl.where(there >= c, middle, low),
-            tl.where(there > c, high, tl.where(there == c, middle, middle - 1)),
+            tl.where(count >= c, middle, low),
+            tl.where(count > c, high, tl.where(count == c, middle, middle - 1)),
         )
     above, equal = key > low.to(tl.int32), key == low.to(tl.int32)
     taken = above | (
@@ -205,16 +210,18 @@ def _largest(
     )
     slot = token * c + tl.cumsum(taken.to(tl.int32), 0) - 1
     place, bucket = LATENTS // 4 - 1 - (key & (LATENTS // 4 - 1)), at // KEPT
-    tl.store(scores + slot, _ordered(key | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True), taken)
+    tl.store(
+        scores + slot, ordered_bits(key | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True), taken
+    )
     tl.store(
         latents + slot,
         (bucket // 4 * LATENTS + place // 2 * 8 + bucket % 4 * 2 + place % 2).to(tl.int64),
         taken,
     )
-    # What a bucket dropped is at most the last that it kept, which is among those that were not
-    # taken, or else counts itself.
+    # What a bucket dropped is at most the last key it kept. That key is either among those not
+    # taken here, or is counted although it was taken.
     most = tl.max(tl.where(taken & (at % KEPT != KEPT - 1), -2147483648, key), 0)
-    tl.store(dropped + token, _ordered(most | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True))
+    tl.store(dropped + token, ordered_bits(most | (LATENTS // 4 - 1)).to(tl.float32, bitcast=True))
 
 
 def candidates(
@@ -227,10 +234,20 @@ def candidates(
     tile: Tile | None = None,
     kept: int | None = None,
 ) -> TileCandidates | None:
-    """Return c candidates for the k largest (all c if not given) of x[b, d] low^T + bias[n]; None
-    where n is too small for buckets to hold so many.
+    """Find c candidates for the k largest of <x[b], low[n]> + bias[n].
 
-    x is rounded as `low` is. The scores are rounded up, by 2^-17 with the tile that is used.
+    Args:
+        x: [b, d], quantized here as `low` is.
+        low: The latents, quantized.
+        bias: [n]
+        c: How many candidates to return for each token.
+        k: How many will be selected among them; c if None.
+        tile: The tile of the product; for tests and measurements.
+        kept: How many entries of a bucket are kept; chosen from k if None.
+
+    Returns:
+        The candidates, or None where n is too small for buckets to hold c. Scores are rounded up,
+        by at most 2^-17 with the default tile.
     """
     scale = low.scale
     chosen = (
@@ -239,8 +256,8 @@ def candidates(
         else None
     )
     if scale is not None and chosen and c <= len(low.rows) and len(x):
-        in_bytes = _in_bytes(x.contiguous())
-        return TileCandidates(*hopper.candidates(*in_bytes, low.rows, scale, bias, c, chosen))
+        x_low, x_unit = _quantize_int8(x.contiguous())
+        return TileCandidates(*hopper.candidates(x_low, x_unit, low.rows, scale, bias, c, chosen))
     tile = tile or (BYTES_TILE if scale is not None else TILE)
     b, (n, d), width = len(x), low.rows.shape, tile.latents // 4
     kept = kept or _kept(c if k is None else k, 4 * (n // tile.latents))
@@ -248,13 +265,12 @@ def candidates(
         return None
     rows, x_scale = quantize(x.contiguous(), "bfloat16" if scale is None else "int8")
     weight = low.rows
-    if (
-        x.device.type == "cpu" and scale is None
-    ):  # Triton's interpreter has no product in bfloat16; this one is the same
+    if x.device.type == "cpu" and scale is None:
+        # Triton's interpreter has no product in bfloat16; products of float32 give the same.
         rows, weight = rows.float(), weight.float()
     buckets = 4 * -(-n // tile.latents)
     keys = torch.empty(b, buckets * kept, dtype=torch.int32, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         _keys[(-(-b // tile.tokens) * buckets // 4,)](
             rows,
             weight,
@@ -281,27 +297,27 @@ def candidates(
 
 
 def _kept(k: int, buckets: int) -> int:
-    """Return how many of a bucket to keep, so that few tokens are expected to have more of their k
-    winners in one (they fall in buckets at random)."""
+    """Return how many entries of a bucket to keep, so that few tokens are expected to have more of
+    their k winners in one. Winners fall into buckets at random."""
     return next(
         (
             m
             for m in range(2, MOST_KEPT)
-            if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)
+            if m * buckets >= k and math.comb(k, m) <= MAX_UNCERTAIN * buckets ** (m - 1)
         ),
         MOST_KEPT,
     )
 
 
 def largest(keys: Tensor, c: int, kept: int, tile: Tile) -> TileCandidates:
-    """Return the c largest of keys[b, buckets x kept] as candidates."""
+    """Return the c largest of keys[b, buckets * kept] as candidates."""
     b, size = keys.shape
-    if size > WIDEST:
+    if size > MAX_KEYS:
         return largest_by_sorting(keys, c, kept, tile)
     scores, dropped = torch.empty(b, c, device=keys.device), torch.empty(b, device=keys.device)
     latents = torch.empty(b, c, dtype=torch.long, device=keys.device)
     padded = max(16, 1 << (size - 1).bit_length())
-    with _on(keys.device):
+    with on_device(keys.device):
         _largest[(b,)](
             keys,
             scores,
@@ -318,12 +334,12 @@ def largest(keys: Tensor, c: int, kept: int, tile: Tile) -> TileCandidates:
 
 
 def largest_by_sorting(keys: Tensor, c: int, kept: int, tile: Tile) -> TileCandidates:
-    """Return the same: the definition."""
+    """Return what `largest` returns, in plain torch: its definition."""
     best, at = keys.topk(c, dim=1)
-    rest = keys.scatter(1, at, torch.where(at % kept == kept - 1, best, LOWEST))
+    others = keys.scatter(1, at, torch.where(at % kept == kept - 1, best, LOWEST_KEY))
     place, bucket = tile.latents // 4 - 1 - (best & (tile.latents // 4 - 1)).long(), at // kept
     return TileCandidates(
-        _score(best, tile), _latents(bucket, place, tile), _score(rest.amax(1), tile)
+        _score(best, tile), latents_at(bucket, place, tile), _score(others.amax(1), tile)
     )
 
 

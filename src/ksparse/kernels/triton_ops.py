@@ -1,14 +1,14 @@
 """The sparse operations as Triton kernels, for CUDA tensors: nothing of size [b, n] or [b, k, d]
 ever reaches memory.
 
-    x, W, bias ─▶ tiles: product, best few of each bucket ─▶ [b, candidates] ─▶ topk ─▶ buckets that
-    may have dropped a winner, again ─▶ values, indices
-    values, indices, x ─▶ one sort by latent ─▶ chunks of hot rows ─▶ rows[n, d] ─▶ projection,
-    Adam, norm, average in one pass
+    x, W, bias          ─▶ tiles: product, best few of each bucket ─▶ [b, candidates] ─▶ topk
+                        ─▶ buckets that may have dropped a winner, recomputed ─▶ values, indices
+    values, indices, x  ─▶ one sort by latent ─▶ chunks of hot rows ─▶ rows[n, d]
+                        ─▶ projection, Adam, norm, average in one pass
 
-The interface is that of `reference`; sums are in float32 (float64 for float64), in an order that
-does not depend on timing: results repeat bit for bit. Without Triton this module can still be
-imported, `available()` is then False. With TRITON_INTERPRET=1 the kernels take tensors of the CPU.
+The interface is that of `reference`. Sums are in float32 (float64 for float64), in an order that
+does not depend on timing, so results repeat bit for bit. Without Triton this module can still be
+imported; `available()` is then False. With TRITON_INTERPRET=1 the kernels take CPU tensors.
 """
 
 from __future__ import annotations
@@ -27,66 +27,66 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheel for this system, or a torch for CPUs alone
+except ImportError:  # no wheel for this system, or a CPU-only torch
     triton = tl = None
 
 _log = logging.getLogger("ksparse")
 
 CHUNK = 512
-"""Tokens of one latent that one program adds up; a latent with more is taken in parts."""
-REDONE = 0.3
-"""Buckets a token may be expected to have computed again, before more candidates are kept
-instead."""
+"""Tokens of one latent that one program sums; a latent with more is split into parts."""
+MAX_RECOMPUTED = 0.3
+"""The expected number of buckets recomputed for a token, above which more entries are kept."""
 MOST_KEPT = 8
-L2 = 2**25
-"""Bytes of a slab of columns that is to stay in the cache while all latents take their tokens' rows
-from it (H200: 60 MB in all)."""
+L2_SLAB = 2**25
+"""Bytes of a slab of columns of x that should stay in the L2 cache while all latents read their
+tokens' rows from it (an H200 has 60 MB)."""
 MOST_CANDIDATES = 256
-"""Candidates of a token among which one program chooses; torch does where there are more."""
-PIECE = 2**26  # numbers of the product in memory at once, where n is too small for buckets
+"""The most candidates of a token that one program selects from; with more, torch does."""
+DENSE_NUMBERS = 2**26
+"""Numbers of the product in memory at once, where n is too small for buckets."""
 
 
 class Tile(NamedTuple):
-    """What one program of the encoder product computes; four buckets of latents / 4 lie in it."""
+    """What one program of the encoder product computes. It holds four buckets of latents / 4."""
 
     tokens: int = 128
     latents: int = 256
     depth: int = 64
     warps: int = 8
     stages: int = 3
-    # token tiles that walk over the latents together, so that both factors stay in the L2 cache
     group: int = 8
+    """Token tiles that go over the latents together, so that both factors stay in the L2 cache."""
 
 
 TILE = Tile()
 FLOAT32_TILE = Tile(tokens=64, latents=128, depth=32, warps=8)
-"""Without tensor cores a larger one does not fit the registers (Triton 3.9 puts 13 kB a thread in
-memory for `TILE`)."""
+"""Without tensor cores a larger tile does not fit into registers (Triton 3.9 spills 13 kB a thread
+for `TILE`)."""
 
 
 def available() -> bool:
     """Return whether the kernels can be compiled and run here."""
-    return triton is not None and torch.cuda.is_available() and _keeps_at_home()
+    return triton is not None and torch.cuda.is_available() and _has_private_cache()
 
 
 @functools.cache
-def _keeps_at_home() -> bool:
-    """Return whether Triton keeps what it compiles in a fixed place.
+def _has_private_cache() -> bool:
+    """Return whether Triton caches compiled kernels in a fixed folder.
 
-    Without a home that is the working folder, from which it would run anybody's.
+    For a user without a home folder it is the working folder, where it would load others' files.
     """
-    given = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME")
-    place = given or os.path.expanduser("~")
-    if not os.path.isabs(place):
+    configured = os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME")
+    folder = configured or os.path.expanduser("~")
+    if not os.path.isabs(folder):
         _log.info(
             "no Triton kernels: this user has no home folder; set TRITON_CACHE_DIR to a folder "
             "of this user alone"
         )
-    return os.path.isabs(place)
+    return os.path.isabs(folder)
 
 
 def usable(device: torch.device) -> bool:
-    """Return whether the kernels take tensors of a device: compiled on a GPU, on a CPU in Triton's
+    """Return whether the kernels take tensors of a device: a GPU, or a CPU in Triton's
     interpreter."""
     return (
         available()
@@ -97,28 +97,29 @@ def usable(device: torch.device) -> bool:
     )
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile a function with Triton when it is launched; leave it as it is without Triton."""
     return triton.jit(function) if triton else function
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which launches go to this device; Triton asks for the current one."""
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current inside a `with` block; Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # ---- the encoder product and its k largest
 
 
-@_jit
-def _finite(score):
-    """NaN counts as infinity, so that it is chosen and shows; -inf as the lowest number, so that
+@jit
+def map_infinite(score):
+    """Map NaN to infinity, so that it is selected and shows, and -inf to the lowest number, so that
     padding, which is -inf, loses to every latent."""
     return tl.maximum(tl.where(score < float("inf"), score, float("inf")), -3.4028234e38)
 
 
-@_jit
-def _tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile of the product [b, n], as (number along the tokens, number along the
+@jit
+def program_tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr):
+    """Return this program's tile of the product [b, n]: (index along tokens, index along
     latents)."""
     program, together = tl.program_id(0), GROUP * tl.cdiv(n, LATENTS)
     first = program // together * GROUP
@@ -126,7 +127,7 @@ def _tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.constexpr
     return first + program % together % size, program % together // size
 
 
-@_jit
+@jit
 def _candidates(
     x,
     weight,
@@ -146,9 +147,9 @@ def _candidates(
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of x[b, d] weight[n, d]^T + bias[n]; of each bucket the KEPT best go to values,
-    places[b, buckets, KEPT], best first."""
-    tile_b, tile_n = _tile(b, n, TOKENS, LATENTS, GROUP)
+    """One tile of x[b, d] weight[n, d]^T + bias[n]: writes the KEPT best of each bucket to values
+    and places[b, buckets, KEPT], best first."""
+    tile_b, tile_n = program_tile(b, n, TOKENS, LATENTS, GROUP)
     rows, columns, at = (
         tile_b * TOKENS + tl.arange(0, TOKENS),
         tile_n * LATENTS + tl.arange(0, LATENTS),
@@ -170,13 +171,13 @@ def _candidates(
             )
         left += DEPTH
         right += DEPTH
-    score = _finite(score + tl.load(bias + tl.minimum(columns, n - 1)).to(tl.float32)[None, :])
+    score = map_infinite(score + tl.load(bias + tl.minimum(columns, n - 1)).to(tl.float32)[None, :])
     if not FULL:
         score = tl.where((columns < n)[None, :], score, float("-inf"))
 
-    # Bucket l of a tile has its columns 8j + 2l, 8j + 2l + 1: those that one thread holds of a row
-    # of the accumulator (wgmma, mma), so that the maxima need no exchange between threads. In any
-    # other layout this is right too, only slower.
+    # Bucket l of a tile has its columns 8j + 2l and 8j + 2l + 1: those that one thread holds of an
+    # accumulator row (wgmma, mma), so that maxima need no exchange between threads. Any other
+    # layout is right too, only slower.
     score = tl.reshape(
         tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]),
         [TOKENS, 4, LATENTS // 4],
@@ -191,12 +192,12 @@ def _candidates(
         score = tl.where(place == chosen[:, :, None], float("-inf"), score)
 
 
-@_jit
+@jit
 def _bucket_again(
     x, weight, bias, tokens, buckets, out, n, d, LATENTS: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """One (token, bucket) pair: the pre-activations of all latents of the bucket, to out[pairs,
-    LATENTS / 4]; -inf beyond n."""
+    """One (token, bucket) pair: writes the pre-activations of all latents of the bucket to
+    out[pairs, LATENTS / 4]; -inf beyond n."""
     pair = tl.program_id(0).to(tl.int64)
     token, bucket = tl.load(tokens + pair).to(tl.int64), tl.load(buckets + pair)
     place, at = tl.arange(0, LATENTS // 4), tl.arange(0, DEPTH)
@@ -212,7 +213,7 @@ def _bucket_again(
             )
             * part[None, :]
         )
-    score = _finite(tl.sum(total, 1) + tl.load(bias + row).to(tl.float32))
+    score = map_infinite(tl.sum(total, 1) + tl.load(bias + row).to(tl.float32))
     tl.store(out + pair * (LATENTS // 4) + place, tl.where(latent < n, score, float("-inf")))
 
 
@@ -225,11 +226,24 @@ def topk_encode(
     tile: Tile | None = None,
     kept: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (values[b, k] in float32, indices[b, k]) of the k largest of x[b, d] weight[n, d]^T +
-    bias[n], in no particular order.
+    """Select the k largest of <x[b], weight[n]> + bias[n] for each token.
 
-    Exact for the float32 sums of products; x is rounded to weight's dtype. NaN counts as infinity,
-    -inf as the lowest float32. Raise ValueError for k > n.
+    The selection is exact for the float32 sums of products. NaN counts as infinity, -inf as the
+    lowest float32.
+
+    Args:
+        x: [b, d], rounded to weight's dtype.
+        weight: [n, d]
+        bias: [n]
+        k: How many to select.
+        tile: The tile of the product; for tests and measurements.
+        kept: How many entries of a bucket are kept; chosen from k if None.
+
+    Returns:
+        values[b, k] in float32 and indices[b, k], in no particular order.
+
+    Raises:
+        ValueError: k is above n.
     """
     tile = tile or (FLOAT32_TILE if weight.dtype == torch.float32 else TILE)
     (b, n), buckets = (len(x), len(weight)), 4 * -(-len(weight) // tile.latents)
@@ -247,20 +261,19 @@ def topk_encode(
     ):
         return _dense(x, weight, bias, k)
     x, weight, bias = x.to(weight.dtype).contiguous(), weight.contiguous(), bias.contiguous()
-    if (
-        x.device.type == "cpu"
-    ):  # Triton's interpreter has no product in bfloat16; this one is the same
+    if x.device.type == "cpu":
+        # Triton's interpreter has no product in bfloat16; products of float32 give the same.
         x, weight = x.float(), weight.float()
     values, places = _best_of_buckets(x, weight, bias, kept, tile)
     values, chosen = values.flatten(1).topk(k, dim=1, sorted=False)
-    indices = _latents(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
+    indices = latents_at(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
 
     # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is
-    # not among the k chosen, k others are at least as large, and so nothing the bucket dropped is
-    # needed. If it is, the dropped ones are computed and compete with the chosen: candidates are
-    # only added, so the k-th value only rises, no other bucket's last kept value comes in, and once
-    # is enough. Padding (-inf) is never in the result: as long as one is chosen, some bucket with
-    # dropped latents has all its kept ones chosen, and k <= n latents are above it.
+    # not among the k selected, k others are at least as large, and nothing the bucket dropped is
+    # needed. If it is, the dropped values are computed and compete with the selected ones. This
+    # only adds candidates, so the k-th value only rises, no other bucket's last kept value enters,
+    # and once is enough. Padding (-inf) is never in the result: as long as some is selected, some
+    # bucket with dropped latents has all its kept ones selected, and k <= n latents are above it.
     suspect = chosen % kept == kept - 1
     token, j = suspect.nonzero(as_tuple=True)
     if len(token):
@@ -280,13 +293,13 @@ def topk_encode(
 
 
 def _kept(k: int, buckets: int) -> int:
-    """Return how many of a bucket to keep, so that few are expected to hold that many of the k
-    winners (winners fall in buckets at random)."""
+    """Return how many entries of a bucket to keep, so that few buckets are expected to hold that
+    many of the k winners. Winners fall into buckets at random."""
     return next(
         (
             m
             for m in range(2, MOST_KEPT + 1)
-            if m * buckets >= k and math.comb(k, m) <= REDONE * buckets ** (m - 1)
+            if m * buckets >= k and math.comb(k, m) <= MAX_RECOMPUTED * buckets ** (m - 1)
         ),
         MOST_KEPT,
     )
@@ -295,11 +308,11 @@ def _kept(k: int, buckets: int) -> int:
 def _best_of_buckets(
     x: Tensor, weight: Tensor, bias: Tensor, kept: int, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Return values[b, buckets, kept], best first, and their places in the buckets: stage one."""
+    """Return values[b, buckets, kept], best first, and their places in the buckets (stage one)."""
     (b, d), n, buckets = x.shape, len(weight), 4 * -(-len(weight) // tile.latents)
     values = torch.empty(b, buckets, kept, dtype=torch.float32, device=x.device)
     places = torch.empty(b, buckets, kept, dtype=torch.uint8, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         _candidates[(-(-b // tile.tokens) * buckets // 4,)](
             x,
             weight,
@@ -324,8 +337,8 @@ def _best_of_buckets(
     return values, places
 
 
-def _latents(buckets: Tensor, places: Tensor, tile: Tile) -> Tensor:
-    """Return the latents at places in buckets; as in `_bucket_again`."""
+def latents_at(buckets: Tensor, places: Tensor, tile: Tile) -> Tensor:
+    """Return the latents at places in buckets, as `_bucket_again` does."""
     return buckets // 4 * tile.latents + places // 2 * 8 + buckets % 4 * 2 + places % 2
 
 
@@ -341,11 +354,13 @@ def _compete(
     counts: Tensor,
     tile: Tile,
 ) -> None:
-    """Let what (token, bucket)[pairs] dropped compete with values, indices[b, k], in place;
-    counts[b] pairs a token, sorted by it."""
+    """Recompute what buckets dropped, and update values and indices[b, k] in place (stage two).
+
+    token[pairs] and bucket[pairs] name the buckets, sorted by token; counts[b] are pairs a token.
+    """
     width, k = tile.latents // 4, values.shape[1]
     scores = torch.empty(len(token), width, dtype=torch.float32, device=x.device)
-    with _on(x.device):
+    with on_device(x.device):
         _bucket_again[(len(token),)](
             x,
             weight,
@@ -359,40 +374,39 @@ def _compete(
             DEPTH=64,
             num_warps=4,
         )
-    scores.scatter_(
-        1, places[token, bucket].long(), -torch.inf
-    )  # those that were kept keep the values they have
+    # Entries that were kept take part with the values they have.
+    scores.scatter_(1, places[token, bucket].long(), -torch.inf)
     rows, row = token.unique_consecutive(return_inverse=True)
     nth = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
     more = scores.new_full((len(rows), int(counts.max()), width), -torch.inf)
     more[row, nth] = scores
     latents = torch.zeros(more.shape, dtype=torch.long, device=x.device)
-    latents[row, nth] = _latents(bucket[:, None], torch.arange(width, device=x.device), tile)
+    latents[row, nth] = latents_at(bucket[:, None], torch.arange(width, device=x.device), tile)
     best, at = torch.cat([values[rows], more.flatten(1)], 1).topk(k, dim=1, sorted=False)
     indices[rows] = torch.cat([indices[rows], latents.flatten(1)], 1).gather(1, at)
     values[rows] = best
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the same by the whole product, in pieces: where k is so near n that buckets save
-    nothing."""
+    """Return what `topk_encode` does from the full product, a few tokens at a time: for k so near n
+    that buckets save nothing."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias = weight.to(dtype).t(), bias.to(dtype)
     parts = [
         torch.addmm(bias, part.to(dtype), weight).topk(k, dim=1, sorted=False)
-        for part in x.split(max(1, PIECE // len(bias)))
+        for part in x.split(max(1, DENSE_NUMBERS // len(bias)))
     ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
-# ---- rows of a matrix, by a token's latents
+# ---- rows of a matrix, by each token's latents
 
 
-@_jit
+@jit
 def _gather_sum(
     values, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
 ):
-    """One token, one block of columns: ROWS rows are on their way at once."""
+    """One token, one block of columns: loads ROWS rows at once."""
     token, columns = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
@@ -411,7 +425,7 @@ def _gather_sum(
     tl.store(out + token * d + columns, total.to(out.dtype.element_ty), columns < d)
 
 
-@_jit
+@jit
 def _gather_dot(
     x, indices, weight, out, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
 ):
@@ -432,26 +446,28 @@ def _gather_dot(
 
 
 def _columns(d: int) -> tuple[int, int]:
-    """Return (columns of a block, warps for it): 16 bytes of bfloat16 a thread, blocks that divide
-    d if it has such a divisor."""
+    """Return (columns of a block, its warps): 16 bytes of bfloat16 a thread; blocks divide d where
+    it has such a divisor."""
     block = min(1024, d & -d)
     block = block if block >= 128 else min(1024, max(16, 1 << (d - 1).bit_length()))
     return block, max(1, block // 256)
 
 
-def _sums(*tensors: Tensor) -> Any:
+def _sum_dtype(*tensors: Tensor) -> Any:
     return tl.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else tl.float32
 
 
 def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]], in the wider of the
-    two dtypes."""
+    """Return out[b, d] = sum over j of values[b, j] * weight[indices[b, j]].
+
+    Its dtype is the wider of the two.
+    """
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
     out = torch.empty(
         b, d, dtype=torch.promote_types(values.dtype, weight.dtype), device=weight.device
     )
     if out.numel():
-        with _on(weight.device):
+        with on_device(weight.device):
             _gather_sum[(b, -(-d // block))](
                 values.contiguous(),
                 indices.contiguous(),
@@ -461,7 +477,7 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
                 d,
                 ROWS=8,
                 COLUMNS=block,
-                SUM=_sums(values, weight),
+                SUM=_sum_dtype(values, weight),
                 num_warps=warps,
             )
     return out
@@ -470,14 +486,14 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 def gather_dot(
     x: Tensor, indices: Tensor, weight: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` if given, else in the wider of
-    the two dtypes."""
+    """Return out[b, j] = <x[b], weight[indices[b, j]]>, in `dtype` or else the wider of the two
+    dtypes."""
     (b, k), d, (block, warps) = indices.shape, weight.shape[1], _columns(weight.shape[1])
     out = torch.empty(
         b, k, dtype=dtype or torch.promote_types(x.dtype, weight.dtype), device=weight.device
     )
     if out.numel():
-        with _on(weight.device):
+        with on_device(weight.device):
             _gather_dot[(b, -(-k // 8))](
                 x.contiguous(),
                 indices.contiguous(),
@@ -487,34 +503,34 @@ def gather_dot(
                 d,
                 ROWS=8,
                 COLUMNS=block,
-                SUM=_sums(x, weight),
+                SUM=_sum_dtype(x, weight),
                 num_warps=warps,
             )
     return out
 
 
-@_jit
-def _ordered(bits):
-    """The bits of a float32 as an integer of the same order, and back."""
+@jit
+def ordered_bits(bits):
+    """Map the bits of a float32 to an integer of the same order, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@_jit
-def _ranks(number, wanted, at):
-    """How many come before each: the larger, of equals the first; NaN counts as the largest, what
-    is not wanted as the least."""
-    key = tl.where(number == number, _ordered(number.to(tl.int32, bitcast=True)), 2147483647)
-    key = tl.where(wanted, key, -2147483648)
+@jit
+def _ranks(number, mask, at):
+    """Return each number's rank: the larger comes first, of equals the earlier; NaN counts as the
+    largest, masked numbers as the smallest."""
+    key = tl.where(number == number, ordered_bits(number.to(tl.int32, bitcast=True)), 2147483647)
+    key = tl.where(mask, key, -2147483648)
     before = (key[None, :] > key[:, None]) | (
         (key[None, :] == key[:, None]) & (at[None, :] < at[:, None])
     )
     return tl.sum(before.to(tl.int32), 1)
 
 
-@_jit
-def _products(x, weight, bias, latents, wanted, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """<x, weight[latent]> + bias of each latent that is wanted."""
-    latent = tl.load(latents, wanted, 0).to(tl.int64)
+@jit
+def _products(x, weight, bias, latents, mask, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return <x, weight[latent]> + bias of each latent in the mask."""
+    latent = tl.load(latents, mask, 0).to(tl.int64)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, d, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -522,15 +538,15 @@ def _products(x, weight, bias, latents, wanted, d, ROWS: tl.constexpr, COLUMNS: 
         total += (
             tl.load(
                 weight + latent[:, None] * d + columns[None, :],
-                wanted[:, None] & (columns < d)[None, :],
+                mask[:, None] & (columns < d)[None, :],
                 0.0,
             ).to(tl.float32)
             * part[None, :]
         )
-    return tl.sum(total, 1) + tl.load(bias + latent, wanted, 0.0).to(tl.float32)
+    return tl.sum(total, 1) + tl.load(bias + latent, mask, 0.0).to(tl.float32)
 
 
-@_jit
+@jit
 def _choose(
     x,
     latents,
@@ -553,8 +569,8 @@ def _choose(
     MORE: tl.constexpr,
     MORE_COLUMNS: tl.constexpr,
 ):
-    """One token. By score come first the k best, and then, as they come, those that may be better
-    than the worst of these."""
+    """One token: computes the k candidates of the best scores exactly, then, in the order of their
+    scores, those that may still be better than the worst of these; selects the k best."""
     token, j, first = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES), tl.arange(0, FIRST)
     latents, scores, near, ranked, exact = (
         latents + token * c,
@@ -567,7 +583,7 @@ def _choose(
     rank = _ranks(score, j < c, j)
     tl.store(near + rank, score, j < c)
     tl.store(ranked + rank, latent.to(tl.int32), j < c)
-    tl.debug_barrier()  # of the program's warps: what one has written another reads
+    tl.debug_barrier()  # one of the program's warps reads what another has written
 
     value = _products(x + token * d, weight, bias, ranked + first, first < k, d, FIRST, COLUMNS)
     off = tl.where(first < k, value - tl.load(near + first, first < k, 0.0), 0.0)
@@ -578,26 +594,26 @@ def _choose(
     start = k
     while tl.load(near + start, start < c, float("-inf")) > least:
         more = start + tl.arange(0, MORE)
-        wanted = tl.load(near + more, more < c, float("-inf")) > least
+        mask = tl.load(near + more, more < c, float("-inf")) > least
         tl.store(
             exact + more,
-            _products(x + token * d, weight, bias, ranked + more, wanted, d, MORE, MORE_COLUMNS),
-            wanted,
+            _products(x + token * d, weight, bias, ranked + more, mask, d, MORE, MORE_COLUMNS),
+            mask,
         )
         start += MORE
     tl.debug_barrier()
 
-    wanted = (j < k) | (tl.load(near + j, j < c, float("-inf")) > least)
-    value = tl.load(exact + j, wanted, 0.0)
-    rank = _ranks(value, wanted, j)
-    tl.store(values + token * k + rank, value, wanted & (rank < k))
+    mask = (j < k) | (tl.load(near + j, j < c, float("-inf")) > least)
+    value = tl.load(exact + j, mask, 0.0)
+    rank = _ranks(value, mask, j)
+    tl.store(values + token * k + rank, value, mask & (rank < k))
     tl.store(
-        indices + token * k + rank, tl.load(ranked + j, wanted, 0).to(tl.int64), wanted & (rank < k)
+        indices + token * k + rank, tl.load(ranked + j, mask, 0).to(tl.int64), mask & (rank < k)
     )
 
 
 def _candidate_block(first: int) -> dict[str, int]:
-    """Return how many columns of so many rows are on their way at once, of how many rows more, and
+    """Return the columns that are loaded at once of `first` rows, and of how many further rows, and
     the warps for them."""
     return {"COLUMNS": max(16, 4096 // first), "MORE": 16, "MORE_COLUMNS": 128, "num_warps": 1}
 
@@ -612,12 +628,21 @@ def choose(
     *,
     margin: float = math.inf,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (values[b, k], indices[b, k], spread[b]): the k largest of x[b] weight[latents[b, j]]
-    + bias, in float32, of c candidates; largest first.
+    """Compute candidates' values exactly, in float32, and select the k largest.
 
-    spread is the root mean square of what values differ by from scores[b, c], among the k of the
-    best scores. A candidate whose score is `margin` spreads below the least of those k values is
-    not computed. NaN counts as the largest.
+    Args:
+        x: [b, d]
+        latents: The candidates [b, c].
+        scores: Their approximate values [b, c].
+        weight: [n, d]
+        bias: [n]
+        k: How many to select.
+        margin: A candidate whose score is this many spreads below the smallest of the first k
+            values is not computed.
+
+    Returns:
+        values[b, k] and indices[b, k], largest first, NaN counting as the largest; and spread[b],
+        the root mean square of value - score over the k candidates of the best scores.
     """
     (b, c), d = latents.shape, weight.shape[1]
     if c > MOST_CANDIDATES:
@@ -632,7 +657,7 @@ def choose(
     ranked = torch.empty(b, c, dtype=torch.int32, device=x.device)
     padded, first = (max(16, 1 << (size - 1).bit_length()) for size in (c, k))
     if b:
-        with _on(x.device):
+        with on_device(x.device):
             _choose[(b,)](
                 x.contiguous(),
                 latents.contiguous(),
@@ -656,7 +681,7 @@ def choose(
     return values, indices, spread
 
 
-@_jit
+@jit
 def _decode(
     values,
     indices,
@@ -671,8 +696,7 @@ def _decode(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One token: its rows are added up, and while they are still in the cache multiplied with the
-    error."""
+    """One token: sums its rows, and multiplies them with the error while they are in the cache."""
     token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     inside = columns < d
     off = tl.load(bias + columns, inside, 0.0) - tl.load(x + token * d + columns, inside, 0.0).to(
@@ -688,7 +712,7 @@ def _decode(
         off += tl.sum(value[:, None] * row, 0)
     tl.store(error + token * d + columns, off, inside)
     tl.store(squares + token, tl.sum(off * off, 0))
-    for back in range(0, k, ROWS):  # the last rows first: they are nearest
+    for back in range(0, k, ROWS):  # last rows first, since they are in the nearest cache
         j = (k - 1) // ROWS * ROWS - back + tl.arange(0, ROWS)
         latent = tl.load(indices + token * k + j, j < k, 0).to(tl.int64)
         row = tl.load(
@@ -703,8 +727,10 @@ def _decode(
 
 
 def _row_block(columns: int, size: int) -> dict[str, int]:
-    """Return how many whole rows of numbers of `size` bytes are on their way at once, and the warps
-    for them: 16 bytes of a row a thread, at most 128 numbers."""
+    """Return how many rows of numbers of `size` bytes are loaded at once, and the warps for them.
+
+    A thread has 16 bytes of a row, and at most 128 numbers.
+    """
     warps = min(16, max(1, columns * size // 512))
     return {"ROWS": max(2, min(16, 4096 * warps // columns)), "num_warps": warps}
 
@@ -712,19 +738,24 @@ def _row_block(columns: int, size: int) -> dict[str, int]:
 def decode(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, x: Tensor, error: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Write error[b, d] = sum over j of values[b, j] weight[indices[b, j]] + bias - x; return (its
-    squared norm [b], slopes[b, k]), all in float32.
+    """Decode a code, and multiply the error with the rows in use, all in float32.
 
-    slopes is <error[b], weight[indices[b, j]]> where the value is above 0, else 0.
+    Args:
+        values: [b, k]
+        indices: [b, k]
+        weight: [n, d], the decoder.
+        bias: [d]
+        x: [b, d]
+        error: [b, d], written: sum over j of values[b, j] weight[indices[b, j]] + bias - x.
+
+    Returns:
+        The error's squared norm [b], and <error, row> [b, k] where the value is above 0, else 0.
     """
     (b, k), d = indices.shape, weight.shape[1]
-    squares, slopes, whole = (
-        torch.empty(b, device=x.device),
-        torch.empty(b, k, device=x.device),
-        max(16, 1 << (d - 1).bit_length()),
-    )
+    squares, slopes = torch.empty(b, device=x.device), torch.empty(b, k, device=x.device)
+    columns = max(16, 1 << (d - 1).bit_length())
     if b:
-        with _on(x.device):
+        with on_device(x.device):
             _decode[(b,)](
                 values.contiguous(),
                 indices.contiguous(),
@@ -736,30 +767,38 @@ def decode(
                 slopes,
                 k,
                 d,
-                COLUMNS=whole,
-                **_row_block(whole, weight.element_size()),
+                COLUMNS=columns,
+                **_row_block(columns, weight.element_size()),
             )
     return squares, slopes
 
 
-# ---- rows of a matrix, by a latent's tokens
+# ---- rows of a matrix, by each latent's tokens
 
 
 class Lists(NamedTuple):
-    """The (token, latent) pairs sorted by latent: those of latent i are order[starts[i] .. starts[i
-    + 1]], tokens in order, k pairs a token."""
+    """The (token, latent) pairs of indices[b, k], sorted by latent and then by token."""
 
     order: Tensor
+    """[pairs]: the pairs' numbers. Those of latent i are order[starts[i] : starts[i + 1]]."""
     latents: Tensor
-    """[pairs] The latent of each, in that order."""
+    """[pairs]: their latents, in that order."""
     starts: Tensor
+    """[n + 1]"""
     k: int
+    """Pairs of a token."""
     chunk: int
-    """Pairs that are one part wherever all of them are of one latent: each `chunk` in turn."""
+    """Each `chunk` pairs in turn are summed as one part where all of them are of one latent."""
 
 
 def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
-    """Sort the pairs of indices[b, k] by latent, once for both weights' gradients."""
+    """Sort the pairs of indices[b, k] by latent, once for both weights' gradients.
+
+    Args:
+        indices: [b, k]
+        n: The number of latents.
+        chunk: As in `Lists`; CHUNK if None.
+    """
     latents, order = torch.sort(indices.flatten().int(), stable=True)
     starts = torch.searchsorted(
         latents, torch.arange(n + 1, dtype=torch.int32, device=indices.device)
@@ -767,7 +806,7 @@ def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
     return Lists(order, latents, starts, indices.shape[1], chunk or CHUNK)
 
 
-@_jit
+@jit
 def _segment(
     order,
     values,
@@ -797,7 +836,7 @@ def _segment(
     return total
 
 
-@_jit
+@jit
 def _weight(order, weights, begin, end, SUM: tl.constexpr):
     """Return the sum over pairs begin .. end of weights[pair]."""
     total = tl.zeros([32], SUM)
@@ -807,7 +846,7 @@ def _weight(order, weights, begin, end, SUM: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@_jit
+@jit
 def _parts(
     order,
     latents,
@@ -824,7 +863,7 @@ def _parts(
     SUM: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """CHUNK pairs, one block of columns, if they are all of one latent."""
+    """CHUNK pairs, one block of columns: sums them if they are all of one latent."""
     part, columns = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
@@ -841,7 +880,7 @@ def _parts(
                 tl.store(part_sums + part, _weight(order, weights, begin, end, SUM))
 
 
-@_jit
+@jit
 def _rows(
     order,
     starts,
@@ -861,8 +900,11 @@ def _rows(
     SUM: tl.constexpr,
     MEASURED: tl.constexpr,
 ):
-    """One latent, one block of columns: from its pairs; of a hot latent, one with more than CHUNK,
-    from those before and after its parts and from these in their order. No atomics."""
+    """One latent, one block of columns: sums its pairs, without atomics.
+
+    For a hot latent, with more than CHUNK pairs, these are the pairs before its parts, its parts in
+    order, and the pairs after them.
+    """
     latent, columns = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
@@ -888,36 +930,36 @@ def _rows(
 
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
-    """Return out[n, d] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], in the
-    wider of the two dtypes. Deterministic."""
+    """Return out[i] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], as [n, d] in
+    the wider of the two dtypes. Deterministic."""
     return scatter_transposed(transposed(indices, n), values, x)
 
 
 def scatter_transposed(
     lists: Lists, values: Tensor, x: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the same [n, d] from the sorted pairs, in `dtype` if given."""
-    return _scattered(lists, values, x, None, dtype)[0]
+    """Return `scatter_outer` from sorted pairs, in `dtype` or else the wider of the two dtypes."""
+    return _scatter(lists, values, x, None, dtype)[0]
 
 
 def scatter_measured(
     lists: Lists, values: Tensor, x: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same [n, d], with the square of each row's norm [n] and the sum of weights[b, k]
-    over each latent's pairs [n]."""
-    return _scattered(lists, values, x, weights.contiguous(), None)
+    """Return `scatter_outer` from sorted pairs, with each row's squared norm [n] and the sum [n] of
+    weights[b, k] over each latent's pairs."""
+    return _scatter(lists, values, x, weights.contiguous(), None)
 
 
-def _scattered(
+def _scatter(
     lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _columns(x.shape[1])
-    dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sums(values, x)
+    dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sum_dtype(values, x)
     out, wide = (
         torch.empty(n, d, dtype=dtype, device=x.device),
         torch.float64 if sums is tl.float64 else torch.float32,
     )
-    while block > 128 and len(x) * block * x.element_size() > L2:
+    while block > 128 and len(x) * block * x.element_size() > L2_SLAB:
         block, warps = block // 2, max(1, warps // 2)
     values, x, blocks = values.contiguous(), x.contiguous(), -(-d // block)
     squares, total = (
@@ -939,7 +981,7 @@ def _scattered(
         "MEASURED": weights is not None,
         "num_warps": warps,
     }
-    with _on(x.device):
+    with on_device(x.device):
         if count:
             _parts[(count, blocks)](
                 lists.order,
@@ -971,13 +1013,13 @@ def _scattered(
     return out, squares.sum(1), total
 
 
-# ---- the pass over the rows
+# ---- the optimizer's pass over the rows
 
 
-@_jit
+@jit
 def _squares(grad, weight, out, d, PROJECT: tl.constexpr, COLUMNS: tl.constexpr):
-    """One row: the square of the norm of its gradient, less the part along the weight's row if
-    PROJECT."""
+    """One row: writes the squared norm of its gradient, without the component along the weight's
+    row if PROJECT."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     g = tl.load(grad + row * d + columns, columns < d, 0.0).to(tl.float32)
     if PROJECT:
@@ -986,15 +1028,15 @@ def _squares(grad, weight, out, d, PROJECT: tl.constexpr, COLUMNS: tl.constexpr)
     tl.store(out + row, tl.sum(g * g, 0))
 
 
-@_jit
-def _bytes(row):
-    """A row as int8 and what to multiply it by: its largest number is 127 in size."""
+@jit
+def quantize_row(row):
+    """Return a row as int8, whose largest magnitude is 127, and its scale."""
     most = tl.max(tl.abs(row), 0)
     unit = tl.where(most > 0, most / 127, 1.0)
     return tl.floor(row / unit + 0.5).to(tl.int8), unit
 
 
-@_jit
+@jit
 def _adam_row(
     weight,
     grad,
@@ -1020,8 +1062,10 @@ def _adam_row(
     BYTES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row, read once and written once; nothing where the clip is NaN. Columns beyond d have
-    weight and gradient 0 and a second moment of 1: they stay at 0 whatever eps is."""
+    """One row, read once and written once; nothing is written where the clip is NaN.
+
+    Columns beyond d have weight and gradient 0 and a second moment of 1, so they stay at 0 whatever
+    eps is."""
     clip, columns = tl.load(clip_at), tl.arange(0, COLUMNS)
     at, inside = tl.program_id(0).to(tl.int64) * d + columns, columns < d
     w, g = tl.load(weight + at, inside, 0.0), tl.load(grad + at, inside, 0.0).to(tl.float32)
@@ -1030,16 +1074,13 @@ def _adam_row(
         tl.load(second + at, inside, 1.0).to(tl.float32),
     )
     if AVERAGE:
-        mean = tl.load(
-            average + at, inside, 0.0
-        )  # here, since nothing is read while the program's warps wait for one another below
+        # Read here, because nothing is read while the program's warps synchronise below.
+        mean = tl.load(average + at, inside, 0.0)
     if PROJECT:
         g -= tl.sum(g * w, 0) * w
     g *= clip
-    g, moved = (
-        tl.where(g == g, g, 0.0),
-        tl.where(clip == clip, inside, False),
-    )  # one answer for all columns, or each number would be written by itself
+    # One condition for all columns; otherwise each number would be stored by itself.
+    g, moved = tl.where(g == g, g, 0.0), tl.where(clip == clip, inside, False)
     m += (g - m) * gain1
     v = v * beta2 + g * g * gain2
     w -= rate * m / (tl.sqrt(v) * root + eps)
@@ -1054,31 +1095,36 @@ def _adam_row(
     if HALF:
         tl.store(half + at, w.to(half.dtype.element_ty), moved)
     if BYTES:
-        part, unit = _bytes(w)
+        part, unit = quantize_row(w)
         tl.store(whole + at, part, moved)
         tl.store(scale + tl.program_id(0), unit, clip == clip)
 
 
-def _whole(d: int) -> dict[str, int]:
-    """Return the options of a kernel that has a whole row of d numbers in registers: four a thread,
-    16 bytes."""
+def row_options(d: int) -> dict[str, int]:
+    """Return the options of a kernel that holds a row of d numbers in registers: four a thread, 16
+    bytes."""
     columns = max(16, 1 << (d - 1).bit_length())
     return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 128))}
 
 
 def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tensor:
-    """Return [n]: the square of each gradient row's norm, less its part along the row of weight[n,
-    d] if `project`. For clipping."""
+    """Return each gradient row's squared norm [n], for clipping.
+
+    Args:
+        grad: [n, d]
+        weight: [n, d]
+        project: Leave out the component along the weight's row.
+    """
     out = torch.zeros(len(grad), dtype=torch.float32, device=grad.device)
     if grad.numel():
-        with _on(grad.device):
+        with on_device(grad.device):
             _squares[(len(grad),)](
                 grad.contiguous(),
                 weight.contiguous(),
                 out,
                 grad.shape[1],
                 PROJECT=project,
-                **_whole(grad.shape[1]),
+                **row_options(grad.shape[1]),
             )
     return out
 
@@ -1103,14 +1149,34 @@ def adam_rows_(
     whole: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
-    """Move weight[n, d] (float32) by Adam's step number `step` (from 1), in one pass over its rows;
-    as native.cpp's ks_update.
+    """Update weight[n, d] by a step of Adam, in one pass over its rows.
 
-    In this order: take the gradient's part along the row off (`project`), times `clip`, moments
-    `first` and `second`, step, norm 1 (`unit_norm`), average += (weight - average) * (1 - decay),
-    the copies `half` in bfloat16 and `whole` in int8 with scale[n]. Where `clip` is NaN nothing is
-    changed; as a float32 tensor of one number it need not be known yet. Raise ValueError where a
-    tensor is not contiguous or not [n, d].
+    In this order: remove the gradient's component along the row (`project`), multiply by `clip`,
+    update the moments, step, normalise rows (`unit_norm`), average += (weight - average) *
+    (1 - decay), write the quantized copies. native.cpp's ks_update does the same.
+
+    Args:
+        weight: [n, d] in float32.
+        grad: [n, d]
+        first: The first moment [n, d].
+        second: The second moment [n, d].
+        step: The number of the step, from 1.
+        rate: The learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        clip: A factor on the gradient. Nothing is changed where it is NaN. As a float32 tensor of
+            one number it need not be known yet on the host.
+        project: Remove the gradient's component along the row.
+        unit_norm: Normalise rows to norm 1.
+        average: The averaged weight [n, d] in float32.
+        decay: Decay of the average.
+        half: A copy [n, d] of the weight in bfloat16.
+        whole: A copy [n, d] of the weight in int8, with `scale`.
+        scale: [n]
+
+    Raises:
+        ValueError: A tensor is not contiguous, not [n, d], or not of its dtype.
     """
     for name, tensor in {
         "weight": weight,
@@ -1134,7 +1200,7 @@ def adam_rows_(
     if weight.numel() == 0:
         return
     clip = clip if isinstance(clip, Tensor) else torch.full((), clip, device=weight.device)
-    with _on(weight.device):
+    with on_device(weight.device):
         _adam_row[(len(weight),)](
             weight,
             grad,
@@ -1158,5 +1224,5 @@ def adam_rows_(
             AVERAGE=average is not None,
             HALF=half is not None,
             BYTES=whole is not None,
-            **_whole(weight.shape[1]),
+            **row_options(weight.shape[1]),
         )

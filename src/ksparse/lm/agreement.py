@@ -1,16 +1,16 @@
-"""What must agree before numbers of an LM are believed: checked once for each LM and site, on eight
-tokens.
+"""Check that an LM's passes agree, before any number computed with it is believed.
 
-    the LM runs the site once in a pass     and the site gives activations [contexts, tokens, width]
-    no activation depends on later tokens   an LM that looks ahead is no causal one
-    acts, watch, a plain pass               give the same activations and logits
-    replay, unchanged                       gives the unchanged logits
-    replay, changed                         gives the same whether blocks before the site run again
-                                            or not, and the change arrives
+Run once for each LM and site, on eight tokens:
 
-What fails here would be a wrong number later. Reading that fails is refused. Where blocks before
-the site may not be left out (they share keys and values with later ones, say), they run again. A
-site where changes go wrong all the same can be read only.
+- the site runs once in a pass and gives activations [contexts, tokens, width];
+- no activation depends on later tokens, so the LM is causal;
+- `acts`, `run_with_cache` and a plain pass give the same activations and logits;
+- `run_patched` without a change gives the unchanged logits;
+- `run_patched` with a change gives the same logits whether or not the blocks before the site are
+  skipped, and the change has an effect.
+
+A site whose reading fails is refused. Where blocks before the site may not be skipped (later blocks
+share their keys and values, say), they are run. A site where changes fail even so is read-only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ksparse.errors import InputError
-from ksparse.lm.hooks import hooked
+from ksparse.lm.hooks import hooked, not_activations
 from ksparse.lm.sites import describe_sites
 
 LM = Any  # ksparse.lm.model.LM, which imports this module
@@ -36,86 +36,107 @@ _log = logging.getLogger("ksparse")
 
 
 def check_passes_agree(lm: LM) -> None:
-    """Compare passes that must agree; raise InputError where reading is wrong, note in `lm` where
-    changing is."""
+    """Compare passes that must agree at the LM's site.
+
+    Sets `lm.read_only_reason` where changes fail, and empties `lm.skippable` where skipping does.
+
+    Raises:
+        InputError: The site cannot be read, or the LM is not causal.
+    """
     tokens = probe_tokens(lm)
     attention = torch.ones_like(tokens, dtype=torch.bool)
+    reads: list[Any] = []
+
+    def record(x: Any) -> None:
+        reads.append(x.clone() if isinstance(x, Tensor) else x)
+
     with torch.inference_mode():
-        plain = lm._forward(tokens, attention).logits
-        seen: list[Tensor] = []
-        with hooked(
-            lm.site, lambda x: seen.append(x.clone()) if isinstance(x, Tensor) else seen.append(x)
-        ):
-            read = lm._forward(tokens, attention).logits
+        plain = lm.forward(tokens, attention).logits
+        with hooked(lm.site, record):
+            logits = lm.forward(tokens, attention).logits
     where = f"site {lm.options.site!r} of {lm.options.lm}"
-    if not seen:
+    if len(reads) > 1:
         raise InputError(
-            f"site {lm.options.site!r} was not reached in a forward pass of {lm.options.lm}; "
-            f"choose another:\n{describe_sites(lm.model)}"
+            f"{where} runs {len(reads)} times in one pass, so that it has no single activation of "
+            f"a token; choose another:\n{describe_sites(lm.model)}"
         )
-    if len(seen) > 1:
-        raise InputError(
-            f"{where} runs {len(seen)} times in one pass, so that it has no single activation of a "
-            "token; "
-            f"choose another:\n{describe_sites(lm.model)}"
-        )
-    lm._checked(lm.options.site, {lm.options.site: seen[0]}, tokens)
-    if not bool(torch.isfinite(plain).all() and torch.isfinite(seen[0]).all()):
-        return  # said where it matters, with the document: nothing can be compared here
-    for what, rows in (("activations", seen[0]), ("logits", plain)):
-        if wrong := difference(lm, rows[0, :-1], rows[1, :-1]):
+    reads_by_site = dict(zip([lm.options.site], reads))
+    x = check_activations(lm, lm.options.site, reads_by_site, tokens)
+    if not bool(torch.isfinite(plain).all() and torch.isfinite(x).all()):
+        return  # nothing can be compared; reading real text reports it, with the document
+    for what, value in (("activations", x), ("logits", plain)):
+        if problem := difference(lm, value[0, :-1], value[1, :-1]):
             raise InputError(
                 f"{lm.options.lm} is not a causal LM: its {what} of a token change with the token "
-                f"after it ({wrong}); "
-                "give a model that reads from left to right"
+                f"after it ({problem}); give a model that reads from left to right"
             )
-    if wrong := difference(lm, lm.acts(tokens, attention), seen[0].float()) or difference(
-        lm, read, plain
+    if problem := difference(lm, lm.acts(tokens, attention), x.float()) or difference(
+        lm, logits, plain
     ):
         raise InputError(
-            f"{where} cannot be read: two passes over the same tokens do not agree ({wrong})"
+            f"{where} cannot be read: two passes over the same tokens do not agree ({problem})"
         )
-    lm.refused = _changing(lm, tokens, attention, plain)
+    lm.read_only_reason = _check_changes(lm, tokens, attention, plain)
 
 
-def _changing(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
-    """Return why activations at the site cannot be changed, '' if they can; turn off what LM.replay
-    leaves out where that is wrong."""
-    why = _replays(lm, tokens, attention, plain)
-    if why and lm._before:
+def check_activations(lm: LM, site: str, reads: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Return reads[site]; raise InputError if it is missing or no activations of tokens[b, t]."""
+    if site not in reads:
+        raise InputError(
+            f"site {site!r} was not reached in a forward pass of {lm.options.lm}; "
+            f"choose another:\n{describe_sites(lm.model)}"
+        )
+    if problem := not_activations(reads[site], tokens.shape):
+        raise InputError(
+            f"site {site!r} of {lm.options.lm} gives {problem}, not activations [contexts, tokens, "
+            f"width]; choose another:\n{describe_sites(lm.model)}"
+        )
+    return reads[site]
+
+
+def _check_changes(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
+    """Return why activations at the site cannot be changed, '' if they can; stop skipping blocks
+    where that is what fails."""
+    reason = _patch_disagreement(lm, tokens, attention, plain)
+    if reason and lm.skippable:
         _log.warning(
-            "%s at %s: leaving out the blocks before the site changes what comes after it (%s); "
+            "%s at %s: skipping the blocks before the site changes what comes after it (%s); "
             "they are run again, which is slower",
             lm.options.lm,
             lm.options.site,
-            why,
+            reason,
         )
-        lm._before = []
-        why = _replays(lm, tokens, attention, plain)
-    return why
+        lm.skippable = []
+        reason = _patch_disagreement(lm, tokens, attention, plain)
+    return reason
 
 
-def _replays(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
+def _patch_disagreement(lm: LM, tokens: Tensor, attention: Tensor, plain: Tensor) -> str:
     try:
-        watched = lm.watch(tokens, attention)
-        if wrong := difference(lm, watched.logits, plain) or difference(
-            lm, lm.replay(watched, lambda x: x), plain
+        cached = lm.run_with_cache(tokens, attention)
+        if problem := difference(lm, cached.logits, plain) or difference(
+            lm, lm.run_patched(cached, lambda x: x), plain
         ):
-            return f"unchanged activations do not give the unchanged logits: {wrong}"
-        changed = lm.replay(watched, lambda x: x.roll(1, -1))
+            return f"unchanged activations do not give the unchanged logits: {problem}"
+        patched = lm.run_patched(cached, lambda x: x.roll(1, -1))
         with torch.inference_mode(), hooked(lm.site, lambda x: x.roll(1, -1)):
-            whole = lm._forward(tokens, attention).logits
+            expected = lm.forward(tokens, attention).logits
     except (torch.OutOfMemoryError, InputError):
         raise
-    except Exception as error:  # whatever an architecture's own code does where blocks are left out
-        return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    if wrong := difference(lm, changed, whole):
-        return f"changed activations give other logits than in a whole pass: {wrong}"
-    return "" if difference(lm, whole, plain) else "a change there does not reach the logits"
+    except Exception as error:  # an architecture's own code may fail on skipped blocks in any way
+        return describe_error(error)
+    if problem := difference(lm, patched, expected):
+        return f"changed activations give other logits than in a whole pass: {problem}"
+    return "" if difference(lm, expected, plain) else "a change there does not reach the logits"
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 def probe_tokens(lm: LM) -> Tensor:
-    """Return ids [2, 8] of plain text, the rows alike but for their last token."""
+    """Return ids [2, 8] of plain text whose rows differ in the last token only."""
     ids = lm.tokenizer(_TEXT, add_special_tokens=False, verbose=False)["input_ids"]
     ids = (ids * TOKENS)[: TOKENS + 1] if ids else [0] * (TOKENS + 1)
     lead = [] if lm.bos is None else [lm.bos]
@@ -126,11 +147,10 @@ def probe_tokens(lm: LM) -> Tensor:
 
 
 def difference(lm: LM, a: Tensor, b: Tensor) -> str:
-    """Return by how much two tensors differ, if by more than rounding; '' if not."""
+    """Describe by how much two tensors differ; '' if by rounding alone."""
     a, b = a.double(), b.double()
     scale = (b - b.mean(-1, keepdim=True)).norm()
     size = float((a - b).norm() / scale) if scale > 0 else float((a - b).norm())
-    limit = math.sqrt(
-        torch.finfo(getattr(torch, lm.options.lm_dtype)).eps
-    )  # far above rounding, far below another token's effect
+    # Far above rounding, far below the effect of another token.
+    limit = math.sqrt(torch.finfo(getattr(torch, lm.options.lm_dtype)).eps)
     return "" if size <= limit else f"relative difference {size:.2g}"

@@ -1,8 +1,14 @@
-"""TODO ksparse.lm.continuations."""
+"""Run the end of a context many times, each time with another activation at one position.
+
+Ablation experiments change a single position of a context thousands of times. A `Branch` computes
+what precedes that position once. `CachedBranch` keeps its keys and values, `PatchedBranch` runs the
+whole context again; `choose_branch` takes the cached one where it gives the same logits.
+"""
 
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -11,32 +17,29 @@ import torch
 from torch import Tensor
 
 from ksparse.lm import agreement
+from ksparse.lm.hooks import skipped
 
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-
-from ksparse.lm.hooks import _passing
-
 LM = Any  # ksparse.lm.model.LM, which imports this module
+_log = logging.getLogger("ksparse")
 
-# ---- continuations -------------------------------------------------------------------------------
 
+class Branch(ABC):
+    """Many continuations of c contexts from one position on, made by `LM.branch_from`.
 
-class Fork(ABC):
-    """Many continuations of c contexts from one position on, made by `LM.fork`.
-
-    fork(rows[r], x[r, d]) -> logits[r, length, v]: context rows[i] with the raw activation x[i]
-    (float32) in place of the site's at that position; all others as they are. Rows may repeat and
-    be in any order. Equal to `LM.replay` with that edit up to rounding.
+    `branch(rows, x)` returns logits [r, length, v] of contexts rows[r], each with the raw
+    activation x[r, d] (float32) in place of the site's at that position. Rows may repeat and be in
+    any order. Equal to `LM.run_patched` with that edit, up to rounding.
     """
 
     logits: Tensor
-    """[c, length, v] of the unchanged LM, in its own precision, as all logits here."""
+    """[c, length, v] of the unchanged LM, in its own precision, as are all logits here."""
     x: Tensor
-    """The unchanged raw activations at the position, [c, d] as float32."""
+    """[c, d] in float32: the unchanged raw activations at the position."""
     row_bytes: int
-    """About how much memory one continuation takes."""
+    """Approximate memory of one continuation."""
 
     @abstractmethod
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int): ...
@@ -45,104 +48,128 @@ class Fork(ABC):
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor: ...
 
 
-class _CachedFork(Fork):
-    """Continues from the keys and values of what comes before the position."""
+class CachedBranch(Branch):
+    """Continues from cached keys and values of the tokens before the position."""
 
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
         self.lm, self.tokens = lm, tokens[:, at : at + length]
-        self.past = _past(lm.model, tokens[:, :at]) if at else None
-        self.unread = {
+        self.past = _run_past(lm.model, tokens[:, :at]) if at else None
+        self.skipped_layers = {
             number
-            for block in lm._before
+            for block in lm.skippable
             for module in block.modules()
             if isinstance(number := getattr(module, "layer_idx", None), int)
         }
-        everyone = torch.arange(len(tokens), device=tokens.device)
-        watched = lm._watch(
-            self.tokens, torch.ones_like(self.tokens), self._past_of(everyone, frozenset())
+        all_rows = torch.arange(len(tokens), device=tokens.device)
+        run = lm.run_after(
+            self._select_past(all_rows, frozenset()), self.tokens, torch.ones_like(self.tokens)
         )
-        self.logits, self.x, self.prefix = watched.logits, watched.x[:, 0], watched.prefix
-        read = (
-            [layer for i, layer in enumerate(self.past.layers) if i not in self.unread]
-            if self.past is not None
-            else []
-        )
+        self.logits, self.x, self.prefix = run.logits, run.x[:, 0], run.prefix
+        layers = [] if self.past is None else self.past.layers
         self.row_bytes = 4 * self.logits[0].numel() + sum(
             part[0].numel() * part.element_size()
-            for layer in read
+            for number, layer in enumerate(layers)
+            if number not in self.skipped_layers
             for part in (layer.keys, layer.values)
         )
 
     @torch.inference_mode()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
         rows = rows.to(self.tokens.device)
-        prefix, past = _take(self.prefix, rows), self._past_of(rows, self.unread)
-
-        def put(old: Tensor) -> Tensor:
-            new = old.clone()
-            new[:, 0] = x.to(old)
-            return new
-
+        prefix, past = _select(self.prefix, rows), self._select_past(rows, self.skipped_layers)
         with ExitStack() as changes:
-            for block in self.lm._before if prefix is not None else ():
-                changes.enter_context(_passing(block, prefix))
-            changes.enter_context(self.lm._hooked(put))
+            for block in self.lm.skippable if prefix is not None else ():
+                changes.enter_context(skipped(block, prefix))
+            changes.enter_context(self.lm.hooked(lambda old: _put(old, 0, x)))
             tokens = self.tokens[rows]
-            return self.lm._forward(tokens, torch.ones_like(tokens), past).logits
+            return self.lm.forward(tokens, torch.ones_like(tokens), past).logits
 
-    def _past_of(self, rows: Tensor, unread: frozenset[int] | set[int]) -> Any:
-        """Return a cache of rows of the contexts; a run replaces its tensors, and leaves those of
-        the original."""
+    def _select_past(self, rows: Tensor, unused: frozenset[int] | set[int]) -> Any:
+        """Return a cache for some of the contexts. A run replaces tensors in it, not in the
+        original.
+
+        Layers in `unused` belong to skipped blocks: only their length is read, so their rows are
+        not gathered.
+        """
         if self.past is None:
             return None
         past = copy.copy(self.past)
         past.layers = [copy.copy(layer) for layer in self.past.layers]
         for number, layer in enumerate(past.layers):
-            if (
-                number not in unread
-            ):  # those of the blocks that are passed: only their length is asked for
+            if number not in unused:
                 layer.batch_select_indices(rows)
         return past
 
 
-class _ReplayedFork(Fork):
-    """Runs each continuation's whole context: slower, and right wherever `LM.replay` is."""
+class PatchedBranch(Branch):
+    """Runs the whole context of each continuation: slower, but as right as `LM.run_patched`."""
 
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int):
         tokens = tokens[:, : at + length]
-        self.lm, self.at, self.watched = (
-            lm,
-            at,
-            lm.watch(tokens, torch.ones_like(tokens, dtype=torch.bool)),
-        )
-        self.logits, self.x = self.watched.logits[:, at:], self.watched.x[:, at]
-        self.row_bytes = 4 * self.watched.logits[0].numel()
+        self.lm, self.at = lm, at
+        self.run = lm.run_with_cache(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        self.logits, self.x = self.run.logits[:, at:], self.run.x[:, at]
+        self.row_bytes = 4 * self.run.logits[0].numel()
 
     @torch.inference_mode()
     def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
-        rows = rows.to(self.watched.tokens.device)
-
-        def put(old: Tensor) -> Tensor:
-            new = old.clone()
-            new[:, self.at] = x.to(old)
-            return new
-
-        part = self.watched._replace(
-            tokens=self.watched.tokens[rows],
-            attention=self.watched.attention[rows],
-            prefix=_take(self.watched.prefix, rows),
+        rows = rows.to(self.run.tokens.device)
+        run = self.run._replace(
+            tokens=self.run.tokens[rows],
+            attention=self.run.attention[rows],
+            prefix=_select(self.run.prefix, rows),
         )
-        return self.lm.replay(part, put)[:, self.at :]
+        return self.lm.run_patched(run, lambda old: _put(old, self.at, x))[:, self.at :]
 
 
-def _past(model: CausalLM, tokens: Tensor) -> Any:
-    """Return the keys and values of contexts tokens[c, at] as a cache; raise TypeError for one that
-    may be changed in place."""
+def choose_branch(lm: LM, tokens: Tensor, attention: Tensor, at: int, length: int) -> type[Branch]:
+    """Return CachedBranch if it gives what `LM.run_patched` gives, else PatchedBranch, with a
+    warning.
+
+    They are compared at position `at` and as deep as the first contexts go: sliding windows only
+    matter once they are full.
+    """
+    text = int(attention[:2].long().cumprod(1).sum(1).min())
+    for position in sorted({at, text - length}):
+        if reason := _cache_disagreement(lm, tokens[:2], position, length):
+            _log.warning(
+                "%s at %s: continuing from cached keys and values does not give what the whole "
+                "context gives (%s); whole contexts are run instead, which is slower",
+                lm.options.lm,
+                lm.options.site,
+                reason,
+            )
+            return PatchedBranch
+    return CachedBranch
+
+
+def _cache_disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
+    """Describe how a cached branch differs from a patched one, unchanged and with the activation
+    halved; '' if it does not."""
+    rows = torch.arange(len(tokens), device=tokens.device).flip(0)
+    slow = PatchedBranch(lm, tokens, at, length)
+    halves = slow.x[rows] / 2
+    expected = torch.cat([slow.logits, slow(rows, halves)]).float()
+    try:
+        fast = CachedBranch(lm, tokens, at, length)
+        logits = torch.cat([fast.logits, fast(rows, halves)]).float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an architecture's own code may fail on a cache in any way
+        return agreement.describe_error(error)
+    return agreement.difference(lm, logits, expected)
+
+
+def _run_past(model: CausalLM, tokens: Tensor) -> Any:
+    """Return the keys and values of contexts tokens[c, at] as a cache.
+
+    Raises:
+        TypeError: The cache is of a kind that a later run may change in place.
+    """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    past = model.base_model(
-        input_ids=tokens, use_cache=True
-    ).past_key_values  # without the head: nobody asks for these logits
+    # The base model has no head, whose logits are not needed.
+    past = model.base_model(input_ids=tokens, use_cache=True).past_key_values
     layers = getattr(past, "layers", [])
     if not layers or any(
         type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
@@ -154,29 +181,15 @@ def _past(model: CausalLM, tokens: Tensor) -> Any:
     return past
 
 
-def _take(output: Any, rows: Tensor) -> Any:
-    """Return rows of what a block gives."""
+def _put(old: Tensor, position: int, x: Tensor) -> Tensor:
+    """Return old[b, t, d] with x[b, d] at one position."""
+    new = old.clone()
+    new[:, position] = x.to(old)
+    return new
+
+
+def _select(output: Any, rows: Tensor) -> Any:
+    """Return some rows of a block's output."""
     if isinstance(output, tuple):
-        return tuple(_take(part, rows) for part in output)
+        return tuple(_select(part, rows) for part in output)
     return output[rows] if isinstance(output, Tensor) else output
-
-
-def _disagreement(lm: LM, tokens: Tensor, at: int, length: int) -> str:
-    """Return how a cached fork fails to give what `LM.replay` gives, unchanged and with half the
-    activation; '' if it does."""
-    rows = torch.arange(len(tokens), device=tokens.device).flip(0)
-    slow = _ReplayedFork(lm, tokens, at, length)
-    halves = slow.x[rows] / 2
-    expected = torch.cat([slow.logits, slow(rows, halves)]).float()
-    try:
-        fast = _CachedFork(lm, tokens, at, length)
-        given = torch.cat([fast.logits, fast(rows, halves)]).float()
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever an architecture's own code does with a cache that it does not expect
-        return (
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        )
-    return agreement.difference(lm, given, expected)

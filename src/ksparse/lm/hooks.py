@@ -1,4 +1,12 @@
-"""TODO ksparse.lm.hooks."""
+"""Read and change activations in a forward pass.
+
+A `Site` is a place in a model; `hooked(site, change)` passes its activations through a function
+inside a `with` block. The rest are the parts this is built from: observing a module's input or
+output, replacing a module's `forward`, and skipping a block by returning a recorded output.
+
+Some passes only probe what a model is (`ksparse.lm.sites` confirms aliases that way). Hooks that
+were not registered by the probe itself must ignore them; `probing()` tells.
+"""
 
 from __future__ import annotations
 
@@ -24,85 +32,109 @@ class ModuleEnd(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where activations are read and changed: x = scale * (what `module` takes or gives) + sum of
-    factor * (another place's)."""
+    """A place where activations are read and changed.
+
+    x = scale * (input or output of `module`) + sum of factor * (value at another end).
+    """
 
     module: nn.Module
     at: str
+    """'in' or 'out'."""
     scale: float = 1.0
     others: tuple[tuple[ModuleEnd, float], ...] = ()
     reader: nn.Module | None = None
-    """The first module that takes x, where x is a sum that no module gives."""
+    """The first module that reads x, where x is a sum that no module returns."""
 
     @property
     def place(self) -> ModuleEnd:
-        """Where x lies as a whole."""
+        """The module end at which x itself occurs."""
         return (
             ModuleEnd(self.module, self.at) if self.reader is None else ModuleEnd(self.reader, "in")
         )
 
 
-# ---- reading and changing ------------------------------------------------------------------------
+class StopForward(Exception):
+    """Leaves a forward pass once everything needed has been read."""
 
 
 @contextmanager
 def hooked(site: Site, change: Change) -> Iterator[None]:
-    """Pass a site's x through `change` in each forward pass; where that returns None, x stays as it
-    is."""
-    held: dict[int, Tensor] = {}
+    """Pass a site's x through `change` in every forward pass inside a `with` block.
 
-    def put(tensor: Any) -> Any:
+    Where `change` returns None, x stays as it is.
+    """
+    other_values: dict[int, Tensor] = {}
+
+    def replace(tensor: Any) -> Any:
         if not site.others and site.scale == 1:
             return change(tensor)
-        rest = sum(
-            (factor * held[number] for number, (_, factor) in enumerate(site.others)),
+        remainder = sum(
+            (factor * other_values[number] for number, (_, factor) in enumerate(site.others)),
             start=torch.zeros_like(tensor),
         )
-        x = site.scale * tensor + rest
+        x = site.scale * tensor + remainder
         if (new := change(x)) is None:
             return None
-        moved = (new - rest) / site.scale
-        put = torch.where(new == x, tensor, moved)  # what stays, stays bit for bit
-        # a gradient goes through the change all the same
-        return put.detach() + (moved - moved.detach()) if moved.requires_grad else put
+        solved = (new - remainder) / site.scale
+        result = torch.where(new == x, tensor, solved)  # what is unchanged stays so bit for bit
+        # `where` would cut the gradient at unchanged elements.
+        return result.detach() + (solved - solved.detach()) if solved.requires_grad else result
 
     with ExitStack() as hooks:
-        for number, (place, _) in enumerate(site.others):
-            hooks.enter_context(_seen(place, functools.partial(_keep, held, number)))
-        hooks.enter_context(_through(ModuleEnd(site.module, site.at), put))
+        for number, (end, _) in enumerate(site.others):
+            hooks.enter_context(observed(end, functools.partial(store_copy, other_values, number)))
+        hooks.enter_context(_changed(ModuleEnd(site.module, site.at), replace))
         yield
 
 
-def _keep(seen: dict[_Key, Tensor], key: _Key, x: Tensor) -> None:
-    seen[key] = x.clone()
+def store_copy(values: dict[_Key, Tensor], key: _Key, x: Tensor) -> None:
+    """Store a copy of x under a key; returns None, so that as a `Change` it leaves x as it is."""
+    values[key] = x.clone()
 
 
 @contextmanager
-def _through(place: ModuleEnd, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Pass the hidden states at a place through `change`, which sees whatever lies there, but for
-    others' probes."""
-    own = _probing.get()
+def observed(end: ModuleEnd, observe: Callable[[Any], Any]) -> Iterator[None]:
+    """Call `observe` with the value at a module end, after all other hooks have changed it."""
+    if end.at == "out":
+        with _changed(end, lambda x: observe(x) and None):
+            yield
+        return
+    forward = end.module.forward
+
+    def observing(*args: Any, **kwargs: Any) -> Any:
+        observe(args[0] if args else kwargs.get(hidden_states_key(args, kwargs)))
+        return forward(*args, **kwargs)
+
+    with replaced_forward(end.module, observing):
+        yield
+
+
+@contextmanager
+def _changed(end: ModuleEnd, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Pass the hidden states at a module end through `change`, except in others' probing passes."""
+    registered_by_probe = _probing.get()
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
-        if probing() and not own:
+        if probing() and not registered_by_probe:
             return None
-        rest = output[1:] if isinstance(output, tuple) else None
         new = change(hidden_states(output))
-        return None if new is None else new if rest is None else (new, *rest)
+        if new is None or not isinstance(output, tuple):
+            return new
+        return (new, *output[1:])
 
     def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if probing() and not own:
+        if probing() and not registered_by_probe:
             return None
-        key = _key(args, kwargs)
+        key = hidden_states_key(args, kwargs)
         new = change(args[0] if args else kwargs.get(key))
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, key: new})
 
     handle = (
-        place.module.register_forward_hook(on_output)
-        if place.at == "out"
-        else place.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        end.module.register_forward_hook(on_output)
+        if end.at == "out"
+        else end.module.register_forward_pre_hook(on_input, with_kwargs=True)
     )
     try:
         yield
@@ -111,25 +143,8 @@ def _through(place: ModuleEnd, change: Callable[[Any], Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _seen(place: ModuleEnd, take: Callable[[Any], Any]) -> Iterator[None]:
-    """Show `take` what lies at a place after every hook of others has changed it."""
-    if place.at == "out":
-        with _through(place, lambda x: take(x) and None):
-            yield
-        return
-    forward = place.module.forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        take(args[0] if args else kwargs.get(_key(args, kwargs)))
-        return forward(*args, **kwargs)
-
-    with replaced_forward(place.module, watched):
-        yield
-
-
-@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another `forward` inside a with block."""
+    """Replace a module's `forward` inside a `with` block."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -141,24 +156,40 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = before
 
 
+def skipped(block: nn.Module, output: Any) -> AbstractContextManager[None]:
+    """Make a block return `output` without computing anything, inside a `with` block."""
+    return replaced_forward(block, lambda *args, **kwargs: copy_output(output))
+
+
+def copy_output(output: Any) -> Any:
+    """Return a block's output with a copy of its hidden states: later blocks may add in place."""
+    if isinstance(output, tuple):
+        return (copy_output(output[0]), *output[1:])
+    return output.clone() if isinstance(output, Tensor) else output
+
+
 def hidden_states(output: Any) -> Any:
-    """Return the hidden states of what a module gives."""
+    """Return the hidden states of a module's output: the output, or the first item of a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def _key(args: Any, kwargs: Mapping[str, Any]) -> str:
-    """Return the name under which a module is given its hidden states, where it is by name."""
-    named = [
-        key
-        for key, value in kwargs.items()
+def hidden_states_key(args: Any, kwargs: Mapping[str, Any]) -> str:
+    """Return the keyword under which a module takes its hidden states, if not by position."""
+    names = [
+        name
+        for name, value in kwargs.items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 3
     ]
-    return "hidden_states" if args or "hidden_states" in kwargs or not named else named[0]
+    return "hidden_states" if args or "hidden_states" in kwargs or not names else names[0]
 
 
 def not_activations(x: Any, shape: Sequence[int] | None = None) -> str:
-    """Return what is wrong with a tensor that should be activations [contexts, tokens, width]; ''
-    if nothing is."""
+    """Describe a value that is not activations [contexts, tokens, width]; '' for one that is.
+
+    Args:
+        x: The value found at a site.
+        shape: The expected (contexts, tokens), if known.
+    """
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     if x.is_floating_point() and x.ndim == 3 and (shape is None or x.shape[:2] == tuple(shape)):
@@ -166,25 +197,16 @@ def not_activations(x: Any, shape: Sequence[int] | None = None) -> str:
     return f"a tensor of shape {list(x.shape)}, {x.dtype}"
 
 
-class _Stop(Exception):
-    """Leaves the forward pass once the site has been seen."""
-
-
-def _copied(output: Any) -> Any:
-    """Return what a block gives, with hidden states of its own: blocks after it may add to them in
-    place."""
-    if isinstance(output, tuple):
-        return (_copied(output[0]), *output[1:])
-    return output.clone() if isinstance(output, Tensor) else output
-
-
-def _passing(block: nn.Module, output: Any) -> AbstractContextManager[None]:
-    """Make a block return `output` (a tensor or, in some models, a tuple that begins with it)
-    without computing anything."""
-    return replaced_forward(block, lambda *args, **kwargs: _copied(output))
-
-
 def probing() -> bool:
-    """Return whether the pass that is running only looks at what a model is; hooks of others have
-    nothing to do with it."""
+    """Return whether the running forward pass is a probe, which other hooks must ignore."""
     return _probing.get()
+
+
+@contextmanager
+def probing_passes() -> Iterator[None]:
+    """Mark forward passes inside a `with` block as probes."""
+    token = _probing.set(True)
+    try:
+        yield
+    finally:
+        _probing.reset(token)

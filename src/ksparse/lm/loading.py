@@ -1,10 +1,15 @@
-"""TODO ksparse.lm.loading."""
+"""Load causal LMs and tokenizers of the transformers library, and check that they are complete.
+
+transformers fills tensors that a file lacks with random numbers, ignores tensors it does not know,
+and may read integers as real numbers. Each of these would silently give another model, so each is
+an error here, with the tensors' names.
+"""
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +23,7 @@ from ksparse.storage import atomic
 if TYPE_CHECKING:
 
     class CausalLM(nn.Module):
-        """What is used of transformers' models, whose own annotations hide most of it."""
+        """The part of transformers' models used here; their own annotations hide most of it."""
 
         base_model: nn.Module
         config: Any
@@ -29,16 +34,20 @@ if TYPE_CHECKING:
         def generate(self, tokens: Tensor, **options: Any) -> Any: ...
 
 
-_log = logging.getLogger("ksparse")
-MOST_LAYERS = 10_000
-PARAMETERS_PER_BYTE = 16  # more than any quantisation packs
-
-
-# ---- loading -------------------------------------------------------------------------------------
+MAX_LAYERS = 10_000
+MAX_PARAMETERS_PER_BYTE = 16  # more than any quantization packs
+_log = getLogger("ksparse")
 
 
 def find_model(name: str) -> str:
-    """Return a folder or a Hub name; raise InputError for a path that is not there."""
+    """Resolve the name of an LM to a folder or a Hub name.
+
+    Args:
+        name: `pylm`, `pylm/SIZE`, a folder with config.json, or a name on the Hugging Face Hub.
+
+    Raises:
+        InputError: The name is a path that does not exist or holds no complete model.
+    """
     if name == "pylm" or name.startswith("pylm/"):
         try:
             return str(pylm.folder(name.partition("/")[2] or pylm.DEFAULT))
@@ -63,14 +72,23 @@ def find_model(name: str) -> str:
 
 
 def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> CausalLM:
-    """Load a causal LM; raise InputError, naming them, for tensors that its files lack or hold
-    beside what the model has."""
+    """Load a causal LM, with every tensor of the model read from its files.
+
+    Args:
+        source: A folder or a Hub name.
+        dtype: The precision to run the model in.
+        options: Keywords for `from_pretrained`: `trust_remote_code`, and `revision` for a Hub name.
+
+    Raises:
+        InputError: The model cannot be loaded, or its files lack tensors of the model or hold
+            unknown ones; the message names them.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of tensors that do not fit is said below, in one line
+    logging.set_verbosity_error()  # _check_weights reports tensors that do not fit, in one line
     try:
         config = read_config(source, options)
         _check_size(config, source, dtype, options)
@@ -85,7 +103,7 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
         )
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
-    # of transformers, safetensors, a quantiser's package, or code that comes with the model
+    # Anything: from transformers, safetensors, a quantizer's package, or the model's own code.
     except Exception as error:
         raise InputError(
             f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
@@ -99,160 +117,8 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
     return model
 
 
-def read_config(source: str, options: dict[str, Any]) -> Any:
-    """Read a model's config.json; raise InputError where it names code of the Hub, or cannot be
-    one of a model."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except Exception as error:  # of transformers, or of code that comes with the model
-        raise InputError(
-            f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
-        ) from error
-    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
-        kernel = str(getattr(part, "_attn_implementation", None) or "")
-        if "/" in kernel and not options["trust_remote_code"]:
-            raise InputError(
-                f"model {source!r}: its config names {kernel!r}, code of the Hub, for its "
-                "attention. If you have read that code and "
-                "trust it, give --trust-remote-code True; else take the name out of its config.json"
-            )
-        layers = getattr(part, "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > MOST_LAYERS:
-            raise InputError(
-                f"model {source!r}: its config.json says {layers:,} layers, more than the "
-                f"{MOST_LAYERS:,} that any LM has here; put the right number there"
-            )
-    return config
-
-
-def without_weights(
-    config: Any, source: str, options: dict[str, Any], dtype: torch.dtype | None = None
-) -> CausalLM:
-    """Return a causal LM of a config's shape that takes no memory; raise InputError if no LM can
-    have it."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype or torch.float32,
-                trust_remote_code=options["trust_remote_code"],
-            )
-    except Exception as error:  # of transformers, torch, or of code that comes with the model
-        raise InputError(
-            f"model {source!r} cannot be loaded as a causal LM, none can be made of its config: "
-            f"{_reason(error)}"
-        ) from error
-
-
-def _check_size(config: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Raise InputError, before memory is taken, for a folder's config of far more parameters than
-    its weights can hold."""
-    if not atomic.exists(Path(source)):
-        return
-    weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
-    size = sum(file.stat().st_size for file in weights if file.is_file())
-    model = without_weights(config, source, options, dtype)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if size and parameters > size * PARAMETERS_PER_BYTE:
-        raise InputError(
-            f"model {source!r}: its config.json describes {parameters:,} parameters, its weights "
-            f"are {size:,} bytes, so that they cannot be of this model; complete the folder"
-        )
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error, with what to do where code of the model's own is
-    needed."""
-    said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
-    line = next((line.strip() for line in said.splitlines() if line.strip()), type(error).__name__)
-    if "trust_remote_code" in str(error):
-        return (
-            f"{line[:200].rstrip('.')}. If you have read that code and trust it, give "
-            "--trust-remote-code True "
-            "(in Python trust_remote_code=True)"
-        )
-    return line
-
-
-def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> None:
-    """Raise InputError where a model's file and the model do not hold the same tensors: what is
-    missing would be random.
-
-    Whole parts that the model does not have (a vision tower, a second head) may be in the file; a
-    line says so.
-    """
-    modules = {_numberless(name) for name, _ in model.named_modules()}
-    buffers = {name for name, _ in model.named_buffers()}
-    extra = sorted(set(report.get("unexpected_keys", ())) - buffers)
-    inside = [name for name in extra if _numberless(name.rpartition(".")[0]) in modules]
-    missing = sorted(report.get("missing_keys", ()))
-    shaped = sorted(
-        str(key[0] if isinstance(key, tuple) else key) for key in report.get("mismatched_keys", ())
-    )
-    wrong = [
-        f"{what}: {_some(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("of another shape", shaped),
-            ("unknown to the model", inside),
-        )
-        if names
-    ]
-    if not wrong and len(extra) and not missing:
-        _log.warning(
-            "model %s: its files hold parts that the causal LM does not have, which are left out: "
-            "%s",
-            source,
-            _some(extra),
-        )
-    if wrong:
-        if missing and extra and not inside:
-            wrong.append(f"unknown to the model: {_some(extra)}")
-        raise InputError(
-            f"model {source!r}: its weights do not fit its config, so that the LM would not be "
-            "what its files say. "
-            f"Tensors {'; '.join(wrong)}. Save the model again with save_pretrained under its own "
-            "names, or complete the folder"
-        )
-
-
-def _check_dtypes(model: nn.Module, source: str) -> None:
-    """Raise InputError for parameters that a folder's files hold as integers, truth values or
-    complex numbers: read as real numbers, they would be others."""
-    from safetensors import safe_open
-
-    parameters = {_bare(model, name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    for file in sorted(Path(source).glob("model*.safetensors")):
-        held = safe_open(file, framework="pt")
-        for name in sorted(held.keys()):
-            dtype = held.get_slice(name).get_dtype()
-            if _bare(model, name) in parameters and not dtype.startswith(("F", "BF")):
-                raise InputError(
-                    f"model {source!r}: {name} in {file.name} is of {dtype}, not of real numbers, "
-                    "and its config names no quantisation; save the model again"
-                )
-
-
-def _bare(model: nn.Module, name: str) -> str:
-    """Return a tensor's name without that of the base model, with or without which it is saved."""
-    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name)
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (
-        f" and {len(names) - most:,} more" if len(names) > most else ""
-    )
-
-
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    """Load a tokenizer from a folder or the Hub; raise InputError where there is none."""
     from transformers import AutoTokenizer
 
     if Path(source).is_dir() and not any(
@@ -262,10 +128,174 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
         raise InputError(f"folder {source} has no tokenizer; name one with --acts.tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except (
-        Exception
-    ) as error:  # of transformers, tokenizers, a missing package, or code that comes with the model
+    # Anything: from transformers, tokenizers, a missing package, or the model's own code.
+    except Exception as error:
         raise InputError(
             f"tokenizer {source!r} cannot be loaded: {_reason(error)}; name another with "
             "--acts.tokenizer"
         ) from error
+
+
+def read_config(source: str, options: dict[str, Any]) -> Any:
+    """Read a model's config.json.
+
+    Raises:
+        InputError: It cannot be read, names attention code on the Hub without trust, or describes
+            an impossible model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # from transformers, or from the model's own code
+        raise InputError(
+            f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
+        ) from error
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        if "/" in kernel and not options["trust_remote_code"]:
+            raise InputError(
+                f"model {source!r}: its config names {kernel!r}, code on the Hub, for its "
+                "attention. If you have read that code and trust it, give --trust-remote-code "
+                "True; otherwise remove the name from its config.json"
+            )
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise InputError(
+                f"model {source!r}: its config.json says {layers:,} layers, more than the "
+                f"{MAX_LAYERS:,} allowed; correct the number there"
+            )
+    return config
+
+
+def without_weights(
+    config: Any, source: str, options: dict[str, Any], dtype: torch.dtype | None = None
+) -> CausalLM:
+    """Build a causal LM from a config on the meta device, where it takes no memory.
+
+    Args:
+        config: The model's configuration.
+        source: The model's name, for error messages.
+        options: As in `load_model`.
+        dtype: Of the parameters; float32 by default.
+
+    Raises:
+        InputError: No causal LM can be built from the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype or torch.float32,
+                trust_remote_code=options["trust_remote_code"],
+            )
+    except Exception as error:  # from transformers, torch, or the model's own code
+        raise InputError(
+            f"model {source!r} cannot be loaded as a causal LM, none can be made of its config: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _check_size(config: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Raise InputError, before memory is allocated, if a folder's config describes far more
+    parameters than its weight files can hold."""
+    if not atomic.exists(Path(source)):
+        return
+    weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
+    size = sum(file.stat().st_size for file in weights if file.is_file())
+    model = without_weights(config, source, options, dtype)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if size and parameters > size * MAX_PARAMETERS_PER_BYTE:
+        raise InputError(
+            f"model {source!r}: its config.json describes {parameters:,} parameters, its weights "
+            f"are {size:,} bytes, so they cannot be of this model; complete the folder"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with what to do where it asks for trust in code."""
+    text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        return (
+            f"{line[:200].rstrip('.')}. If you have read that code and trust it, give "
+            "--trust-remote-code True (in Python trust_remote_code=True)"
+        )
+    return line
+
+
+def _check_weights(model: nn.Module, source: str, report: dict[str, Any]) -> None:
+    """Raise InputError where the files and the model do not hold the same tensors.
+
+    Whole parts that the model does not have (a vision tower, a second head) are allowed in the
+    files, with a warning.
+    """
+    modules = {_without_numbers(name) for name, _ in model.named_modules()}
+    buffers = {name for name, _ in model.named_buffers()}
+    extra = sorted(set(report.get("unexpected_keys", ())) - buffers)
+    unknown = [name for name in extra if _without_numbers(name.rpartition(".")[0]) in modules]
+    missing = sorted(report.get("missing_keys", ()))
+    mismatched = sorted(
+        str(key[0] if isinstance(key, tuple) else key) for key in report.get("mismatched_keys", ())
+    )
+    problems = [
+        f"{what}: {_preview(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("of another shape", mismatched),
+            ("unknown to the model", unknown),
+        )
+        if names
+    ]
+    if not problems and extra:
+        _log.warning(
+            "model %s: its files hold parts that the causal LM does not have, which are left out: "
+            "%s",
+            source,
+            _preview(extra),
+        )
+    if problems:
+        if missing and extra and not unknown:
+            problems.append(f"unknown to the model: {_preview(extra)}")
+        raise InputError(
+            f"model {source!r}: its weights do not fit its config, so that the LM would not be "
+            f"what its files say. Tensors {'; '.join(problems)}. Save the model again with "
+            "save_pretrained under its own names, or complete the folder"
+        )
+
+
+def _check_dtypes(model: nn.Module, source: str) -> None:
+    """Raise InputError for parameters stored as integers, booleans or complex numbers, which would
+    be read as real numbers of other values."""
+    from safetensors import safe_open
+
+    parameters = {
+        _without_prefix(model, name) for name, _ in model.named_parameters(remove_duplicate=False)
+    }
+    for path in sorted(Path(source).glob("model*.safetensors")):
+        file = safe_open(path, framework="pt")
+        for name in sorted(file.keys()):
+            dtype = file.get_slice(name).get_dtype()
+            is_real = dtype.startswith(("F", "BF"))
+            if _without_prefix(model, name) in parameters and not is_real:
+                raise InputError(
+                    f"model {source!r}: {name} in {path.name} is of {dtype}, not of real numbers, "
+                    "and its config names no quantisation; save the model again"
+                )
+
+
+def _without_prefix(model: nn.Module, name: str) -> str:
+    """Return a tensor's name without the base model's prefix, which files may omit."""
+    return name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name)
+
+
+def _preview(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (
+        f" and {len(names) - most:,} more" if len(names) > most else ""
+    )

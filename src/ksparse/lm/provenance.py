@@ -1,14 +1,12 @@
-"""Whether an SAE is asked about what it was trained on: which LM, at which site, in which contexts
-and positions.
+"""Check that an SAE is used on the LM, site, contexts and positions it was trained on.
 
-    check(metadata, lm)          sentences that belong to every number; InputError where the LM
-                                 contradicts what the SAE says of itself
-    read_with(metadata, lm)      its own contexts and positions, unless the LM was opened with
-                                 others
-    describe(model)              what an SAE notes of the LM that it is trained on
+- `check(metadata, lm)` returns notes that belong beside every number, and raises InputError where
+  the LM contradicts what the SAE's metadata says.
+- `read_with(metadata, lm)` returns the contexts and positions to evaluate it with.
+- `describe(model)` returns what an SAE records about the LM it is trained on.
 
-What only refines is no contradiction: another text, more of it, the same LM under another name or
-in another folder.
+What the metadata does not fix is no contradiction: another text, more of it, or the same LM under
+another name or in another folder.
 """
 
 from __future__ import annotations
@@ -29,11 +27,12 @@ if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
 POLICY = ("context", "bos", "borders", "keep")
+"""Keys of `acts` that decide which contexts and positions are read."""
 _log = logging.getLogger("ksparse")
 
 
 def describe(model: CausalLM) -> dict[str, Any]:
-    """Return what tells LMs of different architecture or size apart."""
+    """Return what distinguishes LMs of different architecture or size."""
     sizes = {
         name: getattr(model.config, name, None)
         for name in ("model_type", "num_hidden_layers", "hidden_size")
@@ -42,17 +41,18 @@ def describe(model: CausalLM) -> dict[str, Any]:
 
 
 def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of `acts` that an SAE's metadata knows: all of one of ours, some of one that
-    was converted, none."""
+    """Return the keys of `acts` that an SAE's metadata gives: all for our own, some or none for a
+    converted SAE."""
     known = metadata.get("acts") or metadata.get("origin") or {}
-    return {
-        each.name: known[each.name] for each in dataclasses.fields(ActsConfig) if each.name in known
-    }
+    names = [field.name for field in dataclasses.fields(ActsConfig)]
+    return {name: known[name] for name in names if name in known}
 
 
 def own_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
-    """Return the text, contexts and positions that an SAE was trained with, on this LM at its site;
-    what it does not say is as the LM was opened."""
+    """Return the text, contexts and positions an SAE was trained with, for this LM at its site.
+
+    What the metadata does not say is taken from the options the LM was opened with.
+    """
     trained = trained_on(metadata)
     acts = (
         ActsConfig(**trained)
@@ -67,19 +67,27 @@ def own_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
 
 
 def read_with(metadata: dict[str, Any], lm: LM) -> ActsConfig:
-    """Return the same with the contexts and positions that the LM was opened with, which `check`
-    has allowed."""
-    return dataclasses.replace(own_acts(metadata, lm), **_asked(trained_on(metadata), lm))
+    """Return `own_acts`, with the contexts and positions that the LM was explicitly opened with;
+    `check` has allowed these."""
+    return dataclasses.replace(own_acts(metadata, lm), **_overrides(trained_on(metadata), lm))
 
 
 def check(
     metadata: dict[str, Any], lm: LM, *, force: bool = False, like: ActsConfig | None = None
 ) -> list[str]:
-    """Return what is to be said beside every number of this SAE on this LM; raise InputError for a
-    contradiction, unless by force.
+    """Compare an SAE's metadata with an LM, its site and its options.
 
-    like: contexts and positions that were asked for in place of its own; these are said, not
-    refused.
+    Args:
+        metadata: The SAE's metadata.
+        lm: The LM it is used on.
+        force: Return contradictions as notes instead of raising.
+        like: Contexts and positions requested in place of the SAE's own; differences become notes.
+
+    Returns:
+        Sentences that belong beside every number of this SAE on this LM; they are also logged.
+
+    Raises:
+        InputError: The LM contradicts the metadata, and `force` is False.
     """
     trained = trained_on(metadata)
     if not trained:
@@ -88,90 +96,88 @@ def check(
             f"{lm.options.lm} at {lm.options.site}"
         ]
     notes = _policy_notes(trained, dataclasses.asdict(like)) if like else []
-    if _name(trained.get("lm", "")) not in ("", _name(lm.options.lm)):
+    if _short_name(trained.get("lm", "")) not in ("", _short_name(lm.options.lm)):
         notes.append(
             f"the LM is {lm.options.lm!r}, the SAE was trained on {trained['lm']!r}; if these are "
             "not one LM under two names, its numbers mean nothing here"
         )
-    wrong = [
-        f"{what} is {asked!r}, but {own!r} where the SAE was trained"
-        for what, asked, own in _contradictions(metadata, trained, lm, like is None)
+    contradictions = [
+        f"{what} is {value!r}, but {trained_value!r} where the SAE was trained"
+        for what, value, trained_value in _contradictions(metadata, trained, lm, like is None)
     ]
-    if wrong and not force:
+    if contradictions and not force:
         raise InputError(
-            f"{'; '.join(wrong)}. Its numbers would be of something that it was not made for: give "
-            "its own, or insist with force=True (--force True)"
+            f"{'; '.join(contradictions)}. The numbers would describe something the SAE was not "
+            "made for: use its own, or insist with force=True (--force True)"
         )
-    notes += [f"by force: {each}" for each in wrong]
-    notes += _longer(trained, _asked(trained, lm))
+    notes += [f"by force: {contradiction}" for contradiction in contradictions]
+    notes += _length_notes(trained, _overrides(trained, lm))
     for note in notes:
         _log.warning("%s", note)
     return notes
 
 
 def _contradictions(
-    metadata: dict[str, Any], trained: dict[str, Any], lm: LM, policy: bool
+    metadata: dict[str, Any], trained: dict[str, Any], lm: LM, with_policy: bool
 ) -> list[tuple[str, Any, Any]]:
-    """Return (what, asked, trained with) for each."""
-    found = (
-        [(key, value, trained[key]) for key, value in _asked(trained, lm).items()] if policy else []
-    )
+    """Return (what, value here, value in training) of each contradiction."""
+    pairs = _overrides(trained, lm).items() if with_policy else ()
+    result = [(key, value, trained[key]) for key, value in pairs]
     if "site" in trained and not same_site(lm.model, lm.options.site, trained["site"]):
-        found.append(("site", lm.options.site, trained["site"]))
+        result.append(("site", lm.options.site, trained["site"]))
     if "tokenizer" in trained and trained["tokenizer"] != lm.options.tokenizer:
-        found.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
+        result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
-        found.append(("revision", lm.options.revision, trained["revision"]))
-    own, here = metadata.get("subject") or {}, describe(lm.model)
-    return found + [
-        (f"the LM's {key}", here[key], own[key])
-        for key in here
-        if key in own and own[key] != here[key]
+        result.append(("revision", lm.options.revision, trained["revision"]))
+    recorded, actual = metadata.get("subject") or {}, describe(lm.model)
+    return result + [
+        (f"the LM's {key}", actual[key], recorded[key])
+        for key in actual
+        if key in recorded and recorded[key] != actual[key]
     ]
 
 
-def _asked(trained: dict[str, Any], lm: LM) -> dict[str, Any]:
-    """Return the contexts and positions that the LM was opened with, where they are neither the
-    default nor the SAE's."""
-    asked = {
+def _overrides(trained: dict[str, Any], lm: LM) -> dict[str, Any]:
+    """Return the policy keys the LM was opened with that are neither the default nor the SAE's."""
+    options = {
         key: getattr(lm.options, key)
         for key in POLICY
         if getattr(lm.options, key) != getattr(ActsConfig(), key)
     }
     if lm.tokenizer.bos_token_id is None:
-        asked.pop("bos", None)
-    return {key: value for key, value in asked.items() if trained.get(key, value) != value}
+        options.pop("bos", None)
+    return {key: value for key, value in options.items() if trained.get(key, value) != value}
 
 
-def _policy_notes(trained: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    unlike = {key: asked[key] for key in POLICY if trained.get(key, asked[key]) != asked[key]}
+def _policy_notes(trained: dict[str, Any], requested: dict[str, Any]) -> list[str]:
+    different = {
+        key: requested[key] for key in POLICY if trained.get(key, requested[key]) != requested[key]
+    }
     return [
         f"{key} is {value!r}, as asked, but {trained[key]!r} where the SAE was trained"
-        for key, value in unlike.items()
-    ] + _longer(trained, unlike)
+        for key, value in different.items()
+    ] + _length_notes(trained, different)
 
 
-def _longer(trained: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    own, context = trained.get("context"), asked.get("context")
-    return (
-        [
-            f"contexts of {context} tokens are longer than the {own} that the SAE was trained on; "
-            "it never saw such positions"
-        ]
-        if own and context and context > own
-        else []
-    )
+def _length_notes(trained: dict[str, Any], requested: dict[str, Any]) -> list[str]:
+    length, context = trained.get("context"), requested.get("context")
+    if not (length and context and context > length):
+        return []
+    return [
+        f"contexts of {context} tokens are longer than the {length} that the SAE was trained on; "
+        "it never saw such positions"
+    ]
 
 
-def same_site(model: nn.Module, asked: str, own: str) -> bool:
-    """Return whether two names are of one place in the model."""
+def same_site(model: nn.Module, site: str, other: str) -> bool:
+    """Return whether two names mean the same place in a model."""
     try:
-        return asked == own or resolve(model, asked) == resolve(model, own)
+        return site == other or resolve(model, site) == resolve(model, other)
     except InputError:  # the LM has no such site
         return False
 
 
-def _name(lm: str) -> str:
-    """Return what an LM is called wherever it lies: the last part of its name or folder."""
+def _short_name(lm: str) -> str:
+    """Return the last part of an LM's name or folder, in lower case."""
     name = find_model(lm) if lm == "pylm" else lm
     return name.rstrip("/").rpartition("/")[2].lower()

@@ -1,21 +1,22 @@
-"""Sites: the places in an LM whose activations are read and changed, on every architecture by one
-definition.
+"""Sites: the places in an LM whose activations are read and changed, defined the same way on every
+architecture.
 
-| alias | the activations x[b, t, d] |
-|---|---|
-| resid_pre.I | the residual stream that block I reads: its input |
-| attn_out.I | what attention adds to the stream |
-| resid_mid.I | the stream between attention and MLP: resid_pre + attn_out; a change reaches the MLP and the skip around it |
-| mlp_out.I | what the MLP adds to the stream: resid_post - resid_mid |
-| resid_post.I | the stream that block I gives: its output, before any final norm |
+| alias        | the activations x[b, t, d]                                                       |
+|--------------|----------------------------------------------------------------------------------|
+| resid_pre.I  | the residual stream that block I reads: its input                                |
+| attn_out.I   | what attention adds to the stream                                                |
+| resid_mid.I  | resid_pre + attn_out: a change reaches the MLP and the skip connection around it |
+| mlp_out.I    | what the MLP adds to the stream: resid_post - resid_mid                          |
+| resid_post.I | the stream after block I: its output, before any final norm                      |
 
-What is added is not always what a module gives: a norm or a factor may follow (Gemma 2, OLMo 2,
-Granite), or the module may add the stream itself (BLOOM, MPT). So an alias is not looked up by
-name. One pass over a few tokens says which outputs of the block's parts, times which factors, sum
-up to what the block adds; a second pass with a change at the alias says whether the change arrives
-where the definition has it. An alias that does not stand this test is refused with the reason. Any
-other site is a module's name: its output, or with NAME:in its input.
-"""  # noqa: E501 (a table)
+What is added to the stream is not always a module's output: a norm or a factor may follow (Gemma 2,
+OLMo 2, Granite), or the module may add the stream itself (BLOOM, MPT). So aliases are not looked up
+by module name alone. One pass over a few tokens finds which outputs of the block's parts, times
+which factors, sum to what the block adds. A second pass, with a change at the alias, checks that
+the change arrives where the definition says. An alias that fails is refused with the reason.
+
+Any other site is a module's name: its output, or with NAME:in its input.
+"""
 
 from __future__ import annotations
 
@@ -36,73 +37,76 @@ from ksparse.lm.hooks import (
     Change,
     ModuleEnd,
     Site,
-    _keep,
-    _key,
-    _probing,
-    _seen,
     hidden_states,
+    hidden_states_key,
     hooked,
     not_activations,
+    observed,
+    probing_passes,
+    store_copy,
 )
 
 ALIASES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _ALIAS = re.compile(rf"({'|'.join(ALIASES)})\.(-?\d+)")
-_CLASSES = {
+_ROLES = {
     "norm": r"norm|(^|_)ln(_|\d|$)",
     "mlp": r"mlp|ffn|feed_?forward|moe|expert|^ff|fc_?2|fc_?out|fc_?down",
     "attention": r"attn|attention",
     "mixer": r"mixer|mamba|ssm|conv|recurrent|temporal|retention|time_mix",
 }
-"""What a part of a block is, by its name; the first that fits."""
-_PARTS = 3  # at most so many outputs are summed up to what a block adds
-_TOKENS = 8
+"""The role of a block's part, by its name; the first pattern that matches."""
+_MAX_PARTS = 3
+"""The largest number of outputs that are tried as a sum."""
+_PROBE_TOKENS = 8
 _confirmed: weakref.WeakKeyDictionary[nn.Module, dict[str, Site]] = weakref.WeakKeyDictionary()
 
 
-# ---- finding -------------------------------------------------------------------------------------
-
-
 def resolve(model: nn.Module, site: str) -> Site:
-    """Return a site by its alias, confirmed on this model, or by a module's name; raise InputError,
-    saying what there is."""
-    found = _outline(model, site)
+    """Find a site in a model.
+
+    Args:
+        model: Any module; aliases need a causal LM with blocks.
+        site: An alias such as `resid_post.8`, which is confirmed on this model, or a module's name,
+            or NAME:in.
+
+    Raises:
+        InputError: There is no such site, or the alias cannot be confirmed; the message lists the
+            sites.
+    """
+    end = outline(model, site)
     if not _ALIAS.fullmatch(site):
-        return Site(*found)
-    if site not in (known := _confirmed.setdefault(model, {})):
-        token = _probing.set(True)
-        try:
+        return Site(*end)
+    known = _confirmed.setdefault(model, {})
+    if site not in known:
+        with probing_passes():
             known[site] = _confirm(model, site)
-        finally:
-            _probing.reset(token)
     return known[site]
 
 
 def outline(model: nn.Module, site: str) -> ModuleEnd:
-    """Return about where a site is, by names alone: enough to count what is computed before it, on
-    a model without weights."""
-    return _outline(model, site)
+    """Return roughly where a site is, by names alone.
 
+    Enough to count what is computed before it, on a model without weights.
 
-def _outline(model: nn.Module, site: str) -> ModuleEnd:
+    Raises:
+        InputError: There is no such site.
+    """
     if alias := _ALIAS.fullmatch(site):
-        numbered = blocks_of(model)
-        if -len(numbered) <= int(alias[2]) < len(numbered):
-            block, wanted = numbered[int(alias[2])], alias[1]
-            if wanted in ("resid_pre", "resid_post"):
-                return ModuleEnd(block, "in" if wanted == "resid_pre" else "out")
-            parts = [
-                part
-                for name, part in block.named_children()
-                if _class(name) == ("mlp" if wanted == "mlp_out" else "attention")
-            ]
+        blocks = blocks_of(model)
+        if -len(blocks) <= int(alias[2]) < len(blocks):
+            block, name = blocks[int(alias[2])], alias[1]
+            if name in ("resid_pre", "resid_post"):
+                return ModuleEnd(block, "in" if name == "resid_pre" else "out")
+            role = "mlp" if name == "mlp_out" else "attention"
+            parts = [part for child, part in block.named_children() if _role(child) == role]
             if parts:
                 return ModuleEnd(parts[-1], "out")
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     name, _, at = site.partition(":")
     modules = dict(model.named_modules())
     # Names may also begin at the base model.
-    within = f"{getattr(model, 'base_model_prefix', '')}.{name}"
-    module = modules.get(name) or modules.get(within) if name else None
+    within_base = f"{getattr(model, 'base_model_prefix', '')}.{name}"
+    module = modules.get(name) or modules.get(within_base) if name else None
     if module is None or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     return ModuleEnd(module, at or "out")
@@ -129,15 +133,14 @@ def _exists(model: nn.Module, site: str) -> bool:
 
 
 def describe_sites(model: nn.Module) -> str:
-    """List the sites of a model: the aliases that it may have, and the modules' names with the
-    block number as I."""
+    """List a model's possible aliases, and its modules' names with I for the block number."""
     blocks = blocks_of(model)
-    classes = {_class(name) for block in blocks for name, _ in block.named_children()}
+    roles = {_role(name) for block in blocks for name, _ in block.named_children()}
     needs = {"resid_mid": {"attention", "mlp"}, "attn_out": {"attention"}, "mlp_out": {"mlp"}}
     aliases = [
         f"{alias}.0 … {alias}.{len(blocks) - 1}"
         for alias in ALIASES
-        if blocks and needs.get(alias, set()) <= classes
+        if blocks and needs.get(alias, set()) <= roles
     ]
     names = dict.fromkeys(
         re.sub(r"\.\d+(?=\.|$)", ".I", name) for name, _ in model.named_modules() if name
@@ -149,23 +152,23 @@ def describe_sites(model: nn.Module) -> str:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks: the longest list of modules that have attention or another mixer, and lie
-    in no such list themselves."""
+    """Return the model's blocks: the longest module list with attention or another mixer that is
+    not inside another such list."""
     lists = [
         module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
     mixing = [
         blocks
         for blocks in lists
-        if any(_class(name) in ("attention", "mixer") for name, _ in blocks[0].named_children())
+        if any(_role(name) in ("attention", "mixer") for name, _ in blocks[0].named_children())
     ]
     inner = {id(module) for blocks in mixing for block in blocks for module in block.modules()}
     return max((list(blocks) for blocks in mixing if id(blocks) not in inner), key=len, default=[])
 
 
 def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
-    """Return the blocks whose work is done when the site is read: those before its own, and that
-    one too if its output is the site."""
+    """Return the blocks that are complete when the site is read, in order: those before its own
+    block, and that one too if the site is its output."""
     blocks = blocks_of(model)
     for number, block in enumerate(blocks):
         if block is site.module:
@@ -175,82 +178,85 @@ def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
     return []
 
 
-def _class(name: str) -> str:
-    return next((what for what, pattern in _CLASSES.items() if re.search(pattern, name)), "")
+def _role(name: str) -> str:
+    return next((role for role, pattern in _ROLES.items() if re.search(pattern, name)), "")
 
 
-# ---- confirming ----------------------------------------------------------------------------------
+# ---- confirming an alias on a model
 
 
-class _BlockPart(NamedTuple):
-    """A part of a block in one pass, in the order in which parts end: what it is, what it took and
-    gave, how often it ran."""
+class _Unconfirmed(Exception):
+    """The reason why an alias does not mean on this model what its definition says."""
 
-    what: str
+
+class _PartRun(NamedTuple):
+    """One run of a part of a block, in the order in which parts end."""
+
+    role: str
     module: nn.Module
-    taken: Any
-    given: Any
+    input: Any
+    output: Any
     runs: int
+    """How often this part ran in the pass."""
 
 
-class _Block(NamedTuple):
+class _BlockRun(NamedTuple):
     """One pass through a block."""
 
     pre: Tensor
     post: Tensor
-    parts: list[_BlockPart]
+    parts: list[_PartRun]
     limit: float
+    """Relative error that rounding may cause."""
+
+    def is_equal(self, a: Any, b: Tensor) -> bool:
+        """Return whether two tensors of the pass differ by rounding alone."""
+        if not_activations(a) or a.shape != b.shape:
+            return False
+        scale = (b.double().abs() + self.pre.double().abs()).clamp_min(1e-30)
+        return _rms((a.double() - b.double()) / scale) <= self.limit
 
 
 def _confirm(model: nn.Module, site: str) -> Site:
-    """Return the site that an alias means on this model; raise InputError where that cannot be
-    confirmed."""
+    """Return the site that an alias means on this model; raise InputError if unconfirmed."""
     alias, blocks = site.partition(".")[0], blocks_of(model)
     number = int(site.partition(".")[2]) % len(blocks)
     block, following = blocks[number], blocks[number + 1] if number + 1 < len(blocks) else None
     try:
-        seen = _recorded(model, block, following)
+        run = _record_block(model, block, following)
         if alias in ("resid_pre", "resid_post"):
             return Site(block, "in" if alias == "resid_pre" else "out")
-        sites = _parted(block, seen)
-        _check_change(model, block, alias, sites, seen)
-    except _Unconfirmed as why:
+        sites = _split_block(block, run)
+        _check_change(model, block, alias, sites, run)
+    except _Unconfirmed as reason:
         raise InputError(
-            f"site {site!r} is refused: {why}. Name a module instead: NAME is its output, NAME:in "
-            "its input; there are\n"
-            f"{describe_sites(model)}"
+            f"site {site!r} is refused: {reason}. Name a module instead: NAME is its output, "
+            f"NAME:in its input; there are\n{describe_sites(model)}"
         ) from None
     return sites[alias]
 
 
-class _Unconfirmed(Exception):
-    """Why an alias does not mean here what it says."""
+def _record_block(model: nn.Module, block: nn.Module, following: nn.Module | None) -> _BlockRun:
+    """Run a few tokens through the model; record what a block and its parts take and give."""
+    ends: dict[str, list[Any]] = {"pre": [], "post": [], "next": []}
+    parts: list[_PartRun] = []
 
-
-def _recorded(model: nn.Module, block: nn.Module, following: nn.Module | None) -> _Block:
-    """Run a few tokens through the model; return what the block and its parts take and give."""
-    ends: dict[str, list[Tensor]] = {"pre": [], "post": [], "next": []}
-    parts: list[_BlockPart] = []
-
-    def note(name: str) -> Callable[..., None]:
+    def record_part(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            taken = args[0] if args else kwargs.get(_key(args, kwargs))
-            parts.append(
-                _BlockPart(_class(name), module, _copy(taken), _copy(hidden_states(output)), 1)
-            )
+            x = args[0] if args else kwargs.get(hidden_states_key(args, kwargs))
+            parts.append(_PartRun(_role(name), module, _copy(x), _copy(hidden_states(output)), 1))
 
         return hook
 
     with ExitStack() as hooks:
-        hooks.enter_context(_seen(ModuleEnd(block, "in"), lambda x: ends["pre"].append(_copy(x))))
-        hooks.enter_context(_seen(ModuleEnd(block, "out"), lambda x: ends["post"].append(_copy(x))))
+        recorded = [("pre", ModuleEnd(block, "in")), ("post", ModuleEnd(block, "out"))]
         if following is not None:
-            hooks.enter_context(
-                _seen(ModuleEnd(following, "in"), lambda x: ends["next"].append(_copy(x)))
-            )
+            recorded.append(("next", ModuleEnd(following, "in")))
+        for name, end in recorded:
+            hooks.enter_context(observed(end, functools.partial(_append_copy, ends[name])))
         for name, part in block.named_children():
-            hooks.callback(part.register_forward_hook(note(name), with_kwargs=True).remove)
-        shape = _run(model)
+            hooks.callback(part.register_forward_hook(record_part(name), with_kwargs=True).remove)
+        shape = _run_probe(model)
     if len(ends["post"]) != 1:
         raise _Unconfirmed(
             f"its block runs {len(ends['post'])} times in one pass"
@@ -258,9 +264,9 @@ def _recorded(model: nn.Module, block: nn.Module, following: nn.Module | None) -
             else "its block does not run in a pass over text"
         )
     for name in ("pre", "post"):
-        if wrong := not_activations(ends[name][0], shape):
+        if problem := not_activations(ends[name][0], shape):
             raise _Unconfirmed(
-                f"its block {'takes' if name == 'pre' else 'gives'} {wrong}, not activations "
+                f"its block {'takes' if name == 'pre' else 'gives'} {problem}, not activations "
                 "[contexts, tokens, width]"
             )
     pre, post = ends["pre"][0], ends["post"][0]
@@ -272,15 +278,21 @@ def _recorded(model: nn.Module, block: nn.Module, following: nn.Module | None) -
         id(part.module): sum(other.module is part.module for other in parts) for part in parts
     }
     limit = max(3 * torch.finfo(post.dtype).eps, 2e-6)
-    return _Block(pre, post, [part._replace(runs=counts[id(part.module)]) for part in parts], limit)
+    return _BlockRun(
+        pre, post, [part._replace(runs=counts[id(part.module)]) for part in parts], limit
+    )
+
+
+def _append_copy(values: list[Any], x: Any) -> None:
+    values.append(_copy(x))
 
 
 def _copy(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-def _run(model: nn.Module) -> tuple[int, int]:
-    """Run a few tokens through a model of any kind, unchanged; return their shape."""
+def _run_probe(model: nn.Module) -> tuple[int, int]:
+    """Run a few tokens through a model of any kind, in evaluation mode; return their shape."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
@@ -294,152 +306,131 @@ def _run(model: nn.Module) -> tuple[int, int]:
         if weight is not None
         else next((p.device for p in model.parameters()), torch.device("cpu"))
     )
-    ids = (
-        torch.arange(2 * _TOKENS, device=device).view(2, _TOKENS) * 7919 + vocabulary // 3
-    ) % vocabulary
-    takes = inspect.signature(model.forward).parameters
+    numbers = torch.arange(2 * _PROBE_TOKENS, device=device).view(2, _PROBE_TOKENS)
+    ids = (numbers * 7919 + vocabulary // 3) % vocabulary
+    parameters = inspect.signature(model.forward).parameters
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
         with torch.no_grad():
-            if "input_ids" in takes:
-                model(input_ids=ids, **({"use_cache": False} if "use_cache" in takes else {}))
+            if "input_ids" in parameters:
+                model(input_ids=ids, **({"use_cache": False} if "use_cache" in parameters else {}))
             else:
                 model(ids)
     except (torch.OutOfMemoryError, InputError):
         raise
-    except Exception as error:  # whatever a model's own code does with plain token ids
+    except Exception as error:  # a model's own code may fail on plain token ids in any way
         raise _Unconfirmed(
-            f"a pass over {_TOKENS} tokens fails ({type(error).__name__}: "
+            f"a pass over {_PROBE_TOKENS} tokens fails ({type(error).__name__}: "
             f"{(str(error) or 'no message').splitlines()[0]})"
         ) from None
     finally:
         for module in training:
             module.training = True
-    return 2, _TOKENS
+    return 2, _PROBE_TOKENS
 
 
-def _parted(block: nn.Module, seen: _Block) -> dict[str, Site]:
-    """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post holds
-    in the pass."""
-    last = ""
-    usable = []
-    for part in seen.parts:
-        last = part.what if part.what not in ("", "norm") else last
+def _split_block(block: nn.Module, run: _BlockRun) -> dict[str, Site]:
+    """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post."""
+    role = ""
+    candidates = []
+    for part in run.parts:
+        role = part.role if part.role not in ("", "norm") else role
         if (
             part.runs == 1
-            and not not_activations(part.given, seen.post.shape[:2])
-            and part.given.shape == seen.post.shape
+            and not not_activations(part.output, run.post.shape[:2])
+            and part.output.shape == run.post.shape
         ):
-            usable.append(
-                part._replace(what=last)
-            )  # a norm or dropout belongs to what ran before it
-    factors = _summed(seen, usable)
-    if factors is None:
-        return _with_stream_inside(block, seen, usable)
-    mixing = [
-        (ModuleEnd(part.module, "out"), factor) for part, factor in factors if part.what != "mlp"
-    ]
-    mlp = [
-        (ModuleEnd(part.module, "out"), factor) for part, factor in factors if part.what == "mlp"
-    ]
-    attention = [
-        (ModuleEnd(part.module, "out"), factor)
-        for part, factor in factors
-        if part.what == "attention"
-    ]
+            # A norm or dropout has the role of the part that ran before it.
+            candidates.append(part._replace(role=role))
+    terms = _find_sum(run, candidates)
+    if terms is None:
+        return _split_block_with_inner_stream(block, run, candidates)
+
+    def ends(*roles: str) -> list[tuple[ModuleEnd, float]]:
+        return [(ModuleEnd(part.module, "out"), f) for part, f in terms if part.role in roles]
+
+    mlp, attention = ends("mlp"), ends("attention")
+    mixing = [(ModuleEnd(part.module, "out"), f) for part, f in terms if part.role != "mlp"]
     sites = {}
     if len(attention) == 1:
-        sites["attn_out"] = _sum_of(attention)
+        sites["attn_out"] = _sum_site(attention)
     if mlp:
-        sites["mlp_out"] = _sum_of(mlp)
+        sites["mlp_out"] = _sum_site(mlp)
     if mixing and mlp:
-        middle = seen.pre + sum(
-            factor * part.given for part, factor in factors if part.what != "mlp"
-        )
-        reader = next((part.module for part in seen.parts if _same(seen, part.taken, middle)), None)
-        sites["resid_mid"] = _sum_of([(ModuleEnd(block, "in"), 1.0), *mixing])._replace(
-            reader=reader
-        )
+        middle = run.pre + sum(factor * part.output for part, factor in terms if part.role != "mlp")
+        reader = next((part.module for part in run.parts if run.is_equal(part.input, middle)), None)
+        stream = _sum_site([(ModuleEnd(block, "in"), 1.0), *mixing])
+        sites["resid_mid"] = stream._replace(reader=reader)
     return sites
 
 
-def _sum_of(terms: Sequence[tuple[ModuleEnd, float]]) -> Site:
-    """Return the site whose x is this sum, changed where its last term is."""
-    *others, (place, factor) = terms
-    return Site(place.module, place.at, factor, tuple(others))
+def _sum_site(terms: Sequence[tuple[ModuleEnd, float]]) -> Site:
+    """Return the site whose x is this sum; it is changed at its last term."""
+    *others, (end, factor) = terms
+    return Site(end.module, end.at, factor, tuple(others))
 
 
-def _summed(seen: _Block, parts: list[_BlockPart]) -> list[tuple[_BlockPart, float]] | None:
-    """Return the fewest parts, with factors, that sum up to what the block adds; None if no few
-    do."""
-    weight = 1 / (seen.pre.double().abs() + seen.post.double().abs()).clamp_min(
-        torch.finfo(seen.post.dtype).tiny
+def _find_sum(run: _BlockRun, parts: list[_PartRun]) -> list[tuple[_PartRun, float]] | None:
+    """Return the fewest parts, with factors, whose outputs sum to what the block adds to the
+    stream; None if no few do."""
+    weight = 1 / (run.pre.double().abs() + run.post.double().abs()).clamp_min(
+        torch.finfo(run.post.dtype).tiny
     )
-    target = ((seen.post.double() - seen.pre.double()) * weight).flatten()
-    columns = [(part.given.double() * weight).flatten() for part in parts]
-    for size in range(1, _PARTS + 1):
+    target = ((run.post.double() - run.pre.double()) * weight).flatten()
+    columns = [(part.output.double() * weight).flatten() for part in parts]
+    for size in range(1, _MAX_PARTS + 1):
         for chosen in itertools.combinations(range(len(parts)), size):
             matrix = torch.stack([columns[i] for i in chosen], 1)
             gram = matrix.T @ matrix
             if not torch.isfinite(gram).all() or torch.linalg.matrix_rank(gram) < size:
                 continue
             factors = torch.linalg.solve(gram, matrix.T @ target)
-            error, sizes = (
-                _rms(target - matrix @ factors),
-                factors.abs() * matrix.square().mean(0).sqrt(),
-            )
-            if error <= seen.limit < sizes.min() / 4:
+            error = _rms(target - matrix @ factors)
+            sizes = factors.abs() * matrix.square().mean(0).sqrt()
+            if error <= run.limit < sizes.min() / 4:
                 rounded = [1.0 if abs(factor - 1) < 1e-3 else factor for factor in factors.tolist()]
                 return [(parts[i], factor) for i, factor in zip(chosen, rounded)]
     return None
 
 
-def _with_stream_inside(block: nn.Module, seen: _Block, parts: list[_BlockPart]) -> dict[str, Site]:
+def _split_block_with_inner_stream(
+    block: nn.Module, run: _BlockRun, parts: list[_PartRun]
+) -> dict[str, Site]:
     """Return the sites of a block whose MLP module adds the stream itself (MPT), and whose
     attention may too (BLOOM)."""
-    ends = [part for part in parts if part.what == "mlp" and _same(seen, part.given, seen.post)]
-    for attention in (part for part in parts if part.what == "attention"):
-        read = [
-            part.taken
-            for part in seen.parts[
-                seen.parts.index(next(p for p in seen.parts if p.module is attention.module)) + 1 :
-            ]
-        ]
-        for inside, middle in ((True, attention.given), (False, seen.pre + attention.given)):
-            if ends and any(_same(seen, x, middle) for x in read):
-                pre, out = (ModuleEnd(block, "in"), -1.0), ModuleEnd(attention.module, "out")
-                mid = Site(*out) if inside else _sum_of([(pre[0], 1.0), (out, 1.0)])
-                lost = [(out, -1.0)] if inside else [pre, (out, -1.0)]
+    ends = [part for part in parts if part.role == "mlp" and run.is_equal(part.output, run.post)]
+    for attention in (part for part in parts if part.role == "attention"):
+        first = next(i for i, part in enumerate(run.parts) if part.module is attention.module)
+        inputs = [part.input for part in run.parts[first + 1 :]]
+        for adds_stream in (True, False):
+            middle = attention.output if adds_stream else run.pre + attention.output
+            if not ends or not any(run.is_equal(x, middle) for x in inputs):
+                continue
+            pre, out = ModuleEnd(block, "in"), ModuleEnd(attention.module, "out")
+            mlp = (ModuleEnd(ends[0].module, "out"), 1.0)
+            if adds_stream:
                 return {
-                    "attn_out": _sum_of([pre, (out, 1.0)]) if inside else Site(*out),
-                    "resid_mid": mid,
-                    "mlp_out": _sum_of([*lost, (ModuleEnd(ends[0].module, "out"), 1.0)]),
+                    "attn_out": _sum_site([(pre, -1.0), (out, 1.0)]),
+                    "resid_mid": Site(*out),
+                    "mlp_out": _sum_site([(out, -1.0), mlp]),
                 }
+            return {
+                "attn_out": Site(*out),
+                "resid_mid": _sum_site([(pre, 1.0), (out, 1.0)]),
+                "mlp_out": _sum_site([(pre, -1.0), (out, -1.0), mlp]),
+            }
     raise _Unconfirmed(
         "no outputs of its block's parts sum up to what the block adds to the residual stream"
     )
 
 
-def _same(seen: _Block, a: Any, b: Tensor) -> bool:
-    """Return whether two tensors of one pass differ by rounding alone."""
-    if not_activations(a) or a.shape != b.shape:
-        return False
-    return (
-        _rms(
-            (a.double() - b.double())
-            / (b.double().abs() + seen.pre.double().abs()).clamp_min(1e-30)
-        )
-        <= seen.limit
-    )
-
-
 def _check_change(
-    model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], seen: _Block
+    model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], run: _BlockRun
 ) -> None:
-    """Raise unless the parts sum up to the whole and a change at the alias arrives: on the skip,
-    and in what reads it."""
+    """Raise unless a change at the alias arrives at the block's end, through the skip connection
+    and through the MLP that reads it."""
     if alias not in sites:
         raise _Unconfirmed(
             "its block has no single attention and no MLP that adds to the residual stream alone"
@@ -449,12 +440,11 @@ def _check_change(
     reads = {"post": Site(block, "out")} | {
         name: sites[name] for name in ("attn_out", "mlp_out") if name in sites
     }
-    before, shift = (
-        _reading(model, reads),
-        torch.randn(seen.post.shape[-1], generator=torch.Generator().manual_seed(0)),
-    )
-    shift = (shift * _rms(seen.pre)).to(seen.post)
-    after = _reading(model, reads, sites[alias], lambda x: x + shift)
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(run.post.shape[-1], generator=generator)
+    shift = (shift * _rms(run.pre)).to(run.post)
+    before = _read_sites(model, reads)
+    after = _read_sites(model, reads, sites[alias], lambda x: x + shift)
     moved = {name: after[name].double() - before[name].double() for name in reads}
     direct = shift.double() if alias == "resid_mid" else moved[alias]
     through = (
@@ -463,32 +453,32 @@ def _check_change(
         else torch.zeros_like(moved["post"])
     )
     size = (
-        before["post"].double().abs() + after["post"].double().abs() + seen.pre.double().abs()
+        before["post"].double().abs() + after["post"].double().abs() + run.pre.double().abs()
     ).clamp_min(1e-30)
-    if _rms((moved["post"] - direct - through) / size) > 4 * seen.limit:
+    if _rms((moved["post"] - direct - through) / size) > 4 * run.limit:
         raise _Unconfirmed("a change there does not arrive as it should at the block's end")
-    if alias == "resid_mid" and _rms(moved["mlp_out"] / size) <= 4 * seen.limit:
+    if alias == "resid_mid" and _rms(moved["mlp_out"] / size) <= 4 * run.limit:
         raise _Unconfirmed(
             "attention and MLP of its block read the same activations, so there is no stream "
             "between them"
         )
 
 
-def _reading(
+def _read_sites(
     model: nn.Module,
     sites: dict[str, Site],
     edited: Site | None = None,
     change: Change | None = None,
 ) -> dict[str, Tensor]:
-    """Return x at several sites in one pass, with another changed."""
-    seen: dict[str, Tensor] = {}
+    """Return x at several sites in one probing pass, optionally with another site changed."""
+    values: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         if edited is not None and change is not None:
             hooks.enter_context(hooked(edited, change))
         for name, site in sites.items():
-            hooks.enter_context(hooked(site, functools.partial(_keep, seen, name)))
-        _run(model)
-    return seen
+            hooks.enter_context(hooked(site, functools.partial(store_copy, values, name)))
+        _run_probe(model)
+    return values
 
 
 def _rms(x: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""TODO ksparse.lm.tokens."""
+"""Token ids and their texts, and the tensors of a batch of contexts."""
 
 from __future__ import annotations
 
@@ -14,48 +14,47 @@ _log = logging.getLogger("ksparse")
 
 
 class TokenBatch(NamedTuple):
-    """A batch of contexts, each field [b, t]: tokens; is it a token at all; is its activation kept;
-    its document."""
+    """A batch of contexts, each field [b, t]."""
 
     tokens: Tensor
+    """Token ids."""
     attention: Tensor
+    """bool: False for padding."""
     keep: Tensor
+    """bool: whether the activation at this position is used."""
     documents: Tensor
-
-
-# ---- tokens --------------------------------------------------------------------------------------
+    """Index of the document each token belongs to; -1 for padding."""
 
 
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return how each token looks in a text, a leading space included; a part of a character is
-    shown as its bytes."""
+    """Return each token's text as it looks inside a text, with its leading space.
+
+    A token that is part of a character is shown as its bytes, an unknown id as `<id 123>`.
+    """
     ids = list(ids)
     known = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens([i if i < known else 0 for i in ids])
-    plain = tokenizer.batch_decode(
+    texts = tokenizer.batch_decode(
         [[i] if i < known else [] for i in ids], clean_up_tokenization_spaces=False
     )
     return [
-        _shown(i, piece, text) if i < known else f"<id {i}>"
-        for i, piece, text in zip(ids, pieces, plain)
+        _token_string(i, piece, text) if i < known else f"<id {i}>"
+        for i, piece, text in zip(ids, pieces, texts)
     ]
 
 
-def _shown(token: int, piece: str | None, text: str) -> str:
+def _token_string(token: int, piece: str | None, text: str) -> str:
     if piece is None:
         return f"<id {token}>"
-    if piece.startswith(
-        "\u2581"
-    ):  # SentencePiece marks a leading space so, and decoding a single token drops it
+    # SentencePiece marks a leading space like this; decoding a single token drops it.
+    if piece.startswith("\u2581"):
         return piece.replace("\u2581", " ")
     return f"<{piece}>" if "\ufffd" in text else text
 
 
-# ---- contexts ------------------------------------------------------------------------------------
-
-
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text that somebody gives by hand; half a character is read as U+FFFD."""
+    """Tokenize a text given by the user, without special tokens; a lone surrogate is read as
+    U+FFFD."""
     if rows.has_half(text):
         _log.warning("the text holds half a character (a lone surrogate), which is read as U+FFFD")
         text = rows.whole_characters(text)
@@ -63,9 +62,9 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def without_bos(ids: list[int], bos: int | None) -> list[int]:
-    """Return a text's ids without the BOS that they begin with, if they do.
+    """Return ids without the BOS they begin with, if any, so that a caller who adds BOS adds no
+    second one.
 
-    Whoever puts BOS before them then gives the text one, not two. Chat templates that are rendered
-    to text (`apply_chat_template(tokenize=False)`) begin with the string of BOS.
+    Chat templates rendered to text (`apply_chat_template(tokenize=False)`) begin with BOS.
     """
     return ids[1:] if bos is not None and ids[:1] == [bos] else ids

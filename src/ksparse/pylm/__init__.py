@@ -1,10 +1,9 @@
-"""The built-in subject: a small causal LM of Python source, with its text and its loss-compute
-table.
+"""The built-in language model: a small causal LM of Python source, with its text and training log.
 
 folder("7.6m")          the Hugging Face folder of one size, inside the package
-SIZES                   the sizes there are, smallest first; DEFAULT has the lowest held-out loss
+SIZES                   the available sizes, smallest first; DEFAULT has the lowest held-out loss
 documents("held-out")   the standard library of the running interpreter, as (name, text)
-loss_table(folder)      [(FLOPs, loss)] over its training, for the compute-equivalent of a loss
+loss_table(folder)      [(FLOPs, loss)] over training, to express a loss as compute
 """
 
 from ksparse.pylm.model import DEFAULT, SIZES, folder, loss_table

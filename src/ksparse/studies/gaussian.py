@@ -178,6 +178,6 @@ class GaussianStream:
         """Return a name for the report."""
         return ["Gaussian data"]
 
-    def mixing(self) -> float | None:
+    def same_context_fraction(self) -> float | None:
         """Return None: rows have no context to share."""
         return None

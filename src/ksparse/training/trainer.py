@@ -129,7 +129,7 @@ class SAETrainer:
                     self.grad_norm,
                     state,
                     recipe,
-                    self.feed.stream.mixing(),
+                    self.feed.stream.same_context_fraction(),
                     self.optimizer,
                 )
                 | self.optimizer.audit(x[:AUDITED])

@@ -1,0 +1,288 @@
+"""Attach an SAE to a model's forward pass, and clamp or scale its latents there."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ksparse.device import resolve_device
+from ksparse.errors import InputError
+from ksparse.lm import provenance
+from ksparse.lm.hooks import hooked, not_activations
+from ksparse.lm.model import LM
+from ksparse.lm.sites import resolve
+from ksparse.sae import serialization
+from ksparse.sae.model import SAE, Code
+from ksparse.sae.ranges import warn_beyond
+from ksparse.steering.calls import CallTracker, Positions
+
+_log = logging.getLogger("ksparse")
+Change = Callable[[Code], Code]
+"""Maps the code [..., k] of an activation to what is added to it: values [..., m] of either sign at
+latents [..., m]."""
+
+
+def lm_of(sae: SAE, device: str = "auto") -> LM:
+    """Load the LM that an SAE was trained on, at the SAE's site.
+
+    Raises:
+        InputError: The SAE's metadata does not name its LM.
+    """
+    return LM(acts=serialization.acts_of(sae.metadata), device=resolve_device(device))
+
+
+class Tap:
+    """What an attached SAE read in the last forward pass, before any change.
+
+    Attributes:
+        x: Raw activations [b, t, d] in the SAE's precision.
+        code: Their code [b, t, k].
+        recon: Their reconstruction [b, t, d], on the scale of `x`.
+        keep: bool [b, t], the positions that may be changed.
+    """
+
+    x: Tensor
+    code: Code
+    keep: Tensor
+
+    def __init__(self, sae: SAE):
+        self._sae = sae
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("x", "code", "keep"):
+            raise InputError(
+                f"no activation has reached the site yet, so there is no {name}; run the model "
+                "inside the `with` block"
+            )
+        raise AttributeError(name)
+
+    @property
+    def recon(self) -> Tensor:
+        """The reconstruction [b, t, d] of `x`."""
+        return self._sae.normalize(self.x).restore(self._sae.decode_normalized(self.code))
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    sae: SAE,
+    site: str = "",
+    *,
+    change: Change | None = None,
+    error: Literal["keep", "drop"] = "keep",
+    positions: Positions = "trained",
+) -> Iterator[Tap]:
+    """Run an SAE in every forward pass of a causal LM inside a `with` block.
+
+    Gradients flow through the SAE.
+
+    Args:
+        model: A Hugging Face causal LM; for a `ksparse.LM`, its `model`.
+        sae: The autoencoder, on the model's device.
+        site: Where to attach it: an alias such as `resid_post.8`, or a module's name (its output),
+            or NAME:in (its input). Defaults to the site the SAE was trained at.
+        change: Computes what is added to the code. By default nothing is, and the SAE only reads.
+        error: "keep" gives x + what the change decodes to; "drop" replaces x by the reconstruction
+            of the changed code.
+        positions: "trained" changes only positions of the kind the SAE was trained on (usually not
+            the first position, BOS, EOS or separators); "all" changes all; or a mask bool [b, t].
+
+    Returns:
+        A context manager that gives a `Tap` with what the SAE read in the last forward pass.
+
+    Raises:
+        InputError: The site does not exist, was not reached, or gives no activations; or an
+            argument is invalid.
+
+    Example:
+        >>> import ksparse
+        >>> from ksparse.sae.model import Shape
+        >>> lm = ksparse.LM("pylm/0.3m", site="resid_post.1")
+        >>> sae = ksparse.SAE(Shape(d_model=lm.d_model, n_latents=128, k=4))
+        >>> with ksparse.attach(lm.model, sae, "resid_post.1") as tap:
+        ...     output = lm.model(lm.tokenize("import os"))
+        >>> tap.code.values.shape[-1], tap.recon.shape == tap.x.shape
+        (4, True)
+    """
+    if error not in ("keep", "drop"):
+        raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"an SAE is attached to a torch module, got {type(model).__name__}; of a ksparse.LM, "
+            "give lm.model"
+        )
+    place = resolve(model, site or _trained_site(sae))
+    if site:
+        _warn_of_other_site(model, sae, site)
+    site = site or _trained_site(sae)
+    tap, calls = Tap(sae), CallTracker(sae, positions)
+
+    def replace(old: Tensor) -> Tensor | None:
+        calls.mark_read(site)
+        if problem := not_activations(old, calls.shape):
+            raise InputError(
+                f"site {site!r} gives {problem}, not activations [contexts, tokens, width]; choose "
+                "another"
+            )
+        tap.x = old.to(sae.W_enc, copy=True)  # a copy, since the model may change `old` in place
+        tap.keep = calls.positions_to_change(old)
+        new = _read_and_change(sae, tap, change, error)
+        return None if new is None else torch.where(tap.keep[..., None], new.to(old), old)
+
+    with calls.follow(model, place.place.module), hooked(place, replace):
+        yield tap
+    if calls.calls and not calls.reads:
+        raise InputError(
+            f"site {site!r} was not reached in {calls.calls} calls of the model, so nothing was "
+            "read or changed there; choose another site, or, if the model was compiled with "
+            "torch.compile, call the original model"
+        )
+
+
+def _warn_of_other_site(model: nn.Module, sae: SAE, site: str) -> None:
+    trained = provenance.trained_on(sae.metadata).get("site")
+    if trained and not provenance.same_site(model, site, trained):
+        _log.warning("the autoencoder is attached at %s, but was trained at %s", site, trained)
+
+
+def _trained_site(sae: SAE) -> str:
+    site = (sae.metadata.get("acts") or sae.metadata.get("origin") or {}).get("site")
+    if not site:
+        raise InputError(
+            "this SAE does not say at which site it was trained; give one, such as "
+            "site='resid_post.8'"
+        )
+    return site
+
+
+def _read_and_change(
+    sae: SAE, tap: Tap, change: Change | None, error: Literal["keep", "drop"]
+) -> Tensor | None:
+    """Encode `tap.x` into `tap.code`; return the new raw activations, or None to leave x as is."""
+    inputs = sae.normalize(tap.x)
+    code = tap.code = sae.encode_normalized(inputs.x)
+    added = None if change is None else sae.decoder(change(code))
+    if error == "drop":
+        recon = sae.decode_normalized(code)
+        return inputs.restore(recon if added is None else recon + added)
+    return None if added is None else tap.x + inputs.scale * added
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    sae: SAE,
+    clamp: Mapping[int, float] | None = None,
+    *,
+    scale: Mapping[int, float] | None = None,
+    site: str = "",
+    error: Literal["keep", "drop"] = "keep",
+    positions: Positions = "trained",
+    largest: Mapping[int, float] | None = None,
+) -> Iterator[Tap]:
+    """Clamp latents to values, or scale their activations, inside a `with` block.
+
+    Args:
+        model: A Hugging Face causal LM; for a `ksparse.LM`, its `model`.
+        sae: The autoencoder, on the model's device.
+        clamp: {latent: value}, of either sign; 0 removes the latent.
+        scale: {latent: factor} by which the latent's own activation is multiplied.
+        site: As in `attach`.
+        error: As in `attach`.
+        positions: As in `attach`.
+        largest: {latent: its largest value on a text}. A clamped value far beyond it is warned
+            about; without it, a value far beyond what the latent can reach.
+
+    Returns:
+        A context manager that gives the `Tap` of `attach`.
+
+    Raises:
+        InputError: No latent is given, one does not exist or is given twice, or a value is not
+            finite; and whatever `attach` raises.
+
+    Example:
+        >>> import ksparse
+        >>> from ksparse.sae.model import Shape
+        >>> lm = ksparse.LM("pylm/0.3m", site="resid_post.1")
+        >>> sae = ksparse.SAE(Shape(d_model=lm.d_model, n_latents=128, k=4))
+        >>> with ksparse.steer(lm.model, sae, scale={123: 0.0}, site="resid_post.1"):
+        ...     ids = lm.model.generate(lm.tokenize("import os"), max_new_tokens=2)
+        >>> ids.shape[0]
+        1
+    """
+    clamp, scale = dict(clamp or {}), dict(scale or {})
+    if not clamp and not scale:
+        raise InputError("steering needs a latent: clamp={latent: value} or scale={latent: factor}")
+    if both := sorted(set(clamp) & set(scale)):
+        raise InputError(f"latent {both[0]} is both clamped and scaled; give it in one of the two")
+    check_latents(sae, [*clamp, *scale])
+    for latent, value in (clamp | scale).items():
+        is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not is_number or not math.isfinite(value):
+            raise InputError(
+                f"latent {latent} cannot be clamped to or scaled by {value!r}; give a finite number"
+            )
+    warn_beyond(sae, clamp, largest)
+    change = sum_changes(clamped(clamp), scaled(scale))
+    with attach(model, sae, site, change=change, error=error, positions=positions) as tap:
+        yield tap
+
+
+def check_latents(sae: SAE, latents: Sequence[int]) -> None:
+    """Raise InputError for a latent that the SAE does not have."""
+    for latent in latents:
+        if not isinstance(latent, Integral) or isinstance(latent, bool):
+            raise InputError(f"latent {latent!r} is not a latent; give a whole number")
+        if not 0 <= latent < sae.shape.n_latents:
+            raise InputError(
+                f"latent {latent} does not exist: this SAE has latents 0 to "
+                f"{sae.shape.n_latents - 1}"
+            )
+
+
+def clamped(values: Mapping[int, float]) -> Change:
+    """Return the change that sets latents to these values, whatever they were."""
+    return lambda code: _change_latents(code, values, lambda acts, value: value - acts)
+
+
+def scaled(factors: Mapping[int, float]) -> Change:
+    """Return the change that multiplies latents' activations by these factors."""
+    return lambda code: _change_latents(code, factors, lambda acts, factor: (factor - 1) * acts)
+
+
+def sum_changes(*parts: Change) -> Change:
+    """Return the sum of several changes, each computed from the original code."""
+
+    def change(code: Code) -> Code:
+        added = [part(code) for part in parts]
+        return Code(*(torch.cat(columns, dim=-1) for columns in zip(*added)))
+
+    return change
+
+
+def acts_at(code: Code, latents: Tensor) -> Tensor:
+    """Return the activations [..., m] of latents[m] in a code [..., k]; 0 where inactive."""
+    return torch.stack(
+        [(code.values * (code.indices == latent)).sum(-1) for latent in latents.tolist()], dim=-1
+    )
+
+
+def _change_latents(
+    code: Code, numbers: Mapping[int, float], rule: Callable[[Tensor, Tensor], Tensor]
+) -> Code:
+    """Return what `rule(activation, number)` adds to each latent of `numbers`."""
+    if not numbers:
+        return Code(code.values[..., :0], code.indices[..., :0])
+    latents = torch.tensor(list(numbers), device=code.indices.device)
+    targets = torch.tensor(
+        list(numbers.values()), dtype=code.values.dtype, device=code.values.device
+    )
+    values = rule(acts_at(code, latents), targets)
+    return Code(values, latents.expand(values.shape))
