@@ -44,9 +44,9 @@ def run(sae, lm, acts, **changes):
     data = HeldOut(lm, acts, dataclasses.replace(OPTIONS, **changes))
     part = EvalContext(sae, data).part(Ablation)
     for batch in data:
-        part.see(SAEBatch(sae, batch))
-    part.work(lambda what, done, total: None)
-    return part, part.result()
+        part.update(SAEBatch(sae, batch))
+    part.compute(lambda what, done, total: None)
+    return part, part.finalize()
 
 
 def slow(differences) -> float:

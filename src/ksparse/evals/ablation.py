@@ -73,16 +73,16 @@ class Ablation(Metric):
     """Ablation sparsity of random active latents and of random channels, and tables of what single
     latents do."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        options, context = subject.options, subject.data.acts.context
-        if context < 2:
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        options, length = context.options, context.data.acts.context
+        if length < 2:
             raise InputError(
-                f"contexts of {context} token have no position to ablate; train and evaluate with "
+                f"contexts of {length} token have no position to ablate; train and evaluate with "
                 "--acts.context of 2 or more"
             )
-        self.horizon = min(options.ablation_horizon, context - 1)
-        n = subject.sae.shape.n_latents
+        self.horizon = min(options.ablation_horizon, length - 1)
+        n = context.sae.shape.n_latents
         self.sample = _Sample(options.ablation_positions, self.horizon, _random(options.seed, 0))
         self.strongest = _Strongest(
             _random(options.seed, 1).permutation(n), options.ablation_latents or n
@@ -91,13 +91,13 @@ class Ablation(Metric):
         self.tables: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def see(self, seen: SAEBatch) -> None:
-        contexts = TokenBatch(*(field.cpu() for field in seen.batch.contexts))
+    def update(self, batch: SAEBatch) -> None:
+        contexts = TokenBatch(*(field.cpu() for field in batch.held_out.contexts))
         self.sample.offer(contexts)
-        self.strongest.see(seen, contexts)
+        self.strongest.update(batch, contexts)
 
     @torch.inference_mode()
-    def work(self, observe: Progress) -> None:
+    def compute(self, observe: Progress) -> None:
         places = self.sample.places()
         if not places:
             raise InputError(
@@ -107,13 +107,13 @@ class Ablation(Metric):
             )
         numbers, tops, values = self.strongest.found(self.horizon)
         total, done = len(places) + len(tops), 0
-        draw = _random(self.subject.options.seed, 2)
-        for some, fork in _forks(self.subject.lm, places, self._most_contexts):
+        draw = _random(self.context.options.seed, 2)
+        for some, fork in _forks(self.context.lm, places, self._most_contexts):
             self._ablate(fork, [places[i] for i in some], some, draw)
             done += len(some)
             observe("ablating latents", done, total)
         self.tables = self._empty_tables(numbers, tops, values)
-        for some, fork in _forks(self.subject.lm, tops, self._most_contexts):
+        for some, fork in _forks(self.context.lm, tops, self._most_contexts):
             self._tabulate(fork, [tops[i] for i in some], torch.tensor(some))
             done += len(some)
             observe("ablating latents", done, total)
@@ -160,14 +160,14 @@ class Ablation(Metric):
     def _encoded(self, x: Tensor) -> tuple[Code, Normalized, Tensor]:
         """Return (code, normalised activations, raw activations that a latent is taken out of) of
         x[c, d]."""
-        sae = self.subject.sae
+        sae = self.context.sae
         inputs = sae.normalize(x)
         code = sae.encode_normalized(inputs.x)
         return (
             code,
             inputs,
             x
-            if self.subject.options.ablation_error == "keep"
+            if self.context.options.ablation_error == "keep"
             else inputs.restore(sae.decode_normalized(code)),
         )
 
@@ -176,7 +176,7 @@ class Ablation(Metric):
     ) -> Tensor:
         """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon
         without the latent)."""
-        return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
+        return value[:, None] * self.context.sae.W_dec[latent] * inputs.scale[row]
 
     def _effects(
         self, fork: Fork, places: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
@@ -186,7 +186,7 @@ class Ablation(Metric):
 
         The original is run in the same call as its edits, so that both are rounded alike.
         """
-        lm, acts = self.subject.lm, self.subject.data.acts
+        lm, acts = self.context.lm, self.context.data.acts
         most = max(
             1, min(_BYTES // fork.row_bytes, acts.lm_batch * acts.context // places[0].length)
         )
@@ -221,15 +221,15 @@ class Ablation(Metric):
         return max(
             1,
             min(
-                self.subject.data.acts.lm_batch,
-                _BYTES // (4 * self.horizon * self.subject.lm.vocab),
+                self.context.data.acts.lm_batch,
+                _BYTES // (4 * self.horizon * self.context.lm.vocab),
             ),
         )
 
     # ---- the answer
 
-    def result(self) -> Result:
-        latents, channels, size = self.latents, self.channels, self.horizon * self.subject.lm.vocab
+    def finalize(self) -> Result:
+        latents, channels, size = self.latents, self.channels, self.horizon * self.context.lm.vocab
         sparsity = latents.mean("sparsity")
         values = {
             "ablation_sparsity": sparsity,
@@ -268,11 +268,11 @@ class Ablation(Metric):
         return Result(values, {**self.tables, **pairs})
 
     def _notes(self) -> list[str]:
-        options, lm, found = self.subject.options, self.subject.lm, len(self.sample.places())
+        options, lm, found = self.context.options, self.context.lm, len(self.sample.places())
         notes = []
         if self.horizon < options.ablation_horizon:
             notes.append(
-                f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room "
+                f"ablation_horizon: contexts of {self.context.data.acts.context} tokens leave room "
                 f"for {self.horizon}, "
                 f"not {options.ablation_horizon}"
             )
@@ -291,7 +291,7 @@ class Ablation(Metric):
     def _empty_tables(
         self, numbers: Tensor, tops: list[AblationSite], values: Tensor
     ) -> dict[str, Tensor]:
-        m, length, context = len(tops), self.horizon, self.subject.data.acts.context
+        m, length, context = len(tops), self.horizon, self.context.data.acts.context
         tokens = (
             torch.stack(
                 [
@@ -487,8 +487,8 @@ class _Strongest:
         ] = {}  # tokens, text, documents of those that are still somebody's
         self._count = 0
 
-    def see(self, seen: SAEBatch, contexts: TokenBatch) -> None:
-        values, indices = (part.cpu() for part in seen.code)
+    def update(self, batch: SAEBatch, contexts: TokenBatch) -> None:
+        values, indices = (part.cpu() for part in batch.code)
         active = values > 0
         latent, value, row = indices[active], values[active].float(), active.nonzero()[:, 0]
         best = torch.zeros_like(self.value).scatter_reduce_(0, latent, value, "amax")

@@ -50,23 +50,23 @@ class Metric:
 
     passes: ClassVar[int] = 1
     """How often it sees the text: 0, 1 or 2 times."""
-    beside: ClassVar[tuple[str, ...]] = ()
+    comparison_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of its result that go into those of other SAEs in the same pass too, so that a figure
     can show all."""
 
-    def __init__(self, subject: EvalContext):
-        self.subject = subject
+    def __init__(self, context: EvalContext):
+        self.context = context
 
-    def see(self, seen: SAEBatch) -> None:
+    def update(self, batch: SAEBatch) -> None:
         """Take what is needed of a batch."""
 
-    def work(self, observe: Progress) -> None:
+    def compute(self, observe: Progress) -> None:
         """Do what needs all batches, between the first pass and the second."""
 
-    def see_again(self, seen: SAEBatch) -> None:
+    def update_second_pass(self, batch: SAEBatch) -> None:
         """Take a batch of the second pass."""
 
-    def result(self) -> Result | None:
+    def finalize(self) -> Result | None:
         """Return the answer; None of a part that others only build on."""
 
 

@@ -126,18 +126,18 @@ class SplicedLosses(NamedTuple):
 class SAEBatch:
     """A batch as one SAE sees it."""
 
-    def __init__(self, sae: SAE, batch: HeldOutBatch):
-        self.sae, self.batch = sae, batch
+    def __init__(self, sae: SAE, held_out: HeldOutBatch):
+        self.sae, self.held_out = sae, held_out
 
     @cached_property
     def code(self) -> Code:
         """Codes of the kept activations, [m, k]."""
-        return self.sae.encode(self.batch.x)
+        return self.sae.encode(self.held_out.x)
 
     @cached_property
     def inputs(self) -> Normalized:
         """The kept activations as the SAE's inputs, [m, d]."""
-        return self.sae.normalize(self.batch.x)
+        return self.sae.normalize(self.held_out.x)
 
     @cached_property
     def recon(self) -> Tensor:
@@ -148,27 +148,27 @@ class SAEBatch:
     def spliced(self) -> SplicedLosses:
         """What the LM loses with reconstructions in place of the kept activations."""
         clean, log_probs = (
-            self.batch.clean,
-            self.batch.log_probs(self.batch.spliced(self.inputs.restore(self.recon))),
+            self.held_out.clean,
+            self.held_out.log_probs(self.held_out.spliced(self.inputs.restore(self.recon))),
         )
         return SplicedLosses(
-            self.batch.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1)
+            self.held_out.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1)
         )
 
     def losses_with(self, recon: Tensor) -> Tensor:
         """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept
         activations."""
-        return self.batch.losses(
-            self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon)))
+        return self.held_out.losses(
+            self.held_out.log_probs(self.held_out.spliced(self.inputs.restore(recon)))
         )
 
     @cached_property
     def code_grid(self) -> Code:
         """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of
         -1."""
-        shape = (*self.batch.keep.shape, self.code.values.shape[1])
+        shape = (*self.held_out.keep.shape, self.code.values.shape[1])
         values, indices = self.code.values.new_zeros(shape), self.code.indices.new_full(shape, -1)
-        values[self.batch.keep], indices[self.batch.keep] = self.code
+        values[self.held_out.keep], indices[self.held_out.keep] = self.code
         return Code(values, indices)
 
 

@@ -26,32 +26,32 @@ class Downstream(Metric):
     """Cross-entropy clean, spliced, zero- and mean-ablated; KL; the compute that reaches the
     spliced loss."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.sums, self.mean = DocumentSums(), subject.data.mean
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.sums, self.mean = DocumentSums(), context.data.mean
 
-    def see(self, seen: SAEBatch) -> None:
-        batch = seen.batch
+    def update(self, batch: SAEBatch) -> None:
+        held_out = batch.held_out
         self.sums.add(
-            batch.predicted_documents,
-            clean=batch.losses(batch.clean),
-            spliced=seen.spliced.losses,
-            kl=seen.spliced.kl,
-            zero=zero_losses(batch),
-            mean=batch.once(
-                "mean", lambda: batch.losses(batch.log_probs(batch.spliced(self.mean)))
+            held_out.predicted_documents,
+            clean=held_out.losses(held_out.clean),
+            spliced=batch.spliced.losses,
+            kl=batch.spliced.kl,
+            zero=zero_losses(held_out),
+            mean=held_out.once(
+                "mean", lambda: held_out.losses(held_out.log_probs(held_out.spliced(self.mean)))
             ),
-            tokens=torch.ones_like(seen.spliced.kl),
+            tokens=torch.ones_like(batch.spliced.kl),
         )
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         sums = self.sums
         tokens = sums["tokens"]
         values = {
             f"ce_{name}": ratio(sums[name], tokens) for name in ("clean", "spliced", "zero", "mean")
         }
         delta = ratio(sums["spliced"] - sums["clean"], tokens)
-        table, note = loss_table(self.subject.data)
+        table, note = loss_table(self.context.data)
         clean = values["ce_clean"]["value"]
         shift = clean - table[-1][1] if table and clean is not None else None
         notes = [note] if note else []
@@ -75,12 +75,14 @@ class Downstream(Metric):
         )
 
 
-def zero_losses(batch: HeldOutBatch) -> Tensor:
+def zero_losses(held_out: HeldOutBatch) -> Tensor:
     """Return the loss of each measured position with zeros in place of the activations."""
-    return batch.once(
+    return held_out.once(
         "zero",
-        lambda: batch.losses(
-            batch.log_probs(batch.spliced(torch.zeros(batch.lm.d_model, device=batch.lm.device)))
+        lambda: held_out.losses(
+            held_out.log_probs(
+                held_out.spliced(torch.zeros(held_out.lm.d_model, device=held_out.lm.device))
+            )
         ),
     )
 

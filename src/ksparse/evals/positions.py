@@ -16,31 +16,31 @@ class Positions(Metric):
     """Norm, error, L0 and the LM's additional loss at each position of the context; position 0 is
     its first token, BOS if it has one."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
         self.kept: dict[int, DocumentSums] = {}
         self.predicted: dict[int, DocumentSums] = {}
 
-    def see(self, seen: SAEBatch) -> None:
-        batch = seen.batch
-        x, x_hat = seen.sae.normalize(batch.x).x.cpu().double(), seen.recon.cpu().double()
-        position = torch.arange(batch.keep.shape[1]).expand(batch.keep.shape)
+    def update(self, batch: SAEBatch) -> None:
+        held_out = batch.held_out
+        x, x_hat = batch.sae.normalize(held_out.x).x.cpu().double(), batch.recon.cpu().double()
+        position = torch.arange(held_out.keep.shape[1]).expand(held_out.keep.shape)
         self._add(
             self.kept,
-            position[batch.keep.cpu()],
-            batch.documents,
+            position[held_out.keep.cpu()],
+            held_out.documents,
             count=torch.ones(len(x)),
-            norm=batch.x.norm(dim=1),
-            l0=(seen.code.values > 0).sum(1),
+            norm=held_out.x.norm(dim=1),
+            l0=(batch.code.values > 0).sum(1),
             error=(x - x_hat).square().sum(1),
             square=x.square().sum(1),
             sum=x,
         )
-        clean, spliced = batch.losses(batch.clean), seen.spliced.losses
+        clean, spliced = held_out.losses(held_out.clean), batch.spliced.losses
         self._add(
             self.predicted,
-            position[:, :-1][batch.predicted.cpu()],
-            batch.predicted_documents,
+            position[:, :-1][held_out.predicted.cpu()],
+            held_out.predicted_documents,
             count=torch.ones(len(clean)),
             clean=clean,
             delta=spliced.double() - clean.double(),
@@ -58,7 +58,7 @@ class Positions(Metric):
                 **{name: column.cpu()[mine] for name, column in columns.items()},
             )
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         kept, predicted = (
             [(at, sums[at]) for at in sorted(sums)] for sums in (self.kept, self.predicted)
         )

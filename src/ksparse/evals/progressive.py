@@ -38,12 +38,12 @@ class Progressive(Metric):
     """L0, error and loss of the LM with the SAE's own activation, with TopK(k'), with a threshold,
     with all positive latents."""
 
-    beside = ("own", "topk", "threshold", "all")
+    comparison_keys = ("own", "topk", "threshold", "all")
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.sums, self.tokens, sae = DocumentSums(), 0, subject.sae
-        rows = _first_rows(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.sums, self.tokens, sae = DocumentSums(), 0, context.sae
+        rows = _first_rows(context)
         own = float((sae.encode(rows).values > 0).sum(1).double().mean())
         self.ks = sorted(
             {min(sae.shape.n_latents, max(1, round(multiple * own))) for multiple in MULTIPLES}
@@ -51,21 +51,21 @@ class Progressive(Metric):
         self.chosen_on = len(rows)
         self.thresholds = thresholds_for(sae, rows, self.ks)
 
-    def see(self, seen: SAEBatch) -> None:
-        if self.tokens >= self.subject.options.progressive_tokens:
+    def update(self, batch: SAEBatch) -> None:
+        if self.tokens >= self.context.options.progressive_tokens:
             return
-        batch, sae, x = seen.batch, seen.sae, seen.inputs.x
+        held_out, sae, x = batch.held_out, batch.sae, batch.inputs.x
         self.tokens += len(x)
         x64 = x.cpu().double()
         self.sums.add(
-            batch.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64
+            held_out.documents, count=torch.ones(len(x)), square=x64.square().sum(1), sum=x64
         )
         self.sums.add(
-            batch.predicted_documents,
-            tokens=torch.ones(int(batch.predicted.sum())),
-            ce_clean=batch.losses(batch.clean),
+            held_out.predicted_documents,
+            tokens=torch.ones(int(held_out.predicted.sum())),
+            ce_clean=held_out.losses(held_out.clean),
         )
-        self._add(seen, "own", (seen.code.values > 0).sum(1), seen.recon, seen.spliced.losses)
+        self._add(batch, "own", (batch.code.values > 0).sum(1), batch.recon, batch.spliced.losses)
         acts = positive(sae, x)
         widest = acts.topk(
             self.ks[-1], dim=1
@@ -73,16 +73,16 @@ class Progressive(Metric):
         for k in self.ks:
             code = Code(widest.values[:, :k], widest.indices[:, :k])
             recon = sae.decode_normalized(code)
-            self._add(seen, f"topk-{k}", (code.values > 0).sum(1), recon, seen.losses_with(recon))
+            self._add(batch, f"topk-{k}", (code.values > 0).sum(1), recon, batch.losses_with(recon))
         for k, threshold in zip((*self.ks, 0), (*self.thresholds, 0.0)):
             some = torch.where(acts > threshold, acts, 0.0)
             recon = some @ sae.W_dec + sae.b_pre
-            self._add(seen, f"threshold-{k}", (some > 0).sum(1), recon, seen.losses_with(recon))
+            self._add(batch, f"threshold-{k}", (some > 0).sum(1), recon, batch.losses_with(recon))
 
-    def _add(self, seen: SAEBatch, name: str, l0: Tensor, recon: Tensor, losses: Tensor) -> None:
-        error = (seen.inputs.x.cpu().double() - recon.cpu().double()).square().sum(1)
-        self.sums.add(seen.batch.documents, **{f"l0 {name}": l0, f"error {name}": error})
-        self.sums.add(seen.batch.predicted_documents, **{f"ce {name}": losses})
+    def _add(self, batch: SAEBatch, name: str, l0: Tensor, recon: Tensor, losses: Tensor) -> None:
+        error = (batch.inputs.x.cpu().double() - recon.cpu().double()).square().sum(1)
+        self.sums.add(batch.held_out.documents, **{f"l0 {name}": l0, f"error {name}": error})
+        self.sums.add(batch.held_out.predicted_documents, **{f"ce {name}": losses})
 
     def _point(self, name: str, **what: Any) -> dict[str, Any]:
         sums = self.sums
@@ -95,7 +95,7 @@ class Progressive(Metric):
             "ce_delta": ratio(sums[f"ce {name}"] - sums["ce_clean"], sums["tokens"]),
         }
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         own, everything = self._point("own"), self._point("threshold-0")
         return Result(
             {
@@ -120,20 +120,20 @@ class Progressive(Metric):
         )
 
 
-def _first_rows(subject: EvalContext) -> Tensor:
+def _first_rows(context: EvalContext) -> Tensor:
     """Return the first raw activations of the text [m, d]."""
 
     def read() -> Tensor:
         rows: list[Tensor] = []
-        for batch in subject.data:
-            rows.append(batch.x)
+        for held_out in context.data:
+            rows.append(held_out.x)
             if sum(map(len, rows)) >= CHOSEN_ON:
                 break
         if not rows:
-            raise subject.data.nothing()
+            raise context.data.nothing()
         return torch.cat(rows)[:CHOSEN_ON]
 
-    return subject.data.once("first rows", read)
+    return context.data.once("first rows", read)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class Refinement(Metric):
     """Error and loss of the LM with values as encoded and refined, and the distribution of the
     difference."""
 
-    beside = (
+    comparison_keys = (
         "histogram",
         "nmse_raw",
         "nmse_refined",
@@ -43,19 +43,19 @@ class Refinement(Metric):
         "shift_median",
     )
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
         self.sums = DocumentSums()
         self.tokens = self.most_steps = self.checked = 0
         self.excess = 0.0
         self.shifts: list[Tensor] = []
         self.shift_documents: list[Tensor] = []
-        self.draw = np.random.default_rng(subject.options.seed)
+        self.draw = np.random.default_rng(context.options.seed)
 
-    def see(self, seen: SAEBatch) -> None:
-        if self.tokens >= self.subject.options.refine_tokens:
+    def update(self, batch: SAEBatch) -> None:
+        if self.tokens >= self.context.options.refine_tokens:
             return
-        batch, sae, x, code = seen.batch, seen.sae, seen.inputs.x, seen.code
+        held_out, sae, x, code = batch.held_out, batch.sae, batch.inputs.x, batch.code
         self.tokens += len(x)
         found = refine(sae, x, code)
         self.most_steps = max(self.most_steps, found.steps)
@@ -65,11 +65,11 @@ class Refinement(Metric):
         raw, refined = code.values.cpu().double(), found.values.cpu()
         shift = refined - raw
         self.sums.add(
-            batch.documents,
+            held_out.documents,
             count=torch.ones(len(x)),
             square=x64.square().sum(1),
             sum=x64,
-            raw=(x64 - seen.recon.cpu().double()).square().sum(1),
+            raw=(x64 - batch.recon.cpu().double()).square().sum(1),
             refined=(x64 - recon.cpu().double()).square().sum(1),
             active=active.sum(1),
             acts=raw.sum(1),
@@ -80,19 +80,19 @@ class Refinement(Metric):
         )
         self.shifts.append(shift[active].float())
         self.shift_documents.append(
-            batch.documents.cpu()[:, None].expand(active.shape)[active].int()
+            held_out.documents.cpu()[:, None].expand(active.shape)[active].int()
         )
         self.sums.add(
-            batch.predicted_documents,
-            tokens=torch.ones(int(batch.predicted.sum())),
-            ce_clean=batch.losses(batch.clean),
-            ce_raw=seen.spliced.losses,
-            ce_refined=seen.losses_with(recon),
+            held_out.predicted_documents,
+            tokens=torch.ones(int(held_out.predicted.sum())),
+            ce_clean=held_out.losses(held_out.clean),
+            ce_raw=batch.spliced.losses,
+            ce_refined=batch.losses_with(recon),
         )
 
     def _check(self, sae: SAE, x: Tensor, code: Code, found: Refined) -> None:
         """Hold some tokens' errors against those of the exact solution."""
-        rows = self.draw.permutation(len(x))[: self.subject.options.refine_exact - self.checked]
+        rows = self.draw.permutation(len(x))[: self.context.options.refine_exact - self.checked]
         for row in rows.tolist():
             target = (x[row] - sae.b_pre).cpu().double()
             best = exact(sae, x[row], Code(code.values[row], code.indices[row]))
@@ -105,7 +105,7 @@ class Refinement(Metric):
             )
         self.checked += len(rows)
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         sums = self.sums
         error, count = spread(sums["square"], sums["sum"], sums["count"]), sums["count"]
         active, tokens, ce = (

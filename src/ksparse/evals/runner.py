@@ -111,52 +111,52 @@ def evaluate_many(
     acts = _common_acts(saes, lm, options, like)
     notes = {label: _checked(label, sae, lm, options, like) for label, sae in saes.items()}
     data = HeldOut(lm, acts, options)
-    subjects = {
+    contexts = {
         label: EvalContext(sae.to(lm.device).eval(), data, notes[label])
         for label, sae in saes.items()
     }
     asked = {
-        label: {name: subject.part(EVALS[name]) for name in names}
-        for label, subject in subjects.items()
+        label: {name: context.part(EVALS[name]) for name in names}
+        for label, context in contexts.items()
     }
     clock = _Clock()
-    for part, seen in _pass(subjects, data, 1, observe):
+    for part, batch in _pass(contexts, data, 1, observe):
         with clock.of(part):
-            part.see(seen)
-    for part in _parts(subjects, 0):
+            part.update(batch)
+    for part in _parts(contexts, 0):
         with clock.of(part):
-            part.work(observe)
-    for part, seen in _pass(subjects, data, 2, observe):
+            part.compute(observe)
+    for part, batch in _pass(contexts, data, 2, observe):
         with clock.of(part):
-            part.see_again(seen)
+            part.update_second_pass(batch)
     results = {
         label: {name: _finished(name, part, clock) for name, part in parts.items()}
         for label, parts in asked.items()
     }
-    _put_beside(results)
+    attach_comparisons(results)
     return results
 
 
-def _parts(subjects: dict[str, EvalContext], passes: int) -> list[Metric]:
+def _parts(contexts: dict[str, EvalContext], passes: int) -> list[Metric]:
     """Return the parts that see the text at least so often."""
     return [
         part
-        for subject in subjects.values()
-        for part in subject.parts.values()
+        for context in contexts.values()
+        for part in context.parts.values()
         if part.passes >= passes
     ]
 
 
-def _pass(subjects: dict[str, EvalContext], data: HeldOut, number: int, observe: Progress) -> Any:
+def _pass(contexts: dict[str, EvalContext], data: HeldOut, number: int, observe: Progress) -> Any:
     """Yield (part, batch as its SAE sees it) for all that want this pass; no pass if none does."""
-    wanting = _parts(subjects, number)
+    wanting = _parts(contexts, number)
     if not wanting:
         return
     what = "reading the text" if number == 1 else "reading the text again"
-    for batch in data:
-        seen = {id(subject): SAEBatch(subject.sae, batch) for subject in subjects.values()}
+    for held_out in data:
+        batches = {id(context): SAEBatch(context.sae, held_out) for context in contexts.values()}
         for part in wanting:
-            yield part, seen[id(part.subject)]
+            yield part, batches[id(part.context)]
         observe(what, min(data.tokens, data.options.tokens), data.options.tokens)
     if not data.tokens:
         raise data.nothing()
@@ -165,9 +165,9 @@ def _pass(subjects: dict[str, EvalContext], data: HeldOut, number: int, observe:
 def _finished(name: str, part: Metric, clock: _Clock) -> Result:
     """Return a part's result with what all results say."""
     with clock.of(part):
-        result = part.result()
+        result = part.finalize()
     assert result is not None  # only parts that others build on have none, and those have no name
-    data, sae, notes = part.subject.data, part.subject.sae, part.subject.notes
+    data, sae, notes = part.context.data, part.context.sae, part.context.notes
     values: dict[str, Any] = {
         "name": file_name(name, data.options),
         "options": data.options.for_eval(name),
@@ -197,14 +197,14 @@ def file_name(name: str, options: EvalConfig) -> str:
     return name if options.split == "held-out" else f"{name}-{options.split}"
 
 
-def _put_beside(results: dict[str, dict[str, Result]]) -> None:
+def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
     """Give each result what a figure shows of the other SAEs: the keys that its evaluation names,
     by the SAE's short name."""
     short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
     names = short if len(set(short.values())) == len(short) else {label: label for label in results}
     for label, mine in results.items():
         for name, result in mine.items():
-            if keys := EVALS[name].beside:
+            if keys := EVALS[name].comparison_keys:
                 result["beside"] = {
                     names[other]: {key: theirs[name][key] for key in keys}
                     for other, theirs in results.items()

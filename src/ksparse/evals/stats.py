@@ -35,24 +35,24 @@ class Stats(Metric):
     """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each
     latent."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.sums, n = DocumentSums(), subject.sae.shape.n_latents
-        self.powers = subject.part(Moments)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.sums, n = DocumentSums(), context.sae.shape.n_latents
+        self.powers = context.part(Moments)
         self.bars = torch.zeros(n, BARS, dtype=torch.int32)
-        self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
+        self.bin = BIN * input_rms(context.sae.shape.normalize, context.sae.shape.d_model)
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
 
-    def see(self, seen: SAEBatch) -> None:
-        raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
+    def update(self, batch: SAEBatch) -> None:
+        raw, inputs, recon = batch.held_out.x, batch.inputs, batch.recon
         x, x_hat, y, y_hat = (
             part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon))
         )
         self.sums.add(
-            seen.batch.documents,
+            batch.held_out.documents,
             count=torch.ones(len(x)),
-            l0=(seen.code.values > 0).sum(1),
+            l0=(batch.code.values > 0).sum(1),
             error=(x - x_hat).square().sum(1),
             square=x.square().sum(1),
             sum=x,
@@ -60,27 +60,27 @@ class Stats(Metric):
             raw_square=y.square().sum(1),
             raw_sum=y,
         )
-        active = seen.code.values > 0
-        indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
+        active = batch.code.values > 0
+        indices, values = batch.code.indices[active].cpu(), batch.code.values[active].cpu()
         bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
         self.bars.view(-1).index_add_(
             0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32)
         )
-        held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
-        width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
+        held = sum(map(len, self.tokens)) * batch.held_out.keep.shape[1]
+        width = max(code.values.shape[-1] for code in [batch.code, *self.codes])
         if (
-            self.subject.options.examples
+            self.context.options.examples
             and held < _EXAMPLE_TOKENS
-            and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES
+            and (held + batch.held_out.keep.numel()) * width <= _EXAMPLE_VALUES
         ):
-            contexts = seen.batch.contexts
+            contexts = batch.held_out.contexts
             self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
             self.codes.append(
-                Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu())
+                Code(batch.code_grid.values.half().cpu(), batch.code_grid.indices.int().cpu())
             )
 
-    def result(self) -> Result:
-        sae, sums = self.subject.sae, self.sums
+    def finalize(self) -> Result:
+        sae, sums = self.context.sae, self.sums
         count = sums["count"]
         nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
         fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
@@ -102,7 +102,7 @@ class Stats(Metric):
             "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "cosine": cosine.mean().item(),
             "window": {"before": BEFORE, "after": AFTER},
-            "bands": bands(self.subject.options.examples),
+            "bands": bands(self.context.options.examples),
             "act_bin": self.bin,
         }
         if "dead_fraction_training" in sae.metadata:
@@ -119,7 +119,7 @@ class Stats(Metric):
             **self._bars(),
             **self._examples(),
         }
-        held, read = sum(map(len, self.tokens)), self.subject.data.contexts
+        held, read = sum(map(len, self.tokens)), self.context.data.contexts
         values["notes"] = (
             [
                 f"examples, and what is counted beside them, are of the first {held:,} of {read:,} "
@@ -128,7 +128,7 @@ class Stats(Metric):
             if 0 < held < read
             else []
         )
-        vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
+        vocabulary = token_strings(self.context.lm.tokenizer, range(self.context.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
     def _bars(self) -> dict[str, Tensor]:
@@ -149,10 +149,10 @@ class Stats(Metric):
         value, latent = values[active].float().numpy(), indices[active].numpy()
         token = tokens[active[:2]].numpy()
         context, position = (place.numpy() for place in active[:2])
-        noise, other_noise = np.random.default_rng(self.subject.options.seed).random(
+        noise, other_noise = np.random.default_rng(self.context.options.seed).random(
             (2, len(value)), np.float32
         )
-        m, n = self.subject.options.examples, self.subject.sae.shape.n_latents
+        m, n = self.context.options.examples, self.context.sae.shape.n_latents
         drawn = {
             "top": best_per_group(latent, context, value, n, m),
             "random": best_per_group(latent, context, noise, n, m),
@@ -173,7 +173,7 @@ class Stats(Metric):
             )
         counted = {
             "histogram": histograms(latent, value, self.powers.largest.numpy()),
-            **fired_on(latent, token, n, self.subject.lm.vocab),
+            **fired_on(latent, token, n, self.context.lm.vocab),
             **coactivation.coactivating(context * tokens.shape[1] + position, latent, n),
         }
         return (

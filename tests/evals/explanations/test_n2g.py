@@ -283,9 +283,9 @@ def test_precision_and_recall_are_their_definitions(small_acts):
     contexts, codes = [], []
     with torch.inference_mode():
         for batch in subject.data:
-            seen = SAEBatch(sae, batch)
+            sae_batch = SAEBatch(sae, batch)
             for each in subject.parts.values():
-                each.see(seen)
+                each.update(sae_batch)
             contexts += list(
                 zip(
                     batch.contexts.tokens.tolist(),
@@ -294,13 +294,13 @@ def test_precision_and_recall_are_their_definitions(small_acts):
                 )
             )
             codes += list(
-                seen.code_grid.values.new_zeros(*batch.keep.shape, 64)
-                .scatter(-1, seen.code_grid.indices.clamp_min(0), seen.code_grid.values)
+                sae_batch.code_grid.values.new_zeros(*batch.keep.shape, 64)
+                .scatter(-1, sae_batch.code_grid.indices.clamp_min(0), sae_batch.code_grid.values)
                 .numpy()
             )
         for each in subject.parts.values():
-            each.work(lambda what, done, total: None)
-    result = part.result()
+            each.compute(lambda what, done, total: None)
+    result = part.finalize()
     rows = {name: result.arrays[name].numpy() for name in ("precision", "recall")}
     drawn = part.positives.drawn()
     for slot, latent in enumerate(result.arrays["scored"].tolist()):
@@ -464,10 +464,10 @@ def test_a_scale_is_the_least_squares_fit_on_documents_of_its_own(small_acts):
     contexts = []
     with torch.inference_mode():
         for batch in subject.data:
-            seen = SAEBatch(sae, batch)
+            sae_batch = SAEBatch(sae, batch)
             for each in subject.parts.values():
-                each.see(seen)
-            grid = seen.code_grid
+                each.update(sae_batch)
+            grid = sae_batch.code_grid
             acts_ = grid.values.new_zeros(*batch.keep.shape, 64).scatter(
                 -1, grid.indices.clamp_min(0), grid.values
             )
@@ -480,7 +480,7 @@ def test_a_scale_is_the_least_squares_fit_on_documents_of_its_own(small_acts):
                 )
             )
         for each in subject.parts.values():
-            each.work(lambda what, done, total: None)
+            each.compute(lambda what, done, total: None)
     product, square = np.zeros(64), np.zeros(64)
     for tokens, keep, documents, act in contexts:
         begins = [True] + [token in part.explainer.specials for token in tokens[1:-1]]

@@ -74,31 +74,31 @@ class N2GBuilder(Metric):
     """Draws activations of each latent and builds its patterns; `n2g` and `explained_loss` ask
     it."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        data, options = subject.data, subject.options
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        data, options = context.data, context.options
         self.first = int(data.corpus.bos is not None)
         self.specials = np.array(sorted(data.corpus.special), int)
-        self.wanted = np.zeros(subject.sae.shape.n_latents, bool)
+        self.wanted = np.zeros(context.sae.shape.n_latents, bool)
         self.build = Reservoir(options.n2g_examples, options.seed)
         self.contexts: list[np.ndarray] = []
         self.count = 0
         self.explanations: dict[int, list[TokenPattern]] = {}
         self.pad, self.pad_text = choose_pad(
-            subject.lm.tokenizer, options.n2g_pad, set(data.corpus.special)
+            context.lm.tokenizer, options.n2g_pad, set(data.corpus.special)
         )
 
     def want(self, latents: np.ndarray) -> None:
         """Ask for explanations of these latents."""
         self.wanted[latents] = True
 
-    def see(self, seen: SAEBatch) -> None:
-        self.contexts.append(seen.batch.contexts.tokens.cpu().numpy().astype(np.int32))
-        entries = activations(seen, self.wanted, self.count)
+    def update(self, batch: SAEBatch) -> None:
+        self.contexts.append(batch.held_out.contexts.tokens.cpu().numpy().astype(np.int32))
+        entries = activations(batch, self.wanted, self.count)
         self.build.add(entries.among(of_parts(entries.document, BUILD)))
         self.count += len(self.contexts[-1])
 
-    def work(self, observe: Progress) -> None:
+    def compute(self, observe: Progress) -> None:
         self.tokens = np.concatenate(self.contexts)
         self.drawn = self.build.drawn()
         self.counts = np.bincount(self.drawn.latent, minlength=len(self.wanted))
@@ -117,14 +117,14 @@ class N2GBuilder(Metric):
             )
             for latent, context, position, value in zip(*(column.tolist() for column in mine[:4]))
         ]
-        reader = Reader(self.subject.sae, self.subject.lm, self.subject.data.acts, self.official)
+        reader = Reader(self.context.sae, self.context.lm, self.context.data.acts, self.official)
         self.explanations |= explain(
             examples, reader, self.pad, official=self.official, observe=observe
         )
 
     @property
     def official(self) -> bool:
-        return self.subject.options.n2g_variant == "official"
+        return self.context.options.n2g_variant == "official"
 
     def predictor(self, latents: np.ndarray | None = None) -> Predictor:
         """Return what predicts the given latents, or all that are explained."""
@@ -160,15 +160,17 @@ class Activations(NamedTuple):
         return Activations(*(column[chosen] for column in self))
 
 
-def activations(seen: SAEBatch, wanted: np.ndarray, first_context: int) -> Activations:
+def activations(batch: SAEBatch, wanted: np.ndarray, first_context: int) -> Activations:
     """Return the activations of the wanted latents in a batch."""
-    values, indices = (part.cpu() for part in seen.code)
+    values, indices = (part.cpu() for part in batch.code)
     at, slot = (values > 0).nonzero(as_tuple=True)
     latent = indices[at, slot].numpy()
     mine = wanted[latent]
     at, slot, latent = at[mine], slot[mine], latent[mine]
-    context, position = (column.numpy() for column in seen.batch.keep.cpu().nonzero(as_tuple=True))
-    document = seen.batch.documents.cpu().numpy()
+    context, position = (
+        column.numpy() for column in batch.held_out.keep.cpu().nonzero(as_tuple=True)
+    )
+    document = batch.held_out.documents.cpu().numpy()
     return Activations(
         latent,
         context[at] + first_context,

@@ -38,27 +38,29 @@ class ExplainedLoss(Metric):
 
     passes = 2
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.explainer = subject.part(N2GBuilder)
-        self.explainer.want(np.arange(subject.sae.shape.n_latents))
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.explainer = context.part(N2GBuilder)
+        self.explainer.want(np.arange(context.sae.shape.n_latents))
         self.sums = DocumentSums()
         self.keep: list[np.ndarray] = []  # where the scales are estimated
         self.found: list[Activations] = []
         self.contexts = self.entries = self.predictions = 0
 
-    def see(self, seen: SAEBatch) -> None:
+    def update(self, batch: SAEBatch) -> None:
         if self.entries < _ENTRIES:
-            found = activations(seen, self.explainer.wanted, self.contexts)
+            found = activations(batch, self.explainer.wanted, self.contexts)
             self.found.append(found.among(of_parts(found.document, SCALE)))
             self.keep.append(
-                (seen.batch.keep & of_parts(seen.batch.contexts.documents, SCALE)).cpu().numpy()
+                (batch.held_out.keep & of_parts(batch.held_out.contexts.documents, SCALE))
+                .cpu()
+                .numpy()
             )
             self.entries += len(self.found[-1].latent)
-        self.contexts += len(seen.batch.keep)
+        self.contexts += len(batch.held_out.keep)
 
-    def work(self, observe: Progress) -> None:
-        explainer, data = self.explainer, self.subject.data
+    def compute(self, observe: Progress) -> None:
+        explainer, data = self.explainer, self.context.data
         explainer.explain(np.arange(len(explainer.wanted)), observe)
         self.predictor = explainer.predictor()
         self.scale = self._scales()
@@ -97,48 +99,52 @@ class ExplainedLoss(Metric):
         )
         return np.where(square > 0, product / np.where(square > 0, square, 1), 1.0)
 
-    def see_again(self, seen: SAEBatch) -> None:
-        contexts = seen.batch.contexts
-        keep = seen.batch.keep & of_parts(contexts.documents, SCORE)
-        batch = seen.batch.once(
+    def update_second_pass(self, batch: SAEBatch) -> None:
+        contexts = batch.held_out.contexts
+        keep = batch.held_out.keep & of_parts(contexts.documents, SCORE)
+        held_out = batch.held_out.once(
             "scored",
-            lambda: HeldOutBatch(seen.batch.lm, seen.batch.corpus, contexts._replace(keep=keep)),
+            lambda: HeldOutBatch(
+                batch.held_out.lm, batch.held_out.corpus, contexts._replace(keep=keep)
+            ),
         )
-        if not batch.predicted.any():
+        if not held_out.predicted.any():
             return
-        inputs, sae = seen.sae.normalize(batch.x), seen.sae
-        recon = inputs.restore(self._simulated(batch) + sae.b_pre)
+        inputs, sae = batch.sae.normalize(held_out.x), batch.sae
+        recon = inputs.restore(self._simulated(held_out) + sae.b_pre)
         losses = {
-            name: batch.losses(batch.log_probs(batch.spliced(rows)))
+            name: held_out.losses(held_out.log_probs(held_out.spliced(rows)))
             for name, rows in (
-                ("spliced", sae(batch.x)),
+                ("spliced", sae(held_out.x)),
                 ("n2g", recon),
                 ("bias", inputs.restore(sae.b_pre.expand_as(inputs.x))),
             )
         }
         before, token = (
-            part[batch.predicted].cpu().numpy()
+            part[held_out.predicted].cpu().numpy()
             for part in (contexts.tokens[:, :-1], contexts.tokens[:, 1:])
         )
         losses |= {
-            "clean": batch.once("clean", lambda: batch.losses(batch.log_probs(batch.logits))),
-            "zero": zero_losses(batch),
+            "clean": held_out.once(
+                "clean", lambda: held_out.losses(held_out.log_probs(held_out.logits))
+            ),
+            "zero": zero_losses(held_out),
             "unigram": torch.from_numpy(self.ngrams.unigram(token)),
             "bigram": torch.from_numpy(self.ngrams.bigram(before, token)),
         }
-        self.sums.add(batch.predicted_documents, **losses, tokens=torch.ones(len(token)))
+        self.sums.add(held_out.predicted_documents, **losses, tokens=torch.ones(len(token)))
 
-    def _simulated(self, batch: HeldOutBatch) -> Tensor:
+    def _simulated(self, held_out: HeldOutBatch) -> Tensor:
         """Return W_dec^T of the scaled predictions at the kept positions, [m, d]."""
-        keep = batch.keep.cpu().numpy()
-        tokens, begins = self.explainer.text(batch.contexts.tokens.cpu().numpy())
+        keep = held_out.keep.cpu().numpy()
+        tokens, begins = self.explainer.text(held_out.contexts.tokens.cpu().numpy())
         found = self.predictor.match(tokens, begins, keep[:, self.explainer.first :])
         row = np.cumsum(keep.ravel()).reshape(keep.shape) - 1
         at = torch.from_numpy(
             np.stack([row[found.context, found.position + self.explainer.first], found.latent])
         )
         self.predictions += len(found.latent)
-        sae = self.subject.sae
+        sae = self.context.sae
         code = torch.sparse_coo_tensor(
             at,
             torch.from_numpy(found.value * self.scale[found.latent]).float(),
@@ -147,7 +153,7 @@ class ExplainedLoss(Metric):
         ).to(sae.W_dec.device)
         return torch.sparse.mm(code, sae.W_dec)
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         sums, explainer = self.sums, self.explainer
         names = ("clean", "spliced", "n2g", "unigram", "bigram", "zero", "bias")
         if not len(sums):

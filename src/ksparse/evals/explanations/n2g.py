@@ -37,10 +37,10 @@ _TOKENS = 1 << 17  # precision is taken on so many tokens at most
 class N2G(Metric):
     """Precision, recall and F1 of explanations, over a random sample of live latents."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        options, n = subject.options, subject.sae.shape.n_latents
-        self.explainer = subject.part(N2GBuilder)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        options, n = context.options, context.sae.shape.n_latents
+        self.explainer = context.part(N2GBuilder)
         self.order = np.random.default_rng(options.seed).permutation(n)[: _TRIED * options.latents]
         self.explainer.want(self.order)
         self.watched = np.zeros(n, bool)
@@ -50,12 +50,14 @@ class N2G(Metric):
         self.judged: list[np.ndarray] = []
         self.tokens, self.contexts = 0, 0
 
-    def see(self, seen: SAEBatch) -> None:
-        found = activations(seen, self.watched, self.contexts)
+    def update(self, batch: SAEBatch) -> None:
+        found = activations(batch, self.watched, self.contexts)
         found = found.among(of_parts(found.document, SCALE + SCORE))
         self.positives.add(found)
         keep = (
-            (seen.batch.keep & of_parts(seen.batch.contexts.documents, SCALE + SCORE)).cpu().numpy()
+            (batch.held_out.keep & of_parts(batch.held_out.contexts.documents, SCALE + SCORE))
+            .cpu()
+            .numpy()
         )
         if self.tokens < _TOKENS:
             self.judged.append(keep)
@@ -70,13 +72,13 @@ class N2G(Metric):
     ) -> np.ndarray:
         return key(context, position, latent, length, len(self.watched))
 
-    def work(self, observe: Progress) -> None:
+    def compute(self, observe: Progress) -> None:
         explainer, positives = self.explainer, self.positives.drawn()
         counts = np.bincount(positives.latent, minlength=len(self.watched))
         fired = self.order[(counts + explainer.counts)[self.order] > 0]
         enough = np.minimum(counts, explainer.counts)[fired] >= LEAST
-        self.scored = fired[enough][: self.subject.options.latents]
-        full = len(self.scored) == self.subject.options.latents
+        self.scored = fired[enough][: self.context.options.latents]
+        full = len(self.scored) == self.context.options.latents
         last = (
             np.flatnonzero(enough)[len(self.scored) - 1] if full else len(fired)
         )  # those behind were not asked
@@ -164,7 +166,7 @@ class N2G(Metric):
         true = np.bincount(slot[found.latent], right, len(scored))
         return np.where(hits > 0, true / np.maximum(hits, 1), np.nan), hits, true
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         rates, explainer = self.rates, self.explainer
         values = {name: over_latents(rates[name]) for name in rates}
         values["precision_pooled"] = {
@@ -182,7 +184,7 @@ class N2G(Metric):
                 f"{silent} explanations predicted nothing on {self.tokens:,} tokens: they have no "
                 "precision and no F1"
             )
-        if len(self.scored) < self.subject.options.latents:
+        if len(self.scored) < self.context.options.latents:
             notes.append(f"only {len(self.scored)} latents could be scored")
         arrays = {
             "scored": torch.from_numpy(self.scored),

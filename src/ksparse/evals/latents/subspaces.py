@@ -30,12 +30,12 @@ _CELLS = 100  # along the order
 class Subspaces(Metric):
     """The split of latents and of directions, and what latents on both sides are like."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.firing = subject.part(Firing)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.firing = context.part(Firing)
 
-    def work(self, observe: Progress) -> None:
-        options, sae = self.subject.options, self.subject.sae
+    def compute(self, observe: Progress) -> None:
+        options, sae = self.context.options, self.context.sae
         self.live = np.flatnonzero(self.firing.density > 0)
         if len(self.live) < 2 * NEIGHBOURS:
             raise InputError(
@@ -59,8 +59,8 @@ class Subspaces(Metric):
         self.chance = split(noise[order(noise, options.ordering, options.seed)]).separation
         observe("ordering noise", 3, 3)
 
-    def result(self) -> Result:
-        sae, firing, cut = self.subject.sae, self.firing, self.split
+    def finalize(self) -> Result:
+        sae, firing, cut = self.context.sae, self.firing, self.split
         rows = self.shares.numpy()
         own = rows[:, cut.dims].sum(1)  # of every live latent, sampled or not
         first = own >= cut.border

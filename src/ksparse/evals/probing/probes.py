@@ -58,16 +58,16 @@ class Probes(Metric):
 
     passes = 0
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
         self.judged: dict[str, TaskLosses] = {}
         self.unseen: list[int] = []
         self.texts = 0
-        self.gain = torch.full((subject.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
-        self.best_task = torch.full((subject.sae.shape.n_latents,), -1, dtype=torch.int32)
+        self.gain = torch.full((context.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
+        self.best_task = torch.full((context.sae.shape.n_latents,), -1, dtype=torch.int32)
 
-    def work(self, observe: Progress) -> None:
-        sae, data = self.subject.sae, self.subject.data
+    def compute(self, observe: Progress) -> None:
+        sae, data = self.context.sae, self.context.data
         self.tasks: ProbeTasks = data.once(
             "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, observe)
         )
@@ -84,7 +84,7 @@ class Probes(Metric):
             observe("fitting probes", number + 1, len(self.tasks.names))
 
     def _judge(self, number: int, rows: TaskRows, rivals: SAE) -> TaskLosses:
-        options, sae = self.subject.options, self.subject.sae
+        options, sae = self.context.options, self.context.sae
         train, test = rows.half(True), rows.half(False)
         best, logits = _probe(
             _Latents(sae, options.probe_on, options.position), train, test, options.probe_l2
@@ -92,7 +92,7 @@ class Probes(Metric):
         _, random = _probe(
             _Latents(rivals, options.probe_on, options.position), train, test, options.probe_l2
         )
-        losses = {"probe": logits, "random_sae": random} | self.subject.data.once(
+        losses = {"probe": logits, "random_sae": random} | self.context.data.once(
             f"probe baselines {rows.name}",
             lambda: baselines(train, test, options.position, options.probe_l2),
         )
@@ -125,14 +125,14 @@ class Probes(Metric):
         )
 
     def _training_losses(self, best: BestLatent, train: TaskRows) -> Tensor:
-        options = self.subject.options
-        z = _Latents(self.subject.sae, options.probe_on, options.position).values(
+        options = self.context.options
+        z = _Latents(self.context.sae, options.probe_on, options.position).values(
             train, best.latent
         )
         return logistic.cross_entropy(best.weight * z + best.bias, train.label.double())
 
-    def result(self) -> Result:
-        judged, options = self.judged, self.subject.options
+    def finalize(self) -> Result:
+        judged, options = self.judged, self.context.options
         of = {kind: [each.losses[kind] for each in judged.values()] for kind in KINDS}
         values = {
             "probe_loss": Clustered.mean(of["probe"]),
@@ -150,7 +150,7 @@ class Probes(Metric):
             self.unseen,
             self.texts,
             "texts",
-            min(options.probe_tokens, self.subject.lm.context or options.probe_tokens),
+            min(options.probe_tokens, self.context.lm.context or options.probe_tokens),
             "beginning",
         )
         arrays = {"best_task": self.best_task, "best_gain": self.gain.float()}
