@@ -16,7 +16,6 @@ from torch import Tensor
 from ksparse.data.contexts import Corpus
 from ksparse.evals.base import EvalContext, Metric, Progress
 from ksparse.evals.batches import HeldOutBatch, SAEBatch
-from ksparse.evals.downstream import zero_losses
 from ksparse.evals.explanations.builder import (
     SCALE,
     SCORE,
@@ -128,7 +127,7 @@ class ExplainedLoss(Metric):
             "clean": held_out.once(
                 "clean", lambda: held_out.losses(held_out.log_probs(held_out.logits))
             ),
-            "zero": zero_losses(held_out),
+            "zero": held_out.zero_losses,
             "unigram": torch.from_numpy(self.ngrams.unigram(token)),
             "bigram": torch.from_numpy(self.ngrams.bigram(before, token)),
         }
