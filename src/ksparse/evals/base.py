@@ -47,15 +47,15 @@ class EvalContext:
         self.parts: dict[type, Metric] = {}
         self.notes = list(notes)
 
-    def part(self, kind: type[MetricT]) -> MetricT:
+    def part(self, metric: type[MetricT]) -> MetricT:
         """Return the metric of a class, constructing it the first time.
 
         A metric that builds on another calls this in its constructor, so the other one comes first
         in `parts` and receives each batch before it.
         """
-        part = self.parts.get(kind)
-        if not isinstance(part, kind):
-            part = self.parts[kind] = kind(self)
+        part = self.parts.get(metric)
+        if not isinstance(part, metric):
+            part = self.parts[metric] = metric(self)
         return part
 
 

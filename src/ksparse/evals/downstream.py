@@ -136,8 +136,9 @@ def compute_fraction(table: LossTable, delta: Value) -> Value:
         then an upper bound.
 
     Example:
-        >>> compute_fraction([(1e10, 4.0), (1e12, 2.0)], {"value": 2.0, "se": None})
-        {'value': 0.01, 'se': None}
+        >>> table = [(1e10, 4.0), (1e12, 2.0)]
+        >>> round(compute_fraction(table, {"value": 2.0, "se": None})["value"], 6)
+        0.01
     """
     value, se = delta["value"], delta["se"]
     if not table or value is None:

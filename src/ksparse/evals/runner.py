@@ -91,7 +91,7 @@ def evaluate(
     """
     if not isinstance(sae, SAE):
         raise InputError(
-            f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a "
+            f"evaluate needs an SAE, not {sae!r:.80}; ksparse.load(…) makes one from a run, a "
             "folder or a name on the Hub"
         )
     return evaluate_many(
@@ -151,14 +151,7 @@ def evaluate_many(
             context.part(EVALS[name])
     metrics = [metric for context in contexts.values() for metric in context.parts.values()]
     stopwatch = _Stopwatch()
-    for metric in metrics:
-        with stopwatch.time(metric):
-            metric.prepare()
-    text = _run_pass(1, metrics, data, stopwatch, observe)
-    for metric in metrics:
-        with stopwatch.time(metric):
-            metric.compute(observe)
-    _run_pass(2, metrics, data, stopwatch, observe)
+    text = _run_metrics(metrics, data, stopwatch, observe)
     results = {
         label: {name: _finalize(name, context.part(EVALS[name]), text, stopwatch) for name in names}
         for label, context in contexts.items()
@@ -183,6 +176,21 @@ class _Stopwatch:
             yield
         finally:
             self.seconds[metric] += time.monotonic() - start
+
+
+def _run_metrics(
+    metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch, progress: Progress
+) -> HeldOutPass:
+    """Take all metrics up to `finalize`; return the first pass, which says what text was read."""
+    for metric in metrics:
+        with stopwatch.time(metric):
+            metric.prepare()
+    text = _run_pass(1, metrics, data, stopwatch, progress)
+    for metric in metrics:
+        with stopwatch.time(metric):
+            metric.compute(progress)
+    _run_pass(2, metrics, data, stopwatch, progress)
+    return text
 
 
 def _run_pass(

@@ -169,7 +169,7 @@ class Stats(Metric):
             "random": best_per_group(latent, context, noise, n, m),
             "band": best_per_band(latent, context, value, band_noise, n, m),
         }
-        arrays: dict[str, Tensor] = {"contexts": tokens.int()}
+        arrays: dict[str, Tensor] = {}
         columns = {
             "context": (context, -1, np.int32),
             "position": (position, -1, np.int32),
@@ -183,6 +183,7 @@ class Stats(Metric):
             arrays[f"{sample}_acts"] = windows(
                 values, indices, arrays[f"{sample}_context"], arrays[f"{sample}_position"]
             )
+        arrays["contexts"] = tokens.int()
         counts = {
             "histogram": histograms(latent, value, self.moments.largest.numpy()),
             **fired_on(latent, token, n, self.context.lm.vocab),
