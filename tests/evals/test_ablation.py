@@ -44,9 +44,9 @@ def run(sae, lm, acts, **changes):
     data = HeldOut(lm, acts, dataclasses.replace(OPTIONS, **changes))
     part = EvalContext(sae, data).part(Ablation)
     for batch in data:
-        part.see(SAEBatch(sae, batch))
-    part.work(lambda what, done, total: None)
-    return part, part.result()
+        part.update(SAEBatch(sae, batch))
+    part.compute(lambda what, done, total: None)
+    return part, part.finalize()
 
 
 def slow(differences) -> float:
@@ -61,26 +61,26 @@ def row(tokens):
     return tokens[None], torch.ones_like(tokens[None], dtype=torch.bool)
 
 
-def logits_with(lm, place, x):
-    """Return float64 logits of the place's positions with x[d] at the position, by replay of the context's text."""
-    tokens, attention = row(place.tokens[: place.text])
+def logits_with(lm, site, x):
+    """Return float64 logits of the site's positions with x[d] at the position, by replay of the context's text."""
+    tokens, attention = row(site.tokens[: site.text])
     watched = lm.run_with_cache(tokens, attention)
 
     def put(old):
         old = old.clone()
-        old[0, place.position] = x
+        old[0, site.position] = x
         return old
 
-    return lm.run_patched(watched, put)[0, place.position : place.position + place.length].double()
+    return lm.run_patched(watched, put)[0, site.position : site.position + site.length].double()
 
 
-def x_at(lm, place):
-    return lm.acts(*row(place.tokens[: place.text]))[0, place.position]
+def x_at(lm, site):
+    return lm.acts(*row(site.tokens[: site.text]))[0, site.position]
 
 
 def ordered(part):
     """The sample in the order of its ablation."""
-    return sorted(part.sample.places(), key=lambda place: place.position)
+    return sorted(part.sample.sites(), key=lambda site: site.position)
 
 
 # ---- the number
@@ -177,28 +177,28 @@ def test_each_active_latent_is_taken_out_of_the_activation_or_of_its_reconstruct
     sae = make_sae(acts, lm.d_model, normalize=normalize, factor=0.7)
     part, result = run(sae, lm, acts, ablation_error=error)
     arrays, expected, kls, losses = result.arrays, [], [], []
-    for place in ordered(part):
-        x = x_at(lm, place)
+    for site in ordered(part):
+        x = x_at(lm, site)
         inputs = sae.normalize(x)
         code = sae.encode(x)
         recon = sae.decode_normalized(code)
         before = x if error == "keep" else inputs.restore(recon)
-        clean = logits_with(lm, place, before)
+        clean = logits_with(lm, site, before)
         for value, latent in zip(*code):
             if value > 0:
                 contribution = inputs.restore(recon) - inputs.restore(
                     recon - value * sae.W_dec[latent]
                 )
-                changed = logits_with(lm, place, before - contribution)
-                expected.append((latent.item(), place.document, slow(changed - clean)))
+                changed = logits_with(lm, site, before - contribution)
+                expected.append((latent.item(), site.document, slow(changed - clean)))
                 p, q = clean.log_softmax(-1), changed.log_softmax(-1)
                 kls.append((p.exp() * (p - q)).sum(-1).mean().item())
                 losses.append(
                     np.mean(
                         [
-                            (p - q)[j, place.tokens[place.position + j + 1]].item()
-                            for j in range(place.length)
-                            if place.position + j + 1 < place.text
+                            (p - q)[j, site.tokens[site.position + j + 1]].item()
+                            for j in range(site.length)
+                            if site.position + j + 1 < site.text
                         ]
                     )
                 )
@@ -234,8 +234,8 @@ def test_after_the_last_block_the_numbers_follow_from_the_weights(small_acts):
     head = lm.model.transformer.ln_f, lm.model.lm_head
     expected = []
     with torch.no_grad():
-        for place in ordered(part):
-            x = x_at(lm, place)
+        for site in ordered(part):
+            x = x_at(lm, site)
             for value, latent in zip(*sae.encode(x)):
                 if value > 0:
                     difference = head[1](head[0](x - value * sae.W_dec[latent])) - head[1](
@@ -252,16 +252,16 @@ def test_the_baseline_sets_as_many_distinct_channels_to_zero(subject):
     acts, lm = subject
     part, result = run(make_sae(acts, lm.d_model), lm, acts)
     draw, expected = ablation._random(0, 2), []
-    places = part.sample.places()
-    for some, fork in ablation._forks(lm, places, part._most_contexts):
+    sites = part.sample.sites()
+    for some, fork in ablation._forks(lm, sites, part._max_contexts):
         for i in some:
             count = int((part.latents["position"] == i).sum())
             for channel in draw.permutation(lm.d_model)[:count]:
-                x = x_at(lm, places[i])
+                x = x_at(lm, sites[i])
                 changed = x.clone()
                 changed[channel] = 0
                 expected.append(
-                    slow(logits_with(lm, places[i], changed) - logits_with(lm, places[i], x))
+                    slow(logits_with(lm, sites[i], changed) - logits_with(lm, sites[i], x))
                 )
     assert result["n_channels"] == len(expected) == result["n_ablations"]
     assert part.channels["sparsity"].tolist() == pytest.approx(expected, rel=2e-3)
@@ -354,7 +354,7 @@ def test_the_ways_of_averaging_are_what_they_say(subject):
 
 def test_the_error_of_the_difference_is_that_of_redrawn_documents():
     draw = np.random.default_rng(0)
-    pairs = {name: ablation._Pairs() for name in ("channels", "latents")}
+    pairs = {name: ablation._AblationTable() for name in ("channels", "latents")}
     for document in range(200):
         common = draw.normal(0, 0.1)  # which the difference does not see
         for name, mean in (("channels", 0.6), ("latents", 0.1)):
@@ -362,9 +362,9 @@ def test_the_error_of_the_difference_is_that_of_redrawn_documents():
             values = torch.from_numpy(
                 mean + common + draw.normal(0, 0.05) + draw.normal(0, 0.05, m)
             )
-            place = ablation.AblationSite(torch.zeros(2), 2, 1, document, 1)
+            site = ablation.AblationSite(torch.zeros(2), 2, 1, document, 1)
             pairs[name].add(
-                place,
+                site,
                 document,
                 ablation.AblationEffects(
                     values,
@@ -398,8 +398,8 @@ def test_positions_are_kept_attended_far_enough_and_of_different_contexts(small_
     acts = small_acts(lm_batch=4, borders="split")
     lm = LM(acts=acts)
     part, result = run(make_sae(acts, lm.d_model), lm, acts, ablation_positions=8)
-    places = part.sample.places()
-    assert len(places) == result["n_positions"] == 8
+    sites = part.sample.sites()
+    assert len(sites) == result["n_positions"] == 8
     rows = {}
     for batch in HeldOut(lm, acts, OPTIONS):
         for i, tokens in enumerate(batch.contexts.tokens.tolist()):
@@ -407,40 +407,40 @@ def test_positions_are_kept_attended_far_enough_and_of_different_contexts(small_
                 batch.contexts.keep[i],
                 int(batch.contexts.attention[i].sum()),
             )
-    assert len({(tuple(place.tokens.tolist()), place.document) for place in places}) == 8
-    for place in places:
-        keep, text = rows[tuple(place.tokens.tolist()), place.document]
+    assert len({(tuple(site.tokens.tolist()), site.document) for site in sites}) == 8
+    for site in sites:
+        keep, text = rows[tuple(site.tokens.tolist()), site.document]
         assert (
-            keep[place.position]
-            and place.position >= 1
-            and place.position + 4 <= text == place.text
-            and place.length == 4
+            keep[site.position]
+            and site.position >= 1
+            and site.position + 4 <= text == site.text
+            and site.length == 4
         )
 
 
 def offered(size, contexts=100, seed=0, length=20, batch=10):
-    sample = ablation._Sample(size, 4, ablation._random(seed, 0))
+    sample = ablation._SiteSample(size, 4, ablation._random(seed, 0))
     tokens = torch.arange(contexts)[:, None].expand(-1, length)
     full = torch.ones(contexts, length, dtype=torch.bool)
     keep = full.clone()
     keep[:, 0] = False
     for first in range(0, contexts, batch):
         part = slice(first, first + batch)
-        sample.offer(TokenBatch(tokens[part], full[part], keep[part], tokens[part]))
-    return sample.places()
+        sample.update(TokenBatch(tokens[part], full[part], keep[part], tokens[part]))
+    return sample.sites()
 
 
 def test_never_more_than_asked_for_drawn_evenly_whatever_the_batches():
     found = [offered(10, seed=seed) for seed in range(300)]
-    assert all(len(places) == 10 for places in found)
-    counts = np.bincount([place.document for places in found for place in places], minlength=100)
+    assert all(len(sites) == 10 for sites in found)
+    counts = np.bincount([site.document for sites in found for site in sites], minlength=100)
     assert counts.mean() == 30 and 0.7 < counts.var() / (30 * 0.9) < 1.4
-    positions = np.bincount([place.position for places in found for place in places], minlength=17)
+    positions = np.bincount([site.position for sites in found for site in sites], minlength=17)
     assert (
         positions[0] == 0 and len(positions) == 17 and (positions[1:] > 130).all()
     )  # of 187.5 expected
-    assert [place[1:] for place in offered(10, batch=7)] == [place[1:] for place in offered(10)]
-    assert [place.document for place in found[0]] == sorted(place.document for place in found[0])
+    assert [site[1:] for site in offered(10, batch=7)] == [site[1:] for site in offered(10)]
+    assert [site.document for site in found[0]] == sorted(site.document for site in found[0])
 
 
 def test_a_text_with_fewer_contexts_gives_fewer_positions_and_says_so(subject):
@@ -458,7 +458,7 @@ def test_a_text_with_fewer_contexts_gives_fewer_positions_and_says_so(subject):
 def test_a_short_context_lowers_the_horizon_and_says_so(subject):
     acts, lm = subject
     part, result = run(make_sae(acts, lm.d_model), lm, acts, ablation_horizon=16)
-    assert result["horizon"] == 15 and {place.position for place in part.sample.places()} == {1}
+    assert result["horizon"] == 15 and {site.position for site in part.sample.sites()} == {1}
     assert result.arrays["kl"].shape[1] == 15
     assert any(
         "ablation_horizon: contexts of 16 tokens leave room for 15, not 16" in note
@@ -545,20 +545,20 @@ def test_tables_hold_the_effect_of_the_latents_presence(tables):
     for i in range(len(arrays["latent"])):
         text = int((arrays["context_tokens"][i] >= 0).sum())
         position = int(arrays["position"][i])
-        place = ablation.AblationSite(
+        site = ablation.AblationSite(
             arrays["context_tokens"][i].long(), text, position, 0, min(4, text - position)
         )
-        x = x_at(lm, place)
+        x = x_at(lm, site)
         contribution = (
             arrays["value"][i] * sae.W_dec[arrays["latent"][i].long()] * sae.normalize(x).scale
         )
-        clean, ablated = logits_with(lm, place, x), logits_with(lm, place, x - contribution)
+        clean, ablated = logits_with(lm, site, x), logits_with(lm, site, x - contribution)
         assert arrays["sparsity"][i].item() == pytest.approx(slow(ablated - clean), rel=1e-2)
         present = clean - ablated
         present = (
             present - present.sort(-1).values[:, [-(-lm.vocab // 2)]]
         )  # the upper middle one: the lower of ablated - clean
-        n = place.length
+        n = site.length
         torch.testing.assert_close(
             arrays["up_values"][i, :n].double(), present.topk(5).values, rtol=1e-3, atol=1e-4
         )
@@ -583,7 +583,7 @@ def test_tables_hold_the_effect_of_the_latents_presence(tables):
         torch.testing.assert_close(
             arrays["kl"][i, :n].double(), (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-5
         )
-        following = place.tokens[position + 1 : position + 1 + n]
+        following = site.tokens[position + 1 : position + 1 + n]
         following = following[following >= 0]
         there = len(following)
         torch.testing.assert_close(

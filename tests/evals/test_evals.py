@@ -17,6 +17,8 @@ from ksparse.data.contexts import Corpus
 from ksparse.data.documents import documents
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.evals import downstream, registry, runner, stats
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import HeldOut, HeldOutPass
 from ksparse.evals.statistics import DocumentSums, Result, ratio, share
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE, Shape
@@ -235,7 +237,7 @@ def test_an_sae_that_gives_the_mean_is_the_mean_ablation(subject):
     acts, lm = subject
     sae = SAE(Shape(lm.d_model, 8, 2, normalize="none"), {"acts": dataclasses.asdict(acts)})
     options = dataclasses.replace(OPTIONS, tokens=200)
-    mean = runner.HeldOut(lm, acts, options).mean
+    mean = runner.HeldOut(lm, acts, options).mean_activation()
     sae.b_pre.data = mean
     result = runner.evaluate(sae, lm, ["downstream"], options)["downstream"]
     assert result["ce_spliced"]["value"] == pytest.approx(result["ce_mean"]["value"], rel=1e-6)
@@ -316,6 +318,71 @@ def test_a_given_loss_table_is_used_and_its_shift_is_told(subject, tmp_path):
         InputError, match="losses.jsonl is not lines of JSON with 'flops' and 'loss'"
     ):
         runner.evaluate(make_sae(acts, lm.d_model), lm, ["downstream"], options)
+
+
+# ---- the protocol
+
+
+def test_constructing_metrics_runs_no_lm_and_reads_no_text(subject, monkeypatch):
+    acts, lm = subject
+    data = HeldOut(lm, acts, dataclasses.replace(OPTIONS, n2g_pad=" cat").resolved())
+    context = EvalContext(make_sae(acts, lm.d_model), data)
+
+    def refuse(*args, **options):
+        raise AssertionError("a constructor has run the LM or read the text")
+
+    for name in ("forward", "__call__"):
+        monkeypatch.setattr(type(lm.model), name, refuse)
+    monkeypatch.setattr(type(lm.tokenizer), "__call__", refuse)
+    monkeypatch.setattr(Corpus, "contexts", refuse)
+    for name, metric in registry.EVALS.items():
+        assert isinstance(context.part(metric), metric), name
+    with pytest.raises(AssertionError, match="a constructor has run the LM"):
+        data.mean_activation()
+
+
+def test_a_pass_counts_what_it_has_read_and_another_pass_changes_nothing(subject):
+    acts, lm = subject
+    data = HeldOut(lm, acts, OPTIONS)
+    one = HeldOutPass(data)
+    batches = list(one)
+    read = one.tokens, one.contexts, one.documents
+    assert read[0] == sum(int(batch.keep.sum()) for batch in batches) >= OPTIONS.tokens
+    assert read[1] == sum(len(batch.keep) for batch in batches) and len(read[2]) > 1
+    next(iter(data))
+    next(iter(HeldOutPass(data)))
+    assert (one.tokens, one.contexts, one.documents) == read
+
+
+def test_an_evaluation_is_prepared_before_the_first_batch_and_gets_two_passes_if_it_asks(
+    subject, monkeypatch
+):
+    acts, lm = subject
+    calls = []
+
+    class Recorder(Metric):
+        passes = 2
+
+        def prepare(self):
+            calls.append("prepare")
+
+        def update(self, batch):
+            calls.append("update")
+
+        def compute(self, progress):
+            calls.append("compute")
+
+        def update_second_pass(self, batch):
+            calls.append("update_second_pass")
+
+        def finalize(self):
+            return Result({"calls": len(calls)})
+
+    monkeypatch.setitem(registry.EVALS, "recorder", Recorder)
+    result = runner.evaluate(make_sae(acts, lm.d_model), lm, ["recorder"], OPTIONS)["recorder"]
+    n = calls.count("update")
+    assert n > 1 and result["n_tokens"] >= OPTIONS.tokens
+    assert calls == ["prepare"] + ["update"] * n + ["compute"] + ["update_second_pass"] * n
 
 
 # ---- what is refused

@@ -61,10 +61,10 @@ def test_what_a_gate_lets_through_is_what_a_gated_sae_has_at_threshold_0():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda sae, x: threshold_for(sae, x, 0), "an L0 of 0 is not to be had"),
+        (lambda sae, x: threshold_for(sae, x, 0), "no threshold gives an L0 of 0"),
         (
             lambda sae, x: threshold_for(sae, x, 65),
-            "an L0 of 65 is not to be had: give more than 0, and at most the 64 latents",
+            "no threshold gives an L0 of 65: give more than 0, and at most the 64 latents",
         ),
         (
             lambda sae, x: threshold_for(sae, x[:0], 3),

@@ -79,7 +79,7 @@ def test_refined_values_are_as_good_as_an_active_set_methods(d, k):
 def test_what_has_not_converged_is_said_and_no_worse_than_it_was():
     sae, x, codes = planted()
     code = sae.encode(x)
-    found = refine(sae, x, code, most=1)
+    found = refine(sae, x, code, max_steps=1)
     assert found.steps == 1 and 0 < found.converged.sum() < len(x)
     off = [
         (Code(values.float(), code.indices).dense(128) - codes).norm(dim=1)

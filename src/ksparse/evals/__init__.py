@@ -1,0 +1,1 @@
+"""Evaluations of sparse autoencoders on held-out text (listed in registry.py)."""

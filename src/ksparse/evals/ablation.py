@@ -1,18 +1,17 @@
-"""Does a latent matter to few predictions, or a little to all? Ablation sparsity: Gao et al. 2024,
-section 4.5.
+"""Does a latent matter to few predictions, or a little to all? Gao et al. 2024, section 4.5.
 
-One active latent at one position p is taken out of the activation. The V logits at p and at the T -
-1 positions after it change; from each position's changes their median is subtracted; (L1 / L2)^2 /
-(V T) of all of them says which share of the predictions the latent matters to. That mixes two
-things, which are reported apart too: how many tokens of the vocabulary (`sparsity_here`, of the
-prediction at p alone), and how far into the text (`later`, the share of the squared effect after
-p). Random channels of the activation, set to zero at the same positions, are what to compare with:
-noise would give 2 / pi.
+One active latent is removed from the activation at one position p. The logits of V tokens at p and
+at the T - 1 positions after it change; from each position's changes their median is subtracted.
+The ablation sparsity, (L1 / L2)^2 / (V T) of all these changes, is the share of the predictions
+that the latent matters to. It mixes two things, which are also reported alone: how many tokens of
+the vocabulary are affected (`sparsity_here`, of the prediction at p), and how far into the text
+the effect reaches (`later`, the share of the squared effect after p). The baseline is random
+channels of the activation, set to zero at the same positions. Gaussian noise has 2 / pi.
 
-What the paper leaves open is decided so: the reconstruction's error stays in the activation (or
-not: ablation_error); one random position is drawn from each of a random sample of contexts; every
-active latent of such a position is ablated, alone; and every such pair of position and latent
-counts once.
+What the paper leaves open is decided so: the reconstruction error stays in the activation (the
+option `ablation_error` removes it); contexts are sampled at random, with one random position of
+each; every active latent of that position is ablated, alone; and every pair of a position and a
+latent counts once.
 """
 
 from __future__ import annotations
@@ -28,24 +27,30 @@ import torch
 from torch import Tensor
 
 from ksparse.errors import InputError
-from ksparse.evals.base import EvalContext, Metric, Progress
+from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
-from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, ratio
+from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, no_value, ratio
 from ksparse.lm.continuations import Branch
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import TokenBatch
+from ksparse.progress import Progress
 from ksparse.sae.model import Code
 from ksparse.sae.normalization import Normalized
 
-LISTED = 5  # tokens that a latent raises, and that it lowers, at each position of its table
-BINS = 40  # of the histograms of sparsities
-_BYTES = 2**28  # of the logits in memory at a time
+LISTED = 5
+"""Tokens listed as raised, and as lowered, at each position of a latent's table."""
+BINS = 40
+"""Bins of the histograms of sparsities, from 0 to 1."""
+_BYTES = 2**28  # of logits in memory at a time
 _PART = 2**22  # changes of logits that are summed in float64 at a time
 
 
 class AblationSite(NamedTuple):
-    """A position in a context tokens[t], of which the first `text` are no padding; the predictions
-    of `length` positions are looked at."""
+    """A position of a context at which something is ablated.
+
+    tokens: the context [t], of which the first `text` are not padding. position: where. document:
+    the position's document. length: predictions that are compared, from `position` on.
+    """
 
     tokens: Tensor
     text: int
@@ -55,10 +60,14 @@ class AblationSite(NamedTuple):
 
 
 class AblationEffects(NamedTuple):
-    """What m ablations at one place do: sparsity[m] (NaN: nothing), the same of the prediction at
-    the place alone, which share of the squared effect is on the predictions after it, norm[m] (L2),
-    kl[m, T], loss_difference[m, T] (NaN: no next token), and the changes of logits [m, T, V] less
-    their median over V."""
+    """What m ablations at one site do to T predictions over V tokens.
+
+    sparsity: ablation sparsity [m]; NaN without effect. sparsity_here: the same of the first
+    prediction alone [m]. later: the share of the squared effect on the others [m]. norm: L2 norm of
+    all changes [m]. kl: KL(original || ablated) [m, T], in nats. loss_difference: ablated less
+    original [m, T]; NaN without a next token. changes: of the logits [m, T, V], less their median
+    over V.
+    """
 
     sparsity: Tensor
     sparsity_here: Tensor
@@ -70,170 +79,163 @@ class AblationEffects(NamedTuple):
 
 
 class Ablation(Metric):
-    """Ablation sparsity of random active latents and of random channels, and tables of what single
-    latents do."""
+    """Ablation sparsity of random active latents and of random channels, and a table of the effects
+    of each latent where it is strongest.
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        options, context = subject.options, subject.data.acts.context
-        if context < 2:
+    Raises:
+        InputError: if contexts have only one token.
+    """
+
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        options, length = context.options, context.data.acts.context
+        if length < 2:
             raise InputError(
-                f"contexts of {context} token have no position to ablate; train and evaluate with "
+                f"contexts of {length} token have no position to ablate; train and evaluate with "
                 "--acts.context of 2 or more"
             )
-        self.horizon = min(options.ablation_horizon, context - 1)
-        n = subject.sae.shape.n_latents
-        self.sample = _Sample(options.ablation_positions, self.horizon, _random(options.seed, 0))
-        self.strongest = _Strongest(
+        self.horizon = min(options.ablation_horizon, length - 1)
+        n = context.sae.shape.n_latents
+        self.sample = _SiteSample(
+            options.ablation_positions, self.horizon, _random(options.seed, 0)
+        )
+        self.strongest = _StrongestActivations(
             _random(options.seed, 1).permutation(n), options.ablation_latents or n
         )
-        self.latents, self.channels = _Pairs(), _Pairs()
+        self.latents, self.channels = _AblationTable(), _AblationTable()
         self.tables: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def see(self, seen: SAEBatch) -> None:
-        contexts = TokenBatch(*(field.cpu() for field in seen.batch.contexts))
-        self.sample.offer(contexts)
-        self.strongest.see(seen, contexts)
+    def update(self, batch: SAEBatch) -> None:
+        contexts = TokenBatch(*(field.cpu() for field in batch.held_out.contexts))
+        self.sample.update(contexts)
+        self.strongest.update(batch, contexts)
 
     @torch.inference_mode()
-    def work(self, observe: Progress) -> None:
-        places = self.sample.places()
-        if not places:
+    def compute(self, progress: Progress) -> None:
+        sites = self.sample.sites()
+        if not sites:
             raise InputError(
                 f"no context of the text has a kept position with {self.horizon - 1} tokens after "
                 "it, as ablation needs; "
                 "give longer texts, or a smaller --ablation-horizon"
             )
-        numbers, tops, values = self.strongest.found(self.horizon)
-        total, done = len(places) + len(tops), 0
-        draw = _random(self.subject.options.seed, 2)
-        for some, fork in _forks(self.subject.lm, places, self._most_contexts):
-            self._ablate(fork, [places[i] for i in some], some, draw)
-            done += len(some)
-            observe("ablating latents", done, total)
-        self.tables = self._empty_tables(numbers, tops, values)
-        for some, fork in _forks(self.subject.lm, tops, self._most_contexts):
-            self._tabulate(fork, [tops[i] for i in some], torch.tensor(some))
-            done += len(some)
-            observe("ablating latents", done, total)
+        latents, table_sites, values = self.strongest.sites(self.horizon)
+        total, done = len(sites) + len(table_sites), 0
+        generator = _random(self.context.options.seed, 2)
+        for indices, fork in _forks(self.context.lm, sites, self._max_contexts):
+            self._ablate(fork, [sites[i] for i in indices], indices, generator)
+            done += len(indices)
+            progress("ablating latents", done, total)
+        self.tables = self._empty_tables(latents, table_sites, values)
+        for indices, fork in _forks(self.context.lm, table_sites, self._max_contexts):
+            self._fill_tables(fork, [table_sites[i] for i in indices], torch.tensor(indices))
+            done += len(indices)
+            progress("ablating latents", done, total)
 
     # ---- ablations
 
     def _ablate(
         self,
         fork: Branch,
-        places: list[AblationSite],
-        numbers: list[int],
-        draw: np.random.Generator,
+        sites: list[AblationSite],
+        indices: list[int],
+        generator: np.random.Generator,
     ) -> None:
-        """Ablate each active latent, and as many random channels, at the one place of each of the
-        fork's contexts."""
-        code, inputs, before = self._encoded(fork.x)
+        """Ablate each active latent, and as many random channels, at each site of a fork.
+
+        `indices` are the sites' positions in the sample.
+        """
+        code, inputs, before = self._encode(fork.x)
         row, slot = (code.values > 0).nonzero(as_tuple=True)
         latent = code.indices[row, slot]
         after = before[row] - self._contribution(inputs, row, latent, code.values[row, slot])
-        for part, place, effects in self._effects(fork, places, row, before, after):
-            self.latents.add(place, numbers[int(row[part.start])], effects, latent=latent[part])
-        for part, place, effects in self._effects(
-            fork, places, *_without_channels(fork.x, row, draw)
+        for part, site, effects in self._effects(fork, sites, row, before, after):
+            self.latents.add(site, indices[int(row[part.start])], effects, latent=latent[part])
+        for part, site, effects in self._effects(
+            fork, sites, *_without_channels(fork.x, row, generator)
         ):
-            self.channels.add(place, numbers[int(row[part.start])], effects)
+            self.channels.add(site, indices[int(row[part.start])], effects)
 
-    def _tabulate(self, fork: Branch, places: list[AblationSite], numbers: Tensor) -> None:
-        """Ablate one latent at each of the fork's contexts, where it is strongest."""
-        _, inputs, before = self._encoded(fork.x)
-        row = torch.arange(len(places), device=before.device)
-        latent, value = (
-            self.tables[name][numbers].to(before.device) for name in ("latent", "value")
-        )
+    def _fill_tables(self, fork: Branch, sites: list[AblationSite], indices: Tensor) -> None:
+        """Ablate one latent at each site of a fork, and write its effects into the tables."""
+        tables = self.tables
+        _, inputs, before = self._encode(fork.x)
+        row = torch.arange(len(sites), device=before.device)
+        latent, value = (tables[name][indices].to(before.device) for name in ("latent", "value"))
         after = before - self._contribution(inputs, row, latent.long(), value)
-        for part, place, effects in self._effects(fork, places, row, before, after):
-            tables, number, length = self.tables, numbers[part.start], place.length
-            tables["sparsity"][number] = effects.sparsity[0]
-            tables["kl"][number, :length] = effects.kl[0].cpu()
-            tables["loss_difference"][number, :length] = effects.loss_difference[0].cpu()
-            present = -effects.changes[
-                0
-            ]  # what the latent's presence adds to the logits: original less ablated
+        for part, site, effects in self._effects(fork, sites, row, before, after):
+            index, length = indices[part.start], site.length
+            tables["sparsity"][index] = effects.sparsity[0]
+            tables["kl"][index, :length] = effects.kl[0].cpu()
+            tables["loss_difference"][index, :length] = effects.loss_difference[0].cpu()
+            added = -effects.changes[0]  # by the latent's presence: original less ablated logits
             for name, largest in (("up", True), ("down", False)):
-                best = present.topk(LISTED, -1, largest)
-                tables[f"{name}_tokens"][number, :length] = best.indices.int().cpu()
-                tables[f"{name}_values"][number, :length] = best.values.cpu()
+                best = added.topk(LISTED, -1, largest)
+                tables[f"{name}_tokens"][index, :length] = best.indices.int().cpu()
+                tables[f"{name}_values"][index, :length] = best.values.cpu()
 
-    def _encoded(self, x: Tensor) -> tuple[Code, Normalized, Tensor]:
-        """Return (code, normalised activations, raw activations that a latent is taken out of) of
-        x[c, d]."""
-        sae = self.subject.sae
+    def _encode(self, x: Tensor) -> tuple[Code, Normalized, Tensor]:
+        """Return the codes and normalized inputs of x[c, d], and the raw activations [c, d] that
+        latents are removed from."""
+        sae = self.context.sae
         inputs = sae.normalize(x)
         code = sae.encode_normalized(inputs.x)
-        return (
-            code,
-            inputs,
-            x
-            if self.subject.options.ablation_error == "keep"
-            else inputs.restore(sae.decode_normalized(code)),
-        )
+        keeps_error = self.context.options.ablation_error == "keep"
+        return code, inputs, x if keeps_error else inputs.restore(sae.decode_normalized(code))
 
     def _contribution(
         self, inputs: Normalized, row: Tensor, latent: Tensor, value: Tensor
     ) -> Tensor:
         """Return what latents add to the raw activation, [m, d]: restore(recon) - restore(recon
         without the latent)."""
-        return value[:, None] * self.subject.sae.W_dec[latent] * inputs.scale[row]
+        return value[:, None] * self.context.sae.W_dec[latent] * inputs.scale[row]
 
     def _effects(
-        self, fork: Branch, places: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
+        self, fork: Branch, sites: list[AblationSite], row: Tensor, before: Tensor, after: Tensor
     ) -> Iterator[tuple[slice, AblationSite, AblationEffects]]:
-        """Yield (which rows, their place, what they do) of m edits after[m, d] of contexts row[m],
-        in order, before[c, d] their originals.
+        """Yield the effects of m edits, those of one site together, as (edits, site, effects).
 
-        The original is run in the same call as its edits, so that both are rounded alike.
+        Edit i replaces before[c, d] at context row[i] by after[m, d] at i; rows are in ascending
+        order. The original runs in the same call as its edits, so that both are rounded alike.
         """
-        lm, acts = self.subject.lm, self.subject.data.acts
-        most = max(
-            1, min(_BYTES // fork.row_bytes, acts.lm_batch * acts.context // places[0].length)
+        lm, acts = self.context.lm, self.context.data.acts
+        size = max(
+            1, min(_BYTES // fork.row_bytes, acts.lm_batch * acts.context // sites[0].length)
         )
-        same = (after.to(lm.model.dtype) == before[row].to(lm.model.dtype)).all(
-            1
-        )  # no effect, and none by rounding either
-        for first in range(0, len(row), most):
-            own, inverse = row[first : first + most].unique_consecutive(return_inverse=True)
+        # equal in the LM's precision: no effect, so none by rounding either
+        same = (after.to(lm.model.dtype) == before[row].to(lm.model.dtype)).all(1)
+        for first in range(0, len(row), size):
+            contexts, inverse = row[first : first + size].unique_consecutive(return_inverse=True)
             logits = fork(
-                torch.cat([own, row[first : first + most]]),
-                torch.cat([before[own], after[first : first + most]]),
+                torch.cat([contexts, row[first : first + size]]),
+                torch.cat([before[contexts], after[first : first + size]]),
             ).float()
-            original, ablated = logits[: len(own)], logits[len(own) :]
+            original, ablated = logits[: len(contexts)], logits[len(contexts) :]
             start = 0
             for i, count in enumerate(inverse.bincount().tolist()):
-                part, place = slice(first + start, first + start + count), places[int(own[i])]
+                part, site = slice(first + start, first + start + count), sites[int(contexts[i])]
                 changes = ablated[start : start + count].sub_(original[i])
                 changes[same[part]] = 0
-                yield (
-                    part,
-                    place,
-                    measure(
-                        original[i].log_softmax(-1), changes, _targets(place).to(changes.device)
-                    ),
-                )
+                log_probs, targets = original[i].log_softmax(-1), _targets(site).to(changes.device)
+                yield part, site, measure(log_probs, changes, targets)
                 start += count
 
     @property
-    def _most_contexts(self) -> int:
-        """How many contexts are forked at a time: a batch of the LM, if their logits are not too
-        large."""
+    def _max_contexts(self) -> int:
+        """Contexts in one fork: a batch of the LM, or as many as have room for their logits."""
         return max(
             1,
             min(
-                self.subject.data.acts.lm_batch,
-                _BYTES // (4 * self.horizon * self.subject.lm.vocab),
+                self.context.data.acts.lm_batch,
+                _BYTES // (4 * self.horizon * self.context.lm.vocab),
             ),
         )
 
-    # ---- the answer
+    # ---- the result
 
-    def result(self) -> Result:
-        latents, channels, size = self.latents, self.channels, self.horizon * self.subject.lm.vocab
+    def finalize(self) -> Result:
+        latents, channels, size = self.latents, self.channels, self.horizon * self.context.lm.vocab
         sparsity = latents.mean("sparsity")
         values = {
             "ablation_sparsity": sparsity,
@@ -252,7 +254,7 @@ class Ablation(Metric):
             "kl": latents.mean("kl"),
             "channel_kl": channels.mean("kl"),
             "loss_difference": latents.mean("loss_difference"),
-            "n_positions": len(self.sample.places()),
+            "n_positions": len(self.sample.sites()),
             "n_ablations": len(latents),
             "n_without_effect": latents.without_effect,
             "n_channels": len(channels),
@@ -272,17 +274,16 @@ class Ablation(Metric):
         return Result(values, {**self.tables, **pairs})
 
     def _notes(self) -> list[str]:
-        options, lm, found = self.subject.options, self.subject.lm, len(self.sample.places())
+        options, lm, count = self.context.options, self.context.lm, len(self.sample.sites())
         notes = []
         if self.horizon < options.ablation_horizon:
             notes.append(
-                f"ablation_horizon: contexts of {self.subject.data.acts.context} tokens leave room "
-                f"for {self.horizon}, "
-                f"not {options.ablation_horizon}"
+                f"ablation_horizon: contexts of {self.context.data.acts.context} tokens leave room "
+                f"for {self.horizon}, not {options.ablation_horizon}"
             )
-        if found < options.ablation_positions:
+        if count < options.ablation_positions:
             notes.append(
-                f"ablation_positions: the text has {found} contexts with a position to ablate, one "
+                f"ablation_positions: the text has {count} contexts with a position to ablate, one "
                 f"each, not {options.ablation_positions}"
             )
         if lm.options.lm_dtype != "float32":
@@ -293,26 +294,23 @@ class Ablation(Metric):
         return notes
 
     def _empty_tables(
-        self, numbers: Tensor, tops: list[AblationSite], values: Tensor
+        self, latents: Tensor, sites: list[AblationSite], values: Tensor
     ) -> dict[str, Tensor]:
-        m, length, context = len(tops), self.horizon, self.subject.data.acts.context
-        tokens = (
-            torch.stack(
-                [
-                    place.tokens.masked_fill(torch.arange(context) >= place.text, -1)
-                    for place in tops
-                ]
+        """Return the tables of m latents, with the effects still to be filled in."""
+        m, length, context = len(sites), self.horizon, self.context.data.acts.context
+        tokens = torch.zeros(0, context)
+        if sites:
+            positions = torch.arange(context)
+            tokens = torch.stack(
+                [site.tokens.masked_fill(positions >= site.text, -1) for site in sites]
             )
-            if tops
-            else torch.zeros(0, context)
-        )
         nan, listed = torch.full((m, length), torch.nan), (m, length, LISTED)
         return {
-            "latent": numbers.int(),
+            "latent": latents.int(),
             "context_tokens": tokens.int(),
             "value": values,
             "sparsity": torch.full((m,), torch.nan),
-            "position": torch.tensor([place.position for place in tops], dtype=torch.int32),
+            "position": torch.tensor([site.position for site in sites], dtype=torch.int32),
             "kl": nan,
             "loss_difference": nan.clone(),
             "up_tokens": torch.full(listed, -1, dtype=torch.int32),
@@ -326,36 +324,47 @@ class Ablation(Metric):
 
 
 def sparsity(differences: Tensor) -> Tensor:
-    """Return (L1 / L2)^2 / (T V) of differences of logits[r, T, V] less their median over V, [r] as
-    float64: Gao et al. 2024, section 4.5.
+    """Return the ablation sparsity (L1 / L2)^2 / (T V), after subtracting medians over V.
 
-    Of an even number of values, the median is the smaller of the two in the middle. NaN where
-    nothing differs.
+    Gao et al. 2024, section 4.5. Of an even number of values, the median is the smaller of the two
+    in the middle.
+
+    Args:
+        differences: changes of logits by r ablations, [r, T, V].
+
+    Returns:
+        [r] as float64, from 1 / (T V) for one changed logit to 1; NaN where nothing changes.
+
+    Example:
+        >>> import torch
+        >>> one_of_ten = torch.zeros(1, 1, 10)
+        >>> one_of_ten[0, 0, 3] = 2.0
+        >>> round(sparsity(one_of_ten).item(), 6)
+        0.1
     """
-    return _sparsity(*_norms(_centred(differences)), differences.shape[-1])
+    return _sparsity(*_norms(_subtract_median(differences)), differences.shape[-1])
 
 
 def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> AblationEffects:
-    """Return what ablations do that change the logits of log_probs[T, V] by differences[m, T, V];
-    targets[T]: the next tokens, -1: none.
+    """Measure what ablations do to the predictions at one site.
 
-    kl is KL(original || ablated) of each position's prediction, loss_difference the loss of the
-    next token, ablated - original, in nats.
+    Args:
+        log_probs: the original log-probabilities, [T, V].
+        differences: what each ablation adds to the logits, [m, T, V].
+        targets: the next tokens, [T]; -1 where there is none.
     """
-    changes = _centred(differences)
+    changes = _subtract_median(differences)
     l1, l2 = _norms(changes)
-    shift = (log_probs + changes).logsumexp(
-        -1
-    )  # of the changes alone, so that small ones do not drown in the logits
+    # from the changes alone, so that small ones are not lost in the rounding of the logits
+    shift = (log_probs + changes).logsumexp(-1)
     kl = shift - (log_probs.exp() * changes).sum(-1)
-    chosen = changes.gather(
-        -1, targets.clamp_min(0)[None, :, None].expand(len(changes), -1, 1)
-    ).squeeze(-1)
-    loss = (shift - chosen).masked_fill(targets < 0, torch.nan)
-    here, size = l2[:, 0].square() / l2.square().sum(1), changes.shape[-1]
+    index = targets.clamp_min(0)[None, :, None].expand(len(changes), -1, 1)
+    target_changes = changes.gather(-1, index).squeeze(-1)
+    loss = (shift - target_changes).masked_fill(targets < 0, torch.nan)
+    here, vocabulary = l2[:, 0].square() / l2.square().sum(1), changes.shape[-1]
     return AblationEffects(
-        _sparsity(l1, l2, size),
-        _sparsity(l1[:, :1], l2[:, :1], size),
+        _sparsity(l1, l2, vocabulary),
+        _sparsity(l1[:, :1], l2[:, :1], vocabulary),
         1 - here,
         l2.square().sum(1).sqrt(),
         kl,
@@ -364,7 +373,7 @@ def measure(log_probs: Tensor, differences: Tensor, targets: Tensor) -> Ablation
     )
 
 
-def _centred(differences: Tensor) -> Tensor:
+def _subtract_median(differences: Tensor) -> Tensor:
     return differences - differences.median(-1, keepdim=True).values
 
 
@@ -372,12 +381,12 @@ def _norms(changes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the L1 and L2 norms [r, T] over V of changes[r, T, V], summed in float64, on the
     CPU."""
     parts = [
-        part.cpu().double() if part.device.type == "mps" else part.double()  # which has no float64
+        part.cpu().double() if part.device.type == "mps" else part.double()  # mps has no float64
         for part in changes.split(max(1, _PART // max(1, changes[:1].numel())))
     ]
-    return torch.cat([part.abs().sum(-1).cpu() for part in parts]), torch.cat(
-        [part.norm(dim=-1).cpu() for part in parts]
-    )
+    l1 = torch.cat([part.abs().sum(-1).cpu() for part in parts])
+    l2 = torch.cat([part.norm(dim=-1).cpu() for part in parts])
+    return l1, l2
 
 
 def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
@@ -385,23 +394,25 @@ def _sparsity(l1: Tensor, l2: Tensor, vocabulary: int) -> Tensor:
     return l1.sum(1).square() / l2.square().sum(1) / (vocabulary * l1.shape[1])  # 0 / 0 is NaN
 
 
-def _targets(place: AblationSite) -> Tensor:
-    """Return the token after each of the place's positions, [T]; -1 where there is none."""
-    positions = torch.arange(place.position + 1, place.position + 1 + place.length)
+def _targets(site: AblationSite) -> Tensor:
+    """Return the next token of each of the site's predictions, [T]; -1 where there is none."""
+    positions = torch.arange(site.position + 1, site.position + 1 + site.length)
     return torch.where(
-        positions < place.text, place.tokens[positions.clamp_max(len(place.tokens) - 1)], -1
+        positions < site.text, site.tokens[positions.clamp_max(len(site.tokens) - 1)], -1
     )
 
 
 def _without_channels(
-    x: Tensor, row: Tensor, draw: np.random.Generator
+    x: Tensor, row: Tensor, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (row, x[c, d], edits): in each context as many distinct random channels set to zero as
-    it has rows, at most all."""
+    """Set random channels of x[c, d] to zero, one in each edit; return (row, x, edits).
+
+    Each context gets as many distinct channels as it has entries in `row`, at most d.
+    """
     d = x.shape[1]
     counts = row.bincount(minlength=len(x)).clamp_max(d)
     channel = torch.from_numpy(
-        np.concatenate([draw.permutation(d)[:count] for count in counts.tolist()])
+        np.concatenate([generator.permutation(d)[:count] for count in counts.tolist()])
     ).to(x.device)
     row = torch.arange(len(x), device=x.device).repeat_interleave(counts)
     after = x[row]
@@ -409,153 +420,155 @@ def _without_channels(
     return row, x, after
 
 
-def _forks(lm: LM, places: list[AblationSite], most: int) -> Iterator[tuple[list[int], Branch]]:
-    """Yield (numbers of places, their fork), places at the same position together, at most so
-    many."""
+def _forks(
+    lm: LM, sites: list[AblationSite], max_contexts: int
+) -> Iterator[tuple[list[int], Branch]]:
+    """Yield (indices of sites, their fork): sites of equal position and length share a fork."""
 
     def key(i: int) -> tuple[int, int]:
-        return places[i].position, places[i].length
+        return sites[i].position, sites[i].length
 
-    for (at, length), group in groupby(sorted(range(len(places)), key=key), key):
-        numbers = list(group)
-        for some in (numbers[first : first + most] for first in range(0, len(numbers), most)):
-            tokens = torch.stack([places[i].tokens for i in some])
-            attention = (
-                torch.arange(tokens.shape[1])
-                < torch.tensor([places[i].text for i in some])[:, None]
-            )
-            yield some, lm.branch_from(tokens, attention, at, length)
+    for (position, length), group in groupby(sorted(range(len(sites)), key=key), key):
+        equal = list(group)
+        for first in range(0, len(equal), max_contexts):
+            indices = equal[first : first + max_contexts]
+            tokens = torch.stack([sites[i].tokens for i in indices])
+            text = torch.tensor([sites[i].text for i in indices])
+            attention = torch.arange(tokens.shape[1]) < text[:, None]
+            yield indices, lm.branch_from(tokens, attention, position, length)
 
 
-# ---- what is ablated -----------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def _random(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream])
 
 
-def _texts(contexts: TokenBatch) -> Tensor:
+def _text_lengths(contexts: TokenBatch) -> Tensor:
     """Return how many tokens each context has before its padding, [b]."""
     return contexts.attention.long().cumprod(1).sum(1)
 
 
-class _Sample:
-    """A random sample of contexts, so many of all that come by, and in each a random position that
-    can be ablated."""
+class _SiteSample:
+    """A uniform sample of `size` contexts, with one random position of each that can be ablated."""
 
-    def __init__(self, size: int, horizon: int, draw: np.random.Generator):
-        self.size, self.horizon, self.draw = size, horizon, draw
-        self._heap: list[
-            tuple[float, int, AblationSite]
-        ] = []  # those with the smallest random keys, the largest of them first
+    def __init__(self, size: int, horizon: int, generator: np.random.Generator):
+        self.size, self.horizon, self.generator = size, horizon, generator
+        # the sites with the smallest random keys, as a heap whose top has the largest key
+        self._heap: list[tuple[float, int, AblationSite]] = []
         self._count = 0
 
-    def offer(self, contexts: TokenBatch) -> None:
-        position, texts = torch.arange(contexts.keep.shape[1]), _texts(contexts)
-        possible = contexts.keep & (position >= 1) & (position + self.horizon <= texts[:, None])
-        for row, where in enumerate(possible):
-            key, at = self.draw.random(
-                2
-            )  # for each context, so that the sample does not depend on batches
+    def update(self, contexts: TokenBatch) -> None:
+        position, text = torch.arange(contexts.keep.shape[1]), _text_lengths(contexts)
+        possible = contexts.keep & (position >= 1) & (position + self.horizon <= text[:, None])
+        for row, mask in enumerate(possible):
+            # two draws for every context, so that the sample does not depend on batch sizes
+            key, fraction = self.generator.random(2)
             self._count += 1
-            where = where.nonzero().squeeze(1)
-            if not len(where) or (len(self._heap) == self.size and -key <= self._heap[0][0]):
+            positions = mask.nonzero().squeeze(1)
+            full = len(self._heap) == self.size
+            if not len(positions) or (full and -key <= self._heap[0][0]):
                 continue
-            p = int(where[int(at * len(where))])
-            place = AblationSite(
+            at = int(positions[int(fraction * len(positions))])
+            site = AblationSite(
                 contexts.tokens[row].clone(),
-                int(texts[row]),
-                p,
-                int(contexts.documents[row, p]),
+                int(text[row]),
+                at,
+                int(contexts.documents[row, at]),
                 self.horizon,
             )
-            (heapq.heappush if len(self._heap) < self.size else heapq.heapreplace)(
-                self._heap, (-key, self._count, place)
-            )
+            push = heapq.heapreplace if full else heapq.heappush
+            push(self._heap, (-key, self._count, site))
 
-    def places(self) -> list[AblationSite]:
+    def sites(self) -> list[AblationSite]:
         """Return the sample in the order of the text."""
-        return [place for _, _, place in sorted(self._heap, key=lambda entry: entry[1])]
+        return [site for _, _, site in sorted(self._heap, key=lambda entry: entry[1])]
 
 
-class _Strongest:
-    """Where each of the first so many latents of an order that fire is strongest. The first of
-    equals counts."""
+class _StrongestActivations:
+    """The strongest activation of each latent; of equal ones the first.
 
-    def __init__(self, order: np.ndarray, most: int):
-        self.order, self.most = torch.from_numpy(order), most
+    `chosen` are the first `size` latents of `order` that have fired.
+    """
+
+    def __init__(self, order: np.ndarray, size: int):
+        self.order, self.size = torch.from_numpy(order), size
         self.value = torch.zeros(len(order))
         self.context, self.position = (torch.zeros(len(order), dtype=torch.long) for _ in range(2))
-        self._contexts: dict[
-            int, tuple[Tensor, int, Tensor]
-        ] = {}  # tokens, text, documents of those that are still somebody's
+        # (tokens, text, documents) of the contexts that hold a chosen latent's activation
+        self._contexts: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._count = 0
 
-    def see(self, seen: SAEBatch, contexts: TokenBatch) -> None:
-        values, indices = (part.cpu() for part in seen.code)
+    def update(self, batch: SAEBatch, contexts: TokenBatch) -> None:
+        values, indices = (part.cpu() for part in batch.code)
         active = values > 0
         latent, value, row = indices[active], values[active].float(), active.nonzero()[:, 0]
         best = torch.zeros_like(self.value).scatter_reduce_(0, latent, value, "amax")
         at_best = value == best[latent]
-        where = torch.full_like(self.context, len(values)).scatter_reduce_(
+        first_row = torch.full_like(self.context, len(values)).scatter_reduce_(
             0, latent[at_best], row[at_best], "amin"
         )
         better = (best > self.value).nonzero().squeeze(1)
         context, position = contexts.keep.nonzero(as_tuple=True)
         self.value[better] = best[better]
-        self.context[better] = self._count + context[where[better]]
-        self.position[better] = position[where[better]]
-        self._remember(contexts)
+        self.context[better] = self._count + context[first_row[better]]
+        self.position[better] = position[first_row[better]]
+        self._store_contexts(contexts)
 
-    def _remember(self, contexts: TokenBatch) -> None:
-        needed, texts = set(self.context[self.chosen()].tolist()), _texts(contexts)
+    def _store_contexts(self, contexts: TokenBatch) -> None:
+        """Keep the contexts of chosen latents, and drop those that are no longer needed.
+
+        A latent that an earlier one has displaced is never chosen again, so dropping is safe.
+        """
+        needed, text = set(self.context[self.chosen()].tolist()), _text_lengths(contexts)
         self._contexts = {
-            number: kept for number, kept in self._contexts.items() if number in needed
+            number: stored for number, stored in self._contexts.items() if number in needed
         }
         for number in needed - set(self._contexts):
             i = number - self._count
             self._contexts[number] = (
                 contexts.tokens[i].clone(),
-                int(texts[i]),
+                int(text[i]),
                 contexts.documents[i].clone(),
             )
         self._count += len(contexts.tokens)
 
     def chosen(self) -> Tensor:
-        """Return the chosen latents [m]. One that is left out for an earlier one never comes back,
-        so its context may be forgotten."""
-        return self.order[self.value[self.order] > 0][: self.most]
+        """Return the chosen latents, [m]."""
+        return self.order[self.value[self.order] > 0][: self.size]
 
-    def found(self, horizon: int) -> tuple[Tensor, list[AblationSite], Tensor]:
-        """Return (latents [m], their places, with as much of the horizon as the context has, their
-        values [m])."""
-        chosen, places = self.chosen(), []
+    def sites(self, horizon: int) -> tuple[Tensor, list[AblationSite], Tensor]:
+        """Return the chosen latents [m], their sites, and their values [m].
+
+        A site has as much of the horizon as its context has text.
+        """
+        chosen, sites = self.chosen(), []
         for context, position in zip(self.context[chosen].tolist(), self.position[chosen].tolist()):
             tokens, text, documents = self._contexts[context]
-            places.append(
-                AblationSite(
-                    tokens, text, position, int(documents[position]), min(horizon, text - position)
-                )
-            )
-        return chosen, places, self.value[chosen]
+            length = min(horizon, text - position)
+            sites.append(AblationSite(tokens, text, position, int(documents[position]), length))
+        return chosen, sites, self.value[chosen]
 
 
-# ---- what ablations did --------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
-class _Pairs:
-    """Pairs of a sampled position and something ablated there, one row each."""
+class _AblationTable:
+    """The effects of ablations in columns, a row for each pair of a sampled site and something
+    ablated there."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(
-        self, place: AblationSite, number: int, effects: AblationEffects, **columns: Tensor
+        self, site: AblationSite, number: int, effects: AblationEffects, **columns: Tensor
     ) -> None:
+        """Add the m ablations at the sample's site of this number."""
         m = len(effects.sparsity)
         rows = {
             "position": torch.full((m,), number),
-            "document": torch.full((m,), place.document),
+            "document": torch.full((m,), site.document),
             "sparsity": effects.sparsity,
             "sparsity_here": effects.sparsity_here,
             "later": effects.later,
@@ -578,42 +591,36 @@ class _Pairs:
         return int(self["sparsity"].isnan().sum())
 
     def clustered(self, name: str) -> list[Clustered]:
-        """Return the rows of a column that have a value, each in its document; nothing if none
-        has."""
-        there = ~self[name].isnan()
-        return [Clustered(self["document"][there], self[name][there])] if there.any() else []
+        """Return the values of a column that are not NaN, by document; an empty list if all are."""
+        valid = ~self[name].isnan()
+        return [Clustered(self["document"][valid], self[name][valid])] if valid.any() else []
 
     def mean(self, name: str) -> Value:
-        """Return the mean over pairs that have a value."""
+        """Return the mean of the values of a column that are not NaN."""
         return Clustered.mean(self.clustered(name))
 
     def mean_per_position(self) -> Value:
-        """Return the mean over positions of the mean sparsity of the position's pairs."""
-        there = ~self["sparsity"].isnan()
-        if not there.any():
-            return {"value": None, "se": None}
-        _, inverse, counts = self["position"][there].unique(return_inverse=True, return_counts=True)
-        means = (
-            torch.zeros(len(counts), dtype=torch.float64).index_add_(
-                0, inverse, self["sparsity"][there]
-            )
-            / counts
-        )
-        documents = torch.zeros(len(counts), dtype=torch.long).index_copy_(
-            0, inverse, self["document"][there]
-        )
-        return Clustered.mean([Clustered(documents, means)])
+        """Return the mean over positions of each position's mean sparsity."""
+        valid = ~self["sparsity"].isnan()
+        if not valid.any():
+            return no_value()
+        _, inverse, counts = self["position"][valid].unique(return_inverse=True, return_counts=True)
+        totals = torch.zeros(len(counts), dtype=torch.float64)
+        totals.index_add_(0, inverse, self["sparsity"][valid])
+        documents = torch.zeros(len(counts), dtype=torch.long)
+        documents.index_copy_(0, inverse, self["document"][valid])
+        return Clustered.mean([Clustered(documents, totals / counts)])
 
     def weighted(self) -> Value:
-        """Return the mean sparsity, each pair weighted by the L2 norm of its effect."""
-        there = ~self["sparsity"].isnan()
-        if not there.any():
-            return {"value": None, "se": None}
+        """Return the mean sparsity, each ablation weighted by the L2 norm of its effect."""
+        valid = ~self["sparsity"].isnan()
+        if not valid.any():
+            return no_value()
         sums = DocumentSums()
         sums.add(
-            self["document"][there],
-            weight=self["norm"][there],
-            weighted=(self["norm"] * self["sparsity"])[there],
+            self["document"][valid],
+            weight=self["norm"][valid],
+            weighted=(self["norm"] * self["sparsity"])[valid],
         )
         return ratio(sums["weighted"], sums["weight"])
 
@@ -623,16 +630,15 @@ class _Pairs:
         return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
-def _difference(a: _Pairs, b: _Pairs, name: str) -> Value:
-    """Return mean(a) - mean(b) of a column on the same documents, as twice the mean of the two
-    means a and -b."""
-    ours, theirs = a.clustered(name), b.clustered(name)
-    if not ours or not theirs:
-        return {"value": None, "se": None}
-    half = Clustered.mean(
-        [
-            ours[0],
-            Clustered(torch.from_numpy(theirs[0].clusters), torch.from_numpy(-theirs[0].values)),
-        ]
-    )
+def _difference(a: _AblationTable, b: _AblationTable, name: str) -> Value:
+    """Return mean(a) - mean(b) of a column on the same documents.
+
+    It is computed as twice the mean of the two means a and -b, so that the standard error accounts
+    for documents that are in both.
+    """
+    first, second = a.clustered(name), b.clustered(name)
+    if not first or not second:
+        return no_value()
+    negated = Clustered(torch.from_numpy(second[0].clusters), torch.from_numpy(-second[0].values))
+    half = Clustered.mean([first[0], negated])
     return {key: None if value is None else 2 * value for key, value in half.items()}

@@ -1,73 +1,95 @@
-"""Held-out text, read once for all questions about all SAEs at one site.
+"""The protocol of an evaluation: what every metric implements, and what it can read.
 
-HeldOut ─▶ Batch (contexts, x, logits: of the LM alone) ─▶ Seen (one SAE's codes of the batch) ─▶
-Eval.see
+    HeldOut        the held-out text of an LM, in batches
+    HeldOutBatch   one batch: its tokens, and what the LM alone makes of them
+    SAEBatch       the same batch as one SAE encodes and reconstructs it
+    Metric         takes SAEBatches and returns a Result
+    EvalContext    one SAE, the held-out text, and the metrics that measure this SAE
+
+The runner (ksparse.evals.runner) reads the text once for all metrics of all SAEs at a site, and a
+second time only if a metric needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 from ksparse.errors import InputError
 from ksparse.evals.batches import HeldOut, SAEBatch
 from ksparse.evals.statistics import Result
+from ksparse.progress import Progress
 from ksparse.sae.model import SAE
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 class EvalContext:
-    """One SAE under evaluation, and the parts that ask it something."""
+    """One SAE under evaluation, its held-out text, and the metrics that measure it.
+
+    Args:
+        sae: the SAE, on the LM's device.
+        data: the held-out text.
+        notes: remarks that belong to every result of this SAE.
+
+    Raises:
+        InputError: if the SAE has another `d_model` than the LM's site.
+    """
 
     def __init__(self, sae: SAE, data: HeldOut, notes: Sequence[str] = ()):
         if data.lm.d_model != sae.shape.d_model:
-            own, lm = sae.metadata.get("acts", {}), data.lm
+            trained, lm = sae.metadata.get("acts", {}), data.lm
             raise InputError(
                 f"the SAE is for d_model = {sae.shape.d_model}, {lm.options.lm} has {lm.d_model} "
                 f"at {lm.options.site}; "
-                f"the SAE was trained on {own.get('lm', 'an unknown LM')} at "
-                f"{own.get('site', 'an unknown site')}"
+                f"the SAE was trained on {trained.get('lm', 'an unknown LM')} at "
+                f"{trained.get('site', 'an unknown site')}"
             )
         self.sae, self.data, self.options, self.lm = sae, data, data.options, data.lm
         self.parts: dict[type, Metric] = {}
         self.notes = list(notes)
-        """What belongs to every number of it."""
 
-    def part(self, kind: type[MetricT]) -> MetricT:
-        """Return the one part of a kind, made when it is first asked for; what it needs comes
-        before it."""
-        part = self.parts.get(kind)
-        if not isinstance(part, kind):
-            part = self.parts[kind] = kind(self)
+    def part(self, metric: type[MetricT]) -> MetricT:
+        """Return the metric of a class, constructing it the first time.
+
+        A metric that builds on another calls this in its constructor, so the other one comes first
+        in `parts` and receives each batch before it.
+        """
+        part = self.parts.get(metric)
+        if not isinstance(part, metric):
+            part = self.parts[metric] = metric(self)
         return part
 
 
 class Metric:
-    """One question: sees each batch, works on what it kept, sees each batch again if it must, and
-    answers."""
+    """One question about one SAE; subclasses override the steps that they need.
+
+    The runner calls, in this order: `prepare`; `update` for each batch; `compute`;
+    `update_second_pass` for each batch, if `passes` is 2; `finalize`. Constructors only set up
+    empty state: they neither run the LM nor read the text.
+    """
 
     passes: ClassVar[int] = 1
-    """How often it sees the text: 0, 1 or 2 times."""
-    beside: ClassVar[tuple[str, ...]] = ()
-    """Keys of its result that go into those of other SAEs in the same pass too, so that a figure
-    can show all."""
+    """How many passes over the text the metric takes: 0, 1 or 2."""
+    comparison_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of the result that are copied into the results of the other SAEs in the same
+    evaluation, so that a figure of one run can show all of them."""
 
-    def __init__(self, subject: EvalContext):
-        self.subject = subject
+    def __init__(self, context: EvalContext):
+        self.context = context
 
-    def see(self, seen: SAEBatch) -> None:
-        """Take what is needed of a batch."""
+    def prepare(self) -> None:
+        """Compute what `update` needs before the first batch."""
 
-    def work(self, observe: Progress) -> None:
-        """Do what needs all batches, between the first pass and the second."""
+    def update(self, batch: SAEBatch) -> None:
+        """Accumulate one batch of the first pass."""
 
-    def see_again(self, seen: SAEBatch) -> None:
-        """Take a batch of the second pass."""
+    def compute(self, progress: Progress) -> None:
+        """Do the work that needs the whole first pass."""
 
-    def result(self) -> Result | None:
-        """Return the answer; None of a part that others only build on."""
+    def update_second_pass(self, batch: SAEBatch) -> None:
+        """Accumulate one batch of the second pass."""
+
+    def finalize(self) -> Result | None:
+        """Return the result; None from a metric that only serves other metrics."""
 
 
 MetricT = TypeVar("MetricT", bound=Metric)

@@ -1,8 +1,14 @@
-"""TODO ksparse.evals.batches."""
+"""Held-out text in batches, with what the LM and an SAE compute on each batch.
+
+Quantities are computed when first read and then kept for the life of the batch, so metrics and
+SAEs share one run of the LM. Letters in shapes: b contexts of t tokens, m kept activations, p
+predictions whose loss is measured, v tokens of vocabulary, d = d_model.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,7 +18,7 @@ from torch import Tensor
 
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
-from ksparse.data.contexts import Corpus
+from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM, CachedRun
 from ksparse.lm.provenance import read_with
@@ -20,24 +26,24 @@ from ksparse.lm.tokens import TokenBatch
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import Normalized
 
-_FOR_MEAN = 16  # batches
+_MEAN_BATCHES = 16
 
 
 class _Memo:
-    """Holds what does not depend on the SAE, made for the first that asks."""
+    """Keeps values that do not depend on the SAE, for all metrics and SAEs to share."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what was made under this key, or make it."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        """Return the value under a key, calling `make` for it the first time."""
+        if key not in self._values:
+            self._values[key] = make()
+        return self._values[key]
 
 
 class HeldOutBatch(_Memo):
-    """A batch of contexts and what the LM makes of it, each computed when it is first asked for."""
+    """A batch of contexts and what the LM computes on it, without any SAE."""
 
     def __init__(self, lm: LM, corpus: Corpus, contexts: TokenBatch):
         super().__init__()
@@ -45,7 +51,7 @@ class HeldOutBatch(_Memo):
 
     @property
     def keep(self) -> Tensor:
-        """[b, t]: where the activation is looked at and replaced."""
+        """Mask [b, t] of the positions whose activations are evaluated and replaced."""
         return self.contexts.keep
 
     @property
@@ -54,24 +60,27 @@ class HeldOutBatch(_Memo):
         return self.contexts.documents[self.keep]
 
     @cached_property
-    def watched(self) -> CachedRun:
-        """The unchanged LM's whole run."""
+    def cached_run(self) -> CachedRun:
+        """A run of the unchanged LM through all its layers."""
         return self.lm.run_with_cache(self.contexts.tokens, self.contexts.attention)
 
     @property
     def logits(self) -> Tensor:
-        """[b, t, v] of the unchanged LM."""
-        return self.watched.logits
+        """Logits [b, t, v] of the unchanged LM."""
+        return self.cached_run.logits
 
     @cached_property
     def x(self) -> Tensor:
-        """Kept raw activations [m, d]."""
-        whole = (
-            "watched" in self.__dict__
-        )  # the whole run has been asked for, so that the site need not be read again
-        x = (
-            self.watched.x if whole else self.lm.acts(self.contexts.tokens, self.contexts.attention)
-        )[self.keep]
+        """The kept raw activations [m, d].
+
+        Raises:
+            NonFiniteError: if one of them is NaN or infinite; the message names its document.
+        """
+        if "cached_run" in self.__dict__:  # the full run has the activations: no need for another
+            activations = self.cached_run.x
+        else:
+            activations = self.lm.acts(self.contexts.tokens, self.contexts.attention)
+        x = activations[self.keep]
         bad = ~torch.isfinite(x).all(1)
         if bad.any():
             document = int(self.documents[bad][0])
@@ -82,154 +91,142 @@ class HeldOutBatch(_Memo):
         return x
 
     def spliced(self, rows: Tensor) -> Tensor:
-        """Return logits [b, t, v] of the LM with rows[m, d] (or [d]) in place of the kept
-        activations."""
+        """Return the LM's logits [b, t, v] with other activations in place of the kept ones.
 
-        def put(x: Tensor) -> Tensor:
+        Args:
+            rows: raw activations [m, d], or one [d] for all positions.
+        """
+
+        def replace(x: Tensor) -> Tensor:
             x = x.clone()
             x[self.keep] = rows.expand(int(self.keep.sum()), -1)
             return x
 
-        return self.lm.run_patched(self.watched, put)
+        return self.lm.run_patched(self.cached_run, replace)
 
     @cached_property
     def predicted(self) -> Tensor:
-        """[b, t - 1]: whose loss is measured: the activation is kept and the next token is text."""
+        """Mask [b, t - 1] of the p predictions whose loss is measured.
+
+        These are the positions whose own activation is kept and whose next token is text.
+        """
         return self.keep[:, :-1] & self.keep[:, 1:]
+
+    @property
+    def predicted_documents(self) -> Tensor:
+        """The document of each measured prediction, [p]."""
+        return self.contexts.documents[:, :-1][self.predicted]
 
     @cached_property
     def clean(self) -> Tensor:
         """Log-probabilities [p, v] of the unchanged LM."""
         return self.log_probs(self.logits)
 
+    @cached_property
+    def zero_losses(self) -> Tensor:
+        """Losses [p] with zeros in place of the kept activations."""
+        return self.losses_with(torch.zeros(self.lm.d_model, device=self.lm.device))
+
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Return log-probabilities [p, v] at the positions whose loss is measured."""
+        """Return the log-probabilities [p, v] of the measured predictions from logits [b, t, v]."""
         return logits[:, :-1][self.predicted].float().log_softmax(-1)
 
     def losses(self, log_probs: Tensor) -> Tensor:
-        """Return the loss of each measured position, [p], in nats."""
+        """Return the losses [p], in nats, from log-probabilities [p, v]."""
         return -log_probs.gather(1, self.contexts.tokens[:, 1:][self.predicted][:, None]).squeeze(1)
 
-    @property
-    def predicted_documents(self) -> Tensor:
-        """The document of each measured position, [p]."""
-        return self.contexts.documents[:, :-1][self.predicted]
+    def losses_with(self, rows: Tensor) -> Tensor:
+        """Return the losses [p] with other activations, as `spliced` takes them."""
+        return self.losses(self.log_probs(self.spliced(rows)))
 
 
 class SplicedLosses(NamedTuple):
-    """Of each measured position: the loss, and KL(unchanged || spliced), [p], in nats."""
+    """Losses [p] with reconstructions spliced in, and KL(unchanged || spliced) [p], in nats."""
 
     losses: Tensor
     kl: Tensor
 
 
 class SAEBatch:
-    """A batch as one SAE sees it."""
+    """A held-out batch as one SAE encodes and reconstructs it."""
 
-    def __init__(self, sae: SAE, batch: HeldOutBatch):
-        self.sae, self.batch = sae, batch
+    def __init__(self, sae: SAE, held_out: HeldOutBatch):
+        self.sae, self.held_out = sae, held_out
 
     @cached_property
     def code(self) -> Code:
         """Codes of the kept activations, [m, k]."""
-        return self.sae.encode(self.batch.x)
+        return self.sae.encode(self.held_out.x)
 
     @cached_property
     def inputs(self) -> Normalized:
-        """The kept activations as the SAE's inputs, [m, d]."""
-        return self.sae.normalize(self.batch.x)
+        """The kept activations as the SAE's normalized inputs, [m, d]."""
+        return self.sae.normalize(self.held_out.x)
 
     @cached_property
     def recon(self) -> Tensor:
-        """Reconstructions of the inputs, [m, d]."""
+        """Reconstructions of the normalized inputs, [m, d]."""
         return self.sae.decode_normalized(self.code)
 
     @cached_property
     def spliced(self) -> SplicedLosses:
-        """What the LM loses with reconstructions in place of the kept activations."""
-        clean, log_probs = (
-            self.batch.clean,
-            self.batch.log_probs(self.batch.spliced(self.inputs.restore(self.recon))),
-        )
-        return SplicedLosses(
-            self.batch.losses(log_probs), (clean.exp() * (clean - log_probs)).sum(-1)
-        )
+        """The LM's losses with reconstructions in place of the kept activations."""
+        held_out = self.held_out
+        clean = held_out.clean
+        log_probs = held_out.log_probs(held_out.spliced(self.inputs.restore(self.recon)))
+        kl = (clean.exp() * (clean - log_probs)).sum(-1)
+        return SplicedLosses(held_out.losses(log_probs), kl)
 
     def losses_with(self, recon: Tensor) -> Tensor:
-        """Return the losses [p] of the LM with recon[m, d], of the inputs, in place of the kept
-        activations."""
-        return self.batch.losses(
-            self.batch.log_probs(self.batch.spliced(self.inputs.restore(recon)))
-        )
+        """Return the losses [p] with other reconstructions [m, d] of the normalized inputs."""
+        return self.held_out.losses_with(self.inputs.restore(recon))
 
     @cached_property
     def code_grid(self) -> Code:
-        """Codes of whole contexts, [b, t, k]; where nothing is kept, values of 0 and indices of
-        -1."""
-        shape = (*self.batch.keep.shape, self.code.values.shape[1])
+        """Codes by position, [b, t, k]: values of 0 and indices of -1 where nothing is kept."""
+        keep = self.held_out.keep
+        shape = (*keep.shape, self.code.values.shape[1])
         values, indices = self.code.values.new_zeros(shape), self.code.indices.new_full(shape, -1)
-        values[self.batch.keep], indices[self.batch.keep] = self.code
+        values[keep], indices[keep] = self.code
         return Code(values, indices)
 
 
 class HeldOut(_Memo):
-    """The held-out text of an LM, as batches."""
+    """The held-out text of an LM. Iterating over it starts a new `HeldOutPass`.
+
+    Args:
+        lm: the LM, with its site.
+        acts: the text, and how it is cut into contexts.
+        options: the split, and how many tokens to read.
+    """
 
     def __init__(self, lm: LM, acts: ActsConfig, options: EvalConfig):
         super().__init__()
         self.lm, self.acts, self.options = lm, acts, options
         self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
-        self.tokens, self.contexts = 0, 0  # of the last pass
-        self.documents: set[int] = set()
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
-        """Yield batches until there are enough tokens, or the text ends."""
-        self.tokens, self.contexts, self.documents = 0, 0, set()
-        group: list = []
-        for context in self.corpus.contexts():
-            if context.start.epoch:
-                break
-            group.append(context)
-            if len(group) == self.acts.lm_batch:
-                yield self._batch(group)
-                group = []
-            if self.tokens >= self.options.tokens:
-                return
-        if group:
-            yield self._batch(group)
+        return iter(HeldOutPass(self))
 
-    def _batch(self, group: list) -> HeldOutBatch:
-        contexts = self.corpus.batch(group)
-        self.tokens, self.contexts = (
-            self.tokens + int(contexts.keep.sum()),
-            self.contexts + len(group),
-        )
-        self.documents |= set(contexts.documents[contexts.keep].tolist())
-        return HeldOutBatch(self.lm, self.corpus, self.lm.on_device(contexts))
+    def mean_activation(self) -> Tensor:
+        """Return the mean raw activation [d] of the first batches; computed once.
 
-    @cached_property
-    def mean(self) -> Tensor:
-        """The mean activation [d] of the first batches."""
-        batches = (batch.x.cpu().double() for batch, _ in zip(self, range(_FOR_MEAN)))
-        sums = [(x.sum(0), len(x)) for x in batches]
-        if not sum(count for _, count in sums):
+        Raises:
+            InputError: if the split has no text.
+        """
+        return self.once("mean activation", self._mean_activation)
+
+    def _mean_activation(self) -> Tensor:
+        total, count = torch.zeros(self.lm.d_model, dtype=torch.float64), 0
+        for batch in itertools.islice(self, _MEAN_BATCHES):
+            total += batch.x.cpu().double().sum(0)
+            count += len(batch.x)
+        if not count:
             raise self.nothing()
-        total = sum((x for x, _ in sums), torch.zeros_like(sums[0][0]))
-        return (total / sum(count for _, count in sums)).float().to(self.lm.device)
-
-    def notes(self) -> list[str]:
-        """Return what is to be said of the text of the last pass."""
-        few = len(self.documents)
-        notes = [f"only {few} documents: the standard errors are rough"] if few < 10 else []
-        if self.corpus.cut_documents:
-            notes.append(
-                f"{self.corpus.cut_documents:,} of {max(few, self.corpus.cut_documents):,} "
-                f"documents are longer than the limit of {self.options.per_document:,} tokens "
-                f"(per_document); {self.corpus.cut_tokens:,} of their tokens were not seen"
-            )
-        return notes
+        return (total / count).float().to(self.lm.device)
 
     def nothing(self) -> InputError:
+        """Return the error for a split without text."""
         return InputError(
             f"text {self.acts.text!r} has nothing to evaluate on in its split "
             f"{self.options.split!r}; "
@@ -237,8 +234,63 @@ class HeldOut(_Memo):
         )
 
 
+class HeldOutPass:
+    """One pass over the held-out text, and how much of it has been read so far.
+
+    Attributes:
+        tokens: kept activations read.
+        contexts: contexts read.
+        documents: the documents that these activations come from.
+    """
+
+    def __init__(self, data: HeldOut):
+        self.data = data
+        self.tokens, self.contexts = 0, 0
+        self.documents: set[int] = set()
+
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        """Yield batches until `options.tokens` activations are read, or the text ends."""
+        data = self.data
+        group: list[Context] = []
+        for context in data.corpus.contexts():
+            if context.start.epoch:
+                break
+            group.append(context)
+            if len(group) == data.acts.lm_batch:
+                yield self._batch(group)
+                group = []
+            if self.tokens >= data.options.tokens:
+                return
+        if group:
+            yield self._batch(group)
+
+    def _batch(self, group: list[Context]) -> HeldOutBatch:
+        contexts = self.data.corpus.batch(group)
+        self.tokens += int(contexts.keep.sum())
+        self.contexts += len(group)
+        self.documents |= set(contexts.documents[contexts.keep].tolist())
+        return HeldOutBatch(self.data.lm, self.data.corpus, self.data.lm.on_device(contexts))
+
+    def notes(self) -> list[str]:
+        """Return remarks on the text that was read, for the results that come from it."""
+        corpus, documents = self.data.corpus, len(self.documents)
+        notes = []
+        if documents < 10:
+            notes.append(f"only {documents} documents: the standard errors are rough")
+        if corpus.cut_documents:
+            notes.append(
+                f"{corpus.cut_documents:,} of {max(documents, corpus.cut_documents):,} "
+                f"documents are longer than the limit of {self.data.options.per_document:,} tokens "
+                f"(per_document); {corpus.cut_tokens:,} of their tokens were not seen"
+            )
+        return notes
+
+
 def acts_of(sae: SAE, lm: LM, options: EvalConfig) -> ActsConfig:
-    """Return the activations to evaluate on: the text and policy the SAE was trained with, on the
-    given LM."""
+    """Return the activations to evaluate an SAE on.
+
+    They have the text, contexts and positions that the SAE was trained with, on the given LM;
+    `options.text` replaces the text.
+    """
     acts = read_with(sae.metadata, lm)
     return dataclasses.replace(acts, text=options.text) if options.text else acts

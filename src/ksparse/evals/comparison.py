@@ -1,7 +1,7 @@
-"""Results of several SAEs side by side: only if they are of the same text, positions and baselines.
+"""Compare the results of several SAEs, if they are of the same text, positions and baselines.
 
-check(results)    raises InputError, naming what differs
-table(results)    the best first, each value with its standard error
+check(results)    raise InputError, naming what differs
+table(results)    one row for each SAE, the best first
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ksparse.errors import InputError
 from ksparse.evals.statistics import Value
 
 NAMES = ("downstream", "stats")
+"""The evaluations that a comparison is made of."""
 COLUMNS = {
     "ce_delta": ("downstream", 1),
     "kl": ("downstream", 1),
@@ -23,59 +24,65 @@ COLUMNS = {
     "l0": ("stats", 0),
     "dead_fraction": ("stats", 0),
 }
-"""What is compared: the evaluation that measures it, and whether less (1) or more (-1) of it is
-better; 0: it says what the others cost."""
-_SAME = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
-_HARMLESS = (
-    "device",
-    "budget",
-)  # of an evaluation's options; the budget's sizes are written out beside it
+"""{column: (its evaluation, order)}: 1 if less is better, -1 if more is, 0 for what is not ranked
+but says what the others cost."""
+_COMMON_FIELDS = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
+_IGNORED_OPTIONS = ("device", "budget")  # the sizes that a budget stands for are compared
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{SAE's name: {evaluation's name: result}}."""
 
 
 class ComparisonRow(NamedTuple):
-    """One SAE: its values, by column."""
+    """One SAE: its name and its values by column."""
 
     name: str
     values: dict[str, Value]
 
 
 def check(results: Results) -> None:
-    """Raise InputError where results are not of the same evaluations, on the same text, at the same
-    positions, against the same baselines."""
-    (first, ours), *others = results.items()
-    for other, theirs in others:
-        if set(ours) != set(theirs):
+    """Check that results can be compared.
+
+    Args:
+        results: results of at least one SAE, new or read from a run.
+
+    Raises:
+        InputError: if they are not of the same evaluations, on the same text, at the same
+            positions, with the same options.
+    """
+    (first, reference), *others = results.items()
+    for other, by_name in others:
+        if set(reference) != set(by_name):
             raise InputError(
                 f"{first} and {other} cannot be ranked: of one there are results of "
-                f"{', '.join(sorted(ours))}, of the other of "
-                f"{', '.join(sorted(theirs))}"
+                f"{', '.join(sorted(reference))}, of the other of {', '.join(sorted(by_name))}"
             )
-        for name in ours:
-            mine, its = _facts(ours[name]), _facts(theirs[name])
-            unlike = [
-                key for key in sorted(mine.keys() | its.keys()) if mine.get(key) != its.get(key)
-            ]
-            if unlike:
-                wrong = "; ".join(
-                    f"{key} is {mine.get(key)!r} of one and {its.get(key)!r} of the other"
-                    for key in unlike[:4]
+        for name in reference:
+            a, b = _conditions(reference[name]), _conditions(by_name[name])
+            unequal = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+            if unequal:
+                differences = "; ".join(
+                    f"{key} is {a.get(key)!r} of one and {b.get(key)!r} of the other"
+                    for key in unequal[:4]
                 )
                 raise InputError(
-                    f"{first} and {other} cannot be ranked by {name}: {wrong}. Evaluate them anew "
-                    "and together: leave out --results saved, "
+                    f"{first} and {other} cannot be ranked by {name}: {differences}. Evaluate them "
+                    "again and together: leave out --results saved, "
                     "and name with --like whose text and positions are to be used for all"
                 )
 
 
 def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[ComparisonRow]:
-    """Return a row for each SAE, the best by column `by` first (the first column there is, if not
-    given).
+    """Return a row for each SAE, the best first.
 
-    normalizations: each SAE's. nmse is of normalised activations, so it is left out where these
-    differ.
+    Args:
+        results: results of the SAEs.
+        normalizations: the input normalization of each SAE. `nmse` is of normalized activations, so
+            it is left out where these differ.
+        by: the column to rank by; by default the first column.
+
+    Raises:
+        InputError: if the results cannot be compared, or `by` is not a column that is ranked.
     """
     check(results)
     first = next(iter(results.values()))
@@ -91,8 +98,8 @@ def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> 
             f"{', '.join(key for key in columns if COLUMNS[key][1])}"
         )
     rows = [
-        ComparisonRow(label, {key: found[COLUMNS[key][0]][key] for key in columns})
-        for label, found in results.items()
+        ComparisonRow(label, {key: by_name[COLUMNS[key][0]][key] for key in columns})
+        for label, by_name in results.items()
     ]
 
     def rank(row: ComparisonRow) -> float:
@@ -102,12 +109,13 @@ def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> 
     return sorted(rows, key=rank)
 
 
-def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
+def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result depends on besides the SAE."""
     options = {
         f"options.{key}": value
         for key, value in result.get("options", {}).items()
-        if key not in _HARMLESS
+        if key not in _IGNORED_OPTIONS
     }
     policy = {f"policy.{key}": value for key, value in (result.get("policy") or {}).items()}
-    return {**{key: result.get(key) for key in _SAME if key != "policy"}, **policy, **options}
+    common = {key: result.get(key) for key in _COMMON_FIELDS if key != "policy"}
+    return {**common, **policy, **options}

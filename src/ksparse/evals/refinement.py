@@ -1,11 +1,11 @@
 """Are the values of a code the best ones for its latents? Gao et al. 2024, section 5.1.
 
-The active latents of each token are kept, and their values alone are optimised: at least 0, for the
-least squared error, the decoder fixed. Where an L1 penalty has shrunk the values they go up; a TopK
-code should stay where it is on average.
+The active latents of each token and the decoder are kept, and the values alone are optimized: the
+least squared error with values of at least 0. Where an L1 penalty has shrunk the values, they grow;
+those of a TopK code should stay the same on average.
 
-    refine(sae, x, code)   accelerated projected gradient, all tokens at once      exact(sae, x,
-                           code)   an active-set method, one by one
+    refine(sae, x, code)    accelerated projected gradient, all tokens at once
+    exact(sae, x, code)     an active-set method, one token, as a check
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from ksparse.errors import InputError
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
-from ksparse.evals.statistics import DocumentSums, Result, Value, ratio
+from ksparse.evals.statistics import DocumentSums, Result, Value, no_value, ratio
 from ksparse.evals.stats import spread
 from ksparse.sae.model import SAE, Code
 
-TOLERANCE, MOST_STEPS, CHECK_EVERY = 1e-6, 5_000, 20
-_ENTRIES = 2**20  # numbers of Gram matrices in one piece, which stays in cache
-_BINS = np.linspace(-2, 2, 161)  # of (refined - raw) over the mean active value
+TOLERANCE, MAX_STEPS, CHECK_EVERY = 1e-6, 5_000, 20
+_ENTRIES = 2**20  # numbers of one group's Gram matrices, which then stay in the cache
+_BINS = np.linspace(-2, 2, 161)  # of (refined - raw) / mean active value
 
 
 class Refinement(Metric):
-    """Error and loss of the LM with values as encoded and refined, and the distribution of the
+    """Error and the LM's loss with values as encoded and as refined, and the distribution of the
     difference."""
 
-    beside = (
+    comparison_keys = (
         "histogram",
         "nmse_raw",
         "nmse_refined",
@@ -43,93 +43,89 @@ class Refinement(Metric):
         "shift_median",
     )
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
         self.sums = DocumentSums()
-        self.tokens = self.most_steps = self.checked = 0
+        self.tokens = self.max_steps = self.checked = 0
         self.excess = 0.0
         self.shifts: list[Tensor] = []
         self.shift_documents: list[Tensor] = []
-        self.draw = np.random.default_rng(subject.options.seed)
+        self.generator = np.random.default_rng(context.options.seed)
 
-    def see(self, seen: SAEBatch) -> None:
-        if self.tokens >= self.subject.options.refine_tokens:
+    def update(self, batch: SAEBatch) -> None:
+        if self.tokens >= self.context.options.refine_tokens:
             return
-        batch, sae, x, code = seen.batch, seen.sae, seen.inputs.x, seen.code
+        held_out, sae, x, code = batch.held_out, batch.sae, batch.inputs.x, batch.code
         self.tokens += len(x)
-        found = refine(sae, x, code)
-        self.most_steps = max(self.most_steps, found.steps)
-        self._check(sae, x, code, found)
-        recon = sae.decode_normalized(Code(found.values.to(code.values), code.indices))
+        solution = refine(sae, x, code)
+        self.max_steps = max(self.max_steps, solution.steps)
+        self._check_exactly(sae, x, code, solution)
+        recon = sae.decode_normalized(Code(solution.values.to(code.values), code.indices))
         x64, active = x.cpu().double(), (code.values > 0).cpu()
-        raw, refined = code.values.cpu().double(), found.values.cpu()
+        raw, refined = code.values.cpu().double(), solution.values.cpu()
         shift = refined - raw
         self.sums.add(
-            batch.documents,
+            held_out.documents,
             count=torch.ones(len(x)),
             square=x64.square().sum(1),
             sum=x64,
-            raw=(x64 - seen.recon.cpu().double()).square().sum(1),
+            raw=(x64 - batch.recon.cpu().double()).square().sum(1),
             refined=(x64 - recon.cpu().double()).square().sum(1),
             active=active.sum(1),
             acts=raw.sum(1),
             shift=shift.sum(1),
             up=(shift > 0).sum(1),
             zeroed=(active & (refined == 0)).sum(1),
-            converged=found.converged,
+            converged=solution.converged,
         )
         self.shifts.append(shift[active].float())
         self.shift_documents.append(
-            batch.documents.cpu()[:, None].expand(active.shape)[active].int()
+            held_out.documents.cpu()[:, None].expand(active.shape)[active].int()
         )
         self.sums.add(
-            batch.predicted_documents,
-            tokens=torch.ones(int(batch.predicted.sum())),
-            ce_clean=batch.losses(batch.clean),
-            ce_raw=seen.spliced.losses,
-            ce_refined=seen.losses_with(recon),
+            held_out.predicted_documents,
+            tokens=torch.ones(int(held_out.predicted.sum())),
+            ce_clean=held_out.losses(held_out.clean),
+            ce_raw=batch.spliced.losses,
+            ce_refined=batch.losses_with(recon),
         )
 
-    def _check(self, sae: SAE, x: Tensor, code: Code, found: Refined) -> None:
-        """Hold some tokens' errors against those of the exact solution."""
-        rows = self.draw.permutation(len(x))[: self.subject.options.refine_exact - self.checked]
+    def _check_exactly(self, sae: SAE, x: Tensor, code: Code, solution: Refined) -> None:
+        """Compare the errors of a few random tokens with those of the exact solution."""
+        remaining = self.context.options.refine_exact - self.checked
+        rows = self.generator.permutation(len(x))[:remaining]
         for row in rows.tolist():
             target = (x[row] - sae.b_pre).cpu().double()
             best = exact(sae, x[row], Code(code.values[row], code.indices[row]))
-            ours, theirs = (
+            error, least = (
                 _error(sae, target, code.indices[row], values)
-                for values in (found.values[row], best)
+                for values in (solution.values[row], best)
             )
             self.excess = max(
-                self.excess, (ours - theirs) / max(float(target.square().sum()), 1e-300)
+                self.excess, (error - least) / max(float(target.square().sum()), 1e-300)
             )
         self.checked += len(rows)
 
-    def result(self) -> Result:
+    def finalize(self) -> Result:
         sums = self.sums
-        error, count = spread(sums["square"], sums["sum"], sums["count"]), sums["count"]
-        active, tokens, ce = (
-            sums["active"],
-            sums["tokens"],
-            {name: sums[f"ce_{name}"] for name in ("clean", "raw", "refined")},
-        )
-        unit = float(sums["acts"].sum() / max(1.0, active.sum()))
-        shifts, documents = (
-            torch.cat(self.shifts).numpy() / (unit or 1.0),
-            torch.cat(self.shift_documents).numpy(),
-        )
+        variance, count = spread(sums["square"], sums["sum"], sums["count"]), sums["count"]
+        active, tokens = sums["active"], sums["tokens"]
+        ce = {name: sums[f"ce_{name}"] for name in ("clean", "raw", "refined")}
+        mean_act = float(sums["acts"].sum() / max(1.0, active.sum()))
+        shifts = torch.cat(self.shifts).numpy() / (mean_act or 1.0)
+        documents = torch.cat(self.shift_documents).numpy()
         counts, edges = np.histogram(shifts.clip(_BINS[0], _BINS[-1]), _BINS)
         notes = []
-        if missed := int(count.sum() - sums["converged"].sum()):
+        if unconverged := int(count.sum() - sums["converged"].sum()):
             notes.append(
-                f"{missed} tokens had not converged after {MOST_STEPS:,} steps; their values are "
-                "those of the last one"
+                f"{unconverged} tokens had not converged after {MAX_STEPS:,} steps; their values "
+                "are those of the last one"
             )
         return Result(
             {
-                "nmse_raw": ratio(sums["raw"], error),
-                "nmse_refined": ratio(sums["refined"], error),
-                "nmse_gain": ratio(sums["raw"] - sums["refined"], error),
+                "nmse_raw": ratio(sums["raw"], variance),
+                "nmse_refined": ratio(sums["refined"], variance),
+                "nmse_gain": ratio(sums["raw"] - sums["refined"], variance),
                 "ce_clean": ratio(ce["clean"], tokens),
                 "ce_delta_raw": ratio(ce["raw"] - ce["clean"], tokens),
                 "ce_delta_refined": ratio(ce["refined"] - ce["clean"], tokens),
@@ -140,10 +136,10 @@ class Refinement(Metric):
                 "upward": ratio(sums["up"], active),
                 "zeroed": ratio(sums["zeroed"], active),
                 "l0": ratio(active, count),
-                "mean_act": unit,
+                "mean_act": mean_act,
                 "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
                 "converged": ratio(sums["converged"], count),
-                "steps": self.most_steps,
+                "steps": self.max_steps,
                 "tolerance": TOLERANCE,
                 "exact_tokens": self.checked,
                 "exact_excess": self.excess if self.checked else None,
@@ -156,8 +152,11 @@ class Refinement(Metric):
 
 
 class Refined(NamedTuple):
-    """values[b, k] as float64, 0 where the code had none; which tokens met the stopping rule, [b];
-    the most steps a token took."""
+    """Optimized values of codes.
+
+    values: [b, k] as float64; 0 where the code has no activation. converged: which tokens met the
+    stopping rule, [b]. steps: the most steps that a token took.
+    """
 
     values: Tensor
     converged: Tensor
@@ -166,107 +165,101 @@ class Refined(NamedTuple):
 
 @torch.no_grad()
 def refine(
-    sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, most: int = MOST_STEPS
+    sae: SAE, x: Tensor, code: Code, *, tolerance: float = TOLERANCE, max_steps: int = MAX_STEPS
 ) -> Refined:
-    """Return the non-negative values of a code's active latents that have the least squared error
-    on normalised x[b, d].
+    """Optimize the values of a code's active latents, with the decoder fixed.
 
-    Projected gradient with Nesterov's momentum, which restarts where it points uphill. A token is
-    done when no component of its projected gradient, max(g, -z), is larger than `tolerance` times
-    the largest correlation of a latent with the input.
+    The result has the least squared error with values of at least 0: Gao et al. 2024, section 5.1.
+    The method is projected gradient descent with Nesterov's momentum, restarted where it points
+    uphill. A token has converged when no component of its projected gradient max(g, -z) exceeds
+    `tolerance` times the largest correlation of one of its latents with the input.
+
+    Args:
+        sae: the SAE.
+        x: normalized activations, [b, d].
+        code: their codes, [b, k].
+        tolerance: of the stopping rule.
+        max_steps: steps after which a token that has not converged is left as it is.
+
+    Raises:
+        InputError: if there are not as many codes as activations.
     """
     if len(x) != len(code.values):
         raise InputError(f"refinement got {len(x)} activations and codes of {len(code.values)}")
-    device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
-    order = (
-        (code.values <= 0).long().argsort(dim=1, stable=True)
-    )  # active ones first, so that groups are no wider than they must be
+    device = torch.device("cpu") if x.device.type == "mps" else x.device  # mps has no float64
+    # active latents first, so that a group is no wider than its longest code
+    order = (code.values <= 0).long().argsort(dim=1, stable=True)
     start, indices = (part.gather(1, order).to(device) for part in code)
     start, active = start.double().clamp_min(0), start > 0
-    widths, weight, target = (
-        active.sum(1),
-        sae.W_dec.detach().to(device),
-        (x - sae.b_pre).to(device).double(),
-    )
-    values, converged, steps = (
-        torch.zeros_like(start),
-        torch.ones(len(x), dtype=torch.bool, device=device),
-        0,
-    )
+    widths, weight = active.sum(1), sae.W_dec.detach().to(device)
+    target = (x - sae.b_pre).to(device).double()
+    values, steps = torch.zeros_like(start), 0
+    converged = torch.ones(len(x), dtype=torch.bool, device=device)
     for rows in _groups(widths, weight.shape[1]):
         width = int(widths[rows].max())
         if not width:
             continue
         directions = weight[indices[rows, :width]].double() * active[rows, :width, None]
         norms = directions.norm(dim=2)
-        directions /= torch.where(norms > 0, norms, 1.0)[..., None]
-        gram, pull = (
-            directions @ directions.mT,
-            torch.einsum("bkd,bd->bk", directions, target[rows]),
+        divisors = torch.where(norms > 0, norms, 1.0)
+        directions /= divisors[..., None]
+        gram = directions @ directions.mT
+        correlation = torch.einsum("bkd,bd->bk", directions, target[rows])
+        z, converged[rows], group_steps = _descend(
+            gram, correlation, start[rows, :width] * norms, tolerance, max_steps
         )
-        found, done, taken = _descend(gram, pull, start[rows, :width] * norms, tolerance, most)
-        values[rows, :width], converged[rows], steps = (
-            found / torch.where(norms > 0, norms, 1.0),
-            done,
-            max(steps, taken),
-        )
+        values[rows, :width], steps = z / divisors, max(steps, group_steps)
+    unsorted = torch.zeros_like(values).scatter_(1, order.to(device), values)
     return Refined(
-        torch.zeros_like(values)
-        .scatter_(1, order.to(device), values)
-        .to(x.device if x.device.type != "mps" else "cpu"),
-        converged.cpu(),
-        steps,
+        unsorted.to(x.device if x.device.type != "mps" else "cpu"), converged.cpu(), steps
     )
 
 
 def _groups(widths: Tensor, d: int) -> list[Tensor]:
-    """Return rows in groups of like width, each small enough for its Gram matrices to stay in
-    cache."""
+    """Return the rows in groups of similar width, each small enough for its Gram matrices to stay
+    in the cache."""
     groups, order = [], widths.argsort(descending=True)
-    at = 0
-    while at < len(order):
-        width = max(1, int(widths[order[at]]))
+    first = 0
+    while first < len(order):
+        width = max(1, int(widths[order[first]]))
         size = max(1, _ENTRIES // (width * max(width, d)))
-        groups.append(order[at : at + size])
-        at += size
+        groups.append(order[first : first + size])
+        first += size
     return groups
 
 
 def _descend(
-    gram: Tensor, pull: Tensor, start: Tensor, tolerance: float, most: int
+    gram: Tensor, correlation: Tensor, start: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Minimise z G z / 2 - c z over z >= 0 for G = gram[b, k, k], c = pull[b, k]; return (z,
-    whether converged [b], steps)."""
-    result, converged = (
-        start.clone(),
-        torch.zeros(len(start), dtype=torch.bool, device=start.device),
-    )
+    """Minimize z G z / 2 - c z over z >= 0 for G = gram[b, k, k] and c = correlation[b, k]; return
+    (z, whether converged [b], steps)."""
+    solution = start.clone()
+    converged = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     rows = torch.arange(len(start), device=start.device)
-    rate = (
-        1 / gram.abs().sum(2).amax(1).clamp_min(1e-12)[:, None]
-    )  # 1 over a bound of the largest eigenvalue
-    limit = tolerance * pull.abs().amax(1).clamp_min(1e-300)
+    # 1 over an upper bound of the largest eigenvalue
+    rate = 1 / gram.abs().sum(2).amax(1).clamp_min(1e-12)[:, None]
+    limit = tolerance * correlation.abs().amax(1).clamp_min(1e-300)
     z = ahead = start
     momentum = torch.ones_like(rate)
-    for step in range(most + 1):
-        if step % CHECK_EVERY == 0 or step == most:
-            slope = _times(gram, z) - pull
-            done = (
-                torch.minimum(slope.abs(), torch.where(slope > 0, z, slope.abs())).amax(1) <= limit
-            )
-            result[rows], converged[rows] = z, done
-            if done.all() or step == most:
-                return result, converged, step
+    for step in range(max_steps + 1):
+        if step % CHECK_EVERY == 0 or step == max_steps:
+            slope = _times(gram, z) - correlation
+            projected = torch.minimum(slope.abs(), torch.where(slope > 0, z, slope.abs()))
+            done = projected.amax(1) <= limit
+            solution[rows], converged[rows] = z, done
+            if done.all() or step == max_steps:
+                return solution, converged, step
             if done.any():
-                left = ~done
-                rows, gram, pull, rate, limit, z, ahead, momentum = (
-                    part[left] for part in (rows, gram, pull, rate, limit, z, ahead, momentum)
+                rows, gram, correlation, rate, limit, z, ahead, momentum = (
+                    part[~done]
+                    for part in (rows, gram, correlation, rate, limit, z, ahead, momentum)
                 )
-        new = (ahead - rate * (_times(gram, ahead) - pull)).clamp_min(0)
+        new = (ahead - rate * (_times(gram, ahead) - correlation)).clamp_min(0)
         uphill = ((ahead - new) * (new - z)).sum(1, keepdim=True) > 0
         momentum = torch.where(uphill, 1.0, momentum)
-        following = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
-        ahead, z, momentum = new + (momentum - 1) / following * (new - z), new, following
+        next_momentum = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        ahead = new + (momentum - 1) / next_momentum * (new - z)
+        z, momentum = new, next_momentum
     raise AssertionError("the last step returns")
 
 
@@ -276,21 +269,27 @@ def _times(gram: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exact(sae: SAE, x: Tensor, code: Code) -> Tensor:
-    """Return the same for one token, x[d] with its code [k], by Lawson and Hanson's active-set
-    method (scipy.optimize.nnls), as float64."""
+    """Solve the problem of `refine` for one token by an active-set method.
+
+    The method is that of Lawson and Hanson, `scipy.optimize.nnls`.
+
+    Args:
+        sae: the SAE.
+        x: a normalized activation, [d].
+        code: its code, [k].
+
+    Returns:
+        Values [k] as float64.
+    """
     from scipy.optimize import nnls
 
     active = (code.values > 0).cpu()
     values = torch.zeros(len(active), dtype=torch.float64)
     if active.any():
         directions = sae.W_dec.detach().cpu()[code.indices.cpu()[active]].double().numpy()
-        values[active] = torch.from_numpy(
-            nnls(
-                directions.T,
-                (x - sae.b_pre).detach().cpu().double().numpy(),
-                maxiter=100 * len(directions),
-            )[0]
-        )
+        target = (x - sae.b_pre).detach().cpu().double().numpy()
+        solution, _ = nnls(directions.T, target, maxiter=100 * len(directions))
+        values[active] = torch.from_numpy(solution)
     return values
 
 
@@ -301,10 +300,16 @@ def _error(sae: SAE, target: Tensor, indices: Tensor, values: Tensor) -> float:
 
 
 def median(values: np.ndarray, documents: np.ndarray) -> Value:
-    """Return the median of values that come from documents; its standard error is that of the share
-    below it over the density there."""
+    """Return the median of values that come from documents.
+
+    Its standard error is that of the share of values below it, over the density around it.
+
+    Args:
+        values: [m].
+        documents: the document of each value, [m].
+    """
     if not len(values):
-        return {"value": None, "se": None}
+        return no_value()
     low, middle, high = np.quantile(values, (0.4, 0.5, 0.6))
     _, inverse = np.unique(documents, return_inverse=True)
     below = ratio(np.bincount(inverse, values < middle), np.bincount(inverse).astype(float))

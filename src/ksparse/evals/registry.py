@@ -1,4 +1,22 @@
-"""TODO ksparse.evals.registry."""
+"""The evaluations by name.
+
+To add an evaluation, write one file with a `Metric` and add one line to `EVALS`:
+
+1. Subclass `ksparse.evals.base.Metric` in a new file of this package. Accumulate in `update`, with
+   a `DocumentSums` for everything that gets a standard error, and return a `Result` from
+   `finalize`. `ksparse.evals.positions` is the shortest complete example; its test,
+   tests/evals/test_positions.py, is the one to copy: it compares the numbers with their definition
+   on a tiny LM.
+2. Add the class to `EVALS` below. It can then be named in `ksparse.evaluate(sae, names=[…])` and
+   in `ksparse eval RUN NAME`, and its result is saved as `evals/NAME.json`.
+
+Only where it needs more: an option is a field of `EvalConfig` in ksparse.config.evaluation; sums
+that two metrics share are a metric of their own that both fetch with `context.part`, as
+`ksparse.evals.latents.moments.Moments` is; `passes = 2` reads the text a second time, after
+`compute`; `comparison_keys` copies keys to the results of other SAEs for a common figure; a section
+of the report is one file in ksparse.report. The fields of the result are documented in
+docs/formats.md.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +44,7 @@ DEFAULT: dict[str, type[Metric]] = {
     "explained_loss": ExplainedLoss,
     "ablation": Ablation,
 }
+"""The evaluations that run when none is named."""
 EVALS: dict[str, type[Metric]] = {
     **DEFAULT,
     "positions": Positions,
@@ -34,10 +53,15 @@ EVALS: dict[str, type[Metric]] = {
     "latents": Latents,
     "subspaces": Subspaces,
 }
+"""All evaluations."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise InputError for an evaluation that does not exist."""
+    """Check that evaluations of these names exist.
+
+    Raises:
+        InputError: naming the first that does not exist, with a suggestion.
+    """
     for name in names:
         if name not in EVALS:
             raise unknown("there is no evaluation", name, EVALS)

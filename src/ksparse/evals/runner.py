@@ -1,30 +1,28 @@
-"""One file per question asked of an autoencoder; `evaluate` asks several in one pass over held-out
-text.
+"""Run several evaluations of several SAEs in one pass over held-out text, and save the results.
 
-    downstream       does the LM predict as well from the reconstruction?
-    stats            how good is the reconstruction, and what do latents fire on?
-    probes           do single latents know what we know?
-    n2g              can latents be explained by short patterns of tokens?
-    explained_loss   how well does the LM predict if each latent is replaced by its explanation?
-    ablation         does a latent matter to few predictions, or a little to all?
+    downstream      does the LM predict as well from the reconstruction?
+    stats           how good is the reconstruction, and what do latents fire on?
+    probes          do single latents match labels that we know?
+    n2g             can latents be explained by short patterns of tokens?
+    explained_loss  how well does the LM predict with each latent replaced by its explanation?
+    ablation        does a latent matter to few predictions, or a little to all?
 
-    positions        how good is the reconstruction at each position of a context?
-    refinement       are the values of a code the best ones for its latents?
-    progressive      is the code still good at another k, or with a threshold in the place of k?
-    latents          how often do latents fire, how strongly, and on what kinds of position?
-    subspaces        do groups of latents keep to subspaces of their own?
+    positions       how good is the reconstruction at each position of a context?
+    refinement      are the values of a code the best ones for its latents?
+    progressive     is the code still good at another k, or with a threshold in place of k?
+    latents         how often do latents fire, how strongly, and on what kinds of position?
+    subspaces       do groups of latents use separate subspaces?
 
-The first six are asked if none is named (DEFAULT), the others by name.
-
-    held_out         the text and what the LM and the SAE make of it       estimate   values with
-                     standard errors
+The first six are the default (`registry.DEFAULT`); the others run when they are named.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,23 +31,19 @@ from safetensors.torch import save_file
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError
-from ksparse.evals.base import EvalContext, Metric, Progress
-from ksparse.evals.batches import HeldOut, SAEBatch, acts_of
+from ksparse.evals.base import EvalContext, Metric
+from ksparse.evals.batches import HeldOut, HeldOutPass, SAEBatch, acts_of
 from ksparse.evals.registry import DEFAULT, EVALS, check_names
 from ksparse.evals.statistics import Result
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
+from ksparse.progress import Progress, no_progress
 from ksparse.sae.model import SAE
 from ksparse.steering import lm_of
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
-_OF_TRAINING = (
-    "normalize",
-    "mix",
-    "shards",
-    "lm_batch",
-)  # what may differ between SAEs that share a pass
+_TRAINING_ONLY = ("normalize", "mix", "shards", "lm_batch")  # may differ within a shared pass
 
 
 def evaluate(
@@ -59,20 +53,45 @@ def evaluate(
     options: EvalConfig = EvalConfig(),
     *,
     force: bool = False,
-    observe: Progress = lambda what, done, total: None,
+    observe: Progress = no_progress,
 ) -> dict[str, Result]:
-    """Return {name: result} of evaluations of an SAE on held-out text (docs/formats.md has every
-    field).
+    """Evaluate an SAE on held-out text, the part of its text that training did not see.
 
-    lm: the LM with its site; the one that the SAE was trained on if not given. The SAE is moved to
-    its device.
-    force: evaluate at another site, or in other contexts and positions, than those it was trained
-    at; the results say so.
-    observe: called with what is being done, and how much of how much is done.
+    Args:
+        sae: the SAE. It is moved to the LM's device and set to evaluation mode.
+        lm: the LM with its site; by default the one that the SAE was trained on.
+        names: the evaluations to run (`ksparse.evals.registry.EVALS`); by default downstream,
+            stats, probes, n2g, explained_loss and ablation.
+        options: how many tokens to read, of which split, and the options of each evaluation.
+        force: evaluate at another site, or in other contexts and positions, than those the SAE
+            was trained with; the notes of each result then say so.
+        observe: called with the work under way, how much of it is done, and how much there is.
+
+    Returns:
+        {name: result}. A result is a dict of plain values, with tensors in `result.arrays`; a
+        number with a standard error is {"value": …, "se": …}. Losses are in nats.
+        docs/formats.md describes every field.
+
+    Raises:
+        InputError: if an evaluation or option does not exist, the SAE does not fit the LM, or the
+            split has no text.
+        NonFiniteError: if an activation of the LM is NaN or infinite.
+
+    Example:
+        >>> import tempfile
+        >>> import ksparse
+        >>> from ksparse.config.evaluation import EvalConfig
+        >>> run = ksparse.train(ksparse.Recipe(tokens=8_192), tempfile.mkdtemp())
+        >>> sae = ksparse.load(run.path)
+        >>> results = ksparse.evaluate(sae, names=["stats"], options=EvalConfig(tokens=1_000))
+        >>> sorted(results)
+        ['stats']
+        >>> results["stats"]["l0"]["value"]
+        32.0
     """
     if not isinstance(sae, SAE):
         raise InputError(
-            f"what is evaluated is an SAE, not {sae!r:.80}; ksparse.load(…) makes one of a run, a "
+            f"evaluate needs an SAE, not {sae!r:.80}; ksparse.load(…) makes one from a run, a "
             "folder or a name on the Hub"
         )
     return evaluate_many(
@@ -92,12 +111,25 @@ def evaluate_many(
     options: EvalConfig = EvalConfig(),
     *,
     like: ActsConfig | None = None,
-    observe: Progress = lambda what, done, total: None,
+    observe: Progress = no_progress,
 ) -> dict[str, dict[str, Result]]:
-    """Return {SAE's name: {evaluation's name: result}} for SAEs at one site, which share the LM's
-    work; else like `evaluate`.
+    """Evaluate several SAEs at one site, running the LM once for all of them.
 
-    like: text, contexts and positions for all, in place of their own.
+    Args:
+        saes: the SAEs by label; labels are paths or names.
+        lm: as in `evaluate`; by default the one that the first SAE was trained on.
+        names: as in `evaluate`.
+        options: as in `evaluate`.
+        like: text, contexts and positions to use for all, instead of the SAEs' own.
+        observe: as in `evaluate`.
+
+    Returns:
+        {label: {name: result}}.
+
+    Raises:
+        InputError: as in `evaluate`, and if the SAEs were trained on different texts, contexts or
+            positions and `like` is not given.
+        NonFiniteError: as in `evaluate`.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
@@ -106,68 +138,89 @@ def evaluate_many(
             f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
         )
     options = options.resolved()
-    first = next(iter(saes.values()))
-    lm = lm or lm_of(first, options.device)
+    lm = lm or lm_of(next(iter(saes.values())), options.device)
     acts = _common_acts(saes, lm, options, like)
-    notes = {label: _checked(label, sae, lm, options, like) for label, sae in saes.items()}
+    notes = {label: _provenance_notes(label, sae, lm, options, like) for label, sae in saes.items()}
     data = HeldOut(lm, acts, options)
-    subjects = {
+    contexts = {
         label: EvalContext(sae.to(lm.device).eval(), data, notes[label])
         for label, sae in saes.items()
     }
-    asked = {
-        label: {name: subject.part(EVALS[name]) for name in names}
-        for label, subject in subjects.items()
-    }
-    clock = _Clock()
-    for part, seen in _pass(subjects, data, 1, observe):
-        with clock.of(part):
-            part.see(seen)
-    for part in _parts(subjects, 0):
-        with clock.of(part):
-            part.work(observe)
-    for part, seen in _pass(subjects, data, 2, observe):
-        with clock.of(part):
-            part.see_again(seen)
+    for context in contexts.values():
+        for name in names:
+            context.part(EVALS[name])
+    metrics = [metric for context in contexts.values() for metric in context.parts.values()]
+    stopwatch = _Stopwatch()
+    text = _run_metrics(metrics, data, stopwatch, observe)
     results = {
-        label: {name: _finished(name, part, clock) for name, part in parts.items()}
-        for label, parts in asked.items()
+        label: {name: _finalize(name, context.part(EVALS[name]), text, stopwatch) for name in names}
+        for label, context in contexts.items()
     }
-    _put_beside(results)
+    attach_comparisons(results)
     return results
 
 
-def _parts(subjects: dict[str, EvalContext], passes: int) -> list[Metric]:
-    """Return the parts that see the text at least so often."""
-    return [
-        part
-        for subject in subjects.values()
-        for part in subject.parts.values()
-        if part.passes >= passes
-    ]
+class _Stopwatch:
+    """Adds up the seconds spent in each metric.
+
+    Work that metrics share is counted for the first one that needs it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[Metric, float] = defaultdict(float)
+
+    @contextmanager
+    def time(self, metric: Metric) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[metric] += time.monotonic() - start
 
 
-def _pass(subjects: dict[str, EvalContext], data: HeldOut, number: int, observe: Progress) -> Any:
-    """Yield (part, batch as its SAE sees it) for all that want this pass; no pass if none does."""
-    wanting = _parts(subjects, number)
-    if not wanting:
-        return
+def _run_metrics(
+    metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch, progress: Progress
+) -> HeldOutPass:
+    """Take all metrics up to `finalize`; return the first pass, which says what text was read."""
+    for metric in metrics:
+        with stopwatch.time(metric):
+            metric.prepare()
+    text = _run_pass(1, metrics, data, stopwatch, progress)
+    for metric in metrics:
+        with stopwatch.time(metric):
+            metric.compute(progress)
+    _run_pass(2, metrics, data, stopwatch, progress)
+    return text
+
+
+def _run_pass(
+    number: int, metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch, progress: Progress
+) -> HeldOutPass:
+    """Update the metrics that take this pass with each batch; read nothing if there are none."""
+    text = HeldOutPass(data)
+    metrics = [metric for metric in metrics if metric.passes >= number]
+    if not metrics:
+        return text
     what = "reading the text" if number == 1 else "reading the text again"
-    for batch in data:
-        seen = {id(subject): SAEBatch(subject.sae, batch) for subject in subjects.values()}
-        for part in wanting:
-            yield part, seen[id(part.subject)]
-        observe(what, min(data.tokens, data.options.tokens), data.options.tokens)
-    if not data.tokens:
+    contexts = dict.fromkeys(metric.context for metric in metrics)
+    for held_out in text:
+        batches = {context: SAEBatch(context.sae, held_out) for context in contexts}
+        for metric in metrics:
+            update = metric.update if number == 1 else metric.update_second_pass
+            with stopwatch.time(metric):
+                update(batches[metric.context])
+        progress(what, min(text.tokens, data.options.tokens), data.options.tokens)
+    if not text.tokens:
         raise data.nothing()
+    return text
 
 
-def _finished(name: str, part: Metric, clock: _Clock) -> Result:
-    """Return a part's result with what all results say."""
-    with clock.of(part):
-        result = part.result()
-    assert result is not None  # only parts that others build on have none, and those have no name
-    data, sae, notes = part.subject.data, part.subject.sae, part.subject.notes
+def _finalize(name: str, metric: Metric, text: HeldOutPass, stopwatch: _Stopwatch) -> Result:
+    """Return a metric's result, with the fields that all results have."""
+    with stopwatch.time(metric):
+        result = metric.finalize()
+    assert result is not None  # a metric that only serves others is not in the registry
+    data, sae, notes = metric.context.data, metric.context.sae, metric.context.notes
     values: dict[str, Any] = {
         "name": file_name(name, data.options),
         "options": data.options.for_eval(name),
@@ -175,92 +228,93 @@ def _finished(name: str, part: Metric, clock: _Clock) -> Result:
         "site": data.acts.site,
         "checkpoint": sae.metadata.get("step"),
     }
-    if part.passes:
+    if metric.passes:
         values |= {
             "policy": data.corpus.policy(),
             "text": data.acts.text,
-            "n_tokens": data.tokens,
-            "n_documents": len(data.documents),
+            "n_tokens": text.tokens,
+            "n_documents": len(text.documents),
         }
-        notes = notes + data.notes()
+        notes = notes + text.notes()
     values |= {
         **result,
         "notes": [*notes, *result.get("notes", [])],
-        "seconds": round(clock.seconds[part], 2),
+        "seconds": round(stopwatch.seconds[metric], 2),
     }
     return Result(values, result.arrays, result.files)
 
 
 def file_name(name: str, options: EvalConfig) -> str:
-    """Return what a result is called in a run: one of text that was trained on never takes the
-    place of the held-out one."""
+    """Return the name under which a run saves a result.
+
+    A result on another split than the held-out one gets the split's name as a suffix, so it never
+    replaces a held-out result.
+
+    Example:
+        >>> from ksparse.config.evaluation import EvalConfig
+        >>> file_name("stats", EvalConfig(split="train"))
+        'stats-train'
+    """
     return name if options.split == "held-out" else f"{name}-{options.split}"
 
 
-def _put_beside(results: dict[str, dict[str, Result]]) -> None:
-    """Give each result what a figure shows of the other SAEs: the keys that its evaluation names,
-    by the SAE's short name."""
+def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
+    """Copy each metric's `comparison_keys` into the results of the other SAEs.
+
+    They go under the key "beside" of each result, by the last part of the other SAE's label, or by
+    the whole label where two last parts are equal.
+
+    Args:
+        results: {label: {name: result}}, changed in place.
+    """
     short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
     names = short if len(set(short.values())) == len(short) else {label: label for label in results}
-    for label, mine in results.items():
-        for name, result in mine.items():
-            if keys := EVALS[name].beside:
+    for label, by_name in results.items():
+        for name, result in by_name.items():
+            if keys := EVALS[name].comparison_keys:
                 result["beside"] = {
-                    names[other]: {key: theirs[name][key] for key in keys}
-                    for other, theirs in results.items()
+                    names[other]: {key: others[name][key] for key in keys}
+                    for other, others in results.items()
                     if other != label
                 }
 
 
-class _Clock:
-    """Counts the seconds of each part. What several share is counted for the first that asks for
-    it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[Metric, float] = {}
-
-    def of(self, part: Metric) -> _Clock:
-        self._part, self._began = part, time.monotonic()
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        self.seconds[self._part] = (
-            self.seconds.get(self._part, 0.0) + time.monotonic() - self._began
-        )
-
-
 def write(run: RunFolder, results: dict[str, Result]) -> None:
-    """Write results into a run's folder evals/. A JSON names its arrays: its rename commits
-    both."""
+    """Write results into a run's folder `evals/`.
+
+    The arrays are written first, under a name made of their checksum, and the JSON that names them
+    is renamed into place last: a reader sees either the old pair or the new one.
+
+    Args:
+        run: the run.
+        results: results by file name (`file_name`).
+    """
     with run.writing_evals():
         for name, result in results.items():
             if result.arrays:
-                result |= _placed(run, name, result.arrays)
+                result |= _write_arrays(run, name, result.arrays)
             for other, value in result.files.items():
                 jsonio.write_json(run.eval_file(other), value)
             jsonio.write_json(run.eval_file(name), result, sealed=True)
 
 
-def _placed(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Write arrays under a name made of their sum, beside the older result's; return both."""
+def _write_arrays(run: RunFolder, name: str, arrays: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Write arrays to a file named after their checksum; return the file's name and checksum."""
     file = run.file("evals", f"{name}.safetensors")
     with atomic.translate_oserrors(file), atomic.temporary(file) as folder:
         save_file({key: array.contiguous() for key, array in arrays.items()}, folder / file.name)
-        total = atomic.sha256(folder / file.name)
-        named = f"{name}-{total[:16]}.safetensors"
-        with atomic.atomic_file(run.file("evals", named)) as tmp:
-            (folder / file.name).rename(tmp)
-    return {"arrays": named, "arrays_sha256": total}
+        checksum = atomic.sha256(folder / file.name)
+        final = f"{name}-{checksum[:16]}.safetensors"
+        with atomic.atomic_file(run.file("evals", final)) as temporary:
+            (folder / file.name).rename(temporary)
+    return {"arrays": final, "arrays_sha256": checksum}
 
 
-def _checked(
+def _provenance_notes(
     label: str, sae: SAE, lm: LM, options: EvalConfig, like: ActsConfig | None
 ) -> list[str]:
-    """Return what is to be said of an SAE on this LM; raise InputError, naming it, where it does
-    not belong there."""
+    """Return the notes on an SAE's provenance; raise InputError, with its label, if it does not fit
+    the LM."""
     try:
         return provenance.check(sae.metadata, lm, force=options.force, like=like)
     except InputError as error:
@@ -270,8 +324,10 @@ def _checked(
 def _common_acts(
     saes: dict[str, SAE], lm: LM, options: EvalConfig, like: ActsConfig | None
 ) -> ActsConfig:
-    """Return what all SAEs are evaluated on; raise InputError where they were trained on different
-    contexts or positions."""
+    """Return the activations to evaluate all SAEs on.
+
+    Raises InputError where they were trained on different texts, contexts or positions.
+    """
     if like is not None:
         return dataclasses.replace(
             like,
@@ -280,18 +336,19 @@ def _common_acts(
             lm_batch=lm.options.lm_batch,
             text=options.text or like.text,
         )
-    found = {label: provenance.own_acts(sae.metadata, lm) for label, sae in saes.items()}
+    trained_on = {label: provenance.own_acts(sae.metadata, lm) for label, sae in saes.items()}
     if options.text:
-        found = {
-            label: dataclasses.replace(acts, text=options.text) for label, acts in found.items()
+        trained_on = {
+            label: dataclasses.replace(acts, text=options.text)
+            for label, acts in trained_on.items()
         }
-    (label, acts), *others = found.items()
-    for other, theirs in others:
+    (label, acts), *others = trained_on.items()
+    for other, other_acts in others:
         for name, value in dataclasses.asdict(acts).items():
-            if name not in _OF_TRAINING and getattr(theirs, name) != value:
+            if name not in _TRAINING_ONLY and getattr(other_acts, name) != value:
                 raise InputError(
                     f"{label} and {other} cannot share a pass: acts.{name} is {value!r} of one and "
-                    f"{getattr(theirs, name)!r} "
+                    f"{getattr(other_acts, name)!r} "
                     "of the other; evaluate them one by one, or all on what one was trained with: "
                     "`ksparse compare --like`"
                 )

@@ -1,4 +1,8 @@
-"""Values with standard errors: ratios of float64 sums over documents, divided once."""
+"""Values with standard errors, and the result of an evaluation.
+
+Numbers are ratios of float64 sums over documents, divided once at the end. Tokens of one document
+are not independent, so standard errors treat documents as clusters.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Value = dict[str, float | None]  # {"value": …, "se": …}
+Value = dict[str, float | None]
+"""{"value": …, "se": …}: a number and its standard error, each None where it is not defined."""
+
+
+def no_value() -> Value:
+    """Return the value of a quantity that is not defined, such as a mean of nothing."""
+    return {"value": None, "se": None}
 
 
 class DocumentSums:
-    """Sums of named columns for each document."""
+    """Float64 sums of named columns, one row for each document.
+
+    Example:
+        >>> import torch
+        >>> sums = DocumentSums()
+        >>> sums.add(torch.tensor([3, 3, 8]), loss=torch.tensor([1.0, 2.0, 4.0]))
+        >>> sums["loss"].tolist()
+        [3.0, 4.0]
+    """
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, documents: Tensor, **columns: Tensor) -> None:
-        """Add columns [m] or [m, d] of tokens to the sums of their documents[m]."""
+        """Add the values of tokens to the sums of their documents.
+
+        Args:
+            documents: the document of each token, [m].
+            columns: values by name, [m] or [m, d].
+        """
         ids, inverse = documents.cpu().unique(return_inverse=True)
         rows = torch.tensor([self._rows.setdefault(int(i), len(self._rows)) for i in ids])
         for name, column in columns.items():
@@ -33,13 +56,13 @@ class DocumentSums:
             self._sums[name][rows.numpy()] += sums.numpy()
 
     def _grow(self, name: str, shape: tuple[int, ...]) -> None:
-        have = self._sums.get(name, np.zeros((0, *shape)))
-        if len(have) < len(self._rows):
-            have = np.concatenate([have, np.zeros((2 * len(self._rows) - len(have), *shape))])
-        self._sums[name] = have
+        sums = self._sums.get(name, np.zeros((0, *shape)))
+        if len(sums) < len(self._rows):
+            sums = np.concatenate([sums, np.zeros((2 * len(self._rows) - len(sums), *shape))])
+        self._sums[name] = sums
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return the sums [documents] or [documents, d] of a column."""
+        """Return the sums of a column, [documents] or [documents, d]."""
         return self._sums[name][: len(self._rows)]
 
     def __len__(self) -> int:
@@ -47,11 +70,22 @@ class DocumentSums:
 
 
 def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Value:
-    """Return sum / sum over documents, with the linearised standard error of a ratio of cluster
-    totals (Cochran 1977, 6.3)."""
+    """Return sum(numerators) / sum(denominators) with its standard error.
+
+    The error is the linearized one of a ratio of cluster totals (Cochran 1977, section 6.3).
+
+    Args:
+        numerators: totals by document, [documents].
+        denominators: totals by document, [documents].
+
+    Example:
+        >>> import numpy as np
+        >>> ratio(np.array([3.0]), np.array([2.0]))
+        {'value': 1.5, 'se': None}
+    """
     total = float(denominators.sum())
     if not total:
-        return {"value": None, "se": None}
+        return no_value()
     value = float(numerators.sum()) / total
     m = len(numerators)
     spread = float(((numerators - value * denominators) ** 2).sum())
@@ -59,14 +93,18 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Value:
 
 
 def share(count: int, of: int) -> Value:
-    """Return a share of independent things, with its binomial standard error."""
+    """Return count / of for `of` independent items, with the binomial standard error."""
     value = count / of
     return {"value": value, "se": math.sqrt(value * (1 - value) / of)}
 
 
 class Clustered:
-    """Values of rows, and the cluster (document, text) of each: rows of one cluster are not
-    independent."""
+    """Values of rows and the cluster of each row: rows of one cluster are not independent.
+
+    Args:
+        clusters: the cluster (a document or a text) of each row, [m].
+        values: the value of each row, [m].
+    """
 
     def __init__(self, clusters: Tensor, values: Tensor):
         self.clusters, self.values = clusters.cpu().numpy(), values.cpu().double().numpy()
@@ -79,10 +117,12 @@ class Clustered:
 
     @staticmethod
     def mean(parts: Sequence[Clustered]) -> Value:
-        """Return the mean of the parts' means; a cluster may have rows in several parts, and its
-        deviations add up."""
+        """Return the mean of the parts' means, with its standard error.
+
+        A cluster may have rows in several parts: its deviations are added before they are squared.
+        """
         if not parts:
-            return {"value": None, "se": None}
+            return no_value()
         means = [part.values.mean() for part in parts]
         deviations = np.concatenate(
             [
@@ -102,8 +142,17 @@ class Clustered:
 
 
 def check_plain(value: Any, where: str = "the result") -> None:
-    """Raise TypeError for what is not JSON as Python has it: a number of numpy or torch looks and
-    compares like one, and is none elsewhere."""
+    """Check that a value is JSON in plain Python types.
+
+    A number of numpy or torch looks and compares like a plain one, but does not serialize like one.
+
+    Args:
+        value: the value, checked recursively.
+        where: what to call it in the error.
+
+    Raises:
+        TypeError: naming the first item of another type.
+    """
     if type(value) is dict:
         for key, item in value.items():
             check_plain(item, f"{where}[{key!r}]")
@@ -117,8 +166,20 @@ def check_plain(value: Any, where: str = "the result") -> None:
 
 
 class Result(dict[str, Any]):
-    """A result as JSON, plain values alone; `arrays` holds what belongs into a safetensors file
-    beside it, `files` other JSON files."""
+    """The result of one evaluation: a dict that is saved as JSON, with tensors beside it.
+
+    The dict itself is what `evals/NAME.json` holds, so `result["nmse"]["value"]` reads the same
+    from a new result and from a saved one. The two attributes go into files of their own and are
+    empty in most results.
+
+    Args:
+        values: the JSON object, in plain Python types alone.
+        arrays: tensors by name, for the safetensors file beside the JSON.
+        files: other JSON files by name, such as the vocabulary.
+
+    Raises:
+        TypeError: if `values` holds anything but plain values.
+    """
 
     def __init__(
         self,

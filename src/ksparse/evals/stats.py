@@ -1,4 +1,4 @@
-"""How good is the reconstruction, how many latents live, and what does each of them fire on?"""
+"""How good is the reconstruction, how many latents are alive, and what does each fire on?"""
 
 from __future__ import annotations
 
@@ -10,137 +10,148 @@ from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.latents import coactivation
 from ksparse.evals.latents.moments import Moments
-from ksparse.evals.statistics import DocumentSums, Result, ratio, share
+from ksparse.evals.statistics import DocumentSums, Result, Value, ratio, share
 from ksparse.lm.tokens import token_strings
 from ksparse.sae.model import Code
 from ksparse.sae.normalization import input_rms
 
-BEFORE, AFTER = 24, 8  # tokens of an example's window around its token
-BANDS = 4  # of equally many activations of a latent, by size
-BINS = 20  # of a latent's histogram, from 0 to its largest value
-TOKENS = 8  # tokens that a latent fires on most
-BIN, BARS = (
-    0.2,
-    128,
-    # of histograms of values, in the size of a component of the input: the published viewer's bins
-    # for inputs of norm sqrt(d_model)
-)
-_EXAMPLE_TOKENS = (
-    2**20
-)  # examples are drawn from so many tokens at most, all of whose codes are in memory
-_EXAMPLE_VALUES = 2**27  # and their codes have so many values at most
+BEFORE, AFTER = 24, 8
+"""Tokens shown before and after an example's own token."""
+BANDS = 4
+"""Bands of activation size, each with equally many of a latent's activations."""
+BINS = 20
+"""Bins of a latent's histogram, from 0 to its largest value."""
+TOKENS = 8
+"""Tokens listed for each latent: those it fires on most often."""
+BIN, BARS = 0.2, 128
+"""Width and number of the bins of absolute values, in units of the root mean square of the inputs'
+components: the bins of the published viewer for inputs of norm sqrt(d_model)."""
+_EXAMPLE_TOKENS = 2**20  # of the first tokens, from which examples are drawn; held in memory
+_EXAMPLE_VALUES = 2**27  # values of their codes, at most
 
 
 class Stats(Metric):
-    """Normalised MSE, explained variance, L0, dead latents; density, size and examples of each
+    """Normalized MSE, explained variance, L0 and dead latents; density, size and examples of each
     latent."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.sums, n = DocumentSums(), subject.sae.shape.n_latents
-        self.powers = subject.part(Moments)
-        self.bars = torch.zeros(n, BARS, dtype=torch.int32)
-        self.bin = BIN * input_rms(subject.sae.shape.normalize, subject.sae.shape.d_model)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        shape = context.sae.shape
+        self.sums = DocumentSums()
+        self.moments = context.part(Moments)
+        self.bars = torch.zeros(shape.n_latents, BARS, dtype=torch.int32)
+        self.bin = BIN * input_rms(shape.normalize, shape.d_model)
+        self.contexts = 0
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
 
-    def see(self, seen: SAEBatch) -> None:
-        raw, inputs, recon = seen.batch.x, seen.inputs, seen.recon
-        x, x_hat, y, y_hat = (
-            part.cpu().double() for part in (inputs.x, recon, raw, inputs.restore(recon))
+    def update(self, batch: SAEBatch) -> None:
+        held_out, code = batch.held_out, batch.code
+        inputs, recon = batch.inputs, batch.recon
+        x, x_hat, raw, raw_hat = (
+            part.cpu().double() for part in (inputs.x, recon, held_out.x, inputs.restore(recon))
         )
+        active = code.values > 0
         self.sums.add(
-            seen.batch.documents,
+            held_out.documents,
             count=torch.ones(len(x)),
-            l0=(seen.code.values > 0).sum(1),
+            l0=active.sum(1),
             error=(x - x_hat).square().sum(1),
             square=x.square().sum(1),
             sum=x,
-            raw_error=(y - y_hat).square().sum(1),
-            raw_square=y.square().sum(1),
-            raw_sum=y,
+            raw_error=(raw - raw_hat).square().sum(1),
+            raw_square=raw.square().sum(1),
+            raw_sum=raw,
         )
-        active = seen.code.values > 0
-        indices, values = seen.code.indices[active].cpu(), seen.code.values[active].cpu()
-        bins = (values / self.bin).ceil().long().clamp(1, BARS) - 1
+        indices, values = code.indices[active].cpu(), code.values[active].cpu()
+        bars = (values / self.bin).ceil().long().clamp(1, BARS) - 1
         self.bars.view(-1).index_add_(
-            0, indices * BARS + bins, torch.ones_like(indices, dtype=torch.int32)
+            0, indices * BARS + bars, torch.ones_like(indices, dtype=torch.int32)
         )
-        held = sum(map(len, self.tokens)) * seen.batch.keep.shape[1]
-        width = max(code.values.shape[-1] for code in [seen.code, *self.codes])
-        if (
-            self.subject.options.examples
-            and held < _EXAMPLE_TOKENS
-            and (held + seen.batch.keep.numel()) * width <= _EXAMPLE_VALUES
-        ):
-            contexts = seen.batch.contexts
+        self.contexts += len(held_out.keep)
+        if self._has_room(batch):
+            contexts, grid = held_out.contexts, batch.code_grid
             self.tokens.append(torch.where(contexts.attention, contexts.tokens, -1).cpu())
-            self.codes.append(
-                Code(seen.code_grid.values.half().cpu(), seen.code_grid.indices.int().cpu())
-            )
+            self.codes.append(Code(grid.values.half().cpu(), grid.indices.int().cpu()))
 
-    def result(self) -> Result:
-        sae, sums = self.subject.sae, self.sums
-        count = sums["count"]
-        nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
-        fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
-        n = sae.shape.n_latents
-        density = self.powers.means[0]
+    def _has_room(self, batch: SAEBatch) -> bool:
+        """Return whether the batch is kept in memory, to draw examples from."""
+        if not self.context.options.examples:
+            return False
+        keep = batch.held_out.keep
+        held = sum(map(len, self.tokens)) * keep.shape[1]
+        width = max(code.values.shape[-1] for code in [batch.code, *self.codes])
+        return held < _EXAMPLE_TOKENS and (held + keep.numel()) * width <= _EXAMPLE_VALUES
+
+    def finalize(self) -> Result:
+        sae = self.context.sae
+        density = self.moments.means[0]
         norms = sae.W_enc.norm(dim=1), sae.W_dec.norm(dim=1)
         cosine = (
             ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
         )
-        live = density[density > 0].log10().numpy()
-        counts, edges = np.histogram(live, bins=40, range=(-6, 0))
         values = {
-            "nmse": nmse,
-            "explained_variance": {"value": 1 - fvu["value"], "se": fvu["se"]}
-            if fvu["value"] is not None
-            else fvu,
-            "l0": ratio(sums["l0"], count),
-            "dead_fraction": share(int((density == 0).sum()), n),
-            "density_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            **self._reconstruction(),
+            "dead_fraction": share(int((density == 0).sum()), len(density)),
+            "density_histogram": _log_histogram(density),
             "cosine": cosine.mean().item(),
             "window": {"before": BEFORE, "after": AFTER},
-            "bands": bands(self.subject.options.examples),
+            "bands": bands(self.context.options.examples),
             "act_bin": self.bin,
+            **self._dead_in_training(),
+            "notes": self._notes(),
         }
-        if "dead_fraction_training" in sae.metadata:
-            values["dead_fraction_training"] = share(
-                round(sae.metadata["dead_fraction_training"] * n), n
-            )
         arrays = {
             "density": density.float(),
-            "mean_act": self.powers.mean_act.float(),
-            "max_act": self.powers.largest,
+            "mean_act": self.moments.mean_act.float(),
+            "max_act": self.moments.largest,
             "encoder_norm": norms[0].detach().cpu(),
             "cosine": cosine,
-            "power_means": self.powers.means[1:].float(),
+            "power_means": self.moments.means[1:].float(),
             **self._bars(),
             **self._examples(),
         }
-        held, read = sum(map(len, self.tokens)), self.subject.data.contexts
-        values["notes"] = (
-            [
-                f"examples, and what is counted beside them, are of the first {held:,} of {read:,} "
-                "contexts"
-            ]
-            if 0 < held < read
-            else []
-        )
-        vocabulary = token_strings(self.subject.lm.tokenizer, range(self.subject.lm.vocab))
+        vocabulary = token_strings(self.context.lm.tokenizer, range(self.context.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
 
+    def _reconstruction(self) -> dict[str, Value]:
+        sums = self.sums
+        count = sums["count"]
+        nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
+        fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
+        explained = fvu
+        if fvu["value"] is not None:
+            explained = {"value": 1 - fvu["value"], "se": fvu["se"]}
+        return {"nmse": nmse, "explained_variance": explained, "l0": ratio(sums["l0"], count)}
+
+    def _dead_in_training(self) -> dict[str, Value]:
+        metadata, n = self.context.sae.metadata, self.context.sae.shape.n_latents
+        if "dead_fraction_training" not in metadata:
+            return {}
+        return {"dead_fraction_training": share(round(metadata["dead_fraction_training"] * n), n)}
+
+    def _notes(self) -> list[str]:
+        held = sum(map(len, self.tokens))
+        if not 0 < held < self.contexts:
+            return []
+        return [
+            f"examples, and what is counted beside them, are of the first {held:,} of "
+            f"{self.contexts:,} contexts"
+        ]
+
     def _bars(self) -> dict[str, Tensor]:
-        """Return the histograms' bars that are not 0, by latent."""
+        """Return the non-zero bars of the histograms of absolute values, sorted by latent."""
         latent, bar = self.bars.nonzero(as_tuple=True)
         start = torch.zeros(len(self.bars) + 1, dtype=torch.int32)
         start[1:] = torch.bincount(latent, minlength=len(self.bars)).cumsum(0)
         return {"bar_start": start, "bar": (bar + 1).short(), "bar_count": self.bars[latent, bar]}
 
     def _examples(self) -> dict[str, Tensor]:
-        """Choose contexts for each latent: its strongest, random ones in which it fires, and some
-        of each band of sizes; count the rest."""
+        """Choose example contexts for each latent, and count what it fires on and with.
+
+        There are three sets of examples: its strongest activations, random ones, and random ones of
+        each band of sizes.
+        """
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
@@ -148,109 +159,77 @@ class Stats(Metric):
         active = (values > 0).nonzero(as_tuple=True)
         value, latent = values[active].float().numpy(), indices[active].numpy()
         token = tokens[active[:2]].numpy()
-        context, position = (place.numpy() for place in active[:2])
-        noise, other_noise = np.random.default_rng(self.subject.options.seed).random(
+        context, position = (column.numpy() for column in active[:2])
+        noise, band_noise = np.random.default_rng(self.context.options.seed).random(
             (2, len(value)), np.float32
         )
-        m, n = self.subject.options.examples, self.subject.sae.shape.n_latents
-        drawn = {
+        m, n = self.context.options.examples, self.context.sae.shape.n_latents
+        samples = {
             "top": best_per_group(latent, context, value, n, m),
             "random": best_per_group(latent, context, noise, n, m),
-            "band": best_per_band(latent, context, value, other_noise, n, m),
+            "band": best_per_band(latent, context, value, band_noise, n, m),
         }
         arrays: dict[str, Tensor] = {}
-        for kind, (chosen, place) in drawn.items():
-            for name, column in (("context", context), ("position", position), ("value", value)):
-                out = np.full(
-                    (n, m),
-                    -1 if name != "value" else 0,
-                    np.int32 if name != "value" else np.float32,
-                )
-                out[latent[chosen], place] = column[chosen]
-                arrays[f"{kind}_{name}"] = torch.from_numpy(out)
-            arrays[f"{kind}_acts"] = windows(
-                values, indices, arrays[f"{kind}_context"], arrays[f"{kind}_position"]
+        columns = {
+            "context": (context, -1, np.int32),
+            "position": (position, -1, np.int32),
+            "value": (value, 0, np.float32),
+        }
+        for sample, (entry, rank) in samples.items():
+            for name, (column, empty, dtype) in columns.items():
+                table = np.full((n, m), empty, dtype)
+                table[latent[entry], rank] = column[entry]
+                arrays[f"{sample}_{name}"] = torch.from_numpy(table)
+            arrays[f"{sample}_acts"] = windows(
+                values, indices, arrays[f"{sample}_context"], arrays[f"{sample}_position"]
             )
-        counted = {
-            "histogram": histograms(latent, value, self.powers.largest.numpy()),
-            **fired_on(latent, token, n, self.subject.lm.vocab),
+        arrays["contexts"] = tokens.int()
+        counts = {
+            "histogram": histograms(latent, value, self.moments.largest.numpy()),
+            **fired_on(latent, token, n, self.context.lm.vocab),
             **coactivation.find_coactivating(context * tokens.shape[1] + position, latent, n),
         }
-        return (
-            arrays
-            | {"contexts": tokens.int()}
-            | {name: torch.from_numpy(array) for name, array in counted.items()}
-        )
+        return arrays | {name: torch.from_numpy(array) for name, array in counts.items()}
+
+
+def _log_histogram(density: Tensor) -> dict[str, list[float]]:
+    """Count log10 of the densities that are not 0, in 40 bins from -6 to 0."""
+    counts, edges = np.histogram(density[density > 0].log10().numpy(), bins=40, range=(-6, 0))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+# ---- examples ------------------------------------------------------------------------------------
+#
+# The functions below take activations as columns [a]: the latent, its context, its value. n is the
+# number of latents, m the number of examples of each.
 
 
 def bands(examples: int) -> dict[str, int]:
-    """Return into how many bands of sizes activations are dealt, and how many of so many examples
-    come from each."""
+    """Return the number of size bands ("count") and of examples from each of them ("each").
+
+    Example:
+        >>> bands(9)
+        {'count': 4, 'each': 2}
+    """
     count = min(BANDS, examples)
     return {"count": count, "each": examples // max(1, count)}
-
-
-def best_per_band(
-    latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the same as `best_per_group`, as many of each band: places 0 .. each - 1 are the
-    largest activations' band."""
-    count, each = bands(m).values()
-    band = band_of(latent, value, n, count)
-    chosen, place = best_per_group(
-        latent.astype(np.int64) * count + band, context, rank, n * count, each
-    )
-    return chosen, band[chosen] * each + place
-
-
-def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.ndarray:
-    """Return the band of each activation among its latent's, by rank: 0 has the largest, count - 1
-    the smallest, all equally many."""
-    order = np.lexsort((-value, latent))
-    ranks = np.empty(len(order), np.int64)
-    ranks[order] = np.arange(len(order)) - np.searchsorted(latent[order], latent[order])
-    return ranks * count // np.bincount(latent, minlength=n)[latent]
-
-
-def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """Count each latent's activations in bins of equal width from 0 to its largest value, [n,
-    BINS]."""
-    at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
-    return (
-        np.bincount(latent * BINS + at, minlength=len(largest) * BINS)
-        .reshape(-1, BINS)
-        .astype(np.int32)
-    )
-
-
-def fired_on(
-    latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int
-) -> dict[str, np.ndarray]:
-    """Return on_token, the tokens that each latent fires on most often, [n, TOKENS] (-1: none), and
-    on_share, of its activations."""
-    pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
-    owner = pairs // vocabulary
-    order = np.lexsort((-counts, owner))
-    place = np.arange(len(order)) - np.searchsorted(owner, owner[order])
-    order, place = order[place < TOKENS], place[place < TOKENS]
-    on, shares = np.full((n, TOKENS), -1, np.int32), np.zeros((n, TOKENS), np.float32)
-    on[owner[order], place] = pairs[order] % vocabulary
-    shares[owner[order], place] = counts[order] / np.bincount(latent, minlength=n)[owner[order]]
-    return {"on_token": on, "on_share": shares}
-
-
-def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return each document's squared distance to the mean over all documents, from sums: the error
-    of predicting the mean."""
-    mean = total.sum(0) / max(1, count.sum())
-    return square - 2 * total @ mean + count * (mean @ mean)
 
 
 def best_per_group(
     latent: np.ndarray, context: np.ndarray, rank: np.ndarray, n: int, m: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which entries are the m of highest rank of their latent, at most one of each context,
-    and their place in 0..m-1."""
+    """Choose each latent's m entries of highest rank, at most one of each context.
+
+    Args:
+        latent: the group of each entry, [a], from 0 to n - 1.
+        context: its context, [a].
+        rank: what to order by, [a].
+        n: the number of groups.
+        m: entries of each group, at most.
+
+    Returns:
+        The chosen entries, and the place of each in its group, from 0 (the highest) to m - 1.
+    """
     order = np.lexsort((-rank, context, latent))
     first = np.ones(len(order), bool)
     first[1:] = (latent[order][1:] != latent[order][:-1]) | (
@@ -263,9 +242,44 @@ def best_per_group(
     return order[place < m], place[place < m]
 
 
+def best_per_band(
+    latent: np.ndarray, context: np.ndarray, value: np.ndarray, rank: np.ndarray, n: int, m: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same as `best_per_group`, with equally many entries from each band of values.
+
+    The first places, 0 to `bands(m)["each"]` - 1, belong to the band of the largest values.
+    """
+    count, per_band = bands(m).values()
+    band = band_of(latent, value, n, count)
+    entry, place = best_per_group(
+        latent.astype(np.int64) * count + band, context, rank, n * count, per_band
+    )
+    return entry, band[entry] * per_band + place
+
+
+def band_of(latent: np.ndarray, value: np.ndarray, n: int, count: int) -> np.ndarray:
+    """Return the band of each activation by its rank in its latent, [a].
+
+    Band 0 has the largest values, band count - 1 the smallest; all hold equally many.
+    """
+    order = np.lexsort((-value, latent))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(latent[order], latent[order])
+    return ranks * count // np.bincount(latent, minlength=n)[latent]
+
+
 def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) -> Tensor:
-    """Return each example's latent on the tokens around its own, [n, m, BEFORE + 1 + AFTER] as
-    float16."""
+    """Return the activation of each example's latent on the tokens around the example.
+
+    Args:
+        values: codes of all contexts, [c, t, k].
+        indices: their latents, [c, t, k].
+        context: the context of each example, [n, m]; -1: none.
+        position: its position, [n, m].
+
+    Returns:
+        [n, m, BEFORE + 1 + AFTER] as float16; 0 outside of the context.
+    """
     n, m = context.shape
     offsets = torch.arange(-BEFORE, AFTER + 1)
     out = torch.zeros(n, m, len(offsets), dtype=torch.float16)
@@ -274,11 +288,77 @@ def windows(values: Tensor, indices: Tensor, context: Tensor, position: Tensor) 
         part = slice(first, first + size)
         at = position[part, :, None].long() + offsets
         inside = (at >= 0) & (at < values.shape[1]) & (context[part, :, None] >= 0)
-        rows, columns = (
-            context[part, :, None].long().clamp_min(0).expand_as(at),
-            at.clamp(0, values.shape[1] - 1),
-        )
+        rows = context[part, :, None].long().clamp_min(0).expand_as(at)
+        columns = at.clamp(0, values.shape[1] - 1)
         latents = torch.arange(first, min(first + size, n)).view(-1, 1, 1, 1)
         hit = indices[rows, columns] == latents
         out[part] = ((values[rows, columns] * hit).sum(-1) * inside).half()
     return out
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+
+def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Count each latent's activations in equal bins from 0 to its largest value.
+
+    Args:
+        latent: the latent of each activation, [a].
+        value: its value, [a].
+        largest: the largest value of each latent, [n].
+
+    Returns:
+        Counts [n, BINS] as int32.
+    """
+    at = np.minimum(BINS - 1, value / largest[latent] * BINS).astype(np.int64)
+    return (
+        np.bincount(latent * BINS + at, minlength=len(largest) * BINS)
+        .reshape(-1, BINS)
+        .astype(np.int32)
+    )
+
+
+def fired_on(
+    latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int
+) -> dict[str, np.ndarray]:
+    """Return the tokens that each latent fires on most often.
+
+    Args:
+        latent: the latent of each activation, [a].
+        token: the token it fired on, [a].
+        n: the number of latents.
+        vocabulary: the number of token ids.
+
+    Returns:
+        on_token: token ids, most frequent first, [n, TOKENS]; -1 where there are fewer.
+        on_share: the share of the latent's activations on that token, [n, TOKENS].
+    """
+    pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
+    owner = pairs // vocabulary
+    order = np.lexsort((-counts, owner))
+    place = np.arange(len(order)) - np.searchsorted(owner, owner[order])
+    order, place = order[place < TOKENS], place[place < TOKENS]
+    tokens, shares = np.full((n, TOKENS), -1, np.int32), np.zeros((n, TOKENS), np.float32)
+    tokens[owner[order], place] = pairs[order] % vocabulary
+    shares[owner[order], place] = counts[order] / np.bincount(latent, minlength=n)[owner[order]]
+    return {"on_token": tokens, "on_share": shares}
+
+
+def spread(square: np.ndarray, total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return each document's squared distance to the mean over all documents, [documents].
+
+    This is the squared error of predicting the mean, the denominator of a normalized MSE.
+
+    Args:
+        square: each document's sum of squared norms, [documents].
+        total: each document's sum of vectors, [documents, d].
+        count: each document's number of vectors, [documents].
+    """
+    return squared_distance(square, total, count, total.sum(0) / max(1, count.sum()))
+
+
+def squared_distance(
+    square: np.ndarray, total: np.ndarray, count: np.ndarray, mean: np.ndarray
+) -> np.ndarray:
+    """Return each document's squared distance to a given mean[d]; the rest as in `spread`."""
+    return square - 2 * total @ mean + count * (mean @ mean)

@@ -17,7 +17,7 @@ from ksparse.evals.batches import HeldOut, SAEBatch, acts_of
 from ksparse.evals.explanations.builder import (
     ActivationExample,
     Activations,
-    Reader,
+    LatentReader,
     Reservoir,
     choose_pad,
     explain,
@@ -80,7 +80,7 @@ def test_a_token_that_does_not_matter_becomes_any(official):
 
 @pytest.mark.parametrize("official", [True, False])
 def test_without_examples_or_activation_there_is_no_pattern(official):
-    """T35: the published code divides by the activation."""
+    """The published code divides by the activation."""
     assert build(lambda row: 0.0, official=official) == []
     assert build(lambda row: 0.0, (A, B), (C,), official=official) == []
 
@@ -199,19 +199,19 @@ def test_planted_latents_are_explained_without_a_fault(small_acts, tmp_path):
 
 
 def test_what_is_read_begins_like_a_context(small_acts, tmp_path):
-    """T35: a suffix without BOS is not what the model normally gets."""
+    """A suffix without BOS is not what the model normally gets."""
     rules = rules_of(LM(acts=small_acts()))
     sae, lm = planted(small_acts, tmp_path, rules)
-    Reader(sae, lm, lm.options)(np.array([[40, 41]]), np.array([0]))
+    LatentReader(sae, lm, lm.options)(np.array([[40, 41]]), np.array([0]))
     assert lm.read[-1] == [[lm.tokenizer.bos_token_id, 40, 41]]
-    Reader(sae, lm, lm.options, official=True)(np.array([[40, 41]]), np.array([0]))
+    LatentReader(sae, lm, lm.options, official=True)(np.array([[40, 41]]), np.array([0]))
     assert lm.read[-1] == [[40, 41]]
 
 
 def test_without_bos_the_first_position_is_no_activation(small_acts, tmp_path):
     rules = [lambda row, t: True]
     sae, lm = planted(small_acts, tmp_path, rules, bos="none")
-    read = Reader(sae, lm, lm.options)
+    read = LatentReader(sae, lm, lm.options)
     assert read(np.array([[40]]), np.array([0])).tolist() == [0]
     assert read(np.array([[40, 41]]), np.array([0])).tolist() == [1]
 
@@ -220,7 +220,7 @@ def test_equal_sequences_are_read_once(small_acts, tmp_path):
     sae, lm = planted(
         small_acts, tmp_path, [lambda row, t: row[t] == 40, lambda row, t: row[t] == 41]
     )
-    values = Reader(sae, lm, lm.options)(
+    values = LatentReader(sae, lm, lm.options)(
         np.array([[40], [41], [40], [40], [42]]), np.array([0, 1, 1, 0, 0])
     )
     assert values.tolist() == [1, 2, 0, 1, 0]
@@ -235,9 +235,9 @@ def test_sequences_are_read_right_in_small_batches(small_acts, tmp_path, monkeyp
     )
     sequences = np.random.default_rng(0).integers(10, 60, (50, 2))
     latents = np.arange(50) % 2
-    whole = Reader(sae, lm, lm.options)(sequences, latents)
+    whole = LatentReader(sae, lm, lm.options)(sequences, latents)
     monkeypatch.setattr(builder, "_TOKENS", 12)
-    np.testing.assert_array_equal(Reader(sae, lm, lm.options)(sequences, latents), whole)
+    np.testing.assert_array_equal(LatentReader(sae, lm, lm.options)(sequences, latents), whole)
     np.testing.assert_array_equal(
         whole, np.where(latents == 0, sequences[:, -1] % 2, 2 * (sequences[:, -1] % 3 == 0))
     )
@@ -277,15 +277,17 @@ def test_precision_and_recall_are_their_definitions(small_acts):
         dataclasses.replace(OPTIONS, n2g_examples=4, tokens=10**6).resolved(),
     )
     sae = random_sae(acts, lm.d_model)
-    subject = EvalContext(sae, HeldOut(lm, acts_of(sae, lm, options), options))
-    part = subject.part(N2G)
-    explainer = part.explainer
+    context = EvalContext(sae, HeldOut(lm, acts_of(sae, lm, options), options))
+    part = context.part(N2G)
+    builder = part.builder
     contexts, codes = [], []
     with torch.inference_mode():
-        for batch in subject.data:
-            seen = SAEBatch(sae, batch)
-            for each in subject.parts.values():
-                each.see(seen)
+        for metric in context.parts.values():
+            metric.prepare()
+        for batch in context.data:
+            sae_batch = SAEBatch(sae, batch)
+            for metric in context.parts.values():
+                metric.update(sae_batch)
             contexts += list(
                 zip(
                     batch.contexts.tokens.tolist(),
@@ -294,21 +296,21 @@ def test_precision_and_recall_are_their_definitions(small_acts):
                 )
             )
             codes += list(
-                seen.code_grid.values.new_zeros(*batch.keep.shape, 64)
-                .scatter(-1, seen.code_grid.indices.clamp_min(0), seen.code_grid.values)
+                sae_batch.code_grid.values.new_zeros(*batch.keep.shape, 64)
+                .scatter(-1, sae_batch.code_grid.indices.clamp_min(0), sae_batch.code_grid.values)
                 .numpy()
             )
-        for each in subject.parts.values():
-            each.work(lambda what, done, total: None)
-    result = part.result()
+        for metric in context.parts.values():
+            metric.compute(lambda what, done, total: None)
+    result = part.finalize()
     rows = {name: result.arrays[name].numpy() for name in ("precision", "recall")}
-    drawn = part.positives.drawn()
+    drawn = part.positives.sample()
     for slot, latent in enumerate(result.arrays["scored"].tolist()):
         predicted = right = 0
         by_place = {}
         for number, ((tokens, keep, documents), act) in enumerate(zip(contexts, codes)):
-            begins = [True] + [token in explainer.specials for token in tokens[1:-1]]
-            guess = predict(explainer.explanations[latent], tokens[1:], begins)
+            begins = [True] + [token in builder.special_ids for token in tokens[1:-1]]
+            guess = predict(builder.explanations[latent], tokens[1:], begins)
             for t, (kept, document) in enumerate(zip(keep, documents)):
                 if t and kept and document % 4 >= 2:
                     by_place[number, t] = guess[t - 1] > 0
@@ -345,7 +347,7 @@ def test_a_reservoir_draws_every_activation_alike_and_keeps_few():
             reservoir.add(
                 Activations(positions % 2, positions, positions, positions.astype(float), positions)
             )
-        drawn = reservoir.drawn()
+        drawn = reservoir.sample()
         assert (
             np.bincount(drawn.latent).tolist() == [3, 3]
             and (drawn.position % 2 == drawn.latent).all()
@@ -364,8 +366,8 @@ def test_a_reservoir_drops_what_it_cannot_use(monkeypatch):
         reservoir.add(
             Activations(positions % 3, positions, positions, positions.astype(float), positions)
         )
-        assert sum(len(found.latent) for found, _ in reservoir.held) <= 50 + 30
-    assert len(reservoir.drawn().latent) == 6
+        assert len(reservoir) <= 50 + 30
+    assert len(reservoir.sample().latent) == 6
 
 
 def test_f1_is_defined_where_precision_is():
@@ -459,15 +461,17 @@ def test_a_scale_is_the_least_squares_fit_on_documents_of_its_own(small_acts):
         dataclasses.replace(OPTIONS, tokens=10**6, n2g_examples=4).resolved(),
     )
     sae = random_sae(acts, lm.d_model)
-    subject = EvalContext(sae, HeldOut(lm, acts_of(sae, lm, options), options))
-    part = subject.part(ExplainedLoss)
+    context = EvalContext(sae, HeldOut(lm, acts_of(sae, lm, options), options))
+    part = context.part(ExplainedLoss)
     contexts = []
     with torch.inference_mode():
-        for batch in subject.data:
-            seen = SAEBatch(sae, batch)
-            for each in subject.parts.values():
-                each.see(seen)
-            grid = seen.code_grid
+        for metric in context.parts.values():
+            metric.prepare()
+        for batch in context.data:
+            sae_batch = SAEBatch(sae, batch)
+            for metric in context.parts.values():
+                metric.update(sae_batch)
+            grid = sae_batch.code_grid
             acts_ = grid.values.new_zeros(*batch.keep.shape, 64).scatter(
                 -1, grid.indices.clamp_min(0), grid.values
             )
@@ -479,12 +483,12 @@ def test_a_scale_is_the_least_squares_fit_on_documents_of_its_own(small_acts):
                     acts_.tolist(),
                 )
             )
-        for each in subject.parts.values():
-            each.work(lambda what, done, total: None)
+        for metric in context.parts.values():
+            metric.compute(lambda what, done, total: None)
     product, square = np.zeros(64), np.zeros(64)
     for tokens, keep, documents, act in contexts:
-        begins = [True] + [token in part.explainer.specials for token in tokens[1:-1]]
-        for latent, patterns in part.explainer.explanations.items():
+        begins = [True] + [token in part.builder.special_ids for token in tokens[1:-1]]
+        for latent, patterns in part.builder.explanations.items():
             for t, s in enumerate(predict(patterns, tokens[1:], begins), 1):
                 if keep[t] and documents[t] % 4 == 2:
                     product[latent] += s * act[t][latent]
@@ -515,7 +519,7 @@ def test_ngrams_are_counted_where_losses_are_measured(small_acts):
     acts = small_acts()
     lm = LM(acts=acts)
     corpus = Corpus(acts, lm.tokenizer, "train", per_document=100)
-    ngrams = Ngrams(corpus, lm.vocab, 10**9)
+    ngrams = Ngrams.count(corpus, lm.vocab, 10**9)
     pairs = {}
     for context in corpus.contexts():
         if context.start.epoch:
@@ -544,7 +548,7 @@ def test_ngrams_are_counted_where_losses_are_measured(small_acts):
 def test_bigrams_after_any_token_sum_to_one(small_acts):
     acts = small_acts()
     lm = LM(acts=acts)
-    ngrams = Ngrams(Corpus(acts, lm.tokenizer, "train"), lm.vocab, 500)
+    ngrams = Ngrams.count(Corpus(acts, lm.tokenizer, "train"), lm.vocab, 500)
     seen = int(ngrams.keys[0] // lm.vocab)
     unseen = int(np.flatnonzero(ngrams.after == 0)[0])
     for before in (seen, unseen):

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from ksparse.evals.explanations.patterns import (
     ANY,
-    Greedy,
+    GreedyMatcher,
     Matcher,
     TokenPattern,
-    merged,
+    build_trie,
+    merge_patterns,
     predict,
-    trie,
-    walk,
+    walk_trie,
 )
 
 A, B, C, D, E = range(5)
@@ -52,7 +52,7 @@ def test_the_table_predicts_what_the_definition_predicts(explanations, rows, bit
     begins[:, 0] = True
     wanted = np.ones(tokens.shape, bool)
     wanted[:, 3] = False
-    by_latent = {10 * i: merged(patterns) for i, patterns in enumerate(explanations)}
+    by_latent = {10 * i: merge_patterns(patterns) for i, patterns in enumerate(explanations)}
     matches = Matcher(by_latent).match(tokens, begins, wanted)
     for latent, patterns in by_latent.items():
         expected = (
@@ -66,7 +66,7 @@ def test_the_table_predicts_what_the_definition_predicts(explanations, rows, bit
 
 def test_nothing_is_predicted_twice_for_a_position_and_a_latent():
     explanation = {
-        3: merged(
+        3: merge_patterns(
             [
                 TokenPattern((A,), False, 1),
                 TokenPattern((ANY,), False, 2),
@@ -83,16 +83,16 @@ def test_nothing_is_predicted_twice_for_a_position_and_a_latent():
 
 def test_no_explanation_predicts_nothing():
     grid = np.zeros((2, 3), int)
-    for kind in (Matcher, Greedy):
+    for kind in (Matcher, GreedyMatcher):
         assert not len(kind({}).match(grid, grid == 0, grid == 0).latent)
         assert not len(kind({1: []}).match(grid, grid == 0, grid == 0).latent)
 
 
-# ---- T35: the faults of the published code
+# ---- the faults of the published code
 
 
 def test_the_same_pattern_from_two_documents_has_the_mean_of_their_activations():
-    joined = merged(
+    joined = merge_patterns(
         [
             TokenPattern((A, B), False, 1.0),
             TokenPattern((A, B), False, 2.0),
@@ -106,14 +106,21 @@ def test_the_same_pattern_from_two_documents_has_the_mean_of_their_activations()
 def test_a_short_pattern_does_not_shadow_a_longer_one():
     explanation = [TokenPattern((A,), False, 1.0), TokenPattern((B, A), False, 5.0)]
     assert predict(explanation, [B, A, C, A], [True] + [False] * 3) == [0, 5, 0, 1]
-    assert [walk(trie(explanation), [B, A, C, A][: i + 1]) for i in range(4)] == [0, 1, 0, 1]
+    assert [walk_trie(build_trie(explanation), [B, A, C, A][: i + 1]) for i in range(4)] == [
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
 def test_a_token_and_any_token_are_both_tried():
     explanation = [TokenPattern((A, B, C), False, 1.0), TokenPattern((D, ANY, C), False, 2.0)]
     tokens = [D, B, C]
     assert predict(explanation, tokens, [True, False, False]) == [0, 0, 2]
-    assert walk(trie(explanation), tokens) == 0  # it takes the token B and never comes back
+    assert (
+        walk_trie(build_trie(explanation), tokens) == 0
+    )  # it takes the token B and never comes back
 
 
 def test_an_anchor_needs_the_beginning_of_a_document_wherever_in_the_context_it_is():
@@ -143,7 +150,7 @@ def test_length_then_tokens_then_value_decide(pattern, longer):
 
 
 def positions(patterns, tokens):
-    return [walk(trie(patterns), tokens[: i + 1]) for i in range(len(tokens))]
+    return [walk_trie(build_trie(patterns), tokens[: i + 1]) for i in range(len(tokens))]
 
 
 def test_the_greedy_trie_finds_the_first_position():
@@ -179,7 +186,7 @@ def test_the_greedy_table_is_the_greedy_trie():
         ]
         for latent in range(6)
     }
-    matches = Greedy(explanations).match(tokens, tokens < 0, np.ones(tokens.shape, bool))
+    matches = GreedyMatcher(explanations).match(tokens, tokens < 0, np.ones(tokens.shape, bool))
     for latent, patterns in explanations.items():
         expected = np.array([positions(patterns, row) for row in tokens.tolist()])
         np.testing.assert_array_equal(dense(matches, tokens.shape, latent), expected)

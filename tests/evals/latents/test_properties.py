@@ -59,14 +59,14 @@ def planted() -> runner.Result:
     sae.W_dec.data[EARLY] = -3 * sae.W_dec.data[LATE]
     options = dataclasses.replace(OPTIONS, tokens=10**6).resolved()
     data = SimpleNamespace(acts=SimpleNamespace(context=LENGTH, keep="text"), options=options)
-    subject = SimpleNamespace(
+    context = SimpleNamespace(
         sae=sae, data=data, options=options, lm=SimpleNamespace(vocab=VOCABULARY)
     )
     parts: dict = {}
-    subject.part = lambda kind: (
-        parts[kind] if kind in parts else parts.setdefault(kind, kind(subject))
+    context.part = lambda kind: (
+        parts[kind] if kind in parts else parts.setdefault(kind, kind(context))
     )
-    part = Latents(subject)
+    part = Latents(context)
     code = Code(*values.topk(8, dim=1))
     rows = keep.nonzero(as_tuple=True)[0]
     for some in torch.arange(CONTEXTS).chunk(3):
@@ -74,14 +74,14 @@ def planted() -> runner.Result:
         contexts = SimpleNamespace(
             tokens=tokens[some], attention=torch.ones(len(some), LENGTH, dtype=torch.bool)
         )
-        seen = SimpleNamespace(
+        batch = SimpleNamespace(
             code=Code(code.values[mine], code.indices[mine]),
-            batch=SimpleNamespace(keep=keep[some], contexts=contexts, documents=rows[mine]),
+            held_out=SimpleNamespace(keep=keep[some], contexts=contexts, documents=rows[mine]),
         )
         for kind in (Moments, Firing):
-            parts[kind].see(seen)
-    part.work(lambda *_: None)
-    return part.result()
+            parts[kind].update(batch)
+    part.compute(lambda *_: None)
+    return part.finalize()
 
 
 def test_planted_recurring_latents_are_found_by_their_rules_and_no_others(planted):

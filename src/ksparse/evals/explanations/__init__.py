@@ -1,0 +1,1 @@
+"""Explanations of latents by patterns of tokens (N2G), and how well they predict."""

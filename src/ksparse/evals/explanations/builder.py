@@ -1,15 +1,18 @@
-"""Random activations of each latent -> an explanation of it: Neuron-to-Graph as in Gao et al. 2024,
+"""Build explanations of latents from random activations: Neuron-to-Graph, as in Gao et al. 2024,
 section 4.3.
 
-Of each example the shortest suffix is sought on which the latent still has half of its activation;
-then each of its tokens is replaced by a padding token, and becomes ANY if the latent keeps more
-than half. If a padding token put before the suffix takes half of the activation away, the pattern
-is anchored to the beginning of a document. What the LM reads is a suffix in the place of a whole
-context: behind BOS, if contexts have it. All latents' examples go forward together, and equal
-sequences run once.
+1. For each example, find the shortest suffix of its context on which the latent keeps at least half
+   of its activation.
+2. Replace each token of the suffix by a padding token; where the latent keeps more than half, the
+   token becomes ANY.
+3. If a padding token in front of the suffix takes more than half of the activation away, anchor the
+   pattern to the beginning of a document.
 
-Documents are dealt to four parts: explanations are built from two, scaled on the third, judged on
-the fourth (`n2g`: on both).
+The LM reads a suffix in place of a whole context, after BOS if contexts have one. The examples of
+all latents are read together, and equal sequences only once.
+
+Documents are split into four parts by number: explanations are built on two of them, scaled on the
+third, and scored on the fourth (`n2g` scores on the last two).
 """
 
 from __future__ import annotations
@@ -23,46 +26,63 @@ from torch import Tensor
 
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
-from ksparse.evals.base import EvalContext, Metric, Progress
+from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.explanations.patterns import (
     ANY,
-    Greedy,
+    GreedyMatcher,
     Matcher,
     Predictor,
     TokenPattern,
-    merged,
+    merge_patterns,
 )
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import token_strings
-from ksparse.sae.model import SAE
+from ksparse.progress import Progress, no_progress
+from ksparse.sae.model import SAE, Code
 
-LEAST = 2  # examples of a latent to explain it
+MIN_EXAMPLES = 2
+"""Examples that a latent needs to be explained."""
 HALF = 0.5
+"""Share of an activation that a shortened or changed text has to keep."""
+BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
+"""The parts of the documents, by number modulo 4."""
 _PADS = (" _", "_", " ", ".", "\n")
 _TOKENS = 8_192  # in one forward pass
-_COMPACT = 2_000_000  # activations held before all but the drawn ones are dropped
-BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
-
+_COMPACT = 2_000_000  # activations in memory before those outside of the sample are dropped
 
 _Numbers = TypeVar("_Numbers", np.ndarray, Tensor)
 
 
-def of_parts(documents: _Numbers, parts: tuple[int, ...]) -> _Numbers:
-    """Return which documents, by number, are dealt to these parts."""
-    dealt = documents % 4
-    return (dealt >= parts[0]) & (dealt <= parts[-1])
+def in_parts(documents: _Numbers, parts: tuple[int, ...]) -> _Numbers:
+    """Return a mask of the documents, given by number, that are in some of the four parts.
+
+    Example:
+        >>> import numpy as np
+        >>> in_parts(np.arange(8), SCALE + SCORE).tolist()
+        [False, False, True, True, False, False, True, True]
+    """
+    part = documents % 4
+    return (part >= parts[0]) & (part <= parts[-1])
 
 
-def key(
+def pair_keys(
     context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int, n: int
 ) -> np.ndarray:
-    """Return one number for each position and latent, of contexts of that length and n latents."""
+    """Return one number for each (context, position, latent), to compare two sets of them.
+
+    Args:
+        context: numbers of contexts, [m].
+        position: positions in them, [m].
+        latent: latents, [m].
+        length: tokens of a context.
+        n: the number of latents.
+    """
     return (context.astype(np.int64) * length + position) * n + latent
 
 
 class ActivationExample(NamedTuple):
-    """An activation: its latent, the tokens up to its position (without the context's BOS), its
+    """An activation: its latent, the tokens up to its position without the context's BOS, its
     value."""
 
     latent: int
@@ -71,84 +91,97 @@ class ActivationExample(NamedTuple):
 
 
 class N2GBuilder(Metric):
-    """Draws activations of each latent and builds its patterns; `n2g` and `explained_loss` ask
-    it."""
+    """Samples activations of each requested latent, and builds explanations from them.
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        data, options = subject.data, subject.options
-        self.first = int(data.corpus.bos is not None)
-        self.specials = np.array(sorted(data.corpus.special), int)
-        self.wanted = np.zeros(subject.sae.shape.n_latents, bool)
-        self.build = Reservoir(options.n2g_examples, options.seed)
+    `n2g` and `explained_loss` share it: they call `request` when they are constructed, and
+    `explain` once the first pass is complete.
+
+    Attributes:
+        text_start: tokens of a context before its text: 1 with BOS, else 0.
+        tokens: all contexts of the first pass, [c, t].
+        counts: examples of each latent, [n].
+        explanations: {latent: patterns}.
+    """
+
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        corpus, options = context.data.corpus, context.options
+        self.text_start = int(corpus.bos is not None)
+        self.special_ids = np.array(sorted(corpus.special), int)
+        self.requested = np.zeros(context.sae.shape.n_latents, bool)
+        self.reservoir = Reservoir(options.n2g_examples, options.seed)
         self.contexts: list[np.ndarray] = []
-        self.count = 0
+        self.n_contexts = 0
         self.explanations: dict[int, list[TokenPattern]] = {}
+
+    def request(self, latents: np.ndarray) -> None:
+        """Sample activations of these latents too."""
+        self.requested[latents] = True
+
+    def prepare(self) -> None:
         self.pad, self.pad_text = choose_pad(
-            subject.lm.tokenizer, options.n2g_pad, set(data.corpus.special)
+            self.context.lm.tokenizer,
+            self.context.options.n2g_pad,
+            set(self.context.data.corpus.special),
         )
 
-    def want(self, latents: np.ndarray) -> None:
-        """Ask for explanations of these latents."""
-        self.wanted[latents] = True
+    def update(self, batch: SAEBatch) -> None:
+        self.contexts.append(batch.held_out.contexts.tokens.cpu().numpy().astype(np.int32))
+        activations = batch_activations(batch, self.requested, self.n_contexts)
+        self.reservoir.add(activations.select(in_parts(activations.document, BUILD)))
+        self.n_contexts += len(self.contexts[-1])
 
-    def see(self, seen: SAEBatch) -> None:
-        self.contexts.append(seen.batch.contexts.tokens.cpu().numpy().astype(np.int32))
-        entries = activations(seen, self.wanted, self.count)
-        self.build.add(entries.among(of_parts(entries.document, BUILD)))
-        self.count += len(self.contexts[-1])
-
-    def work(self, observe: Progress) -> None:
+    def compute(self, progress: Progress) -> None:
         self.tokens = np.concatenate(self.contexts)
-        self.drawn = self.build.drawn()
-        self.counts = np.bincount(self.drawn.latent, minlength=len(self.wanted))
+        self.sample = self.reservoir.sample()
+        self.counts = np.bincount(self.sample.latent, minlength=len(self.requested))
 
-    def explain(self, latents: np.ndarray, observe: Progress) -> None:
-        """Build the explanations of those of the latents that have examples and no explanation
-        yet."""
-        asked = np.zeros(len(self.wanted), bool)
-        asked[latents] = True
-        asked &= self.counts >= LEAST
-        asked[list(self.explanations)] = False
-        mine = self.drawn.among(asked[self.drawn.latent])
+    def explain(self, latents: np.ndarray, progress: Progress) -> None:
+        """Build the missing explanations of those latents that have enough examples."""
+        missing = np.zeros(len(self.requested), bool)
+        missing[latents] = True
+        missing &= self.counts >= MIN_EXAMPLES
+        missing[list(self.explanations)] = False
+        selected = self.sample.select(missing[self.sample.latent])
+        columns = (selected.latent, selected.context, selected.position, selected.value)
         examples = [
             ActivationExample(
-                latent, tuple(self.tokens[context, self.first : position + 1].tolist()), value
+                latent, tuple(self.tokens[context, self.text_start : position + 1].tolist()), value
             )
-            for latent, context, position, value in zip(*(column.tolist() for column in mine[:4]))
+            for latent, context, position, value in zip(*(column.tolist() for column in columns))
         ]
-        reader = Reader(self.subject.sae, self.subject.lm, self.subject.data.acts, self.official)
+        context = self.context
+        reader = LatentReader(context.sae, context.lm, context.data.acts, self.official)
         self.explanations |= explain(
-            examples, reader, self.pad, official=self.official, observe=observe
+            examples, reader, self.pad, official=self.official, progress=progress
         )
 
     @property
     def official(self) -> bool:
-        return self.subject.options.n2g_variant == "official"
+        """Whether to do as the published code does, faults included."""
+        return self.context.options.n2g_variant == "official"
 
     def predictor(self, latents: np.ndarray | None = None) -> Predictor:
-        """Return what predicts the given latents, or all that are explained."""
-        chosen = (
-            self.explanations
-            if latents is None
-            else {int(i): self.explanations[int(i)] for i in latents}
-        )
-        return Greedy(chosen) if self.official else Matcher(chosen)
+        """Return a predictor of the given latents, or of all that are explained."""
+        explanations = self.explanations
+        if latents is not None:
+            explanations = {int(i): self.explanations[int(i)] for i in latents}
+        return GreedyMatcher(explanations) if self.official else Matcher(explanations)
 
     def text(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return contexts without their BOS, and where in them a document begins."""
+        """Return contexts[c, t] without their BOS, and a mask of where a document begins."""
         begins = np.zeros(tokens.shape, bool)
         begins[:, 0] = True
-        begins[:, self.first] = True
-        begins[:, 1:] |= np.isin(tokens[:, :-1], self.specials)
-        return tokens[:, self.first :], begins[:, self.first :]
+        begins[:, self.text_start] = True
+        begins[:, 1:] |= np.isin(tokens[:, :-1], self.special_ids)
+        return tokens[:, self.text_start :], begins[:, self.text_start :]
 
 
-# ---- drawing activations -------------------------------------------------------------------------
+# ---- sampling activations ------------------------------------------------------------------------
 
 
 class Activations(NamedTuple):
-    """Activations above 0, each field [m]; context counts over the pass."""
+    """Activations above 0; each field is [m]. Contexts are numbered over the whole pass."""
 
     latent: np.ndarray
     context: np.ndarray
@@ -156,240 +189,284 @@ class Activations(NamedTuple):
     value: np.ndarray
     document: np.ndarray
 
-    def among(self, chosen: np.ndarray) -> Activations:
-        return Activations(*(column[chosen] for column in self))
+    def select(self, index: np.ndarray) -> Activations:
+        """Return the activations under a mask or index."""
+        return Activations(*(column[index] for column in self))
 
 
-def activations(seen: SAEBatch, wanted: np.ndarray, first_context: int) -> Activations:
-    """Return the activations of the wanted latents in a batch."""
-    values, indices = (part.cpu() for part in seen.code)
-    at, slot = (values > 0).nonzero(as_tuple=True)
-    latent = indices[at, slot].numpy()
-    mine = wanted[latent]
-    at, slot, latent = at[mine], slot[mine], latent[mine]
-    context, position = (column.numpy() for column in seen.batch.keep.cpu().nonzero(as_tuple=True))
-    document = seen.batch.documents.cpu().numpy()
+def batch_activations(batch: SAEBatch, latents: np.ndarray, first_context: int) -> Activations:
+    """Return the activations of some latents in a batch.
+
+    Args:
+        batch: the batch.
+        latents: mask of the latents, [n].
+        first_context: the number of the batch's first context in the pass.
+    """
+    values, indices = (part.cpu() for part in batch.code)
+    row, slot = (values > 0).nonzero(as_tuple=True)
+    latent = indices[row, slot].numpy()
+    selected = latents[latent]
+    row, slot, latent = row[selected], slot[selected], latent[selected]
+    keep = batch.held_out.keep.cpu()
+    context, position = (axis.numpy() for axis in keep.nonzero(as_tuple=True))
+    document = batch.held_out.documents.cpu().numpy()
     return Activations(
         latent,
-        context[at] + first_context,
-        position[at],
-        values[at, slot].float().numpy(),
-        document[at],
+        context[row] + first_context,
+        position[row],
+        values[row, slot].float().numpy(),
+        document[row],
     )
 
 
 class Reservoir:
-    """The activations of each latent that drew the lowest random numbers, `size` of them: a sample
-    of all, without all in memory."""
+    """A uniform sample of at most `size` activations of each latent, without all in memory.
+
+    Every activation draws a random number, and those with the lowest numbers are kept.
+    """
 
     def __init__(self, size: int, seed: int):
         self.size, self.generator = size, np.random.default_rng(seed)
-        self.held: list[tuple[Activations, np.ndarray]] = []
-        self.waiting = 0
+        self._parts: list[tuple[Activations, np.ndarray]] = []
+        self._uncompacted = 0
 
-    def add(self, found: Activations) -> None:
-        self.held.append((found, self.generator.random(len(found.latent))))
-        self.waiting += len(found.latent)
-        if self.waiting > _COMPACT:
+    def __len__(self) -> int:
+        """Return the number of activations in memory."""
+        return sum(len(numbers) for _, numbers in self._parts)
+
+    def add(self, activations: Activations) -> None:
+        """Offer activations to the sample."""
+        self._parts.append((activations, self.generator.random(len(activations.latent))))
+        self._uncompacted += len(activations.latent)
+        if self._uncompacted > _COMPACT:
             self._compact()
 
-    def drawn(self) -> Activations:
-        """Return the sample, ordered by latent."""
+    def sample(self) -> Activations:
+        """Return the sample, sorted by latent."""
         self._compact()
-        return self.held[0][0]
+        return self._parts[0][0]
 
     def _compact(self) -> None:
-        if not self.held:
-            self.held = [
-                (
-                    Activations(*(np.zeros(0, kind) for kind in (int, int, int, np.float32, int))),
-                    np.zeros(0),
-                )
-            ]
-        columns = [
-            np.concatenate(parts) for parts in zip(*((*found, noise) for found, noise in self.held))
-        ]
-        order = np.lexsort((columns[-1], columns[0]))
+        dtypes = (int, int, int, np.float32, int)
+        if not self._parts:
+            empty = Activations(*(np.zeros(0, dtype) for dtype in dtypes))
+            self._parts = [(empty, np.zeros(0))]
+        *columns, numbers = (
+            np.concatenate(column)
+            for column in zip(*((*activations, numbers) for activations, numbers in self._parts))
+        )
+        order = np.lexsort((numbers, columns[0]))
         latent = columns[0][order]
         place = np.arange(len(order)) - np.searchsorted(latent, latent)
         keep = order[place < self.size]
-        self.held, self.waiting = (
-            [(Activations(*(column[keep] for column in columns[:-1])), columns[-1][keep])],
-            0,
-        )
+        self._parts = [(Activations(*(column[keep] for column in columns)), numbers[keep])]
+        self._uncompacted = 0
 
 
-# ---- building ------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
-Read = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Takes sequences [m, l] and a latent for each, [m]; returns the latent's activation on each
-sequence's last token."""
+ReadFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Takes sequences [m, l] and a latent for each, [m]; returns each latent's activation on the last
+token of its sequence, [m]."""
 
 
-class Reader:
-    """The activation of latents at the end of short texts, read as a context would be."""
+class LatentReader:
+    """Reads the activation of latents on the last token of short texts.
+
+    Args:
+        sae: the SAE.
+        lm: the LM.
+        acts: how contexts are made: with BOS, and with or without their first position.
+        official: read without BOS, as the published code does.
+    """
 
     def __init__(self, sae: SAE, lm: LM, acts: ActsConfig, official: bool = False):
         bos = lm.tokenizer.bos_token_id if acts.bos == "auto" and not official else None
         self.sae, self.lm, self.head = sae, lm, [] if bos is None else [bos]
-        self.first_counts = (
-            acts.keep == "all" or bool(self.head) or official
-        )  # a first position is no activation elsewhere either
+        # else a first position is not kept in contexts, so it has no activation here either
+        self.keeps_first = acts.keep == "all" or bool(self.head) or official
 
     @torch.inference_mode()
     def __call__(self, sequences: np.ndarray, latents: np.ndarray) -> np.ndarray:
-        if sequences.shape[1] == 1 and not self.first_counts:
-            return np.zeros(len(sequences), np.float32)
-        first, inverse = _distinct(sequences)
-        rows, wanted, out = (
-            torch.from_numpy(sequences[first]).long(),
-            torch.from_numpy(latents),
-            np.zeros(len(sequences), np.float32),
-        )
+        """Return the activations [m] of latents[m] at the end of sequences[m, l]."""
+        activations = np.zeros(len(sequences), np.float32)
+        if sequences.shape[1] == 1 and not self.keeps_first:
+            return activations
+        first, inverse = _distinct_rows(sequences)
+        rows, latent = torch.from_numpy(sequences[first]).long(), torch.from_numpy(latents)
         order = np.argsort(inverse, kind="stable")
         size = max(1, _TOKENS // (sequences.shape[1] + len(self.head)))
-        for at in range(0, len(rows), size):
-            code = self._codes(rows[at : at + size])
-            mine = order[
-                np.searchsorted(inverse[order], at) : np.searchsorted(inverse[order], at + size)
-            ]
-            values, indices = (part.cpu()[torch.from_numpy(inverse[mine]) - at] for part in code)
-            out[mine] = ((indices == wanted[mine, None]) * values).sum(1).float().numpy()
-        return out
+        for start in range(0, len(rows), size):
+            code = self._encode_last(rows[start : start + size])
+            low, high = np.searchsorted(inverse[order], (start, start + size))
+            part = order[low:high]  # the sequences that are equal to one of these rows
+            values, indices = (
+                field.cpu()[torch.from_numpy(inverse[part]) - start] for field in code
+            )
+            matching = (indices == latent[part, None]) * values
+            activations[part] = matching.sum(1).float().numpy()
+        return activations
 
-    def _codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_last(self, rows: Tensor) -> Code:
         head = torch.tensor(self.head, dtype=torch.long).expand(len(rows), -1)
         tokens = torch.cat([head, rows], 1).to(self.lm.device)
-        return self.sae.encode(
-            self.lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))[:, -1]
-        )
+        x = self.lm.acts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        return self.sae.encode(x[:, -1])
 
 
-def _distinct(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row of each distinct sequence, and for each row which of those it equals."""
-    whole = (
-        np.ascontiguousarray(sequences)
-        .view(np.dtype((np.void, sequences.dtype.itemsize * sequences.shape[1])))
-        .ravel()
-    )
-    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+def _distinct_rows(sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first row of each distinct sequence, and for each row the number of its distinct
+    sequence."""
+    row_type = np.dtype((np.void, sequences.dtype.itemsize * sequences.shape[1]))
+    rows = np.ascontiguousarray(sequences).view(row_type).ravel()
+    _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     return first, inverse.ravel()
+
+
+# ---- building ------------------------------------------------------------------------------------
 
 
 def explain(
     examples: list[ActivationExample],
-    read: Read,
+    read: ReadFunction,
     pad: int,
     *,
     official: bool = False,
-    observe: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[int, list[TokenPattern]]:
-    """Return {latent: patterns}. Examples without activation say nothing and are left out."""
+    """Build explanations from examples.
+
+    Args:
+        examples: activations of one or several latents; those of 0 are left out.
+        read: returns the activation of latents at the end of sequences.
+        pad: the token that replaces a removed one.
+        official: keep equal patterns apart, as the published code does.
+        progress: called after each round of reading.
+
+    Returns:
+        {latent: patterns}, merged unless `official`.
+    """
     examples = [example for example in examples if example.value > 0]
-    suffixes = shortest_suffixes(examples, read, observe)
-    anchored = _apart(
-        suffixes,
-        lambda rows: np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1),
-        read,
-    )
+    suffixes = shortest_suffixes(examples, read, progress)
+    padded = _read_padded(suffixes, read, pad)
+    wildcards = _find_wildcards(suffixes, read, pad, progress)
     patterns: dict[int, list[TokenPattern]] = {}
-    for number, (example, suffix, act, wild) in enumerate(
-        zip(examples, *_saliency(suffixes, read, pad, observe))
+    for example, suffix, value, is_any, after_pad in zip(
+        examples, suffixes.tokens, suffixes.values.tolist(), wildcards, padded
     ):
-        tokens = tuple(ANY if any_ else token for token, any_ in zip(suffix, wild))
-        lost = anchored[number] < HALF * example.value
-        patterns.setdefault(example.latent, []).append(TokenPattern(tokens, bool(lost), act))
-    return patterns if official else {latent: merged(found) for latent, found in patterns.items()}
+        tokens = tuple(ANY if any_ else token for token, any_ in zip(suffix, is_any))
+        anchored = bool(after_pad < HALF * example.value)
+        patterns.setdefault(example.latent, []).append(TokenPattern(tokens, anchored, value))
+    if official:
+        return patterns
+    return {latent: merge_patterns(by_example) for latent, by_example in patterns.items()}
 
 
 class Suffixes(NamedTuple):
-    """For each example: its latent, its suffix, the activation on that."""
+    """The suffix of each example: its latent [m], its tokens, the activation on them [m]."""
 
     latents: np.ndarray
     tokens: list[tuple[int, ...]]
     values: np.ndarray
 
+    def by_length(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (indices [s], tokens [s, l]) of the suffixes of each length l."""
+        lengths = np.array([len(tokens) for tokens in self.tokens], int)
+        groups = []
+        for length in np.unique(lengths):
+            indices = np.flatnonzero(lengths == length)
+            groups.append((indices, np.array([self.tokens[i] for i in indices], np.int32)))
+        return groups
+
 
 def shortest_suffixes(
-    examples: list[ActivationExample],
-    read: Read,
-    observe: Progress = lambda what, done, total: None,
+    examples: list[ActivationExample], read: ReadFunction, progress: Progress = no_progress
 ) -> Suffixes:
-    """Return the shortest suffix of each example on which its latent has half of the activation;
-    the whole where none has."""
-    latents, wanted = (
-        np.array([example.latent for example in examples], int),
-        np.array([example.value for example in examples]),
-    )
-    chosen = [example.tokens for example in examples]
-    values, open_, length = wanted.astype(np.float32), np.arange(len(examples)), 0
-    while len(open_):
+    """Find the shortest suffix of each example on which its latent has half of the activation.
+
+    Args:
+        examples: the examples.
+        read: returns the activation of latents at the end of sequences.
+        progress: called after each length.
+
+    Returns:
+        The suffixes; all tokens of an example, with its own value, where no suffix has half.
+    """
+    latents = np.array([example.latent for example in examples], int)
+    full = np.array([example.value for example in examples])
+    tokens = [example.tokens for example in examples]
+    values, remaining, length = full.astype(np.float32), np.arange(len(examples)), 0
+    while len(remaining):
         length += 1
-        open_ = open_[[len(examples[i].tokens) >= length for i in open_]]
-        if not len(open_):
+        remaining = remaining[[len(examples[i].tokens) >= length for i in remaining]]
+        if not len(remaining):
             break
-        rows = np.array([examples[i].tokens[-length:] for i in open_], np.int32)
-        act = read(rows, latents[open_])
-        enough = act >= HALF * wanted[open_]
-        for i, value in zip(open_[enough], act[enough]):
-            chosen[i], values[i] = examples[i].tokens[-length:], value
-        open_ = open_[~enough]
-        observe("explaining latents: suffixes", len(examples) - len(open_), len(examples))
-    return Suffixes(latents, chosen, values)
+        rows = np.array([examples[i].tokens[-length:] for i in remaining], np.int32)
+        activations = read(rows, latents[remaining])
+        enough = activations >= HALF * full[remaining]
+        for i, value in zip(remaining[enough], activations[enough]):
+            tokens[i], values[i] = examples[i].tokens[-length:], value
+        remaining = remaining[~enough]
+        progress("explaining latents: suffixes", len(examples) - len(remaining), len(examples))
+    return Suffixes(latents, tokens, values)
 
 
-def _saliency(
-    suffixes: Suffixes, read: Read, pad: int, observe: Progress
-) -> tuple[list[tuple[int, ...]], list[float], list[list[bool]]]:
-    """Return the suffixes, their activations, and which of their tokens can be anything."""
-    wild: list[list[bool]] = [[False] * len(tokens) for tokens in suffixes.tokens]
-    lengths = np.array([len(tokens) for tokens in suffixes.tokens], int)
-    done, total = 0, int((lengths**2).sum())  # tokens to read
-    for length in np.unique(lengths):
-        mine = np.flatnonzero(lengths == length)
-        rows = np.array([suffixes.tokens[i] for i in mine], np.int32)
+def _find_wildcards(
+    suffixes: Suffixes, read: ReadFunction, pad: int, progress: Progress
+) -> list[list[bool]]:
+    """Return for each suffix which of its tokens can be any token."""
+    wildcards = [[False] * len(tokens) for tokens in suffixes.tokens]
+    done, total = 0, sum(len(tokens) ** 2 for tokens in suffixes.tokens)  # tokens to read
+    for indices, rows in suffixes.by_length():
+        length = rows.shape[1]
         for place in range(length):
             changed = rows.copy()
             changed[:, place] = pad
-            kept = read(changed, suffixes.latents[mine]) > HALF * suffixes.values[mine]
-            for i, any_ in zip(mine, kept):
-                wild[i][place] = bool(any_)
-        done += int(length) ** 2 * len(mine)
-        observe("explaining latents: which tokens matter", done, total)
-    return suffixes.tokens, suffixes.values.tolist(), wild
+            kept = read(changed, suffixes.latents[indices]) > HALF * suffixes.values[indices]
+            for i, is_any in zip(indices, kept):
+                wildcards[i][place] = bool(is_any)
+        done += length**2 * len(indices)
+        progress("explaining latents: which tokens matter", done, total)
+    return wildcards
 
 
-def _apart(
-    suffixes: Suffixes, change: Callable[[np.ndarray], np.ndarray], read: Read
-) -> np.ndarray:
-    """Return the activation on each suffix as changed."""
-    out = np.zeros(len(suffixes.tokens), np.float32)
-    lengths = np.array([len(tokens) for tokens in suffixes.tokens], int)
-    for length in np.unique(lengths):
-        mine = np.flatnonzero(lengths == length)
-        out[mine] = read(
-            change(np.array([suffixes.tokens[i] for i in mine], np.int32)), suffixes.latents[mine]
-        )
-    return out
+def _read_padded(suffixes: Suffixes, read: ReadFunction, pad: int) -> np.ndarray:
+    """Return the activation on each suffix with a padding token in front of it, [m]."""
+    activations = np.zeros(len(suffixes.tokens), np.float32)
+    for indices, rows in suffixes.by_length():
+        padded = np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1)
+        activations[indices] = read(padded, suffixes.latents[indices])
+    return activations
 
 
-def choose_pad(tokenizer: Any, asked: str, specials: set[int]) -> tuple[int, str]:
-    """Return the id and text of the token that stands for a removed one: the one asked for, or the
-    first of a list that is a token.
+def choose_pad(tokenizer: Any, text: str, special_ids: set[int]) -> tuple[int, str]:
+    """Return the padding token: the one that replaces a removed token.
 
-    The published code has GPT-2's " _". Where none of the list is a token, the unknown token is
-    taken, else the first that is no special one.
+    By default it is the first of a short list that is a single token; the published code has
+    GPT-2's " _". Where none of the list is, it is the unknown token, or else the first token that
+    is not special.
+
+    Args:
+        tokenizer: the LM's tokenizer.
+        text: the token's text; empty for the default.
+        special_ids: tokens that are never chosen.
+
+    Returns:
+        The token's id and its text.
+
+    Raises:
+        InputError: if `text` is not a single token.
     """
     strings = token_strings(tokenizer, range(len(tokenizer)))
-    ids = {text: i for i, text in reversed(list(enumerate(strings))) if i not in specials}
-    found = next((text for text in ((asked,) if asked else _PADS) if text in ids), None)
-    if found is not None:
-        return ids[found], found
-    if asked:
+    ids = {string: i for i, string in reversed(list(enumerate(strings))) if i not in special_ids}
+    for candidate in (text,) if text else _PADS:
+        if candidate in ids:
+            return ids[candidate], candidate
+    if text:
         raise InputError(
-            f"n2g_pad {asked!r} is no single token of this tokenizer; give a text that is one, or "
+            f"n2g_pad {text!r} is no single token of this tokenizer; give a text that is one, or "
             "leave it out"
         )
-    unknown = tokenizer.unk_token_id
-    chosen = unknown if unknown is not None else min(ids.values())
-    return chosen, strings[chosen]
+    unknown_id = tokenizer.unk_token_id
+    pad = unknown_id if unknown_id is not None else min(ids.values())
+    return pad, strings[pad]

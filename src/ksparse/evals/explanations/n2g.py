@@ -1,129 +1,132 @@
-"""Can latents be explained by short patterns of tokens? Precision and recall of N2G: Gao et al.
-2024, section 4.3.
+"""Can latents be explained by short patterns of tokens? Precision and recall of N2G.
 
-recall      share of random activations of a latent at which its explanation predicts one
-precision   share of random tokens with a prediction on which the latent is active
-Both on documents that the explanation was not built from, and both for explanations dealt to the
-wrong latents beside it.
+Gao et al. 2024, section 4.3.
+
+    recall       the share of random activations of a latent where its explanation predicts one
+    precision    the share of the positions where it predicts one at which the latent is active
+
+Both are measured on documents that the explanations were not built on. The baseline, `shuffled_…`,
+gives each latent the explanation of another one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ksparse.evals.base import EvalContext, Metric, Progress
+from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.explanations.builder import (
-    LEAST,
+    MIN_EXAMPLES,
     SCALE,
     SCORE,
     Activations,
     N2GBuilder,
     Reservoir,
-    activations,
-    key,
-    of_parts,
+    batch_activations,
+    in_parts,
+    pair_keys,
 )
 from ksparse.evals.explanations.patterns import Matches, Predictor, TokenPattern
 from ksparse.evals.statistics import Result, Value
+from ksparse.progress import Progress
 
-_TRIED = 8  # times as many latents as are scored are watched, since many may be dead
-_TOKENS = 1 << 17  # precision is taken on so many tokens at most
+_CANDIDATES = 8  # latents sampled for each one to be scored, since many may be dead
+_TOKENS = 1 << 17  # positions that precision is measured on, at most
+_RATES = ("recall", "precision", "f1", "shuffled_recall", "shuffled_precision", "shuffled_f1")
 
 
 class N2G(Metric):
     """Precision, recall and F1 of explanations, over a random sample of live latents."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        options, n = subject.options, subject.sae.shape.n_latents
-        self.explainer = subject.part(N2GBuilder)
-        self.order = np.random.default_rng(options.seed).permutation(n)[: _TRIED * options.latents]
-        self.explainer.want(self.order)
-        self.watched = np.zeros(n, bool)
-        self.watched[self.order] = True
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        options, n = context.options, context.sae.shape.n_latents
+        self.builder = context.part(N2GBuilder)
+        order = np.random.default_rng(options.seed).permutation(n)
+        self.candidates = order[: _CANDIDATES * options.latents]
+        self.builder.request(self.candidates)
+        self.is_candidate = np.zeros(n, bool)
+        self.is_candidate[self.candidates] = True
         self.positives = Reservoir(options.n2g_examples, options.seed + 1)
-        self.active: list[np.ndarray] = []
-        self.judged: list[np.ndarray] = []
-        self.tokens, self.contexts = 0, 0
+        self.active_keys: list[np.ndarray] = []
+        self.masks: list[np.ndarray] = []  # positions that precision is measured on
+        self.n_tokens, self.n_contexts = 0, 0
 
-    def see(self, seen: SAEBatch) -> None:
-        found = activations(seen, self.watched, self.contexts)
-        found = found.among(of_parts(found.document, SCALE + SCORE))
-        self.positives.add(found)
-        keep = (
-            (seen.batch.keep & of_parts(seen.batch.contexts.documents, SCALE + SCORE)).cpu().numpy()
-        )
-        if self.tokens < _TOKENS:
-            self.judged.append(keep)
-            self.tokens += int(keep.sum())
-            self.active.append(
-                self._key(found.context, found.position, found.latent, keep.shape[1])
+    def update(self, batch: SAEBatch) -> None:
+        held_out, parts = batch.held_out, SCALE + SCORE
+        activations = batch_activations(batch, self.is_candidate, self.n_contexts)
+        activations = activations.select(in_parts(activations.document, parts))
+        self.positives.add(activations)
+        mask = (held_out.keep & in_parts(held_out.contexts.documents, parts)).cpu().numpy()
+        if self.n_tokens < _TOKENS:
+            self.masks.append(mask)
+            self.n_tokens += int(mask.sum())
+            self.active_keys.append(
+                self._keys(
+                    activations.context, activations.position, activations.latent, mask.shape[1]
+                )
             )
-        self.contexts += len(keep)
+        self.n_contexts += len(mask)
 
-    def _key(
+    def _keys(
         self, context: np.ndarray, position: np.ndarray, latent: np.ndarray, length: int
     ) -> np.ndarray:
-        return key(context, position, latent, length, len(self.watched))
+        return pair_keys(context, position, latent, length, len(self.is_candidate))
 
-    def work(self, observe: Progress) -> None:
-        explainer, positives = self.explainer, self.positives.drawn()
-        counts = np.bincount(positives.latent, minlength=len(self.watched))
-        fired = self.order[(counts + explainer.counts)[self.order] > 0]
-        enough = np.minimum(counts, explainer.counts)[fired] >= LEAST
-        self.scored = fired[enough][: self.subject.options.latents]
-        full = len(self.scored) == self.subject.options.latents
-        last = (
-            np.flatnonzero(enough)[len(self.scored) - 1] if full else len(fired)
-        )  # those behind were not asked
-        self.too_few = sorted(fired[:last][~enough[:last]].tolist())
+    def compute(self, progress: Progress) -> None:
+        positives = self.positives.sample()
+        counts = np.bincount(positives.latent, minlength=len(self.is_candidate))
+        self._choose_latents(counts)
         if not len(self.scored):
-            self.rates = {
-                name: np.zeros(0)
-                for name in (
-                    "recall",
-                    "precision",
-                    "f1",
-                    "shuffled_recall",
-                    "shuffled_precision",
-                    "shuffled_f1",
-                )
-            }
-            self.hits = self.right = np.zeros(0, int)
+            nothing = np.zeros(0)
+            self.rates = dict.fromkeys(_RATES, nothing)
+            self.precision = _Precision(nothing, np.zeros(0, int), np.zeros(0, int))
             return
-        explainer.explain(self.scored, observe)
+        self.builder.explain(self.scored, progress)
         self._score(positives, counts)
 
+    def _choose_latents(self, counts: np.ndarray) -> None:
+        """Choose the first candidates that have enough activations for building and for scoring.
+
+        `too_few` are the candidates before the last chosen one that fired, but not often enough.
+        """
+        size, built = self.context.options.latents, self.builder.counts
+        fired = self.candidates[(counts + built)[self.candidates] > 0]
+        enough = np.minimum(counts, built)[fired] >= MIN_EXAMPLES
+        self.scored = fired[enough][:size]
+        tried = len(fired)
+        if len(self.scored) == size:
+            tried = np.flatnonzero(enough)[size - 1]
+        self.too_few = sorted(fired[:tried][~enough[:tried]].tolist())
+
     def _score(self, positives: Activations, counts: np.ndarray) -> None:
-        scored, predictor = self.scored, self.explainer.predictor(self.scored)
-        slot = np.full(len(self.watched), -1)
+        """Compute the rates of the scored latents, each [scored]."""
+        scored, predictor = self.scored, self.builder.predictor(self.scored)
+        slot = np.full(len(self.is_candidate), -1)
         slot[scored] = np.arange(len(scored))
-        other = scored[
-            np.roll(np.arange(len(scored)), 1)
-        ]  # whose explanation stands for each latent's when they are shuffled
-        mine = positives.among(slot[positives.latent] >= 0)
-        hit, wrong = self._recalled(mine, predictor, other, slot)
+        other = np.roll(scored, 1)  # whose explanation each latent gets when they are shuffled
+        positives = positives.select(slot[positives.latent] >= 0)
         recall, shuffled_recall = (
-            np.bincount(slot[mine.latent], each, len(scored)) / counts[scored]
-            for each in (hit, wrong)
+            np.bincount(slot[positives.latent], hits, len(scored)) / counts[scored]
+            for hits in self._recalled(predictor, positives, other[slot[positives.latent]])
         )
-        keep = np.concatenate(self.judged)
-        tokens, begins = self.explainer.text(self.explainer.tokens[: len(keep)])
-        found = predictor.match(tokens, begins, keep[:, self.explainer.first :])
-        precision, self.hits, self.right = self._precise(found, scored, slot, keep.shape[1])
-        standing = np.full(len(self.watched), -1)
-        standing[other] = scored
-        shuffled_precision, _, _ = self._precise(
-            found._replace(latent=standing[found.latent]), scored, slot, keep.shape[1]
-        )
-        if len(scored) < 2:
-            shuffled_recall = shuffled_precision = np.full(
-                len(scored), np.nan
-            )  # there is no other explanation
+        mask, start = np.concatenate(self.masks), self.builder.text_start
+        tokens, begins = self.builder.text(self.builder.tokens[: len(mask)])
+        matches = predictor.match(tokens, begins, mask[:, start:])
+        self.precision = self._measure_precision(matches, slot, mask.shape[1])
+        recipient = np.full(len(self.is_candidate), -1)
+        recipient[other] = scored
+        shuffled_matches = matches._replace(latent=recipient[matches.latent])
+        shuffled = self._measure_precision(shuffled_matches, slot, mask.shape[1])
+        shuffled_precision = shuffled.precision
+        if len(scored) < 2:  # there is no other explanation
+            shuffled_recall = shuffled_precision = np.full(len(scored), np.nan)
+        precision = self.precision.precision
         self.rates = {
             "recall": recall,
             "precision": precision,
@@ -134,88 +137,93 @@ class N2G(Metric):
         }
 
     def _recalled(
-        self, mine: Activations, predictor: Predictor, other: np.ndarray, slot: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each activation whether its latent's explanation predicts one, and whether
-        another's does."""
-        rows, context = np.unique(mine.context, return_inverse=True)
-        tokens, begins = self.explainer.text(self.explainer.tokens[rows])
-        position = mine.position - self.explainer.first
-        wanted = np.zeros(tokens.shape, bool)
-        wanted[context, position] = True
-        found = predictor.match(tokens, begins, wanted)
-        keys = self._key(found.context, found.position, found.latent, tokens.shape[1])
-        own, others = (
-            np.isin(self._key(context, position, latent, tokens.shape[1]), keys)
-            for latent in (mine.latent, other[slot[mine.latent]])
-        )
-        return own, others
+        self, predictor: Predictor, positives: Activations, other: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """Yield two masks of the activations: where their latent's explanation predicts one, and
+        where the explanation of `other`[m] does."""
+        rows, context = np.unique(positives.context, return_inverse=True)
+        tokens, begins = self.builder.text(self.builder.tokens[rows])
+        position = positives.position - self.builder.text_start
+        mask = np.zeros(tokens.shape, bool)
+        mask[context, position] = True
+        matches = predictor.match(tokens, begins, mask)
+        length = tokens.shape[1]
+        keys = self._keys(matches.context, matches.position, matches.latent, length)
+        for latent in (positives.latent, other):
+            yield np.isin(self._keys(context, position, latent, length), keys)
 
-    def _precise(
-        self, found: Matches, scored: np.ndarray, slot: np.ndarray, length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return precision, predictions and right predictions of each scored latent; NaN where
-        nothing was predicted."""
-        right = np.isin(
-            self._key(found.context, found.position + self.explainer.first, found.latent, length),
-            np.concatenate(self.active),
+    def _measure_precision(self, matches: Matches, slot: np.ndarray, length: int) -> _Precision:
+        start, n = self.builder.text_start, len(self.scored)
+        correct = np.isin(
+            self._keys(matches.context, matches.position + start, matches.latent, length),
+            np.concatenate(self.active_keys),
         )
-        hits = np.bincount(slot[found.latent], minlength=len(scored))
-        true = np.bincount(slot[found.latent], right, len(scored))
-        return np.where(hits > 0, true / np.maximum(hits, 1), np.nan), hits, true
+        predicted = np.bincount(slot[matches.latent], minlength=n)
+        true = np.bincount(slot[matches.latent], correct, n)
+        precision = np.where(predicted > 0, true / np.maximum(predicted, 1), np.nan)
+        return _Precision(precision, predicted, true)
 
-    def result(self) -> Result:
-        rates, explainer = self.rates, self.explainer
-        values = {name: over_latents(rates[name]) for name in rates}
-        values["precision_pooled"] = {
-            "value": float(self.right.sum() / self.hits.sum()) if self.hits.sum() else None,
-            "se": None,
-        }
-        notes = [f"a removed token is replaced by {explainer.pad_text!r} (id {explainer.pad})"]
-        if self.too_few:
-            notes.append(
-                f"{len(self.too_few)} latents fired, but less than {LEAST} times on one side of "
-                "the text, and are left out"
-            )
-        if silent := int(np.isnan(rates["precision"]).sum()):
-            notes.append(
-                f"{silent} explanations predicted nothing on {self.tokens:,} tokens: they have no "
-                "precision and no F1"
-            )
-        if len(self.scored) < self.subject.options.latents:
-            notes.append(f"only {len(self.scored)} latents could be scored")
-        arrays = {
-            "scored": torch.from_numpy(self.scored),
-            **{
-                name: torch.from_numpy(rates[name]).float()
-                for name in ("precision", "recall", "f1")
-            },
-            **pattern_arrays(explainer.explanations),
-        }
+    def finalize(self) -> Result:
+        rates, builder = self.rates, self.builder
+        predicted, true = self.precision.predicted.sum(), self.precision.true.sum()
+        pooled = float(true / predicted) if predicted else None
+        lengths = [len(builder.explanations[i]) for i in self.scored.tolist()]
         return Result(
             {
-                **values,
+                **{name: over_latents(rates[name]) for name in rates},
+                "precision_pooled": {"value": pooled, "se": None},
                 "n_latents": len(self.scored),
-                "n_tokens_scored": self.tokens,
+                "n_tokens_scored": self.n_tokens,
                 "too_few": self.too_few,
-                "pad": {"id": explainer.pad, "text": explainer.pad_text},
-                "patterns_per_latent": _patterns(explainer, self.scored),
-                "notes": notes,
+                "pad": {"id": builder.pad, "text": builder.pad_text},
+                "patterns_per_latent": float(np.mean(lengths)) if lengths else None,
+                "notes": self._notes(),
             },
-            arrays,
+            {
+                "scored": torch.from_numpy(self.scored),
+                **{
+                    name: torch.from_numpy(rates[name]).float()
+                    for name in ("precision", "recall", "f1")
+                },
+                **pattern_arrays(builder.explanations),
+            },
         )
 
+    def _notes(self) -> list[str]:
+        builder = self.builder
+        notes = [f"a removed token is replaced by {builder.pad_text!r} (id {builder.pad})"]
+        if self.too_few:
+            notes.append(
+                f"{len(self.too_few)} latents fired, but less than {MIN_EXAMPLES} times on one "
+                "side of the text, and are left out"
+            )
+        if unused := int(np.isnan(self.rates["precision"]).sum()):
+            notes.append(
+                f"{unused} explanations predicted nothing on {self.n_tokens:,} tokens: they have "
+                "no precision and no F1"
+            )
+        if len(self.scored) < self.context.options.latents:
+            notes.append(f"only {len(self.scored)} latents could be scored")
+        return notes
 
-def _patterns(explainer: N2GBuilder, scored: np.ndarray) -> float | None:
-    return (
-        float(np.mean([len(explainer.explanations[i]) for i in scored.tolist()]))
-        if len(scored)
-        else None
-    )
+
+class _Precision(NamedTuple):
+    """Of each scored latent, [scored]: precision (NaN without a prediction), the number of
+    predictions, and of true ones."""
+
+    precision: np.ndarray
+    predicted: np.ndarray
+    true: np.ndarray
 
 
 def f1(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
-    """Return the harmonic mean; 0 where both are, NaN without precision."""
+    """Return the harmonic mean of precision and recall; 0 where both are 0, NaN without precision.
+
+    Example:
+        >>> import numpy as np
+        >>> f1(np.array([0.5, np.nan]), np.array([1.0, 1.0])).round(2).tolist()
+        [0.67, nan]
+    """
     total = precision + recall
     return np.where(
         total > 0,
@@ -225,7 +233,11 @@ def f1(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
 
 
 def over_latents(values: np.ndarray) -> Value:
-    """Return the mean over latents that have a value, with its standard error."""
+    """Return the mean over the latents that have a value, with its standard error.
+
+    Args:
+        values: a value of each latent, [n]; NaN for none.
+    """
     values = values[~np.isnan(values)]
     m = len(values)
     return {
@@ -235,25 +247,32 @@ def over_latents(values: np.ndarray) -> Value:
 
 
 def pattern_arrays(explanations: dict[int, list[TokenPattern]]) -> dict[str, torch.Tensor]:
-    """Return all patterns as flat arrays: of pattern p the tokens pattern_tokens[pattern_start[p] :
-    pattern_start[p + 1]]; -1 is ANY."""
-    every = [
-        (latent, pattern)
-        for latent, patterns in sorted(explanations.items())
-        for pattern in patterns
-    ]
-    lengths = [len(pattern.tokens) for _, pattern in every]
+    """Return all patterns as flat arrays, sorted by latent.
+
+    Args:
+        explanations: {latent: patterns}.
+
+    Returns:
+        pattern_tokens: all tokens, one pattern after another; -1 is ANY. pattern_start: where each
+        pattern begins in them, and at last where they end. pattern_latent, pattern_anchored,
+        pattern_value, pattern_support: of each pattern.
+    """
+    latents, patterns = [], []
+    for latent, of_latent in sorted(explanations.items()):
+        latents += [latent] * len(of_latent)
+        patterns += of_latent
+    starts = np.cumsum([0, *(len(pattern.tokens) for pattern in patterns)])
     return {
-        "pattern_latent": torch.tensor([latent for latent, _ in every], dtype=torch.int32),
-        "pattern_start": torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32),
+        "pattern_latent": torch.tensor(latents, dtype=torch.int32),
+        "pattern_start": torch.tensor(starts, dtype=torch.int32),
         "pattern_tokens": torch.tensor(
-            [token for _, pattern in every for token in pattern.tokens], dtype=torch.int32
+            [token for pattern in patterns for token in pattern.tokens], dtype=torch.int32
         ),
         "pattern_anchored": torch.tensor(
-            [pattern.anchored for _, pattern in every], dtype=torch.bool
+            [pattern.anchored for pattern in patterns], dtype=torch.bool
         ),
-        "pattern_value": torch.tensor([pattern.value for _, pattern in every], dtype=torch.float32),
+        "pattern_value": torch.tensor([pattern.value for pattern in patterns], dtype=torch.float32),
         "pattern_support": torch.tensor(
-            [pattern.support for _, pattern in every], dtype=torch.int32
+            [pattern.support for pattern in patterns], dtype=torch.int32
         ),
     }

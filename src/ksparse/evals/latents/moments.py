@@ -18,17 +18,17 @@ class Moments(Metric):
         tokens: The number of tokens.
     """
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        n = subject.sae.shape.n_latents
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        n = context.sae.shape.n_latents
         self.sums, self.largest, self.tokens = (
             torch.zeros(5, n, dtype=torch.float64),
             torch.zeros(n),
             0,
         )
 
-    def see(self, seen: SAEBatch) -> None:
-        values, indices = (part.cpu() for part in seen.code)
+    def update(self, batch: SAEBatch) -> None:
+        values, indices = (part.cpu() for part in batch.code)
         active = values > 0
         values, indices = values[active], indices[active]
         for power, sums in enumerate(self.sums):

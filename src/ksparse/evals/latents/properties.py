@@ -52,27 +52,27 @@ class Firing(Metric):
         token_counts: Occurrences of each token of the vocabulary.
     """
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        n, length = subject.sae.shape.n_latents, subject.data.acts.context
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        n, length = context.sae.shape.n_latents, context.data.acts.context
         self.sums = DocumentSums()
-        self.moments = subject.part(Moments)
+        self.moments = context.part(Moments)
         self.fired_at = torch.zeros(n, length, dtype=torch.float64)
         self.fired_on_repeats = torch.zeros(n, length, dtype=torch.float64)
         self.tokens_at, self.repeats_at = (
             torch.zeros(length, dtype=torch.float64),
             torch.zeros(length, dtype=torch.float64),
         )
-        self.token_counts = torch.zeros(subject.lm.vocab, dtype=torch.float64)
+        self.token_counts = torch.zeros(context.lm.vocab, dtype=torch.float64)
         self._keys: list[np.ndarray] = []
         self._squares: list[np.ndarray] = []
         self._pending = 0
 
-    def see(self, seen: SAEBatch) -> None:
-        batch, values, indices = seen.batch, *(part.cpu() for part in seen.code)
-        keep, tokens = batch.keep.cpu(), batch.contexts.tokens.cpu()
+    def update(self, batch: SAEBatch) -> None:
+        held_out, values, indices = batch.held_out, *(part.cpu() for part in batch.code)
+        keep, tokens = held_out.keep.cpu(), held_out.contexts.tokens.cpu()
         position = keep.nonzero(as_tuple=True)[1]
-        repeated, token = repeats(tokens, batch.contexts.attention.cpu())[keep], tokens[keep]
+        repeated, token = repeats(tokens, held_out.contexts.attention.cpu())[keep], tokens[keep]
         row, slot = (values > 0).nonzero(as_tuple=True)
         latent, value = indices[row, slot], values[row, slot].double()
         length = self.fired_at.shape[1]
@@ -82,7 +82,7 @@ class Firing(Metric):
         self.tokens_at += torch.bincount(position, minlength=length)
         self.repeats_at += torch.bincount(position, repeated.double(), length)
         self.token_counts += torch.bincount(token, minlength=len(self.token_counts))
-        self.sums.add(batch.documents, count=torch.ones(len(values)), l0=(values > 0).sum(1))
+        self.sums.add(held_out.documents, count=torch.ones(len(values)), l0=(values > 0).sum(1))
         self._add_tokens(
             latent.numpy() * len(self.token_counts) + token[row].numpy(), value.square().numpy()
         )
@@ -150,20 +150,20 @@ def effective(group: np.ndarray, weights: np.ndarray, n: int) -> np.ndarray:
 class Latents(Metric):
     """Properties of latents: densities, importances, dense, opposite and recurring ones, tokens."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.firing = subject.part(Firing)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.firing = context.part(Firing)
 
-    def work(self, observe: Progress) -> None:
-        sae, density = self.subject.sae, self.firing.density
+    def compute(self, progress: Progress) -> None:
+        sae, density = self.context.sae, self.firing.density
         order = np.argsort(-density, kind="stable")
         self.paired = order[: min(_PAIRED, int((density > 0).sum()))]
         self.opposite, self.partner = opposites(
-            sae.W_dec[torch.from_numpy(self.paired.copy()).to(sae.W_dec.device)], observe
+            sae.W_dec[torch.from_numpy(self.paired.copy()).to(sae.W_dec.device)], progress
         )
 
-    def result(self) -> Result:
-        firing, sae = self.firing, self.subject.sae
+    def finalize(self) -> Result:
+        firing, sae = self.firing, self.context.sae
         n, d = sae.shape.n_latents, sae.shape.d_model
         density, enough = firing.density, firing.fires_enough
         moments = firing.moments.means.numpy()
@@ -283,7 +283,7 @@ class Latents(Metric):
         }
 
     def _notes(self, density: np.ndarray) -> list[str]:
-        keep, live = self.subject.data.acts.keep, int((density > 0).sum())
+        keep, live = self.context.data.acts.keep, int((density > 0).sum())
         notes = [
             "distributions, moments and effective tokens are of latents that fire on at least "
             f"{LEAST} tokens"
@@ -430,7 +430,7 @@ def stratified(
 
 
 @torch.no_grad()
-def opposites(directions: Tensor, observe: Progress) -> tuple[np.ndarray, np.ndarray]:
+def opposites(directions: Tensor, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's most negative cosine with another row of directions[m, d], and which."""
     m = len(directions)
     if m < 2:
@@ -441,5 +441,5 @@ def opposites(directions: Tensor, observe: Progress) -> tuple[np.ndarray, np.nda
         lowest = (part @ unit.T).min(1)
         cosines.append(lowest.values.cpu())
         partners.append(lowest.indices.cpu())
-        observe("comparing latents", done := done + len(part), m)
+        progress("comparing latents", done := done + len(part), m)
     return torch.cat(cosines).double().numpy(), torch.cat(partners).numpy()

@@ -33,12 +33,12 @@ _CELLS = 100  # cells along the order in the result
 class Subspaces(Metric):
     """The split of latents and directions into two subspaces, and properties of both sides."""
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
-        self.firing = subject.part(Firing)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
+        self.firing = context.part(Firing)
 
-    def work(self, observe: Progress) -> None:
-        options, sae = self.subject.options, self.subject.sae
+    def compute(self, observe: Progress) -> None:
+        options, sae = self.context.options, self.context.sae
         self.live = np.flatnonzero(self.firing.density > 0)
         if len(self.live) < 2 * NEIGHBOURS:
             raise InputError(
@@ -62,8 +62,8 @@ class Subspaces(Metric):
         self.chance = split(noise[order(noise, options.ordering, options.seed)]).separation
         observe("ordering noise", 3, 3)
 
-    def result(self) -> Result:
-        sae, firing, cut = self.subject.sae, self.firing, self.split
+    def finalize(self) -> Result:
+        sae, firing, cut = self.context.sae, self.firing, self.split
         rows = self.shares.numpy()
         # Share on the first part's directions, of every live latent, sampled or not.
         share = rows[:, cut.dims].sum(1)

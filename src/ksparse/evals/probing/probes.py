@@ -69,18 +69,18 @@ class Probes(Metric):
 
     passes = 0
 
-    def __init__(self, subject: EvalContext):
-        super().__init__(subject)
+    def __init__(self, context: EvalContext):
+        super().__init__(context)
         self.task_losses: dict[str, TaskLosses] = {}
         self.cut: list[int] = []
         self.n_texts = 0
-        self.gain = torch.full((subject.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
-        self.best_task = torch.full((subject.sae.shape.n_latents,), -1, dtype=torch.int32)
+        self.gain = torch.full((context.sae.shape.n_latents,), -math.inf, dtype=torch.float64)
+        self.best_task = torch.full((context.sae.shape.n_latents,), -1, dtype=torch.int32)
 
-    def work(self, observe: Progress) -> None:
-        sae, data = self.subject.sae, self.subject.data
+    def compute(self, progress: Progress) -> None:
+        sae, data = self.context.sae, self.context.data
         self.tasks: ProbeTasks = data.once(
-            "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, observe)
+            "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, progress)
         )
         random_baseline = random_sae(sae, data.options.seed)
         for number, name in enumerate(self.tasks.names):
@@ -93,10 +93,10 @@ class Probes(Metric):
             self.cut += rows.cut
             self.n_texts += len(rows.label)
             self.task_losses[name] = self._fit_task(number, rows, random_baseline)
-            observe("fitting probes", number + 1, len(self.tasks.names))
+            progress("fitting probes", number + 1, len(self.tasks.names))
 
     def _fit_task(self, number: int, rows: TaskRows, random_baseline: SAE) -> TaskLosses:
-        options, sae = self.subject.options, self.subject.sae
+        options, sae = self.context.options, self.context.sae
         train, test = rows.half(True), rows.half(False)
         best, logits = _best_probe(
             _LatentBank(sae, options.probe_on, options.position), train, test, options.probe_l2
@@ -107,7 +107,7 @@ class Probes(Metric):
             test,
             options.probe_l2,
         )
-        losses = {"probe": logits, "random_sae": random} | self.subject.data.once(
+        losses = {"probe": logits, "random_sae": random} | self.context.data.once(
             f"probe baselines {rows.name}",
             lambda: baselines(train, test, options.position, options.probe_l2),
         )
@@ -136,13 +136,13 @@ class Probes(Metric):
         )
 
     def _training_losses(self, best: BestLatent, train: TaskRows) -> Tensor:
-        options = self.subject.options
-        bank = _LatentBank(self.subject.sae, options.probe_on, options.position)
+        options = self.context.options
+        bank = _LatentBank(self.context.sae, options.probe_on, options.position)
         z = bank.values(train, best.latent)
         return logistic.cross_entropy(best.weight * z + best.bias, train.label.double())
 
-    def result(self) -> Result:
-        tasks_done, options = list(self.task_losses.values()), self.subject.options
+    def finalize(self) -> Result:
+        tasks_done, options = list(self.task_losses.values()), self.context.options
         losses = {
             predictor: [task.losses[predictor] for task in tasks_done] for predictor in PREDICTORS
         }
@@ -168,7 +168,7 @@ class Probes(Metric):
             self.cut,
             self.n_texts,
             "texts",
-            min(options.probe_tokens, self.subject.lm.context or options.probe_tokens),
+            min(options.probe_tokens, self.context.lm.context or options.probe_tokens),
             "beginning",
         )
         arrays = {"best_task": self.best_task, "best_gain": self.gain.float()}
