@@ -227,17 +227,13 @@ def test_finished_runs_are_skipped_and_a_wider_grid_adds_to_them(sweep_file, tmp
 
 
 def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch):
-    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), trainer.backward
+    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), trainer.train_step
 
-    def poisoned(optimizer, x, state, recipe):
-        return own(
-            optimizer,
-            x * float("nan") if recipe.sae.k == 4 and recipe.sae.n_latents == 64 else x,
-            state,
-            recipe,
-        )
+    def poisoned(optimizer, x, state, recipe, dead):
+        nan = recipe.sae.k == 4 and recipe.sae.n_latents == 64
+        return own(optimizer, x * float("nan") if nan else x, state, recipe, dead)
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     failed = sweeping.sweep(grid, folder)
     name = next(
         name
@@ -249,7 +245,7 @@ def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch
         jsonio.read_json(folder.error_file(name)) == {"error": failed[name]}
         and len(points(folder)) == 3
     )
-    monkeypatch.setattr(trainer, "backward", own)
+    monkeypatch.setattr(trainer, "train_step", own)
     assert (
         sweeping.sweep(grid, folder) == {}
         and not folder.error_file(name).exists()

@@ -121,20 +121,19 @@ def test_a_finished_cohort_loads_no_lm(recipes, tmp_path, monkeypatch):
 
 
 def test_a_member_that_fails_leaves_and_the_others_go_on(recipes, alone, tmp_path, monkeypatch):
-    own = trainer.backward
+    own = trainer.train_step
 
-    def poisoned(optimizer, x, state, recipe):
-        return own(
-            optimizer, x * torch.nan if recipe.sae.k == 8 and state.step == 6 else x, state, recipe
-        )
+    def poisoned(optimizer, x, state, recipe, dead):
+        nan = recipe.sae.k == 8 and state.step == 6
+        return own(optimizer, x * torch.nan if nan else x, state, recipe, dead)
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(
         NonFiniteError,
         match=r"NaN or infinite at step 6, on documents .*; the last good checkpoint is .*1/checkpoints/step-00000004",
     ):
         train_many(recipes(), outs(tmp_path))
-    monkeypatch.setattr(trainer, "backward", own)
+    monkeypatch.setattr(trainer, "train_step", own)
     for run, expected in zip(train_many(recipes(), outs(tmp_path)), alone):
         same(held(run), expected)
 

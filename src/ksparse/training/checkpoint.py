@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,9 +60,6 @@ class TrainState:
     mesh: list[int] = field(default_factory=lambda: [1, 1])
     """Parts of the batch and slices of the latents in the process that this was read from; kept in
     the file where there are several."""
-    dead: Callable[[], torch.Tensor] | None = None
-    """Gives the latents that have been silent for long, in order; None where `since` was not set by
-    a step. Not in the file."""
 
 
 FORMAT = 2
@@ -158,7 +155,7 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
     facts = {
         key: value
         for key, value in vars(state).items()
-        if key not in ("since", "dead") and not (key == "mesh" and mesh.size == 1)
+        if key != "since" and not (key == "mesh" and mesh.size == 1)
     }
     if mesh.size > 1:
         facts["mesh"] = [mesh.data, mesh.latent]

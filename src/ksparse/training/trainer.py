@@ -65,6 +65,7 @@ class SAETrainer:
             saver.mesh,
         )
         self.failed: NonFiniteError | None = None
+        self.dead = DeadLatents(recipe.dead_after)
         self.points = convergence.points(recipe)
         restored = restore(run, recipe, device, self.mesh)
         self.started = restored is not None
@@ -105,7 +106,7 @@ class SAETrainer:
         loss is not finite."""
         state, recipe = self.state, self.recipe
         state.step += 1
-        self.part, self.grad_norm = train_step(self.optimizer, x, state, recipe)
+        self.part, self.grad_norm = train_step(self.optimizer, x, state, recipe, self.dead)
         if not math.isfinite(self.grad_norm):
             self._skip(batch)
         state.tokens += recipe.batch
@@ -274,50 +275,75 @@ def start(
     return state, choose_step(sae, recipe, mesh)
 
 
-def train_step(
-    optimizer: AutogradStep, x: Tensor, state: TrainState, recipe: Recipe
-) -> tuple[Losses, float]:
-    """Take step number state.step on normalised activations x[b, d]; return its losses and code,
-    and the gradient's norm before clipping.
+class DeadLatents:
+    """The latents that are dead in the coming step; a GPU lists them while it works on.
 
-    Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters
-    change.
+    A listing is started right after a step's counters are known, so that its length has reached
+    the host before the next step asks for it.
     """
+
+    def __init__(self, dead_after: int):
+        self.dead_after = dead_after
+        self._indices: Callable[[], Tensor] | None = None
+
+    def indices(self, since: Tensor) -> Tensor:
+        """Return the indices of dead latents in ascending order; `since[n]` is read if no listing
+        was started."""
+        return (self._indices or self.start(since))()
+
+    def start(self, since: Tensor) -> Callable[[], Tensor]:
+        """Start to list the dead latents of `since[n]`; the returned function waits for the
+        list."""
+        return nonzero_async(since >= self.dead_after)
+
+    def keep(self, indices: Callable[[], Tensor]) -> None:
+        """Let the next step use a listing that was started."""
+        self._indices = indices
+
+
+def train_step(
+    optimizer: AutogradStep,
+    x: Tensor,
+    state: TrainState,
+    recipe: Recipe,
+    dead: DeadLatents | None = None,
+) -> tuple[Losses, float]:
+    """Take step number `state.step` on a batch.
+
+    Args:
+        optimizer: the SAE's training step.
+        x: normalised activations [b, d_model].
+        state: counters, which are updated in place.
+        recipe: the recipe.
+        dead: the dead latents, kept from step to step; None lists them from `state.since`.
+
+    Returns:
+        The losses and the code, and the gradient's norm before clipping. The norm is NaN if the
+        loss or the gradient is not finite; weights and dead counters then stay as they are.
+    """
+    dead = dead or DeadLatents(recipe.dead_after)
+    latents = dead.indices(state.since)
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens, number = (
             auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data),
-            optimizer.sae.count(dead_latents(state, recipe)),
+            optimizer.sae.count(latents),
         )
         state.flops_auxk += tokens * flops.auxk(
             min(k_aux(recipe.sae, x.shape[1]), number), x.shape[1]
         )
     grad_norm = None
-    while grad_norm is None:  # a step may find that it has to take the batch in again
-        part = backward(optimizer, x, state, recipe)
+    while grad_norm is None:  # None: the step needs the batch's gradients once more
+        part = optimizer.backward(
+            x, baseline=state.baseline, dead=latents, k_aux=k_aux(recipe.sae, x.shape[1])
+        )
         since = update_dead_counts(state.since, part, recipe.batch, optimizer.mesh)
-        dead = nonzero_async(
-            since >= recipe.dead_after
-        )  # asked before the rows move, so that a GPU has told by the time of the next step
+        # Before the weights move, so that a GPU has counted them by the time of the next step.
+        listing = dead.start(since)
         grad_norm = optimizer.step(state.step)
     if math.isfinite(grad_norm):
-        state.since, state.dead = since, dead
+        state.since = since
+        dead.keep(listing)
     return part, grad_norm
-
-
-def backward(optimizer: AutogradStep, x: Tensor, state: TrainState, recipe: Recipe) -> Losses:
-    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses
-    and code."""
-    return optimizer.backward(
-        x,
-        baseline=state.baseline,
-        dead=dead_latents(state, recipe),
-        k_aux=k_aux(recipe.sae, x.shape[1]),
-    )
-
-
-def dead_latents(state: TrainState, recipe: Recipe) -> Tensor:
-    """Return the latents that count as dead in the coming step, in order."""
-    return (state.dead or nonzero_async(state.since >= recipe.dead_after))()
 
 
 def update_dead_counts(
