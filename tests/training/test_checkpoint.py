@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ksparse.errors import CorruptError, InputError
 from ksparse.storage import checksums
 from ksparse.storage.run_folder import RunFolder, shard_file
-from ksparse.training import checkpoint
+from ksparse.training import checkpoint, resume
 from ksparse.training.train import train
 
 LIVE = {"block": 0, "place": [0, 0, 0], "skip": 0, "batch": 3}
@@ -145,7 +145,7 @@ def test_the_cursor_of_shards_is_refused_by_live_activations(run, small_recipe):
     from ksparse.data.live import LiveStream
 
     altered(run, "state.json", rewrite(cursor={"step": 3}))
-    assert checkpoint.read_state(run.checkpoints()[-1] / "state.json")["cursor"] == {"step": 3}
+    assert resume.read_state(run.checkpoints()[-1] / "state.json")["cursor"] == {"step": 3}
     with pytest.raises(
         CorruptError, match="cursor has step and no 'block': it is not of these activations"
     ):
