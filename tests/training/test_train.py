@@ -448,7 +448,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
 # ---- stopping
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     small_recipe, tmp_path, whole, signum
 ):

@@ -6,16 +6,18 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given, strategies
 from safetensors.torch import load_file
 
-from ksparse.config import CurveConfig
+from ksparse.config import CurveConfig, from_dict
 from ksparse.data.live import LiveStream
 from ksparse.errors import InputError, Interrupted, NonFiniteError
 from ksparse.lm.model import LM
 from ksparse.planning import flops
+from ksparse.planning.sharing import stream_key
 from ksparse.training import convergence, trainer
 from ksparse.training.source import ActivationSource
-from ksparse.training.train import train, train_many
+from ksparse.training.train import shared_stream, train, train_many
 
 EXACT = ("seconds", "tokens_per_s", "waiting")
 MEMBERS = [
@@ -156,6 +158,51 @@ def test_recipes_that_cannot_share_a_stream_are_named(small_recipe, tmp_path, ch
     with pytest.raises(InputError, match=message):
         train_many([small_recipe(), small_recipe(changes)], [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
+
+
+CHANGES = {
+    "acts.context": 12,
+    "acts.normalize": "none",
+    "batch": 32,
+    "curve.held_out": 8,
+    "curve.octaves": 2,
+    "mesh.capacity": 2.0,
+    "mesh.timeout": 60.0,
+    "optim.lr": 0.1,
+    "order": 0,
+    "run.ahead": "on",
+    "run.device": "auto",
+    "run.kernels": "auto",
+    "sae.activation": {"kind": "relu"},
+    "sae.k": 2,
+    "seed": 1,
+    "threads": 2,
+    "tokens": 640,
+}
+
+
+@given(
+    strategies.sets(strategies.sampled_from(sorted(CHANGES))),
+    strategies.sets(strategies.sampled_from(sorted(CHANGES))),
+)
+def test_recipes_are_accepted_together_exactly_if_their_stream_keys_are_equal(one, other):
+    def make(names):
+        table = {"run": {"device": "cpu"}, "batch": 64, "threads": 1, "mesh": {}, "curve": {}}
+        for name in names:
+            section, _, key = name.rpartition(".")
+            (table.setdefault(section, {}) if section else table)[key] = CHANGES[name]
+        return from_dict(table)
+
+    first, second = make(one), make(other)
+    try:
+        accepted = shared_stream([first, second]) is first
+    except InputError:
+        accepted = False
+    assert accepted == (stream_key(first) == stream_key(second))
+    shared = {"acts.context", "acts.normalize", "batch", "curve.held_out", "threads", "run.device"}
+    shared |= {"mesh.capacity", "mesh.timeout"}
+    same_order = first.data_seed == second.data_seed
+    assert accepted == (one & shared == other & shared and same_order)
 
 
 def test_no_recipe_is_refused():

@@ -47,7 +47,8 @@ PRODUCT = 0.8
 """Share of the peak that large products reach: 790 of 989 TFLOP/s in bfloat16 were measured on an
 H200."""
 MEMORY = 0.9
-"""Share of the bandwidth that a plain pass over memory reaches: 4.3 of 4.8 TB/s on the same H200."""
+"""Share of the bandwidth that a plain pass over memory reaches: 4.3 of 4.8 TB/s were measured
+on the same H200."""
 GATHER = 0.7
 """Share of the bandwidth that reading rows of a few kB in random order reaches. An assumption."""
 LINK = 0.85

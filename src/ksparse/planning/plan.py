@@ -152,8 +152,8 @@ def lines(plan: RunPlan) -> list[str]:
         f"{case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead "
         f"after {recipe.dead_after:,} tokens",
-        f"memory       {amount_of_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the latents "
-        "are dead: " + by_part(asked.memory),
+        f"memory       {amount_of_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the "
+        "latents are dead: " + by_part(asked.memory),
         f"smaller by   {advice(asked.memory)}",
         f"FLOPs        {tokens * sum(flops_per_token.values()):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in flops_per_token.items()),

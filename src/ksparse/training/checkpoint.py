@@ -76,7 +76,7 @@ class TrainState:
         Args:
             updates: how often the weights were updated, which the training step counts.
         """
-        table = {
+        table: dict[str, Any] = {
             "baseline": self.baseline,
             "step": self.step,
             "tokens": self.tokens,

@@ -132,7 +132,7 @@ def train_many(
             state, step = saved or start(recipe, source, mesh)
             trainers.append(SAETrainer(run, recipe, source, state, step, saver, observe))
         mesh.on_rank0("room", lambda: _check_room(trainers))
-        _train(trainers, source, signals, stack)
+        _take_all_steps(trainers, source, signals)
         saver.wait()
     for trainer in trainers:
         if trainer.failed:
@@ -140,34 +140,34 @@ def train_many(
     return runs
 
 
-def _train(
-    trainers: list[SAETrainer], source: ActivationSource, signals: list[int], stack: ExitStack
+def _take_all_steps(
+    trainers: list[SAETrainer], source: ActivationSource, signals: list[int]
 ) -> None:
-    """Take all steps of the trainers; raise Interrupted, with everything saved, on a signal."""
-    began = time.monotonic()
-    mesh, saver = trainers[0].mesh, trainers[0].saver
-    behind = min((trainer.state for trainer in trainers), key=lambda state: state.step)
-    step = behind.step
-    batches = stack.enter_context(closing(source.stream.batches(behind.cursor)))
-    while trainers:
-        batch = source.wait(batches)
-        step += 1
-        x = trainers[0].optimizer.sae.normalize(batch.x).x
-        joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
-        results = [trainer.step(batch, x) for trainer in joined]
-        for trainer, (losses, grad_norm) in zip(joined, results):
-            trainer.log(x, losses, grad_norm)
-        # All processes must agree on when to save and when to stop.
-        signum, *due = mesh.all_reduce_max_ints(
-            "stop", [signals[0] if signals else 0, *(int(trainer.due()) for trainer in joined)]
-        )
-        for trainer, checkpoint_due in zip(joined, due):
-            if signum or checkpoint_due or trainer.ended:
-                trainer.save()
-        trainers = [t for t in trainers if not t.ended and not t.failed]
-        if signum and trainers:
-            saver.wait()
-            raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
+    """Train until all have ended or failed; raise Interrupted, with everything saved, on a
+    signal."""
+    began, mesh, saver = time.monotonic(), trainers[0].mesh, trainers[0].saver
+    furthest_behind = min((trainer.state for trainer in trainers), key=lambda state: state.step)
+    step = furthest_behind.step
+    with closing(source.stream.batches(furthest_behind.cursor)) as batches:
+        while trainers:
+            batch = source.next_batch(batches)
+            step += 1
+            x = trainers[0].optimizer.sae.normalize(batch.x).x
+            joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
+            results = [trainer.step(batch, x) for trainer in joined]
+            for trainer, (losses, grad_norm) in zip(joined, results):
+                trainer.log(x, losses, grad_norm)
+            # All processes save and stop at the same step.
+            signum, *due = mesh.all_reduce_max_ints(
+                "stop", [signals[0] if signals else 0, *(int(trainer.due()) for trainer in joined)]
+            )
+            for trainer, save_now in zip(joined, due):
+                if signum or save_now or trainer.ended:
+                    trainer.save()
+            trainers = [t for t in trainers if not t.ended and not t.failed]
+            if signum and trainers:
+                saver.wait()
+                raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
 
 
 # ---- before the first step -----------------------------------------------------------------------
