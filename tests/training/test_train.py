@@ -470,19 +470,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     same(everything(run), whole())
 
 
-def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
-    """As SIGINT is in a script's background jobs."""
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole, ignored):
+    """As SIGINT is in a script's background jobs, and SIGHUP under nohup."""
 
     def observe(row):
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (ignored, signal.SIGTERM):
             seen.append(signal.getsignal(signum))
         if row["step"] == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(ignored)
 
-    before, seen = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    before, seen = signal.signal(ignored, signal.SIG_IGN), []
     try:
         run = train(small_recipe(), tmp_path / "run", observe=observe)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(ignored) is signal.SIG_IGN
         with pytest.raises(Interrupted, match="everything is saved"):
             train(
                 small_recipe({"seed": 1}),
@@ -490,7 +491,7 @@ def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
                 observe=lambda row: row["step"] == 6 and signal.raise_signal(signal.SIGTERM),
             )
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(ignored, before)
     assert set(seen[::2]) == {signal.SIG_IGN} and signal.SIG_DFL not in seen[1::2]
     same(everything(run), whole())
 

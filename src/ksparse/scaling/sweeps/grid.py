@@ -52,24 +52,30 @@ class SweepFolder:
 
     @property
     def file(self) -> Path:
+        """The sweep.toml that the sweep was last run with."""
         return atomic.inside(self.path, "sweep.toml")
 
     @property
     def plan_file(self) -> Path:
+        """The plan of the last call, as JSON."""
         return atomic.inside(self.path, "plan.json")
 
     @property
     def points_file(self) -> Path:
+        """The last point of each finished run."""
         return atomic.inside(self.path, "points.csv")
 
     @property
     def curves_file(self) -> Path:
+        """All points of all finished runs."""
         return atomic.inside(self.path, "curves.csv")
 
     def run(self, name: str) -> RunFolder:
+        """Return the folder of a run."""
         return RunFolder(atomic.inside(self.path, "runs", name))
 
     def error_file(self, name: str) -> Path:
+        """Return the file that says why a run failed."""
         return self.run(name).file("error.json")
 
     def runs(self) -> list[RunFolder]:

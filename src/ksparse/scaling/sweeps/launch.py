@@ -169,9 +169,11 @@ class Process:
             )
 
     def done(self) -> bool:
+        """Return whether it has ended."""
         return self.process.poll() is not None
 
     def why(self) -> str:
+        """Say how it ended."""
         code = self.process.returncode
         ended = (
             f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
@@ -180,6 +182,7 @@ class Process:
         return f"{ended}: {lines[-1]}" if lines else ended
 
     def stop(self) -> None:
+        """End it with SIGTERM, so that it saves; kill it if that takes more than a minute."""
         if not self.done():
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -239,15 +242,18 @@ class Submitted:
         self.job = job
 
     def done(self) -> bool:
+        """Return whether it has ended."""
         return bool(self.job.done())
 
     def why(self) -> str:
+        """Say how it ended."""
         lines = [line for line in (self.job.stderr() or "").splitlines() if line.strip()]
         return f"job {self.job.job_id} ended as {self.job.state}" + (
             f": {lines[-1].strip()}" if lines else ""
         )
 
     def stop(self) -> None:
+        """Cancel the job."""
         self.job.cancel()
 
 
