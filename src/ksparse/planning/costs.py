@@ -330,7 +330,7 @@ def add_memory(saes: Iterable[SAEMemory]) -> float:
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Return the bytes of a checkpoint: the weights to use, raw weights, Adam's two moments, and the
+    """Return the bytes of a checkpoint: the weights to use, raw weights, Adam's moments, and the
     average if the recipe has one."""
     return 4 * parameters * (5 if recipe.ema else 4)
 

@@ -62,9 +62,11 @@ def train(
 
     Example:
         >>> import ksparse
-        >>> recipe = ksparse.load_recipe("recipes/demo.toml")  # doctest: +SKIP
-        >>> run = ksparse.train(recipe, "runs/demo")  # doctest: +SKIP
-        >>> sae = ksparse.load(run.path)  # doctest: +SKIP
+        >>> from ksparse.config import ActsConfig
+        >>> acts = ActsConfig(lm="pylm/0.3m", site="resid_post.1", mix=2048)
+        >>> run = ksparse.train(ksparse.Recipe(acts, tokens=2048), "runs/short")
+        >>> ksparse.load(run.path).metadata["step"]
+        2
     """
     with trusted(trust_remote_code):
         return train_many(
