@@ -33,7 +33,7 @@ from ksparse.kernels import hopper, reference, triton_candidates, triton_ops  # 
 from ksparse.sae.model import SAE, Shape  # noqa: E402
 from ksparse.training.checkpoint import TrainState  # noqa: E402
 from ksparse.training.steps.select import choose_step  # noqa: E402
-from ksparse.training.trainer import train_step  # noqa: E402
+from ksparse.training.trainer import DeadLatents, train_step  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
 SIZES = {
@@ -480,6 +480,7 @@ class Training:
         sae.W_enc.data = sae.W_dec.data.clone()
         self.optimizer, self.shape = choose_step(sae, self.recipe), (b, d)
         self.state = TrainState(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
+        self.dead = DeadLatents(self.recipe.dead_after)
         if getattr(self.optimizer, "kind", 0):
             self._settle()
 
@@ -494,7 +495,11 @@ class Training:
         self.state.step += 1
         if not math.isfinite(
             train_step(
-                self.optimizer, torch.randn(self.shape, device="cuda"), self.state, self.recipe
+                self.optimizer,
+                torch.randn(self.shape, device="cuda"),
+                self.state,
+                self.recipe,
+                self.dead,
             )[1]
         ):
             raise ArithmeticError("the loss or its gradient is not finite")

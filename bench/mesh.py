@@ -145,10 +145,10 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
         task.get("capacity", 0.0),
         task.get("save_every", 0),
     )
-    own, out = trainer.backward, Path(task["out"])
+    own, out = trainer.train_step, Path(task["out"])
 
-    def seen(optimizer: Any, x: Any, state: Any, recipe: Any) -> Any:
-        part = own(optimizer, x, state, recipe)
+    def seen(optimizer: Any, x: Any, state: Any, recipe: Any, dead: Any) -> Any:
+        part, grad_norm = own(optimizer, x, state, recipe, dead)
         if gaps:
             with out.with_name(f"{out.name}.gaps").open("a") as file:
                 file.write(f"{min(gaps)}\n")
@@ -168,9 +168,9 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
             out.with_name(f"{out.name}.sent-{rank}").write_text(
                 json.dumps(dict(optimizer.mesh.sent))
             )
-        return part
+        return part, grad_norm
 
-    trainer.backward = seen
+    trainer.train_step = seen
     stop, die = (
         task.get("stop", 0),
         task.get("die") if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else None,
@@ -189,7 +189,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
     except Interrupted:
         pass
     finally:
-        trainer.backward = own
+        trainer.train_step = own
 
 
 def watch(gaps: list[float]) -> None:

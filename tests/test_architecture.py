@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
 LINES = [
-    {"errors", "progress"},
+    {"errors", "limits", "progress"},
     {"storage", "trust"},
     {"config"},
     {"storage.run_folder", "distributed", "device", "kernels", "pylm"},
@@ -279,6 +279,10 @@ def test_the_parser_sees_a_pickle_that_would_be_run(call):
     [
         "ksparse",
         "ksparse.errors",
+        "ksparse.limits",
+        "ksparse.planning.costs",
+        "ksparse.planning.sharing",
+        "ksparse.planning.steps",
         "ksparse.storage.atomic",
         "ksparse.storage.rows",
         "ksparse.config",

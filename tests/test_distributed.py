@@ -211,7 +211,7 @@ def test_one_process_sends_nothing():
             {"mesh": {"latent": 256}},
             1,
             256,
-            r"sae\.k is 32, more than the 16 latents of a slice; give a smaller mesh\.latent",
+            r"sae\.k is 32, more than the 16 latents of a shard; give a smaller mesh\.latent",
         ),
         (
             {"batch": 1000, "mesh": {"data": 16}},

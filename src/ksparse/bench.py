@@ -364,7 +364,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
             train_step(optimizer, x, state, recipe)
 
         def set_dead(latents: Any) -> None:
-            state.since[latents], state.dead = cfg.dead_tokens, None
+            state.since[latents] = cfg.dead_tokens
             sae.b_enc.data[latents] = -1e4  # keeps them dead
 
         def facts() -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Processes that share one run: a grid of data x latent, and the few collectives that training
+"""Processes that share one run: a mesh of data x latent, and the few collectives that training
 needs.
 
-    data     each holds a part of every batch          gradients, losses and fired latents are
-             summed over it
-    latent   each holds a slice of the latents         offered values are compared, reconstructions
-             summed over it
+    data     each process holds a part of every batch; gradients, losses and fired latents are
+             reduced along this axis
+    latent   each process holds a shard of the latents; candidate values are compared and
+             reconstructions summed along this axis
 
-Process r is part r // latent of the batch and slice r % latent. `ALONE` is one process: whatever is
-asked for is what was given. What is sent is counted by name, so that a plan can be held against it.
+Process r holds part r // latent of the batch and shard r % latent of the latents. On
+`SINGLE_PROCESS` all collectives return their input. Bytes are counted by the collective's name, so
+that tests can compare them with a plan.
 """
 
 from __future__ import annotations
@@ -31,25 +32,34 @@ AXES = ("data", "latent")
 
 
 class Mesh:
-    """The grid as one process sees it."""
+    """The mesh as one process sees it.
+
+    Args:
+        data: parts of the batch.
+        latent: shards of the latents.
+        device: the type of device whose tensors are exchanged.
+        timeout: seconds to wait for other processes before a PeerError.
+
+    With more than one process torch.distributed must be initialized.
+    """
 
     def __init__(
         self, data: int = 1, latent: int = 1, *, device: str = "cpu", timeout: float = 600.0
     ):
-        """Find this process's place among data x latent; torch.distributed has to be set up where
-        these are more than one."""
         self.data, self.latent, self.timeout = data, latent, timeout
         self.rank = 0
         self.sent: Counter[str] = Counter()
+        """Bytes that this process has passed to each collective, by name."""
         self.groups: dict[str, Any] = {}
         self._lock = threading.Lock()
         if self.size > 1:
-            self._join(device)
+            self._create_groups(device)
         self.data_rank, self.latent_rank = divmod(self.rank, latent)
 
-    def _join(self, device: str) -> None:
-        """Make the groups of processes: along each axis, and of all of them, for activations, for
-        numbers, and for the thread that saves."""
+    def _create_groups(self, device: str) -> None:
+        """Create the process groups: one along each axis; and three of all processes, for
+        activations ("stream"), for numbers on the CPU ("all"), and for the saver's thread
+        ("save")."""
         from torch.distributed.device_mesh import DeviceMesh
 
         self.rank, wait = dist.get_rank(), timedelta(seconds=self.timeout)
@@ -65,66 +75,65 @@ class Mesh:
 
     @property
     def size(self) -> int:
+        """How many processes there are."""
         return self.data * self.latent
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is process 0, which writes the run's files."""
         return self.rank == 0
 
-    # ---- who has what
+    # ---- shards
 
     def latent_range(self, n: int) -> slice:
         """Return which of n latents this process holds."""
-        own = n // self.latent
-        return slice(self.latent_rank * own, (self.latent_rank + 1) * own)
+        return _shard_range(n, self.latent_rank, self.latent)
 
     def batch_range(self, rows: int) -> slice:
         """Return which rows of a batch this process takes."""
-        own = rows // self.data
-        return slice(self.data_rank * own, (self.data_rank + 1) * own)
+        return _shard_range(rows, self.data_rank, self.data)
 
-    # ---- collectives: in place, over an axis or a group of all
+    # ---- collectives: `over` is an axis ("data", "latent") or a group of all processes
 
     def axis_size(self, over: str) -> int:
-        """Return how many processes there are along an axis."""
+        """Return how many processes there are along an axis, or in all."""
         return {"data": self.data, "latent": self.latent}.get(over, self.size)
 
     def all_reduce_sum(self, name: str, value: Tensor, over: str) -> Tensor:
-        """Sum over an axis, in place; the same bits on all of its processes."""
+        """Sum a tensor over an axis, in place; all of its processes get the same bits."""
         self.start_all_reduce_sum(name, value, over)()
         return value
 
     def start_all_reduce_sum(self, name: str, value: Tensor, over: str) -> Callable[[], None]:
-        """Begin a sum; what is returned waits for it."""
+        """Start to sum a tensor over an axis, in place; the returned function waits for it."""
         if self.axis_size(over) == 1 or not value.numel():
             return lambda: None
-        with self._explained(name):
+        with self._explain_errors(name):
             work = dist.all_reduce(
                 self._counted(name, value), group=self.groups[over], async_op=True
             )
 
         def wait() -> None:
-            with self._explained(name):
+            with self._explain_errors(name):
                 work.wait()
 
         return wait
 
     def all_reduce_max(self, name: str, value: Tensor, over: str) -> Tensor:
-        """Take the largest over an axis, in place."""
+        """Take the elementwise maximum over an axis, in place."""
         if self.axis_size(over) > 1:
-            with self._explained(name):
+            with self._explain_errors(name):
                 dist.all_reduce(
                     self._counted(name, value), dist.ReduceOp.MAX, group=self.groups[over]
                 )
         return value
 
     def all_gather(self, name: str, value: Tensor, over: str) -> Tensor:
-        """Return [p, ...]: the value of each process along an axis, all of one shape."""
+        """Return [processes, ...]: the tensors of all processes along an axis, of equal shapes."""
         if self.axis_size(over) == 1:
             return value[None]
         out = value.new_empty(self.axis_size(over), *value.shape)
-        with self._explained(name):
+        with self._explain_errors(name):
             dist.all_gather(
                 list(out.unbind(0)),
                 self._counted(name, value).contiguous(),
@@ -133,9 +142,9 @@ class Mesh:
         return out
 
     def broadcast(self, name: str, value: Tensor, source: int, over: str = "stream") -> Tensor:
-        """Give all processes what process `source` has, in place."""
+        """Copy a tensor from process `source` to all others, in place."""
         if self.size > 1 and value.numel():
-            with self._explained(name):
+            with self._explain_errors(name):
                 dist.broadcast(
                     self._counted(name, value) if self.rank == source else value,
                     source,
@@ -143,12 +152,12 @@ class Mesh:
                 )
         return value
 
-    # ---- decisions that all processes take alike, by numbers on the CPU
+    # ---- decisions that all processes must share, by numbers on the CPU
 
     def all_reduce_max_ints(
         self, name: str, numbers: Sequence[int], over: str = "all"
     ) -> list[int]:
-        """Return the largest of each number over all processes."""
+        """Return the maximum of each number over all processes."""
         return (
             self.all_reduce_max(name, torch.tensor(numbers), over).tolist()
             if self.size > 1
@@ -156,39 +165,42 @@ class Mesh:
         )
 
     def broadcast_str(self, name: str, text: str, over: str = "all") -> str:
-        """Return the text that the first process gives."""
+        """Return process 0's text, of at most 1024 bytes."""
         if self.size == 1:
             return text
-        letters = torch.zeros(1024, dtype=torch.uint8)
-        letters[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        return bytes(self.broadcast(name, letters, 0, over).tolist()).rstrip(b"\0").decode()
+        encoded = torch.zeros(1024, dtype=torch.uint8)
+        encoded[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return bytes(self.broadcast(name, encoded, 0, over).tolist()).rstrip(b"\0").decode()
 
     def on_rank0(self, name: str, action: Callable[[], None]) -> None:
-        """Have the first process do something that the others wait for; where it fails, all do."""
-        wrong = None
+        """Run an action on process 0 while the others wait.
+
+        Raises:
+            KsparseError: the action's, on process 0.
+            PeerError: on the other processes, if the action failed.
+        """
+        failure = None
         if self.is_rank0:
             try:
                 action()
             except KsparseError as error:
-                wrong = error
-        if self.all_reduce_max_ints(name, [int(wrong is not None)])[0]:
-            raise wrong or PeerError(
+                failure = error
+        if self.all_reduce_max_ints(name, [int(failure is not None)])[0]:
+            raise failure or PeerError(
                 f"process 0 of {self.size} could not go on; its own message says why"
             )
 
     def _counted(self, name: str, value: Tensor) -> Tensor:
-        with self._lock:  # threads count too
+        with self._lock:  # the saver's thread counts too
             self.sent[name] += value.numel() * value.element_size()
         return value
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explain_errors(self, name: str) -> Iterator[None]:
+        """Turn an error of torch.distributed into a PeerError."""
         try:
             yield
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # what torch.distributed raises, of many kinds, has no type of its own on Gloo
+        except (RuntimeError, ValueError) as error:  # Gloo's errors have no type of their own
             raise PeerError(
                 f"process {self.rank} of {self.size} waited for the others at {name!r}: one of "
                 f"them is gone, or did not answer within {self.timeout:g} s "
@@ -197,34 +209,54 @@ class Mesh:
             ) from error
 
 
+def _shard_range(size: int, rank: int, ranks: int) -> slice:
+    length = size // ranks
+    return slice(rank * length, (rank + 1) * length)
+
+
 SINGLE_PROCESS = Mesh()
+"""The mesh of one process."""
 
 
 @contextmanager
 def open_mesh(recipe: Recipe, device: str) -> Iterator[Mesh]:
-    """Yield the mesh of a recipe among the processes that torchrun started; raise InputError where
-    they are not as many, or do not divide the work."""
-    asked, already = recipe.mesh, dist.is_available() and dist.is_initialized()
-    world = dist.get_world_size() if already else int(os.environ.get("WORLD_SIZE", 1))
-    data = asked.data or world // asked.latent
+    """Yield the mesh of a recipe among the processes that torchrun started.
+
+    Args:
+        recipe: the recipe; `mesh.data` = 0 takes as many parts as there are processes for.
+        device: this process's device.
+
+    Raises:
+        InputError: if the number of processes is not that of the mesh, or the mesh does not divide
+            the batch and the latents.
+    """
+    sizes = recipe.mesh
+    initialized = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if initialized else int(os.environ.get("WORLD_SIZE", 1))
+    data = sizes.data or world // sizes.latent
     check(recipe, data, world)
     if world == 1:
         yield SINGLE_PROCESS
         return
-    if not already:
-        connect(device, asked.timeout)
+    if not initialized:
+        connect(device, sizes.timeout)
     try:
-        yield Mesh(data, asked.latent, device=device.partition(":")[0], timeout=asked.timeout)
+        yield Mesh(data, sizes.latent, device=device.partition(":")[0], timeout=sizes.timeout)
     finally:
-        if not already:
+        if not initialized:
             dist.destroy_process_group()
 
 
 def connect(device: str, timeout: float) -> None:
-    """Meet the other processes that torchrun started. Where it starts them again, what the lost
-    ones left in its store is not looked at."""
+    """Initialize torch.distributed among the processes that torchrun started.
+
+    Args:
+        device: this process's device; CUDA exchanges by NCCL, and numbers on the CPU by Gloo.
+        timeout: seconds to wait for the others.
+    """
     cuda = device.startswith("cuda")
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    # After a restart the store still holds keys of the processes that were lost.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -237,9 +269,18 @@ def connect(device: str, timeout: float) -> None:
 
 
 def check(recipe: Recipe, data: int, world: int) -> None:
-    """Raise InputError unless `world` processes make the mesh of a recipe, and it divides what they
-    share."""
-    latent, n = recipe.mesh.latent, recipe.sae.n_latents
+    """Check that a recipe can run on a mesh.
+
+    Args:
+        recipe: the recipe.
+        data: parts of the batch.
+        world: how many processes there are.
+
+    Raises:
+        InputError: unless `world` processes make the mesh, the mesh divides the batch and the
+            latents, and several processes can train what the recipe asks for.
+    """
+    latent = recipe.mesh.latent
     if data * latent != world or not data:
         raise InputError(
             f"mesh.data x mesh.latent is {data} x {latent} = {data * latent}, but there "
@@ -247,8 +288,14 @@ def check(recipe: Recipe, data: int, world: int) -> None:
             f"start `torchrun --nproc-per-node {max(1, data) * latent} -m ksparse …`, or give keys "
             f"whose product is {world}"
         )
-    if world == 1:
-        return
+    if world > 1:
+        _check_divides(recipe, data)
+        _check_several(recipe, data)
+
+
+def _check_divides(recipe: Recipe, data: int) -> None:
+    """Raise InputError unless the mesh divides the latents and the batch."""
+    latent, n = recipe.mesh.latent, recipe.sae.n_latents
     if n % latent:
         raise InputError(
             f"sae.n_latents is {n}, which mesh.latent = {latent} does not divide; give a multiple "
@@ -256,7 +303,7 @@ def check(recipe: Recipe, data: int, world: int) -> None:
         )
     if recipe.sae.k > n // latent:
         raise InputError(
-            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a slice; give a "
+            f"sae.k is {recipe.sae.k}, more than the {n // latent} latents of a shard; give a "
             "smaller mesh.latent"
         )
     if recipe.batch % data:
@@ -264,6 +311,10 @@ def check(recipe: Recipe, data: int, world: int) -> None:
             f"batch is {recipe.batch}, which mesh.data = {data} does not divide; give a multiple "
             f"of {data}"
         )
+
+
+def _check_several(recipe: Recipe, data: int) -> None:
+    """Raise InputError for options that only one process can train with."""
     if recipe.sae.activation.kind != "topk":
         raise InputError(
             f"sae.activation.kind is {recipe.sae.activation.kind!r}; several processes can share "
@@ -293,9 +344,12 @@ def check(recipe: Recipe, data: int, world: int) -> None:
 
 
 def local_device(name: str) -> str:
-    """Return the device of this process where a machine has one for each: cuda:3 for its fourth."""
-    return (
-        f"cuda:{os.environ['LOCAL_RANK']}"
-        if name == "cuda" and "LOCAL_RANK" in os.environ
-        else name
-    )
+    """Return this process's device: torchrun's LOCAL_RANK picks one of a machine's GPUs.
+
+    Example:
+        >>> local_device("cpu")
+        'cpu'
+    """
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name

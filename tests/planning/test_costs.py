@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ksparse import cli
 from ksparse.config import MeshConfig, Recipe, from_dict, to_toml
-from ksparse.errors import OutOfMemoryError
+from ksparse.errors import DiskError, OutOfMemoryError
 from ksparse.kernels import torch_ops
 from ksparse.planning import costs, hardware, plan
 from ksparse.planning.costs import Collective, LMSpec, PlanInput
 from ksparse.planning.hardware import DEVICES, Device
-from ksparse.sae import sharded
 from ksparse.sae.model import SAE, Shape
-from ksparse.training import source, train
-from ksparse.training.steps import autograd
+from ksparse.training import train
 from ksparse.training.steps.explicit import ExplicitStep
 
 UNIT = Device("unit", 1e9, 1e9, 4e9, 1e8, 1e7, 1e6, 2)
@@ -275,13 +275,44 @@ def test_the_time_of_a_step_is_within_a_third_of_what_was_measured_on_two_cores(
     assert sum(spent.values()) / spent["encoder product"] == pytest.approx(measured, rel=1 / 3)
 
 
-def test_the_sizes_of_parts_are_those_of_the_code():
-    assert (costs.PIECE, costs.COMPARED, costs.SAMPLE, costs.GATHERED) == (
-        autograd.PRE_ACTS,
-        sharded.COMPARED,
-        source.SAMPLE,
-        torch_ops._ROWS,
+def test_a_gpu_gathers_the_rows_of_as_many_tokens_as_planned():
+    assert costs.GATHERED == torch_ops._ROWS
+
+
+@pytest.mark.parametrize("step", ["autograd", "torch", "native", "triton"])
+def test_several_saes_need_what_each_holds_and_the_largest_step(step):
+    small, large = case(step=step), case(step=step, sae__n_latents=256)
+    alone = {one: costs.add_memory([costs.sae_memory(one)]) for one in (small, large)}
+    for one in (small, large):
+        parts = costs.memory(one, MeshConfig())
+        assert alone[one] == sum(size for name, size in parts.items() if name not in costs.STREAM)
+    both = costs.add_memory([costs.sae_memory(small), costs.sae_memory(large)])
+    weights = 16 * small.parameters  # raw, two moments, average
+    assert alone[large] + weights <= both < sum(alone.values())
+
+
+def test_a_plan_a_checkpoint_and_the_room_for_it_count_the_same_bytes(
+    small_recipe, tmp_path, monkeypatch
+):
+    recipe = small_recipe({"run.keep": 3, "run.save_every": 100})
+    run = train.train(recipe, tmp_path / "run")
+    planned = plan.plan(recipe).disk
+    files = ("sae.safetensors", "optim.safetensors")
+    tensors = sum(
+        tensor.numel() * tensor.element_size()
+        for name in files
+        for key, tensor in load_file(run.checkpoints()[-1] / name).items()
+        if key != "since" and not key.startswith("step.")
     )
+    assert planned == 4 * tensors == costs.disk_bytes(recipe, 2 * 64 * 16 + 64 + 16)
+    for free, fits in ((planned - 1, False), (planned, True)):
+        usage = lambda path, free=free: SimpleNamespace(free=free)
+        monkeypatch.setattr(train.checkpoint.shutil, "disk_usage", usage)
+        if fits:
+            train.train(recipe, tmp_path / "fits")
+        else:
+            with pytest.raises(DiskError, match="disk too small"):
+                train.train(recipe, tmp_path / "too small")
 
 
 def test_every_part_of_the_memory_has_a_word_on_what_makes_it_smaller():

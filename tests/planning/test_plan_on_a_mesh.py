@@ -133,15 +133,15 @@ def work(folder: Path) -> None:
     from ksparse.training.train import train
 
     counts: list[Counter] = []
-    agree = meshes.Mesh.agree
+    reduce = meshes.Mesh.all_reduce_max_ints
 
-    def noted(self, name, *rest):
-        found = agree(self, name, *rest)
+    def count(self, name, *rest):
+        numbers = reduce(self, name, *rest)
         if name == "stop":  # the end of a step
             counts.append(Counter(self.sent))
-        return found
+        return numbers
 
-    meshes.Mesh.agree = noted
+    meshes.Mesh.all_reduce_max_ints = count
     dist.init_process_group("gloo")
     found = {}
     for name, table in json.loads((folder / "cases.json").read_text()).items():

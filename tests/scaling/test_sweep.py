@@ -1,6 +1,7 @@
-"""Grids of recipes, their cohorts, and workers that die."""
+"""Grids of recipes, runs that train together, and workers that die."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -11,12 +12,14 @@ import time
 import pytest
 
 from ksparse import cli
-from ksparse.config import from_dict, to_dict, to_toml
+from ksparse.config import flat, from_dict, to_dict, to_toml
 from ksparse.errors import InputError
-from ksparse.scaling.sweeps import grid as grids
+from ksparse.planning.costs import LMSpec, PlanInput, add_memory, sae_memory
+from ksparse.planning.hardware import DEVICES
+from ksparse.planning.sharing import stream_key
 from ksparse.scaling.sweeps import launch as launching
 from ksparse.scaling.sweeps import run as sweeping
-from ksparse.scaling.sweeps.grid import SweepFolder, cohorts, finished, read
+from ksparse.scaling.sweeps.grid import SweepFolder, finished, group_runs, read
 from ksparse.scaling.sweeps.launch import Launch
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
@@ -90,7 +93,7 @@ def test_seeds_of_a_grid_share_the_order_of_the_data(small_recipe, tmp_path):
     assert {recipe.data_seed for recipe in recipes} == {0} and {
         recipe.seed for recipe in recipes
     } == {0, 1}
-    assert len({grids.stream_key(recipe) for recipe in recipes}) == 1
+    assert len({json.dumps(stream_key(recipe)) for recipe in recipes}) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,44 +140,77 @@ def test_a_sweep_that_is_not_there_says_so(tmp_path):
         read(tmp_path / "none.toml")
 
 
-# ---- cohorts
+@pytest.mark.parametrize(
+    "grid, names",
+    [
+        ('[grid]\n"run.kernels" = ["torch", "native"]\n"sae.k" = [2, 4]\n', '"run.kernels"'),
+        ("[grid]\nthreads = [1, 2]\n", '"threads"'),
+        (
+            '[grid]\n"mesh.latent" = [1, 2]\n"run.keep" = [1, 2]\n',
+            '"mesh.latent", "run.keep"',
+        ),
+        ('[[grid]]\n"sae.k" = [2]\n[[grid]]\nrun.device = ["cpu"]\n', '"run.device"'),
+    ],
+)
+def test_a_grid_over_what_does_not_change_the_result_is_refused(sweep_file, grid, names):
+    """Its points had one name, so that all but the last were lost."""
+    message = (
+        rf"^{re.escape(names)} in the grid in .*small\.toml do(es)? not change the result of a run, "
+        r"so that its points would be the same run; give (it|them) in the recipe part of the file"
+    )
+    with pytest.raises(InputError, match=message):
+        read(sweep_file(grid))
+
+
+def test_every_key_of_a_recipe_is_part_of_its_identity_or_refused_in_a_grid(sweep_file):
+    for key, value in flat(to_dict(from_dict({}))).items():
+        file = sweep_file(f'[grid]\n"{key}" = [{json.dumps(value)}]\n')
+        if key.partition(".")[0] in ("run", "mesh", "threads"):
+            with pytest.raises(InputError, match="does not change the result"):
+                read(file)
+        else:
+            read(file)
+
+
+# ---- runs that train together
+
+
+def planned(recipe):
+    return PlanInput(recipe, LMSpec(16, 0, 0), DEVICES["laptop"], "torch")
 
 
 def members(small_recipe, sizes, **changes):
-    return {f"{n}-{i}": small_recipe({"sae.n_latents": n} | changes) for i, n in enumerate(sizes)}
+    return {
+        f"{n}-{i}": planned(small_recipe({"sae.n_latents": n} | changes))
+        for i, n in enumerate(sizes)
+    }
 
 
-def test_runs_of_one_stream_are_one_cohort_and_others_are_not(small_recipe):
-    todo = members(small_recipe, [64, 32]) | {"other": small_recipe({"acts.context": 12})}
-    assert sorted(map(sorted, cohorts(todo, dict.fromkeys(todo, 16), memory=1e9))) == [
-        ["32-1", "64-0"],
-        ["other"],
-    ]
+def test_runs_of_one_stream_are_one_group_and_others_are_not(small_recipe):
+    todo = members(small_recipe, [64, 32]) | {"other": planned(small_recipe({"acts.context": 12}))}
+    assert sorted(map(sorted, group_runs(todo, memory=1e9))) == [["32-1", "64-0"], ["other"]]
 
 
-def test_cohorts_fit_into_memory(small_recipe):
+def needed(cases):
+    return add_memory(sae_memory(case) for case in cases)
+
+
+def test_groups_fit_into_memory(small_recipe):
     todo = members(small_recipe, [4096] * 6 + [64] * 3)
-    one = grids.memory_bytes(todo["4096-0"], 16) + grids.shared_bytes([todo["4096-0"]])
+    one = needed([todo["4096-0"]])
     for limit in (1.5 * one, 2.5 * one, 100 * one):
-        found = cohorts(todo, dict.fromkeys(todo, 16), memory=limit)
-        assert sorted(name for names in found for name in names) == sorted(todo)
-        for names in found:
-            assert (
-                sum(grids.memory_bytes(todo[name], 16) for name in names)
-                + grids.shared_bytes([todo[name] for name in names])
-                <= limit
-            )
-    assert len(found) == 1
+        groups = group_runs(todo, memory=limit)
+        assert sorted(name for names in groups for name in names) == sorted(todo)
+        assert all(needed(todo[name] for name in names) <= limit for names in groups)
+    assert len(groups) == 1
 
 
 def test_there_is_work_for_every_worker_and_it_is_even(small_recipe):
     todo = members(small_recipe, [4096, 4096, 2048, 2048, 64])
-    found = cohorts(todo, dict.fromkeys(todo, 16), memory=1e12, workers=2)
-    work = [sum(todo[name].sae.n_latents for name in names) for names in found]
-    assert len(found) == 2 and max(work) < 1.1 * min(work)
-    assert len(cohorts(todo, dict.fromkeys(todo, 16), memory=1e12, workers=9)) == 5, (
-        "no more than there are runs"
-    )
+    groups = group_runs(todo, memory=1e12, workers=2)
+    work = [sum(todo[name].recipe.sae.n_latents for name in names) for names in groups]
+    assert len(groups) == 2 and max(work) < 1.1 * min(work)
+    assert len(group_runs(todo, memory=1e12, workers=9)) == 5, "no more than there are runs"
 
 
 # ---- training
@@ -227,17 +263,13 @@ def test_finished_runs_are_skipped_and_a_wider_grid_adds_to_them(sweep_file, tmp
 
 
 def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch):
-    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), trainer.backward
+    grid, folder, own = read(sweep_file()), SweepFolder(tmp_path / "sweep"), trainer.train_step
 
-    def poisoned(optimizer, x, state, recipe):
-        return own(
-            optimizer,
-            x * float("nan") if recipe.sae.k == 4 and recipe.sae.n_latents == 64 else x,
-            state,
-            recipe,
-        )
+    def poisoned(optimizer, x, state, recipe, dead):
+        nan = recipe.sae.k == 4 and recipe.sae.n_latents == 64
+        return own(optimizer, x * float("nan") if nan else x, state, recipe, dead)
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     failed = sweeping.sweep(grid, folder)
     name = next(
         name
@@ -249,7 +281,7 @@ def test_failed_runs_are_named_and_tried_again(sweep_file, tmp_path, monkeypatch
         jsonio.read_json(folder.error_file(name)) == {"error": failed[name]}
         and len(points(folder)) == 3
     )
-    monkeypatch.setattr(trainer, "backward", own)
+    monkeypatch.setattr(trainer, "train_step", own)
     assert (
         sweeping.sweep(grid, folder) == {}
         and not folder.error_file(name).exists()
@@ -298,7 +330,10 @@ def test_the_command_line_plans_sweeps_and_says_what_is_next(sweep_file, tmp_pat
     "options, message",
     [
         ({"workers": 0}, "workers of at least 1"),
-        ({"workers": 2}, "the launcher 'here' is one process, but there are to be 2 workers"),
+        (
+            {"workers": 2},
+            "the launcher 'here' is one process, but workers is 2; give --launcher processes",
+        ),
         ({"launcher": "slurm", "slurm": ("gpu",)}, r"'gpu' of --slurm is not name=value"),
     ],
     ids=str,

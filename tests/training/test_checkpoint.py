@@ -4,6 +4,7 @@ altered one is refused by its key.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ksparse.errors import CorruptError, InputError
 from ksparse.storage import checksums
 from ksparse.storage.run_folder import RunFolder, shard_file
-from ksparse.training import checkpoint
+from ksparse.training import checkpoint, resume
 from ksparse.training.train import train
 
 LIVE = {"block": 0, "place": [0, 0, 0], "skip": 0, "batch": 3}
@@ -77,6 +78,24 @@ def test_a_checkpoint_says_its_format(run):
         == checkpoint.FORMAT
         == 2
     )
+
+
+def test_the_fields_of_a_state_are_listed_as_the_file_has_them(run):
+    """A new field must be added to the list, so that none lands in the file unseen."""
+    fields = [field.name for field in dataclasses.fields(checkpoint.TrainState)]
+    assert sorted(fields) == sorted(["since", *checkpoint.SAVED])
+    table = json.loads((run.checkpoints()[-1] / "state.json").read_text())
+    assert set(table) == {"format", "updates", *checkpoint.SAVED} - {"mesh"}
+
+
+def test_a_state_is_read_as_it_was_written():
+    since = torch.tensor([3, 0])
+    state = checkpoint.TrainState(
+        since, 0.5, 7, 448, 1, True, 1e9, {"step": 7}, 2.5, threads=3, mesh=[2, 4]
+    )
+    table = json.loads(json.dumps(state.to_json(updates=6)))
+    assert table["updates"] == 6
+    assert vars(checkpoint.TrainState.from_json(table, since)) == vars(state)
 
 
 def test_a_checkpoint_of_before_the_format_had_a_number_is_gone_on_with(run, small_recipe):
@@ -145,7 +164,7 @@ def test_the_cursor_of_shards_is_refused_by_live_activations(run, small_recipe):
     from ksparse.data.live import LiveStream
 
     altered(run, "state.json", rewrite(cursor={"step": 3}))
-    assert checkpoint.read_state(run.checkpoints()[-1] / "state.json")["cursor"] == {"step": 3}
+    assert resume.read_state(run.checkpoints()[-1] / "state.json")["cursor"] == {"step": 3}
     with pytest.raises(
         CorruptError, match="cursor has step and no 'block': it is not of these activations"
     ):

@@ -30,7 +30,12 @@ from ksparse.training.steps import autograd
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.steps.explicit import ExplicitStep
 from ksparse.training.train import train
-from ksparse.training.trainer import backward, checkpoint_due, train_step, update_dead_counts
+from ksparse.training.trainer import (
+    DeadLatents,
+    checkpoint_due,
+    train_step,
+    update_dead_counts,
+)
 
 CPU = torch.device("cpu")
 EXACT = ("seconds", "tokens_per_s", "waiting")
@@ -443,7 +448,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
 # ---- stopping
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     small_recipe, tmp_path, whole, signum
 ):
@@ -465,19 +470,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     same(everything(run), whole())
 
 
-def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
-    """As SIGINT is in a script's background jobs."""
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole, ignored):
+    """As SIGINT is in a script's background jobs, and SIGHUP under nohup."""
 
     def observe(row):
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (ignored, signal.SIGTERM):
             seen.append(signal.getsignal(signum))
         if row["step"] == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(ignored)
 
-    before, seen = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    before, seen = signal.signal(ignored, signal.SIG_IGN), []
     try:
         run = train(small_recipe(), tmp_path / "run", observe=observe)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(ignored) is signal.SIG_IGN
         with pytest.raises(Interrupted, match="everything is saved"):
             train(
                 small_recipe({"seed": 1}),
@@ -485,7 +491,7 @@ def test_a_signal_that_is_ignored_stays_ignored(small_recipe, tmp_path, whole):
                 observe=lambda row: row["step"] == 6 and signal.raise_signal(signal.SIGTERM),
             )
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(ignored, before)
     assert set(seen[::2]) == {signal.SIG_IGN} and signal.SIG_DFL not in seen[1::2]
     same(everything(run), whole())
 
@@ -524,7 +530,7 @@ def test_training_in_another_thread_leaves_signals_alone(small_recipe, tmp_path)
 
 def poison(monkeypatch, *, at):
     """Let an activation of the steps `at` be NaN."""
-    own, calls = trainer.backward, []
+    own, calls = trainer.train_step, []
 
     def poisoned(optimizer, x, *args):
         calls.append(1)
@@ -533,7 +539,7 @@ def poison(monkeypatch, *, at):
             x[5, 3] = torch.nan
         return own(optimizer, x, *args)
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_documents_and_the_last_good_checkpoint(
@@ -619,7 +625,7 @@ def raising(error):
 def test_out_of_memory_names_the_plan_and_what_needs_less(
     small_recipe, tmp_path, monkeypatch, fail
 ):
-    monkeypatch.setattr(trainer, "backward", fail)
+    monkeypatch.setattr(trainer, "train_step", fail)
     with pytest.raises(
         OutOfMemoryError, match=r"^out of memory: .*`ksparse plan` .*--batch"
     ) as caught:
@@ -628,7 +634,7 @@ def test_out_of_memory_names_the_plan_and_what_needs_less(
 
 
 def test_another_error_of_torch_is_not_taken_for_one_of_memory(small_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "backward", raising(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(trainer, "train_step", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         train(small_recipe(), tmp_path / "run")
 
@@ -682,26 +688,28 @@ def test_dead_latents_are_those_silent_for_dead_after_tokens(small_recipe, monke
     optimizer.backward = lambda x, **kw: (
         seen.append((kw["dead"].tolist(), kw["k_aux"])) or own(x, **kw)
     )
-    backward(optimizer, optimizer.sae.normalize(next(stream.batches()).x).x, state, recipe)
+    state.step = 1
+    train_step(optimizer, optimizer.sae.normalize(next(stream.batches()).x).x, state, recipe)
     assert seen == [([1, 2, 4], 8)]
 
 
 def test_a_step_says_which_latents_are_dead_in_the_next(small_recipe):
     recipe = small_recipe({"sae.dead_after": 128})
     state, optimizer, stream = start(recipe)
-    batches = stream.batches()
+    batches, dead = stream.batches(), DeadLatents(128)
     for state.step in (1, 2, 3):
         before, (part, norm) = (
             state.since,
-            train_step(optimizer, optimizer.sae.normalize(next(batches).x).x, state, recipe),
+            train_step(optimizer, optimizer.sae.normalize(next(batches).x).x, state, recipe, dead),
         )
         assert torch.equal(state.since, update_dead_counts(before, part, 64)) and math.isfinite(
             norm
         )
-        assert torch.equal(state.dead(), (state.since >= 128).nonzero().squeeze(1))
-    assert 0 < len(state.dead()) < recipe.sae.n_latents
+        latents = dead.indices(torch.zeros(0))  # known without the counters
+        assert torch.equal(latents, (state.since >= 128).nonzero().squeeze(1))
+    assert 0 < len(latents) < recipe.sae.n_latents
     since, state.step = state.since, 4
-    part, norm = train_step(optimizer, torch.full((64, 16), torch.nan), state, recipe)
+    part, norm = train_step(optimizer, torch.full((64, 16), torch.nan), state, recipe, dead)
     assert math.isnan(norm) and not math.isfinite(part.total) and torch.equal(state.since, since)
 
 
@@ -742,7 +750,10 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole_batch(small_recipe, mo
     for rows in (64, 48, 1):
         monkeypatch.setattr(autograd, "PRE_ACTS", 64 * rows)
         optimizer.adam.zero_grad()
-        part = backward(optimizer, optimizer.sae.normalize(batch.x).x, state, recipe)
+        x, dead = optimizer.sae.normalize(batch.x).x, DeadLatents(recipe.dead_after)
+        part = optimizer.backward(
+            x, baseline=state.baseline, dead=dead.indices(state.since), k_aux=8
+        )
         results[rows] = (
             part,
             {key: value.grad.clone() for key, value in optimizer.sae.named_parameters()},
@@ -879,10 +890,11 @@ def test_after_a_start_that_failed_the_corrected_recipe_is_trained_in_the_same_f
         )
     )
     if "optim.lr" in wrong:
+        own = train_step
         monkeypatch.setattr(
             trainer,
             "train_step",
-            lambda optimizer, x, state, recipe: (backward(optimizer, x, state, recipe), math.nan),
+            lambda optimizer, x, *args: (own(optimizer, x, *args)[0], math.nan),
         )
     with pytest.raises((InputError, NonFiniteError)):
         train(small_recipe({"acts.text": str(text)} | wrong), tmp_path / "run")

@@ -6,16 +6,18 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given, strategies
 from safetensors.torch import load_file
 
-from ksparse.config import CurveConfig
+from ksparse.config import CurveConfig, from_dict
 from ksparse.data.live import LiveStream
 from ksparse.errors import InputError, Interrupted, NonFiniteError
 from ksparse.lm.model import LM
 from ksparse.planning import flops
+from ksparse.planning.sharing import stream_key
 from ksparse.training import convergence, trainer
 from ksparse.training.source import ActivationSource
-from ksparse.training.train import train, train_many
+from ksparse.training.train import shared_stream, train, train_many
 
 EXACT = ("seconds", "tokens_per_s", "waiting")
 MEMBERS = [
@@ -121,20 +123,19 @@ def test_a_finished_cohort_loads_no_lm(recipes, tmp_path, monkeypatch):
 
 
 def test_a_member_that_fails_leaves_and_the_others_go_on(recipes, alone, tmp_path, monkeypatch):
-    own = trainer.backward
+    own = trainer.train_step
 
-    def poisoned(optimizer, x, state, recipe):
-        return own(
-            optimizer, x * torch.nan if recipe.sae.k == 8 and state.step == 6 else x, state, recipe
-        )
+    def poisoned(optimizer, x, state, recipe, dead):
+        nan = recipe.sae.k == 8 and state.step == 6
+        return own(optimizer, x * torch.nan if nan else x, state, recipe, dead)
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(
         NonFiniteError,
         match=r"NaN or infinite at step 6, on documents .*; the last good checkpoint is .*1/checkpoints/step-00000004",
     ):
         train_many(recipes(), outs(tmp_path))
-    monkeypatch.setattr(trainer, "backward", own)
+    monkeypatch.setattr(trainer, "train_step", own)
     for run, expected in zip(train_many(recipes(), outs(tmp_path)), alone):
         same(held(run), expected)
 
@@ -157,6 +158,51 @@ def test_recipes_that_cannot_share_a_stream_are_named(small_recipe, tmp_path, ch
     with pytest.raises(InputError, match=message):
         train_many([small_recipe(), small_recipe(changes)], [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
+
+
+CHANGES = {
+    "acts.context": 12,
+    "acts.normalize": "none",
+    "batch": 32,
+    "curve.held_out": 8,
+    "curve.octaves": 2,
+    "mesh.capacity": 2.0,
+    "mesh.timeout": 60.0,
+    "optim.lr": 0.1,
+    "order": 0,
+    "run.ahead": "on",
+    "run.device": "auto",
+    "run.kernels": "auto",
+    "sae.activation": {"kind": "relu"},
+    "sae.k": 2,
+    "seed": 1,
+    "threads": 2,
+    "tokens": 640,
+}
+
+
+@given(
+    strategies.sets(strategies.sampled_from(sorted(CHANGES))),
+    strategies.sets(strategies.sampled_from(sorted(CHANGES))),
+)
+def test_recipes_are_accepted_together_exactly_if_their_stream_keys_are_equal(one, other):
+    def make(names):
+        table = {"run": {"device": "cpu"}, "batch": 64, "threads": 1, "mesh": {}, "curve": {}}
+        for name in names:
+            section, _, key = name.rpartition(".")
+            (table.setdefault(section, {}) if section else table)[key] = CHANGES[name]
+        return from_dict(table)
+
+    first, second = make(one), make(other)
+    try:
+        accepted = shared_stream([first, second]) is first
+    except InputError:
+        accepted = False
+    assert accepted == (stream_key(first) == stream_key(second))
+    shared = {"acts.context", "acts.normalize", "batch", "curve.held_out", "threads", "run.device"}
+    shared |= {"mesh.capacity", "mesh.timeout"}
+    same_order = first.data_seed == second.data_seed
+    assert accepted == (one & shared == other & shared and same_order)
 
 
 def test_no_recipe_is_refused():

@@ -22,7 +22,7 @@ from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.steps.explicit import ExplicitStep
 from ksparse.training.steps.select import choose_step
 from ksparse.training.steps.triton import TritonStep
-from ksparse.training.trainer import train_step
+from ksparse.training.trainer import DeadLatents, train_step
 
 COMPILED = triton_ops.available()
 RUNS = COMPILED or triton_ops.usable(torch.device("cpu"))
@@ -288,6 +288,7 @@ def test_a_step_with_dead_latents_waits_for_nothing_but_the_norm(norm, k_aux):
         sae__dead_after=2 * B,
     )
     state = TrainState(since=torch.zeros(300, dtype=torch.long, device=DEVICE), baseline=0.03)
+    dead = DeadLatents(2 * B)
     for x in batches(6):
         state.step += 1
         if state.step == 4:
@@ -298,11 +299,11 @@ def test_a_step_with_dead_latents_waits_for_nothing_but_the_norm(norm, k_aux):
             "error" if state.step > 4 else "default"
         )  # to wait for an event is allowed
         try:
-            part, norm_found = train_step(ours, x, state, ours.recipe)
+            part, norm_found = train_step(ours, x, state, ours.recipe, dead)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert norm_found > 0
-    assert part.auxk > 0 and len(state.dead()) > 20
+    assert part.auxk > 0 and len(dead.indices(state.since)) > 20
 
 
 def everything(optimizer: TritonStep) -> dict[str, torch.Tensor]:

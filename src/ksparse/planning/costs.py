@@ -1,85 +1,90 @@
-"""What a training step asks of each device of a mesh, from sizes alone: memory, communication,
-time. Arithmetic, no torch.
+"""Memory, communication and time of a training step on each device of a mesh, from sizes alone.
+Arithmetic; needs no torch.
 
-    Case(recipe, subject, card)          what is asked about
-    memory(case, mesh)                   bytes of a rank, by part
-    communication(case, mesh)            what a rank gives to each collective, in bytes
-    seconds(case, mesh)                  of a step, by part
+    PlanInput(recipe, subject, card)     a recipe for an LM on one type of device
+    memory(case, mesh)                   bytes of one rank's device, by part
+    communication(case, mesh)            bytes that a rank passes to each collective
+    seconds(case, mesh)                  seconds of a step, by part
     estimate(case, mesh)                 all three, whether it fits, and tokens/s
-    best(case, devices)                  the mesh to take
+    best(case, devices)                  the mesh to use
     largest(case, devices)               how many latents fit
+    disk_bytes(recipe, parameters)       checkpoints on disk
+    sae_memory(case), add_memory(…)      memory of several SAEs that share a stream
 
-n latents, d = d_model, k, a batch of b tokens on D x L ranks: each has n / L latents and b / D
-tokens. The formulas are in docs/scaling-out.md, line by line; memory is added up as if all parts
-were there at once, and time as if nothing overlapped.
+With n latents, d = d_model, k, and a batch of b tokens on D x L ranks, each rank has n / L latents
+and b / D tokens. docs/scaling-out.md explains the formulas line by line. Memory is the sum of all
+parts, as if they existed at the same time; time is the sum of all parts, as if nothing overlapped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ksparse.config import WITH_AUXK, Config, MeshConfig, Recipe, auxk_tokens, k_aux
 from ksparse.errors import InputError
+from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, values_per_shard
 from ksparse.planning import flops, hardware
 from ksparse.planning.hardware import Device
+from ksparse.planning.steps import StepKind, prefilters
 
-PIECE = 2**27  # numbers of the product in memory at once
 DENSE = 5
-"""Matrices of a batch's products, at most, that another activation than TopK has in memory at once:
-products, which count, values, their gradients."""
-SAMPLE = 32_768  # activations that the run starts from
-GATHERED = 2_048  # tokens whose gathered rows a GPU has in memory at once
-# widths of d_model that an LM has in memory for a token, the hidden layer of its MLP among them
+"""Dense [b, n] matrices that an activation other than TopK holds at once, at most: pre-activations,
+masks, values and their gradients."""
+GATHERED = 2_048
+"""Tokens whose gathered decoder rows a GPU holds at once."""
 CONTEXTS = 12
+"""Widths of d_model that an LM holds for each token, the hidden layer of its MLP included."""
 LIBRARIES = 0.57e9
-"""Python, torch, transformers, a tokenizer and the text at hand: measured on Linux with torch for
-CPUs, docs/lab-book.md."""
+"""Bytes of Python, torch, transformers, a tokenizer and the current text: measured on Linux with
+torch for CPUs, docs/lab-book.md."""
 CONTEXT = 1.5e9
-"""A CUDA context, the workspaces of cuBLAS and the buffers of NCCL. An assumption."""
+"""Bytes of a CUDA context, cuBLAS workspaces and NCCL buffers. An assumption."""
 TOPK_PASSES = 6
 """Times that torch.topk reads a float32 matrix on a GPU: radix selection, 8 bits at a time, and the
-gathering. Published, not measured here."""
+gathering. From publications, not measured here."""
+COMPARED_BYTES = 16
+"""Bytes per value while the values of all shards are compared: the value, masks, and ranks among
+ties."""
 
-COMPARED, COMPARED_BYTES = 2**26, 16
-"""Values of all slices that are compared at a time, and the bytes of each meanwhile: itself, masks,
-and ranks among equals."""
-
-StepKind = Literal["native", "torch", "triton", "autograd"]
 Operation = Literal["all_reduce", "all_gather", "broadcast"]
 Axis = Literal["data", "latent", "all"]
-"""Which of the training steps is taken: compiled, written out in torch, by Triton, or by
-autograd."""
 
 
 @dataclass(frozen=True)
 class LMSpec:
-    """What the plan needs to know of the LM."""
+    """The sizes of an LM that planning needs."""
 
     d_model: int
     parameters: int
     before_site: int
+    """Parameters of the matrices up to the site."""
     body: int = 0
-    """Parameters that are not of embeddings or the head."""
+    """Parameters without the embeddings and the head."""
 
 
 @dataclass(frozen=True)
 class UnseenLM(Config):
-    """A subject that is not at hand, by its sizes; without a d_model it is the recipe's."""
+    """The sizes of an LM that is not on this machine; without a d_model the recipe's LM is read."""
 
     SECTION = "subject."
 
     d_model: int = 0
     """Width of its activations."""
     parameters: int = 0
-    """Its parameters, all of them: each rank has the LM whole."""
+    """All of its parameters: each rank holds the whole LM."""
     before_site: int = 0
-    """Those of matrices up to the site; 0: all."""
+    """Parameters of the matrices up to the site; 0: all."""
 
     def subject(self) -> LMSpec | None:
-        """Return it, or None where none is described."""
+        """Return the sizes, or None if none were given.
+
+        Raises:
+            InputError: for a negative size, and for sizes without a d_model.
+        """
         for name in ("d_model", "parameters", "before_site"):
             if getattr(self, name) < 0 or (not self.d_model and getattr(self, name)):
                 raise InputError(
@@ -95,35 +100,35 @@ class UnseenLM(Config):
 
 @dataclass(frozen=True)
 class PlanInput:
-    """A recipe for an LM on devices of one kind."""
+    """A recipe for an LM on devices of one type."""
 
     recipe: Recipe
     subject: LMSpec
     card: Device
     step: StepKind = "torch"
     ahead: bool = False
-    """Whether activations are computed ahead, in a second block."""
+    """Whether activations are prefetched, into a second shuffle buffer."""
     dead: float = 0.1
-    """Share of the latents that are dead: AuxK costs only then, and in proportion."""
+    """Share of the latents that are dead; AuxK's cost is proportional to it."""
 
     @property
     def live(self) -> bool:
-        """Whether the LM runs, rather than shards being read."""
+        """Whether the LM runs during training; False where shards are read."""
         return not self.recipe.acts.shards
 
     @property
     def parameters(self) -> int:
+        """Parameters of the SAE: W_enc, W_dec, b_enc and b_pre."""
         n, d = self.recipe.sae.n_latents, self.subject.d_model
         return 2 * n * d + n + d
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What one rank gives to the collectives of one name in a step, in bytes of its own tensors,
-    among `ranks` ranks of an axis.
+    """The calls of one collective in a step, as one rank makes them.
 
-    Names are those by which `distributed.Mesh` counts. A broadcast is each rank's own, one after
-    the other.
+    `name` is the name by which `distributed.Mesh` counts. `bytes` is the size of the rank's own
+    tensors, over all `calls`. Of a broadcast, each of the `ranks` sends its own, in turn.
     """
 
     name: str
@@ -135,7 +140,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends (and gets) in a ring."""
+        """Bytes that a rank sends, and receives, in a ring."""
         return self.bytes * (
             2 * (self.ranks - 1) / self.ranks if self.kind == "all_reduce" else self.ranks - 1
         )
@@ -143,7 +148,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs on a mesh."""
+    """The costs of a step on a mesh; `memory` and `communication` are those of one rank."""
 
     devices: int
     data: int
@@ -157,61 +162,57 @@ class StepCost:
 
     @property
     def bytes(self) -> float:
+        """Bytes of one rank's device."""
         return sum(self.memory.values())
 
 
 class RankShape:
-    """What the first rank of a mesh has: tokens, latents, how many values it offers for a token,
-    and AuxK's share of them. It has the most."""
+    """The sizes of the first rank of a mesh, which has the largest part of everything.
+
+    Attributes:
+        rows: tokens of a batch.
+        n: latents.
+        weights: parameters of its shard of the SAE.
+        ks: k of each code that is computed: the SAE's, and Multi-TopK's.
+        offers: values of a token that the rank contributes to the global top k, for each of `ks`.
+        dead: dead latents.
+        auxk_rows: tokens that AuxK is computed on.
+    """
 
     def __init__(self, case: PlanInput, mesh: MeshConfig):
         recipe = case.recipe
         sae = recipe.sae
         self.mesh, self.ranks, self.d = mesh, mesh.data * mesh.latent, case.subject.d_model
-        self.rows, self.n = (
-            math.ceil(recipe.batch / mesh.data),
-            math.ceil(sae.n_latents / mesh.latent),
-        )
+        self.rows = math.ceil(recipe.batch / mesh.data)
+        self.n = math.ceil(sae.n_latents / mesh.latent)
         self.weights = 2 * self.n * self.d + self.n + self.d
-        self.step = (
-            "torch" if self.ranks > 1 and case.step != "autograd" else case.step
-        )  # what several processes can take
+        # Several processes take the step in plain torch, as `choose_step` has it.
+        self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
-        self.offers = [self.offer(k, recipe.mesh.capacity) for k in self.ks]
-        on = sae.auxk_coef and sae.activation.kind in WITH_AUXK
-        self.auxk = bool(on)
-        self.dead = round(case.dead * self.n) if on else 0
-        self.auxk_rows = (
-            min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0
-        )  # the first tokens of the batch: the first ranks'
+        self.offers = [self._values_per_shard(k, recipe.mesh.capacity) for k in self.ks]
+        self.auxk = bool(sae.auxk_coef and sae.activation.kind in WITH_AUXK)
+        self.dead = round(case.dead * self.n) if self.auxk else 0
+        # AuxK's tokens are the batch's first, which the first ranks have.
+        self.auxk_rows = min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0
         self.k_aux = k_aux(sae, self.d)
 
-    def offer(self, k: int, capacity: float = 0.0) -> int:
-        """Return how many values of a token a slice offers: k, or as many as it has, or as the
-        capacity allows."""
-        return (
-            min(k, self.n, math.ceil(capacity * k / self.mesh.latent) or k)
-            if self.mesh.latent > 1
-            else k
-        )
+    def _values_per_shard(self, k: int, capacity: float) -> int:
+        if self.mesh.latent == 1:
+            return k
+        return values_per_shard(k, self.n, self.mesh.latent, capacity)
 
     @property
     def exchanged(self) -> list[tuple[int, int]]:
-        """Tokens, and values of each that slices compare, of each choice; none where all that is
-        offered is kept."""
+        """(tokens, values of each token) that shards exchange for each code; codes that keep all
+        contributed values exchange none."""
         latent = self.mesh.latent
-        choices = [
-            (self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k
-        ]
+        codes = [(self.rows, offer) for k, offer in zip(self.ks, self.offers) if offer * latent > k]
         offer = min(self.k_aux, self.dead)
         compared = (
             self.k_aux < self.dead * latent if self.step == "torch" else offer * latent > self.k_aux
         )
-        return choices + (
-            [(self.auxk_rows, offer)]
-            if self.auxk_rows and compared and offer * latent > self.k_aux
-            else []
-        )
+        auxk = self.auxk_rows and compared and offer * latent > self.k_aux
+        return codes + ([(self.auxk_rows, offer)] if auxk else [])
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -236,41 +237,47 @@ SMALLER = {
     "LM at work": "--acts.lm-batch",
     "libraries": "",
 }
-"""What makes each part of the memory smaller; nothing does of some."""
+"""The option that reduces each part of the memory, if there is one."""
+
+STREAM = (
+    "activations block",
+    "first activations",
+    "held-out activations",
+    "LM",
+    "LM at work",
+    "libraries",
+)
+"""The parts that exist once, however many SAEs share the stream."""
 
 
 def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     """Return the bytes of one rank's device, by part."""
     recipe, rank = case.recipe, RankShape(case, mesh)
-    own, d, acts, host = rank.weights, rank.d, case.recipe.acts, case.card.host
+    weights, d, acts, host = rank.weights, rank.d, case.recipe.acts, case.card.host
+    most_exchanged = max((rows * offer for rows, offer in rank.exchanged), default=0)
     parts = {
-        "weights": 4 * own,
-        "moments": 8 * own,
-        "average": 4 * own if recipe.ema else 0,
-        "low-precision copies": _copies(case, rank),
-        "gradients": 4 * own if rank.step != "native" else 0,
-        "copy for a checkpoint": _copy(case, rank) if host else 0,
-        "pre-activations": _product(case, rank),
+        "weights": 4 * weights,
+        "moments": 8 * weights,
+        "average": 4 * weights if recipe.ema else 0,
+        "low-precision copies": _low_precision_copies(case, rank),
+        "gradients": 4 * weights if rank.step != "native" else 0,
+        "copy for a checkpoint": _checkpoint_copies(case, rank) if host else 0,
+        "pre-activations": _pre_acts(case, rank),
         "codes": 12 * rank.rows * sum(rank.offers),
-        "values of all slices": COMPARED_BYTES
-        * min(
-            COMPARED, mesh.latent * max((rows * offer for rows, offer in rank.exchanged), default=0)
-        )
+        "values of all slices": COMPARED_BYTES * min(COMPARED, mesh.latent * most_exchanged)
         if mesh.latent > 1
         else 0,
-        "batch": (24 if _halves(case, rank) else 20) * rank.rows * d,
+        "batch": (24 if _reads_bfloat16(case, rank) else 20) * rank.rows * d,
         "gathered rows": 4 * min(rank.rows, GATHERED) * max(rank.offers) * d
         if rank.step == "torch" and not host
         else 0,
-        "AuxK": 4
-        * (
-            4 * rank.dead * d + 2 * rank.auxk_rows * rank.dead
-        ),  # their rows of both matrices and of both gradients, and two products
-        "activations block": _block(case, rank),
+        # dead rows of both matrices and of both gradients, and two products
+        "AuxK": 4 * (4 * rank.dead * d + 2 * rank.auxk_rows * rank.dead),
+        "activations block": _shuffle_buffer(case, rank),
         "first activations": 4 * SAMPLE * d,
         "held-out activations": 4 * recipe.curve.held_out * d,
-        "LM": case.subject.parameters * _size(acts.lm_dtype) if case.live else 0,
-        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * _size(acts.lm_dtype)
+        "LM": case.subject.parameters * _bytes_of(acts.lm_dtype) if case.live else 0,
+        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * _bytes_of(acts.lm_dtype)
         if case.live
         else 0,
         "libraries": LIBRARIES if host else CONTEXT,
@@ -279,149 +286,187 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
 
 
 def main_memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
-    """Return the bytes that a rank has in main memory for a while: the whole SAE and its random
-    rows when it starts, and what it saves."""
+    """Return the bytes that a rank needs in main memory for a short time: the whole SAE and its
+    random rows at the start, and the copies of a checkpoint."""
     rank = RankShape(case, mesh)
     return {
         "at the start": 4.0 * (case.parameters + case.recipe.sae.n_latents * rank.d),
-        "at a checkpoint": float(_copy(case, rank)),
+        "at a checkpoint": float(_checkpoint_copies(case, rank)),
     }
 
 
-def _copy(case: PlanInput, rank: RankShape) -> int:
-    """Return the bytes of a checkpoint's copies: the averaged weights, and all else where it is
-    written while training goes on.
+class SAEMemory(NamedTuple):
+    """The memory of one SAE among several that share a stream and take their steps in turn."""
 
-    One process on a CPU writes before it goes on: of other steps than the compiled one the
-    gradients are gone by then.
+    held: float
+    """Bytes held all the time."""
+    working: dict[str, float]
+    """Bytes by part that are needed only during its own step."""
+
+
+def sae_memory(case: PlanInput) -> SAEMemory:
+    """Return the memory of one process that belongs to the SAE, without the stream's."""
+    held_parts = {"weights", "moments", "average", "low-precision copies"}
+    if case.step in ("torch", "native"):
+        held_parts.add("pre-activations")  # a buffer that is used again
+    if case.step == "torch" and case.card.host:
+        held_parts.add("gradients")
+    parts = {name: size for name, size in memory(case, MeshConfig()).items() if name not in STREAM}
+    return SAEMemory(
+        sum(size for name, size in parts.items() if name in held_parts),
+        {name: size for name, size in parts.items() if name not in held_parts},
+    )
+
+
+def add_memory(saes: Iterable[SAEMemory]) -> float:
+    """Return the bytes of SAEs that share a stream: what they hold, and the most that each part of
+    a step needs."""
+    held, working = 0.0, dict[str, float]()
+    for sae in saes:
+        held += sae.held
+        for name, size in sae.working.items():
+            working[name] = max(size, working.get(name, 0.0))
+    return held + sum(working.values())
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Return the bytes of a checkpoint: the weights to use, raw weights, Adam's moments, and the
+    average if the recipe has one."""
+    return 4 * parameters * (5 if recipe.ema else 4)
+
+
+def disk_bytes(recipe: Recipe, parameters: int, existing: int = 0) -> int:
+    """Return the bytes of disk that a run still needs for the checkpoints that it keeps and the one
+    being written.
+
+    Args:
+        recipe: the recipe; `run.keep` says how many are kept.
+        parameters: parameters of the SAE.
+        existing: checkpoints that are on disk already.
+    """
+    keep = recipe.run.keep
+    return checkpoint_bytes(recipe, parameters) * (keep + 1 - min(keep, existing))
+
+
+def _checkpoint_copies(case: PlanInput, rank: RankShape) -> int:
+    """Return the bytes of the copies that a checkpoint is written from: the averaged weights, and
+    everything else where training goes on meanwhile.
+
+    One process on a CPU waits for the write; any step but the native one has freed its gradients
+    by then, which are as large.
     """
     if rank.ranks > 1 or not case.card.host:
-        return 4 * rank.weights * (5 if case.recipe.ema else 4)
+        return checkpoint_bytes(case.recipe, rank.weights)
     return 4 * rank.weights if rank.step == "native" else 0
 
 
-def _size(dtype: str) -> int:
+def _bytes_of(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _halves(case: PlanInput, rank: RankShape) -> bool:
-    """Return whether the sparse parts read copies in bfloat16."""
+def _reads_bfloat16(case: PlanInput, rank: RankShape) -> bool:
+    """Return whether the sparse parts of the step read bfloat16 copies."""
     return case.recipe.optim.precision == "bfloat16" and rank.step == "triton"
 
 
-def _copies(case: PlanInput, rank: RankShape) -> float:
-    """Return the bytes of what the screen and the sparse parts read the weights from."""
-    one, optim, half = rank.n * rank.d, case.recipe.optim, _halves(case, rank)
-    screened = rank.step in ("triton", "native") and optim.approx_topk != "off"
-    return (4 * one if half else 0) + (
-        0
-        if not screened or (half and optim.approx_topk == "bfloat16")
-        else 2 * one
-        if optim.approx_topk == "bfloat16"
-        else one
-    )
+def _low_precision_copies(case: PlanInput, rank: RankShape) -> float:
+    """Return the bytes of the copies of the weights that preselection and the sparse parts read."""
+    matrix, bfloat16 = rank.n * rank.d, _reads_bfloat16(case, rank)
+    sparse = 4 * matrix if bfloat16 else 0  # both matrices
+    if rank.step not in ("triton", "native") or not prefilters(case.recipe):
+        return sparse
+    if case.recipe.optim.approx_topk == "bfloat16":
+        return sparse or 2 * matrix
+    return sparse + matrix
 
 
-def _product(case: PlanInput, rank: RankShape) -> int:
-    if rank.step == "triton":  # the 3 best of each 64 latents: value and place
+def _pre_acts(case: PlanInput, rank: RankShape) -> int:
+    if rank.step == "triton":  # the 3 largest of each 64 latents: value and index
         return 5 * 3 * rank.rows * math.ceil(rank.n / 64)
-    return (
-        4
-        * min(PIECE, rank.rows * rank.n)
-        * (1 if case.recipe.sae.activation.kind == "topk" else DENSE)
-    )
+    matrices = 1 if case.recipe.sae.activation.kind == "topk" else DENSE
+    return 4 * min(PRE_ACTS, rank.rows * rank.n) * matrices
 
 
-def _block(case: PlanInput, rank: RankShape) -> int:
-    """Return the bytes of the activations that are mixed, which every rank has whole, and of those
-    that one process computes ahead."""
+def _shuffle_buffer(case: PlanInput, rank: RankShape) -> int:
+    """Return the bytes of the shuffle buffer, which every rank holds whole, and of a second one
+    where one process prefetches."""
     recipe = case.recipe
     if not case.live:
         return 0
-    return (
-        _steps_of_block(recipe)
-        * recipe.batch
-        * (_size(recipe.acts.store) * rank.d + 16)
-        * (2 if case.ahead and rank.ranks == 1 else 1)
-    )
-
-
-def _steps_of_block(recipe: Recipe) -> int:
-    return max(1, recipe.acts.mix // recipe.batch)
+    batches = max(1, recipe.acts.mix // recipe.batch)
+    buffers = 2 if case.ahead and rank.ranks == 1 else 1
+    return batches * recipe.batch * (_bytes_of(recipe.acts.store) * rank.d + 16) * buffers
 
 
 # ---- communication -------------------------------------------------------------------------------
 
 
 def communication(case: PlanInput, mesh: MeshConfig) -> list[Collective]:
-    """Return what the first rank gives to each collective in a step that logs nothing and saves
-    nothing."""
+    """Return the collectives of the first rank in a step that neither logs nor saves."""
     recipe, rank = case.recipe, RankShape(case, mesh)
-    n, d, explicit = rank.n, rank.d, rank.step == "torch"
-    parts = 1 if explicit else math.ceil(rank.rows / max(1, PIECE // n))
-    codes = (
-        len(rank.ks) + (1 if rank.auxk_rows else 0)
-    ) * parts  # those that autograd takes a gradient of
-    found = [
-        _sent("all_gather", "latent", "counts", 8 if rank.auxk else 0),
-        _sent(
-            "all_gather",
-            "latent",
-            "values",
-            *(
-                4 * offer * some
-                for rows, offer in rank.exchanged
-                for some in _pieces(rows, offer * mesh.latent)
-            ),
-        ),
-        _sent(
-            "all_reduce",
-            "latent",
-            "recon",
-            *(4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows)),
-        ),
-        _sent("all_reduce", "data", "loss", *([8] * (2 if rank.dead else 1) if explicit else [12])),
-        _sent(
-            "all_reduce",
-            "data",
-            "spread",
-            *([4 * d, 4] if explicit and rank.dead and recipe.sae.auxk_norm == "batch" else []),
-        ),
-        _sent("all_reduce", "all", "finite", 8 if explicit else 0),
-        _sent("all_reduce", "data", "W_enc", 4 * n * d),
-        _sent("all_reduce", "data", "W_dec", 4 * n * d),
-        _sent("all_reduce", "data", "b_enc", 4 * n if explicit or recipe.sae.b_enc else 0),
-        _sent("all_reduce", "data", "b_pre", 4 * d),
-        _sent("all_reduce", "latent", "b_pre_encoder", *([4 * d] * (1 if explicit else codes))),
-        _sent("all_reduce", "latent", "norm", 8),
-        _sent("all_reduce", "data", "fired", n),
-        _sent("all_reduce", "all", "stop", 16),
-        _sent(
-            "broadcast",
-            "all",
-            "block",
-            recipe.batch * d * _size(recipe.acts.store) // rank.ranks if case.live else 0,
-        ),
-    ]
     ranks = {"data": mesh.data, "latent": mesh.latent, "all": rank.ranks}
+    block = recipe.batch * rank.d * _bytes_of(recipe.acts.store) // rank.ranks if case.live else 0
+    calls = [
+        *_forward_calls(case, rank),
+        *_gradient_calls(case, rank),
+        _call("all_reduce", "data", "fired", rank.n),
+        _call("all_reduce", "all", "stop", 16),
+        _call("broadcast", "all", "block", block),
+    ]
     return [
-        dataclasses.replace(each, ranks=ranks[each.axis])
-        for each in found
-        if each.bytes and ranks[each.axis] > 1
+        dataclasses.replace(call, ranks=ranks[call.axis])
+        for call in calls
+        if call.bytes and ranks[call.axis] > 1
     ]
 
 
-def _pieces(rows: int, numbers: int) -> list[int]:
-    """Return the tokens of each of the parts in which so many are compared, `numbers` values a
-    token."""
-    most = max(1, COMPARED // max(1, numbers))
-    return [min(most, rows - at) for at in range(0, rows, most)]
+def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
+    """Return the collectives of the codes, the reconstructions and the losses."""
+    d, explicit, latent = rank.d, rank.step == "torch", rank.mesh.latent
+    values = [
+        4 * offer * tokens
+        for rows, offer in rank.exchanged
+        for tokens in _comparison_chunks(rows, offer * latent)
+    ]
+    recons = [4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows)]
+    losses = [8] * (2 if rank.dead else 1) if explicit else [12]
+    by_batch = explicit and rank.dead and case.recipe.sae.auxk_norm == "batch"
+    return [
+        _call("all_gather", "latent", "counts", 8 if rank.auxk else 0),
+        _call("all_gather", "latent", "values", *values),
+        _call("all_reduce", "latent", "recon", *recons),
+        _call("all_reduce", "data", "loss", *losses),
+        _call("all_reduce", "data", "spread", *([4 * d, 4] if by_batch else [])),
+        _call("all_reduce", "all", "finite", 8 if explicit else 0),
+    ]
 
 
-def _sent(kind: Operation, axis: Axis, name: str, *sizes: int) -> Collective:
-    """Return the collective that is called once for each size above 0; how many ranks there are is
-    filled in by the axis."""
-    return Collective(name, kind, axis, 0, sum(sizes), sum(size > 0 for size in sizes))
+def _gradient_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
+    """Return the collectives of the gradients and their norm."""
+    n, d, explicit = rank.n, rank.d, rank.step == "torch"
+    # Autograd sums b_pre's gradient for each code of each part of the batch.
+    parts = 1 if explicit else math.ceil(rank.rows / max(1, PRE_ACTS // n))
+    codes = 1 if explicit else (len(rank.ks) + (1 if rank.auxk_rows else 0)) * parts
+    return [
+        _call("all_reduce", "data", "W_enc", 4 * n * d),
+        _call("all_reduce", "data", "W_dec", 4 * n * d),
+        _call("all_reduce", "data", "b_enc", 4 * n if explicit or case.recipe.sae.b_enc else 0),
+        _call("all_reduce", "data", "b_pre", 4 * d),
+        _call("all_reduce", "latent", "b_pre_encoder", *[4 * d] * codes),
+        _call("all_reduce", "latent", "norm", 8),
+    ]
+
+
+def _comparison_chunks(rows: int, values: int) -> list[int]:
+    """Return the tokens of each chunk in which shards compare `values` values a token."""
+    most = max(1, COMPARED // max(1, values))
+    return [min(most, rows - start) for start in range(0, rows, most)]
+
+
+def _call(operation: Operation, axis: Axis, name: str, *sizes: int) -> Collective:
+    """Return a collective that is called once for each size above 0; the axis gives `ranks`
+    later."""
+    return Collective(name, operation, axis, 0, sum(sizes), sum(size > 0 for size in sizes))
 
 
 # ---- time ----------------------------------------------------------------------------------------
@@ -431,51 +476,50 @@ EXCHANGE = {
     "data": "exchange over data",
     "all": "exchange of activations",
 }
+"""The part of the time that the collectives of each axis are counted in."""
 
 
 def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     """Return the seconds of a step of the first rank, by part, one after the other."""
     recipe, card, rank = case.recipe, case.card, RankShape(case, mesh)
-    d, sparse = rank.d, sum(rank.offers)
-    product = hardware.PRODUCT * (card.bfloat16 if _screened(case, rank) else card.float32)
-    pass_over, gather = hardware.MEMORY * card.bandwidth, hardware.GATHER * card.bandwidth
+    d = rank.d
+    bfloat16_product = _product_is_bfloat16(case, rank)
+    product = hardware.PRODUCT * (card.bfloat16 if bfloat16_product else card.float32)
+    stream, gather = hardware.MEMORY * card.bandwidth, hardware.GATHER * card.bandwidth
     lm = hardware.LM * (card.float32 if recipe.acts.lm_dtype == "float32" else card.bfloat16)
-    forwards = (
+    lm_tokens = (
         recipe.batch * recipe.acts.context / (recipe.acts.context - 1) / rank.ranks
         if case.live
         else 0
     )
+    reads = 4 if card.host or rank.step == "triton" else 6  # of a row, by the sparse parts
     parts = {
         "encoder product": 2 * rank.rows * rank.n * d / product,
-        "selection": _selection(case, rank) / pass_over,
-        "sparse parts": 4
-        * rank.rows
-        * sparse
-        * d
-        * (4 if card.host or rank.step == "triton" else 6)
-        / gather,
+        "selection": _selection_bytes(case, rank) / stream,
+        "sparse parts": 4 * rank.rows * sum(rank.offers) * d * reads / gather,
         "AuxK": 5 * 2 * rank.auxk_rows * rank.dead * d / (hardware.PRODUCT * card.float32),
-        "Adam, norms, average": 2 * rank.n * d * _row_bytes(case, rank) / pass_over,
-        "LM": flops.lm(case.subject.before_site) * forwards / lm,
-        **{name: _travel(case, mesh, axis) for axis, name in EXCHANGE.items()},
+        "Adam, norms, average": 2 * rank.n * d * _update_bytes(case, rank) / stream,
+        "LM": flops.lm(case.subject.before_site) * lm_tokens / lm,
+        **{name: _exchange_seconds(case, mesh, axis) for axis, name in EXCHANGE.items()},
     }
     return {name: value for name, value in parts.items() if value}
 
 
-def _screened(case: PlanInput, rank: RankShape) -> bool:
-    """Whether the encoder product is in low precision: bfloat16, or int8, which a GPU's selection
-    holds to about its speed."""
-    screen = case.recipe.optim.approx_topk
-    return (rank.step == "triton" and screen != "off") or (
-        rank.step == "native" and screen == "bfloat16"
+def _product_is_bfloat16(case: PlanInput, rank: RankShape) -> bool:
+    """Return whether the encoder product runs at the speed of bfloat16. int8 does on a GPU, where
+    selection limits it to about that speed."""
+    if not prefilters(case.recipe):
+        return False
+    return rank.step == "triton" or (
+        rank.step == "native" and case.recipe.optim.approx_topk == "bfloat16"
     )
 
 
-def _selection(case: PlanInput, rank: RankShape) -> float:
-    """Return the bytes that choosing reads and writes: the product once and its bias, then its k
-    largest; the same of what all slices offer."""
+def _selection_bytes(case: PlanInput, rank: RankShape) -> float:
+    """Return the bytes that selection reads and writes: the product with its bias, then its k
+    largest values; the same for the values of all shards."""
     if rank.step == "triton":
-        return 2 * _product(case, rank)
+        return 2 * _pre_acts(case, rank)
     passes = 2 if case.card.host else 3 + TOPK_PASSES
     compared = (
         rank.mesh.latent * sum(rows * offer for rows, offer in rank.exchanged)
@@ -485,110 +529,112 @@ def _selection(case: PlanInput, rank: RankShape) -> float:
     return 4 * passes * (rank.rows * rank.n + compared)
 
 
-def _row_bytes(case: PlanInput, rank: RankShape) -> int:
-    """Return the bytes that a step reads and writes for each number of the weights."""
+def _update_bytes(case: PlanInput, rank: RankShape) -> int:
+    """Return the bytes that an update reads and writes for each number of the weight matrices."""
     average = 8 if case.recipe.ema else 0
+    weight_and_moments = 24 + average  # read and written
     if rank.step == "native":
-        return 24 + average  # weight and moments, read and written
+        return weight_and_moments
     if rank.step == "triton":
-        return 24 + average + 12  # and the gradient: written, read for its norm, read
-    return (
-        24 + average + 4 + 36
-        # the average reads the weight; the gradient: written, its parallel part, norm, Adam; half
-        # of the weights renormalised
-    )
+        return weight_and_moments + 12  # the gradient: written, read for its norm, read
+    # The average reads the weight; the gradient: written, its parallel part, norm, Adam; half of
+    # the weights renormalized.
+    return weight_and_moments + 4 + 36
 
 
-def _travel(case: PlanInput, mesh: MeshConfig, axis: str) -> float:
+def _exchange_seconds(case: PlanInput, mesh: MeshConfig, axis: str) -> float:
     """Return the seconds that an axis's collectives take, as rings."""
-    rate = hardware.LINK * _rate(case.card, mesh, axis)
+    rate = hardware.LINK * _link_rate(case.card, mesh, axis)
     return sum(
-        each.sent / rate + each.calls * hardware.LATENCY
-        for each in communication(case, mesh)
-        if each.axis == axis
+        call.sent / rate + call.calls * hardware.LATENCY
+        for call in communication(case, mesh)
+        if call.axis == axis
     )
 
 
-def _rate(card: Device, mesh: MeshConfig, axis: str) -> float:
-    """Return the bytes per second at which a rank of an axis's group sends: rings between nodes
-    share the ports of all its ranks in a node.
+def _link_rate(card: Device, mesh: MeshConfig, axis: str) -> float:
+    """Return the bytes per second at which a rank sends along an axis: rings between nodes share
+    the ports of all their ranks in a node.
 
     Ranks of a latent group are neighbours; those of a data group are `mesh.latent` apart.
     """
-    ranks, together = {
+    ranks, in_node = {
         "latent": (mesh.latent, card.per_node),
         "data": (mesh.data, max(1, card.per_node // mesh.latent)),
         "all": (mesh.data * mesh.latent, card.per_node),
     }[axis]
-    return card.link if ranks <= together else min(card.link, together * card.network)
+    return card.link if ranks <= in_node else min(card.link, in_node * card.network)
 
 
-# ---- both, and what to take ----------------------------------------------------------------------
+# ---- estimates, and the mesh to use --------------------------------------------------------------
 
 
 def estimate(case: PlanInput, mesh: MeshConfig) -> StepCost:
-    """Return what a step costs on a mesh."""
-    parts, spent = memory(case, mesh), seconds(case, mesh)
+    """Return the costs of a step on a mesh."""
+    memory_parts, time_parts = memory(case, mesh), seconds(case, mesh)
     return StepCost(
         mesh.data * mesh.latent,
         mesh.data,
         mesh.latent,
-        parts,
+        memory_parts,
         main_memory(case, mesh),
         communication(case, mesh),
-        spent,
-        sum(parts.values()) <= hardware.USABLE * case.card.memory,
-        case.recipe.batch / sum(spent.values()),
+        time_parts,
+        sum(memory_parts.values()) <= hardware.USABLE * case.card.memory,
+        case.recipe.batch / sum(time_parts.values()),
     )
 
 
 def mesh_of(recipe: Recipe) -> MeshConfig:
-    """Return a recipe's mesh; one part of the batch where it leaves their number to how many
-    processes there are."""
+    """Return a recipe's mesh, with `data` 1 where it is left to the number of processes."""
     return dataclasses.replace(recipe.mesh, data=recipe.mesh.data or 1)
 
 
 def best(case: PlanInput, devices: int) -> StepCost:
-    """Return the fastest mesh of so many devices that fits; where none does, the one that needs
-    least. Raise InputError where none divides the sizes."""
+    """Return the costs of the fastest mesh of `devices` devices that fits, or of the smallest one
+    if none fits.
+
+    Raises:
+        InputError: if no mesh of this size divides the batch and the latents.
+    """
     if devices < 1:
         raise InputError(f"devices is {devices}; it must be at least 1")
     sae = case.recipe.sae
-    sizes = [
+    meshes = [
         MeshConfig(devices // latent, latent)
         for latent in range(1, devices + 1)
         if devices % latent == 0
     ]
-    sizes = [
+    meshes = [
         mesh
-        for mesh in sizes
+        for mesh in meshes
         if case.recipe.batch % mesh.data == 0
         and sae.n_latents % mesh.latent == 0
         and sae.k <= sae.n_latents // mesh.latent
     ]
-    if not sizes:
+    if not meshes:
         raise InputError(
             f"no mesh of {devices} devices divides a batch of {case.recipe.batch:,} and "
             f"{case.recipe.sae.n_latents:,} latents; take a number of devices "
             "that divides one of them, such as a power of two"
         )
-    found = [estimate(case, mesh) for mesh in sizes]
-    fitting = [each for each in found if each.fits]
+    estimates = [estimate(case, mesh) for mesh in meshes]
+    fitting = [cost for cost in estimates if cost.fits]
     return (
-        max(fitting, key=lambda each: each.tokens_per_s)
+        max(fitting, key=lambda cost: cost.tokens_per_s)
         if fitting
-        else min(found, key=lambda each: each.bytes)
+        else min(estimates, key=lambda cost: cost.bytes)
     )
 
 
 def largest(case: PlanInput, devices: int) -> int:
-    """Return the most latents, a power of two for each device, with which some mesh of so many
-    devices fits; 0 where none does."""
-    sae, n, found = case.recipe.sae, devices, 0
+    """Return the most latents, a power of two for each device, that fit on some mesh of `devices`
+    devices; 0 if none fit."""
+    sae, n, most = case.recipe.sae, devices, 0
     while True:
         if n >= sae.k * (4 if sae.multi_topk else 1):
             wider = dataclasses.replace(case.recipe, sae=dataclasses.replace(sae, n_latents=n))
             if not best(dataclasses.replace(case, recipe=wider), devices).fits:
-                return found
-            found = n
+                return most
+            most = n
         n *= 2

@@ -1,17 +1,19 @@
-"""What training costs in FLOPs, a multiplication and an addition counted as two: the formula behind
-plans, curves and laws.
+"""FLOPs of training, a multiplication and an addition counted as two: the formula behind plans,
+curves and scaling laws.
 
-| part | FLOPs per activation | |
-|---|---|---|
-| encoder | 2 n d | the product that chooses |
-| decoder | 8 k d | reconstruction, its two gradients, the encoder's gradient: 2kd each; five times that with Multi-TopK, whose code has k and 4k |
-| AuxK | 8 k_aux d | the same four over the dead latents, on steps that have any; fewer where fewer are dead |
-| LM | 2 (parameters of its matrices up to the site) | stated apart: it is paid once for a cohort, or not at all from shards |
+    part      FLOPs per activation   what for
+    encoder   2 n d                  the product that selects
+    decoder   8 k d                  reconstruction, its two gradients, the encoder's gradient:
+                                     2 k d each; five times that with Multi-TopK (k and 4k)
+    AuxK      8 k_aux d              the same four over dead latents, in steps that have any;
+                                     less if fewer than k_aux are dead
+    LM        2 parameters           of its matrices up to the site; reported apart, since SAEs that
+                                     share a stream pay it once, and with shards it is 0
 
-Of another activation than TopK the code is taken to have k values, whatever it has. It counts what
-the method needs, whatever kernel does it: dense libraries spend 12nd, and an optimiser's step is
+Activations other than TopK are counted as if k latents were active. The formula counts what the
+method needs, whichever kernels compute it: dense libraries spend 12 n d. The optimizer's update is
 left out.
-"""  # noqa: E501 (a table)
+"""
 
 from __future__ import annotations
 
@@ -19,37 +21,43 @@ from typing import TYPE_CHECKING
 
 from ksparse.config import Recipe
 
-if TYPE_CHECKING:  # plans need no torch
+if TYPE_CHECKING:  # planning needs no torch
     from torch import nn
 
 
 SPARSER = 5
-"""AuxK's code is treated as a list where it has fewer than one in so many of the dead latents;
-above that, dense products are faster (docs/lab-book.md)."""
+"""AuxK's code is kept sparse if fewer than 1 in SPARSER dead latents are active; otherwise dense
+products are faster (docs/lab-book.md)."""
 
 
 def encoder(recipe: Recipe, d_model: int) -> int:
+    """Return the FLOPs per activation of the encoder's product."""
     return 2 * recipe.sae.n_latents * d_model
 
 
 def decoder(recipe: Recipe, d_model: int) -> int:
+    """Return the FLOPs per activation of the sparse parts: the decoder and all gradients."""
     return 8 * recipe.sae.k * d_model * (5 if recipe.sae.multi_topk else 1)
 
 
 def auxk(latents: int, d_model: int) -> int:
-    """Return the FLOPs per activation of AuxK over so many latents."""
+    """Return the FLOPs per activation of AuxK with `latents` active latents."""
     return 8 * latents * d_model
 
 
 def lm(parameters: int) -> int:
-    """Return the FLOPs per activation of an LM with so many parameters in matrices up to the
-    site."""
+    """Return the FLOPs per activation of an LM with `parameters` in its matrices up to the site."""
     return 2 * parameters
 
 
 def before_site(model: nn.Module, site: nn.Module, at: str) -> int:
-    """Count the matrices' parameters that are used up to the site; modules are listed in the order
-    of their use."""
+    """Count the parameters of the matrices that the LM uses up to a site.
+
+    Args:
+        model: the LM, whose modules are listed in the order of their use.
+        site: the module that the site belongs to.
+        at: "out" for the module's output, which its own matrices compute; else its input.
+    """
     from torch.nn import Embedding
 
     inside = {id(module) for module in site.modules()} if at == "out" else set()

@@ -1,10 +1,10 @@
-"""What a device can do, as planning needs it: makers' figures, and the shares of them that programs
+"""The devices that can be planned for: the makers' figures, and the shares of them that programs
 reach.
 
-The figures are peaks, dense, of one device: A100 SXM 80 GB, H100 SXM and H200 SXM from NVIDIA's
-data sheets; NVLink each way; a network of one 200 Gb/s (A100) or 400 Gb/s InfiniBand port a GPU, as
-in NVIDIA's own eight-GPU machines. The laptop is a guess at an ordinary one: two to four cores that
-are busy with this.
+All figures are dense peaks of one device. A100 SXM 80 GB, H100 SXM and H200 SXM are from NVIDIA's
+data sheets, with NVLink each way and one InfiniBand port per GPU (200 Gb/s for the A100, 400 Gb/s
+for the others), as in NVIDIA's own eight-GPU machines. The laptop is a guess at an ordinary one
+with two to four cores.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from ksparse.errors import InputError
 
 @dataclass(frozen=True)
 class Device:
-    """One device and its ways to others: bytes, FLOP/s and bytes per second."""
+    """One device and its links to others, in bytes, FLOP/s and bytes per second."""
 
     name: str
     memory: float
     float32: float
-    """FLOP/s of products in full float32: torch's default, without TF32."""
+    """FLOP/s of products in full float32, without TF32, as is torch's default."""
     bfloat16: float
     bandwidth: float
-    """Of its memory, reading and writing together."""
+    """Bandwidth of its memory, reading and writing together."""
     link: float
-    """To the others of its node, each way."""
+    """Bandwidth to other devices of its node, each way."""
     network: float
-    """To other nodes, each way."""
+    """Bandwidth to other nodes, each way."""
     per_node: int
     host: bool = False
-    """Whether the device's memory is the machine's, so that Python and its libraries are in it
-    too."""
+    """Whether the device's memory is the machine's, which Python and its libraries share."""
 
 
 DEVICES = {
@@ -48,19 +47,20 @@ PRODUCT = 0.8
 """Share of the peak that large products reach: 790 of 989 TFLOP/s in bfloat16 were measured on an
 H200."""
 MEMORY = 0.9
-"""Share of the bandwidth that a plain pass over memory reaches: 4.3 of 4.8 TB/s on the same."""
+"""Share of the bandwidth that a plain pass over memory reaches: 4.3 of 4.8 TB/s were measured
+on the same H200."""
 GATHER = 0.7
-"""The same of reading rows of a few kB in any order. An assumption."""
+"""Share of the bandwidth that reading rows of a few kB in random order reaches. An assumption."""
 LINK = 0.85
 """Share of a link that a large collective reaches. An assumption."""
 LM = 0.4
-"""Share of the peak that a forward pass of an LM reaches. An assumption."""
+"""Share of the peak that the forward pass of an LM reaches. An assumption."""
 USABLE = 0.92
-"""Share of a device's memory that may be planned with; the rest is lost between blocks."""
+"""Share of a device's memory that a plan may fill; the rest is lost to fragmentation."""
 LATENCY = 30e-6
-"""Seconds that a collective takes however small it is. An assumption."""
+"""Seconds that the smallest collective takes. An assumption."""
 
-GIVEN = {
+OVERRIDES = {
     "memory_gb": ("memory", 1e9),
     "float32_tflops": ("float32", 1e12),
     "bfloat16_tflops": ("bfloat16", 1e12),
@@ -69,11 +69,12 @@ GIVEN = {
     "network_gbs": ("network", 1e9),
     "per_node": ("per_node", 1),
 }
+"""The field of `Device` that each key of `Hardware` replaces, and the key's unit."""
 
 
 @dataclass(frozen=True)
 class Hardware(Config):
-    """Figures that replace the card's; 0: the card's own."""
+    """Figures that replace the card's own; 0 leaves them."""
 
     SECTION = "hardware."
 
@@ -92,10 +93,14 @@ class Hardware(Config):
     per_node: int = 0
     """Devices of a node."""
 
-    def applied(self, card: Device) -> Device:
-        """Return the card with these figures; raise InputError for one below 0."""
+    def replace_figures(self, card: Device) -> Device:
+        """Return the card with these figures in place of its own.
+
+        Raises:
+            InputError: for a negative figure.
+        """
         changes = {}
-        for key, (field, unit) in GIVEN.items():
+        for key, (field, unit) in OVERRIDES.items():
             value = getattr(self, key)
             if value < 0:
                 raise InputError(

@@ -1,8 +1,8 @@
-"""What a recipe costs, before anything runs: parameters, memory, FLOPs, disk, time; on this machine
-or on a mesh of other devices.
+"""The costs of a recipe before anything runs: parameters, memory, FLOPs, disk and time, on this
+machine or on a mesh of other devices.
 
-The formula for FLOPs is that of `planning.flops`; those for memory, communication and time are
-`planning.costs`'.
+`planning.flops` has the formula for FLOPs; `planning.costs` has those for memory, communication and
+time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ from ksparse.config import WITH_AUXK, Recipe, k_aux
 from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
-from ksparse.kernels import native
 from ksparse.lm.loading import find_model, read_config, without_weights
 from ksparse.lm.model import check_length, longest_context
 from ksparse.lm.sites import outline
 from ksparse.planning import costs, flops, hardware
-from ksparse.planning.costs import LMSpec, PlanInput, StepCost, StepKind
+from ksparse.planning.costs import LMSpec, PlanInput, StepCost
 from ksparse.planning.hardware import DEVICES, Device
-from ksparse.planning.steps import prefetches
+from ksparse.planning.steps import choose_step, prefetches
 from ksparse.trust import code_is_trusted
 
 FORMAT = 1
@@ -37,8 +36,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a recipe costs: as one process or one mesh as the recipe says (`asked`), and on the best
-    mesh of each number of devices."""
+    """What a recipe costs: on the recipe's own mesh (`asked`), and on the best mesh of each number
+    of devices (`meshes`)."""
 
     case: PlanInput
     subject: str
@@ -46,14 +45,12 @@ class RunPlan:
     asked: StepCost
     meshes: list[StepCost]
     free: int
-    """Bytes of disk."""
+    """Free bytes on the disk of the working folder."""
 
     @property
     def disk(self) -> int:
-        recipe = self.case.recipe
-        return (
-            4 * self.case.parameters * (5 if recipe.ema else 4) * (recipe.run.keep + 1)
-        )  # the weights to use beside the raw ones
+        """Bytes of the checkpoints that are kept, and of the one being written."""
+        return costs.disk_bytes(self.case.recipe, self.case.parameters)
 
 
 def plan(
@@ -67,10 +64,16 @@ def plan(
 ) -> RunPlan:
     """Work out what a recipe costs.
 
-    devices: numbers of devices, for each of which the best mesh is sought. card: here, or a key of
-    `hardware.CARDS`. figures: replace the card's.
-    dead: the share of latents that are dead. unseen: the size of an LM that is not at hand, in the
-    place of the recipe's.
+    Args:
+        recipe: what to train.
+        devices: numbers of devices; the best mesh is found for each.
+        card: a key of `hardware.DEVICES`, or "here" for the recipe's device on this machine.
+        figures: figures that replace the device's own.
+        dead: the share of latents to assume dead, from 0 to 1.
+        unseen: the sizes of an LM that is not on this machine, in place of the recipe's.
+
+    Raises:
+        InputError: if the LM cannot be read, or the recipe cannot run on the device.
     """
     if not 0 <= dead <= 1:
         raise InputError(f"dead is {dead}; it is the share of latents that are dead, from 0 to 1")
@@ -83,7 +86,7 @@ def plan(
         else f"{recipe.acts.lm} at {recipe.acts.site}",
         resolve_device(recipe.run.device) if card == "here" else card,
         costs.estimate(case, costs.mesh_of(recipe)),
-        [costs.best(case, each) for each in devices],
+        [costs.best(case, count) for count in devices],
         free,
     )
 
@@ -91,51 +94,56 @@ def plan(
 def _case(
     recipe: Recipe, card: str, figures: hardware.Hardware, dead: float, subject: LMSpec
 ) -> PlanInput:
-    device = (
-        resolve_device(recipe.run.device)
-        if card == "here"
-        else "cpu"
-        if DEVICES[card].host
-        else "cuda"
-    )
-    chosen = figures.applied(here(device) if card == "here" else DEVICES[card])
-    return PlanInput(
-        recipe, subject, chosen, _step(recipe, device), prefetches(recipe, device), dead
+    if card == "here":
+        device = resolve_device(recipe.run.device)
+        return plan_input(
+            recipe, subject, device, card=figures.replace_figures(measure_device(device)), dead=dead
+        )
+    return plan_input(
+        recipe,
+        subject,
+        "cpu" if DEVICES[card].host else "cuda",
+        card=figures.replace_figures(DEVICES[card]),
+        dead=dead,
+        elsewhere=True,
     )
 
 
-def _step(recipe: Recipe, device: str) -> StepKind:
-    """Return which training step a device takes, as `member.open_optimizer` chooses it."""
-    if recipe.sae.activation.kind != "topk" or recipe.sae.multi_topk or device == "mps":
-        return "autograd"
-    if recipe.run.kernels == "triton" or (device == "cuda" and recipe.run.kernels == "auto"):
-        return "triton"
-    return (
-        "native"
-        if device == "cpu" and recipe.run.kernels != "torch" and native.load() is not None
-        else "torch"
-    )
+def plan_input(
+    recipe: Recipe,
+    subject: LMSpec,
+    device: str,
+    *,
+    card: Device | None = None,
+    dead: float = 0.1,
+    elsewhere: bool = False,
+) -> PlanInput:
+    """Return what `costs` needs to know of a recipe on a device.
+
+    Args:
+        recipe: what to train.
+        subject: the LM's sizes.
+        device: a device as torch names it.
+        card: the device's figures; a typical device by default, whose memory and speed may differ.
+        dead: the share of latents to assume dead.
+        elsewhere: the device is in another machine, with all kernels installed.
+    """
+    step = choose_step(recipe, device, elsewhere=elsewhere)
+    card = card or _typical_device(device)
+    return PlanInput(recipe, subject, card, step, prefetches(recipe, device), dead)
+
+
+def _typical_device(device: str) -> Device:
+    return DEVICES["laptop" if device == "cpu" else "h100"]
 
 
 def lines(plan: RunPlan) -> list[str]:
-    """Return lines to show."""
+    """Return the lines that `ksparse plan` prints."""
     case, recipe, subject, asked = plan.case, plan.case.recipe, plan.case.subject, plan.asked
-    d, n, tokens, kind = (
-        subject.d_model,
-        recipe.sae.n_latents,
-        recipe.steps * recipe.batch,
-        recipe.sae.activation.kind,
-    )
-    aux = k_aux(recipe.sae, d)
-    sae_flops = {
-        "encoder product": flops.encoder(recipe, d),
-        "sparse parts": flops.decoder(recipe, d),
-        "AuxK, if latents are dead": int(flops.auxk(aux, d) * recipe.sae.auxk_share)
-        if recipe.sae.auxk_coef and kind in WITH_AUXK
-        else 0,
-    }
-    lm_flops = flops.lm(subject.before_site) if case.live else 0
-    each = f" on each of {asked.devices} devices" if asked.devices > 1 else ""
+    d, n, kind = subject.d_model, recipe.sae.n_latents, recipe.sae.activation.kind
+    aux, tokens = k_aux(recipe.sae, d), recipe.steps * recipe.batch
+    flops_per_token = _flops_per_token(case)
+    devices = f" on each of {asked.devices} devices" if asked.devices > 1 else ""
     return [
         f"subject      {plan.subject}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M "
         "parameters, "
@@ -144,39 +152,51 @@ def lines(plan: RunPlan) -> list[str]:
         f"{case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead "
         f"after {recipe.dead_after:,} tokens",
-        f"memory       {amount_of_bytes(asked.bytes)}{each}, while {case.dead:.0%} of the latents "
-        "are dead: " + by_part(asked.memory),
+        f"memory       {amount_of_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the "
+        "latents are dead: " + by_part(asked.memory),
         f"smaller by   {advice(asked.memory)}",
-        f"FLOPs        {tokens * (sum(sae_flops.values()) + lm_flops):.3g}; per activation: "
-        + ", ".join(
-            f"{name} {size:.3g}" for name, size in [*sae_flops.items(), ("LM", lm_flops)] if size
-        ),
+        f"FLOPs        {tokens * sum(flops_per_token.values()):.3g}; per activation: "
+        + ", ".join(f"{name} {size:.3g}" for name, size in flops_per_token.items()),
         f"disk         {amount_of_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
         f"being written; {amount_of_bytes(plan.free)} free here",
         f"time         about {duration(tokens / asked.tokens_per_s)} on {plan.device} "
         f"({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
         + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in asked.seconds.items()),
-        *(
-            []
-            if kind == "topk"
-            else [
-                f"note         the sparse parts are those of k active latents; while {kind} leaves "
-                "many more active, a step is some six dense products"
-            ]
-        ),
-        *(["warning      the disk is too small"] if plan.disk > plan.free else []),
-        *(
-            []
-            if asked.fits
-            else [
-                f"warning      {case.card.name} has {amount_of_bytes(case.card.memory)} of memory"
-            ]
-        ),
+        *_warnings(plan),
     ]
 
 
+def _flops_per_token(case: PlanInput) -> dict[str, int]:
+    """Return the FLOPs of training on one activation, by part."""
+    recipe, d = case.recipe, case.subject.d_model
+    with_auxk = recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK
+    auxk = int(flops.auxk(k_aux(recipe.sae, d), d) * recipe.sae.auxk_share)
+    parts = {
+        "encoder product": flops.encoder(recipe, d),
+        "sparse parts": flops.decoder(recipe, d),
+        "AuxK, if latents are dead": auxk if with_auxk else 0,
+        "LM": flops.lm(case.subject.before_site) if case.live else 0,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def _warnings(plan: RunPlan) -> list[str]:
+    kind, card = plan.case.recipe.sae.activation.kind, plan.case.card
+    messages = []
+    if kind != "topk":
+        messages.append(
+            f"note         the sparse parts assume k active latents; while {kind} leaves many "
+            "more active, a step costs about six dense products"
+        )
+    if plan.disk > plan.free:
+        messages.append("warning      the disk is too small")
+    if not plan.asked.fits:
+        messages.append(f"warning      {card.name} has {amount_of_bytes(card.memory)} of memory")
+    return messages
+
+
 def by_part(memory: dict[str, float]) -> str:
-    """Return the parts of a memory, the large ones first."""
+    """Format the parts of a memory of at least 1 MB, the largest first."""
     return ", ".join(
         f"{name} {amount_of_bytes(size)}"
         for name, size in sorted(memory.items(), key=lambda item: -item[1])
@@ -185,24 +205,18 @@ def by_part(memory: dict[str, float]) -> str:
 
 
 def advice(memory: dict[str, float]) -> str:
-    """Say which options make memory smaller, those first that act on most of it."""
-    acts: dict[str, list[str]] = {}
+    """Name the options that reduce the memory, those for its largest parts first."""
+    parts_by_flag: dict[str, list[str]] = {}
     for name, _ in sorted(memory.items(), key=lambda item: -item[1]):
         if costs.SMALLER[name]:
-            acts.setdefault(costs.SMALLER[name], []).append(name)
-    return ", ".join(f"{flag} ({', '.join(names)})" for flag, names in list(acts.items())[:4])
+            parts_by_flag.setdefault(costs.SMALLER[name], []).append(name)
+    flags = list(parts_by_flag.items())[:4]
+    return ", ".join(f"{flag} ({', '.join(names)})" for flag, names in flags)
 
 
 def explain_memory(recipe: Recipe) -> str:
-    """Say what the plan for a recipe here puts into memory, and what makes that smaller."""
-    device = resolve_device(recipe.run.device)
-    case = PlanInput(
-        recipe,
-        read_lm_spec(recipe),
-        DEVICES["laptop" if device == "cpu" else "h100"],
-        _step(recipe, device),
-        prefetches(recipe, device),
-    )
+    """Say how much memory the plan of a recipe counts on this machine, and what reduces it."""
+    case = plan_input(recipe, read_lm_spec(recipe), resolve_device(recipe.run.device))
     parts = costs.memory(case, costs.mesh_of(recipe))
     return (
         f"`ksparse plan` counts {amount_of_bytes(sum(parts.values()))} for this recipe; smaller "
@@ -214,12 +228,21 @@ def explain_memory(recipe: Recipe) -> str:
 
 
 def tables(plan: RunPlan) -> list[str]:
-    """Return the tables of the meshes: what to take, and below it memory, communication and time by
+    """Return tables of the best meshes: their sizes, then memory, communication and time by
     part."""
-    case, meshes, recipe = plan.case, plan.meshes, plan.case.recipe
-    card = case.card
-    days = [recipe.steps * recipe.batch / each.tokens_per_s for each in meshes]
-    found = [
+    case, meshes, recipe, card = plan.case, plan.meshes, plan.case.recipe, plan.case.card
+    tokens = recipe.steps * recipe.batch
+    rows = [
+        ("devices", [f"{cost.devices}" for cost in meshes]),
+        ("mesh, data x latent", [f"{cost.data} x {cost.latent}" for cost in meshes]),
+        ("fits", ["yes" if cost.fits else "no" for cost in meshes]),
+        ("tokens/s", [f"{cost.tokens_per_s:,.0f}" for cost in meshes]),
+        ("the run", [duration(tokens / cost.tokens_per_s) for cost in meshes]),
+        ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
+    ]
+    memory = _rows_by_name([cost.memory for cost in meshes], amount_of_bytes)
+    main_memory = _rows_by_name([cost.main_memory for cost in meshes], amount_of_bytes)
+    lines = [
         f"devices      {card.name}: {amount_of_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
         f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
         f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
@@ -227,67 +250,45 @@ def tables(plan: RunPlan) -> list[str]:
         f"a step       {case.step} on one device, plain torch on several; {case.dead:.0%} of the "
         "latents dead",
         "",
+        *_align(rows),
+        *["", "memory of a rank", *_align(memory)],
+        # The two moments do not overlap, so they have no sum.
+        *["", "main memory of a rank, for a while", *_align(main_memory[:-1])],
     ]
-    rows = [
-        ("devices", [f"{each.devices}" for each in meshes]),
-        ("mesh, data x latent", [f"{each.data} x {each.latent}" for each in meshes]),
-        ("fits", ["yes" if each.fits else "no" for each in meshes]),
-        ("tokens/s", [f"{each.tokens_per_s:,.0f}" for each in meshes]),
-        ("the run", [duration(each) for each in days]),
-        ("most latents that fit", [f"{costs.largest(case, each.devices):,}" for each in meshes]),
-    ]
-    found += _aligned(rows)
-    found += [
-        "",
-        "memory of a rank",
-        *_aligned(_by_name([each.memory for each in meshes], amount_of_bytes)),
-    ]
-    found += [
-        "",
-        "main memory of a rank, for a while",
-        *_aligned(_by_name([each.main_memory for each in meshes], amount_of_bytes)[:-1]),
-    ]
-    if any(each.communication for each in meshes):
-        given = [_given(each) for each in meshes]
-        found += [
-            "",
-            "given by a rank to each collective in a step",
-            *_aligned(_by_name(given, amount_of_bytes)),
-        ]
-    found += [
-        "",
-        "milliseconds of a step",
-        *_aligned(
-            _by_name([each.seconds for each in meshes], lambda spent: f"{1000 * spent:,.1f}")
-        ),
-    ]
-    return found
+    if any(cost.communication for cost in meshes):
+        sizes = _rows_by_name([_bytes_by_collective(cost) for cost in meshes], amount_of_bytes)
+        lines += ["", "given by a rank to each collective in a step", *_align(sizes)]
+    spent = _rows_by_name([cost.seconds for cost in meshes], lambda s: f"{1000 * s:,.1f}")
+    return [*lines, "", "milliseconds of a step", *_align(spent)]
 
 
-def _given(estimate: StepCost) -> dict[str, float]:
-    """Return the bytes of each collective; those below 1 kB in one."""
-    given: dict[str, float] = {}
-    for one in estimate.communication:
-        name = f"{one.name} ({one.kind}, {one.axis})" if one.bytes >= 1000 else "small ones"
-        given[name] = given.get(name, 0) + one.bytes
-    return given
+def _bytes_by_collective(cost: StepCost) -> dict[str, float]:
+    """Return the bytes of each collective; those below 1 kB are added up."""
+    sizes: dict[str, float] = {}
+    for call in cost.communication:
+        name = f"{call.name} ({call.kind}, {call.axis})" if call.bytes >= 1000 else "small ones"
+        sizes[name] = sizes.get(name, 0) + call.bytes
+    return sizes
 
 
-def _by_name(columns: list[dict[str, float]], written: Any) -> list[tuple[str, list[str]]]:
+def _rows_by_name(
+    columns: list[dict[str, float]], format_value: Callable[[float], str]
+) -> list[tuple[str, list[str]]]:
+    """Return a table row for each name that occurs in the columns, and one of their sums."""
     names = sorted(
         dict.fromkeys(name for column in columns for name in column),
         key=lambda name: name == "small ones",
     )
     return [
         *(
-            (name, [written(column[name]) if name in column else "-" for column in columns])
+            (name, [format_value(column[name]) if name in column else "-" for column in columns])
             for name in names
         ),
-        ("in all", [written(sum(column.values())) for column in columns]),
+        ("in all", [format_value(sum(column.values())) for column in columns]),
     ]
 
 
-def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
+def _align(rows: list[tuple[str, list[str]]]) -> list[str]:
     first = max(len(name) for name, _ in rows) + 2
     widths = [max(len(cells[i]) for _, cells in rows) + 2 for i in range(len(rows[0][1]))]
     return [
@@ -297,7 +298,7 @@ def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
 
 
 def to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Return the plan as JSON."""
+    """Return the plan as `ksparse plan --json` writes it."""
     case, recipe = plan.case, plan.case.recipe
     return {
         "format": FORMAT,
@@ -312,31 +313,30 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
         "card": dataclasses.asdict(case.card),
         "step": case.step,
         "dead": case.dead,
-        "asked": _mesh(plan.asked),
+        "asked": _cost_to_dict(plan.asked),
         "meshes": [
-            _mesh(each) | {"most_latents": costs.largest(case, each.devices)}
-            for each in plan.meshes
+            _cost_to_dict(cost) | {"most_latents": costs.largest(case, cost.devices)}
+            for cost in plan.meshes
         ],
     }
 
 
-def _mesh(estimate: StepCost) -> dict[str, Any]:
-    table = dataclasses.asdict(estimate)
+def _cost_to_dict(cost: StepCost) -> dict[str, Any]:
+    table = dataclasses.asdict(cost)
     table["communication"] = [
-        one | {"sent": each.sent}
-        for one, each in zip(table["communication"], estimate.communication)
+        entry | {"sent": call.sent}
+        for entry, call in zip(table["communication"], cost.communication)
     ]
-    return table | {"bytes": estimate.bytes}
+    return table | {"bytes": cost.bytes}
 
 
-# ---- the subject and this machine ----------------------------------------------------------------
+# ---- the LM and this machine --------------------------------------------------------------------
 
 
-def here(device: str) -> Device:
-    """Return this machine's device: its memory, its speed and its bandwidth measured in a fraction
-    of a second; its links are a laptop's, or an H100's."""
-    host = device == "cpu"
-    kind = DEVICES["laptop" if host else "h100"]
+def measure_device(device: str) -> Device:
+    """Return the figures of one of this machine's devices: its memory, and its speed and bandwidth
+    measured in a fraction of a second; its links are assumed to be a laptop's or an H100's."""
+    host, typical = device == "cpu", _typical_device(device)
     memory = (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if not device.startswith("cuda")
@@ -344,17 +344,21 @@ def here(device: str) -> Device:
     )
     rate = measure_flops(device) / hardware.PRODUCT
     return dataclasses.replace(
-        kind,
+        typical,
         name=device,
         memory=float(memory),
         float32=rate,
-        bfloat16=rate if host else kind.bfloat16 * rate / kind.float32,
+        bfloat16=rate if host else typical.bfloat16 * rate / typical.float32,
         bandwidth=measure_bandwidth(device) / hardware.MEMORY,
     )
 
 
 def read_lm_spec(recipe: Recipe) -> LMSpec:
-    """Read the LM's shape without its weights."""
+    """Read the sizes of a recipe's LM, without its weights; of shards, their d_model alone.
+
+    Raises:
+        InputError: if there is no such LM, or its context is too short.
+    """
     if recipe.acts.shards:
         return LMSpec(Shards(recipe.acts.shards).d_model, 0, 0)
     source, options = find_model(recipe.acts.lm), {"trust_remote_code": code_is_trusted()}
@@ -368,8 +372,8 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     module, at = outline(model, recipe.acts.site)
-    everything = sum(p.numel() for p in model.parameters())
-    ends = {
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = {  # by id, since the head may be the embedding
         id(p): p.numel()
         for part in (model.get_input_embeddings(), model.get_output_embeddings())
         if part is not None
@@ -377,9 +381,9 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
     }
     return LMSpec(
         _width(module, config),
-        everything,
+        total,
         flops.before_site(model, module, at),
-        everything - sum(ends.values()),
+        total - sum(embeddings.values()),
     )
 
 
@@ -388,7 +392,7 @@ def _width(module: torch.nn.Module, config) -> int:
 
 
 def measure_flops(device: str, size: int = 2048) -> float:
-    """Measure a float32 product's FLOP/s, in a fraction of a second."""
+    """Measure the FLOP/s of a float32 product, in a fraction of a second."""
     a = torch.randn(size, size, device=device)
     out = a @ a
     float(out[0, 0])
@@ -402,7 +406,7 @@ def measure_flops(device: str, size: int = 2048) -> float:
 
 
 def measure_bandwidth(device: str, size: int = 2**26) -> float:
-    """Measure the bytes per second of reading and writing memory, together."""
+    """Measure the bytes per second that a device reads and writes together."""
     a = torch.zeros(size // 4, device=device)
     b = torch.zeros_like(a)
     best = float("inf")
@@ -415,6 +419,12 @@ def measure_bandwidth(device: str, size: int = 2**26) -> float:
 
 
 def amount_of_bytes(size: float) -> str:
+    """Format a number of bytes.
+
+    Example:
+        >>> amount_of_bytes(1.5e9)
+        '1.5 GB'
+    """
     for unit, name, digits in ((1e9, "GB", 1), (1e6, "MB", 0), (1e3, "kB", 0)):
         if size >= unit:
             return f"{size / unit:,.{digits}f} {name}"
@@ -422,6 +432,12 @@ def amount_of_bytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Format a length of time.
+
+    Example:
+        >>> duration(600)
+        '10 min'
+    """
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

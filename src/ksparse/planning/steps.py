@@ -1,11 +1,118 @@
-"""Which step a device takes, and whether activations are prefetched: one rule for training and
-planning."""
+"""Which training step a recipe takes on a device: one rule for the trainer, the planner and sweeps.
+
+    autograd   gradients by torch's autograd: any activation, any device
+    torch      the gradient written out, in plain torch (`ExplicitStep`)
+    native     the same with compiled C++ kernels, on a CPU
+    triton     the same with Triton kernels, on a CUDA GPU
+
+The rule reads the recipe, the type of the device, and which kernels are usable. Importing this
+module needs no torch.
+"""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ksparse.config import Recipe
+from ksparse.errors import InputError
+
+StepKind = Literal["autograd", "torch", "native", "triton"]
+"""The training steps; "torch" is the explicit step."""
+
+
+def choose_step(
+    recipe: Recipe, device: str, *, processes: int = 1, elsewhere: bool = False
+) -> StepKind:
+    """Choose the fastest step that the recipe allows and the device can run.
+
+    Args:
+        recipe: what to train.
+        device: a device as torch names it, such as "cpu" or "cuda:1".
+        processes: how many processes share the run; several take a step in plain torch.
+        elsewhere: the device is in another machine, where all kernels for it are installed.
+
+    Raises:
+        InputError: if the recipe asks for kernels or a precision that the device cannot run.
+
+    Example:
+        >>> from ksparse import Recipe
+        >>> choose_step(Recipe(), "cuda:1", elsewhere=True)
+        'triton'
+    """
+    device_type = device.partition(":")[0]
+    explicit = not needs_autograd(recipe)
+    in_torch: StepKind = "torch" if explicit and device_type in ("cpu", "cuda") else "autograd"
+    if processes > 1:
+        return in_torch
+    kernels = recipe.run.kernels
+    triton = explicit and (device_type == "cuda" if elsewhere else triton_is_usable(device))
+    if kernels == "triton" and not triton:
+        raise InputError(
+            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without "
+            "Multi-TopK; leave it at 'auto'"
+        )
+    bfloat16 = recipe.optim.precision != "float32"
+    if bfloat16 and not (triton and kernels in ("auto", "triton")):
+        raise InputError(
+            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK "
+            "without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
+        )
+    if bfloat16 or kernels == "triton" or (kernels == "auto" and device_type == "cuda" and triton):
+        return "triton"
+    native = explicit and device_type == "cpu" and kernels != "torch"
+    if native and (elsewhere or native_is_usable()):
+        return "native"
+    _check_plain_torch(recipe)
+    return in_torch
+
+
+def _check_plain_torch(recipe: Recipe) -> None:
+    """Raise InputError if the recipe asks for what only compiled kernels do."""
+    if recipe.run.kernels == "native":
+        raise InputError(
+            "run.kernels is 'native', which needs a CPU, a C++ compiler (g++ or clang++) and TopK "
+            "without Multi-TopK; leave it at 'auto', or give 'torch'"
+        )
+    if recipe.optim.approx_topk not in ("off", "auto"):
+        raise InputError(
+            f"optim.approx_topk is {recipe.optim.approx_topk!r}, which needs the compiled kernels "
+            "(a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, "
+            "run.kernels not 'torch'); leave it at 'off' or 'auto'"
+        )
+
+
+# To be replaced by the property `Recipe.needs_autograd` once config/schema.py has it.
+def needs_autograd(recipe: Recipe) -> bool:
+    """Return whether the recipe has an activation or a loss whose gradient is not written out."""
+    return recipe.sae.activation.kind != "topk" or bool(recipe.sae.multi_topk)
+
+
+def native_is_usable() -> bool:
+    """Return whether the compiled C++ kernels can be loaded; builds them if need be."""
+    from ksparse.kernels import native
+
+    return native.load() is not None
+
+
+def triton_is_usable(device: str) -> bool:
+    """Return whether Triton's kernels run on a device: on a CUDA GPU, or in the interpreter."""
+    import torch
+
+    from ksparse.kernels import triton_ops
+
+    return triton_ops.usable(torch.device(device))
+
+
+def prefilters(recipe: Recipe) -> bool:
+    """Return whether candidates are preselected in low precision, by a step that can do it.
+
+    `optim.approx_topk = "auto"` does so only where candidates are few among the latents; elsewhere
+    they would save nothing.
+    """
+    screen, sae = recipe.optim.approx_topk, recipe.sae
+    return screen != "off" and (screen != "auto" or sae.n_latents >= 64 * sae.k)
 
 
 def prefetches(recipe: Recipe, device: str) -> bool:
-    """Return whether activations are computed by a thread of their own."""
+    """Return whether a thread computes activations ahead of the step."""
     return recipe.run.ahead == "on" or (recipe.run.ahead == "auto" and device.startswith("cuda"))

@@ -8,7 +8,6 @@ b_pre's gradient on the encoder's side is a sum over the slices            `_Sha
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +16,8 @@ from torch import Tensor
 
 from ksparse import kernels
 from ksparse.distributed import Mesh
+from ksparse.limits import COMPARED, values_per_shard
 from ksparse.sae.model import SAE, Code, Shape
-
-COMPARED = 2**26
-"""Values of all slices that are in memory while they are compared: k of each of many slices are
-more than the weights."""
 
 
 class ShardedSAE(SAE):
@@ -87,7 +83,7 @@ class ShardedSAE(SAE):
         as it has, or as the capacity allows."""
         if among is not None:
             return min(k, max(self.counts(among)))
-        return min(k, self.shape.n_latents, math.ceil(self.capacity * k / self.mesh.latent) or k)
+        return values_per_shard(k, self.shape.n_latents, self.mesh.latent, self.capacity)
 
     @torch.no_grad()
     def survivors(self, values: Tensor, k: int, offer: int) -> Tensor:

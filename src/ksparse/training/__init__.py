@@ -1,10 +1,13 @@
-"""The loop: a recipe in, a run folder out.
+"""Training: a recipe in, a run folder out.
 
-loop         train(recipe, out): read it top to bottom
-optim        learning-rate law and schedule, Adam with its decoder constraint, average of the
-             weights
-checkpoint   everything needed to go on exactly, committed whole
-plan         what a recipe costs before it runs; costs, hardware: the arithmetic of memory,
-             communication and time, and cards
-loggers      TensorBoard, wandb, trackio beside metrics.jsonl
+train         `train` and `train_many`: read these first
+trainer       one SAE in training
+resume        continuing a run: the protocol, and reading checkpoints
+checkpoint    writing checkpoints
+source        where activations come from
+steps         the ways to compute an update, and which one to take
+convergence   the held-out loss along a run
+resample      new rows for dead latents
+monitor       warnings about anomalies
+loggers       TensorBoard, wandb and trackio
 """

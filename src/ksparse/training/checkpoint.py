@@ -1,19 +1,19 @@
-"""Everything that the rest of a run depends on, in one folder that is there whole or not at all.
+"""Write checkpoints: folders with everything that the rest of a run depends on.
 
-    sae.safetensors, sae.json   the autoencoder to use: averaged weights, or the raw ones without an
-                                average
-    optim.safetensors           raw weights, Adam's moments, the average before correction, tokens
-                                since each latent fired
+    sae.safetensors, sae.json   the SAE to use: averaged weights, or the raw ones if the recipe
+                                averages none
+    optim.safetensors           raw weights, Adam's moments, the average before its correction, and
+                                the tokens since each latent fired
     state.json                  step, tokens, the stream's cursor, threads, constants
-    manifest.json               SHA-256 sums of the others
+    manifest.json               SHA-256 sums of the other files
 
-Where the latents are cut into slices, each process writes the rows of its own
-(sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the same folder, which the first process
-commits once all are there. Any mesh reads what any mesh wrote: the rows that it wants, from
-whichever files hold them.
+A checkpoint is written to a temporary folder and renamed once it is complete. With latent-parallel
+shards each process writes its own rows (sae.0-of-2.safetensors, optim.0-of-2.safetensors) into the
+same folder, which process 0 commits once all have written. A run on any mesh can read what a run on
+any other wrote.
 
-There is no random state: after initialisation nothing is drawn, and the data's order is a function
-of seed and cursor.
+There is no random state: nothing is drawn after initialization, and the order of the data is a
+function of seed and cursor. `ksparse.training.resume` reads checkpoints and states the protocol.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,50 +32,85 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ksparse.distributed import SINGLE_PROCESS, Mesh
-from ksparse.errors import CorruptError, DiskError, InputError, PeerError
+from ksparse.errors import DiskError, PeerError
+from ksparse.planning.costs import disk_bytes
 from ksparse.sae import serialization
 from ksparse.sae.model import Shape
 from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder, shard_file
 from ksparse.training.steps.autograd import AutogradStep
 
+FORMAT = 2
+"""Format number of state.json; 1 had none and differs in nothing else."""
+
 
 @dataclass
 class TrainState:
-    """What changes during training besides the weights."""
+    """What changes during training besides the weights.
 
-    since: torch.Tensor
-    """Tokens since each latent was last active, [n]."""
+    `since` is saved in optim.safetensors, everything else in state.json, whose keys `REQUIRED` and
+    `OPTIONAL` list. What a running trainer needs only for itself does not belong here.
+    """
+
+    since: Tensor
+    """Tokens since each latent last fired, [n_latents]."""
     baseline: float
-    """Mean squared error per component of predicting the mean, on the initial sample; divides the
-    loss."""
+    """Mean squared error per component of predicting the mean, on the calibration sample; the loss
+    is divided by it."""
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    """Batches left out because their loss or gradient was not finite."""
     converged: bool = False
     flops_auxk: float = 0.0
     cursor: dict[str, Any] | None = None
+    """Where the stream of activations continues; None is its start."""
     seconds: float = 0.0
     threads: int = field(default_factory=torch.get_num_threads)
     mesh: list[int] = field(default_factory=lambda: [1, 1])
-    """Parts of the batch and slices of the latents in the process that this was read from; kept in
-    the file where there are several."""
-    dead: Callable[[], torch.Tensor] | None = None
-    """Gives the latents that have been silent for long, in order; None where `since` was not set by
-    a step. Not in the file."""
+    """[data, latent] sizes of the mesh; in the file only if it has several processes."""
+
+    def to_json(self, updates: int) -> dict[str, Any]:
+        """Return the contents of state.json but for the format number.
+
+        Args:
+            updates: how often the weights were updated, which the training step counts.
+        """
+        table: dict[str, Any] = {
+            "baseline": self.baseline,
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "converged": self.converged,
+            "flops_auxk": self.flops_auxk,
+            "cursor": copy.deepcopy(self.cursor),
+            "seconds": self.seconds,
+            "threads": self.threads,
+        }
+        if self.mesh != [1, 1]:
+            table["mesh"] = list(self.mesh)
+        return table | {"updates": updates}
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any], since: Tensor) -> TrainState:
+        """Return the state that a checked state.json and `since[n_latents]` hold.
+
+        Args:
+            table: what `resume.read_state` returns; keys that older files lack keep their default.
+            since: tokens since each latent last fired.
+        """
+        return cls(since, **{key: table[key] for key in SAVED if key in table})
 
 
-FORMAT = 2
-"""Of state.json: 1 had no number, and nothing else is different."""
-STATE: dict[str, jsonio.Types] = {
+REQUIRED: dict[str, jsonio.Types] = {
     "step": int,
     "tokens": int,
     "cursor": (dict, type(None)),
     "baseline": (int, float),
     "updates": int,
 }
-"""The keys that state.json must have."""
-MORE: dict[str, jsonio.Types] = {
+"""Keys that state.json must have."""
+OPTIONAL: dict[str, jsonio.Types] = {
     "skipped": int,
     "converged": bool,
     "flops_auxk": (int, float),
@@ -83,63 +118,61 @@ MORE: dict[str, jsonio.Types] = {
     "threads": int,
     "mesh": list,
 }
-"""Those that it may lack."""
-CURSORS: tuple[dict[str, jsonio.Types], ...] = (
-    {"block": int, "place": list, "skip": int, "batch": int},
-    {"step": int},
-)
-"""Where live activations go on, and where shards do."""
+"""Keys that an older state.json, or one of a single process, may lack."""
+SAVED = tuple(key for key in (*REQUIRED, *OPTIONAL) if key != "updates")
+"""The fields of `TrainState` in state.json."""
 
 
 class Saver:
-    """Saves one checkpoint at a time, in a thread of its own if `behind`; what goes wrong there is
-    raised by the next call."""
+    """Saves one checkpoint at a time, in a thread if `behind`. An error of the thread is raised by
+    the next call of `save` or `wait`."""
 
     def __init__(self, mesh: Mesh = SINGLE_PROCESS, *, behind: bool = False):
         self.mesh, self.behind = mesh, behind
         self.thread: threading.Thread | None = None
-        self.wrong: BaseException | None = None
+        self.error: BaseException | None = None
 
     def save(self, run: RunFolder, state: TrainState, optimizer: AutogradStep) -> None:
-        """Take what is to be saved, and write it, now or while training goes on."""
+        """Save a checkpoint: now, or from copies while training goes on."""
         self.wait()
         if not self.behind:
             save(run, state, optimizer)
             return
         self.thread = threading.Thread(
-            target=self._work,
+            target=self._commit,
             args=(run, snapshot(state, optimizer, copied=True)),
             name="ksparse-saver",
         )
         self.thread.start()
 
-    def _work(self, run: RunFolder, taken: Snapshot) -> None:
+    def _commit(self, run: RunFolder, contents: Snapshot) -> None:
         try:
-            commit(run, taken, self.mesh)
-        except BaseException as error:  # whatever it is, whoever saves next is to have it
-            self.wrong = error
+            commit(run, contents, self.mesh)
+        except BaseException as error:  # raised again in the thread that trains
+            self.error = error
 
     def wait(self) -> None:
-        """Wait until what was given is saved; raise what went wrong."""
+        """Wait until the last checkpoint is saved; raise the error if that failed."""
         self.finish()
-        wrong, self.wrong = self.wrong, None
-        if wrong is not None:
-            raise wrong
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
 
     def finish(self) -> None:
-        """Wait, whatever comes of it."""
+        """Wait without raising."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint in memory: the whole's shape, metadata and facts, and tensors of this process's
-    slice."""
+    """The contents of a checkpoint: shape and metadata of the whole SAE, and this process's shard
+    of the tensors."""
 
     shape: Shape
     metadata: dict[str, Any]
     facts: dict[str, Any]
+    """The contents of state.json."""
     weights: dict[str, Tensor]
     tensors: dict[str, Tensor]
     recipe: dict[str, Any]
@@ -147,21 +180,19 @@ class Snapshot(NamedTuple):
 
 
 def save(run: RunFolder, state: TrainState, optimizer: AutogradStep) -> None:
-    """Commit a checkpoint of this step and remove all but the newest `run.keep`."""
+    """Commit a checkpoint of this step, and remove all but the newest `run.keep`."""
     commit(run, snapshot(state, optimizer, copied=False), optimizer.mesh)
 
 
 def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Snapshot:
-    """Return what is to be saved; copies on the CPU, so that training may go on, where that is
-    asked for."""
+    """Return the contents of a checkpoint of this step.
+
+    Args:
+        state: the run's state.
+        optimizer: its training step, which holds the weights.
+        copied: copy the tensors to the CPU, so that training can go on while they are written.
+    """
     recipe, sae, mesh = optimizer.recipe, optimizer.averaged(), optimizer.mesh
-    facts = {
-        key: value
-        for key, value in vars(state).items()
-        if key not in ("since", "dead") and not (key == "mesh" and mesh.size == 1)
-    }
-    if mesh.size > 1:
-        facts["mesh"] = [mesh.data, mesh.latent]
     metadata = sae.metadata | {
         "tokens": state.tokens,
         "step": state.step,
@@ -175,7 +206,7 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
     return Snapshot(
         replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent),
         metadata,
-        copy.deepcopy({**facts, "updates": optimizer.updates}),
+        state.to_json(optimizer.updates),
         {key: getattr(sae, key).detach() for key in sae.keys},
         tensors,
         recipe.fingerprint(),
@@ -183,45 +214,46 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
     )
 
 
-def commit(run: RunFolder, taken: Snapshot, mesh: Mesh = SINGLE_PROCESS) -> None:
-    """Write what was taken, on a mesh each process its slice; the first commits it and removes all
-    but the newest `run.keep`."""
-    path = run.checkpoint(taken.facts["step"])
-    with _folder(path, mesh, step=taken.facts["step"], recipe=taken.recipe) as tmp:
+def commit(run: RunFolder, contents: Snapshot, mesh: Mesh = SINGLE_PROCESS) -> None:
+    """Write a checkpoint, and remove all but the newest `run.keep`.
+
+    On a mesh each latent shard is written by the first process that holds it; process 0 commits.
+    """
+    step = contents.facts["step"]
+    path = run.checkpoint(step)
+    with _shared_folder(path, mesh, step=step, recipe=contents.recipe) as tmp:
         if mesh.data_rank == 0:
             serialization.write_weights(
-                taken.weights, tmp / shard_file("sae", mesh.latent_rank, mesh.latent)
+                contents.weights, tmp / shard_file("sae", mesh.latent_rank, mesh.latent)
             )
             save_file(
-                {key: value.contiguous() for key, value in taken.tensors.items()},
+                {key: value.contiguous() for key, value in contents.tensors.items()},
                 tmp / shard_file("optim", mesh.latent_rank, mesh.latent),
             )
         if mesh.is_rank0:
-            serialization.write_shape(taken.shape, taken.metadata, tmp)
-            jsonio.write_json(tmp / "state.json", {"format": FORMAT, **taken.facts})
+            serialization.write_shape(contents.shape, contents.metadata, tmp)
+            jsonio.write_json(tmp / "state.json", {"format": FORMAT, **contents.facts})
     if mesh.is_rank0:
-        there = run.checkpoints()
-        newest = there.index(path) + 1
-        for old in (
-            *there[: max(0, newest - taken.keep)],
-            *there[newest:],
-        ):  # a later one was damaged, or it would have been gone on from
+        checkpoints = run.checkpoints()
+        end = checkpoints.index(path) + 1
+        # Checkpoints of later steps are damaged: otherwise the run had continued from them.
+        for old in (*checkpoints[: max(0, end - contents.keep)], *checkpoints[end:]):
             atomic.remove(old)
 
 
 @contextmanager
-def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
-    """Yield, on every process, the temporary folder that the first one commits once all have
-    written; where one fails, nothing is committed."""
+def _shared_folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
+    """Yield on every process the temporary folder that process 0 commits once all have written; if
+    one fails, nothing is committed."""
     if mesh.size == 1:
         with checksums.checksummed_dir(path, **facts) as tmp:
             yield tmp
         return
-    named = False
+    name_sent = False
     try:
         with checksums.checksummed_dir(path, **facts) if mesh.is_rank0 else nullcontext() as tmp:
             name = mesh.broadcast_str("folder", tmp.name if tmp else "", "save")
-            named = True
+            name_sent = True
             if not name:
                 raise PeerError(
                     f"process 0 of {mesh.size} could not begin checkpoint {path}; its own message "
@@ -236,102 +268,28 @@ def _folder(path: Path, mesh: Mesh, **facts: Any) -> Iterator[Path]:
                 failed = mesh.all_reduce_max_ints("written", [int(not written)], "save")[0]
             if failed:
                 raise PeerError(
-                    f"checkpoint {path} was given up: another process could not write its slice; "
+                    f"checkpoint {path} was given up: another process could not write its shard; "
                     "its own message says why"
                 )
     finally:
-        if mesh.is_rank0 and not named:
+        if mesh.is_rank0 and not name_sent:  # the others wait for it
             mesh.broadcast_str("folder", "", "save")
 
 
 def dead_fraction(state: TrainState, dead_after: int, mesh: Mesh = SINGLE_PROCESS) -> float:
-    """Return the share of latents, over all slices, that have not been active for `dead_after`
-    tokens."""
+    """Return the share of latents, over all shards, that have not fired for `dead_after` tokens."""
     share = (state.since >= dead_after).float().mean()
     return (mesh.all_reduce_sum("dead", share, "latent") / mesh.latent).item()
 
 
-def load(path: Path, optimizer: AutogradStep) -> TrainState:
-    """Restore the optimiser, or its slice, from a checkpoint that `RunFolder.newest_intact` found,
-    and return the state."""
-    facts = read_state(path / "state.json")
-    sae = optimizer.sae
-    shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
-        f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()
-    }
-    mesh, n = optimizer.mesh, sae.shape.n_latents
-    weights = serialization.rows_of(
-        path, "optim", mesh.latent_range(n * mesh.latent) if mesh.latent > 1 else None
-    )
-    followed = sae.activation.own if sae.activation.running else ()
-    shapes |= {  # older files have none
-        f"average.{key}": shapes[f"raw.{key}"] for key in followed if f"average.{key}" in weights
-    }
-    for key in sae.keys:
-        moments = {
-            f"exp_avg.{key}": shapes[f"raw.{key}"],
-            f"exp_avg_sq.{key}": shapes[f"raw.{key}"],
-            f"step.{key}": (),
-        }
-        if any(name in weights for name in moments):  # what has had no gradient has none
-            shapes |= moments
-    counts = {name: () for name in ("screen.candidates", "screen.again") if name in weights} | {
-        "since": (n,)
-    }
-    tensors = weights.all(shapes, counts)
-    optimizer.restore(tensors, facts.pop("updates"))
-    return TrainState(since=tensors["since"].to(sae.W_enc.device), **facts)
-
-
-def read_state(file: Path) -> dict[str, Any]:
-    """Read state.json; raise CorruptError, naming the key, for what a run cannot go on from."""
-    facts = jsonio.read_numbered(file, FORMAT, STATE, MORE, unnumbered=1)
-    cursor = facts["cursor"]
-    if cursor is not None:
-        keys = next((keys for keys in CURSORS if set(keys) == set(cursor)), None)
-        if keys is None:
-            known = " or ".join(", ".join(keys) for keys in CURSORS)
-            raise CorruptError(
-                f"{file}: 'cursor' has the keys {', '.join(cursor)[:80] or 'none'}, expected "
-                f"{known}"
-            )
-        jsonio.check_keys(file, cursor, keys, "cursor.")
-    numbers = {**facts, **{f"cursor.{key}": value for key, value in (cursor or {}).items()}}
-    for name, length in (("mesh", 2), ("cursor.place", 3)):
-        values = numbers.get(name, [1] * length)
-        if len(values) != length or any(type(value) is not int for value in values):
-            raise CorruptError(
-                f"{file}: {name!r} is {str(values)[:80]}, expected {length} whole numbers"
-            )
-        numbers |= {f"{name}.{i}": value for i, value in enumerate(values)}
-    for name, value in numbers.items():
-        least = int(name == "threads" or name.startswith("mesh."))
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
-            raise CorruptError(
-                f"{file}: {name!r} is {value}, expected a number from {least} to 2^63"
-            )
-    if file.parent.name != RunFolder(file.parent).checkpoint(facts["step"]).name:
-        raise CorruptError(
-            f"{file}: 'step' is {facts['step']}, though its folder is named {file.parent.name}"
-        )
-    return facts
-
-
 def check_room(runs: Sequence[tuple[RunFolder, AutogradStep]]) -> None:
-    """Raise DiskError if the disk cannot hold the checkpoints that are kept and one being written,
-    of all these runs together."""
+    """Raise DiskError if the disk cannot hold the checkpoints that these runs keep and the ones
+    being written."""
     needed = 0
     for run, optimizer in runs:
-        weights, keep = (
-            sum(parameter.numel() for parameter in optimizer.sae.parameters()) * 4,
-            optimizer.recipe.run.keep,
-        )
-        needed += (
-            weights
-            * (5 if optimizer.average else 4)
-            * (keep + 1 - min(keep, len(run.checkpoints())))
-            * optimizer.mesh.latent
-        )
+        shard = sum(parameter.numel() for parameter in optimizer.sae.parameters())
+        parameters = shard * optimizer.mesh.latent
+        needed += disk_bytes(optimizer.recipe, parameters, existing=len(run.checkpoints()))
     path = runs[0][0].path
     free = shutil.disk_usage(path).free
     if free < needed:
@@ -339,16 +297,4 @@ def check_room(runs: Sequence[tuple[RunFolder, AutogradStep]]) -> None:
             f"disk too small for {path}: checkpoints need {needed / 1e6:,.0f} MB, "
             f"{free / 1e6:,.0f} MB are free; "
             "make room, lower --run.keep, or give another --out"
-        )
-
-
-def check_same(run: RunFolder, asked: Any) -> None:
-    """Raise InputError, naming the keys, if a run's recipe is not the one asked for."""
-    from ksparse.config import differences
-
-    changed = differences(run.recipe().fingerprint(), asked.fingerprint())
-    if changed:
-        raise InputError(
-            f"{run.path} was begun with another recipe: {'; '.join(changed)}. "
-            "Give another --out, or the recipe it was begun with (`ksparse resume` uses that)"
         )

@@ -1,9 +1,8 @@
-"""The held-out loss along a run: at which steps it is taken, what a line of curve.jsonl holds, and
-whether it still falls.
+"""The held-out loss along a run: at which steps it is measured, and whether it still falls.
 
-The loss is normalised MSE: squared error over that of predicting the mean of the same held-out
-activations, float64 sums divided once; with the raw weights and with their average, since early
-averages are worse (Gao et al. 2024, A.5). The smaller of the two is what laws are fitted to.
+The loss is the normalized MSE: the squared error divided by that of predicting the mean of the same
+held-out activations, both float64 sums. It is measured with the raw weights and with their average,
+since early averages are worse (Gao et al. 2024, A.5). Laws are fitted to the smaller of the two.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from torch import Tensor
 from ksparse.config import CurveConfig, Recipe
 from ksparse.sae.model import SAE
 
-ROWS = 2048  # held-out activations whose codes are in memory at once
+ROWS = 2048
+"""Held-out activations that are encoded at a time."""
 
 
 def points(recipe: Recipe) -> set[int]:
-    """Return the steps at which the loss is taken: `per_octave` to each doubling, the last step
-    among them."""
+    """Return the steps at which the loss is measured: `curve.per_octave` for each doubling of the
+    tokens, up to the last step. Empty if the recipe has no curve."""
     curve = recipe.curve
     shares = [2 ** (-i / curve.per_octave) for i in range(curve.octaves * curve.per_octave + 1)]
     return {max(1, round(recipe.steps * share)) for share in shares} if curve.held_out else set()
@@ -32,10 +32,11 @@ def points(recipe: Recipe) -> set[int]:
 
 @torch.no_grad()
 def loss(sae: SAE, raw: Tensor) -> float:
-    """Return the normalised MSE on raw activations [m, d]; infinite where it is not finite."""
+    """Return the normalized MSE of an SAE on raw activations [rows, d_model]; infinity in place of
+    NaN."""
     error, square, total = 0.0, 0.0, torch.zeros(raw.shape[1], dtype=torch.float64)
-    for part in raw.split(ROWS):
-        x = sae.normalize(part).x
+    for rows in raw.split(ROWS):
+        x = sae.normalize(rows).x
         recon = sae.decode_normalized(sae.encode_normalized(x))
         error += (recon - x).cpu().double().square().sum().item()
         square += x.cpu().double().square().sum().item()
@@ -45,11 +46,14 @@ def loss(sae: SAE, raw: Tensor) -> float:
 
 
 def converged(rows: Sequence[dict[str, Any]], curve: CurveConfig) -> bool:
-    """Return whether the loss falls by less than `curve.converged` for a doubling of the tokens.
+    """Return whether the loss falls by less than `curve.converged` per doubling of the tokens.
 
-    The slope is that of a least-squares line through log loss against log tokens over the last
-    `curve.window` octaves, which smooths; at least three points, so that a run does not end before
-    they span the window.
+    The slope is that of a least-squares line of log loss against log tokens over the last
+    `curve.window` octaves. The points must span the window, and be at least three.
+
+    Args:
+        rows: the rows of curve.jsonl, in order.
+        curve: the options; `converged` = 0 turns this off.
     """
     if not curve.converged or not rows:
         return False

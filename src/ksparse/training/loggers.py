@@ -1,5 +1,5 @@
-"""The metrics elsewhere: TensorBoard, wandb, trackio. metrics.jsonl is written in any case and is
-what ksparse reads."""
+"""Send metrics to TensorBoard, wandb or trackio, beside metrics.jsonl, which is the file that
+ksparse reads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ Send = Callable[[dict[str, Any]], None]
 
 
 def open_loggers(recipe: Recipe, run: RunFolder) -> list[Send]:
-    """Return one function per logger that takes a row of metrics."""
+    """Return, for each logger of `run.loggers`, a function that takes a row of metrics.
+
+    Raises:
+        InputError: if a logger is not installed.
+    """
     openers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _wandb}
     return [openers[name](name, recipe, run) for name in recipe.run.loggers]
 
 
 def _tensorboard(name: str, recipe: Recipe, run: RunFolder) -> Send:
-    writer = _need("torch.utils.tensorboard", name).SummaryWriter(str(run.path / "tensorboard"))
+    writer = _import_logger("torch.utils.tensorboard", name).SummaryWriter(
+        str(run.path / "tensorboard")
+    )
 
     def send(row: dict[str, Any]) -> None:
         for key, value in row.items():
@@ -33,12 +39,14 @@ def _tensorboard(name: str, recipe: Recipe, run: RunFolder) -> Send:
 
 
 def _wandb(name: str, recipe: Recipe, run: RunFolder) -> Send:
-    """trackio speaks wandb's language."""
-    session = _need(name, name).init(project="ksparse", name=run.name, config=flat(to_dict(recipe)))
+    """Open wandb, or trackio, which has the same interface."""
+    session = _import_logger(name, name).init(
+        project="ksparse", name=run.name, config=flat(to_dict(recipe))
+    )
     return lambda row: session.log(row)
 
 
-def _need(module: str, name: str) -> Any:
+def _import_logger(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:

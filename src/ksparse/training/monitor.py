@@ -1,15 +1,14 @@
-"""What nobody looks at for days should call by itself: a gradient out of the ordinary, latents that
-die.
+"""Warn about anomalies in unattended runs: unusual gradients, and latents that die.
 
     grad_norm     the norm is more than `run.alarm_grad_norm` times the median of the last 100
-                  finite ones
-    dead          the share of dead latents has come above `run.alarm_dead`
-    dead_growth   the share has risen by more than `run.alarm_dead_growth` above the lowest since
-                  the last alarm of this kind
+                  finite norms
+    dead          the share of dead latents has exceeded `run.alarm_dead`
+    dead_growth   the share has risen by more than `run.alarm_dead_growth` above its lowest value
+                  since the last alarm of this type
 
-The share counts from 2 x dead_after tokens on: before, it rises from zero in every run. After an
-alarm its kind is silent for 100 steps; the next one says how many steps would have called in
-between. Nothing of this changes what is trained.
+The share of dead latents counts only after 2 x dead_after tokens: until then it rises from zero in
+every run. After an alarm its type pauses for 100 steps; the next alarm says how many were held back
+meanwhile. Alarms do not change training.
 """
 
 from __future__ import annotations
@@ -22,19 +21,28 @@ from typing import Any
 
 from ksparse.config import Recipe
 
-WINDOW, LEAST = 100, 20  # norms whose median is usual, and how many there must be
-QUIET = 100  # steps
+WINDOW = 100
+"""Norms whose median is the usual norm."""
+LEAST = 20
+"""Norms that there must be before one can be unusual."""
+QUIET = 100
+"""Steps after an alarm in which there is no other of its type."""
 
 
 class Monitor:
-    """Holds each step against those before; `past` are the lines of metrics of a run that goes
-    on."""
+    """Compares each step with those before it.
+
+    Args:
+        recipe: the recipe, with the limits in its section `run`.
+        past: the rows of metrics of the steps before.
+    """
 
     def __init__(self, recipe: Recipe, past: Iterable[dict[str, Any]] = ()):
         self.options, self.from_tokens = recipe.run, 2 * recipe.dead_after
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.lowest, self.above = math.inf, False
-        self.called: dict[str, int] = {}
+        self.last_alarm: dict[str, int] = {}
+        """Step of the last alarm, by type."""
         self.kept_back: dict[str, int] = {}
         for row in past:
             self.see(row["step"], row.get("tokens", 0), row.get("grad_norm"), row.get("dead"))
@@ -42,16 +50,22 @@ class Monitor:
     def see(
         self, step: int, tokens: int, grad_norm: float | None, dead: float | None = None
     ) -> list[dict[str, Any]]:
-        """Return the alarms of a step, as lines of alarms.jsonl. dead: the share of dead latents,
-        where it was looked at."""
-        found = [
+        """Return the alarms of a step, as rows of alarms.jsonl.
+
+        Args:
+            step: the number of the step.
+            tokens: tokens trained on so far.
+            grad_norm: the norm of the gradient; None or NaN if the batch was left out.
+            dead: the share of dead latents; None if it was not computed.
+        """
+        alarms = [
             *self._gradient(grad_norm),
             *(self._dead(dead) if dead is not None and tokens >= self.from_tokens else ()),
         ]
         rows = [
             {"step": step, "tokens": tokens, **alarm}
-            for alarm in found
-            if self._may(alarm["alarm"], step)
+            for alarm in alarms
+            if self._is_due(alarm["alarm"], step)
         ]
         for row in rows:
             row["kept_back"] = self.kept_back.pop(row["alarm"], 0)
@@ -94,10 +108,10 @@ class Monitor:
             }
             self.lowest = share
 
-    def _may(self, kind: str, step: int) -> bool:
-        """Return whether an alarm may be given, and count it where not."""
-        if step - self.called.get(kind, -QUIET) < QUIET:
-            self.kept_back[kind] = self.kept_back.get(kind, 0) + 1
+    def _is_due(self, alarm: str, step: int) -> bool:
+        """Return whether an alarm is given; count it if it is held back."""
+        if step - self.last_alarm.get(alarm, -QUIET) < QUIET:
+            self.kept_back[alarm] = self.kept_back.get(alarm, 0) + 1
             return False
-        self.called[kind] = step
+        self.last_alarm[alarm] = step
         return True

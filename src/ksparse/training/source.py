@@ -1,11 +1,10 @@
-"""What all members of a cohort share: the stream, the sample that they start from, and held-out
-activations.
+"""Where activations come from: the parts that SAEs on one stream share.
 
-Feed(recipe, device).stream          batches of raw activations
-                    .look            factor, baseline and normalised rows of the first activations;
-                                     read once
-                    .lm_parameters   what a pass of the LM costs
-                    .held_out        raw activations of text that is not trained on, for the curves
+ActivationSource(recipe, device)
+    .stream          batches of raw activations
+    .look            the calibration sample, read once: input scale, baseline, normalized rows
+    .lm_parameters   the size of the LM, for FLOPs
+    .held_out        raw activations of held-out text, for curves
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from ksparse.data.sharded import ShardStream
 from ksparse.data.shards import Shards
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import InputError
+from ksparse.limits import SAMPLE
 from ksparse.lm.model import LM
 from ksparse.planning import flops
 from ksparse.planning.steps import prefetches
@@ -37,22 +37,31 @@ from ksparse.sae.normalization import dataset_factor, normalize
 
 log = logging.getLogger("ksparse")
 
-SAMPLE = 32_768  # activations for b_pre and the constants, as in the official code
-SHARD_BATCHES = 4  # read ahead
-PER_DOCUMENT = 256  # held-out tokens of a document, so that few rows come from many documents
+SHARD_BATCHES = 4
+"""Batches that are prefetched from shards."""
+PER_DOCUMENT = 256
+"""Most held-out tokens of a document, so that a few rows come from many documents."""
 
 
 class Calibration(NamedTuple):
-    """The first activations: their constant of normalize = 'dataset', normalised rows x[s, d], and
-    the error of predicting their mean."""
+    """The first activations of a stream, and the constants computed from them."""
 
     factor: float
+    """The input scale of `acts.normalize = "dataset"`; 1 for other normalizations."""
     x: Tensor
+    """Normalized activations, [rows, d_model]."""
     baseline: float
+    """Mean squared error per component of predicting their mean."""
 
 
 class ActivationSource:
-    """One stream of activations for one SAE or many."""
+    """One stream of activations, for one SAE or many.
+
+    Args:
+        recipe: names the activations; of several SAEs' recipes, any.
+        device: where to put them.
+        mesh: the processes that share the stream.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, mesh: Mesh = SINGLE_PROCESS):
         self.recipe, self.device, self.mesh = recipe, device, mesh
@@ -62,30 +71,28 @@ class ActivationSource:
             if isinstance(self.source, ShardStream)
             else getattr(self.source, "per_block", 1)
         )
-        together = (
-            mesh.size > 1 and not recipe.acts.shards
-        )  # then processes compute a block together, between two steps
-        self.stream = (
-            Prefetcher(self.source, depth)
-            if prefetches(recipe, device.type) and not together
-            else self.source
-        )
-        self.waited = 0.0  # seconds
+        # Several processes fill the shuffle buffer together, between two steps.
+        collective = mesh.size > 1 and not recipe.acts.shards
+        prefetch = prefetches(recipe, device.type) and not collective
+        self.stream = Prefetcher(self.source, depth) if prefetch else self.source
+        self.waited = 0.0
+        """Seconds that training has waited for batches."""
         self._centers: dict[str, Tensor] = {}
 
-    def wait(self, batches: Iterator[ActivationBatch]) -> ActivationBatch:
-        """Return the next batch, and count how long that took."""
-        asked = time.monotonic()
+    def next_batch(self, batches: Iterator[ActivationBatch]) -> ActivationBatch:
+        """Return the next batch, and add the time that it took to `waited`."""
+        began = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - asked
+        self.waited += time.monotonic() - began
         return batch
 
     @cached_property
     def look(self) -> Calibration:
+        """The calibration sample; reading it does not move the stream."""
         log.info("reading the first activations")
-        raw, kind = self.source.sample(SAMPLE), self.recipe.acts.normalize
-        factor = dataset_factor(raw) if kind == "dataset" else 1.0
-        x = normalize(raw, kind, factor).x
+        raw, normalization = self.source.sample(SAMPLE), self.recipe.acts.normalize
+        factor = dataset_factor(raw) if normalization == "dataset" else 1.0
+        x = normalize(raw, normalization, factor).x
         baseline = (x - x.mean(0)).cpu().double().square().mean().item()
         if not baseline > 0:
             raise InputError(
@@ -94,23 +101,22 @@ class ActivationSource:
             )
         return Calibration(factor, x, baseline)
 
-    def center(self, kind: str) -> Tensor:
-        """Return where b_pre starts, [d]; found once for all members that start so."""
-        if kind not in self._centers:
-            self._centers[kind] = center(self.look.x, kind)
-        return self._centers[kind]
+    def center(self, method: str) -> Tensor:
+        """Return the initial b_pre, [d_model]; each `sae.b_pre_init` is computed once."""
+        if method not in self._centers:
+            self._centers[method] = center(self.look.x, method)
+        return self._centers[method]
 
     @cached_property
     def lm_parameters(self) -> int:
-        """The parameters of the LM's matrices up to the site; none where activations come from
-        shards."""
+        """Parameters of the LM's matrices up to the site; 0 if activations come from shards."""
         lm = getattr(self.source, "lm", None)
         return flops.before_site(lm.model, lm.module, lm.at) if lm else 0
 
     @cached_property
     def held_out(self) -> Tensor:
-        """Raw activations [rows, d] of the validation side of the text; as many as `curve.held_out`
-        says. To be read before the stream is, whose thread uses the LM."""
+        """Raw activations [`curve.held_out`, d_model] of the held-out documents. Read it before the
+        stream, which may run the LM in a thread."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
         acts = dataclasses.replace(recipe.acts, mix=rows)
         lm = (
@@ -129,8 +135,14 @@ class ActivationSource:
 def open_stream(
     recipe: Recipe, device: torch.device, mesh: Mesh = SINGLE_PROCESS
 ) -> tuple[ActivationStream, dict[str, Any]]:
-    """Return the stream of activations that a recipe names, and the policy by which they are
-    kept."""
+    """Open the stream of activations that a recipe names.
+
+    Returns:
+        The stream, and the policy that says which tokens it keeps.
+
+    Raises:
+        InputError: if shards do not fit the recipe, or the shuffle buffer is less than one batch.
+    """
     acts = recipe.acts
     if acts.shards:
         shards = Shards(acts.shards)

@@ -1,5 +1,5 @@
-"""Train autoencoders on one stream of activations. Read `train_cohort` as the method section; a
-single SAE is a cohort of one."""
+"""Train SAEs on one stream of activations. Read `train_many` as the method section; `train` calls
+it with a single SAE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -19,16 +18,18 @@ from typing import Any
 
 import torch
 
-from ksparse import distributed as mesh_of
+from ksparse import distributed
 from ksparse.config import Recipe, check_schedule, differences, to_toml
 from ksparse.device import resolve_device
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.planning.plan import explain_memory
+from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint
+from ksparse.training.resume import check_same, restore
 from ksparse.training.source import ActivationSource
-from ksparse.training.trainer import SAETrainer
+from ksparse.training.trainer import SAETrainer, finished, start
 from ksparse.trust import trusted
 
 log = logging.getLogger("ksparse")
@@ -43,13 +44,29 @@ def train(
     observe: MetricsCallback = lambda row: None,
     trust_remote_code: bool = False,
 ) -> RunFolder:
-    """Train one SAE and leave a run in the folder `out`; if a run with the same recipe is there, go
-    on with it.
+    """Train one SAE, or continue its run if the folder holds one with the same recipe.
 
-    out: runs/<a hash of the recipe> if not given.
-    observe: called with each row of metrics. Raises Interrupted, once all is saved, on Ctrl-C and
-    SIGTERM.
-    trust_remote_code: let code that comes with the LM run, in this call alone.
+    Args:
+        recipe: what to train.
+        out: the run's folder; runs/HASH by default, with a hash of the recipe.
+        observe: called with each row of metrics.
+        trust_remote_code: allow code that comes with the LM to run, during this call.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: if the recipe cannot be trained, or the folder holds something else.
+        Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after a checkpoint was saved.
+        NonFiniteError: if the loss or its gradient is not finite.
+
+    Example:
+        >>> import ksparse
+        >>> from ksparse.config import ActsConfig
+        >>> acts = ActsConfig(lm="pylm/0.3m", site="resid_post.1", mix=2048)
+        >>> run = ksparse.train(ksparse.Recipe(acts, tokens=2048), "runs/short")
+        >>> ksparse.load(run.path).metadata["step"]
+        2
     """
     with trusted(trust_remote_code):
         return train_many(
@@ -66,128 +83,145 @@ def train_many(
     observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
     open_feed: Callable[..., ActivationSource] = ActivationSource,
 ) -> list[RunFolder]:
-    """Train SAEs that differ in anything but where their activations come from; each leaves a run
-    as if it had been trained alone.
+    """Train SAEs that share one stream of activations; each run is what it would be alone.
 
-    The LM and the normalisation run once for all. Members may be finished, at different steps, or
-    new: the stream begins where the least advanced one needs it, and each takes part from its own
-    step on. A member whose loss is not finite leaves; the others go on, and its error is raised at
-    the end. recipes must agree in `acts`, `batch`, the order of the data, device and threads.
-    open_feed: called with the recipe, the device, and the mesh where there are several processes;
-    gives what they are trained on, where that is not what `acts` says.
+    The LM and the normalization run once for all. Runs may be new, unfinished at different steps,
+    or finished: the stream starts where the run that is furthest behind needs it, and the others
+    join at their own step. A run whose loss is not finite leaves; its error is raised when the
+    others have finished.
+
+    Args:
+        recipes: what to train; their `stream_key`s must be equal.
+        outs: the folder of each run.
+        observe: called with the run and each row of its metrics.
+        open_feed: called with a recipe, the device and, if there are several processes, the mesh;
+            returns the source of activations. For sources other than the recipe's `acts`.
+
+    Returns:
+        The folders of the runs.
+
+    Raises:
+        InputError: if the recipes cannot share a stream, or one of them cannot be trained.
+        Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after all runs were saved.
+        NonFiniteError: if the loss or gradient of a run is not finite.
     """
-    common, runs = shared_stream(recipes), [RunFolder(Path(out)) for out in outs]
-    with ExitStack() as stack, _memory_explained(common):
-        device = mesh_of.local_device(resolve_device(common.run.device))
-        mesh = stack.enter_context(mesh_of.open_mesh(common, device))
-        mesh.on_rank0("begin", lambda: _claim(stack, runs, recipes))
-        stop = stack.enter_context(_signals())
-        threads(common.threads)
+    shared, runs = shared_stream(recipes), [RunFolder(Path(out)) for out in outs]
+    with ExitStack() as stack, _explain_out_of_memory(shared):
+        device = distributed.local_device(resolve_device(shared.run.device))
+        mesh = stack.enter_context(distributed.open_mesh(shared, device))
+        for recipe in recipes[1:]:
+            distributed.check(recipe, mesh.data, mesh.size)
+        mesh.on_rank0("begin", lambda: _lock_and_begin(stack, runs, recipes))
+        signals = stack.enter_context(_stop_signals())
+        set_threads(shared.threads)
         saver = checkpoint.Saver(mesh, behind=mesh.size > 1 or not device.startswith("cpu"))
         stack.callback(saver.finish)
-        members = [
-            SAETrainer(run, recipe, torch.device(device), saver)
-            for run, recipe in zip(runs, recipes)
-        ]
-        going = [member for member in members if not member.ended]
-        if not going:
-            return runs
-        feed = (
-            open_feed(common, torch.device(device), mesh)
-            if mesh.size > 1
-            else open_feed(common, torch.device(device))
-        )
-        for member in going:
-            member.join(feed, observe)
-        mesh.on_rank0(
-            "room",
-            lambda: checkpoint.check_room([(member.run, member.optimizer) for member in going]),
-        )
-        began = time.monotonic()
 
-        least = min((member.state for member in going), key=lambda state: state.step)
-        step, batches = least.step, stack.enter_context(closing(feed.stream.batches(least.cursor)))
-        while going:
-            batch = feed.wait(batches)
-            step += 1
-            x = going[0].optimizer.sae.normalize(batch.x).x
-            now = [member for member in going if member.state.step == step - 1]
-            for member in now:
-                member.step(batch, x)
-            for member in now:
-                member.log(batch, x)
-            signum, *due = mesh.all_reduce_max_ints(
-                "stop", [stop[0] if stop else 0, *(int(member.due()) for member in now)]
-            )
-            for member, wanted in zip(now, due):
-                if signum or wanted or member.ended:
-                    member.save()
-            going = [member for member in going if not member.ended and not member.failed]
-            if signum and going:
-                saver.wait()
-                raise Interrupted(_stopped(going, time.monotonic() - began), signum)
+        restored = [
+            restore(run, recipe, torch.device(device), mesh) for run, recipe in zip(runs, recipes)
+        ]
+        unfinished = [
+            (run, recipe, saved)
+            for run, recipe, saved in zip(runs, recipes, restored)
+            if saved is None or not finished(recipe, saved[0])
+        ]
+        if not unfinished:
+            return runs
+        processes = (mesh,) if mesh.size > 1 else ()
+        source = open_feed(shared, torch.device(device), *processes)
+        trainers = []
+        for run, recipe, saved in unfinished:
+            state, step = saved or start(recipe, source, mesh)
+            trainers.append(SAETrainer(run, recipe, source, state, step, saver, observe))
+        mesh.on_rank0("room", lambda: _check_room(trainers))
+        _take_all_steps(trainers, source, signals)
         saver.wait()
-    for member in members:
-        if member.failed:
-            raise member.failed
+    for trainer in trainers:
+        if trainer.failed:
+            raise trainer.failed
     return runs
 
 
-# ---- the parts, in the order of their use --------------------------------------------------------
+def _take_all_steps(
+    trainers: list[SAETrainer], source: ActivationSource, signals: list[int]
+) -> None:
+    """Train until all have ended or failed; raise Interrupted, with everything saved, on a
+    signal."""
+    began, mesh, saver = time.monotonic(), trainers[0].mesh, trainers[0].saver
+    furthest_behind = min((trainer.state for trainer in trainers), key=lambda state: state.step)
+    step = furthest_behind.step
+    with closing(source.stream.batches(furthest_behind.cursor)) as batches:
+        while trainers:
+            batch = source.next_batch(batches)
+            step += 1
+            x = trainers[0].optimizer.sae.normalize(batch.x).x
+            joined = [trainer for trainer in trainers if trainer.state.step == step - 1]
+            results = [trainer.step(batch, x) for trainer in joined]
+            for trainer, (losses, grad_norm) in zip(joined, results):
+                trainer.log(x, losses, grad_norm)
+            # All processes save and stop at the same step.
+            signum, *due = mesh.all_reduce_max_ints(
+                "stop", [signals[0] if signals else 0, *(int(trainer.due()) for trainer in joined)]
+            )
+            for trainer, save_now in zip(joined, due):
+                if signum or save_now or trainer.ended:
+                    trainer.save()
+            trainers = [t for t in trainers if not t.ended and not t.failed]
+            if signum and trainers:
+                saver.wait()
+                raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
+
+
+# ---- before the first step -----------------------------------------------------------------------
 
 
 def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
-    """Return a recipe that speaks for all in what they share; raise InputError, naming the keys,
-    where they do not agree."""
+    """Return one of several recipes, to stand for all of them in what they share.
+
+    Raises:
+        InputError: naming the keys that differ, if the recipes cannot share a stream.
+    """
     if not recipes:
-        raise InputError("a cohort needs at least one recipe")
+        raise InputError("there is nothing to train; give at least one recipe")
     first = recipes[0]
     for other in recipes[1:]:
-        wrong = differences(_stream_of(first), _stream_of(other))
-        if wrong:
+        changed = differences(stream_key(first), stream_key(other))
+        if changed:
             raise InputError(
-                f"these recipes cannot share a stream of activations: {'; '.join(wrong)}. Train "
+                f"these recipes cannot share a stream of activations: {'; '.join(changed)}. Train "
                 "them apart"
                 + (
                     ", or give all of them one `order`"
-                    if any(key.startswith("order") for key in wrong)
+                    if any(key.startswith("order") for key in changed)
                     else ""
                 )
             )
     return first
 
 
-def _stream_of(recipe: Recipe) -> dict[str, Any]:
-    """Return what the members of a cohort have in common."""
-    fingerprint = recipe.fingerprint()
-    return {
-        "acts": fingerprint["acts"],
-        "batch": recipe.batch,
-        "order": recipe.data_seed,
-        "threads": recipe.threads,
-        "curve": {"held_out": recipe.curve.held_out},
-        "mesh": asdict(recipe.mesh),
-        "run": {"device": recipe.run.device},
-    }
-
-
-def _claim(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
-    """Lock the runs, and begin those that are new, or that ended before their first step."""
+def _lock_and_begin(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
+    """Lock the runs until the stack closes, and begin those that are new or ended before their
+    first step."""
     for run, recipe in zip(runs, recipes, strict=True):
         stack.enter_context(run.locked())
+        # A recipe without environment.json was put there by hand: it is not to be replaced.
         if run.exists() and (run.begun() or not run.environment_file.is_file()):
-            checkpoint.check_same(run, recipe)  # a recipe alone is its owner's
+            check_same(run, recipe)
         else:
             begin(run, recipe)
 
 
 def begin(run: RunFolder, recipe: Recipe) -> None:
-    """Write what the run is, before anything else."""
+    """Write what a run is, before anything else.
+
+    Raises:
+        InputError: if the folder holds anything but what a killed process leaves.
+    """
     check_schedule(recipe)
-    started = (".lock", "environment.json")  # what a process that was killed in here leaves
+    leftovers = (".lock", "environment.json")
     names = [file.name for file in run.path.iterdir()]
     if not run.exists() and any(
-        name not in started and not name.startswith(".tmp-") for name in names
+        name not in leftovers and not name.startswith(".tmp-") for name in names
     ):
         raise InputError(f"{run.path} is not empty and not a run; give another --out, or empty it")
     run.remove_leftovers()
@@ -195,26 +229,18 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
     atomic.write_text(run.recipe_file, to_toml(recipe))
 
 
-def threads(number: int) -> None:
+def set_threads(number: int) -> None:
+    """Set torch's number of CPU threads; 0 leaves it."""
     if number:
         torch.set_num_threads(number)
 
 
-def _stopped(going: list[SAETrainer], seconds: float) -> str:
-    first = going[0]
-    if len(going) == 1:
-        return (
-            f"stopped at step {first.state.step:,} of {first.recipe.steps:,}; everything is "
-            f"saved. Go on with: ksparse resume {first.run.path}"
-        )
-    return (
-        f"stopped at step {max(member.state.step for member in going):,} after {seconds:,.0f} "
-        f"s, with {len(going)} SAEs to finish; everything is saved. The same command goes on"
-    )
+def _check_room(trainers: Sequence[SAETrainer]) -> None:
+    checkpoint.check_room([(trainer.run, trainer.optimizer) for trainer in trainers])
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions and the hardware, for environment.json."""
+    """Return the versions and the hardware, as environment.json has them."""
     packages = ("ksparse", "torch", "transformers", "tokenizers", "safetensors", "numpy")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -228,45 +254,65 @@ def environment() -> dict[str, Any]:
     }
 
 
+# ---- stopping ------------------------------------------------------------------------------------
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM, so that the step is finished and saved; a second one
-    stops at once."""
-    seen: list[int] = []
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list to which the first SIGINT, SIGTERM or SIGHUP is appended, so that the step is
+    finished and saved; a second one of the same kind stops at once."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen
+        yield received
         return
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        seen.append(signum)
+        received.append(signum)
         signal.signal(signum, before[signum])
         log.warning("stopping after this step and saving; once more to stop at once")
 
-    # a script's background jobs ignore SIGINT, which is to stay so
-    heeded = [
-        signum
-        for signum in (signal.SIGINT, signal.SIGTERM)
+    # Ignored signals stay ignored: a script's background jobs ignore SIGINT, nohup ignores SIGHUP.
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {
+        signum: signal.getsignal(signum)
+        for signum in signums
         if signal.getsignal(signum) not in (signal.SIG_IGN, None)
-    ]
-    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
-        signum: signal.signal(signum, handle) for signum in heeded
     }
+    for signum in before:
+        signal.signal(signum, handle)
     try:
-        yield seen
+        yield received
     finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _stop_message(unfinished: list[SAETrainer], seconds: float) -> str:
+    first = unfinished[0]
+    if len(unfinished) == 1:
+        return (
+            f"stopped at step {first.state.step:,} of {first.recipe.steps:,}; everything is "
+            f"saved. Go on with: ksparse resume {first.run.path}"
+        )
+    return (
+        f"stopped at step {max(trainer.state.step for trainer in unfinished):,} after "
+        f"{seconds:,.0f} s, with {len(unfinished)} SAEs to finish; everything is saved. The same "
+        "command goes on"
+    )
 
 
 @contextmanager
-def _memory_explained(recipe: Recipe) -> Iterator[None]:
+def _explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory into an error that says what the plan counts and what reduces it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch reports a lack of main memory as a plain RuntimeError.
         if not isinstance(
             error, (torch.OutOfMemoryError, MemoryError)
         ) and "allocate memory" not in str(error):
-            raise  # torch says of the machine's memory that it is out in a plain RuntimeError
+            raise
         raise OutOfMemoryError(
             f"out of memory: {(str(error) or type(error).__name__).splitlines()[0]} "
             f"{explain_memory(recipe)}"

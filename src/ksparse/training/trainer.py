@@ -1,9 +1,12 @@
-"""One SAE in training: its weights, its state, its run's files. Its cohort hands it the batches.
+"""One SAE in training: its weights, its state, and the files of its run.
 
-Member(run, recipe, device)   the newest intact checkpoint, if there is one
-.join(feed, observe)          start, where there was none; open the logs
-.step(batch, x)               gradient, optimiser, dead counters
-.log(batch, x)  .save()       metrics.jsonl, curve.jsonl and alarms.jsonl; a checkpoint
+    start(recipe, source, mesh)                       a new SAE; `resume.restore` continues one
+    SAETrainer(run, recipe, source, …)                opens its logs
+    .step(batch, x)                                   gradient, optimizer, dead counters
+    .log(x, losses, grad_norm)                        metrics.jsonl, curve.jsonl, alarms.jsonl
+    .save()                                           a checkpoint
+
+`train_many` hands the same batches to all trainers that share a stream.
 """
 
 from __future__ import annotations
@@ -34,7 +37,6 @@ from ksparse.training import checkpoint, convergence
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.loggers import open_loggers
 from ksparse.training.monitor import Monitor
-from ksparse.training.resume import restore
 from ksparse.training.source import ActivationSource
 from ksparse.training.steps.async_copy import nonzero_async
 from ksparse.training.steps.autograd import AutogradStep, rate_share
@@ -42,111 +44,118 @@ from ksparse.training.steps.select import choose_step
 
 log = logging.getLogger("ksparse")
 
-AUDITED = 64  # tokens of a logged step on which a screen is held against the exact choice
+AUDITED = 64
+"""Tokens of a logged step on which the preselection is compared with the exact choice."""
 
 
 class SAETrainer:
-    """An SAE that trains on the batches it is given."""
+    """An SAE that trains on the batches it is handed.
 
-    state: TrainState
-    optimizer: AutogradStep
-    """Both are set once it has `started`: from a checkpoint at once, else by `join`."""
-    held_out: Tensor
-    """Set by `join` where its curve has points."""
+    Args:
+        run: the run's folder.
+        recipe: what to train.
+        source: where the activations come from.
+        state: the run's state, new or restored.
+        optimizer: the training step, which holds the weights.
+        saver: writes the checkpoints.
+        observe: called with the run and each row of metrics.
+    """
 
     def __init__(
-        self, run: RunFolder, recipe: Recipe, device: torch.device, saver: checkpoint.Saver
+        self,
+        run: RunFolder,
+        recipe: Recipe,
+        source: ActivationSource,
+        state: TrainState,
+        optimizer: AutogradStep,
+        saver: checkpoint.Saver,
+        observe: Callable[[RunFolder, dict[str, Any]], None],
     ):
-        self.run, self.recipe, self.device, self.saver, self.mesh = (
-            run,
-            recipe,
-            device,
-            saver,
-            saver.mesh,
-        )
+        self.run, self.recipe, self.source, self.saver = run, recipe, source, saver
+        self.state, self.optimizer, self.mesh = state, optimizer, optimizer.mesh
+        self.dead = DeadLatents(recipe.dead_after)
         self.failed: NonFiniteError | None = None
+        self.writers: list[Callable[[dict[str, Any]], None]] = []
+        if self.mesh.is_rank0:
+            self.writers = [
+                run.append_metrics,
+                lambda row: observe(run, row),
+                *open_loggers(recipe, run),
+            ]
+        self.curve = run.curve()
+        self.monitor = Monitor(recipe, run.metrics())
         self.points = convergence.points(recipe)
-        restored = restore(run, recipe, device, self.mesh)
-        self.started = restored is not None
-        if restored:
-            self.state, self.optimizer = restored
+        self.held_out = source.held_out if self.points else None
+        self.started_at = self.saved_at = time.monotonic()
+        self.seconds_before, self.tokens_before = state.seconds, state.tokens
 
     @property
     def ended(self) -> bool:
-        """Whether there is no step left: all are done, or the loss has converged."""
-        return self.started and (self.state.converged or self.state.step >= self.recipe.steps)
+        """Whether no step is left: all are taken, or the loss has converged."""
+        return finished(self.recipe, self.state)
 
-    def join(
-        self, feed: ActivationSource, observe: Callable[[RunFolder, dict[str, Any]], None]
-    ) -> None:
-        """Begin to take part."""
-        self.feed = feed
-        if not self.started:
-            self.state, self.optimizer = start(self.recipe, feed, self.mesh)
-            self.started = True
-        self.send = (
-            [
-                self.run.append_metrics,
-                lambda row: observe(self.run, row),
-                *open_loggers(self.recipe, self.run),
-            ]
-            if self.mesh.is_rank0
-            else []
-        )
-        self.curve = self.run.curve()
-        self.alarms = Monitor(self.recipe, self.run.metrics())
-        if self.points:
-            self.held_out = feed.held_out
-        self.began = self.saved = time.monotonic()
-        self.spent, self.first = self.state.seconds, self.state.tokens
+    def step(self, batch: ActivationBatch, x: Tensor) -> tuple[Losses, float]:
+        """Take one step.
 
-    def step(self, batch: ActivationBatch, x: Tensor) -> None:
-        """Take one step on normalised activations x[b, d] of a batch; leave the cohort where the
-        loss is not finite."""
+        Args:
+            batch: the batch.
+            x: its normalized activations [b, d_model].
+
+        Returns:
+            The losses, and the gradient's norm: NaN if the batch was left out. If the recipe does
+            not leave such batches out, `failed` is set.
+        """
         state, recipe = self.state, self.recipe
         state.step += 1
-        self.part, self.grad_norm = train_step(self.optimizer, x, state, recipe)
-        if not math.isfinite(self.grad_norm):
-            self._skip(batch)
+        losses, grad_norm = train_step(self.optimizer, x, state, recipe, self.dead)
+        if not math.isfinite(grad_norm):
+            self._leave_out(batch)
         state.tokens += recipe.batch
         state.cursor = batch.cursor
+        return losses, grad_norm
 
-    def log(self, batch: ActivationBatch, x: Tensor) -> None:
-        """Write what is due at this step: a line of metrics, a point of the curve, what calls for
-        attention."""
+    def log(self, x: Tensor, losses: Losses, grad_norm: float) -> None:
+        """Write what is due at this step: a row of metrics, a point of the curve, alarms.
+
+        Args:
+            x: the normalized activations [b, d_model] of the step.
+            losses: what `step` returned.
+            grad_norm: what `step` returned.
+        """
         state, recipe = self.state, self.recipe
         if self.failed:
             return
         if state.step in self.points:
-            self._measure()
+            self._measure_held_out_loss(losses)
         dead = None
         if state.step % recipe.run.log_every == 0 or state.step == 1 or self.ended:
-            now = time.monotonic()
-            state.seconds = self.spent + now - self.began
-            row = (
-                metrics(
-                    self.part,
-                    self.grad_norm,
-                    state,
-                    recipe,
-                    self.feed.stream.same_context_fraction(),
-                    self.optimizer,
-                )
-                | self.optimizer.audit(x[:AUDITED])
-                | {
-                    "waiting": self.feed.waited / max(now - self.began, 1e-9),
-                    "tokens_per_s": (state.tokens - self.first) / max(now - self.began, 1e-9),
-                    "seconds": state.seconds,
-                }
-            )
-            for each in self.send:
-                each(row)
+            row = self._row(x, losses, grad_norm)
+            for write in self.writers:
+                write(row)
             dead = row["dead"]
-        for alarm in (
-            self.alarms.see(state.step, state.tokens, self.grad_norm, dead)
-            if self.mesh.is_rank0
-            else ()
-        ):
+        if self.mesh.is_rank0:
+            self._warn(grad_norm, dead)
+
+    def _row(self, x: Tensor, losses: Losses, grad_norm: float) -> dict[str, Any]:
+        """Return a row of metrics.jsonl."""
+        state = self.state
+        elapsed = time.monotonic() - self.started_at
+        state.seconds = self.seconds_before + elapsed
+        mixing = self.source.stream.same_context_fraction()
+        return (
+            metrics(losses, grad_norm, state, self.recipe, mixing, self.optimizer)
+            | self.optimizer.audit(x[:AUDITED])
+            | {
+                "waiting": self.source.waited / max(elapsed, 1e-9),
+                "tokens_per_s": (state.tokens - self.tokens_before) / max(elapsed, 1e-9),
+                "seconds": state.seconds,
+            }
+        )
+
+    def _warn(self, grad_norm: float, dead: float | None) -> None:
+        """Log and write the alarms of this step; `dead` is None if it was not computed."""
+        state = self.state
+        for alarm in self.monitor.see(state.step, state.tokens, grad_norm, dead):
             log.warning(
                 "step %s: %s%s",
                 f"{state.step:,}",
@@ -157,60 +166,54 @@ class SAETrainer:
             )
             self.run.append_alarm(alarm)
 
-    def _measure(self) -> None:
-        """Add a point to the curve, and end the run where it has converged."""
-        state, recipe, sae = self.state, self.recipe, self.optimizer.sae
-        losses = {
-            "loss_raw": convergence.loss(self.optimizer.raw(), self.held_out),
-            "loss_ema": convergence.loss(self.optimizer.averaged(), self.held_out)
-            if recipe.ema
-            else None,
-        }
+    def _measure_held_out_loss(self, step_losses: Losses) -> None:
+        """Append a point to the curve, and end the run if its loss has converged."""
+        if self.held_out is None:
+            return
+        state, recipe, optimizer = self.state, self.recipe, self.optimizer
+        raw = convergence.loss(optimizer.raw(), self.held_out)
+        ema = convergence.loss(optimizer.averaged(), self.held_out) if recipe.ema else math.inf
+        finite = {"loss_raw": raw, "loss_ema": ema}
+        losses = {key: value if math.isfinite(value) else None for key, value in finite.items()}
+        d_model = optimizer.sae.shape.d_model
         row = (
             {"step": state.step, "tokens": state.tokens}
-            | flops_so_far(state, recipe, sae.shape.d_model, self.feed.lm_parameters)
+            | flops_so_far(state, recipe, d_model, self.source.lm_parameters)
+            | losses
             | {
-                key: value if value is not None and math.isfinite(value) else None
-                for key, value in losses.items()
+                "loss": min(
+                    (value for value in losses.values() if value is not None), default=None
+                ),
+                "l0": l0(step_losses, self.mesh),
+                "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh),
             }
         )
-        row |= {
-            "loss": min(
-                (value for value in (row["loss_raw"], row["loss_ema"]) if value is not None),
-                default=None,
-            ),
-            "l0": l0(self.part, self.mesh),
-            "dead": checkpoint.dead_fraction(state, recipe.dead_after, self.mesh),
-        }
         if self.mesh.is_rank0:
             self.run.append_curve(row)
             self.curve.append(row)
-        state.converged = bool(
-            self.mesh.all_reduce_max_ints(
-                "converged",
-                [int(self.mesh.is_rank0 and convergence.converged(self.curve, recipe.curve))],
-            )[0]
-        )
+        converged = self.mesh.is_rank0 and convergence.converged(self.curve, recipe.curve)
+        state.converged = bool(self.mesh.all_reduce_max_ints("converged", [int(converged)])[0])
 
     def due(self) -> bool:
-        """Return whether it is time for a checkpoint; the first process has the clock."""
-        return self.mesh.is_rank0 and checkpoint_due(self.state.step, self.saved, self.recipe)
+        """Return whether a checkpoint is due; on a mesh process 0 has the clock."""
+        return self.mesh.is_rank0 and checkpoint_due(self.state.step, self.saved_at, self.recipe)
 
     def save(self) -> None:
-        """Save a checkpoint."""
+        """Save a checkpoint, unless the trainer has failed."""
         if self.failed:
             return
-        self.state.seconds = self.spent + time.monotonic() - self.began
+        self.state.seconds = self.seconds_before + time.monotonic() - self.started_at
         self.saver.save(self.run, self.state, self.optimizer)
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
-    def _skip(self, batch: ActivationBatch) -> None:
-        """Leave, naming the documents, or count the batch and go on without it."""
+    def _leave_out(self, batch: ActivationBatch) -> None:
+        """Count a batch whose loss or gradient is not finite; or fail, naming its documents, if
+        `run.on_nonfinite` is "stop"."""
         state = self.state
         self.optimizer.forget()
         if self.recipe.run.on_nonfinite == "stop":
             self.saver.wait()
-            names = self.feed.stream.document_names(batch.documents)
+            names = self.source.stream.document_names(batch.documents)
             last = self.run.newest_intact()[0]
             self.failed = NonFiniteError(
                 f"the loss or its gradient is NaN or infinite at step {state.step:,}, on documents "
@@ -229,37 +232,47 @@ class SAETrainer:
         )
 
 
+def finished(recipe: Recipe, state: TrainState) -> bool:
+    """Return whether no step of a run is left: all are taken, or the loss has converged."""
+    return state.converged or state.step >= recipe.steps
+
+
 def start(
-    recipe: Recipe, feed: ActivationSource, mesh: Mesh = SINGLE_PROCESS
+    recipe: Recipe, source: ActivationSource, mesh: Mesh = SINGLE_PROCESS
 ) -> tuple[TrainState, AutogradStep]:
-    """Initialise an SAE from the first activations (which does not move the stream); on a mesh, a
-    slice of the same SAE."""
-    look = feed.look
+    """Initialize an SAE from the calibration sample, which does not move the stream.
+
+    Args:
+        recipe: what to train.
+        source: where the activations come from.
+        mesh: the processes that share the run; each gets its shard of the same SAE.
+
+    Returns:
+        The state before the first step, and the training step.
+    """
+    calibration = source.look
     shape = Shape(
-        feed.stream.d_model,
+        source.stream.d_model,
         recipe.sae.n_latents,
         recipe.sae.k,
         recipe.acts.normalize,
-        look.factor,
+        calibration.factor,
         recipe.sae.activation.kind,
     )
-    subject = {"subject": describe(lm.model)} if (lm := getattr(feed.source, "lm", None)) else {}
-    sae = SAE(
-        shape,
-        {
-            "acts": asdict(recipe.acts),
-            **subject,
-            "policy": feed.policy,
-            "dead_after": recipe.dead_after,
-            "ksparse": version("ksparse"),
-        },
-    )
-    sae = (
-        sae if mesh.latent > 1 else sae.to(feed.device)
-    )  # the whole may be too large for one device
-    sample, b_pre = look.x.to(sae.W_enc.device), feed.center(recipe.sae.b_pre_init)
+    lm = getattr(source.source, "lm", None)
+    metadata = {
+        "acts": asdict(recipe.acts),
+        **({"subject": describe(lm.model)} if lm else {}),
+        "policy": source.policy,
+        "dead_after": recipe.dead_after,
+        "ksparse": version("ksparse"),
+    }
+    sae = SAE(shape, metadata)
+    if mesh.latent == 1:  # else the whole SAE may be too large for one device
+        sae = sae.to(source.device)
+    sample, b_pre = calibration.x.to(sae.W_enc.device), source.center(recipe.sae.b_pre_init)
     initialize_(sae, sample, recipe.sae, torch.Generator().manual_seed(recipe.seed), b_pre=b_pre)
-    sae = shard_of(sae, mesh, recipe.mesh.capacity).to(feed.device)
+    sae = shard_of(sae, mesh, recipe.mesh.capacity).to(source.device)
     log.info(
         "learning rate %.2g (%s); latents are dead after %s tokens",
         recipe.lr,
@@ -267,64 +280,97 @@ def start(
         f"{recipe.dead_after:,}",
     )
     state = TrainState(
-        since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=feed.device),
-        baseline=look.baseline,
+        since=torch.zeros(sae.shape.n_latents, dtype=torch.long, device=source.device),
+        baseline=calibration.baseline,
         mesh=[mesh.data, mesh.latent],
     )
     return state, choose_step(sae, recipe, mesh)
 
 
-def train_step(
-    optimizer: AutogradStep, x: Tensor, state: TrainState, recipe: Recipe
-) -> tuple[Losses, float]:
-    """Take step number state.step on normalised activations x[b, d]; return its losses and code,
-    and the gradient's norm before clipping.
+class DeadLatents:
+    """The latents that are dead in the coming step; a GPU lists them while it works on.
 
-    Where loss or gradient is not finite the norm is NaN, and neither weights nor dead counters
-    change.
+    A listing is started right after a step's counters are known, so that its length has reached
+    the host before the next step asks for it.
     """
+
+    def __init__(self, dead_after: int):
+        self.dead_after = dead_after
+        self._indices: Callable[[], Tensor] | None = None
+
+    def indices(self, since: Tensor) -> Tensor:
+        """Return the indices of dead latents in ascending order; `since[n]` is read if no listing
+        was started."""
+        return (self._indices or self.start(since))()
+
+    def start(self, since: Tensor) -> Callable[[], Tensor]:
+        """Start to list the dead latents of `since[n]`; the returned function waits for the
+        list."""
+        return nonzero_async(since >= self.dead_after)
+
+    def keep(self, indices: Callable[[], Tensor]) -> None:
+        """Let the next step use a listing that was started."""
+        self._indices = indices
+
+
+def train_step(
+    optimizer: AutogradStep,
+    x: Tensor,
+    state: TrainState,
+    recipe: Recipe,
+    dead: DeadLatents | None = None,
+) -> tuple[Losses, float]:
+    """Take step number `state.step` on a batch.
+
+    Args:
+        optimizer: the SAE's training step.
+        x: normalised activations [b, d_model].
+        state: counters, which are updated in place.
+        recipe: the recipe.
+        dead: the dead latents, kept from step to step; None lists them from `state.since`.
+
+    Returns:
+        The losses and the code, and the gradient's norm before clipping. The norm is NaN if the
+        loss or the gradient is not finite; weights and dead counters then stay as they are.
+    """
+    dead = dead or DeadLatents(recipe.dead_after)
+    latents = dead.indices(state.since)
     if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
         tokens, number = (
             auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data),
-            optimizer.sae.count(dead_latents(state, recipe)),
+            optimizer.sae.count(latents),
         )
         state.flops_auxk += tokens * flops.auxk(
             min(k_aux(recipe.sae, x.shape[1]), number), x.shape[1]
         )
     grad_norm = None
-    while grad_norm is None:  # a step may find that it has to take the batch in again
-        part = backward(optimizer, x, state, recipe)
+    while grad_norm is None:  # None: the step needs the batch's gradients once more
+        part = optimizer.backward(
+            x, baseline=state.baseline, dead=latents, k_aux=k_aux(recipe.sae, x.shape[1])
+        )
         since = update_dead_counts(state.since, part, recipe.batch, optimizer.mesh)
-        dead = nonzero_async(
-            since >= recipe.dead_after
-        )  # asked before the rows move, so that a GPU has told by the time of the next step
+        # Before the weights move, so that a GPU has counted them by the time of the next step.
+        listing = dead.start(since)
         grad_norm = optimizer.step(state.step)
     if math.isfinite(grad_norm):
-        state.since, state.dead = since, dead
+        state.since = since
+        dead.keep(listing)
     return part, grad_norm
-
-
-def backward(optimizer: AutogradStep, x: Tensor, state: TrainState, recipe: Recipe) -> Losses:
-    """Have the optimiser take in the gradients of normalised activations x[b, d]; return its losses
-    and code."""
-    return optimizer.backward(
-        x,
-        baseline=state.baseline,
-        dead=dead_latents(state, recipe),
-        k_aux=k_aux(recipe.sae, x.shape[1]),
-    )
-
-
-def dead_latents(state: TrainState, recipe: Recipe) -> Tensor:
-    """Return the latents that count as dead in the coming step, in order."""
-    return (state.dead or nonzero_async(state.since >= recipe.dead_after))()
 
 
 def update_dead_counts(
     since: Tensor, part: Losses, tokens: int, mesh: Mesh = SINGLE_PROCESS
 ) -> Tensor:
-    """Return the dead counters since[n] some tokens later; a latent fired if one of its values is
-    above 0, being chosen is not enough."""
+    """Return the dead counters after a batch.
+
+    A latent fired if one of its values is above 0; being selected is not enough.
+
+    Args:
+        since: tokens since each latent last fired, [n_latents].
+        part: the losses of the batch, with its code.
+        tokens: tokens of the batch, over all processes.
+        mesh: the processes that share the run.
+    """
     n, (values, indices) = len(since), part.code
     fired = torch.zeros(n + 1, dtype=torch.uint8, device=since.device).scatter_(
         0, torch.where(values > 0, indices, n).flatten(), 1
@@ -342,7 +388,16 @@ def metrics(
     mixing: float | None,
     optimizer: AutogradStep,
 ) -> dict[str, Any]:
-    """Return one line of metrics.jsonl."""
+    """Return what a row of metrics.jsonl says of a step.
+
+    Args:
+        part: the losses of the step, with its code.
+        grad_norm: the gradient's norm before clipping; NaN if the batch was left out.
+        state: the state after the step.
+        recipe: the recipe.
+        mixing: `ActivationStream.same_context_fraction()`.
+        optimizer: the training step.
+    """
     mesh = optimizer.mesh
     finite = bool(torch.isfinite(part.total))
     return {
@@ -364,23 +419,25 @@ def metrics(
 
 
 def l0(part: Losses, mesh: Mesh = SINGLE_PROCESS) -> float:
-    """Return the mean number of values above 0, over all parts of the batch and slices."""
+    """Return the mean number of active latents per token, over the batch and all shards."""
     active = (part.code.values > 0).sum(1).float().mean()
     return (
         mesh.all_reduce_sum("l0", mesh.all_reduce_sum("l0", active, "latent"), "data") / mesh.data
     ).item()
 
 
-def checkpoint_due(step: int, saved: float, recipe: Recipe) -> bool:
+def checkpoint_due(step: int, saved_at: float, recipe: Recipe) -> bool:
+    """Return whether a checkpoint is due at a step; `saved_at` is when the last one was saved, on
+    the clock of `time.monotonic`."""
     if recipe.run.save_every:
         return step % recipe.run.save_every == 0
-    return time.monotonic() - saved >= 60 * recipe.run.save_minutes
+    return time.monotonic() - saved_at >= 60 * recipe.run.save_minutes
 
 
 def flops_so_far(
     state: TrainState, recipe: Recipe, d_model: int, lm_parameters: int
 ) -> dict[str, float]:
-    """Return the FLOPs of a run up to now, by part and in sum; the LM's are not in the sum."""
+    """Return the FLOPs of a run so far, by part and in sum; the sum leaves out the LM's."""
     parts = {
         "flops_encoder": float(state.tokens * flops.encoder(recipe, d_model)),
         "flops_decoder": float(state.tokens * flops.decoder(recipe, d_model)),

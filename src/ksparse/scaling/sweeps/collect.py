@@ -1,5 +1,5 @@
-"""A sweep's runs -> points.csv and curves.csv, which laws are fitted to. docs/formats.md has the
-columns."""
+"""Collect the runs of a sweep into points.csv and curves.csv, which laws are fitted to.
+docs/formats.md lists the columns."""
 
 from __future__ import annotations
 
@@ -43,38 +43,42 @@ CURVES = ("run", "n", "k", "lr", "seed", "lm", "tokens", "flops", "loss", "loss_
 
 
 def collect(sweep: SweepFolder) -> int:
-    """Write both files from all finished runs that have a curve; return how many there are."""
+    """Write both files from all finished runs that have a curve.
+
+    Returns:
+        The number of these runs.
+    """
     subjects: dict[tuple[str, str], dict[str, Any]] = {}
     points, curves = [], []
     for run in sweep.runs():
         curve = run.curve() if finished(run) else []
         if not curve:
             continue
-        about = _about(run, subjects)
+        columns = _run_columns(run, subjects)
         last = curve[-1]
         converged = bool(jsonio.read_table(run.checkpoints()[-1] / "state.json").get("converged"))
         points.append(
-            about
+            columns
             | last
             | {
                 "tokens_to_convergence": last["tokens"] if converged else None,
                 "converged": str(converged).lower(),
             }
         )
-        curves += [about | row for row in curve]
-    atomic.write_text(sweep.points_file, _csv(POINTS, points))
-    atomic.write_text(sweep.curves_file, _csv(CURVES, curves))
+        curves += [columns | row for row in curve]
+    atomic.write_text(sweep.points_file, _format_csv(POINTS, points))
+    atomic.write_text(sweep.curves_file, _format_csv(CURVES, curves))
     return len(points)
 
 
-def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """Return what a run is, as columns."""
+def _run_columns(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """Return the columns that are the same in all rows of a run; `subjects` caches the LMs'."""
     recipe = run.recipe()
     checksums.verify(run.checkpoints()[-1], "sae.json")
     config = jsonio.read_table(run.checkpoints()[-1] / "sae.json", d_model=int)
     subject = (recipe.acts.lm, recipe.acts.shards)
     if subject not in subjects:
-        subjects[subject] = _subject(recipe)
+        subjects[subject] = _lm_columns(recipe)
     return {
         "run": run.name,
         "n": recipe.sae.n_latents,
@@ -88,20 +92,19 @@ def _about(run: RunFolder, subjects: dict[tuple[str, str], dict[str, Any]]) -> d
     } | subjects[subject]
 
 
-def _subject(recipe: Recipe) -> dict[str, Any]:
-    """Return an LM's size: its parameters without embeddings, and the FLOPs of its pre-training
-    where its folder says."""
+def _lm_columns(recipe: Recipe) -> dict[str, Any]:
+    """Return an LM's parameters without embeddings, and the FLOPs of its pre-training if its folder
+    has them."""
     folder = Path(find_model(recipe.acts.lm))
-    spent = [flops for flops, _ in pylm.loss_table(folder)] if folder.is_dir() else []
+    flops = [spent for spent, _ in pylm.loss_table(folder)] if folder.is_dir() else []
+    without_shards = dataclasses.replace(recipe.acts, shards="")
     return {
-        "lm_parameters": read_lm_spec(
-            dataclasses.replace(recipe, acts=dataclasses.replace(recipe.acts, shards=""))
-        ).body,
-        "lm_flops": max(spent, default=None),
+        "lm_parameters": read_lm_spec(dataclasses.replace(recipe, acts=without_shards)).body,
+        "lm_flops": max(flops, default=None),
     }
 
 
-def _csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+def _format_csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(columns)

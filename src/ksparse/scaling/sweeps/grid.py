@@ -1,18 +1,18 @@
-"""What a sweep is: recipes from a grid over any of their keys, each in a folder named by a hash of
-it.
+"""A sweep: recipes from a grid over their keys, each with a run folder named by the recipe's hash.
 
     read(file)        sweep.toml -> Grid(recipes by folder name)
     SweepFolder       where a sweep's files are
-    cohorts(…)        unfinished runs -> groups that train together, as large as the memory and as
-                      many as the workers
+    group_runs(…)     unfinished runs -> groups that train together: as large as the memory allows,
+                      and at least one per worker
 
-A sweep.toml is a recipe with `[grid]`, a table of lists, or several `[[grid]]`, whose points are
-put together. Where a grid varies `seed`, the order of the data is fixed (`order = 0`), so that
-seeds share a stream.
+A sweep.toml is a recipe with `[grid]`, a table of lists, or with several `[[grid]]`, whose points
+are combined. Where a grid varies `seed`, the order of the data is fixed (`order = 0`), so that
+all seeds share a stream.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -25,19 +25,17 @@ from typing import Any
 from ksparse import config as recipes
 from ksparse.config import Recipe
 from ksparse.errors import InputError
+from ksparse.planning.costs import PlanInput, SAEMemory, add_memory, sae_memory
+from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder
 
-COPIES = (
-    7  # of the weights: raw, two moments, average; averaged, low-precision and one being written
-)
 MOST_POINTS = 100_000
-PRODUCT = 2**27  # numbers of a step's product that are in memory at once
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep's recipes, by the names of their folders, and the file that they came from."""
+    """The recipes of a sweep, by the names of their folders, and the file they were read from."""
 
     file: Path
     recipes: dict[str, Recipe]
@@ -48,44 +46,54 @@ class Grid:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """One sweep on disk."""
+    """The folder of a sweep."""
 
     path: Path
 
     @property
     def file(self) -> Path:
+        """The sweep.toml that the sweep was last run with."""
         return atomic.inside(self.path, "sweep.toml")
 
     @property
     def plan_file(self) -> Path:
+        """The plan of the last call, as JSON."""
         return atomic.inside(self.path, "plan.json")
 
     @property
     def points_file(self) -> Path:
+        """The last point of each finished run."""
         return atomic.inside(self.path, "points.csv")
 
     @property
     def curves_file(self) -> Path:
+        """All points of all finished runs."""
         return atomic.inside(self.path, "curves.csv")
 
     def run(self, name: str) -> RunFolder:
+        """Return the folder of a run."""
         return RunFolder(atomic.inside(self.path, "runs", name))
 
     def error_file(self, name: str) -> Path:
+        """Return the file that says why a run failed."""
         return self.run(name).file("error.json")
 
     def runs(self) -> list[RunFolder]:
-        """Return every run that there is, also those of an earlier, other grid."""
+        """Return all runs in the folder, also those of an earlier grid."""
         folders = sorted(atomic.inside(self.path, "runs").glob("*"))
         return [run for run in (self.run(folder.name) for folder in folders) if run.exists()]
 
     def locked(self):
-        """Keep other processes from leading this sweep."""
+        """Return a context manager that keeps other processes from running this sweep."""
         return RunFolder(self.path).locked()
 
 
 def read(file: Path | str) -> Grid:
-    """Read a sweep.toml; raise InputError where it is no grid, or a point of it no recipe."""
+    """Read a sweep.toml.
+
+    Raises:
+        InputError: if the file has no grid, or a point of the grid is not a valid recipe.
+    """
     file = Path(file)
     table = recipes.read_toml(
         file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml"
@@ -97,16 +105,16 @@ def read(file: Path | str) -> Grid:
             f'sweep {file} has no grid; write [grid] and lists of values, such as "sae.k" = [16, '
             "32]"
         )
-    found: dict[str, Recipe] = {}
+    by_name: dict[str, Recipe] = {}
     for grid in grids:
         for point in _points(grid, file):
             recipe = _recipe(table, point, file)
-            found[jsonio.digest(recipe.fingerprint())] = recipe
-    return Grid(file, found)
+            by_name[jsonio.digest(recipe.fingerprint())] = recipe
+    return Grid(file, by_name)
 
 
 def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
-    """Return every combination of a grid's values, {dotted key: value}."""
+    """Return every combination of a grid's values as {dotted key: value}."""
     lists = recipes.flat(grid)
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
@@ -114,6 +122,7 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
                 f"'{key}' of the grid in {file} is {recipes.preview(values)}; it must be a list of "
                 "at least one value"
             )
+    _check_identity(list(lists), file)
     if (points := math.prod(map(len, lists.values()))) > MOST_POINTS:
         raise InputError(
             f"the grid in {file} has {points:,} points; at most {MOST_POINTS:,} make a sweep"
@@ -121,35 +130,46 @@ def _points(grid: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
 
 
-def _shown(point: dict[str, Any]) -> str:
+def _check_identity(keys: Sequence[str], file: Path) -> None:
+    """Raise InputError for keys that a recipe's identity leaves out: runs that differ in nothing
+    else would have one folder."""
+    identity = Recipe().fingerprint()
+    outside = [field.name for field in dataclasses.fields(Recipe) if field.name not in identity]
+    keys = [key for key in keys if key.partition(".")[0] in outside]
+    if keys:
+        names = ", ".join(f'"{key}"' for key in keys)
+        raise InputError(
+            f"{names} in the grid in {file} {'does' if len(keys) == 1 else 'do'} not change the "
+            "result of a run, so that its points would be the same run; give "
+            f"{'it' if len(keys) == 1 else 'them'} in the recipe part of the file, outside [grid]"
+        )
+
+
+def _format_point(point: dict[str, Any]) -> str:
     return ", ".join(f"{key} = {recipes.preview(value)}" for key, value in point.items())
 
 
 def _recipe(table: dict[str, Any], point: dict[str, Any], file: Path) -> Recipe:
-    """Return the recipe of one point: the file's own keys, and the point's over them."""
+    """Return the recipe of a point: the file's own keys, overridden by the point's."""
     merged = table
     for key, value in point.items():
-        merged = _over(merged, _nested(key, value))
+        merged = _merge(merged, _nested(key, value))
     if "seed" in point and "order" not in merged:
         merged = merged | {"order": 0}
     try:
         return recipes.from_dict(merged, where=f" in {file}")
     except InputError as error:
-        raise InputError(f"{error} (at the point {_shown(point)} of the grid)") from None
+        raise InputError(f"{error} (at the point {_format_point(point)} of the grid)") from None
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `above` laid over `below`, tables merged."""
-    both = below.keys() & above.keys()
-    return (
-        below
-        | above
-        | {
-            key: _over(below[key], above[key])
-            for key in both
-            if isinstance(below[key], dict) and isinstance(above[key], dict)
-        }
-    )
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` overridden by `overrides`; tables in both are merged."""
+    merged = {
+        key: _merge(base[key], overrides[key])
+        for key in base.keys() & overrides.keys()
+        if isinstance(base[key], dict) and isinstance(overrides[key], dict)
+    }
+    return base | overrides | merged
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -158,104 +178,84 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-# ---- what is left to do, and together with what --------------------------------------------------
+# ---- which runs train together -------------------------------------------------------------------
 
 
 def finished(run: RunFolder) -> bool:
     """Return whether a run has taken its last step, without reading its weights."""
-    there = run.checkpoints()
-    if not run.exists() or not there:
+    checkpoints = run.checkpoints()
+    if not run.exists() or not checkpoints:
         return False
     try:
-        checksums.verify(there[-1], "state.json")
-        state = jsonio.read_table(there[-1] / "state.json", step=int)
+        checksums.verify(checkpoints[-1], "state.json")
+        state = jsonio.read_table(checkpoints[-1] / "state.json", step=int)
     except InputError:
-        return False  # training will find what is wrong with it
+        return False  # training will report the damage
     return bool(state.get("converged")) or state["step"] >= run.recipe().steps
 
 
-def memory_bytes(recipe: Recipe, d_model: int) -> int:
-    """Return what a member adds to a cohort: weights and their copies, without the product that all
-    share."""
-    n = recipe.sae.n_latents
-    return 4 * COPIES * (2 * n * d_model + n + d_model)
+def group_runs(inputs: dict[str, PlanInput], *, memory: float, workers: int = 1) -> list[list[str]]:
+    """Divide runs into groups that share a stream and fit into memory.
 
+    Costly runs are assigned first, each to the group with the least work.
 
-def shared_bytes(members: Sequence[Recipe]) -> int:
-    """Return what a cohort needs once: the largest member's product."""
-    return 4 * max(min(PRODUCT, recipe.batch * recipe.sae.n_latents) for recipe in members)
+    Args:
+        inputs: the runs by name, with what planning knows of them.
+        memory: most bytes of a group; a run that is larger is a group of its own.
+        workers: how many groups there should be at least, as far as there are runs.
 
-
-def cohorts(
-    todo: dict[str, Recipe], d_model: dict[str, int], *, memory: float, workers: int = 1
-) -> list[list[str]]:
-    """Return names of runs in groups that share a stream, each within `memory` bytes; at least one
-    group a worker where there are runs enough.
-
-    d_model: the width at each run's site. Costly members first, each into the group that has least
-    to do.
+    Returns:
+        The names of the runs of each group.
     """
     streams: dict[str, list[str]] = {}
-    for name, recipe in todo.items():
-        streams.setdefault(stream_key(recipe), []).append(name)
-    found = []
-    wanted = {key: 1 for key in streams}
-    while sum(wanted.values()) < workers and any(
-        wanted[key] < len(names) for key, names in streams.items()
-    ):
-        divisible = [key for key, names in streams.items() if wanted[key] < len(names)]
-        wanted[
-            max(
-                divisible,
-                key=lambda key: (
-                    sum(todo[name].sae.n_latents for name in streams[key]) / wanted[key]
-                ),
-            )
-        ] += 1
-    for key, names in streams.items():
-        found += _packed({name: todo[name] for name in names}, d_model, memory, wanted[key])
-    return found
+    for name, case in inputs.items():
+        key = json.dumps(stream_key(case.recipe), sort_keys=True)
+        streams.setdefault(key, []).append(name)
+    work = {name: case.recipe.sae.n_latents for name, case in inputs.items()}
+    works = [[work[name] for name in names] for names in streams.values()]
+    groups = []
+    for names, count in zip(streams.values(), _spread_workers(works, workers)):
+        memories = {name: sae_memory(inputs[name]) for name in names}
+        groups += _pack(names, work, memories, memory, count)
+    return groups
 
 
-def _packed(
-    todo: dict[str, Recipe], d_model: dict[str, int], memory: float, groups: int
+def _spread_workers(works: Sequence[Sequence[int]], workers: int) -> list[int]:
+    """Return how many groups to make of the runs of each stream: one, and more for those with the
+    most work until there is a group for each worker."""
+    counts = [1] * len(works)
+    while sum(counts) < workers:
+        divisible = [i for i, work in enumerate(works) if counts[i] < len(work)]
+        if not divisible:
+            break
+        counts[max(divisible, key=lambda i: sum(works[i]) / counts[i])] += 1
+    return counts
+
+
+def _pack(
+    names: Sequence[str],
+    work: dict[str, int],
+    memories: dict[str, SAEMemory],
+    limit: float,
+    count: int,
 ) -> list[list[str]]:
-    order = sorted(todo, key=lambda name: -todo[name].sae.n_latents)
+    """Divide the runs of a stream into at least `count` groups, as many as it takes to fit."""
+    by_cost = sorted(names, key=lambda name: -work[name])
     while True:
-        packed: list[list[str]] = [[] for _ in range(groups)]
-        work = [0] * groups
-        for name in order:
-            least = min(range(groups), key=work.__getitem__)
-            packed[least].append(name)
-            work[least] += todo[name].sae.n_latents
-        needed = [
-            sum(memory_bytes(todo[name], d_model[name]) for name in names)
-            + shared_bytes([todo[name] for name in names])
-            for names in packed
-            if names
-        ]
-        if max(needed) <= memory or groups >= len(todo):
-            return [names for names in packed if names]
-        groups += 1
-
-
-def stream_key(recipe: Recipe) -> str:
-    """Return what runs must have in common to train as one cohort."""
-    fingerprint = recipe.fingerprint()
-    return json.dumps(
-        [
-            fingerprint["acts"],
-            recipe.batch,
-            recipe.data_seed,
-            recipe.threads,
-            recipe.curve.held_out,
-            recipe.run.device,
-        ],
-        sort_keys=True,
-    )
+        groups: list[list[str]] = [[] for _ in range(count)]
+        totals = [0] * count
+        for name in by_cost:
+            least = min(range(count), key=totals.__getitem__)
+            groups[least].append(name)
+            totals[least] += work[name]
+        groups = [group for group in groups if group]
+        largest = max(add_memory(memories[name] for name in group) for group in groups)
+        if largest <= limit or count >= len(names):
+            return groups
+        count += 1
 
 
 def half_of_memory() -> float:
-    """Return half of the machine's memory, the default for a cohort: the LM and the text need some
+    """Return half of the machine's memory, the default for a group: the LM and the text need memory
     too."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

@@ -1,10 +1,10 @@
-"""Where cohorts run: in processes of this machine, or as jobs of a cluster. A worker that dies is
-started again, and goes on from its checkpoints.
+"""Run groups of runs in processes of this machine, or as jobs of a cluster. A worker that dies is
+started again and continues from its checkpoints.
 
-run(jobs, start, …)     keep up to so many workers busy until every job is done or has failed too
-                        often
-processes(…)            start = a process of this machine       submitted(…)   start = a job through
-                        submitit (Slurm, or its local executor)
+    run(jobs, start, …)   keep the workers busy until each job is done or has failed too often
+    processes(…)          a `start` that begins a process on this machine
+    submitted(…)          a `start` that submits a job through submitit (Slurm, or its local
+                          executor)
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ from ksparse.errors import InputError
 from ksparse.storage import atomic
 from ksparse.trust import FLAG, code_is_trusted
 
-POLL = 0.5  # seconds
+POLL = 0.5
+"""Seconds between looks at the workers."""
 SAFE = {"PYTHONSAFEPATH": "1"}
-"""What keeps `python -m` from looking for modules in the working folder, which may be anybody's."""
+"""Keeps `python -m` from importing modules of the working folder, which others may write to."""
 
 
 @dataclass(frozen=True)
 class Launch(Config):
-    """Where and how a sweep's cohorts run."""
+    """Where and how the groups of a sweep run."""
 
     launcher: Literal["here", "processes", "local", "slurm"] = "here"
-    """here: one cohort after another in this process. processes: in processes of this machine.
-    slurm: as jobs of a Slurm cluster, through submitit (pip install 'ksparse[slurm]'). local:
-    submitit's own stand-in for a cluster, on this machine."""
+    """here: one group of runs after another in this process. processes: in processes of this
+    machine. slurm: as jobs of a Slurm cluster, through submitit (pip install 'ksparse[slurm]').
+    local: submitit's stand-in for a cluster, on this machine."""
     workers: int = 1
-    """Cohorts that run at the same time; runs are dealt to at least so many. Not for `here`."""
+    """Groups that run at the same time; the runs are divided into at least this many. Not for
+    `here`."""
     memory_gb: float = 0.0
-    """Largest size of a cohort; 0: half of this machine's memory, shared by the workers of this
-    machine."""
+    """Most memory of a group's SAEs; 0: half of this machine's memory, divided among the workers
+    on this machine."""
     retries: int = 2
-    """How often a cohort whose worker died is started again."""
+    """How often a group is started again after its worker died."""
     minutes: int = 24 * 60
-    """slurm: time limit of a job; what is not done by then goes on in a new one."""
+    """slurm: time limit of a job; unfinished runs continue in a new job."""
     slurm: tuple[str, ...] = ()
-    """slurm: more parameters as submitit names them, such as slurm_partition=gpu
-    gpus_per_node=1."""
+    """slurm: other parameters by submitit's names, such as slurm_partition=gpu gpus_per_node=1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,72 +63,82 @@ class Launch(Config):
             )
         if self.launcher == "here" and self.workers > 1:
             raise InputError(
-                f"the launcher 'here' is one process, but there are to be {self.workers} workers; "
+                f"the launcher 'here' is one process, but workers is {self.workers}; "
                 "give --launcher processes"
             )
-        wrong = [item for item in self.slurm if "=" not in item]
-        if wrong:
+        invalid = [item for item in self.slurm if "=" not in item]
+        if invalid:
             raise InputError(
-                f"the parameter {wrong[0]!r} of --slurm is not name=value, such as "
+                f"the parameter {invalid[0]!r} of --slurm is not name=value, such as "
                 "slurm_partition=gpu"
             )
 
 
 class Worker(Protocol):
-    """One job at work somewhere."""
+    """A running job."""
 
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Return whether it has ended."""
 
     def why(self) -> str:
-        """Return how it ended."""
+        """Say how it ended."""
 
     def stop(self) -> None:
-        """Ask it to save and end."""
+        """Make it save and end."""
 
 
 Start = Callable[[list[str], int], Worker]
-"""Begins a job of run names; the number is its place among the workers."""
+"""Starts a job with the names of its runs and its slot among the workers."""
 
 
 def run(
     jobs: Sequence[list[str]],
     start: Start,
-    left: Callable[[list[str]], list[str]],
+    unfinished: Callable[[list[str]], list[str]],
     *,
     workers: int,
     retries: int,
     observe: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, str]:
-    """Run all jobs; return {run: why} of the runs that were not finished though their worker was
-    started 1 + retries times.
+    """Run all jobs.
 
-    left: of a job's runs, those that are not finished, asked when its worker has ended.
+    Args:
+        jobs: the names of each job's runs.
+        start: starts a worker for a job.
+        unfinished: returns those of the given runs that are not finished; called when their worker
+            has ended.
+        workers: how many jobs run at the same time.
+        retries: how often a job with unfinished runs is started again.
+        observe: called after each look at the workers.
+        warn: called with a message when a worker has died.
+
+    Returns:
+        {name of the run: how its last worker ended} of the runs that were not finished.
     """
     waiting = deque((list(names), 0) for names in jobs)
     running: dict[int, tuple[list[str], int, Worker]] = {}
     failed: dict[str, str] = {}
     try:
         while waiting or running:
-            for place in [place for place in range(workers) if place not in running][
-                : len(waiting)
-            ]:
+            free_slots = [slot for slot in range(workers) if slot not in running]
+            for slot in free_slots[: len(waiting)]:
                 names, tries = waiting.popleft()
-                running[place] = names, tries, start(names, place)
+                running[slot] = names, tries, start(names, slot)
             time.sleep(POLL)
-            for place, (names, tries, worker) in list(running.items()):
+            for slot, (names, tries, worker) in list(running.items()):
                 if not worker.done():
                     continue
-                del running[place]
-                unfinished = left(names)
-                if unfinished and tries < retries:
+                del running[slot]
+                left = unfinished(names)
+                if left and tries < retries:
                     warn(
-                        f"a worker ended with {len(unfinished)} runs to do ({worker.why()}); "
+                        f"a worker ended with {len(left)} runs to do ({worker.why()}); "
                         "starting it again"
                     )
-                    waiting.append((unfinished, tries + 1))
+                    waiting.append((left, tries + 1))
                 else:
-                    failed |= {name: worker.why() for name in unfinished}
+                    failed |= {name: worker.why() for name in left}
             observe()
     finally:
         for _, _, worker in running.values():
@@ -139,8 +150,8 @@ def run(
 
 
 class Process:
-    """`command` as a process that writes to a log; it leads a session of its own, so that Ctrl-C
-    reaches it through us alone."""
+    """A command as a process that writes to a log. It is in a session of its own, so that Ctrl-C
+    reaches it only through `stop`."""
 
     def __init__(self, command: list[str], log: Path, environment: dict[str, str]):
         self.log = log
@@ -158,9 +169,11 @@ class Process:
             )
 
     def done(self) -> bool:
+        """Return whether it has ended."""
         return self.process.poll() is not None
 
     def why(self) -> str:
+        """Say how it ended."""
         code = self.process.returncode
         ended = (
             f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
@@ -169,6 +182,7 @@ class Process:
         return f"{ended}: {lines[-1]}" if lines else ended
 
     def stop(self) -> None:
+        """End it with SIGTERM, so that it saves; kill it if that takes more than a minute."""
         if not self.done():
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -179,33 +193,38 @@ class Process:
 
 
 def processes(folder: Path, workers: int) -> Start:
-    """Return a start that gives each worker its share of the cores, and a GPU of its own where
-    there are several."""
+    """Return a `start` that gives each worker its share of the cores, and a GPU if there are
+    any.
+
+    Args:
+        folder: the sweep's folder, which the logs are written to.
+        workers: how many processes share the machine.
+    """
     cores = (
         max(1, len(os.sched_getaffinity(0)) // workers)
         if hasattr(os, "sched_getaffinity")
         else max(1, (os.cpu_count() or 1) // workers)
     )
 
-    def start(names: list[str], place: int) -> Worker:
+    def start(names: list[str], slot: int) -> Worker:
         environment = os.environ | SAFE | {"OMP_NUM_THREADS": str(cores)}
         log = atomic.inside(folder, "logs", f"{names[0]}.log")
         gpus = _gpus()
         if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         return Process(command(folder, names), log, environment)
 
     return start
 
 
 def command(folder: Path, names: list[str]) -> list[str]:
-    """Return the command line that trains some runs of a sweep as one cohort."""
+    """Return the command line that trains some runs of a sweep as one group."""
     trust = [FLAG, "True"] if code_is_trusted() else []
     return [sys.executable, "-P", "-m", "ksparse", "sweep", str(folder), "--only", *names, *trust]
 
 
 def _gpus() -> list[str]:
-    """Return the GPUs that this process may use."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
     import torch
@@ -217,26 +236,33 @@ def _gpus() -> list[str]:
 
 
 class Submitted:
-    """A job of submitit."""
+    """A job that was submitted through submitit."""
 
     def __init__(self, job: Any):
         self.job = job
 
     def done(self) -> bool:
+        """Return whether it has ended."""
         return bool(self.job.done())
 
     def why(self) -> str:
+        """Say how it ended."""
         lines = [line for line in (self.job.stderr() or "").splitlines() if line.strip()]
         return f"job {self.job.job_id} ended as {self.job.state}" + (
             f": {lines[-1].strip()}" if lines else ""
         )
 
     def stop(self) -> None:
+        """Cancel the job."""
         self.job.cancel()
 
 
 def submitted(folder: Path, options: Launch) -> Start:
-    """Return a start that submits a job to the cluster."""
+    """Return a `start` that submits a job to the cluster.
+
+    Raises:
+        InputError: if submitit is not installed.
+    """
     try:
         import submitit
     except ModuleNotFoundError:
@@ -244,7 +270,7 @@ def submitted(folder: Path, options: Launch) -> Start:
             f"the launcher {options.launcher!r} needs the package submitit: pip install "
             "'ksparse[slurm]'"
         ) from None
-    # pickles in there are run, so nobody else is to know the name
+    # submitit runs the pickles in this folder, so its name must not be guessable.
     home = atomic.inside(folder, "logs", f"jobs-{secrets.token_hex(8)}")
     executor = submitit.AutoExecutor(folder=home, cluster=options.launcher)
     more = {
@@ -254,9 +280,9 @@ def submitted(folder: Path, options: Launch) -> Start:
     safe = {"slurm_setup": [f"export {name}={value}" for name, value in SAFE.items()]}
     executor.update_parameters(name="ksparse", timeout_min=options.minutes, **safe | more)
 
-    def start(names: list[str], place: int) -> Worker:
+    def start(names: list[str], slot: int) -> Worker:
         before = dict(os.environ)
-        os.environ |= SAFE  # submitit starts `python -m` with it
+        os.environ |= SAFE  # for the `python -m` that submitit starts
         try:
             work = submitit.helpers.CommandFunction(command(folder.resolve(), names))
             return Submitted(executor.submit(work))

@@ -1,10 +1,9 @@
-"""Run a sweep: what is not finished is planned into cohorts, trained, and collected. The same call
-again goes on, or widens it.
+"""Run a sweep: group the unfinished runs, train them, collect the results. Calling it again
+continues the sweep; with a larger grid it trains the new points.
 
-plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk before
-                              anything starts
-sweep(grid, folder, launch)   do it
-train_here(grid, …)           train some runs as one cohort in this process
+    plan(grid, folder, launch)    which runs train together; FLOPs, time, memory and disk
+    sweep(grid, folder, launch)   plan, train and collect
+    train_here(grid, …)           train some runs as one group in this process
 """
 
 from __future__ import annotations
@@ -23,18 +22,16 @@ from ksparse.config import Recipe, k_aux
 from ksparse.device import resolve_device
 from ksparse.errors import InputError, Interrupted, KsparseError
 from ksparse.planning import flops
-from ksparse.planning.costs import LMSpec
-from ksparse.planning.plan import measure_flops, read_lm_spec
+from ksparse.planning.costs import LMSpec, PlanInput, add_memory, disk_bytes, sae_memory
+from ksparse.planning.plan import measure_flops, plan_input, read_lm_spec
 from ksparse.scaling.sweeps import launch as launching
 from ksparse.scaling.sweeps.collect import collect
 from ksparse.scaling.sweeps.grid import (
     Grid,
     SweepFolder,
-    cohorts,
     finished,
+    group_runs,
     half_of_memory,
-    memory_bytes,
-    shared_bytes,
 )
 from ksparse.scaling.sweeps.launch import Launch
 from ksparse.storage import atomic, jsonio
@@ -44,13 +41,12 @@ from ksparse.training.train import train_many
 log = logging.getLogger("ksparse")
 
 SweepProgress = Callable[[int, int, str], None]
-"""Called with the tokens trained on, how many there will be at most, and a word on where it
-stands."""
+"""Called with the tokens trained on so far, the most that there will be, and a short note."""
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """Runs that train together, and what that costs at most: runs that converge cost less."""
+class RunGroup:
+    """Runs that train together, and what that costs at most; runs that converge cost less."""
 
     runs: list[str]
     latents: int
@@ -67,7 +63,7 @@ class SweepPlan:
 
     total: int
     done: list[str]
-    cohorts: list[Cohort]
+    cohorts: list[RunGroup]
     disk: int
     free: int
     device: str
@@ -76,94 +72,92 @@ class SweepPlan:
 
     @property
     def seconds(self) -> float:
-        """How long it takes if workers do not slow one another."""
+        """How long the sweep takes if workers do not slow each other down."""
         return max(
-            sum(cohort.seconds for cohort in self.cohorts) / self.workers,
-            max((cohort.seconds for cohort in self.cohorts), default=0.0),
+            sum(group.seconds for group in self.cohorts) / self.workers,
+            max((group.seconds for group in self.cohorts), default=0.0),
         )
 
     @property
     def flops(self) -> float:
-        return sum(cohort.flops for cohort in self.cohorts)
+        """FLOPs of all runs, without the LM's."""
+        return sum(group.flops for group in self.cohorts)
 
 
 def plan(grid: Grid, folder: SweepFolder, options: Launch) -> SweepPlan:
-    """Return which runs are left to do, together with what, and at what cost."""
+    """Plan the unfinished runs of a sweep: which train together, and what that costs.
+
+    Raises:
+        InputError: if an LM cannot be read, or a recipe cannot run on its device.
+    """
     todo = {name: recipe for name, recipe in grid.recipes.items() if not finished(folder.run(name))}
-    subjects = _subjects(todo)
-    widths = {name: subjects[_subject_key(recipe)].d_model for name, recipe in todo.items()}
+    subjects = _read_subjects(todo)
+    device = resolve_device(next(iter(grid.recipes.values())).run.device)
+    inputs = {
+        name: _plan_input(recipe, subjects[_subject_key(recipe)], device, options)
+        for name, recipe in todo.items()
+    }
     here = options.launcher in ("here", "processes", "local")
     memory = options.memory_gb * 1e9 or half_of_memory() / (options.workers if here else 1)
-    device = resolve_device(next(iter(grid.recipes.values())).run.device)
     rate = measure_flops(device)
     groups = [
-        _cohort(names, todo, widths, subjects, rate)
-        for names in cohorts(todo, widths, memory=memory, workers=options.workers)
+        _run_group(names, [inputs[name] for name in names], rate)
+        for names in group_runs(inputs, memory=memory, workers=options.workers)
     ]
-    weights = sum(
-        4 * (2 * recipe.sae.n_latents * widths[name]) * 5 * (recipe.run.keep + 1)
-        for name, recipe in todo.items()
-    )
-    where = next(path for path in [folder.path, *folder.path.resolve().parents] if path.exists())
+    existing = next(path for path in [folder.path, *folder.path.resolve().parents] if path.exists())
     return SweepPlan(
         len(grid),
         [name for name in grid.recipes if name not in todo],
         groups,
-        weights,
-        shutil.disk_usage(where).free,
+        sum(disk_bytes(case.recipe, case.parameters) for case in inputs.values()),
+        shutil.disk_usage(existing).free,
         device,
         options.workers,
         subjects,
     )
 
 
-def _cohort(
-    names: list[str],
-    todo: dict[str, Recipe],
-    widths: dict[str, int],
-    subjects: dict[str, LMSpec],
-    rate: float,
-) -> Cohort:
-    members = [todo[name] for name in names]
-    d = widths[names[0]]
-    tokens = max(recipe.steps * recipe.batch for recipe in members)
-    own = [
-        (
-            recipe.steps * recipe.batch,
-            flops.encoder(recipe, d),
-            flops.decoder(recipe, d),
-            flops.auxk(k_aux(recipe.sae, d), d),
-        )
-        for recipe in members
-    ]
-    spent_lm = (
-        0
-        if members[0].acts.shards
-        else tokens * flops.lm(subjects[_subject_key(members[0])].before_site)
-    )
-    # The sparse parts read memory rather than multiply; they run at about a tenth of the product's
-    # rate.
-    seconds = (
-        2 * spent_lm + sum(count * (encoder + 10 * decoder) for count, encoder, decoder, _ in own)
-    ) / rate
-    return Cohort(
+def _plan_input(recipe: Recipe, subject: LMSpec, device: str, options: Launch) -> PlanInput:
+    """Return what planning knows of a run; jobs of a cluster may have a GPU where this machine has
+    none."""
+    if options.launcher != "slurm":
+        return plan_input(recipe, subject, device)
+    needs_gpu = recipe.run.kernels == "triton" or recipe.optim.precision != "float32"
+    return plan_input(recipe, subject, "cuda" if needs_gpu else device, elsewhere=True)
+
+
+def _run_group(names: list[str], inputs: Sequence[PlanInput], rate: float) -> RunGroup:
+    """Return the costs of runs that train together, at `rate` FLOP/s."""
+    d_model, before_site = inputs[0].subject.d_model, inputs[0].subject.before_site
+    flops_saes = seconds_saes = 0.0
+    for case in inputs:
+        recipe, tokens = case.recipe, case.recipe.steps * case.recipe.batch
+        encoder, decoder = flops.encoder(recipe, d_model), flops.decoder(recipe, d_model)
+        auxk = flops.auxk(k_aux(recipe.sae, d_model), d_model)
+        flops_saes += tokens * (encoder + decoder + auxk)
+        # The sparse parts are limited by memory: they run at about a tenth of the product's rate.
+        seconds_saes += tokens * (encoder + 10 * decoder) / rate
+    stream_tokens = max(case.recipe.steps * case.recipe.batch for case in inputs)
+    flops_lm = stream_tokens * flops.lm(before_site) if inputs[0].live else 0
+    return RunGroup(
         names,
-        sum(recipe.sae.n_latents for recipe in members),
-        sum(count for count, *_ in own),
-        float(sum(count * (encoder + decoder + aux) for count, encoder, decoder, aux in own)),
-        float(spent_lm),
-        seconds,
-        sum(memory_bytes(todo[name], widths[name]) for name in names) + shared_bytes(members),
+        sum(case.recipe.sae.n_latents for case in inputs),
+        sum(case.recipe.steps * case.recipe.batch for case in inputs),
+        float(flops_saes),
+        float(flops_lm),
+        2 * flops_lm / rate + seconds_saes,
+        int(add_memory(sae_memory(case) for case in inputs)),
     )
 
 
-def _subjects(recipes: dict[str, Recipe]) -> dict[str, LMSpec]:
-    found: dict[str, LMSpec] = {}
+def _read_subjects(recipes: dict[str, Recipe]) -> dict[str, LMSpec]:
+    """Read the sizes of each LM once."""
+    subjects: dict[str, LMSpec] = {}
     for recipe in recipes.values():
         key = _subject_key(recipe)
-        if key not in found:
-            found[key] = read_lm_spec(recipe)
-    return found
+        if key not in subjects:
+            subjects[key] = read_lm_spec(recipe)
+    return subjects
 
 
 def _subject_key(recipe: Recipe) -> str:
@@ -178,14 +172,29 @@ def sweep(
     observe: SweepProgress = lambda done, total, note: None,
     planned: Callable[[SweepPlan], None] = lambda plan: None,
 ) -> dict[str, str]:
-    """Train what is not finished, and collect; return {run: why} of the runs that failed."""
+    """Train the unfinished runs of a grid, and collect the results.
+
+    Args:
+        grid: the recipes.
+        folder: the sweep's folder.
+        options: where and how to run.
+        observe: called with the progress.
+        planned: called with the plan before training starts.
+
+    Returns:
+        {name of the run: error} of the runs that failed.
+
+    Raises:
+        InputError: if another process runs this sweep, or the disk is too small.
+        Interrupted: on Ctrl-C, SIGTERM or SIGHUP, after all runs were saved.
+    """
     with folder.locked():
-        made = plan(grid, folder, options)
-        planned(made)
-        if made.disk > made.free:
+        sweep_plan = plan(grid, folder, options)
+        planned(sweep_plan)
+        if sweep_plan.disk > sweep_plan.free:
             raise InputError(
-                f"the disk is too small: {made.disk / 1e9:,.1f} GB for checkpoints, "
-                f"{made.free / 1e9:,.1f} GB free at {folder.path}; "
+                f"the disk is too small: {sweep_plan.disk / 1e9:,.1f} GB for checkpoints, "
+                f"{sweep_plan.free / 1e9:,.1f} GB free at {folder.path}; "
                 "lower run.keep, or give another --out"
             )
         if grid.file.resolve() != folder.file.resolve():
@@ -194,11 +203,13 @@ def sweep(
             folder.plan_file,
             {
                 key: value
-                for key, value in dataclasses.asdict(made).items()
+                for key, value in dataclasses.asdict(sweep_plan).items()
                 if key not in ("subjects", "free")
             },
         )
-        failed = _launched(grid, folder, options, made, observe) if made.cohorts else {}
+        failed = {}
+        if sweep_plan.cohorts:
+            failed = _launch(grid, folder, options, sweep_plan, observe)
         for name in grid.recipes:
             with suppress(FileNotFoundError):
                 folder.error_file(name).unlink()
@@ -208,16 +219,17 @@ def sweep(
     return failed
 
 
-def _launched(
-    grid: Grid, folder: SweepFolder, options: Launch, made: SweepPlan, observe: SweepProgress
+def _launch(
+    grid: Grid, folder: SweepFolder, options: Launch, sweep_plan: SweepPlan, observe: SweepProgress
 ) -> dict[str, str]:
-    progress = _Progress(folder, made, observe)
-    jobs = [cohort.runs for cohort in made.cohorts]
+    """Train the groups of a plan; return {name of the run: error} of those that failed."""
+    progress = _Progress(folder, sweep_plan, observe)
+    jobs = [group.runs for group in sweep_plan.cohorts]
     if options.launcher == "here":
         failed: dict[str, str] = {}
         for names in jobs:
             try:
-                train_here(grid, folder, names, observe=progress.row)
+                train_here(grid, folder, names, observe=progress.update)
             except (InputError, Interrupted):
                 raise
             except KsparseError as error:
@@ -247,7 +259,11 @@ def train_here(
     *,
     observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
 ) -> None:
-    """Train some runs of a sweep as one cohort in this process."""
+    """Train some runs of a sweep as one group in this process.
+
+    Raises:
+        InputError: if the sweep has no run of a name.
+    """
     unknown = [name for name in names if name not in grid.recipes]
     if unknown:
         raise InputError(
@@ -261,24 +277,26 @@ def train_here(
 
 
 class _Progress:
-    """Adds up what the runs' metrics say."""
+    """Adds up the tokens of a sweep's runs."""
 
-    def __init__(self, folder: SweepFolder, made: SweepPlan, observe: SweepProgress):
+    def __init__(self, folder: SweepFolder, sweep_plan: SweepPlan, observe: SweepProgress):
         self.folder, self.observe = folder, observe
-        self.names = [name for cohort in made.cohorts for name in cohort.runs]
-        self.total = sum(cohort.tokens for cohort in made.cohorts)
+        self.names = [name for group in sweep_plan.cohorts for name in group.runs]
+        self.total = sum(group.tokens for group in sweep_plan.cohorts)
         self.tokens: dict[str, int] = {}
 
-    def row(self, run: RunFolder, row: dict[str, Any]) -> None:
+    def update(self, run: RunFolder, row: dict[str, Any]) -> None:
+        """Take a row of metrics of a run in this process."""
         self.tokens[run.name] = row["tokens"]
-        self._say()
+        self._report()
 
     def read(self) -> None:
+        """Read the metrics of all runs, which other processes write."""
         for name in self.names:
             self.tokens[name] = _last_tokens(self.folder.run(name).metrics_file)
-        self._say()
+        self._report()
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         ended = (
             sum(finished(self.folder.run(name)) for name in self.names)
             if sum(self.tokens.values()) >= self.total
@@ -292,7 +310,7 @@ class _Progress:
 
 
 def _last_tokens(file: Path) -> int:
-    """Return the tokens of the last whole line of a metrics file, without reading the others."""
+    """Return the tokens of the last complete line of a metrics file, reading only its end."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - 4096))

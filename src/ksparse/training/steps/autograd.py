@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ksparse.config import BatchTopKConfig, Recipe, auxk_tokens
 from ksparse.distributed import SINGLE_PROCESS, Mesh
+from ksparse.limits import PRE_ACTS
 from ksparse.sae.losses import Losses, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
-
-PRE_ACTS = 2**27  # numbers in the [b, n] matrix; a larger batch is taken in parts
 
 
 class AutogradStep:
