@@ -80,9 +80,6 @@ from ksparse.config.schema import (
     check as check,
 )
 from ksparse.config.schema import (
-    check_activation as check_activation,
-)
-from ksparse.config.schema import (
     check_schedule as check_schedule,
 )
 from ksparse.config.schema import (

@@ -30,7 +30,6 @@ from ksparse.sae.model import SAE, Code
 
 MULTIPLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, math.sqrt(1 / 2), 1, math.sqrt(2), 2, math.sqrt(8), 4, 8)
 """k' over the SAE's own k, or over the L0 that it has where it has no k."""
-GATES = ("gated", "prolu")
 CHOSEN_ON = 8_192  # tokens that thresholds are chosen on
 
 
@@ -140,11 +139,7 @@ def _first_rows(subject: EvalContext) -> Tensor:
 def positive(sae: SAE, x: Tensor) -> Tensor:
     """Return the values [b, n] >= 0 that the latents have for normalised x[b, d] if nothing is left
     out for being too small."""
-    return (
-        sae.activate(x).dense(sae.shape.n_latents)
-        if sae.shape.activation in GATES
-        else torch.relu(sae.pre_acts_normalized(x))
-    )
+    return sae.activation.positive_values(sae, x)
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:

@@ -77,9 +77,10 @@ def in_raw_units(sae: SAE) -> SAE:
     number give values times that number.
     """
     made = like(sae, normalize="none", factor=1.0)
-    with torch.no_grad():
-        for key in {"b_enc", "b_pre", "threshold", "b_mag"} & set(made.keys):
-            getattr(made, key).div_(sae.shape.factor)
+    scale_free = {"W_enc", "W_dec", *made.activation.SCALE_FREE}
+    for key, tensor in made.state_dict().items():
+        if key not in scale_free:
+            tensor.div_(sae.shape.factor)
     return made
 
 
@@ -92,9 +93,10 @@ class _Changes(TypedDict, total=False):
 def like(sae: SAE, **changes: Unpack[_Changes]) -> SAE:
     """Return a copy with another shape and the same weights."""
     made = SAE(dataclasses.replace(sae.shape, **changes), sae.metadata)
-    with torch.no_grad():
-        for key in set(made.keys) & set(sae.keys):
-            getattr(made, key).copy_(getattr(sae, key).expand_as(getattr(made, key)))
+    weights = sae.state_dict()
+    for key, tensor in made.state_dict().items():
+        if key in weights:
+            tensor.copy_(weights[key].expand_as(tensor))
     return made
 
 

@@ -222,7 +222,7 @@ _READ: dict[
 
 def _theirs(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     """Return the class that holds an SAE, and its tensors."""
-    own = {key: getattr(sae, key).detach() for key in sae.keys}
+    own = sae.state_dict()
     linear = {
         "encoder.weight": own["W_enc"],
         "encoder.bias": own["b_enc"],

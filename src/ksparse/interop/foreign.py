@@ -385,11 +385,11 @@ def built(file: Path, shape: Shape, tensors: Mapping[str, Tensor], metadata: dic
     """Return an SAE of that shape with those tensors, which were computed from those of a file."""
     made = SAE(shape, metadata)
     with torch.no_grad():
-        for key in made.keys:
+        for key, tensor in made.state_dict().items():
             if not all(math.isfinite(end) for end in tensors[key].aminmax()):
                 raise InputError(
                     f"{file}: its numbers make a {key} that holds NaN or infinity; it is "
                     f"damaged, or training had failed"
                 )
-            getattr(made, key).copy_(tensors[key])
+            tensor.copy_(tensors[key])
     return made

@@ -248,9 +248,7 @@ def at_k(sae: SAE, k: int) -> SAE:
             "--n-latents"
         )
     made = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
-    made.load_state_dict(
-        {key: value for key, value in sae.state_dict().items() if key in made.keys}
-    )
+    made.load_state_dict({key: sae.state_dict()[key] for key in made.state_dict()})
     return made
 
 

@@ -176,7 +176,7 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
         replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent),
         metadata,
         copy.deepcopy({**facts, "updates": optimizer.updates}),
-        {key: getattr(sae, key).detach() for key in sae.keys},
+        sae.state_dict(),
         tensors,
         recipe.identity(),
         recipe.run.keep,
@@ -256,18 +256,19 @@ def load(path: Path, optimizer: AutogradStep) -> TrainState:
     and return the state."""
     facts = read_state(path / "state.json")
     sae = optimizer.sae
-    shapes = {f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys} | {
+    raw = sae.state_dict()
+    shapes = {f"raw.{key}": tuple(tensor.shape) for key, tensor in raw.items()} | {
         f"average.{key}": tuple(mean.shape) for key, mean in optimizer.average.items()
     }
     mesh, n = optimizer.mesh, sae.shape.n_latents
     weights = serialization.rows_of(
         path, "optim", mesh.latent_range(n * mesh.latent) if mesh.latent > 1 else None
     )
-    followed = sae.activation.own if sae.activation.running else ()
+    followed = sae.activation.followed
     shapes |= {  # older files have none
         f"average.{key}": shapes[f"raw.{key}"] for key in followed if f"average.{key}" in weights
     }
-    for key in sae.keys:
+    for key in raw:
         moments = {
             f"exp_avg.{key}": shapes[f"raw.{key}"],
             f"exp_avg_sq.{key}": shapes[f"raw.{key}"],
