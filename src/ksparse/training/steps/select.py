@@ -18,7 +18,7 @@ def choose_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> Autogr
     """Return the fastest step that can run here and is not refused: compiled, written out in plain
     torch, or by autograd; on a mesh one of the last two."""
     screen, kernels, device = recipe.optim.screen, recipe.run.kernels, sae.W_enc.device
-    written_out = sae.shape.activation == "topk" and not recipe.sae.multi_topk
+    written_out = not recipe.needs_autograd
     if mesh.size > 1:
         return (
             ExplicitStep(sae, recipe, mesh)
