@@ -16,7 +16,6 @@ import ksparse
 from ksparse.config import Recipe, from_dict, to_dict
 from ksparse.data.base import ActivationBatch
 from ksparse.sae.model import SAE
-from ksparse.sae.serialization import KEYS
 from ksparse.training import source, train
 
 
@@ -61,9 +60,7 @@ def raw_weights(sae: SAE, run) -> SAE:
     """Return the autoencoder before averaging, to see what the average does."""
     tensors = load_file(run.newest_intact()[0] / "optim.safetensors")
     raw = SAE(sae.shape)
-    with torch.no_grad():
-        for key in KEYS:
-            getattr(raw, key).copy_(tensors[f"raw.{key}"])
+    raw.load_state_dict({key: tensors[f"raw.{key}"] for key in raw.state_dict()})
     return raw
 
 

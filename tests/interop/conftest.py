@@ -37,9 +37,9 @@ def build(
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key in sae.keys:
+        for key in sae.state_dict():
             getattr(sae, key).copy_(torch.randn(getattr(sae, key).shape, generator=generator))
-        if "threshold" in sae.keys:
+        if "threshold" in sae.state_dict():
             sae.threshold.abs_().mul_(0.5)
     sae.normalize_decoder_()
     return sae

@@ -14,7 +14,7 @@ import ksparse
 from ksparse import interop
 from ksparse.errors import CorruptError, InputError
 from ksparse.interop import compatibility, foreign, hook_names
-from ksparse.sae.activations import KINDS as ACTIVATIONS
+from ksparse.sae.activations import ACTIVATIONS
 from ksparse.sae.normalization import KINDS as NORMALIZATIONS
 
 HELD = [
@@ -55,7 +55,7 @@ def test_write_and_read_is_the_identity(form, activation, normalize, make_sae, x
         sae.shape.k,
     )
     assert again.shape.factor == pytest.approx(sae.shape.factor, rel=1e-6)
-    for key in sae.keys:
+    for key in sae.state_dict():
         old, new = getattr(sae, key).detach(), getattr(again, key).detach()
         if form in CENTRED:
             assert torch.equal(old, new), key

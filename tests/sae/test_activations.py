@@ -8,9 +8,12 @@ from torch import Tensor
 
 from ksparse import config as R
 from ksparse.errors import InputError
-from ksparse.sae import activations, serialization
+from ksparse.sae import serialization
+from ksparse.sae.activations import base, jump_relu
+from ksparse.sae.activations.base import list_columns
+from ksparse.sae.activations.batch_topk import largest_mask
 from ksparse.sae.init import initialize_
-from ksparse.sae.losses import losses
+from ksparse.sae.losses import LossInputs, losses
 from ksparse.sae.model import SAE, Code, Shape
 
 B, D, N, K = 24, 6, 40, 5
@@ -44,7 +47,7 @@ def some(
     with torch.no_grad():
         for weight in sae.parameters():
             weight.normal_().mul_(0.3)
-        if "threshold" in sae.keys:
+        if "threshold" in sae.state_dict():
             sae.threshold.abs_().add_(0.05)
         if not by_norm:
             sae.normalize_decoder_()
@@ -91,7 +94,7 @@ def definition(
             cost = activation.l1 * (z.sum(1) / x.norm(dim=1)).mean()
     recon = z @ sae.W_dec + sae.b_pre
     loss = (recon - x).square().mean() / baseline + cost
-    if activation.kind in R.WITH_AUXK and len(dead):
+    if activation.REVIVAL == "auxk" and len(dead):
         error = (x - recon).detach()
         masked = torch.full_like(a, -torch.inf).index_copy(1, dead, a[:, dead])
         kept = torch.relu(
@@ -112,12 +115,12 @@ def definition(
 @pytest.mark.parametrize("name", EVERY)
 def test_loss_values_and_gradients_are_those_of_the_definition(name, path, dead, monkeypatch):
     """Every output that a loss uses, every tensor: T1, T2, and a loss that is computed and never differentiated."""
-    monkeypatch.setattr(activations, "SPARSE", 10**9 if path == "dense" else 1)
+    monkeypatch.setattr(base, "SPARSE_RATIO", 10**9 if path == "dense" else 1)
     sae, x, options = some(EVERY[name])
     dead = torch.tensor(dead, dtype=torch.long)
     expected, z = definition(sae, x, options, 0.1, dead, 3)
     wanted = torch.autograd.grad(expected, list(sae.parameters()), allow_unused=True)
-    found = losses(sae, x, baseline=0.1, dead=dead, k_aux=3, options=options)
+    found = losses(sae, x, LossInputs(baseline=0.1, dead=dead, k_aux=3, options=options))
     torch.testing.assert_close(found.total, expected)
     torch.testing.assert_close(found.code.dense(N), z)
     gradients = torch.autograd.grad(found.total, list(sae.parameters()), allow_unused=True)
@@ -128,7 +131,7 @@ def test_loss_values_and_gradients_are_those_of_the_definition(name, path, dead,
 
 @pytest.mark.parametrize("name", ["relu", "relu, decoder norm", "gated"])
 def test_gradients_of_relu_and_gated_are_derivatives(name, monkeypatch):
-    monkeypatch.setattr(activations, "SPARSE", 1)
+    monkeypatch.setattr(base, "SPARSE_RATIO", 1)
     sae, x, options = some(
         dataclasses.replace(EVERY[name], **({"aux": 0.0} if name == "gated" else {})), n=8, d=4, k=2
     )
@@ -141,10 +144,9 @@ def test_gradients_of_relu_and_gated_are_derivatives(name, monkeypatch):
         return losses(
             sae,
             x[:6, :4],
-            baseline=0.1,
-            dead=torch.zeros(0, dtype=torch.long),
-            k_aux=1,
-            options=options,
+            LossInputs(
+                baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options
+            ),
         ).total
 
     start = [getattr(sae, key).detach().clone() for key in keys]
@@ -170,7 +172,11 @@ def test_gated_takes_no_gradient_to_the_decoder_from_its_auxiliary_loss():
     with_, other = (
         torch.autograd.grad(
             losses(
-                sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+                sae,
+                x,
+                LossInputs(
+                    baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+                ),
             ).total,
             [sae.W_dec, sae.b_pre, sae.b_enc],
         )
@@ -190,8 +196,8 @@ def test_the_gradient_of_a_threshold_is_that_of_the_expected_loss():
         0.3,
     )
     loss = (
-        activations._Jump.apply(a, threshold, 0.05) - target
-    ).square().mean() + price * activations._Step.apply(a, threshold, 0.05).mean()
+        jump_relu._Jump.apply(a, threshold, 0.05) - target
+    ).square().mean() + price * jump_relu._Step.apply(a, threshold, 0.05).mean()
     found = torch.autograd.grad(loss, threshold)[0].item()
     at = 0.7
     density = torch.exp(torch.tensor(-(at**2) / 2)).item() / (2 * torch.pi) ** 0.5
@@ -209,7 +215,9 @@ def test_batch_topk_keeps_k_times_b_values_whatever_is_guessed(guess):
     sae, x, options = some(R.BatchTopKConfig())
     sae.threshold.fill_(guess)
     code = losses(
-        sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options
+        sae,
+        x,
+        LossInputs(baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=options),
     ).code
     counts = (code.values > 0).sum(1)
     assert counts.sum() == B * K and len(counts.unique()) > 1
@@ -218,14 +226,14 @@ def test_batch_topk_keeps_k_times_b_values_whatever_is_guessed(guess):
 def test_the_largest_of_a_batch_are_exact_with_ties_and_where_few_are_positive():
     ties = torch.tensor([[1.0, 1.0, -1.0], [1.0, 0.5, 0.0]])
     assert (
-        activations.largest(ties, 2).sum() == 2
-        and not activations.largest(ties, 2)[:, 2].any()
-        and not activations.largest(ties, 2)[1, 1]
+        largest_mask(ties, 2).sum() == 2
+        and not largest_mask(ties, 2)[:, 2].any()
+        and not largest_mask(ties, 2)[1, 1]
     )
-    assert activations.largest(ties, 6).tolist() == [[True, True, False], [True, True, False]], (
+    assert largest_mask(ties, 6).tolist() == [[True, True, False], [True, True, False]], (
         "what is not above 0 is not kept"
     )
-    assert activations.largest(-ties.abs(), 3).sum() == 0
+    assert largest_mask(-ties.abs(), 3).sum() == 0
 
 
 @pytest.mark.parametrize("kind", [name for name in EVERY if name != "relu, decoder norm"])
@@ -277,7 +285,7 @@ def test_codes_of_several_widths_are_joined_without_new_activations():
 def test_listing_is_of_each_true_column_once():
     mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(0)) < 0.3
     mask[4] = False
-    indices, real = activations.listed(mask)
+    indices, real = list_columns(mask)
     back = torch.zeros(9, 13).scatter_add(1, indices, real.float())
     assert torch.equal(back, mask.float()) and indices.shape[1] == mask.sum(1).max()
 
@@ -292,7 +300,11 @@ def test_the_penalty_by_decoder_norm_does_not_see_a_change_of_scale_and_the_pape
     def both():
         return [
             losses(
-                sae, x, baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+                sae,
+                x,
+                LossInputs(
+                    baseline=0.1, dead=torch.zeros(0, dtype=torch.long), k_aux=1, options=each
+                ),
             ).total.item()
             for each in (options, paper)
         ]
@@ -313,11 +325,13 @@ def test_a_weaker_penalty_is_that_share_of_it(name):
         losses(
             sae,
             x,
-            baseline=0.1,
-            dead=torch.zeros(0, dtype=torch.long),
-            k_aux=1,
-            options=options,
-            strength=strength,
+            LossInputs(
+                baseline=0.1,
+                dead=torch.zeros(0, dtype=torch.long),
+                k_aux=1,
+                options=options,
+                penalty_share=strength,
+            ),
         ).total.item()
         for strength in (0.0, 0.5, 1.0)
     )
@@ -378,12 +392,90 @@ def test_an_autoencoder_comes_back_from_disk_with_all_its_tensors(name, tmp_path
     back = serialization.load(tmp_path / "sae")
     assert (
         back.shape == sae.shape
-        and back.keys == sae.keys
-        and set(sae.keys) > {"W_enc", "b_enc", "W_dec"}
+        and list(back.state_dict()) == list(sae.state_dict())
+        and set(sae.state_dict()) > {"W_enc", "b_enc", "W_dec"}
     )
-    assert all(torch.equal(getattr(back, key), getattr(sae, key)) for key in sae.keys)
+    assert all(torch.equal(getattr(back, key), value) for key, value in sae.state_dict().items())
     for one, other in zip(back.encode(x), sae.encode(x)):
         assert torch.equal(one, other)
+
+
+OWN_TENSORS = {
+    "topk": [],
+    "batch_topk": ["threshold"],
+    "relu": [],
+    "jump_relu": ["threshold"],
+    "gated": ["r_mag", "b_mag"],
+    "prolu": [],
+}
+
+
+@pytest.mark.parametrize("kind", OWN_TENSORS)
+def test_an_activations_tensors_are_listed_beside_the_others_under_the_names_in_files(kind):
+    sae = SAE(Shape(D, N, K, activation=kind))
+    names = ["W_enc", "b_enc", "W_dec", "b_pre", *OWN_TENSORS[kind]]
+    assert list(sae.state_dict()) == names
+    listed = dict(sae.named_parameters()) | dict(sae.named_buffers())
+    assert list(listed) == names
+    for name, tensor in listed.items():
+        assert getattr(sae, name) is tensor
+        assert tensor.data_ptr() == sae.state_dict()[name].data_ptr()
+    assert set(sae.activation.followed) == set(dict(sae.named_buffers()))
+    with pytest.raises(AttributeError):
+        _ = sae.no_such_tensor
+
+
+@pytest.mark.parametrize("kind", OWN_TENSORS)
+def test_a_state_dict_loads_by_file_names_alone_and_as_a_part_of_a_larger_module(kind):
+    sae, again = (SAE(Shape(D, N, K, activation=kind)) for _ in range(2))
+    with torch.no_grad():
+        for tensor in sae.state_dict().values():
+            tensor.normal_()
+    weights = sae.state_dict()
+    again.load_state_dict(weights)
+    assert list(weights) == list(sae.state_dict()), "the caller's dictionary is left as it was"
+    inner, outer = torch.nn.ModuleDict({"sae": sae}), torch.nn.ModuleDict({"sae": SAE(sae.shape)})
+    assert list(inner.state_dict()) == [f"sae.{name}" for name in weights]
+    outer.load_state_dict(inner.state_dict())
+    for loaded in (again, outer["sae"]):
+        assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
+    for missing in OWN_TENSORS[kind]:
+        with pytest.raises(RuntimeError, match=missing):
+            again.load_state_dict({k: value for k, value in weights.items() if k != missing})
+
+
+def test_options_of_a_recipe_share_the_tensors_and_leave_the_activation_as_it_was():
+    sae = SAE(Shape(D, N, K, activation="gated"))
+    trained = sae.activation.configured(R.GatedConfig(l1=1.0))
+    assert trained.options.l1 == 1.0 and sae.activation.options == R.GatedConfig()
+    sae.double()
+    assert trained.r_mag is sae.r_mag and trained.r_mag.dtype == torch.float64
+    with pytest.raises(ValueError, match="'relu' for an SAE with 'gated'"):
+        sae.activation.configured(R.ReLUConfig())
+
+
+@pytest.mark.parametrize("name", ["topk", *EVERY])
+def test_the_loss_is_the_weighted_sum_of_its_named_terms(name):
+    sae, x, options = some(R.TopKConfig() if name == "topk" else EVERY[name])
+    found = losses(
+        sae,
+        x,
+        LossInputs(
+            options, 0.1, torch.tensor([1, 4, 7]), k_aux=2, auxk_weight=0.5, penalty_share=0.25
+        ),
+    )
+    kind = options.activation.kind
+    weights = {"nmse": 1.0}
+    if kind in ("relu", "prolu", "jump_relu", "gated"):
+        weights |= {"penalty": 0.25}
+    if kind == "gated":
+        weights |= {"gate_error": options.activation.aux}
+    if options.uses_auxk:
+        weights |= {"auxk": options.auxk_coef}
+    assert list(found.terms) == list(weights)
+    expected = sum(weight * found.terms[term] for term, weight in weights.items())
+    torch.testing.assert_close(found.total, expected)
+    assert (found.auxk == 0) == (not options.uses_auxk)
 
 
 def test_a_file_without_an_activation_is_of_topk(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ksparse.config import SAEConfig as Options
-from ksparse.sae.losses import auxk, finite_or_zero, losses
+from ksparse.sae.losses import LossInputs, finite_or_zero, losses, relative_error
 from ksparse.sae.model import SAE, Shape
 
 N, D, K = 24, 7, 3
@@ -33,10 +33,12 @@ def run(sae, x, *, dead=DEAD, k_aux=3, baseline=2.0, **options):
     return losses(
         sae,
         x,
-        baseline=baseline,
-        dead=dead,
-        k_aux=k_aux,
-        options=Options(**{"n_latents": N, "k": K, **options}),
+        LossInputs(
+            baseline=baseline,
+            dead=dead,
+            k_aux=k_aux,
+            options=Options(**{"n_latents": N, "k": K, **options}),
+        ),
     )
 
 
@@ -108,11 +110,13 @@ def test_auxk_on_a_share_of_the_tokens_is_the_mean_over_the_first_of_them(norm, 
     got = losses(
         sae,
         x,
-        baseline=2.0,
-        dead=DEAD,
-        k_aux=3,
-        options=Options(n_latents=N, k=K, auxk_norm=norm),
-        auxk_tokens=tokens,
+        LossInputs(
+            baseline=2.0,
+            dead=DEAD,
+            k_aux=3,
+            options=Options(n_latents=N, k=K, auxk_norm=norm),
+            auxk_tokens=tokens,
+        ),
     )
     torch.testing.assert_close(got.auxk, expected_aux(sae, x[:tokens], norm))
     same(gradients(sae, got.auxk), gradients(sae, expected_aux(sae, x[:tokens], norm)))
@@ -200,9 +204,9 @@ def test_auxk_that_is_not_finite_counts_as_a_constant_0():
 @pytest.mark.parametrize("norm", ["token", "batch"])
 def test_auxk_of_a_perfect_reconstruction_stays_finite(norm):
     zero = torch.zeros(4, 3, dtype=torch.float64)
-    assert auxk(zero, zero, norm) == 0
+    assert relative_error(zero, zero, norm) == 0
     one_perfect = torch.cat([zero[:1], torch.ones(3, 3, dtype=torch.float64)])
-    assert torch.isfinite(auxk(zero, one_perfect, norm))
+    assert torch.isfinite(relative_error(zero, one_perfect, norm))
 
 
 def test_multi_topk_does_not_alter_the_code_that_is_returned():

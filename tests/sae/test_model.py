@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ksparse import kernels
 from ksparse.errors import InputError
-from ksparse.sae.activations import KINDS as ACTIVATIONS
+from ksparse.sae.activations import ACTIVATIONS
 from ksparse.sae.model import SAE, Code, Shape
 from ksparse.sae.normalization import KINDS
 

@@ -264,11 +264,11 @@ def test_the_penalty_rises_over_the_first_share_of_the_steps():
     optimizer, _ = begun(R.ReLUConfig(warmup=0.1), steps=200)
     strengths = []
     for optimizer.updates in (0, 9, 19, 20, 150):
-        strengths.append(optimizer.strength)
+        strengths.append(optimizer.penalty_share)
     assert strengths == [pytest.approx(1 / 20), 0.5, 1.0, 1.0, 1.0]
     assert (
-        begun(R.ReLUConfig(warmup=0.0))[0].strength == 1.0
-        and begun(R.TopKConfig())[0].strength == 1.0
+        begun(R.ReLUConfig(warmup=0.0))[0].penalty_share == 1.0
+        and begun(R.TopKConfig())[0].penalty_share == 1.0
     )
 
 
@@ -299,7 +299,7 @@ def test_only_dead_latents_start_anew_and_adam_forgets_them(kind):
         each.backward(x, baseline=1 / 16, dead=dead, k_aux=4)
         each.step(3)
     sae, plain = optimizer.sae, twin.sae
-    for key in ("W_enc", "W_dec", "b_enc", *sae.activation.own):
+    for key in ("W_enc", "W_dec", "b_enc", *dict(sae.activation.named_parameters())):
         ours, theirs = getattr(sae, key).detach(), getattr(plain, key).detach()
         assert torch.equal(ours[others], theirs[others]), key
         assert (

@@ -78,7 +78,12 @@ def run(optimizer: AutogradStep, xs: list[torch.Tensor], dead: int) -> list[tupl
     rows = []
     for number, x in enumerate(xs, 1):
         part = optimizer.backward(x, baseline=0.03, dead=torch.arange(dead) * 2, k_aux=16)
-        rows.append((*(value.item() for value in part[:3]), optimizer.step(number)))
+        rows.append(
+            (
+                *(value.item() for value in (part.total, part.nmse, part.auxk)),
+                optimizer.step(number),
+            )
+        )
     return rows
 
 

@@ -673,9 +673,13 @@ def test_dead_counters_count_tokens_by_value_above_0(small_recipe):
     """T5: a latent that is chosen with a value of 0 has not fired. T11: tokens, not steps."""
     since = torch.tensor([5, 5, 5, 5, 5])
     code = Code(torch.tensor([[1.0, 0.0], [0.5, 1e-30]]), torch.tensor([[0, 1], [0, 3]]))
-    assert update_dead_counts(
-        since, Losses(torch.zeros(()), torch.zeros(()), torch.zeros(()), code), 7
-    ).tolist() == [0, 12, 12, 0, 12]
+    assert update_dead_counts(since, Losses(torch.zeros(()), {}, code), 7).tolist() == [
+        0,
+        12,
+        12,
+        0,
+        12,
+    ]
     assert since.tolist() == [5] * 5
 
 

@@ -105,7 +105,7 @@ def taken(
     while norm is None:
         part = optimizer.backward(x, baseline=0.03, dead=dead, k_aux=optimizer.recipe.sae.k_aux)
         norm = optimizer.step(number)
-    return *(value.item() for value in part[:3]), norm
+    return *(value.item() for value in (part.total, part.nmse, part.auxk)), norm
 
 
 def run(optimizer: AutogradStep, xs: list[torch.Tensor], dead: int) -> list[tuple[float, ...]]:

@@ -9,7 +9,6 @@ evaluation    EvalConfig and StudyConfig
 
 from ksparse.config.activations import (
     ACTIVATION_CONFIGS,
-    WITH_AUXK,
     ActivationConfig,
     BatchTopKConfig,
     GatedConfig,
@@ -29,7 +28,6 @@ from ksparse.config.schema import (
     RunConfig,
     SAEConfig,
     auxk_tokens,
-    check_activation,
     check_schedule,
     k_aux,
 )
@@ -49,7 +47,6 @@ __all__ = [
     "LARGEST",
     "LARGEST_TOML",
     "MOST_DOTS",
-    "WITH_AUXK",
     "ActivationConfig",
     "ActsConfig",
     "BatchTopKConfig",
@@ -67,7 +64,6 @@ __all__ = [
     "TopKConfig",
     "activation_kind",
     "auxk_tokens",
-    "check_activation",
     "check_fields",
     "check_schedule",
     "differences",

@@ -24,12 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ksparse.config.activations import (
-    _SPOKEN,
-    WITH_AUXK,
-    ActivationConfig,
-    TopKConfig,
-)
+from ksparse.config.activations import ActivationConfig, TopKConfig
 from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
 from ksparse.errors import InputError, nearest_name
 from ksparse.storage.rows import has_half
@@ -177,14 +172,17 @@ class SAEConfig(Config):
                 f"Multi-TopK needs 4 x sae.k = {4 * self.k} latents, sae.n_latents is "
                 f"{self.n_latents}"
             )
-        check_activation(self)
+        self.activation.check(self)
 
     @property
     def bound(self) -> str:
         """How many latents are active, in words, as far as the options determine it."""
-        return _SPOKEN.get(
-            self.activation.kind, "as many of them active as its penalty leaves"
-        ).format(k=self.k)
+        return self.activation.BOUND.format(k=self.k)
+
+    @property
+    def uses_auxk(self) -> bool:
+        """Whether the AuxK loss revives dead latents."""
+        return self.auxk_coef > 0 and self.activation.REVIVAL == "auxk"
 
 
 @dataclass(frozen=True)
@@ -474,6 +472,12 @@ class Recipe(Config):
         """Tokens without activation after which a latent counts as dead."""
         return self.sae.dead_after or min(10_000_000, max(1, self.tokens // 32))
 
+    @property
+    def needs_autograd(self) -> bool:
+        """Whether only the autograd step computes this recipe's losses: the explicit, native and
+        triton steps write out the gradient of TopK with AuxK."""
+        return not self.sae.activation.WRITTEN_OUT or self.sae.multi_topk > 0
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what the result depends on: all but the sections `run` and `mesh` and `threads`.
 
@@ -518,62 +522,6 @@ def check_schedule(recipe: Recipe) -> None:
             + ": it would never reach its learning rate. Give a shorter warm-up"
             + (", less optim.decay" if falling else "")
             + ", or more tokens"
-        )
-
-
-def check_activation(sae: SAEConfig) -> None:
-    """Raise InputError for options of the activation that cannot be right, and for others that its
-    kind has no use for."""
-    activation = sae.activation
-    kind = activation.kind
-    lowest = {
-        "l1": 0,
-        "coef": 0,
-        "aux": 0,
-        "warmup": 0,
-        "resample": 0,
-        "threshold": 0,
-        "threshold_decay": 0,
-    }
-    for name, value in dataclasses.asdict(activation).items():
-        if name in lowest and value < lowest[name]:
-            raise InputError(f"sae.activation.{name} is {value}; it must not be negative")
-        if (name == "warmup" and value > 1) or (name == "threshold_decay" and value >= 1):
-            raise InputError(
-                f"sae.activation.{name} is {value}; it must be from 0 to 1"
-                + (", and less than 1" if name != "warmup" else "")
-            )
-        if name == "bandwidth" and value <= 0:
-            raise InputError(
-                f"sae.activation.bandwidth is {value}; it must be above 0, or thresholds would "
-                "never move"
-            )
-    if sae.multi_topk and kind != "topk":
-        raise InputError(
-            f"sae.multi_topk is {sae.multi_topk}; it is for sae.activation.kind = 'topk', not "
-            f"{kind!r}; leave it at 0"
-        )
-    if kind not in WITH_AUXK and sae.auxk_coef not in (0, SAEConfig.auxk_coef):
-        raise InputError(
-            f"sae.auxk_coef is {sae.auxk_coef}; sae.activation.kind = {kind!r} has no AuxK but "
-            "sae.activation.resample; leave it out"
-        )
-    by_norm = getattr(activation, "penalty", "") == "decoder_norm"
-    if by_norm and sae.unit_norm:
-        raise InputError(
-            "sae.activation.penalty is 'decoder_norm', which is for decoder rows of free norm; "
-            "give sae.unit_norm = false, or the penalty 'paper'"
-        )
-    if hasattr(activation, "l1") and not by_norm and not sae.unit_norm:
-        raise InputError(
-            "sae.unit_norm is false; decoder rows of free norm would evade the L1 penalty of "
-            f"sae.activation.kind = {kind!r}; leave it true"
-            + (", or give sae.activation.penalty = 'decoder_norm'" if kind == "relu" else "")
-        )
-    if kind in ("prolu", "gated") and not sae.b_enc:
-        raise InputError(
-            f"sae.b_enc is false; sae.activation.kind = {kind!r} is sparse by its biases, and "
-            "needs them"
         )
 
 

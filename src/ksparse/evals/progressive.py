@@ -28,8 +28,6 @@ from ksparse.sae.model import SAE, Code
 
 MULTIPLES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, math.sqrt(1 / 2), 1, math.sqrt(2), 2, math.sqrt(8), 4, 8)
 """k' as multiples of the SAE's own L0 on the first tokens."""
-GATES = ("gated", "prolu")
-"""Activations whose gate is part of the latents' values."""
 CHOSEN_ON = 8_192
 """Tokens on which thresholds are chosen."""
 _PRE_ACTS = 2**24  # pre-activations in memory at a time
@@ -151,9 +149,7 @@ def positive(sae: SAE, x: Tensor) -> Tensor:
     Returns:
         Values of at least 0, [b, n].
     """
-    if sae.shape.activation in GATES:
-        return sae.activate(x).dense(sae.shape.n_latents)
-    return torch.relu(sae.pre_acts_normalized(x))
+    return sae.activation.positive_values(sae, x)
 
 
 def threshold_for(sae: SAE, x: Tensor, l0: float) -> float:

@@ -88,9 +88,10 @@ def fold_factor_into_latents(sae: SAE) -> SAE:
     positive number scales the values by it.
     """
     folded = copy_with(sae, normalize="none", factor=1.0)
-    with torch.no_grad():
-        for key in {"b_enc", "b_pre", "threshold", "b_mag"} & set(folded.keys):
-            getattr(folded, key).div_(sae.shape.factor)
+    scale_free = {"W_enc", "W_dec", *folded.activation.SCALE_FREE}
+    for key, tensor in folded.state_dict().items():
+        if key not in scale_free:
+            tensor.div_(sae.shape.factor)
     return folded
 
 
@@ -103,9 +104,10 @@ class _ShapeChanges(TypedDict, total=False):
 def copy_with(sae: SAE, **changes: Unpack[_ShapeChanges]) -> SAE:
     """Return a copy with the same weights and a changed shape."""
     copied = SAE(dataclasses.replace(sae.shape, **changes), sae.metadata)
-    with torch.no_grad():
-        for key in set(copied.keys) & set(sae.keys):
-            getattr(copied, key).copy_(getattr(sae, key).expand_as(getattr(copied, key)))
+    weights = sae.state_dict()
+    for key, tensor in copied.state_dict().items():
+        if key in weights:
+            tensor.copy_(weights[key].expand_as(tensor))
     return copied
 
 

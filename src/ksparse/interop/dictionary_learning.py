@@ -209,7 +209,7 @@ _READ: dict[str, Callable[[CheckedTensors, Settings | None], _ShapeAndTensors]] 
 
 def _class_and_tensors(sae: SAE) -> tuple[str, dict[str, Tensor]]:
     """Return the dict_class that holds an SAE, and its tensors under the library's names."""
-    weights = {key: getattr(sae, key).detach() for key in sae.keys}
+    weights = sae.state_dict()
     linear = {
         "encoder.weight": weights["W_enc"],
         "encoder.bias": weights["b_enc"],

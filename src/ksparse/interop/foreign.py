@@ -417,11 +417,11 @@ def build_sae(
     """
     sae = SAE(shape, metadata)
     with torch.no_grad():
-        for key in sae.keys:
+        for key, tensor in sae.state_dict().items():
             if not all(math.isfinite(end) for end in tensors[key].aminmax()):
                 raise InputError(
                     f"{file}: its numbers give a {key} with NaN or infinity; it is damaged, or "
                     "training had failed"
                 )
-            getattr(sae, key).copy_(tensors[key])
+            tensor.copy_(tensors[key])
     return sae

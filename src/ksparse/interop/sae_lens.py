@@ -124,7 +124,7 @@ def write(sae: SAE, folder: Path) -> None:
     shape = sae.shape
     tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
     tensors["b_gate" if shape.activation == "gated" else "b_enc"] = sae.b_enc
-    tensors |= {name: getattr(sae, name) for name in sae.activation.own}
+    tensors |= sae.activation.state_dict()
     foreign.write_safetensors(tensors, folder / WEIGHTS)
     normalize = {ours: theirs for theirs, ours in NORMALIZATIONS.items()}[shape.normalize]
     config: dict[str, Any] = {

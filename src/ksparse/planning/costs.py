@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ksparse.config import WITH_AUXK, Config, MeshConfig, Recipe, auxk_tokens, k_aux
+from ksparse.config import Config, MeshConfig, Recipe, auxk_tokens, k_aux
 from ksparse.errors import InputError
 from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, values_per_shard
 from ksparse.planning import flops, hardware
@@ -190,7 +190,7 @@ class RankShape:
         self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
         self.offers = [self._values_per_shard(k, recipe.mesh.capacity) for k in self.ks]
-        self.auxk = bool(sae.auxk_coef and sae.activation.kind in WITH_AUXK)
+        self.auxk = sae.uses_auxk
         self.dead = round(case.dead * self.n) if self.auxk else 0
         # AuxK's tokens are the batch's first, which the first ranks have.
         self.auxk_rows = min(self.rows, auxk_tokens(sae, recipe.batch)) if self.dead else 0

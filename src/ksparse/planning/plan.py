@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ksparse.config import WITH_AUXK, Recipe, k_aux
+from ksparse.config import Recipe, k_aux
 from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
@@ -169,7 +169,7 @@ def lines(plan: RunPlan) -> list[str]:
 def _flops_per_token(case: PlanInput) -> dict[str, int]:
     """Return the FLOPs of training on one activation, by part."""
     recipe, d = case.recipe, case.subject.d_model
-    with_auxk = recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK
+    with_auxk = recipe.sae.uses_auxk
     auxk = int(flops.auxk(k_aux(recipe.sae, d), d) * recipe.sae.auxk_share)
     parts = {
         "encoder product": flops.encoder(recipe, d),

@@ -40,7 +40,7 @@ def choose_step(
         'triton'
     """
     device_type = device.partition(":")[0]
-    explicit = not needs_autograd(recipe)
+    explicit = not recipe.needs_autograd
     in_torch: StepKind = "torch" if explicit and device_type in ("cpu", "cuda") else "autograd"
     if processes > 1:
         return in_torch
@@ -79,12 +79,6 @@ def _check_plain_torch(recipe: Recipe) -> None:
             "(a CPU and a C++ compiler, or a CUDA GPU and triton; TopK without Multi-TopK, "
             "run.kernels not 'torch'); leave it at 'off' or 'auto'"
         )
-
-
-# To be replaced by the property `Recipe.needs_autograd` once config/schema.py has it.
-def needs_autograd(recipe: Recipe) -> bool:
-    """Return whether the recipe has an activation or a loss whose gradient is not written out."""
-    return recipe.sae.activation.kind != "topk" or bool(recipe.sae.multi_topk)
 
 
 def native_is_usable() -> bool:

@@ -5,35 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ksparse.config import SAEConfig as Options
-from ksparse.sae.activations import threshold_for
+from ksparse.config import SAEConfig
 from ksparse.sae.model import SAE
 
-_NUMBERS = 2**24  # pre-activations that are looked at, at most
+_PRE_ACTS = 2**24  # pre-activations computed to scale the encoder, at most
+_SCALE_TOKENS = 1024  # activations on which the encoder is scaled, at most
 
 
 @torch.no_grad()
 def initialize_(
     sae: SAE,
     sample: Tensor,
-    options: Options,
+    options: SAEConfig,
     generator: torch.Generator,
     *,
     b_pre: Tensor | None = None,
 ) -> None:
-    """Set all weights, in place, from normalised activations sample[s, d].
+    """Set all weights to their start values, in place.
 
-    b_pre: center(sample, options.b_pre_init), where that has been computed before.
+    Decoder directions are uniformly random. Tied encoder rows are a copy of them, not a view, and
+    free from then on. With init_scale 'recon' the encoder is scaled so that, on the sample,
+    reconstructions have the norm of their inputs, b_pre subtracted from both. (The official code
+    measures this on random unit vectors; the data are closer to what counts.) The activation sets
+    its own tensors last.
 
-    Decoder directions are uniformly random; tied encoder rows are a copy of them, not a view, and
-    are free later. With init_scale 'recon' the encoder is scaled so that, on the sample,
-    reconstructions have the norm of their inputs, b_pre taken off both. (The official code measures
-    this on random unit vectors; the data are nearer to what counts.) Thresholds start where k
-    latents are active on the sample, or where the recipe says.
+    Args:
+        sae: the SAE.
+        sample: normalised activations [s, d].
+        options: the section `sae` of the recipe.
+        generator: source of the random directions, on the CPU.
+        b_pre: center(sample, options.b_pre_init), if it has been computed before.
     """
+    activation = sae.activation.configured(options.activation)
     sae.b_pre.copy_(center(sample, options.b_pre_init) if b_pre is None else b_pre)
-    for name in ("b_enc", *sae.activation.own):
-        getattr(sae, name).zero_()
+    for tensor in (sae.b_enc, *activation.parameters(), *activation.buffers()):
+        tensor.zero_()
     sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
     sae.normalize_decoder_()
     if options.init == "tied":
@@ -42,24 +48,17 @@ def initialize_(
         rows = torch.randn(sae.W_enc.shape, generator=generator)
         sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
     if options.init_scale == "recon":
-        rows = sample[: max(1, min(1024, _NUMBERS // sae.shape.n_latents))]
-        centred = (rows - sae.b_pre).norm(dim=1).mean()
-        code = (
-            sae.activate(rows)
-            if sae.shape.activation in ("relu", "gated", "prolu")
-            else sae.code(rows, sae.pre_acts_normalized(rows))
-        )
-        recon = sae.decoder(code).norm(dim=1).mean()
-        if recon > 0:
-            sae.W_enc.mul_(centred / recon)
-    if "threshold" in sae.keys:
-        given = getattr(options.activation, "threshold", 0.0)
-        rows = sample[: max(1, _NUMBERS // sae.shape.n_latents)]
-        sae.threshold.fill_(given * sae.input_norm or threshold_for(sae, rows))
+        rows = sample[: max(1, min(_SCALE_TOKENS, _PRE_ACTS // sae.shape.n_latents))]
+        input_norm = (rows - sae.b_pre).norm(dim=1).mean()
+        recon_norm = sae.decoder(activation.start_code(sae, rows)).norm(dim=1).mean()
+        if recon_norm > 0:
+            sae.W_enc.mul_(input_norm / recon_norm)
+    activation.start_(sae, sample)
 
 
 def center(sample: Tensor, kind: str) -> Tensor:
-    """Return where b_pre starts, [d]: the geometric median or the mean of sample[s, d], or zero."""
+    """Return the start value of b_pre, [d]: the geometric median or the mean of sample[s, d], or
+    zero."""
     if kind == "geometric_median":
         return geometric_median(sample)
     return sample.mean(0) if kind == "mean" else torch.zeros_like(sample[0])
@@ -69,8 +68,13 @@ def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float 
     """Return the point [d] with the least sum of distances to points[s, d], by Weiszfeld's
     iteration in float64.
 
-    A point that the iterate falls on holds it unless the others pull harder (Vardi & Zhang 2000):
-    an infinite weight would hold it in any case.
+    Where the iterate falls on a point, that point's weight would be infinite and hold it there.
+    With the correction of Vardi & Zhang (2000) it stays only if the other points pull less.
+
+    Args:
+        points: the points [s, d].
+        iterations: the most iterations.
+        tolerance: the iteration ends once it moves by less than this share of the mean distance.
     """
     points64 = points.cpu().double()  # not every device has float64
     median = points64.mean(0)

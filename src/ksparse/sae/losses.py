@@ -1,192 +1,134 @@
-"""What is minimised: reconstruction, AuxK over dead latents, Multi-TopK. Gao et al. 2024, sections
-2.3, 5.3, A.2. And the penalties of other activations."""
+"""The loss as named terms: reconstruction, Multi-TopK, what the activation adds, and AuxK over dead
+latents (Gao et al. 2024, sections 2.3, 5.3 and A.2).
+
+To add a term: a key in `ksparse.config.schema` and, if only autograd computes it, a word in
+`Recipe.needs_autograd`; a function here, and its line in `loss_terms`. It is then weighted, summed
+over processes and logged under its name.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ksparse import config, kernels
-from ksparse.config import WITH_AUXK
-from ksparse.config import SAEConfig as Options
-from ksparse.sae import activations
-from ksparse.sae.activations import Activation, Gated, JumpReLU, SparsePreActs
-from ksparse.sae.model import SAE, Code
+from ksparse.config import SAEConfig
+from ksparse.sae.activations import TrainingPass
+from ksparse.sae.code import Code
+from ksparse.sae.model import SAE
+from ksparse.sae.terms import LossTerm, total_loss
 
 
 class Losses(NamedTuple):
-    """Scalars that carry gradient, and the code they came from."""
+    """The loss of a batch, its terms by name, and the code that it came from.
+
+    Args:
+        total: the weighted sum of the terms.
+        terms: each term in its unit, without its weight, by name.
+        code: the code of the batch.
+    """
 
     total: Tensor
-    nmse: Tensor
-    auxk: Tensor
+    terms: dict[str, Tensor]
     code: Code
 
+    @property
+    def nmse(self) -> Tensor:
+        """The squared error of the reconstruction, over the baseline."""
+        return self.terms["nmse"]
 
-def losses(
-    sae: SAE,
-    x: Tensor,
-    *,
-    baseline: float,
-    dead: Tensor,
-    k_aux: int,
-    options: Options,
-    auxk_tokens: int | None = None,
-    auxk_weight: float = 1.0,
-    strength: float = 1.0,
-) -> Losses:
-    """Return the losses on normalised activations x[b, d].
+    @property
+    def auxk(self) -> Tensor:
+        """The AuxK loss; 0 where the recipe has none."""
+        return self.terms.get("auxk", self.total.new_zeros(()))
 
-    baseline: the mean squared error per component of predicting the mean, one constant for the
-    whole run (A.6).
-    dead: the indices of the latents that are dead now; none is fine.
-    auxk_tokens: AuxK is the mean over the first so many of x (all if not given), times auxk_weight
-    where x is a part of a batch.
-    strength: the share of its weight that a penalty has by now.
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a batch depends on besides the weights and the batch.
+
+    Args:
+        options: the section `sae` of the recipe.
+        baseline: mean squared error per component of predicting the mean, one constant for the
+            whole run (section A.6).
+        dead: indices of the latents that are dead now; may be empty.
+        k_aux: how many of them AuxK uses per token.
+        auxk_tokens: AuxK is the mean over this many first tokens of the batch; all if None.
+        auxk_weight: factor of AuxK where the batch is a part of a larger one.
+        penalty_share: the share of its full weight that a penalty has in this step.
+        seed: a function of the recipe's seed and the step, for terms that draw at random.
     """
-    if sae.shape.activation != "topk":
-        return _others(
-            sae,
-            x,
-            baseline=baseline,
-            dead=dead,
-            k_aux=k_aux,
-            options=options,
-            auxk_tokens=auxk_tokens,
-            auxk_weight=auxk_weight,
-            strength=strength,
-        )
-    pre_acts = sae.pre_acts_normalized(x)
-    code = sae.code(x, pre_acts)
-    recon = sae.decode_normalized(code)
-    nmse = (recon - x).square().mean() / baseline
-    total = nmse
+
+    options: SAEConfig
+    baseline: float
+    dead: Tensor
+    k_aux: int
+    auxk_tokens: int | None = None
+    auxk_weight: float = 1.0
+    penalty_share: float = 1.0
+    seed: int = 0
+
+
+def losses(sae: SAE, x: Tensor, inputs: LossInputs) -> Losses:
+    """Return the losses on normalised activations x[b, d], with gradient."""
+    result = sae.activation.configured(inputs.options.activation)(sae, x)
+    terms = loss_terms(sae, x, result, inputs)
+    return Losses(
+        total_loss(terms), {name: term.logged for name, term in terms.items()}, result.code
+    )
+
+
+def loss_terms(
+    sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs
+) -> dict[str, LossTerm]:
+    """Return the terms of the loss by name, in the order in which they are added.
+
+    Which terms there are depends on the recipe alone, never on the batch.
+    """
+    options, activation = inputs.options, sae.activation.configured(inputs.options.activation)
+    terms = {"nmse": LossTerm((result.recon - x).square().mean(), unit=inputs.baseline)}
     if options.multi_topk:
-        wide = sae.decode_normalized(sae.code(x, pre_acts, 4 * sae.shape.k))
-        total = total + options.multi_topk * (wide - x).square().mean() / baseline
-    aux = auxk_weight * revived(
-        sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options
+        terms["multi_topk"] = multi_topk(sae, x, result, inputs)
+    terms |= activation.loss_terms(
+        sae, x, result, baseline=inputs.baseline, penalty_share=inputs.penalty_share
     )
-    return Losses(total + options.auxk_coef * aux, nmse, aux, code)
+    if options.uses_auxk:
+        terms["auxk"] = auxk(sae, x, result, inputs)
+    return terms
 
 
-def _others(
-    sae: SAE,
-    x: Tensor,
-    *,
-    baseline: float,
-    dead: Tensor,
-    k_aux: int,
-    options: Options,
-    auxk_tokens: int | None,
-    auxk_weight: float,
-    strength: float,
-) -> Losses:
-    """Return the losses with another activation than TopK: reconstruction, its own penalty, AuxK
-    where its kind has that."""
-    activation = activations.build_activation(options.activation)
-    products = sae.products(x)
-    chosen = choose(sae, x, products, activation)
-    values = activation.values(sae, chosen)
-    recon = chosen.decoder(values, sae.W_dec) + sae.b_pre
-    nmse = (recon - x).square().mean() / baseline
-    total = (
-        nmse
-        + strength * penalty(sae, x, chosen, values, activation)
-        + extra(sae, x, chosen, activation, baseline)
-    )
-    aux = nmse.new_zeros(())
-    if options.activation.kind in WITH_AUXK:
-        pre_acts = products.detach() + sae.b_enc.detach()
-        aux = auxk_weight * revived(
-            sae, x, recon, pre_acts, slice(auxk_tokens), dead=dead, k_aux=k_aux, options=options
-        )
-    return Losses(total + options.auxk_coef * aux, nmse, aux, Code(values, chosen.everywhere()))
+def multi_topk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossTerm:
+    """Return the error with 4k latents instead of k (section 5.3)."""
+    if result.pre_acts is None:
+        raise ValueError("Multi-TopK selects among pre-activations, which this pass does not have")
+    wide = sae.decode_normalized(sae.code(x, result.pre_acts, 4 * sae.shape.k))
+    return LossTerm((wide - x).square().mean(), inputs.options.multi_topk, inputs.baseline)
 
 
-def revived(
-    sae: SAE,
-    x: Tensor,
-    recon: Tensor,
-    pre_acts: Tensor,
-    some: slice,
-    *,
-    dead: Tensor,
-    k_aux: int,
-    options: Options,
-) -> Tensor:
-    """Return AuxK's loss on some tokens of a batch; 0 where there are none, no dead latent, or no
-    use for it."""
-    x, recon, pre_acts = x[some], recon[some], pre_acts[some]
-    if not options.auxk_coef or not sae.count(dead) or not len(x):
-        return x.new_zeros(())
-    predicted = sae.decoder(sae.code(x, pre_acts, k_aux, among=dead))
-    return finite_or_zero(auxk(predicted, (x - recon).detach(), options.auxk_norm))
+def auxk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossTerm:
+    """Return the error of predicting the reconstruction's error by the k_aux largest dead latents
+    (section A.2); 0 where no latent is dead, or none of the tokens counts."""
+    if result.pre_acts is None:
+        raise ValueError("AuxK selects among pre-activations, which this pass does not have")
+    options, counted = inputs.options, slice(inputs.auxk_tokens)
+    x, recon, pre_acts = x[counted], result.recon[counted], result.pre_acts[counted]
+    loss = x.new_zeros(())
+    if sae.count(inputs.dead) and len(x):
+        predicted = sae.decoder(sae.code(x, pre_acts, inputs.k_aux, among=inputs.dead))
+        loss = finite_or_zero(relative_error(predicted, (x - recon).detach(), options.auxk_norm))
+    return LossTerm(inputs.auxk_weight * loss, options.auxk_coef)
 
 
-def choose(
-    sae: SAE, x: Tensor, products: Tensor, activation: Activation[config.ActivationConfig]
-) -> SparsePreActs:
-    """Return the products[b, n] that count in training, listed where they are few, else all of
-    them."""
-    with torch.no_grad():
-        reach = activation.reach(sae, products)
-        width = max(1, int(reach.sum(1).max()))
-    if width > sae.shape.n_latents // activations.SPARSE:
-        return SparsePreActs(products, None, reach)
-    indices, real = activations.listed(reach, width)
-    return SparsePreActs(
-        kernels.selected(x, sae.b_pre, sae.W_enc, None, indices, products.detach()), indices, real
-    )
+def relative_error(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
+    """Return ||e - ê||² relative to the size of e.
 
-
-def penalty(
-    sae: SAE,
-    x: Tensor,
-    chosen: SparsePreActs,
-    values: Tensor,
-    activation: Activation[config.ActivationConfig],
-) -> Tensor:
-    """Return what an activation pays for the values[b, m] of its chosen latents, at its full
-    weight."""
-    if isinstance(activation, JumpReLU):
-        coef, aim = activation.options.coef, activation.options.penalty
-        excess = activation.count(sae, chosen).mean() / sae.shape.k
-        return coef * ((excess - 1) ** 2 if aim == "target" else excess)
-    options = activation.options
-    if (
-        not isinstance(options, config.ReLUConfig | config.GatedConfig | config.ProLUConfig)
-        or not options.l1
-    ):
-        return x.new_zeros(())
-    paid = activation.gates(sae, chosen) if isinstance(activation, Gated) else values
-    if isinstance(options, config.ReLUConfig) and options.penalty == "decoder_norm":
-        paid = paid * chosen.of(sae.W_dec.norm(dim=1))
-    return options.l1 * (paid.sum(1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).mean()
-
-
-def extra(
-    sae: SAE,
-    x: Tensor,
-    chosen: SparsePreActs,
-    activation: Activation[config.ActivationConfig],
-    baseline: float,
-) -> Tensor:
-    """Return Gated's auxiliary loss: the error of decoding the gates by a decoder that gets no
-    gradient from it; 0 of other kinds."""
-    if not isinstance(activation, Gated):
-        return x.new_zeros(())
-    recon = chosen.decoder(activation.gates(sae, chosen), sae.W_dec.detach()) + sae.b_pre.detach()
-    return activation.options.aux * (recon - x).square().mean() / baseline
-
-
-def auxk(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
-    """Return ||e - ê||² relative to the error's size: per token (A.2), or over the batch as in the
-    official code.
-
-    `error` must be detached; `predicted` is the bias-free decoding of the dead latents' code.
+    Args:
+        predicted: ê[b, d], the decoding of the dead latents' code without bias.
+        error: e[b, d], detached.
+        norm: 'token', relative to each token's own ||e||² (section A.2), or 'batch', relative to
+            the variance over the batch, as in the official code.
     """
     tiny = torch.finfo(error.dtype).tiny
     if norm == "token":
@@ -199,5 +141,5 @@ def auxk(predicted: Tensor, error: Tensor, norm: str) -> Tensor:
 
 def finite_or_zero(loss: Tensor) -> Tensor:
     """Return the loss, or a constant 0 where it is not finite, so that no NaN reaches the weights
-    (A.2)."""
+    (section A.2)."""
     return loss if torch.isfinite(loss) else loss.new_zeros(())

@@ -1,4 +1,4 @@
-"""The k-sparse autoencoder as a plain nn.Module: no mesh, no files, no logging.
+"""The k-sparse autoencoder as a plain nn.Module: no process group, no files, no logging.
 
 Shapes: x[b, d], pre_acts[b, n], Code(values[b, k], indices[b, k]); every parameter has the latents
 first. TopK is one of several activations (`ksparse.sae.activations`); codes of the others are as
@@ -8,88 +8,44 @@ wide as the batch's largest number of active latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ksparse import kernels
 from ksparse.errors import InputError
-from ksparse.sae import activations
+from ksparse.sae.activations import ACTIVATIONS, build_activation
+from ksparse.sae.code import Code as Code
+from ksparse.sae.code import RawCode as RawCode
 from ksparse.sae.normalization import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
 
-KEYS = ("W_enc", "b_enc", "W_dec", "b_pre")
-"""Tensors of every autoencoder; `SAE.keys` has those of its activation too."""
-
-
-class Code(NamedTuple):
-    """A sparse code: the activations values[..., k] >= 0 of the latents indices[..., k]. A value of
-    0 is no activation."""
-
-    values: Tensor
-    indices: Tensor
-
-    def dense(self, n_latents: int) -> Tensor:
-        """Return [..., n_latents], zero where nothing is active."""
-        zeros = self.values.new_zeros(*self.values.shape[:-1], n_latents)
-        return zeros.scatter_add(-1, self.indices, self.values)
-
-    def widened(self, width: int) -> Code:
-        """Return the same code with `width` entries for each token, the new ones of value 0."""
-        more = width - self.values.shape[-1]
-        return Code(*(nn.functional.pad(part, (0, more)) for part in self)) if more else self
-
-    @staticmethod
-    def joined(codes: Sequence[Code]) -> Code:
-        """Return codes [.., k] of several widths one after another, as wide as the widest."""
-        width = max(code.values.shape[-1] for code in codes)
-        return Code(*(torch.cat(parts) for parts in zip(*(code.widened(width) for code in codes))))
-
-
 _LEAST_FACTOR = 1e-30  # beyond it or its inverse, float32 activations become 0 or infinity
-
-
-class RawCode(Code):
-    """A code of raw activations. It remembers the mean and scale that their normalisation took
-    off."""
-
-    inputs: Normalized | None = None
-
-    @classmethod
-    def of(cls, code: Code, inputs: Normalized) -> RawCode:
-        """Return a code with what its activations' normalisation took off; x itself is not kept."""
-        raw = cls(*code)
-        raw.inputs = inputs._replace(x=inputs.mean)
-        return raw
-
-    def _replace(self, **fields: Tensor) -> RawCode:
-        """Return this code with other values or indices, of the same activations."""
-        changed = RawCode(*super()._replace(**fields))
-        changed.inputs = self.inputs
-        return changed
-
-    def at(self, rows: Any) -> RawCode:
-        """Return the code of some of the activations: any index of their leading dimensions."""
-        chosen = RawCode(*(part[rows] for part in self))
-        if self.inputs is not None:
-            chosen.inputs = Normalized(*(part[rows] for part in self.inputs))
-        return chosen
+_ACTIVATION = "activation."  # what torch puts before the names of the activation's tensors
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an autoencoder is, apart from its weights."""
+    """What an autoencoder is, apart from its weights.
+
+    Args:
+        d_model: width of the activations.
+        n_latents: number of latents.
+        k: latents that may be active at once; for activations other than TopK, what `sae.k` of a
+            recipe says.
+        normalize: how raw activations are normalised (`ksparse.sae.normalization`).
+        factor: the constant of normalize = 'dataset'.
+        activation: kind of the activation (`ksparse.sae.activations`).
+    """
 
     d_model: int
     n_latents: int
     k: int
     normalize: str = "unit_norm"
     factor: float = 1.0
-    """The constant of normalize = 'dataset'."""
     activation: str = "topk"
-    """Kind of the activation; k means what `sae.k` of a recipe says for it."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_latents", "k"):
@@ -102,7 +58,7 @@ class Shape:
             raise InputError(
                 f"k is {self.k}, more than the {self.n_latents} latents; give a smaller k"
             )
-        for name, known in (("normalize", KINDS), ("activation", tuple(activations.KINDS))):
+        for name, known in (("normalize", KINDS), ("activation", tuple(ACTIVATIONS))):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 what = "normalisation" if name == "normalize" else name
@@ -118,20 +74,31 @@ class Shape:
 
 
 class SAE(nn.Module):
-    """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))         Gao et al.
-        2024, eq. 2
+    """recon = W_dec^T z + b_pre,  z = ReLU(TopK(W_enc (x - b_pre) + b_enc))
 
-    or another activation in the place of TopK, which may have tensors of its own (`keys`).
-    `encode`, `decode`, `pre_acts` and `forward` take and give raw activations. Below them is the
-    equation itself, on normalised activations: `encode_normalized`, `decode_normalized`,
-    `pre_acts_normalized`, and `activate`, `code`, `products` and `decoder`, which training calls.
-    `metadata` says what it was trained on; it is saved with the weights and may be empty.
+    (Gao et al. 2024, eq. 2), or another activation in the place of TopK. An activation may have
+    tensors of its own; `state_dict`, `named_parameters`, attributes and files list them beside
+    `W_enc`, as in `sae.threshold`. `encode`, `decode`, `pre_acts` and `forward` take and return raw
+    activations. The equation itself, on normalised activations, is in `encode_normalized`,
+    `decode_normalized`, `pre_acts_normalized`, `activate`, `code`, `products` and `decoder`, which
+    training calls.
+
+    Args:
+        shape: sizes, normalisation and activation; all weights start at 0.
+        metadata: what the SAE was trained on. It is saved with the weights and may be empty.
+
+    Example:
+        >>> import torch
+        >>> from ksparse import SAE
+        >>> from ksparse.sae.model import Shape
+        >>> sae = SAE(Shape(d_model=8, n_latents=32, k=4, activation="topk"))
+        >>> x = torch.randn(5, 8)
+        >>> code = sae.encode(x)
+        >>> code.indices.shape
+        torch.Size([5, 4])
+        >>> torch.equal(sae.decode(code), sae(x))
+        True
     """
-
-    # those that its activation has, under their names
-    threshold: Tensor
-    r_mag: Tensor
-    b_mag: Tensor
 
     def __init__(self, shape: Shape, metadata: dict[str, Any] | None = None):
         super().__init__()
@@ -141,25 +108,37 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n))
         self.W_dec = nn.Parameter(torch.zeros(n, d))
         self.b_pre = nn.Parameter(torch.zeros(d))
-        self.activation = activations.in_use(shape.activation)
-        for name in self.activation.own:
-            start = torch.zeros(self.activation.shape(name, n))
-            self.register_buffer(
-                name, start
-            ) if self.activation.running else self.register_parameter(name, nn.Parameter(start))
+        self.activation = build_activation(shape.activation, n)
+        self.register_state_dict_post_hook(_drop_activation_prefix)
+        self.register_load_state_dict_pre_hook(_add_activation_prefix)
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The names of all its tensors."""
-        return (*KEYS, *self.activation.own)
+    # ---- the activation's tensors have the names that they have in files
+
+    def __getattr__(self, name: str) -> Tensor:
+        """Return a tensor of the activation, as in `sae.threshold`."""
+        activation = self.__dict__.get("_modules", {}).get("activation")
+        if activation is not None and (
+            name in activation._parameters or name in activation._buffers
+        ):
+            return getattr(activation, name)
+        return super().__getattr__(name)  # type: ignore[return-value]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter), with the names of `state_dict`."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield name.replace(_ACTIVATION, "", 1), parameter
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, buffer), with the names of `state_dict`."""
+        for name, buffer in super().named_buffers(*args, **kwargs):
+            yield name.replace(_ACTIVATION, "", 1), buffer
 
     def empty(self) -> SAE:
-        """Return another of the same shape, metadata and kind, on the CPU, with weights of zero."""
+        """Return an SAE of the same class, shape and metadata, on the CPU, with weights of 0."""
         return SAE(self.shape, self.metadata)
 
     def count(self, latents: Tensor) -> int:
-        """Return how many latents these are, with those of other slices where this is one of
-        several."""
+        """Return the number of latents in a list; a sharded SAE adds those of its other shards."""
         return len(latents)
 
     @property
@@ -168,13 +147,17 @@ class SAE(nn.Module):
 
     @property
     def input_norm(self) -> float:
-        """The norm of a typical input: 1 with unit_norm, sqrt(d_model) else."""
+        """The norm of a typical normalised input: 1 with unit_norm, else sqrt(d_model)."""
         return input_rms(self.shape.normalize, self.shape.d_model) * self.shape.d_model**0.5
 
     # ---- for users: raw activations
 
     def normalize(self, raw: Tensor) -> Normalized:
-        """Normalise raw activations [..., d], remembering what `restore` needs."""
+        """Normalise raw activations [..., d], keeping what `restore` needs.
+
+        Raises:
+            InputError: for anything but real numbers of width d_model.
+        """
         if not isinstance(raw, Tensor) or not raw.ndim or raw.is_complex():
             what = (
                 f"{raw.dtype} {list(raw.shape)}" if isinstance(raw, Tensor) else type(raw).__name__
@@ -185,8 +168,7 @@ class SAE(nn.Module):
         if raw.shape[-1] != self.shape.d_model:
             raise InputError(
                 f"this SAE is for activations of width d_model = {self.shape.d_model}, got "
-                f"{raw.shape[-1]} "
-                f"(shape {list(raw.shape)}); is it the right model and site?"
+                f"{raw.shape[-1]} (shape {list(raw.shape)}); is it the right model and site?"
             )
         return normalize(raw.to(self.W_enc.dtype), self.shape.normalize, self.shape.factor)
 
@@ -202,13 +184,14 @@ class SAE(nn.Module):
         return RawCode.of(self.encode_normalized(inputs.x), inputs)
 
     def decode(self, code: Code) -> Tensor:
-        """Return the reconstruction [..., d] of raw activations, on their own scale:
-        decode(encode(x)) is self(x).
+        """Return the reconstruction [..., d] of raw activations: decode(encode(x)) is self(x).
 
-        A normalisation of each activation takes off what a code alone cannot know, so with
-        unit_norm, layer_norm and constant_norm the code must be one that `encode` gave, or such a
-        code with other values or latents (`code._replace(values=…)`). Raises InputError for any
-        other.
+        unit_norm, layer_norm and constant_norm remove a mean or a scale from each activation, which
+        the values of a code do not contain. The code must then be one that `encode` returned, or
+        such a code with other values or latents (`code._replace(values=…)`).
+
+        Raises:
+            InputError: for a code without that mean and scale, and for latents that do not exist.
         """
         if not isinstance(code, Code):
             raise InputError(
@@ -231,12 +214,9 @@ class SAE(nn.Module):
         if inputs is None:
             raise InputError(
                 "this code does not say what was taken off its activations, and "
-                f"{self.shape.normalize} "
-                "takes off a mean or a scale of each: decode a code that `encode` returned (to "
-                "change it: "
-                "code._replace(values=…)), or use decode_normalized(code), which is on the scale "
-                "of the "
-                "normalised activations"
+                f"{self.shape.normalize} removes a mean or a scale from each: decode a code that "
+                "`encode` returned (to change it: code._replace(values=…)), or use "
+                "decode_normalized(code), which is on the scale of the normalised activations"
             )
         if inputs.scale.shape[:-1] != code.values.shape[:-1]:
             raise InputError(
@@ -260,36 +240,30 @@ class SAE(nn.Module):
     # ---- the equation: normalised activations
 
     def activate(self, x: Tensor) -> Code:
-        """Return the code of x[b, d] as the activation in use gives it: of TopK as wide as k, else
-        as the largest number of active latents."""
-        if self.shape.activation == "topk":
-            return self.code(x, self.pre_acts_normalized(x))
-        with torch.no_grad():
-            products = self.products(x)
-            indices, real = activations.listed(self.activation.active(self, products))
-        chosen = kernels.selected(x, self.b_pre, self.W_enc, None, indices, products)
-        return Code(
-            self.activation.values(self, activations.SparsePreActs(chosen, indices, real)), indices
-        )
+        """Return the code of x[b, d] in use: of TopK as wide as k, else as the largest number of
+        active latents."""
+        return self.activation.encode(self, x)
 
     def products(self, x: Tensor) -> Tensor:
-        """Return W_enc (x - b_pre) as [b, n], with gradient: what the other activations begin
-        with."""
+        """Return W_enc (x - b_pre) as [b, n], with gradient."""
         return (x - self.b_pre) @ self.W_enc.t()
 
     @torch.no_grad()
     def pre_acts_normalized(self, x: Tensor) -> Tensor:
-        """Return W_enc (x - b_pre) + b_enc as [b, n]. Only the choice needs it, so it carries no
-        gradient."""
+        """Return W_enc (x - b_pre) + b_enc as [b, n], without gradient: it only serves to select
+        latents."""
         return torch.addmm(self.b_enc, x - self.b_pre, self.W_enc.t())
 
     def code(
         self, x: Tensor, pre_acts: Tensor, k: int | None = None, among: Tensor | None = None
     ) -> Code:
-        """Choose the k largest pre-activations, of the latents `among` if given, without gradient;
-        value them by ReLU, with it.
+        """Select the k largest pre-activations, without gradient, and return their ReLU, with it.
 
-        k: the SAE's own if not given; fewer are chosen where `among` holds fewer.
+        Args:
+            x: normalised activations [b, d].
+            pre_acts: their pre-activations [b, n].
+            k: how many; the SAE's own k if not given, and fewer where `among` has fewer.
+            among: indices of the latents to select from; all if not given.
         """
         k = self.shape.k if k is None else k
         if among is None:
@@ -300,7 +274,8 @@ class SAE(nn.Module):
         return Code(torch.relu(values), indices)
 
     def decoder(self, code: Code) -> Tensor:
-        """Return W_dec^T z, without bias: what AuxK needs, where a bias would count twice."""
+        """Return W_dec^T z without bias, [..., d]. AuxK needs it so: b_pre is in the reconstruction
+        whose error it predicts."""
         *lead, k = code.values.shape
         values, indices = (part.reshape(math.prod(lead), k) for part in code)
         return kernels.gather_sum(values, indices, self.W_dec).reshape(*lead, self.shape.d_model)
@@ -317,3 +292,20 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in asdict(self.shape).items())
+
+
+def _drop_activation_prefix(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """Rename activation.threshold to threshold in a state dict, in place."""
+    for key in [key for key in state_dict if key.startswith(prefix + _ACTIVATION)]:
+        state_dict[prefix + key.removeprefix(prefix + _ACTIVATION)] = state_dict.pop(key)
+
+
+def _add_activation_prefix(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
+) -> None:
+    """Rename threshold to activation.threshold in a state dict that is to be loaded, in place."""
+    for name in module.get_submodule("activation").state_dict():
+        if prefix + name in state_dict:
+            state_dict[prefix + _ACTIVATION + name] = state_dict.pop(prefix + name)

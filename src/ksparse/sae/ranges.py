@@ -1,5 +1,5 @@
-"""What values a latent has: a value far beyond them is one that the LM never saw, and what it does
-then says nothing of the latent."""
+"""The range of a latent's values. A value far beyond it is one that the LM has never seen, and
+what the LM does there says little about the latent."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ import torch
 from ksparse.sae.model import SAE
 
 FAR = 3.0
-"""Times the largest value, beyond which a value is called far."""
+"""A value is far if it is more than this many times the largest one."""
 _log = logging.getLogger("ksparse")
 
 
 @torch.no_grad()
 def reach(sae: SAE, latent: int) -> float:
-    """Return the value of a latent on the input of typical norm that it likes best: none that it
-    has in a text is much larger."""
+    """Return the largest value that a latent has on any input of typical norm; its values on text
+    are hardly larger."""
     row = sae.W_enc[latent]
     product = float(sae.input_norm * row.norm() - row @ sae.b_pre)
-    if sae.shape.activation == "gated":
-        return max(0.0, float(sae.r_mag[latent].exp()) * product + float(sae.b_mag[latent]))
-    return max(
-        0.0, product + (0.0 if sae.shape.activation == "prolu" else float(sae.b_enc[latent]))
-    )
+    return sae.activation.value_at(sae, latent, product)
 
 
 def warn_beyond(
     sae: SAE, values: Mapping[int, float], largest: Mapping[int, float] | None = None
 ) -> None:
-    """Log a warning for each latent that is to be held far beyond its range.
+    """Log a warning for each latent that is to be held at a value far beyond its range.
 
-    largest: {latent: its largest value on a text}, where that is known; else what it can reach at
-    all.
+    Args:
+        sae: the SAE.
+        values: {latent: the value to hold it at}.
+        largest: {latent: its largest value on a text}; for latents that are not in it, `reach`.
     """
     for latent, value in values.items():
         known = (largest or {}).get(latent, 0.0)

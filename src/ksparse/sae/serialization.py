@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from ksparse import config
 from ksparse.config import ActsConfig
 from ksparse.errors import CorruptError, InputError
-from ksparse.sae import activations
-from ksparse.sae.model import KEYS as KEYS
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.tensor_files import CheckedTensors, StoredTensor, safetensors_file, views
 from ksparse.storage import atomic, checksums, jsonio
@@ -82,7 +80,7 @@ def save(sae: SAE, folder: Path | str) -> None:
 
 def write(sae: SAE, folder: Path) -> None:
     """Write the two files into a folder that somebody else commits, such as a checkpoint."""
-    write_weights({key: getattr(sae, key) for key in sae.keys}, folder / WEIGHTS)
+    write_weights(sae.state_dict(), folder / WEIGHTS)
     write_shape(sae.shape, sae.metadata, folder)
 
 
@@ -142,10 +140,8 @@ def read(folder: Path) -> SAE:
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Return the tensors of an autoencoder, its activation's own among them, with their shapes."""
-    n, d, activation = shape.n_latents, shape.d_model, activations.in_use(shape.activation)
-    return dict(zip(KEYS, ((n, d), (n,), (n, d), (d,)))) | {
-        name: activation.shape(name, n) for name in activation.own
-    }
+    with torch.device("meta"):  # no memory is allocated
+        return {key: tuple(tensor.shape) for key, tensor in SAE(shape).state_dict().items()}
 
 
 def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:

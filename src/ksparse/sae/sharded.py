@@ -132,11 +132,9 @@ def shard_of(sae: SAE, mesh: Mesh, capacity: float = 0.0) -> SAE:
         return sae
     shape, rows = shard_shape(sae.shape, mesh), mesh.latent_range(sae.shape.n_latents)
     own = ShardedSAE(shape, sae.metadata, mesh=mesh, capacity=capacity).to(sae.W_enc.device)
-    with torch.no_grad():
-        for key in own.keys:
-            getattr(own, key).copy_(
-                getattr(sae, key) if key == "b_pre" else getattr(sae, key)[rows]
-            )
+    weights = sae.state_dict()
+    for key, tensor in own.state_dict().items():
+        tensor.copy_(weights[key] if key == "b_pre" else weights[key][rows])
     return own
 
 

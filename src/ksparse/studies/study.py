@@ -268,9 +268,8 @@ def at_k(sae: SAE, k: int) -> SAE:
             "--n-latents"
         )
     changed = SAE(dataclasses.replace(sae.shape, k=k, activation="topk"), sae.metadata)
-    changed.load_state_dict(
-        {key: value for key, value in sae.state_dict().items() if key in changed.keys}
-    )
+    weights = sae.state_dict()
+    changed.load_state_dict({key: weights[key] for key in changed.state_dict()})
     return changed
 
 

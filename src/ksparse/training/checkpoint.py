@@ -207,7 +207,7 @@ def snapshot(state: TrainState, optimizer: AutogradStep, *, copied: bool) -> Sna
         replace(sae.shape, n_latents=sae.shape.n_latents * mesh.latent),
         metadata,
         state.to_json(optimizer.updates),
-        {key: getattr(sae, key).detach() for key in sae.keys},
+        sae.state_dict(),
         tensors,
         recipe.fingerprint(),
         recipe.run.keep,

@@ -1,8 +1,8 @@
-"""Dead latents start anew on badly reconstructed activations: what the paper's baselines have in
-the place of AuxK (section B.2; Bricken et al. 2023).
+"""Resampling: dead latents restart on badly reconstructed activations. It is what the paper's
+baselines have in the place of AuxK (section B.2; Bricken et al. 2023).
 
-Which activations is drawn, from a generator that is a function of (seed, step): there is no random
-state to save.
+Which activations are used is drawn from a generator seeded by a function of (seed, step), so that
+there is no random state to save.
 """
 
 from __future__ import annotations
@@ -18,21 +18,29 @@ SIZE = 0.2
 
 
 def resampling(step: int, recipe: Recipe) -> bool:
-    """Return whether dead latents start anew after step `step` (from 1): so often, evenly over the
-    first half of the run."""
-    times = getattr(recipe.sae.activation, "resample", 0)
-    return any(step == max(1, round(i * recipe.steps / (2 * times))) for i in range(1, times + 1))
+    """Return whether dead latents are resampled after step `step` (from 1)."""
+    return step in recipe.sae.activation.resample_steps(recipe.steps)
 
 
 @torch.no_grad()
 def resample_dead(
     sae: SAE, x: Tensor, code: Code, dead: Tensor, seed: int
 ) -> dict[str, Tensor] | None:
-    """Return new values of the tensors of the dead latents, from activations of x[b, d] drawn by
-    their squared error; None if there is none.
+    """Return new rows of the tensors of the dead latents.
 
-    The decoder row is the activation's direction from b_pre, the encoder row the same at a fifth of
-    the others' norm, all else 0.
+    The decoder row is the direction of an activation from b_pre, the encoder row the same at a
+    fifth of the mean norm of the others, and all else 0. Activations are drawn with probability
+    proportional to their squared error.
+
+    Args:
+        sae: the SAE.
+        x: normalised activations [b, d].
+        code: their code.
+        dead: indices of the dead latents [m].
+        seed: seed of the draw.
+
+    Returns:
+        {tensor name: rows [m, ...]}; None if no latent is dead or there is no error.
     """
     error = (x - sae.decode_normalized(code)).square().sum(1).double().cpu()
     if not len(dead) or not error.sum() > 0:
@@ -43,9 +51,12 @@ def resample_dead(
         replacement=len(dead) > int((error > 0).sum()),
         generator=torch.Generator().manual_seed(seed),
     )
-    rows = torch.nn.functional.normalize(x[drawn.to(x.device)] - sae.b_pre, dim=1)
+    directions = torch.nn.functional.normalize(x[drawn.to(x.device)] - sae.b_pre, dim=1)
     alive = torch.ones(len(sae.W_enc), dtype=torch.bool, device=x.device)
     alive[dead] = False
     size = sae.W_enc[alive if alive.any() else ~alive].norm(dim=1).mean()
-    own = {key: torch.zeros_like(getattr(sae, key)[dead]) for key in ("b_enc", *sae.activation.own)}
-    return own | {"W_dec": rows, "W_enc": SIZE * size * rows}
+    zeros = {
+        name: torch.zeros_like(weight[dead])
+        for name, weight in (("b_enc", sae.b_enc), *sae.activation.named_parameters())
+    }
+    return zeros | {"W_dec": directions, "W_enc": SIZE * size * directions}

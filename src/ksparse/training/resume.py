@@ -178,13 +178,14 @@ def _tensor_shapes(stored: CheckedTensors, optimizer: AutogradStep) -> dict[str,
     a weight that never had a gradient, and, in older files, averages of thresholds."""
     sae = optimizer.sae
     shapes: dict[str, tuple[int, ...]] = {
-        f"raw.{key}": tuple(getattr(sae, key).shape) for key in sae.keys
+        f"raw.{key}": tuple(tensor.shape) for key, tensor in sae.state_dict().items()
     } | {f"average.{key}": tuple(average.shape) for key, average in optimizer.average.items()}
-    thresholds = sae.activation.own if sae.activation.running else ()
     shapes |= {
-        f"average.{key}": shapes[f"raw.{key}"] for key in thresholds if f"average.{key}" in stored
+        f"average.{key}": shapes[f"raw.{key}"]
+        for key in sae.activation.followed
+        if f"average.{key}" in stored
     }
-    for key in sae.keys:
+    for key in sae.state_dict():
         shape = shapes[f"raw.{key}"]
         moments = {f"exp_avg.{key}": shape, f"exp_avg_sq.{key}": shape, f"step.{key}": ()}
         if any(name in stored for name in moments):

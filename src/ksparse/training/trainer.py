@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksparse.config import WITH_AUXK, Recipe, auxk_tokens, k_aux
+from ksparse.config import Recipe, auxk_tokens, k_aux
 from ksparse.data.base import ActivationBatch
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import NonFiniteError
@@ -335,7 +335,7 @@ def train_step(
     """
     dead = dead or DeadLatents(recipe.dead_after)
     latents = dead.indices(state.since)
-    if recipe.sae.auxk_coef and recipe.sae.activation.kind in WITH_AUXK:
+    if recipe.sae.uses_auxk:
         tokens, number = (
             auxk_tokens(recipe.sae, len(x) * optimizer.mesh.data),
             optimizer.sae.count(latents),
@@ -400,17 +400,19 @@ def metrics(
     """
     mesh = optimizer.mesh
     finite = bool(torch.isfinite(part.total))
+    terms = {name: value.item() if finite else None for name, value in part.terms.items()}
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "nmse": part.nmse.item() if finite else None,
-        "auxk": part.auxk.item() if finite else None,
+        "nmse": terms.pop("nmse"),
+        "auxk": terms.pop("auxk", 0.0 if finite else None),
         "l0": l0(part, mesh),
         "dead": checkpoint.dead_fraction(state, recipe.dead_after, mesh),
         "lr": recipe.lr * rate_share(state.step, recipe),
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "skipped": state.skipped,
         "neighbours_in_batch": mixing,
+        **terms,
     } | (
         {"capacity_used_up": optimizer.sae.exhausted / max(1, optimizer.sae.offers)}
         if recipe.mesh.capacity and isinstance(optimizer.sae, ShardedSAE)

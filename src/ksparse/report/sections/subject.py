@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ksparse import config as recipes
-from ksparse.config import WITH_AUXK, Recipe
+from ksparse.config import Recipe
 from ksparse.report.sections.base import Section
 from ksparse.report.source import RunSource, is_number
 from ksparse.report.tables import format_duration, format_plain
@@ -72,7 +72,7 @@ def describe_run(source: RunSource) -> dict[str, str]:
         "Normalisation": acts.normalize,
         "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
         "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens"
-        if sae.auxk_coef and sae.activation.kind in WITH_AUXK
+        if sae.uses_auxk
         else "off",
         "Weights": f"average with decay {recipe.ema:.4g}" if recipe.ema else "the last step's",
         "Seed": str(recipe.seed),

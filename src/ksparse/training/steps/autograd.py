@@ -1,6 +1,6 @@
-"""How the weights move (Gao et al. 2024, appendices A.3-A.6).
+"""How the weights move (Gao et al. 2024, appendices A.3-A.6): the step by autograd, for any recipe.
 
-Order within a step: take the gradient's part along each decoder row off, clip, Adam, renormalise
+Order within a step: remove the part of the gradient along each decoder row, clip, Adam, renormalise
 the decoder, average. The official code renormalises and averages *before* the step, so that it
 computes with a decoder that is off norm.
 """
@@ -12,27 +12,34 @@ import math
 import torch
 from torch import Tensor
 
-from ksparse.config import BatchTopKConfig, Recipe, auxk_tokens
+from ksparse.config import Recipe, auxk_tokens
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.limits import PRE_ACTS
-from ksparse.sae.losses import Losses, losses
+from ksparse.sae.losses import Losses, LossInputs, losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import input_rms
 from ksparse.training.resample import resample_dead, resampling
 
 
 class AutogradStep:
-    """Adam over one SAE's weights, float32 moments, and the exponential average of the weights."""
+    """Adam over one SAE's weights, float32 moments, and the exponential average of the weights.
+
+    Args:
+        sae: the SAE, or this process's shard of it. It is trained in place.
+        recipe: the recipe.
+        mesh: the processes that share the run.
+    """
 
     def __init__(self, sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS):
         options = recipe.optim
         self.sae, self.recipe, self.mesh = sae, recipe, mesh
+        self.activation = sae.activation.configured(recipe.sae.activation)
         # Adam's steps are absolute and biases live on the scale of the input, so their rate is in
         # its unit: training is then the same whichever normalisation fixes that scale.
         biases = recipe.lr * input_rms(sae.shape.normalize, sae.shape.d_model)
         sae.b_enc.requires_grad_(recipe.sae.b_enc)
-        weights = {name: parameter for name, parameter in sae.named_parameters()}
-        relative = [weights.pop(name) for name in ("W_enc", "W_dec", "r_mag") if name in weights]
+        weights = dict(sae.named_parameters())
+        relative = [weights.pop(name) for name in ("W_enc", "W_dec", *self.activation.SCALE_FREE)]
         groups = [
             {"params": relative, "lr": recipe.lr, "base": recipe.lr},
             {"params": list(weights.values()), "lr": biases, "base": biases},
@@ -49,64 +56,69 @@ class AutogradStep:
         self.total: Tensor | float = 0.0
         """The loss of this step."""
         self.seen: tuple[Tensor, Code, Tensor] | None = None
-        """The batch of this step (x, code, dead), where something is followed that is not a
-        gradient."""
+        """The batch of this step (x, code, dead), where the step updates more than weights."""
         self.batch: Tensor | None = None
-        """The last batch that counted, where the activation has tensors that are set on one."""
+        """The last batch that moved the weights, where the activation has followed statistics."""
         self.settled: dict[str, Tensor] = {}
-        """These tensors, as the averaged weights last had them."""
+        """Those statistics as last set for the averaged weights."""
 
     def backward(self, x: Tensor, *, baseline: float, dead: Tensor, k_aux: int) -> Losses:
-        """Accumulate the gradients of a batch of normalised activations, in parts where n is large;
-        return its losses and code.
+        """Accumulate the gradients of a batch, in parts where n is large.
 
-        On a mesh x[b, d] is this process's part of the batch, the losses are the whole batch's, the
-        code is that of its part and slice.
+        Args:
+            x: normalised activations [b, d]; on a mesh, this process's part of the batch.
+            baseline: mean squared error per component of predicting the mean.
+            dead: indices of the latents that are dead now.
+            k_aux: how many of them AuxK uses per token.
+
+        Returns:
+            The losses of the batch, on a mesh of the whole batch, and the code, of this process's
+            part and shard.
         """
         whole = len(x) * self.mesh.data
         options, at = self.recipe.sae, self.mesh.batch_range(whole).start
-        wanted = auxk_tokens(options, whole)
+        aux_tokens = auxk_tokens(options, whole)
         scalars: list[Tensor] = []
         codes: list[Code] = []
-        for some in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
-            share, mine = len(some) / whole, min(len(some), max(0, wanted - at))
-            part = losses(
-                self.sae,
-                some,
-                baseline=baseline,
-                dead=dead,
-                k_aux=k_aux,
-                options=options,
-                auxk_tokens=mine,
-                auxk_weight=mine / wanted / share,
-                strength=self.strength,
+        names: list[str] = []
+        for part in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
+            share, counted = len(part) / whole, min(len(part), max(0, aux_tokens - at))
+            inputs = LossInputs(
+                options,
+                baseline,
+                dead,
+                k_aux,
+                auxk_tokens=counted,
+                auxk_weight=counted / aux_tokens / share,
+                penalty_share=self.penalty_share,
+                seed=step_seed(self.updates + 1, self.recipe),
             )
-            at += len(some)
-            (part.total * share).backward()
-            scalars.append(torch.stack((part.total, part.nmse, part.auxk)).detach() * share)
-            codes.append(Code(*(field.detach() for field in part.code)))
+            result = losses(self.sae, part, inputs)
+            at += len(part)
+            (result.total * share).backward()
+            names = list(result.terms)
+            scalars.append(torch.stack((result.total, *result.terms.values())).detach() * share)
+            codes.append(Code(*(field.detach() for field in result.code)))
         code = Code.joined(codes)
         self.seen = (
             (x, code, dead)
-            if self.sae.activation.running or resampling(self.updates + 1, self.recipe)
+            if self.activation.followed or resampling(self.updates + 1, self.recipe)
             else None
         )
-        total, nmse, auxk = self.mesh.all_reduce_sum(
+        total, *values = self.mesh.all_reduce_sum(
             "loss", sum(scalars[1:], start=scalars[0]), "data"
         )
         self.total = total
-        return Losses(total, nmse, auxk, code)
+        return Losses(total, dict(zip(names, values)), code)
 
     @property
-    def strength(self) -> float:
-        """The share of its full weight that a penalty has in the coming step: it rises over the
-        first steps."""
-        rise = getattr(self.recipe.sae.activation, "warmup", 0.0) * self.recipe.steps
-        return min(1.0, (self.updates + 1) / rise) if rise else 1.0
+    def penalty_share(self) -> float:
+        """The share of its full weight that a penalty has in the coming step."""
+        return self.recipe.sae.activation.penalty_share(self.updates + 1, self.recipe.steps)
 
     def constrain_gradient(self) -> float:
-        """Sum over the parts of the batch, take the part along decoder rows off, clip, and return
-        the norm before clipping."""
+        """Sum the gradients over the parts of the batch, remove the part along decoder rows, clip,
+        and return the norm before clipping."""
         sums = [
             self.mesh.start_all_reduce_sum(key, weight.grad, "data")
             for key, weight in self.sae.named_parameters()
@@ -119,10 +131,12 @@ class AutogradStep:
         return clip_(self.sae, self.recipe.optim.clip, self.mesh)
 
     def step(self, step: int) -> float | None:
-        """Apply the gradients of step number `step` (from 1); return their norm before clipping.
-        NaN, and nothing is changed, if that or the loss is not finite.
+        """Apply the gradients of step number `step` (from 1).
 
-        None where the batch has to be taken in again, which can be on a GPU alone.
+        Returns:
+            The gradient's norm before clipping; NaN, with nothing changed, if that or the loss is
+            not finite; None, with nothing changed, if `backward` must be called again with the same
+            batch, which only the Triton step asks for.
         """
         norm = self.constrain_gradient()
         if not (math.isfinite(norm) and math.isfinite(self.total)):
@@ -134,37 +148,31 @@ class AutogradStep:
         self.adam.zero_grad()
         if self.recipe.sae.unit_norm:
             self.sae.normalize_decoder_()
-        self.sae.activation.constrain_(self.sae)
+        self.activation.constrain_()
         self.updates += 1
-        for key, mean in self.average.items():
-            mean.lerp_(getattr(self.sae, key).detach(), 1 - self.recipe.ema)
+        for key, weight in self.sae.named_parameters():
+            if key in self.average:
+                self.average[key].lerp_(weight.detach(), 1 - self.recipe.ema)
         if self.seen is not None:
-            self._follow(*self.seen)
+            self._update_statistics(*self.seen)
             self.seen = None
         return norm
 
     @torch.no_grad()
-    def _follow(self, x: Tensor, code: Code, dead: Tensor) -> None:
-        """Move BatchTopK's threshold towards the smallest value that this batch kept; start dead
-        latents anew where it is time to."""
-        options = self.recipe.sae.activation
-        if isinstance(options, BatchTopKConfig):
+    def _update_statistics(self, x: Tensor, code: Code, dead: Tensor) -> None:
+        """Update what the activation follows, and resample dead latents if this step does."""
+        if self.activation.followed:
             self.batch = x
-            if len(fired := code.values[code.values > 0]):
-                self.sae.threshold.lerp_(
-                    fired.min(), max(1 / self.updates, 1 - options.threshold_decay)
-                )
+            self.activation.follow_(code, self.updates)
         if resampling(self.updates, self.recipe):
-            new = resample_dead(
-                self.sae, x, code, dead, self.recipe.seed * 1_000_003 + self.updates
-            )
-            for key, rows in (new or {}).items():
+            new_rows = resample_dead(self.sae, x, code, dead, step_seed(self.updates, self.recipe))
+            for key, rows in (new_rows or {}).items():
                 self._restart(key, dead, rows)
 
     def _restart(self, key: str, latents: Tensor, rows: Tensor) -> None:
-        """Give latents new rows of one tensor, which Adam knows nothing of and the average takes as
-        they are."""
-        weight = getattr(self.sae, key)
+        """Replace the rows of some latents in one tensor, with Adam's moments at 0 and the average
+        at the new rows."""
+        weight = dict(self.sae.named_parameters())[key]
         weight[latents] = rows
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in self.adam.state.get(weight, {}):
@@ -173,12 +181,13 @@ class AutogradStep:
             self.average[key][latents] = rows * (1 - self.recipe.ema**self.updates)
 
     def forget(self) -> None:
-        """Drop the gradients of a batch that is left out."""
+        """Drop the gradients of a batch that is skipped."""
         self.adam.zero_grad()
         self.seen = None
 
     def audit(self, x: Tensor) -> dict[str, float]:
-        """Return what is to be logged of shortcuts that the step takes; this one takes none."""
+        """Return metrics about approximations that the step makes on x[b, d]; this one makes
+        none."""
         return {}
 
     @torch.no_grad()
@@ -186,59 +195,60 @@ class AutogradStep:
         """Return a copy of the SAE with the averaged weights, corrected for their start at zero,
         decoder rows at norm 1.
 
-        What is followed is set anew for them, on the last batch: BatchTopK's threshold of other
+        Followed statistics are set for them on the last batch: BatchTopK's threshold of other
         weights would give another L0.
         """
-        copy = self.sae.empty()
+        copy, current = self.sae.empty(), self.sae.state_dict()
         weight = 1 - self.recipe.ema**self.updates if self.average else 1.0
-        for key in self.sae.keys:
-            averaged = self.updates and key in self.average
-            getattr(copy, key).copy_(
+        for key, tensor in copy.state_dict().items():
+            tensor.copy_(
                 self.average[key] / weight
-                if averaged
-                else self.settled.get(key, getattr(self.sae, key))
+                if self.updates and key in self.average
+                else self.settled.get(key, current[key])
             )
         if self.recipe.sae.unit_norm:
             copy.normalize_decoder_()
         if self.batch is not None:
-            copy.activation.settle_(copy, self.batch.to(copy.W_enc))
-            self.settled = {key: getattr(copy, key).clone() for key in copy.activation.own}
+            copy.activation.calibrate_(copy, self.batch.to(copy.W_enc))
+            statistics = copy.state_dict()
+            self.settled = {key: statistics[key].clone() for key in copy.activation.followed}
         return copy
 
     def raw(self) -> SAE:
-        """Return the SAE with the weights of this step, as it would be in use; a copy where
-        something is followed."""
+        """Return the SAE with the weights of this step, as it would be used; a copy where the
+        activation has followed statistics."""
         if self.batch is None:
             return self.sae
         copy = self.sae.empty()
         copy.load_state_dict(self.sae.state_dict())
-        copy.activation.settle_(copy, self.batch.to(copy.W_enc))
+        copy.activation.calibrate_(copy, self.batch.to(copy.W_enc))
         return copy
 
     # ---- for checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name."""
-        out = {f"raw.{key}": getattr(self.sae, key).detach() for key in self.sae.keys}
+        out = {f"raw.{key}": tensor for key, tensor in self.sae.state_dict().items()}
         out |= {f"average.{key}": mean for key, mean in (self.average | self.settled).items()}
-        for key in self.sae.keys:
-            for moment, value in self.adam.state.get(getattr(self.sae, key), {}).items():
+        for key, weight in self.sae.named_parameters():
+            for moment, value in self.adam.state.get(weight, {}).items():
                 out[f"{moment}.{key}"] = value
         return out
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Take back what `tensors` gave."""
+        """Restore what `tensors` returned, after that many updates."""
         self.updates = updates
-        followed = self.sae.activation.own if self.sae.activation.running else ()
         self.settled = {
-            key: tensors[f"average.{key}"] for key in followed if f"average.{key}" in tensors
+            key: tensors[f"average.{key}"]
+            for key in self.activation.followed
+            if f"average.{key}" in tensors
         }  # older files have none
-        for key in self.sae.keys:
-            weight = getattr(self.sae, key)
-            weight.copy_(tensors[f"raw.{key}"])
-            if key in self.average:
-                self.average[key].copy_(tensors[f"average.{key}"])
+        for key, tensor in self.sae.state_dict().items():
+            tensor.copy_(tensors[f"raw.{key}"])
+        for key, mean in self.average.items():
+            mean.copy_(tensors[f"average.{key}"])
+        for key, weight in self.sae.named_parameters():
             moments = {
                 name: tensors[f"{name}.{key}"]
                 for name in ("step", "exp_avg", "exp_avg_sq")
@@ -250,9 +260,14 @@ class AutogradStep:
                 }
 
 
+def step_seed(step: int, recipe: Recipe) -> int:
+    """Return the seed of what step `step` (from 1) draws, a function of the recipe and the step."""
+    return recipe.seed * 1_000_003 + step
+
+
 def rate_share(step: int, recipe: Recipe) -> float:
-    """Return the learning rate of step `step` (from 1) as a share of its full value: a linear rise,
-    a linear fall at the end."""
+    """Return the learning rate of step `step` (from 1) as a share of its full value: it rises
+    linearly over the warm-up, and falls linearly at the end."""
     rise = min(1.0, step / recipe.optim.warmup) if recipe.optim.warmup else 1.0
     falling = recipe.optim.decay * recipe.steps
     fall = min(1.0, (recipe.steps - step + 1) / falling) if falling else 1.0
@@ -261,16 +276,16 @@ def rate_share(step: int, recipe: Recipe) -> float:
 
 @torch.no_grad()
 def remove_parallel_(grad: Tensor, weight: Tensor) -> None:
-    """Take off each gradient row its part along the weight row of norm 1, in place (Bricken et al.
-    2023)."""
+    """Remove from each gradient row its component along the weight row of norm 1, in place (Bricken
+    et al. 2023)."""
     along = (grad * weight).sum(1, keepdim=True)
     grad.sub_(along * weight)
 
 
 @torch.no_grad()
 def clip_(sae: SAE, limit: float, mesh: Mesh = SINGLE_PROCESS) -> float:
-    """Scale the gradients so that their norm, over all slices, is at most `limit`, if that is not
-    0; return the norm before."""
+    """Scale the gradients so that their norm over all shards is at most `limit`, unless that is 0;
+    return the norm before."""
     gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if mesh.latent > 1:

@@ -27,6 +27,7 @@ from ksparse.planning import flops
 from ksparse.sae.losses import Losses
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.sharded import ShardedSAE, compact
+from ksparse.sae.terms import LossTerm, total_loss
 from ksparse.training.steps.autograd import PRE_ACTS, AutogradStep, clip_
 
 PIECE = PRE_ACTS
@@ -84,14 +85,20 @@ class ExplicitStep(AutogradStep):
         )
         finite = self._finite(nmse, slopes)
         aux, extra = nmse.new_zeros(()), None
-        if options.auxk_coef and sae.count(dead) and finite is not False:
-            wanted = auxk_tokens(options, whole)
-            some = slice(max(0, wanted - self.mesh.batch_range(whole).start))
-            aux, extra = self._auxk(centred[some], error[some], dead, k_aux, wanted)
-        total = nmse + options.auxk_coef * aux
+        if options.uses_auxk and sae.count(dead) and finite is not False:
+            tokens = auxk_tokens(options, whole)
+            counted = slice(max(0, tokens - self.mesh.batch_range(whole).start))
+            aux, extra = self._auxk(centred[counted], error[counted], dead, k_aux, tokens)
+        terms = {"nmse": LossTerm(nmse)}
+        if options.uses_auxk:
+            terms["auxk"] = LossTerm(aux, options.auxk_coef)
         scale = 2 / (whole * x.shape[1] * baseline)
         self.pending = SparseGrads(x, centred, error, values, indices, slopes, scale, finite, extra)
-        return Losses(total.float(), nmse.float(), aux.float(), Code(values, indices.long()))
+        return Losses(
+            total_loss(terms).float(),
+            {name: term.logged.float() for name, term in terms.items()},
+            Code(values, indices.long()),
+        )
 
     def _finite(self, nmse: Tensor, slopes: Tensor) -> bool | Tensor:
         """Return whether loss and slopes are finite, on all processes."""
