@@ -429,7 +429,9 @@ def _forward_calls(case: PlanInput, rank: RankShape) -> list[Collective]:
         for tokens in _comparison_chunks(rows, offer * latent)
     ]
     recons = [4 * rows * d for rows in (*[rank.rows] * len(rank.ks), rank.auxk_rows)]
-    losses = [8] * (2 if rank.dead else 1) if explicit else [12]
+    sae = case.recipe.sae
+    terms = 2 + bool(sae.multi_topk) + sae.uses_auxk  # the total and each term of the loss
+    losses = [8] * (2 if rank.dead else 1) if explicit else [4 * terms]
     by_batch = explicit and rank.dead and case.recipe.sae.auxk_norm == "batch"
     return [
         _call("all_gather", "latent", "counts", 8 if rank.auxk else 0),
