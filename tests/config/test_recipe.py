@@ -61,6 +61,8 @@ def sections(kind):
                 (SAEConfig, "k"),
                 (SAEConfig, "n_latents"),
                 (SAEConfig, "activation"),
+                (SAEConfig, "prefixes"),
+                (SAEConfig, "prefix_draws"),
                 (OptimConfig, "decay"),
                 (CurveConfig, "window"),
                 (MeshConfig, "capacity"),

@@ -18,6 +18,7 @@ defaults are the demo: the built-in LM of Python source, small enough for two co
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,6 +145,15 @@ class SAEConfig(Config):
     multi_topk: float = 0.0
     """Weight of a second reconstruction loss at 4k (Multi-TopK, section 5.3; paper: 1/8); 0 turns
     it off."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: prefix sizes in rising order. The first latents of each size, and all latents,
+    reconstruct the activation alone (Bussmann et al. 2025). Empty: an ordinary SAE."""
+    prefix_draws: int = 0
+    """Matryoshka with random prefixes: how many are drawn for each step instead of fixed ones,
+    small ones more often (Nabeshima 2024: 9)."""
+    prefix_loss: Literal["sum", "mean"] = "sum"
+    """Matryoshka: how the errors of the prefixes are combined. sum is the paper's; mean stays on
+    the scale of an ordinary SAE, so that AuxK weighs as much as there."""
     b_enc: bool = True
     """Train an encoder bias."""
     init: Literal["tied", "independent"] = "tied"
@@ -173,11 +183,18 @@ class SAEConfig(Config):
                 f"{self.n_latents}"
             )
         self.activation.check(self)
+        _check_prefixes(self)
 
     @property
     def bound(self) -> str:
         """How many latents are active, in words, as far as the options determine it."""
         return self.activation.BOUND.format(k=self.k)
+
+    @property
+    def nested_sizes(self) -> tuple[int, ...]:
+        """The prefixes that a Matryoshka SAE is judged by: the fixed ones, or n / 16 to n / 2."""
+        drawn = {self.n_latents // share for share in (16, 8, 4, 2)} - {0}
+        return self.prefixes or (tuple(sorted(drawn)) if self.prefix_draws else ())
 
     @property
     def uses_auxk(self) -> bool:
@@ -441,6 +458,7 @@ class Recipe(Config):
                 "optim.decay needs to know where the run ends, which curve.converged leaves open; "
                 "give one of them"
             )
+        _check_prefixes_on_mesh(self)
         for key, value in flat(dataclasses.asdict(self)).items():
             if isinstance(value, str) and has_half(value):  # file names may be so, TOML cannot
                 raise InputError(
@@ -476,7 +494,11 @@ class Recipe(Config):
     def needs_autograd(self) -> bool:
         """Whether only the autograd step computes this recipe's losses: the explicit, native and
         triton steps write out the gradient of TopK with AuxK."""
-        return not self.sae.activation.WRITTEN_OUT or self.sae.multi_topk > 0
+        return (
+            not self.sae.activation.WRITTEN_OUT
+            or self.sae.multi_topk > 0
+            or bool(self.sae.nested_sizes)
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the result depends on: all but the sections `run` and `mesh` and `threads`.
@@ -494,6 +516,10 @@ class Recipe(Config):
         }
         # The old name of the key: checkpoints and the names of sweep folders were made with it.
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
+        # Later keys are left out at their defaults, so that older runs keep their names.
+        for key in ("prefixes", "prefix_draws", "prefix_loss"):
+            if getattr(self.sae, key) == getattr(SAEConfig, key):
+                del table["sae"][key]
         return table | {"order": self.data_seed}
 
 
@@ -506,6 +532,42 @@ def k_aux(recipe: SAEConfig, d_model: int) -> int:
 def auxk_tokens(recipe: SAEConfig, tokens: int) -> int:
     """Return on how many of a batch's `tokens`, from its start, AuxK is computed: at least one."""
     return math.ceil(recipe.auxk_share * tokens)
+
+
+def _check_prefixes(sae: SAEConfig) -> None:
+    """Raise InputError for prefixes of a Matryoshka SAE that cannot be right."""
+    ends = (0, *sae.prefixes, sae.n_latents)
+    if any(size >= larger for size, larger in itertools.pairwise(ends)):
+        raise InputError(
+            f"sae.prefixes is {list(sae.prefixes)}; give rising numbers of latents from 1 to "
+            f"{sae.n_latents - 1}, below sae.n_latents, which is always a prefix itself"
+        )
+    if sae.prefixes and sae.prefix_draws:
+        raise InputError(
+            "sae.prefixes and sae.prefix_draws are both given; prefixes are fixed or drawn: give "
+            "one of them"
+        )
+    if not 0 <= sae.prefix_draws < sae.n_latents:
+        raise InputError(
+            f"sae.prefix_draws is {sae.prefix_draws}; it must be from 0 to "
+            f"{sae.n_latents - 1}, below sae.n_latents"
+        )
+
+
+def _check_prefixes_on_mesh(recipe: Recipe) -> None:
+    """Raise InputError for a mesh that cannot train a Matryoshka SAE."""
+    if not recipe.sae.nested_sizes:
+        return
+    if recipe.mesh.latent > 1:
+        raise InputError(
+            f"mesh.latent is {recipe.mesh.latent}; prefixes of latents are of the whole SAE, which "
+            "one process must hold: give mesh.latent 1, or mesh.data"
+        )
+    if recipe.mesh.data != 1 and recipe.sae.auxk_norm == "batch":
+        raise InputError(
+            "sae.auxk_norm is 'batch', which with prefixes is not summed over mesh.data; give "
+            "'token', or mesh.data 1"
+        )
 
 
 def check_schedule(recipe: Recipe) -> None:

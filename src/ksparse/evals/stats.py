@@ -12,6 +12,7 @@ from ksparse.evals.latents import coactivation
 from ksparse.evals.latents.moments import Moments
 from ksparse.evals.statistics import DocumentSums, Result, Value, ratio, share
 from ksparse.lm.tokens import token_strings
+from ksparse.sae.losses import prefix_reconstructions, recorded_prefixes
 from ksparse.sae.model import Code
 from ksparse.sae.normalization import input_rms
 
@@ -62,6 +63,7 @@ class Stats(Metric):
             raw_error=(raw - raw_hat).square().sum(1),
             raw_square=raw.square().sum(1),
             raw_sum=raw,
+            **self._prefix_sums(batch, x),
         )
         indices, values = code.indices[active].cpu(), code.values[active].cpu()
         bars = (values / self.bin).ceil().long().clamp(1, BARS) - 1
@@ -83,6 +85,28 @@ class Stats(Metric):
         width = max(code.values.shape[-1] for code in [batch.code, *self.codes])
         return held < _EXAMPLE_TOKENS and (held + keep.numel()) * width <= _EXAMPLE_VALUES
 
+    def _prefix_sums(self, batch: SAEBatch, x: Tensor) -> dict[str, Tensor]:
+        """Return L0 and squared error of each token from each prefix of a Matryoshka SAE."""
+        sizes, code, sums = recorded_prefixes(batch.sae), batch.code, {}
+        for size, recon in zip(sizes, prefix_reconstructions(batch.sae, code, sizes)):
+            sums[f"l0 {size}"] = ((code.values > 0) & (code.indices < size)).sum(1)
+            sums[f"error {size}"] = (x - recon.cpu().double()).square().sum(1)
+        return sums
+
+    def _prefixes(self) -> dict[str, list[dict[str, object]]]:
+        """Return L0 and normalised MSE from each prefix of a Matryoshka SAE; {} for others."""
+        sums, count = self.sums, self.sums["count"]
+        total = spread(sums["square"], sums["sum"], count)
+        points: list[dict[str, object]] = [
+            {
+                "latents": size,
+                "l0": ratio(sums[f"l0 {size}"], count),
+                "nmse": ratio(sums[f"error {size}"], total),
+            }
+            for size in recorded_prefixes(self.context.sae)
+        ]
+        return {"prefixes": points} if points else {}
+
     def finalize(self) -> Result:
         sae = self.context.sae
         density = self.moments.means[0]
@@ -99,6 +123,7 @@ class Stats(Metric):
             "bands": bands(self.context.options.examples),
             "act_bin": self.bin,
             **self._dead_in_training(),
+            **self._prefixes(),
             "notes": self._notes(),
         }
         arrays = {

@@ -1,5 +1,5 @@
-"""The loss as named terms: reconstruction, Multi-TopK, what the activation adds, and AuxK over dead
-latents (Gao et al. 2024, sections 2.3, 5.3 and A.2).
+"""The loss as named terms: reconstruction, Multi-TopK, Matryoshka's prefixes, what the activation
+adds, and AuxK over dead latents (Gao et al. 2024, sections 2.3, 5.3 and A.2; Bussmann et al. 2025).
 
 To add a term: a key in `ksparse.config.schema` and, if only autograd computes it, a word in
 `Recipe.needs_autograd`; a function here, and its line in `loss_terms`. It is then weighted, summed
@@ -8,6 +8,8 @@ over processes and logged under its name.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +18,13 @@ from torch import Tensor
 
 from ksparse.config import SAEConfig
 from ksparse.sae.activations import TrainingPass
+from ksparse.sae.activations.base import list_columns
 from ksparse.sae.code import Code
 from ksparse.sae.model import SAE
 from ksparse.sae.terms import LossTerm, total_loss
+
+PREFIX_POWER = 0.5
+"""Exponent of the law that Matryoshka's random prefixes are drawn from (Nabeshima 2024)."""
 
 
 class Losses(NamedTuple):
@@ -91,6 +97,8 @@ def loss_terms(
     terms = {"nmse": LossTerm((result.recon - x).square().mean(), unit=inputs.baseline)}
     if options.multi_topk:
         terms["multi_topk"] = multi_topk(sae, x, result, inputs)
+    if options.nested_sizes:
+        terms |= matryoshka(sae, x, result, inputs, terms["nmse"])
     terms |= activation.loss_terms(
         sae, x, result, baseline=inputs.baseline, penalty_share=inputs.penalty_share
     )
@@ -105,6 +113,70 @@ def multi_topk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) ->
         raise ValueError("Multi-TopK selects among pre-activations, which this pass does not have")
     wide = sae.decode_normalized(sae.code(x, result.pre_acts, 4 * sae.shape.k))
     return LossTerm((wide - x).square().mean(), inputs.options.multi_topk, inputs.baseline)
+
+
+def matryoshka(
+    sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs, nmse: LossTerm
+) -> dict[str, LossTerm]:
+    """Return the errors of reconstructing from the first m latents, for each prefix m and for all
+    latents, b_pre in each (Bussmann et al. 2025, section 3).
+
+    The sum is the paper's loss, the mean is Nabeshima's (2024). Fixed prefixes are terms of their
+    own, nmse_m; of drawn ones there is the mean, nmse_prefixes, since their sizes change.
+    """
+    options = inputs.options
+    sizes = options.prefixes or draw_prefixes(options.n_latents, options.prefix_draws, inputs.seed)
+    recons = prefix_reconstructions(sae, result.code, sizes)
+    errors = [(recon - x).square().mean() for recon in recons]
+    weight = 1.0 if options.prefix_loss == "sum" else 1 / (1 + len(errors))
+    terms = {"nmse": nmse._replace(weight=weight)}
+    if not options.prefixes:
+        mean = torch.stack(errors).mean()
+        return terms | {"nmse_prefixes": LossTerm(mean, weight * len(errors), inputs.baseline)}
+    return terms | {
+        f"nmse_{size}": LossTerm(error, weight, inputs.baseline)
+        for size, error in zip(sizes, errors)
+    }
+
+
+def draw_prefixes(n_latents: int, count: int, seed: int) -> tuple[int, ...]:
+    """Draw prefixes below n_latents without replacement, rising.
+
+    The chance of a size up to m is that of a Pareto-like law, (m / n)^PREFIX_POWER, so that small
+    prefixes are more frequent (Nabeshima 2024). The result is a function of the arguments alone.
+    """
+    shares = (torch.arange(n_latents, dtype=torch.float64) / n_latents) ** PREFIX_POWER
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(shares.diff(), count, generator=generator) + 1
+    return tuple(sorted(drawn.tolist()))
+
+
+def prefix_reconstructions(sae: SAE, code: Code, sizes: Sequence[int]) -> list[Tensor]:
+    """Return the reconstructions of normalised activations from the first latents of a code alone.
+
+    Args:
+        sae: the SAE.
+        code: a code [b, m] of all latents.
+        sizes: rising numbers of latents.
+
+    Returns:
+        A reconstruction [b, d] for each size, b_pre included.
+    """
+    recons, recon = [], sae.b_pre.expand(len(code.values), -1)
+    for start, stop in itertools.pairwise((0, *sizes)):
+        places, mask = list_columns((code.indices >= start) & (code.indices < stop))
+        group = Code(code.values.gather(1, places) * mask, code.indices.gather(1, places))
+        recon = recon + sae.decoder(group)
+        recons.append(recon)
+    return recons
+
+
+def recorded_prefixes(sae: SAE) -> tuple[int, ...]:
+    """Return the prefixes that a Matryoshka SAE's metadata records; () of any other SAE."""
+    sizes = sae.metadata.get("prefixes")
+    if not isinstance(sizes, list) or any(type(size) is not int for size in sizes):
+        return ()
+    return tuple(sorted({size for size in sizes if 0 < size < sae.shape.n_latents}))
 
 
 def auxk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossTerm:

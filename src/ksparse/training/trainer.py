@@ -264,6 +264,7 @@ def start(
         "acts": asdict(recipe.acts),
         **({"subject": describe(lm.model)} if lm else {}),
         "policy": source.policy,
+        **({"prefixes": list(sizes)} if (sizes := recipe.sae.nested_sizes) else {}),
         "dead_after": recipe.dead_after,
         "ksparse": version("ksparse"),
     }
