@@ -63,6 +63,7 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(
         "TopK",
         "Multi-TopK",
         "BatchTopK",
+        "Matryoshka",
         "JumpReLU",
         "ReLU",
         "Gated",
@@ -75,6 +76,10 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(
         < found["members"]["TopK k2 at 4k"]["l0"]["value"]
         <= 8
     )
+    sizes = [point["latents"] for point in found["members"]["Matryoshka k2"]["prefixes"]]
+    n = 2 * sizes[-1]
+    assert sizes == [n // 16, n // 8, n // 4, n // 2]
+    assert "prefixes" not in found["members"]["BatchTopK k2"]
     orders = {
         json.dumps([recipe["acts"], recipe["batch"], recipe["order"]])
         for recipe in (

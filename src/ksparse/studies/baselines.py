@@ -41,6 +41,8 @@ PENALTIES = (1 / 4, 1, 4, 8, 16)
 falling."""
 MULTI = 1 / 8
 """Weight of the loss at 4k (section 5.3)."""
+PREFIX_SHARES = (16, 8, 4, 2)
+"""Matryoshka's prefixes: n over each of these, besides all latents."""
 BANDWIDTH = 0.03
 """Width of JumpReLU's window. Into the original's 0.001 too few values fall for thresholds to move
 in a run of this length (docs/lab-book.md)."""
@@ -115,6 +117,9 @@ def recipes(study: Study) -> dict[str, Recipe]:
             add("Multi-TopK", TopKConfig(), f"k{k}", k, multi_topk=MULTI)
         if share in (SPARSITIES[0], 1, SPARSITIES[-1]):
             add("BatchTopK", BatchTopKConfig(), f"k{k}", k)
+            if n >= 2 * PREFIX_SHARES[0]:
+                prefixes = tuple(n // share for share in PREFIX_SHARES)
+                add("Matryoshka", BatchTopKConfig(), f"k{k}", k, prefixes=prefixes)
             add("JumpReLU", JumpReLUConfig(bandwidth=BANDWIDTH), f"k{k}", k)
     penalised: dict[str, Callable[..., ActivationConfig]] = {
         "ReLU": ReLUConfig,
@@ -135,6 +140,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
         "l0": result["stats"]["l0"],
         "nmse": result["stats"]["nmse"],
         "dead_fraction": result["stats"]["dead_fraction"],
+        **({"prefixes": result["stats"]["prefixes"]} if "prefixes" in result["stats"] else {}),
         "ce_delta": result["downstream"]["ce_delta"],
         "kl": result["downstream"]["kl"],
     }
