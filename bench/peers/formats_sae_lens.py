@@ -12,6 +12,10 @@ from sae_lens import SAE
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
@@ -54,12 +58,15 @@ def made(architecture: str, free_norms: bool = False, **options: Any) -> Any:
     return make
 
 
-def batchtopk(inference: bool) -> Any:
+def batchtopk(inference: bool, nested: bool = False) -> Any:
+    kind, config = BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    if nested:
+        kind, config = MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+
     def make(x: Tensor, folder: Path, n: int, k: int) -> Both:
-        sae = BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(
-                d_in=x.shape[1], d_sae=n, k=k, rescale_acts_by_decoder_norm=True
-            )
+        widths = {"matryoshka_widths": [n // 4, n // 2, n]} if nested else {}
+        sae = kind(
+            config(d_in=x.shape[1], d_sae=n, k=k, rescale_acts_by_decoder_norm=True, **widths)
         )
         fit(sae.parameters(), sae, x)
         sae.topk_threshold.fill_(0.7)
@@ -86,6 +93,8 @@ MAKE = {
     "topk-decoder_norm": made("topk", free_norms=True, rescale_acts_by_decoder_norm=True),
     "batchtopk": batchtopk(True),
     "batchtopk-training": batchtopk(False),
+    "matryoshka": batchtopk(True, nested=True),
+    "matryoshka-training": batchtopk(False, nested=True),
 }
 
 if __name__ == "__main__":

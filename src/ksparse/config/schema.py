@@ -146,14 +146,14 @@ class SAEConfig(Config):
     """Weight of a second reconstruction loss at 4k (Multi-TopK, section 5.3; paper: 1/8); 0 turns
     it off."""
     prefixes: tuple[int, ...] = ()
-    """Matryoshka: prefix sizes in rising order. The first latents of each size, and all latents,
-    reconstruct the activation alone (Bussmann et al. 2025). Empty: an ordinary SAE."""
+    """Matryoshka (Bussmann et al. 2025): sizes of nested prefixes of the latents, rising, each of
+    which reconstructs alone, as do all latents. None: an ordinary SAE."""
     prefix_draws: int = 0
-    """Matryoshka with random prefixes: how many are drawn for each step instead of fixed ones,
-    small ones more often (Nabeshima 2024: 9)."""
+    """Matryoshka with random prefixes: number of sizes drawn anew for each step, instead of fixed
+    `prefixes`; small ones are more frequent (Nabeshima 2024: 9)."""
     prefix_loss: Literal["sum", "mean"] = "sum"
-    """Matryoshka: how the errors of the prefixes are combined. sum is the paper's; mean stays on
-    the scale of an ordinary SAE, so that AuxK weighs as much as there."""
+    """How the errors of the prefixes and of all latents add up. sum: the paper's. mean: on the
+    scale of an ordinary SAE, so that AuxK weighs as much as there."""
     b_enc: bool = True
     """Train an encoder bias."""
     init: Literal["tied", "independent"] = "tied"

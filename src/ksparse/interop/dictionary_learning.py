@@ -22,7 +22,8 @@
 * The library loads an AutoEncoder by scaling decoder rows to norm 1 and latents by the norms that
   the rows had; so does `read`. A ReLU SAE is written as an AutoEncoder if its rows have norm 1,
   else as an AutoEncoderNew.
-* Matryoshka's groups matter only in training. The class is read, not written.
+* A BatchTopK SAE with `metadata.prefixes` is a Matryoshka, whose group_sizes are the differences of
+  its prefixes.
 * The scale of `dataset` is folded into biases and thresholds: latents are then in units of the
   activations, and decoder rows keep their norm.
 * A backup from the middle of a run holds {ae, norm_factor, …}: an SAE of activations divided by
@@ -42,6 +43,7 @@ from torch import Tensor
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.foreign import CheckedTensors, Settings
+from ksparse.sae.losses import recorded_prefixes, with_prefixes
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import atomic, jsonio
 
@@ -59,6 +61,7 @@ _TRAINERS = {
     "AutoEncoderNew": "StandardTrainerAprilUpdate",
     "GatedAutoEncoder": "GatedSAETrainer",
     "JumpReluAutoEncoder": "JumpReluTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
 }
 
 
@@ -82,8 +85,9 @@ def read(file: Path) -> SAE:
     trainer = settings.get_section("trainer") if settings else None
     dict_class = _dict_class(weights, trainer)
     shape, tensors = _READ[dict_class](weights, trainer)
-    unused = ("group_sizes", "threshold")
-    weights.finish(unused if dict_class in ("AutoEncoderTopK", "MatryoshkaBatchTopKSAE") else ())
+    nested = dict_class == "MatryoshkaBatchTopKSAE" and "group_sizes" in weights
+    groups = weights.counts("group_sizes", "groups").cumsum(0).tolist() if nested else None
+    weights.finish(("threshold",) if dict_class == "AutoEncoderTopK" else ())
     normalization: dict[str, Any] = {"normalize": "none"}
     if is_backup and table.get("norm_factor") is not None:
         factor = foreign.check_tensors(file, {"norm_factor": table["norm_factor"]}).number(
@@ -92,12 +96,13 @@ def read(file: Path) -> SAE:
         if factor <= 0:
             raise InputError(f"{file}: norm_factor is {factor}, expected a number above 0")
         normalization = {"normalize": "dataset", "factor": 1 / factor}
-    return foreign.build_sae(
+    sae = foreign.build_sae(
         file,
         Shape(weights.lengths["d"], weights.lengths["n"], **shape, **normalization),
         tensors,
         _metadata(settings, trainer),
     )
+    return with_prefixes(sae, groups)
 
 
 def write(sae: SAE, folder: Path) -> None:
@@ -125,6 +130,8 @@ def write(sae: SAE, folder: Path) -> None:
         "wandb_name": "",
     }
     trainer |= {"k": sae.shape.k} if sae.shape.activation in ("topk", "batch_topk") else {}
+    if "group_sizes" in tensors:
+        trainer["group_sizes"] = tensors["group_sizes"].tolist()
     buffer = {
         "d_submodule": sae.shape.d_model,
         "io": "in" if site.endswith(":in") or site.startswith("resid_pre") else "out",
@@ -216,6 +223,15 @@ def _class_and_tensors(sae: SAE) -> tuple[str, dict[str, Tensor]]:
         "decoder.weight": weights["W_dec"].t(),
     }
     activation = sae.shape.activation
+    if activation == "batch_topk" and (prefixes := recorded_prefixes(sae)):
+        sizes = torch.tensor([0, *prefixes, sae.shape.n_latents]).diff()
+        return "MatryoshkaBatchTopKSAE", {
+            "W_enc": weights["W_enc"].t(),
+            "b_enc": weights["b_enc"],
+            "W_dec": weights["W_dec"],
+            "b_dec": weights["b_pre"],
+            "group_sizes": sizes,
+        }
     if activation in ("topk", "batch_topk"):
         return ("AutoEncoderTopK" if activation == "topk" else "BatchTopKSAE"), linear | {
             "b_dec": weights["b_pre"]

@@ -13,6 +13,7 @@ earlier versions.
 | threshold[n] | threshold[n] | jumprelu |
 | threshold[1] | topk_threshold | batchtopk and matryoshka_batchtopk, in training |
 | r_mag[n], b_mag[n] | r_mag[n], b_mag[n] | gated |
+| metadata.prefixes | matryoshka_widths | in training a setting; else in metadata's training details |
 
 Files are written with apply_b_dec_to_input = true, so that every number is kept as it is.
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.foreign import CheckedTensors, Settings
+from ksparse.sae.losses import recorded_prefixes, with_prefixes
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import jsonio
 
@@ -95,7 +97,9 @@ def read(folder: Path) -> SAE:
         else max(1, int(settings.get_typed("k", float, 1.0)))
     )
     shape = Shape(weights.lengths["d"], weights.lengths["n"], k, normalize, factor, activation)
-    return foreign.build_sae(weights.file, shape, tensors, _metadata(settings))
+    sae = foreign.build_sae(weights.file, shape, tensors, _metadata(settings))
+    details = settings.get_section("metadata").get_section("training_architecture_details")
+    return with_prefixes(sae, settings.get("matryoshka_widths", details.get("matryoshka_widths")))
 
 
 def _take_tensors(weights: CheckedTensors, activation: str) -> dict[str, Tensor]:
@@ -146,6 +150,11 @@ def write(sae: SAE, folder: Path) -> None:
     original = hook_names.original_settings(sae, "sae_lens")
     config |= {key: original[key] for key in ("reshape_activations",) if key in original}
     metadata = hook_names.get_table(original, "metadata") | _lens_metadata(sae, original)
+    if (prefixes := recorded_prefixes(sae)) and shape.activation == "jump_relu":
+        metadata |= {
+            "training_architecture": "matryoshka_batchtopk",
+            "training_architecture_details": {"matryoshka_widths": [*prefixes, shape.n_latents]},
+        }
     jsonio.write_json(folder / CONFIG, config | {"metadata": metadata})
 
 

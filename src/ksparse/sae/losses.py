@@ -173,10 +173,21 @@ def prefix_reconstructions(sae: SAE, code: Code, sizes: Sequence[int]) -> list[T
 
 def recorded_prefixes(sae: SAE) -> tuple[int, ...]:
     """Return the prefixes that a Matryoshka SAE's metadata records; () of any other SAE."""
-    sizes = sae.metadata.get("prefixes")
+    return _valid_prefixes(sae.metadata.get("prefixes"), sae.shape.n_latents)
+
+
+def with_prefixes(sae: SAE, sizes: object) -> SAE:
+    """Record the prefixes that another library's file names, if it names any; return the SAE."""
+    if prefixes := _valid_prefixes(sizes, sae.shape.n_latents):
+        sae.metadata["prefixes"] = list(prefixes)
+    return sae
+
+
+def _valid_prefixes(sizes: object, n_latents: int) -> tuple[int, ...]:
+    """Return a list of sizes, rising and without all latents; () for anything else."""
     if not isinstance(sizes, list) or any(type(size) is not int for size in sizes):
         return ()
-    return tuple(sorted({size for size in sizes if 0 < size < sae.shape.n_latents}))
+    return tuple(sorted({size for size in sizes if 0 < size < n_latents}))
 
 
 def auxk(sae: SAE, x: Tensor, result: TrainingPass, inputs: LossInputs) -> LossTerm:
