@@ -13,7 +13,7 @@ earlier versions.
 | threshold[n] | threshold[n] | jumprelu |
 | threshold[1] | topk_threshold | batchtopk and matryoshka_batchtopk, in training |
 | r_mag[n], b_mag[n] | r_mag[n], b_mag[n] | gated |
-| metadata.prefixes | matryoshka_widths | in training a setting; else in metadata's training details |
+| metadata.prefixes | matryoshka_widths | in training a setting; else in the training details |
 
 Files are written with apply_b_dec_to_input = true, so that every number is kept as it is.
 """
