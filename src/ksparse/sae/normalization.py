@@ -1,4 +1,4 @@
-"""How raw activations become the autoencoder's inputs, and reconstructions raw activations again.
+"""Normalisation of raw activations into the SAE's inputs, and of reconstructions back.
 
 | kind | input | scale that is kept |
 |---|---|---|
@@ -8,9 +8,9 @@
 | dataset | times one constant, so that the mean squared norm is d_model | the constant, saved with the autoencoder |
 | none | as it is | - |
 
-With the first three, mean and scale of each activation pass around the autoencoder and are given
-back, so errors before and after `restore` are different numbers, and results say which they are.
-layer_norm gives back the deviation without the 1e-5, as all who use it do.
+With the first three, the mean and scale of each activation bypass the SAE and are put back by
+`restore`. Errors before and after `restore` are therefore different numbers, and results say which
+they are. layer_norm puts back the deviation without the 1e-5, as other libraries do.
 """  # noqa: E501 (a table)
 
 from __future__ import annotations
@@ -22,25 +22,31 @@ from torch import Tensor
 
 KINDS = ("unit_norm", "layer_norm", "dataset", "none", "constant_norm")
 PER_ACTIVATION = ("unit_norm", "layer_norm", "constant_norm")
-"""Those whose mean or scale is of each activation, so that a code alone cannot be restored."""
+"""Kinds with a mean or scale per activation, without which a code cannot be restored."""
 LAYER_NORM_EPS = 1e-5
 
 
 class Normalized(NamedTuple):
-    """x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1]; layer_norm: / (scale +
-    1e-5)."""
+    """Normalised activations x[..., d] = (raw - mean) / scale, with mean[..., 1] and scale[..., 1].
+    layer_norm divides by scale + 1e-5."""
 
     x: Tensor
     mean: Tensor
     scale: Tensor
 
     def restore(self, recon: Tensor) -> Tensor:
-        """Return a reconstruction of x in the scale of the raw activations."""
+        """Return a reconstruction of x [..., d] on the scale of the raw activations."""
         return recon * self.scale + self.mean
 
 
 def normalize(raw: Tensor, kind: str, factor: float = 1.0) -> Normalized:
-    """Normalise raw activations [..., d]; `factor` is the constant of kind 'dataset'."""
+    """Normalise raw activations.
+
+    Args:
+        raw: activations [..., d].
+        kind: one of KINDS.
+        factor: the constant of kind 'dataset'.
+    """
     if kind in ("dataset", "none"):
         inverse = 1 / factor if kind == "dataset" else 1.0
         scale = raw.new_full((*raw.shape[:-1], 1), inverse)
@@ -67,6 +73,6 @@ def dataset_factor(sample: Tensor) -> float:
 
 
 def input_rms(kind: str, d_model: int) -> float:
-    """Return the size of one normalised component: biases live on this scale, so their learning
-    rate does too (A.6)."""
+    """Return the root mean square of one component of normalised inputs. Biases live on this scale,
+    and so does their learning rate (section A.6)."""
     return d_model**-0.5 if kind == "unit_norm" else 1.0

@@ -1,4 +1,4 @@
-"""An autoencoder on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre, its activation's own) and
+"""SAEs on disk: sae.safetensors (W_enc, b_enc, W_dec, b_pre and the activation's tensors) and
 sae.json (its shape and what it was trained on).
 
 Where several processes wrote it, each left its rows in a file of its own: sae.0-of-2.safetensors,
@@ -72,45 +72,56 @@ POLICY: dict[str, jsonio.Types] = {
 
 
 def save(sae: SAE, folder: Path | str) -> None:
-    """Write an autoencoder as a folder of its own."""
+    """Write an SAE as a new folder, with checksums.
+
+    Args:
+        sae: the SAE.
+        folder: where to write it; an SAE that is already there is replaced.
+    """
     checksums.check_replaceable(Path(folder))
     with checksums.checksummed_dir(Path(folder)) as tmp:
         write(sae, tmp)
 
 
 def write(sae: SAE, folder: Path) -> None:
-    """Write the two files into a folder that somebody else commits, such as a checkpoint."""
+    """Write the two files into a folder that the caller commits, such as a checkpoint."""
     write_weights(sae.state_dict(), folder / WEIGHTS)
     write_shape(sae.shape, sae.metadata, folder)
 
 
 def write_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
-    """Write the weights, or those of one slice."""
+    """Write the weights of an SAE, or of one shard."""
     save_file({key: value.detach().contiguous() for key, value in weights.items()}, file)
 
 
 def write_shape(shape: Shape, metadata: dict[str, Any], folder: Path) -> None:
-    """Write what an autoencoder is, without its weights."""
+    """Write an SAE's shape and metadata, without its weights."""
     check_metadata(metadata, folder / CONFIG)
     jsonio.write_json(folder / CONFIG, {"format": FORMAT, **asdict(shape), "metadata": metadata})
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
-    """Load an autoencoder: a run (its newest intact checkpoint), a checkpoint, a folder with
-    sae.safetensors, or a Hub repository with such a folder."""
+    """Load an SAE.
+
+    Args:
+        source: a run (its newest intact checkpoint is loaded), a checkpoint, a folder with
+            sae.safetensors, or the name of a Hub repository with such a folder.
+        revision: revision of the Hub repository.
+        subfolder: folder in the source that holds the SAE.
+    """
     folder = locate(source, revision=revision, subfolder=subfolder)
     run = RunFolder(folder)
     if run.exists():
-        checkpoint, wrong = run.newest_intact()
+        checkpoint, errors = run.newest_intact()
         if checkpoint is None:
-            why = "; ".join(wrong) or "nothing has been saved yet"
+            why = "; ".join(errors) or "nothing has been saved yet"
             raise InputError(f"run {folder} has no checkpoint to load: {why}")
         return read(checkpoint)
     if not (folder / CONFIG).is_file():
-        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+        names = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
         raise InputError(
             f"{folder} holds no SAE: expected {CONFIG} and {WEIGHTS}, or a run with recipe.toml; "
-            f"found {there}"
+            f"found {names}"
         )
     if (folder / checksums.MANIFEST).is_file():
         checksums.verify(folder)
@@ -118,20 +129,19 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 
 
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
-    """Return where an autoencoder is on this machine, after fetching it from the Hub if it is not
-    here."""
+    """Return the local path of an SAE; it is downloaded from the Hub if `source` is no path."""
     path = Path(source)
-    found = path if atomic.exists(path) else _download(str(source), revision, subfolder)
-    place = found / subfolder
-    if not atomic.exists(place):
+    root = path if atomic.exists(path) else _download(str(source), revision, subfolder)
+    folder = root / subfolder
+    if not atomic.exists(folder):
         raise InputError(f"{path} has no {subfolder[:80]!r} in it")
-    return place
+    return folder
 
 
 def read(folder: Path) -> SAE:
-    """Read an autoencoder from its folder, naming whatever does not fit."""
+    """Read an SAE from its folder; errors name the file and the tensor or key."""
     shape, metadata = read_shape(folder)
-    # checked before memory is taken for what a damaged file asks for
+    # a damaged file must not decide how much memory is allocated
     tensors = rows_of(folder, "sae").all(tensor_shapes(shape))
     sae = SAE(shape, metadata)
     sae.load_state_dict(tensors)
@@ -139,13 +149,13 @@ def read(folder: Path) -> SAE:
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of an autoencoder, its activation's own among them, with their shapes."""
+    """Return the names and shapes of all tensors of an SAE, its activation's included."""
     with torch.device("meta"):  # no memory is allocated
         return {key: tuple(tensor.shape) for key, tensor in SAE(shape).state_dict().items()}
 
 
 def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
-    """Read what an autoencoder is, and what it was trained on."""
+    """Read the shape and metadata of an SAE."""
     file = folder / CONFIG
     table = jsonio.read_numbered(
         file, FORMAT, _SHAPE, {"activation": str, "metadata": (dict, type(None))}
@@ -153,19 +163,18 @@ def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
     metadata = table.pop("metadata", None) or {}
     check_metadata(metadata, file)
     try:
-        return Shape(**table), metadata  # no activation said: TopK
+        return Shape(**table), metadata  # files without an activation are of TopK
     except InputError as error:
         raise CorruptError(f"{file}: {error}") from None
 
 
 def check_metadata(metadata: dict[str, Any], file: Path) -> None:
-    """Raise CorruptError, naming the key, where metadata that ksparse reads is not of its type;
-    other keys may hold anything.
-    """
+    """Raise CorruptError, naming the key, where metadata that ksparse reads has another type; other
+    keys may hold anything."""
     jsonio.check_keys(
         file,
         metadata,
-        {key: kind for key, kind in _METADATA.items() if metadata.get(key) is not None},
+        {key: types for key, types in _METADATA.items() if metadata.get(key) is not None},
         "metadata.",
     )
     for key, largest in _LARGEST.items():
@@ -178,7 +187,7 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
     jsonio.check_keys(
         file,
         origin,
-        {key: kind for key, kind in _ORIGIN.items() if key in origin},
+        {key: types for key, types in _ORIGIN.items() if key in origin},
         "metadata.origin.",
     )
     unknown = sorted(set(policy) - set(POLICY))
@@ -190,7 +199,7 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
     jsonio.check_keys(
         file,
         policy,
-        {key: kind for key, kind in POLICY.items() if key in policy},
+        {key: types for key, types in POLICY.items() if key in policy},
         "metadata.policy.",
     )
     shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
@@ -202,8 +211,10 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
 
 
 def acts_of(metadata: dict[str, Any]) -> ActsConfig:
-    """Return the activations that an autoencoder was trained on; raise InputError where its
-    metadata does not say, or is wrong.
+    """Return the activations that an SAE was trained on.
+
+    Raises:
+        InputError: where its metadata does not name an LM, or is invalid.
     """
     acts = metadata.get("acts")
     if not acts or not isinstance(acts, dict) or not acts.get("lm"):
@@ -214,37 +225,42 @@ def acts_of(metadata: dict[str, Any]) -> ActsConfig:
 
 
 def by_rows(key: str, shape: Sequence[int]) -> bool:
-    """Return whether a tensor has a row for each latent: all but scalars and what belongs to
-    b_pre."""
+    """Return whether a tensor has a row per latent: all do but scalars and b_pre with its
+    moments."""
     return len(shape) > 0 and key.rpartition(".")[2] != "b_pre"
 
 
 def rows_of(folder: Path, stem: str, rows: slice | None = None) -> CheckedTensors:
-    """Return all tensors of `stem` in a folder, whether one file holds all latents or several hold
-    some each.
+    """Return the tensors of `stem` in a folder, from one file or from one per shard.
 
-    rows: which of the latents, if not all; no others are read.
+    Args:
+        folder: a checkpoint.
+        stem: "sae" or "optim".
+        rows: range of latents; all if not given. No other rows are read.
     """
-    held = shard_files(folder, stem)
-    if len(held) == 1 and rows is None:
-        return safetensors_file(held[0], CorruptError)
+    files = shard_files(folder, stem)
+    if len(files) == 1 and rows is None:
+        return safetensors_file(files[0], CorruptError)
     parts: dict[str, list[StoredTensor]] = {}
     at = 0
-    for file in held:
+    for file in files:
         at = _add(parts, file, at, rows or slice(0, 2**62))
     return CheckedTensors(
-        held[0] if len(held) == 1 else folder / f"{stem}.*.safetensors",
-        {key: _joined(folder, stem, key, some) for key, some in parts.items()},
+        files[0] if len(files) == 1 else folder / f"{stem}.*.safetensors",
+        {key: _joined(folder, stem, key, shards) for key, shards in parts.items()},
         CorruptError,
     )
 
 
 def _add(parts: dict[str, list[StoredTensor]], file: Path, at: int, rows: slice) -> int:
-    """Add what a file, whose first row is number `at`, has of `rows`; return the number of the row
-    after its last."""
-    held = views(file)
+    """Add a file's part of `rows` to each tensor's parts.
+
+    Returns:
+        The number of the row after the file's last, `at` being that of its first.
+    """
+    tensors = views(file)
     lengths = {
-        key: stored.shape[0] for key, (stored, _) in held.items() if by_rows(key, stored.shape)
+        key: stored.shape[0] for key, (stored, _) in tensors.items() if by_rows(key, stored.shape)
     }
     count = max(lengths.values(), default=0)
     other = [key for key, length in lengths.items() if length != count]
@@ -252,21 +268,21 @@ def _add(parts: dict[str, list[StoredTensor]], file: Path, at: int, rows: slice)
         raise CorruptError(
             f"{file}: tensor {other[0]!r} has {lengths[other[0]]} rows, others have {count}"
         )
-    for key, (stored, read) in held.items():
+    for key, (stored, read) in tensors.items():
         if key not in lengths:
             parts.setdefault(key, [stored])
             continue
-        some = slice(max(0, rows.start - at), min(count, rows.stop - at))
-        if some.start < some.stop:
+        local = slice(max(0, rows.start - at), min(count, rows.stop - at))
+        if local.start < local.stop:
             part = StoredTensor(
-                (some.stop - some.start, *stored.shape[1:]), stored.dtype, partial(read, some)
+                (local.stop - local.start, *stored.shape[1:]), stored.dtype, partial(read, local)
             )
             parts.setdefault(key, []).append(part)
     return at + count
 
 
 def _joined(folder: Path, stem: str, key: str, parts: list[StoredTensor]) -> StoredTensor:
-    """Return one tensor whose rows lie in several files."""
+    """Return one tensor from its rows in several files."""
     if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1:
         raise CorruptError(
             f"{folder}: tensor {key!r} of {stem} is of different shapes or types in its "
@@ -279,8 +295,7 @@ def _joined(folder: Path, stem: str, key: str, parts: list[StoredTensor]) -> Sto
 
 
 def _download(repository: str, revision: str | None, subfolder: str) -> Path:
-    """Fetch a Hub repository's SAE; raise InputError if there is no such repository, or no way to
-    it."""
+    """Download an SAE from a Hub repository; raise InputError if that is missing or unreachable."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -288,9 +303,9 @@ def _download(repository: str, revision: str | None, subfolder: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = next(iter(str(error).splitlines()), "")[:200]
+        reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(
             f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
             f"folder here nor a Hub repository "
-            f"that can be reached ({type(error).__name__}: {said})"
+            f"that can be reached ({type(error).__name__}: {reason})"
         ) from None

@@ -1,9 +1,9 @@
-"""One slice of an autoencoder whose latents are spread over processes: the same equations on local
-tensors, joined in three places.
+"""One shard of an SAE whose latents are split over processes: the same equations on local tensors,
+joined in three places.
 
-a latent survives if its value is among the k largest of all slices        `survivors`
-a reconstruction is the sum of the slices' reconstructions                 `_Summed`
-b_pre's gradient on the encoder's side is a sum over the slices            `_Shared`
+    a latent is kept if its value is among the k largest of all shards      `survivors`
+    a reconstruction is the sum of the shards' reconstructions              `_Summed`
+    b_pre's gradient from the encoder is a sum over the shards              `_SharedBias`
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from ksparse.sae.model import SAE, Code, Shape
 
 
 class ShardedSAE(SAE):
-    """`SAE` with the `shape.n_latents` latents of one slice, which codes number from 0.
+    """An `SAE` that holds the `shape.n_latents` latents of one shard, numbered from 0 in its codes.
 
-    A code holds what the slice offered; what other slices' values beat has the value 0.
-    Reconstructions are those of all slices.
+    A code holds the values that the shard offered; those that lost to other shards are 0.
+    Reconstructions are those of all shards.
+
+    Args:
+        shape: the shape of the shard.
+        metadata: metadata of the whole SAE.
+        mesh: the processes that hold the shards.
+        capacity: values that a shard offers per token, as a share of k / shards; 0: k, which makes
+            the selection exact.
     """
 
     def __init__(
@@ -38,8 +45,8 @@ class ShardedSAE(SAE):
         super().__init__(shape, metadata)
         self.mesh, self.capacity = mesh, capacity
         self.offers = self.exhausted = 0
-        """Tokens x slices, and those of which every offered value survived, so that more might
-        have; counted where the capacity is bounded."""
+        """Tokens x shards, and how many of these had every offered value kept, so that more might
+        have been; counted where the capacity is bounded."""
         self._among: tuple[Tensor | None, list[int]] = None, []
 
     def empty(self) -> ShardedSAE:
@@ -49,7 +56,7 @@ class ShardedSAE(SAE):
         return sum(self.counts(latents))
 
     def counts(self, latents: Tensor) -> list[int]:
-        """Return how many latents each slice has in its own list of them."""
+        """Return the number of latents in each shard's own list."""
         if self._among[0] is not latents:
             self._among = (
                 latents,
@@ -79,36 +86,36 @@ class ShardedSAE(SAE):
         return Code(torch.where(kept, torch.relu(values), 0.0), indices)
 
     def offer(self, k: int, among: Tensor | None = None) -> int:
-        """Return how many values of a token a slice offers, the same in all slices: k, or as many
-        as it has, or as the capacity allows."""
+        """Return how many values a shard offers per token, the same in all shards: k, limited by
+        its number of latents and by the capacity."""
         if among is not None:
             return min(k, max(self.counts(among)))
         return values_per_shard(k, self.shape.n_latents, self.mesh.latent, self.capacity)
 
     @torch.no_grad()
     def survivors(self, values: Tensor, k: int, offer: int) -> Tensor:
-        """Return which of the values[b, <= offer] are among the k largest of all slices; equal ones
-        in the order of the slices. NaN survives."""
+        """Return which of the values[b, <= offer] are among the k largest of all shards. Ties go to
+        the first shards; NaN is kept."""
         if offer * self.mesh.latent <= k or not len(values):
             return torch.ones_like(values, dtype=torch.bool)
         return torch.cat(
             [
-                self._compared(some, k, offer)
-                for some in values.split(max(1, COMPARED // (offer * self.mesh.latent)))
+                self._compared(part, k, offer)
+                for part in values.split(max(1, COMPARED // (offer * self.mesh.latent)))
             ]
         )
 
     def _compared(self, values: Tensor, k: int, offer: int) -> Tensor:
-        width, slices = values.shape[1], self.mesh.latent
+        width, shards = values.shape[1], self.mesh.latent
         padded = torch.nn.functional.pad(values, (0, offer - width), value=-torch.inf)
         together = self.mesh.all_gather("values", padded, "latent").transpose(0, 1).flatten(1)
         least = together.topk(k, dim=1).values[:, -1:]
         kept, ties = ~(together <= least), together == least
         kept |= ties & (ties.cumsum(1) <= k - kept.sum(1, keepdim=True))
-        kept = kept.view(len(kept), slices, offer)
+        kept = kept.view(len(kept), shards, offer)
         if offer < min(k, self.shape.n_latents):
             self.offers, self.exhausted = (
-                self.offers + len(kept) * slices,
+                self.offers + len(kept) * shards,
                 self.exhausted + int(kept.all(2).sum()),
             )
         return kept[:, self.mesh.latent_rank, :width]
@@ -118,38 +125,40 @@ class ShardedSAE(SAE):
 
 
 def compact(kept: Tensor, *parts: Tensor) -> list[Tensor]:
-    """Return kept[b, m] and what goes with it [b, m] as wide as the largest number kept of a token,
-    all of these in it: about m / slices, so that decoding and gradients cost a slice its share and
-    not the whole."""
+    """Narrow kept[b, m], and parts[b, m] with it, to the largest number kept of a token.
+
+    All kept entries stay. The width is about m / shards, so that decoding and gradients cost each
+    shard only its share.
+    """
     width = min(kept.shape[1], max(1, int(kept.sum(1).max()))) if len(kept) else 0
     chosen = kept.float().topk(width, dim=1, sorted=False).indices
     return [part.gather(1, chosen) for part in (kept, *parts)]
 
 
 def shard_of(sae: SAE, mesh: Mesh, capacity: float = 0.0) -> SAE:
-    """Return this process's slice of a whole autoencoder; itself where there is one slice."""
+    """Return this process's shard of a whole SAE; the SAE itself where there is one shard."""
     if mesh.latent == 1:
         return sae
     shape, rows = shard_shape(sae.shape, mesh), mesh.latent_range(sae.shape.n_latents)
-    own = ShardedSAE(shape, sae.metadata, mesh=mesh, capacity=capacity).to(sae.W_enc.device)
+    shard = ShardedSAE(shape, sae.metadata, mesh=mesh, capacity=capacity).to(sae.W_enc.device)
     weights = sae.state_dict()
-    for key, tensor in own.state_dict().items():
+    for key, tensor in shard.state_dict().items():
         tensor.copy_(weights[key] if key == "b_pre" else weights[key][rows])
-    return own
+    return shard
 
 
 def shard_shape(shape: Shape, mesh: Mesh) -> Shape:
-    """Return the shape of a slice of an autoencoder of shape `shape`."""
+    """Return the shape of a shard of an SAE of shape `shape`."""
     return replace(shape, n_latents=shape.n_latents // mesh.latent)
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the slices. All of them compute the same loss from it, so each has the whole
-    gradient already."""
+    """The sum over the shards. All of them compute the same loss from it, so each already has the
+    whole gradient."""
 
     @staticmethod
-    def forward(ctx, own, mesh):
-        return mesh.all_reduce_sum("recon", own.clone(), "latent")
+    def forward(ctx, partial, mesh):
+        return mesh.all_reduce_sum("recon", partial.clone(), "latent")
 
     @staticmethod
     def backward(ctx, grad):
@@ -157,7 +166,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _SharedBias(torch.autograd.Function):
-    """b_pre as the encoder has it: each slice has a part of its gradient."""
+    """b_pre in the encoder: each shard has a part of its gradient, which is summed."""
 
     @staticmethod
     def forward(ctx, b_pre, mesh):

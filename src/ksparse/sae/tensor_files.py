@@ -1,18 +1,14 @@
-"""Tensors out of files that may have been made by anybody, ours among them: one reader that checks
-all of them.
+"""One reader for tensors in files from anywhere, which checks each before it is used.
 
-    weights = safetensors_file(file)      names, shapes and types, from the header; no tensor is
-                                          read yet
-    weights.take("W_enc", "n", 768)       one as float32; a letter stands for the same length in all
-                                          calls
-    weights.counts("since", 4096)         one of whole numbers, as int64
-    weights.number("k")                   one with a single element
-    weights.finish(ignored)               raises if a tensor is left that nobody took: it would be
-                                          lost
-    weights.all({"W_enc": (n, d), …})     all that there should be, and no others
+    weights = safetensors_file(file)    read names, shapes and types from the header, no tensor yet
+    weights.take("W_enc", "n", 768)     a tensor as float32; a letter is one length in all calls
+    weights.counts("since", 4096)       a tensor of whole numbers, as int64
+    weights.number("k")                 a tensor with a single element
+    weights.finish(ignored)             raise if any tensor was not taken: it would be lost
+    weights.all({"W_enc": (n, d), …})   exactly these tensors
 
-A tensor that is missing, of another shape, not of floating-point numbers, or not finite is refused
-by its name. Shape and type are looked at before memory is taken.
+A tensor that is missing, has another shape or type, or is not finite is refused by its name. Shape
+and type are checked before memory is allocated.
 """
 
 from __future__ import annotations
@@ -46,9 +42,8 @@ _HEADER = {
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file before it is read. dtype: torch's, or the name of one that is not read
-    here.
-    """
+    """A tensor in a file that has not been read. dtype is torch's, or the name of a type that this
+    reader does not support."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -56,8 +51,12 @@ class StoredTensor(NamedTuple):
 
 
 class CheckedTensors:
-    """The tensors of one file, or of one autoencoder in several. error: what is raised,
-    CorruptError for files of our own.
+    """The tensors of one file, or of one SAE in several files.
+
+    Args:
+        file: the file, for messages.
+        tensors: the tensors by name.
+        error: the class that is raised; CorruptError for files that ksparse wrote.
     """
 
     def __init__(
@@ -73,9 +72,8 @@ class CheckedTensors:
         return iter(self._tensors)
 
     def take(self, key: str, *dims: str | int) -> Tensor:
-        """Return a tensor as float32 of that shape; the first call that names a letter decides its
-        length.
-        """
+        """Return a tensor of the shape `dims` as float32. The first use of a letter sets its
+        length."""
         values = self._read(key, dims, FLOATS).to(torch.float32).contiguous()
         if values.numel() and not all(math.isfinite(end) for end in values.aminmax()):
             raise self.error(
@@ -85,7 +83,7 @@ class CheckedTensors:
         return values
 
     def counts(self, key: str, *dims: str | int) -> Tensor:
-        """Return a tensor of whole numbers of at least 0 as int64 of that shape."""
+        """Return a tensor of the shape `dims`, of whole numbers of at least 0, as int64."""
         values = self._read(key, dims, INTEGERS).to(torch.int64).contiguous()
         if values.numel() and int(values.min()) < 0:
             raise self.error(
@@ -95,8 +93,8 @@ class CheckedTensors:
         return values
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a tensor with one element as a number; `default`, if given, where there is
-        none."""
+        """Return a tensor with one element as a number; `default`, if given, where it is
+        missing."""
         if key not in self._tensors and default is not None:
             return default
         if math.prod(self.stored(key).shape) != 1:
@@ -110,7 +108,7 @@ class CheckedTensors:
         return number
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """Return a tensor with one element that is a whole number."""
+        """Return a tensor with one element as a whole number."""
         number = self.number(key, default)
         if number != int(number):
             raise self.error(f"{self.file}: {key!r} is {number}, expected a whole number")
@@ -121,9 +119,8 @@ class CheckedTensors:
         shapes: Mapping[str, tuple[int, ...]],
         counts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the tensors named in `shapes` and `counts`; before any is read, raise unless all
-        are there, and no others.
-        """
+        """Return exactly the tensors named in `shapes`, as float32, and `counts`, as int64. Names,
+        shapes and types are checked before any tensor is read."""
         counts = counts or {}
         for key, shape in {**shapes, **counts}.items():
             self._check(key, shape, INTEGERS if key in counts else FLOATS)
@@ -133,20 +130,22 @@ class CheckedTensors:
         }
 
     def finish(self, ignored: Collection[str] = ()) -> None:
-        """Raise for tensors that were neither taken nor are without effect."""
+        """Raise for tensors that were neither taken nor are named in `ignored`."""
         left = sorted(map(str, set(self._tensors) - self._taken - set(ignored)))
         if left:
             more = f" and {len(left) - 8} more" if len(left) > 8 else ""
             raise self.error(
                 f"{self.file} holds {', '.join(left[:8])[:300]}{more}, which an SAE of this kind "
-                f"does not have; "
-                "reading it would lose that"
+                "does not have; reading it would lose that"
             )
 
     def names(self) -> str:
+        """Return the names of all tensors, for messages."""
         return ", ".join(sorted(map(str, self._tensors))) or "none"
 
     def stored(self, key: str) -> StoredTensor:
+        """Return a tensor that has not been read; raise, listing the others, where it is
+        missing."""
         if key not in self._tensors:
             raise self.error(f"{self.file} lacks the tensor {key!r}; it has {self.names()}")
         return self._tensors[key]
@@ -161,7 +160,7 @@ class CheckedTensors:
     def _check(
         self, key: str, dims: tuple[str | int, ...], dtypes: tuple[torch.dtype, ...]
     ) -> None:
-        """Raise unless a tensor is there, of that shape, and of one of these types."""
+        """Raise unless a tensor exists with that shape and one of these types."""
         stored = self.stored(key)
         if len(stored.shape) == len(dims):
             for dim, length in zip(dims, stored.shape):
@@ -185,35 +184,36 @@ class CheckedTensors:
 
 
 def safetensors_file(file: Path, error: type[InputError] = InputError) -> CheckedTensors:
-    """Return the tensors of a safetensors file, whose header is checked against its length."""
+    """Return the tensors of a safetensors file; its header is checked against its length."""
     return CheckedTensors(file, {key: stored for key, (stored, _) in views(file).items()}, error)
 
 
 def views(file: Path) -> dict[str, tuple[StoredTensor, Callable[[slice], Tensor]]]:
-    """Return each tensor of a safetensors file, and how to read some of its rows."""
+    """Return each tensor of a safetensors file, with a function that reads a range of its rows."""
     with reading(file):
-        held = safe_open(file, framework="pt")
-        return {key: _view(file, held, key) for key in held.keys()}  # noqa: SIM118 (a safetensors file is no dictionary)
+        opened = safe_open(file, framework="pt")
+        keys = opened.keys()
+        return {key: _view(file, opened, key) for key in keys}
 
 
-def _view(file: Path, held: Any, key: str) -> tuple[StoredTensor, Callable[[slice], Tensor]]:
-    part = held.get_slice(key)
-    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+def _view(file: Path, opened: Any, key: str) -> tuple[StoredTensor, Callable[[slice], Tensor]]:
+    view = opened.get_slice(key)
+    shape, dtype = tuple(view.get_shape()), view.get_dtype()
 
-    def whole() -> Tensor:
+    def read_all() -> Tensor:
         with reading(file):
-            return held.get_tensor(key)
+            return opened.get_tensor(key)
 
-    def rows(some: slice) -> Tensor:
+    def read_rows(rows: slice) -> Tensor:
         with reading(file):
-            return part[some]
+            return view[rows]
 
-    return StoredTensor(shape, _HEADER.get(dtype, str(dtype)), whole), rows
+    return StoredTensor(shape, _HEADER.get(dtype, str(dtype)), read_all), read_rows
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading tensors into a CorruptError."""
+    """Translate errors in reading tensors into CorruptError."""
     try:
         with atomic.read_errors(file):
             yield
