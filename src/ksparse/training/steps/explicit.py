@@ -1,14 +1,12 @@
-"""The same training step as `optim.Optimizer` with its gradient written out: only the encoder
-product is dense.
+"""The step of `AutogradStep` for TopK with AuxK, its gradient written out: only the encoder product
+is dense.
 
-    product x W_enc^T, in pieces ─▶ the k largest ─▶ error, loss, slopes ─▶ (AuxK on the dead rows)
-    ─▶ latents' tokens ─▶ one pass over the rows
+    product x W_enc^T, in parts -> the k largest -> error, loss, gradient of the values
+      -> (AuxK on the dead rows) -> tokens of each latent -> one pass over the rows
 
-`ExplicitOptimizer` does it in plain torch, `FusedOptimizer` by the compiled kernels, where no
-gradient of n x d is ever stored: each latent's two gradient rows are built where they are used.
-Adam's state is torch's own, so checkpoints are the same files. With a screen, the product is
-computed in low precision and only chooses candidates; their values are exact, and a token whose
-k-th value is not clear of what was dropped is computed again in full.
+`ExplicitStep` does it in plain torch, `NativeStep` by compiled kernels, where no gradient of n x d
+is ever stored: each latent's two gradient rows are built where they are used. Adam's state is
+torch's own, so checkpoints are the same files.
 """
 
 from __future__ import annotations
@@ -34,7 +32,11 @@ PIECE = PRE_ACTS
 
 
 class SparseGrads(NamedTuple):
-    """A batch's gradient as lists: what each latent got from which token."""
+    """The gradient of a batch in sparse form: what each latent gets from which token.
+
+    x, centred and error are [b, d]; values, indices and grad_values are [b, k]. grad_values is the
+    gradient by the values of the code, up to `scale`.
+    """
 
     x: Tensor
     centred: Tensor
@@ -42,15 +44,16 @@ class SparseGrads(NamedTuple):
     error: Tensor
     values: Tensor
     indices: Tensor
-    slopes: Tensor
+    grad_values: Tensor
     scale: float
     finite: bool | Tensor
-    """A tensor where the device has not been waited for."""
-    extra: AuxGrads | None
+    """Whether all is finite; a tensor where the host has not waited for the device."""
+    aux: AuxGrads | None
 
 
 class AuxGrads(NamedTuple):
-    """AuxK's gradient, dense over the dead latents: their numbers, and rows [m, d], [m, d], [m]."""
+    """AuxK's gradient, dense over the dead latents: their indices [m], and their rows of W_dec
+    [m, d], W_enc [m, d] and b_enc [m]."""
 
     latents: Tensor
     dec: Tensor
@@ -59,11 +62,11 @@ class AuxGrads(NamedTuple):
 
 
 class ExplicitStep(AutogradStep):
-    """`Optimizer` with the gradient written out, in plain torch: no graph, no matrix of n latents
-    twice. Without Multi-TopK."""
+    """`AutogradStep` with the gradient written out in plain torch: no graph, and no second matrix
+    of [b, n]. It is for recipes that do not need autograd."""
 
     sparse: ClassVar[ModuleType] = torch_ops
-    """Where its operations on lists come from."""
+    """The module that its sparse operations come from."""
 
     def __init__(self, sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS):
         super().__init__(sae, recipe, mesh)
@@ -78,57 +81,59 @@ class ExplicitStep(AutogradStep):
         x = x.contiguous()
         centred = x - sae.b_pre
         error = self._buffer("error", x.shape)
-        values, indices, square, slopes = self._code(x, centred, error)
+        values, indices, square, grad_values = self._code(x, centred, error)
         whole = len(x) * self.mesh.data
         nmse = self.mesh.all_reduce_sum(
             "loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data"
         )
-        finite = self._finite(nmse, slopes)
-        aux, extra = nmse.new_zeros(()), None
+        finite = self._is_finite(nmse, grad_values)
+        aux_loss, aux = nmse.new_zeros(()), None
         if options.uses_auxk and sae.count(dead) and finite is not False:
             tokens = auxk_tokens(options, whole)
             counted = slice(max(0, tokens - self.mesh.batch_range(whole).start))
-            aux, extra = self._auxk(centred[counted], error[counted], dead, k_aux, tokens)
+            aux_loss, aux = self._auxk(centred[counted], error[counted], dead, k_aux, tokens)
         terms = {"nmse": LossTerm(nmse)}
         if options.uses_auxk:
-            terms["auxk"] = LossTerm(aux, options.auxk_coef)
+            terms["auxk"] = LossTerm(aux_loss, options.auxk_coef)
         scale = 2 / (whole * x.shape[1] * baseline)
-        self.pending = SparseGrads(x, centred, error, values, indices, slopes, scale, finite, extra)
+        self.pending = SparseGrads(
+            x, centred, error, values, indices, grad_values, scale, finite, aux
+        )
         return Losses(
             total_loss(terms).float(),
             {name: term.logged.float() for name, term in terms.items()},
             Code(values, indices.long()),
         )
 
-    def _finite(self, nmse: Tensor, slopes: Tensor) -> bool | Tensor:
-        """Return whether loss and slopes are finite, on all processes."""
-        finite = bool(torch.isfinite(nmse)) and bool(torch.isfinite(slopes.sum()))
+    def _is_finite(self, nmse: Tensor, grad_values: Tensor) -> bool | Tensor:
+        """Return whether the loss and the gradients are finite, on all processes."""
+        finite = bool(torch.isfinite(nmse)) and bool(torch.isfinite(grad_values.sum()))
         return not self.mesh.all_reduce_max_ints("finite", [int(not finite)])[0]
 
     def _code(
         self, x: Tensor, centred: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and
-        what `_decode` does)."""
+        """Select and decode, writing the error [b, d]; return (values[b, k], indices[b, k], and
+        the results of `_decode`)."""
         values, indices = self.choose(centred)
         return values, indices, *self._decode(x, values, indices, error)
 
     def choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """Return (values[b, k], indices[b, k]) of the k largest pre-activations of centred[b, d] =
         x - b_pre."""
-        count = math.ceil(len(centred) * self.sae.shape.n_latents / self._piece())
-        pieces = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
-        chosen = [self._choose(piece) for piece in pieces]
+        count = math.ceil(len(centred) * self.sae.shape.n_latents / self._max_product())
+        parts = centred.split(math.ceil(len(centred) / max(1, count)) or 1)
+        chosen = [self._choose(part) for part in parts]
         values, indices = (
-            parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*chosen)
+            tensors[0] if len(tensors) == 1 else torch.cat(tensors) for tensors in zip(*chosen)
         )
-        return self._surviving(values, indices, self.sae.shape.k)
+        return self._keep_global_topk(values, indices, self.sae.shape.k)
 
-    def _surviving(
+    def _keep_global_topk(
         self, values: Tensor, indices: Tensor, k: int, among: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return a code [b, <= k] of a slice, those that are not among the k largest of all slices
-        as 0, as narrow as the others are."""
+        """Return the part of a shard's code [b, <= k] that is among the k largest of all shards,
+        narrowed to the widest token, with 0 elsewhere."""
         if not isinstance(self.sae, ShardedSAE):
             return values, indices
         kept, values, indices = compact(
@@ -136,34 +141,38 @@ class ExplicitStep(AutogradStep):
         )
         return torch.where(kept, values, 0.0), indices
 
-    def _piece(self) -> int:
-        """Return how many numbers of the product may be in memory at once."""
+    def _max_product(self) -> int:
+        """Return how many numbers of the dense product may be in memory at once."""
         return PIECE
 
     def _choose(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        return self._exact(centred)
+        return self._choose_exact(centred)
 
-    def _exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose by the whole product in float32."""
+    def _choose_exact(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Select by the full product in float32."""
         sae = self.sae
         product = self._buffer("product", (len(centred), sae.shape.n_latents))
         torch.mm(centred, sae.W_enc.detach().t(), out=product)
-        return self._select(
+        return self._select_topk(
             product,
             sae.b_enc.detach(),
             sae.offer(sae.shape.k) if isinstance(sae, ShardedSAE) else sae.shape.k,
         )
 
-    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest of product + bias; the product may be overwritten."""
+    def _select_topk(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return values and indices of the k largest of product + bias; the product may be
+        overwritten."""
         indices = torch_ops.topk(product.add_(bias), k)
         return product.gather(1, indices), indices
 
     def _decode(
         self, x: Tensor, values: Tensor, indices: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Make the values >= 0 and write the error [b, d]; return (its squared norm [b], its
-        product with each chosen decoder row [b, k])."""
+        """Apply ReLU to the values in place, and write the error recon - x [b, d].
+
+        Returns:
+            The error's squared norm [b], and its product with each selected decoder row [b, k].
+        """
         sae = self.sae
         recon = self.mesh.all_reduce_sum(
             "recon", torch_ops.gather_sum(values.relu_(), indices, sae.W_dec.detach()), "latent"
@@ -178,11 +187,11 @@ class ExplicitStep(AutogradStep):
     def _auxk(
         self, centred: Tensor, error: Tensor, dead: Tensor, k_aux: int, tokens: int
     ) -> tuple[Tensor, AuxGrads]:
-        """Return the loss over `tokens` of the batch, of which these are this process's, and its
-        gradient.
+        """Return AuxK's loss over `tokens` of the batch, and its gradient.
 
-        The product that chooses is dense over the dead latents; the rest where the code is not
-        sparse among them.
+        `centred` and `error` are this process's part of those tokens. The product that selects is
+        dense over the dead latents; what follows is dense only where the code is not sparse among
+        them.
         """
         sae = self.sae
         W_enc, W_dec, b_enc = (
@@ -190,10 +199,10 @@ class ExplicitStep(AutogradStep):
         )
         z = torch.addmm(b_enc, centred, W_enc.t()).relu_()
         if k_aux < sae.count(dead):
-            values, indices = self._select(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
-            values, indices = self._surviving(values, indices, k_aux, dead)
+            values, indices = self._select_topk(z, z.new_zeros(len(dead)), min(k_aux, len(dead)))
+            values, indices = self._keep_global_topk(values, indices, k_aux, dead)
             if flops.SPARSER * k_aux < len(dead):
-                return self._auxk_listed(
+                return self._auxk_sparse(
                     centred, error, dead, W_dec, values, indices.long(), tokens
                 )
             z.zero_().scatter_(1, indices.long(), values)
@@ -203,7 +212,7 @@ class ExplicitStep(AutogradStep):
             dead, torch.mm(z.t(), slope), torch.mm(inner.t(), centred), inner.sum(0)
         )
 
-    def _auxk_listed(
+    def _auxk_sparse(
         self,
         centred: Tensor,
         error: Tensor,
@@ -213,23 +222,21 @@ class ExplicitStep(AutogradStep):
         indices: Tensor,
         tokens: int,
     ) -> tuple[Tensor, AuxGrads]:
-        """The same from a code values, indices[s, k_aux] among the dead latents."""
+        """Return the same from a code values, indices[s, k_aux] among the dead latents."""
         loss, slope = self._auxk_loss(self.sparse.gather_sum(values, indices, W_dec), error, tokens)
         inner = self.sparse.gather_dot(slope, indices, W_dec).mul_(values > 0)
-        lists = self.sparse.transposed(indices, len(dead))
-        bias = self.sparse.scatter_transposed(lists, inner, inner.new_ones(len(inner), 1)).squeeze(
-            1
-        )
+        csc = self.sparse.transposed(indices, len(dead))
+        bias = self.sparse.scatter_transposed(csc, inner, inner.new_ones(len(inner), 1)).squeeze(1)
         return loss, AuxGrads(
             dead,
-            self.sparse.scatter_transposed(lists, values, slope),
-            self.sparse.scatter_transposed(lists, inner, centred),
+            self.sparse.scatter_transposed(csc, values, slope),
+            self.sparse.scatter_transposed(csc, inner, centred),
             bias,
         )
 
     def _auxk_loss(self, predicted: Tensor, error: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the loss and its gradient by the prediction [s, d], which takes the place of this
-        slice's share; both are 0 where the loss is not finite."""
+        """Return the loss and its gradient by the prediction [s, d]; both are 0 where the loss is
+        not finite. `predicted` is this shard's share, and is overwritten."""
         options, tiny = self.recipe.sae, torch.finfo(error.dtype).tiny
         difference = self.mesh.all_reduce_sum("recon", predicted, "latent").add_(
             error
@@ -243,7 +250,7 @@ class ExplicitStep(AutogradStep):
         loss = self.mesh.all_reduce_sum(
             "loss", (difference.square().sum(1) * weights).double().sum(), "data"
         )
-        finite = torch.isfinite(loss)  # nobody waits for a device to tell
+        finite = torch.isfinite(loss)  # a tensor, so that the host need not wait for the device
         return torch.where(finite, loss, 0.0), torch.where(
             finite, difference.mul_((2 * options.auxk_coef * weights)[:, None]), 0.0
         )
@@ -261,7 +268,7 @@ class ExplicitStep(AutogradStep):
     def _buffer(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Return memory that is used again: fresh pages cost as much as a fifth of the product."""
+        """Return a buffer that is reused: fresh pages would cost a fifth of the product's time."""
         size = math.prod(shape)
         if name not in self.buffers or self.buffers[name].numel() < size:
             self.buffers[name] = torch.empty(size, dtype=dtype, device=self.sae.W_enc.device)
@@ -270,21 +277,22 @@ class ExplicitStep(AutogradStep):
     # ---- the gradient
 
     def _gradient(self, name: str) -> Tensor | None:
-        """Return memory for a weight's gradient; None on a GPU, where torch keeps what is freed."""
+        """Return a buffer for a weight's gradient; None on a GPU, where torch caches freed
+        memory."""
         weight = getattr(self.sae, name)
         return self._buffer(name, weight.shape) if weight.device.type == "cpu" else None
 
     def averaged(self) -> SAE:
         for name in ("W_enc", "W_dec"):
-            self.buffers.pop(name, None)  # the copy is as large
+            self.buffers.pop(name, None)  # makes room for the copy, which is as large
         return super().averaged()
 
     def forget(self) -> None:
         super().forget()
         self.pending = None
 
-    def _taken(self) -> SparseGrads:
-        """Return the gradient that is pending, which it no longer is."""
+    def _take_pending(self) -> SparseGrads:
+        """Return the pending gradient and clear it."""
         pending, self.pending = self.pending, None
         if pending is None:
             raise RuntimeError("no gradient is pending: `backward` comes before each `step`")
@@ -292,36 +300,39 @@ class ExplicitStep(AutogradStep):
 
     @torch.no_grad()
     def constrain_gradient(self) -> float:
-        """Build the gradients, without the part along decoder rows, and clip them; return their
-        norm before clipping."""
-        sae, pending, mesh = self.sae, self._taken(), self.mesh
-        extra = pending.extra
+        """Build the gradients, without the part along decoder rows, and clip them.
+
+        Returns:
+            Their norm before clipping; NaN if they are not finite.
+        """
+        sae, pending, mesh = self.sae, self._take_pending(), self.mesh
+        aux = pending.aux
         if not pending.finite:
             return math.nan
         n = sae.shape.n_latents
-        slopes, values = pending.slopes * pending.scale, pending.values * pending.scale
-        lists = torch_ops.transposed(pending.indices, n)
+        grad_values, values = pending.grad_values * pending.scale, pending.values * pending.scale
+        csc = torch_ops.transposed(pending.indices, n)
         sae.W_enc.grad = torch_ops.scatter_transposed(
-            lists, slopes, pending.centred, out=self._gradient("W_enc")
+            csc, grad_values, pending.centred, out=self._gradient("W_enc")
         )
-        if extra is not None:
-            sae.W_enc.grad.index_add_(0, extra.latents, extra.enc)
+        if aux is not None:
+            sae.W_enc.grad.index_add_(0, aux.latents, aux.enc)
         sums = [
             mesh.start_all_reduce_sum("W_enc", sae.W_enc.grad, "data")
-        ]  # on its way while the decoder's is computed
+        ]  # runs while the decoder's is computed
         sae.W_dec.grad = torch_ops.scatter_transposed(
-            lists, values, pending.error, out=self._gradient("W_dec")
+            csc, values, pending.error, out=self._gradient("W_dec")
         )
-        g_bias = torch_ops.scatter_sum(lists, slopes)
-        along = torch_ops.scatter_sum(
-            lists, values * pending.slopes
-        )  # <gradient, row>, for nothing
-        if extra is not None:
-            sae.W_dec.grad.index_add_(0, extra.latents, extra.dec)
-            g_bias.index_add_(0, extra.latents, extra.bias)
-            along.index_add_(0, extra.latents, (extra.dec * sae.W_dec[extra.latents]).sum(1))
+        g_bias = torch_ops.scatter_sum(csc, grad_values)
+        radial_grad = torch_ops.scatter_sum(
+            csc, values * pending.grad_values
+        )  # <gradient, decoder row>, already available
+        if aux is not None:
+            sae.W_dec.grad.index_add_(0, aux.latents, aux.dec)
+            g_bias.index_add_(0, aux.latents, aux.bias)
+            radial_grad.index_add_(0, aux.latents, (aux.dec * sae.W_dec[aux.latents]).sum(1))
         if self.recipe.sae.unit_norm:
-            sae.W_dec.grad.addcmul_(sae.W_dec, along[:, None], value=-1)
+            sae.W_dec.grad.addcmul_(sae.W_dec, radial_grad[:, None], value=-1)
         sums.append(mesh.start_all_reduce_sum("W_dec", sae.W_dec.grad, "data"))
         mesh.all_reduce_sum("b_enc", g_bias, "data")
         sae.b_pre.grad = mesh.all_reduce_sum(

@@ -1,4 +1,4 @@
-"""TODO ksparse.training.steps.native."""
+"""The prefiltered step by the compiled kernels, on a CPU (`ksparse.kernels.native`)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from ksparse.training.steps.prefilter import PrefilteredStep, int8_kind
 
 
 class NativeStep(PrefilteredStep):
-    """The same by the compiled kernels, on a CPU."""
+    """`PrefilteredStep` by the compiled kernels, on a CPU: each latent's gradient rows are built,
+    applied and dropped in one pass."""
 
-    def _kind(self, screen: str) -> int:
-        return int8_kind() if screen == "int8" else super()._kind(screen)
+    def _product_kind(self, screen: str) -> int:
+        return int8_kind() if screen == "int8" else super()._product_kind(screen)
 
     @torch.no_grad()
-    def _lower(self) -> None:
+    def _quantize(self) -> None:
         if self.kind:
             self.low, self.low_scale = native.quantize(self.sae.W_enc.detach(), self.kind)
 
-    def _piece(self) -> int:
-        return 2**62 if self.kind == native.PANELS else PIECE  # panels have no product in memory
+    def _max_product(self) -> int:
+        # in panels the full product is never materialised
+        return 2**62 if self.kind == native.PANELS else PIECE
 
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sae, bias, weight = self.sae, self.sae.b_enc.detach(), self.sae.W_enc.detach()
@@ -44,7 +46,7 @@ class NativeStep(PrefilteredStep):
         )
         return native.rerank(product, scale, self.low_scale, bias, centred, weight, sae.shape.k, c)
 
-    def _select(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _select_topk(self, product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return native.select(product, bias, k)
 
     def _decode(
@@ -58,46 +60,53 @@ class NativeStep(PrefilteredStep):
 
     @torch.no_grad()
     def step(self, step: int) -> float:
-        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
-        if it is not finite."""
-        pending, options = self._taken(), self.recipe.optim
+        """Apply the pending gradient of step number `step` (from 1).
+
+        Returns:
+            Its norm before clipping; NaN, with nothing changed, if it is not finite.
+        """
+        pending, options = self._take_pending(), self.recipe.optim
         if not pending.finite:
             return math.nan
-        lists = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
+        csc = native.transpose(pending.values, pending.indices, self.sae.shape.n_latents)
         clip = 1.0
         if options.clip:
-            norm, _ = self._pass(pending, lists, step, apply=False)
+            norm, _ = self._pass(pending, csc, step, apply=False)
             clip = min(1.0, options.clip / (norm + 1e-6))
-        norm, pull = self._pass(pending, lists, step, apply=True, clip=clip)
-        self._bias(pull * clip, step)
+        norm, pull = self._pass(pending, csc, step, apply=True, clip=clip)
+        self._finish_step(pull * clip, step)
         return norm
 
     def _pass(
         self,
         pending: SparseGrads,
-        lists: tuple[Tensor, Tensor],
+        csc: tuple[Tensor, Tensor],
         step: int,
         *,
         apply: bool,
         clip: float = 1.0,
     ) -> tuple[float, Tensor]:
-        """Return the gradient's norm and b_pre's gradient [d], from one pass over the latents."""
+        """Make one pass over the latents, which updates their rows if `apply`.
+
+        Returns:
+            The gradient's norm, and b_pre's gradient [d].
+        """
         sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
         n, d, k = sae.shape.n_latents, sae.shape.d_model, sae.shape.k
         norms, pull = torch.zeros(threads, dtype=torch.float64), torch.zeros(threads, d)
-        extra, extra_of = pending.extra, None
-        if extra is not None:
-            extra_of = torch.full((n,), -1, dtype=torch.int32)
-            extra_of[extra.latents] = torch.arange(len(extra.latents), dtype=torch.int32)
+        aux, aux_row = pending.aux, None
+        if aux is not None:
+            aux_row = torch.full((n,), -1, dtype=torch.int32)
+            aux_row[aux.latents] = torch.arange(len(aux.latents), dtype=torch.int32)
         rates = self._rates(step)
-        rule = self._rule(step, rates[0], clip)
+        rule = self._adam_rule(step, rates[0], clip)
         state = self.adam.state[sae.b_enc]
         parts = [
             native.pointer(part)
             for part in (
-                *lists,
+                *csc,
                 pending.values,
-                pending.slopes,
+                pending.grad_values,
                 pending.error,
                 pending.x,
                 sae.b_pre.detach(),
@@ -105,7 +114,7 @@ class NativeStep(PrefilteredStep):
         ]
         more = [
             native.pointer(part)
-            for part in (extra_of, *((extra.dec, extra.enc, extra.bias) if extra else (None,) * 3))
+            for part in (aux_row, *((aux.dec, aux.enc, aux.bias) if aux else (None,) * 3))
         ]
         native.library().ks_update(
             ctypes.c_int64(n),

@@ -1,20 +1,20 @@
 """The training step by the Triton kernels: candidates by a product in low precision that never
-reaches memory, rows moved in one pass.
+reaches memory, rows updated in one pass.
 
-    lower ─▶ candidates ─▶ gather_dot, topk ─▶ gather_sum, gather_dot ─▶ transposed,
-    scatter_transposed ─▶ row_squares ─▶ adam_rows_
+    quantize -> candidates -> gather_dot, topk -> gather_sum, gather_dot -> transposed,
+    scatter_transposed -> row_squares -> adam_rows_
 
 Weights, moments, gradients and sums are float32, and so are the values of the candidates and the
-choice among them: the result is that of the other steps up to rounding, and checkpoints are the
-same files. With `optim.precision = "bfloat16"` the sparse parts read bfloat16 copies, of the
-weights (the pass over the rows makes them) and of the activations and errors that gradients add up;
-results then differ by the rounding of what is read, 2^-9 of it. Without a screen, and for tokens
-whose choice is not certain, the product is torch's in float32, which uses no tensor cores and takes
-several times as long as all the rest.
+selection among them: the result is that of the other steps up to rounding, and checkpoints are the
+same files. With `optim.precision = "bfloat16"` the sparse parts read bfloat16 copies of the weights
+(made in the pass over the rows) and of the activations and errors that gradients sum; results then
+differ by that rounding, 2^-9. Without a prefilter, and for uncertain tokens, the product is torch's
+in float32, which uses no tensor cores and takes several times as long as everything else.
 
-The device never runs dry: the host waits once a step, for the norm, and while it does the rows
-still move. So it does not learn in time which tokens are unclear. As many as may be expected are
-done again in any case; where there were more nothing moves, and the batch is taken in again.
+The device is never idle: the host waits once per step, for the norm, while the rows are still being
+updated. It therefore learns too late which tokens are uncertain. As many as can be expected are
+recomputed unconditionally; if there were more, nothing is updated and `step` returns None, so that
+the batch is processed again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ksparse.training.steps.prefilter import MARGIN, PrefilteredStep
 
 
 class TritonStep(PrefilteredStep):
-    """The written-out step by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
+    """`PrefilteredStep` by Triton's kernels: on a CUDA GPU, or in Triton's interpreter."""
 
     sparse: ClassVar[ModuleType] = triton_ops
     # a product in float32 without tensor cores costs more than a few candidates of each token
@@ -44,10 +44,10 @@ class TritonStep(PrefilteredStep):
     def __init__(self, sae: SAE, recipe: Recipe, kind: str = "off"):
         super().__init__(sae, recipe, kind)
         self.again = 0
-        """Tokens of the batch that are done again in any case, at least one in `patience`: twice as
-        many as were unclear the last time."""
-        self.unclear: Tensor | None = None
-        """How many were, of the batch that is pending."""
+        """Tokens of the batch that are recomputed unconditionally: at least one in `patience`, and
+        twice as many as were uncertain the last time."""
+        self.uncertain: Tensor | None = None
+        """How many tokens of the pending batch are uncertain, as a tensor."""
         self.candidates = sae.shape.k + max(16, sae.shape.k // 2)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class TritonStep(PrefilteredStep):
         self.again = int(tensors.get("screen.again", 0))
 
     @torch.no_grad()
-    def _lower(self) -> None:
+    def _quantize(self) -> None:
         kept = ["W_enc", "W_dec"] if self.recipe.optim.precision == "bfloat16" else []
         self.copies = {key: getattr(self.sae, key).detach().bfloat16() for key in kept}
         if self.kind:
@@ -68,17 +68,20 @@ class TritonStep(PrefilteredStep):
             )
 
     def _read(self, key: str) -> Tensor:
-        """Return a weight as the sparse parts read it."""
+        """Return a weight as the sparse parts read it: its bfloat16 copy where there is one."""
         return self.copies.get(key, getattr(self.sae, key).detach())
 
-    def _piece(self) -> int:
-        return 2**62 if self.kind else super()._piece()  # no product is in memory
+    def _max_product(self) -> int:
+        # with a prefilter the full product is never materialised
+        return 2**62 if self.kind else super()._max_product()
 
     def _candidates(self, centred: Tensor, c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sae, k = self.sae, self.sae.shape.k
-        found = triton_candidates.candidates(centred, self.low, sae.b_enc.detach(), c, k=k + k // 8)
-        if found is None:  # so few latents that buckets save nothing
-            values, latents = self._exact(centred)
+        candidates = triton_candidates.candidates(
+            centred, self.low, sae.b_enc.detach(), c, k=k + k // 8
+        )
+        if candidates is None:  # with so few latents buckets save nothing
+            values, latents = self._choose_exact(centred)
             return (
                 values,
                 latents,
@@ -87,26 +90,26 @@ class TritonStep(PrefilteredStep):
             )
         values, indices, spread = triton_ops.choose(
             centred,
-            found.latents,
-            found.scores,
+            candidates.latents,
+            candidates.scores,
             self._read("W_enc"),
             sae.b_enc.detach(),
             k,
             margin=MARGIN,
         )
-        return values, indices, found.dropped, spread
+        return values, indices, candidates.dropped, spread
 
     def _code(
         self, x: Tensor, centred: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not self.kind:
             return super()._code(x, centred, error)
-        values, indices, unclear = self._offered(centred)
-        self.again, self.unclear = (
+        values, indices, uncertain = self._preselect(centred)
+        self.again, self.uncertain = (
             min(len(x), max(self.again, -(-len(x) // self.patience))),
-            unclear.sum(),
+            uncertain.sum(),
         )
-        self._exactly(centred, values, indices, true_positions(unclear, self.again))
+        self._recompute_(centred, values, indices, true_positions(uncertain, self.again))
         return values, indices, *self._decode(x, values, indices, error)
 
     def _decode(
@@ -117,75 +120,78 @@ class TritonStep(PrefilteredStep):
             values.relu_(), indices, self._read("W_dec"), sae.b_pre.detach(), x, error
         )
 
-    def _finite(self, nmse: Tensor, slopes: Tensor) -> Tensor:
-        return torch.isfinite(nmse + slopes.sum())  # `step` asks for it with the norm
+    def _is_finite(self, nmse: Tensor, grad_values: Tensor) -> Tensor:
+        return torch.isfinite(nmse + grad_values.sum())  # `step` reads it with the norm
 
     @torch.no_grad()
     def step(self, step: int) -> float | None:
-        """Apply the pending gradient; return its norm before clipping. NaN, and nothing is changed,
-        if it is not finite.
+        """Apply the pending gradient of step number `step` (from 1).
 
-        None, and no weight is changed, where more tokens were unclear than were done again: take
-        the batch in again.
+        Returns:
+            Its norm before clipping; NaN, with nothing changed, if it is not finite; None, with
+            nothing changed, if more tokens were uncertain than were recomputed: call `backward`
+            with the same batch again.
         """
-        sae, recipe, pending = self.sae, self.recipe, self._taken()
-        lists, extra = triton_ops.transposed(pending.indices, sae.shape.n_latents), pending.extra
-        values, slopes = pending.values * pending.scale, pending.slopes * pending.scale
+        sae, recipe, pending = self.sae, self.recipe, self._take_pending()
+        csc, aux = triton_ops.transposed(pending.indices, sae.shape.n_latents), pending.aux
+        values, grad_values = pending.values * pending.scale, pending.grad_values * pending.scale
         error, centred = (
             rows.bfloat16() if self.copies else rows for rows in (pending.error, pending.centred)
         )
-        dec, dec_squares, along = triton_ops.scatter_measured(
-            lists, values, error, values * pending.slopes
-        )  # along: <gradient, row>
-        enc, enc_squares, bias = triton_ops.scatter_measured(lists, slopes, centred, slopes)
+        dec, dec_squares, radial_grad = triton_ops.scatter_measured(
+            csc, values, error, values * pending.grad_values
+        )  # radial_grad: <gradient, decoder row>
+        enc, enc_squares, bias = triton_ops.scatter_measured(csc, grad_values, centred, grad_values)
         if recipe.sae.unit_norm:
-            dec_squares -= along.square()
-        if extra is not None:
-            for whole, part in ((dec, extra.dec), (enc, extra.enc), (bias, extra.bias)):
-                whole.index_add_(0, extra.latents, part)
+            dec_squares -= radial_grad.square()
+        if aux is not None:
+            for rows, part in ((dec, aux.dec), (enc, aux.enc), (bias, aux.bias)):
+                rows.index_add_(0, aux.latents, part)
             dec_squares, enc_squares = (
                 triton_ops.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm),
                 triton_ops.row_squares(enc, sae.W_enc.detach()),
             )
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
-        squares = [
+        squared_norms = [
             dec_squares,
             enc_squares,
             pre.square(),
             *([bias.square()] if recipe.sae.b_enc else []),
         ]
-        norm = functools.reduce(torch.add, (each.double().sum() for each in squares)).sqrt()
-        unclear = norm.new_zeros(()) if self.unclear is None else self.unclear.double()
+        norm = functools.reduce(torch.add, (part.double().sum() for part in squared_norms)).sqrt()
+        uncertain = norm.new_zeros(()) if self.uncertain is None else self.uncertain.double()
         norm = torch.where(
-            pending.finite & torch.isfinite(norm) & (unclear <= self.again), norm, math.nan
+            pending.finite & torch.isfinite(norm) & (uncertain <= self.again), norm, math.nan
         )
         clip = (
             ((recipe.optim.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0).float()
-        )  # NaN as the norm is: then no row moves
-        asked = copy_async(torch.stack((norm, unclear)))
-        self._rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
-        self._rows("W_enc", enc, step, clip, unit=False)
-        norm, unclear = asked()
-        enough, self.again = unclear <= self.again, 2 * int(unclear)
+        )  # NaN where the norm is: then no row changes
+        read_numbers = copy_async(torch.stack((norm, uncertain)))
+        self._adam_rows("W_dec", dec, step, clip, unit=recipe.sae.unit_norm)
+        self._adam_rows("W_enc", enc, step, clip, unit=False)
+        norm, uncertain = read_numbers()
+        enough, self.again = uncertain <= self.again, 2 * int(uncertain)
         if not enough:
             return None
         if math.isnan(norm):
-            self.again = 0  # such a batch says nothing of the next
+            self.again = 0  # such a batch predicts nothing about the next
             return math.nan
         if self.kind:
-            self._count(len(pending.x), int(unclear))
+            self._count_recomputed(len(pending.x), int(uncertain))
         if recipe.sae.b_enc:
-            self._move("b_enc", bias * clip, step)
+            self._adam_bias("b_enc", bias * clip, step)
         elif self.average:
             self.average["b_enc"].lerp_(sae.b_enc.detach(), 1 - recipe.ema)
-        self._bias(pre * clip, step)
+        self._finish_step(pre * clip, step)
         return norm
 
-    def _rows(self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool) -> None:
+    def _adam_rows(
+        self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool
+    ) -> None:
         weight, options, rule = (
             getattr(self.sae, key),
             self.recipe.optim,
-            self._rule(step, self._rates(step)[0], 1.0),
+            self._adam_rule(step, self._rates(step)[0], 1.0),
         )
         state = self.adam.state[weight]
         low = self.low if key == "W_enc" and self.kind else None
