@@ -115,13 +115,14 @@ class SAE(nn.Module):
     # ---- the activation's tensors have the names that they have in files
 
     def __getattr__(self, name: str) -> Tensor:
-        """Return a tensor of the activation, as in `sae.threshold`."""
-        activation = self.__dict__.get("_modules", {}).get("activation")
-        if activation is not None and (
-            name in activation._parameters or name in activation._buffers
-        ):
-            return getattr(activation, name)
-        return super().__getattr__(name)  # type: ignore[return-value]
+        """Look up a tensor that is not the SAE's own in its activation, as in `sae.threshold`."""
+        try:
+            return super().__getattr__(name)  # type: ignore[return-value]
+        except AttributeError:
+            activation = self.__dict__.get("_modules", {}).get("activation")
+            if activation is not None and name in {**activation._parameters, **activation._buffers}:
+                return getattr(activation, name)
+            raise
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, parameter), with the names of `state_dict`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ksparse.config import TopKConfig
@@ -13,11 +12,6 @@ from ksparse.sae.code import Code
 class TopK(Activation[TopKConfig]):
     """z = ReLU(TopK(a)), a = p + b_enc (Gao et al. 2024, section 2.3). `SAE.code` selects, for any
     k and among any latents, and across the shards of a sharded SAE."""
-
-    def active_mask(self, sae: Host, products: Tensor) -> Tensor:
-        pre_acts = products + sae.b_enc
-        chosen = torch.zeros_like(pre_acts, dtype=torch.bool)
-        return chosen.scatter_(1, pre_acts.topk(sae.k).indices, True) & (pre_acts > 0)
 
     def encode(self, sae: Host, x: Tensor) -> Code:
         return sae.code(x, sae.pre_acts_normalized(x))
