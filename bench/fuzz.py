@@ -75,7 +75,7 @@ from ksparse.report import sweep as sweeps
 from ksparse.sae import serialization
 from ksparse.scaling.laws.survey import fit_sweep
 from ksparse.scaling.sweeps import grid
-from ksparse.steering import lm_of
+from ksparse.steering import load_lm
 from ksparse.storage import atomic, checksums, jsonio
 from ksparse.storage.run_folder import RunFolder, open_run, shard_file
 from ksparse.training.source import ActivationSource
@@ -102,7 +102,7 @@ class World:
         self._texts()
         self.tokenizer = LM(acts=recipe.acts, device="cpu").tokenizer
         self.feed = ActivationSource(recipe, torch.device("cpu"))
-        self.feed.look, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
+        self.feed.calibration, self.feed.lm_parameters, self.feed.held_out  # noqa: B018, read once
         self.stations: dict[str, Callable[[Path], str]] = {
             "run": self.read_run,
             "shards": self.read_shards,
@@ -144,7 +144,7 @@ class World:
                 "kept_back": 0,
             }
         )
-        runner.write(
+        runner.write_results(
             self.run,
             runner.evaluate(
                 self.sae,
@@ -278,7 +278,7 @@ class World:
         recipe = run.recipe()
         if recipes.differences(recipe.fingerprint(), self.recipe.fingerprint()):
             return "wrong" if newest is not None else "harmless"  # nothing was trained with it yet
-        train_many([recipe], [path], open_feed=lambda recipe, device: self.feed)
+        train_many([recipe], [path], open_source=lambda recipe, device: self.feed)
         there = run.checkpoints()
         if not there or _bytes(there[-1]) != self.final:
             return "wrong"
@@ -314,10 +314,10 @@ class World:
         grid.read(path / "sweep.toml")
         sweep.rows, sweep.curves, sweep.mine, sweep.k, sweep.lms  # noqa: B018
         (
-            sweeps.tables(sweep),
-            sweeps.compared(sweep),
+            sweeps.law_tables(sweep),
+            sweeps.form_tables(sweep),
             sweeps.point_tables(sweep),
-            sweeps.summary(sweep),
+            sweeps.summarize(sweep),
         )
         if self.reports_left > 0:
             self.reports_left -= 1
@@ -1225,7 +1225,7 @@ def sae_input(world: World, folder: Path, draw: random.Random) -> Trial:
         sae = serialization.load(folder / name)
         sae.decode(sae.encode(torch.randn(3, sae.shape.d_model)))
         if with_lm:
-            lm_of(sae, "cpu")
+            load_lm(sae, "cpu")
 
     return Trial(said, read)
 
@@ -1679,7 +1679,7 @@ def requests(
     from ksparse.viewer import server
 
     draw, statuses, bad, raised = random.Random(seed), collections.Counter(), [], []
-    listener, made = server.listen(0), server.server(run, "token")
+    listener, made = server.listen(0), server.make_server(run, "token")
     port, patience, server.PATIENCE = listener.getsockname()[1], server.PATIENCE, 0.1
     noted = logging.Handler()
     noted.emit = lambda record: raised.append(logging.Formatter().format(record))

@@ -32,7 +32,7 @@ from ksparse.config import from_dict  # noqa: E402
 from ksparse.kernels import hopper, reference, triton_candidates, triton_ops  # noqa: E402
 from ksparse.sae.model import SAE, Shape  # noqa: E402
 from ksparse.training.checkpoint import TrainState  # noqa: E402
-from ksparse.training.steps.select import choose_step  # noqa: E402
+from ksparse.training.steps.select import build_step  # noqa: E402
 from ksparse.training.trainer import DeadLatents, train_step  # noqa: E402
 
 OUT = Path(os.environ.get("OUT", ".")) / "gpu.json"
@@ -176,7 +176,7 @@ def errors() -> dict[str, Any]:
             ),
             "scatter_outer_in_parts": (
                 lambda: triton_ops.scatter_transposed(
-                    triton_ops.transposed(indices, n, chunk=64), values, x
+                    triton_ops.sort_by_latent(indices, n, chunk=64), values, x
                 ),
                 reference.scatter_outer(v, indices, x64, n),
             ),
@@ -285,7 +285,7 @@ def screened(b: int, d: int, n: int, k: int) -> dict[str, Any]:
     )
     sae = SAE(Shape(d, n, k, "none")).cuda()
     sae.W_enc.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
-    optimizer, x = choose_step(sae, recipe), torch.randn(b, d, device="cuda")
+    optimizer, x = build_step(sae, recipe), torch.randn(b, d, device="cuda")
     values, indices = optimizer.choose(x)
     pre = torch.cat([x.double() @ part.double().t() for part in sae.W_enc.data.split(16_384)], 1)
     best, mine = pre.topk(k, dim=1), pre.gather(1, indices.long()).sort(1, descending=True).values
@@ -371,7 +371,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
     )
     found = triton_candidates.candidates(x, low, bias, c)
     values, indices, _ = triton_ops.choose(x, found.latents, found.scores, weight, bias, k)
-    error, lists = torch.empty_like(x), triton_ops.transposed(indices, n)
+    error, lists = torch.empty_like(x), triton_ops.sort_by_latent(indices, n)
     grad, zeros = (
         torch.randn(n, d, device="cuda"),
         [torch.zeros(n, d, device="cuda") for _ in range(3)],
@@ -410,7 +410,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         "topk_encode (bfloat16)": lambda: triton_ops.topk_encode(x_half, half, bias, k),
         "choose": lambda: triton_ops.choose(x, found.latents, found.scores, weight, bias, k),
         "decode": lambda: triton_ops.decode(values, indices, weight, x[0], x, error),
-        "transposed": lambda: triton_ops.transposed(indices, n),
+        "transposed": lambda: triton_ops.sort_by_latent(indices, n),
         "scatter_measured": lambda: triton_ops.scatter_measured(lists, values, x, values),
         "lower(x)": lambda: triton_candidates.quantize(x, "int8"),
         "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True),
@@ -478,7 +478,7 @@ class Training:
         sae = SAE(Shape(d, n, k, "none")).cuda()
         sae.W_dec.data = torch.nn.functional.normalize(torch.randn(n, d, device="cuda"), dim=1)
         sae.W_enc.data = sae.W_dec.data.clone()
-        self.optimizer, self.shape = choose_step(sae, self.recipe), (b, d)
+        self.optimizer, self.shape = build_step(sae, self.recipe), (b, d)
         self.state = TrainState(since=torch.zeros(n, dtype=torch.long, device="cuda"), baseline=1.0)
         self.dead = DeadLatents(self.recipe.dead_after)
         if getattr(self.optimizer, "kind", 0):

@@ -69,7 +69,7 @@ class Stream:
     def __init__(self, mesh: Any, *, reverse: bool = False):
         import torch
 
-        self.d_model, self.mesh, self.reverse, self.halt = D, mesh, reverse, threading.Event()
+        self.d_model, self.mesh, self.reverse, self.cancel = D, mesh, reverse, threading.Event()
         self.directions = torch.nn.functional.normalize(
             torch.randn(4 * D, D, generator=torch.Generator().manual_seed(1)), dim=1
         )
@@ -116,7 +116,7 @@ def feed(reverse: bool = False) -> Any:
 
     class Synthetic(ActivationSource):
         def __init__(self, recipe: Any, device: Any, mesh: Any = SINGLE_PROCESS):
-            self.recipe, self.device, self.mesh, self.policy, self.waited, self._centers = (
+            self.recipe, self.device, self.mesh, self.policy, self.seconds_waited, self._centers = (
                 recipe,
                 device,
                 mesh,
@@ -184,7 +184,7 @@ def train(task: dict[str, Any], rank: int = 0) -> None:
 
     try:
         train.train_many(
-            [asked], [out], observe=observe, open_feed=feed(task.get("reverse", False))
+            [asked], [out], observe=observe, open_source=feed(task.get("reverse", False))
         )
     except Interrupted:
         pass

@@ -188,7 +188,7 @@ def writers(run: RunFolder, small_acts: Callable) -> dict[str, tuple[Path, Calla
     lm = LM(acts=small_acts(), device="cpu")
     found = runner.evaluate(sae, lm, ("stats",), options)
     return {
-        "evals": (run.path / "evals", lambda: runner.write(run, found)),
+        "evals": (run.path / "evals", lambda: runner.write_results(run, found)),
         "report": (run.path / "figures", lambda: report.write(run)),
         "export": (home / "export", lambda: serialization.save(sae, home / "export")),
         "convert": (

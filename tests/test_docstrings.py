@@ -64,7 +64,7 @@ def demo_run(tmp_path_factory) -> Path:
     run = ksparse.train(recipe, folder)
     options = evaluation.EvalConfig(tokens=500, device="cpu")
     results = ksparse.evaluate(ksparse.load(folder), names=["stats"], options=options)
-    runner.write(run, results)
+    runner.write_results(run, results)
     return folder
 
 

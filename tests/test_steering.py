@@ -369,7 +369,10 @@ def masked(lm, sae):
             r"'the cat sat' is \d+ tokens of .*; give a text that is a single token",
         ),
         (lambda lm, sae: logit_difference(lm, []), "at least one token to look toward"),
-        (lambda lm, sae: steering.lm_of(SAE(sae.shape)), "does not say which LM it was trained on"),
+        (
+            lambda lm, sae: steering.load_lm(SAE(sae.shape)),
+            "does not say which LM it was trained on",
+        ),
     ],
 )
 def test_what_cannot_be_steered_is_refused_with_the_reason(tiny, call, message):

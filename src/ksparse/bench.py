@@ -334,7 +334,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
         from ksparse.sae.model import SAE, Shape
         from ksparse.training.checkpoint import TrainState
         from ksparse.training.steps.prefilter import PrefilteredStep
-        from ksparse.training.steps.select import choose_step
+        from ksparse.training.steps.select import build_step
         from ksparse.training.trainer import train_step
 
         recipe = from_dict(
@@ -355,7 +355,7 @@ def ours(kernels: str, screen: str = "off") -> Callable[[Any], Step]:
         )
         sae = _initialized(SAE(Shape(cfg.d, cfg.n, cfg.k, "none")), cfg)
         optimizer, state = (
-            choose_step(sae, recipe),
+            build_step(sae, recipe),
             TrainState(since=torch.zeros(cfg.n, dtype=torch.long), baseline=cfg.var),
         )
 

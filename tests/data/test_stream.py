@@ -270,7 +270,7 @@ def test_documents_of_a_batch_have_names(small_stream):
 
 def test_a_mix_that_is_no_multiple_of_the_batch_is_rounded_down(small_stream):
     stream = small_stream(mix=100, batch=32)
-    assert stream.per_block == 3
+    assert stream.batches_per_buffer == 3
     acts = stream.corpus.acts
     assert memory_bytes(acts, 32, 16) == 96 * (4 * 16 + 16)
     assert memory_bytes(dataclasses.replace(acts, store="bfloat16"), 32, 16) == 96 * (2 * 16 + 16)

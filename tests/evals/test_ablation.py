@@ -644,7 +644,7 @@ def test_it_is_one_of_the_evaluations(subject, monkeypatch, tmp_path):
         and results["ablation"]["n_positions"] == 6
     )
     assert ("ablating latents", 13, 13) in seen
-    runner.write(RunFolder(tmp_path), results)
+    runner.write_results(RunFolder(tmp_path), results)
     assert (
         RunFolder(tmp_path).eval("ablation")["horizon"] == 4
         and RunFolder(tmp_path).arrays_file("ablation").is_file()

@@ -438,7 +438,7 @@ def test_nan_activations_name_the_document(subject):
 def test_results_are_written_as_json_and_arrays(subject, tmp_path):
     acts, lm = subject
     run = RunFolder(tmp_path)
-    runner.write(
+    runner.write_results(
         run, runner.evaluate(make_sae(acts, lm.d_model), lm, ["stats", "downstream"], OPTIONS)
     )
     written = run.eval("stats")
@@ -514,10 +514,10 @@ def test_an_evaluation_killed_at_any_call_leaves_the_older_result_or_the_newer_o
     killed = True
     while killed:
         place += 1
-        runner.write(run, {"stats": results[0]})
-        killed = killed_at(place, lambda: runner.write(run, {"stats": results[1]}))
+        runner.write_results(run, {"stats": results[0]})
+        killed = killed_at(place, lambda: runner.write_results(run, {"stats": results[1]}))
         seen.append(whole(run))
-        runner.write(run, {"stats": results[1]})
+        runner.write_results(run, {"stats": results[1]})
         assert (
             whole(run) == 2
             and len(names(run)) == 4
@@ -537,13 +537,13 @@ def test_nobody_else_writes_results_between_the_arrays_and_their_json(
                 InputError,
                 match=f"evals is in use by process {os.getpid()}; try again when",
             ):
-                with run.writing_evals(wait=0.0):
+                with run.lock_evals(wait=0.0):
                     pass
             refused.append(path)
         write(path, value, **options)
 
     monkeypatch.setattr(jsonio, "write_json", between)
-    runner.write(run, {"stats": results[0]})
+    runner.write_results(run, {"stats": results[0]})
     assert len(refused) == 1 and whole(run) == 1
 
 
@@ -557,7 +557,7 @@ def test_evaluations_of_one_run_at_once_never_have_ones_arrays_under_the_others_
             pids.append(os.fork())
             if not pids[-1]:
                 try:
-                    runner.write(run, {"stats": result})
+                    runner.write_results(run, {"stats": result})
                     os._exit(0)
                 finally:
                     os._exit(1)
@@ -569,7 +569,7 @@ def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replace
     results, tmp_path
 ):
     run = RunFolder(tmp_path)
-    runner.write(run, {"stats": results[0]})
+    runner.write_results(run, {"stats": results[0]})
     old = run.path / "evals" / "stats.safetensors"
     run.arrays_file("stats").rename(old)
     jsonio.write_json(
@@ -578,13 +578,13 @@ def test_results_of_before_arrays_had_their_sum_in_the_name_are_read_and_replace
         sealed=True,
     )
     assert run.arrays_file("stats") == old and whole(run) == 1
-    runner.write(run, {"stats": results[1]})
+    runner.write_results(run, {"stats": results[1]})
     assert whole(run) == 2 and not old.exists() and len(names(run)) == 4
 
 
 def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_path):
     run = RunFolder(tmp_path)
-    runner.write(run, {"stats": results[0]})
+    runner.write_results(run, {"stats": results[0]})
     for name, text in (
         ("n2g.json", "{"),
         ("n2g-0123456789abcdef.safetensors", ""),
@@ -592,7 +592,7 @@ def test_other_results_and_arrays_that_cannot_be_told_apart_stay(results, tmp_pa
         ("gone-0123456789abcdef.safetensors", ""),
     ):
         (run.path / "evals" / name).write_text(text)
-    runner.write(run, {"downstream": Result({"name": "downstream"})})
+    runner.write_results(run, {"downstream": Result({"name": "downstream"})})
     assert {
         "n2g.json",
         "n2g-0123456789abcdef.safetensors",
@@ -613,7 +613,7 @@ def test_arrays_that_are_not_those_of_the_result_are_named_with_what_mends_it(
     results, tmp_path, damage, said
 ):
     run = RunFolder(tmp_path / "run")
-    runner.write(run, {"stats": results[0]})
+    runner.write_results(run, {"stats": results[0]})
     damage(run.arrays_file("stats"))
     with pytest.raises(
         CorruptError,

@@ -39,7 +39,7 @@ def test_a_run_is_a_repository_that_ksparse_and_sae_lens_can_load(
 ):
     run = ksparse.train(small_recipe({"acts.normalize": "layer_norm"}), tmp_path / "run")
     sae = ksparse.load(run.path)
-    runner.write(
+    runner.write_results(
         run,
         ksparse.evaluate(sae, None, ["downstream", "stats"], EvalConfig(tokens=200, device="cpu")),
     )

@@ -76,7 +76,7 @@ def run(tmp_path_factory, tiny_lm, text_file):
     options = EvalConfig(
         tokens=400, examples=3, device="cpu", ablation_positions=4, ablation_latents=8, latents=5
     )
-    runner.write(
+    runner.write_results(
         trained,
         ksparse.evaluate(ksparse.load(trained.path), None, ["stats", "ablation", "n2g"], options),
     )

@@ -248,7 +248,7 @@ def test_selected_passes_gradcheck_for_x_b_pre_W_enc_and_b_enc(kernel, shape, gi
 
     def chosen(x, b_pre, W_enc, b_enc):
         pre = ((x - b_pre) @ W_enc.T + b_enc).detach() if given_pre_acts else None
-        return kernels.selected(x, b_pre, W_enc, b_enc, indices, pre)
+        return kernels.selected_pre_acts(x, b_pre, W_enc, b_enc, indices, pre)
 
     with kernels.using(kernel):
         assert torch.autograd.gradcheck(chosen, [tensor.requires_grad_() for tensor in every])
@@ -273,7 +273,9 @@ def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
         ((torch.relu(dense) * mask) @ W_dec + b_pre - target).square().sum(), every
     )
     with kernels.using(kernel):
-        values = torch.relu(kernels.selected(x, b_pre, W_enc, b_enc, indices, dense.detach()))
+        values = torch.relu(
+            kernels.selected_pre_acts(x, b_pre, W_enc, b_enc, indices, dense.detach())
+        )
         got = torch.autograd.grad(
             (kernels.gather_sum(values, indices, W_dec) + b_pre - target).square().sum(), every
         )
@@ -287,7 +289,7 @@ def test_gradients_equal_autograd_of_the_dense_formula(kernel, shape):
 def test_sums_into_memory_that_is_there_are_the_same_bits_in_pieces(piece, monkeypatch):
     values, indices, x, weight = inputs((200, 4, 16, 12), torch.float32)
     indices = torch.where(indices == 7, 8, indices)  # nobody has the seventh
-    lists, out = torch_ops.transposed(indices, 16), torch.full_like(weight, math.nan)
+    lists, out = torch_ops.sort_by_latent(indices, 16), torch.full_like(weight, math.nan)
     monkeypatch.setattr(torch_ops, "_LATENTS", piece)
     assert torch_ops.scatter_transposed(lists, values, x, out=out) is out
     assert torch.equal(out, torch_ops.scatter_transposed(lists, values, x)) and not out[7].any()
@@ -383,7 +385,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(cache, plant, monkeypatch,
     path.write_text("planted")
     plant(cache)
     with pytest.raises(
-        native.NoCache,
+        native.NoPrivateCacheError,
         match="others can write to .*cache.*; set XDG_CACHE_HOME to a folder of this user alone",
     ):
         native.build()
@@ -434,7 +436,9 @@ def test_without_a_home_a_library_is_built_for_this_process_alone(
         os, "getuid", lambda: 2**31 - 7
     )  # a user without an entry, as in a container
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(native.NoCache, match="this user has no home folder; set XDG_CACHE_HOME"):
+    with pytest.raises(
+        native.NoPrivateCacheError, match="this user has no home folder; set XDG_CACHE_HOME"
+    ):
         native.build()
     opened = []
     monkeypatch.setattr(

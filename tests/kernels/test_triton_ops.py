@@ -524,7 +524,7 @@ def test_rows_come_with_their_squares_and_the_sums_of_weights(shape, dtype, repe
     x = x.to(dtype)
     weights, n = torch.randn(values.shape, device=DEVICE), len(weight)
     rows, squares, sums = triton_ops.scatter_measured(
-        triton_ops.transposed(indices, n, chunk=5), values, x, weights
+        triton_ops.sort_by_latent(indices, n, chunk=5), values, x, weights
     )
     exact = reference.scatter_outer(values.double(), indices, x.double(), n)
     assert rows.dtype == torch.float32
@@ -545,7 +545,7 @@ def test_hot_latents_are_added_up_in_parts(chunk):
     values, indices, x, weight = inputs((20, 4, 9, 5), repeated=True)
     indices[:, 0], indices[3, 1] = 5, 8  # latent 5 on every token, and once more on some
     exact = reference.scatter_outer(values.double(), indices, x.double(), 9)
-    lists, ones = triton_ops.transposed(indices, 9, chunk=chunk), torch.ones_like(values)
+    lists, ones = triton_ops.sort_by_latent(indices, 9, chunk=chunk), torch.ones_like(values)
     assert lists.starts.diff().max() > chunk
     rows, _, counts = triton_ops.scatter_measured(lists, values, x, ones)
     close(rows, exact, torch.float32)
@@ -555,11 +555,13 @@ def test_hot_latents_are_added_up_in_parts(chunk):
 @inside
 def test_scatter_outer_is_bitwise_the_same_each_time():
     values, indices, x, _ = inputs((40, 6, 30, 33), repeated=True)
-    first = triton_ops.scatter_transposed(triton_ops.transposed(indices, 30, chunk=16), values, x)
+    first = triton_ops.scatter_transposed(
+        triton_ops.sort_by_latent(indices, 30, chunk=16), values, x
+    )
     torch.full((30, 33), torch.nan, device=DEVICE)  # what the next tensor may find in its memory
     assert torch.equal(
         first,
-        triton_ops.scatter_transposed(triton_ops.transposed(indices, 30, chunk=16), values, x),
+        triton_ops.scatter_transposed(triton_ops.sort_by_latent(indices, 30, chunk=16), values, x),
     )
 
 
@@ -567,7 +569,7 @@ def test_scatter_outer_is_bitwise_the_same_each_time():
 def test_a_gradient_may_be_wanted_in_another_precision():
     values, indices, x, _ = inputs((5, 2, 6, 4), torch.bfloat16)
     out = triton_ops.scatter_transposed(
-        triton_ops.transposed(indices, 6), values, x, dtype=torch.float32
+        triton_ops.sort_by_latent(indices, 6), values, x, dtype=torch.float32
     )
     close(out, reference.scatter_outer(values.double(), indices, x.double(), 6), torch.float32)
 

@@ -81,7 +81,7 @@ def test_another_lm_of_the_same_size_is_said_and_one_of_another_architecture_is_
         acts=dataclasses.replace(acts, lm=str(shutil.copytree(acts.lm, tmp_path / "renamed")))
     )
     notes = runner.evaluate(
-        sae_of(acts, subject=provenance.describe(lm.model)), renamed, "stats", OPTIONS
+        sae_of(acts, subject=provenance.describe_lm(lm.model)), renamed, "stats", OPTIONS
     )["stats"]["notes"]
     assert any(
         "'renamed'" in note.replace(str(tmp_path) + "/", "") and "one LM under two names" in note
@@ -92,7 +92,7 @@ def test_another_lm_of_the_same_size_is_said_and_one_of_another_architecture_is_
         InputError, match="the LM's model_type is 'llama', but 'gpt2' where the SAE was trained"
     ):
         runner.evaluate(
-            sae_of(acts, subject=provenance.describe(lm.model)), other, "stats", OPTIONS
+            sae_of(acts, subject=provenance.describe_lm(lm.model)), other, "stats", OPTIONS
         )
 
 

@@ -332,9 +332,9 @@ def test_out_of_memory_gives_the_plans_own_advice(small_recipe, tmp_path, monkey
 
     monkeypatch.setattr(train, "ActivationSource", full)
     with pytest.raises(OutOfMemoryError) as raised:
-        train.train_many([asked], [tmp_path / "run"], open_feed=full)
+        train.train_many([asked], [tmp_path / "run"], open_source=full)
     made = plan.plan(asked)
-    assert plan.amount_of_bytes(made.asked.bytes) in str(raised.value) and plan.advice(
+    assert plan.format_bytes(made.asked.bytes) in str(raised.value) and plan.advice(
         made.asked.memory
     ) in str(raised.value)
     assert f"smaller by   {plan.advice(made.asked.memory)}" in plan.lines(

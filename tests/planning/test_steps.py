@@ -51,7 +51,7 @@ def trained_step(monkeypatch):
     def take(recipe, device):
         sae = SimpleNamespace(W_enc=SimpleNamespace(device=torch.device(device)))
         try:
-            return select.choose_step(sae, recipe)
+            return select.build_step(sae, recipe)
         except InputError as error:
             return str(error)
 

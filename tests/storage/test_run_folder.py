@@ -67,7 +67,7 @@ def test_lines_of_steps_that_are_run_again_are_dropped(run):
         run.append_metrics({"step": step})
     with run.metrics_file.open("a") as stream:
         stream.write('{"step": 6, "nm')
-    run.forget_after(3)
+    run.drop_lines_after(3)
     run.append_metrics({"step": 4})
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
     assert len(run.metrics_file.read_text().splitlines()) == 4
@@ -166,7 +166,7 @@ def test_alarms_come_back_in_order_and_those_of_steps_taken_again_are_dropped(ru
     for row in rows:
         run.append_alarm(row)
     assert run.alarms() == rows
-    run.forget_after(3)
+    run.drop_lines_after(3)
     assert run.alarms() == rows[:2]
 
 
@@ -233,7 +233,7 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
         ("evals", lambda run: run.eval("stats")),
         ("evals/stats.json", lambda run: run.eval("stats")),
         ("evals/n2g.safetensors", lambda run: run.arrays_file("n2g")),
-        ("evals", lambda run: run.writing_evals().__enter__()),
+        ("evals", lambda run: run.lock_evals().__enter__()),
         ("checkpoints", lambda run: run.checkpoints()),
         ("checkpoints", lambda run: run.checkpoint(4)),
         ("checkpoints/step-00000004", lambda run: run.newest_intact()),

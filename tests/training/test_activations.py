@@ -16,7 +16,7 @@ from ksparse.training import trainer
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resample import resampling
 from ksparse.training.steps.autograd import AutogradStep
-from ksparse.training.steps.select import choose_step
+from ksparse.training.steps.select import build_step
 from ksparse.training.train import train
 from ksparse.training.trainer import update_dead_counts
 
@@ -57,7 +57,7 @@ def begun(activation, *, k=4, n=64, steps=200, batch=128, optim=R.OptimConfig(lr
     )
     sae = SAE(Shape(16, n, k, "unit_norm", 1.0, activation.kind))
     initialize_(sae, draw(2048), recipe.sae, torch.Generator().manual_seed(0))
-    return choose_step(sae, recipe), draw
+    return build_step(sae, recipe), draw
 
 
 def advance(optimizer, draw, steps):
@@ -100,7 +100,7 @@ def test_a_resumed_run_is_bitwise_the_same(kind, small_recipe, tmp_path):
 @pytest.mark.parametrize("kind", ["topk", *EVERY])
 def test_open_optimizer_writes_out_topk_alone(kind, small_recipe):
     recipe = small_recipe({"sae.activation": {"kind": kind}})
-    found = choose_step(SAE(Shape(16, 64, 4, activation=kind)), recipe)
+    found = build_step(SAE(Shape(16, 64, 4, activation=kind)), recipe)
     assert (type(found) is AutogradStep) == (kind != "topk")
 
 

@@ -436,10 +436,10 @@ def test_kernels_refuse_memory_that_they_cannot_read():
 
 def test_the_recipe_says_which_step_runs(monkeypatch):
     sae = SAE(Shape(D, N, K))
-    assert type(select.choose_step(sae, recipe())) is NativeStep
+    assert type(select.build_step(sae, recipe())) is NativeStep
     assert (
         type(
-            select.choose_step(
+            select.build_step(
                 sae,
                 dataclasses.replace(
                     recipe(), run=dataclasses.replace(recipe().run, kernels="torch")
@@ -448,18 +448,18 @@ def test_the_recipe_says_which_step_runs(monkeypatch):
         )
         is ExplicitStep
     )
-    assert type(select.choose_step(sae, recipe(sae__multi_topk=0.125))) is AutogradStep
+    assert type(select.build_step(sae, recipe(sae__multi_topk=0.125))) is AutogradStep
     monkeypatch.setattr(native, "load", lambda: None)
-    assert type(select.choose_step(sae, recipe())) is ExplicitStep
+    assert type(select.build_step(sae, recipe())) is ExplicitStep
     with pytest.raises(InputError, match="run.kernels is 'native', which needs a CPU, a C"):
-        select.choose_step(
+        select.build_step(
             sae,
             dataclasses.replace(recipe(), run=dataclasses.replace(recipe().run, kernels="native")),
         )
     with pytest.raises(
         InputError, match="optim.approx_topk is 'int8', which needs the compiled kernels"
     ):
-        select.choose_step(sae, recipe(optim__approx_topk="int8"))
+        select.build_step(sae, recipe(optim__approx_topk="int8"))
 
 
 def test_the_fastest_screen_is_one_of_them():

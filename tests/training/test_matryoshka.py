@@ -11,7 +11,7 @@ from ksparse.evals import runner
 from ksparse.sae.losses import prefix_reconstructions
 from ksparse.storage import atomic
 from ksparse.training.steps.autograd import AutogradStep
-from ksparse.training.steps.select import choose_step
+from ksparse.training.steps.select import build_step
 from ksparse.training.train import train
 
 PREFIXES = {
@@ -48,7 +48,7 @@ def test_a_resumed_run_is_bitwise_the_same(name, small_recipe, tmp_path):
 def test_only_autograd_trains_it(small_recipe):
     recipe = small_recipe(PREFIXES["topk, fixed"])
     sae = ksparse.SAE(ksparse.sae.model.Shape(16, recipe.sae.n_latents, recipe.sae.k))
-    assert recipe.needs_autograd and type(choose_step(sae, recipe)) is AutogradStep
+    assert recipe.needs_autograd and type(build_step(sae, recipe)) is AutogradStep
 
 
 def test_the_sae_records_its_prefixes_and_is_judged_by_them(small_recipe, tmp_path):

@@ -137,7 +137,7 @@ def test_a_planted_gradient_is_in_the_log_and_in_alarms_and_a_resumed_run_forget
             "says",
             "kept_back",
         }
-    run.forget_after(32)
+    run.drop_lines_after(32)
     assert "grad_norm" not in {row["alarm"] for row in run.alarms()} and {
         row["alarm"] for row in run.alarms()
     } >= {"dead"}

@@ -20,7 +20,7 @@ from ksparse.training.checkpoint import TrainState
 from ksparse.training.steps import prefilter, triton
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.steps.explicit import ExplicitStep
-from ksparse.training.steps.select import choose_step
+from ksparse.training.steps.select import build_step
 from ksparse.training.steps.triton import TritonStep
 from ksparse.training.trainer import DeadLatents, train_step
 
@@ -229,23 +229,23 @@ def test_reading_in_bfloat16_is_refused_where_nothing_does():
         InputError,
         match="optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK",
     ):
-        choose_step(SAE(Shape(D, N, K)), recipe(optim__precision="bfloat16"))
+        build_step(SAE(Shape(D, N, K)), recipe(optim__precision="bfloat16"))
 
 
 @inside
 def test_the_recipe_asks_for_it_and_another_step_takes_its_checkpoint_up():
-    ours = choose_step(
+    ours = build_step(
         SAE(Shape(D, N, K)).to(DEVICE), recipe(run__kernels="triton", optim__approx_topk="auto")
     )
     assert (
         type(ours) is TritonStep and ours.screen == "off"
     )  # 48 latents with k = 4: a screen could save nothing
-    ours = choose_step(
+    ours = build_step(
         SAE(Shape(D, 300, K)).to(DEVICE),
         recipe(sae__n_latents=300, run__kernels="triton", optim__approx_topk="auto"),
     )
     assert ours.screen == "int8"
-    ours = choose_step(SAE(Shape(D, N, K)).to(DEVICE), recipe(optim__precision="bfloat16"))
+    ours = build_step(SAE(Shape(D, N, K)).to(DEVICE), recipe(optim__precision="bfloat16"))
     assert type(ours) is TritonStep and set(ours.copies) == {"W_enc", "W_dec"}
     ours = made(TritonStep)
     run(ours, batches(2), 5)

@@ -64,7 +64,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ablation_horizon=6,
     )
     sae = load(run.path)
-    runner.write(run, runner.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options))
+    runner.write_results(
+        run, runner.evaluate(sae, None, ("stats", "n2g", "ablation", "probes"), options)
+    )
     report.write(run)
     return run
 
@@ -100,7 +102,7 @@ def serving(run: RunFolder) -> Iterator[int]:
     from ksparse.viewer import server
 
     listener = server.listen(0)
-    made, noted, errors = server.server(run, TOKEN), logging.Handler(logging.ERROR), []
+    made, noted, errors = server.make_server(run, TOKEN), logging.Handler(logging.ERROR), []
     noted.emit = lambda record: errors.append(logging.Formatter().format(record))
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addHandler(noted)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ksparse import config as recipes
 from ksparse.cli.arguments import parse, split_folder, verb
-from ksparse.cli.output import Progress, format_estimate, print_status, write_report
+from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError
 from ksparse.storage import jsonio
@@ -72,7 +72,7 @@ def evaluate_saes(
 
     registry.check_names(names)
     saes = {source: load(source) for source in sources}
-    with Progress("evaluating", 0) as progress:
+    with ProgressBar("evaluating", 0) as progress:
         results_by_source = runner.evaluate_many(
             saes,
             None,
@@ -83,7 +83,7 @@ def evaluate_saes(
     for source, results in results_by_source.items():
         run = RunFolder(Path(source))
         if run.exists():
-            runner.write(run, {result["name"]: result for result in results.values()})
+            runner.write_results(run, {result["name"]: result for result in results.values()})
     return results_by_source
 
 
@@ -193,7 +193,7 @@ def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dic
     options = EvalConfig(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)}
     )
-    with Progress("evaluating", 0) as progress:
+    with ProgressBar("evaluating", 0) as progress:
         return runner.evaluate_many(
             saes,
             LM(acts=acts, device=resolve_device(args.device)),
@@ -217,7 +217,7 @@ def study(arguments: list[str]) -> None:
 
     studies.check_name(name, tuple(EVALS))
     if name in studies.STUDIES:
-        with Progress("reading", 0) as progress:
+        with ProgressBar("reading", 0) as progress:
             folder = studies.run(
                 name, options, observe=lambda label, done, total: progress(done, "", total, label)
             )

@@ -88,7 +88,7 @@ def steer(arguments: list[str]) -> None:
 
     sae = load(folder)
     steering.check_latents(sae, options.latent)
-    lm = steering.lm_of(sae, options.device)
+    lm = steering.load_lm(sae, options.device)
     stats = _read_latent_stats(folder)
     largest = _largest_acts(lm, sae.to(lm.device), options.prompt, options.latent, stats)
     comparison = steering.compare(
@@ -215,7 +215,7 @@ def attribute(arguments: list[str]) -> None:
     from ksparse.sae.serialization import load
 
     sae = load(folder)
-    lm = steering.lm_of(sae, options.device)
+    lm = steering.load_lm(sae, options.device)
     scores = steering.attribute(
         lm,
         sae.to(lm.device),

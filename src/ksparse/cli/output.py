@@ -61,7 +61,7 @@ def write_report(run: RunFolder) -> None:
     write(run)
 
 
-class Progress:
+class ProgressBar:
     """Progress of a task: a bar on a terminal, a line every few seconds in a log.
 
         with Progress("training", total) as progress:
@@ -81,7 +81,7 @@ class Progress:
         self.bar: RichProgress | None = None
         self.task: TaskID
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn

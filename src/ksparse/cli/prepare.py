@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ksparse.cli.arguments import parse, parse_recipe, refuse_arguments, verb
-from ksparse.cli.output import Progress
+from ksparse.cli.output import ProgressBar
 from ksparse.cli.train import TrainArgs
 from ksparse.config import Recipe
 from ksparse.errors import InputError
@@ -46,7 +46,7 @@ def shard(arguments: list[str]) -> None:
     lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    with Progress("activations", recipe.tokens) as progress:
+    with ProgressBar("activations", recipe.tokens) as progress:
         folder = shards.write(
             lm,
             Corpus(recipe.acts, lm.tokenizer, "train"),
@@ -144,7 +144,7 @@ def bench(arguments: list[str]) -> None:
             raise InputError(
                 f"contestant {contestant!r} is not NAME=FILE with a file that is there"
             )
-    with Progress("rounds", setting.rounds) as progress:
+    with ProgressBar("rounds", setting.rounds) as progress:
         result = benchmark.bench(
             setting,
             dict(contestant.split("=", 1) for contestant in options.contestant),

@@ -13,7 +13,7 @@ from typing import Any
 
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.evaluate import print_study
-from ksparse.cli.output import Progress, print_status, write_report
+from ksparse.cli.output import ProgressBar, print_status, write_report
 from ksparse.cli.sweeps import fit_sweep
 from ksparse.errors import Interrupted
 from ksparse.storage.run_folder import open_run
@@ -68,7 +68,7 @@ def view(arguments: list[str]) -> None:
     from ksparse import viewer
 
     if options.export:
-        with Progress("pages", 0) as progress, raise_on_signal(signal.SIGTERM):
+        with ProgressBar("pages", 0) as progress, raise_on_signal(signal.SIGTERM):
             page = viewer.export(
                 run,
                 Path(options.export),

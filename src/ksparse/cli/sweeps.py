@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ksparse.cli.arguments import parse, split_folder, verb
-from ksparse.cli.output import Progress, print_status
+from ksparse.cli.output import ProgressBar, print_status
 from ksparse.errors import InputError
 from ksparse.storage import atomic, jsonio
 
@@ -58,7 +58,7 @@ def sweep(arguments: list[str]) -> None:
     if options.plan:
         _print_plan(sweeping.plan(grid, folder, launch))
         return
-    with Progress("training", 0) as progress:
+    with ProgressBar("training", 0) as progress:
         failed = sweeping.sweep(
             grid,
             folder,
@@ -79,7 +79,7 @@ def sweep(arguments: list[str]) -> None:
 
 
 def _print_plan(plan: Any) -> None:
-    from ksparse.planning.plan import amount_of_bytes, duration
+    from ksparse.planning.plan import format_bytes, format_duration
 
     print_status(
         f"sweep    {plan.total} runs, {len(plan.done)} of them finished; "
@@ -90,14 +90,14 @@ def _print_plan(plan: Any) -> None:
         print_status(
             f"cohort {number} {len(cohort.runs)} SAEs, {cohort.latents:,} latents, at most "
             f"{cohort.tokens:,} activations in sum: {cohort.flops:.3g} FLOPs "
-            f"and {cohort.flops_lm:.3g} of the LM, {amount_of_bytes(cohort.memory)}, about "
-            f"{duration(cohort.seconds)}"
+            f"and {cohort.flops_lm:.3g} of the LM, {format_bytes(cohort.memory)}, about "
+            f"{format_duration(cohort.seconds)}"
         )
     if plan.cohorts:
         print_status(
-            f"in all   {plan.flops:.3g} FLOPs, about {duration(plan.seconds)} within a factor of "
-            f"2, {amount_of_bytes(plan.disk)} of checkpoints "
-            f"({amount_of_bytes(plan.free)} free here)"
+            f"in all   {plan.flops:.3g} FLOPs, about {format_duration(plan.seconds)} "
+            f"within a factor of 2, {format_bytes(plan.disk)} of checkpoints "
+            f"({format_bytes(plan.free)} free here)"
         )
 
 
@@ -184,7 +184,7 @@ def fit_sweep(folder: str, **options: Any) -> Any:
     """
     from ksparse.scaling.laws import survey
 
-    with Progress("laws", len(survey.LAWS)) as progress:
+    with ProgressBar("laws", len(survey.LAWS)) as progress:
         laws = survey.fit_sweep(
             folder, **options, observe=lambda done, total, label: progress(done, label, total)
         )

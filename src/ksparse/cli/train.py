@@ -12,7 +12,7 @@ from ksparse import config as recipes
 from ksparse.cli.arguments import parse, parse_recipe, split_folder, verb
 from ksparse.cli.evaluate import evaluate_saes
 from ksparse.cli.output import (
-    Progress,
+    ProgressBar,
     format_estimate,
     is_first_process,
     print_status,
@@ -138,7 +138,7 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
     print_status("loading torch and the language model")
     from ksparse.training.train import train as train_observed
 
-    with Progress("training", recipe.steps * recipe.batch) as progress:
+    with ProgressBar("training", recipe.steps * recipe.batch) as progress:
 
         def observe(row: dict[str, Any]) -> None:
             nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"

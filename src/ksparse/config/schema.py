@@ -28,7 +28,7 @@ from typing import Any, Literal
 from ksparse.config.activations import ActivationConfig, TopKConfig
 from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
 from ksparse.errors import InputError, nearest_name
-from ksparse.storage.rows import has_half
+from ksparse.storage.rows import has_lone_surrogate
 
 
 @dataclass(frozen=True)
@@ -460,7 +460,9 @@ class Recipe(Config):
             )
         _check_prefixes_on_mesh(self)
         for key, value in flat(dataclasses.asdict(self)).items():
-            if isinstance(value, str) and has_half(value):  # file names may be so, TOML cannot
+            if isinstance(value, str) and has_lone_surrogate(
+                value
+            ):  # file names may be so, TOML cannot
                 raise InputError(
                     f"{key} is {preview(value)}, which is not UTF-8; give another name"
                 )

@@ -46,7 +46,7 @@ class ActivationStream(Protocol):
     """What training reads batches of activations from."""
 
     d_model: int
-    halt: threading.Event
+    cancel: threading.Event
     """Set by another thread to abandon the batch being computed, which raises StreamCancelled."""
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:

@@ -55,9 +55,9 @@ def documents(acts: ActsConfig, split: str, start: int = 0) -> Iterator[Document
     nulls = _Report(acts.text, f"null in the column {acts.text_field!r}, which is skipped")
     pairs = _read_local(acts, nulls) if _is_local(acts.text) else _read_hub(acts, nulls)
     for index, (name, text) in enumerate(_pieces(pairs)):
-        if rows.has_half(text):
+        if rows.has_lone_surrogate(text):
             surrogates.add(name)
-            text = rows.whole_characters(text)
+            text = rows.replace_lone_surrogates(text)
         if index >= start and _hash(text) % 100 in SPLITS[split]:
             yield Document(index, name, text)
     surrogates.finish()
@@ -157,7 +157,7 @@ def _read_local(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str | I
             enumerate(rows.parquet(file, field))
             if suffix == ".parquet"
             else (
-                (number - 1, rows.text_of(row, field, f"{file}, line {number}"))
+                (number - 1, rows.read_text(row, field, f"{file}, line {number}"))
                 for number, row in rows.jsonl(file)
             )
         )
@@ -192,7 +192,7 @@ def _suffix(file: Path) -> str | None:
 
 
 def _read_hub(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str]]:
-    datasets = rows.extra("datasets", "datasets", f"the data set {acts.text!r}")
+    datasets = rows.import_extra("datasets", "datasets", f"the data set {acts.text!r}")
     try:
         dataset = datasets.load_dataset(
             acts.text, acts.text_config or None, split=acts.text_split, streaming=True
@@ -210,7 +210,7 @@ def _read_rows(dataset: Iterable[Any], acts: ActsConfig) -> Iterator[tuple[int, 
     number = 0
     try:
         for number, row in enumerate(dataset):
-            yield number, rows.text_of(row, acts.text_field, f"{acts.text}, row {number}")
+            yield number, rows.read_text(row, acts.text_field, f"{acts.text}, row {number}")
     except InputError:
         raise
     except Exception as error:  # a connection that breaks, a damaged file of the data set

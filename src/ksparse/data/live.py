@@ -51,9 +51,9 @@ class LiveStream:
     ):
         self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
-        self.per_block = max(1, corpus.acts.mix // batch)
+        self.batches_per_buffer = max(1, corpus.acts.mix // batch)
         """Batches in a buffer."""
-        self.halt = threading.Event()
+        self.cancel = threading.Event()
         self._same_context_fraction: float | None = None
         self._newest: tuple[BufferStart, ShuffleBuffer] | None = None
         # The contexts from a position on, kept open: to reach it again, all before it is read.
@@ -66,7 +66,7 @@ class LiveStream:
         Raises:
             NonFiniteError: An activation is NaN or infinite.
             CorruptError: The cursor is of another kind of stream.
-            StreamCancelled: `halt` was set while a buffer was being computed.
+            StreamCancelled: `cancel` was set while a buffer was being computed.
         """
         cursor = cursor or {"block": 0, "place": list(TextCursor()), "skip": 0, "batch": 0}
         check_cursor(cursor, "block")
@@ -77,11 +77,11 @@ class LiveStream:
             rows = len(buffer.x)
             order = torch.from_numpy(permutation(np.arange(rows), rows, (self.seed, number)))
             self._same_context_fraction = self._measure_same_context(buffer, order)
-            for i in range(done, self.per_block):
+            for i in range(done, self.batches_per_buffer):
                 chosen = order[i * self.batch : (i + 1) * self.batch]
                 chosen = chosen[self.mesh.batch_range(self.batch)]
                 after = _cursor(number, start, i + 1)
-                if i + 1 == self.per_block:
+                if i + 1 == self.batches_per_buffer:
                     after = _cursor(number + 1, buffer.next, 0)
                 yield ActivationBatch(buffer.x[chosen].float(), buffer.documents[chosen], after)
             number, start, done = number + 1, buffer.next, 0
@@ -120,7 +120,7 @@ class LiveStream:
             return self._newest[1]
 
     def _compute(self, start: BufferStart) -> ShuffleBuffer:
-        rows = self.batch * self.per_block
+        rows = self.batch * self.batches_per_buffer
         groups, following = self._gather(start, rows)
         dtype = getattr(torch, self.corpus.acts.store)
         x = torch.empty(rows, self.d_model, dtype=dtype, device=self.lm.device)
@@ -128,7 +128,7 @@ class LiveStream:
         numbers = torch.empty(rows, dtype=torch.long)
         ends, filled, contexts_done = [0], 0, 0
         for number, group in enumerate(groups):
-            if self.halt.is_set():
+            if self.cancel.is_set():
                 raise StreamCancelled
             contexts = self.corpus.batch(group)
             keep = contexts.keep

@@ -21,7 +21,7 @@ class Prefetcher:
 
     def __init__(self, stream: ActivationStream, depth: int):
         self.stream, self.depth = stream, depth
-        self.d_model, self.halt = stream.d_model, stream.halt
+        self.d_model, self.cancel = stream.d_model, stream.cancel
         self._same_context_fraction: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
@@ -32,7 +32,7 @@ class Prefetcher:
         thread = threading.Thread(
             target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True
         )
-        self.halt.clear()
+        self.cancel.clear()
         thread.start()
         try:
             while True:
@@ -42,18 +42,18 @@ class Prefetcher:
                 batch, self._same_context_fraction = item
                 yield batch
         finally:
-            self.halt.set()
+            self.cancel.set()
             while thread.is_alive():
                 with suppress(queue.Empty):
                     ready.get(timeout=0.01)  # makes room for the batch the thread may be putting
             thread.join()
-            self.halt.clear()
+            self.cancel.clear()
 
     def _fill(self, ready: queue.Queue, cursor: Cursor | None) -> None:
         try:
             for batch in self.stream.batches(cursor):
                 ready.put((batch, self.stream.same_context_fraction()))
-                if self.halt.is_set():
+                if self.cancel.is_set():
                     return
         except StreamCancelled:
             pass

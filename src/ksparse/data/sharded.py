@@ -30,7 +30,7 @@ class ShardStream:
     ):
         self.shards, self.d_model = shards, shards.d_model
         self.batch, self.seed, self.device, self.mesh = batch, seed, device, mesh
-        self.halt = threading.Event()
+        self.cancel = threading.Event()
         self._same_context_fraction: float | None = None
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:

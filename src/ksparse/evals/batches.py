@@ -21,7 +21,7 @@ from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM, CachedRun
-from ksparse.lm.provenance import read_with
+from ksparse.lm.provenance import acts_to_read
 from ksparse.lm.tokens import TokenBatch
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import Normalized
@@ -292,5 +292,5 @@ def acts_of(sae: SAE, lm: LM, options: EvalConfig) -> ActsConfig:
     They have the text, contexts and positions that the SAE was trained with, on the given LM;
     `options.text` replaces the text.
     """
-    acts = read_with(sae.metadata, lm)
+    acts = acts_to_read(sae.metadata, lm)
     return dataclasses.replace(acts, text=options.text) if options.text else acts

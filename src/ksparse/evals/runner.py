@@ -39,7 +39,7 @@ from ksparse.lm import provenance
 from ksparse.lm.model import LM
 from ksparse.progress import Progress, no_progress
 from ksparse.sae.model import SAE
-from ksparse.steering import lm_of
+from ksparse.steering import load_lm
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
@@ -138,7 +138,7 @@ def evaluate_many(
             f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
         )
     options = options.resolved()
-    lm = lm or lm_of(next(iter(saes.values())), options.device)
+    lm = lm or load_lm(next(iter(saes.values())), options.device)
     acts = _common_acts(saes, lm, options, like)
     notes = {label: _provenance_notes(label, sae, lm, options, like) for label, sae in saes.items()}
     data = HeldOut(lm, acts, options)
@@ -279,7 +279,7 @@ def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
                 }
 
 
-def write(run: RunFolder, results: dict[str, Result]) -> None:
+def write_results(run: RunFolder, results: dict[str, Result]) -> None:
     """Write results into a run's folder `evals/`.
 
     The arrays are written first, under a name made of their checksum, and the JSON that names them
@@ -289,7 +289,7 @@ def write(run: RunFolder, results: dict[str, Result]) -> None:
         run: the run.
         results: results by file name (`file_name`).
     """
-    with run.writing_evals():
+    with run.lock_evals():
         for name, result in results.items():
             if result.arrays:
                 result |= _write_arrays(run, name, result.arrays)
@@ -336,7 +336,7 @@ def _common_acts(
             lm_batch=lm.options.lm_batch,
             text=options.text or like.text,
         )
-    trained_on = {label: provenance.own_acts(sae.metadata, lm) for label, sae in saes.items()}
+    trained_on = {label: provenance.trained_acts(sae.metadata, lm) for label, sae in saes.items()}
     if options.text:
         trained_on = {
             label: dataclasses.replace(acts, text=options.text)

@@ -61,7 +61,7 @@ def gather_sum(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return _GatherSum.apply(values, indices, weight)
 
 
-def selected(
+def selected_pre_acts(
     x: Tensor,
     b_pre: Tensor,
     W_enc: Tensor,

@@ -88,7 +88,7 @@ _SYMBOLS = (
 )
 
 
-class NoCache(OSError):
+class NoPrivateCacheError(OSError):
     """There is no folder in which only this user can have written libraries."""
 
 
@@ -125,7 +125,7 @@ def _open_library() -> ctypes.CDLL:
     """Load the library from the cache, or from a temporary folder that is removed at once."""
     try:
         return ctypes.CDLL(str(build()))
-    except (NoCache, DiskError) as error:
+    except (NoPrivateCacheError, DiskError) as error:
         _log.info("compiled kernels are not kept (%s)", error)
     with tempfile.TemporaryDirectory(prefix="ksparse-") as folder:
         return ctypes.CDLL(str(build(folder=Path(folder))))
@@ -181,13 +181,15 @@ def _cache() -> Path:
     except RuntimeError:
         home = Path()
     if not home.is_absolute():
-        raise NoCache("this user has no home folder; set XDG_CACHE_HOME to a folder of its own")
+        raise NoPrivateCacheError(
+            "this user has no home folder; set XDG_CACHE_HOME to a folder of its own"
+        )
     folder = home / "ksparse"
     with atomic.translate_oserrors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         shared = next((parent for parent in folder.resolve().parents if _is_open(parent)), None)
         if shared or not _is_private(folder):
-            raise NoCache(
+            raise NoPrivateCacheError(
                 f"others can write to {shared or folder}; "
                 "set XDG_CACHE_HOME to a folder of this user alone"
             )

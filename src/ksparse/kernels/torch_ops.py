@@ -86,10 +86,10 @@ def _consume_csr_warning() -> None:
 
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
     """Return out[i] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], as [n, d]."""
-    return scatter_transposed(transposed(indices, n), values, x)
+    return scatter_transposed(sort_by_latent(indices, n), values, x)
 
 
-def transposed(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+def sort_by_latent(indices: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
     """Sort the (token, latent) pairs of indices[b, k] by latent.
 
     Returns:

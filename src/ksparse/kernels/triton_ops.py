@@ -791,7 +791,7 @@ class Lists(NamedTuple):
     """Each `chunk` pairs in turn are summed as one part where all of them are of one latent."""
 
 
-def transposed(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
+def sort_by_latent(indices: Tensor, n: int, *, chunk: int | None = None) -> Lists:
     """Sort the pairs of indices[b, k] by latent, once for both weights' gradients.
 
     Args:
@@ -932,7 +932,7 @@ def _rows(
 def scatter_outer(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Tensor:
     """Return out[i] = sum over (b, j) with indices[b, j] = i of values[b, j] * x[b], as [n, d] in
     the wider of the two dtypes. Deterministic."""
-    return scatter_transposed(transposed(indices, n), values, x)
+    return scatter_transposed(sort_by_latent(indices, n), values, x)
 
 
 def scatter_transposed(

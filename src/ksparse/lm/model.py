@@ -21,7 +21,7 @@ from ksparse.lm.continuations import Branch, choose_branch
 from ksparse.lm.hooks import StopForward, copy_output, hooked, skipped
 from ksparse.lm.loading import find_model, load_model, load_tokenizer
 from ksparse.lm.sites import blocks_before, describe_sites, resolve
-from ksparse.lm.tokens import TokenBatch, ids_of, token_strings, without_bos
+from ksparse.lm.tokens import TokenBatch, token_strings, tokenize_text, without_bos
 from ksparse.storage import atomic
 from ksparse.trust import code_is_trusted
 
@@ -190,7 +190,7 @@ class LM:
             raise InputError(
                 f"a text is a str, got {type(text).__name__}; of several, take one at a time"
             )
-        ids = without_bos(ids_of(self.tokenizer, text), self.bos)
+        ids = without_bos(tokenize_text(self.tokenizer, text), self.bos)
         if not ids:
             raise InputError(f"the text {text!r} has no token")
         return torch.tensor([([] if self.bos is None else [self.bos]) + ids], device=self.device)

@@ -31,7 +31,7 @@ POLICY = ("context", "bos", "borders", "keep")
 _log = logging.getLogger("ksparse")
 
 
-def describe(model: CausalLM) -> dict[str, Any]:
+def describe_lm(model: CausalLM) -> dict[str, Any]:
     """Return what distinguishes LMs of different architecture or size."""
     sizes = {
         name: getattr(model.config, name, None)
@@ -48,7 +48,7 @@ def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in names if name in known}
 
 
-def own_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
+def trained_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     """Return the text, contexts and positions an SAE was trained with, for this LM at its site.
 
     What the metadata does not say is taken from the options the LM was opened with.
@@ -66,10 +66,10 @@ def own_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     )
 
 
-def read_with(metadata: dict[str, Any], lm: LM) -> ActsConfig:
+def acts_to_read(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     """Return `own_acts`, with the contexts and positions that the LM was explicitly opened with;
     `check` has allowed these."""
-    return dataclasses.replace(own_acts(metadata, lm), **_overrides(trained_on(metadata), lm))
+    return dataclasses.replace(trained_acts(metadata, lm), **_overrides(trained_on(metadata), lm))
 
 
 def check(
@@ -129,7 +129,7 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
-    recorded, actual = metadata.get("subject") or {}, describe(lm.model)
+    recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
         for key in actual

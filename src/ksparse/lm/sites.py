@@ -112,7 +112,7 @@ def outline(model: nn.Module, site: str) -> ModuleEnd:
     return ModuleEnd(module, at or "out")
 
 
-def sites_of(
+def list_sites(
     model: nn.Module, aliases: Sequence[str] = ("attn_out", "mlp_out", "resid_post")
 ) -> list[str]:
     """Return the sites of these aliases that the model confirms, block by block."""

@@ -52,12 +52,12 @@ def _token_string(token: int, piece: str | None, text: str) -> str:
     return f"<{piece}>" if "\ufffd" in text else text
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     """Tokenize a text given by the user, without special tokens; a lone surrogate is read as
     U+FFFD."""
-    if rows.has_half(text):
+    if rows.has_lone_surrogate(text):
         _log.warning("the text holds half a character (a lone surrogate), which is read as U+FFFD")
-        text = rows.whole_characters(text)
+        text = rows.replace_lone_surrogates(text)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

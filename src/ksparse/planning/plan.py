@@ -152,14 +152,14 @@ def lines(plan: RunPlan) -> list[str]:
         f"{case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead "
         f"after {recipe.dead_after:,} tokens",
-        f"memory       {amount_of_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the "
+        f"memory       {format_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the "
         "latents are dead: " + by_part(asked.memory),
         f"smaller by   {advice(asked.memory)}",
         f"FLOPs        {tokens * sum(flops_per_token.values()):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in flops_per_token.items()),
-        f"disk         {amount_of_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
-        f"being written; {amount_of_bytes(plan.free)} free here",
-        f"time         about {duration(tokens / asked.tokens_per_s)} on {plan.device} "
+        f"disk         {format_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
+        f"being written; {format_bytes(plan.free)} free here",
+        f"time         about {format_duration(tokens / asked.tokens_per_s)} on {plan.device} "
         f"({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
         + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in asked.seconds.items()),
         *_warnings(plan),
@@ -191,14 +191,14 @@ def _warnings(plan: RunPlan) -> list[str]:
     if plan.disk > plan.free:
         messages.append("warning      the disk is too small")
     if not plan.asked.fits:
-        messages.append(f"warning      {card.name} has {amount_of_bytes(card.memory)} of memory")
+        messages.append(f"warning      {card.name} has {format_bytes(card.memory)} of memory")
     return messages
 
 
 def by_part(memory: dict[str, float]) -> str:
     """Format the parts of a memory of at least 1 MB, the largest first."""
     return ", ".join(
-        f"{name} {amount_of_bytes(size)}"
+        f"{name} {format_bytes(size)}"
         for name, size in sorted(memory.items(), key=lambda item: -item[1])
         if size >= 1e6
     )
@@ -219,7 +219,7 @@ def explain_memory(recipe: Recipe) -> str:
     case = plan_input(recipe, read_lm_spec(recipe), resolve_device(recipe.run.device))
     parts = costs.memory(case, costs.mesh_of(recipe))
     return (
-        f"`ksparse plan` counts {amount_of_bytes(sum(parts.values()))} for this recipe; smaller "
+        f"`ksparse plan` counts {format_bytes(sum(parts.values()))} for this recipe; smaller "
         f"by {advice(parts)}"
     )
 
@@ -237,13 +237,13 @@ def tables(plan: RunPlan) -> list[str]:
         ("mesh, data x latent", [f"{cost.data} x {cost.latent}" for cost in meshes]),
         ("fits", ["yes" if cost.fits else "no" for cost in meshes]),
         ("tokens/s", [f"{cost.tokens_per_s:,.0f}" for cost in meshes]),
-        ("the run", [duration(tokens / cost.tokens_per_s) for cost in meshes]),
+        ("the run", [format_duration(tokens / cost.tokens_per_s) for cost in meshes]),
         ("most latents that fit", [f"{costs.largest(case, cost.devices):,}" for cost in meshes]),
     ]
-    memory = _rows_by_name([cost.memory for cost in meshes], amount_of_bytes)
-    main_memory = _rows_by_name([cost.main_memory for cost in meshes], amount_of_bytes)
+    memory = _rows_by_name([cost.memory for cost in meshes], format_bytes)
+    main_memory = _rows_by_name([cost.main_memory for cost in meshes], format_bytes)
     lines = [
-        f"devices      {card.name}: {amount_of_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
+        f"devices      {card.name}: {format_bytes(card.memory)}, {card.float32 / 1e12:,.4g} "
         f"TFLOP/s float32, {card.bfloat16 / 1e12:,.4g} bfloat16, "
         f"{card.bandwidth / 1e9:,.0f} GB/s; {card.per_node} to a node, {card.link / 1e9:,.4g} GB/s "
         f"there and {card.network / 1e9:,.4g} between nodes, each way",
@@ -256,7 +256,7 @@ def tables(plan: RunPlan) -> list[str]:
         *["", "main memory of a rank, for a while", *_align(main_memory[:-1])],
     ]
     if any(cost.communication for cost in meshes):
-        sizes = _rows_by_name([_bytes_by_collective(cost) for cost in meshes], amount_of_bytes)
+        sizes = _rows_by_name([_bytes_by_collective(cost) for cost in meshes], format_bytes)
         lines += ["", "given by a rank to each collective in a step", *_align(sizes)]
     spent = _rows_by_name([cost.seconds for cost in meshes], lambda s: f"{1000 * s:,.1f}")
     return [*lines, "", "milliseconds of a step", *_align(spent)]
@@ -418,7 +418,7 @@ def measure_bandwidth(device: str, size: int = 2**26) -> float:
     return 2 * size / best
 
 
-def amount_of_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Format a number of bytes.
 
     Example:
@@ -431,7 +431,7 @@ def amount_of_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a length of time.
 
     Example:

@@ -126,12 +126,12 @@ def write(folder: Path) -> Path:
         .get_template("sweep.html.jinja")
         .render(
             name=folder.resolve().name,
-            summary=summary(sweep),
+            summary=summarize(sweep),
             law=sweep.law_file,
-            laws=tables(sweep),
+            laws=law_tables(sweep),
             pictures=pictures,
             absent=list_missing(sweep, {picture.name for picture in pictures}),
-            forms=compared(sweep),
+            forms=form_tables(sweep),
             points=point_tables(sweep),
             commands=list_commands(sweep),
             stale=sweep.law_file.get("runs") != len(sweep.rows["n"]),
@@ -147,7 +147,7 @@ def write(folder: Path) -> Path:
 # ---- in words ------------------------------------------------------------------------------------
 
 
-def summary(sweep: Sweep) -> str:
+def summarize(sweep: Sweep) -> str:
     """Return the laws in a few sentences."""
     rows, laws = sweep.mine, sweep.law_file["laws"]
     lm = sweep.law_file["subject"].get("lm")
@@ -238,7 +238,7 @@ def draw_pictures(sweep: Sweep) -> list[Picture]:
     return [picture for picture in pictures if picture is not None]
 
 
-def tables(sweep: Sweep) -> list[dict[str, Any]]:
+def law_tables(sweep: Sweep) -> list[dict[str, Any]]:
     """Return each law with its coefficients as text."""
     return [
         {
@@ -256,7 +256,7 @@ def tables(sweep: Sweep) -> list[dict[str, Any]]:
     ]
 
 
-def compared(sweep: Sweep) -> list[dict[str, Any]]:
+def form_tables(sweep: Sweep) -> list[dict[str, Any]]:
     """Return the forms that were tried for each law that has several."""
     return [
         {

@@ -271,7 +271,7 @@ class SAE(nn.Module):
             indices = kernels.topk(pre_acts, k)
         else:
             indices = among[kernels.topk(pre_acts[:, among], min(k, len(among)))]
-        values = kernels.selected(x, self.b_pre, self.W_enc, self.b_enc, indices, pre_acts)
+        values = kernels.selected_pre_acts(x, self.b_pre, self.W_enc, self.b_enc, indices, pre_acts)
         return Code(torch.relu(values), indices)
 
     def decoder(self, code: Code) -> Tensor:

@@ -80,7 +80,7 @@ class ShardedSAE(SAE):
         )
         kept = self.survivors(pre_acts.gather(1, indices), k, offer)
         kept, indices = compact(kept, indices)
-        values = kernels.selected(
+        values = kernels.selected_pre_acts(
             x, _SharedBias.apply(self.b_pre, self.mesh), self.W_enc, self.b_enc, indices, pre_acts
         )
         return Code(torch.where(kept, torch.relu(values), 0.0), indices)

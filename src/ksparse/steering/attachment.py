@@ -29,7 +29,7 @@ Change = Callable[[Code], Code]
 latents [..., m]."""
 
 
-def lm_of(sae: SAE, device: str = "auto") -> LM:
+def load_lm(sae: SAE, device: str = "auto") -> LM:
     """Load the LM that an SAE was trained on, at the SAE's site.
 
     Raises:

@@ -11,7 +11,7 @@ from ksparse.errors import InputError
 from ksparse.lm import provenance
 from ksparse.lm.hooks import hooked
 from ksparse.lm.model import LM
-from ksparse.lm.tokens import ids_of, token_strings
+from ksparse.lm.tokens import token_strings, tokenize_text
 from ksparse.sae.model import SAE, Code
 from ksparse.steering.calls import CallTracker
 
@@ -110,7 +110,7 @@ def token_id(lm: LM, text: str) -> int:
     Raises:
         InputError: The text is not a single token.
     """
-    ids = ids_of(lm.tokenizer, text)
+    ids = tokenize_text(lm.tokenizer, text)
     if len(ids) == 1:
         return int(ids[0])
     # SentencePiece puts a space of its own before a text, so the text alone can be two tokens.

@@ -37,7 +37,7 @@ _CHUNK = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def extra(module: str, extra: str, purpose: str) -> Any:
+def import_extra(module: str, extra: str, purpose: str) -> Any:
     """Import a module of an optional package.
 
     Args:
@@ -67,13 +67,13 @@ def columns(row: Any) -> str:
 
 def shown(value: Any) -> str:
     """Return a value from a file as text for a message: 60 characters, without lone surrogates."""
-    return whole_characters(str(value)[:60])
+    return replace_lone_surrogates(str(value)[:60])
 
 
 # ---- lone surrogates -----------------------------------------------------------------------------
 
 
-def has_half(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Return whether a text has lone surrogates (halves of UTF-16 pairs).
 
     No tokenizer accepts them, and UTF-8 cannot encode them.
@@ -81,7 +81,7 @@ def has_half(text: str) -> bool:
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
-def whole_characters(text: str) -> str:
+def replace_lone_surrogates(text: str) -> str:
     """Return a text with U+FFFD in place of each lone surrogate; a pair becomes its character.
 
     Example:
@@ -90,7 +90,7 @@ def whole_characters(text: str) -> str:
     """
     return (
         text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        if has_half(text)
+        if has_lone_surrogate(text)
         else text
     )
 
@@ -102,7 +102,7 @@ class _Zstandard(io.RawIOBase):
     """Reader of a .zst file. zstandard's own reader does not notice that a file is truncated."""
 
     def __init__(self, file: Path):
-        self.package = extra("zstandard", "zstandard", f"reading {file}")
+        self.package = import_extra("zstandard", "zstandard", f"reading {file}")
         self.source = file.open("rb")
         self.frame: Any = None
         self.packed, self.unpacked = b"", memoryview(b"")
@@ -281,7 +281,7 @@ def _chunks(file: Path, stream: io.TextIOBase) -> Iterator[tuple[int, str]]:
 def parquet(file: Path, column: str = "") -> Iterator[Any]:
     """Yield the rows of a .parquet file as dictionaries, or the texts of one column, None for
     null."""
-    reader = extra("pyarrow.parquet", "datasets", f"reading {file}")
+    reader = import_extra("pyarrow.parquet", "datasets", f"reading {file}")
     number = 0
     try:
         with reader.ParquetFile(file) as table:
@@ -332,7 +332,7 @@ def _cell(scalar: Any, where: str) -> str | None:
         raise InputError(f"{where}: not UTF-8: {error}") from None
 
 
-def text_of(row: Any, column: str, where: str) -> str | None:
+def read_text(row: Any, column: str, where: str) -> str | None:
     """Return the text in a column of a row.
 
     Args:

@@ -117,7 +117,7 @@ class RunFolder:
             )
         return config.load_recipe(self.recipe_file)
 
-    def begun(self) -> bool:
+    def has_results(self) -> bool:
         """Return whether the run has a result: a checkpoint, a metric or an evaluation.
 
         Until then its recipe may be replaced.
@@ -167,7 +167,7 @@ class RunFolder:
         """Append a line to alarms.jsonl."""
         _append(self.alarms_file, row)
 
-    def forget_after(self, step: int) -> None:
+    def drop_lines_after(self, step: int) -> None:
         """Remove the lines of metrics, curve and alarms after a step.
 
         A resumed run repeats these steps; its files then look like those of an uninterrupted run.
@@ -316,7 +316,7 @@ class RunFolder:
         return f"{shlex.join(['ksparse', 'eval', folder, name])} writes both again"
 
     @contextmanager
-    def writing_evals(self, wait: float = 60.0) -> Iterator[None]:
+    def lock_evals(self, wait: float = 60.0) -> Iterator[None]:
         """Lock the results against other processes; at the end remove arrays that none refers to.
 
         Args:

@@ -86,7 +86,7 @@ def _train(study: Study, data: str) -> dict[str, Recipe]:
     study.train(
         members,
         what=f"training on {data} data",
-        open_feed=ActivationSource if data == "real" else open_gaussian,
+        open_source=ActivationSource if data == "real" else open_gaussian,
     )
     return members
 
@@ -131,8 +131,8 @@ class GaussianSource(ActivationSource):
 
     def __init__(self, recipe: Recipe, real: Recipe, device: torch.device):
         super().__init__(real, device)
-        x = self.look.x.cpu().double()
-        del self.look  # of the activations; training calibrates on the Gaussian rows instead
+        x = self.calibration.x.cpu().double()
+        del self.calibration  # of the activations; training calibrates on the Gaussian rows instead
         self.gaussian = GaussianStream(x, batch=recipe.batch, seed=recipe.data_seed, device=device)
         self.recipe, self.stream = recipe, self.gaussian
 
@@ -147,7 +147,7 @@ class GaussianStream:
 
     def __init__(self, x: Tensor, *, batch: int, seed: int, device: torch.device):
         self.batch, self.seed, self.device, self.d_model = batch, seed, device, x.shape[1]
-        self.halt = threading.Event()
+        self.cancel = threading.Event()
         self.mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - self.mean).T @ (x - self.mean) / (len(x) - 1))
         # The covariance of normalised activations does not have full rank.

@@ -14,7 +14,7 @@ from ksparse.data import shards
 from ksparse.data.contexts import Corpus
 from ksparse.device import resolve_device
 from ksparse.lm.model import LM
-from ksparse.lm.sites import sites_of
+from ksparse.lm.sites import list_sites
 from ksparse.studies.study import Figure, Study, StudyCurve, format_estimate
 
 TOKENS, LATENTS, K = 200_000, 2048, 32
@@ -103,7 +103,7 @@ def write_activations(study: Study) -> dict[str, Path]:
     """Write the activations of all sites in one pass over the text; return {site: folder}."""
     acts = dataclasses.replace(study.acts, shards="")
     lm = LM(acts=acts, device=resolve_device(study.options.device))
-    sites = sites_of(lm.model)
+    sites = list_sites(lm.model)
     rows = study.options.tokens or TOKENS
     folders = shards.write_sites(
         lm,

@@ -145,14 +145,14 @@ class Study:
         members: dict[str, Recipe],
         *,
         what: str = "training",
-        open_feed: Callable[[Recipe, torch.device], ActivationSource] = ActivationSource,
+        open_source: Callable[[Recipe, torch.device], ActivationSource] = ActivationSource,
     ) -> None:
         """Train members on one stream; finished ones stay as they are.
 
         Args:
             members: Recipes by name.
             what: What to call it in progress reports.
-            open_feed: Opens the stream.
+            open_source: Opens the stream.
         """
         names = {self.run_folder(member).path: member for member in members}
         total = sum(recipe.steps * recipe.batch for recipe in members.values())
@@ -166,7 +166,7 @@ class Study:
             list(members.values()),
             [self.run_folder(member).path for member in members],
             observe=observe,
-            open_feed=open_feed,
+            open_source=open_source,
         )
 
     # ---- evaluation
@@ -215,7 +215,7 @@ class Study:
                 ),
             )
             for member in batch:
-                runner.write(self.run_folder(member), evaluated[member])
+                runner.write_results(self.run_folder(member), evaluated[member])
                 results[member] = {name: dict(evaluated[member][name]) for name in names}
         return results
 

@@ -71,7 +71,7 @@ from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training.checkpoint import FORMAT, OPTIONAL, REQUIRED, TrainState
 from ksparse.training.steps.autograd import AutogradStep
-from ksparse.training.steps.select import choose_step
+from ksparse.training.steps.select import build_step
 
 log = logging.getLogger("ksparse")
 
@@ -99,7 +99,7 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     path, damages = run.newest_intact()
     for message in damages:
         log.warning("%s", message)
-    run.forget_after(int(path.name.rpartition("-")[2]) if path else 0)
+    run.drop_lines_after(int(path.name.rpartition("-")[2]) if path else 0)
     return path
 
 
@@ -136,7 +136,7 @@ def restore(
             shard_shape(shape, mesh), metadata, mesh=mesh, capacity=recipe.mesh.capacity
         )
     )
-    optimizer = choose_step(sae.to(device), recipe, mesh)
+    optimizer = build_step(sae.to(device), recipe, mesh)
     state = load(path, optimizer)
     if state.mesh == [mesh.data, mesh.latent]:
         torch.set_num_threads(state.threads)

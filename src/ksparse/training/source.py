@@ -2,7 +2,7 @@
 
 ActivationSource(recipe, device)
     .stream          batches of raw activations
-    .look            the calibration sample, read once: input scale, baseline, normalized rows
+    .calibration     the calibration sample, read once: input scale, baseline, normalized rows
     .lm_parameters   the size of the LM, for FLOPs
     .held_out        raw activations of held-out text, for curves
 """
@@ -69,13 +69,13 @@ class ActivationSource:
         depth = (
             SHARD_BATCHES
             if isinstance(self.source, ShardStream)
-            else getattr(self.source, "per_block", 1)
+            else getattr(self.source, "batches_per_buffer", 1)
         )
         # Several processes fill the shuffle buffer together, between two steps.
         collective = mesh.size > 1 and not recipe.acts.shards
         prefetch = prefetches(recipe, device.type) and not collective
         self.stream = Prefetcher(self.source, depth) if prefetch else self.source
-        self.waited = 0.0
+        self.seconds_waited = 0.0
         """Seconds that training has waited for batches."""
         self._centers: dict[str, Tensor] = {}
 
@@ -83,11 +83,11 @@ class ActivationSource:
         """Return the next batch, and add the time that it took to `waited`."""
         began = time.monotonic()
         batch = next(batches)
-        self.waited += time.monotonic() - began
+        self.seconds_waited += time.monotonic() - began
         return batch
 
     @cached_property
-    def look(self) -> Calibration:
+    def calibration(self) -> Calibration:
         """The calibration sample; reading it does not move the stream."""
         log.info("reading the first activations")
         raw, normalization = self.source.sample(SAMPLE), self.recipe.acts.normalize
@@ -104,7 +104,7 @@ class ActivationSource:
     def center(self, method: str) -> Tensor:
         """Return the initial b_pre, [d_model]; each `sae.b_pre_init` is computed once."""
         if method not in self._centers:
-            self._centers[method] = center(self.look.x, method)
+            self._centers[method] = center(self.calibration.x, method)
         return self._centers[method]
 
     @cached_property

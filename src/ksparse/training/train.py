@@ -81,7 +81,7 @@ def train_many(
     outs: Sequence[Path | str],
     *,
     observe: Callable[[RunFolder, dict[str, Any]], None] = lambda run, row: None,
-    open_feed: Callable[..., ActivationSource] = ActivationSource,
+    open_source: Callable[..., ActivationSource] = ActivationSource,
 ) -> list[RunFolder]:
     """Train SAEs that share one stream of activations; each run is what it would be alone.
 
@@ -94,7 +94,7 @@ def train_many(
         recipes: what to train; their `stream_key`s must be equal.
         outs: the folder of each run.
         observe: called with the run and each row of its metrics.
-        open_feed: called with a recipe, the device and, if there are several processes, the mesh;
+        open_source: called with a recipe, the device and, if there are several processes, the mesh;
             returns the source of activations. For sources other than the recipe's `acts`.
 
     Returns:
@@ -128,7 +128,7 @@ def train_many(
         if not unfinished:
             return runs
         processes = (mesh,) if mesh.size > 1 else ()
-        source = open_feed(shared, torch.device(device), *processes)
+        source = open_source(shared, torch.device(device), *processes)
         trainers = []
         for run, recipe, saved in unfinished:
             state, step = saved or start(recipe, source, mesh)
@@ -205,7 +205,7 @@ def _lock_and_begin(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequen
     for run, recipe in zip(runs, recipes, strict=True):
         stack.enter_context(run.locked())
         # A recipe without environment.json was put there by hand: it is not to be replaced.
-        if run.exists() and (run.begun() or not run.environment_file.is_file()):
+        if run.exists() and (run.has_results() or not run.environment_file.is_file()):
             check_same(run, recipe)
         else:
             begin(run, recipe)

@@ -26,7 +26,7 @@ from ksparse.config import Recipe, auxk_tokens, k_aux
 from ksparse.data.base import ActivationBatch
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import NonFiniteError
-from ksparse.lm.provenance import describe
+from ksparse.lm.provenance import describe_lm
 from ksparse.planning import flops
 from ksparse.sae.init import initialize_
 from ksparse.sae.losses import Losses
@@ -40,7 +40,7 @@ from ksparse.training.monitor import Monitor
 from ksparse.training.source import ActivationSource
 from ksparse.training.steps.async_copy import nonzero_async
 from ksparse.training.steps.autograd import AutogradStep, rate_share
-from ksparse.training.steps.select import choose_step
+from ksparse.training.steps.select import build_step
 
 log = logging.getLogger("ksparse")
 
@@ -146,7 +146,7 @@ class SAETrainer:
             metrics(losses, grad_norm, state, self.recipe, mixing, self.optimizer)
             | self.optimizer.audit(x[:AUDITED])
             | {
-                "waiting": self.source.waited / max(elapsed, 1e-9),
+                "waiting": self.source.seconds_waited / max(elapsed, 1e-9),
                 "tokens_per_s": (state.tokens - self.tokens_before) / max(elapsed, 1e-9),
                 "seconds": state.seconds,
             }
@@ -250,7 +250,7 @@ def start(
     Returns:
         The state before the first step, and the training step.
     """
-    calibration = source.look
+    calibration = source.calibration
     shape = Shape(
         source.stream.d_model,
         recipe.sae.n_latents,
@@ -262,7 +262,7 @@ def start(
     lm = getattr(source.source, "lm", None)
     metadata = {
         "acts": asdict(recipe.acts),
-        **({"subject": describe(lm.model)} if lm else {}),
+        **({"subject": describe_lm(lm.model)} if lm else {}),
         "policy": source.policy,
         **({"prefixes": list(sizes)} if (sizes := recipe.sae.nested_sizes) else {}),
         "dead_after": recipe.dead_after,
@@ -285,7 +285,7 @@ def start(
         baseline=calibration.baseline,
         mesh=[mesh.data, mesh.latent],
     )
-    return state, choose_step(sae, recipe, mesh)
+    return state, build_step(sae, recipe, mesh)
 
 
 class DeadLatents:

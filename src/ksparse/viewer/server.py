@@ -107,13 +107,13 @@ def serve(
     run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
 ) -> None:
     """Answer requests until SIGINT or SIGTERM, then raise Interrupted."""
-    http = server(run, token, trust_remote_code=trust_remote_code)
+    http = make_server(run, token, trust_remote_code=trust_remote_code)
     http.run(sockets=[listener])
     if http.ended_by:
         raise Interrupted("stopped", http.ended_by)
 
 
-def server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
+def make_server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
     """Return the server of a run."""
     return Server(
         uvicorn.Config(

@@ -154,7 +154,7 @@ class Activation(nn.Module, Generic[Options_co]):
         with torch.no_grad():
             products = sae.products(x)
             indices, mask = list_columns(self.active_mask(sae, products))
-        selected = kernels.selected(x, sae.b_pre, sae.W_enc, None, indices, products)
+        selected = kernels.selected_pre_acts(x, sae.b_pre, sae.W_enc, None, indices, products)
         return Code(self.values(sae, SparsePreActs(selected, indices, mask)), indices)
 
     def forward(self, sae: Host, x: Tensor) -> TrainingPass:
@@ -176,7 +176,9 @@ class Activation(nn.Module, Generic[Options_co]):
         if width > products.shape[1] // SPARSE_RATIO:
             return SparsePreActs(products, None, mask)
         indices, mask = list_columns(mask, width)
-        selected = kernels.selected(x, sae.b_pre, sae.W_enc, None, indices, products.detach())
+        selected = kernels.selected_pre_acts(
+            x, sae.b_pre, sae.W_enc, None, indices, products.detach()
+        )
         return SparsePreActs(selected, indices, mask)
 
     # ---- what it adds to the loss

@@ -311,7 +311,7 @@ class ExplicitStep(AutogradStep):
             return math.nan
         n = sae.shape.n_latents
         grad_values, values = pending.grad_values * pending.scale, pending.values * pending.scale
-        csc = torch_ops.transposed(pending.indices, n)
+        csc = torch_ops.sort_by_latent(pending.indices, n)
         sae.W_enc.grad = torch_ops.scatter_transposed(
             csc, grad_values, pending.centred, out=self._gradient("W_enc")
         )

@@ -15,7 +15,7 @@ from ksparse.training.steps.prefilter import fastest_prefilter
 from ksparse.training.steps.triton import TritonStep
 
 
-def choose_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> AutogradStep:
+def build_step(sae: SAE, recipe: Recipe, mesh: Mesh = SINGLE_PROCESS) -> AutogradStep:
     """Return the step of a recipe for an SAE.
 
     Args:

@@ -133,7 +133,7 @@ class TritonStep(PrefilteredStep):
             with the same batch again.
         """
         sae, recipe, pending = self.sae, self.recipe, self._take_pending()
-        csc, aux = triton_ops.transposed(pending.indices, sae.shape.n_latents), pending.aux
+        csc, aux = triton_ops.sort_by_latent(pending.indices, sae.shape.n_latents), pending.aux
         values, grad_values = pending.values * pending.scale, pending.grad_values * pending.scale
         error, centred = (
             rows.bfloat16() if self.copies else rows for rows in (pending.error, pending.centred)

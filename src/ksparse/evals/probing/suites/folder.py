@@ -17,7 +17,7 @@ from typing import Any
 
 from ksparse.errors import InputError
 from ksparse.storage.atomic import write_bytes
-from ksparse.storage.rows import columns, has_half, jsonl, shown
+from ksparse.storage.rows import columns, has_lone_surrogate, jsonl, shown
 
 LEAST = 20
 """Rows of each label that a task needs: with fewer, the best of many latents fits it by chance."""
@@ -145,7 +145,7 @@ def _check_row(row: Any, where: str) -> tuple[str, int]:
         raise InputError(f"{where}: {what}; expected {ROW}")
     if not text.strip():
         raise InputError(f"{where}: 'text' is empty; a probe needs a token")
-    if has_half(text):
+    if has_lone_surrogate(text):
         raise InputError(
             f"{where}: 'text' holds half of a surrogate pair, which is not a character; repair "
             "the file"

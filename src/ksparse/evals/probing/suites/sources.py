@@ -107,7 +107,7 @@ def folder_of(source: DatasetSource, local: Path | None) -> Path:
 
 def check_hub() -> None:
     """Raise InputError unless the package that reads data sets of the Hub is installed."""
-    rows.extra("datasets", "datasets", _PURPOSE)
+    rows.import_extra("datasets", "datasets", _PURPOSE)
 
 
 def _chain_parts(
@@ -122,7 +122,7 @@ def _chain_parts(
 
 
 def _open_on_hub(source: DatasetSource, per_part: int) -> OpenSource:
-    datasets = rows.extra("datasets", "datasets", _PURPOSE)
+    datasets = rows.import_extra("datasets", "datasets", _PURPOSE)
     reasons = []
     for branch, load in ((source.revision, _load_original), (CONVERTED, _load_converted)):
         revision = _resolve_commit(source.repo, branch)
