@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ksparse.kernels import native
-from ksparse.training.steps.explicit import PIECE, SparseGrads
+from ksparse.training.steps.explicit import PIECE, AuxGrads, SparseGrads
 from ksparse.training.steps.prefilter import PrefilteredStep, int8_kind
 
 
@@ -92,58 +92,30 @@ class NativeStep(PrefilteredStep):
             The gradient's norm, and b_pre's gradient [d].
         """
         sae, recipe, threads = self.sae, self.recipe, torch.get_num_threads()
-        n, d, k = sae.shape.n_latents, sae.shape.d_model, sae.shape.k
+        n, d = sae.shape.n_latents, sae.shape.d_model
         norms, pull = torch.zeros(threads, dtype=torch.float64), torch.zeros(threads, d)
-        aux, aux_row = pending.aux, None
-        if aux is not None:
-            aux_row = torch.full((n,), -1, dtype=torch.int32)
-            aux_row[aux.latents] = torch.arange(len(aux.latents), dtype=torch.int32)
-        rates = self._rates(step)
+        rates, state = self._rates(step), self.adam.state[sae.b_enc]
         rule = self._adam_rule(step, rates[0], clip)
-        state = self.adam.state[sae.b_enc]
-        parts = [
-            native.pointer(part)
-            for part in (
-                *csc,
-                pending.values,
-                pending.grad_values,
-                pending.error,
-                pending.x,
-                sae.b_pre.detach(),
-            )
-        ]
-        more = [
-            native.pointer(part)
-            for part in (aux_row, *((aux.dec, aux.enc, aux.bias) if aux else (None,) * 3))
-        ]
+        aux = _aux_tensors(pending.aux, n)  # alive until the call returns
+        sparse = (*csc, pending.values, pending.grad_values, pending.error, pending.x)
+        b_enc = (sae.b_enc.detach(), state["exp_avg"], state["exp_avg_sq"])
         native.library().ks_update(
             ctypes.c_int64(n),
             ctypes.c_int64(d),
-            k,
-            *parts,
+            sae.shape.k,
+            *map(native.pointer, (*sparse, sae.b_pre.detach())),
             ctypes.c_float(pending.scale),
-            *more,
+            *map(native.pointer, aux),
             self._matrix("W_enc"),
             self._matrix("W_dec"),
-            *(
-                native.pointer(part)
-                for part in (
-                    sae.b_enc.detach(),
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    self.average.get("b_enc"),
-                )
-            ),
+            *map(native.pointer, (*b_enc, self.average.get("b_enc"))),
             ctypes.byref(rule),
             ctypes.c_float(rates[1]),
             int(recipe.sae.unit_norm),
             int(recipe.sae.b_enc),
             int(apply),
             self.kind,
-            *(
-                native.pointer(part)
-                for part in ((self.low, self.low_scale) if self.kind else (None, None))
-            ),
+            *map(native.pointer, (self.low, self.low_scale) if self.kind else (None, None)),
             native.pointer(norms),
             native.pointer(pull),
             threads,
@@ -165,3 +137,13 @@ class NativeStep(PrefilteredStep):
                 )
             )
         )
+
+
+def _aux_tensors(aux: AuxGrads | None, n: int) -> tuple[Tensor | None, ...]:
+    """Return the row in AuxK's gradient of each latent, int32[n] with -1 for none, and the gradient
+    of W_dec, W_enc and b_enc; None each where there is none."""
+    if aux is None:
+        return None, None, None, None
+    rows = torch.full((n,), -1, dtype=torch.int32)
+    rows[aux.latents] = torch.arange(len(aux.latents), dtype=torch.int32)
+    return rows, aux.dec, aux.enc, aux.bias
