@@ -176,7 +176,7 @@ def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_p
         (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {key: "somebody/kernel"}))
         with pytest.raises(
             InputError,
-            match="its config names 'somebody/kernel', code of the Hub, for its attention",
+            match="its config names 'somebody/kernel', code on the Hub, for its attention",
         ):
             ksparse.LM(str(tmp_path / "lm"), site="resid_post.1")
 
@@ -190,4 +190,4 @@ def test_plan_does_not_fetch_attention_code_that_a_config_names(tiny_lm, tmp_pat
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--acts.lm", str(tmp_path / "lm"), "--acts.site", "resid_post.1"])
     assert ended.value.code == 2
-    assert "its config names 'somebody/kernel', code of the Hub" in capsys.readouterr().err
+    assert "its config names 'somebody/kernel', code on the Hub" in capsys.readouterr().err

@@ -478,13 +478,6 @@ def test_texts_that_are_too_short_everywhere_are_refused(small_acts, tmp_path):
         run(make_sae(acts, lm.d_model), lm, acts, ablation_horizon=12)
 
 
-def test_a_context_of_one_token_is_refused(small_acts):
-    acts = small_acts(context=1)
-    lm = LM(acts=acts)
-    with pytest.raises(InputError, match="contexts of 1 token have no position to ablate"):
-        Ablation(EvalContext(make_sae(acts, lm.d_model), HeldOut(lm, acts, OPTIONS)))
-
-
 def test_the_same_seed_gives_the_same_result_and_another_seed_another(subject, small_acts):
     acts, lm = subject
     sae = make_sae(acts, lm.d_model)

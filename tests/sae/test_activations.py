@@ -277,7 +277,7 @@ def test_a_code_of_nothing_is_a_code():
 def test_codes_of_several_widths_are_joined_without_new_activations():
     narrow = Code(torch.tensor([[1.0]]), torch.tensor([[3]]))
     wide = Code(torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([[1, 2, 0]]))
-    joined = Code.joined([narrow, wide])
+    joined = Code.concat([narrow, wide])
     assert joined.values.shape == (2, 3)
     torch.testing.assert_close(joined.dense(4), torch.cat([narrow.dense(4), wide.dense(4)]))
 

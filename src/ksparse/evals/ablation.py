@@ -81,19 +81,11 @@ class AblationEffects(NamedTuple):
 class Ablation(Metric):
     """Ablation sparsity of random active latents and of random channels, and a table of the effects
     of each latent where it is strongest.
-
-    Raises:
-        InputError: if contexts have only one token.
     """
 
     def __init__(self, context: EvalContext):
         super().__init__(context)
         options, length = context.options, context.data.acts.context
-        if length < 2:
-            raise InputError(
-                f"contexts of {length} token have no position to ablate; train and evaluate with "
-                "--acts.context of 2 or more"
-            )
         self.horizon = min(options.ablation_horizon, length - 1)
         n = context.sae.shape.n_latents
         self.sample = _SiteSample(

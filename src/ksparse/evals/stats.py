@@ -180,7 +180,7 @@ class Stats(Metric):
         if not self.tokens:
             return {}
         tokens = torch.cat(self.tokens)
-        values, indices = Code.joined(self.codes)
+        values, indices = Code.concat(self.codes)
         active = (values > 0).nonzero(as_tuple=True)
         value, latent = values[active].float().numpy(), indices[active].numpy()
         token = tokens[active[:2]].numpy()

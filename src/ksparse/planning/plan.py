@@ -422,7 +422,7 @@ def format_bytes(size: float) -> str:
     """Format a number of bytes.
 
     Example:
-        >>> amount_of_bytes(1.5e9)
+        >>> format_bytes(1.5e9)
         '1.5 GB'
     """
     for unit, name, digits in ((1e9, "GB", 1), (1e6, "MB", 0), (1e3, "kB", 0)):
@@ -435,7 +435,7 @@ def format_duration(seconds: float) -> str:
     """Format a length of time.
 
     Example:
-        >>> duration(600)
+        >>> format_duration(600)
         '10 min'
     """
     if seconds < 90:

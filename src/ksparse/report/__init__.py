@@ -38,7 +38,7 @@ def write(run: RunFolder) -> Path:
     Example:
         >>> from ksparse import report
         >>> from ksparse.storage.run_folder import open_run
-        >>> report.write(open_run("runs/demo"))  # doctest: +SKIP
+        >>> report.write(open_run("runs/demo"))
         PosixPath('runs/demo/report.html')
     """
     from ksparse.report import page

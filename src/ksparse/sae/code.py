@@ -31,17 +31,17 @@ class Code(NamedTuple):
         zeros = self.values.new_zeros(*self.values.shape[:-1], n_latents)
         return zeros.scatter_add(-1, self.indices, self.values)
 
-    def widened(self, width: int) -> Code:
+    def pad_to(self, width: int) -> Code:
         """Return the same code padded to `width` entries per token, with values of 0."""
         more = width - self.values.shape[-1]
         return Code(*(nn.functional.pad(part, (0, more)) for part in self)) if more else self
 
     @staticmethod
-    def joined(codes: Sequence[Code]) -> Code:
+    def concat(codes: Sequence[Code]) -> Code:
         """Concatenate codes [.., k] of several widths along the first dimension, padded to the
         widest."""
         width = max(code.values.shape[-1] for code in codes)
-        return Code(*(torch.cat(parts) for parts in zip(*(code.widened(width) for code in codes))))
+        return Code(*(torch.cat(parts) for parts in zip(*(code.pad_to(width) for code in codes))))
 
 
 class RawCode(Code):

@@ -77,6 +77,12 @@ def save(sae: SAE, folder: Path | str) -> None:
     Args:
         sae: the SAE.
         folder: where to write it; an SAE that is already there is replaced.
+
+    Example:
+        >>> import ksparse
+        >>> ksparse.save(ksparse.load("runs/demo"), "my-sae")
+        >>> ksparse.load("my-sae").shape.k
+        32
     """
     checksums.check_replaceable(Path(folder))
     with checksums.checksummed_dir(Path(folder)) as tmp:

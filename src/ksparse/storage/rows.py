@@ -85,7 +85,7 @@ def replace_lone_surrogates(text: str) -> str:
     """Return a text with U+FFFD in place of each lone surrogate; a pair becomes its character.
 
     Example:
-        >>> whole_characters("a\\ud83d\\ude00 b\\ud83d") == "a\\U0001f600 b\\ufffd"
+        >>> replace_lone_surrogates("a\\ud83d\\ude00 b\\ud83d") == "a\\U0001f600 b\\ufffd"
         True
     """
     return (

@@ -51,7 +51,7 @@ def export(
         >>> from pathlib import Path
         >>> from ksparse import viewer
         >>> from ksparse.storage.run_folder import open_run
-        >>> viewer.export(open_run("runs/demo"), Path("site"))  # doctest: +SKIP
+        >>> viewer.export(open_run("runs/demo"), Path("site"))
         PosixPath('site/index.html')
     """
     from ksparse.viewer import static_site

@@ -99,7 +99,7 @@ class AutogradStep:
             names = list(result.terms)
             scalars.append(torch.stack((result.total, *result.terms.values())).detach() * share)
             codes.append(Code(*(field.detach() for field in result.code)))
-        code = Code.joined(codes)
+        code = Code.concat(codes)
         self.seen = (
             (x, code, dead)
             if self.activation.followed or resampling(self.updates + 1, self.recipe)

@@ -225,7 +225,7 @@ class ExplicitStep(AutogradStep):
         """Return the same from a code values, indices[s, k_aux] among the dead latents."""
         loss, slope = self._auxk_loss(self.sparse.gather_sum(values, indices, W_dec), error, tokens)
         inner = self.sparse.gather_dot(slope, indices, W_dec).mul_(values > 0)
-        csc = self.sparse.transposed(indices, len(dead))
+        csc = self.sparse.sort_by_latent(indices, len(dead))
         bias = self.sparse.scatter_transposed(csc, inner, inner.new_ones(len(inner), 1)).squeeze(1)
         return loss, AuxGrads(
             dead,
