@@ -61,7 +61,7 @@ class PeerError(KsparseError):
 
 
 class Interrupted(KsparseError):
-    """The run was stopped by a signal (Ctrl-C, SIGTERM) and has saved a checkpoint."""
+    """The run was stopped by a signal (SIGHUP, Ctrl-C, SIGTERM) and has saved a checkpoint."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)

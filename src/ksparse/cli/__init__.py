@@ -30,7 +30,8 @@ from ksparse.trust import split_trust_flag, trusted
 
 EXIT_CODES = (
     "0 success · 1 failure · 2 bad input · 3 NaN or infinity · 4 out of memory · 5 disk · "
-    "6 another process failed · 130 Ctrl-C · 143 SIGTERM (both after saving) · 141 broken pipe"
+    "6 another process failed · 129 SIGHUP · 130 Ctrl-C · 143 SIGTERM (all after saving) · "
+    "141 broken pipe"
 )
 COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, prepare)
 """In the order in which help lists their verbs."""
