@@ -18,8 +18,9 @@ from typing import Any
 
 from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import unknown
+from ksparse.progress import Progress, no_progress
 from ksparse.studies import ablations, baselines, gaussian, sites
-from ksparse.studies.study import Observe, Study
+from ksparse.studies.study import Study
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
     "baselines": baselines.run,
@@ -40,7 +41,7 @@ def run(
     name: str,
     options: StudyConfig = StudyConfig(),
     *,
-    observe: Observe = lambda what, done, total: None,
+    observe: Progress = no_progress,
 ) -> Path:
     """Run a study.
 

@@ -28,6 +28,7 @@ from ksparse.config import ActivationConfig, Recipe, SAEConfig
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
+from ksparse.progress import Progress
 from ksparse.sae import serialization
 from ksparse.sae.model import SAE
 from ksparse.storage import atomic, jsonio
@@ -40,8 +41,6 @@ log = logging.getLogger("ksparse")
 FORMAT = 1
 BATCH = 8
 """SAEs evaluated in one pass; results are saved after each pass."""
-Observe = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 Estimate = dict[str, float | None]
 """A value with its standard error, {"value", "se"}; None where unknown."""
 
@@ -83,7 +82,7 @@ class Figure:
 class Study:
     """One study on disk, and the recipe that its members are derived from."""
 
-    def __init__(self, name: str, options: StudyConfig, observe: Observe):
+    def __init__(self, name: str, options: StudyConfig, observe: Progress):
         self.name, self.options, self.observe = name, options, observe
         self.path = Path(options.out or f"studies/{name}")
         self.began = time.monotonic()

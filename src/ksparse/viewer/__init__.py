@@ -19,20 +19,17 @@ assets/      the page: HTML, CSS and JavaScript as they are, without a build ste
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
+from ksparse.progress import Progress, no_progress
 from ksparse.storage.run_folder import RunFolder
-
-ProgressCallback = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and the total."""
 
 
 def export(
     run: RunFolder,
     folder: Path,
     *,
-    observe: ProgressCallback = lambda what, done, total: None,
+    observe: Progress = no_progress,
 ) -> Path:
     """Write the static pages of a run into a folder.
 

@@ -22,13 +22,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 from ksparse.errors import CorruptError, InputError
+from ksparse.progress import Progress, no_progress
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer.labels import Labels
@@ -75,7 +76,7 @@ def write(
     run: RunFolder,
     folder: Path,
     *,
-    observe: Callable[[str, int, int], None] = lambda what, done, total: None,
+    observe: Progress = no_progress,
 ) -> Path:
     """Write the pages of a run; see `ksparse.viewer.export`."""
     folder = Path(folder)
@@ -200,7 +201,7 @@ def _write_marker(work: Path, names: list[str], folder: Path, run: str) -> None:
     os.replace(work / MARKER, folder / MARKER)
 
 
-def _write_pages(work: Path, run: RunFolder, observe: Callable[[str, int, int], None]) -> list[str]:
+def _write_pages(work: Path, run: RunFolder, observe: Progress) -> list[str]:
     """Write the pages into an empty folder; return the names of the files."""
     pages, sums = work / "pages", hashlib.sha256()
     names = []
@@ -223,7 +224,7 @@ def _write_pages(work: Path, run: RunFolder, observe: Callable[[str, int, int], 
 
 
 def _make_files(
-    run: RunFolder, resources: Resources, observe: Callable[[str, int, int], None]
+    run: RunFolder, resources: Resources, observe: Progress
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of every file that the page loads."""
     yield from ((name, asset(name)) for name in ASSETS if name != PAGE)

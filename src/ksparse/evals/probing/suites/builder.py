@@ -86,7 +86,7 @@ class DrawnTask(NamedTuple):
     revision: str
 
 
-Observe = Callable[[Step], None]
+OnStep = Callable[[Step], None]
 
 
 def build(
@@ -98,7 +98,7 @@ def build(
     documents: int = DOCUMENTS,
     local: Path | str | None = None,
     only: Sequence[str] = (),
-    observe: Observe = lambda step: None,
+    observe: OnStep = lambda step: None,
 ) -> Report:
     """Build every task of the paper that can be built, as a suite in a folder.
 
@@ -255,7 +255,7 @@ def _group_by_sources(
 
 
 def _make(
-    tasks: list[PaperTask], sources: tuple[DatasetSource, ...], plan: BuildPlan, observe: Observe
+    tasks: list[PaperTask], sources: tuple[DatasetSource, ...], plan: BuildPlan, observe: OnStep
 ) -> Iterator[tuple[PaperTask, DrawnTask | str]]:
     """Yield each task with its rows from the first source that works, or why none did."""
     reasons: dict[str, list[str]] = {task.name: [] for task in tasks}
