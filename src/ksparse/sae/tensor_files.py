@@ -202,11 +202,13 @@ def _view(file: Path, opened: Any, key: str) -> tuple[StoredTensor, Callable[[sl
 
     def read_all() -> Tensor:
         with reading(file):
-            return opened.get_tensor(key)
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor
 
     def read_rows(rows: slice) -> Tensor:
         with reading(file):
-            return view[rows]
+            tensor: Tensor = view[rows]
+        return tensor
 
     return StoredTensor(shape, _HEADER.get(dtype, str(dtype)), read_all), read_rows
 
