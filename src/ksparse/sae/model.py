@@ -145,6 +145,7 @@ class SAE(nn.Module):
 
     @property
     def k(self) -> int:
+        """Latents that may be active at once, as in `shape`."""
         return self.shape.k
 
     @property

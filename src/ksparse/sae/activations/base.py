@@ -28,7 +28,7 @@ _PRE_ACTS = 2**24  # pre-activations in memory at once while a threshold is chos
 
 
 class Host(Protocol):
-    """What an activation reads of the `SAE` that holds it."""
+    """What an activation reads of the `SAE` that holds it; `SAE` documents the members."""
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
