@@ -107,7 +107,7 @@ class CheckedTensors:
             raise self.error(f"{self.file}: {key!r} is {number}, expected a finite number")
         return number
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         """Return a tensor with one element as a whole number."""
         number = self.number(key, default)
         if number != int(number):
