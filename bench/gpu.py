@@ -414,7 +414,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         "scatter_measured": lambda: triton_ops.scatter_measured(lists, values, x, values),
         "lower(x)": lambda: triton_candidates.quantize(x, "int8"),
         "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True),
-        "adam_rows_ (encoder)": lambda: adam(whole=low.rows, scale=low.scale),
+        "adam_rows_ (encoder)": lambda: adam(int8_copy=low.rows, scale=low.scale),
     }
 
 

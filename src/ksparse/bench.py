@@ -316,6 +316,7 @@ class OwnStep:
     facts: Callable[[], dict[str, Any]]
 
     def __call__(self, x: Any) -> None:
+        """Run the step on normalised activations x[b, d]."""
         self.step(x)
 
 

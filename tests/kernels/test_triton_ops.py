@@ -125,7 +125,7 @@ from ksparse.kernels import triton_ops, triton_candidates
 tl = triton.language
 I, F, B = "*i64", "*fp32", "*bf16"
 TYPES = dict(x=B, weight=B, bias=F, values=F, places="*u8", tokens=I, order=I, starts=I, latents="*i32", indices=I, parts=F, weights=F, part_sums=F, out=F, b="i32", n="i32",
-             d="i32", k="i32", grad=F, first=F, second=F, average=F, half=B, clip_at=F, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain".split(), "fp32"))
+             d="i32", k="i32", grad=F, first=F, second=F, average=F, bf16_copy=B, clip_at=F, **dict.fromkeys("rate beta2 gain1 gain2 eps root gain".split(), "fp32"))
 
 def build(name, warps, types={}, **constants):
     kernel, types = getattr(triton_ops, name, None) or getattr(triton_candidates, name), TYPES | types
@@ -149,7 +149,7 @@ build("_rows", 1, dict(squares=F, sums=F), CHUNK=512, MEASURED=True, **sums)
 build("_choose", 1, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
       COLUMNS=128, MORE=16, MORE_COLUMNS=128)
 build("_decode", 8, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=16, COLUMNS=1024)
-build("_adam_row", 8, dict(weight=F, half=B, whole="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
+build("_adam_row", 8, dict(weight=F, int8_copy="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
 build("_squares", 8, {"weight": F}, PROJECT=True, COLUMNS=1024)
 """
 
@@ -625,7 +625,7 @@ def test_adam_rows_is_projection_clip_adam_norm_and_average(d, unit, clip):
             unit_norm=unit,
             average=mean,
             decay=0.99,
-            half=low,
+            bf16_copy=low,
         )
     # at d = 1 the projected gradient is rounding, which Adam makes large: there only the norm says something
     if not (unit and d == 1):
@@ -685,7 +685,7 @@ def test_adam_rows_leaves_the_row_in_bytes_as_lower_makes_them():
         beta1=0.9,
         beta2=0.999,
         eps=1e-8,
-        whole=low.rows,
+        int8_copy=low.rows,
         scale=low.scale,
     )
     assert all(map(torch.equal, low, triton_candidates.quantize(weight, "int8")))
@@ -699,10 +699,10 @@ def test_adam_rows_changes_nothing_where_the_clip_is_nan():
     }
     tensors["second"].abs_()
     tensors |= {
-        "half": tensors["weight"].bfloat16(),
+        "bf16_copy": tensors["weight"].bfloat16(),
         **triton_candidates.quantize(tensors["weight"], "int8")._asdict(),
     }
-    tensors["whole"] = tensors.pop("rows")
+    tensors["int8_copy"] = tensors.pop("rows")
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     triton_ops.adam_rows_(
         **tensors,

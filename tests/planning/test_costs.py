@@ -334,10 +334,10 @@ def test_out_of_memory_gives_the_plans_own_advice(small_recipe, tmp_path, monkey
     with pytest.raises(OutOfMemoryError) as raised:
         train.train_many([asked], [tmp_path / "run"], open_source=full)
     made = plan.plan(asked)
-    assert plan.format_bytes(made.asked.bytes) in str(raised.value) and plan.advice(
-        made.asked.memory
+    assert plan.format_bytes(made.requested.bytes) in str(raised.value) and plan.advice(
+        made.requested.memory
     ) in str(raised.value)
-    assert f"smaller by   {plan.advice(made.asked.memory)}" in plan.lines(
+    assert f"smaller by   {plan.advice(made.requested.memory)}" in plan.lines(
         made
     ) and "--acts.mix" in str(raised.value)
 
@@ -488,5 +488,5 @@ def test_a_recipes_own_mesh_is_planned_as_it_says():
         recipe(mesh__data=2, mesh__latent=4),
         card="h100",
         unseen=costs.UnseenLM(d_model=16, parameters=10),
-    ).asked
+    ).requested
     assert (asked.devices, asked.data, asked.latent) == (8, 2, 4)

@@ -284,7 +284,7 @@ def probes(arguments: list[str]) -> None:
     options = parse(ProbesArgs, "probes build DIR", flags)
     from ksparse.evals.probing import suites
 
-    built = suites.build(
+    report = suites.build(
         folder,
         rows=options.rows,
         seed=options.seed,
@@ -297,12 +297,12 @@ def probes(arguments: list[str]) -> None:
         **({"text": options.text} if options.text else {}),
     )
     print(
-        f"suite    {built.folder}: {len(built.made)} tasks made, {len(built.kept)} there before, "
-        f"{len(built.failed)} failed"
+        f"suite    {report.folder}: {len(report.built)} tasks made, {len(report.kept)} there "
+        f"before, {len(report.failed)} failed"
     )
-    for name, reason in built.failed.items():
+    for name, reason in report.failed.items():
         print(f"  {name}: {reason}")
-    if built.made or built.kept:
-        print(f"next     ksparse eval RUN probes --suite {built.folder}")
+    if report.built or report.kept:
+        print(f"next     ksparse eval RUN probes --suite {report.folder}")
     else:
         sys.exit(1)

@@ -16,7 +16,7 @@ from ksparse.errors import InputError
 
 
 class SAEKeys(Protocol):
-    """What the rules of activations read of a recipe's section `sae`, a `SAEConfig`."""
+    """What the rules of activations read of a recipe's section `sae`; `SAEConfig` documents it."""
 
     @property
     def auxk_coef(self) -> float: ...

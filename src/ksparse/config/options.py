@@ -245,7 +245,7 @@ def choose_class(union: Any, table: dict[str, Any], prefix: str, where: str = ""
     Raises:
         InputError: for an unknown `kind`, and for keys that this member does not have.
     """
-    by_kind = {member.kind: member for member in typing.get_args(union)}
+    by_kind: dict[str, type] = {member.kind: member for member in typing.get_args(union)}
     kind = _convert(
         table.get("kind", next(iter(by_kind))), Literal[tuple(by_kind)], f"'{prefix}kind'{where}"
     )

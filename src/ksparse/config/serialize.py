@@ -78,12 +78,14 @@ def from_dict(table: dict[str, Any], where: str = "") -> Recipe:
         1000000
     """
     with suggesting_keys():
-        return build(Recipe, table, "", where)
+        recipe: Recipe = build(Recipe, table, "", where)
+    return recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as nested dictionaries of plain values, with lists for tuples."""
-    return plain(dataclasses.asdict(recipe))
+    table: dict[str, Any] = plain(dataclasses.asdict(recipe))
+    return table
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -6,10 +6,14 @@ import queue
 import threading
 from collections.abc import Generator
 from contextlib import suppress
+from typing import TypeAlias
 
 from torch import Tensor
 
 from ksparse.data.base import ActivationBatch, ActivationStream, Cursor, StreamCancelled
+
+_Ready: TypeAlias = "queue.Queue[tuple[ActivationBatch, float | None] | BaseException]"
+"""Batches with their `same_context_fraction`, or the error that ended the thread."""
 
 
 class Prefetcher:
@@ -26,9 +30,7 @@ class Prefetcher:
 
     def batches(self, cursor: Cursor | None = None) -> Generator[ActivationBatch, None, None]:
         """Yield the stream's batches, from the cursor on."""
-        ready: queue.Queue[tuple[ActivationBatch, float | None] | BaseException] = queue.Queue(
-            self.depth
-        )
+        ready: _Ready = queue.Queue(self.depth)
         thread = threading.Thread(
             target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True
         )
@@ -49,7 +51,7 @@ class Prefetcher:
             thread.join()
             self.cancel.clear()
 
-    def _fill(self, ready: queue.Queue, cursor: Cursor | None) -> None:
+    def _fill(self, ready: _Ready, cursor: Cursor | None) -> None:
         try:
             for batch in self.stream.batches(cursor):
                 ready.put((batch, self.stream.same_context_fraction()))

@@ -98,14 +98,14 @@ class Progressive(Metric):
         }
 
     def finalize(self) -> Result:
-        own = self._point("own")
+        as_trained = self._point("own")
         return Result(
             {
-                "l0": own["l0"],
-                "nmse": own["nmse"],
-                "ce_delta": own["ce_delta"],
+                "l0": as_trained["l0"],
+                "nmse": as_trained["nmse"],
+                "ce_delta": as_trained["ce_delta"],
                 "ce_clean": ratio(self.sums["ce_clean"], self.sums["tokens"]),
-                "own": own,
+                "own": as_trained,
                 "topk": [self._point(f"topk-{k}", k=k) for k in self.ks],
                 "threshold": [
                     self._point(f"threshold-{k}", threshold=threshold, wanted=k)

@@ -156,7 +156,7 @@ def _topk(
     weights: CheckedTensors, trainer: Settings | None, activation: str = "topk"
 ) -> _ShapeAndTensors:
     tensors = _linear(weights, "b_dec")
-    k = weights.whole("k", trainer.get_typed("k", int, None) if trainer else None)
+    k = weights.integer("k", trainer.get_typed("k", int, None) if trainer else None)
     if activation == "batch_topk":
         tensors["threshold"] = torch.tensor([weights.number("threshold")])
     return {"k": k, "activation": activation}, tensors
@@ -167,7 +167,7 @@ def _batch_topk(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndT
 
 
 def _matryoshka(weights: CheckedTensors, trainer: Settings | None) -> _ShapeAndTensors:
-    return {"k": weights.whole("k"), "activation": "batch_topk"}, _matrices(weights) | {
+    return {"k": weights.integer("k"), "activation": "batch_topk"}, _matrices(weights) | {
         "threshold": torch.tensor([weights.number("threshold")])
     }
 

@@ -1043,8 +1043,8 @@ def _adam_row(
     first,
     second,
     average,
-    half,
-    whole,
+    bf16_copy,
+    int8_copy,
     scale,
     clip_at,
     d,
@@ -1093,10 +1093,10 @@ def _adam_row(
     if AVERAGE:
         tl.store(average + at, mean + (w - mean) * gain, moved)
     if HALF:
-        tl.store(half + at, w.to(half.dtype.element_ty), moved)
+        tl.store(bf16_copy + at, w.to(bf16_copy.dtype.element_ty), moved)
     if BYTES:
         part, unit = quantize_row(w)
-        tl.store(whole + at, part, moved)
+        tl.store(int8_copy + at, part, moved)
         tl.store(scale + tl.program_id(0), unit, clip == clip)
 
 
@@ -1145,8 +1145,8 @@ def adam_rows_(
     unit_norm: bool = False,
     average: Tensor | None = None,
     decay: float = 1.0,
-    half: Tensor | None = None,
-    whole: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
+    int8_copy: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
     """Update weight[n, d] by a step of Adam, in one pass over its rows.
@@ -1171,8 +1171,8 @@ def adam_rows_(
         unit_norm: Normalise rows to norm 1.
         average: The averaged weight [n, d] in float32.
         decay: Decay of the average.
-        half: A copy [n, d] of the weight in bfloat16.
-        whole: A copy [n, d] of the weight in int8, with `scale`.
+        bf16_copy: A copy [n, d] of the weight in bfloat16.
+        int8_copy: A copy [n, d] of the weight in int8, with `scale`.
         scale: [n]
 
     Raises:
@@ -1184,8 +1184,8 @@ def adam_rows_(
         "first": first,
         "second": second,
         "average": average,
-        "half": half,
-        "whole": whole,
+        "bf16_copy": bf16_copy,
+        "int8_copy": int8_copy,
     }.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
             raise ValueError(
@@ -1195,7 +1195,7 @@ def adam_rows_(
     if weight.dtype != torch.float32 or (average is not None and average.dtype != torch.float32):
         raise ValueError(
             f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in "
-            "`half`"
+            "`bf16_copy`"
         )
     if weight.numel() == 0:
         return
@@ -1207,8 +1207,8 @@ def adam_rows_(
             first,
             second,
             weight if average is None else average,
-            weight if half is None else half,
-            weight if whole is None else whole,
+            weight if bf16_copy is None else bf16_copy,
+            weight if int8_copy is None else int8_copy,
             weight if scale is None else scale,
             clip,
             weight.shape[1],
@@ -1222,7 +1222,7 @@ def adam_rows_(
             PROJECT=project,
             UNIT=unit_norm,
             AVERAGE=average is not None,
-            HALF=half is not None,
-            BYTES=whole is not None,
+            HALF=bf16_copy is not None,
+            BYTES=int8_copy is not None,
             **row_options(weight.shape[1]),
         )

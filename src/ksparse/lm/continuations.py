@@ -27,12 +27,7 @@ _log = logging.getLogger("ksparse")
 
 
 class Branch(ABC):
-    """Many continuations of c contexts from one position on, made by `LM.branch_from`.
-
-    `branch(rows, x)` returns logits [r, length, v] of contexts rows[r], each with the raw
-    activation x[r, d] (float32) in place of the site's at that position. Rows may repeat and be in
-    any order. Equal to `LM.run_patched` with that edit, up to rounding.
-    """
+    """Many continuations of c contexts from one position on; `LM.branch_from` returns one."""
 
     logits: Tensor
     """[c, length, v] of the unchanged LM, in its own precision, as are all logits here."""
@@ -45,7 +40,18 @@ class Branch(ABC):
     def __init__(self, lm: LM, tokens: Tensor, at: int, length: int): ...
 
     @abstractmethod
-    def __call__(self, rows: Tensor, x: Tensor) -> Tensor: ...
+    def __call__(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Continue contexts with other activations at the position.
+
+        The result equals that of `LM.run_patched` with the same edit, up to rounding.
+
+        Args:
+            rows: indices [r] of the contexts; they may repeat and be in any order.
+            x: raw activations [r, d] in float32, in place of the site's.
+
+        Returns:
+            Logits [r, length, v].
+        """
 
 
 class CachedBranch(Branch):

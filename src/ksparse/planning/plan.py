@@ -36,13 +36,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a recipe costs: on the recipe's own mesh (`asked`), and on the best mesh of each number
-    of devices (`meshes`)."""
+    """What a recipe costs: on the recipe's own mesh (`requested`), and on the best mesh of each
+    number of devices (`meshes`)."""
 
     case: PlanInput
     subject: str
     device: str
-    asked: StepCost
+    requested: StepCost
     meshes: list[StepCost]
     free: int
     """Free bytes on the disk of the working folder."""
@@ -139,11 +139,12 @@ def _typical_device(device: str) -> Device:
 
 def lines(plan: RunPlan) -> list[str]:
     """Return the lines that `ksparse plan` prints."""
-    case, recipe, subject, asked = plan.case, plan.case.recipe, plan.case.subject, plan.asked
+    case, requested = plan.case, plan.requested
+    recipe, subject = case.recipe, case.subject
     d, n, kind = subject.d_model, recipe.sae.n_latents, recipe.sae.activation.kind
     aux, tokens = k_aux(recipe.sae, d), recipe.steps * recipe.batch
     flops_per_token = _flops_per_token(case)
-    devices = f" on each of {asked.devices} devices" if asked.devices > 1 else ""
+    devices = f" on each of {requested.devices} devices" if requested.devices > 1 else ""
     return [
         f"subject      {plan.subject}: d_model {d:,}, {subject.parameters / 1e6:,.1f} M "
         "parameters, "
@@ -152,16 +153,16 @@ def lines(plan: RunPlan) -> list[str]:
         f"{case.parameters / 1e6:,.1f} M parameters; lr {recipe.lr:.2g}",
         f"training     {tokens:,} activations in {recipe.steps:,} steps of {recipe.batch:,}; dead "
         f"after {recipe.dead_after:,} tokens",
-        f"memory       {format_bytes(asked.bytes)}{devices}, while {case.dead:.0%} of the "
-        "latents are dead: " + by_part(asked.memory),
-        f"smaller by   {advice(asked.memory)}",
+        f"memory       {format_bytes(requested.bytes)}{devices}, while {case.dead:.0%} of the "
+        "latents are dead: " + by_part(requested.memory),
+        f"smaller by   {advice(requested.memory)}",
         f"FLOPs        {tokens * sum(flops_per_token.values()):.3g}; per activation: "
         + ", ".join(f"{name} {size:.3g}" for name, size in flops_per_token.items()),
         f"disk         {format_bytes(plan.disk)} for {recipe.run.keep} checkpoints and one "
         f"being written; {format_bytes(plan.free)} free here",
-        f"time         about {format_duration(tokens / asked.tokens_per_s)} on {plan.device} "
-        f"({asked.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
-        + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in asked.seconds.items()),
+        f"time         about {format_duration(tokens / requested.tokens_per_s)} on {plan.device} "
+        f"({requested.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
+        + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in requested.seconds.items()),
         *_warnings(plan),
     ]
 
@@ -190,7 +191,7 @@ def _warnings(plan: RunPlan) -> list[str]:
         )
     if plan.disk > plan.free:
         messages.append("warning      the disk is too small")
-    if not plan.asked.fits:
+    if not plan.requested.fits:
         messages.append(f"warning      {card.name} has {format_bytes(card.memory)} of memory")
     return messages
 
@@ -313,7 +314,7 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
         "card": dataclasses.asdict(case.card),
         "step": case.step,
         "dead": case.dead,
-        "asked": _cost_to_dict(plan.asked),
+        "asked": _cost_to_dict(plan.requested),
         "meshes": [
             _cost_to_dict(cost) | {"most_latents": costs.largest(case, cost.devices)}
             for cost in plan.meshes

@@ -121,7 +121,8 @@ class SAE(nn.Module):
         except AttributeError:
             activation = self.__dict__.get("_modules", {}).get("activation")
             if activation is not None and name in {**activation._parameters, **activation._buffers}:
-                return getattr(activation, name)
+                tensor: Tensor = getattr(activation, name)
+                return tensor
             raise
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -144,12 +145,15 @@ class SAE(nn.Module):
 
     @property
     def k(self) -> int:
+        """Latents that may be active at once, as in `shape`."""
         return self.shape.k
 
     @property
     def input_norm(self) -> float:
         """The norm of a typical normalised input: 1 with unit_norm, else sqrt(d_model)."""
-        return input_rms(self.shape.normalize, self.shape.d_model) * self.shape.d_model**0.5
+        d_model = self.shape.d_model
+        norm: float = input_rms(self.shape.normalize, d_model) * d_model**0.5
+        return norm
 
     # ---- for users: raw activations
 

@@ -1,17 +1,21 @@
 """Normalisation of raw activations into the SAE's inputs, and of reconstructions back.
 
-| kind | input | scale that is kept |
+| kind | input x of a raw activation r | kept for `restore` |
 |---|---|---|
-| unit_norm | subtract the mean over d_model, divide by the norm (Gao et al. 2024, section 2.1) | mean and norm, per activation |
-| layer_norm | the same, divided by the unbiased standard deviation + 1e-5 (their code; norm sqrt(d_model - 1)) | mean and deviation |
-| constant_norm | times sqrt(d_model) over the norm (SAELens) | norm / sqrt(d_model), per activation |
-| dataset | times one constant, so that the mean squared norm is d_model | the constant, saved with the autoencoder |
-| none | as it is | - |
+| unit_norm | (r - mean) / norm of r - mean | mean and norm of each r |
+| layer_norm | (r - mean) / (deviation + 1e-5) | mean and deviation of each r |
+| constant_norm | r / scale, scale = norm of r / sqrt(d_model) | scale of each r |
+| dataset | factor * r, so that the mean squared norm is d_model | factor, saved with the SAE |
+| none | r | - |
+
+The mean is over the d_model components. unit_norm is that of Gao et al. 2024, section 2.1.
+layer_norm is that of their code, with the unbiased standard deviation, so that x has a norm of
+sqrt(d_model - 1); constant_norm is that of SAELens.
 
 With the first three, the mean and scale of each activation bypass the SAE and are put back by
 `restore`. Errors before and after `restore` are therefore different numbers, and results say which
 they are. layer_norm puts back the deviation without the 1e-5, as other libraries do.
-"""  # noqa: E501 (a table)
+"""
 
 from __future__ import annotations
 

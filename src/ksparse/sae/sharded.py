@@ -121,7 +121,8 @@ class ShardedSAE(SAE):
         return kept[:, self.mesh.latent_rank, :width]
 
     def decoder(self, code: Code) -> Tensor:
-        return _Summed.apply(super().decoder(code), self.mesh)
+        recon: Tensor = _Summed.apply(super().decoder(code), self.mesh)
+        return recon
 
 
 def compact(kept: Tensor, *parts: Tensor) -> list[Tensor]:
@@ -157,11 +158,11 @@ class _Summed(torch.autograd.Function):
     whole gradient."""
 
     @staticmethod
-    def forward(ctx, partial, mesh):
+    def forward(ctx: Any, partial: Tensor, mesh: Mesh) -> Tensor:
         return mesh.all_reduce_sum("recon", partial.clone(), "latent")
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -169,10 +170,11 @@ class _SharedBias(torch.autograd.Function):
     """b_pre in the encoder: each shard has a part of its gradient, which is summed."""
 
     @staticmethod
-    def forward(ctx, b_pre, mesh):
+    def forward(ctx: Any, b_pre: Tensor, mesh: Mesh) -> Tensor:
         ctx.mesh = mesh
         return b_pre.view_as(b_pre)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.mesh.all_reduce_sum("b_pre_encoder", grad.clone(), "latent"), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mesh: Mesh = ctx.mesh
+        return mesh.all_reduce_sum("b_pre_encoder", grad.clone(), "latent"), None

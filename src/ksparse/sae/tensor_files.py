@@ -107,7 +107,7 @@ class CheckedTensors:
             raise self.error(f"{self.file}: {key!r} is {number}, expected a finite number")
         return number
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         """Return a tensor with one element as a whole number."""
         number = self.number(key, default)
         if number != int(number):
@@ -202,11 +202,13 @@ def _view(file: Path, opened: Any, key: str) -> tuple[StoredTensor, Callable[[sl
 
     def read_all() -> Tensor:
         with reading(file):
-            return opened.get_tensor(key)
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor
 
     def read_rows(rows: slice) -> Tensor:
         with reading(file):
-            return view[rows]
+            tensor: Tensor = view[rows]
+        return tensor
 
     return StoredTensor(shape, _HEADER.get(dtype, str(dtype)), read_all), read_rows
 

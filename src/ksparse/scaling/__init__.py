@@ -1,7 +1,5 @@
-"""Many runs -> one law.
+"""Scaling laws of SAEs, from the grid of runs to the fitted law.
 
-solve    least squares on logs of sums of two powers: fits, intervals, bootstrap
-forms    what each law may look like
-points   CSV -> points
-law      points -> one law: fit, compare, predict
+sweeps   a grid of recipes: training its runs, and collecting their points
+laws     points to laws: fit, compare, predict
 """

@@ -114,14 +114,13 @@ def plain_name(name: Any, where: Path) -> str:
     Raises:
         CorruptError: for a path, and for anything that cannot be a file name.
     """
-    is_plain = (
+    if not (
         isinstance(name, str)
         and Path(name).name == name
         and name not in ("", "..")
         and name.isprintable()
         and len(name.encode()) <= 255
-    )
-    if not is_plain:
+    ):
         raise CorruptError(
             f"{where} names {str(name)[:80]!r}, which is not a file of its own folder"
         )

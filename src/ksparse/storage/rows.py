@@ -327,9 +327,10 @@ def _cell(scalar: Any, where: str) -> str | None:
     if data.size > LONGEST:
         raise InputError(f"{where}: longer than {LONGEST:,} bytes")
     try:
-        return data.to_pybytes().decode("utf-8", "surrogatepass")
+        text: str = data.to_pybytes().decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8: {error}") from None
+    return text
 
 
 def read_text(row: Any, column: str, where: str) -> str | None:
@@ -346,15 +347,12 @@ def read_text(row: Any, column: str, where: str) -> str | None:
     Raises:
         InputError: if the row has no such column, or something other than text in it.
     """
-    if (
-        isinstance(row, Mapping)
-        and column in row
-        and (row[column] is None or isinstance(row[column], str))
-    ):
-        return row[column]
     if isinstance(row, Mapping) and column in row:
-        type_name = type(row[column]).__name__
-        what = f"the column {column!r} holds {shown(row[column])!r}, of type {type_name}, not text"
+        value = row[column]
+        if value is None or isinstance(value, str):
+            return value
+        type_name = type(value).__name__
+        what = f"the column {column!r} holds {shown(value)!r}, of type {type_name}, not text"
     else:
         what = f"no text in the column {column!r}"
     raise InputError(f"{where}: {what}; there are {columns(row)}. Name it with --acts.text-field")

@@ -294,6 +294,7 @@ class LMQueue:
         self._thread, self._count = threading.Thread(target=self._work, daemon=True), 0
 
     async def __call__(self, handle: Handler, body: Table) -> Table:
+        """Return handle(body), computed in the thread; raise Busy if too many requests wait."""
         if self._count > MOST_WAITING:
             raise Busy
         if self._thread.ident is None:
@@ -409,6 +410,7 @@ class Guard:
         self.inner, self.token = inner, token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with 403, or pass it on and add headers to the response (ASGI)."""
         if scope["type"] != "http":  # no websockets
             return
         headers = {

@@ -478,7 +478,7 @@ def test_a_build_makes_what_it_can_and_says_why_not_for_the_rest(tmp_path, local
     seen = []
     report = build(tmp_path / "suite", rows=80, local=local, observe=seen.append)
     names = ["cola", *(name for name in ALL if name.startswith(("ag_news", "europarl")))]
-    assert sorted(report.made) == sorted(names)
+    assert sorted(report.built) == sorted(names)
     assert sorted(report.failed) == sorted(set(ALL) - set(names))
     assert report.kept == ()
     assert report.failed["sciq"] == (
@@ -624,7 +624,7 @@ def test_finished_tasks_are_kept_unless_their_settings_or_their_file_changed(
     tmp_path, local, no_hub
 ):
     folder, names = tmp_path / "suite", ["cola", "ag_news_world"]
-    assert len(build(folder, rows=40, local=local, only=names).made) == 2
+    assert len(build(folder, rows=40, local=local, only=names).built) == 2
     before = (folder / "cola.jsonl.gz").read_bytes()
     assert build(folder, rows=40, only=names).kept == (
         "cola",
@@ -632,10 +632,13 @@ def test_finished_tasks_are_kept_unless_their_settings_or_their_file_changed(
     )  # nothing is read: neither the Hub nor a local folder
     (folder / "cola.jsonl.gz").write_bytes(b"damaged")
     report = build(folder, rows=40, local=local, only=names)
-    assert (report.made, report.kept) == (("cola",), ("ag_news_world",))
+    assert (report.built, report.kept) == (("cola",), ("ag_news_world",))
     assert (folder / "cola.jsonl.gz").read_bytes() == before
-    assert build(folder, rows=40, seed=1, local=local, only=names).made == ("cola", "ag_news_world")
-    assert build(folder, rows=60, seed=1, local=local, only=["cola"]).made == ("cola",)
+    assert build(folder, rows=40, seed=1, local=local, only=names).built == (
+        "cola",
+        "ag_news_world",
+    )
+    assert build(folder, rows=60, seed=1, local=local, only=["cola"]).built == ("cola",)
     assert {name: entry["rows"] for name, entry in index_of(folder)["tasks"].items()} == {
         "cola": 60,
         "ag_news_world": 40,
@@ -651,7 +654,7 @@ def test_a_failure_is_forgotten_once_the_task_is_made(tmp_path, local, no_hub):
         "justice.train.jsonl",
         [{"label": i % 2, "scenario": f"I deserve {i}."} for i in range(90)],
     )
-    assert build(folder, rows=40, local=local, only=["cola", "justice"]).made == ("justice",)
+    assert build(folder, rows=40, local=local, only=["cola", "justice"]).built == ("justice",)
     assert index_of(folder)["failed"] == {}
 
 
@@ -681,7 +684,7 @@ def test_a_damaged_source_fails_alone(tmp_path, local, no_hub, content, reason):
         content if isinstance(content, bytes) else content.encode()
     )
     report = build(tmp_path / "suite", rows=40, local=local, only=["cola", "ag_news_world"])
-    assert report.made == ("ag_news_world",)
+    assert report.built == ("ag_news_world",)
     assert re.search(reason, report.failed["cola"])
 
 
@@ -721,7 +724,7 @@ def test_running_text_makes_the_phrases_and_base64(tmp_path, no_hub):
         text=str(text),
         only=["base64", "phrase_living-room", "phrase_prime-factors", "phrase_trial-court"],
     )
-    assert report.made == ("base64", "phrase_living-room", "phrase_prime-factors")
+    assert report.built == ("base64", "phrase_living-room", "phrase_prime-factors")
     assert (
         "too few texts: 0 with the label 1 and 0 with the label 0"
         in report.failed["phrase_trial-court"]
@@ -798,7 +801,7 @@ def hub(monkeypatch):
 
 def test_a_data_set_of_the_hub_is_streamed_at_a_commit(tmp_path, hub):
     hub.rows["nyu-mll/glue", "cola"] = cola_rows()
-    assert build(tmp_path / "suite", rows=40, only=["cola"]).made == ("cola",)
+    assert build(tmp_path / "suite", rows=40, only=["cola"]).built == ("cola",)
     assert hub.calls == [("nyu-mll/glue", "cola", "train", "sha-of-main", None)]
     assert index_of(tmp_path / "suite")["tasks"]["cola"]["revision"] == "sha-of-main"
 
@@ -810,7 +813,7 @@ def test_a_repository_with_a_script_is_read_as_the_hub_converted_it(tmp_path, hu
             {"sentence": f"{split} {i}.", "question": "Why?", "answer": "So.", "label": i % 2}
             for i in range(60)
         ]
-    assert build(tmp_path / "suite", rows=40, only=["mc_taco"]).made == ("mc_taco",)
+    assert build(tmp_path / "suite", rows=40, only=["mc_taco"]).built == ("mc_taco",)
     assert [call[4] for call in hub.calls[1:]] == [
         files.format(split) for split in ("validation", "test")
     ]
@@ -830,7 +833,7 @@ def test_mirrors_are_tried_in_order_and_every_reason_is_kept(tmp_path, hub):
     hub.rows["mteb/amazon_polarity", None] = [
         {"text": f"Review {i}", "label": i % 2} for i in range(80)
     ]
-    assert build(tmp_path / "suite", rows=40, only=["amazon"]).made == ("amazon",)
+    assert build(tmp_path / "suite", rows=40, only=["amazon"]).built == ("amazon",)
     assert index_of(tmp_path / "suite")["tasks"]["amazon"]["source"] == "mteb/amazon_polarity"
 
 
@@ -842,7 +845,7 @@ def test_a_connection_that_breaks_stops_only_its_own_tasks(tmp_path, hub):
     hub.rows["fancyzhang/ag_news", None] = broken()
     hub.rows["nyu-mll/glue", "cola"] = cola_rows()
     report = build(tmp_path / "suite", rows=40, only=["ag_news_world", "ag_news_sports", "cola"])
-    assert report.made == ("cola",)
+    assert report.built == ("cola",)
     assert "ConnectionError: connection lost" in report.failed["ag_news_sports"]
 
 
@@ -850,7 +853,7 @@ def test_running_text_of_the_hub_may_name_a_configuration(tmp_path, hub):
     hub.rows["owner/web", "sample"] = [{"text": f"{i} {FILL * 5}"} for i in range(200)]
     assert build(
         tmp_path / "suite", rows=40, text="owner/web:sample", documents=150, only=["base64"]
-    ).made == ("base64",)
+    ).built == ("base64",)
     assert index_of(tmp_path / "suite")["tasks"]["base64"]["source"] == "owner/web sample"
 
 

@@ -159,6 +159,7 @@ class Matcher:
         self.any_last = int(np.searchsorted(self.table[:, 0], ANY, "right"))
 
     def match(self, tokens: np.ndarray, begins: np.ndarray, mask: np.ndarray) -> Matches:
+        """Return the predictions above 0, as `Predictor.match` does, in parts of bounded memory."""
         context, position = np.nonzero(mask)
         last = tokens[context, position]
         low, high = (np.searchsorted(self.table[:, 0], last, side) for side in ("left", "right"))
@@ -251,6 +252,7 @@ class GreedyMatcher:
                 self.by_last.setdefault(token, []).append(latent)
 
     def match(self, tokens: np.ndarray, begins: np.ndarray, mask: np.ndarray) -> Matches:
+        """Return the predictions above 0, as `Predictor.match` does."""
         entries = []
         rows = tokens.tolist()
         for context, position in zip(*(axis.tolist() for axis in np.nonzero(mask))):

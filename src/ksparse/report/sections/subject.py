@@ -56,7 +56,7 @@ def describe_run(source: RunSource) -> dict[str, str]:
     recipe, tokens_trained = source.recipe, source.tokens_trained
     acts, sae = recipe.acts, recipe.sae
     text = (acts.text, acts.text_config, acts.text_split)
-    asked = recipe.steps * recipe.batch
+    planned_tokens = recipe.steps * recipe.batch
     options = [f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind"]
     return {
         "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
@@ -68,7 +68,7 @@ def describe_run(source: RunSource) -> dict[str, str]:
         "Activation": ", ".join([source.activation, *options]),
         "Active latents per token": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,
         "Training": f"{tokens_trained:,} tokens in batches of {recipe.batch:,}"
-        + (f" (the recipe has {asked:,})" if tokens_trained < asked else ""),
+        + (f" (the recipe has {planned_tokens:,})" if tokens_trained < planned_tokens else ""),
         "Normalisation": acts.normalize,
         "Learning rate": f"{recipe.lr:.3g}" + ("" if recipe.optim.lr else ", from the 1/√n law"),
         "AuxK": f"weight {sae.auxk_coef:.3g}, dead after {recipe.dead_after:,} tokens"

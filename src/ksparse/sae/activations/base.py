@@ -28,7 +28,7 @@ _PRE_ACTS = 2**24  # pre-activations in memory at once while a threshold is chos
 
 
 class Host(Protocol):
-    """What an activation reads of the `SAE` that holds it."""
+    """What an activation reads of the `SAE` that holds it; `SAE` documents the members."""
 
     W_enc: nn.Parameter
     b_enc: nn.Parameter
@@ -262,7 +262,8 @@ def list_columns(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor
 
 def l1_penalty(paid: Tensor, x: Tensor) -> Tensor:
     """Return the mean over tokens of the sum of paid[b, m] over the norm of x[b, d]."""
-    return (paid.sum(1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)).mean()
+    norms: Tensor = x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    return (paid.sum(1) / norms).mean()
 
 
 def threshold_for(sae: Host, x: Tensor) -> float:

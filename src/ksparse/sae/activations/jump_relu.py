@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,13 @@ class JumpReLU(Activation[JumpReLUConfig]):
 
     def values(self, sae: Host, listed: SparsePreActs) -> Tensor:
         a = listed.products + listed.gather(sae.b_enc)
-        return _Jump.apply(a, listed.gather(self.threshold), self.window(sae)) * listed.mask
+        z: Tensor = _Jump.apply(a, listed.gather(self.threshold), self.window(sae))
+        return z * listed.mask
 
     def count(self, sae: Host, listed: SparsePreActs) -> Tensor:
         """Return the number of active latents of each token, [b], with the thresholds' gradient."""
         a = (listed.products + listed.gather(sae.b_enc)).detach()
-        steps = _Step.apply(a, listed.gather(self.threshold), self.window(sae))
+        steps: Tensor = _Step.apply(a, listed.gather(self.threshold), self.window(sae))
         return (steps * listed.mask).sum(1)
 
     def loss_terms(
@@ -57,8 +60,8 @@ class JumpReLU(Activation[JumpReLUConfig]):
 
     @torch.no_grad()
     def start_(self, sae: Host, sample: Tensor) -> None:
-        given = self.options.threshold * sae.input_norm
-        self.threshold.fill_(given or start_threshold(sae, sample))
+        threshold = self.options.threshold * sae.input_norm
+        self.threshold.fill_(threshold or start_threshold(sae, sample))
 
     def start_code(self, sae: Host, x: Tensor) -> Code:
         return sae.code(x, sae.pre_acts_normalized(x))
@@ -79,13 +82,13 @@ class _Jump(torch.autograd.Function):
     / width."""
 
     @staticmethod
-    def forward(ctx, a, threshold, width):
+    def forward(ctx: Any, a: Tensor, threshold: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(a, threshold)
         ctx.width = width
         return torch.where(a > threshold, a, 0.0)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, threshold = ctx.saved_tensors
         to_threshold = -threshold * _window(a, threshold, ctx.width) * grad
         return grad * (a > threshold), to_threshold.sum_to_size(threshold.shape), None
@@ -96,12 +99,12 @@ class _Step(torch.autograd.Function):
     a."""
 
     @staticmethod
-    def forward(ctx, a, threshold, width):
+    def forward(ctx: Any, a: Tensor, threshold: Tensor, width: float) -> Tensor:
         ctx.save_for_backward(a, threshold)
         ctx.width = width
         return (a > threshold).to(a.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         a, threshold = ctx.saved_tensors
         return None, (-_window(a, threshold, ctx.width) * grad).sum_to_size(threshold.shape), None

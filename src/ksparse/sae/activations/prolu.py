@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,9 @@ class ProLU(Activation[ProLUConfig]):
         return (products > 0) & (products + sae.b_enc > 0)
 
     def values(self, sae: Host, listed: SparsePreActs) -> Tensor:
-        gated = _ProLU.apply(listed.products, listed.gather(sae.b_enc), self.options.gradient)
+        gated: Tensor = _ProLU.apply(
+            listed.products, listed.gather(sae.b_enc), self.options.gradient
+        )
         return gated * listed.mask
 
     def loss_terms(
@@ -41,14 +45,14 @@ class _ProLU(torch.autograd.Function):
     taken as 1, so that dz/dp = 1 + p and dz/db = p."""
 
     @staticmethod
-    def forward(ctx, p, b, gradient):
+    def forward(ctx: Any, p: Tensor, b: Tensor, gradient: str) -> Tensor:
         gate = (p > 0) & (p + b > 0)
         ctx.save_for_backward(p, gate)
         ctx.gradient, ctx.bias_shape = gradient, b.shape
         return torch.where(gate, p, 0.0)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         p, gate = ctx.saved_tensors
         grad = grad * gate
         to_bias = grad * p if ctx.gradient == "ste" else grad

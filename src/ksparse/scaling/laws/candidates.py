@@ -74,7 +74,7 @@ class Candidate:
         return None if self.fit is None else rms(self.fit.residuals, self.fit.weights)
 
 
-def fit_candidate(kind: LawKind, form: Form, cells: Cells) -> Candidate:
+def fit_candidate(law_kind: LawKind, form: Form, cells: Cells) -> Candidate:
     """Fit one form, with its AICc and its test of extrapolation."""
     why = missing_points(form, cells.columns, cells.weight)
     if why:
@@ -85,7 +85,7 @@ def fit_candidate(kind: LawKind, form: Form, cells: Cells) -> Candidate:
     if m > p + 1:
         log_rms = max(rms(fitted.residuals, fitted.weights), 1e-12)
         aicc = m * math.log(log_rms**2) + 2 * p + 2 * p * (p + 1) / (m - p - 1)
-    return Candidate(form, fitted, aicc, extrapolation=_extrapolate(kind, form, cells))
+    return Candidate(form, fitted, aicc, extrapolation=_extrapolate(law_kind, form, cells))
 
 
 def missing_points(form: Form, columns: Columns, weight: np.ndarray) -> str:
@@ -124,7 +124,7 @@ def _sizes_per_series(columns: Columns, x: str, others: list[str]) -> list[int]:
     return [len(np.unique(columns[x][(series == key).all(1)])) for key in np.unique(series, axis=0)]
 
 
-def choose(kind: LawKind, candidates: list[Candidate], form: str, cells: Cells) -> Candidate:
+def choose(law_kind: LawKind, candidates: list[Candidate], form: str, cells: Cells) -> Candidate:
     """Return the candidate of the requested form: `paper`, `best` (smallest AICc) or a name."""
     fitted = [candidate for candidate in candidates if candidate.fit is not None]
     if form == "best" and fitted:
@@ -132,16 +132,16 @@ def choose(kind: LawKind, candidates: list[Candidate], form: str, cells: Cells) 
     names = [candidate.form.name for candidate in candidates]
     if form not in ("paper", "best", *names):
         raise InputError(
-            f"the law {kind.name} has no form {form!r} for these points; there are paper, best, "
-            f"{', '.join(names)}"
+            f"the law {law_kind.name} has no form {form!r} for these points; there are paper, "
+            f"best, {', '.join(names)}"
         )
     chosen = candidates[names.index(form) if form in names else 0]
     if chosen.fit is None:
         possible = ", ".join(candidate.form.name for candidate in fitted)
         hint = f"add points, or ask for another form: {possible}" if possible else "add points"
-        if kind.name == "nk" and len(np.unique(cells.columns["k"])) == 1:
+        if law_kind.name == "nk" and len(np.unique(cells.columns["k"])) == 1:
             hint = "with a single k the law is L(N): --law n"
-        raise InputError(f"too few points for {kind.title}: {chosen.why}; {hint}")
+        raise InputError(f"too few points for {law_kind.title}: {chosen.why}; {hint}")
     return chosen
 
 
@@ -179,9 +179,9 @@ def coefficients(
     return result
 
 
-def _extrapolate(kind: LawKind, form: Form, cells: Cells) -> Extrapolation:
+def _extrapolate(law_kind: LawKind, form: Form, cells: Cells) -> Extrapolation:
     """Fit without the largest first variable (compute: its largest quarter) and predict those."""
-    x = kind.variables[0]
+    x = law_kind.variables[0]
     column = cells.columns[x]
     bound = np.sort(column)[-max(1, len(column) // 4)] if x == "c" else column.max()
     held_out = column >= bound
@@ -200,7 +200,7 @@ def _extrapolate(kind: LawKind, form: Form, cells: Cells) -> Extrapolation:
     points = [
         {
             **{name: plain(values[held_out][i]) for name, values in cells.columns.items()},
-            kind.target: float(cells.value[held_out][i]),
+            law_kind.target: float(cells.value[held_out][i]),
             "foretold": float(predicted[i]),
             "error": float(errors[i]),
         }
@@ -237,5 +237,5 @@ def rms(residuals: np.ndarray, weights: np.ndarray) -> float:
 def plain(value: Any) -> Any:
     """Return a NumPy scalar as a JSON value; whole floats as int."""
     value = value.item()
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return int(value) if whole else value
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if is_whole else value

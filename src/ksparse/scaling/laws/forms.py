@@ -46,8 +46,8 @@ class LawKind:
 
 
 LAWS = {
-    kind.name: kind
-    for kind in (
+    law_kind.name: law_kind
+    for law_kind in (
         LawKind("nk", "L(N, k)", "loss", ("n", "k")),
         LawKind("n", "L(N)", "loss", ("n",), "k"),
         LawKind("c", "L(C)", "loss", ("c",), "k", "run"),
@@ -116,24 +116,26 @@ def law_of(name: str) -> LawKind:
 
 def forms(law: str, points: Columns) -> list[Form]:
     """Return the forms that a law may have for these points, the paper's first."""
-    kind = law_of(law)
+    law_kind = law_of(law)
     if law == "nk":
         return _joint(points)
-    groups = _groups(points, kind.group)
+    groups = _groups(points, law_kind.group)
     if law in ("tokens", "lr", "optimal"):
-        shared = _power(kind, groups, shared_beta=True)
-        return [shared, _power(kind, groups)] if len(groups) > 1 else [shared]
-    return [_power(kind, groups, floor=True), _power(kind, groups)]
+        shared = _power(law_kind, groups, shared_beta=True)
+        return [shared, _power(law_kind, groups)] if len(groups) > 1 else [shared]
+    return [_power(law_kind, groups, floor=True), _power(law_kind, groups)]
 
 
 # ---- single powers -------------------------------------------------------------------------------
 
 
-def _power(kind: LawKind, groups: list, *, shared_beta: bool = False, floor: bool = False) -> Form:
+def _power(
+    law_kind: LawKind, groups: list, *, shared_beta: bool = False, floor: bool = False
+) -> Form:
     """Return alpha x^beta [+ e] for each group, with a beta for each or one for all."""
-    x = kind.variables[0]
+    x = law_kind.variables[0]
     columns = [
-        (_indicator(kind.group, group), f"_{_label(group)}" if group is not None else "")
+        (_indicator(law_kind.group, group), f"_{_label(group)}" if group is not None else "")
         for group in groups
     ]
     alphas: tuple[CoefficientSpec, ...] = ()
@@ -146,11 +148,11 @@ def _power(kind: LawKind, groups: list, *, shared_beta: bool = False, floor: boo
     if shared_beta:
         betas = (CoefficientSpec("beta", _log(x)),)
     name = "power_floor" if floor else "power"
-    target = "L" if kind.target == "loss" else kind.target
+    target = "L" if law_kind.target == "loss" else law_kind.target
     equation = f"{target} = alpha {'C' if x == 'c' else x}^beta" + (" + e" if floor else "")
     if groups != [None]:
         name += "" if shared_beta else "_each"
-        equation += f", {'alpha ' if shared_beta else ''}of each {kind.group}"
+        equation += f", {'alpha ' if shared_beta else ''}of each {law_kind.group}"
     return Form(name, equation, alphas + betas, floors)
 
 
@@ -204,7 +206,7 @@ def _joint(points: Columns) -> list[Form]:
         CoefficientSpec(f"alpha_{_label(k)}", _indicator("k", k))
         for k in np.unique(points["k"]).tolist()
     )
-    kind = LAWS["n"]
+    law_kind = LAWS["n"]
     groups = _groups(points, "k")
     return [
         Form("eq3", f"L = {power} + {irreducible}", amplitude, floor),
@@ -217,6 +219,6 @@ def _joint(points: Columns) -> list[Form]:
             (*alphas, *amplitude[2:]),
             floor,
         ),
-        _power(kind, groups, floor=True),
-        _power(kind, groups),
+        _power(law_kind, groups, floor=True),
+        _power(law_kind, groups),
     ]

@@ -369,13 +369,13 @@ def fit(
         >>> round(fit(points, "lr", draws=0).coefficients["beta"].value, 3)
         -1.0
     """
-    kind = law_of(law)
-    cells = to_cells(kind, _check_columns(kind, points))
-    candidates = [fit_candidate(kind, tried, cells) for tried in forms(law, cells.columns)]
-    chosen = choose(kind, candidates, form, cells)
+    law_kind = law_of(law)
+    cells = to_cells(law_kind, _check_columns(law_kind, points))
+    candidates = [fit_candidate(law_kind, tried, cells) for tried in forms(law, cells.columns)]
+    chosen = choose(law_kind, candidates, form, cells)
     assert chosen.fit is not None
     return Law(
-        kind,
+        law_kind,
         chosen.form,
         cells,
         chosen.fit,
@@ -387,10 +387,10 @@ def fit(
 
 def evaluate(law: dict[str, Any], at: Columns) -> np.ndarray:
     """Return the values at many points of a law in the form of law.json."""
-    kind, points = law_of(law["law"]), law["points"]
+    law_kind, points = law_of(law["law"]), law["points"]
     columns = {
         name: np.array([point[name] for point in points])
-        for name in (*kind.variables, kind.group)
+        for name in (*law_kind.variables, law_kind.group)
         if name is not None and name in points[0]
     }
     form = next(form for form in forms(law["law"], columns) if form.name == law["form"])
@@ -408,28 +408,30 @@ def read_points(file: Path | str, law: str) -> dict[str, np.ndarray]:
     Raises:
         InputError: A column is missing, or a row cannot be a point.
     """
-    kind = law_of(law)
-    needed = (*kind.variables, *((kind.group,) if law == "s" else ()), kind.target)
+    law_kind = law_of(law)
+    needed = (*law_kind.variables, *((law_kind.group,) if law == "s" else ()), law_kind.target)
     columns = read(file, needed, positive=[name for name in needed if name not in WORDS])
     used = [
-        name for name in (*needed, kind.group, kind.cluster) if name is not None and name in columns
+        name
+        for name in (*needed, law_kind.group, law_kind.cluster)
+        if name is not None and name in columns
     ]
-    if kind.group in columns and kind.group not in WORDS and kind.group not in needed:
+    if law_kind.group in columns and law_kind.group not in WORDS and law_kind.group not in needed:
         columns = read(file, needed, positive=[name for name in used if name not in WORDS])
     return {name: columns[name] for name in used}
 
 
-def _check_columns(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
+def _check_columns(law_kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
     """Return the points as arrays of one length, all numbers finite and above 0."""
-    needed = [*kind.variables, kind.target]
+    needed = [*law_kind.variables, law_kind.target]
     missing = [name for name in needed if name not in points]
     if missing:
         raise InputError(
-            f"the law {kind.name} needs {', '.join(needed)}; {missing[0]!r} is missing"
+            f"the law {law_kind.name} needs {', '.join(needed)}; {missing[0]!r} is missing"
         )
     columns = {
         name: np.asarray(points[name])
-        for name in (*needed, kind.group, kind.cluster)
+        for name in (*needed, law_kind.group, law_kind.cluster)
         if name is not None and name in points
     }
     sizes = {name: len(column) for name, column in columns.items()}
@@ -441,8 +443,8 @@ def _check_columns(kind: LawKind, points: Columns) -> dict[str, np.ndarray]:
         numbers = column.astype(float)
         if not (np.isfinite(numbers) & (numbers > 0)).all():
             raise InputError(
-                f"{name} of the law {kind.name} has values that are not above 0; laws are fitted "
-                "to logarithms"
+                f"{name} of the law {law_kind.name} has values that are not above 0; laws are "
+                "fitted to logarithms"
             )
     return columns
 

@@ -1,8 +1,8 @@
 """Read the points of laws from CSV files, merge seeds, and keep the best learning rates.
 
-read(file, needed)       columns of a CSV as arrays; a bad row is reported with its line
-to_cells(kind, points)   rows that differ only by seed become one: geometric mean and count
-best_lr(rows, by)        in each group, the rows of the learning rate with the lowest loss
+read(file, needed)           columns of a CSV as arrays; a bad row is reported with its line
+to_cells(law_kind, points)   rows that differ only by seed become one: geometric mean and count
+best_lr(rows, by)            in each group, the rows of the learning rate with the lowest loss
 """
 
 from __future__ import annotations
@@ -132,16 +132,22 @@ def _parse_number(file: Path | str, line: int, name: str, text: str, needed: boo
         raise InputError(f"{file} line {line}: {name} is {text!r}, which is not a number") from None
 
 
-def to_cells(kind: LawKind, points: Columns) -> Cells:
+def to_cells(law_kind: LawKind, points: Columns) -> Cells:
     """Merge rows that agree in a law's variables, and so differ by seed alone.
 
     A point's value is the geometric mean of its rows. For a law with clusters each row is a point,
     and the rows of one cluster together weigh as much as one point.
     """
-    by = [name for name in (*kind.variables, kind.group) if name is not None and name in points]
-    logs = np.log(np.asarray(points[kind.target], float))
-    if kind.cluster is not None and kind.cluster in points:
-        _, cluster, sizes = np.unique(points[kind.cluster], return_inverse=True, return_counts=True)
+    by = [
+        name
+        for name in (*law_kind.variables, law_kind.group)
+        if name is not None and name in points
+    ]
+    logs = np.log(np.asarray(points[law_kind.target], float))
+    if law_kind.cluster is not None and law_kind.cluster in points:
+        _, cluster, sizes = np.unique(
+            points[law_kind.cluster], return_inverse=True, return_counts=True
+        )
         return Cells(
             {name: np.asarray(points[name]) for name in by},
             np.exp(logs),

@@ -75,14 +75,14 @@ class AutogradStep:
             The losses of the batch, on a mesh of the whole batch, and the code, of this process's
             part and shard.
         """
-        whole = len(x) * self.mesh.data
-        options, at = self.recipe.sae, self.mesh.batch_range(whole).start
-        aux_tokens = auxk_tokens(options, whole)
+        batch_size = len(x) * self.mesh.data
+        options, at = self.recipe.sae, self.mesh.batch_range(batch_size).start
+        aux_tokens = auxk_tokens(options, batch_size)
         scalars: list[Tensor] = []
         codes: list[Code] = []
         names: list[str] = []
         for part in x.split(max(1, PRE_ACTS // self.sae.shape.n_latents)):
-            share, counted = len(part) / whole, min(len(part), max(0, aux_tokens - at))
+            share, counted = len(part) / batch_size, min(len(part), max(0, aux_tokens - at))
             inputs = LossInputs(
                 options,
                 baseline,
@@ -290,10 +290,10 @@ def clip_(sae: SAE, limit: float, mesh: Mesh = SINGLE_PROCESS) -> float:
     norm = torch.nn.utils.get_total_norm(gradients)
     if mesh.latent > 1:
         shared = sae.b_pre.grad
-        own = torch.nn.utils.get_total_norm(
+        shard_norm = torch.nn.utils.get_total_norm(
             [gradient for gradient in gradients if gradient is not shared]
         )
-        squares = mesh.all_reduce_sum("norm", own.double().square(), "latent")
+        squares = mesh.all_reduce_sum("norm", shard_norm.double().square(), "latent")
         if shared is not None:
             squares = squares + shared.double().square().sum()
         norm = squares.sqrt().float()

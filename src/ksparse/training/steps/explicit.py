@@ -82,20 +82,20 @@ class ExplicitStep(AutogradStep):
         centred = x - sae.b_pre
         error = self._buffer("error", x.shape)
         values, indices, square, grad_values = self._code(x, centred, error)
-        whole = len(x) * self.mesh.data
+        batch_size = len(x) * self.mesh.data
         nmse = self.mesh.all_reduce_sum(
             "loss", square.double().mean() / x.shape[1] / baseline / self.mesh.data, "data"
         )
         finite = self._is_finite(nmse, grad_values)
         aux_loss, aux = nmse.new_zeros(()), None
         if options.uses_auxk and sae.count(dead) and finite is not False:
-            tokens = auxk_tokens(options, whole)
-            counted = slice(max(0, tokens - self.mesh.batch_range(whole).start))
+            tokens = auxk_tokens(options, batch_size)
+            counted = slice(max(0, tokens - self.mesh.batch_range(batch_size).start))
             aux_loss, aux = self._auxk(centred[counted], error[counted], dead, k_aux, tokens)
         terms = {"nmse": LossTerm(nmse)}
         if options.uses_auxk:
             terms["auxk"] = LossTerm(aux_loss, options.auxk_coef)
-        scale = 2 / (whole * x.shape[1] * baseline)
+        scale = 2 / (batch_size * x.shape[1] * baseline)
         self.pending = SparseGrads(
             x, centred, error, values, indices, grad_values, scale, finite, aux
         )

@@ -196,7 +196,7 @@ class TritonStep(PrefilteredStep):
         state = self.adam.state[weight]
         low = self.low if key == "W_enc" and self.kind else None
         rows, scale = low or (None, None)
-        half, whole = (
+        bf16_copy, int8_copy = (
             self.copies.get(key, rows if scale is None else None),
             rows if scale is not None else None,
         )
@@ -215,7 +215,7 @@ class TritonStep(PrefilteredStep):
             unit_norm=unit,
             average=self.average.get(key),
             decay=self.recipe.ema,
-            half=half,
-            whole=whole,
+            bf16_copy=bf16_copy,
+            int8_copy=int8_copy,
             scale=scale,
         )

@@ -61,7 +61,7 @@ class Report:
     """The outcome of a build: tasks made now, kept from before, and failed with the reason."""
 
     folder: Path
-    made: tuple[str, ...]
+    built: tuple[str, ...]
     kept: tuple[str, ...]
     failed: dict[str, str]
 
@@ -127,7 +127,7 @@ def build(
         index["failed"].pop(task.name, None)
         observe(Step(task.name, "kept"))
     _check_reachable(pending, plan)
-    made: list[str] = []
+    built: list[str] = []
     failed: dict[str, str] = {}
     for sources, family in _group_by_sources(pending, plan).items():
         for task, result in _make(family, sources, plan, observe):
@@ -137,12 +137,12 @@ def build(
                 step = Step(task.name, "failed", reason)
             else:
                 index["failed"].pop(task.name, None)
-                made.append(task.name)
+                built.append(task.name)
                 step = Step(task.name, "made", f"{index['tasks'][task.name]['rows']:,} rows")
             write_json(plan.folder / INDEX, index)
             observe(step)
     write_json(plan.folder / INDEX, index)
-    return Report(plan.folder, tuple(made), tuple(task.name for task in kept), failed)
+    return Report(plan.folder, tuple(built), tuple(task.name for task in kept), failed)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ def _labelled(text: str, label: int, group: str = "") -> Iterator[LabelledText]:
 
 
 def _answers(
-    question: str, right: Iterable[str], wrong: Iterable[str], excluded: str = ""
+    question: str, right_answers: Iterable[str], wrong_answers: Iterable[str], excluded: str = ""
 ) -> Iterator[LabelledText]:
     """Yield "question answer" for each answer that does not begin with `excluded`, as one group."""
-    for label, answers in ((1, right), (0, wrong)):
+    for label, answers in ((1, right_answers), (0, wrong_answers)):
         for answer in answers:
             if (
                 answer
