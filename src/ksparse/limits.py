@@ -16,6 +16,10 @@ COMPARED = 2**26
 """Values of all latent-parallel shards that are compared at a time: k values from each of many
 shards can be more than the weights."""
 
+LOGITS_BYTES = 2**30
+"""Bytes of logits, and of what is computed from them, that an evaluation holds at a time: a modern
+vocabulary has 262,144 entries."""
+
 
 def values_per_shard(k: int, n_latents: int, shards: int, capacity: float) -> int:
     """Return how many values of a token a latent-parallel shard contributes to the global top k.

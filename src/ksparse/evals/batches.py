@@ -20,6 +20,7 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
+from ksparse.lm.head import Logits
 from ksparse.lm.model import LM, CachedRun
 from ksparse.lm.provenance import acts_to_read
 from ksparse.lm.tokens import TokenBatch
@@ -64,11 +65,6 @@ class HeldOutBatch(_Memo):
         """A run of the unchanged LM through all its layers."""
         return self.lm.run_with_cache(self.contexts.tokens, self.contexts.attention)
 
-    @property
-    def logits(self) -> Tensor:
-        """Logits [b, t, v] of the unchanged LM."""
-        return self.cached_run.logits
-
     @cached_property
     def x(self) -> Tensor:
         """The kept raw activations [m, d].
@@ -90,19 +86,16 @@ class HeldOutBatch(_Memo):
             )
         return x
 
-    def spliced(self, rows: Tensor) -> Tensor:
-        """Return the LM's logits [b, t, v] with other activations in place of the kept ones.
-
-        Args:
-            rows: raw activations [m, d], or one [d] for all positions.
-        """
+    def _predict(self, rows: Tensor) -> Logits:
+        """Return the LM's logits with other activations in place of the kept ones: raw rows [m, d],
+        or one [d] for all positions."""
 
         def replace(x: Tensor) -> Tensor:
             x = x.clone()
             x[self.keep] = rows.expand(int(self.keep.sum()), -1)
             return x
 
-        return self.lm.run_patched(self.cached_run, replace)
+        return self.lm.predict_patched(self.cached_run, replace)
 
     @cached_property
     def predicted(self) -> Tensor:
@@ -118,26 +111,55 @@ class HeldOutBatch(_Memo):
         return self.contexts.documents[:, :-1][self.predicted]
 
     @cached_property
-    def clean(self) -> Tensor:
-        """Log-probabilities [p, v] of the unchanged LM."""
-        return self.log_probs(self.logits)
+    def _scored(self) -> Tensor:
+        """`predicted` as a mask [b, t] of positions that have logits."""
+        return torch.nn.functional.pad(self.predicted, (0, 1))
+
+    @cached_property
+    def _targets(self) -> Tensor:
+        """The next token of each measured prediction, [p]."""
+        return self.contexts.tokens[:, 1:][self.predicted]
+
+    @cached_property
+    def clean_losses(self) -> Tensor:
+        """Losses [p] of the unchanged LM, in nats."""
+        return self._losses(self.cached_run.predictions)
 
     @cached_property
     def zero_losses(self) -> Tensor:
         """Losses [p] with zeros in place of the kept activations."""
         return self.losses_with(torch.zeros(self.lm.d_model, device=self.lm.device))
 
-    def log_probs(self, logits: Tensor) -> Tensor:
-        """Return the log-probabilities [p, v] of the measured predictions from logits [b, t, v]."""
-        return logits[:, :-1][self.predicted].float().log_softmax(-1)
-
-    def losses(self, log_probs: Tensor) -> Tensor:
-        """Return the losses [p], in nats, from log-probabilities [p, v]."""
-        return -log_probs.gather(1, self.contexts.tokens[:, 1:][self.predicted][:, None]).squeeze(1)
-
     def losses_with(self, rows: Tensor) -> Tensor:
-        """Return the losses [p] with other activations, as `spliced` takes them."""
-        return self.losses(self.log_probs(self.spliced(rows)))
+        """Return the losses [p] with other activations.
+
+        Args:
+            rows: raw activations [m, d], or one [d] for all positions.
+        """
+        return self._losses(self._predict(rows))
+
+    def splice(self, rows: Tensor) -> SplicedLosses:
+        """Return the losses with other raw activations [m, d], and the KL to the unchanged LM."""
+        before = self.cached_run.predictions.slices(self._scored)
+        after = self._predict(rows).slices(self._scored)
+        losses = [self._targets.new_empty(0, dtype=torch.float32)]
+        divergences = [losses[0]]
+        for (rows_at, clean), (_, changed) in zip(before, after, strict=True):
+            clean, changed = clean.log_softmax(-1), changed.log_softmax(-1)
+            losses.append(_loss(changed, self._targets[rows_at]))
+            divergences.append((clean.exp() * (clean - changed)).sum(-1))
+        return SplicedLosses(torch.cat(losses), torch.cat(divergences))
+
+    def _losses(self, predictions: Logits) -> Tensor:
+        losses = [self._targets.new_empty(0, dtype=torch.float32)]
+        for rows_at, logits in predictions.slices(self._scored):
+            losses.append(_loss(logits.log_softmax(-1), self._targets[rows_at]))
+        return torch.cat(losses)
+
+
+def _loss(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses [p], in nats, of log-probabilities [p, v]."""
+    return -log_probs.gather(1, targets[:, None]).squeeze(1)
 
 
 class SplicedLosses(NamedTuple):
@@ -171,11 +193,7 @@ class SAEBatch:
     @cached_property
     def spliced(self) -> SplicedLosses:
         """The LM's losses with reconstructions in place of the kept activations."""
-        held_out = self.held_out
-        clean = held_out.clean
-        log_probs = held_out.log_probs(held_out.spliced(self.inputs.restore(self.recon)))
-        kl = (clean.exp() * (clean - log_probs)).sum(-1)
-        return SplicedLosses(held_out.losses(log_probs), kl)
+        return self.held_out.splice(self.inputs.restore(self.recon))
 
     def losses_with(self, recon: Tensor) -> Tensor:
         """Return the losses [p] with other reconstructions [m, d] of the normalized inputs."""

@@ -45,7 +45,7 @@ class Downstream(Metric):
         held_out = batch.held_out
         self.sums.add(
             held_out.predicted_documents,
-            clean=held_out.losses(held_out.clean),
+            clean=held_out.clean_losses,
             spliced=batch.spliced.losses,
             kl=batch.spliced.kl,
             zero=held_out.zero_losses,

@@ -37,7 +37,7 @@ class Positions(Metric):
             square=x.square().sum(1),
             sum=x,
         )
-        clean, spliced = held_out.losses(held_out.clean), batch.spliced.losses
+        clean, spliced = held_out.clean_losses, batch.spliced.losses
         _add_by_position(
             self.predicted,
             position[:, :-1][held_out.predicted.cpu()],

@@ -65,7 +65,7 @@ class Progressive(Metric):
         self.sums.add(
             held_out.predicted_documents,
             tokens=torch.ones(int(held_out.predicted.sum())),
-            ce_clean=held_out.losses(held_out.clean),
+            ce_clean=held_out.clean_losses,
         )
         self._add(batch, "own", (batch.code.values > 0).sum(1), batch.recon, batch.spliced.losses)
         acts = positive(sae, x)

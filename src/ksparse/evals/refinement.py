@@ -85,7 +85,7 @@ class Refinement(Metric):
         self.sums.add(
             held_out.predicted_documents,
             tokens=torch.ones(int(held_out.predicted.sum())),
-            ce_clean=held_out.losses(held_out.clean),
+            ce_clean=held_out.clean_losses,
             ce_raw=batch.spliced.losses,
             ce_refined=batch.losses_with(recon),
         )

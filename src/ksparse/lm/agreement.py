@@ -79,6 +79,27 @@ def check_passes_agree(lm: LM) -> None:
     lm.read_only_reason = _check_changes(lm, tokens, attention, plain)
 
 
+def head_runs_alone(lm: LM) -> bool:
+    """Return whether the LM's head, run on the last hidden states, gives the logits of a pass."""
+    tokens = probe_tokens(lm)
+    attention = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.inference_mode():
+        expected = lm.forward(tokens, attention).logits
+        lm.head_runs_alone = True
+        try:
+            predictions = lm.predict(tokens, attention)
+            logits = predictions.full()
+            picked = torch.cat([part for _, part in predictions.slices(attention)])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # an architecture's own code may fail on hidden states in any way
+            return False
+    if logits.shape != expected.shape or picked.shape[1:] != expected.shape[2:]:
+        return False
+    flat = expected.flatten(0, 1)
+    return not (difference(lm, logits, expected) or difference(lm, picked, flat))
+
+
 def check_activations(lm: LM, site: str, reads: dict[str, Any], tokens: Tensor) -> Tensor:
     """Return reads[site]; raise InputError if it is missing or no activations of tokens[b, t]."""
     if site not in reads:

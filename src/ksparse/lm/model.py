@@ -18,6 +18,7 @@ from ksparse.config import ActsConfig
 from ksparse.errors import InputError
 from ksparse.lm import agreement
 from ksparse.lm.continuations import Branch, choose_branch
+from ksparse.lm.head import Logits, run_base
 from ksparse.lm.hooks import StopForward, copy_output, hooked, skipped
 from ksparse.lm.loading import find_model, load_model, load_tokenizer
 from ksparse.lm.sites import blocks_before, describe_sites, resolve
@@ -40,14 +41,19 @@ _CONTEXT_KEYS = (
 class CachedRun(NamedTuple):
     """An unchanged run of the LM, and what `LM.run_patched` needs to start from it."""
 
-    logits: Tensor
-    """[b, t, v]"""
+    predictions: Logits
+    """Logits [b, t, v], computed when they are read."""
     x: Tensor
     """[b, t, d] in float32: the site's activations."""
     tokens: Tensor
     attention: Tensor
     prefix: Any
     """Output of the last block before the site; None if there is none."""
+
+    @property
+    def logits(self) -> Tensor:
+        """All logits [b, t, v]."""
+        return self.predictions.full()
 
 
 class LM:
@@ -103,6 +109,8 @@ class LM:
         if acts is not None:
             self.check_length(acts.context, "acts.context")
         self._warned_of_length = False
+        self.head_runs_alone = agreement.head_runs_alone(self)
+        """Whether logits can be computed from the last hidden states, some at a time."""
         self._set_site(self.options.site)
 
     def _check_tokenizer(self) -> None:
@@ -247,11 +255,15 @@ class LM:
                 )
                 hooks.callback(last.remove)
             hooks.enter_context(self.hooked(lambda x: reads.append(x.to(torch.float32, copy=True))))
-            logits = self.forward(tokens, attention, past).logits
-        return CachedRun(logits, reads[0], tokens, attention, prefix[0] if prefix else None)
+            predictions = self.predict(tokens, attention, past)
+        return CachedRun(predictions, reads[0], tokens, attention, prefix[0] if prefix else None)
+
+    def run_patched(self, cached: CachedRun, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the logits [b, t, v] of `predict_patched`."""
+        return self.predict_patched(cached, edit).full()
 
     @torch.inference_mode()
-    def run_patched(self, cached: CachedRun, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    def predict_patched(self, cached: CachedRun, edit: Callable[[Tensor], Tensor]) -> Logits:
         """Run the LM again with the site's activations changed; blocks before it are skipped.
 
         Args:
@@ -259,7 +271,7 @@ class LM:
             edit: Maps x[b, t, d] (float32) to what takes its place.
 
         Returns:
-            Logits [b, t, v].
+            The logits [b, t, v], computed when they are read.
 
         Raises:
             InputError: The site is read-only.
@@ -269,7 +281,7 @@ class LM:
             for block in self.skippable if cached.prefix is not None else ():
                 changes.enter_context(skipped(block, cached.prefix))
             changes.enter_context(self.hooked(lambda x: edit(x.float()).to(x.dtype)))
-            return self.forward(cached.tokens, cached.attention).logits
+            return self.predict(cached.tokens, cached.attention)
 
     @torch.inference_mode()
     def branch_from(self, tokens: Tensor, attention: Tensor, at: int, length: int) -> Branch:
@@ -307,13 +319,23 @@ class LM:
 
     def forward(self, tokens: Tensor, attention: Tensor, past: Any = None) -> Any:
         """Run the model on ids [b, t], after the tokens of a key-value cache if one is given."""
+        return self.model(**self._inputs(tokens, attention, past))
+
+    def predict(self, tokens: Tensor, attention: Tensor, past: Any = None) -> Logits:
+        """Run the model as `forward` does; its logits are computed when they are read."""
+        inputs = self._inputs(tokens, attention, past)
+        if self.head_runs_alone:
+            return Logits(self.model, run_base(self.model, **inputs), self.vocab)
+        return Logits(self.model, self.model(**inputs).logits, self.vocab)
+
+    def _inputs(self, tokens: Tensor, attention: Tensor, past: Any) -> dict[str, Any]:
         if past is None:
             self.check_length(tokens.shape[1])
-        mask = None if bool(attention.all()) else attention.long()
         cache = (
             {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
         )
-        return self.model(input_ids=tokens.to(self.device), attention_mask=mask, **cache)
+        mask = None if bool(attention.all()) else attention.long()
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask, **cache}
 
     def hooked(self, change: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[None]:
         """Pass the site's activations through `change` inside a `with` block."""

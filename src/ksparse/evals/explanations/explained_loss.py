@@ -111,9 +111,7 @@ class ExplainedLoss(Metric):
             for tokens in (contexts.tokens[:, :-1], contexts.tokens[:, 1:])
         )
         losses |= {
-            "clean": scored.once(
-                "clean losses", lambda: scored.losses(scored.log_probs(scored.logits))
-            ),
+            "clean": scored.clean_losses,
             "zero": scored.zero_losses,
             "unigram": torch.from_numpy(self.ngrams.unigram(token)),
             "bigram": torch.from_numpy(self.ngrams.bigram(before, token)),
