@@ -239,11 +239,14 @@ def exactness(b: int, d: int, n: int, k: int) -> dict[str, Any]:
                     torch.tensor(1234), torch.arange(triton_ops.TILE.latents // 4), triton_ops.TILE
                 ).cuda()
             ] += 1000 * d**0.5
-        pairs, compete = [], triton_ops._compete
-        triton_ops._compete = lambda *args: (pairs.append(len(args[6])), compete(*args))
+        pairs, bucket_scores = [], triton_ops._bucket_scores
+        triton_ops._bucket_scores = lambda *args: (
+            pairs.append(len(args[3])),
+            bucket_scores(*args),
+        )[1]
         poison(b * k)
         values, indices = triton_ops.topk_encode(x, weight, bias, k)
-        triton_ops._compete = compete
+        triton_ops._bucket_scores = bucket_scores
         pre = torch.cat([x.double() @ part.double().t() for part in weight.split(16_384)], 1).add_(
             bias.double()
         )
@@ -381,7 +384,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         torch.mm(x_half, half.t(), out=product)
         return product.topk(k, dim=1, sorted=False).values
 
-    def adam(**options: Any) -> None:
+    def adam(unit_norm: bool = False, **copies: Any) -> None:
         triton_ops.adam_rows_(
             weight,
             grad,
@@ -390,9 +393,9 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
             step=1,
             rate=1e-6,
             **ADAM,
-            average=zeros[2],
-            decay=0.999,
-            **options,
+            copies=triton_ops.RowCopies(zeros[2], 0.999, **copies),
+            project=unit_norm,
+            unit_norm=unit_norm,
         )
 
     calls: dict[str, Call] = {
@@ -413,7 +416,7 @@ def pieces(x: Tensor, n: int, k: int, product: Tensor) -> dict[str, Call]:
         "transposed": lambda: triton_ops.sort_by_latent(indices, n),
         "scatter_measured": lambda: triton_ops.scatter_measured(lists, values, x, values),
         "lower(x)": lambda: triton_candidates.quantize(x, "int8"),
-        "adam_rows_ (decoder)": lambda: adam(project=True, unit_norm=True),
+        "adam_rows_ (decoder)": lambda: adam(unit_norm=True),
         "adam_rows_ (encoder)": lambda: adam(int8_copy=low.rows, scale=low.scale),
     }
 

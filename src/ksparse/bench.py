@@ -95,21 +95,12 @@ def bench(
     Raises:
         InputError: for an unknown contestant, and for one whose process ends.
     """
-    names = [*BUILT_IN, *(others or {})]
-    for name in only:
-        if name not in names:
-            raise unknown("there is no contestant", name, names)
-    names = [name for name in names if not only or name in ("product", *only)]
+    names = _contestants([*BUILT_IN, *(others or {})], only)
     workers = {name: _Worker(name, setting, (others or {}).get(name, "")) for name in names}
     try:
         ready = {name: worker.ask("ready") for name, worker in workers.items()}
         workers = {name: worker for name, worker in workers.items() if ready[name] is None}
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-        for number in range(setting.rounds):
-            order = list(workers)
-            for name in order[number % len(order) :] + order[: number % len(order)]:
-                seconds[name].append(workers[name].ask("step"))
-            observe(number + 1, setting.rounds)
+        seconds = _time_rounds(workers, setting.rounds, observe)
         facts = {name: worker.ask("facts") for name, worker in workers.items()}
     finally:
         for worker in workers.values():
@@ -130,6 +121,27 @@ def bench(
             for name in ("torch", "exact", "screened")
         },
     }
+
+
+def _contestants(names: list[str], only: Sequence[str]) -> list[str]:
+    """Return the names of `only`, or all, and the product; raise InputError for an unknown one."""
+    for name in only:
+        if name not in names:
+            raise unknown("there is no contestant", name, names)
+    return [name for name in names if not only or name in ("product", *only)]
+
+
+def _time_rounds(
+    workers: dict[str, _Worker], rounds: int, observe: Callable[[int, int], None]
+) -> dict[str, list[float]]:
+    """Return the seconds of each contestant's steps; every round starts with the next one."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for number in range(rounds):
+        order = list(workers)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            seconds[name].append(workers[name].ask("step"))
+        observe(number + 1, rounds)
+    return seconds
 
 
 def _row(

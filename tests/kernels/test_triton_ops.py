@@ -136,7 +136,7 @@ def build(name, warps, types={}, **constants):
           done.asm["ptx"].count("st.global.v4"))
 
 sums = dict(ROWS=4, COLUMNS=256, SUM=tl.float32)
-build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True, PRECISION="ieee")
+build("_candidates", 8, {"buckets": "i32"}, TOKENS=128, LATENTS=256, DEPTH=64, GROUP=8, KEPT=2, EVEN=True, FULL=True)
 rows = dict(TOKENS=128, LATENTS=256, GROUP=8, KEPT=3, EVEN=True, FULL=True)
 build("_keys", 8, dict(x="*i8", weight="*i8", x_scale=F, scale=F, keys="*i32", buckets="i32"), DEPTH=128, BYTES=True, **rows)
 build("_largest", 8, dict(keys="*i32", scores=F, latents=I, dropped=F, size="i32", c="i32"), KEPT=3, LATENTS=256, SIZE=8192)
@@ -149,7 +149,7 @@ build("_rows", 1, dict(squares=F, sums=F), CHUNK=512, MEASURED=True, **sums)
 build("_choose", 1, dict(x=F, weight=F, latents=I, scores=F, spread=F, near=F, ranked="*i32", exact=F, c="i32", margin="fp32"), CANDIDATES=64, FIRST=32,
       COLUMNS=128, MORE=16, MORE_COLUMNS=128)
 build("_decode", 8, dict(x=F, weight=F, error=F, squares=F, slopes=F), ROWS=16, COLUMNS=1024)
-build("_adam_row", 8, dict(weight=F, int8_copy="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
+build("_adam_row", 8, dict(weight=F, bf16_copy=B, int8_copy="*i8", scale=F), PROJECT=True, UNIT=True, AVERAGE=True, HALF=True, BYTES=True, COLUMNS=1024)
 build("_squares", 8, {"weight": F}, PROJECT=True, COLUMNS=1024)
 """
 
@@ -216,10 +216,13 @@ def test_topk_encode_is_exact_with_the_tile_that_is_used():
 @pytest.fixture
 def repaired(monkeypatch):
     """The number of (token, bucket) pairs of each repair."""
-    pairs, compete = [], triton_ops._compete
-    monkeypatch.setattr(
-        triton_ops, "_compete", lambda *args: (pairs.append(len(args[6])), compete(*args))
-    )
+    pairs, bucket_scores = [], triton_ops._bucket_scores
+
+    def count(x, weight, bias, token, bucket, tile):
+        pairs.append(len(token))
+        return bucket_scores(x, weight, bias, token, bucket, tile)
+
+    monkeypatch.setattr(triton_ops, "_bucket_scores", count)
     return pairs
 
 
@@ -623,9 +626,7 @@ def test_adam_rows_is_projection_clip_adam_norm_and_average(d, unit, clip):
             clip=torch.tensor(clip, device=DEVICE) if step > 1 else clip,
             project=unit,
             unit_norm=unit,
-            average=mean,
-            decay=0.99,
-            bf16_copy=low,
+            copies=triton_ops.RowCopies(mean, 0.99, bf16_copy=low),
         )
     # at d = 1 the projected gradient is rounding, which Adam makes large: there only the norm says something
     if not (unit and d == 1):
@@ -685,8 +686,7 @@ def test_adam_rows_leaves_the_row_in_bytes_as_lower_makes_them():
         beta1=0.9,
         beta2=0.999,
         eps=1e-8,
-        int8_copy=low.rows,
-        scale=low.scale,
+        copies=triton_ops.RowCopies(int8_copy=low.rows, scale=low.scale),
     )
     assert all(map(torch.equal, low, triton_candidates.quantize(weight, "int8")))
 
@@ -704,8 +704,10 @@ def test_adam_rows_changes_nothing_where_the_clip_is_nan():
     }
     tensors["int8_copy"] = tensors.pop("rows")
     before = {name: tensor.clone() for name, tensor in tensors.items()}
+    rows = [tensors[name] for name in ("weight", "grad", "first", "second")]
+    copies = {name: tensors[name] for name in ("average", "bf16_copy", "int8_copy", "scale")}
     triton_ops.adam_rows_(
-        **tensors,
+        *rows,
         step=1,
         rate=0.1,
         beta1=0.9,
@@ -714,6 +716,7 @@ def test_adam_rows_changes_nothing_where_the_clip_is_nan():
         clip=torch.tensor(math.nan, device=DEVICE),
         project=True,
         unit_norm=True,
+        copies=triton_ops.RowCopies(**copies, decay=0.5),
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
 

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ksparse import config as recipes
 from ksparse.cli.arguments import parse, split_folder, verb
@@ -15,6 +15,9 @@ from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder, open_run
+
+if TYPE_CHECKING:  # `ksparse --help` needs no torch
+    from ksparse.evals.comparison import ComparisonRow
 
 
 @verb
@@ -133,7 +136,16 @@ def compare(arguments: list[str]) -> None:
     rows = comparison.table(
         results_by_source, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
     )
-    width = max(map(len, sources)) + 2
+    _print_table(rows)
+    for source, results in results_by_source.items():
+        for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
+            print(f"note: {source}: {note}")
+    if args.json:
+        jsonio.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
+
+
+def _print_table(rows: list[ComparisonRow]) -> None:
+    width = max(len(row.name) for row in rows) + 2
     print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
     for row in rows:
         cells = (f"{format_estimate(value):>22}" for value in row.values.values())
@@ -142,11 +154,6 @@ def compare(arguments: list[str]) -> None:
         "± one standard error over documents. All SAEs were evaluated on the same documents, so "
         "differences between them are more certain than that."
     )
-    for source, results in results_by_source.items():
-        for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
-            print(f"note: {source}: {note}")
-    if args.json:
-        jsonio.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
 
 
 def _read_results(sources: list[str]) -> dict[str, dict[str, Any]]:

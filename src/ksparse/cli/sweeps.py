@@ -7,12 +7,15 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import ProgressBar, print_status
 from ksparse.errors import InputError
 from ksparse.storage import atomic, jsonio
+
+if TYPE_CHECKING:  # `ksparse --help` needs no torch
+    from ksparse.scaling.sweeps.grid import SweepFolder
 
 
 @verb
@@ -21,7 +24,7 @@ def sweep(arguments: list[str]) -> None:
 
     Train a grid of recipes, many SAEs on one stream; the same command continues or extends it.
     """
-    from ksparse.scaling.sweeps.grid import SweepFolder, read
+    from ksparse.scaling.sweeps import grid as grids
     from ksparse.scaling.sweeps.launch import Launch
 
     @dataclass(frozen=True)
@@ -43,9 +46,9 @@ def sweep(arguments: list[str]) -> None:
     )
     options = parse(SweepArgs, "sweep SWEEP.toml", flags)
     is_folder = Path(source).is_dir()
-    grid = read(atomic.inside(Path(source), "sweep.toml") if is_folder else source)
+    grid = grids.read(atomic.inside(Path(source), "sweep.toml") if is_folder else source)
     default = source if is_folder else f"sweeps/{Path(source).stem}"
-    folder = SweepFolder(Path(options.out or default))
+    folder = grids.SweepFolder(Path(options.out or default))
     print_status("loading torch and reading the sizes of the language models")
     from ksparse.scaling.sweeps import run as sweeping
 
@@ -66,15 +69,21 @@ def sweep(arguments: list[str]) -> None:
             observe=lambda done, total, note: progress(done, note, total),
             planned=_print_plan,
         )
+    _print_result(folder, len(grid), failed)
+    if failed:
+        sys.exit(1)
+
+
+def _print_result(folder: SweepFolder, total: int, failed: dict[str, str]) -> None:
     print(
-        f"sweep    {folder.path}: {len(grid) - len(failed)} of {len(grid)} runs finished\npoints   "
+        f"sweep    {folder.path}: {total - len(failed)} of {total} runs finished\npoints   "
         f"{folder.points_file}"
     )
     for name, reason in failed.items():
         print(f"failed   {folder.run(name).path}: {reason}")
     if failed:
         print(f"next     ksparse sweep {folder.path}      (continues with the failed ones)")
-        sys.exit(1)
+        return
     print(f"next     ksparse fit {folder.path}; ksparse report {folder.path}")
 
 

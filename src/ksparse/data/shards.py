@@ -249,11 +249,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             raise CorruptError(
                 f"{file}: {str(entry)[:80]!r} is no shard; expected its file, rows and sha256"
             )
-    counts = {"rows": manifest["rows"], "d_model": manifest["d_model"]}
-    counts |= {f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in manifest["shards"]}
-    for name, count in counts.items():
-        if not 1 <= count < _MAX_COUNT:
-            raise CorruptError(f"{file}: {name} is {count}; expected a number of at least 1")
+    _check_counts(file, manifest)
     if manifest["dtype"] not in DTYPES:
         raise CorruptError(
             f"{file}: 'dtype' is {manifest['dtype'][:40]!r}; expected {', '.join(DTYPES)}"
@@ -272,6 +268,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"with {written:,} of {manifest['rows']:,} rows in its shards"
         )
     return manifest
+
+
+def _check_counts(file: Path, manifest: dict[str, Any]) -> None:
+    counts = {"rows": manifest["rows"], "d_model": manifest["d_model"]}
+    counts |= {f"rows of {entry['file'][:40]!r}": entry["rows"] for entry in manifest["shards"]}
+    for name, count in counts.items():
+        if not 1 <= count < _MAX_COUNT:
+            raise CorruptError(f"{file}: {name} is {count}; expected a number of at least 1")
 
 
 # ---- reading

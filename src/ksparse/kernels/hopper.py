@@ -128,46 +128,31 @@ def candidates(
     blocks, tiles = -(-b // (TOKENS * chosen.cluster)) * chosen.cluster, -(-n // chosen.latents)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     parts = _choose_parts(blocks, min(tiles, n // (4 * c)), processors)
-    columns = torch.stack((scale, bias), 1)
-    if padding := tiles * chosen.latents - n:
-        # The copy engine fills rows beyond n with zeros; a bias of -inf keeps them out.
-        columns = torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(padding, 2)])
+    columns = _stack_columns(scale, bias, tiles * chosen.latents - n)
     slots = parts * blocks * TOKENS * chosen.per * WARP
     lists = torch.empty(slots, dtype=torch.int64, device=device)
     scores = torch.empty(b, parts * c, device=device)
     latents = torch.empty(b, parts * c, dtype=torch.int64, device=device)
     dropped = torch.empty(b, parts, device=device)
     maps = [_map(x, TOKENS), _map(weight, chosen.latents // 2)]
-    arguments = [
-        *maps,
-        *(
-            ctypes.c_void_p(tensor.data_ptr())
-            for tensor in (columns, x_scale, lists, scores, latents, dropped)
-        ),
-        *map(ctypes.c_int, (b, c, tiles)),
-    ]
-    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-    with torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _call(
-            "cuLaunchKernel",
-            _kernel(chosen, device.index),
-            blocks,
-            parts,
-            1,
-            BLOCK_THREADS,
-            1,
-            1,
-            chosen.bytes,
-            stream,
-            pointers,
-            None,
-        )
+    tensors = (columns, x_scale, lists, scores, latents, dropped)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments = [*maps, *pointers, *map(ctypes.c_int, (b, c, tiles))]
+    _launch(chosen, device, (blocks, parts, 1), arguments)
     if parts == 1:
         return scores, latents, dropped[:, 0]
     best, at = scores.topk(c, dim=1, sorted=False)
     best_dropped = scores.scatter(1, at, -torch.inf).amax(1)
     return best, latents.gather(1, at), torch.maximum(best_dropped, dropped.amax(1))
+
+
+def _stack_columns(scale: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """Return scale and bias as [n + padding, 2]."""
+    columns = torch.stack((scale, bias), 1)
+    if not padding:
+        return columns
+    # The copy engine fills rows beyond n with zeros; a bias of -inf keeps them out.
+    return torch.cat([columns, columns.new_tensor([0.0, -torch.inf]).expand(padding, 2)])
 
 
 def _choose_parts(blocks: int, most: int, processors: int) -> int:
@@ -224,6 +209,17 @@ def _map(rows: Tensor, box: int) -> Any:
         zeros,
     )
     return aligned
+
+
+def _launch(
+    chosen: TilePlan, device: torch.device, grid: tuple[int, int, int], arguments: list[Any]
+) -> None:
+    """Launch the kernel on the device's current stream, with ctypes arguments."""
+    pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        kernel, threads = _kernel(chosen, device.index), (BLOCK_THREADS, 1, 1)
+        _call("cuLaunchKernel", kernel, *grid, *threads, chosen.bytes, stream, pointers, None)
 
 
 @functools.cache

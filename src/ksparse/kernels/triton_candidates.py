@@ -33,6 +33,8 @@ from ksparse.kernels.triton_ops import (
     program_tile,
     quantize_row,
     row_options,
+    split_buckets,
+    tile_product,
     tl,
 )
 
@@ -122,31 +124,14 @@ def _keys(
     """One tile of the product: writes the KEPT largest keys of each bucket, largest first, to
     keys[b, buckets, KEPT]."""
     tile_b, tile_n = program_tile(b, n, TOKENS, LATENTS, GROUP)
-    rows, columns, at = (
-        tile_b * TOKENS + tl.arange(0, TOKENS),
-        tile_n * LATENTS + tl.arange(0, LATENTS),
-        tl.arange(0, DEPTH),
-    )
+    rows = tile_b * TOKENS + tl.arange(0, TOKENS)
+    columns = tile_n * LATENTS + tl.arange(0, LATENTS)
     row, column = tl.minimum(rows, b - 1), tl.minimum(columns, n - 1)
-    left, right = (
-        x + row.to(tl.int64)[:, None] * d + at[None, :],
-        weight + column.to(tl.int64)[None, :] * d + at[:, None],
-    )
+    at = tl.arange(0, DEPTH)
+    left = x + row.to(tl.int64)[:, None] * d + at[None, :]
+    right = weight + column.to(tl.int64)[None, :] * d + at[:, None]
     SUM: tl.constexpr = tl.int32 if BYTES else tl.float32
-    total = tl.zeros([TOKENS, LATENTS], SUM)
-    for start in range(0, d, DEPTH):
-        if EVEN:
-            total = tl.dot(tl.load(left), tl.load(right), total, out_dtype=SUM)
-        else:
-            inside = start + at < d
-            total = tl.dot(
-                tl.load(left, inside[None, :], 0),
-                tl.load(right, inside[:, None], 0),
-                total,
-                out_dtype=SUM,
-            )
-        left += DEPTH
-        right += DEPTH
+    total = tile_product(left, right, d, TOKENS, LATENTS, DEPTH, EVEN, SUM)
     if BYTES:
         score = (
             total.to(tl.float32)
@@ -159,16 +144,7 @@ def _keys(
     if not FULL:
         score = tl.where((columns < n)[None, :], score, float("-inf"))
 
-    # As in `triton_ops._candidates`: a bucket is what one thread holds of an accumulator row.
-    key = tl.reshape(
-        tl.permute(
-            tl.reshape(
-                ordered_bits(score.to(tl.int32, bitcast=True)), [TOKENS, LATENTS // 8, 4, 2]
-            ),
-            [0, 2, 1, 3],
-        ),
-        [TOKENS, 4, LATENTS // 4],
-    )
+    key = split_buckets(ordered_bits(score.to(tl.int32, bitcast=True)), TOKENS, LATENTS)
     # The position is stored reversed, so that of equal scores the first wins.
     position = LATENTS // 4 - 1 - tl.arange(0, LATENTS // 4)
     key = (key & -(LATENTS // 4)) | position[None, None, :]
@@ -249,26 +225,35 @@ def candidates(
         The candidates, or None where n is too small for buckets to hold c. Scores are rounded up,
         by at most 2^-17 with the default tile.
     """
-    scale = low.scale
-    chosen = (
-        hopper.plan(low.rows.shape[1], c)
-        if scale is not None and not (tile or kept) and hopper.usable(x.device)
-        else None
-    )
-    if scale is not None and chosen and c <= len(low.rows) and len(x):
-        x_low, x_unit = _quantize_int8(x.contiguous())
-        return TileCandidates(*hopper.candidates(x_low, x_unit, low.rows, scale, bias, c, chosen))
-    tile = tile or (BYTES_TILE if scale is not None else TILE)
-    b, (n, d), width = len(x), low.rows.shape, tile.latents // 4
-    kept = kept or _kept(c if k is None else k, 4 * (n // tile.latents))
-    if not 0 < c <= kept * 4 * (n // tile.latents) or kept > width or not b:
+    if not (tile or kept) and (result := _hopper_candidates(x, low, bias, c)):
+        return result
+    tile = tile or (TILE if low.scale is None else BYTES_TILE)
+    full_buckets = 4 * (len(low.rows) // tile.latents)
+    kept = kept or _kept(c if k is None else k, full_buckets)
+    if not 0 < c <= kept * full_buckets or kept > tile.latents // 4 or not len(x):
         return None
+    return largest(_keys_of_buckets(x, low, bias, kept, tile), c, kept, tile)
+
+
+def _hopper_candidates(x: Tensor, low: Quantized, bias: Tensor, c: int) -> TileCandidates | None:
+    """Return the candidates by the kernel for Hopper; None where it cannot be used."""
+    if low.scale is None or not hopper.usable(x.device) or not len(x) or c > len(low.rows):
+        return None
+    plan = hopper.plan(low.rows.shape[1], c)
+    if plan is None:
+        return None
+    x_low, x_unit = _quantize_int8(x.contiguous())
+    return TileCandidates(*hopper.candidates(x_low, x_unit, low.rows, low.scale, bias, c, plan))
+
+
+def _keys_of_buckets(x: Tensor, low: Quantized, bias: Tensor, kept: int, tile: Tile) -> Tensor:
+    """Return the `kept` largest keys of each bucket as [b, buckets * kept]."""
+    weight, scale = low
+    b, (n, d), buckets = len(x), weight.shape, 4 * -(-len(weight) // tile.latents)
     rows, x_scale = quantize(x.contiguous(), "bfloat16" if scale is None else "int8")
-    weight = low.rows
     if x.device.type == "cpu" and scale is None:
         # Triton's interpreter has no product in bfloat16; products of float32 give the same.
         rows, weight = rows.float(), weight.float()
-    buckets = 4 * -(-n // tile.latents)
     keys = torch.empty(b, buckets * kept, dtype=torch.int32, device=x.device)
     with on_device(x.device):
         _keys[(-(-b // tile.tokens) * buckets // 4,)](
@@ -293,7 +278,7 @@ def candidates(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return largest(keys, c, kept, tile)
+    return keys
 
 
 def _kept(k: int, buckets: int) -> int:

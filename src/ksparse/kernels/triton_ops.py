@@ -128,6 +128,45 @@ def program_tile(b, n, TOKENS: tl.constexpr, LATENTS: tl.constexpr, GROUP: tl.co
 
 
 @jit
+def tile_product(
+    left,
+    right,
+    d,
+    TOKENS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """Return the product [TOKENS, LATENTS] of rows and columns of d numbers, summed in SUM.
+
+    left[TOKENS, DEPTH] and right[DEPTH, LATENTS] point at their first DEPTH numbers; EVEN if DEPTH
+    divides d."""
+    total, at = tl.zeros([TOKENS, LATENTS], SUM), tl.arange(0, DEPTH)
+    for start in range(0, d, DEPTH):
+        if EVEN:
+            row, column = tl.load(left), tl.load(right)
+        else:
+            inside = start + at < d
+            row, column = tl.load(left, inside[None, :], 0), tl.load(right, inside[:, None], 0)
+        total = tl.dot(row, column, total, input_precision="ieee", out_dtype=SUM)
+        left += DEPTH
+        right += DEPTH
+    return total
+
+
+@jit
+def split_buckets(tile, TOKENS: tl.constexpr, LATENTS: tl.constexpr):
+    """Return a tile [TOKENS, LATENTS] as its buckets [TOKENS, 4, LATENTS / 4].
+
+    Bucket l has the columns 8j + 2l and 8j + 2l + 1: those that one thread holds of an accumulator
+    row (wgmma, mma), so that maxima need no exchange between threads. Any other layout is right
+    too, only slower."""
+    quads = tl.permute(tl.reshape(tile, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3])
+    return tl.reshape(quads, [TOKENS, 4, LATENTS // 4])
+
+
+@jit
 def _candidates(
     x,
     weight,
@@ -145,43 +184,20 @@ def _candidates(
     KEPT: tl.constexpr,
     EVEN: tl.constexpr,
     FULL: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One tile of x[b, d] weight[n, d]^T + bias[n]: writes the KEPT best of each bucket to values
     and places[b, buckets, KEPT], best first."""
     tile_b, tile_n = program_tile(b, n, TOKENS, LATENTS, GROUP)
-    rows, columns, at = (
-        tile_b * TOKENS + tl.arange(0, TOKENS),
-        tile_n * LATENTS + tl.arange(0, LATENTS),
-        tl.arange(0, DEPTH),
-    )
+    rows = tile_b * TOKENS + tl.arange(0, TOKENS)
+    columns = tile_n * LATENTS + tl.arange(0, LATENTS)
+    at = tl.arange(0, DEPTH)
     left = x + tl.minimum(rows, b - 1).to(tl.int64)[:, None] * d + at[None, :]
     right = weight + tl.minimum(columns, n - 1).to(tl.int64)[None, :] * d + at[:, None]
-    score = tl.zeros([TOKENS, LATENTS], tl.float32)
-    for start in range(0, d, DEPTH):
-        if EVEN:
-            score = tl.dot(tl.load(left), tl.load(right), score, input_precision=PRECISION)
-        else:
-            inside = start + at < d
-            score = tl.dot(
-                tl.load(left, inside[None, :], 0.0),
-                tl.load(right, inside[:, None], 0.0),
-                score,
-                input_precision=PRECISION,
-            )
-        left += DEPTH
-        right += DEPTH
+    score = tile_product(left, right, d, TOKENS, LATENTS, DEPTH, EVEN, tl.float32)
     score = map_infinite(score + tl.load(bias + tl.minimum(columns, n - 1)).to(tl.float32)[None, :])
     if not FULL:
         score = tl.where((columns < n)[None, :], score, float("-inf"))
-
-    # Bucket l of a tile has its columns 8j + 2l and 8j + 2l + 1: those that one thread holds of an
-    # accumulator row (wgmma, mma), so that maxima need no exchange between threads. Any other
-    # layout is right too, only slower.
-    score = tl.reshape(
-        tl.permute(tl.reshape(score, [TOKENS, LATENTS // 8, 4, 2]), [0, 2, 1, 3]),
-        [TOKENS, 4, LATENTS // 4],
-    )
+    score = split_buckets(score, TOKENS, LATENTS)
     place = tl.arange(0, LATENTS // 4)[None, None, :]
     to = (rows.to(tl.int64)[:, None] * buckets + tile_n * 4 + tl.arange(0, 4)[None, :]) * KEPT
     for slot in tl.static_range(KEPT):
@@ -267,28 +283,7 @@ def topk_encode(
     values, places = _best_of_buckets(x, weight, bias, kept, tile)
     values, chosen = values.flatten(1).topk(k, dim=1, sorted=False)
     indices = latents_at(chosen // kept, places.flatten(1).gather(1, chosen).long(), tile)
-
-    # The certificate. Whatever a bucket dropped is at most its last kept value. If that value is
-    # not among the k selected, k others are at least as large, and nothing the bucket dropped is
-    # needed. If it is, the dropped values are computed and compete with the selected ones. This
-    # only adds candidates, so the k-th value only rises, no other bucket's last kept value enters,
-    # and once is enough. Padding (-inf) is never in the result: as long as some is selected, some
-    # bucket with dropped latents has all its kept ones selected, and k <= n latents are above it.
-    suspect = chosen % kept == kept - 1
-    token, j = suspect.nonzero(as_tuple=True)
-    if len(token):
-        _compete(
-            x,
-            weight,
-            bias,
-            values,
-            indices,
-            places,
-            token,
-            chosen[token, j] // kept,
-            suspect.sum(1),
-            tile,
-        )
+    _admit_dropped_(values, indices, x, weight, bias, places, chosen, tile)
     return values, indices
 
 
@@ -330,7 +325,6 @@ def _best_of_buckets(
             KEPT=kept,
             EVEN=d % tile.depth == 0,
             FULL=n % tile.latents == 0,
-            PRECISION="ieee",
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -342,24 +336,59 @@ def latents_at(buckets: Tensor, places: Tensor, tile: Tile) -> Tensor:
     return buckets // 4 * tile.latents + places // 2 * 8 + buckets % 4 * 2 + places % 2
 
 
-def _compete(
+def _admit_dropped_(
+    values: Tensor,
+    indices: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    values: Tensor,
-    indices: Tensor,
     places: Tensor,
-    token: Tensor,
-    bucket: Tensor,
-    counts: Tensor,
+    chosen: Tensor,
     tile: Tile,
 ) -> None:
-    """Recompute what buckets dropped, and update values and indices[b, k] in place (stage two).
+    """Let latents that buckets dropped compete with the selected ones; updates values and
+    indices[b, k] in place (stage two).
 
-    token[pairs] and bucket[pairs] name the buckets, sorted by token; counts[b] are pairs a token.
+    This certifies the result. Whatever a bucket dropped is at most its last kept value. If that
+    value is not among the k selected, k others are at least as large, and nothing the bucket
+    dropped is needed. If it is, the dropped values are computed and compete. This only adds
+    candidates, so the k-th value only rises, no other bucket's last kept value enters, and once is
+    enough. Padding (-inf) is never in the result: as long as some is selected, some bucket with
+    dropped latents has all its kept ones selected, and k <= n latents are above it.
+
+    Args:
+        values, indices: [b, k], the selection.
+        x, weight, bias: As in `topk_encode`.
+        places: [b, buckets, kept], the places in their buckets of what was kept.
+        chosen: [b, k], which of a token's [buckets * kept] entries were selected.
+        tile: The tile of the product.
     """
-    width, k = tile.latents // 4, values.shape[1]
-    scores = torch.empty(len(token), width, dtype=torch.float32, device=x.device)
+    k, kept, width = values.shape[1], places.shape[2], tile.latents // 4
+    suspect = chosen % kept == kept - 1
+    token, j = suspect.nonzero(as_tuple=True)
+    if not len(token):
+        return
+    bucket, counts = chosen[token, j] // kept, suspect.sum(1)
+    scores = _bucket_scores(x, weight, bias, token, bucket, tile)
+    # Entries that were kept take part with the values they have.
+    scores.scatter_(1, places[token, bucket].long(), -torch.inf)
+    rows, row = token.unique_consecutive(return_inverse=True)
+    nth = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
+    more = scores.new_full((len(rows), int(counts.max()), width), -torch.inf)
+    more[row, nth] = scores
+    latents = torch.zeros(more.shape, dtype=torch.long, device=x.device)
+    latents[row, nth] = latents_at(bucket[:, None], torch.arange(width, device=x.device), tile)
+    best, at = torch.cat([values[rows], more.flatten(1)], 1).topk(k, dim=1, sorted=False)
+    indices[rows] = torch.cat([indices[rows], latents.flatten(1)], 1).gather(1, at)
+    values[rows] = best
+
+
+def _bucket_scores(
+    x: Tensor, weight: Tensor, bias: Tensor, token: Tensor, bucket: Tensor, tile: Tile
+) -> Tensor:
+    """Return the pre-activations [pairs, tile.latents / 4] of all latents of (token, bucket)
+    pairs."""
+    scores = torch.empty(len(token), tile.latents // 4, dtype=torch.float32, device=x.device)
     with on_device(x.device):
         _bucket_again[(len(token),)](
             x,
@@ -374,17 +403,7 @@ def _compete(
             DEPTH=64,
             num_warps=4,
         )
-    # Entries that were kept take part with the values they have.
-    scores.scatter_(1, places[token, bucket].long(), -torch.inf)
-    rows, row = token.unique_consecutive(return_inverse=True)
-    nth = torch.arange(len(token), device=x.device) - (counts.cumsum(0) - counts)[token]
-    more = scores.new_full((len(rows), int(counts.max()), width), -torch.inf)
-    more[row, nth] = scores
-    latents = torch.zeros(more.shape, dtype=torch.long, device=x.device)
-    latents[row, nth] = latents_at(bucket[:, None], torch.arange(width, device=x.device), tile)
-    best, at = torch.cat([values[rows], more.flatten(1)], 1).topk(k, dim=1, sorted=False)
-    indices[rows] = torch.cat([indices[rows], latents.flatten(1)], 1).gather(1, at)
-    values[rows] = best
+    return scores
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -572,13 +591,8 @@ def _choose(
     """One token: computes the k candidates of the best scores exactly, then, in the order of their
     scores, those that may still be better than the worst of these; selects the k best."""
     token, j, first = tl.program_id(0).to(tl.int64), tl.arange(0, CANDIDATES), tl.arange(0, FIRST)
-    latents, scores, near, ranked, exact = (
-        latents + token * c,
-        scores + token * c,
-        near + token * c,
-        ranked + token * c,
-        exact + token * c,
-    )
+    latents, scores = latents + token * c, scores + token * c
+    near, ranked, exact = near + token * c, ranked + token * c, exact + token * c
     score, latent = tl.load(scores + j, j < c, 0.0), tl.load(latents + j, j < c, 0)
     rank = _ranks(score, j < c, j)
     tl.store(near + rank, score, j < c)
@@ -646,9 +660,7 @@ def choose(
     """
     (b, c), d = latents.shape, weight.shape[1]
     if c > MOST_CANDIDATES:
-        exact = gather_dot(x, latents, weight, dtype=torch.float32) + bias[latents]
-        values, at = exact.topk(k, dim=1)
-        return values, latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
+        return _choose_of_many(x, latents, scores, weight, bias, k)
     values, indices = (
         torch.empty(b, k, device=x.device),
         torch.empty(b, k, dtype=torch.long, device=x.device),
@@ -679,6 +691,15 @@ def choose(
                 **_candidate_block(first),
             )
     return values, indices, spread
+
+
+def _choose_of_many(
+    x: Tensor, latents: Tensor, scores: Tensor, weight: Tensor, bias: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `choose` does with an infinite margin, the spread over all candidates."""
+    exact = gather_dot(x, latents, weight, dtype=torch.float32) + bias[latents]
+    values, at = exact.topk(k, dim=1)
+    return values, latents.gather(1, at), (exact - scores).square().mean(1).sqrt()
 
 
 @jit
@@ -950,17 +971,23 @@ def scatter_measured(
     return _scatter(lists, values, x, weights.contiguous(), None)
 
 
+def _slab_columns(x: Tensor) -> tuple[int, int]:
+    """Return `_columns` of x[b, d], fewer where such a slab of x would not stay in the L2 cache."""
+    block, warps = _columns(x.shape[1])
+    while block > 128 and len(x) * block * x.element_size() > L2_SLAB:
+        block, warps = block // 2, max(1, warps // 2)
+    return block, warps
+
+
 def _scatter(
     lists: Lists, values: Tensor, x: Tensor, weights: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _columns(x.shape[1])
+    n, d, (block, warps) = len(lists.starts) - 1, x.shape[1], _slab_columns(x)
     dtype, sums = dtype or torch.promote_types(values.dtype, x.dtype), _sum_dtype(values, x)
     out, wide = (
         torch.empty(n, d, dtype=dtype, device=x.device),
         torch.float64 if sums is tl.float64 else torch.float32,
     )
-    while block > 128 and len(x) * block * x.element_size() > L2_SLAB:
-        block, warps = block // 2, max(1, warps // 2)
     values, x, blocks = values.contiguous(), x.contiguous(), -(-d // block)
     squares, total = (
         torch.zeros(n, blocks, dtype=wide, device=x.device),
@@ -1037,6 +1064,15 @@ def quantize_row(row):
 
 
 @jit
+def _adam(w, g, m, v, rate, beta2, gain1, gain2, eps, root):
+    """Return a row and its moments after a step of Adam."""
+    m += (g - m) * gain1
+    v = v * beta2 + g * g * gain2
+    w -= rate * m / (tl.sqrt(v) * root + eps)
+    return w, m, v
+
+
+@jit
 def _adam_row(
     weight,
     grad,
@@ -1081,9 +1117,7 @@ def _adam_row(
     g *= clip
     # One condition for all columns; otherwise each number would be stored by itself.
     g, moved = tl.where(g == g, g, 0.0), tl.where(clip == clip, inside, False)
-    m += (g - m) * gain1
-    v = v * beta2 + g * g * gain2
-    w -= rate * m / (tl.sqrt(v) * root + eps)
+    w, m, v = _adam(w, g, m, v, rate, beta2, gain1, gain2, eps, root)
     if UNIT:
         length = tl.sqrt(tl.sum(w * w, 0))
         w *= 1 / tl.where(length > 0, length, 1.0)
@@ -1129,6 +1163,27 @@ def row_squares(grad: Tensor, weight: Tensor, *, project: bool = False) -> Tenso
     return out
 
 
+class RowCopies(NamedTuple):
+    """What `adam_rows_` writes besides the weight[n, d] and its moments; None is left out."""
+
+    average: Tensor | None = None
+    """The averaged weight [n, d] in float32."""
+    decay: float = 1.0
+    """Decay of the average."""
+    bf16_copy: Tensor | None = None
+    """A copy [n, d] of the weight in bfloat16."""
+    int8_copy: Tensor | None = None
+    """A copy [n, d] of the weight in int8, with `scale`."""
+    scale: Tensor | None = None
+    """[n], for int8."""
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """What `_adam_row` is compiled to write."""
+        written = {"AVERAGE": self.average, "HALF": self.bf16_copy, "BYTES": self.int8_copy}
+        return {name: tensor is not None for name, tensor in written.items()}
+
+
 def adam_rows_(
     weight: Tensor,
     grad: Tensor,
@@ -1143,11 +1198,7 @@ def adam_rows_(
     clip: float | Tensor = 1.0,
     project: bool = False,
     unit_norm: bool = False,
-    average: Tensor | None = None,
-    decay: float = 1.0,
-    bf16_copy: Tensor | None = None,
-    int8_copy: Tensor | None = None,
-    scale: Tensor | None = None,
+    copies: RowCopies = RowCopies(),
 ) -> None:
     """Update weight[n, d] by a step of Adam, in one pass over its rows.
 
@@ -1169,23 +1220,41 @@ def adam_rows_(
             one number it need not be known yet on the host.
         project: Remove the gradient's component along the row.
         unit_norm: Normalise rows to norm 1.
-        average: The averaged weight [n, d] in float32.
-        decay: Decay of the average.
-        bf16_copy: A copy [n, d] of the weight in bfloat16.
-        int8_copy: A copy [n, d] of the weight in int8, with `scale`.
-        scale: [n]
+        copies: The average and the quantized copies.
 
     Raises:
         ValueError: A tensor is not contiguous, not [n, d], or not of its dtype.
     """
+    _check_rows(weight, grad, first, second, copies)
+    if weight.numel() == 0:
+        return
+    clip = clip if isinstance(clip, Tensor) else torch.full((), clip, device=weight.device)
+    d, bias1, bias2 = weight.shape[1], 1 - beta1**step, 1 - beta2**step
+    rule = (rate / bias1, beta2, 1 - beta1, 1 - beta2, eps, 1 / math.sqrt(bias2), 1 - copies.decay)
+    extra = [
+        weight if tensor is None else tensor
+        for tensor in (copies.average, copies.bf16_copy, copies.int8_copy, copies.scale)
+    ]
+    flags = {"PROJECT": project, "UNIT": unit_norm, **copies.flags}
+    with on_device(weight.device):
+        _adam_row[(len(weight),)](
+            weight, grad, first, second, *extra, clip, d, *rule, **flags, **row_options(d)
+        )
+
+
+def _check_rows(
+    weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, copies: RowCopies
+) -> None:
+    """Raise ValueError for a tensor that the pass over the rows cannot take."""
+    average = copies.average
     for name, tensor in {
         "weight": weight,
         "grad": grad,
         "first": first,
         "second": second,
         "average": average,
-        "bf16_copy": bf16_copy,
-        "int8_copy": int8_copy,
+        "bf16_copy": copies.bf16_copy,
+        "int8_copy": copies.int8_copy,
     }.items():
         if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
             raise ValueError(
@@ -1196,33 +1265,4 @@ def adam_rows_(
         raise ValueError(
             f"weight and average must be float32, got {weight.dtype}; name a bfloat16 copy in "
             "`bf16_copy`"
-        )
-    if weight.numel() == 0:
-        return
-    clip = clip if isinstance(clip, Tensor) else torch.full((), clip, device=weight.device)
-    with on_device(weight.device):
-        _adam_row[(len(weight),)](
-            weight,
-            grad,
-            first,
-            second,
-            weight if average is None else average,
-            weight if bf16_copy is None else bf16_copy,
-            weight if int8_copy is None else int8_copy,
-            weight if scale is None else scale,
-            clip,
-            weight.shape[1],
-            rate / (1 - beta1**step),
-            beta2,
-            1 - beta1,
-            1 - beta2,
-            eps,
-            1 / math.sqrt(1 - beta2**step),
-            1 - decay,
-            PROJECT=project,
-            UNIT=unit_norm,
-            AVERAGE=average is not None,
-            HALF=bf16_copy is not None,
-            BYTES=int8_copy is not None,
-            **row_options(weight.shape[1]),
         )

@@ -308,16 +308,12 @@ def _run_probe(model: nn.Module) -> tuple[int, int]:
     )
     numbers = torch.arange(2 * _PROBE_TOKENS, device=device).view(2, _PROBE_TOKENS)
     ids = (numbers * 7919 + vocabulary // 3) % vocabulary
-    parameters = inspect.signature(model.forward).parameters
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
         with torch.no_grad():
-            if "input_ids" in parameters:
-                model(input_ids=ids, **({"use_cache": False} if "use_cache" in parameters else {}))
-            else:
-                model(ids)
+            _run_on_ids(model, ids)
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # a model's own code may fail on plain token ids in any way
@@ -331,19 +327,17 @@ def _run_probe(model: nn.Module) -> tuple[int, int]:
     return 2, _PROBE_TOKENS
 
 
+def _run_on_ids(model: nn.Module, ids: Tensor) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in parameters:
+        model(input_ids=ids, **({"use_cache": False} if "use_cache" in parameters else {}))
+    else:
+        model(ids)
+
+
 def _split_block(block: nn.Module, run: _BlockRun) -> dict[str, Site]:
     """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post."""
-    role = ""
-    candidates = []
-    for part in run.parts:
-        role = part.role if part.role not in ("", "norm") else role
-        if (
-            part.runs == 1
-            and not not_activations(part.output, run.post.shape[:2])
-            and part.output.shape == run.post.shape
-        ):
-            # A norm or dropout has the role of the part that ran before it.
-            candidates.append(part._replace(role=role))
+    candidates = _find_terms(run)
     terms = _find_sum(run, candidates)
     if terms is None:
         return _split_block_with_inner_stream(block, run, candidates)
@@ -364,6 +358,22 @@ def _split_block(block: nn.Module, run: _BlockRun) -> dict[str, Site]:
         stream = _sum_site([(ModuleEnd(block, "in"), 1.0), *mixing])
         sites["resid_mid"] = stream._replace(reader=reader)
     return sites
+
+
+def _find_terms(run: _BlockRun) -> list[_PartRun]:
+    """Return the parts that ran once and gave activations of the stream's shape."""
+    role = ""
+    candidates = []
+    for part in run.parts:
+        role = part.role if part.role not in ("", "norm") else role
+        if (
+            part.runs == 1
+            and not not_activations(part.output, run.post.shape[:2])
+            and part.output.shape == run.post.shape
+        ):
+            # A norm or dropout has the role of the part that ran before it.
+            candidates.append(part._replace(role=role))
+    return candidates
 
 
 def _sum_site(terms: Sequence[tuple[ModuleEnd, float]]) -> Site:
@@ -406,24 +416,33 @@ def _split_block_with_inner_stream(
         inputs = [part.input for part in run.parts[first + 1 :]]
         for adds_stream in (True, False):
             middle = attention.output if adds_stream else run.pre + attention.output
-            if not ends or not any(run.is_equal(x, middle) for x in inputs):
-                continue
-            pre, out = ModuleEnd(block, "in"), ModuleEnd(attention.module, "out")
-            mlp = (ModuleEnd(ends[0].module, "out"), 1.0)
-            if adds_stream:
-                return {
-                    "attn_out": _sum_site([(pre, -1.0), (out, 1.0)]),
-                    "resid_mid": Site(*out),
-                    "mlp_out": _sum_site([(out, -1.0), mlp]),
-                }
-            return {
-                "attn_out": Site(*out),
-                "resid_mid": _sum_site([(pre, 1.0), (out, 1.0)]),
-                "mlp_out": _sum_site([(pre, -1.0), (out, -1.0), mlp]),
-            }
+            if ends and any(run.is_equal(x, middle) for x in inputs):
+                return _inner_stream_sites(
+                    ModuleEnd(block, "in"),
+                    ModuleEnd(attention.module, "out"),
+                    ModuleEnd(ends[0].module, "out"),
+                    adds_stream,
+                )
     raise _Unconfirmed(
         "no outputs of its block's parts sum up to what the block adds to the residual stream"
     )
+
+
+def _inner_stream_sites(
+    pre: ModuleEnd, attention: ModuleEnd, mlp: ModuleEnd, adds_stream: bool
+) -> dict[str, Site]:
+    """Return the sites of a block whose MLP adds the stream, and whose attention may too."""
+    if adds_stream:
+        return {
+            "attn_out": _sum_site([(pre, -1.0), (attention, 1.0)]),
+            "resid_mid": Site(*attention),
+            "mlp_out": _sum_site([(attention, -1.0), (mlp, 1.0)]),
+        }
+    return {
+        "attn_out": Site(*attention),
+        "resid_mid": _sum_site([(pre, 1.0), (attention, 1.0)]),
+        "mlp_out": _sum_site([(pre, -1.0), (attention, -1.0), (mlp, 1.0)]),
+    }
 
 
 def _check_change(

@@ -41,29 +41,41 @@ def choose_step(
     """
     device_type = device.partition(":")[0]
     explicit = not recipe.needs_autograd
-    in_torch: StepKind = "torch" if explicit and device_type in ("cpu", "cuda") else "autograd"
     if processes > 1:
-        return in_torch
+        return _step_in_torch(recipe, device_type)
     kernels = recipe.run.kernels
     triton = explicit and (device_type == "cuda" if elsewhere else triton_is_usable(device))
-    if kernels == "triton" and not triton:
-        raise InputError(
-            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without "
-            "Multi-TopK; leave it at 'auto'"
-        )
+    _check_triton(recipe, triton)
     bfloat16 = recipe.optim.precision != "float32"
-    if bfloat16 and not (triton and kernels in ("auto", "triton")):
-        raise InputError(
-            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK "
-            "without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
-        )
     if bfloat16 or kernels == "triton" or (kernels == "auto" and device_type == "cuda" and triton):
         return "triton"
     native = explicit and device_type == "cpu" and kernels != "torch"
     if native and (elsewhere or native_is_usable()):
         return "native"
     _check_plain_torch(recipe)
-    return in_torch
+    return _step_in_torch(recipe, device_type)
+
+
+def _step_in_torch(recipe: Recipe, device_type: str) -> StepKind:
+    explicit = not recipe.needs_autograd and device_type in ("cpu", "cuda")
+    return "torch" if explicit else "autograd"
+
+
+def _check_triton(recipe: Recipe, usable: bool) -> None:
+    """Raise InputError if the recipe asks for what only Triton's kernels do, and they are not
+    usable."""
+    kernels = recipe.run.kernels
+    if kernels == "triton" and not usable:
+        raise InputError(
+            "run.kernels is 'triton', which needs a CUDA GPU, the package triton and TopK without "
+            "Multi-TopK; leave it at 'auto'"
+        )
+    bfloat16 = recipe.optim.precision != "float32"
+    if bfloat16 and not (usable and kernels in ("auto", "triton")):
+        raise InputError(
+            "optim.precision is 'bfloat16', which needs a CUDA GPU, the package triton and TopK "
+            "without Multi-TopK, run.kernels not 'torch'; leave it at 'float32'"
+        )
 
 
 def _check_plain_torch(recipe: Recipe) -> None:

@@ -196,6 +196,17 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
         {key: types for key, types in _ORIGIN.items() if key in origin},
         "metadata.origin.",
     )
+    _check_policy(policy, file)
+    shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
+    for part, table in (("acts", metadata.get("acts") or {}), ("policy", shared)):
+        try:
+            config.from_dict({"acts": table}, where=f" in metadata.{part}")
+        except InputError as error:
+            raise CorruptError(f"{file}: metadata.{part}: {error}") from None
+
+
+def _check_policy(policy: dict[str, Any], file: Path) -> None:
+    """Raise CorruptError for a key of metadata.policy that is unknown or of another type."""
     unknown = sorted(set(policy) - set(POLICY))
     if unknown:
         raise CorruptError(
@@ -208,12 +219,6 @@ def check_metadata(metadata: dict[str, Any], file: Path) -> None:
         {key: types for key, types in POLICY.items() if key in policy},
         "metadata.policy.",
     )
-    shared = {key: policy[key] for key in ("context", "borders", "keep") if key in policy}
-    for part, table in (("acts", metadata.get("acts") or {}), ("policy", shared)):
-        try:
-            config.from_dict({"acts": table}, where=f" in metadata.{part}")
-        except InputError as error:
-            raise CorruptError(f"{file}: metadata.{part}: {error}") from None
 
 
 def acts_of(metadata: dict[str, Any]) -> ActsConfig:

@@ -111,6 +111,24 @@ def attach(
         >>> tap.code.values.shape[-1], tap.recon.shape == tap.x.shape
         (4, True)
     """
+    _check_arguments(model, error)
+    place = resolve(model, site or _trained_site(sae))
+    if site:
+        _warn_of_other_site(model, sae, site)
+    site = site or _trained_site(sae)
+    tap, calls = Tap(sae), CallTracker(sae, positions)
+    replace = _replacement(sae, tap, calls, site, change, error)
+    with calls.follow(model, place.place.module), hooked(place, replace):
+        yield tap
+    if calls.calls and not calls.reads:
+        raise InputError(
+            f"site {site!r} was not reached in {calls.calls} calls of the model, so nothing was "
+            "read or changed there; choose another site, or, if the model was compiled with "
+            "torch.compile, call the original model"
+        )
+
+
+def _check_arguments(model: nn.Module, error: str) -> None:
     if error not in ("keep", "drop"):
         raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
     if not isinstance(model, nn.Module):
@@ -118,11 +136,18 @@ def attach(
             f"an SAE is attached to a torch module, got {type(model).__name__}; of a ksparse.LM, "
             "give lm.model"
         )
-    place = resolve(model, site or _trained_site(sae))
-    if site:
-        _warn_of_other_site(model, sae, site)
-    site = site or _trained_site(sae)
-    tap, calls = Tap(sae), CallTracker(sae, positions)
+
+
+def _replacement(
+    sae: SAE,
+    tap: Tap,
+    calls: CallTracker,
+    site: str,
+    change: Change | None,
+    error: Literal["keep", "drop"],
+) -> Callable[[Tensor], Tensor | None]:
+    """Return the hook at the site: it fills the tap, and returns the new activations, or None to
+    leave them."""
 
     def replace(old: Tensor) -> Tensor | None:
         calls.mark_read(site)
@@ -136,14 +161,7 @@ def attach(
         new = _read_and_change(sae, tap, change, error)
         return None if new is None else torch.where(tap.keep[..., None], new.to(old), old)
 
-    with calls.follow(model, place.place.module), hooked(place, replace):
-        yield tap
-    if calls.calls and not calls.reads:
-        raise InputError(
-            f"site {site!r} was not reached in {calls.calls} calls of the model, so nothing was "
-            "read or changed there; choose another site, or, if the model was compiled with "
-            "torch.compile, call the original model"
-        )
+    return replace
 
 
 def _warn_of_other_site(model: nn.Module, sae: SAE, site: str) -> None:

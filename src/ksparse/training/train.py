@@ -21,14 +21,17 @@ import torch
 from ksparse import distributed
 from ksparse.config import Recipe, check_schedule, differences, to_toml
 from ksparse.device import resolve_device
+from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
 from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint
+from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
 from ksparse.training.source import ActivationSource
+from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.trainer import SAETrainer, finished, start
 from ksparse.trust import trusted
 
@@ -117,14 +120,7 @@ def train_many(
         saver = checkpoint.Saver(mesh, behind=mesh.size > 1 or not device.startswith("cpu"))
         stack.callback(saver.finish)
 
-        restored = [
-            restore(run, recipe, torch.device(device), mesh) for run, recipe in zip(runs, recipes)
-        ]
-        unfinished = [
-            (run, recipe, saved)
-            for run, recipe, saved in zip(runs, recipes, restored)
-            if saved is None or not finished(recipe, saved[0])
-        ]
+        unfinished = _restore_unfinished(runs, recipes, torch.device(device), mesh)
         if not unfinished:
             return runs
         processes = (mesh,) if mesh.size > 1 else ()
@@ -159,17 +155,23 @@ def _take_all_steps(
             results = [trainer.step(batch, x) for trainer in joined]
             for trainer, (losses, grad_norm) in zip(joined, results):
                 trainer.log(x, losses, grad_norm)
-            # All processes save and stop at the same step.
-            signum, *due = mesh.all_reduce_max_ints(
-                "stop", [signals[0] if signals else 0, *(int(trainer.due()) for trainer in joined)]
-            )
-            for trainer, save_now in zip(joined, due):
-                if signum or save_now or trainer.ended:
-                    trainer.save()
+            signum = _save_due(joined, signals, mesh)
             trainers = [t for t in trainers if not t.ended and not t.failed]
             if signum and trainers:
                 saver.wait()
                 raise Interrupted(_stop_message(trainers, time.monotonic() - began), signum)
+
+
+def _save_due(trainers: list[SAETrainer], signals: list[int], mesh: Mesh) -> int:
+    """Save those that are due or have ended, or all on a signal; return the signal, or 0."""
+    # All processes save and stop at the same step.
+    signum, *due = mesh.all_reduce_max_ints(
+        "stop", [signals[0] if signals else 0, *(int(trainer.due()) for trainer in trainers)]
+    )
+    for trainer, save_now in zip(trainers, due):
+        if signum or save_now or trainer.ended:
+            trainer.save()
+    return signum
 
 
 # ---- before the first step -----------------------------------------------------------------------
@@ -227,6 +229,18 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
     run.remove_leftovers()
     jsonio.write_json(run.environment_file, environment())
     atomic.write_text(run.recipe_file, to_toml(recipe))
+
+
+def _restore_unfinished(
+    runs: Sequence[RunFolder], recipes: Sequence[Recipe], device: torch.device, mesh: Mesh
+) -> list[tuple[RunFolder, Recipe, tuple[TrainState, AutogradStep] | None]]:
+    """Restore all runs; return those with steps left, and what was restored, None for a new one."""
+    restored = [restore(run, recipe, device, mesh) for run, recipe in zip(runs, recipes)]
+    return [
+        (run, recipe, saved)
+        for run, recipe, saved in zip(runs, recipes, restored)
+        if saved is None or not finished(recipe, saved[0])
+    ]
 
 
 def set_threads(number: int) -> None:

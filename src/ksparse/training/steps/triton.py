@@ -31,6 +31,7 @@ from ksparse.config import Recipe
 from ksparse.kernels import triton_candidates, triton_ops
 from ksparse.sae.model import SAE
 from ksparse.training.steps.async_copy import copy_async, true_positions
+from ksparse.training.steps.explicit import AuxGrads
 from ksparse.training.steps.prefilter import MARGIN, PrefilteredStep
 
 
@@ -145,12 +146,7 @@ class TritonStep(PrefilteredStep):
         if recipe.sae.unit_norm:
             dec_squares -= radial_grad.square()
         if aux is not None:
-            for rows, part in ((dec, aux.dec), (enc, aux.enc), (bias, aux.bias)):
-                rows.index_add_(0, aux.latents, part)
-            dec_squares, enc_squares = (
-                triton_ops.row_squares(dec, sae.W_dec.detach(), project=recipe.sae.unit_norm),
-                triton_ops.row_squares(enc, sae.W_enc.detach()),
-            )
+            dec_squares, enc_squares = self._add_aux_(dec, enc, bias, aux)
         pre = pending.scale * pending.error.sum(0) - bias @ sae.W_enc
         squared_norms = [
             dec_squares,
@@ -185,6 +181,18 @@ class TritonStep(PrefilteredStep):
         self._finish_step(pre * clip, step)
         return norm
 
+    def _add_aux_(
+        self, dec: Tensor, enc: Tensor, bias: Tensor, aux: AuxGrads
+    ) -> tuple[Tensor, Tensor]:
+        """Add AuxK's gradients to the rows of its latents; return the squared norms [n] of all
+        decoder and encoder rows."""
+        for rows, part in ((dec, aux.dec), (enc, aux.enc), (bias, aux.bias)):
+            rows.index_add_(0, aux.latents, part)
+        return (
+            triton_ops.row_squares(dec, self.sae.W_dec.detach(), project=self.recipe.sae.unit_norm),
+            triton_ops.row_squares(enc, self.sae.W_enc.detach()),
+        )
+
     def _adam_rows(
         self, key: str, gradient: Tensor, step: int, clip: Tensor, *, unit: bool
     ) -> None:
@@ -213,9 +221,5 @@ class TritonStep(PrefilteredStep):
             clip=clip,
             project=unit,
             unit_norm=unit,
-            average=self.average.get(key),
-            decay=self.recipe.ema,
-            bf16_copy=bf16_copy,
-            int8_copy=int8_copy,
-            scale=scale,
+            copies=triton_ops.RowCopies(self.average.get(key), self.recipe.ema, bf16_copy, int8_copy, scale),
         )
