@@ -221,5 +221,7 @@ class TritonStep(PrefilteredStep):
             clip=clip,
             project=unit,
             unit_norm=unit,
-            copies=triton_ops.RowCopies(self.average.get(key), self.recipe.ema, bf16_copy, int8_copy, scale),
+            copies=triton_ops.RowCopies(
+                self.average.get(key), self.recipe.ema, bf16_copy, int8_copy, scale
+            ),
         )
