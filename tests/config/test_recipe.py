@@ -638,7 +638,10 @@ def test_a_result_records_the_options_of_its_evaluation_and_those_of_all():
     assert set(EvalConfig().for_eval("positions")) == every
     assert set(EvalConfig().for_eval("refinement")) == every | {"refine_tokens", "refine_exact"}
     recorded = {name for evaluation in EVALS for name in EvalConfig().for_eval(evaluation)}
-    assert {option.name for option in dataclasses.fields(EvalConfig)} - recorded == {"force"}
+    assert {option.name for option in dataclasses.fields(EvalConfig)} - recorded == {
+        "force",
+        "lm_batch",
+    }
 
 
 @pytest.mark.parametrize("budget", ["small", "paper"])

@@ -665,3 +665,26 @@ def test_examples_of_a_part_of_the_text_are_said_to_be(subject, monkeypatch):
         note.startswith("examples, and what is counted beside them, are of the first 8 of ")
         for note in notes
     )
+
+
+def test_fewer_contexts_in_a_pass_give_the_same_results_and_are_what_the_lm_is_given(
+    subject, monkeypatch
+):
+    acts, lm = subject
+    sae = make_sae(acts, lm.d_model)
+    sizes = []
+    whole = lm.predict
+
+    def count(tokens, *rest):
+        sizes.append(len(tokens))
+        return whole(tokens, *rest)
+
+    monkeypatch.setattr(lm, "predict", count)
+    results = [
+        runner.evaluate(sae, lm, ["downstream"], dataclasses.replace(OPTIONS, lm_batch=batch))
+        for batch in (0, 2)
+    ]
+    assert max(sizes[: len(sizes) // 2]) == acts.lm_batch == 4 and sizes[-1] <= 2
+    one, other = (result["downstream"] for result in results)
+    for key in ("ce_clean", "ce_spliced", "kl"):
+        assert one[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)

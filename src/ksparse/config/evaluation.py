@@ -64,6 +64,9 @@ class EvalConfig(Config):
     """Seed of all random samples."""
     device: str = _option("auto", _EVERY)
     """Device: auto, cpu, cuda, cuda:1, mps."""
+    lm_batch: int = 0
+    """Contexts per forward pass of the LM; 0: as many as in training. Fewer need less memory and
+    give the same results."""
 
     loss_table: str = _option("", "downstream")
     """downstream: file of JSON lines {flops, loss} from the LM's pre-training, for
@@ -134,7 +137,7 @@ class EvalConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("per_document", "probe_tokens", "ablation_horizon", at_least=1)
-        self.check_range("examples", "refine_exact", "seed", at_least=0)
+        self.check_range("examples", "refine_exact", "seed", "lm_batch", at_least=0)
         self.check_range(*budget_sizes("small"), at_least=0, note="; 0 is the budget's size")
         self.check_range(
             "probe_l2", above=0, note=": without a penalty separable data have no optimum"

@@ -140,6 +140,7 @@ def evaluate_many(
     options = options.resolved()
     lm = lm or load_lm(next(iter(saes.values())), options.device)
     acts = _common_acts(saes, lm, options, like)
+    acts = dataclasses.replace(acts, lm_batch=options.lm_batch or acts.lm_batch)
     notes = {label: _provenance_notes(label, sae, lm, options, like) for label, sae in saes.items()}
     data = HeldOut(lm, acts, options)
     contexts = {
