@@ -688,3 +688,23 @@ def test_fewer_contexts_in_a_pass_give_the_same_results_and_are_what_the_lm_is_g
     one, other = (result["downstream"] for result in results)
     for key in ("ce_clean", "ce_spliced", "kl"):
         assert one[key]["value"] == pytest.approx(other[key]["value"], rel=1e-5)
+
+
+def test_a_result_is_handed_over_as_soon_as_it_is_complete(subject):
+    acts, lm = subject
+    saes = {label: make_sae(acts, lm.d_model) for label in ("a", "b")}
+    events = []
+    results = runner.evaluate_many(
+        saes,
+        lm,
+        ["explained_loss", "stats", "downstream"],
+        OPTIONS,
+        observe=lambda what, done, total: events.append(what),
+        on_result=lambda label, name, result: events.append((label, name)),
+    )
+    handed = [event for event in events if isinstance(event, tuple)]
+    assert handed == [
+        (label, name) for name in ("stats", "downstream", "explained_loss") for label in "ab"
+    ]
+    assert events.index(("b", "downstream")) < events.index("reading the text again")
+    assert list(results["a"]) == ["explained_loss", "stats", "downstream"]

@@ -75,19 +75,21 @@ def evaluate_saes(
 
     registry.check_names(names)
     saes = {source: load(source) for source in sources}
+
+    def write(source: str, name: str, result: Any) -> None:
+        run = RunFolder(Path(source))
+        if run.exists():
+            runner.write_results(run, {result["name"]: result})
+
     with ProgressBar("evaluating", 0) as progress:
-        results_by_source = runner.evaluate_many(
+        return runner.evaluate_many(
             saes,
             None,
             names or list(registry.DEFAULT),
             options,
             observe=lambda label, done, total: progress(done, "", total, label),
+            on_result=write,
         )
-    for source, results in results_by_source.items():
-        run = RunFolder(Path(source))
-        if run.exists():
-            runner.write_results(run, {result["name"]: result for result in results.values()})
-    return results_by_source
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,8 @@ from ksparse.steering import load_lm
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
+OnResult = Callable[[str, str, Result], None]
+"""Called as `on_result(label, name, result)`."""
 _TRAINING_ONLY = ("normalize", "mix", "shards", "lm_batch")  # may differ within a shared pass
 
 
@@ -112,6 +114,7 @@ def evaluate_many(
     *,
     like: ActsConfig | None = None,
     observe: Progress = no_progress,
+    on_result: OnResult = lambda label, name, result: None,
 ) -> dict[str, dict[str, Result]]:
     """Evaluate several SAEs at one site, running the LM once for all of them.
 
@@ -122,6 +125,8 @@ def evaluate_many(
         options: as in `evaluate`.
         like: text, contexts and positions to use for all, instead of the SAEs' own.
         observe: as in `evaluate`.
+        on_result: called with (label, name, result) as soon as a result is complete, so that it
+            can be written while slower evaluations go on.
 
     Returns:
         {label: {name: result}}.
@@ -150,15 +155,12 @@ def evaluate_many(
     for context in contexts.values():
         for name in names:
             context.part(EVALS[name])
-    metrics = [metric for context in contexts.values() for metric in context.parts.values()]
-    stopwatch = _Stopwatch()
-    text = _run_metrics(metrics, data, stopwatch, observe)
-    results = {
-        label: {name: _finalize(name, context.part(EVALS[name]), text, stopwatch) for name in names}
-        for label, context in contexts.items()
-    }
-    attach_comparisons(results)
-    return results
+    results: dict[str, dict[str, Result]] = {label: {} for label in contexts}
+    for name, by_label in _run_metrics(contexts, names, data, observe):
+        for label, result in by_label.items():
+            results[label][name] = result
+            on_result(label, name, result)
+    return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
 
 
 class _Stopwatch:
@@ -180,18 +182,38 @@ class _Stopwatch:
 
 
 def _run_metrics(
-    metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch, progress: Progress
-) -> HeldOutPass:
-    """Take all metrics up to `finalize`; return the first pass, which says what text was read."""
+    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut, progress: Progress
+) -> Iterator[tuple[str, dict[str, Result]]]:
+    """Take all metrics through their passes; yield (name, results by label) as they are complete.
+
+    A metric is computed after those it builds on, which come before it among the parts. All SAEs
+    have the same parts, so their results of one evaluation are complete together.
+    """
+    metrics = [metric for context in contexts.values() for metric in context.parts.values()]
+    stopwatch, requested = _Stopwatch(), {EVALS[name]: name for name in names}
     for metric in metrics:
         with stopwatch.time(metric):
             metric.prepare()
     text = _run_pass(1, metrics, data, stopwatch, progress)
-    for metric in metrics:
-        with stopwatch.time(metric):
-            metric.compute(progress)
+
+    def complete(kind: type[Metric]) -> tuple[str, dict[str, Result]]:
+        name = requested.pop(kind)
+        results = {
+            label: {name: _finalize(name, context.part(kind), text, stopwatch)}
+            for label, context in contexts.items()
+        }
+        attach_comparisons(results)
+        return name, {label: by_name[name] for label, by_name in results.items()}
+
+    for parts in zip(*(context.parts.values() for context in contexts.values()), strict=True):
+        for metric in parts:
+            with stopwatch.time(metric):
+                metric.compute(progress)
+        if type(parts[0]) in requested and parts[0].passes < 2:
+            yield complete(type(parts[0]))
     _run_pass(2, metrics, data, stopwatch, progress)
-    return text
+    for kind in list(requested):
+        yield complete(kind)
 
 
 def _run_pass(
