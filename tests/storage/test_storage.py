@@ -294,6 +294,7 @@ def test_an_old_folder_that_was_moved_away_comes_back(tmp_path):
 
 def test_removing_leftovers_of_a_folder_that_is_not_there_does_nothing(tmp_path):
     atomic.remove_leftovers(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- single files

@@ -95,19 +95,6 @@ class Config:
                 bounds = _describe_range(at_least, above, at_most, below)
                 raise InputError(f"{key} is {value}; it must {bounds}{note}")
 
-    def at_least(self, what: str, **lowest: float) -> None:
-        """Raise InputError for a number below its lowest value.
-
-        Args:
-            what: what the options belong to, for the message.
-            lowest: field names with their lowest values.
-        """
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise InputError(
-                    f"{name} of {what} is {getattr(self, name)}; it must be at least {low}"
-                )
-
 
 def _describe_range(
     at_least: float | None, above: float | None, at_most: float | None, below: float | None

@@ -36,6 +36,8 @@ SAFE = {"PYTHONSAFEPATH": "1"}
 class Launch(Config):
     """Where and how the groups of a sweep run."""
 
+    OWNER = "a sweep"
+
     launcher: Literal["here", "processes", "local", "slurm"] = "here"
     """here: one group of runs after another in this process. processes: in processes of this
     machine. slurm: as jobs of a Slurm cluster, through submitit (pip install 'ksparse[slurm]').
@@ -55,7 +57,7 @@ class Launch(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least("a sweep", minutes=1)
+        self.check_range("minutes", at_least=1)
         if self.workers < 1 or self.retries < 0 or self.memory_gb < 0:
             raise InputError(
                 "a sweep needs workers of at least 1, retries and memory_gb of at least 0; got "
