@@ -215,12 +215,14 @@ def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dic
 
 @verb
 def study(arguments: list[str]) -> None:
-    """study NAME [--run RUN] [--key value …]
+    """study NAME [RECIPE.toml] [--run RUN] [--key value …]
 
-    Answer a question with several SAEs (baselines, sites, …), or with an evaluation of one run.
+    Answer a question with several SAEs (paper, baselines, …), or with an evaluation of one run.
     """
-    name, flags = split_folder("study", arguments, "the name of a study, such as baselines")
-    options = parse(StudyConfig, "study NAME", flags)
+    name, flags = split_folder("study", arguments, "the name of a study, such as paper")
+    if flags and not flags[0].startswith("-"):
+        flags = ["--recipe", *flags]
+    options = parse(StudyConfig, "study NAME [RECIPE.toml]", flags)
     from ksparse import studies
     from ksparse.evals.registry import EVALS
 

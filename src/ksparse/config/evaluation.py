@@ -191,6 +191,9 @@ class StudyConfig(Config):
     run: str = ""
     """Run whose activations and recipe the study starts from; by default the built-in LM and the
     default recipe. A study that is an evaluation needs one."""
+    recipe: str = ""
+    """Recipe (a TOML file) whose activations and options the study starts from, in place of a
+    run's."""
     out: str = ""
     """Folder of the study; by default studies/NAME. The same command continues an unfinished
     study."""
@@ -206,12 +209,16 @@ class StudyConfig(Config):
     """Latents of each SAE, or of the largest where the study varies them; 0: the study's choice."""
     k: int = 0
     """k of each SAE, or the middle one where the study varies it; 0: the study's choice."""
-    batch: int = 1024
-    """Activations per step."""
+    batch: int = 0
+    """Activations per step; 0: those of the recipe, or 1,024."""
     seeds: int = 1
     """SAEs of each kind to train, with different seeds."""
     eval_tokens: int = 30_000
     """Held-out activations to evaluate on."""
+    suite: str = ""
+    """paper: folder of probe tasks; by default the built-in tasks on Python tokens."""
+    probe_rows: int = 400
+    """paper: largest number of rows of a probe task."""
     threads: int = 0
     """CPU threads; 0: all cores."""
     device: str = "auto"
@@ -220,6 +227,12 @@ class StudyConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range(
-            "tokens", "n_latents", "k", "threads", at_least=0, note="; 0 is the study's own choice"
+            "tokens",
+            "n_latents",
+            "k",
+            "batch",
+            "threads",
+            at_least=0,
+            note="; 0 is the study's own choice",
         )
-        self.check_range("batch", "seeds", "eval_tokens", at_least=1)
+        self.check_range("seeds", "eval_tokens", "probe_rows", at_least=1)

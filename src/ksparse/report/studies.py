@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import InputError
+from ksparse.report.claims import decide
 from ksparse.report.figures import (
     INK,
     Picture,
@@ -20,7 +21,7 @@ from ksparse.report.figures import (
     to_svg,
 )
 from ksparse.report.page import environment
-from ksparse.report.source import is_number
+from ksparse.report.source import Number, is_number
 from ksparse.report.tables import format_significant
 from ksparse.report.tokens import safe_text
 from ksparse.storage import atomic, checksums, jsonio
@@ -57,6 +58,7 @@ def write(folder: Path | str) -> Path:
             study=study,
             name=study["name"],
             pictures=pictures,
+            claims=[judge(claim, pictures) for claim in study.get("claims", [])],
             columns=[column.replace("_", " ") for column in columns],
             table={
                 member: [format_cell(row.get(name)) for name in columns]
@@ -69,6 +71,24 @@ def write(folder: Path | str) -> Path:
         atomic.write_text(atomic.inside(folder, "figures", f"{name}.svg"), picture.svg)
     atomic.write_text(atomic.inside(folder, "report.html"), html)
     return folder / "report.html"
+
+
+def judge(claim: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
+    """Return a claim of a study with its verdict and its pictures.
+
+    Example:
+        >>> claim = {"margin": {"value": 0.3, "se": 0.1}, "figures": []}
+        >>> judge(claim, [])["verdict"]
+        'holds'
+    """
+    margin = claim["margin"]
+    known = is_number(margin["value"])
+    se = margin["se"] if is_number(margin["se"]) else None
+    return {
+        **claim,
+        "verdict": decide(Number(margin["value"], se)) if known else "unclear",
+        "pictures": [picture for picture in pictures if picture.name in claim["figures"]],
+    }
 
 
 def read(folder: Path) -> dict[str, Any]:

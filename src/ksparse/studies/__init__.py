@@ -3,6 +3,7 @@
     baselines   which activation is best: error and the LM's additional loss against L0
     sites       where in the LM: layers, locations and positions in the context
     gaussian    what is learnt beyond mean and covariance: error against n, beside Gaussian data
+    paper       which claims of the paper hold, on one LM: a page with a figure for each
     recipe      what each part of the recipe contributes: dead latents and error along training
 
 `run(name, options)` fills a folder with runs/MEMBER (ordinary run folders) and study.json (options,
@@ -19,13 +20,14 @@ from typing import Any
 from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import unknown
 from ksparse.progress import Progress, no_progress
-from ksparse.studies import ablations, baselines, gaussian, sites
+from ksparse.studies import ablations, baselines, gaussian, paper, sites
 from ksparse.studies.study import Study
 
 STUDIES: dict[str, Callable[[Study], dict[str, Any]]] = {
     "baselines": baselines.run,
     "sites": sites.run,
     "gaussian": gaussian.run,
+    "paper": paper.run,
     "recipe": ablations.run,
 }
 

@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from ksparse.config import ActivationConfig, Recipe, SAEConfig
+from ksparse.config import ActivationConfig, ActsConfig, Recipe, SAEConfig, load_recipe
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
@@ -39,6 +39,8 @@ from ksparse.training.train import train_many
 log = logging.getLogger("ksparse")
 
 FORMAT = 1
+BATCH_SIZE = 1024
+"""Activations per step, unless the options or a recipe say otherwise."""
 BATCH = 8
 """SAEs evaluated in one pass; results are saved after each pass."""
 Estimate = dict[str, float | None]
@@ -79,6 +81,14 @@ class Figure:
     log: str = ""
 
 
+def _read_base(options: StudyConfig) -> Recipe:
+    if options.run and options.recipe:
+        raise InputError("a study starts from a run or from a recipe: give --run or --recipe")
+    if options.recipe:
+        return load_recipe(options.recipe)
+    return open_run(options.run).recipe() if options.run else Recipe()
+
+
 class Study:
     """One study on disk, and the recipe that its members are derived from."""
 
@@ -86,22 +96,27 @@ class Study:
         self.name, self.options, self.observe = name, options, observe
         self.path = Path(options.out or f"studies/{name}")
         self.began = time.monotonic()
-        base = open_run(options.run).recipe() if options.run else Recipe()
+        base = _read_base(options)
         self.acts = dataclasses.replace(
             base.acts,
             lm=options.lm or base.acts.lm,
             site=options.site or base.acts.site,
             text=options.text or base.acts.text,
+            text_config="" if options.text else base.acts.text_config,
             shards="" if options.lm or options.site or options.text else base.acts.shards,
         )
         self.base = dataclasses.replace(
             base,
             acts=self.acts,
-            batch=options.batch,
+            batch=options.batch or (base.batch if options.recipe else BATCH_SIZE),
             order=0,
             threads=options.threads,
             run=dataclasses.replace(base.run, device=options.device, keep=1),
         )
+
+    def use_acts(self, acts: ActsConfig) -> None:
+        """Train members on other activations from now on, such as shards that were just written."""
+        self.acts, self.base = acts, dataclasses.replace(self.base, acts=acts)
 
     def recipe(
         self,
@@ -175,6 +190,7 @@ class Study:
         members: Sequence[str],
         names: Sequence[str] = ("stats", "downstream"),
         *,
+        options: EvalConfig | None = None,
         change: Callable[[str, SAE], SAE] = lambda member, sae: sae,
         source: Callable[[str], str] = lambda member: member,
     ) -> dict[str, dict[str, Any]]:
@@ -183,13 +199,14 @@ class Study:
         Args:
             members: The names that results are stored under.
             names: The evaluations.
+            options: Of the evaluations; by default as many tokens as the study's options say.
             change: Changes a member's SAE before it is evaluated.
             source: Gives the member whose trained SAE is evaluated under a name.
 
         Returns:
             {member: {evaluation: result}}.
         """
-        options = EvalConfig(
+        options = options or EvalConfig(
             tokens=self.options.eval_tokens, examples=0, device=self.options.device
         )
         results: dict[str, dict[str, Any]] = {
