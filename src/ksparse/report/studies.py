@@ -30,12 +30,14 @@ FORMAT = 1
 """The version of study.json that this module reads."""
 COLOURS = ("#3a55c8", "#b4530a", "#1b8a5a", "#a8328f", "#7a6a00", "#0b7f9c", "#c0392b", "#6b6f7a")
 MARKS = "os^Dv<>P"
+_ANCHOR = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_")
 MOST_POINTS = 200
 """Points of a curve that are drawn at most."""
 
 
 def write(folder: Path | str) -> Path:
-    """Write report.html and figures/*.svg of a study.
+    """Write report.html and figures/*.svg of a study; of one with claims README.md as well, the
+    same page for a repository.
 
     Args:
         folder: the study's folder, with study.json in it.
@@ -51,26 +53,46 @@ def write(folder: Path | str) -> Path:
     pictures = [picture for picture in map(draw, study.get("figures", [])) if picture is not None]
     members = study.get("members", {})
     columns = list(dict.fromkeys(name for row in members.values() for name in row))
-    html = (
-        environment()
-        .get_template("study.html.jinja")
-        .render(
-            study=study,
-            name=study["name"],
-            pictures=pictures,
-            claims=[judge(claim, pictures) for claim in study.get("claims", [])],
-            columns=[column.replace("_", " ") for column in columns],
-            table={
-                member: [format_cell(row.get(name)) for name in columns]
-                for member, row in members.items()
-            },
-        )
-    )
+    facts = {
+        "study": study,
+        "name": study["name"],
+        "pictures": pictures,
+        "claims": [judge(claim, pictures) for claim in study.get("claims", [])],
+        "setup": describe_setup(study),
+        "command": str(study.get("command", "")),
+        "columns": [column.replace("_", " ") for column in columns],
+        "table": {
+            member: [format_cell(row.get(name)) for name in columns]
+            for member, row in members.items()
+        },
+    }
+    html = environment().get_template("study.html.jinja").render(facts)
+    if facts["claims"]:
+        page = environment().get_template("study.md.jinja").render(facts)
+        atomic.write_text(atomic.inside(folder, "README.md"), page.replace("&#39;", "'"))
     for picture in pictures:
         name = checksums.plain_name(picture.name, folder / "study.json")
         atomic.write_text(atomic.inside(folder, "figures", f"{name}.svg"), picture.svg)
     atomic.write_text(atomic.inside(folder, "report.html"), html)
     return folder / "report.html"
+
+
+def describe_setup(study: dict[str, Any]) -> list[str]:
+    """Return lines that say what a study trained, on how much, for how long and on what machine."""
+    setup, machine = study.get("setup", {}), study.get("environment", {})
+    lines = [
+        f"{key.replace('_', ' ')}: "
+        + (", ".join(f"{item:,}" for item in value) if isinstance(value, list) else f"{value:,}")
+        for key, value in setup.items()
+        if isinstance(value, list) or is_number(value)
+    ]
+    if is_number(study.get("seconds")):
+        lines.append(f"hours: {study['seconds'] / 3600:.1f}")
+    if isinstance(machine, dict) and machine.get("versions"):
+        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        gpus = ", ".join(machine.get("gpus", ())) or "no GPU"
+        lines.append(f"machine: {machine.get('threads')} threads, {gpus}; {versions}")
+    return lines
 
 
 def judge(claim: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
@@ -87,6 +109,9 @@ def judge(claim: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
     return {
         **claim,
         "verdict": decide(Number(margin["value"], se)) if known else "unclear",
+        "anchor": "".join(
+            letter for letter in claim["claim"].lower().replace(" ", "-") if letter in _ANCHOR
+        ),
         "pictures": [picture for picture in pictures if picture.name in claim["figures"]],
     }
 

@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from ksparse.sae.model import SAE
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.training.source import ActivationSource
-from ksparse.training.train import train_many
+from ksparse.training.train import environment, train_many
 
 log = logging.getLogger("ksparse")
 
@@ -95,7 +96,7 @@ class Study:
     def __init__(self, name: str, options: StudyConfig, observe: Progress):
         self.name, self.options, self.observe = name, options, observe
         self.path = Path(options.out or f"studies/{name}")
-        self.began = time.monotonic()
+        self.began, self.earlier = time.monotonic(), self._seconds_before()
         base = _read_base(options)
         self.acts = dataclasses.replace(
             base.acts,
@@ -250,15 +251,26 @@ class Study:
 
     # ---- results
 
+    def _seconds_before(self) -> float:
+        """Return the seconds of earlier calls, of which this one is the continuation."""
+        try:
+            return float(jsonio.read_json(self.path / "study.json").get("seconds", 0.0))
+        except (OSError, CorruptError, InputError, TypeError, ValueError, AttributeError):
+            return 0.0
+
     def finish(self, results: dict[str, Any]) -> None:
         """Write study.json: the study's options and its results, with `figures` as data."""
         header = {
             "format": FORMAT,
             "name": self.name,
+            "command": command(self.name, self.options),
             "options": dataclasses.asdict(self.options),
             "lm": self.acts.lm,
             "site": self.acts.site,
             "text": self.acts.text,
+            "environment": {
+                key: value for key, value in environment().items() if key != "arguments"
+            },
         }
         figures = [dataclasses.asdict(figure) for figure in results.pop("figures")]
         jsonio.write_json(
@@ -267,10 +279,26 @@ class Study:
                 **header,
                 **results,
                 "figures": figures,
-                "seconds": round(time.monotonic() - self.began, 1),
+                "seconds": round(self.earlier + time.monotonic() - self.began, 1),
             },
             sealed=True,
         )
+
+
+def command(name: str, options: StudyConfig) -> str:
+    """Return the command that runs a study.
+
+    Example:
+        >>> from ksparse.config.evaluation import StudyConfig
+        >>> command("paper", StudyConfig(recipe="r.toml", seeds=3))
+        'ksparse study paper r.toml --seeds 3'
+    """
+    words = ["ksparse", "study", name, *([options.recipe] if options.recipe else [])]
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        if option.name != "recipe" and value != option.default:
+            words += [f"--{option.name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 # ---- numbers -------------------------------------------------------------------------------------
