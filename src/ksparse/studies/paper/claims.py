@@ -443,8 +443,8 @@ def probes_by_size(evidence: Evidence) -> PaperClaim | None:
     return PaperClaim(
         "probes-size",
         "More latents match known features better.",
-        "GPT-2 small, k = 32: 0.502 at n = 2,048, 0.492 at 524,288; channels of GPT-4 0.600 (figures "
-        "6, 32).",
+        "GPT-2 small, k = 32: 0.502 at n = 2,048, 0.492 at 524,288; channels of GPT-4 0.600 "
+        "(figures 6, 32).",
         f"k = {evidence.sizes.k}: "
         + ", ".join(
             f"{format_estimate(evidence.number(name, 'probes', 'probe_loss'))} (n = {n:,})"
@@ -534,7 +534,7 @@ def ablations(evidence: Evidence) -> PaperClaim | None:
     return PaperClaim(
         "ablation",
         "A latent's effect on the LM is sparser than a channel's.",
-        "GPT-2 small: 12 to 14 % for latents at every k, 60 % for channels (section 4.5, figure 6).",
+        "GPT-2 small: 12 to 14 % for latents at every k, 60 % for channels (section 4.5).",
         ", ".join(f"{format_estimate(number)} (k = {k})" for k, number in latents.items())
         + f"; channels {format_estimate(evidence.number(middle, 'ablation', 'channel_sparsity'))}."
         " At the position itself "
@@ -623,8 +623,8 @@ def progressive(evidence: Evidence) -> PaperClaim | None:
     return PaperClaim(
         "progressive",
         "A TopK code is not good at larger k; Multi-TopK keeps it good.",
-        "GPT-2 small, k = 32: at about 4k TopK 0.229, above its 0.109 at k; Multi-TopK 0.087 (figure "
-        "10).",
+        "GPT-2 small, k = 32: at about 4k TopK 0.229, above its 0.109 at k; Multi-TopK 0.087 "
+        "(figure 10).",
         f"{here}.",
         _unknown() if topk is None or multi is None else _difference(topk["nmse"], multi["nmse"]),
         [figure],
