@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 
 import pytest
 import torch
 
 from ksparse import limits
+from ksparse.config.evaluation import EvalConfig
 from ksparse.evals import batches, losses, runner
 from ksparse.evals.batches import HeldOut, SAEBatch
 from ksparse.lm import head
 from ksparse.lm.model import LM
-from tests.evals.test_evals import OPTIONS, make_sae
+from ksparse.sae.model import SAE, Shape
 
+OPTIONS = EvalConfig(tokens=400, device="cpu")
 VOCABULARY = 262_144
+
+
+def make_sae(acts, d, *, seed=0) -> SAE:
+    torch.manual_seed(seed)
+    sae = SAE(Shape(d, 64, 4), {"acts": dataclasses.asdict(acts)})
+    for parameter in sae.parameters():
+        parameter.data = torch.randn(parameter.shape) / math.sqrt(d)
+    return sae
 
 
 def definition(clean, changed, targets):
