@@ -47,25 +47,23 @@ def test_logits_in_slices_are_those_of_a_whole_pass(model, monkeypatch):
         logits = Logits(model, run_base(model, input_ids=tokens, use_cache=False), 97)
         logits._rows = 2
         torch.testing.assert_close(logits.full(), expected)
-        parts = list(logits.slices(mask))
-    torch.testing.assert_close(torch.cat([part for _, part in parts]), expected[mask].float())
-    assert max(len(part) for _, part in parts) == 2
-    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(
-        range(int(mask.sum()))
-    )
+        rows = logits.at(mask)
+        parts = [rows[part] for part in rows.slices()]
+    torch.testing.assert_close(torch.cat(parts), expected[mask].float())
+    assert max(len(part) for part in parts) == 2 and len(rows) == int(mask.sum())
 
 
 def test_the_slices_of_a_large_vocabulary_fit_into_the_budget(model):
     rows = Logits(model, torch.zeros(1, 1, 1), 262_144)._rows
-    assert 100 < rows and rows * 262_144 * 4 * 6 <= limits.LOGITS_BYTES
+    assert 100 < rows and rows * 262_144 * 4 * 4 <= limits.LOGITS_BYTES
 
 
 def test_a_head_that_cannot_run_alone_is_noticed_and_whole_logits_are_kept(tiny_lm, monkeypatch):
     from ksparse.lm import head
     from ksparse.lm.model import LM
 
-    def wrong(model, outputs, hidden):
-        return run_head(model, outputs, hidden.roll(1, -1))
+    def wrong(model, kind, hidden):
+        return run_head(model, kind, hidden.roll(1, -1))
 
     run_head = head.run_head
     monkeypatch.setattr(head, "run_head", wrong)

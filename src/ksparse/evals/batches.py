@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
-from ksparse.lm.head import Logits
+from ksparse.evals.losses import Compared, compare, cross_entropy
+from ksparse.limits import LOGITS_BYTES
+from ksparse.lm.head import LogitRows, Logits
 from ksparse.lm.model import LM, CachedRun
 from ksparse.lm.provenance import acts_to_read
 from ksparse.lm.tokens import TokenBatch
@@ -49,6 +52,11 @@ class HeldOutBatch(_Memo):
     def __init__(self, lm: LM, corpus: Corpus, contexts: TokenBatch):
         super().__init__()
         self.lm, self.corpus, self.contexts = lm, corpus, contexts
+        self._clean_losses: Tensor | None = None
+        self._waiting: list[weakref.ref[SAEBatch]] = []
+        self._spliced: weakref.WeakKeyDictionary[SAEBatch, SplicedLosses] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @property
     def keep(self) -> Tensor:
@@ -120,10 +128,14 @@ class HeldOutBatch(_Memo):
         """The next token of each measured prediction, [p]."""
         return self.contexts.tokens[:, 1:][self.predicted]
 
-    @cached_property
+    @property
     def clean_losses(self) -> Tensor:
         """Losses [p] of the unchanged LM, in nats."""
-        return self._losses(self.cached_run.predictions)
+        if self._clean_losses is None and self._waiting:
+            self._splice_all()
+        if self._clean_losses is None:
+            self._clean_losses = self._losses(self.cached_run.predictions)
+        return self._clean_losses
 
     @cached_property
     def zero_losses(self) -> Tensor:
@@ -138,32 +150,63 @@ class HeldOutBatch(_Memo):
         """
         return self._losses(self._predict(rows))
 
-    def splice(self, rows: Tensor) -> SplicedLosses:
-        """Return the losses with other raw activations [m, d], and the KL to the unchanged LM."""
-        before = self.cached_run.predictions.slices(self._scored)
-        after = self._predict(rows).slices(self._scored)
-        losses = [self._targets.new_empty(0, dtype=torch.float32)]
-        divergences = [losses[0]]
-        for (rows_at, clean), (_, changed) in zip(before, after, strict=True):
-            clean, changed = clean.log_softmax(-1), changed.log_softmax(-1)
-            losses.append(_loss(changed, self._targets[rows_at]))
-            divergences.append((clean.exp() * (clean - changed)).sum(-1))
-        return SplicedLosses(torch.cat(losses), torch.cat(divergences))
+    def splice(self, batch: SAEBatch) -> SplicedLosses:
+        """Return the losses with an SAE's reconstructions, and the KL to the unchanged LM.
+
+        They are computed for all SAEs of this batch together, because the logits of the unchanged
+        LM, which each needs, cost more than all else.
+        """
+        if batch not in self._spliced:
+            self._splice_all()
+        return self._spliced[batch]
+
+    def add(self, batch: SAEBatch) -> None:
+        """Compute the spliced losses of an SAE together with those of the others, when asked."""
+        self._waiting.append(weakref.ref(batch))  # a batch and its SAEs must not keep each other
+
+    def _splice_all(self) -> None:
+        """Compute the spliced losses of all SAEs that wait for theirs, and the clean losses."""
+        waiting = [batch for reference in self._waiting if (batch := reference())]
+        self._waiting = []
+        group: list[tuple[SAEBatch, LogitRows]] = []
+        while waiting:
+            batch = waiting.pop(0)
+            rows = batch.inputs.restore(batch.recon)
+            group.append((batch, self._predict(rows).at(self._scored)))
+            held = sum(changed.nbytes for _, changed in group)
+            # A quarter of the bytes that are left to logits; whole logits are not kept twice.
+            if not waiting or not self.lm.head_runs_alone or held > LOGITS_BYTES // 4:
+                self._splice_group(group)
+                group = []
+
+    def _splice_group(self, group: list[tuple[SAEBatch, LogitRows]]) -> None:
+        before, targets = self.cached_run.predictions.at(self._scored), self._targets
+        found: list[list[Compared]] = [[] for _ in group]
+        for rows in before.slices():
+            clean = before[rows]
+            for (_, changed), parts in zip(group, found, strict=True):
+                parts.append(compare(clean, changed[rows], targets[rows]))
+        nothing = torch.zeros(0, dtype=torch.float64)
+        for (batch, _), parts in zip(group, found, strict=True):
+            clean_losses, losses, kl = (
+                torch.cat([nothing, *(part[column] for part in parts)]) for column in range(3)
+            )
+            self._clean_losses = clean_losses
+            self._spliced[batch] = SplicedLosses(losses, kl)
 
     def _losses(self, predictions: Logits) -> Tensor:
-        losses = [self._targets.new_empty(0, dtype=torch.float32)]
-        for rows_at, logits in predictions.slices(self._scored):
-            losses.append(_loss(logits.log_softmax(-1), self._targets[rows_at]))
-        return torch.cat(losses)
-
-
-def _loss(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return the losses [p], in nats, of log-probabilities [p, v]."""
-    return -log_probs.gather(1, targets[:, None]).squeeze(1)
+        logits, targets = predictions.at(self._scored), self._targets
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return torch.cat(
+            [nothing, *(cross_entropy(logits[rows], targets[rows]) for rows in logits.slices())]
+        )
 
 
 class SplicedLosses(NamedTuple):
-    """Losses [p] with reconstructions spliced in, and KL(unchanged || spliced) [p], in nats."""
+    """Losses [p] with reconstructions spliced in, and KL(unchanged || spliced) [p], in nats.
+
+    Float64 on the CPU, as all losses here.
+    """
 
     losses: Tensor
     kl: Tensor
@@ -174,6 +217,7 @@ class SAEBatch:
 
     def __init__(self, sae: SAE, held_out: HeldOutBatch):
         self.sae, self.held_out = sae, held_out
+        held_out.add(self)
 
     @cached_property
     def code(self) -> Code:
@@ -193,7 +237,7 @@ class SAEBatch:
     @cached_property
     def spliced(self) -> SplicedLosses:
         """The LM's losses with reconstructions in place of the kept activations."""
-        return self.held_out.splice(self.inputs.restore(self.recon))
+        return self.held_out.splice(self)
 
     def losses_with(self, recon: Tensor) -> Tensor:
         """Return the losses [p] with other reconstructions [m, d] of the normalized inputs."""

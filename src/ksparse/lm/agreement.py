@@ -89,7 +89,8 @@ def head_runs_alone(lm: LM) -> bool:
         try:
             predictions = lm.predict(tokens, attention)
             logits = predictions.full()
-            picked = torch.cat([part for _, part in predictions.slices(attention)])
+            rows = predictions.at(attention)
+            picked = torch.cat([rows[part] for part in rows.slices()])
         except torch.OutOfMemoryError:
             raise
         except Exception:  # an architecture's own code may fail on hidden states in any way

@@ -8,7 +8,7 @@ hidden states, and compared with whole passes once for each LM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from ksparse.lm.hooks import replaced_forward
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-_COPIES = 6  # of a slice: its logits twice, their logarithms twice, and what is summed of them
+_COPIES = 4  # of a slice: two passes' logits, and twice what a head needs on its way to them
 
 
 class Logits:
@@ -42,20 +42,49 @@ class Logits:
         if isinstance(self._outputs, Tensor):
             return self._outputs
         hidden = self._outputs.last_hidden_state
-        return run_head(self._model, self._outputs, hidden)
+        return run_head(self._model, type(self._outputs), hidden)
 
-    def slices(self, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, logits[rows, v] in float32) of the positions of mask[b, t], in order.
-
-        As many rows are computed at a time as `limits.LOGITS_BYTES` allows.
-        """
+    def at(self, mask: Tensor) -> LogitRows:
+        """Return the logits of the positions of mask[b, t], in order, to be read in slices."""
         source = self._outputs
-        states = (source if isinstance(source, Tensor) else source.last_hidden_state)[mask]
-        for start in range(0, len(states), self._rows):
-            part = states[start : start + self._rows]
-            if not isinstance(source, Tensor):
-                part = run_head(self._model, source, part[None])[0]
-            yield slice(start, start + len(part)), part.float()
+        if isinstance(source, Tensor):
+            return LogitRows(source[mask], self._rows, lambda logits: logits)
+        model, kind = self._model, type(source)
+        return LogitRows(
+            source.last_hidden_state[mask],
+            self._rows,
+            lambda states: run_head(model, kind, states[None])[0],
+        )
+
+
+class LogitRows:
+    """The logits of p positions, computed for the rows that are read.
+
+    Args:
+        states: what the logits are made of, [p, h].
+        step: how many rows `limits.LOGITS_BYTES` allows to be read at a time.
+        head: makes logits [r, v] of states [r, h].
+    """
+
+    def __init__(self, states: Tensor, step: int, head: Callable[[Tensor], Tensor]):
+        self._states, self._step, self._head = states, step, head
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between two reads."""
+        return self._states.nbytes
+
+    def slices(self) -> Iterator[slice]:
+        """Yield the slices in which all rows should be read."""
+        for start in range(0, len(self), self._step):
+            yield slice(start, min(start + self._step, len(self)))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Compute the logits [r, v] of some rows, in float32."""
+        return self._head(self._states[rows]).float()
 
 
 def run_base(model: CausalLM, **inputs: Any) -> Any:
@@ -64,15 +93,15 @@ def run_base(model: CausalLM, **inputs: Any) -> Any:
 
 
 @torch.inference_mode()
-def run_head(model: CausalLM, outputs: Any, hidden: Tensor) -> Tensor:
+def run_head(model: CausalLM, kind: Callable[..., Any], hidden: Tensor) -> Tensor:
     """Return the logits [b, t, v] of hidden states, as the model's own forward makes them.
 
     Args:
         model: the LM.
-        outputs: what its base model gave in some pass, for the type.
+        kind: the type of what its base model returns.
         hidden: last hidden states [b, t, h].
     """
-    replaced = type(outputs)(last_hidden_state=hidden)
+    replaced = kind(last_hidden_state=hidden)
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     with replaced_forward(model.base_model, lambda *args, **kwargs: replaced):
         return model(input_ids=ids, use_cache=False).logits
