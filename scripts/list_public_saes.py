@@ -190,7 +190,9 @@ def compress(entries: dict[str, str]) -> list[list[str]]:
         parts = tokens(key)
         shape = tuple(p if not p[0].isalnum() else p.isdigit() for p in parts), len(tokens(path))
         groups.setdefault(shape, {})[tuple(parts)] = path
-    return [row for group in groups.values() for block in merge(group) for row in rows(block, group)]
+    return [
+        row for group in groups.values() for block in merge(group) for row in rows(block, group)
+    ]
 
 
 def merge(group: dict[tuple, str]) -> list[list[list[str]]]:
@@ -214,7 +216,9 @@ def merge(group: dict[tuple, str]) -> list[list[list[str]]]:
 
 def rows(block: list[list[str]], group: dict[tuple, str]) -> list[list[str]]:
     """Return a product as rows, split until the paths follow from the ids."""
-    block = [sorted(s, key=lambda t: (not t.isdigit(), int(t) if t.isdigit() else 0, t)) for s in block]
+    block = [
+        sorted(s, key=lambda t: (not t.isdigit(), int(t) if t.isdigit() else 0, t)) for s in block
+    ]
     template = template_of(block, group)
     if template is not None:
         pattern = "".join(s[0] if len(s) == 1 else f"{{{catalog.write_range(s)}}}" for s in block)
@@ -241,7 +245,9 @@ def template_of(block: list[list[str]], group: dict[tuple, str]) -> str | None:
             continue
         for number, place in enumerate(varying):
             values = {}
-            if all(values.setdefault(key[place], value) == value for key, value in zip(ids, column)):
+            if all(
+                values.setdefault(key[place], value) == value for key, value in zip(ids, column)
+            ):
                 same = all(key == value for key, value in values.items())
                 aligned = ",".join(values[token] for token in block[place])
                 parts.append(f"{{{number}}}" if same else f"{{{number}={aligned}}}")
@@ -274,8 +280,10 @@ def report(registry: dict) -> None:
         print(f"{function:<28}{kind:<24}{count:>8}  {reader}")
     saes = {key: n for key, n in counts.items() if "transcoder" not in key[1]}
     read, total = sum(n for key, n in saes.items() if key[1] == "sae"), sum(saes.values())
-    print(f"SAEs: {read:,} of {total:,} are read, {read / total:.2%}; others: refused by name, "
-          f"{sum(counts.values()) - total:,} transcoders")
+    print(
+        f"SAEs: {read:,} of {total:,} are read, {read / total:.2%}; others: refused by name, "
+        f"{sum(counts.values()) - total:,} transcoders"
+    )
 
 
 if __name__ == "__main__":

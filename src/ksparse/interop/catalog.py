@@ -185,9 +185,7 @@ def find(source: Path | str) -> Entry | None:
         hints["factor"] = release.factors[sae]
     if release.overrides:
         hints["overrides"] = release.overrides
-    return Entry(
-        f"{name}/{sae}", release.repository, paths[sae], release.lm, release.format, hints
-    )
+    return Entry(f"{name}/{sae}", release.repository, paths[sae], release.lm, release.format, hints)
 
 
 # ---- patterns ------------------------------------------------------------------------------------
@@ -208,9 +206,7 @@ def write_range(values: Iterable[str]) -> str:
             runs[-1].append(value)
         else:
             runs.append([value])
-    return ",".join(
-        f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(run) for run in runs
-    )
+    return ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(run) for run in runs)
 
 
 def _is_number(value: str) -> bool:

@@ -15,7 +15,7 @@ params.safetensors.
 
 Some of the first releases also write the names in lower case. SAEs of embeddings (in a folder
 `embedding`) expect embeddings times sqrt(d), which is what Gemma 2's first block reads, so W_enc is
-divided and W_dec multiplied by sqrt(d).
+divided and W_dec multiplied by sqrt(d); b_dec is taken as it is, as in SAELens.
 
 Gemma Scope: the path names the site, layer_L/width_W/average_l0_X in a repository for the residual
 stream (ksparse's resid_post.L), for the MLP after the norm that follows it (mlp_out.L), or for the

@@ -100,6 +100,7 @@ def read(
             "[..., heads x head width]",
             folder,
         )
+    _warn_of_centered_weights(folder, settings)
     normalize, factor = _normalization(folder, settings, factor)
     tensors = _take_tensors(weights, activation)
     foreign.check_no_scaling(weights)
@@ -128,6 +129,18 @@ def _activation(settings: Settings) -> str:
         where = f"{settings.file}: architecture is {architecture!r}; it"
         raise refusal(where, _OTHER_KINDS[architecture])
     return ACTIVATIONS[settings.get_choice("architecture", ACTIVATIONS, "standard")]
+
+
+def _warn_of_centered_weights(folder: Path, settings: Settings) -> None:
+    for table in (settings, settings.get_section("metadata")):
+        options = table.get("model_from_pretrained_kwargs")
+        if isinstance(options, dict) and options.get("center_writing_weights") is True:
+            _log.warning(
+                "%s was trained on activations whose mean over d_model is 0 "
+                "(center_writing_weights of TransformerLens); on others results are worse",
+                folder,
+            )
+            return
 
 
 def _take_tensors(weights: CheckedTensors, activation: str) -> dict[str, Tensor]:

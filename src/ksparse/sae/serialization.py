@@ -139,8 +139,13 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
     """Return the local path of an SAE; it is downloaded from the Hub if `source` is no path."""
     path = Path(source)
-    patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
-    root = path if atomic.exists(path) else download(str(source), revision, patterns)
+    if atomic.exists(path):
+        root = path
+    else:
+        if not subfolder:
+            _check_is_one_sae(str(source), revision)
+        patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
+        root = download(str(source), revision, patterns)
     folder = root / subfolder
     if not atomic.exists(folder):
         raise InputError(f"{path} has no {subfolder[:80]!r} in it")
@@ -306,6 +311,29 @@ def _joined(folder: Path, stem: str, key: str, parts: list[StoredTensor]) -> Sto
         return parts[0]
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return StoredTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+def _check_is_one_sae(repository: str, revision: str | None) -> None:
+    """Raise InputError for a repository that holds many SAEs, before all of them are downloaded."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(repository, revision=revision)
+    except Exception:  # no such repository, or no network: the download says which
+        return
+    weights = [file for file in files if file.endswith((".safetensors", ".pt", ".pth", ".npz"))]
+    at_root = [file for file in weights if "/" not in file]
+    single_files = [file for file in at_root if not file.endswith(".safetensors")]
+    is_run = "recipe.toml" in files or any(file.startswith("checkpoints/") for file in weights)
+    if is_run or (at_root and len(single_files) <= 1):
+        return
+    parts = single_files or sorted({file.rpartition("/")[0] for file in weights})
+    if parts:
+        more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+        raise InputError(
+            f"the Hub repository {repository} holds many SAEs: {', '.join(parts[:4])}{more}; "
+            "name one (subfolder=…)"
+        )
 
 
 def download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
