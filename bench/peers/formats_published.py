@@ -24,10 +24,10 @@ from dictionary_learning import dictionary
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
-from safetensors.torch import save_file
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading import pretrained_saes_directory as directory
 from sae_lens.registry import get_sae_class
+from safetensors.torch import save_file
 
 D, N, K, ROWS = 6, 40, 5, 300
 REVISION = "0" * 40

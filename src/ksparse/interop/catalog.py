@@ -1,7 +1,7 @@
 """Published SAEs by name: "release/id", as SAELens' registry names them.
 
-`public_saes.json` holds the releases. `scripts/list_public_saes.py` writes it. Its ids and paths are
-rows of patterns:
+`public_saes.json` holds the releases; `scripts/list_public_saes.py` writes it. Its ids and paths
+are rows of patterns:
 
     ["layer_{0..25}_width_{16,65}k"]                    the path is the id
     ["l{0..31}r_8x", "Llama3_1-8B-Base-L{0}R-8x"]       {0}: what the id has in its first braces

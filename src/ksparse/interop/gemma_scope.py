@@ -58,11 +58,10 @@ _HOOKS = {
 
 def find(path: Path) -> Path | None:
     """Return the weights of an SAE, `path` itself or the file in it; else None."""
-    files = [path / WEIGHTS, path / WEIGHTS_2] if path.is_dir() else [path]
-    for file in files:
-        if file.suffix == ".npz" or file.name == WEIGHTS_2:
-            if atomic.exists(file) and not file.is_dir():
-                return file
+    for file in [path / WEIGHTS, path / WEIGHTS_2] if path.is_dir() else [path]:
+        is_named = file.suffix == ".npz" or file.name == WEIGHTS_2
+        if is_named and atomic.exists(file) and not file.is_dir():
+            return file
     return None
 
 
@@ -134,7 +133,28 @@ def _metadata_2(file: Path, weights: CheckedTensors) -> dict[str, Any]:
     """Return the metadata in config.json, or else in the path; refuse what is not an SAE."""
     config = file.parent / CONFIG
     settings = foreign.read_settings(config) if config.is_file() else _infer_settings(file)
-    hook, kind = settings.get_text("hf_hook_point_in"), settings.get_text("type") or "sae"
+    _check_is_sae(settings, weights)
+    width = settings.get_typed("width", int, None)
+    if width is not None and "b_enc" in weights and (width,) != weights.stored("b_enc").shape:
+        raise InputError(
+            f"{settings.file}: width is {width}, the tensor b_enc of {file.name} has shape "
+            f"{list(weights.stored('b_enc').shape)}"
+        )
+    hook = settings.get_text("hf_hook_point_in")
+    return hook_names.build_metadata(
+        "gemma_scope",
+        settings.table if config.is_file() else {},
+        lm=_lm_name(settings.get_text("model_name")),
+        site=hook and _site_of_hook(hook),
+        context=_CONTEXT,
+        bos=True,
+    )
+
+
+def _check_is_sae(settings: Settings, weights: CheckedTensors) -> None:
+    """Raise InputError for another kind, by what config.json says and the tensors that only it
+    has."""
+    kind, hook = settings.get_text("type") or "sae", settings.get("hf_hook_point_in")
     other = {"clt": "cross-layer transcoder"}.get(kind, kind)
     if settings.get("affine_connection") is True or "affine_skip_connection" in weights:
         raise refusal(settings.file, "skip transcoder")
@@ -144,20 +164,6 @@ def _metadata_2(file: Path, weights: CheckedTensors) -> dict[str, Any]:
         raise refusal(f"{settings.file}: hf_hook_point_in and _out differ; it", "transcoder")
     settings.get_choice("type", ("sae",), "sae")
     settings.get_choice("architecture", ("jump_relu",), "jump_relu")
-    width = settings.get_typed("width", int, None)
-    if width is not None and "b_enc" in weights and (width,) != weights.stored("b_enc").shape:
-        raise InputError(
-            f"{settings.file}: width is {width}, the tensor b_enc of {file.name} has shape "
-            f"{list(weights.stored('b_enc').shape)}"
-        )
-    return hook_names.build_metadata(
-        "gemma_scope",
-        settings.table if config.is_file() else {},
-        lm=_lm_name(settings.get_text("model_name")),
-        site=hook and _site_of_hook(hook),
-        context=_CONTEXT,
-        bos=True,
-    )
 
 
 def _infer_settings(file: Path) -> Settings:

@@ -16,10 +16,10 @@ that its library tries.
 | factor | s |
 
 With sparsity_include_decoder_norm the library folds the norms of the decoder's rows into the
-encoder when it loads, before it compares with the threshold; so does `read`. A TopK with a threshold
-above 0 is used as a JumpReLU. norm_activation token-wise is ksparse's constant_norm, inference its
-none; batch-wise depends on the rest of the batch and is refused. What has another hook_point_out
-than hook_point_in is a transcoder.
+encoder when it loads, before it compares with the threshold; so does `read`. A TopK with a
+threshold above 0 is used as a JumpReLU. norm_activation token-wise is ksparse's constant_norm,
+inference its none; batch-wise depends on the rest of the batch and is refused. What has another
+hook_point_out than hook_point_in is a transcoder.
 """
 
 from __future__ import annotations
