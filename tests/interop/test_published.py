@@ -552,6 +552,16 @@ def test_names_that_are_wrong_are_answered_with_the_nearest(tmp_path, monkeypatc
     assert catalog.find("goodfire-llama-3.1-8b-instruct/layer_19") is None  # a path comes first
 
 
+def test_a_published_sae_is_converted_by_its_name_and_keeps_it(w, x, mirror, tmp_path):
+    root = mirror("google/gemma-scope-2-270m-pt")
+    gemma_scope_2(root / "resid_post" / "layer_9_width_16k_l0_medium", w, gemma_2_config(HOOK))
+    name = "gemma-scope-2-270m-pt-res/layer_9_width_16k_l0_medium"
+    for form in ("ksparse", "sae_lens", "gemma_scope"):
+        again = interop.convert(name, tmp_path / form, form)
+        assert again.metadata["origin"]["name"] == name
+        assert_computes(again, formula(w, x, jump_relu(w["threshold"])), x)
+
+
 def test_only_the_files_of_one_sae_are_downloaded(w, monkeypatch, tmp_path):
     import huggingface_hub
 
