@@ -244,6 +244,15 @@ def test_formats_in_the_docs_are_those_there_are():
         assert all(kind in rows[name] for kinds in form.SUPPORTED.values() for kind in kinds), name
 
 
+def test_formats_that_are_only_read_are_in_the_docs():
+    from ksparse.interop import FORMATS, READERS
+
+    section = (ROOT / "docs" / "interop.md").read_text().split("### Formats that are only read")[1]
+    rows = [row.split("|")[1] for row in section.split("None of their")[0].splitlines()[4:] if row]
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert names - {"gemma_scope"} == set(READERS) - set(FORMATS)
+
+
 @pytest.mark.parametrize(
     "file",
     [

@@ -539,7 +539,7 @@ def tensors(file, **changes):
             "sae_lens",
             lambda f: change(f / "cfg.json", architecture="temporal"),
             InputError,
-            r"architecture is 'temporal'; ksparse reads 'standard', 'topk'",
+            r"architecture is 'temporal'; it is a temporal SAE: its code of a token depends on earlier",
         ),
         (
             "sae_lens",

@@ -6,6 +6,7 @@
     report         report, view
     interventions  steer, attribute
     convert        convert, push
+    published      list
     prepare        shard, plan, bench, doctor
 
     arguments      the table of verbs, and how their arguments are parsed
@@ -21,7 +22,16 @@ import os
 import sys
 from contextlib import suppress
 
-from ksparse.cli import convert, evaluate, interventions, prepare, report, sweeps, train
+from ksparse.cli import (
+    convert,
+    evaluate,
+    interventions,
+    prepare,
+    published,
+    report,
+    sweeps,
+    train,
+)
 from ksparse.cli.arguments import LOAD_LM, VERBS, describe_verb
 from ksparse.cli.output import EscapingFormatter, escape_unprintable, is_first_process
 from ksparse.errors import DiskError, InputError, KsparseError, unknown
@@ -33,7 +43,7 @@ EXIT_CODES = (
     "6 another process failed · 129 SIGHUP · 130 Ctrl-C · 143 SIGTERM (all after saving) · "
     "141 broken pipe"
 )
-COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, prepare)
+COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, published, prepare)
 """In the order in which help lists their verbs."""
 
 

@@ -3,7 +3,8 @@
 * `load` reads an SAE of any format and recognises the format by the files.
 * `convert` and `write` write an SAE in another format.
 * `sae_lens`, `sparsify`, `dictionary_learning`, `openai`, `gemma_scope`, `llamascopium`: one module
-  per format. Each begins with a table of its keys.
+  per format. Each begins with a table of its keys. `llama_scope` and `suites` are read only.
+* `recognition`: names what is not read. `catalog`: published SAEs by name.
 * `foreign`: tensors and settings of untrusted files. `compatibility`: fits an SAE to what a format
   can hold. `hook_names`: names of a site in other libraries.
 * `hub`: a repository on the Hub, with a model card. `latent_examples`, `neuronpedia` and
@@ -14,20 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ksparse.errors import InputError, unknown
 from ksparse.interop import (
+    catalog,
     compatibility,
     dictionary_learning,
     foreign,
     gemma_scope,
+    llama_scope,
     llamascopium,
     openai,
+    recognition,
     sae_lens,
     sparsify,
+    suites,
 )
 from ksparse.interop.compatibility import Normalization
 from ksparse.sae import serialization
@@ -42,18 +47,23 @@ _MAX_SEARCHED_FOLDERS = 10_000
 """Folders searched for SAEs to suggest."""
 
 
-class Format(Protocol):
-    """What the module of a format provides."""
-
-    @property
-    def SUPPORTED(self) -> Mapping[str, tuple[str, ...]]:
-        """Activations the format can hold, each with the input normalisations it can hold."""
+class Reader(Protocol):
+    """What reads a format. Some accept more about an SAE by keyword (`catalog.Entry.hints`)."""
 
     def find(self, path: Path) -> Path | None:
         """Return the file or folder of an SAE in this format; None if `path` is not one."""
 
-    def read(self, path: Path) -> SAE:
+    @property
+    def read(self) -> Callable[..., SAE]:
         """Read an SAE from a path that `find` returned."""
+
+
+class Format(Reader, Protocol):
+    """What the module of a format that is also written provides."""
+
+    @property
+    def SUPPORTED(self) -> Mapping[str, tuple[str, ...]]:
+        """Activations the format can hold, each with the input normalisations it can hold."""
 
     def write(self, sae: SAE, folder: Path) -> None:
         """Write an SAE that this format can hold."""
@@ -67,14 +77,22 @@ FORMATS: dict[str, Format] = {
     "gemma_scope": gemma_scope,
     "llamascopium": llamascopium,
 }
+READERS: dict[str, Reader] = {
+    **FORMATS,
+    "llama_scope": llama_scope,
+    "qwen_scope": suites.QWEN_SCOPE,
+    "goodfire": suites.GOODFIRE,
+    "qresearch": suites.QRESEARCH,
+    "hook_z": suites.HOOK_Z,
+}
 
 
 def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
     """Load an autoencoder of any format.
 
     Args:
-        source: a run (its newest intact checkpoint is loaded), a local folder or file, or a Hub
-            repository, "owner/name".
+        source: a run (its newest intact checkpoint is loaded), a local folder or file, the name of
+            a published SAE, "release/id" (`ksparse list`), or a Hub repository, "owner/name".
         revision: revision of the Hub repository.
         subfolder: folder of the SAE inside `source`.
 
@@ -94,25 +112,47 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
         >>> ksparse.load(f"{folder}/sae").shape.k
         4
     """
+    entry = catalog.find(source)
+    if entry is not None:
+        return _load_published(entry, revision)
     path = serialization.locate(source, revision=revision, subfolder=subfolder)
     with atomic.read_errors(path):
         return _load(path)
 
 
+def _load_published(entry: catalog.Entry, revision: str | None) -> SAE:
+    """Download an SAE that the catalog names, and read it with what the catalog adds."""
+    path = serialization.download(entry.repository, revision, entry.files()) / entry.path
+    with atomic.read_errors(path):
+        reader = READERS[entry.format]
+        location = reader.find(path)
+        if location is None:
+            raise recognition.explain(path)
+        sae = _read(reader, location, **entry.hints)
+    origin = sae.metadata.setdefault("origin", {})
+    origin["name"] = entry.name
+    origin.setdefault("lm", entry.lm)
+    return sae
+
+
 def _load(path: Path) -> SAE:
-    if not _is_ksparse(path):
-        for format_ in FORMATS.values():
-            location = format_.find(path)
-            if location is not None:
-                return _read(format_, location)
-        subfolders = _folders_with_saes(path)
-        if subfolders:
-            more = " …" if len(subfolders) > 8 else ""
-            raise InputError(
-                f"{path} holds no SAE itself; its folders {', '.join(subfolders[:8])}{more} do: "
-                "name one (subfolder=…)"
-            )
-    return serialization.load(path)
+    if _is_ksparse(path):
+        return serialization.load(path)
+    for reader in READERS.values():
+        location = reader.find(path)
+        if location is not None:
+            return _read(reader, location)
+    if (other := recognition.find_other(path)) is not None:
+        raise other
+    parts = _folders_with_saes(path) or _files_with_saes(path)
+    if parts:
+        more = " …" if len(parts) > 8 else ""
+        kind = "folders" if (path / parts[0]).is_dir() else "files"
+        raise InputError(
+            f"{path} holds no SAE itself; its {kind} {', '.join(parts[:8])}{more} do: "
+            "name one (subfolder=…)"
+        )
+    raise recognition.explain(path)
 
 
 def write(sae: SAE, folder: Path | str, to: str, *, normalization: Normalization = "exact") -> None:
@@ -206,7 +246,7 @@ def _is_ksparse(path: Path) -> bool:
     return RunFolder(path).exists() or (path / serialization.CONFIG).is_file()
 
 
-def _read(format_: Format, path: Path) -> SAE:
+def _read(reader: Reader, path: Path, **hints: Any) -> SAE:
     """Read an SAE of another format, and what its sidecar adds."""
     folder = path if path.is_dir() else path.parent
     has_sidecar = (folder / SIDECAR).is_file()
@@ -215,7 +255,7 @@ def _read(format_: Format, path: Path) -> SAE:
     ):
         checksums.verify(folder)
     try:
-        sae = format_.read(path)
+        sae = reader.read(path, **hints)
     except InputError as error:
         raise error if str(folder) in str(error) else type(error)(f"{path}: {error}") from None
     if not has_sidecar:
@@ -265,8 +305,16 @@ def _subfolders(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _holds_sae(folder: Path) -> bool:
+def _files_with_saes(path: Path) -> list[str]:
+    """Return the files in a folder that each hold an SAE, at most nine; none for other paths."""
+    if not path.is_dir():
+        return []
+    files = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth", ".npz"))
+    return [file.name for file in files[:9] if _holds_sae(file)]
+
+
+def _holds_sae(path: Path) -> bool:
     try:
-        return _is_ksparse(folder) or any(format_.find(folder) for format_ in FORMATS.values())
+        return _is_ksparse(path) or any(reader.find(path) for reader in READERS.values())
     except (InputError, OSError):
         return False

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import reprlib
 import zipfile
@@ -124,6 +125,12 @@ def check_new_folder(folder: Path | str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already exists and is not empty; give a new folder")
     return folder
+
+
+def full_path(path: Path) -> Path:
+    """Return an absolute path without following links: in the Hub's cache a file is a link to a
+    name that says nothing, and its path says which SAE it is."""
+    return Path(os.path.abspath(path))
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Llamascopium (Language-Model-SAEs): config.json, and sae_weights.safetensors or sae_weights.pt.
+Llama Scope R1 Distill is in the names that it wrote until March 2025.
 
     acts  = f(x W_E + b_E)
     recon = acts W_D + b_D        x is scaled so that its norm is sqrt(d); recon is scaled back
@@ -12,6 +13,8 @@
 | threshold[n] | activation_function.log_jumprelu_threshold[n] | the exponential of it |
 | factor | dataset_average_activation_norm.SITE | sqrt(d) / norm, for norm_activation dataset-wise |
 
+* Until March 2025: encoder.weight[n, d], encoder.bias, decoder.weight[d, n], decoder.bias and
+  log_jumprelu_threshold; apply_decoder_bias_to_pre_encoder says whether the encoder reads x - b_D.
 * norm_activation inference is ksparse's none, token-wise its constant_norm. batch-wise, and the
   activation batchtopk, depend on the rest of the batch and are refused.
 * sparsity_include_decoder_norm: f compares values times the norms of their decoder rows. Thresholds
@@ -29,8 +32,9 @@ from typing import Any
 import torch
 
 from ksparse.errors import InputError
-from ksparse.interop import foreign, hook_names
-from ksparse.interop.foreign import CheckedTensors
+from ksparse.interop import foreign, hook_names, llama_scope
+from ksparse.interop.foreign import CheckedTensors, Settings
+from ksparse.interop.recognition import refusal
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import atomic, jsonio
 
@@ -42,6 +46,8 @@ _THRESHOLD, _DATASET_NORM = (
     "activation_function.log_jumprelu_threshold",
     "dataset_average_activation_norm.",
 )
+_EARLIER_THRESHOLD = "log_jumprelu_threshold"
+_KINDS = {"transcoder": "transcoder", "crosscoder": "crosscoder", "clt": "cross-layer transcoder"}
 _log = logging.getLogger("ksparse")
 
 
@@ -50,45 +56,44 @@ def find(path: Path) -> Path | None:
     return path if (path / CONFIG).is_file() and any(path.glob(f"{WEIGHTS}.*")) else None
 
 
-def read(folder: Path) -> SAE:
-    """Read an SAE from a folder."""
+def read(folder: Path, *, factor: float | None = None) -> SAE:
+    """Read an SAE from a folder.
+
+    Args:
+        folder: what `find` returned.
+        factor: what x is multiplied by for norm_activation dataset-wise, where the files do not
+            hold the norm.
+    """
     settings, weights = foreign.read_settings(folder / CONFIG), _open_weights(folder)
+    kind = settings.get("sae_type", "sae")
+    if isinstance(kind, str) and kind in _KINDS:
+        raise refusal(f"{settings.file}: sae_type is {kind!r}; it", _KINDS[kind])
     settings.require(sae_type="sae", use_glu_encoder=False)
     site = settings.get_typed("hook_point_in", str)
     settings.require(hook_point_out=site)
-    flags = {
-        key: settings.get_typed(key, bool, True)
-        for key in ("use_decoder_bias", "sparsity_include_decoder_norm")
-    }
     activation = ACTIVATIONS[settings.get_choice("act_fn", ACTIVATIONS, "relu")]
     normalize = NORMALIZATIONS[
         settings.get_choice("norm_activation", NORMALIZATIONS, "dataset-wise")
     ]
-    tensors = {
-        "W_enc": weights.take("W_E", *"dn").t(),
-        "b_enc": weights.take("b_E", "n"),
-        "W_dec": weights.take("W_D", *"nd"),
-    }
+    is_earlier = "encoder.weight" in weights
+    tensors = (
+        llama_scope.take_linear_layers(weights, settings)
+        if is_earlier
+        else _take_matrices(weights, settings)
+    )
     d, n = weights.lengths["d"], weights.lengths["n"]
-    tensors["b_pre"] = weights.take("b_D", "d") if flags["use_decoder_bias"] else torch.zeros(d)
-    foreign.center_encoder_(tensors)
-    factor = 1.0
-    if normalize == "dataset":
-        norm = weights.number(f"{_DATASET_NORM}{site}")
-        if norm <= 0:
-            raise InputError(
-                f"{weights.file}: {_DATASET_NORM}{site} is {norm}, expected a number above 0"
-            )
-        factor = math.sqrt(d) / norm
+    scale = _scale(weights, site, d, factor) if normalize == "dataset" else 1.0
     if activation == "jump_relu":
-        tensors["threshold"] = weights.take(_THRESHOLD, "n").exp()
+        tensors["threshold"] = weights.take(
+            _EARLIER_THRESHOLD if is_earlier else _THRESHOLD, "n"
+        ).exp()
     weights.finish([f"{_DATASET_NORM}{site}"])
-    if flags["sparsity_include_decoder_norm"]:
+    if settings.get_typed("sparsity_include_decoder_norm", bool, True):
         _undo_decoder_norm_(tensors, activation, folder)
     k = settings.get_typed("top_k", int) if activation == "topk" else 1
     return foreign.build_sae(
         weights.file,
-        Shape(d, n, k, normalize, factor, activation),
+        Shape(d, n, k, normalize, scale, activation),
         tensors,
         hook_names.build_metadata(
             "llamascopium",
@@ -135,6 +140,29 @@ def write(sae: SAE, folder: Path) -> None:
             "use_glu_encoder": False,
         },
     )
+
+
+def _take_matrices(weights: CheckedTensors, settings: Settings) -> dict[str, torch.Tensor]:
+    tensors = {
+        "W_enc": weights.take("W_E", *"dn").t(),
+        "b_enc": weights.take("b_E", "n"),
+        "W_dec": weights.take("W_D", *"nd"),
+    }
+    has_bias = settings.get_typed("use_decoder_bias", bool, True)
+    tensors["b_pre"] = weights.take("b_D", "d") if has_bias else torch.zeros(weights.lengths["d"])
+    foreign.center_encoder_(tensors)
+    return tensors
+
+
+def _scale(weights: CheckedTensors, site: str, d: int, factor: float | None) -> float:
+    """Return what x is multiplied by: sqrt(d) / its mean norm."""
+    key = f"{_DATASET_NORM}{site}"
+    if key not in weights and factor is not None:
+        return factor
+    norm = weights.number(key)
+    if norm <= 0:
+        raise InputError(f"{weights.file}: {key} is {norm}, expected a number above 0")
+    return math.sqrt(d) / norm
 
 
 def _open_weights(folder: Path) -> CheckedTensors:

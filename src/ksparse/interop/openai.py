@@ -124,7 +124,7 @@ def _decoder(weights: CheckedTensors) -> torch.Tensor:
 def _metadata_from_path(file: Path) -> dict[str, Any]:
     """Return the metadata in a published path, …/gpt2-small/LOCATION[_vN…]/autoencoders/LAYER.pt;
     {} for other paths."""
-    parts = file.resolve().parts
+    parts = foreign.full_path(file).parts
     if len(parts) < 4 or parts[-2] != "autoencoders" or not file.stem.isdecimal():
         return {}
     sites = {

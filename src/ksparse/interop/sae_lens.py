@@ -30,6 +30,7 @@ from torch import Tensor
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.foreign import CheckedTensors, Settings
+from ksparse.interop.recognition import refusal
 from ksparse.sae.losses import recorded_prefixes, with_prefixes
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage import jsonio
@@ -44,6 +45,15 @@ ACTIVATIONS = {
     "matryoshka_batchtopk": "batch_topk",
 }
 """SAELens' architecture -> ksparse's activation, for reading."""
+_OTHER_KINDS = {
+    "transcoder": "transcoder",
+    "skip_transcoder": "skip transcoder",
+    "jumprelu_transcoder": "transcoder",
+    "jumprelu_skip_transcoder": "skip transcoder",
+    "temporal": "temporal SAE",
+    "matching_pursuit": "matching-pursuit SAE",
+    "abstopk": "AbsTopK SAE",
+}
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "jump_relu": "jumprelu", "gated": "gated"}
 """ksparse's activation -> SAELens' architecture, for writing."""
 NORMALIZATIONS = {
@@ -63,15 +73,24 @@ def find(path: Path) -> Path | None:
     return path if (path / CONFIG).is_file() and (path / WEIGHTS).is_file() else None
 
 
-def read(folder: Path) -> SAE:
-    """Read an SAE from a folder."""
+def read(
+    folder: Path, *, factor: float | None = None, overrides: dict[str, Any] | None = None
+) -> SAE:
+    """Read an SAE from a folder.
+
+    Args:
+        folder: what `find` returned.
+        factor: what x is multiplied by for expected_average_only_in, where the folder does not say.
+        overrides: settings in place of those in cfg.json, as SAELens' registry has them.
+    """
     settings = foreign.read_settings(folder / CONFIG)
+    settings = Settings(settings.file, settings.table | (overrides or {}))
     if "metadata" not in settings.table:
         settings = _from_flat(settings)
     elif not isinstance(settings.table["metadata"], dict):
         raise InputError(f"{settings.file}: 'metadata' is not a table of settings")
     weights = foreign.safetensors_file(folder / WEIGHTS)
-    activation = ACTIVATIONS[settings.get_choice("architecture", ACTIVATIONS, "standard")]
+    activation = _activation(settings)
     settings.require(
         activation_fn="topk" if activation == "topk" else "relu", finetuning_scaling_factor=False
     )
@@ -81,7 +100,8 @@ def read(folder: Path) -> SAE:
             "[..., heads x head width]",
             folder,
         )
-    normalize, factor = _normalization(folder, settings)
+    _warn_of_centered_weights(folder, settings)
+    normalize, factor = _normalization(folder, settings, factor)
     tensors = _take_tensors(weights, activation)
     foreign.check_no_scaling(weights)
     weights.finish()
@@ -100,6 +120,27 @@ def read(folder: Path) -> SAE:
     sae = foreign.build_sae(weights.file, shape, tensors, _metadata(settings))
     details = settings.get_section("metadata").get_section("training_architecture_details")
     return with_prefixes(sae, settings.get("matryoshka_widths", details.get("matryoshka_widths")))
+
+
+def _activation(settings: Settings) -> str:
+    """Return ksparse's activation; refuse what is no autoencoder by its name."""
+    architecture = settings.get("architecture", "standard")
+    if isinstance(architecture, str) and architecture in _OTHER_KINDS:
+        where = f"{settings.file}: architecture is {architecture!r}; it"
+        raise refusal(where, _OTHER_KINDS[architecture])
+    return ACTIVATIONS[settings.get_choice("architecture", ACTIVATIONS, "standard")]
+
+
+def _warn_of_centered_weights(folder: Path, settings: Settings) -> None:
+    for table in (settings, settings.get_section("metadata")):
+        options = table.get("model_from_pretrained_kwargs")
+        if isinstance(options, dict) and options.get("center_writing_weights") is True:
+            _log.warning(
+                "%s was trained on activations whose mean over d_model is 0 "
+                "(center_writing_weights of TransformerLens); on others results are worse",
+                folder,
+            )
+            return
 
 
 def _take_tensors(weights: CheckedTensors, activation: str) -> dict[str, Tensor]:
@@ -168,13 +209,15 @@ def _check_size(settings: Settings, weights: CheckedTensors) -> None:
             )
 
 
-def _normalization(folder: Path, settings: Settings) -> tuple[str, float]:
-    """Return ksparse's normalisation and its constant."""
+def _normalization(folder: Path, settings: Settings, factor: float | None) -> tuple[str, float]:
+    """Return ksparse's normalisation and its constant, `factor` where no file has it."""
     if settings.get("normalize_activations", "none") == "expected_average_only_in":
         if (folder / SCALER).is_file():
             return "dataset", foreign.read_settings(folder / SCALER).get_typed(
                 "scaling_factor", float
             )
+        if factor is not None:
+            return "dataset", factor
         raise InputError(
             f"{settings.file}: the input must be multiplied by a constant (normalize_activations "
             f"is 'expected_average_only_in') that is not in the file, nor is there {SCALER}; fold "

@@ -59,6 +59,8 @@ _ORIGIN = {
     "text": str,
     "settings": dict,
 }
+_NOT_READ = ["*examples.safetensors"]
+"""Files that Gemma Scope 2 has beside each SAE: texts, larger than the SAE itself."""
 POLICY: dict[str, jsonio.Types] = {
     "context": int,
     "bos_token": (int, type(None)),
@@ -137,7 +139,13 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 def locate(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> Path:
     """Return the local path of an SAE; it is downloaded from the Hub if `source` is no path."""
     path = Path(source)
-    root = path if atomic.exists(path) else _download(str(source), revision, subfolder)
+    if atomic.exists(path):
+        root = path
+    else:
+        if not subfolder:
+            _check_is_one_sae(str(source), revision)
+        patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
+        root = download(str(source), revision, patterns)
     folder = root / subfolder
     if not atomic.exists(folder):
         raise InputError(f"{path} has no {subfolder[:80]!r} in it")
@@ -305,14 +313,50 @@ def _joined(folder: Path, stem: str, key: str, parts: list[StoredTensor]) -> Sto
     return StoredTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
-def _download(repository: str, revision: str | None, subfolder: str) -> Path:
-    """Download an SAE from a Hub repository; raise InputError if that is missing or unreachable."""
+def _check_is_one_sae(repository: str, revision: str | None) -> None:
+    """Raise InputError for a repository that holds many SAEs, before all of them are downloaded."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(repository, revision=revision)
+    except Exception:  # no such repository, or no network: the download says which
+        return
+    weights = [file for file in files if file.endswith((".safetensors", ".pt", ".pth", ".npz"))]
+    at_root = [file for file in weights if "/" not in file]
+    single_files = [file for file in at_root if not file.endswith(".safetensors")]
+    is_run = "recipe.toml" in files or any(file.startswith("checkpoints/") for file in weights)
+    if is_run or (at_root and len(single_files) <= 1):
+        return
+    parts = single_files or sorted({file.rpartition("/")[0] for file in weights})
+    if parts:
+        more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+        raise InputError(
+            f"the Hub repository {repository} holds many SAEs: {', '.join(parts[:4])}{more}; "
+            "name one (subfolder=…)"
+        )
+
+
+def download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Download files of a Hub repository whose names match one of the patterns.
+
+    Returns:
+        The folder that stands for the repository.
+
+    Raises:
+        InputError: it does not exist or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=_NOT_READ,
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(
