@@ -26,10 +26,11 @@ from ksparse.studies.study import Study
 from ksparse.training.source import ActivationSource
 
 L1 = 0.02
-"""The first penalty weight tried for ReLU; the others are L1_STEP times it, until L0 spans k."""
+"""The first penalty weight tried for ReLU; the second is L1_STEP times it (see `next_weight`)."""
 L1_STEP = 2.0
 MOST_PENALTIES = 8
-CLEAR = 1.1
+CLEAR, CLOSE = 1.1, 2.5
+"""How far L0 of the weights around k must be from k, and how far they may be from one another."""
 GAUSSIAN_ROWS = 8_192
 """Held-out Gaussian rows."""
 MULTI = 1 / 8
@@ -177,12 +178,42 @@ def train_relu(study: Study, sizes: Sizes) -> list[float]:
         l0.update((l1, last_l0(study, relu(n, l1))) for l1 in weights)
 
     train_weights([L1, L1_STEP * L1], range(1))
-    while len(l0) < MOST_PENALTIES and len(nearest_weights(l0, sizes.k)) < 2:
-        up = min(l0.values()) > sizes.k / CLEAR
-        train_weights([max(l0) * L1_STEP if up else min(l0) / L1_STEP], range(1))
+    while len(l0) < MOST_PENALTIES and (weight := next_weight(l0, sizes.k)) is not None:
+        train_weights([weight], range(1))
     nearest = nearest_weights(l0, sizes.k)
     train_weights(nearest, range(sizes.seeds))
     return nearest
+
+
+def next_weight(l0: dict[float, float], k: int) -> float | None:
+    """Return the penalty weight to try next; None once two lie closely around k.
+
+    Until k lies between two weights, the next one follows the slope of log L0 against the log of
+    the weight, by a factor of 2 to 8. Then the interval is halved until its L0 differ by at most
+    `CLOSE`.
+
+    Example:
+        >>> next_weight({0.02: 800.0, 0.04: 400.0}, 50), next_weight({0.04: 100.0, 0.16: 20.0}, 50)
+        (0.32, 0.08)
+        >>> next_weight({0.04: 70.0, 0.08: 40.0}, 50) is None
+        True
+    """
+    nearest = nearest_weights(l0, k)
+    if len(nearest) == 2:
+        sparse, dense = nearest
+        close = l0[dense] <= CLOSE * l0[sparse]
+        return None if close else _rounded(math.sqrt(sparse * dense))
+    up = min(l0.values()) > k / CLEAR
+    ends = sorted(l0, reverse=not up)[-2:]
+    (w0, y0), (w1, y1) = ((math.log(w), math.log(max(l0[w], 1e-3))) for w in ends)
+    slope = min((y1 - y0) / (w1 - w0), -1e-3)
+    target = math.log(k / CLEAR**2 if up else k * CLEAR**2)
+    factor = math.exp(min(abs((target - y1) / slope), math.log(8)))
+    return _rounded(math.exp(w1) * (max(factor, 2) if up else 1 / max(factor, 2)))
+
+
+def _rounded(weight: float) -> float:
+    return float(f"{weight:.2g}")
 
 
 def nearest_weights(l0: dict[float, float], k: int) -> list[float]:
