@@ -64,6 +64,8 @@ class LMSpec:
     """Parameters of the matrices up to the site."""
     body: int = 0
     """Parameters without the embeddings and the head."""
+    vocabulary: int = 0
+    """Tokens of the vocabulary, each with a logit."""
 
 
 @dataclass(frozen=True)

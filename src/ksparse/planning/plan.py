@@ -29,6 +29,7 @@ from ksparse.planning import costs, flops, hardware
 from ksparse.planning.costs import LMSpec, PlanInput, StepCost
 from ksparse.planning.hardware import DEVICES, Device
 from ksparse.planning.steps import choose_step, prefetches
+from ksparse.progress import format_duration
 from ksparse.trust import code_is_trusted
 
 FORMAT = 1
@@ -373,18 +374,25 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     module, at = outline(model, recipe.acts.site)
-    total = sum(p.numel() for p in model.parameters())
+    return lm_spec(model, module, at, _width(module, config))
+
+
+def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpec:
+    """Return the sizes of a model with a site, of width d_model, at the end `at` of a module."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embeddings = {  # by id, since the head may be the embedding
         id(p): p.numel()
-        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        for part in (embedding, head)
         if part is not None
         for p in part.parameters()
     }
+    total = sum(p.numel() for p in model.parameters())
     return LMSpec(
-        _width(module, config),
+        d_model,
         total,
         flops.before_site(model, module, at),
         total - sum(embeddings.values()),
+        len(embedding.weight),
     )
 
 
@@ -430,17 +438,3 @@ def format_bytes(size: float) -> str:
         if size >= unit:
             return f"{size / unit:,.{digits}f} {name}"
     return f"{size:.0f} B"
-
-
-def format_duration(seconds: float) -> str:
-    """Format a length of time.
-
-    Example:
-        >>> format_duration(600)
-        '10 min'
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
