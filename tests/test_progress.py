@@ -161,10 +161,8 @@ def test_a_resumed_part_counts_only_what_is_done_since(clock):
 
 
 @pytest.fixture
-def log(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return lambda: stream.getvalue().splitlines()
+def log(capsys):
+    return lambda: capsys.readouterr().err.splitlines()
 
 
 def test_the_line_says_which_evaluation_and_how_long_all_take(clock, log):

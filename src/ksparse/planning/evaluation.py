@@ -18,9 +18,19 @@ from dataclasses import dataclass
 
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
-from ksparse.planning.costs import LMSpec
+from ksparse.limits import LOGITS_BYTES, PRE_ACTS
+from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
 from ksparse.progress import Expected
 
+HELD = 10
+"""Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
+once."""
+LOGITS_COPIES = 6
+"""Times that logits of a slice are held: as they are, as logarithms, and what is summed of them."""
+TOKENIZER = 1_200
+"""Bytes of a tokenizer for each token of its vocabulary, measured."""
+DEFAULT = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
+"""The evaluations that run when none is named."""
 READING, READING_AGAIN = "reading the text", "reading the text again"
 MEAN_BATCHES = 16
 """Batches that the mean activation is computed from, at most."""
@@ -74,6 +84,30 @@ class EvalCase:
     def encode(self) -> int:
         """FLOPs of encoding a token with all SAEs."""
         return 2 * self.n_latents * self.subject.d_model * self.saes
+
+
+def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
+    """Return the bytes at the peak of the evaluation `downstream`, by part.
+
+    Args:
+        case: the SAE and its LM.
+        host: the device is a CPU, which shares its memory with Python and the tokenizer.
+    """
+    subject, acts = case.subject, case.acts
+    d, vocabulary = subject.d_model, subject.vocabulary
+    tokens = (case.options.lm_batch or acts.lm_batch) * acts.context
+    weights = case.saes * (2 * case.n_latents * d + case.n_latents + d)
+    sizes = {
+        "libraries": LIBRARIES if host else CONTEXT,
+        "tokenizer": TOKENIZER * vocabulary if host else 0,
+        "LM": subject.parameters * bytes_of(acts.lm_dtype),
+        "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
+        "hidden states": 4 * HELD * tokens * d,
+        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
+        "SAE": 4 * weights,
+        "pre-activations": 4 * min(PRE_ACTS, tokens * case.n_latents),
+    }
+    return {name: float(size) for name, size in sizes.items() if size}
 
 
 def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
