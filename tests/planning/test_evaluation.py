@@ -59,7 +59,7 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
     from ksparse.lm.model import LM
     from ksparse.sae.model import SAE, Shape
 
-    monkeypatch.setattr(tasks, "_TOKENS_PER_ROW", 20)
+    monkeypatch.setattr(tasks, "_TOKENS_PER_ROW", 100)
     acts = ActsConfig(
         lm=str(tiny_lm("gpt2")), site="resid_post.1", text=str(text_file), context=16, lm_batch=8
     )
