@@ -58,13 +58,6 @@ def format_estimate(estimate: dict[str, float | None]) -> str:
     )
 
 
-def write_report(run: RunFolder) -> None:
-    """Write report.html of a run."""
-    from ksparse.report import write
-
-    write(run)
-
-
 class ProgressBar(Observer):
     """Progress of a task: a bar on a terminal, a line every few seconds in a log.
 
@@ -150,8 +143,10 @@ class ProgressBar(Observer):
 
     def _time(self) -> str:
         left, spent = self._forecast.seconds_left(), self._clock() - self._began
+        if self._said_end:
+            return ""
         if left is None:
-            return f"{format_duration(spent)} so far" if spent >= 1 and not self._said_end else ""
+            return f"{format_duration(spent)} so far" if spent >= 1 else ""
         if not left:
             return ""
         if not self._forecast.is_overall:
@@ -209,3 +204,11 @@ class _Report(NamedTuple):
 def _markup(text: str) -> str:
     """Return a text as rich shows it, brackets included."""
     return text.replace("[", "\\[")
+
+
+def write_report(run: RunFolder) -> None:
+    """Write report.html of a run."""
+    with ProgressBar("writing the report"):
+        from ksparse.report import write
+
+        write(run)

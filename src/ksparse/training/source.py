@@ -115,7 +115,7 @@ class ActivationSource:
         recipe, d_model = self.recipe, self.stream.d_model
         flops_of_step = flops.encoder(recipe, d_model) + flops.decoder(recipe, d_model)
         parts = {TRAINING: Expected(float(flops_of_step * tokens), tokens)}
-        if isinstance(self.source, LiveStream) and not self.prefetches:
+        if isinstance(self.source, LiveStream):
             rows = self.source.rows_to_compute(cursor, steps)
             parts[COMPUTING] = Expected(float(flops.lm(self.lm_parameters) * rows), rows)
         return parts
