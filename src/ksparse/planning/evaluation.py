@@ -89,6 +89,8 @@ class EvalCase:
 def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
     """Return the bytes at the peak of the evaluation `downstream`, by part.
 
+    The LM, the SAE and the logits work in turn: the one that needs most counts.
+
     Args:
         case: the SAE and its LM.
         host: the device is a CPU, which shares its memory with Python and the tokenizer.
@@ -101,12 +103,16 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
         "libraries": LIBRARIES if host else CONTEXT,
         "tokenizer": TOKENIZER * vocabulary if host else 0,
         "LM": subject.parameters * bytes_of(acts.lm_dtype),
-        "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
         "hidden states": 4 * HELD * tokens * d,
-        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
         "SAE": 4 * weights,
+    }
+    in_turn = {
+        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
+        "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
         "pre-activations": 4 * min(PRE_ACTS, tokens * case.n_latents),
     }
+    largest = max(in_turn, key=lambda name: in_turn[name])
+    sizes[largest] = in_turn[largest]
     return {name: float(size) for name, size in sizes.items() if size}
 
 
