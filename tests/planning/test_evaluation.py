@@ -96,7 +96,8 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
         ablation_horizon=4,
     )
     runner.evaluate(sae, lm, names, options, observe=Watch())
-    assert expected <= reported
+    explained = {part for part in expected if part.startswith("n2g: ")}
+    assert expected - explained <= reported, "n2g may find no latent with enough examples"
     assert left[-1] == 0.0
 
 

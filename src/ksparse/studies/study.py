@@ -182,13 +182,7 @@ class Study:
             tokens=self.options.eval_tokens, examples=0, device=self.options.device
         )
         results: dict[str, dict[str, Any]] = {
-            member: {
-                name: runner.read_kept(
-                    self.run_folder(member), name, options, self._metadata(source(member))
-                )
-                for name in names
-            }
-            for member in members
+            member: self._read_kept(member, names, options, source(member)) for member in members
         }
         missing = [member for member in members if not all(results[member].values())]
         for first in range(0, len(missing), BATCH):
@@ -206,9 +200,17 @@ class Study:
                 results[member] = {name: dict(evaluated[member][name]) for name in names}
         return results
 
-    def _metadata(self, member: str) -> dict[str, Any]:
-        """Return the metadata of a member's trained SAE."""
-        return serialization.read_shape(serialization.locate(self.run_folder(member).path))[1]
+    def _read_kept(
+        self, member: str, names: Sequence[str], options: EvalConfig, source: str
+    ) -> dict[str, Any]:
+        """Return the stored results of a member that are those of the SAE of `source`; None for
+        each that is not."""
+        checkpoint = self.run_folder(source).newest_intact()[0]
+        if checkpoint is None:
+            return dict.fromkeys(names)
+        metadata = serialization.read_shape(checkpoint)[1]
+        folder = self.run_folder(member)
+        return {name: runner.read_kept(folder, name, options, metadata) for name in names}
 
     # ---- results
 
