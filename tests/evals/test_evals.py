@@ -706,5 +706,5 @@ def test_a_result_is_handed_over_as_soon_as_it_is_complete(subject):
     assert handed == [
         (label, name) for name in ("stats", "downstream", "explained_loss") for label in "ab"
     ]
-    assert events.index(("b", "downstream")) < events.index("reading the text again")
+    assert events.index(("b", "downstream")) < events.index("pass 2: reading the text again")
     assert list(results["a"]) == ["explained_loss", "stats", "downstream"]

@@ -74,7 +74,7 @@ def test_every_claim_gets_its_numbers_and_a_figure_and_the_study_resumes(
 
 
 def test_a_claim_without_its_numbers_is_not_on_the_page(options):
-    study = Study("paper", options, lambda *report: None)
+    study = Study("paper", options)
     evidence = claims.Evidence(study, Sizes(128, 4, 16, 1), [0.02])
     assert claims.summarize(evidence)["claims"] == []
 
@@ -111,4 +111,4 @@ def test_a_difference_over_seeds_has_the_standard_error_of_a_mean():
 def test_a_run_and_a_recipe_are_not_both_a_start(options, tmp_path):
     both = StudyConfig(run="runs/demo", recipe="recipe.toml")
     with pytest.raises(InputError, match="a run or from a recipe: give --run or --recipe"):
-        Study("paper", both, lambda *report: None)
+        Study("paper", both)

@@ -143,7 +143,7 @@ def test_a_study_goes_on_where_it_stopped_and_trains_nothing_twice(options, monk
 
     with pytest.raises(KeyboardInterrupt):
         studies.run("recipe", options("again"), observe=stop)
-    assert steps[0] == "training"
+    assert "training" in steps
     again = []
     path = studies.run(
         "recipe", options("again"), observe=lambda what, done, total: again.append(what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from ksparse import config as recipes
 from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
 from ksparse.config.evaluation import EvalConfig, StudyConfig
-from ksparse.errors import InputError
+from ksparse.errors import InputError, Interrupted
+from ksparse.progress import report
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder, open_run
 
@@ -20,23 +22,33 @@ if TYPE_CHECKING:  # `ksparse --help` needs no torch
     from ksparse.evals.comparison import ComparisonRow
 
 
+@dataclass(frozen=True)
+class EvalArgs(EvalConfig):
+    """Options of `ksparse eval`."""
+
+    again: bool = False
+    """Compute everything again, also results that are there already with the same options,
+    checkpoint, LM, site and text."""
+
+
 @verb
 def evaluate(arguments: list[str]) -> None:
     """eval RUN … [NAME …] [--key value …]
 
     Evaluate SAEs on held-out text; without names: downstream, stats, probes, n2g, explained_loss
-    and ablation.
+    and ablation. The same command goes on with what is missing.
     """
     folder, flags = split_folder("eval", arguments)
     words = []
     while flags and not flags[0].startswith("-"):
         words.append(flags.pop(0))
-    options = parse(EvalConfig, "eval RUN [RUN …] [NAME …]", flags)
+    args = parse(EvalArgs, "eval RUN [RUN …] [NAME …]", flags)
     sources: list[str] = [folder]
     names: list[str] = []
     for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
-    for source, results in evaluate_saes(sources, names, options).items():
+    results_by_source = evaluate_saes(sources, names, _eval_options(args), again=args.again)
+    for source, results in results_by_source.items():
         run = RunFolder(Path(source))
         if len(sources) > 1:
             print(f"\n{source}")
@@ -45,6 +57,13 @@ def evaluate(arguments: list[str]) -> None:
         if run.exists():
             write_report(run)
             print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def _eval_options(args: EvalConfig) -> EvalConfig:
+    """Return the options of the evaluations among those of a verb."""
+    return EvalConfig(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)}
+    )
 
 
 def print_result(result: dict[str, Any], file: Path | str) -> None:
@@ -58,38 +77,94 @@ def print_result(result: dict[str, Any], file: Path | str) -> None:
 
 
 def evaluate_saes(
-    sources: list[str], names: list[str], options: EvalConfig
+    sources: list[str], names: list[str], options: EvalConfig, *, again: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate SAEs, and write the results of those that are runs.
+    """Evaluate SAEs, and write each result of a run as soon as it is complete.
 
     Args:
         sources: runs, folders of any format, or Hub repositories.
         names: evaluations; empty for the default ones.
         options: for all of them.
+        again: compute also what the runs have; by default that is kept.
 
     Returns:
         For each source, the results by name.
+
+    Raises:
+        Interrupted: on Ctrl-C; complete results are on disk.
     """
-    from ksparse.evals import registry, runner
-    from ksparse.interop import load
+    with ProgressBar("evaluating"):
+        report("loading torch")
+        from ksparse.evals import registry, runner
+        from ksparse.interop import load
 
-    registry.check_names(names)
-    saes = {source: load(source) for source in sources}
+        registry.check_names(names)
+        wanted = list(dict.fromkeys(names or registry.DEFAULT))
+        saes = {source: load(source) for source in sources}
+        kept = {} if again else _kept(saes, wanted, options)
+        missing = [name for name in wanted if name not in kept]
+        written: list[str] = []
 
-    def write(source: str, name: str, result: Any) -> None:
-        run = RunFolder(Path(source))
-        if run.exists():
-            runner.write_results(run, {result["name"]: result})
+        def write(source: str, name: str, result: Any) -> None:
+            run = RunFolder(Path(source))
+            if run.exists():
+                runner.write_results(run, {result["name"]: result})
+                written.append(name)
 
-    with ProgressBar("evaluating", 0) as progress:
-        return runner.evaluate_many(
-            saes,
-            None,
-            names or list(registry.DEFAULT),
-            options,
-            observe=lambda label, done, total: progress(done, "", total, label),
-            on_result=write,
+        try:
+            computed = (
+                runner.evaluate_many(saes, None, missing, options, on_result=write)
+                if missing
+                else {}
+            )
+        except KeyboardInterrupt:
+            done = f"{', '.join(dict.fromkeys([*kept, *written])) or 'no result'}"
+            raise Interrupted(
+                f"stopped; {done} of {', '.join(wanted)} complete and saved. The same command goes "
+                "on with the rest",
+                signal.SIGINT,
+            ) from None
+    return {
+        source: {
+            name: kept[name][source] if name in kept else computed[source][name] for name in wanted
+        }
+        for source in sources
+    }
+
+
+def _kept(
+    saes: dict[str, Any], names: list[str], options: EvalConfig
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the results that all of the SAEs have already, {name: {source: result}}, and say so.
+
+    What one of them lacks is computed for all, which costs little more: the LM runs once.
+    """
+    from ksparse.evals import runner
+
+    runs = {source: RunFolder(Path(source)) for source in saes}
+    if not all(run.exists() for run in runs.values()):
+        return {}
+    short, kept = runner.short_names(saes), {}
+    for name in names:
+        results = {
+            source: runner.read_kept(
+                run,
+                name,
+                options,
+                saes[source].metadata,
+                [short[other] for other in saes if other != source],
+            )
+            for source, run in runs.items()
+        }
+        complete = {source: result for source, result in results.items() if result is not None}
+        if len(complete) == len(saes):
+            kept[name] = complete
+    if kept:
+        print_status(
+            f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, LM "
+            "and text; --again True computes them again"
         )
+    return kept
 
 
 @dataclass(frozen=True)
@@ -199,17 +274,13 @@ def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dic
         raise InputError(
             "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
         )
-    options = EvalConfig(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(EvalConfig)}
-    )
-    with ProgressBar("evaluating", 0) as progress:
+    with ProgressBar("evaluating"):
         return runner.evaluate_many(
             saes,
             LM(acts=acts, device=resolve_device(args.device)),
             NAMES,
-            options,
+            _eval_options(args),
             like=acts if args.like else None,
-            observe=lambda label, done, total: progress(done, "", total, label),
         )
 
 
@@ -228,10 +299,8 @@ def study(arguments: list[str]) -> None:
 
     studies.check_name(name, tuple(EVALS))
     if name in studies.STUDIES:
-        with ProgressBar("reading", 0) as progress:
-            folder = studies.run(
-                name, options, observe=lambda label, done, total: progress(done, "", total, label)
-            )
+        with ProgressBar(f"study {name}"):
+            folder = studies.run(name, options)
         print_study(folder)
         return
     if not options.run:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ksparse.progress import Expected, Forecast, Observer, Stage, format_duration, observed
 from ksparse.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,85 +58,157 @@ def format_estimate(estimate: dict[str, float | None]) -> str:
     )
 
 
-def write_report(run: RunFolder) -> None:
-    """Write report.html of a run."""
-    from ksparse.report import write
-
-    write(run)
-
-
-class ProgressBar:
+class ProgressBar(Observer):
     """Progress of a task: a bar on a terminal, a line every few seconds in a log.
 
-        with Progress("training", total) as progress:
-            progress(done, "nmse 0.31")
+        with ProgressBar("training"):
+            …                       # whatever is reported inside is shown
+
+    The line goes on while nothing is reported, so that a phase of one long step is not silent.
 
     Args:
         label: what is being done.
-        total: amount of work; 0 if it is not known yet.
+        clock: returns the time in seconds.
     """
 
-    SECONDS_BETWEEN_LINES = 5.0
+    SECONDS_BETWEEN_LINES = 4.0
+    _TICK = 0.25
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total = label, total
-        self.began, self.last_line = time.monotonic(), 0.0
-        self.done_at_start: int | None = None
-        self.bar: RichProgress | None = None
-        self.task: TaskID
+    def __init__(self, label: str, clock: Callable[[], float] = time.monotonic):
+        self.label, self._clock = label, clock
+        self._forecast = Forecast(clock)
+        self._began = self._said_at = clock()
+        self._latest: _Report | None = None
+        self._main: _Report | None = None
+        self._note = ""
+        self._said_end = False
+        self._lock = threading.RLock()  # reports may come from the thread that reads ahead
+        self._ended = threading.Event()
+        self._stack = ExitStack()
+        self._bar: RichProgress | None = None
+        self._task: TaskID
 
     def __enter__(self) -> ProgressBar:
+        self._stack.enter_context(observed(self))
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as RichProgress
-
-            self.bar = RichProgress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self.task = self.bar.add_task(self.label, total=self.total or None, note="")
-            self.bar.start()
+            self._stack.enter_context(self._draw_bar())
+        else:
+            ticker = threading.Thread(target=self._tick, name="ksparse-progress", daemon=True)
+            ticker.start()
+            self._stack.callback(ticker.join)
+            self._stack.callback(self._ended.set)
         return self
 
-    def __call__(self, done: int, note: str, total: int = 0, label: str = "") -> None:
-        """Show how much is done.
-
-        Args:
-            done: amount of work done.
-            note: text to show beside it.
-            total: amount of work, if it has changed.
-            label: what is being done, if it has changed; this starts a new bar.
-        """
-        self.total = total or self.total
-        if label and label != self.label:
-            self.label, self.began, self.last_line = label, time.monotonic(), 0.0
-            self.done_at_start = None
-            if self.bar is not None:
-                self.bar.update(self.task, visible=self.bar.tasks[-1].completed > 0)
-                self.task = self.bar.add_task(label, total=self.total, note="")
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=self.total, note=note)
-            return
-        now = time.monotonic()
-        self.done_at_start = done if self.done_at_start is None else self.done_at_start
-        if now - self.last_line < self.SECONDS_BETWEEN_LINES and done < self.total:
-            return
-        self.last_line = now
-        seconds, progressed = now - self.began, done - self.done_at_start
-        left = (
-            f", about {seconds / progressed * (self.total - done):,.0f} s left"
-            if progressed and done < self.total
-            else ""
-        )
-        print_status(
-            f"{self.label} {done:,} of {self.total:,}{left}" + (f" · {note}" if note else "")
-        )
-
     def __exit__(self, *error: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self._stack.close()
+
+    # ---- what is reported
+
+    def expect(self, parts: Mapping[str, Expected]) -> None:
+        with self._lock:
+            self._forecast.expect(parts)
+
+    def report(self, what: str, done: int, total: int, stage: Stage = Stage()) -> None:
+        with self._lock:
+            self._forecast.report(stage.key(what), done, total)
+            self._latest, complete = _Report(what, done, total, stage), False
+            if what == self.label:
+                self._main = _Report(what, *self._forecast.counts(stage.key(what)), stage)
+                complete = 0 < self._main.total <= self._main.done and not self._said_end
+            self._said_end |= complete
+            self._show(now=complete)
+
+    def finish(self, stage: Stage) -> None:
+        with self._lock:
+            self._forecast.finish(f"{stage.name}: ")
+
+    def note(self, text: str) -> None:
+        """Show a text at the end of the line from now on."""
+        with self._lock:
+            self._note = text
+
+    # ---- how it is shown
+
+    def line(self) -> str:
+        """Return the line that says how far the task is."""
+        latest, main = self._latest, self._main
+        if main is None:
+            head = f"{self.label} {latest.stage if latest else ''}".rstrip()
+        else:
+            head = f"{self.label} {main.counts()}"
+        parts = [head]
+        if latest and latest.what != self.label:
+            parts.append(f"{latest.what} {latest.counts()}".rstrip())
+        return " · ".join(part for part in [*parts, self._time(), self._note] if part)
+
+    def _time(self) -> str:
+        left, spent = self._forecast.seconds_left(), self._clock() - self._began
+        if self._said_end:
+            return ""
+        if left is None:
+            return f"{format_duration(spent)} so far" if spent >= 1 else ""
+        if not left:
+            return ""
+        if not self._forecast.is_overall:
+            return f"about {format_duration(left)} left"
+        return f"about {format_duration(left)} left, {format_duration(spent + left)} in all"
+
+    def _show(self, *, now: bool = False) -> None:
+        if self._bar is not None:
+            self._update_bar(self._bar)
+        elif now or self._clock() - self._said_at >= self.SECONDS_BETWEEN_LINES:
+            self._said_at = self._clock()
+            print_status(self.line())
+
+    def _tick(self) -> None:
+        """Print the line while nothing is reported."""
+        while not self._ended.wait(self._TICK):
+            with self._lock:
+                self._show()
+
+    @contextmanager
+    def _draw_bar(self) -> Iterator[None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            self._task, self._bar = bar.add_task(_markup(self.label), total=None), bar
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def _update_bar(self, bar: RichProgress) -> None:
+        left, spent = self._forecast.seconds_left(), self._clock() - self._began
+        if self._forecast.is_overall:
+            done, total = (spent, None if left is None else spent + left)
+        elif self._latest and self._latest.total:
+            done, total = float(self._latest.done), float(self._latest.total)
+        else:
+            done, total = 0.0, None
+        bar.update(self._task, completed=done, total=total, description=_markup(self.line()))
+
+
+class _Report(NamedTuple):
+    what: str
+    done: int
+    total: int
+    stage: Stage
+
+    def counts(self) -> str:
+        return f"{self.done:,} of {self.total:,}" if self.total else ""
+
+
+def _markup(text: str) -> str:
+    """Return a text as rich shows it, brackets included."""
+    return text.replace("[", "\\[")
+
+
+def write_report(run: RunFolder) -> None:
+    """Write report.html of a run."""
+    with ProgressBar("writing the report"):
+        from ksparse.report import write
+
+        write(run)

@@ -16,6 +16,7 @@ from ksparse.config import Recipe
 from ksparse.errors import InputError
 from ksparse.planning.costs import UnseenLM
 from ksparse.planning.hardware import Hardware
+from ksparse.progress import report
 from ksparse.storage import atomic, jsonio
 
 
@@ -36,24 +37,25 @@ def shard(arguments: list[str]) -> None:
     Write activations to disk once, for many runs.
     """
     recipe, options, _ = parse_recipe(ShardArgs, "shard", arguments)
-    import torch
+    with ProgressBar("writing activations"):
+        report("loading torch")
+        import torch
 
-    from ksparse.data import shards
-    from ksparse.data.contexts import Corpus
-    from ksparse.device import resolve_device
-    from ksparse.lm.model import LM
+        from ksparse.data import shards
+        from ksparse.data.contexts import Corpus
+        from ksparse.device import resolve_device
+        from ksparse.lm.model import LM
 
-    lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    with ProgressBar("activations", recipe.tokens) as progress:
+        lm = LM(acts=recipe.acts, device=resolve_device(recipe.run.device))
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
         folder = shards.write(
             lm,
             Corpus(recipe.acts, lm.tokenizer, "train"),
             Path(options["out"]),
             rows=recipe.tokens,
             dtype=options["dtype"],
-            progress=lambda done: progress(done, "activations"),
+            progress=lambda done: report("writing activations", done, recipe.tokens),
         )
     print(f"shards   {folder}\nnext     the same recipe with --acts.shards {folder}")
 
@@ -144,12 +146,12 @@ def bench(arguments: list[str]) -> None:
             raise InputError(
                 f"contestant {contestant!r} is not NAME=FILE with a file that is there"
             )
-    with ProgressBar("rounds", setting.rounds) as progress:
+    with ProgressBar("rounds"):
         result = benchmark.bench(
             setting,
             dict(contestant.split("=", 1) for contestant in options.contestant),
             only=options.only,
-            observe=lambda done, total: progress(done, ""),
+            observe=lambda done, total: report("rounds", done, total),
         )
     _print_benchmark(result)
     if options.json:

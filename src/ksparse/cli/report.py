@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
@@ -68,12 +69,8 @@ def view(arguments: list[str]) -> None:
     from ksparse import viewer
 
     if options.export:
-        with ProgressBar("pages", 0) as progress, raise_on_signal(signal.SIGTERM):
-            page = viewer.export(
-                run,
-                Path(options.export),
-                observe=lambda label, done, total: progress(done, "", total, label),
-            )
+        with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
+            page = viewer.export(run, Path(options.export), observe=progress.report)
         print(f"pages    {page.resolve().as_uri()}")
         return
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import ProgressBar, print_status
 from ksparse.errors import InputError
+from ksparse.progress import report
 from ksparse.storage import atomic, jsonio
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
@@ -61,12 +62,18 @@ def sweep(arguments: list[str]) -> None:
     if options.plan:
         _print_plan(sweeping.plan(grid, folder, launch))
         return
-    with ProgressBar("training", 0) as progress:
+    with ProgressBar("training") as bar:
+
+        def observe(done: int, total: int, note: str) -> None:
+            bar.note(note)
+            if launch.launcher != "here":  # what runs here reports each step itself
+                report("training", done, total)
+
         failed = sweeping.sweep(
             grid,
             folder,
             launch,
-            observe=lambda done, total, note: progress(done, note, total),
+            observe=observe,
             planned=_print_plan,
         )
     _print_result(folder, len(grid), failed)
@@ -193,10 +200,13 @@ def fit_sweep(folder: str, **options: Any) -> Any:
     """
     from ksparse.scaling.laws import survey
 
-    with ProgressBar("laws", len(survey.LAWS)) as progress:
-        laws = survey.fit_sweep(
-            folder, **options, observe=lambda done, total, label: progress(done, label, total)
-        )
+    with ProgressBar("laws") as bar:
+
+        def observe(done: int, total: int, title: str) -> None:
+            bar.note(title)
+            report("laws", done, total)
+
+        laws = survey.fit_sweep(folder, **options, observe=observe)
     jsonio.write_json(Path(folder) / "law.json", laws.to_dict(), sealed=True)
     return laws
 

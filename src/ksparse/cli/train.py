@@ -20,6 +20,7 @@ from ksparse.cli.output import (
 )
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
+from ksparse.progress import report
 from ksparse.storage.run_folder import RunFolder, open_run
 
 
@@ -135,17 +136,13 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
 
         train_quietly(recipe, run.path)
         return
-    print_status("loading torch and the language model")
-    from ksparse.training.train import train as train_observed
-
-    with ProgressBar("training", recipe.steps * recipe.batch) as progress:
+    with ProgressBar("training") as bar:
+        report("loading torch")
+        from ksparse.training.train import train as train_observed
 
         def observe(row: dict[str, Any]) -> None:
             nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-            progress(
-                row["tokens"],
-                f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s",
-            )
+            bar.note(f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s")
 
         train_observed(recipe, run.path, observe=observe)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
@@ -18,9 +19,14 @@ from ksparse.data.permutation import permutation
 from ksparse.distributed import SINGLE_PROCESS, Mesh
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.lm.model import LM
+from ksparse.progress import report
 
 _MAX_EMPTY_CONTEXTS = 10_000
 """Contexts in a row of which nothing is kept, before the text is given up."""
+
+
+COMPUTING = "computing activations"
+"""What the filling of a buffer is called in progress reports."""
 
 
 class BufferStart(NamedTuple):
@@ -44,15 +50,36 @@ class ShuffleBuffer(NamedTuple):
 
 
 class LiveStream:
-    """An `ActivationStream` of an LM's activations on a text, computed a buffer at a time."""
+    """An `ActivationStream` of an LM's activations on a text, computed a buffer at a time.
+
+    Args:
+        lm: the LM.
+        corpus: the text.
+        batch: activations in a batch.
+        seed: of the order in a buffer.
+        mesh: the processes that share the stream.
+        what: what to call the filling of a buffer in progress reports.
+    """
 
     def __init__(
-        self, lm: LM, corpus: Corpus, *, batch: int, seed: int, mesh: Mesh = SINGLE_PROCESS
+        self,
+        lm: LM,
+        corpus: Corpus,
+        *,
+        batch: int,
+        seed: int,
+        mesh: Mesh = SINGLE_PROCESS,
+        what: str = COMPUTING,
     ):
         self.lm, self.corpus, self.batch, self.seed, self.mesh = lm, corpus, batch, seed, mesh
         self.d_model = lm.d_model
         self.batches_per_buffer = max(1, corpus.acts.mix // batch)
         """Batches in a buffer."""
+        self.what = what
+        self.rows_computed = 0
+        """Activations computed so far."""
+        self.seconds_computing = 0.0
+        """Seconds that this took."""
         self.cancel = threading.Event()
         self._same_context_fraction: float | None = None
         self._newest: tuple[BufferStart, ShuffleBuffer] | None = None
@@ -87,6 +114,13 @@ class LiveStream:
             number, start, done = number + 1, buffer.next, 0
             del buffer  # so that two are never in memory
 
+    def rows_to_compute(self, cursor: Cursor | None, batches: int) -> int:
+        """Return how many activations are computed for the next batches: whole buffers, the one
+        that holds the cursor included."""
+        used = cursor["batch"] if cursor else 0
+        buffers = -(-(used + batches) // self.batches_per_buffer)
+        return buffers * self.batches_per_buffer * self.batch
+
     def sample(self, rows: int) -> Tensor:
         """Return up to `rows` raw activations [rows, d] of the first buffer, without moving any
         cursor."""
@@ -120,7 +154,8 @@ class LiveStream:
             return self._newest[1]
 
     def _compute(self, start: BufferStart) -> ShuffleBuffer:
-        rows = self.batch * self.batches_per_buffer
+        rows, began = self.batch * self.batches_per_buffer, time.monotonic()
+        report(self.what, 0, rows)
         groups, following = self._gather(start, rows)
         dtype = getattr(torch, self.corpus.acts.store)
         x = torch.empty(rows, self.d_model, dtype=dtype, device=self.lm.device)
@@ -145,7 +180,10 @@ class LiveStream:
                 x[at] = acts
             filled += len(owners)
             ends.append(filled)
+            report(self.what, filled, rows)
         self._broadcast(x, ends)
+        self.rows_computed += rows
+        self.seconds_computing += time.monotonic() - began
         return ShuffleBuffer(x, documents, numbers, following)
 
     def _gather(self, start: BufferStart, rows: int) -> tuple[list[list[Context]], BufferStart]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 from collections.abc import Generator
@@ -32,7 +33,11 @@ class Prefetcher:
         """Yield the stream's batches, from the cursor on."""
         ready: _Ready = queue.Queue(self.depth)
         thread = threading.Thread(
-            target=self._fill, args=(ready, cursor), name="ksparse-stream", daemon=True
+            # in this context, so that its progress reaches the same observer
+            target=contextvars.copy_context().run,
+            args=(self._fill, ready, cursor),
+            name="ksparse-stream",
+            daemon=True,
         )
         self.cancel.clear()
         thread.start()

@@ -13,6 +13,7 @@ checksums are needed because safetensors accepts almost any altered bit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ DTYPES = {
 _SHARD_BYTES = 256_000_000
 _MAX_COUNT = 2**40
 Progress = Callable[[int], None]
-"""Called with the number of rows written so far."""
+"""Called with the number of rows computed so far, after each pass of the LM."""
 
 
 def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def write(
         rows: The least number of activations.
         dtype: A key of DTYPES.
         shard_rows: Rows of a shard; about 256 MB if 0.
-        progress: Called with the number of rows written so far.
+        progress: Called with the number of rows computed so far, after each pass of the LM.
 
     Returns:
         The folder of shards.
@@ -131,7 +132,13 @@ def write_sites(
             number, done = len(last["shards"]), sum(shard["rows"] for shard in last["shards"])
             progress(done)
             tensors, place, contexts = _compute_shard(
-                lm, corpus, sites, last, min(shard_rows, rows - done), getattr(torch, dtype)
+                lm,
+                corpus,
+                sites,
+                last,
+                min(shard_rows, rows - done),
+                getattr(torch, dtype),
+                functools.partial(_add_to, progress, done, rows),
             )
             position = {"place": list(place), "contexts": contexts}
             for site, x in zip(sites, tensors.pop("x")):
@@ -142,6 +149,10 @@ def write_sites(
                     )
         progress(rows)
     return [folders[site] for site in sites]
+
+
+def _add_to(progress: Progress, before: int, most: int, new: int) -> None:
+    progress(min(most, before + new))
 
 
 def _open_manifest(folder: Path, contents: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
@@ -161,8 +172,10 @@ def _compute_shard(
     manifest: dict[str, Any],
     rows: int,
     dtype: torch.dtype,
+    progress: Progress,
 ) -> tuple[dict[str, Any], TextCursor, int]:
-    """Compute whole contexts until there are at least `rows` activations.
+    """Compute whole contexts until there are at least `rows` activations; `progress` is called with
+    their number after each pass of the LM.
 
     Returns:
         The columns, `x` being a list by site; where the text continues; and the number of contexts
@@ -186,6 +199,7 @@ def _compute_shard(
         positions = torch.arange(keep.shape[1]).expand_as(keep)[keep]
         parts.append((*acts, contexts.documents[keep].int(), numbers.int(), positions.int()))
         count, number, place, group = count + len(numbers), number + len(group), group[-1].next, []
+        progress(count)
         if count >= rows:
             break
     columns = [torch.cat(column) for column in zip(*parts)]

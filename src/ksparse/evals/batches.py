@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ksparse import progress
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
@@ -27,10 +28,9 @@ from ksparse.lm.head import LogitRows, Logits
 from ksparse.lm.model import LM, CachedRun
 from ksparse.lm.provenance import acts_to_read
 from ksparse.lm.tokens import TokenBatch
+from ksparse.planning.evaluation import MEAN_BATCHES
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import Normalized
-
-_MEAN_BATCHES = 16
 
 
 class _Memo:
@@ -280,7 +280,8 @@ class HeldOut(_Memo):
 
     def _mean_activation(self) -> Tensor:
         total, count = torch.zeros(self.lm.d_model, dtype=torch.float64), 0
-        for batch in itertools.islice(self, _MEAN_BATCHES):
+        for number, batch in enumerate(itertools.islice(self, MEAN_BATCHES)):
+            progress.report("reading the mean activation", number, MEAN_BATCHES)
             total += batch.x.cpu().double().sum(0)
             count += len(batch.x)
         if not count:

@@ -19,29 +19,36 @@ The first six are the default (`registry.DEFAULT`); the others run when they are
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ksparse import progress
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
-from ksparse.errors import InputError
+from ksparse.errors import CorruptError, InputError
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import HeldOut, HeldOutPass, SAEBatch, acts_of
 from ksparse.evals.registry import DEFAULT, EVALS, check_names
 from ksparse.evals.statistics import Result
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
-from ksparse.progress import Progress, no_progress
+from ksparse.planning import evaluation as planning
+from ksparse.planning.plan import lm_spec
+from ksparse.progress import Expected, Progress, no_progress
+from ksparse.sae import serialization
 from ksparse.sae.model import SAE
 from ksparse.steering import load_lm
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
+
+log = logging.getLogger("ksparse")
 
 OnResult = Callable[[str, str, Result], None]
 """Called as `on_result(label, name, result)`."""
@@ -136,6 +143,18 @@ def evaluate_many(
             positions and `like` is not given.
         NonFiniteError: as in `evaluate`.
     """
+    with progress.observed(observe):
+        return _evaluate_many(saes, lm, names, options, like, on_result)
+
+
+def _evaluate_many(
+    saes: dict[str, SAE],
+    lm: LM | None,
+    names: Sequence[str],
+    options: EvalConfig,
+    like: ActsConfig | None,
+    on_result: OnResult,
+) -> dict[str, dict[str, Result]]:
     names = (names,) if isinstance(names, str) else tuple(names)
     check_names(names)
     if lm is not None and not isinstance(lm, LM):
@@ -143,6 +162,7 @@ def evaluate_many(
             f"lm is {lm!r:.80}; it must be an LM with its site: ksparse.LM(name, site=…)"
         )
     options = options.resolved()
+    progress.report("loading the LM")
     lm = lm or load_lm(next(iter(saes.values())), options.device)
     acts = _common_acts(saes, lm, options, like)
     acts = dataclasses.replace(acts, lm_batch=options.lm_batch or acts.lm_batch)
@@ -156,11 +176,30 @@ def evaluate_many(
         for name in names:
             context.part(EVALS[name])
     results: dict[str, dict[str, Result]] = {label: {} for label in contexts}
-    for name, by_label in _run_metrics(contexts, names, data, observe):
+    progress.expect(_expected_parts(contexts, names, data))
+    for name, by_label in _run_metrics(contexts, names, data):
         for label, result in by_label.items():
             results[label][name] = result
             on_result(label, name, result)
     return {label: {name: by_name[name] for name in names} for label, by_name in results.items()}
+
+
+def _expected_parts(
+    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut
+) -> dict[str, Expected]:
+    """Return the work of each phase, by the name under which it will be reported."""
+    shape = next(iter(contexts.values())).sae.shape
+    return planning.parts(
+        names,
+        planning.EvalCase(
+            lm_spec(data.lm.model, data.lm.module, data.lm.at, data.lm.d_model),
+            data.acts,
+            data.options,
+            shape.n_latents,
+            shape.k,
+            saes=len(contexts),
+        ),
+    )
 
 
 class _Stopwatch:
@@ -182,7 +221,7 @@ class _Stopwatch:
 
 
 def _run_metrics(
-    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut, progress: Progress
+    contexts: dict[str, EvalContext], names: Sequence[str], data: HeldOut
 ) -> Iterator[tuple[str, dict[str, Result]]]:
     """Take all metrics through their passes; yield (name, results by label) as they are complete.
 
@@ -192,9 +231,9 @@ def _run_metrics(
     metrics = [metric for context in contexts.values() for metric in context.parts.values()]
     stopwatch, requested = _Stopwatch(), {EVALS[name]: name for name in names}
     for metric in metrics:
-        with stopwatch.time(metric):
+        with stopwatch.time(metric), progress.stage("pass 1"):
             metric.prepare()
-    text = _run_pass(1, metrics, data, stopwatch, progress)
+    text = _run_pass(1, metrics, data, stopwatch)
 
     def complete(kind: type[Metric]) -> tuple[str, dict[str, Result]]:
         name = requested.pop(kind)
@@ -206,33 +245,39 @@ def _run_metrics(
         return name, {label: by_name[name] for label, by_name in results.items()}
 
     for parts in zip(*(context.parts.values() for context in contexts.values()), strict=True):
-        for metric in parts:
-            with stopwatch.time(metric):
-                metric.compute(progress)
-        if type(parts[0]) in requested and parts[0].passes < 2:
-            yield complete(type(parts[0]))
-    _run_pass(2, metrics, data, stopwatch, progress)
+        name = requested.get(type(parts[0]), type(parts[0]).__name__)
+        with progress.stage(name, len(names) - len(requested) + 1, len(names)):
+            for metric in parts:
+                with stopwatch.time(metric):
+                    metric.compute(progress.report)
+            done = type(parts[0]) in requested and parts[0].passes < 2
+            results = complete(type(parts[0])) if done else None
+        if results:
+            yield results
+    _run_pass(2, metrics, data, stopwatch)
     for kind in list(requested):
         yield complete(kind)
 
 
 def _run_pass(
-    number: int, metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch, progress: Progress
+    number: int, metrics: list[Metric], data: HeldOut, stopwatch: _Stopwatch
 ) -> HeldOutPass:
     """Update the metrics that take this pass with each batch; read nothing if there are none."""
     text = HeldOutPass(data)
     metrics = [metric for metric in metrics if metric.passes >= number]
     if not metrics:
         return text
-    what = "reading the text" if number == 1 else "reading the text again"
+    what, total = planning.READING if number == 1 else planning.READING_AGAIN, data.options.tokens
     contexts = dict.fromkeys(metric.context for metric in metrics)
-    for held_out in text:
-        batches = {context: SAEBatch(context.sae, held_out) for context in contexts}
-        for metric in metrics:
-            update = metric.update if number == 1 else metric.update_second_pass
-            with stopwatch.time(metric):
-                update(batches[metric.context])
-        progress(what, min(text.tokens, data.options.tokens), data.options.tokens)
+    with progress.stage(f"pass {number}"):
+        progress.report(what, 0, total)
+        for held_out in text:
+            batches = {context: SAEBatch(context.sae, held_out) for context in contexts}
+            for metric in metrics:
+                update = metric.update if number == 1 else metric.update_second_pass
+                with stopwatch.time(metric):
+                    update(batches[metric.context])
+            progress.report(what, min(text.tokens, total), total)
     if not text.tokens:
         raise data.nothing()
     return text
@@ -244,17 +289,10 @@ def _finalize(name: str, metric: Metric, text: HeldOutPass, stopwatch: _Stopwatc
         result = metric.finalize()
     assert result is not None  # a metric that only serves others is not in the registry
     data, sae, notes = metric.context.data, metric.context.sae, metric.context.notes
-    values: dict[str, Any] = {
-        "name": file_name(name, data.options),
-        "options": data.options.for_eval(name),
-        "lm": data.acts.lm,
-        "site": data.acts.site,
-        "checkpoint": sae.metadata.get("step"),
-    }
+    values = _origin(name, data.options, data.acts, sae.metadata)
     if metric.passes:
         values |= {
             "policy": data.corpus.policy(),
-            "text": data.acts.text,
             "n_tokens": text.tokens,
             "n_documents": len(text.documents),
         }
@@ -265,6 +303,59 @@ def _finalize(name: str, metric: Metric, text: HeldOutPass, stopwatch: _Stopwatc
         "seconds": round(stopwatch.seconds[metric], 2),
     }
     return Result(values, result.arrays, result.files)
+
+
+def _origin(
+    name: str, options: EvalConfig, acts: ActsConfig, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the fields of a result that say what it was computed from."""
+    return {
+        "name": file_name(name, options),
+        "options": options.for_eval(name),
+        "lm": acts.lm,
+        "site": acts.site,
+        "checkpoint": metadata.get("step"),
+        **({"text": acts.text} if EVALS[name].passes else {}),
+    }
+
+
+def read_kept(
+    run: RunFolder,
+    name: str,
+    options: EvalConfig,
+    metadata: dict[str, Any],
+    beside: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """Return a result on disk that evaluating an SAE again would give.
+
+    Its options, checkpoint, LM, site and text are compared. A damaged result is none; a warning
+    names it.
+
+    Args:
+        run: the run with the results.
+        name: the evaluation.
+        options: its options.
+        metadata: the metadata of the SAE, which names its checkpoint, LM, site and text.
+        beside: the labels of other SAEs whose numbers the result must have for comparison.
+
+    Returns:
+        The result as `RunFolder.eval` gives it; None where there is none to keep.
+    """
+    options, acts = options.resolved(), serialization.acts_of(metadata)
+    acts = dataclasses.replace(acts, text=options.text or acts.text)
+    try:
+        result = run.eval(file_name(name, options))
+        if result is None:
+            return None
+        run.arrays_file(result["name"], result)
+    except CorruptError as error:
+        log.warning("%s: it is computed again", error)
+        return None
+    same = all(
+        result.get(key) == value for key, value in _origin(name, options, acts, metadata).items()
+    )
+    compared = not EVALS[name].comparison_keys or set(beside) <= set(result.get("beside", ()))
+    return result if same and compared else None
 
 
 def file_name(name: str, options: EvalConfig) -> str:
@@ -290,8 +381,7 @@ def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
     Args:
         results: {label: {name: result}}, changed in place.
     """
-    short = {label: label.rstrip("/").rpartition("/")[2] for label in results}
-    names = short if len(set(short.values())) == len(short) else {label: label for label in results}
+    names = short_names(results)
     for label, by_name in results.items():
         for name, result in by_name.items():
             if keys := EVALS[name].comparison_keys:
@@ -300,6 +390,17 @@ def attach_comparisons(results: dict[str, dict[str, Result]]) -> None:
                     for other, others in results.items()
                     if other != label
                 }
+
+
+def short_names(labels: Iterable[str]) -> dict[str, str]:
+    """Return the names by which results call the other SAEs, by label.
+
+    Example:
+        >>> short_names(["runs/a", "runs/b"])
+        {'runs/a': 'a', 'runs/b': 'b'}
+    """
+    short = {label: label.rstrip("/").rpartition("/")[2] for label in labels}
+    return short if len(set(short.values())) == len(short) else {label: label for label in short}
 
 
 def write_results(run: RunFolder, results: dict[str, Result]) -> None:

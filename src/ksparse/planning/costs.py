@@ -64,6 +64,8 @@ class LMSpec:
     """Parameters of the matrices up to the site."""
     body: int = 0
     """Parameters without the embeddings and the head."""
+    vocabulary: int = 0
+    """Tokens of the vocabulary, each with a logit."""
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,8 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "activations block": _shuffle_buffer(case, rank),
         "first activations": 4 * SAMPLE * d,
         "held-out activations": 4 * recipe.curve.held_out * d,
-        "LM": case.subject.parameters * _bytes_of(acts.lm_dtype) if case.live else 0,
-        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * _bytes_of(acts.lm_dtype)
+        "LM": case.subject.parameters * bytes_of(acts.lm_dtype) if case.live else 0,
+        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * bytes_of(acts.lm_dtype)
         if case.live
         else 0,
         "libraries": LIBRARIES if host else CONTEXT,
@@ -360,7 +362,8 @@ def _checkpoint_copies(case: PlanInput, rank: RankShape) -> int:
     return 4 * rank.weights if rank.step == "native" else 0
 
 
-def _bytes_of(dtype: str) -> int:
+def bytes_of(dtype: str) -> int:
+    """Return the bytes of a number of a data type."""
     return 4 if dtype == "float32" else 2
 
 
@@ -395,7 +398,7 @@ def _shuffle_buffer(case: PlanInput, rank: RankShape) -> int:
         return 0
     batches = max(1, recipe.acts.mix // recipe.batch)
     buffers = 2 if case.ahead and rank.ranks == 1 else 1
-    return batches * recipe.batch * (_bytes_of(recipe.acts.store) * rank.d + 16) * buffers
+    return batches * recipe.batch * (bytes_of(recipe.acts.store) * rank.d + 16) * buffers
 
 
 # ---- communication -------------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def communication(case: PlanInput, mesh: MeshConfig) -> list[Collective]:
     """Return the collectives of the first rank in a step that neither logs nor saves."""
     recipe, rank = case.recipe, RankShape(case, mesh)
     ranks = {"data": mesh.data, "latent": mesh.latent, "all": rank.ranks}
-    block = recipe.batch * rank.d * _bytes_of(recipe.acts.store) // rank.ranks if case.live else 0
+    block = recipe.batch * rank.d * bytes_of(recipe.acts.store) // rank.ranks if case.live else 0
     calls = [
         *_forward_calls(case, rank),
         *_gradient_calls(case, rank),

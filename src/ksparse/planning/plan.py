@@ -19,16 +19,18 @@ from typing import Any
 import torch
 
 from ksparse.config import Recipe, k_aux
+from ksparse.config.evaluation import EvalConfig
 from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.lm.loading import find_model, read_config, without_weights
 from ksparse.lm.model import check_length, longest_context
 from ksparse.lm.sites import outline
-from ksparse.planning import costs, flops, hardware
+from ksparse.planning import costs, evaluation, flops, hardware
 from ksparse.planning.costs import LMSpec, PlanInput, StepCost
 from ksparse.planning.hardware import DEVICES, Device
 from ksparse.planning.steps import choose_step, prefetches
+from ksparse.progress import format_duration
 from ksparse.trust import code_is_trusted
 
 FORMAT = 1
@@ -163,7 +165,40 @@ def lines(plan: RunPlan) -> list[str]:
         f"time         about {format_duration(tokens / requested.tokens_per_s)} on {plan.device} "
         f"({requested.tokens_per_s:,.0f} tokens/s), within a factor of 2; of a step "
         + ", ".join(f"{name} {1000 * spent:,.1f} ms" for name, spent in requested.seconds.items()),
+        *_evaluation_lines(plan),
         *_warnings(plan),
+    ]
+
+
+def eval_case(case: PlanInput) -> evaluation.EvalCase:
+    """Return what a recipe's SAE costs to evaluate with the default options."""
+    recipe = case.recipe
+    return evaluation.EvalCase(
+        case.subject, recipe.acts, EvalConfig(), recipe.sae.n_latents, recipe.sae.k
+    )
+
+
+def _eval_seconds(case: PlanInput) -> dict[str, float]:
+    """Return about how long each default evaluation takes alone, by name."""
+    card, whole = case.card, eval_case(case)
+    rate = card.float32 if case.recipe.acts.lm_dtype == "float32" else card.bfloat16
+    return {
+        name: evaluation.seconds(name, whole, hardware.LM * rate) for name in evaluation.DEFAULT
+    }
+
+
+def _evaluation_lines(plan: RunPlan) -> list[str]:
+    """Return the lines about evaluating the SAE, where the LM is at hand."""
+    case = plan.case
+    if not (case.live and case.subject.vocabulary):
+        return []
+    parts = evaluation.memory(eval_case(case), case.card.host)
+    times = _eval_seconds(case)
+    return [
+        f"evaluation   {format_bytes(sum(parts.values()))} for downstream: {by_part(parts)}; less "
+        "by --lm-batch",
+        f"             about {format_duration(sum(times.values()))} for all, within a factor of 3: "
+        + ", ".join(f"{name} {format_duration(spent)}" for name, spent in times.items()),
     ]
 
 
@@ -315,6 +350,12 @@ def to_dict(plan: RunPlan) -> dict[str, Any]:
         "step": case.step,
         "dead": case.dead,
         "asked": _cost_to_dict(plan.requested),
+        "evaluation": {
+            "memory": evaluation.memory(eval_case(case), case.card.host),
+            "seconds": _eval_seconds(case),
+        }
+        if _evaluation_lines(plan)
+        else None,
         "meshes": [
             _cost_to_dict(cost) | {"most_latents": costs.largest(case, cost.devices)}
             for cost in plan.meshes
@@ -373,18 +414,25 @@ def read_lm_spec(recipe: Recipe) -> LMSpec:
         ) from error
     check_length(recipe.acts.context, longest_context(config), recipe.acts.lm, "acts.context")
     module, at = outline(model, recipe.acts.site)
-    total = sum(p.numel() for p in model.parameters())
+    return lm_spec(model, module, at, _width(module, config))
+
+
+def lm_spec(model: Any, module: torch.nn.Module, at: str, d_model: int) -> LMSpec:
+    """Return the sizes of a model with a site, of width d_model, at the end `at` of a module."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embeddings = {  # by id, since the head may be the embedding
         id(p): p.numel()
-        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        for part in (embedding, head)
         if part is not None
         for p in part.parameters()
     }
+    total = sum(p.numel() for p in model.parameters())
     return LMSpec(
-        _width(module, config),
+        d_model,
         total,
         flops.before_site(model, module, at),
         total - sum(embeddings.values()),
+        len(embedding.weight),
     )
 
 
@@ -430,17 +478,3 @@ def format_bytes(size: float) -> str:
         if size >= unit:
             return f"{size / unit:,.{digits}f} {name}"
     return f"{size:.0f} B"
-
-
-def format_duration(seconds: float) -> str:
-    """Format a length of time.
-
-    Example:
-        >>> format_duration(600)
-        '10 min'
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"

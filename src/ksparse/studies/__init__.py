@@ -19,7 +19,7 @@ from typing import Any
 
 from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import unknown
-from ksparse.progress import Progress, no_progress
+from ksparse.progress import Progress, no_progress, observed
 from ksparse.studies import ablations, baselines, gaussian, paper, sites
 from ksparse.studies.study import Study
 
@@ -60,6 +60,7 @@ def run(
         Interrupted: On Ctrl-C or SIGTERM, after everything is saved.
     """
     check_name(name)
-    study = Study(name, options, observe)
-    study.finish(STUDIES[name](study))
+    study = Study(name, options)
+    with observed(observe):
+        study.finish(STUDIES[name](study))
     return study.path

@@ -15,6 +15,7 @@ from ksparse.data.contexts import Corpus
 from ksparse.device import resolve_device
 from ksparse.lm.model import LM
 from ksparse.lm.sites import list_sites
+from ksparse.progress import report
 from ksparse.studies.study import Figure, Study, StudyCurve, format_estimate
 
 TOKENS, LATENTS, K = 200_000, 2048, 32
@@ -112,7 +113,7 @@ def write_activations(study: Study) -> dict[str, Path]:
         sites,
         rows=rows,
         dtype="bfloat16",
-        progress=lambda done: study.observe(f"reading {len(sites)} sites", done, rows),
+        progress=lambda done: report(f"reading {len(sites)} sites", done, rows),
     )
     return dict(zip(sites, folders))
 

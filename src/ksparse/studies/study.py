@@ -1,6 +1,6 @@
 """What all studies share: train members on one stream, evaluate them, write the results.
 
-    study = Study(name, options, observe)
+    study = Study(name, options)
     study.train({member: recipe})     one run for each, trained together
     study.evaluate([member, ...])     evaluations, kept in each member's run folder
     study.finish(results)             study.json
@@ -11,33 +11,30 @@ Figures are data (`Figure`), drawn by the report. Findings are sentences with nu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import logging
 import math
 import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
+from ksparse import progress
 from ksparse.config import ActivationConfig, ActsConfig, Recipe, SAEConfig, load_recipe
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
-from ksparse.progress import Progress
 from ksparse.sae import serialization
 from ksparse.sae.model import SAE
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.training.source import ActivationSource
 from ksparse.training.train import environment, train_many
-
-log = logging.getLogger("ksparse")
 
 FORMAT = 1
 BATCH_SIZE = 1024
@@ -93,8 +90,8 @@ def _read_base(options: StudyConfig) -> Recipe:
 class Study:
     """One study on disk, and the recipe that its members are derived from."""
 
-    def __init__(self, name: str, options: StudyConfig, observe: Progress):
-        self.name, self.options, self.observe = name, options, observe
+    def __init__(self, name: str, options: StudyConfig):
+        self.name, self.options = name, options
         self.path = Path(options.out or f"studies/{name}")
         self.began, self.earlier = time.monotonic(), self._seconds_before()
         base = _read_base(options)
@@ -159,30 +156,22 @@ class Study:
         self,
         members: dict[str, Recipe],
         *,
-        what: str = "training",
+        what: str = "",
         open_source: Callable[[Recipe, torch.device], ActivationSource] = ActivationSource,
     ) -> None:
         """Train members on one stream; finished ones stay as they are.
 
         Args:
             members: Recipes by name.
-            what: What to call it in progress reports.
+            what: What to call it in progress reports, if there are several trainings.
             open_source: Opens the stream.
         """
-        names = {self.run_folder(member).path: member for member in members}
-        total = sum(recipe.steps * recipe.batch for recipe in members.values())
-        done = dict.fromkeys(members, 0)
-
-        def observe(run: RunFolder, row: dict[str, Any]) -> None:
-            done[names[run.path]] = row["tokens"]
-            self.observe(what, sum(done.values()), total)
-
-        train_many(
-            list(members.values()),
-            [self.run_folder(member).path for member in members],
-            observe=observe,
-            open_source=open_source,
-        )
+        with progress.stage(what) if what else nullcontext():
+            train_many(
+                list(members.values()),
+                [self.run_folder(member).path for member in members],
+                open_source=open_source,
+            )
 
     # ---- evaluation
 
@@ -211,8 +200,7 @@ class Study:
             tokens=self.options.eval_tokens, examples=0, device=self.options.device
         )
         results: dict[str, dict[str, Any]] = {
-            member: {name: self._read_result(member, name, options) for name in names}
-            for member in members
+            member: self._read_kept(member, names, options, source(member)) for member in members
         }
         missing = [member for member in members if not all(results[member].values())]
         for first in range(0, len(missing), BATCH):
@@ -221,33 +209,26 @@ class Study:
                 member: change(member, serialization.load(self.run_folder(source(member)).path))
                 for member in batch
             }
-            evaluated = runner.evaluate_many(
-                saes,
-                None,
-                names,
-                options,
-                observe=functools.partial(
-                    self._report,
-                    f"evaluating {first + 1} to {first + len(batch)} of {len(missing)}",
-                ),
-            )
+            with progress.stage(
+                f"evaluating {first + 1} to {first + len(batch)} of {len(missing)}"
+            ):
+                evaluated = runner.evaluate_many(saes, None, names, options)
             for member in batch:
                 runner.write_results(self.run_folder(member), evaluated[member])
                 results[member] = {name: dict(evaluated[member][name]) for name in names}
         return results
 
-    def _report(self, batch: str, what: str, done: int, total: int) -> None:
-        self.observe(batch, done, total)
-
-    def _read_result(self, member: str, name: str, options: EvalConfig) -> dict[str, Any] | None:
-        """Return a stored result; None if it is missing, damaged or has other options."""
-        try:
-            result = self.run_folder(member).eval(name)
-        except CorruptError as error:
-            log.warning("%s: %s is evaluated again", error, member)
-            result = None
-        same = result is not None and result["options"] == options.resolved().for_eval(name)
-        return result if same else None
+    def _read_kept(
+        self, member: str, names: Sequence[str], options: EvalConfig, source: str
+    ) -> dict[str, Any]:
+        """Return the stored results of a member that are those of the SAE of `source`; None for
+        each that is not."""
+        checkpoint = self.run_folder(source).newest_intact()[0]
+        if checkpoint is None:
+            return dict.fromkeys(names)
+        metadata = serialization.read_shape(checkpoint)[1]
+        folder = self.run_folder(member)
+        return {name: runner.read_kept(folder, name, options, metadata) for name in names}
 
     # ---- results
 

@@ -10,7 +10,6 @@ ActivationSource(recipe, device)
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ksparse.config import Recipe
-from ksparse.data.base import ActivationBatch, ActivationStream
+from ksparse.data.base import ActivationBatch, ActivationStream, Cursor
 from ksparse.data.contexts import Corpus
-from ksparse.data.live import LiveStream
+from ksparse.data.live import COMPUTING, LiveStream
 from ksparse.data.prefetch import Prefetcher
 from ksparse.data.sharded import ShardStream
 from ksparse.data.shards import Shards
@@ -32,13 +31,14 @@ from ksparse.limits import SAMPLE
 from ksparse.lm.model import LM
 from ksparse.planning import flops
 from ksparse.planning.steps import prefetches
+from ksparse.progress import Expected, report
 from ksparse.sae.init import center
 from ksparse.sae.normalization import dataset_factor, normalize
 
-log = logging.getLogger("ksparse")
-
 SHARD_BATCHES = 4
 """Batches that are prefetched from shards."""
+TRAINING = "training"
+"""What the steps are called in progress reports."""
 PER_DOCUMENT = 256
 """Most held-out tokens of a document, so that a few rows come from many documents."""
 
@@ -75,6 +75,7 @@ class ActivationSource:
         collective = mesh.size > 1 and not recipe.acts.shards
         prefetch = prefetches(recipe, device.type) and not collective
         self.stream = Prefetcher(self.source, depth) if prefetch else self.source
+        self.prefetches = prefetch
         self.seconds_waited = 0.0
         """Seconds that training has waited for batches."""
         self._centers: dict[str, Tensor] = {}
@@ -86,11 +87,44 @@ class ActivationSource:
         self.seconds_waited += time.monotonic() - began
         return batch
 
+    def seconds_per_token(self, elapsed: float, tokens: int) -> float:
+        """Return how long training takes for a token, as the average of whole shuffle buffers.
+
+        The LM computes a buffer between two steps, or, prefetching, beside them. Each token bears
+        its share of the buffer's time, wherever in the buffer training is.
+
+        Args:
+            elapsed: seconds of training so far, in which `next_batch` was called.
+            tokens: tokens trained on in this time.
+        """
+        stream = self.source
+        if not (isinstance(stream, LiveStream) and stream.rows_computed):
+            return elapsed / tokens
+        lm = stream.seconds_computing / stream.rows_computed
+        step = max(0.0, elapsed - self.seconds_waited) / tokens
+        return max(step, lm) if self.prefetches else step + lm
+
+    def expected_parts(self, cursor: Cursor | None, steps: int, tokens: int) -> dict[str, Expected]:
+        """Return the work of training for a number of steps, for `progress.expect`.
+
+        Args:
+            cursor: where in the stream training begins; None: at its start.
+            steps: batches that are still to be read.
+            tokens: tokens of all SAEs, those that they have already trained on included.
+        """
+        recipe, d_model = self.recipe, self.stream.d_model
+        flops_of_step = flops.encoder(recipe, d_model) + flops.decoder(recipe, d_model)
+        parts = {TRAINING: Expected(float(flops_of_step * tokens), tokens)}
+        if isinstance(self.source, LiveStream):
+            rows = self.source.rows_to_compute(cursor, steps)
+            parts[COMPUTING] = Expected(float(flops.lm(self.lm_parameters) * rows), rows)
+        return parts
+
     @cached_property
     def calibration(self) -> Calibration:
         """The calibration sample; reading it does not move the stream."""
-        log.info("reading the first activations")
         raw, normalization = self.source.sample(SAMPLE), self.recipe.acts.normalize
+        report("measuring the first activations")
         factor = dataset_factor(raw) if normalization == "dataset" else 1.0
         x = normalize(raw, normalization, factor).x
         baseline = (x - x.mean(0)).cpu().double().square().mean().item()
@@ -104,6 +138,7 @@ class ActivationSource:
     def center(self, method: str) -> Tensor:
         """Return the initial b_pre, [d_model]; each `sae.b_pre_init` is computed once."""
         if method not in self._centers:
+            report("initializing")
             self._centers[method] = center(self.calibration.x, method)
         return self._centers[method]
 
@@ -129,6 +164,7 @@ class ActivationSource:
             Corpus(acts, lm.tokenizer, "validation", per_document=PER_DOCUMENT),
             batch=rows,
             seed=0,
+            what="computing held-out activations",
         ).sample(rows)
 
 
@@ -154,6 +190,7 @@ def open_stream(
         raise InputError(
             f"acts.mix is {acts.mix}, less than one batch of {recipe.batch}; give several batches"
         )
+    report("loading the LM")
     lm = LM(acts=acts, device=str(device))
     corpus = Corpus(acts, lm.tokenizer, "train")
     return LiveStream(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ksparse import distributed
+from ksparse import distributed, progress
 from ksparse.config import Recipe, check_schedule, differences, to_toml
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
@@ -30,13 +30,15 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.training import checkpoint
 from ksparse.training.checkpoint import TrainState
 from ksparse.training.resume import check_same, restore
-from ksparse.training.source import ActivationSource
+from ksparse.training.source import TRAINING, ActivationSource
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.trainer import SAETrainer, finished, start
 from ksparse.trust import trusted
 
 log = logging.getLogger("ksparse")
 
+Saved = tuple[TrainState, AutogradStep]
+"""What is restored of a run: its state, and its training step with the weights."""
 MetricsCallback = Callable[[dict[str, Any]], None]
 
 
@@ -125,6 +127,7 @@ def train_many(
             return runs
         processes = (mesh,) if mesh.size > 1 else ()
         source = open_source(shared, torch.device(device), *processes)
+        progress.expect(_expected_parts(source, unfinished))
         trainers = []
         for run, recipe, saved in unfinished:
             state, step = saved or start(recipe, source, mesh)
@@ -138,6 +141,19 @@ def train_many(
     return runs
 
 
+def _expected_parts(
+    source: ActivationSource, unfinished: list[tuple[RunFolder, Recipe, Saved | None]]
+) -> dict[str, progress.Expected]:
+    """Return the work that runs have left, for `progress.expect`."""
+    states = [saved[0] if saved else None for _, _, saved in unfinished]
+    steps = [state.step if state else 0 for state in states]
+    behind = steps.index(min(steps))
+    last = max(recipe.steps for _, recipe, _ in unfinished)
+    tokens = sum(recipe.steps * recipe.batch for _, recipe, _ in unfinished)
+    state = states[behind]
+    return source.expected_parts(state.cursor if state else None, last - steps[behind], tokens)
+
+
 def _take_all_steps(
     trainers: list[SAETrainer], source: ActivationSource, signals: list[int]
 ) -> None:
@@ -146,6 +162,8 @@ def _take_all_steps(
     began, mesh, saver = time.monotonic(), trainers[0].mesh, trainers[0].saver
     furthest_behind = min((trainer.state for trainer in trainers), key=lambda state: state.step)
     step = furthest_behind.step
+    everyone, total = list(trainers), sum(t.recipe.steps * t.recipe.batch for t in trainers)
+    progress.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
     with closing(source.stream.batches(furthest_behind.cursor)) as batches:
         while trainers:
             batch = source.next_batch(batches)
@@ -156,6 +174,7 @@ def _take_all_steps(
             for trainer, (losses, grad_norm) in zip(joined, results):
                 trainer.log(x, losses, grad_norm)
             signum = _save_due(joined, signals, mesh)
+            progress.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
             trainers = [t for t in trainers if not t.ended and not t.failed]
             if signum and trainers:
                 saver.wait()
@@ -233,7 +252,7 @@ def begin(run: RunFolder, recipe: Recipe) -> None:
 
 def _restore_unfinished(
     runs: Sequence[RunFolder], recipes: Sequence[Recipe], device: torch.device, mesh: Mesh
-) -> list[tuple[RunFolder, Recipe, tuple[TrainState, AutogradStep] | None]]:
+) -> list[tuple[RunFolder, Recipe, Saved | None]]:
     """Restore all runs; return those with steps left, and what was restored, None for a new one."""
     restored = [restore(run, recipe, device, mesh) for run, recipe in zip(runs, recipes)]
     return [

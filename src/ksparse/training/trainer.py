@@ -140,6 +140,7 @@ class SAETrainer:
         """Return a row of metrics.jsonl."""
         state = self.state
         elapsed = time.monotonic() - self.started_at
+        tokens = state.tokens - self.tokens_before
         state.seconds = self.seconds_before + elapsed
         mixing = self.source.stream.same_context_fraction()
         return (
@@ -147,7 +148,7 @@ class SAETrainer:
             | self.optimizer.audit(x[:AUDITED])
             | {
                 "waiting": self.source.seconds_waited / max(elapsed, 1e-9),
-                "tokens_per_s": (state.tokens - self.tokens_before) / max(elapsed, 1e-9),
+                "tokens_per_s": 1 / max(self.source.seconds_per_token(elapsed, tokens), 1e-12),
                 "seconds": state.seconds,
             }
         )

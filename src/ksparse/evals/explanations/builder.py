@@ -45,6 +45,9 @@ MIN_EXAMPLES = 2
 """Examples that a latent needs to be explained."""
 HALF = 0.5
 """Share of an activation that a shortened or changed text has to keep."""
+FINDING_SUFFIXES = "explaining latents: suffixes"
+FINDING_WILDCARDS = "explaining latents: which tokens matter"
+_ROW = 2  # tokens that a sequence costs besides its own: BOS, and the SAE at the last token
 BUILD, SCALE, SCORE = (0, 1), (2,), (3,)
 """The parts of the documents, by number modulo 4."""
 _PADS = (" _", "_", " ", ".", "\n")
@@ -396,6 +399,8 @@ def shortest_suffixes(
     full = np.array([example.value for example in examples])
     tokens = [example.tokens for example in examples]
     values, remaining, length = full.astype(np.float32), np.arange(len(examples)), 0
+    longest, done = max(map(len, tokens), default=0), 0
+    progress(FINDING_SUFFIXES, 0, 1)
     while len(remaining):
         length += 1
         remaining = remaining[[len(examples[i].tokens) >= length for i in remaining]]
@@ -406,9 +411,26 @@ def shortest_suffixes(
         enough = activations >= HALF * full[remaining]
         for i, value in zip(remaining[enough], activations[enough]):
             tokens[i], values[i] = examples[i].tokens[-length:], value
-        remaining = remaining[~enough]
-        progress("explaining latents: suffixes", len(examples) - len(remaining), len(examples))
+        before, remaining = len(remaining), remaining[~enough]
+        done += before * (length + _ROW)
+        left = _tokens_left(len(remaining), before, length, longest)
+        progress(FINDING_SUFFIXES, done, done + left)
     return Suffixes(latents, tokens, values)
+
+
+def _tokens_left(remaining: int, before: int, length: int, longest: int) -> int:
+    """Estimate the tokens that are still to be read for suffixes, if as large a share of the
+    examples goes on to each length as has gone on to the last one.
+
+    Args:
+        remaining: examples without a suffix of `length` tokens.
+        before: examples that had none of `length` - 1 tokens.
+        length: the length that was tried last.
+        longest: the most tokens of an example.
+    """
+    lengths = np.arange(length + 1, longest + 1)
+    going_on = remaining * (remaining / before) ** (lengths - length - 1)
+    return round(float((going_on * (lengths + _ROW)).sum()))
 
 
 def _find_wildcards(
@@ -416,7 +438,8 @@ def _find_wildcards(
 ) -> list[list[bool]]:
     """Return for each suffix which of its tokens can be any token."""
     wildcards = [[False] * len(tokens) for tokens in suffixes.tokens]
-    done, total = 0, sum(len(tokens) ** 2 for tokens in suffixes.tokens)  # tokens to read
+    done, total = 0, sum(len(tokens) * (len(tokens) + _ROW) for tokens in suffixes.tokens)
+    progress(FINDING_WILDCARDS, 0, total)
     for indices, rows in suffixes.by_length():
         length = rows.shape[1]
         for place in range(length):
@@ -425,8 +448,8 @@ def _find_wildcards(
             kept = read(changed, suffixes.latents[indices]) > HALF * suffixes.values[indices]
             for i, is_any in zip(indices, kept):
                 wildcards[i][place] = bool(is_any)
-        done += length**2 * len(indices)
-        progress("explaining latents: which tokens matter", done, total)
+            done += len(indices) * (length + _ROW)
+            progress(FINDING_WILDCARDS, done, total)
     return wildcards
 
 

@@ -21,6 +21,7 @@ from ksparse.data.contexts import Corpus
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.lm.model import LM
+from ksparse.progress import report
 from ksparse.studies.gaussian import GaussianSource
 from ksparse.studies.study import Study
 from ksparse.training.source import ActivationSource
@@ -136,7 +137,7 @@ def write_activations(study: Study) -> None:
         study.path / "acts",
         rows=rows,
         dtype="bfloat16",
-        progress=lambda done: study.observe("activations", done, rows),
+        progress=lambda done: report("activations", done, rows),
     )
     study.use_acts(dataclasses.replace(acts, shards=str(folder)))
 

@@ -1,0 +1,193 @@
+"""What evaluations cost, before they run: memory, and the work of each phase. Needs no torch.
+
+    EvalCase(subject, acts, options, n_latents, k)   an SAE on an LM, and how it is evaluated
+    memory(case)                                     bytes at the peak of `downstream`, by part
+    parts(names, case)                               work of each phase, for `progress.expect`
+    seconds(name, case, flops_per_s)                 time of one evaluation, alone
+
+The work of the LM is counted in FLOPs: 2 for each parameter of a matrix and token; runs with other
+activations at the site start there, and logits are computed only where they are read. What is left
+is seconds that were measured on two cores. Where it depends on the data (how long the suffixes of
+N2G are), typical numbers stand for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ksparse.config import ActsConfig
+from ksparse.config.evaluation import EvalConfig
+from ksparse.limits import LOGITS_BYTES, PRE_ACTS
+from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
+from ksparse.progress import Expected
+
+HELD = 10
+"""Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
+once."""
+LOGITS_COPIES = 6
+"""Times that logits of a slice are held: as they are, as logarithms, and what is summed of them."""
+TOKENIZER = 1_200
+"""Bytes of a tokenizer for each token of its vocabulary, measured."""
+DEFAULT = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
+"""The evaluations that run when none is named."""
+READING, READING_AGAIN = "reading the text", "reading the text again"
+MEAN_BATCHES = 16
+"""Batches that the mean activation is computed from, at most."""
+PYTHON_TOKENS = 200
+"""Tokens of Python source that are read for each row of a built-in task."""
+SUFFIX_TOKENS, WILDCARD_TOKENS = 40, 120
+"""Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
+TASKS = 40
+"""Tasks of a suite of probes, about."""
+_SECONDS = {
+    "text": 2e-5,  # for a token of a pass: reading, tokenizing, adding up
+    "python": 2e-5,  # for a token of Python source that is labelled
+    "ngrams": 4e-6,  # for a token that is counted
+    "probe": 1e-7,  # for a row of a task and a latent
+}
+_HEAD_PASSES = 6  # times that a logit is read, as if each were a product with a column of d_model
+
+
+@dataclass(frozen=True)
+class EvalCase:
+    """SAEs on an LM, and how they are evaluated together."""
+
+    subject: LMSpec
+    acts: ActsConfig
+    options: EvalConfig
+    n_latents: int
+    k: int
+    saes: int = 1
+
+    @property
+    def to_site(self) -> int:
+        """FLOPs of the LM up to the site, for a token."""
+        return 2 * self.subject.before_site
+
+    @property
+    def body(self) -> int:
+        """FLOPs of the whole LM without its head, for a token."""
+        return 2 * max(self.subject.body or self.subject.parameters, self.subject.before_site)
+
+    @property
+    def after(self) -> int:
+        """FLOPs of the LM from the site on, without its head, for a token."""
+        return self.body - self.to_site
+
+    @property
+    def head(self) -> int:
+        """FLOPs of the logits of a token."""
+        return 2 * self.subject.d_model * self.subject.vocabulary
+
+    @property
+    def encode(self) -> int:
+        """FLOPs of encoding a token with all SAEs."""
+        return 2 * self.n_latents * self.subject.d_model * self.saes
+
+
+def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
+    """Return the bytes at the peak of the evaluation `downstream`, by part.
+
+    The LM, the SAE and the logits work in turn: the one that needs most counts.
+
+    Args:
+        case: the SAE and its LM.
+        host: the device is a CPU, which shares its memory with Python and the tokenizer.
+    """
+    subject, acts = case.subject, case.acts
+    d, vocabulary = subject.d_model, subject.vocabulary
+    tokens = (case.options.lm_batch or acts.lm_batch) * acts.context
+    weights = case.saes * (2 * case.n_latents * d + case.n_latents + d)
+    sizes = {
+        "libraries": LIBRARIES if host else CONTEXT,
+        "tokenizer": TOKENIZER * vocabulary if host else 0,
+        "LM": subject.parameters * bytes_of(acts.lm_dtype),
+        "hidden states": 4 * HELD * tokens * d,
+        "SAE": 4 * weights,
+    }
+    in_turn = {
+        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
+        "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
+        "pre-activations": 4 * min(PRE_ACTS, tokens * case.n_latents),
+    }
+    largest = max(in_turn, key=lambda name: in_turn[name])
+    sizes[largest] = in_turn[largest]
+    return {name: float(size) for name, size in sizes.items() if size}
+
+
+def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
+    """Return the work of each phase of evaluations that run together, by the name under which the
+    phase is reported, in the order of the phases."""
+    options, result = case.options.resolved(), dict[str, Expected]()
+    tokens, saes = options.tokens, case.saes
+    whole_passes = "downstream" in names
+    if whole_passes:
+        batch = case.acts.lm_batch * case.acts.context
+        sample = min(tokens, MEAN_BATCHES * batch)
+        result["pass 1: reading the mean activation"] = Expected(case.to_site * sample)
+    if set(names) - {"probes"}:
+        flops = case.encode + (
+            case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
+            if whole_passes
+            else case.to_site
+        )
+        result[f"pass 1: {READING}"] = Expected(flops * tokens, tokens, _SECONDS["text"] * tokens)
+    for name in names:
+        result |= {f"{name}: {what}": part for what, part in _phases(name, case, names).items()}
+    if "explained_loss" in names:
+        flops = case.body + case.encode + (1 + 3 * saes) * case.after + (1 + saes) * case.head
+        result[f"pass 2: {READING_AGAIN}"] = Expected(
+            flops * tokens, tokens, _SECONDS["text"] * tokens
+        )
+    return result
+
+
+def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
+    """Return what an evaluation does between the passes."""
+    options, saes = case.options.resolved(), case.saes
+    if name == "probes":
+        return _probe_phases(case, options)
+    if name == "ablation":
+        positions, latents = options.ablation_positions, options.ablation_latents or case.n_latents
+        runs = positions * (2 * case.k + 2) + 2 * min(latents, case.n_latents)
+        flops = options.ablation_horizon * (case.after + _HEAD_PASSES * case.head)
+        return {"ablating latents": Expected(float(saes * runs * flops))}
+    if name == "n2g":
+        return _explanations(min(options.latents, case.n_latents), case, options)
+    if name == "explained_loss":
+        others = options.latents if "n2g" in names else 0
+        counted = options.ngram_tokens
+        return {
+            **_explanations(max(0, case.n_latents - others), case, options),
+            "counting n-grams": Expected(0, counted, _SECONDS["ngrams"] * counted),
+        }
+    return {}
+
+
+def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
+    rows, fits = options.probe_rows, TASKS * options.probe_rows * case.n_latents * 2 * case.saes
+    fit_seconds = _SECONDS["probe"] * fits
+    if options.suite:
+        read = case.to_site * TASKS * rows * min(options.probe_tokens, 64)
+        return {"fitting probes": Expected(read, 0, fit_seconds)}
+    tokens = PYTHON_TOKENS * rows
+    return {
+        "labelling Python source": Expected(0, tokens, _SECONDS["python"] * tokens),
+        "reading Python source": Expected(case.to_site * tokens),
+        "fitting probes": Expected(case.encode * 2 * TASKS * rows, 0, fit_seconds),
+    }
+
+
+def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
+    examples = latents * options.n2g_examples * case.saes
+    flops = case.to_site
+    return {
+        "explaining latents: suffixes": Expected(examples * SUFFIX_TOKENS * flops),
+        "explaining latents: which tokens matter": Expected(examples * WILDCARD_TOKENS * flops),
+    }
+
+
+def seconds(name: str, case: EvalCase, flops_per_s: float) -> float:
+    """Return about how long an evaluation takes alone, at a speed of the LM in FLOP/s."""
+    return sum(part.work / flops_per_s + part.seconds for part in parts([name], case).values())

@@ -1,0 +1,152 @@
+"""What evaluations cost: the parts of the plan, and a measured peak."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from ksparse.config import ActsConfig
+from ksparse.config.evaluation import EvalConfig
+from ksparse.evals import registry
+from ksparse.limits import LOGITS_BYTES
+from ksparse.planning import evaluation
+from ksparse.planning.costs import LMSpec
+from ksparse.planning.evaluation import EvalCase
+
+SMALL = LMSpec(64, 400_000, 100_000, 200_000, 1_000)
+LARGE = dataclasses.replace(SMALL, vocabulary=262_144)
+
+
+def case(subject=SMALL, **changes):
+    values = {"acts": ActsConfig(context=64, lm_batch=8), "options": EvalConfig(tokens=1_000)}
+    return EvalCase(subject, n_latents=256, k=8, **values | changes)
+
+
+def test_the_default_evaluations_are_those_of_the_registry():
+    assert evaluation.DEFAULT == tuple(registry.DEFAULT)
+
+
+def test_logits_are_counted_as_they_are_and_never_above_their_budget():
+    assert evaluation.memory(case())["logits"] == 4 * 6 * 512 * 1_000
+    assert evaluation.memory(case(LARGE))["logits"] == LOGITS_BYTES
+
+
+def test_memory_falls_with_the_batch_of_the_lm():
+    wide, narrow = (case(options=EvalConfig(lm_batch=batch)) for batch in (64, 8))
+    assert sum(evaluation.memory(narrow).values()) < sum(evaluation.memory(wide).values())
+    assert evaluation.memory(narrow) == evaluation.memory(case())
+
+
+def test_work_grows_with_what_is_asked():
+    def work(name, **options):
+        return evaluation.seconds(name, case(options=EvalConfig(tokens=1_000, **options)), 1e9)
+
+    assert work("downstream") > work("stats")
+    assert work("ablation", ablation_positions=128) > work("ablation")
+    assert work("n2g", latents=100) < work("n2g", latents=200)
+    assert work("probes", probe_rows=2_000) > 1.5 * work("probes")
+
+
+@pytest.mark.parametrize("names", [["stats"], ["probes"], list(registry.DEFAULT)])
+def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeypatch):
+    """Every phase that the plan expects is reported under that name, so that it can end."""
+    from ksparse import progress
+    from ksparse.evals import runner
+    from ksparse.evals.probing import tasks
+    from ksparse.lm.model import LM
+    from ksparse.sae.model import SAE, Shape
+
+    monkeypatch.setattr(tasks, "_TOKENS_PER_ROW", 100)
+    acts = ActsConfig(
+        lm=str(tiny_lm("gpt2")), site="resid_post.1", text=str(text_file), context=16, lm_batch=8
+    )
+    lm = LM(acts=acts)
+    sae = SAE(
+        Shape(lm.d_model, 32, 4, "unit_norm", 1.0, "topk"), {"acts": dataclasses.asdict(acts)}
+    )
+    expected, reported, left = set(), set(), []
+
+    class Watch(progress.Observer):
+        forecast = progress.Forecast()
+
+        def expect(self, parts):
+            expected.update(parts)
+            self.forecast.expect(parts)
+
+        def report(self, what, done, total, stage=progress.Stage()):
+            reported.add(stage.key(what))
+            self.forecast.report(stage.key(what), done, total)
+
+        def finish(self, stage):
+            self.forecast.finish(f"{stage.name}: ")
+            left.append(self.forecast.seconds_left())
+
+    options = EvalConfig(
+        tokens=200,
+        per_document=64,
+        latents=8,
+        probe_rows=80,
+        ngram_tokens=200,
+        device="cpu",
+        ablation_positions=4,
+        ablation_latents=4,
+        ablation_horizon=4,
+    )
+    runner.evaluate(sae, lm, names, options, observe=Watch())
+    explained = {part for part in expected if part.startswith("n2g: ")}
+    assert expected - explained <= reported, "n2g may find no latent with enough examples"
+    assert left[-1] == 0.0
+
+
+MEASURE = """
+import dataclasses, json, resource, sys
+from ksparse.config import ActsConfig
+from ksparse.config.evaluation import EvalConfig
+from ksparse.evals import runner
+from ksparse.lm.model import LM
+from ksparse.planning import evaluation
+from ksparse.planning.plan import lm_spec
+from ksparse.sae.model import SAE, Shape
+
+acts = ActsConfig(**json.loads(sys.argv[1]))
+lm = LM(acts=acts)
+sae = SAE(Shape(lm.d_model, 2048, 32, "unit_norm", 1.0, "topk"), {"acts": dataclasses.asdict(acts)})
+sae.W_enc.data.normal_(), sae.W_dec.data.normal_()
+runner.evaluate(sae, lm, ["downstream"], EvalConfig(tokens=4 * acts.context * acts.lm_batch))
+spec = lm_spec(lm.model, lm.module, lm.at, lm.d_model)
+planned = evaluation.memory(evaluation.EvalCase(spec, acts, EvalConfig(), 2048, 32))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"planned": sum(planned.values()), "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.parametrize(("context", "lm_batch"), [(64, 8), (64, 64), (256, 8)])
+def test_the_planned_memory_of_downstream_is_what_it_takes(context, lm_batch):
+    acts = {"lm": "pylm/0.3m", "site": "resid_post.1", "context": context, "lm_batch": lm_batch}
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(acts)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    numbers = json.loads(answer.stdout)
+    assert numbers["planned"] == pytest.approx(numbers["peak"], rel=0.25)
+
+
+def test_the_plan_shows_memory_and_time_of_evaluations(capsys, tmp_path):
+    from ksparse import cli
+
+    file = tmp_path / "plan.json"
+    flags = ["--acts.lm", "pylm/0.3m", "--acts.site", "resid_post.1", "--json", str(file)]
+    cli.main(["plan", *flags])
+    shown = capsys.readouterr().out
+    assert re.search(r"^evaluation +\d.* for downstream: ", shown, re.M)
+    assert "within a factor of 3: downstream" in shown
+    planned = json.loads(file.read_text())["evaluation"]
+    assert set(planned["seconds"]) == set(registry.DEFAULT)
+    assert planned["memory"]["LM"] > 0 and planned["memory"]["logits"] > 0
