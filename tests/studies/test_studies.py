@@ -83,7 +83,7 @@ def test_baselines_draw_every_kind_from_one_stream_and_judge_topk_beyond_its_k(
     orders = {
         json.dumps([recipe["acts"], recipe["batch"], recipe["order"]])
         for recipe in (
-            to_dict(Study("", options("baselines"), lambda *a: None).run_folder(member).recipe())
+            to_dict(Study("", options("baselines")).run_folder(member).recipe())
             for member in found["members"]
             if "at 4k" not in member
         )
@@ -179,8 +179,7 @@ def test_sites_are_read_in_one_pass_and_judged_by_layer_and_position(options):
     shards = {
         recipe.acts.shards
         for recipe in (
-            Study("", options("sites"), lambda *a: None).run_folder(member).recipe()
-            for member in found["members"]
+            Study("", options("sites")).run_folder(member).recipe() for member in found["members"]
         )
     }
     assert len(shards) == 9
@@ -199,17 +198,12 @@ def test_gaussian_data_say_so_and_have_exponents_beside_the_real_ones(options, m
         assert found["fits"][kind]["exponent"]["value"] == pytest.approx(
             power_law([8, 16, 32], losses)["exponent"]["value"]
         )
-        text = (
-            Study("", options("gaussian"), lambda *a: None)
-            .run_folder(f"{kind} n8")
-            .recipe()
-            .acts.text
-        )
+        text = Study("", options("gaussian")).run_folder(f"{kind} n8").recipe().acts.text
         assert text.startswith("gaussian:") == (kind == "gaussian")
 
 
 def test_the_recipes_parts_are_changed_one_by_one(options):
-    members = ablations.recipes(Study("recipe", options("parts"), lambda *a: None))
+    members = ablations.recipes(Study("recipe", options("parts")))
     whole = flat(to_dict(members["whole"]))
     for member, changes in ablations.MEMBERS.items():
         mine = flat(to_dict(members[member]))
@@ -219,7 +213,7 @@ def test_the_recipes_parts_are_changed_one_by_one(options):
 
 
 def test_seeds_are_members_of_their_own_on_one_stream(options):
-    members = ablations.recipes(Study("recipe", options("seeds", seeds=2), lambda *a: None))
+    members = ablations.recipes(Study("recipe", options("seeds", seeds=2)))
     assert len(members) == 2 * len(ablations.MEMBERS) and {
         recipe.seed for recipe in members.values()
     } == {0, 1}
@@ -227,12 +221,10 @@ def test_seeds_are_members_of_their_own_on_one_stream(options):
 
 
 def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, small_recipe):
-    base = Study("x", options("x"), lambda *a: None)
+    base = Study("x", options("x"))
     assert base.acts == dataclasses.replace(small_recipe().acts)
-    assert (
-        Study("x", options("x", site="resid_post.0"), lambda *a: None).acts.site == "resid_post.0"
-    )
-    assert Study("x", StudyConfig(), lambda *a: None).acts == Recipe().acts
+    assert Study("x", options("x", site="resid_post.0")).acts.site == "resid_post.0"
+    assert Study("x", StudyConfig()).acts == Recipe().acts
     assert base.run_folder("no AuxK, untied").path.name == "no_AuxK_untied"
 
 
@@ -340,14 +332,12 @@ def test_every_default_is_a_recipe():
     for module in (baselines, ablations):
         assert all(
             isinstance(recipe, Recipe)
-            for recipe in module.recipes(Study("x", StudyConfig(), lambda *a: None)).values()
+            for recipe in module.recipes(Study("x", StudyConfig())).values()
         )
-    assert (
-        len(gaussian.recipes(Study("x", StudyConfig(), lambda *a: None), "real")) == gaussian.SIZES
-    )
+    assert len(gaussian.recipes(Study("x", StudyConfig()), "real")) == gaussian.SIZES
     kinds = {
         recipe.sae.activation.kind
-        for recipe in baselines.recipes(Study("x", StudyConfig(), lambda *a: None)).values()
+        for recipe in baselines.recipes(Study("x", StudyConfig())).values()
     }
     assert kinds == set(recipes.ACTIVATION_CONFIGS)
     assert sites.TOKENS and study.FORMAT == 1
