@@ -36,7 +36,10 @@ class ConvertArgs:
     release: str = ""
     """neuronpedia: name of the release."""
     creator: str = ""
-    """neuronpedia: who made it."""
+    """neuronpedia: who made it, as shown."""
+    creator_id: str = "clkht01d40000jv08hvalcvly"
+    """neuronpedia: id of the Neuronpedia user to whom the rows belong; by default that of its own
+    exports, which every Neuronpedia database has."""
     url: str = ""
     """neuronpedia: where to read about it."""
     repository: str = ""
