@@ -10,12 +10,12 @@
 * FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
 
 Examples are those of `stats`: the strongest (with bin_min = bin_contains = -1), and random ones
-of every size in four equal intervals from 0 to the latent's largest value; bin_contains is the share
-of all tokens whose value lies in the interval. Values are in the SAE's units. `vector` is what a
-value of 1 adds to the raw activations on average, so that steering with a strength in those units
-has the size that the latent has in the LM. Logits are those of the decoder row alone: row x weight
-of the final norm x unembedding, minus their mean over the vocabulary, which changes no probability.
-Fields that need several latents or channels at once (correlated_*) are empty.
+of every size in four equal intervals from 0 to the latent's largest value; bin_contains is the
+share of all tokens whose value lies in the interval. Values are in the SAE's units. `vector` is
+what a value of 1 adds to the raw activations on average, so that steering by a strength in those
+units has the size that the latent has in the LM. Logits are those of the decoder row alone: row x
+weight of the final norm x unembedding, minus their mean over the vocabulary, which changes no
+probability. Fields that need several latents or channels at once (correlated_*) are empty.
 
 The importer writes a line into the table of its file (release: SourceRelease, features: Neuron).
 Users are named by ids of its database there: `creatorId`, `authorId`.
