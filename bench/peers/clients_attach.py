@@ -13,6 +13,7 @@ import sys
 import warnings
 from typing import Any
 
+import llama_hooked
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,9 +26,15 @@ def main() -> None:
     folder, site, path = sys.argv[1:]
     torch.set_num_threads(1)
     sae = ksparse.load(path)
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    hf = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = torch.randint(10, hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        10, hf.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)
+    )
     tokens[:, 0] = tokenizer.bos_token_id
     with ksparse.attach(hf, sae, site, error="drop") as expected:
         logits = hf(tokens).logits
@@ -55,39 +62,6 @@ def centred(logits: torch.Tensor) -> torch.Tensor:
     return (logits - logits.mean(-1, keepdim=True)).detach()
 
 
-def hooked_transformer(hf: Any) -> Any:
-    """Return TransformerLens' copy of a LLaMA, without processing; from_pretrained knows the models of the Hub alone."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-
-    config = hf.config
-    head = config.hidden_size // config.num_attention_heads
-    kv_heads = config.num_key_value_heads
-    cfg = HookedTransformerConfig(
-        d_model=config.hidden_size,
-        n_layers=config.num_hidden_layers,
-        n_heads=config.num_attention_heads,
-        n_key_value_heads=kv_heads if kv_heads != config.num_attention_heads else None,
-        d_head=head,
-        d_mlp=config.intermediate_size,
-        d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
-        eps=config.rms_norm_eps,
-        act_fn="silu",
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_adjacent_pairs=False,
-        rotary_dim=head,
-        rotary_base=int(getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]),
-        final_rms=True,
-        gated_mlp=True,
-        device="cpu",
-    )
-    model = HookedTransformer(cfg)
-    model.load_state_dict(convert_llama_weights(hf, cfg), strict=False)
-    return model.eval()
-
-
 def objects(folder: str, hf: Any, tokenizer: Any, layer: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     own = (f"blocks.{layer}.hook_resid_post", f"resid_post.{layer}")
@@ -96,15 +70,27 @@ def objects(folder: str, hf: Any, tokenizer: Any, layer: str) -> dict[str, Any]:
     except ImportError:
         TransformerBridge = None  # noqa: N806
     if TransformerBridge is not None and hasattr(TransformerBridge, "boot_transformers"):
-        copied = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # the bridge changes it
-        bridge = TransformerBridge.boot_transformers(folder, hf_model=copied, tokenizer=tokenizer, device="cpu")
-        found["TransformerBridge"] = (bridge, lambda model, tokens: model(tokens), (*own, f"blocks.{layer}.hook_out"))
+        copied = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()  # the bridge changes it
+        bridge = TransformerBridge.boot_transformers(
+            folder, hf_model=copied, tokenizer=tokenizer, device="cpu"
+        )
+        found["TransformerBridge"] = (
+            bridge,
+            lambda model, tokens: model(tokens),
+            (*own, f"blocks.{layer}.hook_out"),
+        )
     try:
         from transformer_lens import HookedTransformer
     except ImportError:
         HookedTransformer = None  # noqa: N806
     if HookedTransformer is not None:
-        found["HookedTransformer"] = (hooked_transformer(hf), lambda model, tokens: model(tokens), own)
+        found["HookedTransformer"] = (
+            llama_hooked.build(hf),
+            lambda model, tokens: model(tokens),
+            own,
+        )
     try:
         from nnsight import LanguageModel
     except ImportError:
@@ -115,8 +101,17 @@ def objects(folder: str, hf: Any, tokenizer: Any, layer: str) -> dict[str, Any]:
             out = model.lm_head.output.save()
         return out if isinstance(out, torch.Tensor) else out.value
 
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    names = (f"model.layers.{layer}.output", f"model.layers.{layer}", f"model.model.layers.{layer}", f"resid_post.{layer}")
+    plain = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
+    names = (
+        f"model.layers.{layer}.output",
+        f"model.layers.{layer}",
+        f"model.model.layers.{layer}",
+        f"resid_post.{layer}",
+    )
     found["nnsight"] = (LanguageModel(plain, tokenizer=tokenizer), trace, names)
     return found
 

@@ -25,7 +25,12 @@ import psycopg2
 from psycopg2.extras import Json
 
 DATABASE = "ksparse_judge"
-CREATED = {"release": "SourceRelease", "model": "Model", "sourceset": "SourceSet", "source": "Source"}
+CREATED = {
+    "release": "SourceRelease",
+    "model": "Model",
+    "sourceset": "SourceSet",
+    "source": "Source",
+}
 IMPORTED = {"features": "Neuron", "activations": "Activation", "explanations": "Explanation"}
 SEEDED_USER = "clkht01d40000jv08hvalcvly"
 IMPORTER = """
@@ -58,7 +63,13 @@ def main() -> None:
     for name, table in IMPORTED.items():
         paths = sorted((export / name).glob("*.jsonl.gz"))
         done = subprocess.run(
-            ["node", "importer.js", webapp.resolve() / "lib" / "db" / "import.ts", table, *(path.resolve() for path in paths)],
+            [
+                "node",
+                "importer.js",
+                webapp.resolve() / "lib" / "db" / "import.ts",
+                table,
+                *(path.resolve() for path in paths),
+            ],
             cwd=node,
             env={"POSTGRES_URL_NON_POOLING": f"{url}/{DATABASE}", "PATH": os.environ["PATH"]},
             capture_output=True,
@@ -89,33 +100,51 @@ def new_database(url: str, webapp: Path) -> Any:
             if not folder.is_dir():
                 continue
             sql = re.sub(r"\bvector\(\d+\)", "text", (folder / "migration.sql").read_text())
-            sql = "\n".join(line for line in sql.splitlines() if not re.search(r"EXTENSION.*vector|USING hnsw", line, re.I))
+            sql = "\n".join(
+                line
+                for line in sql.splitlines()
+                if not re.search(r"EXTENSION.*vector|USING hnsw", line, re.I)
+            )
             if re.sub(r"--.*", "", sql).strip():
                 cursor.execute(sql)
         cursor.execute(
-            'INSERT INTO "User" (id, name, "emailUnsubscribeCode") VALUES (%s, %s, %s)', (SEEDED_USER, "bot", "code")
+            'INSERT INTO "User" (id, name, "emailUnsubscribeCode") VALUES (%s, %s, %s)',
+            (SEEDED_USER, "bot", "code"),
         )
     return connection
 
 
 def create(connection: Any, schema: str, table: str, row: dict[str, Any]) -> None:
     """Make a row as Prisma's `create` does."""
-    fields = dict(re.findall(r"^  (\w+)\s+(\w+[\[\]?]*.*)$", re.search(rf"^model {table} \{{(.*?)^\}}", schema, re.S | re.M)[1], re.M))
+    fields = dict(
+        re.findall(
+            r"^  (\w+)\s+(\w+[\[\]?]*.*)$",
+            re.search(rf"^model {table} \{{(.*?)^\}}", schema, re.S | re.M)[1],
+            re.M,
+        )
+    )
     models = set(re.findall(r"^model (\w+)", schema, re.M))
-    columns = {name: kind for name, kind in fields.items() if re.match(r"\w+", kind)[0] not in models}
+    columns = {
+        name: kind for name, kind in fields.items() if re.match(r"\w+", kind)[0] not in models
+    }
     if unknown := set(row) - set(columns):
         sys.exit(f"{table}: unknown argument {', '.join(sorted(unknown))}")
     missing = [
         name
         for name, kind in columns.items()
-        if name not in row and not re.match(r"\w+(\?|\[\])", kind) and "@default" not in kind and "@updatedAt" not in kind
+        if name not in row
+        and not re.match(r"\w+(\?|\[\])", kind)
+        and "@default" not in kind
+        and "@updatedAt" not in kind
     ]
     if missing:
         sys.exit(f"{table}: argument {', '.join(missing)} is missing")
     names = ", ".join(f'"{name}"' for name in row)
     values = [Json(value) if isinstance(value, dict) else value for value in row.values()]
     with connection.cursor() as cursor:
-        cursor.execute(f'INSERT INTO "{table}" ({names}) VALUES ({", ".join(["%s"] * len(row))})', values)
+        cursor.execute(
+            f'INSERT INTO "{table}" ({names}) VALUES ({", ".join(["%s"] * len(row))})', values
+        )
 
 
 def facts(connection: Any) -> dict[str, Any]:
@@ -128,15 +157,23 @@ def facts(connection: Any) -> dict[str, Any]:
                 "is_nullable = 'NO' AND column_default IS NULL, is_nullable = 'NO' FROM information_schema.columns WHERE table_name = %s AND table_schema = 'public' ORDER BY 1",
                 (table,),
             )
-            columns = {name: [kind, *["required"] * required, *["not null"] * strict] for name, kind, required, strict in cursor}
+            columns = {
+                name: [kind, *["required"] * required, *["not null"] * strict]
+                for name, kind, required, strict in cursor
+            }
             cursor.execute(
                 "SELECT (SELECT string_agg(a.attname, ' ' ORDER BY u.i) FROM unnest(c.conkey) WITH ORDINALITY u(k, i) JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = u.k), "
                 "t.relname, (SELECT string_agg(a.attname, ' ' ORDER BY u.i) FROM unnest(c.confkey) WITH ORDINALITY u(k, i) JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = u.k) "
                 "FROM pg_constraint c JOIN pg_class t ON t.oid = c.confrelid WHERE c.contype = 'f' AND c.conrelid = %s::regclass ORDER BY 1",
                 (f'"{table}"',),
             )
-            found[table] = {"columns": columns, "references": {key: [other, columns] for key, other, columns in cursor}}
-        cursor.execute("SELECT e.enumlabel FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid WHERE t.typname = 'Visibility' ORDER BY e.enumsortorder")
+            found[table] = {
+                "columns": columns,
+                "references": {key: [other, columns] for key, other, columns in cursor},
+            }
+        cursor.execute(
+            "SELECT e.enumlabel FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid WHERE t.typname = 'Visibility' ORDER BY e.enumsortorder"
+        )
         found["Visibility"] = [label for (label,) in cursor]
     return found
 
