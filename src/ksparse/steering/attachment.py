@@ -84,12 +84,11 @@ def attach(
     Gradients flow through the SAE.
 
     Args:
-        model: A Hugging Face causal LM; for a `ksparse.LM`, its `model`. Or TransformerLens' or
-            nnsight's model.
+        model: A causal LM of Hugging Face, TransformerLens or nnsight; of a `ksparse.LM`, `model`.
         sae: The autoencoder, on the model's device.
-        site: Where to attach it: an alias such as `resid_post.8`, or a module's name (its output),
-            or NAME:in (its input), or the name of TransformerLens' hook point or of nnsight's
-            value. Defaults to the site the SAE was trained at.
+        site: Where to attach it: an alias such as `resid_post.8`, a module's name (its output),
+            NAME:in (its input), or the model library's own name (`ksparse.steering.hosts`).
+            Defaults to the site the SAE was trained at.
         change: Computes what is added to the code. By default nothing is, and the SAE only reads.
         error: "keep" gives x + what the change decodes to; "drop" replaces x by the reconstruction
             of the changed code.
