@@ -9,7 +9,6 @@ from typing import Literal
 
 from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.config import ActsConfig, from_dict
-from ksparse.device import resolve_device
 from ksparse.errors import InputError, unknown
 from ksparse.storage.run_folder import open_run
 
@@ -122,6 +121,7 @@ def _check_fold(args: ConvertArgs) -> None:
 def _fold(source: str, folder: Path, args: ConvertArgs) -> str:
     """Write the nearest SAE that a format holds; return what was measured, as lines."""
     from ksparse import interop
+    from ksparse.device import resolve_device
     from ksparse.interop import folding, foreign
     from ksparse.lm.model import LM
 
