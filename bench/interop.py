@@ -2,16 +2,24 @@
 
     python bench/interop.py --python sae_lens=ENV/bin/python --python dictionary_learning=… --python sparsify=… --python llamascopium=…
     python bench/interop.py --python … --golden tests/golden/interop      small ones, for the tests
+    python bench/interop.py --clients ENV/bin/python --attach ENV/bin/python --attach … --neuronpedia CHECKOUT --postgres URL --node DIR
 
 Each library is in an environment of its own (`pip install torch==2.13.0`, then sae-lens==6.54.12, dictionary-learning==0.1.0 or eai-sparsify==1.3.3 without the
 torchvision that comes along, llamascopium==2.0.0b34); those not named are left out. openai/sparse_autoencoder is not on the package index: its files are
 written and read by peers/formats_openai.py, by hand. Gemma Scope's are written by hand and read by SAELens. Activations are those of pylm/0.3m at resid_post.2,
-on held-out text. Differences are the largest over all of them, in units of the root mean square of the activations (latents: of the SAE's inputs).
+on held-out text. Differences are the largest over all of them, in units of the root mean square of the activations (latents: of the SAE's inputs). Latents of
+ours are those of the copy: some formats need other units.
+
+Clients of the formats are judged by their own code: SAELens' run_evals, SAEDashboard's NeuronpediaRunner and SAEBench's loaders (peers/clients_sae.py, which says
+what --clients needs), TransformerLens and nnsight (peers/clients_attach.py, in each environment of --attach), Neuronpedia's importer on a Postgres server
+(peers/clients_neuronpedia.py). One that stops, or differs, makes the exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import os
 import shutil
@@ -24,12 +32,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ksparse import interop
-from ksparse.config import Recipe, from_dict
+from ksparse import interop, pylm
+from ksparse.config import ActsConfig, Recipe, from_dict
+from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Corpus
+from ksparse.data.documents import documents
 from ksparse.errors import InputError
+from ksparse.evals import runner
+from ksparse.interop import neuronpedia
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
+from ksparse.storage.run_folder import RunFolder
 from ksparse.training.train import train
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +87,12 @@ def main() -> None:
         if args.golden:
             golden(args.golden, adapters, work)
             return
-        rows = theirs(adapters, work) + ours(adapters, work)
+        rows = theirs(adapters, work) + (ours(adapters, work) if adapters else [])
+        judged = clients(args, work)
+    for row in judged:
+        print(
+            f"{row['client']:<22}{row['kind']:<34}{'ok' if row['ok'] else 'FAILED'}   {row['found']}"
+        )
     for row in rows:
         print(
             f"{row['direction']:<7}{row['format']:<21}{row['kind']:<26}"
@@ -92,11 +110,18 @@ def main() -> None:
     )
     args.out.write_text(
         json.dumps(
-            {"bound": BOUND, "worst": worst, "torch": torch.__version__, "rows": rows}, indent=1
+            {
+                "bound": BOUND,
+                "worst": worst,
+                "torch": torch.__version__,
+                "rows": rows,
+                "clients": judged,
+            },
+            indent=1,
         )
         + "\n"
     )
-    sys.exit(worst > BOUND)
+    sys.exit(worst > BOUND or not all(row["ok"] for row in judged))
 
 
 def arguments() -> argparse.Namespace:
@@ -110,6 +135,17 @@ def arguments() -> argparse.Namespace:
         metavar="LIBRARY=PATH",
         help="the interpreter of the library's environment",
     )
+    parser.add_argument("--clients", metavar="PATH", help="the interpreter of peers/clients_sae.py")
+    parser.add_argument(
+        "--attach",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="an interpreter with TransformerLens or nnsight, and what ksparse needs",
+    )
+    parser.add_argument("--neuronpedia", type=Path, help="a clone of hijohnnylin/neuronpedia")
+    parser.add_argument("--postgres", metavar="URL", help="of a Postgres server")
+    parser.add_argument("--node", type=Path, help="a folder with node_modules/pg, typescript@5")
     parser.add_argument("--out", type=Path, default=Path("interop.json"))
     parser.add_argument(
         "--golden",
@@ -145,12 +181,14 @@ def adapter(name: str, python: str, what: str, folder: Path, acts: Path, *more: 
         sys.exit(f"{name} {what} failed:\n{done.stderr[-3000:]}")
 
 
-def differences(sae: SAE, expected: Any) -> dict[str, float]:
+def differences(sae: SAE, expected: Any, copy: SAE | None = None) -> dict[str, float]:
+    """Compare latents with those of `copy`, and reconstructions with those of `sae`."""
     x = torch.from_numpy(expected["x"])
     size = x.square().mean().sqrt().item()
     with torch.no_grad():
-        latents, recon = sae.encode(x).dense(sae.shape.n_latents).numpy(), sae(x).numpy()
-    own = sae.normalize(x).x.square().mean().sqrt().item()
+        encoded = (copy or sae).encode(x).dense(sae.shape.n_latents).numpy()
+        latents, recon = encoded, sae(x).numpy()
+    own = (copy or sae).normalize(x).x.square().mean().sqrt().item()
     return {
         "latents": float(abs(latents - expected["latents"]).max()) / own,
         "recon": float(abs(recon - expected["recon"]).max()) / size,
@@ -193,7 +231,8 @@ def ours(adapters: dict[str, str], work: Path) -> list[dict[str, Any]]:
                 )
         adapter(name, python, "check", folder, work / "raw.npy")
         for each in sorted(folder.iterdir()):
-            found = differences(saes[each.name], np.load(each / "expected.npz"))
+            copy = interop.load(each / "sae")
+            found = differences(saes[each.name], np.load(each / "expected.npz"), copy)
             rows.append(
                 {
                     "direction": "ours",
@@ -206,6 +245,116 @@ def ours(adapters: dict[str, str], work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def clients(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Let the clients of the formats use what ksparse writes."""
+    rows: list[dict[str, Any]] = []
+    if args.clients:
+        rows += sae_clients(args.clients, work)
+    if args.attach:
+        trained("topk", "none", work)
+    for python in args.attach:
+        found = client(
+            python, "attach", pylm.folder("0.3m"), "resid_post.2", work / "runs" / "topk-none"
+        )
+        rows += [
+            {
+                "client": row["object"],
+                "kind": row["site"],
+                "ok": row["logits"] < 1e-4 * row["effect"] and row["restored"],
+                "found": f"x {row['x']:.1e}, logits {row['logits']:.1e} of {row['effect']:.1f}",
+            }
+            for row in found
+        ]
+    if args.neuronpedia:
+        rows.append(neuronpedia_client(args, work))
+    return rows
+
+
+def sae_clients(python: str, work: Path) -> list[dict[str, Any]]:
+    folder, saes = work / "clients", {}
+    raw = np.load(work / "raw.npy")
+    for kind, sae in {
+        f"{activation}-{normalize}": trained(activation, normalize, work)
+        for activation, normalize in OURS
+    }.items():
+        for site in (
+            ("resid_post.2", "model.layers.2") if "topk-unit" in kind else ("resid_post.2",)
+        ):
+            sae.metadata["acts"]["site"] = site
+            name = kind if site == "resid_post.2" else f"{kind}-at-a-module"
+            interop.write(sae, folder / "sae_lens" / name, "sae_lens", normalization="layer_norm")
+        sae.metadata["acts"]["site"] = "resid_post.2"
+        if sae.shape.normalize in ("none", "dataset"):
+            target = folder / "dictionary_learning" / kind
+            interop.write(sae, target, "dictionary_learning")
+            np.save(target / "x.npy", raw)
+            saes[kind] = sae
+    acts = ActsConfig(lm="pylm/0.3m")
+    texts = [text for _, _, text in itertools.islice(documents(acts, "held-out"), 60)]
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(each.split("\n")) for each in texts))
+    rows = []
+    for row in client(python, "sae", folder, pylm.folder("0.3m"), text):
+        facts = {key: value for key, value in row.items() if key not in ("client", "kind", "keys")}
+        ok = "error" not in row
+        if row["client"] == "saebench" and ok:
+            target = folder / "dictionary_learning" / row["kind"]
+            expected = dict(np.load(target / "found.npz")) | {"x": raw}
+            for extra in ("x.npy", "found.npz"):
+                (target / extra).unlink()
+            facts |= differences(saes[row["kind"]], expected, interop.load(target))
+            ok = max(facts["latents"], facts["recon"]) <= BOUND
+        rows.append({"client": row["client"], "kind": row["kind"], "ok": ok, "found": facts})
+    return rows
+
+
+def neuronpedia_client(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    trained("topk", "unit_norm", work)
+    run = RunFolder(work / "runs" / "topk-unit_norm")
+    options = EvalConfig(tokens=20_000, device="cpu")
+    runner.write_results(
+        run, runner.evaluate(interop.load(run.path), None, ["stats", "n2g"], options)
+    )
+    count = neuronpedia.export_bulk(
+        run, work / "import", neuronpedia.Publication(model="tiny", set="test", creator="me")
+    )
+    found = client(
+        args.clients or sys.executable,
+        "neuronpedia",
+        args.neuronpedia,
+        args.postgres,
+        work / "import" / "tiny" / "2-test",
+        args.node,
+    )
+    written = {
+        table: sum(
+            len(gzip.decompress(file.read_bytes()).splitlines())
+            for file in (work / "import" / "tiny" / "2-test" / name).glob("*.gz")
+        )
+        for table, name in (
+            ("Neuron", "features"),
+            ("Activation", "activations"),
+            ("Explanation", "explanations"),
+        )
+    }
+    ok = found == {"SourceRelease": 1, "Model": 1, "SourceSet": 1, "Source": 1} | written
+    return {"client": "Neuronpedia", "kind": f"{count} latents", "ok": ok, "found": found}
+
+
+def client(python: str, name: str, *arguments: Any) -> Any:
+    """Run one client; return what it prints as JSON, or stop with what it says if it fails."""
+    done = subprocess.run(
+        [python, HERE / "peers" / f"clients_{name}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parent / "src")},
+    )
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def trained(activation: str, normalize: str, work: Path) -> SAE:
     """Return an SAE that ksparse trained for a little while."""
     table = {
@@ -216,7 +365,8 @@ def trained(activation: str, normalize: str, work: Path) -> SAE:
         "run": {"device": "cpu", "kernels": "torch"},
     }
     recipe: Recipe = from_dict(table)
-    return interop.load(train(recipe, work / "runs" / f"{activation}-{normalize}").path)
+    folder = work / "runs" / f"{activation}-{normalize}"
+    return interop.load(folder if folder.exists() else train(recipe, folder).path)
 
 
 def golden(folder: Path, adapters: dict[str, str], work: Path) -> None:

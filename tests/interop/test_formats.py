@@ -78,8 +78,10 @@ def test_what_is_written_is_the_same_sae_or_the_error_names_what_is_lost(
             activation in str(error) or normalize in str(error)
         )
         assert not (tmp_path / "sae").exists()
-    else:  # dictionary_learning needs decoder rows of norm 1, so latents are divided by the scale
-        in_raw_units = form == "dictionary_learning" and normalize == "dataset"
+    else:  # where decoder rows need norm 1, latents are divided by the scale
+        in_raw_units = normalize == "dataset" and (
+            form == "dictionary_learning" or (form, activation) == ("sae_lens", "topk")
+        )
         assert_same(sae, again, x, unit=sae.shape.factor if in_raw_units else 1.0)
 
 
@@ -133,14 +135,11 @@ def test_unit_norm_is_written_as_layer_norm_only_on_request_and_is_off_by_the_ep
     ):
         interop.write(sae, tmp_path / "a", "sae_lens")
     again = written(sae, tmp_path / "b", "sae_lens", normalization="layer_norm")
-    deviation = x.std(1, keepdim=True)
-    off = (again.encode(x).dense(20) - sae.encode(x).dense(20)).abs()
-    assert (
-        off
-        <= sae.encode(x).dense(20) * 2e-5 / deviation
-        + (sae.W_enc @ sae.b_pre).abs().max() * 1e-6
-        + 3e-5
-    ).all()
+    deviation, unit = x.std(1, keepdim=True), 5**0.5  # rows of norm 1 on inputs of norm sqrt(d - 1)
+    expected = unit * sae.encode(x).dense(20)
+    off = (again.encode(x).dense(20) - expected).abs()
+    rounding = unit * ((sae.W_enc @ sae.b_pre).abs().max() * 1e-6 + 3e-5)
+    assert (off <= expected * 2e-5 / deviation + rounding).all()
 
 
 def test_outside_leaves_the_normalisation_to_the_user(make_sae, x, tmp_path):
@@ -279,19 +278,29 @@ def test_sae_lens_metadata_name_the_class_of_models_that_have_the_hook(
     assert (metadata["hook_name"], metadata["model_class_name"]) == (hook, model_class)
 
 
-def test_rescaling_by_decoder_norm_is_set_for_sae_lens_where_norms_are_1(make_sae, x, tmp_path):
+def test_sae_lens_can_rescale_by_decoder_norms_where_all_are_equal(make_sae, x, tmp_path, caplog):
     """Its own default for TopK, which its dashboards want."""
-    sae = make_sae()
-    for norm, expected in ((1.0, True), (2.0, False)):
+    for norm in (1.0, 2.5):
+        sae = make_sae()
         sae.W_dec.data *= norm
-        interop.write(sae, tmp_path / str(norm), "sae_lens")
-        assert (
-            json.loads((tmp_path / str(norm) / "cfg.json").read_text())[
-                "rescale_acts_by_decoder_norm"
-            ]
-            is expected
-        )
-        assert_same(sae, ksparse.load(tmp_path / str(norm)), x)
+        with caplog.at_level("INFO", "ksparse"):
+            again = written(sae, tmp_path / str(norm), "sae_lens")
+        config = json.loads((tmp_path / str(norm) / "cfg.json").read_text())
+        assert config["rescale_acts_by_decoder_norm"] is True
+        torch.testing.assert_close(again.W_dec.norm(dim=1), torch.ones(20))
+        assert_same(sae, again, x, unit=1 / norm)
+    assert "latents are multiplied by the norm of the decoder's rows, 2.5" in caplog.text
+
+
+def test_decoder_norms_that_differ_are_kept_for_sae_lens(make_sae, x, tmp_path):
+    """Rescaling by them would choose other latents."""
+    sae = make_sae()
+    sae.W_dec.data *= torch.linspace(0.5, 2, 20)[:, None]
+    again = written(sae, tmp_path / "sae", "sae_lens")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    assert config["rescale_acts_by_decoder_norm"] is False
+    assert torch.equal(again.W_dec, sae.W_dec)
+    assert_same(sae, again, x)
 
 
 @pytest.mark.parametrize("keep, expected", [("text", True), ("all", False)])
@@ -745,7 +754,7 @@ def test_the_command_converts_there_and_back(make_sae, x, tmp_path, capsys):
     cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "sae_lens"])
     assert "20 latents, topk, normalisation none" in capsys.readouterr().out
     cli.main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--to", "ksparse"])
-    assert_same(sae, ksparse.load(tmp_path / "c"), x)
+    assert_same(sae, ksparse.load(tmp_path / "c"), x, unit=sae.shape.factor)
     with pytest.raises(SystemExit) as end:
         cli.main(["convert", str(tmp_path / "a"), str(tmp_path / "d"), "--to", "openai"])
     assert (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,10 +182,52 @@ def test_a_dashboard_has_saedashboards_fields(run, tmp_path):
         ] == sorted(feature["neg_values"])
         groups = {(each["bin_min"], each["bin_contains"]) for each in feature["activations"]}
         assert (-1.0, -1.0) in groups
+        assert sum(feature["neuron_alignment_values"]) > 0
         for each in feature["activations"]:
             assert each["values"][each["qualifying_token_index"]] > 0 and len(
                 each["values"]
             ) == len(each["tokens"])
+
+
+def test_examples_beside_the_strongest_lie_in_intervals_that_say_how_often_they_occur(
+    run, values, tmp_path
+):
+    """The page groups examples by the end of their interval."""
+    neuronpedia.export_dashboard(run, tmp_path / "out")
+    for feature in json.loads((tmp_path / "out" / "batch-0.json").read_text())["features"]:
+        column = values[:, feature["feature_index"]]
+        seen = set()
+        for each in feature["activations"]:
+            value = each["values"][each["qualifying_token_index"]]
+            low, high, share = each["bin_min"], each["bin_max"], each["bin_contains"]
+            if share == -1:
+                assert high == pytest.approx(column.max(), rel=1e-5)
+                continue
+            seen.add((low, high))
+            assert low * 0.999 <= value <= high * 1.001 and high - low == pytest.approx(
+                column.max() / 4, rel=1e-3
+            )
+            near = 1e-3 * column.max()  # values are kept in 16 bits
+            assert ((column > low + near) & (column < high - near)).mean() <= share + 1e-6
+            assert share <= ((column > low - near) & (column < high + near)).mean() + 1e-6
+        assert seen
+
+
+def test_a_vector_is_what_a_latent_adds_to_raw_activations(run, tmp_path):
+    """Neuronpedia steers by strength x vector in the residual stream."""
+    neuronpedia.export_dashboard(run, tmp_path / "out")
+    sae, lm = ksparse.load(run.path), LM(acts=run.recipe().acts)
+    from ksparse.interop.text_activations import read_activations
+
+    raw = read_activations(lm, "held-out", 4096)
+    size = (raw - raw.mean(1, keepdim=True)).norm(dim=1).mean()
+    for feature in json.loads((tmp_path / "out" / "batch-0.json").read_text())["features"]:
+        torch.testing.assert_close(
+            torch.tensor(feature["vector"]),
+            size * sae.W_dec[feature["feature_index"]].detach(),
+            atol=2e-6 * max(1, size.item()),
+            rtol=1e-5,
+        )
 
 
 def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_lm):
@@ -209,43 +252,94 @@ def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_l
     )
 
 
-def test_the_bulk_folder_has_neuronpedias_files_and_rows(run, tmp_path):
+SCHEMA = json.loads((Path(__file__).parent / "neuronpedia_schema.json").read_text())
+"""Facts of Neuronpedia's database, by bench/peers/clients_neuronpedia.py --facts."""
+TABLES = {
+    "release": "SourceRelease",
+    "model": "Model",
+    "sourceset": "SourceSet",
+    "source": "Source",
+    "features": "Neuron",
+    "activations": "Activation",
+    "explanations": "Explanation",
+}
+"""The files of the bulk import, in the order in which they are imported."""
+TYPES = {
+    "text": str,
+    "boolean": bool,
+    "integer": int,
+    "double precision": (int, float),
+    "timestamp without time zone": str,
+    "int4": int,
+    "float8": (int, float),
+    "Visibility": str,
+}
+
+
+def check_row(table, row, known):
+    """Assert what Postgres and Prisma would: known columns, types, required values, references."""
+    columns = SCHEMA[table]["columns"]
+    assert set(row) <= set(columns), f"{table} has no column {set(row) - set(columns)}"
+    for name, (kind, *rules) in columns.items():
+        value = row.get(name)
+        assert name in row or "required" not in rules, f"{table}.{name} is missing"
+        assert value is not None or name not in row or "not null" not in rules, f"{table}.{name}"
+        if value is not None:
+            items = value if kind.endswith("[]") else [value]
+            assert all(isinstance(item, TYPES[kind.removesuffix("[]")]) for item in items), name
+    for names, (other, keys) in SCHEMA[table]["references"].items():
+        values = tuple(row.get(name) for name in names.split())
+        if None not in values:
+            assert (tuple(keys.split()), values) in known[other], f"{table}.{names} -> {other}"
+
+
+def test_each_row_of_the_bulk_folder_is_one_that_neuronpedias_database_takes(run, tmp_path):
+    names = {"model": "tiny", "set": "test", "release": "rel", "creator": "me"}
     count = neuronpedia.export_bulk(
-        run,
-        tmp_path / "out",
-        neuronpedia.Publication(
-            model="tiny", set="test", release="rel", creator="me", repository="me/tiny"
-        ),
+        run, tmp_path / "out", neuronpedia.Publication(**names, repository="me/tiny")
     )
     home = tmp_path / "out" / "tiny" / "1-test"
-    assert {file.name for file in home.iterdir()} == {
-        "release.jsonl",
-        "model.jsonl",
-        "sourceset.jsonl",
-        "source.jsonl",
-        "features",
-        "activations",
-        "explanations",
+    assert {file.name.partition(".")[0] for file in home.iterdir()} == set(TABLES)
+    known = {table: set() for table in [*TABLES.values(), "User", "ExplanationType"]}
+    known["User"] = {(("id",), (neuronpedia.DEFAULT_CREATOR_ID,))}
+    keys = {
+        (other, tuple(columns.split()))
+        for table in TABLES.values()
+        for other, columns in SCHEMA[table]["references"].values()
     }
-    assert json.loads((home / "source.jsonl").read_text())["hfRepoId"] == "me/tiny"
-    rows = {
-        kind: [json.loads(line) for line in gzip.open(home / kind / "batch-0.jsonl.gz", "rt")]
-        for kind in ("features", "activations", "explanations")
-    }
-    assert len(rows["features"]) == count and {
-        row["layer"] for kind in rows.values() for row in kind
-    } == {"1-test"}
-    assert all(isinstance(row["index"], str) for kind in rows.values() for row in kind)
+    rows = {}
+    for kind, table in TABLES.items():
+        files = [home / f"{kind}.jsonl"]
+        if not files[0].exists():
+            files = sorted((home / kind).glob("*.jsonl.gz"))
+        rows[kind] = []
+        for file in files:
+            text = file.read_bytes()
+            text = gzip.decompress(text) if file.suffix == ".gz" else text
+            rows[kind] += [json.loads(line) for line in text.splitlines()]
+        for row in rows[kind]:
+            check_row(table, row, known)
+            for other, columns in keys:
+                if other == table:
+                    known[table].add((columns, tuple(row.get(column) for column in columns)))
+    assert len(rows["features"]) == count and len(rows["explanations"]) > 0
+    assert {row["visibility"] for kind in list(TABLES)[:4] for row in rows[kind]} == {"PUBLIC"}
+    assert rows["source"][0]["hfRepoId"] == "me/tiny"
+    assert (rows["model"][0]["layers"], rows["model"][0]["dimension"]) == (3, 16)
+    assert {row["authorId"] for row in rows["explanations"]} == {neuronpedia.DEFAULT_CREATOR_ID}
     assert len({row["id"] for row in rows["activations"]}) == len(rows["activations"])
     for row in rows["activations"]:
         assert row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"])
-    assert {row["index"] for row in rows["explanations"]} <= {
-        row["index"] for row in rows["features"]
-    }
-    assert (
-        rows["features"][0]["hookName"] == "blocks.1.hook_resid_post"
-        and rows["features"][0]["sourceSetName"] == "test"
-    )
+    first = rows["features"][0]
+    assert (first["hookName"], first["sourceSetName"]) == ("blocks.1.hook_resid_post", "test")
+
+
+def test_rows_belong_to_the_user_whose_id_is_given(run, tmp_path):
+    publication = neuronpedia.Publication(model="tiny", creator="me", creator_id="c1")
+    neuronpedia.export_bulk(run, tmp_path / "out", publication)
+    [release] = (tmp_path / "out" / "tiny" / "1-ksparse" / "release.jsonl").read_text().splitlines()
+    release = json.loads(release)
+    assert (release["creatorId"], release["creatorName"]) == ("c1", "me")
 
 
 def test_what_is_missing_is_named(run, small_recipe, tmp_path):

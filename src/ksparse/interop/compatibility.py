@@ -130,6 +130,7 @@ def _adapt_normalization(
             "1e-5 / deviation of the activation)"
         )
     if "none" in supported:
+        choices.append("--fold (the nearest SAE, with the measured difference)")
         choices.append("--normalization outside (the user of the SAE must normalise)")
     raise InputError(
         f"{format_name} cannot hold this SAE's normalisation, {current}; it holds "

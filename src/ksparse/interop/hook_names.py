@@ -23,20 +23,8 @@ from typing import Any
 from ksparse.config import ActsConfig, from_dict
 from ksparse.errors import InputError
 from ksparse.sae.model import SAE
-
-_HOOKS = "resid_pre|resid_mid|resid_post|attn_out|mlp_out"
-
-
-def to_hook(site: str) -> str:
-    """Return TransformerLens' name of a site; any other name as it is."""
-    alias = re.fullmatch(rf"({_HOOKS})\.(\d+)", site)
-    return f"blocks.{alias[2]}.hook_{alias[1]}" if alias else site
-
-
-def from_hook(name: str) -> str:
-    """Return the site of a TransformerLens hook name; any other name as it is."""
-    hook = re.fullmatch(rf"blocks\.(\d+)\.hook_({_HOOKS})", name)
-    return f"{hook[2]}.{hook[1]}" if hook else name
+from ksparse.steering.hosts import from_hook as from_hook
+from ksparse.steering.hosts import to_hook as to_hook
 
 
 def from_module(name: str) -> str:

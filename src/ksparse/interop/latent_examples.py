@@ -72,17 +72,22 @@ class LatentExamples:
             for token in tokens
         ]
 
+    def has_examples(self, latent: int, sampling: str) -> bool:
+        """Return whether `examples` yields any."""
+        contexts = self.arrays.get(f"{sampling}_context")
+        return contexts is not None and bool((contexts[latent] >= 0).any())
+
     def examples(self, latent: int, sampling: str) -> Iterator[Example]:
         """Yield the examples of a latent, each with the window of text that `stats` kept.
 
         Args:
             latent: the latent.
-            sampling: "top", the strongest, or "random".
+            sampling: "top", the strongest; "random"; or "band", random ones of each band of sizes.
         """
         before = self.stats["window"]["before"]
         for index, context in enumerate(self.arrays[f"{sampling}_context"][latent].tolist()):
             if context < 0:
-                return
+                continue
             text = self.arrays["contexts"][context]
             length = int((text >= 0).sum())
             position = int(self.arrays[f"{sampling}_position"][latent, index])

@@ -9,10 +9,16 @@
 * FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
 * FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
 
-Examples are those of `stats`: the strongest (marked bin_min = bin_contains = -1), and, as one bin,
-random ones among all positions where a latent fires. Logits are those of the latent's direction
-alone: decoder row x weight of the final norm x unembedding. Fields that need several latents or
-channels at once (correlated_*) are empty.
+Examples are those of `stats`: the strongest (with bin_min = bin_contains = -1), and random ones
+of every size in four equal intervals from 0 to the latent's largest value; bin_contains is the
+share of all tokens whose value lies in the interval. Values are in the SAE's units. `vector` is
+what a value of 1 adds to the raw activations on average, so that steering by a strength in those
+units has the size that the latent has in the LM. Logits are those of the decoder row alone: row x
+weight of the final norm x unembedding, minus their mean over the vocabulary, which changes no
+probability. Fields that need several latents or channels at once (correlated_*) are empty.
+
+The importer writes a line into the table of its file (release: SourceRelease, features: Neuron).
+Users are named by ids of its database there: `creatorId`, `authorId`.
 """
 
 from __future__ import annotations
@@ -33,9 +39,12 @@ from torch import Tensor, nn
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
+from ksparse.interop.text_activations import read_activations
 from ksparse.lm.model import LM
+from ksparse.lm.sites import blocks_of
 from ksparse.sae import serialization
 from ksparse.sae.model import SAE
+from ksparse.sae.normalization import PER_ACTIVATION
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
@@ -43,7 +52,11 @@ if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
 BATCH = 128
-_N_LOGITS, _N_BINS = 10, 50
+DEFAULT_CREATOR_ID = "clkht01d40000jv08hvalcvly"
+"""Id of the user to whom Neuronpedia's own exports belong; every Neuronpedia database has it."""
+_N_LOGITS, _N_BINS, _N_INTERVALS = 10, 50, 4
+_SCALE_TOKENS = 4096
+"""Held-out activations whose mean scale is that of `vector`."""
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
@@ -58,7 +71,9 @@ class Publication:
     release: str = ""
     """Name of the release that the set belongs to; empty: the set's name."""
     creator: str = ""
-    """Name of the author."""
+    """Name of the author, as shown."""
+    creator_id: str = DEFAULT_CREATOR_ID
+    """Id of the Neuronpedia user to whom the rows belong."""
     url: str = ""
     """Address of a page about the release."""
     repository: str = ""
@@ -112,13 +127,13 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
             )
     created = datetime.datetime.now(datetime.UTC).isoformat()
     names = {"modelId": model, "layer": source_id}
-    common = {"creatorId": publication.creator, "createdAt": created}
+    common = {"creatorId": publication.creator_id, "createdAt": created}
     explanations = _explanations(run, source)
     count = 0
     with atomic.atomic_dir(folder, new=True) as root:
         target = root / model / source_id
         target.mkdir(parents=True)
-        for table, row in _release_rows(source, publication, names, common).items():
+        for table, row in _release_rows(source, lm, publication, names, common).items():
             _write_rows(target / f"{table}.jsonl", [row])
         for number, features in enumerate(_batches(source, sae, lm)):
             tables = _latent_rows(features, source, publication, names, common, explanations)
@@ -152,14 +167,24 @@ def _layer(source: LatentExamples) -> int:
 def _batches(source: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
     """Yield the live latents as SAEDashboard's features, in batches."""
     unembed, live = unembedding(lm.model), source.live_latents()
+    unembed = unembed - unembed.mean(0)
+    scale = _raw_scale(sae, lm)
     for first in range(0, len(live), BATCH):
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
         logits = rows @ unembed.T
         yield [
-            _feature(source, latent, row, logit)
+            _feature(source, latent, row, logit) | {"vector": _rounded(scale * row)}
             for latent, row, logit in zip(latents, rows, logits)
         ]
+
+
+def _raw_scale(sae: SAE, lm: LM) -> float:
+    """Return the mean, over held-out activations, of what the SAE's normalisation divides by."""
+    if sae.shape.normalize not in PER_ACTIVATION:
+        return 1 / sae.shape.factor if sae.shape.normalize == "dataset" else 1.0
+    raw = read_activations(lm, "held-out", _SCALE_TOKENS)
+    return float(sae.normalize(raw).scale.double().mean())
 
 
 def unembedding(model: CausalLM) -> Tensor:
@@ -186,7 +211,7 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
         logits.topk(min(_N_LOGITS, len(logits))),
         (-logits).topk(min(_N_LOGITS, len(logits))),
     )
-    strongest = row.abs().topk(min(3, len(row))).indices
+    strongest = row.topk(min(3, len(row))).indices
     heights, edges = np.histogram(logits.numpy(), bins=_N_BINS)
     bars, width = source.histogram(latent), source.stats["act_bin"]
     values = row[strongest]
@@ -194,7 +219,7 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
         "feature_index": latent,
         "neuron_alignment_indices": strongest.tolist(),
         "neuron_alignment_values": _rounded(values),
-        "neuron_alignment_l1": _rounded(values.abs() / row.abs().sum()),
+        "neuron_alignment_l1": _rounded(values / row.abs().sum()),
         "correlated_neurons_indices": [],
         "correlated_neurons_l1": [],
         "correlated_neurons_pearson": [],
@@ -214,7 +239,6 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
         "n_tokens_in_prompt": source.acts.context,
         "dataset": source.acts.text,
         "decoder_weights_dist": [],
-        "vector": _rounded(row),
         "activations": _examples(source, latent),
     }
 
@@ -222,18 +246,28 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
 def _examples(source: LatentExamples, latent: int) -> list[dict[str, Any]]:
     """Return the strongest and the random examples as SAEDashboard's activations."""
     largest = float(source.arrays["max_act"][latent])
-    bins = {"top": (-1.0, -1.0, largest), "random": (0.0, 1.0, largest)}
-    return [
-        _example(source, example, bin_)
-        for sampling, bin_ in bins.items()
-        for example in source.examples(latent, sampling)
+    counts = source.arrays["histogram"][latent].astype(np.int64)
+    density = float(source.arrays["density"][latent])
+    edges = np.linspace(0, largest, _N_INTERVALS + 1)
+    shares = counts.reshape(_N_INTERVALS, -1).sum(1) / max(1, counts.sum()) * density
+    intervals = [
+        (round(float(edges[i]), 6), round(float(edges[i + 1]), 6), float(shares[i]))
+        for i in range(_N_INTERVALS)
     ]
+    top = (-1.0, intervals[-1][1], -1.0)
+    examples = [_example(source, example, top) for example in source.examples(latent, "top")]
+    # Without bands, in results with fewer examples than bands, random ones of all sizes.
+    sampling = "band" if source.has_examples(latent, "band") else "random"
+    for example in source.examples(latent, sampling):
+        number = min(int(example.acts[example.at] / largest * _N_INTERVALS), _N_INTERVALS - 1)
+        examples.append(_example(source, example, intervals[number]))
+    return examples
 
 
 def _example(
     source: LatentExamples, example: Example, bin_: tuple[float, float, float]
 ) -> dict[str, Any]:
-    low, share, high = bin_
+    low, high, share = bin_
     return {
         "bin_min": low,
         "bin_max": high,
@@ -253,11 +287,13 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _release_rows(
     source: LatentExamples,
+    lm: LM,
     publication: Publication,
     names: dict[str, str],
     common: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
     """Return the rows that describe the release, the model, the source set and the source."""
+    owner, slash, _ = source.acts.lm.rpartition("/")
     model, creator = names["modelId"], publication.creator
     release = publication.release or publication.set
     return {
@@ -268,6 +304,7 @@ def _release_rows(
             "urls": [publication.url] if publication.url else [],
             "creatorNameShort": creator,
             "creatorName": creator,
+            "visibility": "PUBLIC",
             **common,
         },
         "model": {
@@ -275,6 +312,11 @@ def _release_rows(
             "instruct": model.endswith("-it"),
             "displayNameShort": model,
             "displayName": model,
+            "dimension": lm.d_model,
+            "layers": len(blocks_of(lm.model)),
+            "neuronsPerLayer": 0,
+            "owner": owner if slash and "/" not in owner else creator,
+            "visibility": "PUBLIC",
             "updatedAt": common["createdAt"],
             **common,
         },
@@ -297,7 +339,7 @@ def _release_rows(
             "num_tokens_in_prompt": source.acts.context,
             "hfRepoId": publication.repository or None,
             "hfFolderId": None,
-            "creatorId": creator,
+            **common,
         },
     }
 
@@ -321,7 +363,7 @@ def _latent_rows(
             for index, example in enumerate(feature["activations"])
         ],
         "explanations": [
-            _explanation_row(latent, explanations[latent], names, publication.creator)
+            _explanation_row(latent, explanations[latent], names, common)
             for latent in (feature["feature_index"] for feature in features)
             if latent in explanations
         ],
@@ -388,17 +430,20 @@ def _activation_row(
 
 
 def _explanation_row(
-    latent: int, description: str, names: dict[str, str], author: str
+    latent: int, description: str, names: dict[str, str], common: dict[str, str]
 ) -> dict[str, Any]:
     return {
         **names,
         "id": _row_id(*names.values(), str(latent), "n2g"),
         "index": str(latent),
         "description": description,
-        "authorId": author,
-        "typeName": "n2g",
+        "authorId": common["creatorId"],
+        "createdAt": common["createdAt"],
+        "updatedAt": common["createdAt"],
+        # A type must be one that the database has, and it has none for patterns.
+        "typeName": None,
         "explanationModelName": None,
-        "scores": [],
+        "notes": "n2g: patterns of tokens, found by ksparse",
     }
 
 

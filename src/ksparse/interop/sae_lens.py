@@ -15,7 +15,10 @@ earlier versions.
 | r_mag[n], b_mag[n] | r_mag[n], b_mag[n] | gated |
 | metadata.prefixes | matryoshka_widths | in training a setting; else in the training details |
 
-Files are written with apply_b_dec_to_input = true, so that every number is kept as it is.
+Files are written with apply_b_dec_to_input = true, so that every number is kept as it is. Only the
+latents of a TopK SAE whose decoder rows all have the same norm are multiplied by that norm, and the
+rows divided by it: then rescale_acts_by_decoder_norm = true, SAELens' default, changes nothing, and
+without it SAELens cannot fold the norms, which its dashboards need.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
+from ksparse.interop.compatibility import copy_with
 from ksparse.interop.foreign import CheckedTensors, Settings
 from ksparse.interop.recognition import refusal
 from ksparse.sae.losses import recorded_prefixes, with_prefixes
@@ -166,6 +170,7 @@ def _take_tensors(weights: CheckedTensors, activation: str) -> dict[str, Tensor]
 
 def write(sae: SAE, folder: Path) -> None:
     """Write cfg.json and sae_weights.safetensors."""
+    sae = _with_unit_rows(sae)
     shape = sae.shape
     tensors = {"W_enc": sae.W_enc.t(), "W_dec": sae.W_dec, "b_dec": sae.b_pre}
     tensors["b_gate" if shape.activation == "gated" else "b_enc"] = sae.b_enc
@@ -197,6 +202,27 @@ def write(sae: SAE, folder: Path) -> None:
             "training_architecture_details": {"matryoshka_widths": [*prefixes, shape.n_latents]},
         }
     jsonio.write_json(folder / CONFIG, config | {"metadata": metadata})
+
+
+def _with_unit_rows(sae: SAE) -> SAE:
+    """Return a TopK SAE with decoder rows of norm 1 and latents in those units, where all rows have
+    the same norm; any other SAE as it is."""
+    norms = sae.W_dec.detach().norm(dim=1)
+    norm = norms.double().mean().item()
+    is_same = bool(((norms - norm).abs() <= 1e-6 * norm).all()) and norm > 0
+    if sae.shape.activation != "topk" or not is_same or foreign.has_unit_rows(sae.W_dec.detach()):
+        return sae
+    unit = copy_with(sae)
+    with torch.no_grad():
+        unit.W_enc.mul_(norm)
+        unit.b_enc.mul_(norm)
+        unit.W_dec.div_(norms[:, None])
+    _log.info(
+        "latents are multiplied by the norm of the decoder's rows, %.6g, so that SAELens can fold "
+        "the norms",
+        norm,
+    )
+    return unit
 
 
 def _check_size(settings: Settings, weights: CheckedTensors) -> None:

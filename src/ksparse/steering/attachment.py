@@ -17,11 +17,11 @@ from ksparse.errors import InputError
 from ksparse.lm import provenance
 from ksparse.lm.hooks import hooked, not_activations
 from ksparse.lm.model import LM
-from ksparse.lm.sites import resolve
 from ksparse.sae import serialization
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.ranges import warn_beyond
 from ksparse.steering.calls import CallTracker, Positions
+from ksparse.steering.hosts import find_site, same_site, torch_module
 
 _log = logging.getLogger("ksparse")
 Change = Callable[[Code], Code]
@@ -84,10 +84,11 @@ def attach(
     Gradients flow through the SAE.
 
     Args:
-        model: A Hugging Face causal LM; for a `ksparse.LM`, its `model`.
+        model: A causal LM of Hugging Face, TransformerLens or nnsight; of a `ksparse.LM`, `model`.
         sae: The autoencoder, on the model's device.
-        site: Where to attach it: an alias such as `resid_post.8`, or a module's name (its output),
-            or NAME:in (its input). Defaults to the site the SAE was trained at.
+        site: Where to attach it: an alias such as `resid_post.8`, a module's name (its output),
+            NAME:in (its input), or the model library's own name (`ksparse.steering.hosts`).
+            Defaults to the site the SAE was trained at.
         change: Computes what is added to the code. By default nothing is, and the SAE only reads.
         error: "keep" gives x + what the change decodes to; "drop" replaces x by the reconstruction
             of the changed code.
@@ -111,8 +112,10 @@ def attach(
         >>> tap.code.values.shape[-1], tap.recon.shape == tap.x.shape
         (4, True)
     """
-    _check_arguments(model, error)
-    place = resolve(model, site or _trained_site(sae))
+    if error not in ("keep", "drop"):
+        raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
+    model = torch_module(model)
+    place = find_site(model, site or _trained_site(sae))
     if site:
         _warn_of_other_site(model, sae, site)
     site = site or _trained_site(sae)
@@ -125,16 +128,6 @@ def attach(
             f"site {site!r} was not reached in {calls.calls} calls of the model, so nothing was "
             "read or changed there; choose another site, or, if the model was compiled with "
             "torch.compile, call the original model"
-        )
-
-
-def _check_arguments(model: nn.Module, error: str) -> None:
-    if error not in ("keep", "drop"):
-        raise InputError(f"error is {error!r}; it must be 'keep' or 'drop'")
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"an SAE is attached to a torch module, got {type(model).__name__}; of a ksparse.LM, "
-            "give lm.model"
         )
 
 
@@ -166,7 +159,7 @@ def _replacement(
 
 def _warn_of_other_site(model: nn.Module, sae: SAE, site: str) -> None:
     trained = provenance.trained_on(sae.metadata).get("site")
-    if trained and not provenance.same_site(model, site, trained):
+    if trained and not same_site(model, site, trained):
         _log.warning("the autoencoder is attached at %s, but was trained at %s", site, trained)
 
 
