@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +103,33 @@ def test_a_site_before_every_product_is_refused(tiny_lm, text_file):
     )
     with pytest.raises(InputError, match="has no matrix product; give another --site"):
         bench.bench_harvest(setting)
+
+
+class Pretender:
+    """A contestant of bench/harvest.py that answers from a list."""
+
+    def __init__(self, name, square, *seconds):
+        self.name = name
+        self.answers = [{"ready": square}, *({"wall": s, "processor": s} for s in seconds)]
+
+    def answer(self):
+        return self.answers.pop(0)
+
+    ask = answer
+
+
+@pytest.fixture
+def measure():
+    script = Path(__file__).resolve().parents[1] / "bench" / "harvest.py"
+    return runpy.run_path(str(script))["measure"]
+
+
+def test_libraries_are_compared_by_the_median_of_ratios_in_a_round(measure):
+    ours, other = Pretender("ours", 1.0, 1.0, 2.0, 4.0), Pretender("other", 1.0, 2.0, 6.0, 4.0)
+    found = measure([ours, other], 3)
+    assert found["other"]["wall_ratio"] == 2 and found["ours"]["processor_ratio"] == 1
+
+
+def test_a_library_that_reads_other_activations_is_an_error(measure):
+    with pytest.raises(SystemExit, match="other reads other activations"):
+        measure([Pretender("ours", 1.0), Pretender("other", 1.1)], 1)
