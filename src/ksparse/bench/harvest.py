@@ -234,7 +234,7 @@ class _Case:
                 f"the pass of {lm.options.lm} up to {lm.options.site} has no matrix product; give "
                 "another --site"
             )
-        make = {"dtype": lm.model.dtype, "device": lm.device}
+        make: dict[str, Any] = {"dtype": lm.model.dtype, "device": lm.device}
         self.products = [
             (
                 count,

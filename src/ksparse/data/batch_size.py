@@ -46,7 +46,7 @@ def choose_lm_batch(lm: LM, corpus: Corpus) -> int:
     """
     if corpus.acts.lm_batch:
         return corpus.acts.lm_batch
-    sizes = SIZES if lm.device.type == "cpu" else SIZES_ON_DEVICE
+    sizes: tuple[int, ...] = SIZES if lm.device.type == "cpu" else SIZES_ON_DEVICE
     contexts = list(itertools.islice(corpus.contexts(), sizes[-1]))
     best: dict[int, float] = {}
     for _ in range(_ROUNDS):
