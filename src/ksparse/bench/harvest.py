@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from ksparse.data.contexts import Context, Corpus
     from ksparse.lm.model import LM
 
-_WARMUP_ROUNDS = 1
-
 
 @dataclass(frozen=True)
 class HarvestSetting(Config):
@@ -140,28 +138,31 @@ def bench_harvest(
     corpus = Corpus(acts, lm.tokenizer, "train")
     contexts = list(itertools.islice(corpus.contexts(), max(setting.lm_batch)))
     cases = {size: _Case(lm, corpus, contexts[:size]) for size in setting.lm_batch}
-    for number in range(_WARMUP_ROUNDS + setting.rounds):
+    for case in cases.values():
+        case.run()  # the first time is slow
+        case.forget()
+    for number in range(setting.rounds):
         for case in cases.values():
             case.run()
-        if number < _WARMUP_ROUNDS:
-            for case in cases.values():
-                case.forget()
-        else:
-            observe(number + 1 - _WARMUP_ROUNDS, setting.rounds)
+        observe(number + 1, setting.rounds)
     return {
         **asdict(setting),
         "lm_dtype": dtype,
         "device": device,
         "d_model": lm.d_model,
         "threads": torch.get_num_threads(),
-        "processor": processor()
-        if on_cpu
-        else torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else device,
+        "processor": _device_name(device),
         "versions": {name: version(name) for name in ("ksparse", "torch", "transformers")},
         "batches": {str(size): case.row(on_cpu) for size, case in cases.items()},
     }
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return processor() if device == "cpu" else device
 
 
 def harvest(lm: LM, corpus: Corpus, contexts: list[Context]) -> torch.Tensor:
