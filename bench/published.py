@@ -28,7 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         script = Path(__file__).resolve().parent / "peers" / "formats_published.py"
-        subprocess.run([args.python, str(script), folder], check=True, env=os.environ | {"PYTHONPATH": ""})
+        subprocess.run(
+            [args.python, str(script), folder], check=True, env=os.environ | {"PYTHONPATH": ""}
+        )
         os.environ |= {"HF_HUB_CACHE": f"{folder}/hub", "HF_HUB_OFFLINE": "1"}
         failed = compare(Path(folder))
     sys.exit(failed)
@@ -40,16 +42,24 @@ def compare(folder: Path) -> int:
 
     failed = 0
     for number, name in enumerate(json.loads((folder / "names.json").read_text())):
-        expected = {key: torch.from_numpy(value) for key, value in np.load(folder / "expected" / f"{number}.npz").items()}
+        expected = {
+            key: torch.from_numpy(value)
+            for key, value in np.load(folder / "expected" / f"{number}.npz").items()
+        }
         sae = ksparse.load(name)
         latents = sae.encode(expected["x"]).dense(sae.shape.n_latents)
         scale = max(1.0, expected["latents"].abs().max().item())
-        differences = (latents - expected["latents"]).abs().max() / scale, (sae(expected["x"]) - expected["recon"]).abs().max() / scale
+        differences = (
+            (latents - expected["latents"]).abs().max() / scale,
+            (sae(expected["x"]) - expected["recon"]).abs().max() / scale,
+        )
         sets = int(((latents > 0) != (expected["latents"] > 0)).sum())
         good = max(differences) <= BOUND and sets == 0
         failed += not good
         origin = sae.metadata["origin"]
-        print(f"{'ok  ' if good else 'FAIL'} {differences[0]:.1e} {differences[1]:.1e} {sets:3d}  {name:<82} {origin['format']:<19} {origin.get('site')} {origin.get('lm')}")
+        print(
+            f"{'ok  ' if good else 'FAIL'} {differences[0]:.1e} {differences[1]:.1e} {sets:3d}  {name:<82} {origin['format']:<19} {origin.get('site')} {origin.get('lm')}"
+        )
     return failed
 
 

@@ -62,7 +62,7 @@ def test_a_contestant_that_is_no_python_file_is_refused_by_name(tmp_path):
     with pytest.raises(
         InputError, match=r"other\.txt is not a Python file; give one that has make"
     ):
-        bench._from_file(str(tmp_path / "other.txt"))
+        bench.steps._from_file(str(tmp_path / "other.txt"))
 
 
 def test_the_picture_has_a_bar_for_each(found):
@@ -75,7 +75,7 @@ def test_the_picture_has_a_bar_for_each(found):
 def test_our_contestants_train_the_same_model_as_the_dense_step(name):
     """The benchmark must not time a step that skips work."""
     x = bench.activations(Setting(d=16, n=128, k=4, batch=256))
-    cfg = bench._config(Setting(d=16, n=128, k=4, batch=256), x)
+    cfg = bench.steps._config(Setting(d=16, n=128, k=4, batch=256), x)
     step = BUILT_IN[name](cfg)
     before = (step.recon(x) - x).square().mean()
     cfg.lr = 3e-3

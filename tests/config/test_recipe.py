@@ -163,7 +163,7 @@ def test_a_recipe_is_frozen():
         ({"sae": {"n_latents": -1}}, r"sae\.n_latents is -1; it must be at least 1"),
         ({"tokens": 0}, r"tokens is 0; it must be at least 1"),
         ({"batch": 0}, r"batch is 0; it must be at least 1"),
-        ({"acts": {"lm_batch": 0}}, r"acts\.lm_batch is 0; it must be at least 1"),
+        ({"acts": {"lm_batch": -1}}, r"acts\.lm_batch is -1; it must not be negative"),
         ({"acts": {"mix": 0}}, r"acts\.mix is 0; it must be at least 1"),
         ({"run": {"log_every": 0}}, r"run\.log_every is 0; it must be at least 1"),
         ({"run": {"keep": 0}}, r"run\.keep is 0; it must be at least 1"),

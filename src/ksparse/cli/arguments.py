@@ -34,6 +34,7 @@ LOAD_LM = (
     "convert",
     "shard",
     "plan",
+    "bench",
     "sweep",
     "view",
 )

@@ -117,11 +117,16 @@ def _parse_int(flag: str, text: str) -> int:
 
 @verb
 def bench(arguments: list[str]) -> None:
-    """bench [--n --d --k --batch …]
+    """bench [--n --d --k --batch … | --lm NAME --site SITE …]
 
-    Time a training step on this machine, against the encoder product and a dense step.
+    Time a training step on this machine, against the encoder product and a dense step. With --lm,
+    time the reading of that LM's activations, against its matrix products (bench --lm NAME --help).
     """
     from ksparse import bench as benchmark
+
+    if any(word.partition("=")[0] == "--lm" for word in arguments):
+        _bench_harvest(arguments)
+        return
 
     @dataclass(frozen=True)
     class BenchArgs(benchmark.Setting):
@@ -158,6 +163,47 @@ def bench(arguments: list[str]) -> None:
         jsonio.write_json(Path(options.json), result)
     if options.picture:
         atomic.write_text(Path(options.picture), benchmark.picture(result))
+
+
+def _bench_harvest(arguments: list[str]) -> None:
+    """Time the reading of an LM's activations."""
+    from ksparse import bench as benchmark
+
+    @dataclass(frozen=True)
+    class HarvestArgs(benchmark.HarvestSetting):
+        """Options of `ksparse bench --lm`."""
+
+        json: str = ""
+        """File to write the result to, as JSON."""
+
+    options = parse(HarvestArgs, "bench --lm NAME", arguments)
+    names = {option.name for option in dataclasses.fields(benchmark.HarvestSetting)}
+    setting = benchmark.HarvestSetting(
+        **{name: value for name, value in dataclasses.asdict(options).items() if name in names}
+    )
+    with ProgressBar("rounds", setting.rounds) as progress:
+        result = benchmark.bench_harvest(setting, lambda done, total: progress(done, ""))
+    _print_harvest(result)
+    if options.json:
+        jsonio.write_json(Path(options.json), result)
+
+
+def _print_harvest(result: dict[str, Any]) -> None:
+    print(
+        f"{result['lm']} up to {result['site']}, contexts of {result['context']}, "
+        f"{result['lm_dtype']}, {result['threads']} threads, {result['processor']}"
+    )
+    print(
+        f"{'contexts':>8}{'tokens/s':>12}{'best':>12}{'GFLOP/s':>10}{'share':>8}{'of CPU time':>13}"
+    )
+    for size, row in result["batches"].items():
+        speed = row["flops_per_token"] * row["tokens_per_s"] / 1e9
+        used = row["share_processor"]
+        print(
+            f"{size:>8}{row['tokens_per_s']:>12,.0f}{row['best_tokens_per_s']:>12,.0f}"
+            f"{speed:>10,.1f}{row['share']:>8.0%}{'-' if used is None else f'{used:.0%}':>13}"
+        )
+    print("share    of the speed of this machine's matrix products at the same sizes")
 
 
 def _print_benchmark(result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ksparse.config import ActsConfig
 from ksparse.data.base import ActivationBatch, Cursor, StreamCancelled, check_cursor
+from ksparse.data.batch_size import choose_lm_batch
 from ksparse.data.contexts import Context, Corpus, TextCursor
 from ksparse.data.permutation import permutation
 from ksparse.distributed import SINGLE_PROCESS, Mesh
@@ -81,6 +82,8 @@ class LiveStream:
         self.seconds_computing = 0.0
         """Seconds that this took."""
         self.cancel = threading.Event()
+        self._lm_batch = corpus.acts.lm_batch
+        """Contexts in a pass of the LM; 0 until it is measured."""
         self._same_context_fraction: float | None = None
         self._newest: tuple[BufferStart, ShuffleBuffer] | None = None
         # The contexts from a position on, kept open: to reach it again, all before it is read.
@@ -97,6 +100,7 @@ class LiveStream:
         """
         cursor = cursor or {"block": 0, "place": list(TextCursor()), "skip": 0, "batch": 0}
         check_cursor(cursor, "block")
+        self._use_lm_batch(cursor.get("lm_batch", self._lm_batch))
         number, done = cursor["block"], cursor["batch"]
         start = BufferStart(TextCursor(*cursor["place"]), cursor["skip"])
         while True:
@@ -107,9 +111,9 @@ class LiveStream:
             for i in range(done, self.batches_per_buffer):
                 chosen = order[i * self.batch : (i + 1) * self.batch]
                 chosen = chosen[self.mesh.batch_range(self.batch)]
-                after = _cursor(number, start, i + 1)
+                after = self._cursor(number, start, i + 1)
                 if i + 1 == self.batches_per_buffer:
-                    after = _cursor(number + 1, buffer.next, 0)
+                    after = self._cursor(number + 1, buffer.next, 0)
                 yield ActivationBatch(buffer.x[chosen].float(), buffer.documents[chosen], after)
             number, start, done = number + 1, buffer.next, 0
             del buffer  # so that two are never in memory
@@ -144,6 +148,17 @@ class LiveStream:
         same_batch = (batch_of[1:] == batch_of[:-1]) & neighbours
         return same_batch.sum().item() / max(1, neighbours.sum().item())
 
+    def _use_lm_batch(self, contexts: int) -> None:
+        """Give the LM as many contexts in a pass as when the cursor was made."""
+        with self._lock:
+            if contexts != self._lm_batch:
+                self._lm_batch, self._newest = contexts, None
+
+    def _cursor(self, number: int, start: BufferStart, batch: int) -> Cursor:
+        """Return the cursor after some batches of a buffer; its keys are in checkpoints."""
+        cursor = {"block": number, "place": list(start.place), "skip": start.skip, "batch": batch}
+        return cursor if self.corpus.acts.lm_batch else cursor | {"lm_batch": self._lm_batch}
+
     def _buffer(self, start: BufferStart) -> ShuffleBuffer:
         """Return the buffer that begins at `start`; the newest one is kept, since `sample` and
         `batches` often need the same one."""
@@ -154,8 +169,12 @@ class LiveStream:
             return self._newest[1]
 
     def _compute(self, start: BufferStart) -> ShuffleBuffer:
-        rows, began = self.batch * self.batches_per_buffer, time.monotonic()
+        rows = self.batch * self.batches_per_buffer
         report(self.what, 0, rows)
+        if not self._lm_batch:  # all processes take the same
+            chosen = choose_lm_batch(self.lm, self.corpus)
+            self._lm_batch = self.mesh.all_reduce_max_ints("lm_batch", [chosen])[0]
+        began = time.monotonic()
         groups, following = self._gather(start, rows)
         dtype = getattr(torch, self.corpus.acts.store)
         x = torch.empty(rows, self.d_model, dtype=dtype, device=self.lm.device)
@@ -194,7 +213,7 @@ class LiveStream:
         count, empty, following = -start.skip, 0, start
         while count < rows:
             group: list[Context] = []
-            while len(group) < self.corpus.acts.lm_batch and count < rows:
+            while len(group) < self._lm_batch and count < rows:
                 context = next(source)
                 kept = int(self.corpus.batch([context]).keep.sum())
                 empty = 0 if kept else empty + 1
@@ -243,11 +262,6 @@ class LiveStream:
                 f"infinite, the first in document {name!r}; leave that document out, or try "
                 "--acts.lm-dtype float32"
             )
-
-
-def _cursor(number: int, start: BufferStart, batch: int) -> Cursor:
-    """Return the cursor after `batch` batches of buffer `number`; its keys are in checkpoints."""
-    return {"block": number, "place": list(start.place), "skip": start.skip, "batch": batch}
 
 
 def memory_bytes(acts: ActsConfig, batch: int, d_model: int) -> int:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ksparse.config import ActsConfig
+from ksparse.data.batch_size import choose_lm_batch
 from ksparse.data.contexts import Corpus, TextCursor
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.lm.model import LM
@@ -127,6 +128,8 @@ def write_sites(
     shard_rows = shard_rows or max(1, _SHARD_BYTES // (4 * sum(widths.values())))
     with atomic.translate_oserrors(Path(parent)):
         manifests = {site: _open_manifest(folders[site], contents[site], corpus) for site in sites}
+        complete = all(manifest["complete"] for manifest in manifests.values())
+        lm_batch = 0 if complete else choose_lm_batch(lm, corpus)
         while not all(manifest["complete"] for manifest in manifests.values()):
             last = min(manifests.values(), key=lambda manifest: len(manifest["shards"]))
             number, done = len(last["shards"]), sum(shard["rows"] for shard in last["shards"])
@@ -138,6 +141,7 @@ def write_sites(
                 last,
                 min(shard_rows, rows - done),
                 getattr(torch, dtype),
+                lm_batch,
                 functools.partial(_add_to, progress, done, rows),
             )
             position = {"place": list(place), "contexts": contexts}
@@ -172,6 +176,7 @@ def _compute_shard(
     manifest: dict[str, Any],
     rows: int,
     dtype: torch.dtype,
+    lm_batch: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], TextCursor, int]:
     """Compute whole contexts until there are at least `rows` activations; `progress` is called with
@@ -185,7 +190,7 @@ def _compute_shard(
     count, number, group, place = 0, manifest["contexts"], [], TextCursor(*manifest["place"])
     for context in corpus.contexts(place):
         group.append(context)
-        if len(group) < corpus.acts.lm_batch and count + len(group) * corpus.acts.context < rows:
+        if len(group) < lm_batch and count + len(group) * corpus.acts.context < rows:
             continue
         contexts = corpus.batch(group)
         keep = contexts.keep

@@ -264,6 +264,7 @@ class HeldOut(_Memo):
 
     def __init__(self, lm: LM, acts: ActsConfig, options: EvalConfig):
         super().__init__()
+        acts = dataclasses.replace(acts, lm_batch=acts.lm_batch or ActsConfig.lm_batch)
         self.lm, self.acts, self.options = lm, acts, options
         self.corpus = Corpus(acts, lm.tokenizer, options.split, per_document=options.per_document)
 

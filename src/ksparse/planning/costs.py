@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from ksparse.config import Config, MeshConfig, Recipe, auxk_tokens, k_aux
+from ksparse.config import ActsConfig, Config, MeshConfig, Recipe, auxk_tokens, k_aux
 from ksparse.errors import InputError
 from ksparse.limits import COMPARED, PRE_ACTS, SAMPLE, values_per_shard
 from ksparse.planning import flops, hardware
@@ -279,7 +279,11 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "first activations": 4 * SAMPLE * d,
         "held-out activations": 4 * recipe.curve.held_out * d,
         "LM": case.subject.parameters * bytes_of(acts.lm_dtype) if case.live else 0,
-        "LM at work": CONTEXTS * acts.lm_batch * acts.context * d * bytes_of(acts.lm_dtype)
+        "LM at work": CONTEXTS
+        * (acts.lm_batch or ActsConfig.lm_batch)
+        * acts.context
+        * d
+        * bytes_of(acts.lm_dtype)
         if case.live
         else 0,
         "libraries": LIBRARIES if host else CONTEXT,

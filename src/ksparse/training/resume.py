@@ -77,9 +77,11 @@ log = logging.getLogger("ksparse")
 
 CURSORS: tuple[dict[str, jsonio.Types], ...] = (
     {"block": int, "place": list, "skip": int, "batch": int},
+    {"block": int, "place": list, "skip": int, "batch": int, "lm_batch": int},
     {"step": int},
 )
-"""The keys of a cursor of live activations, and of one of shards."""
+"""The keys of a cursor of live activations, also with a measured `acts.lm_batch`, and of one of
+shards."""
 
 
 def check_same(run: RunFolder, recipe: Recipe) -> None:
@@ -234,7 +236,7 @@ def _check_numbers(file: Path, table: dict[str, Any]) -> None:
             )
         numbers |= {f"{name}.{i}": value for i, value in enumerate(values)}
     for name, value in numbers.items():
-        least = int(name == "threads" or name.startswith("mesh."))
+        least = int(name in ("threads", "cursor.lm_batch") or name.startswith("mesh."))
         if isinstance(value, (int, float)) and not least <= value < 2**63:
             raise CorruptError(
                 f"{file}: {name!r} is {value}, expected a number from {least} to 2^63"

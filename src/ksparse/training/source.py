@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ksparse.config import Recipe
+from ksparse.config import ActsConfig, Recipe
 from ksparse.data.base import ActivationBatch, ActivationStream, Cursor
 from ksparse.data.contexts import Corpus
 from ksparse.data.live import COMPUTING, LiveStream
@@ -153,7 +153,9 @@ class ActivationSource:
         """Raw activations [`curve.held_out`, d_model] of the held-out documents. Read it before the
         stream, which may run the LM in a thread."""
         rows, recipe = self.recipe.curve.held_out, self.recipe
-        acts = dataclasses.replace(recipe.acts, mix=rows)
+        # The same passes in a resumed run, which reads these before its cursor is known.
+        lm_batch = recipe.acts.lm_batch or ActsConfig.lm_batch
+        acts = dataclasses.replace(recipe.acts, mix=rows, lm_batch=lm_batch)
         lm = (
             self.source.lm
             if isinstance(self.source, LiveStream)

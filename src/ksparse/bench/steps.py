@@ -112,7 +112,7 @@ def bench(
     return {
         **asdict(setting),
         "threads": facts["product"]["threads"],
-        "processor": _processor(),
+        "processor": processor(),
         "versions": {name: version(name) for name in ("ksparse", "torch")},
         "contestants": table,
         "left_out": {name: reason for name, reason in ready.items() if reason is not None},
@@ -430,7 +430,8 @@ def _resident(field: str) -> int:
     return int(size[1]) if size else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     try:
         names = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         return names[1] if names else platform.machine()
