@@ -308,7 +308,7 @@ def test_the_same_weights_at_another_k():
 def test_an_unknown_study_is_named_with_what_there_is():
     with pytest.raises(InputError, match="there is no study 'baseline'; did you mean 'baselines'"):
         studies.run("baseline")
-    with pytest.raises(InputError, match="there are baselines, sites, gaussian, recipe"):
+    with pytest.raises(InputError, match="there are baselines, sites, gaussian, paper, recipe"):
         studies.check_name("zzz")
     studies.check_name("latents", ["latents"])
 

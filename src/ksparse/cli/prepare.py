@@ -181,8 +181,8 @@ def _bench_harvest(arguments: list[str]) -> None:
     setting = benchmark.HarvestSetting(
         **{name: value for name, value in dataclasses.asdict(options).items() if name in names}
     )
-    with ProgressBar("rounds", setting.rounds) as progress:
-        result = benchmark.bench_harvest(setting, lambda done, total: progress(done, ""))
+    with ProgressBar("rounds"):
+        result = benchmark.bench_harvest(setting, lambda done, total: report("rounds", done, total))
     _print_harvest(result)
     if options.json:
         jsonio.write_json(Path(options.json), result)

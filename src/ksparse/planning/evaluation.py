@@ -97,7 +97,7 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
     """
     subject, acts = case.subject, case.acts
     d, vocabulary = subject.d_model, subject.vocabulary
-    tokens = (case.options.lm_batch or acts.lm_batch) * acts.context
+    tokens = (case.options.lm_batch or acts.lm_batch or ActsConfig.lm_batch) * acts.context
     weights = case.saes * (2 * case.n_latents * d + case.n_latents + d)
     sizes = {
         "libraries": LIBRARIES if host else CONTEXT,
@@ -123,7 +123,7 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
     tokens, saes = options.tokens, case.saes
     whole_passes = "downstream" in names
     if whole_passes:
-        batch = case.acts.lm_batch * case.acts.context
+        batch = (case.acts.lm_batch or ActsConfig.lm_batch) * case.acts.context
         sample = min(tokens, MEAN_BATCHES * batch)
         result["pass 1: reading the mean activation"] = Expected(case.to_site * sample)
     if set(names) - {"probes"}:

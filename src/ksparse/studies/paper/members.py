@@ -12,6 +12,7 @@ import functools
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +38,11 @@ GAUSSIAN_ROWS = 8_192
 MULTI = 1 / 8
 """Weight of Multi-TopK's loss at 4k (section 5.3)."""
 UNTIED, NO_AUXK = {"init": "independent"}, {"auxk_coef": 0.0}
-DEAD = {"no AuxK": NO_AUXK, "untied": UNTIED, "no AuxK, untied": NO_AUXK | UNTIED}
+DEAD: dict[str, dict[str, Any]] = {
+    "no AuxK": NO_AUXK,
+    "untied": UNTIED,
+    "no AuxK, untied": NO_AUXK | UNTIED,
+}
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,6 @@ def train_gaussian(study: Study, sizes: Sizes) -> None:
     study.train(members, what="training on Gaussian data", open_source=open_gaussian)
 
 
-def _recipe(study: Study, n: int, k: int, seed: int = 0, **changes: object) -> Recipe:
+def _recipe(study: Study, n: int, k: int, seed: int = 0, **changes: Any) -> Recipe:
     changes.setdefault("activation", TopKConfig())
     return study.recipe(tokens=study.base.tokens, n=n, k=k, seed=seed, **changes)
