@@ -103,6 +103,12 @@ def test_weights_are_chosen_around_k_and_clear_of_it(l0, nearest):
     assert members.nearest_weights(l0, 32) == nearest
 
 
+def test_the_search_for_weights_ends_where_the_middle_is_too_near_to_k():
+    l0 = {0.32: 120.0, 0.64: 16.9, 0.45: 31.9}
+    assert members.nearest_weights(l0, 32) == [0.64, 0.32]
+    assert members.next_weight(l0, 32) is None
+
+
 def test_a_difference_over_seeds_has_the_standard_error_of_a_mean():
     assert claims._mean([1.0, 2.0, 3.0]) == {"value": 2.0, "se": pytest.approx(1 / 3**0.5)}
     assert claims._mean([1.0]) == {"value": 1.0, "se": None}

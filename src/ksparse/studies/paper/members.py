@@ -31,7 +31,7 @@ L1 = 0.02
 """The first penalty weight tried for ReLU; the second is L1_STEP times it (see `next_weight`)."""
 L1_STEP = 2.0
 MOST_PENALTIES = 8
-CLEAR, CLOSE = 1.1, 2.5
+CLEAR, CLOSE = 1.05, 2.5
 """How far L0 of the weights around k must be from k, and how far they may be from one another."""
 GAUSSIAN_ROWS = 8_192
 """Held-out Gaussian rows."""
@@ -207,8 +207,8 @@ def next_weight(l0: dict[float, float], k: int) -> float | None:
     nearest = nearest_weights(l0, k)
     if len(nearest) == 2:
         sparse, dense = nearest
-        close = l0[dense] <= CLOSE * l0[sparse]
-        return None if close else _rounded(math.sqrt(sparse * dense))
+        middle = _rounded(math.sqrt(sparse * dense))
+        return None if l0[dense] <= CLOSE * l0[sparse] or middle in l0 else middle
     up = min(l0.values()) > k / CLEAR
     ends = sorted(l0, reverse=not up)[-2:]
     (w0, y0), (w1, y1) = ((math.log(w), math.log(max(l0[w], 1e-3))) for w in ends)
