@@ -193,7 +193,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "kimi_linear": {"layer_types": _HYBRID},
+    "kimi_linear": {"layer_types": _HYBRID, "linear_num_heads": 2, "linear_head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "longcat_flash": _MLA
@@ -411,7 +411,7 @@ def parts(block: nn.Module, kind: str) -> list[nn.Module]:
         own = kind_of(name, child)
         if own == kind or (own == "mixer" and kind_of("", child) == kind):
             found.append(child)
-        elif own is None or (own == "" and "_" in name):  # a norm around attention (DBRX)
+        elif own is None or (own == "" and "attn" in name):  # a norm around attention (DBRX)
             found += parts(child, kind)
     return found
 
@@ -484,7 +484,16 @@ def check_stream(model: Any, number: int, given: set[str]) -> None:
             return
         except (Wrong, RuntimeError, TypeError) as error:
             errors.append(error)
-    raise Wrong(str(errors[0]))
+    # More than a norm may follow (Inkling): then what the last block itself gives.
+    outputs: list[Any] = []
+    keep = lambda module, args, output: outputs.append(output)
+    handle = blocks_of(model)[-1].register_forward_hook(keep)
+    run(model)
+    handle.remove()
+    given = outputs[0] if isinstance(outputs[0], Tensor) else outputs[0][0]
+    if not any("final" in name for name, _ in model.base_model.named_children()):
+        raise Wrong(str(errors[0]))
+    same(post, given, "resid_post is not what the last block gives")
 
 
 def check_parts(model: Any, block: nn.Module, number: int, given: set[str]) -> None:
@@ -651,3 +660,88 @@ def check_generation(lm: LM) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:160]
+
+
+# ---- the table
+
+
+def cell(row: Row, alias: str) -> str:
+    """Return what the table says of an alias."""
+    found = row.verdicts[alias]
+    right = [number for number, why in found.items() if not why]
+    if len(right) == len(found):
+        return "right"
+    whys = list(dict.fromkeys(why for why in found.values() if why))
+    refused = "refused: " + "; ".join(whys)
+    return f"right in {len(right)} of {len(found)} blocks, else {refused}" if right else refused
+
+
+def line(row: Row) -> str:
+    """Return the row of the table of a model type."""
+    start = f"| {row.kind} | {row.name} |"
+    if row.problem:
+        return f"{start} {_plain(row.problem)} | | | | | |"
+    cells = " | ".join(_plain(cell(row, alias)) for alias in ALIASES)
+    passes = ", ".join(f"{name} {what}" for name, what in row.passes.items())
+    return f"{start} {cells} | {_plain(passes)} |"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text.replace("|", "/").replace("<", "").replace(">", ""))[:400]
+
+
+def page(rows: list[Row]) -> str:
+    """Return docs/architectures.md."""
+    built = [row for row in rows if row.is_built]
+    read = [row for row in built if not row.problem]
+    classes = len({row.name for row in rows})
+    counts = {
+        alias: sum(any(not why for why in row.verdicts[alias].values()) for row in read)
+        for alias in ALIASES
+    }
+    numbers = ", ".join(f"{alias} {count}" for alias, count in counts.items())
+    lines = "\n".join(line(row) for row in rows)
+    return PAGE.format(
+        version=transformers.__version__,
+        kinds=len(rows),
+        classes=classes,
+        built=len(built),
+        read=len(read),
+        refused=len(built) - len(read),
+        unbuilt=len(rows) - len(built),
+        numbers=numbers,
+        aliases=" | ".join(ALIASES),
+        lines=lines,
+    )
+
+
+PAGE = """# Architectures
+
+Which aliases of sites are right on which architecture. Made and checked by
+`tests/lm/test_architectures.py` with tiny random models of every causal LM class that
+transformers {version} has: {kinds} model types, {classes} classes. {built} could be built; {read} of
+these are read, {refused} are refused as a whole, none is silently wrong. {unbuilt} could not be built
+where the test ran. Aliases that are right in at least one block: {numbers}.
+
+"Right" is judged by definitions, not by the check that ksparse itself makes when it loads an LM:
+
+- `resid_pre` and `resid_post` are transformers' `hidden_states`, the last one before its final norm;
+- `attn_out` and `mlp_out` are zero when the weights of attention or MLP are, and setting them to zero
+  gives what the block gives without these weights;
+- the parts sum up to what the block adds;
+- what is written at `resid_mid` arrives at the block's end and in its MLP.
+
+The last column says how passes with changed activations are computed. `patched exact`: `run_patched`
+equals a whole pass under a hook. `branch cached`: `branch_from` continues from keys and values;
+`whole contexts`: it runs them again, with a warning. `steering exact`: generation under `steer`, with
+what the LM remembers of earlier tokens, equals a whole pass for each token.
+
+A refused alias is an error that says why and lists what can be had; modules can always be named.
+An LM stored on your disk is checked again when it is loaded: weights may make a difference.
+
+To make this page again: `KSPARSE_WRITE_TABLE=1 python -m pytest -m slow tests/lm/test_architectures.py`.
+
+| model type | class | {aliases} | changed passes |
+|---|---|---|---|---|---|---|---|
+{lines}
+"""

@@ -166,7 +166,18 @@ class LM:
     @property
     def context(self) -> int | None:
         """The longest context the LM takes; None if its config does not say."""
-        return longest_context(self.model.config)
+        longest = longest_context(self.model.config)
+        if longest is None:
+            return None
+        # Positions begin behind that of padding where the table has one (RoBERTa).
+        tables = (
+            module.num_embeddings - module.padding_idx - 1
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and "position" in name
+        )
+        return min(longest, *tables, longest)
 
     # ---- texts
 

@@ -224,13 +224,12 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _role(name: str, part: nn.Module | None = None) -> str:
-    """Return the role of a part by its name; of one that is just a mixer, by its class too."""
+    """Return the role of a part by its name; of one that is called just mixer, by its class too."""
     role = next((role for role, pattern in _ROLES.items() if re.search(pattern, name)), "")
-    if role not in ("", "mixer") or part is None:
+    if name != "mixer" or part is None:
         return role
     kind = type(part).__name__.lower()
-    found = next((role for role in ("mlp", "attention") if re.search(_ROLES[role], kind)), "")
-    return found if role == "mixer" and found else role
+    return next((role for role in ("attention", "mlp") if re.search(_ROLES[role], kind)), role)
 
 
 # ---- confirming an alias on a model
