@@ -409,7 +409,7 @@ def parts(block: nn.Module, kind: str) -> list[nn.Module]:
     found = []
     for name, child in block.named_children():
         own = kind_of(name, child)
-        if own == kind or (own == "mixer" and kind_of("", child) == kind):
+        if own == kind or (name == "mixer" and kind_of("", child) == kind):
             found.append(child)
         elif own is None or (own == "" and "attn" in name):  # a norm around attention (DBRX)
             found += parts(child, kind)

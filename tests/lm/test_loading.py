@@ -197,7 +197,8 @@ def test_an_lm_spread_over_devices_gives_the_same(tiny_lm):
 def test_an_lm_is_quantized_on_request_and_read_again_as_it_was_saved(
     tiny_lm, tmp_path, caplog, bits, limit
 ):
-    folder = tiny_lm("llama")
+    wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "num_key_value_heads": 2}
+    folder = tiny_lm("llama", **wide)
     with caplog.at_level("INFO"):
         lm = LM(acts=ActsConfig(lm=str(folder), site="resid_post.1", lm_quantize=bits))
     assert "runs quantized" in caplog.text
