@@ -691,6 +691,7 @@ def line(row: Row) -> str:
 
 
 def _plain(text: str) -> str:
+    text = re.sub(r" \(relative difference [^)]*\)", "", text)  # it depends on the machine
     return re.sub(r"\s+", " ", text.replace("|", "/").replace("<", "").replace(">", ""))[:400]
 
 
