@@ -39,6 +39,8 @@ KEYS = {
     "acts.mix",
     "acts.lm_batch",
     "acts.lm_dtype",
+    "acts.lm_device_map",
+    "acts.lm_quantize",
     "acts.store",
     "acts.shards",
     "sae.n_latents",

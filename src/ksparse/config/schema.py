@@ -45,8 +45,9 @@ class ActsConfig(Config):
     SECTION = "acts."
 
     lm: str = "pylm/1.9m"
-    """Causal language model: a name on the Hugging Face Hub, a local folder, or the built-in pylm
-    in one of its sizes, pylm/0.3m, pylm/1.9m (also called pylm) or pylm/7.6m."""
+    """Causal language model: a name on the Hugging Face Hub, a local folder, a GGUF file (read with
+    the extra gguf), or the built-in pylm in one of its sizes, pylm/0.3m, pylm/1.9m (also called
+    pylm) or pylm/7.6m."""
     revision: str = "main"
     """Revision of a model on the Hub."""
     tokenizer: str = ""
@@ -87,8 +88,15 @@ class ActsConfig(Config):
     """Contexts per forward pass of the LM. 0: the fastest, measured at the start of a run and kept
     in its checkpoints; evaluations then take 64. Results differ by rounding only, but two runs of
     such a recipe may not have the same bits."""
-    lm_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type in which the LM runs."""
+    lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type in which the LM runs. auto: float32 on a CPU, on a GPU the one it is stored in. A
+    run's recipe keeps the one that was taken."""
+    lm_device_map: Literal["one", "auto", "balanced", "sequential"] = "one"
+    """How an LM larger than one device is spread (with the extra large). one: not at all. Others:
+    over all GPUs, then main memory, as accelerate does."""
+    lm_quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Quantize the LM's weights as they are loaded (with the extra large, by bitsandbytes). Its
+    activations are then not those of the LM as it is stored."""
     store: Literal["float32", "bfloat16"] = "float32"
     """Data type of the shuffle buffer. bfloat16 halves its memory; for an LM that runs in bfloat16
     nothing is lost."""
@@ -525,6 +533,11 @@ class Recipe(Config):
         for key in ("prefixes", "prefix_draws", "prefix_loss"):
             if getattr(self.sae, key) == getattr(SAEConfig, key):
                 del table["sae"][key]
+        for key in ("lm_device_map", "lm_quantize"):
+            if getattr(self.acts, key) == getattr(ActsConfig, key):
+                del table["acts"][key]
+        if self.acts.lm_dtype == "auto":  # what it was before there was a choice by device
+            table["acts"]["lm_dtype"] = "float32"
         return table | {"order": self.data_seed}
 
 

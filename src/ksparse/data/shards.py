@@ -52,6 +52,8 @@ def facts(acts: ActsConfig, corpus: Corpus, dtype: str) -> dict[str, Any]:
         key: value
         for key, value in dataclasses.asdict(acts).items()
         if key not in ("normalize", "mix", "shards", "lm_batch", "store")
+        # Later keys are left out at their defaults, so that older folders keep their names.
+        and not (key in ("lm_device_map", "lm_quantize") and value == getattr(ActsConfig, key))
     }
     return {"format": FORMAT, "acts": options, "policy": corpus.policy(), "dtype": dtype}
 
@@ -120,7 +122,9 @@ def write_sites(
         for site, x in lm.acts_at(sites, probe, torch.ones_like(probe, dtype=torch.bool)).items()
     }
     contents = {
-        site: facts(dataclasses.replace(corpus.acts, site=site), corpus, dtype)
+        site: facts(
+            dataclasses.replace(corpus.acts, site=site, lm_dtype=lm.options.lm_dtype), corpus, dtype
+        )
         | {"rows": rows, "d_model": widths[site]}
         for site in sites
     }
@@ -373,6 +377,8 @@ class Shards:
     def check_fits(self, acts: ActsConfig) -> None:
         """Raise InputError unless the shards hold the activations of a recipe."""
         recipe = dataclasses.asdict(acts)
+        if acts.lm_dtype == "auto":
+            recipe["lm_dtype"] = self.manifest["acts"].get("lm_dtype")
         problems = [
             f"acts.{key}: the shards have {value!r}, the recipe {recipe.get(key)!r}"
             for key, value in self.manifest["acts"].items()

@@ -196,6 +196,7 @@ def _put(old: Tensor, position: int, x: Tensor) -> Tensor:
 
 def _select(output: Any, rows: Tensor) -> Any:
     """Return some rows of a block's output."""
-    if isinstance(output, tuple):
-        return tuple(_select(part, rows) for part in output)
+    if isinstance(output, (tuple, list)):
+        make = getattr(output, "_make", tuple)  # of a named tuple
+        return make(_select(part, rows) for part in output)
     return output[rows] if isinstance(output, Tensor) else output

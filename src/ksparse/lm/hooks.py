@@ -44,6 +44,8 @@ class Site(NamedTuple):
     others: tuple[tuple[ModuleEnd, float], ...] = ()
     reader: nn.Module | None = None
     """The first module that reads x, where x is a sum that no module returns."""
+    shaped_like: ModuleEnd | None = None
+    """An end with the shape of x, where the other ends give [contexts * tokens, width]."""
 
     @property
     def place(self) -> ModuleEnd:
@@ -64,12 +66,22 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
     Where `change` returns None, x stays as it is.
     """
     other_values: dict[int, Tensor] = {}
+    shaped = len(site.others)
 
     def replace(tensor: Any) -> Any:
+        if site.shaped_like is None:
+            return replace_shaped(tensor)
+        new = replace_shaped(tensor.view_as(other_values[shaped]))
+        return None if new is None else new.view_as(tensor)
+
+    def replace_shaped(tensor: Any) -> Any:
         if not site.others and site.scale == 1:
             return change(tensor)
         remainder = sum(
-            (factor * other_values[number] for number, (_, factor) in enumerate(site.others)),
+            (
+                factor * other_values[number].view_as(tensor)
+                for number, (_, factor) in enumerate(site.others)
+            ),
             start=torch.zeros_like(tensor),
         )
         x = site.scale * tensor + remainder
@@ -81,7 +93,9 @@ def hooked(site: Site, change: Change) -> Iterator[None]:
         return result.detach() + (solved - solved.detach()) if solved.requires_grad else result
 
     with ExitStack() as hooks:
-        for number, (end, _) in enumerate(site.others):
+        ends = [end for end, _ in site.others]
+        ends += [] if site.shaped_like is None else [site.shaped_like]
+        for number, end in enumerate(ends):
             hooks.enter_context(observed(end, functools.partial(store_copy, other_values, number)))
         hooks.enter_context(_changed(ModuleEnd(site.module, site.at), replace))
         yield
@@ -118,9 +132,7 @@ def _changed(end: ModuleEnd, change: Callable[[Any], Any]) -> Iterator[None]:
         if probing() and not registered_by_probe:
             return None
         new = change(hidden_states(output))
-        if new is None or not isinstance(output, tuple):
-            return new
-        return (new, *output[1:])
+        return None if new is None else _with_hidden_states(output, new)
 
     def on_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
         if probing() and not registered_by_probe:
@@ -163,14 +175,24 @@ def skipped(block: nn.Module, output: Any) -> AbstractContextManager[None]:
 
 def copy_output(output: Any) -> Any:
     """Return a block's output with a copy of its hidden states: later blocks may add in place."""
-    if isinstance(output, tuple):
-        return (copy_output(output[0]), *output[1:])
+    if isinstance(output, (tuple, list)) and output:
+        return _with_hidden_states(output, copy_output(output[0]))
     return output.clone() if isinstance(output, Tensor) else output
 
 
 def hidden_states(output: Any) -> Any:
-    """Return the hidden states of a module's output: the output, or the first item of a tuple."""
-    return output[0] if isinstance(output, tuple) and output else output
+    """Return the hidden states of a module's output: the output, or the first item of several."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _with_hidden_states(output: Any, new: Any) -> Any:
+    """Return a module's output with other hidden states."""
+    if isinstance(output, list):
+        return [new, *output[1:]]
+    if not isinstance(output, tuple):
+        return new
+    items = (new, *output[1:])
+    return output._make(items) if hasattr(output, "_make") else items
 
 
 def hidden_states_key(args: Any, kwargs: Mapping[str, Any]) -> str:

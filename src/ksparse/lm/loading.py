@@ -7,16 +7,21 @@ an error here, with the tensors' names.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ksparse import pylm
+from ksparse.config import ActsConfig
 from ksparse.errors import InputError
 from ksparse.storage import atomic
 
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 
 MAX_LAYERS = 10_000
 MAX_PARAMETERS_PER_BYTE = 16  # more than any quantization packs
+_REAL = ("F64", "F32", "F16", "BF16")
+"""GGUF's types of tensors that are not quantized."""
 _log = getLogger("ksparse")
 
 
@@ -54,12 +61,14 @@ def find_model(name: str) -> str:
         except ValueError as error:
             raise InputError(str(error)) from None
     path = Path(name)
+    if is_gguf(name):
+        return name
     if not atomic.exists(path) and (
         path.is_absolute() or name.startswith(".") or name.count("/") > 1
     ):
         raise InputError(
-            f"model folder {name} does not exist; give a folder with config.json, a Hub name such "
-            "as gpt2, or pylm"
+            f"model folder {name} does not exist; give a folder with config.json, a GGUF file, a "
+            "Hub name such as gpt2, or pylm"
         )
     if (path / "adapter_config.json").is_file():
         raise InputError(
@@ -68,16 +77,59 @@ def find_model(name: str) -> str:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"model folder {name} has no config.json; it is not a Hugging Face model")
+    _check_weight_map(path)
     return name
 
 
-def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> CausalLM:
+def is_gguf(name: str) -> bool:
+    """Return whether a name is that of a GGUF file on this machine."""
+    path = Path(name)
+    return path.suffix.lower() == ".gguf" and atomic.exists(path) and path.is_file()
+
+
+def loading_options(acts: ActsConfig, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the keywords with which transformers finds and trusts an LM."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    return (
+        options
+        if atomic.exists(Path(find_model(acts.lm)))
+        else options | {"revision": acts.revision}
+    )
+
+
+def resolve_dtype(acts: ActsConfig, device: str, options: dict[str, Any]) -> ActsConfig:
+    """Return the options with `lm_dtype` decided: float32 on a CPU, on a GPU what the LM is stored
+    in.
+
+    Args:
+        acts: The LM and its options.
+        device: Where the LM will run.
+        options: As in `load_model`.
+
+    Raises:
+        InputError: The LM's config cannot be read.
+    """
+    if acts.lm_dtype != "auto":
+        return acts
+    stored = "float32"
+    if torch.device(device).type != "cpu":
+        config = read_config(find_model(acts.lm), options)
+        stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    taken = stored if stored in ("bfloat16", "float16") else "float32"
+    return dataclasses.replace(acts, lm_dtype=cast(Any, taken))
+
+
+def load_model(source: str, acts: ActsConfig, options: dict[str, Any], device: str) -> CausalLM:
     """Load a causal LM, with every tensor of the model read from its files.
 
     Args:
-        source: A folder or a Hub name.
-        dtype: The precision to run the model in.
+        source: A folder, a GGUF file or a Hub name.
+        acts: Its precision, how it is spread over devices, and whether it is quantized.
         options: Keywords for `from_pretrained`: `trust_remote_code`, and `revision` for a Hub name.
+        device: Where it runs.
+
+    Returns:
+        The model in evaluation mode, without gradients.
 
     Raises:
         InputError: The model cannot be loaded, or its files lack tensors of the model or hold
@@ -86,19 +138,22 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    dtype = getattr(torch, acts.lm_dtype)
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # _check_weights reports tensors that do not fit, in one line
     try:
         config = read_config(source, options)
         _check_size(config, source, dtype, options)
+        placement = _placement(acts, config, device)
         loaded: tuple[CausalLM, dict[str, Any]]  # the library's annotation knows the model alone
         loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            source,
             config=config,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **_named(source),
+            **placement,
             **options,
         )
     except (torch.OutOfMemoryError, MemoryError, InputError):
@@ -114,7 +169,104 @@ def load_model(source: str, dtype: torch.dtype, options: dict[str, Any]) -> Caus
     _check_weights(model, source, report)
     if not getattr(config, "quantization_config", None):
         _check_dtypes(model, source)
-    return model
+    _tell_quantization(model, source, acts)
+    if not placement:
+        model = model.to(device)  # type: ignore[assignment]
+    return model.eval().requires_grad_(False)
+
+
+def _named(source: str) -> dict[str, str]:
+    """Return the keywords under which `from_pretrained` finds a source."""
+    name = "pretrained_model_name_or_path"
+    if not is_gguf(source):
+        return {name: source}
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(
+            f"model {source!r} is a GGUF file, which needs the package gguf; install it with the "
+            "extra: pip install 'ksparse[gguf]'"
+        )
+    return {name: str(Path(source).parent), "gguf_file": Path(source).name}
+
+
+def _placement(acts: ActsConfig, config: Any, device: str) -> dict[str, Any]:
+    """Return the keywords of `from_pretrained` for devices and quantization; none for an LM that is
+    loaded as it is and moved to one device."""
+    stored = getattr(config, "quantization_config", None)
+    if acts.lm_device_map == "one" and acts.lm_quantize == "none" and not stored:
+        return {}
+    needed = ["accelerate"] + ["bitsandbytes"] * (acts.lm_quantize != "none")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing and not (stored and acts.lm_device_map == "one" and acts.lm_quantize == "none"):
+        raise InputError(
+            f"acts.lm_device_map {acts.lm_device_map} with acts.lm_quantize {acts.lm_quantize} "
+            f"needs the package {' and '.join(missing)}; install the extra: "
+            "pip install 'ksparse[large]'"
+        )
+    if stored and acts.lm_quantize != "none":
+        raise InputError(
+            f"acts.lm_quantize is {acts.lm_quantize}, but {acts.lm} is stored quantized "
+            f"({_method(stored)}); leave it out"
+        )
+    keywords: dict[str, Any] = {}
+    if not missing:
+        one = acts.lm_device_map == "one"
+        keywords["device_map"] = {"": device} if one else acts.lm_device_map
+    if acts.lm_quantize != "none":
+        from transformers import BitsAndBytesConfig
+
+        keywords["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=acts.lm_quantize == "8bit",
+            load_in_4bit=acts.lm_quantize == "4bit",
+            bnb_4bit_compute_dtype=getattr(torch, acts.lm_dtype),
+        )
+    return keywords
+
+
+def _method(quantization: Any) -> str:
+    """Return the name of a quantization from a config."""
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "unknown"))
+    return str(getattr(quantization, "quant_method", "unknown")).rpartition(".")[2].lower()
+
+
+def _tell_quantization(model: CausalLM, source: str, acts: ActsConfig) -> None:
+    """Log what of an LM's weights is quantized, or was and is not any more."""
+    if is_gguf(source):
+        from gguf import GGUFReader
+
+        kinds = Counter(str(tensor.tensor_type.name) for tensor in GGUFReader(source).tensors)
+        quantized = {kind: n for kind, n in sorted(kinds.items()) if kind not in _REAL}
+        if quantized:
+            _log.info(
+                "model %s: dequantized to %s: %s",
+                source,
+                acts.lm_dtype,
+                ", ".join(f"{count} tensors of {kind}" for kind, count in quantized.items()),
+            )
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    settings = quantizer.quantization_config
+    if getattr(settings, "dequantize", False):
+        _log.info("model %s: dequantized from %s to %s", source, _method(settings), model.dtype)
+    else:
+        _log.info("model %s: runs quantized (%s), as it is", source, _method(settings))
+
+
+def _check_weight_map(folder: Path) -> None:
+    """Raise InputError for an index of weights that names files outside its folder."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+        try:
+            names = json.loads(index.read_text()).get("weight_map", {}).values()
+        except (OSError, ValueError, AttributeError):
+            continue  # transformers says what is wrong with it
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(
+                    f"model folder {folder}: {index.name} names the file {name!r}, which is not in "
+                    "the folder itself; such a model is not loaded"
+                )
 
 
 def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
@@ -127,7 +279,9 @@ def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     ):
         raise InputError(f"folder {source} has no tokenizer; name one with --acts.tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(**_named(source), **options)
+    except InputError:
+        raise
     # Anything: from transformers, tokenizers, a missing package, or the model's own code.
     except Exception as error:
         raise InputError(
@@ -146,7 +300,9 @@ def read_config(source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(**_named(source), **options)
+    except InputError:
+        raise
     except Exception as error:  # from transformers, or from the model's own code
         raise InputError(
             f"model {source!r} cannot be loaded as a causal LM: {_reason(error)}"
@@ -201,7 +357,7 @@ def without_weights(
 def _check_size(config: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Raise InputError, before memory is allocated, if a folder's config describes far more
     parameters than its weight files can hold."""
-    if not atomic.exists(Path(source)):
+    if not atomic.exists(Path(source)) or is_gguf(source):
         return
     weights = [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]
     size = sum(file.stat().st_size for file in weights if file.is_file())

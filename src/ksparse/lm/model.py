@@ -20,7 +20,13 @@ from ksparse.lm import agreement
 from ksparse.lm.continuations import Branch, choose_branch
 from ksparse.lm.head import Logits, run_base
 from ksparse.lm.hooks import StopForward, copy_output, hooked, skipped
-from ksparse.lm.loading import find_model, load_model, load_tokenizer
+from ksparse.lm.loading import (
+    find_model,
+    load_model,
+    load_tokenizer,
+    loading_options,
+    resolve_dtype,
+)
 from ksparse.lm.sites import blocks_before, describe_sites, resolve
 from ksparse.lm.tokens import TokenBatch, token_strings, tokenize_text, without_bos
 from ksparse.storage import atomic
@@ -65,7 +71,7 @@ class LM:
     times, with another activation at one position.
 
     Args:
-        name: A Hub name, a folder, or `pylm/SIZE`.
+        name: A Hub name, a folder, a GGUF file, or `pylm/SIZE`.
         site: An alias such as `resid_post.8` (see `ksparse.lm.sites`), or a module's name (its
             output), or NAME:in (its input).
         acts: All options at once; replaces `name` and `site`.
@@ -87,22 +93,20 @@ class LM:
 
     def __init__(
         self,
-        name: str = "pylm/1.9m",
+        name: str | Path = "pylm/1.9m",
         site: str = "resid_post.3",
         *,
         acts: ActsConfig | None = None,
         device: str = "cpu",
         trust_remote_code: bool = False,
     ):
-        self.options = acts or ActsConfig(lm=name, site=site)
+        self.options = acts or ActsConfig(lm=str(name), site=site)
         self.device = torch.device(device)
         source = find_model(self.options.lm)
         self.folder = Path(source) if atomic.exists(Path(source)) else None
-        loading: dict[str, Any] = {"trust_remote_code": trust_remote_code or code_is_trusted()}
-        if self.folder is None:
-            loading["revision"] = self.options.revision
-        model = load_model(source, getattr(torch, self.options.lm_dtype), loading)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        loading = loading_options(self.options, trust_remote_code or code_is_trusted())
+        self.options = resolve_dtype(self.options, device, loading)
+        self.model = load_model(source, self.options, loading, device)
         self.tokenizer = load_tokenizer(self.options.tokenizer or source, loading)
         self.vocab = self.model.get_input_embeddings().weight.shape[0]
         self._check_tokenizer()
@@ -162,7 +166,18 @@ class LM:
     @property
     def context(self) -> int | None:
         """The longest context the LM takes; None if its config does not say."""
-        return longest_context(self.model.config)
+        longest = longest_context(self.model.config)
+        if longest is None:
+            return None
+        # Positions begin behind that of padding where the table has one (RoBERTa).
+        tables = (
+            module.num_embeddings - module.padding_idx - 1
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and "position" in name
+        )
+        return min(longest, *tables, longest)
 
     # ---- texts
 
@@ -236,7 +251,8 @@ class LM:
             with suppress(StopForward):
                 self.forward(tokens, attention)
         return {
-            site: agreement.check_activations(self, site, reads, tokens).float() for site in sites
+            site: agreement.check_activations(self, site, reads, tokens).float().to(self.device)
+            for site in sites
         }
 
     @torch.inference_mode()
@@ -254,7 +270,9 @@ class LM:
                     lambda module, args, output: prefix.append(copy_output(output))
                 )
                 hooks.callback(last.remove)
-            hooks.enter_context(self.hooked(lambda x: reads.append(x.to(torch.float32, copy=True))))
+            hooks.enter_context(
+                self.hooked(lambda x: reads.append(x.to(self.device, torch.float32, copy=True)))
+            )
             predictions = self.predict(tokens, attention, past)
         return CachedRun(predictions, reads[0], tokens, attention, prefix[0] if prefix else None)
 
@@ -280,7 +298,7 @@ class LM:
         with ExitStack() as changes:
             for block in self.skippable if cached.prefix is not None else ():
                 changes.enter_context(skipped(block, cached.prefix))
-            changes.enter_context(self.hooked(lambda x: edit(x.float()).to(x.dtype)))
+            changes.enter_context(self.hooked(lambda x: edit(x.float().to(self.device)).to(x)))
             return self.predict(cached.tokens, cached.attention)
 
     @torch.inference_mode()

@@ -14,6 +14,8 @@ OLMo 2, Granite), or the module may add the stream itself (BLOOM, MPT). So alias
 by module name alone. One pass over a few tokens finds which outputs of the block's parts, times
 which factors, sum to what the block adds. A second pass, with a change at the alias, checks that
 the change arrives where the definition says. An alias that fails is refused with the reason.
+Where a convolution or a state-space model stands in for attention (Mamba, LFM2), there is no
+attn_out, and resid_mid is the stream behind it.
 
 Any other site is a module's name: its output, or with NAME:in its input.
 """
@@ -38,7 +40,6 @@ from ksparse.lm.hooks import (
     ModuleEnd,
     Site,
     hidden_states,
-    hidden_states_key,
     hooked,
     not_activations,
     observed,
@@ -51,14 +52,18 @@ _ALIAS = re.compile(rf"({'|'.join(ALIASES)})\.(-?\d+)")
 _ROLES = {
     "norm": r"norm|(^|_)ln(_|\d|$)",
     "mlp": r"mlp|ffn|feed_?forward|moe|expert|^ff|fc_?2|fc_?out|fc_?down",
-    "attention": r"attn|attention",
+    "attention": r"attn|attention|(^|_)att(_|$)",
     "mixer": r"mixer|mamba|ssm|conv|recurrent|temporal|retention|time_mix",
 }
-"""The role of a block's part, by its name; the first pattern that matches."""
+"""The role of a block's part, by its name; the first pattern that matches. It only proposes: passes
+decide."""
 _MAX_PARTS = 3
 """The largest number of outputs that are tried as a sum."""
 _PROBE_TOKENS = 8
-_confirmed: weakref.WeakKeyDictionary[nn.Module, dict[str, Site]] = weakref.WeakKeyDictionary()
+_confirmed: weakref.WeakKeyDictionary[nn.Module, dict[str, Site | str]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of each model, the sites of its aliases, or why they are refused."""
 
 
 def resolve(model: nn.Module, site: str) -> Site:
@@ -73,14 +78,20 @@ def resolve(model: nn.Module, site: str) -> Site:
         InputError: There is no such site, or the alias cannot be confirmed; the message lists the
             sites.
     """
-    end = outline(model, site)
-    if not _ALIAS.fullmatch(site):
-        return Site(*end)
+    alias = _ALIAS.fullmatch(site)
+    if not alias or not _has_block(model, int(alias[2])):
+        return Site(*outline(model, site))
     known = _confirmed.setdefault(model, {})
     if site not in known:
         with probing_passes():
-            known[site] = _confirm(model, site)
-    return known[site]
+            known |= _confirm(model, alias[1], alias[2])
+    found = known[site]
+    if isinstance(found, Site):
+        return found
+    raise InputError(
+        f"site {site!r} is refused: {found}. Name a module instead: NAME is its output, NAME:in "
+        f"its input; there are\n{describe_sites(model)}"
+    )
 
 
 def outline(model: nn.Module, site: str) -> ModuleEnd:
@@ -92,13 +103,12 @@ def outline(model: nn.Module, site: str) -> ModuleEnd:
         InputError: There is no such site.
     """
     if alias := _ALIAS.fullmatch(site):
-        blocks = blocks_of(model)
-        if -len(blocks) <= int(alias[2]) < len(blocks):
-            block, name = blocks[int(alias[2])], alias[1]
+        if _has_block(model, int(alias[2])):
+            block, name = blocks_of(model)[int(alias[2])], alias[1]
             if name in ("resid_pre", "resid_post"):
                 return ModuleEnd(block, "in" if name == "resid_pre" else "out")
             role = "mlp" if name == "mlp_out" else "attention"
-            parts = [part for child, part in block.named_children() if _role(child) == role]
+            parts = [part for child, part in block.named_children() if _role(child, part) == role]
             if parts:
                 return ModuleEnd(parts[-1], "out")
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
@@ -110,6 +120,11 @@ def outline(model: nn.Module, site: str) -> ModuleEnd:
     if module is None or at not in ("", "in", "out"):
         raise InputError(f"site {site!r} does not exist; there are\n{describe_sites(model)}")
     return ModuleEnd(module, at or "out")
+
+
+def _has_block(model: nn.Module, number: int) -> bool:
+    count = len(blocks_of(model))
+    return -count <= number < count
 
 
 def list_sites(
@@ -135,7 +150,7 @@ def _exists(model: nn.Module, site: str) -> bool:
 def describe_sites(model: nn.Module) -> str:
     """List a model's possible aliases, and its modules' names with I for the block number."""
     blocks = blocks_of(model)
-    roles = {_role(name) for block in blocks for name, _ in block.named_children()}
+    roles = {_role(name, part) for block in blocks for name, part in block.named_children()}
     needs = {"resid_mid": {"attention", "mlp"}, "attn_out": {"attention"}, "mlp_out": {"mlp"}}
     aliases = [
         f"{alias}.0 … {alias}.{len(blocks) - 1}"
@@ -152,18 +167,37 @@ def describe_sites(model: nn.Module) -> str:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the model's blocks: the longest module list with attention or another mixer that is
-    not inside another such list."""
+    """Return the model's blocks: a module list with attention or another mixer that is not inside
+    another such list.
+
+    Of several lists, those of the text decoder count, not those of a tower for images or sound:
+    first those that have as many layers as the text's config says, then the longest.
+    """
+    decoder = _text_decoder(model)
     lists = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
+        module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
-    mixing = [
-        blocks
-        for blocks in lists
-        if any(_role(name) in ("attention", "mixer") for name, _ in blocks[0].named_children())
-    ]
+    mixing = [blocks for blocks in lists if _mixes(blocks[0])]
     inner = {id(module) for blocks in mixing for block in blocks for module in block.modules()}
-    return max((list(blocks) for blocks in mixing if id(blocks) not in inner), key=len, default=[])
+    outer = [list(blocks) for blocks in mixing if id(blocks) not in inner]
+    layers = _text_layers(model)
+    return max(outer, key=lambda blocks: (len(blocks) == layers, len(blocks)), default=[])
+
+
+def _text_decoder(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text, where the model itself says which that is."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _text_layers(model: nn.Module) -> int | None:
+    """Return the number of layers of the text decoder; None if the config does not say."""
+    try:
+        text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    except (AttributeError, TypeError, ValueError):  # no config, or several texts in it
+        return None
+    return getattr(text, "num_hidden_layers", None)
 
 
 def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
@@ -178,8 +212,24 @@ def blocks_before(model: nn.Module, site: Site) -> list[nn.Module]:
     return []
 
 
-def _role(name: str) -> str:
-    return next((role for role, pattern in _ROLES.items() if re.search(pattern, name)), "")
+def _mixes(block: nn.Module) -> bool:
+    """Return whether a block has attention or another mixer, perhaps behind a norm (DBRX)."""
+    parts = [*block.named_children()]
+    parts += [inner for name, part in parts if _role(name) == "norm" for inner in _children(part)]
+    return any(_role(name, part) in ("attention", "mixer") for name, part in parts)
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(module.named_children())
+
+
+def _role(name: str, part: nn.Module | None = None) -> str:
+    """Return the role of a part by its name; of one that is called just mixer, by its class too."""
+    role = next((role for role, pattern in _ROLES.items() if re.search(pattern, name)), "")
+    if name != "mixer" or part is None:
+        return role
+    kind = type(part).__name__.lower()
+    return next((role for role in ("attention", "mlp") if re.search(_ROLES[role], kind)), role)
 
 
 # ---- confirming an alias on a model
@@ -194,10 +244,20 @@ class _PartRun(NamedTuple):
 
     role: str
     module: nn.Module
-    input: Any
+    inputs: dict[int | str, Any]
+    """Its tensors of real numbers, by position or keyword."""
     output: Any
     runs: int
     """How often this part ran in the pass."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether its output lacks the borders of contexts: [tokens, width]."""
+        return self.output.ndim == 2
+
+    def reads(self, x: Tensor, run: _BlockRun) -> bool:
+        """Return whether an argument equals x, up to rounding."""
+        return any(run.is_equal(given, x) for given in self.inputs.values())
 
 
 class _BlockRun(NamedTuple):
@@ -217,23 +277,31 @@ class _BlockRun(NamedTuple):
         return _rms((a.double() - b.double()) / scale) <= self.limit
 
 
-def _confirm(model: nn.Module, site: str) -> Site:
-    """Return the site that an alias means on this model; raise InputError if unconfirmed."""
-    alias, blocks = site.partition(".")[0], blocks_of(model)
-    number = int(site.partition(".")[2]) % len(blocks)
-    block, following = blocks[number], blocks[number + 1] if number + 1 < len(blocks) else None
+def _confirm(model: nn.Module, alias: str, number: str) -> dict[str, Site | str]:
+    """Return the sites that an alias, and those found with it, mean in a block; or why not."""
+    blocks = blocks_of(model)
+    index = int(number) % len(blocks)
+    block, following = blocks[index], blocks[index + 1] if index + 1 < len(blocks) else None
+    stream = ("resid_pre", "resid_post")
+    group = stream if alias in stream else ("attn_out", "mlp_out", "resid_mid")
+    found: dict[str, Site | str] = {}
     try:
         run = _record_block(model, block, following)
-        if alias in ("resid_pre", "resid_post"):
-            return Site(block, "in" if alias == "resid_pre" else "out")
-        sites = _split_block(block, run)
-        _check_change(model, block, alias, sites, run)
+        if alias in stream:
+            return {
+                f"{name}.{number}": Site(block, "in" if name == "resid_pre" else "out")
+                for name in stream
+            }
+        sites, terms = _split_block(model, block, run)
     except _Unconfirmed as reason:
-        raise InputError(
-            f"site {site!r} is refused: {reason}. Name a module instead: NAME is its output, "
-            f"NAME:in its input; there are\n{describe_sites(model)}"
-        ) from None
-    return sites[alias]
+        return {f"{name}.{number}": str(reason) for name in group}
+    for name in group:
+        try:
+            _check_change(model, block, name, sites, terms, run)
+            found[f"{name}.{number}"] = sites[name]
+        except _Unconfirmed as reason:
+            found[f"{name}.{number}"] = str(reason)
+    return found
 
 
 def _record_block(model: nn.Module, block: nn.Module, following: nn.Module | None) -> _BlockRun:
@@ -243,8 +311,9 @@ def _record_block(model: nn.Module, block: nn.Module, following: nn.Module | Non
 
     def record_part(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = args[0] if args else kwargs.get(hidden_states_key(args, kwargs))
-            parts.append(_PartRun(_role(name), module, _copy(x), _copy(hidden_states(output)), 1))
+            inputs = {key: _copy(x) for key, x in _real_inputs(args, kwargs)}
+            role = _role(name, module)
+            parts.append(_PartRun(role, module, inputs, _copy(hidden_states(output)), 1))
 
         return hook
 
@@ -254,7 +323,7 @@ def _record_block(model: nn.Module, block: nn.Module, following: nn.Module | Non
             recorded.append(("next", ModuleEnd(following, "in")))
         for name, end in recorded:
             hooks.enter_context(observed(end, functools.partial(_append_copy, ends[name])))
-        for name, part in block.named_children():
+        for name, part in _named_parts(block):
             hooks.callback(part.register_forward_hook(record_part(name), with_kwargs=True).remove)
         shape = _run_probe(model)
     if len(ends["post"]) != 1:
@@ -281,6 +350,23 @@ def _record_block(model: nn.Module, block: nn.Module, following: nn.Module | Non
     return _BlockRun(
         pre, post, [part._replace(runs=counts[id(part.module)]) for part in parts], limit
     )
+
+
+def _named_parts(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return a block's parts, and those of a part that is none of attention, mixer and MLP."""
+    children = list(block.named_children())
+    return children + [
+        inner
+        for name, part in children
+        if _role(name, part) in ("", "norm")
+        for inner in part.named_children()
+    ]
+
+
+def _real_inputs(args: Any, kwargs: Any) -> list[tuple[int | str, Tensor]]:
+    """Return the tensors of real numbers among the arguments of a module."""
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(key, x) for key, x in named if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _append_copy(values: list[Any], x: Any) -> None:
@@ -335,45 +421,62 @@ def _run_on_ids(model: nn.Module, ids: Tensor) -> None:
         model(ids)
 
 
-def _split_block(block: nn.Module, run: _BlockRun) -> dict[str, Site]:
-    """Return the sites within a block, such that resid_pre + attn_out + mlp_out = resid_post."""
+def _split_block(
+    model: nn.Module, block: nn.Module, run: _BlockRun
+) -> tuple[dict[str, Site], list[Site]]:
+    """Return the sites within a block, and all terms of what it adds to the stream."""
     candidates = _find_terms(run)
     terms = _find_sum(run, candidates)
     if terms is None:
-        return _split_block_with_inner_stream(block, run, candidates)
+        sites = _split_block_with_inner_stream(model, block, run, candidates)
+        return sites, [sites["attn_out"], sites["mlp_out"]]
+    entry = ModuleEnd(block, "in")
 
-    def ends(*roles: str) -> list[tuple[ModuleEnd, float]]:
-        return [(ModuleEnd(part.module, "out"), f) for part, f in terms if part.role in roles]
+    def site(chosen: Sequence[tuple[_PartRun, float]], *more: tuple[ModuleEnd, float]) -> Site:
+        ends = [(ModuleEnd(part.module, "out"), factor) for part, factor in chosen]
+        is_flat = any(part.is_flat for part, _ in chosen)
+        return _sum_site([*more, *ends])._replace(shaped_like=entry if is_flat else None)
 
-    mlp, attention = ends("mlp"), ends("attention")
-    mixing = [(ModuleEnd(part.module, "out"), f) for part, f in terms if part.role != "mlp"]
+    mlp = [(part, factor) for part, factor in terms if part.role == "mlp"]
+    attention = [(part, factor) for part, factor in terms if part.role == "attention"]
     sites = {}
     if len(attention) == 1:
-        sites["attn_out"] = _sum_site(attention)
+        sites["attn_out"] = site(attention)
     if mlp:
-        sites["mlp_out"] = _sum_site(mlp)
-    if mixing and mlp:
-        middle = run.pre + sum(factor * part.output for part, factor in terms if part.role != "mlp")
-        reader = next((part.module for part in run.parts if run.is_equal(part.input, middle)), None)
-        stream = _sum_site([(ModuleEnd(block, "in"), 1.0), *mixing])
-        sites["resid_mid"] = stream._replace(reader=reader)
-    return sites
+        sites["mlp_out"] = site(mlp)
+        count = terms.index(mlp[0])  # of those that ran before
+        before, behind = terms[:count], terms[count + len(mlp) :]
+        if not behind and any(part.role in ("attention", "mixer") for part, _ in before):
+            middle = run.pre + sum(factor * part.output.view_as(run.pre) for part, factor in before)
+            sites["resid_mid"] = site(before, (entry, 1.0))._replace(
+                reader=next((part.module for part in run.parts if part.reads(middle, run)), None)
+            )
+    return sites, [site([term]) for term in terms]
 
 
 def _find_terms(run: _BlockRun) -> list[_PartRun]:
-    """Return the parts that ran once and gave activations of the stream's shape."""
-    role = ""
-    candidates = []
+    """Return the parts that ran once and gave activations of the stream, perhaps without the
+    borders of contexts, with their roles."""
+    parts: list[_PartRun] = []
     for part in run.parts:
-        role = part.role if part.role not in ("", "norm") else role
-        if (
-            part.runs == 1
-            and not not_activations(part.output, run.post.shape[:2])
-            and part.output.shape == run.post.shape
-        ):
-            # A norm or dropout has the role of the part that ran before it.
-            candidates.append(part._replace(role=role))
-    return candidates
+        if part.role in ("", "norm"):
+            # What goes on with exactly the output of another part, as a norm may, has its role.
+            made_by = (
+                other.role
+                for other in reversed(parts)
+                if any(
+                    x.shape == other.output.shape and torch.equal(x, other.output)
+                    for x in part.inputs.values()
+                )
+            )
+            part = part._replace(role=next(made_by, ""))
+        if isinstance(part.output, Tensor) and part.output.is_floating_point():
+            parts.append(part)
+    width = run.post.shape[-1]
+    flat = (run.post.numel() // width, width)
+    return [
+        part for part in parts if part.runs == 1 and part.output.shape in (run.post.shape, flat)
+    ]
 
 
 def _sum_site(terms: Sequence[tuple[ModuleEnd, float]]) -> Site:
@@ -389,7 +492,7 @@ def _find_sum(run: _BlockRun, parts: list[_PartRun]) -> list[tuple[_PartRun, flo
         torch.finfo(run.post.dtype).tiny
     )
     target = ((run.post.double() - run.pre.double()) * weight).flatten()
-    columns = [(part.output.double() * weight).flatten() for part in parts]
+    columns = [(part.output.double().view_as(weight) * weight).flatten() for part in parts]
     for size in range(1, _MAX_PARTS + 1):
         for chosen in itertools.combinations(range(len(parts)), size):
             matrix = torch.stack([columns[i] for i in chosen], 1)
@@ -406,17 +509,19 @@ def _find_sum(run: _BlockRun, parts: list[_PartRun]) -> list[tuple[_PartRun, flo
 
 
 def _split_block_with_inner_stream(
-    block: nn.Module, run: _BlockRun, parts: list[_PartRun]
+    model: nn.Module, block: nn.Module, run: _BlockRun, parts: list[_PartRun]
 ) -> dict[str, Site]:
     """Return the sites of a block whose MLP module adds the stream itself (MPT), and whose
     attention may too (BLOOM)."""
     ends = [part for part in parts if part.role == "mlp" and run.is_equal(part.output, run.post)]
-    for attention in (part for part in parts if part.role == "attention"):
-        first = next(i for i, part in enumerate(run.parts) if part.module is attention.module)
-        inputs = [part.input for part in run.parts[first + 1 :]]
-        for adds_stream in (True, False):
+    for attention in (part for part in parts if part.role == "attention" and not part.is_flat):
+        for adds_stream in (False, True):
             middle = attention.output if adds_stream else run.pre + attention.output
-            if ends and any(run.is_equal(x, middle) for x in inputs):
+            if (
+                ends
+                and _passes_on(model, run, ends[0], middle)
+                and (not adds_stream or _passes_on(model, run, attention, run.pre))
+            ):
                 return _inner_stream_sites(
                     ModuleEnd(block, "in"),
                     ModuleEnd(attention.module, "out"),
@@ -426,6 +531,32 @@ def _split_block_with_inner_stream(
     raise _Unconfirmed(
         "no outputs of its block's parts sum up to what the block adds to the residual stream"
     )
+
+
+def _passes_on(model: nn.Module, run: _BlockRun, part: _PartRun, stream: Tensor) -> bool:
+    """Return whether a part is given the stream in an argument of its own and adds it to its
+    output: what is added to that argument alone is added to the output."""
+    keys = [key for key, x in part.inputs.items() if run.is_equal(x, stream)]
+    outputs: list[Any] = []
+    shift = _shift(run)
+
+    def change(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        shifted = {key: x + shift if key in keys else x for key, x in enumerate(args)}
+        named = {key: x + shift if key in keys else x for key, x in kwargs.items()}
+        return tuple(shifted.values()), named
+
+    with ExitStack() as hooks:
+        hooks.callback(part.module.register_forward_pre_hook(change, with_kwargs=True).remove)
+        end = ModuleEnd(part.module, "out")
+        hooks.enter_context(observed(end, functools.partial(_append_copy, outputs)))
+        _run_probe(model)
+    return len(keys) == 1 and run.is_equal(outputs[0] - shift, part.output)
+
+
+def _shift(run: _BlockRun) -> Tensor:
+    """Return a random vector [d], as large as the stream."""
+    shift = torch.randn(run.post.shape[-1], generator=torch.Generator().manual_seed(0))
+    return (shift * _rms(run.pre)).to(run.post)
 
 
 def _inner_stream_sites(
@@ -446,35 +577,33 @@ def _inner_stream_sites(
 
 
 def _check_change(
-    model: nn.Module, block: nn.Module, alias: str, sites: dict[str, Site], run: _BlockRun
+    model: nn.Module,
+    block: nn.Module,
+    alias: str,
+    sites: dict[str, Site],
+    terms: list[Site],
+    run: _BlockRun,
 ) -> None:
     """Raise unless a change at the alias arrives at the block's end, through the skip connection
     and through the MLP that reads it."""
     if alias not in sites:
         raise _Unconfirmed(
-            "its block has no single attention and no MLP that adds to the residual stream alone"
-            if not sites
-            else f"its block has {', '.join(sorted(sites))}, but no {alias}"
+            f"its block has {' and '.join(sorted(sites))}, but no {alias}"
+            if sites
+            else "what its block adds to the residual stream is neither one attention's output nor "
+            "an MLP's"
         )
-    reads = {"post": Site(block, "out")} | {
-        name: sites[name] for name in ("attn_out", "mlp_out") if name in sites
-    }
-    generator = torch.Generator().manual_seed(0)
-    shift = torch.randn(run.post.shape[-1], generator=generator)
-    shift = (shift * _rms(run.pre)).to(run.post)
+    reads = {"post": Site(block, "out")} | {str(i): term for i, term in enumerate(terms)}
+    reads |= {"mlp_out": sites["mlp_out"]} if "mlp_out" in sites else {}
+    shift = _shift(run)
     before = _read_sites(model, reads)
     after = _read_sites(model, reads, sites[alias], lambda x: x + shift)
     moved = {name: after[name].double() - before[name].double() for name in reads}
-    direct = shift.double() if alias == "resid_mid" else moved[alias]
-    through = (
-        moved["mlp_out"]
-        if alias != "mlp_out" and "mlp_out" in sites
-        else torch.zeros_like(moved["post"])
-    )
+    arrived = sum(moved[str(i)] for i in range(len(terms)))
     size = (
         before["post"].double().abs() + after["post"].double().abs() + run.pre.double().abs()
     ).clamp_min(1e-30)
-    if _rms((moved["post"] - direct - through) / size) > 4 * run.limit:
+    if _rms((moved["post"] - arrived) / size) > 4 * run.limit:
         raise _Unconfirmed("a change there does not arrive as it should at the block's end")
     if alias == "resid_mid" and _rms(moved["mlp_out"] / size) <= 4 * run.limit:
         raise _Unconfirmed(

@@ -368,7 +368,7 @@ def _checkpoint_copies(case: PlanInput, rank: RankShape) -> int:
 
 def bytes_of(dtype: str) -> int:
     """Return the bytes of a number of a data type."""
-    return 4 if dtype == "float32" else 2
+    return 4 if dtype in ("float32", "auto") else 2
 
 
 def _reads_bfloat16(case: PlanInput, rank: RankShape) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,9 @@ from ksparse.lm import provenance
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
 from ksparse.steering.attachment import steer
+
+_COLDEST = 1e-3
+"""The lowest temperature of sampling: logits are divided by it in float32."""
 
 
 class Continuation(NamedTuple):
@@ -102,12 +106,13 @@ def continue_text(
             differ only by what was done to the LM.
 
     Raises:
-        InputError: `temperature` is negative, `tokens` is below 1, or prompt and continuation
-            exceed the LM's context.
+        InputError: `temperature` is negative or too near 0, `tokens` is below 1, or prompt and
+            continuation exceed the LM's context.
     """
-    if temperature < 0:
+    if temperature != 0 and not _COLDEST <= temperature < math.inf:
         raise InputError(
-            f"temperature is {temperature}; it must be 0, for the likeliest token, or more"
+            f"temperature is {temperature}; it must be 0, for the likeliest token, or from "
+            f"{_COLDEST:g} on"
         )
     if tokens < 1:
         raise InputError(f"a continuation of {tokens} tokens cannot be made; give at least 1")

@@ -3,6 +3,7 @@ it with a single SAE."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 import signal
@@ -20,9 +21,11 @@ import torch
 
 from ksparse import distributed, progress
 from ksparse.config import Recipe, check_schedule, differences, to_toml
+from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
 from ksparse.errors import InputError, Interrupted, OutOfMemoryError
+from ksparse.lm.loading import loading_options, resolve_dtype
 from ksparse.planning.plan import explain_memory
 from ksparse.planning.sharing import stream_key
 from ksparse.storage import atomic, jsonio
@@ -33,7 +36,7 @@ from ksparse.training.resume import check_same, restore
 from ksparse.training.source import TRAINING, ActivationSource
 from ksparse.training.steps.autograd import AutogradStep
 from ksparse.training.trainer import SAETrainer, finished, start
-from ksparse.trust import trusted
+from ksparse.trust import code_is_trusted, trusted
 
 log = logging.getLogger("ksparse")
 
@@ -113,6 +116,8 @@ def train_many(
     shared, runs = shared_stream(recipes), [RunFolder(Path(out)) for out in outs]
     with ExitStack() as stack, _explain_out_of_memory(shared):
         device = distributed.local_device(resolve_device(shared.run.device))
+        recipes = [_with_lm_dtype(recipe, device) for recipe in recipes]
+        shared = recipes[0]
         mesh = stack.enter_context(distributed.open_mesh(shared, device))
         for recipe in recipes[1:]:
             distributed.check(recipe, mesh.data, mesh.size)
@@ -218,6 +223,19 @@ def shared_stream(recipes: Sequence[Recipe]) -> Recipe:
                 )
             )
     return first
+
+
+def _with_lm_dtype(recipe: Recipe, device: str) -> Recipe:
+    """Return a recipe that says in which precision its LM runs; of shards, in which it ran."""
+    acts = recipe.acts
+    if acts.lm_dtype != "auto":
+        return recipe
+    if acts.shards:
+        stored = Shards(acts.shards).manifest["acts"].get("lm_dtype", "float32")
+        acts = dataclasses.replace(acts, lm_dtype=stored)
+    else:
+        acts = resolve_dtype(acts, device, loading_options(acts, code_is_trusted()))
+    return dataclasses.replace(recipe, acts=acts)
 
 
 def _lock_and_begin(stack: ExitStack, runs: Sequence[RunFolder], recipes: Sequence[Recipe]) -> None:
