@@ -10,7 +10,7 @@ from ksparse.config.evaluation import StudyConfig
 from ksparse.errors import InputError
 from ksparse.report import studies as pages
 from ksparse.storage import jsonio
-from ksparse.studies.paper import claims, members
+from ksparse.studies.paper import claims, margins, members
 from ksparse.studies.paper.members import Sizes
 from ksparse.studies.study import Study
 
@@ -110,8 +110,8 @@ def test_the_search_for_weights_ends_where_the_middle_is_too_near_to_k():
 
 
 def test_a_difference_over_seeds_has_the_standard_error_of_a_mean():
-    assert claims._mean([1.0, 2.0, 3.0]) == {"value": 2.0, "se": pytest.approx(1 / 3**0.5)}
-    assert claims._mean([1.0]) == {"value": 1.0, "se": None}
+    assert margins.mean([1.0, 2.0, 3.0]) == {"value": 2.0, "se": pytest.approx(1 / 3**0.5)}
+    assert margins.mean([1.0]) == {"value": 1.0, "se": None}
 
 
 def test_a_run_and_a_recipe_are_not_both_a_start(options, tmp_path):

@@ -3,7 +3,9 @@ loss, probes, explanations, ablations, shrinkage, dense latents, subspaces, prog
 
     members.py   the SAEs and how they are trained, in stages on one set of activations
     measure.py   the evaluations, and access to their numbers
-    claims.py    each claim: what the paper saw, what is seen here, a figure, a margin
+    quality.py   the claims on error and loss
+    latents.py   the claims on latents
+    claims.py    all of them: what the paper saw, what is seen here, figures, margins
 
 The page is written after every stage, with the claims that have their numbers by then. The same
 command resumes: trained SAEs and results are kept.

@@ -170,7 +170,7 @@ def train_relu(study: Study, sizes: Sizes) -> list[float]:
         The two penalty weights between whose L0 the recipe's k lies, of rising L0; one if k was not
         reached.
     """
-    n, l0 = sizes.compared, {}
+    n, l0 = sizes.compared, dict[float, float]()
 
     def train_weights(weights: list[float], seeds: range) -> None:
         study.train(
