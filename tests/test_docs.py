@@ -160,8 +160,9 @@ def test_commands_in_the_documents_have_verbs_and_flags_that_there_are(verb, fla
     from ksparse.config import ACTIVATION_CONFIGS
 
     assert verb in cli.VERBS
-    with pytest.raises(SystemExit):
-        cli.main([verb, "--help"])
+    for more in [[], ["--lm", "pylm"]] if verb == "bench" else [[]]:
+        with pytest.raises(SystemExit):
+            cli.main([verb, *more, "--help"])
     known = set(re.findall(r"--([a-zA-Z][\w.-]*\w)", capsys.readouterr().out)) | {
         f"sae.activation.{each.name}"
         for kind in ACTIVATION_CONFIGS.values()

@@ -64,7 +64,7 @@ def test_keys_and_values_that_later_blocks_share_are_not_left_out(tiny_lm, caplo
     with caplog.at_level(logging.WARNING, logger="ksparse"):
         again = lm.at_site("resid_post.1")
     assert (
-        "skipping the blocks before the site changes what comes after it (IndexError" in caplog.text
+        "skipping the blocks before the site changes what comes after it (" in caplog.text
         and "they are run again" in caplog.text
     )
     ids = tokens()

@@ -222,7 +222,8 @@ def test_seeds_are_members_of_their_own_on_one_stream(options):
 
 def test_a_study_takes_its_subject_from_a_run_and_lets_options_win(options, small_recipe):
     base = Study("x", options("x"))
-    assert base.acts == dataclasses.replace(small_recipe().acts)
+    # A run's recipe keeps the data type that "auto" was on its device.
+    assert base.acts == dataclasses.replace(small_recipe().acts, lm_dtype="float32")
     assert Study("x", options("x", site="resid_post.0")).acts.site == "resid_post.0"
     assert Study("x", StudyConfig()).acts == Recipe().acts
     assert base.run_folder("no AuxK, untied").path.name == "no_AuxK_untied"
@@ -318,7 +319,7 @@ def test_an_unknown_study_is_named_with_what_there_is():
     [
         ({"tokens": -1}, "tokens of a study is -1"),
         ({"seeds": 0}, "seeds of a study is 0; it must be at least 1"),
-        ({"batch": 0}, "batch of a study is 0"),
+        ({"batch": -1}, "batch of a study is -1"),
         ({"eval_tokens": 0}, "eval_tokens of a study is 0"),
     ],
     ids=str,

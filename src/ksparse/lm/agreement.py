@@ -92,7 +92,8 @@ def _repetition_difference(lm: LM) -> str:
     attention = torch.ones_like(tokens, dtype=torch.bool)
     x = [lm.acts(tokens, attention) for _ in range(2)]
     with torch.inference_mode():
-        logits = [next(lm.predict(tokens, attention).slices(attention))[1] for _ in range(2)]
+        rows = [lm.predict(tokens, attention).at(attention) for _ in range(2)]
+        logits = [predicted[next(predicted.slices())] for predicted in rows]
     if not all(bool(torch.isfinite(values).all()) for values in (*logits, *x)):
         return ""  # reading real text reports it
     return difference(lm, *x) or difference(lm, *logits)
