@@ -61,8 +61,13 @@ def trained_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
             lm.options, **{key: trained[key] for key in POLICY if key in trained}
         )
     )
+    lm_dtype = lm.options.lm_dtype if acts.lm_dtype == "auto" else acts.lm_dtype
     return dataclasses.replace(
-        acts, lm=lm.options.lm, site=lm.options.site, lm_batch=lm.options.lm_batch
+        acts,
+        lm=lm.options.lm,
+        site=lm.options.site,
+        lm_batch=lm.options.lm_batch,
+        lm_dtype=lm_dtype,
     )
 
 

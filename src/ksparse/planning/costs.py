@@ -367,7 +367,7 @@ def _checkpoint_copies(case: PlanInput, rank: RankShape) -> int:
 
 
 def bytes_of(dtype: str) -> int:
-    """Return the bytes of a number of a data type."""
+    """Return the bytes of a number of a data type; "auto", on a CPU, is float32."""
     return 4 if dtype in ("float32", "auto") else 2
 
 
@@ -495,7 +495,8 @@ def seconds(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
     bfloat16_product = _product_is_bfloat16(case, rank)
     product = hardware.PRODUCT * (card.bfloat16 if bfloat16_product else card.float32)
     stream, gather = hardware.MEMORY * card.bandwidth, hardware.GATHER * card.bandwidth
-    lm = hardware.LM * (card.float32 if recipe.acts.lm_dtype == "float32" else card.bfloat16)
+    float32 = bytes_of(recipe.acts.lm_dtype) == 4
+    lm = hardware.LM * (card.float32 if float32 else card.bfloat16)
     lm_tokens = (
         recipe.batch * recipe.acts.context / (recipe.acts.context - 1) / rank.ranks
         if case.live

@@ -131,6 +131,9 @@ def plan_input(
         elsewhere: the device is in another machine, with all kernels installed.
     """
     step = choose_step(recipe, device, elsewhere=elsewhere)
+    if recipe.acts.lm_dtype == "auto" and device != "cpu":  # most LMs are stored in it
+        acts = dataclasses.replace(recipe.acts, lm_dtype="bfloat16")
+        recipe = dataclasses.replace(recipe, acts=acts)
     card = card or _typical_device(device)
     return PlanInput(recipe, subject, card, step, prefetches(recipe, device), dead)
 
@@ -181,7 +184,7 @@ def eval_case(case: PlanInput) -> evaluation.EvalCase:
 def _eval_seconds(case: PlanInput) -> dict[str, float]:
     """Return about how long each default evaluation takes alone, by name."""
     card, whole = case.card, eval_case(case)
-    rate = card.float32 if case.recipe.acts.lm_dtype == "float32" else card.bfloat16
+    rate = card.float32 if costs.bytes_of(case.recipe.acts.lm_dtype) == 4 else card.bfloat16
     return {
         name: evaluation.seconds(name, whole, hardware.LM * rate) for name in evaluation.DEFAULT
     }
