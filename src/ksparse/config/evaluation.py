@@ -217,7 +217,7 @@ class StudyConfig(Config):
     """Held-out activations to evaluate on."""
     suite: str = ""
     """paper: folder of probe tasks; by default the built-in tasks on Python tokens."""
-    probe_rows: int = 400
+    probe_rows: int = 200
     """paper: largest number of rows of a probe task."""
     threads: int = 0
     """CPU threads; 0: all cores."""

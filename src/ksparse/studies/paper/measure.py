@@ -119,8 +119,8 @@ def eval_options(study: Study) -> EvalConfig:
         latents=100,
         ablation_positions=max(8, tokens // 1_000),
         ablation_latents=32,
-        refine_tokens=min(tokens, 4_000),
-        progressive_tokens=min(tokens, 4_000),
+        refine_tokens=min(tokens, 2_000),
+        progressive_tokens=min(tokens, 2_000),
     )
 
 
@@ -134,10 +134,10 @@ def measure_quality(evidence: Evidence) -> None:
             *dict.fromkeys(grid + evidence.by_k),
             *(members.topk(sizes.compared, sizes.k, seed) for seed in seeds if seed),
             *(members.relu(sizes.compared, l1, seed) for l1 in weights for seed in seeds),
-            *(members.without(part, sizes) for part in members.DEAD),
         ],
         QUALITY,
     )
+    evidence.evaluate([members.without(part, sizes) for part in members.DEAD], ("stats",))
 
 
 def measure_probes(evidence: Evidence) -> None:
