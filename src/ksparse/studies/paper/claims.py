@@ -258,9 +258,7 @@ def law_of_n_and_k(evidence: Evidence) -> PaperClaim | None:
         figure.curves.append(
             StudyCurve(f"law, k = {k}", fine.tolist(), fitted.tolist(), reference=True)
         )
-    aicc = {candidate.form.name: candidate.aicc for candidate in law.candidates}
-    with_floor, without = aicc.get("eq3"), aicc.get("eq3_no_floor")
-    gain = None if with_floor is None or without is None else without - with_floor
+    gain = _gain_of_floor(law)
     slopes = ", ".join(
         f"{format_estimate(_slope(sizes.latents, curve), 3)} (k = {k})"
         for k, curve in zip(sizes.sparsities, curves)
@@ -278,6 +276,13 @@ def law_of_n_and_k(evidence: Evidence) -> PaperClaim | None:
     )
     # Two units of AICc are the usual limit for a difference that means something.
     return PaperClaim(*_LAW, here, {"value": gain, "se": 1.0}, [figure])
+
+
+def _gain_of_floor(law: laws.Law) -> float | None:
+    """Return by how much the irreducible term lowers AICc; None if a form could not be fitted."""
+    aicc = {candidate.form.name: candidate.aicc for candidate in law.candidates}
+    with_floor, without = aicc.get("eq3"), aicc.get("eq3_no_floor")
+    return None if with_floor is None or without is None else without - with_floor
 
 
 _LAW = (

@@ -12,6 +12,7 @@ import functools
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -165,7 +166,8 @@ def train_relu(study: Study, sizes: Sizes) -> list[float]:
         The two penalty weights between whose L0 the recipe's k lies, of rising L0; one if k was not
         reached.
     """
-    n, l0 = sizes.compared, {}
+    n = sizes.compared
+    l0: dict[float, float] = {}
 
     def train_weights(weights: list[float], seeds: range) -> None:
         study.train(
@@ -275,6 +277,6 @@ def train_gaussian(study: Study, sizes: Sizes) -> None:
     study.train(members, what="training on Gaussian data", open_source=open_gaussian)
 
 
-def _recipe(study: Study, n: int, k: int, seed: int = 0, **changes: object) -> Recipe:
+def _recipe(study: Study, n: int, k: int, seed: int = 0, **changes: Any) -> Recipe:
     changes.setdefault("activation", TopKConfig())
     return study.recipe(tokens=study.base.tokens, n=n, k=k, seed=seed, **changes)
