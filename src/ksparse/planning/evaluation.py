@@ -31,13 +31,17 @@ TOKENIZER = 1_200
 """Bytes of a tokenizer for each token of its vocabulary, measured."""
 DEFAULT = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
 """The evaluations that run when none is named."""
+READING_MEAN = "reading the mean activation"
 READING, READING_AGAIN = "reading the text", "reading the text again"
+ABLATING, FILLING_TABLES = "ablating at random positions", "ablating where latents are strongest"
 MEAN_BATCHES = 16
 """Batches that the mean activation is computed from, at most."""
 PYTHON_TOKENS = 200
 """Tokens of Python source that are read for each row of a built-in task."""
-SUFFIX_TOKENS, WILDCARD_TOKENS = 40, 120
+SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
 """Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
+SEQUENCES = 6
+"""Sequences of which these are, for each example and either purpose."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
@@ -45,8 +49,9 @@ _SECONDS = {
     "python": 2e-5,  # for a token of Python source that is labelled
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
+    "call": 3e-3,  # for a pass of the LM over few tokens
+    "change": 2e-8,  # for a logit that an ablation changes: its median, norms and divergence
 }
-_HEAD_PASSES = 6  # times that a logit is read, as if each were a product with a column of d_model
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class EvalCase:
     n_latents: int
     k: int
     saes: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Tokens in a batch of the LM."""
+        return (self.options.lm_batch or self.acts.lm_batch) * self.acts.context
 
     @property
     def to_site(self) -> int:
@@ -97,7 +107,7 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
     """
     subject, acts = case.subject, case.acts
     d, vocabulary = subject.d_model, subject.vocabulary
-    tokens = (case.options.lm_batch or acts.lm_batch) * acts.context
+    tokens = case.batch
     weights = case.saes * (2 * case.n_latents * d + case.n_latents + d)
     sizes = {
         "libraries": LIBRARIES if host else CONTEXT,
@@ -123,9 +133,8 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
     tokens, saes = options.tokens, case.saes
     whole_passes = "downstream" in names
     if whole_passes:
-        batch = case.acts.lm_batch * case.acts.context
-        sample = min(tokens, MEAN_BATCHES * batch)
-        result["pass 1: reading the mean activation"] = Expected(case.to_site * sample)
+        sample = min(tokens, MEAN_BATCHES * case.batch)
+        result[f"pass 1: {READING_MEAN}"] = Expected(case.to_site * sample)
     if set(names) - {"probes"}:
         flops = case.encode + (
             case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
@@ -145,14 +154,11 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
 
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
     """Return what an evaluation does between the passes."""
-    options, saes = case.options.resolved(), case.saes
+    options = case.options.resolved()
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":
-        positions, latents = options.ablation_positions, options.ablation_latents or case.n_latents
-        runs = positions * (2 * case.k + 2) + 2 * min(latents, case.n_latents)
-        flops = options.ablation_horizon * (case.after + _HEAD_PASSES * case.head)
-        return {"ablating latents": Expected(float(saes * runs * flops))}
+        return _ablation_phases(case, options)
     if name == "n2g":
         return _explanations(min(options.latents, case.n_latents), case, options)
     if name == "explained_loss":
@@ -163,6 +169,25 @@ def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expect
             "counting n-grams": Expected(0, counted, _SECONDS["ngrams"] * counted),
         }
     return {}
+
+
+def _ablation_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
+    """Return the two rounds of ablations: of all active latents at random positions, and of single
+    latents where they are strongest."""
+    latents = min(options.ablation_latents or case.n_latents, case.n_latents)
+    length = min(options.ablation_horizon, case.acts.context)
+    fork = case.acts.context / 2 * case.body + length * (case.body + case.head)
+
+    def round_of(sites: int, ablations: int, originals: int) -> Expected:
+        runs = fork + (ablations + originals) * length * (case.after + case.head)
+        logits = ablations * length * case.subject.vocabulary
+        sites *= case.saes
+        return Expected(sites * runs, 0, sites * logits * _SECONDS["change"])
+
+    return {
+        ABLATING: round_of(options.ablation_positions, 2 * case.k, 2),
+        FILLING_TABLES: round_of(latents, 1, 1),
+    }
 
 
 def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
@@ -180,11 +205,16 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
 
 
 def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
-    examples = latents * options.n2g_examples * case.saes
-    flops = case.to_site
+    examples, length = latents * options.n2g_examples, case.acts.context
+    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 2}
+    tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {
-        "explaining latents: suffixes": Expected(examples * SUFFIX_TOKENS * flops),
-        "explaining latents: which tokens matter": Expected(examples * WILDCARD_TOKENS * flops),
+        f"explaining latents: {what}": Expected(
+            examples * (case.saes * tokens[what] * case.to_site + SEQUENCES * case.encode),
+            0,
+            case.saes * min(examples, calls[what]) * _SECONDS["call"],
+        )
+        for what in calls
     }
 
 
