@@ -40,6 +40,18 @@ def test_memory_falls_with_the_batch_of_the_lm():
     assert evaluation.memory(narrow) == evaluation.memory(case())
 
 
+def test_ablations_at_random_positions_are_counted_apart_from_those_of_single_latents():
+    """One of the former takes 2 k runs, one of the latter a single one."""
+    phases = evaluation.parts(["ablation"], case(k=32))
+    options = EvalConfig().resolved()
+    at_random = phases[f"ablation: {evaluation.ABLATING}"]
+    at_strongest = phases[f"ablation: {evaluation.FILLING_TABLES}"]
+    assert at_random.seconds / options.ablation_positions == pytest.approx(
+        2 * 32 * at_strongest.seconds / 256
+    )
+    assert at_random.work / options.ablation_positions > 5 * at_strongest.work / 256
+
+
 def test_work_grows_with_what_is_asked():
     def work(name, **options):
         return evaluation.seconds(name, case(options=EvalConfig(tokens=1_000, **options)), 1e9)
@@ -67,7 +79,7 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
     sae = SAE(
         Shape(lm.d_model, 32, 4, "unit_norm", 1.0, "topk"), {"acts": dataclasses.asdict(acts)}
     )
-    expected, reported, left = set(), set(), []
+    expected, reported, ended, left = set(), {}, {}, []
 
     class Watch(progress.Observer):
         forecast = progress.Forecast()
@@ -77,7 +89,8 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
             self.forecast.expect(parts)
 
         def report(self, what, done, total, stage=progress.Stage()):
-            reported.add(stage.key(what))
+            reported.setdefault(stage.key(what), done)
+            ended[stage.key(what)] = (done, total)
             self.forecast.report(stage.key(what), done, total)
 
         def finish(self, stage):
@@ -97,7 +110,10 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
     )
     runner.evaluate(sae, lm, names, options, observe=Watch())
     explained = {part for part in expected if part.startswith("n2g: ")}
-    assert expected - explained <= reported, "n2g may find no latent with enough examples"
+    assert expected - explained <= set(reported), "n2g may find no latent with enough examples"
+    assert set(reported.values()) == {0}, "a phase is reported when it begins"
+    for part in expected & {"pass 1: reading the mean activation"}:
+        assert ended[part] == (2, 2), "200 tokens in batches of 8 contexts of 16"
     assert left[-1] == 0.0
 
 

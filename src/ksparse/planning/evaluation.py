@@ -45,8 +45,8 @@ SEQUENCES = 6
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
-    "text": 2e-5,  # for a token of a pass: reading, tokenizing, adding up
-    "python": 2e-5,  # for a token of Python source that is labelled
+    "text": 1e-4,  # for a token of a pass: finding held-out documents, tokenizing, adding up
+    "python": 1e-4,  # for a token of Python source that is labelled
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
     "call": 3e-3,  # for a pass of the LM over few tokens
@@ -134,7 +134,9 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
     whole_passes = "downstream" in names
     if whole_passes:
         sample = min(tokens, MEAN_BATCHES * case.batch)
-        result[f"pass 1: {READING_MEAN}"] = Expected(case.to_site * sample)
+        result[f"pass 1: {READING_MEAN}"] = Expected(
+            case.to_site * sample, 0, _SECONDS["text"] * sample
+        )
     if set(names) - {"probes"}:
         flops = case.encode + (
             case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
