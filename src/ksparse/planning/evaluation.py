@@ -184,7 +184,7 @@ def _ablation_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]
         runs = fork + (ablations + originals) * length * (case.after + case.head)
         logits = ablations * length * case.subject.vocabulary
         sites *= case.saes
-        return Expected(sites * runs, 0, sites * logits * _SECONDS["change"])
+        return Expected(sites * runs, 0, sites * logits * _SECONDS["change"], case.saes)
 
     return {
         ABLATING: round_of(options.ablation_positions, 2 * case.k, 2),
@@ -197,12 +197,12 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     fit_seconds = _SECONDS["probe"] * fits
     if options.suite:
         read = case.to_site * TASKS * rows * min(options.probe_tokens, 64)
-        return {"fitting probes": Expected(read, 0, fit_seconds)}
+        return {"fitting probes": Expected(read, 0, fit_seconds, case.saes)}
     tokens = PYTHON_TOKENS * rows
     return {
         "labelling Python source": Expected(0, tokens, _SECONDS["python"] * tokens),
         "reading Python source": Expected(case.to_site * tokens),
-        "fitting probes": Expected(case.encode * 2 * TASKS * rows, 0, fit_seconds),
+        "fitting probes": Expected(case.encode * 2 * TASKS * rows, 0, fit_seconds, case.saes),
     }
 
 
@@ -215,6 +215,7 @@ def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str
             examples * (case.saes * tokens[what] * case.to_site + SEQUENCES * case.encode),
             0,
             case.saes * min(examples, calls[what]) * _SECONDS["call"],
+            case.saes,
         )
         for what in calls
     }
