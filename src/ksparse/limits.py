@@ -27,7 +27,7 @@ needs on its way to them, such as a soft cap. Losses are taken a few rows at a t
 
 def logit_rows(vocabulary: int) -> int:
     """Return how many rows of logits are computed at a time."""
-    return max(1, LOGITS_BYTES // (4 * LOGITS_COPIES * vocabulary))
+    return max(1, LOGITS_BYTES // (4 * LOGITS_COPIES * max(1, vocabulary)))
 
 
 def values_per_shard(k: int, n_latents: int, shards: int, capacity: float) -> int:

@@ -30,8 +30,8 @@ def test_the_default_evaluations_are_those_of_the_registry():
 
 
 def test_logits_are_counted_as_they_are_and_never_above_their_budget():
-    assert evaluation.memory(case())["logits"] == 4 * 6 * 512 * 1_000
-    assert evaluation.memory(case(LARGE))["logits"] == LOGITS_BYTES
+    assert evaluation.memory(case())["logits"] == 4 * 3 * 512 * 1_000
+    assert evaluation.memory(case(LARGE))["logits"] == 3 / 4 * LOGITS_BYTES
 
 
 def test_memory_falls_with_the_batch_of_the_lm():

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
-from ksparse.limits import LOGITS_BYTES, PRE_ACTS
+from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
 from ksparse.progress import Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
 once."""
-LOGITS_COPIES = 6
-"""Times that logits of a slice are held: as they are, as logarithms, and what is summed of them."""
+LOGITS_HELD = 3
+"""Times that a slice of logits is held: those of two passes, and once what the head needs on its
+way to them. `limits.LOGITS_COPIES` leaves room for a head that needs more."""
 TOKENIZER = 1_200
 """Bytes of a tokenizer for each token of its vocabulary, measured."""
 DEFAULT = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
@@ -117,7 +118,7 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
         "SAE": 4 * weights,
     }
     in_turn = {
-        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
+        "logits": 4 * LOGITS_HELD * min(tokens, logit_rows(vocabulary)) * vocabulary,
         "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
         "pre-activations": 4 * min(PRE_ACTS, tokens * case.n_latents),
     }

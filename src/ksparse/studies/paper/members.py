@@ -37,8 +37,13 @@ GAUSSIAN_ROWS = 8_192
 """Held-out Gaussian rows."""
 MULTI = 1 / 8
 """Weight of Multi-TopK's loss at 4k (section 5.3)."""
-UNTIED, NO_AUXK = {"init": "independent"}, {"auxk_coef": 0.0}
-DEAD = {"no AuxK": NO_AUXK, "untied": UNTIED, "no AuxK, untied": NO_AUXK | UNTIED}
+UNTIED: dict[str, Any] = {"init": "independent"}
+NO_AUXK: dict[str, Any] = {"auxk_coef": 0.0}
+DEAD = {
+    "no AuxK": NO_AUXK,
+    "untied": UNTIED,
+    "no AuxK, untied": NO_AUXK | UNTIED,
+}
 
 
 @dataclass(frozen=True)
