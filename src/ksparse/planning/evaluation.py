@@ -50,7 +50,7 @@ _SECONDS = {
     "python": 1e-4,  # for a token of Python source that is labelled
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
-    "call": 3e-3,  # for a pass of the LM over few tokens
+    "call": 4e-3,  # for a pass of the LM over few tokens
     "change": 2e-8,  # for a logit that an ablation changes: its median, norms and divergence
 }
 
@@ -209,13 +209,13 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
 
 def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     examples, length = latents * options.n2g_examples, case.acts.context
-    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 2}
+    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 4}
     tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {
         f"explaining latents: {what}": Expected(
             examples * (case.saes * tokens[what] * case.to_site + SEQUENCES * case.encode),
             0,
-            case.saes * min(examples, calls[what]) * _SECONDS["call"],
+            case.saes * min(2 * examples, calls[what]) * _SECONDS["call"],
             case.saes,
         )
         for what in calls
