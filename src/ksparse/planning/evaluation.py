@@ -209,7 +209,7 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
 
 def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     examples, length = latents * options.n2g_examples, case.acts.context
-    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 4}
+    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 3}
     tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {
         f"explaining latents: {what}": Expected(
