@@ -306,7 +306,8 @@ def test_eval_asks_everything_if_nothing_is_named(verb, recipe_file, tmp_path):
         "labelling Python source",
         "fitting probes",
         "explaining latents",
-        "ablating latents",
+        "ablating at random positions",
+        "ablating where latents are strongest",
         "reading the text again",
     ):
         assert what in err

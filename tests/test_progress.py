@@ -138,6 +138,16 @@ def test_a_part_that_has_not_begun_is_estimated_from_its_work_and_its_kind(clock
     assert forecast.seconds_left() == pytest.approx(2 * 30 + 7)
 
 
+def test_a_part_of_two_rounds_is_half_done_after_the_first(clock):
+    forecast = Forecast(clock)
+    forecast.expect({"fitting": Expected(1.0, rounds=2)})
+    for expected in (40.0, 0.0):
+        forecast.report("fitting", 0, 10)
+        clock.take(40)
+        forecast.report("fitting", 10, 10)
+        assert forecast.seconds_left() == pytest.approx(expected)
+
+
 def test_a_stage_that_ends_early_leaves_nothing_to_wait_for(clock):
     forecast = Forecast(clock)
     forecast.expect({"n2g: a": Expected(1.0, 10), "n2g: b": Expected(1.0), "x: a": Expected(2.0)})

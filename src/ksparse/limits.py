@@ -20,6 +20,15 @@ LOGITS_BYTES = 2**30
 """Bytes of logits, and of what is computed from them, that an evaluation holds at a time: a modern
 vocabulary has 262,144 entries."""
 
+LOGITS_COPIES = 4
+"""Times that a slice of logits may be there at once: those of two passes, and twice what a head
+needs on its way to them, such as a soft cap. Losses are taken a few rows at a time."""
+
+
+def logit_rows(vocabulary: int) -> int:
+    """Return how many rows of logits are computed at a time."""
+    return max(1, LOGITS_BYTES // (4 * LOGITS_COPIES * max(1, vocabulary)))
+
 
 def values_per_shard(k: int, n_latents: int, shards: int, capacity: float) -> int:
     """Return how many values of a token a latent-parallel shard contributes to the global top k.

@@ -68,6 +68,8 @@ class Expected(NamedTuple):
     """Units in which the part will be reported, over the whole task; 0: its reports' own total."""
     seconds: float = 0.0
     """Time that does not depend on that measure."""
+    rounds: int = 1
+    """Times that the part is reported from 0 to its total, such as once for each SAE."""
 
 
 class Observer:
@@ -195,7 +197,7 @@ class _Part:
 
     @property
     def units(self) -> int:
-        return self.expected.units or self.total
+        return self.expected.units or self.total * self.expected.rounds
 
     @property
     def left(self) -> float:

@@ -697,6 +697,18 @@ def test_a_text_without_a_document_on_the_asked_side_says_how_it_is_divided(sour
         next(corpus(acts, tiny_lm(), split=missing).contexts())
 
 
+def test_documents_cut_below_a_context_are_an_error_that_names_the_limit(source, tiny_lm):
+    acts = source(["words " * 200])
+    split = next(split for split in SPLITS if every(acts, split))
+    short = corpus(acts, tiny_lm(), split, per_document=20)
+    with pytest.raises(
+        InputError,
+        match=r"has no 64-token context .*; only the first 20 tokens of each are used\); "
+        r"give more text, or evaluate more of each document with a larger --per-document",
+    ):
+        next(short.contexts())
+
+
 def test_an_unknown_split_is_refused(tiny_lm):
     with pytest.raises(
         InputError, match="split 'test' does not exist; there are train, validation, held-out"

@@ -636,7 +636,8 @@ def test_it_is_one_of_the_evaluations(subject, monkeypatch, tmp_path):
         results["ablation"]["options"]["ablation_error"] == "keep"
         and results["ablation"]["n_positions"] == 6
     )
-    assert ("2 of 2: ablation: ablating latents", 13, 13) in seen
+    assert ("2 of 2: ablation: ablating at random positions", 6, 6) in seen
+    assert ("2 of 2: ablation: ablating where latents are strongest", 7, 7) in seen
     runner.write_results(RunFolder(tmp_path), results)
     assert (
         RunFolder(tmp_path).eval("ablation")["horizon"] == 4

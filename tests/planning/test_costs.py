@@ -15,7 +15,7 @@ from ksparse import cli
 from ksparse.config import MeshConfig, Recipe, from_dict, to_toml
 from ksparse.errors import DiskError, OutOfMemoryError
 from ksparse.kernels import torch_ops
-from ksparse.planning import costs, hardware, plan
+from ksparse.planning import costs, flops, hardware, plan
 from ksparse.planning.costs import Collective, LMSpec, PlanInput
 from ksparse.planning.hardware import DEVICES, Device
 from ksparse.sae.model import SAE, Shape
@@ -45,6 +45,13 @@ def recipe(**changes) -> Recipe:
 
 def case(card: Device = UNIT, *, step: str = "torch", dead: float = 0.25, **changes) -> PlanInput:
     return PlanInput(recipe(**changes), LMSpec(16, 1000, 600), card, step, dead=dead)
+
+
+def test_the_prefixes_of_a_matryoshka_sae_are_decoded_once_more():
+    plain, nested = recipe(), recipe(sae__prefixes=[8, 16, 32])
+    k, d = plain.sae.k, 16
+    assert flops.decoder(nested, d) - flops.decoder(plain, d) == 3 * 2 * k * d
+    assert flops.decoder(recipe(sae__prefix_draws=3), d) == flops.decoder(nested, d)
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------

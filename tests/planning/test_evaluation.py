@@ -30,14 +30,32 @@ def test_the_default_evaluations_are_those_of_the_registry():
 
 
 def test_logits_are_counted_as_they_are_and_never_above_their_budget():
-    assert evaluation.memory(case())["logits"] == 4 * 6 * 512 * 1_000
-    assert evaluation.memory(case(LARGE))["logits"] == LOGITS_BYTES
+    assert evaluation.memory(case())["logits"] == 4 * 3 * 512 * 1_000
+    assert evaluation.memory(case(LARGE))["logits"] == 3 / 4 * LOGITS_BYTES
 
 
 def test_memory_falls_with_the_batch_of_the_lm():
     wide, narrow = (case(options=EvalConfig(lm_batch=batch)) for batch in (64, 8))
     assert sum(evaluation.memory(narrow).values()) < sum(evaluation.memory(wide).values())
     assert evaluation.memory(narrow) == evaluation.memory(case())
+
+
+def test_ablations_at_random_positions_are_counted_apart_from_those_of_single_latents():
+    """One of the former takes 2 k runs, one of the latter a single one."""
+    phases = evaluation.parts(["ablation"], case())
+    options = EvalConfig().resolved()
+    at_random = phases[f"ablation: {evaluation.ABLATING}"]
+    at_strongest = phases[f"ablation: {evaluation.FILLING_TABLES}"]
+    assert at_random.seconds / options.ablation_positions == pytest.approx(
+        2 * 8 * at_strongest.seconds / 256
+    )
+    assert at_random.work / options.ablation_positions > 3 * at_strongest.work / 256
+
+
+def test_what_each_sae_needs_is_reported_in_a_round_of_its_own():
+    for part, expected in evaluation.parts(list(registry.DEFAULT), case(saes=3)).items():
+        shared = ("pass", "reading Python", "labelling", "counting")
+        assert expected.rounds == (1 if any(word in part for word in shared) else 3), part
 
 
 def test_work_grows_with_what_is_asked():
@@ -67,7 +85,7 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
     sae = SAE(
         Shape(lm.d_model, 32, 4, "unit_norm", 1.0, "topk"), {"acts": dataclasses.asdict(acts)}
     )
-    expected, reported, left = set(), set(), []
+    expected, reported, ended, left = set(), {}, {}, []
 
     class Watch(progress.Observer):
         forecast = progress.Forecast()
@@ -77,7 +95,8 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
             self.forecast.expect(parts)
 
         def report(self, what, done, total, stage=progress.Stage()):
-            reported.add(stage.key(what))
+            reported.setdefault(stage.key(what), done)
+            ended[stage.key(what)] = (done, total)
             self.forecast.report(stage.key(what), done, total)
 
         def finish(self, stage):
@@ -97,7 +116,10 @@ def test_what_is_expected_is_what_is_reported(names, tiny_lm, text_file, monkeyp
     )
     runner.evaluate(sae, lm, names, options, observe=Watch())
     explained = {part for part in expected if part.startswith("n2g: ")}
-    assert expected - explained <= reported, "n2g may find no latent with enough examples"
+    assert expected - explained <= set(reported), "n2g may find no latent with enough examples"
+    assert set(reported.values()) == {0}, "a phase is reported when it begins"
+    for part in expected & {"pass 1: reading the mean activation"}:
+        assert ended[part] == (2, 2), "200 tokens in batches of 8 contexts of 16"
     assert left[-1] == 0.0
 
 
@@ -146,7 +168,7 @@ def test_the_plan_shows_memory_and_time_of_evaluations(capsys, tmp_path):
     cli.main(["plan", *flags])
     shown = capsys.readouterr().out
     assert re.search(r"^evaluation +\d.* for downstream: ", shown, re.M)
-    assert "within a factor of 3: downstream" in shown
+    assert re.search(r"^ +roughly .* for all: downstream ", shown, re.M)
     planned = json.loads(file.read_text())["evaluation"]
     assert set(planned["seconds"]) == set(registry.DEFAULT)
     assert planned["memory"]["LM"] > 0 and planned["memory"]["logits"] > 0

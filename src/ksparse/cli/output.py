@@ -78,8 +78,8 @@ class ProgressBar(Observer):
         self.label, self._clock = label, clock
         self._forecast = Forecast(clock)
         self._began = self._said_at = clock()
-        self._latest: _Report | None = None
-        self._main: _Report | None = None
+        self._latest: _Latest | None = None
+        self._main: _Latest | None = None
         self._note = ""
         self._said_end = False
         self._lock = threading.RLock()  # reports may come from the thread that reads ahead
@@ -111,9 +111,9 @@ class ProgressBar(Observer):
     def report(self, what: str, done: int, total: int, stage: Stage = Stage()) -> None:
         with self._lock:
             self._forecast.report(stage.key(what), done, total)
-            self._latest, complete = _Report(what, done, total, stage), False
+            self._latest, complete = _Latest(what, done, total, stage), False
             if what == self.label:
-                self._main = _Report(what, *self._forecast.counts(stage.key(what)), stage)
+                self._main = _Latest(what, *self._forecast.counts(stage.key(what)), stage)
                 complete = 0 < self._main.total <= self._main.done and not self._said_end
             self._said_end |= complete
             self._show(now=complete)
@@ -191,7 +191,7 @@ class ProgressBar(Observer):
         bar.update(self._task, completed=done, total=total, description=_markup(self.line()))
 
 
-class _Report(NamedTuple):
+class _Latest(NamedTuple):
     what: str
     done: int
     total: int

@@ -195,9 +195,13 @@ class Corpus:
         )
         if not total:
             return f"text {self.acts.text!r} is empty: no document in it"
+        cut = more = ""
+        if self._cut:
+            cut = f"; only the first {self.per_document:,} tokens of each are used"
+            more = "or evaluate more of each document with a larger --per-document, "
         return (
             f"text {self.acts.text!r} has no {self.acts.context}-token context in its split "
             f"{self.split!r} ({total if total < 1000 else 'many'} documents in all, divided by a "
-            "hash of each: 85 % train, 5 % validation, 10 % held-out); give more text, or a "
-            "smaller --acts.context"
+            f"hash of each: 85 % train, 5 % validation, 10 % held-out{cut}); give more text, "
+            f"{more}or a smaller --acts.context"
         )

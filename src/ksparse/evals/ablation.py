@@ -33,6 +33,7 @@ from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, no_
 from ksparse.lm.continuations import Branch
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import TokenBatch
+from ksparse.planning.evaluation import ABLATING, FILLING_TABLES
 from ksparse.progress import Progress
 from ksparse.sae.model import Code
 from ksparse.sae.normalization import Normalized
@@ -113,17 +114,18 @@ class Ablation(Metric):
                 "give longer texts, or a smaller --ablation-horizon"
             )
         latents, table_sites, values = self.strongest.sites(self.horizon)
-        total, done = len(sites) + len(table_sites), 0
-        generator = _random(self.context.options.seed, 2)
+        done, generator = 0, _random(self.context.options.seed, 2)
+        progress(ABLATING, 0, len(sites))
         for indices, fork in _forks(self.context.lm, sites, self._max_contexts):
             self._ablate(fork, [sites[i] for i in indices], indices, generator)
             done += len(indices)
-            progress("ablating latents", done, total)
-        self.tables = self._empty_tables(latents, table_sites, values)
+            progress(ABLATING, done, len(sites))
+        done, self.tables = 0, self._empty_tables(latents, table_sites, values)
+        progress(FILLING_TABLES, 0, len(table_sites))
         for indices, fork in _forks(self.context.lm, table_sites, self._max_contexts):
             self._fill_tables(fork, [table_sites[i] for i in indices], torch.tensor(indices))
             done += len(indices)
-            progress("ablating latents", done, total)
+            progress(FILLING_TABLES, done, len(table_sites))
 
     # ---- ablations
 

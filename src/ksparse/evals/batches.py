@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -28,7 +29,7 @@ from ksparse.lm.head import LogitRows, Logits
 from ksparse.lm.model import LM, CachedRun
 from ksparse.lm.provenance import acts_to_read
 from ksparse.lm.tokens import TokenBatch
-from ksparse.planning.evaluation import MEAN_BATCHES
+from ksparse.planning.evaluation import MEAN_BATCHES, READING_MEAN
 from ksparse.sae.model import SAE, Code
 from ksparse.sae.normalization import Normalized
 
@@ -281,10 +282,14 @@ class HeldOut(_Memo):
 
     def _mean_activation(self) -> Tensor:
         total, count = torch.zeros(self.lm.d_model, dtype=torch.float64), 0
-        for number, batch in enumerate(itertools.islice(self, MEAN_BATCHES)):
-            progress.report("reading the mean activation", number, MEAN_BATCHES)
+        batch_tokens = self.acts.lm_batch * self.acts.context
+        batches = min(MEAN_BATCHES, math.ceil(self.options.tokens / batch_tokens))
+        progress.report(READING_MEAN, 0, batches)
+        for number, batch in enumerate(itertools.islice(self, MEAN_BATCHES), 1):
             total += batch.x.cpu().double().sum(0)
             count += len(batch.x)
+            progress.report(READING_MEAN, min(number, batches), batches)
+        progress.report(READING_MEAN, batches, batches)  # also where the text is shorter
         if not count:
             raise self.nothing()
         return (total / count).float().to(self.lm.device)

@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ksparse.limits import LOGITS_BYTES
+from ksparse.limits import logit_rows
 from ksparse.lm.hooks import replaced_forward
 
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
-
-_COPIES = 4  # of a slice: two passes' logits, and twice what a head needs on its way to them
 
 
 class Logits:
@@ -35,7 +33,7 @@ class Logits:
 
     def __init__(self, model: CausalLM, outputs: Any, vocab: int):
         self._model, self._outputs = model, outputs
-        self._rows = max(1, LOGITS_BYTES // (4 * _COPIES * vocab))
+        self._rows = logit_rows(vocab)
 
     def full(self) -> Tensor:
         """Return all logits [b, t, v], in the LM's precision."""

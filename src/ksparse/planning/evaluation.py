@@ -18,35 +18,41 @@ from dataclasses import dataclass
 
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
-from ksparse.limits import LOGITS_BYTES, PRE_ACTS
+from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
 from ksparse.progress import Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
 once."""
-LOGITS_COPIES = 6
-"""Times that logits of a slice are held: as they are, as logarithms, and what is summed of them."""
+LOGITS_HELD = 3
+"""Times that a slice of logits is held: those of two passes, and once what the head needs on its
+way to them. `limits.LOGITS_COPIES` leaves room for a head that needs more."""
 TOKENIZER = 1_200
 """Bytes of a tokenizer for each token of its vocabulary, measured."""
 DEFAULT = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
 """The evaluations that run when none is named."""
+READING_MEAN = "reading the mean activation"
 READING, READING_AGAIN = "reading the text", "reading the text again"
+ABLATING, FILLING_TABLES = "ablating at random positions", "ablating where latents are strongest"
 MEAN_BATCHES = 16
 """Batches that the mean activation is computed from, at most."""
 PYTHON_TOKENS = 200
 """Tokens of Python source that are read for each row of a built-in task."""
-SUFFIX_TOKENS, WILDCARD_TOKENS = 40, 120
+SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
 """Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
+SEQUENCES = 6
+"""Sequences of which these are, for each example and either purpose."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
-    "text": 2e-5,  # for a token of a pass: reading, tokenizing, adding up
-    "python": 2e-5,  # for a token of Python source that is labelled
+    "text": 1e-4,  # for a token of a pass: finding held-out documents, tokenizing, adding up
+    "python": 1e-4,  # for a token of Python source that is labelled
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
+    "call": 4e-3,  # for a pass of the LM over few tokens
+    "change": 2e-8,  # for a logit that an ablation changes: its median, norms and divergence
 }
-_HEAD_PASSES = 6  # times that a logit is read, as if each were a product with a column of d_model
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class EvalCase:
     n_latents: int
     k: int
     saes: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Tokens in a batch of the LM."""
+        return (self.options.lm_batch or self.acts.lm_batch or ActsConfig.lm_batch) * self.acts.context
 
     @property
     def to_site(self) -> int:
@@ -97,7 +108,7 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
     """
     subject, acts = case.subject, case.acts
     d, vocabulary = subject.d_model, subject.vocabulary
-    tokens = (case.options.lm_batch or acts.lm_batch or ActsConfig.lm_batch) * acts.context
+    tokens = case.batch
     weights = case.saes * (2 * case.n_latents * d + case.n_latents + d)
     sizes = {
         "libraries": LIBRARIES if host else CONTEXT,
@@ -107,7 +118,7 @@ def memory(case: EvalCase, host: bool = True) -> dict[str, float]:
         "SAE": 4 * weights,
     }
     in_turn = {
-        "logits": min(LOGITS_BYTES, 4 * LOGITS_COPIES * tokens * vocabulary),
+        "logits": 4 * LOGITS_HELD * min(tokens, logit_rows(vocabulary)) * vocabulary,
         "LM at work": CONTEXTS * tokens * d * bytes_of(acts.lm_dtype),
         "pre-activations": 4 * min(PRE_ACTS, tokens * case.n_latents),
     }
@@ -123,9 +134,10 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
     tokens, saes = options.tokens, case.saes
     whole_passes = "downstream" in names
     if whole_passes:
-        batch = (case.acts.lm_batch or ActsConfig.lm_batch) * case.acts.context
-        sample = min(tokens, MEAN_BATCHES * batch)
-        result["pass 1: reading the mean activation"] = Expected(case.to_site * sample)
+        sample = min(tokens, MEAN_BATCHES * case.batch)
+        result[f"pass 1: {READING_MEAN}"] = Expected(
+            case.to_site * sample, 0, _SECONDS["text"] * sample
+        )
     if set(names) - {"probes"}:
         flops = case.encode + (
             case.body + (2 + saes) * case.after + (3 + 2 * saes) * case.head
@@ -145,14 +157,11 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
 
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
     """Return what an evaluation does between the passes."""
-    options, saes = case.options.resolved(), case.saes
+    options = case.options.resolved()
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":
-        positions, latents = options.ablation_positions, options.ablation_latents or case.n_latents
-        runs = positions * (2 * case.k + 2) + 2 * min(latents, case.n_latents)
-        flops = options.ablation_horizon * (case.after + _HEAD_PASSES * case.head)
-        return {"ablating latents": Expected(float(saes * runs * flops))}
+        return _ablation_phases(case, options)
     if name == "n2g":
         return _explanations(min(options.latents, case.n_latents), case, options)
     if name == "explained_loss":
@@ -165,26 +174,51 @@ def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expect
     return {}
 
 
+def _ablation_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
+    """Return the two rounds of ablations: of all active latents at random positions, and of single
+    latents where they are strongest."""
+    latents = min(options.ablation_latents or case.n_latents, case.n_latents)
+    length = min(options.ablation_horizon, case.acts.context)
+    fork = case.acts.context / 2 * case.body + length * (case.body + case.head)
+
+    def round_of(sites: int, ablations: int, originals: int) -> Expected:
+        runs = fork + (ablations + originals) * length * (case.after + case.head)
+        logits = ablations * length * case.subject.vocabulary
+        sites *= case.saes
+        return Expected(sites * runs, 0, sites * logits * _SECONDS["change"], case.saes)
+
+    return {
+        ABLATING: round_of(options.ablation_positions, 2 * case.k, 2),
+        FILLING_TABLES: round_of(latents, 1, 1),
+    }
+
+
 def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     rows, fits = options.probe_rows, TASKS * options.probe_rows * case.n_latents * 2 * case.saes
     fit_seconds = _SECONDS["probe"] * fits
     if options.suite:
         read = case.to_site * TASKS * rows * min(options.probe_tokens, 64)
-        return {"fitting probes": Expected(read, 0, fit_seconds)}
+        return {"fitting probes": Expected(read, 0, fit_seconds, case.saes)}
     tokens = PYTHON_TOKENS * rows
     return {
         "labelling Python source": Expected(0, tokens, _SECONDS["python"] * tokens),
         "reading Python source": Expected(case.to_site * tokens),
-        "fitting probes": Expected(case.encode * 2 * TASKS * rows, 0, fit_seconds),
+        "fitting probes": Expected(case.encode * 2 * TASKS * rows, 0, fit_seconds, case.saes),
     }
 
 
 def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
-    examples = latents * options.n2g_examples * case.saes
-    flops = case.to_site
+    examples, length = latents * options.n2g_examples, case.acts.context
+    calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 3}
+    tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {
-        "explaining latents: suffixes": Expected(examples * SUFFIX_TOKENS * flops),
-        "explaining latents: which tokens matter": Expected(examples * WILDCARD_TOKENS * flops),
+        f"explaining latents: {what}": Expected(
+            examples * (case.saes * tokens[what] * case.to_site + SEQUENCES * case.encode),
+            0,
+            case.saes * min(2 * examples, calls[what]) * _SECONDS["call"],
+            case.saes,
+        )
+        for what in calls
     }
 
 

@@ -5,6 +5,9 @@ curves and scaling laws.
     encoder   2 n d                  the product that selects
     decoder   8 k d                  reconstruction, its two gradients, the encoder's gradient:
                                      2 k d each; five times that with Multi-TopK (k and 4k)
+    prefixes  6 k d                  Matryoshka: its latents are decoded once more, each prefix
+                                     adding a group to the one before, with two gradients; less
+                                     by the latents behind the largest prefix
     AuxK      8 k_aux d              the same four over dead latents, in steps that have any;
                                      less if fewer than k_aux are dead
     LM        2 parameters           of its matrices up to the site; reported apart, since SAEs that
@@ -36,8 +39,17 @@ def encoder(recipe: Recipe, d_model: int) -> int:
 
 
 def decoder(recipe: Recipe, d_model: int) -> int:
-    """Return the FLOPs per activation of the sparse parts: the decoder and all gradients."""
-    return 8 * recipe.sae.k * d_model * (5 if recipe.sae.multi_topk else 1)
+    """Return the FLOPs per activation of the sparse parts: the decoder and all gradients.
+
+    Example:
+        >>> from ksparse.config import Recipe, from_dict
+        >>> plain, nested = Recipe(), from_dict({"sae": {"prefixes": [256, 1024]}})
+        >>> decoder(nested, 64) / decoder(plain, 64)
+        1.75
+    """
+    sae = recipe.sae
+    decodes = 8 * (5 if sae.multi_topk else 1) + (6 if sae.nested_sizes else 0)
+    return decodes * sae.k * d_model
 
 
 def auxk(latents: int, d_model: int) -> int:

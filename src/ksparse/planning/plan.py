@@ -200,7 +200,7 @@ def _evaluation_lines(plan: RunPlan) -> list[str]:
     return [
         f"evaluation   {format_bytes(sum(parts.values()))} for downstream: {by_part(parts)}; less "
         "by --lm-batch",
-        f"             about {format_duration(sum(times.values()))} for all, within a factor of 3: "
+        f"             roughly {format_duration(sum(times.values()))} for all: "
         + ", ".join(f"{name} {format_duration(spent)}" for name, spent in times.items()),
     ]
 

@@ -99,7 +99,7 @@ def judge(claim: dict[str, Any], pictures: list[Picture]) -> dict[str, Any]:
     """Return a claim of a study with its verdict and its pictures.
 
     Example:
-        >>> claim = {"margin": {"value": 0.3, "se": 0.1}, "figures": []}
+        >>> claim = {"claim": "TopK wins", "margin": {"value": 0.3, "se": 0.1}, "figures": []}
         >>> judge(claim, [])["verdict"]
         'holds'
     """

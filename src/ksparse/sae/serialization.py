@@ -321,19 +321,24 @@ def _check_is_one_sae(repository: str, revision: str | None) -> None:
         files = HfApi().list_repo_files(repository, revision=revision)
     except Exception:  # no such repository, or no network: the download says which
         return
-    weights = [file for file in files if file.endswith((".safetensors", ".pt", ".pth", ".npz"))]
-    at_root = [file for file in weights if "/" not in file]
-    single_files = [file for file in at_root if not file.endswith(".safetensors")]
-    is_run = "recipe.toml" in files or any(file.startswith("checkpoints/") for file in weights)
-    if is_run or (at_root and len(single_files) <= 1):
-        return
-    parts = single_files or sorted({file.rpartition("/")[0] for file in weights})
-    if parts:
+    if parts := _several_saes(files):
         more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
         raise InputError(
             f"the Hub repository {repository} holds many SAEs: {', '.join(parts[:4])}{more}; "
             "name one (subfolder=…)"
         )
+
+
+def _several_saes(files: Sequence[str]) -> list[str]:
+    """Return the files or folders that each hold an SAE, of the files of a repository; none of a
+    run, and none where the repository itself is one SAE."""
+    weights = [file for file in files if file.endswith((".safetensors", ".pt", ".pth", ".npz"))]
+    at_root = [file for file in weights if "/" not in file]
+    single_files = [file for file in at_root if not file.endswith(".safetensors")]
+    is_run = "recipe.toml" in files or any(file.startswith("checkpoints/") for file in weights)
+    if is_run or (at_root and len(single_files) <= 1):
+        return []
+    return single_files or sorted({file.rpartition("/")[0] for file in weights})
 
 
 def download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -351,8 +351,7 @@ def explain(
     """
     examples = [example for example in examples if example.value > 0]
     suffixes = shortest_suffixes(examples, read, progress)
-    padded = _read_padded(suffixes, read, pad)
-    wildcards = _find_wildcards(suffixes, read, pad, progress)
+    wildcards, padded = _read_changed(suffixes, read, pad, progress)
     patterns: dict[int, list[TokenPattern]] = {}
     for example, suffix, value, is_any, after_pad in zip(
         examples, suffixes.tokens, suffixes.values.tolist(), wildcards, padded
@@ -433,15 +432,21 @@ def _tokens_left(remaining: int, before: int, length: int, longest: int) -> int:
     return round(float((going_on * (lengths + _ROW)).sum()))
 
 
-def _find_wildcards(
+def _read_changed(
     suffixes: Suffixes, read: ReadFunction, pad: int, progress: Progress
-) -> list[list[bool]]:
-    """Return for each suffix which of its tokens can be any token."""
+) -> tuple[list[list[bool]], np.ndarray]:
+    """Return for each suffix which of its tokens can be any token, and the activation with a
+    padding token in front of it, [m]."""
     wildcards = [[False] * len(tokens) for tokens in suffixes.tokens]
-    done, total = 0, sum(len(tokens) * (len(tokens) + _ROW) for tokens in suffixes.tokens)
+    padded = np.zeros(len(suffixes.tokens), np.float32)
+    done = 0
+    total = sum((len(tokens) + 1) * (len(tokens) + _ROW) + 1 for tokens in suffixes.tokens)
     progress(FINDING_WILDCARDS, 0, total)
     for indices, rows in suffixes.by_length():
         length = rows.shape[1]
+        in_front = np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1)
+        padded[indices] = read(in_front, suffixes.latents[indices])
+        done += len(indices) * (length + 1 + _ROW)
         for place in range(length):
             changed = rows.copy()
             changed[:, place] = pad
@@ -450,16 +455,7 @@ def _find_wildcards(
                 wildcards[i][place] = bool(is_any)
             done += len(indices) * (length + _ROW)
             progress(FINDING_WILDCARDS, done, total)
-    return wildcards
-
-
-def _read_padded(suffixes: Suffixes, read: ReadFunction, pad: int) -> np.ndarray:
-    """Return the activation on each suffix with a padding token in front of it, [m]."""
-    activations = np.zeros(len(suffixes.tokens), np.float32)
-    for indices, rows in suffixes.by_length():
-        padded = np.concatenate([np.full((len(rows), 1), pad, rows.dtype), rows], 1)
-        activations[indices] = read(padded, suffixes.latents[indices])
-    return activations
+    return wildcards, padded
 
 
 def choose_pad(tokenizer: Any, text: str, special_ids: set[int]) -> tuple[int, str]:

@@ -47,6 +47,7 @@ class Ngrams:
         pairs: list[np.ndarray] = [np.zeros(0, np.int64)]
         group: list[Context] = []
         counted = 0
+        progress("counting n-grams", 0, tokens)
         for context in corpus.contexts():
             if context.start.epoch or counted >= tokens:
                 break

@@ -83,6 +83,7 @@ class Probes(Metric):
             "probe tasks", lambda: tasks.read(data.lm, data.acts, data.options, progress)
         )
         random_baseline = random_sae(sae, data.options.seed)
+        progress("fitting probes", 0, len(self.tasks.names))
         for number, name in enumerate(self.tasks.names):
             rows = (
                 data.once(f"probe rows {name}", functools.partial(self.tasks.rows, name))

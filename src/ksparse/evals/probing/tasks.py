@@ -214,6 +214,7 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
         )
     pool = _TokenPool(lm, acts)
     target = _TOKENS_PER_ROW * options.probe_rows
+    observe("labelling Python source", 0, target)
     for number, (_, source) in enumerate(pylm.documents("held-out")):
         pool.add(number, source)
         observe("labelling Python source", min(pool.size, target), target)
@@ -329,6 +330,7 @@ class _TokenPool:
     def activations(self, needed: np.ndarray, observe: Progress) -> Tensor:
         """Return x[m, d] of the tokens numbered `needed`, in order."""
         xs = []
+        observe("reading Python source", 0, self.size)
         for rows, number in self._batches():
             x = self.lm.acts(rows, torch.ones_like(rows, dtype=torch.bool))[:, len(self.head) :]
             keep = torch.from_numpy(np.isin(number, needed)).to(x.device)
