@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from ksparse import config as recipes
 from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
+from ksparse.cli.subjects import SubjectArgs, open_subject, place_subject, refuse_for_a_run
+from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError, Interrupted
 from ksparse.progress import report
 from ksparse.storage import jsonio
-from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.storage.run_folder import RunFolder, Subject, open_run
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
     from ksparse.evals.comparison import ComparisonRow
+    from ksparse.sae.model import SAE
 
 
 @dataclass(frozen=True)
-class EvalArgs(EvalConfig):
+class EvalArgs(SubjectArgs, EvalConfig):
     """Options of `ksparse eval`."""
 
+    out: str = ""
+    """Folder for the results, for `ksparse report` and `view`. A run keeps its results itself;
+    those of any other SAE are only printed without it."""
     again: bool = False
     """Compute everything again, also results that are there already with the same options,
     checkpoint, LM, site and text."""
@@ -33,30 +39,102 @@ class EvalArgs(EvalConfig):
 
 @verb
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN … [NAME …] [--key value …]
+    """eval SAE … [NAME …] [--key value …]
 
     Evaluate SAEs on held-out text; without names: downstream, stats, probes, n2g, explained_loss
-    and ablation. The same command goes on with what is missing.
+    and ablation. The same command goes on with what is missing. An SAE is a run, or any that `load`
+    takes: give --out DIR, and --lm, --site and --text where it does not say them.
     """
-    folder, flags = split_folder("eval", arguments)
+    folder, flags = split_folder("eval", arguments, "an SAE, such as the run runs/demo")
     words = []
     while flags and not flags[0].startswith("-"):
         words.append(flags.pop(0))
-    args = parse(EvalArgs, "eval RUN [RUN …] [NAME …]", flags)
+    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", _bare(flags, "--force"))
     sources: list[str] = [folder]
     names: list[str] = []
     for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
+    if _is_judged_alone(sources, args):
+        run, results = evaluate_subject(folder, names, args)
+        _show_results(run, results)
+        return
+    for source in sources:
+        refuse_for_a_run(source, args)
     results_by_source = evaluate_saes(sources, names, _eval_options(args), again=args.again)
     for source, results in results_by_source.items():
-        run = RunFolder(Path(source))
         if len(sources) > 1:
             print(f"\n{source}")
-        for result in results.values():
-            print_result(result, run.eval_file(result["name"]) if run.exists() else "")
-        if run.exists():
-            write_report(run)
-            print(f"report   {run.report_file.resolve().as_uri()}")
+        run = RunFolder(Path(source))
+        _show_results(run if run.exists() else None, results)
+
+
+def _bare(flags: list[str], flag: str) -> list[str]:
+    """Return the flags with the value of one that is given without, as of all that are on or off."""
+    followed = zip(flags, [*flags[1:], "--"])
+    return [
+        f"{flag}=True" if word == flag and after not in ("True", "False") else word
+        for word, after in followed
+    ]
+
+
+def _is_judged_alone(sources: list[str], args: EvalArgs) -> bool:
+    """Return whether an SAE is judged on what flags, its file or a folder of results say, not into
+    its own run; raise InputError where several are."""
+    folders = {source: RunFolder(Path(source)) for source in sources}
+    alone = args.out or args.any_given or any(run.is_judged() for run in folders.values())
+    if len(sources) > 1 and alone:
+        raise InputError(
+            "with --out, --lm and the like, and for folders of results, SAEs are evaluated one by "
+            "one; `ksparse compare` puts several side by side"
+        )
+    return len(sources) == 1 and bool(alone or not folders[sources[0]].exists())
+
+
+def _show_results(run: RunFolder | None, results: dict[str, Any]) -> None:
+    """Print results; where they are kept, write the report too."""
+    for result in results.values():
+        print_result(result, run.eval_file(result["name"]) if run else "")
+    if run:
+        write_report(run)
+        print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def evaluate_subject(
+    source: str, names: list[str], args: EvalArgs
+) -> tuple[RunFolder | None, dict[str, Any]]:
+    """Evaluate one SAE of any kind on the LM, site and text that flags and its metadata name.
+
+    Args:
+        source: what `ksparse.load` takes, or a folder of results to go on with.
+        names: evaluations; empty for the default ones.
+        args: flags. The text is a part of the subject, not an option of its evaluations.
+
+    Returns:
+        The folder of results, None without one; and the results by name.
+
+    Raises:
+        InputError: see `open_subject`; or the folder holds results of something else.
+        Interrupted: on Ctrl-C; complete results are on disk.
+    """
+    if not args.out:
+        refuse_for_a_run(source, args)
+    with ProgressBar("evaluating"):
+        report("loading torch")
+        from ksparse.evals import registry
+
+        registry.check_names(names)
+        opened = open_subject(source, args, text=args.text, force=args.force)
+        out = args.out or (source if RunFolder(Path(source)).is_judged() else "")
+        run, subject = (RunFolder(Path(out)) if out else None), opened.subject
+        if run:
+            subject = place_subject(run, subject)
+        assert subject.judged is not None
+        options = dataclasses.replace(
+            _eval_options(args), text="", force=args.force or subject.judged.forced
+        )
+        task = _Evaluations(list(dict.fromkeys(names or registry.DEFAULT)), options, args.again)
+        results = task.run({source: opened.sae}, {source: run} if run else {}, subject)
+    return run, results[source]
 
 
 def _eval_options(args: EvalConfig) -> EvalConfig:
@@ -95,76 +173,114 @@ def evaluate_saes(
     """
     with ProgressBar("evaluating"):
         report("loading torch")
-        from ksparse.evals import registry, runner
+        from ksparse.evals import registry
         from ksparse.interop import load
 
         registry.check_names(names)
-        wanted = list(dict.fromkeys(names or registry.DEFAULT))
-        saes = {source: load(source) for source in sources}
-        kept = {} if again else _kept(saes, wanted, options)
-        missing = [name for name in wanted if name not in kept]
+        task = _Evaluations(list(dict.fromkeys(names or registry.DEFAULT)), options, again)
+        folders = {source: RunFolder(Path(source)) for source in sources}
+        return task.run(
+            {source: load(source) for source in sources},
+            {source: run for source, run in folders.items() if run.exists()},
+        )
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """Evaluations of SAEs whose results are written as soon as they are complete.
+
+    Args:
+        names: the evaluations.
+        options: for all of them.
+        again: compute also what is there already.
+    """
+
+    names: list[str]
+    options: EvalConfig
+    again: bool
+
+    def run(
+        self, saes: dict[str, SAE], folders: dict[str, RunFolder], subject: Subject | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return the results by source and name.
+
+        Args:
+            saes: the SAEs by source.
+            folders: where to write the results of each; those of others are not written.
+            subject: what to judge on, in place of what the SAEs were trained on.
+        """
+        from ksparse.device import resolve_device
+        from ksparse.evals import runner
+        from ksparse.lm.model import LM
+
+        acts = subject.acts if subject else None
+        kept = {} if self.again else self._kept(saes, folders, acts)
+        missing = [name for name in self.names if name not in kept]
         written: list[str] = []
 
         def write(source: str, name: str, result: Any) -> None:
-            run = RunFolder(Path(source))
-            if run.exists():
-                runner.write_results(run, {result["name"]: result})
+            if source in folders:
+                if subject:
+                    folders[source].write_subject(subject)
+                runner.write_results(folders[source], {result["name"]: result})
                 written.append(name)
 
+        computed: dict[str, dict[str, Any]] = {}
         try:
-            computed = (
-                runner.evaluate_many(saes, None, missing, options, on_result=write)
-                if missing
-                else {}
-            )
+            if missing:
+                lm = LM(acts=acts, device=resolve_device(self.options.device)) if acts else None
+                computed = runner.evaluate_many(
+                    saes, lm, missing, self.options, like=acts, on_result=write
+                )
         except KeyboardInterrupt:
             done = f"{', '.join(dict.fromkeys([*kept, *written])) or 'no result'}"
             raise Interrupted(
-                f"stopped; {done} of {', '.join(wanted)} complete and saved. The same command goes "
-                "on with the rest",
+                f"stopped; {done} of {', '.join(self.names)} complete and saved. The same command "
+                "goes on with the rest",
                 signal.SIGINT,
             ) from None
-    return {
-        source: {
-            name: kept[name][source] if name in kept else computed[source][name] for name in wanted
+        return {
+            source: {
+                name: kept[name][source] if name in kept else computed[source][name]
+                for name in self.names
+            }
+            for source in saes
         }
-        for source in sources
-    }
 
+    def _kept(
+        self, saes: dict[str, SAE], folders: dict[str, RunFolder], acts: ActsConfig | None
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the results that all of the SAEs have already, {name: {source: result}}, and say
+        so.
 
-def _kept(
-    saes: dict[str, Any], names: list[str], options: EvalConfig
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the results that all of the SAEs have already, {name: {source: result}}, and say so.
+        What one of them lacks is computed for all, which costs little more: the LM runs once.
+        """
+        from ksparse.evals import runner
 
-    What one of them lacks is computed for all, which costs little more: the LM runs once.
-    """
-    from ksparse.evals import runner
-
-    runs = {source: RunFolder(Path(source)) for source in saes}
-    if not all(run.exists() for run in runs.values()):
-        return {}
-    short, kept = runner.short_names(saes), {}
-    for name in names:
-        results = {
-            source: runner.read_kept(
-                run,
-                name,
-                options,
-                saes[source].metadata,
-                [short[other] for other in saes if other != source],
+        if set(folders) != set(saes):
+            return {}
+        short, kept = runner.short_names(saes), {}
+        for name in self.names:
+            results = {
+                source: runner.read_kept(
+                    run,
+                    name,
+                    self.options,
+                    saes[source].metadata,
+                    [short[other] for other in saes if other != source],
+                    acts,
+                )
+                for source, run in folders.items()
+            }
+            complete = {source: result for source, result in results.items() if result is not None}
+            if len(complete) == len(saes):
+                kept[name] = complete
+        if kept:
+            print_status(
+                f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, "
+                "LM and text; --again True computes them again"
             )
-            for source, run in runs.items()
-        }
-        complete = {source: result for source, result in results.items() if result is not None}
-        if len(complete) == len(saes):
-            kept[name] = complete
-    if kept:
-        print_status(
-            f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, LM "
-            "and text; --again True computes them again"
-        )
-    return kept
+        return kept
 
 
 @dataclass(frozen=True)
