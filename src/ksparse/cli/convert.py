@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.subjects import name_place
 from ksparse.storage.run_folder import open_run
 
 VIEWER_FORMATS = ("neuronpedia", "sae_dashboard", "atoms")
@@ -19,8 +20,8 @@ class ConvertArgs:
 
     to: str
     """Format to write: sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium
-    or ksparse. For an evaluated run also the data of viewers: neuronpedia, sae_dashboard or
-    atoms."""
+    or ksparse. For an evaluated run, or a folder of `ksparse eval SAE --out`, also the data of
+    viewers: neuronpedia, sae_dashboard or atoms."""
     subfolder: str = ""
     """Folder of the SAE inside SRC."""
     revision: str = ""
@@ -29,6 +30,10 @@ class ConvertArgs:
     """What to do with a normalization that the format does not have. exact: refuse, unless it can
     be folded into the weights. layer_norm: also write unit_norm as layer_norm, which differs by
     about 1e-5 / standard deviation of the activation. outside: leave it to the user of the SAE."""
+    lm: str = ""
+    """The LM, where the SAE does not name it."""
+    site: str = ""
+    """The site, where the SAE does not name it."""
     model: str = ""
     """neuronpedia, sae_dashboard: Neuronpedia's name of the LM."""
     set: str = "ksparse"
@@ -62,15 +67,14 @@ def convert(arguments: list[str]) -> None:
         print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
         return
     from ksparse import interop
+    from ksparse.interop import foreign, hook_names
 
-    sae = interop.convert(
-        source,
-        folder,
-        args.to,
-        revision=args.revision or None,
-        subfolder=args.subfolder,
-        normalization=args.normalization,
-    )
+    foreign.check_new_folder(folder)
+    sae = interop.load(source, revision=args.revision or None, subfolder=args.subfolder)
+    place = {"lm": args.lm, "site": hook_names.from_hook(args.site)}
+    name_place(source, sae, {key: value for key, value in place.items() if value})
+    interop.write(sae, folder, args.to, normalization=args.normalization)
+    sae = interop.load(folder)
     print(
         f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
         f"normalisation {sae.shape.normalize}"

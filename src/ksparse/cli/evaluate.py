@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ksparse import config as recipes
-from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.arguments import parse, spell_out, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
 from ksparse.cli.subjects import SubjectArgs, open_subject, place_subject, refuse_for_a_run
 from ksparse.config import ActsConfig
@@ -49,7 +49,7 @@ def evaluate(arguments: list[str]) -> None:
     words = []
     while flags and not flags[0].startswith("-"):
         words.append(flags.pop(0))
-    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", _bare(flags, "--force"))
+    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", spell_out(flags, "--force"))
     sources: list[str] = [folder]
     names: list[str] = []
     for word in words:
@@ -66,15 +66,6 @@ def evaluate(arguments: list[str]) -> None:
             print(f"\n{source}")
         run = RunFolder(Path(source))
         _show_results(run if run.exists() else None, results)
-
-
-def _bare(flags: list[str], flag: str) -> list[str]:
-    """Return the flags with the value of one that is given without, as of all that are on or off."""
-    followed = zip(flags, [*flags[1:], "--"])
-    return [
-        f"{flag}=True" if word == flag and after not in ("True", "False") else word
-        for word, after in followed
-    ]
 
 
 def _is_judged_alone(sources: list[str], args: EvalArgs) -> bool:

@@ -141,6 +141,34 @@ def place_subject(folder: RunFolder, subject: Subject) -> Subject:
     return dataclasses.replace(subject, judged=dataclasses.replace(subject.judged, source=source))
 
 
+def name_place(source: str, sae: SAE, given: dict[str, str]) -> None:
+    """Add LM and site to the metadata of an SAE that does not say them.
+
+    Args:
+        source: what the SAE was loaded from; a folder of results knows both.
+        sae: the SAE.
+        given: the LM and site that the user names, by key.
+
+    Raises:
+        InputError: the metadata name others.
+    """
+    from ksparse.lm.provenance import trained_on
+
+    folder, known = RunFolder(Path(source)), trained_on(sae.metadata)
+    if folder.is_judged():
+        acts = folder.subject().acts
+        given = {"lm": acts.lm, "site": acts.site} | given
+    for key, value in given.items():
+        if known.get(key, value) != value and not folder.is_judged():
+            raise InputError(
+                f"{source}: --{key} is {value!r}, but its metadata say {known[key]!r}; leave it out"
+            )
+    missing = {key: value for key, value in given.items() if key not in known}
+    if missing:
+        origin = sae.metadata.get("origin") or {"format": "unknown"}
+        sae.metadata["origin"] = origin | missing
+
+
 def refuse_for_a_run(source: str, flags: SubjectArgs) -> None:
     """Raise InputError where a run is to be judged on something else without a folder for it."""
     if RunFolder(Path(source)).exists() and (given := flags.given):
