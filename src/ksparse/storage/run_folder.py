@@ -281,7 +281,7 @@ class RunFolder:
         different = [key for key in there if there[key] != new.get(key)]
         if different:
             words = "; ".join(
-                f"{key} is {str(there[key])[:60]!r} there and {str(new.get(key))[:60]!r} now"
+                f"{key} is {str(there[key])[:200]!r} there and {str(new.get(key))[:200]!r} now"
                 for key in different[:4]
             )
             raise InputError(
