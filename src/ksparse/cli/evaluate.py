@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse import config as recipes
 from ksparse.cli.arguments import parse, spell_out, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
 from ksparse.cli.subjects import SubjectArgs, open_subject, place_subject, refuse_for_a_run
@@ -21,7 +21,7 @@ from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder, Subject, open_run
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
-    from ksparse.evals.comparison import ComparisonRow
+    from ksparse.evals.comparison import ComparisonRow, Differences
     from ksparse.sae.model import SAE
 
 
@@ -282,21 +282,37 @@ class CompareArgs(EvalConfig):
     """LM, where no SAE names one: a name on the Hub, a folder, or pylm."""
     site: str = ""
     """Site, where no SAE names one."""
+    evals: str = ""
+    """Evaluations to compare, as in downstream,stats,probes,n2g; by default downstream and
+    stats."""
+    against: str = ""
+    """SAE that the others are compared with; by default the first."""
     like: str = ""
     """Evaluate all on the text, contexts and positions that this SAE was trained with."""
     by: str = ""
     """Column to rank by; by default the first."""
     results: Literal["new", "saved"] = "new"
-    """new: evaluate. saved: use the results that runs already have."""
+    """new: evaluate. saved: use the results that runs already have, whose differences cannot be
+    paired."""
     json: str = ""
     """File to write the table to, as JSON."""
+
+    @property
+    def names(self) -> list[str]:
+        """The evaluations, as they are named."""
+        from ksparse.evals import comparison, registry
+
+        words = self.evals.replace(",", " ").split()
+        registry.check_names(words)
+        return list(dict.fromkeys(words)) or list(comparison.NAMES)
 
 
 @verb
 def compare(arguments: list[str]) -> None:
     """compare A B … [--key value …]
 
-    Compare SAEs of any format on the same text, positions and baselines, in one table.
+    Compare SAEs of any format on the same text, positions and baselines: a table of their numbers,
+    and the differences to one of them, paired by document.
     """
     folder, flags = split_folder(
         "compare",
@@ -306,26 +322,40 @@ def compare(arguments: list[str]) -> None:
     sources = [folder]
     while flags and not flags[0].startswith("-"):
         sources.append(flags.pop(0))
-    args = parse(CompareArgs, "compare A B …", flags)
+    args = parse(CompareArgs, "compare A B …", spell_out(flags, "--force"))
     from ksparse import interop
     from ksparse.evals import comparison
 
     repeated = [source for source in sources if sources.count(source) > 1]
     if repeated:
         raise InputError(f"{repeated[0]} is named twice")
+    for flag in ("like", "against"):
+        if (named := getattr(args, flag)) and named not in sources:
+            raise InputError(
+                f"--{flag} names {named!r}, which is not compared; there are {', '.join(sources)}"
+            )
+    names = args.names
     saes = {source: interop.load(source) for source in sources}
     results_by_source = (
-        _read_results(sources) if args.results == "saved" else _evaluate_together(saes, args)
+        _read_results(sources, names)
+        if args.results == "saved"
+        else _evaluate_together(saes, names, args)
     )
-    rows = comparison.table(
-        results_by_source, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
-    )
+    normalizations = {source: sae.shape.normalize for source, sae in saes.items()}
+    rows = comparison.table(results_by_source, normalizations, args.by)
+    against = args.against or sources[0]
+    differences = comparison.differences(results_by_source, normalizations, against)
     _print_table(rows)
+    _print_differences(rows, differences, against)
     for source, results in results_by_source.items():
         for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
             print(f"note: {source}: {note}")
     if args.json:
-        jsonio.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
+        lines = [{"name": row.name, **row.values} for row in rows]
+        for line in lines:
+            if line["name"] in differences:
+                line |= {"against": against, "differences": differences[str(line["name"])]}
+        jsonio.write_json(Path(args.json), lines)
 
 
 def _print_table(rows: list[ComparisonRow]) -> None:
@@ -334,61 +364,95 @@ def _print_table(rows: list[ComparisonRow]) -> None:
     for row in rows:
         cells = (f"{format_estimate(value):>22}" for value in row.values.values())
         print(f"{row.name:<{width}}" + "".join(cells))
+    print("± one standard error over documents (of n2g, over latents).")
+
+
+def _print_differences(
+    rows: list[ComparisonRow], differences: dict[str, Differences], against: str
+) -> None:
+    """Print how much each SAE has more than the one that it is compared with."""
+    if not differences:
+        return
+    width = max(len(row.name) for row in rows) + 2
+    keys = list(rows[0].values)
+    print(f"\nmore than {against}")
+    print(" " * width + "".join(f"{key:>22}" for key in keys))
+    for row in rows:
+        if row.name in differences:
+            cells = (f"{_signed(differences[row.name][key]):>22}" for key in keys)
+            print(f"{row.name:<{width}}" + "".join(cells))
+    paired = all(entry["paired"] for by_key in differences.values() for entry in by_key.values())
     print(
-        "± one standard error over documents. All SAEs were evaluated on the same documents, so "
-        "differences between them are more certain than that."
+        "± one standard error of the difference on the same documents."
+        + ("" if paired else " *: of independent numbers, which is more.")
     )
 
 
-def _read_results(sources: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the saved results of runs; raise InputError for a run without any."""
-    from ksparse.evals.comparison import NAMES
+def _signed(difference: Mapping[str, float | bool | None]) -> str:
+    value = difference["value"]
+    if value is None:
+        return "-"
+    number = format_estimate({"value": value, "se": difference["se"]})
+    text = number if number.startswith("-") else f"+{number}"
+    return text if difference["paired"] else f"{text} *"
 
+
+def _read_results(sources: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the saved results of runs; raise InputError for a run without any."""
     results_by_source = {
-        source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))}
+        source: {name: result for name in names if (result := RunFolder(Path(source)).eval(name))}
         for source in sources
     }
     for source, results in results_by_source.items():
         if not results:
             raise InputError(
-                f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes "
+                f"{source} has no results of {' and '.join(names)}; `ksparse eval {source}` makes "
                 "them of a run, or leave out --results saved"
             )
     return results_by_source
 
 
-def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, Any]]:
+def _evaluate_together(
+    saes: dict[str, SAE], names: list[str], args: CompareArgs
+) -> dict[str, dict[str, Any]]:
     """Evaluate SAEs in one pass over the activations that one of them was trained on."""
     from ksparse.device import resolve_device
     from ksparse.evals import runner
-    from ksparse.evals.comparison import NAMES
     from ksparse.lm.model import LM
 
-    if args.like and args.like not in saes:
-        raise InputError(
-            f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}"
-        )
-    trained_on = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
-    table = (
-        trained_on[args.like]
-        if args.like
-        else next((acts for acts in trained_on.values() if acts), {})
-    )
-    acts = recipes.ActsConfig(
-        **table | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))}
-    )
-    if not table and not (args.lm and args.site):
-        raise InputError(
-            "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
-        )
+    acts = _shared_acts(saes, args)
     with ProgressBar("evaluating"):
         return runner.evaluate_many(
             saes,
             LM(acts=acts, device=resolve_device(args.device)),
-            NAMES,
+            names,
             _eval_options(args),
             like=acts if args.like else None,
         )
+
+
+def _shared_acts(saes: dict[str, SAE], args: CompareArgs) -> ActsConfig:
+    """Return the LM, site and text to compare SAEs on: of --like, or of the first that names each,
+    with the flags over them."""
+    from ksparse.interop.hook_names import from_hook
+    from ksparse.lm import provenance
+
+    known: dict[str, Any] = {}
+    for source in [args.like] if args.like else saes:
+        folder, metadata = RunFolder(Path(source)), saes[source].metadata
+        own = dataclasses.asdict(folder.subject().acts) if folder.is_judged() else None
+        known = (own or metadata.get("acts") or provenance.trained_on(metadata)) | known
+    flags = {"lm": args.lm, "site": from_hook(args.site), "text": args.text}
+    known |= {key: value for key, value in flags.items() if value}
+    missing = [key for key in ("lm", "site", "text") if not known.get(key)]
+    if missing:
+        raise InputError(
+            "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
+            if len(missing) == 3
+            else f"no SAE says its {' and '.join(missing)}; name it: "
+            f"{', '.join(f'--{key}' for key in missing)}"
+        )
+    return ActsConfig(**known)
 
 
 @verb
