@@ -90,9 +90,9 @@ def open_subject(
     from ksparse.lm import provenance
     from ksparse.sae.serialization import weights_sha256
 
-    place = {"revision": flags.revision or None, "subfolder": flags.subfolder}
+    revision, subfolder = flags.revision or None, flags.subfolder
     folder, given = RunFolder(Path(source)), flags.given | ({"text": text} if text else {})
-    sae = interop.load(source, **place)
+    sae = interop.load(source, revision=revision, subfolder=subfolder)
     if folder.is_judged():
         subject = folder.subject()
         acts = dataclasses.replace(subject.acts, **given)
@@ -107,7 +107,7 @@ def open_subject(
         local=local,
         subfolder=flags.subfolder,
         revision=flags.revision,
-        format=interop.format_of(source, **place),
+        format=interop.format_of(source, revision=revision, subfolder=subfolder),
         weights_sha256=weights_sha256(sae),
         step=sae.metadata.get("step"),
         held_out=not foreign and (sae.metadata.get("acts") or {}).get("text") == acts.text,

@@ -77,7 +77,7 @@ def check(results: Results) -> None:
                 )
 
 
-class Column(NamedTuple):
+class ComparedNumber(NamedTuple):
     """A number that is compared: its evaluation, its key there, its order, and how it is called."""
 
     evaluation: str
@@ -86,7 +86,7 @@ class Column(NamedTuple):
     name: str
 
 
-def columns(results: Results, normalizations: Mapping[str, str]) -> list[Column]:
+def columns(results: Results, normalizations: Mapping[str, str]) -> list[ComparedNumber]:
     """Return the numbers that all SAEs have.
 
     Two evaluations may have numbers of one name; the later is called EVALUATION.KEY.
@@ -96,7 +96,7 @@ def columns(results: Results, normalizations: Mapping[str, str]) -> list[Column]
         normalizations: the input normalization of each SAE. `nmse` is of normalized activations, so
             it is left out where these differ.
     """
-    found: list[Column] = []
+    found: list[ComparedNumber] = []
     alike = len(set(normalizations.values())) <= 1
     for evaluation, first in next(iter(results.values())).items():
         for key, order in COLUMNS.get(evaluation, _all_numbers(first)).items():
@@ -106,7 +106,7 @@ def columns(results: Results, normalizations: Mapping[str, str]) -> list[Column]
                 continue
             taken = any(column.name == key for column in found)
             name = f"{evaluation}.{key}" if taken else key
-            found.append(Column(evaluation, key, order, name))
+            found.append(ComparedNumber(evaluation, key, order, name))
     return found
 
 

@@ -126,7 +126,7 @@ def acts_to_judge(
         )
     if given.get("lm", trained.get("lm")) != trained.get("lm"):
         trained.pop("revision", None)  # of the other LM
-    return ActsConfig(**(trained | given))
+    return ActsConfig(**(trained | dict(given)))
 
 
 def _list(words: list[str]) -> str:
