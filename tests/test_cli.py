@@ -586,7 +586,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
         (["train", "--acts.lm", "pylm/9b"], 2, "there are 0.3m"),
         (["eval", "no-such-run"], 2, "neither a folder here nor a Hub repository"),
         (["eval", "."], 2, "holds no SAE"),
-        (["eval"], 2, "needs the folder of a run"),
+        (["eval"], 2, "needs an SAE, such as the run"),
         (["eval", "run", "prob"], 2, "there is no evaluation 'prob'; did you mean 'probes'?"),
         (["eval", "run", "--position", "first"], 2, "first"),
         (["eval", "run", "--budget", "huge"], 2, "huge"),
@@ -601,7 +601,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
             2,
             "refine_exact of an evaluation is -1; it must not be negative",
         ),
-        (["steer"], 2, "`ksparse steer` needs the folder of a run"),
+        (["steer"], 2, "`ksparse steer` needs an SAE, such as the run"),
         (
             ["steer", "run", "--prompt", "x", "--value", "1"],
             2,
@@ -618,7 +618,7 @@ def test_doctor_gives_a_line_for_each_thing(verb):
             2,
             "give one of --value V",
         ),
-        (["attribute"], 2, "`ksparse attribute` needs the folder of a run"),
+        (["attribute"], 2, "`ksparse attribute` needs an SAE, such as the run"),
         (
             ["probes"],
             2,

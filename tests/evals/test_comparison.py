@@ -63,7 +63,7 @@ def test_one_sae_in_five_formats_has_the_same_numbers_five_times(small_acts, tmp
         and "±" in out
         and all(str(folder) in out for folder in folders)
     )
-    for key in set(rows[0]) - {"name"}:
+    for key in set(rows[0]) - {"name", "against", "differences"}:
         for row in rows[1:]:
             assert row[key]["value"] == pytest.approx(rows[0][key]["value"], rel=1e-4, abs=1e-7), (
                 key
@@ -100,6 +100,7 @@ def test_different_contexts_are_refused_unless_one_is_named_for_all(small_acts, 
         code == 0 and f"note: {a}: context is 8, as asked, but 16 where the SAE was trained" in out
     ), err
     numbers = [line.split()[1:] for line in out.splitlines()[1:3]]
+    assert "+0.0000 ± 0.0000" in out.partition(f"more than {a}")[2], "they differ in nothing"
     assert numbers[0] == numbers[1]
 
 
@@ -216,3 +217,92 @@ def test_saved_results_are_taken_as_they_are(small_recipe, tmp_path, verb):
     code, out, err = verb("compare", run.path, "--results", "saved")
     assert code == 0, err
     assert f"{RunFolder(run.path).eval('stats')['nmse']['value']:.4f}" in out
+
+
+def test_differences_are_those_of_document_means_by_hand(small_acts, tmp_path, verb):
+    from ksparse.config.evaluation import EvalConfig
+    from ksparse.evals import runner
+
+    acts = small_acts()
+    saes = {
+        "a": ksparse.load(made(acts, tmp_path / "a")),
+        "b": ksparse.load(made(acts, tmp_path / "b")),
+        "c": ksparse.load(made(acts, tmp_path / "c")),
+    }
+    saes["b"].W_dec.data *= 0.7
+    saes["c"].W_dec.data *= 0.7
+    saes["c"].W_dec.data[0] *= 0.99
+    options = EvalConfig(tokens=800, per_document=64, examples=0, device="cpu")
+    results = runner.evaluate_many(saes, None, ["downstream", "stats"], options)
+    found = comparison.differences(results, dict.fromkeys(saes, "none"), "c")
+    assert set(found) == {"a", "b"}
+    for label in found:
+        for key, evaluation in (("ce_delta", "downstream"), ("explained_variance", "stats")):
+            one, other = (results[name][evaluation][key] for name in (label, "c"))
+            entry = found[label][key]
+            assert entry["paired"] and entry["value"] == pytest.approx(
+                one["value"] - other["value"]
+            )
+            assert one.clusters.tolist() == other.clusters.tolist()
+            m, by_document = len(one.clusters), one.deviations - other.deviations
+            assert entry["se"] == pytest.approx((m / (m - 1) * (by_document**2).sum()) ** 0.5)
+        assert not found[label]["dead_fraction"]["paired"], "latents of two SAEs are no pairs"
+    entry, one = found["b"]["ce_delta"], results["b"]["downstream"]["ce_delta"]
+    assert entry["se"] < 0.2 * one["se"], "SAEs that hardly differ have a difference that is sure"
+
+
+def test_a_paired_error_is_that_of_the_ratio_of_differences():
+    import numpy as np
+
+    from ksparse.evals.statistics import DocumentSums, difference, ratio
+
+    g = torch.Generator().manual_seed(0)
+    documents = torch.randint(12, (400,), generator=g)
+    a, b = torch.rand(400, generator=g), torch.rand(400, generator=g)
+    one, other = DocumentSums(), DocumentSums()
+    one.add(documents, loss=a, n=torch.ones(400))
+    shuffled = torch.randperm(400, generator=g)  # other documents come first
+    other.add(documents[shuffled], loss=b[shuffled], n=torch.ones(400))
+    together = DocumentSums()
+    together.add(documents, loss=a - b, n=torch.ones(400))
+    expected = ratio(together["loss"], together["n"])
+    found = difference(ratio(one["loss"], one["n"]), ratio(other["loss"], other["n"]))
+    assert found["paired"] and found["value"] == pytest.approx(expected["value"])
+    assert found["se"] == pytest.approx(expected["se"])
+    assert type(one["loss"] - 2 * one["n"]).__name__ == "DocumentTotals"
+    assert isinstance(np.asarray(one["loss"]), np.ndarray)
+
+
+def test_any_evaluations_of_any_number_of_saes_are_compared_against_any_of_them(
+    small_acts, tmp_path, verb
+):
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    rows = [
+        {"text": f"{('the cat', 'black dogs')[i % 2]} saw {i}", "label": i % 2} for i in range(40)
+    ]
+    (suite / "cats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = [made(small_acts(), tmp_path / name) for name in "abc"]
+    sae = ksparse.load(folders[2])
+    sae.W_dec.data *= 0.5
+    ksparse.save(sae, folders[2])
+    small = ["--tokens", 300, "--per-document", 64, "--device", "cpu", "--suite", suite]
+    small += ["--latents", 6, "--n2g-examples", 4]
+    code, out, err = verb(
+        "compare", *folders, "--evals", "downstream,stats,probes,n2g,refinement",
+        "--against", folders[1], "--json", tmp_path / "table.json", *small,
+    )  # fmt: skip
+    assert code == 0, err
+    table = {row["name"]: row for row in json.loads((tmp_path / "table.json").read_text())}
+    assert "differences" not in table[str(folders[1])]
+    assert f"more than {folders[1]}" in out and "*: of independent numbers" in out
+    same, worse = (table[str(folders[i])]["differences"] for i in (0, 2))
+    for key in ("ce_delta", "probe_loss", "cats.loss", "explained_variance", "nmse_refined"):
+        assert same[key] == {"value": 0.0, "se": pytest.approx(0, abs=1e-9), "paired": True}, key
+    assert worse["explained_variance"]["value"] < 0 and worse["explained_variance"]["paired"]
+    assert same["f1"]["paired"] is False, "each SAE has latents of its own"
+    assert "l0" in same and "refinement.l0" in same, "two numbers of one name are told apart"
+    code, _, err = verb("compare", *folders, "--against", "x")
+    assert code == 2 and "--against names 'x', which is not compared" in err
+    code, _, err = verb("compare", *folders, "--evals", "downstreem")
+    assert code == 2 and "there is no evaluation 'downstreem'" in err

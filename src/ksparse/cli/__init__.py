@@ -9,6 +9,7 @@
     published      list
     prepare        shard, plan, bench, doctor
 
+    subjects       which LM, site and text an SAE of any kind is used on
     arguments      the table of verbs, and how their arguments are parsed
     output         messages, estimates, progress
 

@@ -212,6 +212,15 @@ def split_folder(
     return arguments[0], list(arguments[1:])
 
 
+def spell_out(flags: list[str], flag: str) -> list[str]:
+    """Return the flags with the value True for one that is given without a value."""
+    spelled = list(flags)
+    for number, word in enumerate(flags):
+        if word == flag and flags[number + 1 : number + 2] not in (["True"], ["False"]):
+            spelled[number] = f"{flag}=True"
+    return spelled
+
+
 def refuse_arguments(verb: str, arguments: list[str]) -> None:
     """Show help and exit, or refuse arguments, for a verb that takes none."""
     if arguments and arguments[0] in ("-h", "--help"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.subjects import name_place
 from ksparse.config import ActsConfig, from_dict
 from ksparse.errors import InputError, unknown
 from ksparse.storage.run_folder import open_run
@@ -21,8 +22,8 @@ class ConvertArgs:
 
     to: str
     """Format to write: sae_lens, sparsify, dictionary_learning, openai, gemma_scope, llamascopium
-    or ksparse. For an evaluated run also the data of viewers: neuronpedia, sae_dashboard or
-    atoms."""
+    or ksparse. For an evaluated run, or a folder of `ksparse eval SAE --out`, also the data of
+    viewers: neuronpedia, sae_dashboard or atoms."""
     subfolder: str = ""
     """Folder of the SAE inside SRC."""
     revision: str = ""
@@ -35,9 +36,9 @@ class ConvertArgs:
     """For a format that lacks the SAE's normalization: write the nearest SAE that it holds, and
     measure the difference on held-out activations of the LM."""
     lm: str = ""
-    """fold: the LM, where the SAE does not name it."""
+    """The LM, where the SAE does not name it."""
     site: str = ""
-    """fold: the site, where the SAE does not name it."""
+    """The site, where the SAE does not name it."""
     text: str = ""
     """fold: the text, where the SAE does not name it."""
     model: str = ""
@@ -77,18 +78,17 @@ def convert(arguments: list[str]) -> None:
         print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
         return
     from ksparse import interop
+    from ksparse.interop import foreign, hook_names
 
     if args.fold:
         print(_fold(source, Path(folder), args))
         return
-    sae = interop.convert(
-        source,
-        folder,
-        args.to,
-        revision=args.revision or None,
-        subfolder=args.subfolder,
-        normalization=args.normalization,
-    )
+    foreign.check_new_folder(folder)
+    sae = interop.load(source, revision=args.revision or None, subfolder=args.subfolder)
+    place = {"lm": args.lm, "site": hook_names.from_hook(args.site)}
+    name_place(source, sae, {key: value for key, value in place.items() if value})
+    interop.write(sae, folder, args.to, normalization=args.normalization)
+    sae = interop.load(folder)
     print(
         f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
         f"normalisation {sae.shape.normalize}"
@@ -114,8 +114,8 @@ def _check_fold(args: ConvertArgs) -> None:
         raise InputError(
             f"--fold is for a format that lacks the SAE's normalisation; {args.to} does not"
         )
-    if not args.fold and (given := [key for key in ("lm", "site", "text") if getattr(args, key)]):
-        raise InputError(f"--{given[0]} is only used with --fold, which runs the LM")
+    if args.text and not args.fold:
+        raise InputError("--text is only used with --fold, which runs the LM")
 
 
 def _fold(source: str, folder: Path, args: ConvertArgs) -> str:

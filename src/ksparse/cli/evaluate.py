@@ -5,27 +5,33 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse import config as recipes
-from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.arguments import parse, spell_out, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
+from ksparse.cli.subjects import SubjectArgs, open_subject, place_subject, refuse_for_a_run
+from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig, StudyConfig
 from ksparse.errors import InputError, Interrupted
 from ksparse.progress import report
 from ksparse.storage import jsonio
-from ksparse.storage.run_folder import RunFolder, open_run
+from ksparse.storage.run_folder import RunFolder, Subject, open_run
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
-    from ksparse.evals.comparison import ComparisonRow
+    from ksparse.evals.comparison import ComparisonRow, Differences
+    from ksparse.sae.model import SAE
 
 
 @dataclass(frozen=True)
-class EvalArgs(EvalConfig):
+class EvalArgs(SubjectArgs, EvalConfig):
     """Options of `ksparse eval`."""
 
+    out: str = ""
+    """Folder for the results, for `ksparse report` and `view`. A run keeps its results itself;
+    those of any other SAE are only printed without it."""
     again: bool = False
     """Compute everything again, also results that are there already with the same options,
     checkpoint, LM, site and text."""
@@ -33,30 +39,93 @@ class EvalArgs(EvalConfig):
 
 @verb
 def evaluate(arguments: list[str]) -> None:
-    """eval RUN … [NAME …] [--key value …]
+    """eval SAE … [NAME …] [--key value …]
 
     Evaluate SAEs on held-out text; without names: downstream, stats, probes, n2g, explained_loss
-    and ablation. The same command goes on with what is missing.
+    and ablation. The same command goes on with what is missing. An SAE is a run, or any that `load`
+    takes: give --out DIR, and --lm, --site and --text where it does not say them.
     """
-    folder, flags = split_folder("eval", arguments)
+    folder, flags = split_folder("eval", arguments, "an SAE, such as the run runs/demo")
     words = []
     while flags and not flags[0].startswith("-"):
         words.append(flags.pop(0))
-    args = parse(EvalArgs, "eval RUN [RUN …] [NAME …]", flags)
+    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", spell_out(flags, "--force"))
     sources: list[str] = [folder]
     names: list[str] = []
     for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
+    if _is_judged_alone(sources, args):
+        run, results = evaluate_subject(folder, names, args)
+        _show_results(run, results)
+        return
+    for source in sources:
+        refuse_for_a_run(source, args)
     results_by_source = evaluate_saes(sources, names, _eval_options(args), again=args.again)
     for source, results in results_by_source.items():
-        run = RunFolder(Path(source))
         if len(sources) > 1:
             print(f"\n{source}")
-        for result in results.values():
-            print_result(result, run.eval_file(result["name"]) if run.exists() else "")
-        if run.exists():
-            write_report(run)
-            print(f"report   {run.report_file.resolve().as_uri()}")
+        run = RunFolder(Path(source))
+        _show_results(run if run.exists() else None, results)
+
+
+def _is_judged_alone(sources: list[str], args: EvalArgs) -> bool:
+    """Return whether an SAE is judged on what flags, its file or a folder of results say, not into
+    its own run; raise InputError where several are."""
+    folders = {source: RunFolder(Path(source)) for source in sources}
+    alone = args.out or args.any_given or any(run.is_judged() for run in folders.values())
+    if len(sources) > 1 and alone:
+        raise InputError(
+            "with --out, --lm and the like, and for folders of results, SAEs are evaluated one by "
+            "one; `ksparse compare` puts several side by side"
+        )
+    return len(sources) == 1 and bool(alone or not folders[sources[0]].exists())
+
+
+def _show_results(run: RunFolder | None, results: dict[str, Any]) -> None:
+    """Print results; where they are kept, write the report too."""
+    for result in results.values():
+        print_result(result, run.eval_file(result["name"]) if run else "")
+    if run:
+        write_report(run)
+        print(f"report   {run.report_file.resolve().as_uri()}")
+
+
+def evaluate_subject(
+    source: str, names: list[str], args: EvalArgs
+) -> tuple[RunFolder | None, dict[str, Any]]:
+    """Evaluate one SAE of any kind on the LM, site and text that flags and its metadata name.
+
+    Args:
+        source: what `ksparse.load` takes, or a folder of results to go on with.
+        names: evaluations; empty for the default ones.
+        args: flags. The text is a part of the subject, not an option of its evaluations.
+
+    Returns:
+        The folder of results, None without one; and the results by name.
+
+    Raises:
+        InputError: see `open_subject`; or the folder holds results of something else.
+        Interrupted: on Ctrl-C; complete results are on disk.
+    """
+    if not args.out:
+        refuse_for_a_run(source, args)
+    with ProgressBar("evaluating"):
+        report("loading torch")
+        from ksparse.evals import registry
+
+        registry.check_names(names)
+        opened = open_subject(source, args, text=args.text, force=args.force)
+        out = args.out or (source if RunFolder(Path(source)).is_judged() else "")
+        run, subject = (RunFolder(Path(out)) if out else None), opened.subject
+        if run:
+            subject = place_subject(run, subject)
+        assert subject.judged is not None
+        options = dataclasses.replace(
+            _eval_options(args), text="", force=args.force or subject.judged.forced
+        )
+        task = _Evaluations(list(dict.fromkeys(names or registry.DEFAULT)), options, args.again)
+        results = task.run({source: opened.sae}, {source: run} if run else {}, subject)
+    return run, results[source]
 
 
 def _eval_options(args: EvalConfig) -> EvalConfig:
@@ -95,76 +164,114 @@ def evaluate_saes(
     """
     with ProgressBar("evaluating"):
         report("loading torch")
-        from ksparse.evals import registry, runner
+        from ksparse.evals import registry
         from ksparse.interop import load
 
         registry.check_names(names)
-        wanted = list(dict.fromkeys(names or registry.DEFAULT))
-        saes = {source: load(source) for source in sources}
-        kept = {} if again else _kept(saes, wanted, options)
-        missing = [name for name in wanted if name not in kept]
+        task = _Evaluations(list(dict.fromkeys(names or registry.DEFAULT)), options, again)
+        folders = {source: RunFolder(Path(source)) for source in sources}
+        return task.run(
+            {source: load(source) for source in sources},
+            {source: run for source, run in folders.items() if run.exists()},
+        )
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """Evaluations of SAEs whose results are written as soon as they are complete.
+
+    Args:
+        names: the evaluations.
+        options: for all of them.
+        again: compute also what is there already.
+    """
+
+    names: list[str]
+    options: EvalConfig
+    again: bool
+
+    def run(
+        self, saes: dict[str, SAE], folders: dict[str, RunFolder], subject: Subject | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return the results by source and name.
+
+        Args:
+            saes: the SAEs by source.
+            folders: where to write the results of each; those of others are not written.
+            subject: what to judge on, in place of what the SAEs were trained on.
+        """
+        from ksparse.device import resolve_device
+        from ksparse.evals import runner
+        from ksparse.lm.model import LM
+
+        acts = subject.acts if subject else None
+        kept = {} if self.again else self._kept(saes, folders, acts)
+        missing = [name for name in self.names if name not in kept]
         written: list[str] = []
 
         def write(source: str, name: str, result: Any) -> None:
-            run = RunFolder(Path(source))
-            if run.exists():
-                runner.write_results(run, {result["name"]: result})
+            if source in folders:
+                if subject:
+                    folders[source].write_subject(subject)
+                runner.write_results(folders[source], {result["name"]: result})
                 written.append(name)
 
+        computed: dict[str, dict[str, Any]] = {}
         try:
-            computed = (
-                runner.evaluate_many(saes, None, missing, options, on_result=write)
-                if missing
-                else {}
-            )
+            if missing:
+                lm = LM(acts=acts, device=resolve_device(self.options.device)) if acts else None
+                computed = runner.evaluate_many(
+                    saes, lm, missing, self.options, like=acts, on_result=write
+                )
         except KeyboardInterrupt:
             done = f"{', '.join(dict.fromkeys([*kept, *written])) or 'no result'}"
             raise Interrupted(
-                f"stopped; {done} of {', '.join(wanted)} complete and saved. The same command goes "
-                "on with the rest",
+                f"stopped; {done} of {', '.join(self.names)} complete and saved. The same command "
+                "goes on with the rest",
                 signal.SIGINT,
             ) from None
-    return {
-        source: {
-            name: kept[name][source] if name in kept else computed[source][name] for name in wanted
+        return {
+            source: {
+                name: kept[name][source] if name in kept else computed[source][name]
+                for name in self.names
+            }
+            for source in saes
         }
-        for source in sources
-    }
 
+    def _kept(
+        self, saes: dict[str, SAE], folders: dict[str, RunFolder], acts: ActsConfig | None
+    ) -> dict[str, dict[str, dict[str, Any]]]:
+        """Return the results that all of the SAEs have already, {name: {source: result}}, and say
+        so.
 
-def _kept(
-    saes: dict[str, Any], names: list[str], options: EvalConfig
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the results that all of the SAEs have already, {name: {source: result}}, and say so.
+        What one of them lacks is computed for all, which costs little more: the LM runs once.
+        """
+        from ksparse.evals import runner
 
-    What one of them lacks is computed for all, which costs little more: the LM runs once.
-    """
-    from ksparse.evals import runner
-
-    runs = {source: RunFolder(Path(source)) for source in saes}
-    if not all(run.exists() for run in runs.values()):
-        return {}
-    short, kept = runner.short_names(saes), {}
-    for name in names:
-        results = {
-            source: runner.read_kept(
-                run,
-                name,
-                options,
-                saes[source].metadata,
-                [short[other] for other in saes if other != source],
+        if set(folders) != set(saes):
+            return {}
+        short, kept = runner.short_names(saes), {}
+        for name in self.names:
+            results = {
+                source: runner.read_kept(
+                    run,
+                    name,
+                    self.options,
+                    saes[source].metadata,
+                    [short[other] for other in saes if other != source],
+                    acts,
+                )
+                for source, run in folders.items()
+            }
+            complete = {source: result for source, result in results.items() if result is not None}
+            if len(complete) == len(saes):
+                kept[name] = complete
+        if kept:
+            print_status(
+                f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, "
+                "LM and text; --again True computes them again"
             )
-            for source, run in runs.items()
-        }
-        complete = {source: result for source, result in results.items() if result is not None}
-        if len(complete) == len(saes):
-            kept[name] = complete
-    if kept:
-        print_status(
-            f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, LM "
-            "and text; --again True computes them again"
-        )
-    return kept
+        return kept
 
 
 @dataclass(frozen=True)
@@ -175,21 +282,37 @@ class CompareArgs(EvalConfig):
     """LM, where no SAE names one: a name on the Hub, a folder, or pylm."""
     site: str = ""
     """Site, where no SAE names one."""
+    evals: str = ""
+    """Evaluations to compare, as in downstream,stats,probes,n2g; by default downstream and
+    stats."""
+    against: str = ""
+    """SAE that the others are compared with; by default the first."""
     like: str = ""
     """Evaluate all on the text, contexts and positions that this SAE was trained with."""
     by: str = ""
     """Column to rank by; by default the first."""
     results: Literal["new", "saved"] = "new"
-    """new: evaluate. saved: use the results that runs already have."""
+    """new: evaluate. saved: use the results that runs already have, whose differences cannot be
+    paired."""
     json: str = ""
     """File to write the table to, as JSON."""
+
+    @property
+    def names(self) -> list[str]:
+        """The evaluations, as they are named."""
+        from ksparse.evals import comparison, registry
+
+        words = self.evals.replace(",", " ").split()
+        registry.check_names(words)
+        return list(dict.fromkeys(words)) or list(comparison.NAMES)
 
 
 @verb
 def compare(arguments: list[str]) -> None:
     """compare A B … [--key value …]
 
-    Compare SAEs of any format on the same text, positions and baselines, in one table.
+    Compare SAEs of any format on the same text, positions and baselines: a table of their numbers,
+    and the differences to one of them, paired by document.
     """
     folder, flags = split_folder(
         "compare",
@@ -199,26 +322,40 @@ def compare(arguments: list[str]) -> None:
     sources = [folder]
     while flags and not flags[0].startswith("-"):
         sources.append(flags.pop(0))
-    args = parse(CompareArgs, "compare A B …", flags)
+    args = parse(CompareArgs, "compare A B …", spell_out(flags, "--force"))
     from ksparse import interop
     from ksparse.evals import comparison
 
     repeated = [source for source in sources if sources.count(source) > 1]
     if repeated:
         raise InputError(f"{repeated[0]} is named twice")
+    for flag in ("like", "against"):
+        if (named := getattr(args, flag)) and named not in sources:
+            raise InputError(
+                f"--{flag} names {named!r}, which is not compared; there are {', '.join(sources)}"
+            )
+    names = args.names
     saes = {source: interop.load(source) for source in sources}
     results_by_source = (
-        _read_results(sources) if args.results == "saved" else _evaluate_together(saes, args)
+        _read_results(sources, names)
+        if args.results == "saved"
+        else _evaluate_together(saes, names, args)
     )
-    rows = comparison.table(
-        results_by_source, {source: sae.shape.normalize for source, sae in saes.items()}, args.by
-    )
+    normalizations = {source: sae.shape.normalize for source, sae in saes.items()}
+    rows = comparison.table(results_by_source, normalizations, args.by)
+    against = args.against or sources[0]
+    differences = comparison.differences(results_by_source, normalizations, against)
     _print_table(rows)
+    _print_differences(rows, differences, against)
     for source, results in results_by_source.items():
         for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
             print(f"note: {source}: {note}")
     if args.json:
-        jsonio.write_json(Path(args.json), [{"name": row.name, **row.values} for row in rows])
+        lines = [{"name": row.name, **row.values} for row in rows]
+        for line in lines:
+            if line["name"] in differences:
+                line |= {"against": against, "differences": differences[str(line["name"])]}
+        jsonio.write_json(Path(args.json), lines)
 
 
 def _print_table(rows: list[ComparisonRow]) -> None:
@@ -227,61 +364,95 @@ def _print_table(rows: list[ComparisonRow]) -> None:
     for row in rows:
         cells = (f"{format_estimate(value):>22}" for value in row.values.values())
         print(f"{row.name:<{width}}" + "".join(cells))
+    print("± one standard error over documents (of n2g, over latents).")
+
+
+def _print_differences(
+    rows: list[ComparisonRow], differences: dict[str, Differences], against: str
+) -> None:
+    """Print how much each SAE has more than the one that it is compared with."""
+    if not differences:
+        return
+    width = max(len(row.name) for row in rows) + 2
+    keys = list(rows[0].values)
+    print(f"\nmore than {against}")
+    print(" " * width + "".join(f"{key:>22}" for key in keys))
+    for row in rows:
+        if row.name in differences:
+            cells = (f"{_signed(differences[row.name][key]):>22}" for key in keys)
+            print(f"{row.name:<{width}}" + "".join(cells))
+    paired = all(entry["paired"] for by_key in differences.values() for entry in by_key.values())
     print(
-        "± one standard error over documents. All SAEs were evaluated on the same documents, so "
-        "differences between them are more certain than that."
+        "± one standard error of the difference on the same documents."
+        + ("" if paired else " *: of independent numbers, which is more.")
     )
 
 
-def _read_results(sources: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the saved results of runs; raise InputError for a run without any."""
-    from ksparse.evals.comparison import NAMES
+def _signed(difference: Mapping[str, float | bool | None]) -> str:
+    value = difference["value"]
+    if value is None:
+        return "-"
+    number = format_estimate({"value": value, "se": difference["se"]})
+    text = number if number.startswith("-") else f"+{number}"
+    return text if difference["paired"] else f"{text} *"
 
+
+def _read_results(sources: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the saved results of runs; raise InputError for a run without any."""
     results_by_source = {
-        source: {name: result for name in NAMES if (result := RunFolder(Path(source)).eval(name))}
+        source: {name: result for name in names if (result := RunFolder(Path(source)).eval(name))}
         for source in sources
     }
     for source, results in results_by_source.items():
         if not results:
             raise InputError(
-                f"{source} has no results of {' and '.join(NAMES)}; `ksparse eval {source}` makes "
+                f"{source} has no results of {' and '.join(names)}; `ksparse eval {source}` makes "
                 "them of a run, or leave out --results saved"
             )
     return results_by_source
 
 
-def _evaluate_together(saes: dict[str, Any], args: CompareArgs) -> dict[str, dict[str, Any]]:
+def _evaluate_together(
+    saes: dict[str, SAE], names: list[str], args: CompareArgs
+) -> dict[str, dict[str, Any]]:
     """Evaluate SAEs in one pass over the activations that one of them was trained on."""
     from ksparse.device import resolve_device
     from ksparse.evals import runner
-    from ksparse.evals.comparison import NAMES
     from ksparse.lm.model import LM
 
-    if args.like and args.like not in saes:
-        raise InputError(
-            f"--like names {args.like!r}, which is not compared; there are {', '.join(saes)}"
-        )
-    trained_on = {source: sae.metadata.get("acts") or {} for source, sae in saes.items()}
-    table = (
-        trained_on[args.like]
-        if args.like
-        else next((acts for acts in trained_on.values() if acts), {})
-    )
-    acts = recipes.ActsConfig(
-        **table | {key: value for key in ("lm", "site", "text") if (value := getattr(args, key))}
-    )
-    if not table and not (args.lm and args.site):
-        raise InputError(
-            "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
-        )
+    acts = _shared_acts(saes, args)
     with ProgressBar("evaluating"):
         return runner.evaluate_many(
             saes,
             LM(acts=acts, device=resolve_device(args.device)),
-            NAMES,
+            names,
             _eval_options(args),
             like=acts if args.like else None,
         )
+
+
+def _shared_acts(saes: dict[str, SAE], args: CompareArgs) -> ActsConfig:
+    """Return the LM, site and text to compare SAEs on: of --like, or of the first that names each,
+    with the flags over them."""
+    from ksparse.interop.hook_names import from_hook
+    from ksparse.lm import provenance
+
+    known: dict[str, Any] = {}
+    for source in [args.like] if args.like else saes:
+        folder, metadata = RunFolder(Path(source)), saes[source].metadata
+        own = dataclasses.asdict(folder.subject().acts) if folder.is_judged() else None
+        known = (own or metadata.get("acts") or provenance.trained_on(metadata)) | known
+    flags = {"lm": args.lm, "site": from_hook(args.site), "text": args.text}
+    known |= {key: value for key, value in flags.items() if value}
+    missing = [key for key in ("lm", "site", "text") if not known.get(key)]
+    if missing:
+        raise InputError(
+            "no SAE says on which LM, site and text it was trained; name them: --lm, --site, --text"
+            if len(missing) == 3
+            else f"no SAE says its {' and '.join(missing)}; name it: "
+            f"{', '.join(f'--{key}' for key in missing)}"
+        )
+    return ActsConfig(**known)
 
 
 @verb

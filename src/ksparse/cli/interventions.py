@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.arguments import parse, spell_out, split_folder, verb
 from ksparse.cli.output import escape_unprintable
+from ksparse.cli.subjects import SubjectArgs, open_subject
 from ksparse.config import Config
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.storage.run_folder import RunFolder
@@ -23,7 +25,7 @@ LOWEST_TEMPERATURE = 1e-3  # below, logits divided by the temperature overflow
 
 
 @dataclass(frozen=True)
-class SteerArgs(Config):
+class SteerArgs(SubjectArgs, Config):
     """Options of `ksparse steer`."""
 
     OWNER = "the command"
@@ -50,6 +52,8 @@ class SteerArgs(Config):
     """Tokens to list, those whose probability changes most."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1, mps."""
+    force: bool = False
+    """Use the SAE even where its metadata contradict the LM, site or contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,19 +80,19 @@ class SteerArgs(Config):
 
 @verb
 def steer(arguments: list[str]) -> None:
-    """steer RUN --latent I --value V --prompt …
+    """steer SAE --latent I --value V --prompt …
 
     Show what the LM writes with latents held at a value, beside what it writes without.
     """
-    folder, flags = split_folder("steer", arguments)
-    options = parse(SteerArgs, "steer RUN", flags)
+    folder, flags = split_folder("steer", arguments, "an SAE, such as the run runs/demo")
+    options = parse(SteerArgs, "steer SAE", spell_out(flags, "--force"))
     options.check()
     from ksparse import steering
-    from ksparse.sae.serialization import load
 
-    sae = load(folder)
+    opened = open_subject(folder, options, force=options.force, needs_text=False)
+    sae = opened.sae
     steering.check_latents(sae, options.latent)
-    lm = steering.load_lm(sae, options.device)
+    lm = opened.load_lm(options.device)
     stats = _read_latent_stats(folder)
     largest = _largest_acts(lm, sae.to(lm.device), options.prompt, options.latent, stats)
     comparison = steering.compare(
@@ -181,7 +185,7 @@ def _describe_latent(stats: Mapping[str, Any], latent: int) -> str:
 
 
 @dataclass(frozen=True)
-class AttributeArgs(Config):
+class AttributeArgs(SubjectArgs, Config):
     """Options of `ksparse attribute`."""
 
     OWNER = "the command"
@@ -197,6 +201,8 @@ class AttributeArgs(Config):
     """Latents to list, those with the largest effect."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1, mps."""
+    force: bool = False
+    """Use the SAE even where its metadata contradict the LM, site or contexts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,17 +211,16 @@ class AttributeArgs(Config):
 
 @verb
 def attribute(arguments: list[str]) -> None:
-    """attribute RUN --prompt … --toward T --away U
+    """attribute SAE --prompt … --toward T --away U
 
     Find the latents that make the LM prefer a token, by activation x gradient.
     """
-    folder, flags = split_folder("attribute", arguments)
-    options = parse(AttributeArgs, "attribute RUN", flags)
+    folder, flags = split_folder("attribute", arguments, "an SAE, such as the run runs/demo")
+    options = parse(AttributeArgs, "attribute SAE", spell_out(flags, "--force"))
     from ksparse import steering
-    from ksparse.sae.serialization import load
 
-    sae = load(folder)
-    lm = steering.load_lm(sae, options.device)
+    opened = open_subject(folder, options, force=options.force, needs_text=False)
+    sae, lm = opened.sae, opened.load_lm(options.device)
     scores = steering.attribute(
         lm,
         sae.to(lm.device),
@@ -231,4 +236,6 @@ def attribute(arguments: list[str]) -> None:
     for latent in sorted(order[: options.shown], key=lambda i: -scores[i]):
         print(f"  latent {latent:<9}{scores[latent]:>+10.4f}{_describe_latent(stats, latent)}")
     if order:
-        print(f"next     ksparse steer {folder} --latent {order[0]} --value 0 --prompt …")
+        where = [word for key, value in options.given.items() for word in (f"--{key}", str(value))]
+        command = shlex.join(["ksparse", "steer", folder, *where])
+        print(f"next     {command} --latent {order[0]} --value 0 --prompt …")

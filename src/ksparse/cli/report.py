@@ -25,7 +25,7 @@ from ksparse.trust import code_is_trusted
 def report(arguments: list[str]) -> None:
     """report RUN|SWEEP|STUDY
 
-    Write report.html of a run, a sweep or a study.
+    Write report.html of a run, of the results of `eval SAE --out`, a sweep or a study.
     """
     folder, flags = split_folder("report", arguments)
     refuse_arguments("report", flags)
@@ -48,7 +48,8 @@ def report(arguments: list[str]) -> None:
 def view(arguments: list[str]) -> None:
     """view RUN [--export DIR] [--port N]
 
-    Browse the latents of a run on this machine, or write pages for any web host.
+    Browse the latents of a run, or of the SAE judged by `eval SAE --out`, on this machine, or write
+    pages for any web host.
     """
 
     @dataclass(frozen=True)
@@ -68,6 +69,10 @@ def view(arguments: list[str]) -> None:
     run = open_run(folder)
     from ksparse import viewer
 
+    if run.is_judged():
+        from ksparse.interop import load_judged
+
+        load_judged(run)  # the pages need its weights: say now if it has moved or changed
     if options.export:
         with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
             page = viewer.export(run, Path(options.export), observe=progress.report)

@@ -29,7 +29,15 @@ from torch import Tensor
 from ksparse.errors import InputError
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
-from ksparse.evals.statistics import Clustered, DocumentSums, Result, Value, no_value, ratio
+from ksparse.evals.statistics import (
+    Clustered,
+    DocumentSums,
+    Estimate,
+    Result,
+    Value,
+    no_value,
+    ratio,
+)
 from ksparse.lm.continuations import Branch
 from ksparse.lm.model import LM
 from ksparse.lm.tokens import TokenBatch
@@ -625,14 +633,8 @@ class _AblationTable:
 
 
 def _difference(a: _AblationTable, b: _AblationTable, name: str) -> Value:
-    """Return mean(a) - mean(b) of a column on the same documents.
-
-    It is computed as twice the mean of the two means a and -b, so that the standard error accounts
-    for documents that are in both.
-    """
-    first, second = a.clustered(name), b.clustered(name)
-    if not first or not second:
+    """Return mean(a) - mean(b) of a column, paired by document."""
+    first, second = a.mean(name), b.mean(name)
+    if not isinstance(first, Estimate) or not isinstance(second, Estimate):
         return no_value()
-    negated = Clustered(torch.from_numpy(second[0].clusters), torch.from_numpy(-second[0].values))
-    half = Clustered.mean([first[0], negated])
-    return {key: None if value is None else 2 * value for key, value in half.items()}
+    return first - second

@@ -1,7 +1,12 @@
 """Compare the results of several SAEs, if they are of the same text, positions and baselines.
 
-check(results)    raise InputError, naming what differs
-table(results)    one row for each SAE, the best first
+check(results)          raise InputError, naming what differs
+table(results)          one row for each SAE, the best first
+differences(results)    what each SAE has more than one of them, paired by document
+
+In one pass all SAEs read the same documents, and a new number knows what each document adds to its
+error (`evals.statistics.Estimate`). A difference is therefore far more certain than the two numbers
+look side by side.
 """
 
 from __future__ import annotations
@@ -11,21 +16,21 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ksparse.errors import InputError
+from ksparse.evals import statistics
 from ksparse.evals.statistics import Value
 
 NAMES = ("downstream", "stats")
-"""The evaluations that a comparison is made of."""
-COLUMNS = {
-    "ce_delta": ("downstream", 1),
-    "kl": ("downstream", 1),
-    "recovered": ("downstream", -1),
-    "explained_variance": ("stats", -1),
-    "nmse": ("stats", 1),
-    "l0": ("stats", 0),
-    "dead_fraction": ("stats", 0),
+"""The evaluations that a comparison is made of where none is named."""
+COLUMNS: dict[str, dict[str, int]] = {
+    "downstream": {"ce_delta": 1, "kl": 1, "recovered": -1},
+    "stats": {"explained_variance": -1, "nmse": 1, "l0": 0, "dead_fraction": 0},
+    "probes": {"probe_loss": 1, "gain_over_channels": -1},
+    "n2g": {"precision": -1, "recall": -1, "f1": -1},
+    "explained_loss": {"ce_n2g": 1, "delta_to_bigram": 1},
+    "ablation": {"ablation_sparsity": -1, "kl": 0},
 }
-"""{column: (its evaluation, order)}: 1 if less is better, -1 if more is, 0 for what is not ranked
-but says what the others cost."""
+"""{evaluation: {column: order}}: 1 if less is better, -1 if more is, 0 for what is not ranked but
+says what the others cost. Of other evaluations all numbers are columns, none of them ranked."""
 _COMMON_FIELDS = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
 _IGNORED_OPTIONS = ("device", "budget")  # the sizes that a budget stands for are compared
 
@@ -72,41 +77,128 @@ def check(results: Results) -> None:
                 )
 
 
-def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[ComparisonRow]:
-    """Return a row for each SAE, the best first.
+class ComparedNumber(NamedTuple):
+    """A number that is compared: its evaluation, its key there, its order, and how it is called."""
+
+    evaluation: str
+    key: str
+    order: int
+    name: str
+
+
+def columns(results: Results, normalizations: Mapping[str, str]) -> list[ComparedNumber]:
+    """Return the numbers that all SAEs have.
+
+    Two evaluations may have numbers of one name; the later is called EVALUATION.KEY.
 
     Args:
         results: results of the SAEs.
         normalizations: the input normalization of each SAE. `nmse` is of normalized activations, so
             it is left out where these differ.
-        by: the column to rank by; by default the first column.
+    """
+    found: list[ComparedNumber] = []
+    alike = len(set(normalizations.values())) <= 1
+    for evaluation, first in next(iter(results.values())).items():
+        for key, order in COLUMNS.get(evaluation, _all_numbers(first)).items():
+            if not all(_is_number(by_name[evaluation].get(key)) for by_name in results.values()):
+                continue
+            if key == "nmse" and not alike:
+                continue
+            taken = any(column.name == key for column in found)
+            name = f"{evaluation}.{key}" if taken else key
+            found.append(ComparedNumber(evaluation, key, order, name))
+    return found
+
+
+def table(results: Results, normalizations: Mapping[str, str], by: str = "") -> list[ComparisonRow]:
+    """Return a row for each SAE, the best first.
+
+    Args:
+        results: results of the SAEs.
+        normalizations: as in `columns`.
+        by: the column to rank by; by default the first that is ranked. Without any, SAEs stay in
+            their order.
 
     Raises:
         InputError: if the results cannot be compared, or `by` is not a column that is ranked.
     """
     check(results)
-    first = next(iter(results.values()))
-    columns = [
-        key
-        for key, (name, _) in COLUMNS.items()
-        if name in first and not (key == "nmse" and len(set(normalizations.values())) > 1)
-    ]
-    by = by or columns[0]
-    if by not in columns or not COLUMNS[by][1]:
+    found = columns(results, normalizations)
+    ranked = {column.name: column for column in found if column.order}
+    if by and by not in ranked:
         raise InputError(
-            f"SAEs are not ranked by {by!r}; there are "
-            f"{', '.join(key for key in columns if COLUMNS[key][1])}"
+            f"SAEs are not ranked by {by!r}; there are {', '.join(ranked) or 'no columns'}"
         )
     rows = [
-        ComparisonRow(label, {key: by_name[COLUMNS[key][0]][key] for key in columns})
+        ComparisonRow(
+            label, {column.name: by_name[column.evaluation][column.key] for column in found}
+        )
         for label, by_name in results.items()
     ]
+    if not ranked:
+        return rows
+    best = ranked[by] if by else next(iter(ranked.values()))
 
     def rank(row: ComparisonRow) -> float:
-        value = row.values[by]["value"]
-        return math.inf if value is None else COLUMNS[by][1] * value
+        value = row.values[best.name]["value"]
+        return math.inf if value is None else best.order * value
 
     return sorted(rows, key=rank)
+
+
+Differences = dict[str, dict[str, float | bool | None]]
+"""{column: {"value", "se", "paired"}}."""
+
+
+def differences(
+    results: Results, normalizations: Mapping[str, str], against: str
+) -> dict[str, Differences]:
+    """Return what each other SAE has more than one of them.
+
+    Where both numbers are of the same documents, the standard error is that of the paired
+    difference; where each is of its own latents, or read from a file, that of independent numbers.
+
+    Args:
+        results: results of the SAEs, which `check` has passed.
+        normalizations: as in `columns`.
+        against: the SAE that the others are compared with.
+
+    Returns:
+        {SAE: {column: {"value", "se", "paired"}}}, without `against`. Probe losses of single tasks
+        are columns too, "TASK.loss".
+    """
+    found, reference = columns(results, normalizations), results[against]
+    return {
+        label: {
+            column.name: statistics.difference(
+                by_name[column.evaluation][column.key], reference[column.evaluation][column.key]
+            )
+            for column in found
+        }
+        | _task_differences(by_name.get("probes", {}), reference.get("probes", {}))
+        for label, by_name in results.items()
+        if label != against
+    }
+
+
+def _task_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differences:
+    """Return the differences of the loss of each probe task that both have."""
+    tasks, others = one.get("tasks"), other.get("tasks")
+    if not isinstance(tasks, Mapping) or not isinstance(others, Mapping):
+        return {}
+    return {
+        f"{name}.loss": statistics.difference(task["loss"], others[name]["loss"])
+        for name, task in tasks.items()
+        if name in others
+    }
+
+
+def _all_numbers(result: Mapping[str, Any]) -> dict[str, int]:
+    return {key: 0 for key, value in result.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"value", "se"}
 
 
 def _conditions(result: Mapping[str, Any]) -> dict[str, Any]:

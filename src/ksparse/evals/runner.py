@@ -325,6 +325,7 @@ def read_kept(
     options: EvalConfig,
     metadata: dict[str, Any],
     beside: Sequence[str] = (),
+    acts: ActsConfig | None = None,
 ) -> dict[str, Any] | None:
     """Return a result on disk that evaluating an SAE again would give.
 
@@ -337,11 +338,12 @@ def read_kept(
         options: its options.
         metadata: the metadata of the SAE, which names its checkpoint, LM, site and text.
         beside: the labels of other SAEs whose numbers the result must have for comparison.
+        acts: the LM, site and text, where they are not those of the metadata.
 
     Returns:
         The result as `RunFolder.eval` gives it; None where there is none to keep.
     """
-    options, acts = options.resolved(), serialization.acts_of(metadata)
+    options, acts = options.resolved(), acts or serialization.acts_of(metadata)
     acts = dataclasses.replace(acts, text=options.text or acts.text)
     try:
         result = run.eval(file_name(name, options))

@@ -2,6 +2,9 @@
 
 Numbers are ratios of float64 sums over documents, divided once at the end. Tokens of one document
 are not independent, so standard errors treat documents as clusters.
+
+A new number keeps in memory what each cluster adds to its error (`Estimate`). The difference of two
+numbers of the same documents is therefore paired: what moves both alike is not in its error.
 """
 
 from __future__ import annotations
@@ -18,9 +21,81 @@ Value = dict[str, float | None]
 """{"value": …, "se": …}: a number and its standard error, each None where it is not defined."""
 
 
+class Estimate(Value):
+    """{"value", "se"}, with the deviation of each cluster that the standard error is made of.
+
+    se^2 = m / (m - 1) sum of u_i^2 over m clusters, where u_i is the first-order change of the
+    value by cluster i (linearization: Cochran 1977, section 6.3). It compares and serializes as a
+    plain dict; files have no deviations.
+
+    Args:
+        value: the number.
+        clusters: the id of each cluster, [m], in any order and each once.
+        deviations: u_i, [m]; they add up to 0.
+    """
+
+    def __init__(self, value: float, clusters: np.ndarray, deviations: np.ndarray):
+        m = len(clusters)
+        se = math.sqrt(float((deviations**2).sum()) * m / (m - 1)) if m > 1 else None
+        super().__init__(value=value, se=se)
+        self.clusters, self.deviations = clusters, deviations
+
+    def affine(self, scale: float, shift: float) -> Estimate:
+        """Return scale x value + shift."""
+        assert self["value"] is not None
+        return Estimate(scale * self["value"] + shift, self.clusters, scale * self.deviations)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """Return the difference, paired by cluster; one that only one of them has counts as 0 in
+        the other."""
+        assert self["value"] is not None and other["value"] is not None
+        clusters = np.union1d(self.clusters, other.clusters)
+        deviations = np.zeros(len(clusters))
+        deviations[np.searchsorted(clusters, self.clusters)] += self.deviations
+        deviations[np.searchsorted(clusters, other.clusters)] -= other.deviations
+        return Estimate(self["value"] - other["value"], clusters, deviations)
+
+
+def difference(one: Value, other: Value) -> dict[str, float | bool | None]:
+    """Return one - other with its standard error, and whether that is of paired clusters.
+
+    Numbers without clusters (read from a file, or of the latents of each SAE) are taken as
+    independent.
+
+    Example:
+        >>> import numpy as np
+        >>> tokens = np.array([10.0, 10.0, 10.0])
+        >>> one, other = ratio(np.array([11.0, 21.0, 31.0]), tokens), ratio(10 * tokens / 5, tokens)
+        >>> difference(one, other) == {"value": one["value"] - 2, "se": one["se"], "paired": True}
+        True
+        >>> difference({"value": 3.0, "se": 0.3}, {"value": 1.0, "se": 0.4})
+        {'value': 2.0, 'se': 0.5, 'paired': False}
+    """
+    if isinstance(one, Estimate) and isinstance(other, Estimate):
+        return {**(one - other), "paired": True}
+    if one["value"] is None or other["value"] is None:
+        return {**no_value(), "paired": False}
+    known = one["se"] is not None and other["se"] is not None
+    se = math.hypot(one["se"] or 0.0, other["se"] or 0.0) if known else None
+    return {"value": one["value"] - other["value"], "se": se, "paired": False}
+
+
 def no_value() -> Value:
     """Return the value of a quantity that is not defined, such as a mean of nothing."""
     return {"value": None, "se": None}
+
+
+class DocumentTotals(np.ndarray):
+    """Totals of documents, [documents] or [documents, d], that know their documents.
+
+    Arithmetic keeps them, so a ratio of such arrays can be paired with another.
+    """
+
+    documents: np.ndarray | None = None
+    """The id of each row's document."""
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.documents = getattr(source, "documents", None)
 
 
 class DocumentSums:
@@ -63,7 +138,9 @@ class DocumentSums:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return the sums of a column, [documents] or [documents, d]."""
-        return self._sums[name][: len(self._rows)]
+        totals = self._sums[name][: len(self._rows)].view(DocumentTotals)
+        totals.documents = np.fromiter(self._rows, np.int64, len(self._rows))
+        return totals
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -75,8 +152,8 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Value:
     The error is the linearized one of a ratio of cluster totals (Cochran 1977, section 6.3).
 
     Args:
-        numerators: totals by document, [documents].
-        denominators: totals by document, [documents].
+        numerators: totals by document, [documents], of `DocumentSums` or arithmetic on these.
+        denominators: totals by document, [documents]. Plain arrays are of documents 0, 1, ….
 
     Example:
         >>> import numpy as np
@@ -86,10 +163,11 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray) -> Value:
     total = float(denominators.sum())
     if not total:
         return no_value()
-    value = float(numerators.sum()) / total
-    m = len(numerators)
-    spread = float(((numerators - value * denominators) ** 2).sum())
-    return {"value": value, "se": math.sqrt(spread * m / (m - 1)) / abs(total) if m > 1 else None}
+    value, documents = float(numerators.sum()) / total, getattr(numerators, "documents", None)
+    if documents is None or len(documents) != len(numerators):
+        documents = np.arange(len(numerators))
+    deviations = np.asarray(numerators - value * denominators) / total
+    return Estimate(value, documents, deviations)
 
 
 def share(count: int, of: int) -> Value:
@@ -130,15 +208,10 @@ class Clustered:
                 for part, mean in zip(parts, means)
             ]
         )
-        _, inverse = np.unique(
+        clusters, inverse = np.unique(
             np.concatenate([part.clusters for part in parts]), return_inverse=True
         )
-        sums = np.bincount(inverse, deviations)
-        m = len(sums)
-        return {
-            "value": float(np.mean(means)),
-            "se": math.sqrt((sums**2).sum() * m / (m - 1)) if m > 1 else None,
-        }
+        return Estimate(float(np.mean(means)), clusters, np.bincount(inverse, deviations))
 
 
 def check_plain(value: Any, where: str = "the result") -> None:
@@ -153,7 +226,7 @@ def check_plain(value: Any, where: str = "the result") -> None:
     Raises:
         TypeError: naming the first item of another type.
     """
-    if type(value) is dict:
+    if type(value) in (dict, Estimate):
         for key, item in value.items():
             check_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):

@@ -10,7 +10,7 @@ from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.latents import coactivation
 from ksparse.evals.latents.moments import Moments
-from ksparse.evals.statistics import DocumentSums, Result, Value, ratio, share
+from ksparse.evals.statistics import DocumentSums, Estimate, Result, Value, ratio, share
 from ksparse.lm.tokens import token_strings
 from ksparse.sae.losses import prefix_reconstructions, recorded_prefixes
 from ksparse.sae.model import Code
@@ -144,9 +144,7 @@ class Stats(Metric):
         count = sums["count"]
         nmse = ratio(sums["error"], spread(sums["square"], sums["sum"], count))
         fvu = ratio(sums["raw_error"], spread(sums["raw_square"], sums["raw_sum"], count))
-        explained = fvu
-        if fvu["value"] is not None:
-            explained = {"value": 1 - fvu["value"], "se": fvu["se"]}
+        explained = fvu.affine(-1, 1) if isinstance(fvu, Estimate) else fvu
         return {"nmse": nmse, "explained_variance": explained, "l0": ratio(sums["l0"], count)}
 
     def _dead_in_training(self) -> dict[str, Value]:

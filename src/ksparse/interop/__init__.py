@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from ksparse.errors import InputError, unknown
+from ksparse.errors import CorruptError, InputError, unknown
 from ksparse.interop import (
     catalog,
     compatibility,
@@ -92,7 +92,8 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
 
     Args:
         source: a run (its newest intact checkpoint is loaded), a local folder or file, the name of
-            a published SAE, "release/id" (`ksparse list`), or a Hub repository, "owner/name".
+            a published SAE, "release/id" (`ksparse list`), or a Hub repository, "owner/name". Of a
+            folder of results (`ksparse eval --out`), the SAE that was judged.
         revision: revision of the Hub repository.
         subfolder: folder of the SAE inside `source`.
 
@@ -135,7 +136,47 @@ def _load_published(entry: catalog.Entry, revision: str | None) -> SAE:
     return sae
 
 
+def format_of(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> str:
+    """Return the name of the format in which `load` reads an SAE: "ksparse" or a key of READERS."""
+    entry = catalog.find(source)
+    if entry is not None:
+        return entry.format
+    path = serialization.locate(source, revision=revision, subfolder=subfolder)
+    if _is_ksparse(path):
+        return "ksparse"
+    return next((name for name, reader in READERS.items() if reader.find(path)), "unknown")
+
+
+def load_judged(run: RunFolder) -> SAE:
+    """Load the SAE that a folder of results is about, from where it was when it was judged.
+
+    Raises:
+        InputError: it is not there any more, or has other weights than those that were judged.
+    """
+    judged = run.subject().judged
+    assert judged is not None  # the folder has subject.json
+    source = run.source_of(judged)
+    again = "Put it back, or judge what is there now: `ksparse eval SAE --out` a new folder"
+    if judged.local and not atomic.exists(Path(source)):
+        raise InputError(
+            f"{run.path} holds results of the SAE at {source}, which is not there any more. {again}"
+        )
+    if judged.local and RunFolder(Path(source)).is_judged():
+        raise CorruptError(f"{run.subject_file} names {source}, which holds no SAE itself")
+    sae = load(source, revision=judged.revision or None, subfolder=judged.subfolder)
+    found = serialization.weights_sha256(sae)
+    if found != judged.weights_sha256:
+        raise InputError(
+            f"the SAE at {source} is not the one that {run.path} holds results of: the SHA-256 of "
+            f"its weights is {found[:12]}…, {run.subject_file.name} says "
+            f"{judged.weights_sha256[:12]}…. {again}"
+        )
+    return sae
+
+
 def _load(path: Path) -> SAE:
+    if RunFolder(path).is_judged():
+        return load_judged(RunFolder(path))
     if _is_ksparse(path):
         return serialization.load(path)
     for reader in READERS.values():

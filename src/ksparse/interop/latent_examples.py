@@ -39,7 +39,7 @@ class LatentExamples:
     """
 
     def __init__(self, run: RunFolder):
-        self.run, self.acts = run, run.recipe().acts
+        self.run, self.acts = run, run.subject().acts
         self.stats, self.arrays = self.read("stats")
         if "power_means" not in self.arrays or "top_acts" not in self.arrays:
             raise InputError(

@@ -36,13 +36,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
 from ksparse.interop.text_activations import read_activations
 from ksparse.lm.model import LM
 from ksparse.lm.sites import blocks_of
-from ksparse.sae import serialization
 from ksparse.sae.model import SAE
 from ksparse.sae.normalization import PER_ACTIVATION
 from ksparse.storage import atomic, jsonio
@@ -147,7 +147,7 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
 def _open(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
     foreign.check_new_folder(folder)
     source = LatentExamples(run)
-    return source, serialization.load(run.path), LM(acts=source.acts)
+    return source, interop.load(run.path), LM(acts=source.acts)
 
 
 def _layer(source: LatentExamples) -> int:

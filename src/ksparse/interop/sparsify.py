@@ -99,11 +99,13 @@ def _metadata(folder: Path, settings: Settings) -> dict[str, Any]:
     run = (
         foreign.read_settings(above / RUN) if (above / RUN).is_file() else Settings(above / RUN, {})
     )
+    # A folder may have any name; sparsify's own have a layer's number, or lie in a run's folder.
+    is_hookpoint = bool(run.table) or hook_names.layer_of(hookpoint) is not None
     return hook_names.build_metadata(
         "sparsify",
         settings.table,
         lm=run.get_text("model"),
-        site=hook_names.from_module(hookpoint),
+        site=hook_names.from_module(hookpoint) if is_hookpoint else None,
         context=run.get("ctx_len"),
         text=run.get_text("dataset"),
     )

@@ -2,7 +2,9 @@
 
 - `check(metadata, lm)` returns notes that belong beside every number, and raises InputError where
   the LM contradicts what the SAE's metadata says.
-- `read_with(metadata, lm)` returns the contexts and positions to evaluate it with.
+- `acts_to_read(metadata, lm)` returns the contexts and positions to evaluate it with.
+- `acts_to_judge(name, metadata, given)` returns the LM, site and text to judge it on, from what its
+  metadata says and what the caller adds.
 - `describe(model)` returns what an SAE records about the LM it is trained on.
 
 What the metadata does not fix is no contradiction: another text, more of it, or the same LM under
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,9 +44,9 @@ def describe_lm(model: CausalLM) -> dict[str, Any]:
 
 
 def trained_on(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of `acts` that an SAE's metadata gives: all for our own, some or none for a
-    converted SAE."""
-    known = metadata.get("acts") or metadata.get("origin") or {}
+    """Return the keys of `acts` that an SAE's metadata gives: all for our own, those that its file
+    names for an SAE of another library."""
+    known = metadata.get("origin") or metadata.get("acts") or {}
     names = [field.name for field in dataclasses.fields(ActsConfig)]
     return {name: known[name] for name in names if name in known}
 
@@ -55,7 +58,7 @@ def trained_acts(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     """
     trained = trained_on(metadata)
     acts = (
-        ActsConfig(**trained)
+        ActsConfig(**(metadata["acts"] | trained))
         if metadata.get("acts")
         else dataclasses.replace(
             lm.options, **{key: trained[key] for key in POLICY if key in trained}
@@ -75,6 +78,65 @@ def acts_to_read(metadata: dict[str, Any], lm: LM) -> ActsConfig:
     """Return `own_acts`, with the contexts and positions that the LM was explicitly opened with;
     `check` has allowed these."""
     return dataclasses.replace(trained_acts(metadata, lm), **_overrides(trained_on(metadata), lm))
+
+
+def acts_to_judge(
+    name: str, metadata: dict[str, Any], given: Mapping[str, Any], *, force: bool = False
+) -> ActsConfig:
+    """Return the LM, site, text, contexts and positions to judge an SAE on.
+
+    What its metadata does not say must be given. `check` compares the LM and the site once the LM
+    is loaded.
+
+    Args:
+        name: the SAE, for messages.
+        metadata: its metadata.
+        given: keys of `acts` with the values that the caller names.
+        force: read other contexts and positions than those of training.
+
+    Raises:
+        InputError: LM, site or text is not known, naming all that are missing; or contexts or
+            positions are given that contradict the metadata.
+
+    Example:
+        >>> from ksparse.lm import provenance
+        >>> origin = {"format": "sparsify", "site": "resid_post.8", "context": 128}
+        >>> acts = provenance.acts_to_judge("its", {"origin": origin}, {"lm": "gpt2", "text": "a/"})
+        >>> acts.lm, acts.site, acts.context
+        ('gpt2', 'resid_post.8', 128)
+        >>> provenance.acts_to_judge("its", {"origin": origin}, {"site": "resid_post.8"})
+        Traceback (most recent call last):
+        ksparse.errors.InputError: its does not say its lm and text; give --lm and --text
+    """
+    trained = trained_on(metadata)
+    missing = [key for key in ("lm", "site", "text") if not (given.get(key) or trained.get(key))]
+    if missing:
+        raise InputError(
+            f"{name} does not say its {_list(missing)}; give "
+            f"{_list([f'--{key}' for key in missing])}"
+        )
+    different = {
+        key: value
+        for key, value in given.items()
+        if key in POLICY and trained.get(key, value) != value
+    }
+    if different and not force:
+        words = "; ".join(
+            f"--{key} is {value!r}, but {trained[key]!r} where it was trained"
+            for key, value in different.items()
+        )
+        raise InputError(
+            f"{name}: {words}. The numbers would describe something the SAE was not made for: "
+            "leave it out, or insist with --force True"
+        )
+    if given.get("lm", trained.get("lm")) != trained.get("lm"):
+        trained.pop("revision", None)  # of the other LM
+    return ActsConfig(**(trained | dict(given)))
+
+
+def _list(words: list[str]) -> str:
+    """Return words as "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def check(
@@ -101,7 +163,7 @@ def check(
             f"{lm.options.lm} at {lm.options.site}"
         ]
     notes = _policy_notes(trained, dataclasses.asdict(like)) if like else []
-    if _short_name(trained.get("lm", "")) not in ("", _short_name(lm.options.lm)):
+    if lm.folder is not None and _is_another(trained, lm):
         notes.append(
             f"the LM is {lm.options.lm!r}, the SAE was trained on {trained['lm']!r}; if these are "
             "not one LM under two names, its numbers mean nothing here"
@@ -128,6 +190,8 @@ def _contradictions(
     """Return (what, value here, value in training) of each contradiction."""
     pairs = _overrides(trained, lm).items() if with_policy else ()
     result = [(key, value, trained[key]) for key, value in pairs]
+    if lm.folder is None and _is_another(trained, lm):  # a folder may have any name
+        result.append(("lm", lm.options.lm, trained["lm"]))
     if "site" in trained and not same_site(lm.model, lm.options.site, trained["site"]):
         result.append(("site", lm.options.site, trained["site"]))
     if "tokenizer" in trained and trained["tokenizer"] != lm.options.tokenizer:
@@ -172,6 +236,11 @@ def _length_notes(trained: dict[str, Any], requested: dict[str, Any]) -> list[st
         f"contexts of {context} tokens are longer than the {length} that the SAE was trained on; "
         "it never saw such positions"
     ]
+
+
+def _is_another(trained: dict[str, Any], lm: LM) -> bool:
+    """Return whether the LM has another name than the one that the SAE was trained on."""
+    return _short_name(trained.get("lm", "")) not in ("", _short_name(lm.options.lm))
 
 
 def same_site(model: nn.Module, site: str, other: str) -> bool:

@@ -69,7 +69,8 @@ class EvalCase:
     @property
     def batch(self) -> int:
         """Tokens in a batch of the LM."""
-        return (self.options.lm_batch or self.acts.lm_batch or ActsConfig.lm_batch) * self.acts.context
+        contexts = self.options.lm_batch or self.acts.lm_batch or ActsConfig.lm_batch
+        return contexts * self.acts.context
 
     @property
     def to_site(self) -> int:

@@ -89,16 +89,16 @@ def environment() -> jinja2.Environment:
 
 def summarize(source: RunSource) -> str:
     """Return a run in one sentence; what was not measured is left out."""
-    recipe, tokens = source.recipe, source.tokens_trained
-    trained = (
-        f"trained on {format_amount(tokens)}"
-        if tokens
-        else f"to be trained on {format_amount(recipe.tokens)}"
-    )
+    recipe, subject, tokens = source.recipe, source.subject, source.tokens_trained
+    if tokens:
+        trained = f"trained on {format_amount(tokens)} activations"
+    elif recipe:
+        trained = f"to be trained on {format_amount(recipe.tokens)} activations"
+    else:
+        trained = "judged on activations"
     text = (
-        f"A {source.activation} autoencoder of {recipe.sae.n_latents:,} "
-        f"latents, {recipe.sae.bound}, {trained} activations of {short_name(recipe.acts.lm)} at "
-        f"{recipe.acts.site}"
+        f"A {source.activation} autoencoder of {subject.n_latents:,} latents, {subject.bound}, "
+        f"{trained} of {short_name(subject.acts.lm)} at {subject.acts.site}"
     )
     explained = source.number("stats", "explained_variance")
     added, clean, spliced = (

@@ -16,7 +16,7 @@ import numpy as np
 from ksparse.config import Recipe
 from ksparse.errors import CorruptError
 from ksparse.storage import jsonio
-from ksparse.storage.run_folder import RunFolder
+from ksparse.storage.run_folder import RunFolder, Subject
 
 log = logging.getLogger("ksparse")
 
@@ -62,9 +62,14 @@ class RunSource:
     _arrays: dict[str, Arrays | None] = field(default_factory=dict)
 
     @cached_property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self.run.recipe()
+    def subject(self) -> Subject:
+        """What the results are of: the SAE, and the LM, site and text."""
+        return self.run.subject()
+
+    @cached_property
+    def recipe(self) -> Recipe | None:
+        """The recipe; None where the SAE was not trained here."""
+        return None if self.subject.judged else self.run.recipe()
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -79,7 +84,14 @@ class RunSource:
     @property
     def activation(self) -> str:
         """The activation's name: "TopK" for TopKConfig."""
-        return type(self.recipe.sae.activation).__name__.removesuffix("Config")
+        return self.subject.activation_name
+
+    @property
+    def uniform_density(self) -> float:
+        """The density of each latent if all fired equally often: k / n, or the measured L0 / n
+        where there is no k."""
+        l0 = self.number("stats", "l0")
+        return (self.subject.k or (l0.value if l0 else 1)) / self.subject.n_latents
 
     @property
     def tokens_trained(self) -> int:
@@ -140,15 +152,20 @@ class RunSource:
 
     def describe_text(self, name: str) -> str:
         """Return what the text of a result is to training: "held-out text, which …"."""
-        result = self.result(name) or {}
-        if result.get("text") not in (None, self.recipe.acts.text):
+        result, judged = self.result(name) or {}, self.subject.judged
+        if judged and not judged.held_out:
+            text = result.get("text", self.subject.acts.text)
+            return f"text of {text}, of which training may have seen a part"
+        if result.get("text") not in (None, self.subject.acts.text):
             return f"text of {result['text']}, which is not what it was trained on"
         return SPLITS.get(split_of(result), "text of an unknown split")
 
     def describe_text_briefly(self, name: str) -> str:
         """Return the same in two to five words: "held-out text"."""
         words = self.describe_text(name)
-        return words.partition(",")[0] if words in SPLITS.values() else "another text"
+        if words in SPLITS.values():
+            return words.partition(",")[0]
+        return "another text" if self.recipe else "the text"
 
     def number(self, name: str, key: str) -> Number | None:
         """Return a number of a result; None if it is missing or null."""

@@ -7,6 +7,7 @@ sae.1-of-2.safetensors. `rows_of` reads any range of latents from either.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -180,6 +181,24 @@ def read_shape(folder: Path) -> tuple[Shape, dict[str, Any]]:
         return Shape(**table), metadata  # files without an activation are of TopK
     except InputError as error:
         raise CorruptError(f"{file}: {error}") from None
+
+
+def weights_sha256(sae: SAE) -> str:
+    """Return the SHA-256 of an SAE's shape and weights, the same in whatever format it lies.
+
+    Example:
+        >>> from ksparse.sae.model import SAE, Shape
+        >>> first, second = SAE(Shape(8, 32, k=4)), SAE(Shape(8, 32, k=5))
+        >>> weights_sha256(first) == weights_sha256(SAE(Shape(8, 32, k=4)))
+        True
+        >>> weights_sha256(first) == weights_sha256(second)
+        False
+    """
+    digest = hashlib.sha256(repr(sorted(asdict(sae.shape).items())).encode())
+    for key, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def check_metadata(metadata: dict[str, Any], file: Path) -> None:

@@ -11,12 +11,19 @@
     evals/NAME-CHECKSUM.safetensors   arrays of a result, named in it
     report.html, figures/
 
+A folder of results of somebody else's autoencoder (`ksparse eval SAE --out DIR`) has the same
+`evals/` and pages, and instead of recipe and checkpoints
+
+    subject.json                 which autoencoder was judged, and on which LM, site and text
+
 `docs/formats.md` describes every field.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -26,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ksparse import config
+from ksparse.config import ActsConfig, Recipe
 from ksparse.errors import CorruptError, InputError
 from ksparse.storage import atomic, checksums, jsonio
 
@@ -56,6 +64,94 @@ _RESULT_TABLES: dict[str, dict[str, jsonio.Types]] = {
     "density_histogram": {"edges": list, "counts": list},
 }
 """Types of what reports and pages read from a result, besides its numbers."""
+_SUBJECT_FORMAT = 1
+_SPEED_ONLY = ("lm_batch", "mix", "store", "shards")  # keys of acts that change no result
+_JUDGED_KEYS: dict[str, jsonio.Types] = {
+    "source": str,
+    "local": bool,
+    "subfolder": str,
+    "revision": str,
+    "format": str,
+    "weights_sha256": str,
+    "step": (int, type(None)),
+    "held_out": bool,
+    "forced": bool,
+}
+_SHAPE_KEYS: dict[str, jsonio.Types] = {
+    "d_model": int,
+    "n_latents": int,
+    "k": (int, type(None)),
+    "activation": str,
+    "normalize": str,
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Where an autoencoder that was judged is, and what tells it from others.
+
+    Args:
+        source: what `ksparse.load` takes. A local path is relative to the folder of results.
+        local: whether `source` is a path.
+        subfolder: folder of the SAE inside `source`.
+        revision: revision of the Hub repository; "" for the newest.
+        format: name of its format.
+        weights_sha256: checksum of its weights as loaded, whatever the format.
+        step: the step of its training, if it says so.
+        held_out: whether it is known that training did not see the text of the results.
+        forced: whether it was judged though its metadata contradict the LM, site or contexts.
+    """
+
+    source: str
+    local: bool
+    subfolder: str
+    revision: str
+    format: str
+    weights_sha256: str
+    step: int | None = None
+    held_out: bool = False
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the results in a folder are results of.
+
+    Args:
+        acts: the LM, site, text, contexts and positions.
+        n_latents: number of latents.
+        k: active latents per token; None where the activation has no k, or it is not known.
+        activation: kind of the activation.
+        normalize: input normalisation.
+        d_model: width of the activations; 0 where only a recipe is there.
+        judged: which SAE was judged; None for a run, whose SAE is its newest checkpoint.
+    """
+
+    acts: ActsConfig
+    n_latents: int
+    k: int | None
+    activation: str
+    normalize: str
+    d_model: int = 0
+    judged: Judged | None = None
+
+    @staticmethod
+    def of_recipe(recipe: Recipe) -> Subject:
+        """Return the subject of a run."""
+        sae, acts = recipe.sae, recipe.acts
+        return Subject(acts, sae.n_latents, sae.k, sae.activation.kind, acts.normalize)
+
+    @property
+    def activation_name(self) -> str:
+        """The activation's name: "TopK" for "topk"."""
+        return config.ACTIVATION_CONFIGS[self.activation].__name__.removesuffix("Config")
+
+    @property
+    def bound(self) -> str:
+        """How many latents are active, in words, as far as that is known."""
+        if self.k is None:
+            return "as many of them active as its weights leave"
+        return config.ACTIVATION_CONFIGS[self.activation].BOUND.format(k=self.k)
 
 
 @dataclass(frozen=True)
@@ -112,10 +208,111 @@ class RunFolder:
         """Read the recipe; raise InputError if there is none."""
         if not self.exists():
             raise InputError(
-                f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out "
-                f"{self.path}` makes one"
+                f"{self.path} holds results of an SAE, not a run: it has no recipe.toml"
+                if self.is_judged()
+                else f"{self.path} is not a run: it has no recipe.toml. `ksparse train --out "
+                f"{self.path}` makes one; `ksparse eval SAE --out DIR` judges any other SAE"
             )
         return config.load_recipe(self.recipe_file)
+
+    # ---- results of an SAE that was not trained here
+
+    @property
+    def subject_file(self) -> Path:
+        """What was judged, in a folder of results without a run."""
+        return self.file("subject.json")
+
+    def is_judged(self) -> bool:
+        """Return whether the folder holds results of an SAE that lies elsewhere."""
+        return self.subject_file.is_file()
+
+    def keeps_results(self) -> bool:
+        """Return whether results may be written here: into a run, or beside subject.json."""
+        return self.exists() or self.is_judged()
+
+    def has_weights(self) -> bool:
+        """Return whether there is an SAE to load."""
+        return self.is_judged() or bool(self.checkpoints())
+
+    def subject(self) -> Subject:
+        """Return what the results are results of.
+
+        Raises:
+            InputError: the folder has neither subject.json nor a recipe.
+            CorruptError: subject.json is damaged.
+        """
+        if not self.is_judged():
+            return Subject.of_recipe(self.recipe())
+        file = self.subject_file
+        table = jsonio.read_numbered(file, _SUBJECT_FORMAT, {"sae": dict, "acts": dict})
+        sae = table["sae"]
+        jsonio.check_keys(file, sae, _JUDGED_KEYS | _SHAPE_KEYS, under="sae.")
+        if sae["activation"] not in config.ACTIVATION_CONFIGS:
+            raise CorruptError(f"{file}: 'sae.activation' is {sae['activation'][:80]!r}")
+        try:
+            acts = config.from_dict({"acts": table["acts"]}).acts
+        except InputError as error:
+            raise CorruptError(f"{file}: {error}") from None
+        return Subject(
+            acts=acts,
+            **{key: sae[key] for key in _SHAPE_KEYS},
+            judged=Judged(**{key: sae[key] for key in _JUDGED_KEYS}),
+        )
+
+    def check_subject(self, subject: Subject) -> None:
+        """Raise InputError unless results of an SAE may be written into this folder.
+
+        They may if it is new, or has results of the same SAE on the same LM, site, text, contexts
+        and positions.
+        """
+        if not self.is_judged():
+            if self.exists():
+                raise InputError(
+                    f"{self.path} is a run, which keeps only results of its own SAE; give a new "
+                    "folder with --out"
+                )
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise InputError(
+                    f"{self.path} holds other files; give a new folder with --out, or one that "
+                    "`ksparse eval --out` made"
+                )
+            return
+        there, new = (_identity(each) for each in (self.subject(), subject))
+        different = [key for key in there if there[key] != new.get(key)]
+        if different:
+            words = "; ".join(
+                f"{key} is {str(there[key])[:200]!r} there and {str(new.get(key))[:200]!r} now"
+                for key in different[:4]
+            )
+            raise InputError(
+                f"{self.path} holds results of something else: {words}. Give another folder with "
+                "--out"
+            )
+
+    def write_subject(self, subject: Subject) -> None:
+        """Write subject.json into a new folder; one that is there already is kept."""
+        if self.is_judged():
+            return
+        assert subject.judged is not None
+        sae = {key: getattr(subject, key) for key in _SHAPE_KEYS}
+        self.path.mkdir(parents=True, exist_ok=True)
+        jsonio.write_json(
+            self.subject_file,
+            {
+                "format": _SUBJECT_FORMAT,
+                "sae": dataclasses.asdict(subject.judged) | sae,
+                "acts": dataclasses.asdict(subject.acts),
+            },
+            sealed=True,
+        )
+
+    def relative_source(self, path: Path | str) -> str:
+        """Return a path as `Judged.source` has it: relative to this folder."""
+        return Path(os.path.relpath(path, self.path)).as_posix()
+
+    def source_of(self, judged: Judged) -> str:
+        """Return where a judged SAE lies, as `ksparse.load` takes it."""
+        return os.path.normpath(self.path / judged.source) if judged.local else judged.source
 
     def has_results(self) -> bool:
         """Return whether the run has a result: a checkpoint, a metric or an evaluation.
@@ -401,17 +598,25 @@ def shard_files(folder: Path, stem: str) -> list[Path]:
     return [folder / shard_file(stem, index, int(count)) for index in range(int(count))]
 
 
+def _identity(subject: Subject) -> dict[str, Any]:
+    """Return what makes two results comparable: the SAE by its weights, and what it was read on."""
+    acts = {key: value for key, value in dataclasses.asdict(subject.acts).items()}
+    weights = subject.judged.weights_sha256 if subject.judged else None
+    return {"the SAE": weights} | {key: acts[key] for key in acts if key not in _SPEED_ONLY}
+
+
 def open_run(path: Path | str) -> RunFolder:
-    """Open the run in a folder.
+    """Open the run in a folder, or the results of an SAE that was judged into one.
 
     Args:
         path: the folder.
 
     Returns:
-        The run, whose methods read its recipe, metrics, checkpoints and results.
+        The run, whose methods read its recipe, metrics, checkpoints and results. A folder of
+        results (`ksparse eval SAE --out DIR`) has results alone.
 
     Raises:
-        InputError: if the folder has no recipe, or one that cannot be read.
+        InputError: if the folder has neither a recipe nor results, or one that cannot be read.
 
     Example:
         >>> import ksparse
@@ -422,5 +627,5 @@ def open_run(path: Path | str) -> RunFolder:
         ['se', 'value']
     """
     run = RunFolder(Path(path))
-    run.recipe()
+    run.subject()
     return run

@@ -124,13 +124,13 @@ class Columns:
 
     Args:
         data: the run's files.
-        decoder: the decoder of its newest checkpoint.
+        decoder: the SAE's decoder.
     """
 
     def __init__(self, data: RunData, decoder: Decoder):
         self.data, self.decoder = data, decoder
         self.all = {column.key: column for column in COLUMNS if data.has(column.eval)}
-        if data.source.run.checkpoints():
+        if data.source.run.has_weights():
             self.all |= {column.key: column for column in PLANE}
         self._read: dict[str, np.ndarray] = {}
 

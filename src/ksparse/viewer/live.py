@@ -48,13 +48,14 @@ class Live:
     @cached_property
     def _loaded(self) -> tuple[SAE, LM]:
         from ksparse.device import resolve_device
+        from ksparse.interop import load
         from ksparse.lm.model import LM
-        from ksparse.sae.serialization import load
 
-        recipe = self.run.recipe()
         device = resolve_device("auto")
         sae = load(self.run.path).to(device).eval()
-        return sae, LM(acts=recipe.acts, device=device, trust_remote_code=self.trust_remote_code)
+        return sae, LM(
+            acts=self.run.subject().acts, device=device, trust_remote_code=self.trust_remote_code
+        )
 
     def activations(self, text: str) -> dict[str, Any]:
         """Return a text's tokens and, for each, [latent, value] of its active latents by value.

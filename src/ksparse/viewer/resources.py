@@ -92,14 +92,14 @@ class Resources:
 
     def overview(self) -> dict[str, Any]:
         """Return what the run is, what it lacks, and the first rows of the table."""
-        source, recipe = self.data.source, self.data.source.recipe
+        source, subject = self.data.source, self.data.source.subject
         return {
             "name": safe_text(self.run.name),
             "summary": safe_text(summarize(source)),
             "n": self.n,
-            "k": recipe.sae.k,
-            "lm": safe_text(recipe.acts.lm),
-            "site": safe_text(recipe.acts.site),
+            "k": subject.k,
+            "lm": safe_text(subject.acts.lm),
+            "site": safe_text(subject.acts.site),
             "text": self.data.text,
             "block": self.block,
             "gloss_block": GLOSS_BLOCK,
@@ -111,7 +111,7 @@ class Resources:
             "has": {
                 "tasks": source.result("probes") is not None,
                 "tokens": self.data.fires_on is not None,
-                "weights": bool(self.run.checkpoints()),
+                "weights": self.run.has_weights(),
                 "report": self.run.report_file.is_file(),
             },
         }
@@ -153,7 +153,7 @@ class Resources:
 
         An export needs those of all latents, so they are then found for a whole block at once.
         """
-        if not self.run.checkpoints():
+        if not self.run.has_weights():
             return []
         if self.block == 1:
             return self.decoder.nearest(latent, latent + 1)[0]

@@ -32,7 +32,7 @@ class RunData:
         for path in sorted(atomic.inside(run.path, "evals").glob("*")):
             atomic.inside(run.path, "evals", path.name)
         self.source = RunSource(run)
-        self.n = self.source.recipe.sae.n_latents
+        self.n = self.source.subject.n_latents
         self._tokens: dict[int, str] = {}
 
     def has(self, name: str) -> bool:

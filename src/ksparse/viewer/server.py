@@ -199,7 +199,7 @@ class Connection(H11Protocol):
 
 def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
     """Return the ASGI application of a run, behind the guard."""
-    resources, labels = FreshResources(run), Labels(run, run.recipe().sae.n_latents)
+    resources, labels = FreshResources(run), Labels(run, run.subject().n_latents)
     live, queue_for_lm = Live(run, trust_remote_code=trust_remote_code), LMQueue()
 
     def page(request: Request) -> Response:

@@ -1,6 +1,6 @@
-"""The decoder of a run's newest checkpoint -> nearest latents, and a plane to draw all latents on.
+"""The decoder of a run's SAE -> nearest latents, and a plane to draw all latents on.
 
-Uses numpy only.
+Uses numpy only, except for an SAE that was judged: its format is read by `ksparse.interop`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ class Decoder:
 
     @cached_property
     def _rows(self) -> np.ndarray:
+        if self.run.is_judged():
+            from ksparse.interop import load_judged
+
+            return _scaled(load_judged(self.run).W_dec.detach().numpy())
+        return _scaled(self._read_checkpoint())
+
+    def _read_checkpoint(self) -> np.ndarray:
         from safetensors import safe_open
 
         checkpoint, problems = self.run.newest_intact()
@@ -47,9 +54,7 @@ class Decoder:
         for file in shard_files(checkpoint, "sae"):
             with safe_open(file, framework="np") as tensors:
                 parts.append(tensors.get_tensor("W_dec").astype(np.float32, copy=False))
-        rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        norms = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(norms > 0, norms, 1)
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def nearest(
         self, first: int, last: int, count: int = NEIGHBOURS
@@ -90,3 +95,9 @@ class Decoder:
         axes *= np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])
         placed = (rows - mean) @ axes.astype(np.float32)
         return np.pad(placed, ((0, 0), (0, 2 - placed.shape[1])))
+
+
+def _scaled(rows: np.ndarray) -> np.ndarray:
+    """Return rows scaled to norm 1; zero rows stay zero."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)

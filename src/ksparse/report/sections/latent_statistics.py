@@ -69,8 +69,8 @@ more.</p>
 
 def draw_pictures(source: RunSource) -> Iterator[Picture | None]:
     """Yield the figures of the evaluation."""
-    result, sae = source.result("latents") or {}, source.recipe.sae
-    yield draw_distributions(result, sae.k / sae.n_latents)
+    result = source.result("latents") or {}
+    yield draw_distributions(result, source.uniform_density)
     yield draw_effective_tokens(result)
 
 

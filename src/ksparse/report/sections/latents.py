@@ -155,8 +155,8 @@ def read_facts(source: RunSource) -> dict[str, Any]:
 
 def draw_pictures(source: RunSource) -> list[Picture]:
     """Return the figures over all latents that the run has data for."""
-    stats, arrays, sae = source.result("stats") or {}, source.arrays("stats"), source.recipe.sae
-    pictures = [draw_densities(stats.get("density_histogram"), sae.k / sae.n_latents)]
+    stats, arrays = source.result("stats") or {}, source.arrays("stats")
+    pictures = [draw_densities(stats.get("density_histogram"), source.uniform_density)]
     if arrays is not None:
         live = arrays.tensor("density") > 0
         pictures.append(draw_cosines(arrays.tensor("cosine")[live]))

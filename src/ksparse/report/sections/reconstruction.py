@@ -18,18 +18,18 @@ Our choice."""
 
 
 def _bound_of_l0(source: RunSource) -> str:
-    sae = source.recipe.sae
-    return f"k = {sae.k}: the upper limit" if sae.activation.kind == "topk" else sae.bound
+    subject = source.subject
+    if subject.activation == "topk":
+        return f"k = {subject.k}: the upper limit"
+    return subject.bound
 
 
 def _dead_in_training(source: RunSource) -> str:
     dead = source.number("stats", "dead_fraction_training")
     if dead is None:
         return "0 %: every latent is used"
-    return (
-        f"0 %; at the end of training {format_percent(dead.value)} had not fired for "
-        f"{source.recipe.dead_after:,} tokens"
-    )
+    period = f"{source.recipe.dead_after:,} tokens" if source.recipe else "a while"
+    return f"0 %; at the end of training {format_percent(dead.value)} had not fired for {period}"
 
 
 def _above_the_lm(key: str) -> Callable[[RunSource], str]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ksparse import config as recipes
-from ksparse.config import Recipe
+from ksparse.config import ActsConfig, Recipe
 from ksparse.report.sections.base import Section
 from ksparse.report.source import RunSource, is_number
 from ksparse.report.tables import format_duration, format_plain
@@ -29,7 +29,7 @@ TEMPLATE = """\
 </details>
 {% endif %}
 <details>
-<summary>The whole recipe</summary>
+<summary>{{ facts.title }}</summary>
 <pre class="code" tabindex="0">
 {% for line in facts.recipe %}
 {{ line }}
@@ -42,28 +42,67 @@ TEMPLATE = """\
 def read_facts(source: RunSource) -> dict[str, Any]:
     """Return what was trained on what, and on which machine."""
     recipe = source.recipe
+    if recipe is None:
+        return {
+            "run": describe_judged(source),
+            "machine": {},
+            "recipe": source.run.subject_file.read_text(encoding="utf-8").splitlines(),
+            "title": source.run.subject_file.name,
+            "changed": [],
+        }
     text = source.run.recipe_file.read_text(encoding="utf-8")
     return {
-        "run": describe_run(source),
+        "run": describe_run(source, recipe),
         "machine": describe_machine(source),
         "recipe": text.splitlines(),
+        "title": "The whole recipe",
         "changed": recipes.differences(recipes.to_dict(Recipe()), recipes.to_dict(recipe)),
     }
 
 
-def describe_run(source: RunSource) -> dict[str, str]:
-    """Return the main settings of a run's recipe as text, by name."""
-    recipe, tokens_trained = source.recipe, source.tokens_trained
-    acts, sae = recipe.acts, recipe.sae
+def describe_acts(acts: ActsConfig) -> dict[str, str]:
+    """Return the LM, site, text and contexts as text, by name."""
     text = (acts.text, acts.text_config, acts.text_split)
-    planned_tokens = recipe.steps * recipe.batch
-    options = [f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind"]
     return {
         "Subject LM": acts.lm + ("" if acts.revision == "main" else f" at {acts.revision}"),
         "Site": acts.site,
         "Text": " · ".join(part for part in text if part and part != "train"),
         "Contexts": f"{acts.context} tokens, borders {acts.borders}, BOS {acts.bos}, positions "
         f"kept: {acts.keep}",
+    }
+
+
+def describe_judged(source: RunSource) -> dict[str, str]:
+    """Return what is known of an SAE that was not trained here, as text, by name."""
+    subject = source.subject
+    judged = subject.judged
+    if judged is None:
+        return {}
+    parts = [judged.source, judged.subfolder, judged.revision and f"revision {judged.revision}"]
+    facts = {
+        "Autoencoder": " · ".join(part for part in parts if part),
+        "Format": judged.format,
+        "Weights": f"SHA-256 {judged.weights_sha256[:16]}…",
+        **describe_acts(subject.acts),
+        "Latents": f"{subject.n_latents:,}, of width {subject.d_model:,}",
+        "Activation": subject.activation_name,
+        "Active latents per token": subject.bound,
+        "Normalisation": subject.normalize,
+    }
+    if judged.step is not None:
+        facts["Step of its training"] = f"{judged.step:,}"
+    if judged.forced:
+        facts["Forced"] = "yes: its own metadata may contradict the LM, site or contexts"
+    return facts
+
+
+def describe_run(source: RunSource, recipe: Recipe) -> dict[str, str]:
+    """Return the main settings of a run's recipe as text, by name."""
+    acts, sae, tokens_trained = recipe.acts, recipe.sae, source.tokens_trained
+    planned_tokens = recipe.steps * recipe.batch
+    options = [f"{key} {value}" for key, value in asdict(sae.activation).items() if key != "kind"]
+    return {
+        **describe_acts(acts),
         "Latents": f"{sae.n_latents:,}",
         "Activation": ", ".join([source.activation, *options]),
         "Active latents per token": f"k = {sae.k}" if sae.activation.kind == "topk" else sae.bound,

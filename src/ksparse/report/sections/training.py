@@ -28,7 +28,10 @@ Metrics = list[dict[str, Any]]
 TEMPLATE = """\
 {% from "parts.html.jinja" import figures %}
 {{ figures(facts.pictures) }}
-{% if not facts.pictures %}
+{% if facts.unknown %}
+<p class="note">Nothing is known of its training: it was not trained here, and its file holds
+weights alone.</p>
+{% elif not facts.pictures %}
 <p class="missing">There are no metrics yet. <code>{{ facts.command }}</code> continues the run.</p>
 {% endif %}
 {% if facts.skipped %}
@@ -42,9 +45,10 @@ def read_facts(source: RunSource) -> dict[str, Any]:
     """Return the curves, and how many batches were skipped."""
     error = source.number("stats", "nmse")
     return {
+        "unknown": source.recipe is None,
         "pictures": draw_curves(
             source.metrics,
-            source.recipe.sae.k,
+            source.subject.k or 0,
             error.value if error else None,
             source.describe_text_briefly("stats"),
         ),
