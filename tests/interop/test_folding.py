@@ -156,7 +156,7 @@ def test_the_command_prints_what_was_measured(make_sae, lm, tmp_path, capsys):
         (["--to", "sparsify", "--fold", "--normalization", "outside"], "give one of them"),
         (["--to", "ksparse", "--fold"], "ksparse does not"),
         (["--to", "atoms", "--fold"], "atoms does not"),
-        (["--to", "sparsify", "--lm", "gpt2"], "--lm is only used with --fold"),
+        (["--to", "sparsify", "--text", "x"], "--text is only used with --fold"),
         (["--to", "nothing", "--fold"], "there is no format 'nothing'"),
         (["--to", "sparsify", "--fold"], "does not name its lm, .* give --lm"),
     ],
