@@ -130,13 +130,12 @@ def train_many(
         unfinished = _restore_unfinished(runs, recipes, torch.device(device), mesh)
         if not unfinished:
             return runs
-        processes = (mesh,) if mesh.size > 1 else ()
-        source = open_source(shared, torch.device(device), *processes)
+        source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
         progress.expect(_expected_parts(source, unfinished))
-        trainers = []
-        for run, recipe, saved in unfinished:
-            state, step = saved or start(recipe, source, mesh)
-            trainers.append(SAETrainer(run, recipe, source, state, step, saver, observe))
+        trainers = [
+            SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
+            for run, recipe, saved in unfinished
+        ]
         mesh.on_rank0("room", lambda: _check_room(trainers))
         _take_all_steps(trainers, source, signals)
         saver.wait()

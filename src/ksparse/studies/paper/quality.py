@@ -173,26 +173,33 @@ def law_of_n_and_k(evidence: Evidence) -> PaperClaim | None:
         figure.curves.append(
             StudyCurve(f"law, k = {k}", fine.tolist(), fitted.tolist(), reference=True)
         )
-    aicc = {candidate.form.name: candidate.aicc for candidate in law.candidates}
-    with_floor, without = aicc.get("eq3"), aicc.get("eq3_no_floor")
-    gain = None if with_floor is None or without is None else without - with_floor
     slopes = ", ".join(
         f"{format_estimate(slope(sizes.latents, curve), 3)} (k = {k})"
         for k, curve in zip(sizes.sparsities, curves)
     )
+    margin, sentence = _gain_of_floor(law)
     here = (
         f"{law.form.equation}: {_coefficients(law)}; residuals of {law.log_rms:.4f} in log, "
         + (f"{law.leave_one_out:.4f} left out; " if law.leave_one_out is not None else "")
-        + f"power of n without a floor: {slopes}. "
-        + (
-            "There are too few points to compare forms."
-            if gain is None
-            else f"AICc is {abs(gain):.1f} {'lower' if gain > 0 else 'higher'} with the "
-            "irreducible term."
-        )
+        + f"power of n without a floor: {slopes}. {sentence}"
     )
-    # Two units of AICc are the usual limit for a difference that means something.
-    return PaperClaim(*_LAW, here, {"value": gain, "se": 1.0}, [figure])
+    return PaperClaim(*_LAW, here, margin, [figure])
+
+
+def _gain_of_floor(law: laws.Law) -> tuple[Estimate, str]:
+    """Return how much lower AICc is with the irreducible term, as a margin, and a sentence on it.
+
+    Two units of AICc are the usual limit for a difference that means something, so one counts as
+    the standard error.
+    """
+    aicc = {candidate.form.name: candidate.aicc for candidate in law.candidates}
+    with_floor, without = aicc.get("eq3"), aicc.get("eq3_no_floor")
+    if with_floor is None or without is None:
+        return unknown(), "There are too few points to compare forms."
+    gain = without - with_floor
+    word = "lower" if gain > 0 else "higher"
+    sentence = f"AICc is {abs(gain):.1f} {word} with the irreducible term."
+    return {"value": gain, "se": 1.0}, sentence
 
 
 _LAW = (
