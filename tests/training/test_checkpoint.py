@@ -137,7 +137,7 @@ def test_a_checkpoint_of_before_the_format_had_a_number_is_gone_on_with(run, sma
         (
             {"cursor": {"x": 1}},
             CorruptError,
-            "'cursor' has the keys x, expected block, place, skip, batch or step",
+            "'cursor' has the keys x, expected block, place, skip, batch",
         ),
         ({"cursor": {}}, CorruptError, "'cursor' has the keys none, expected"),
         (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.arguments import parse, spell_out, split_folder, verb
 from ksparse.cli.subjects import name_place
 from ksparse.config import ActsConfig, from_dict
 from ksparse.errors import InputError, unknown
@@ -72,7 +72,7 @@ def convert(arguments: list[str]) -> None:
     folder, flags = (
         split_folder("convert", flags, "a new folder, after the SAE") if source else ("", flags)
     )
-    args = parse(ConvertArgs, "convert SRC DST", _spell_out(flags))
+    args = parse(ConvertArgs, "convert SRC DST", spell_out(flags, "--fold"))
     _check_fold(args)
     if args.to in VIEWER_FORMATS:
         print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
@@ -93,15 +93,6 @@ def convert(arguments: list[str]) -> None:
         f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
         f"normalisation {sae.shape.normalize}"
     )
-
-
-def _spell_out(flags: list[str]) -> list[str]:
-    """Return the flags with the value of a bare --fold, as of all flags that are on or off."""
-    spelled = list(flags)
-    for number, flag in enumerate(flags):
-        if flag == "--fold" and flags[number + 1 : number + 2] not in (["True"], ["False"]):
-            spelled[number] = "--fold=True"
-    return spelled
 
 
 def _check_fold(args: ConvertArgs) -> None:

@@ -326,14 +326,7 @@ def compare(arguments: list[str]) -> None:
     from ksparse import interop
     from ksparse.evals import comparison
 
-    repeated = [source for source in sources if sources.count(source) > 1]
-    if repeated:
-        raise InputError(f"{repeated[0]} is named twice")
-    for flag in ("like", "against"):
-        if (named := getattr(args, flag)) and named not in sources:
-            raise InputError(
-                f"--{flag} names {named!r}, which is not compared; there are {', '.join(sources)}"
-            )
+    _check_sources(sources, args)
     names = args.names
     saes = {source: interop.load(source) for source in sources}
     results_by_source = (
@@ -356,6 +349,17 @@ def compare(arguments: list[str]) -> None:
             if line["name"] in differences:
                 line |= {"against": against, "differences": differences[str(line["name"])]}
         jsonio.write_json(Path(args.json), lines)
+
+
+def _check_sources(sources: list[str], args: CompareArgs) -> None:
+    repeated = [source for source in sources if sources.count(source) > 1]
+    if repeated:
+        raise InputError(f"{repeated[0]} is named twice")
+    for flag in ("like", "against"):
+        if (named := getattr(args, flag)) and named not in sources:
+            raise InputError(
+                f"--{flag} names {named!r}, which is not compared; there are {', '.join(sources)}"
+            )
 
 
 def _print_table(rows: list[ComparisonRow]) -> None:
