@@ -112,7 +112,7 @@ def serving(run: RunFolder) -> Iterator[int]:
         yield listener.getsockname()[1]
     finally:
         made.should_exit = True
-        thread.join(20)
+        thread.join(60)
         listener.close()
         for name in ("uvicorn.error", "asyncio"):
             logging.getLogger(name).removeHandler(noted)
