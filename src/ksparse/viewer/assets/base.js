@@ -220,7 +220,14 @@ ksparse.labels = {
     const label = typeof entry?.label === "string" ? entry.label : "";
     return { label, star: entry?.star === true };
   },
-  async set(number, changes) {
+  saved: Promise.resolve(),
+  // Changes are saved one after the other: each starts from what the one before has left.
+  set(number, changes) {
+    const saving = this.saved.then(() => this.save(number, changes));
+    this.saved = saving.catch(() => {});
+    return saving;
+  },
+  async save(number, changes) {
     const entry = { ...this.of(number), ...changes };
     if (ksparse.live) {
       this.all[number] = await ksparse.request("label", { latent: number, ...entry });
