@@ -1,13 +1,18 @@
 """Rates and remaining time of training: averages over whole shuffle buffers, on a clock that only
 a slow LM and slow steps move."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from ksparse import progress
 from ksparse.config import Recipe
+from ksparse.data import live
 from ksparse.lm.model import LM
 from ksparse.progress import Forecast, Observer, Stage
-from ksparse.training import trainer
+from ksparse.training import source, trainer
+from ksparse.training import train as train_module
 from ksparse.training.train import train
 
 LM_SECONDS, STEP_SECONDS = 0.02, 1.0
@@ -36,7 +41,10 @@ def clock(monkeypatch):
         clock.now += STEP_SECONDS
         return step(*args, **options)
 
-    monkeypatch.setattr("time.monotonic", clock)
+    # In these modules alone: other threads of the tests, such as a server's, need the real clock.
+    fake = SimpleNamespace(**vars(time) | {"monotonic": clock})
+    for module in (live, source, train_module, trainer):
+        monkeypatch.setattr(module, "time", fake)
     monkeypatch.setattr(LM, "acts", slow_acts)
     monkeypatch.setattr(trainer, "train_step", slow_step)
     return clock

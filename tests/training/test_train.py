@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_the_number_of_steps_covers_the_tokens(small_recipe, tmp_path):
 
 
 def test_checkpoints_are_due_by_steps_or_by_minutes(small_recipe, monkeypatch):
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: 1000.0))
     by_steps, by_minutes = (
         small_recipe({"run.save_every": 4}),
         small_recipe({"run.save_every": 0, "run.save_minutes": 2.0}),
