@@ -227,3 +227,21 @@ def _same_threads() -> Any:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def verb(capsys):
+    """Return verb("train", ...): (exit code, stdout, stderr)."""
+
+    from ksparse import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            cli.main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

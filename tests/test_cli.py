@@ -28,22 +28,6 @@ from ksparse.storage.run_folder import RunFolder
 
 
 @pytest.fixture
-def verb(capsys):
-    """Return verb("train", ...): (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            cli.main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def recipe_file(small_recipe, tmp_path):
     file = tmp_path / "small.toml"
     file.write_text(to_toml(small_recipe()))

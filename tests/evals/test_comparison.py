@@ -9,25 +9,11 @@ import pytest
 import torch
 
 import ksparse
-from ksparse import cli, interop
+from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.evals import comparison
 from ksparse.sae.model import SAE, Shape
 from ksparse.storage.run_folder import RunFolder
-
-
-@pytest.fixture
-def verb(capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            cli.main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def made(acts, folder, **changes):

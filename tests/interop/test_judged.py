@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 import ksparse
-from ksparse import cli
 from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.evals.registry import DEFAULT
@@ -24,20 +23,6 @@ SMALL = [
     *QUICK, "--probe-rows", 40, "--latents", 6, "--n2g-examples", 4, "--ngram-tokens", 500,
     "--ablation-positions", 2, "--ablation-latents", 8, "--ablation-horizon", 2,
 ]  # fmt: skip
-
-
-@pytest.fixture
-def verb(capsys):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            cli.main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -20,15 +20,15 @@ from ksparse.studies.paper import claims, measure, members
 from ksparse.studies.paper.measure import Evidence
 from ksparse.studies.study import Study
 
-STAGES: dict[str, Callable[[Evidence], None]] = {
-    "error and downstream loss": measure.measure_quality,
-    "probes": measure.measure_probes,
-    "explanations": measure.measure_n2g,
-    "ablations": measure.measure_ablation,
-    "refinement": measure.measure_refinement,
-    "latents": measure.measure_latents,
-    "progressive codes": measure.measure_progressive,
-}
+STAGES: tuple[Callable[[Evidence], None], ...] = (
+    measure.measure_quality,
+    measure.measure_probes,
+    measure.measure_n2g,
+    measure.measure_ablation,
+    measure.measure_refinement,
+    measure.measure_latents,
+    measure.measure_progressive,
+)
 """The stages after training, each of which a part of the page needs."""
 
 
@@ -49,7 +49,8 @@ def run(study: Study) -> dict[str, Any]:
     evidence = Evidence(study, sizes, members.train_relu(study, sizes))
     members.train_dead(study, sizes)
     members.train_gaussian(study, sizes)
-    for stage in STAGES.values():
+    for number, stage in enumerate(STAGES):
+        if number:
+            study.finish(claims.summarize(evidence))
         stage(evidence)
-        study.finish(claims.summarize(evidence))
     return claims.summarize(evidence)
