@@ -3,6 +3,7 @@
     python scripts/train_pylm.py tokenizer
     python scripts/train_pylm.py 0.3m --tokens 12_000_000
     python scripts/train_pylm.py 7.6m --minutes 90
+    python scripts/train_pylm.py 1.9m --tokens 60_000_000 --state lm.pt    # again: goes on from lm.pt
 
 One recipe for all sizes: a Llama-shaped model; random windows of 256 tokens, each beginning with BOS; Muon for the
 matrices of the blocks and Adam for the rest, at a constant rate; the weights that are evaluated and saved are a
@@ -99,7 +100,10 @@ def optimizers(model: LlamaForCausalLM, width: int) -> list[torch.optim.Optimize
     ]
 
 
-def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) -> None:
+def train(
+    size: str, *, tokens: int, minutes: float, batch: int, state: Path | None, seed: int = 0
+) -> None:
+    """Train one size; with `state`, a file to go on from, written every 5 minutes and at the end."""
     torch.manual_seed(seed)
     d_model, layers, heads = SHAPES[size]
     model = LlamaForCausalLM(
@@ -130,11 +134,18 @@ def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) 
     } | {1, steps}
     folder = MODELS / size
     folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / "training.jsonl").open("w")
     opts = optimizers(model, d_model)
     base = [[group["lr"] for group in opt.param_groups] for opt in opts]
-    start = time.monotonic()
-    for step in range(1, steps + 1):
+    modules, done = [model, average, *opts], 0
+    if state and state.exists():
+        saved = torch.load(state, weights_only=True)
+        for module, values in zip(modules, saved["modules"]):
+            module.load_state_dict(values)
+        draw.set_state(saved["draw"])
+        done = saved["step"]
+    log = (folder / "training.jsonl").open("a" if done else "w")
+    start = saved_at = time.monotonic()
+    for step in range(done + 1, steps + 1):
         at = torch.randint(len(ids) - WINDOW, (batch,), generator=draw)
         rows = ids[at[:, None] + torch.arange(WINDOW - 1)]
         rows = torch.cat([torch.zeros(batch, 1, dtype=torch.long), rows], 1)
@@ -167,8 +178,19 @@ def train(size: str, *, tokens: int, minutes: float, batch: int, seed: int = 0) 
             print(json.dumps(row), file=log, flush=True)
             print(f"{size} {row}", flush=True)
             save(average, folder)
+        if state and (step == steps or out_of_time or time.monotonic() - saved_at > 300):
+            saved_at = time.monotonic()
+            save_state(state, step, modules, draw)
         if out_of_time:
             break
+
+
+def save_state(path: Path, step: int, modules: list, draw: torch.Generator) -> None:
+    """Write all that `train` goes on from: the whole file, or the one before it."""
+    values = [module.state_dict() for module in modules]
+    part = path.with_suffix(".part")
+    torch.save({"step": step, "draw": draw.get_state(), "modules": values}, part)
+    part.replace(path)
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
@@ -200,6 +222,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after so long, with what there is"
     )
+    parser.add_argument("--state", type=Path, help="a file to go on from, if it is there")
     parser.add_argument("--batch", type=int, default=32, help=f"windows of {WINDOW} tokens a step")
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--size", default=pylm.DEFAULT, help="for 'sample'")
@@ -209,4 +232,10 @@ if __name__ == "__main__":
     elif args.what == "sample":
         sample(args.size, args.prompt)
     else:
-        train(args.what, tokens=args.tokens, minutes=args.minutes, batch=args.batch)
+        train(
+            args.what,
+            tokens=args.tokens,
+            minutes=args.minutes,
+            batch=args.batch,
+            state=args.state,
+        )
