@@ -1,11 +1,13 @@
 # make demo    train, evaluate, report on the built-in LM     make test    the tests
 # make lint    format, lint, types, as CI has it                make check   what this machine is fit for
 # make bench   our losses beside the peers'                   make newest  the wheel with the newest versions
+# make setup   TORCH='torch --index-url https://download.pytorch.org/whl/cpu' takes torch without CUDA
 # make setup   .venv with ksparse (demo, check, bench do it first)
 #              and the tests' packages only for test and lint: $(VENV)/.done-test
 
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -37,7 +39,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@echo "setup 1/3: environment $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup 2/3: torch, unless it is there (about 200 MB to load for a CPU, 3 GB with CUDA)"
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
 	@echo "setup 3/3: ksparse and its other packages (about 150 MB), with the viewer's server"
 	@$(PIP) --editable '.[serve]'
 	@touch $@

@@ -32,7 +32,7 @@ def small_demo(monkeypatch):
         }
     )
     few = replace(
-        train.DEMO_EVALS, tokens=600, probe_rows=40, latents=4, n2g_examples=2,
+        train.DEMO_EVALS, tokens=600, probe_rows=200, latents=4, n2g_examples=2,
         ablation_positions=2, ablation_latents=4, per_document=64, device="cpu",
     )  # fmt: skip
     monkeypatch.setattr(train, "DEMO_RECIPE", tiny)

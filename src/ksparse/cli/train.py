@@ -72,7 +72,7 @@ def resume(arguments: list[str]) -> None:
     print_next_steps(run)
 
 
-DEMO_RECIPE = Recipe(tokens=500_000)
+DEMO_RECIPE = Recipe()
 DEMO_EVALS = EvalConfig(
     tokens=20_000,
     per_document=128,
