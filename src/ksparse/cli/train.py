@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import shutil
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from ksparse.cli.output import (
 )
 from ksparse.config import Recipe
 from ksparse.config.evaluation import EvalConfig
-from ksparse.progress import report
+from ksparse.progress import format_duration, format_elapsed, report
 from ksparse.storage.run_folder import RunFolder, open_run
 
 
@@ -68,11 +72,27 @@ def resume(arguments: list[str]) -> None:
     print_next_steps(run)
 
 
+DEMO_RECIPE = Recipe()
+DEMO_EVALS = EvalConfig(
+    tokens=20_000,
+    per_document=128,
+    probe_rows=300,
+    latents=60,
+    n2g_examples=8,
+    ablation_positions=16,
+    ablation_latents=256,
+)
+"""Small samples: all that the demo does takes about 3 minutes on two cores."""
+FIRST_EVALS, MORE_EVALS = ("downstream", "stats"), ("probes", "n2g", "ablation")
+LATER_EVAL = "explained_loss"
+"""Explains every latent, which alone would take as long as the whole demo."""
+
+
 @verb
 def demo(arguments: list[str]) -> None:
     """demo [--out DIR]
 
-    Train on the built-in LM, evaluate and report: minutes, without a network.
+    Train on the built-in LM, evaluate and report: about 3 minutes, without a network.
     """
 
     @dataclass(frozen=True)
@@ -83,50 +103,102 @@ def demo(arguments: list[str]) -> None:
         """Folder of the run."""
 
     run = RunFolder(Path(parse(DemoArgs, "demo", arguments).out))
-    recipe, began = Recipe(), time.monotonic()
+    recipe, began = DEMO_RECIPE, time.monotonic()
     print_status(
         f"1/3 training {recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, on {recipe.tokens:,} "
         "activations of a small LM of Python source"
     )
     train_run(recipe, run)
-    print_status("2/3 evaluating on held-out files")
-    results = evaluate_saes([str(run.path)], [], EvalConfig())[str(run.path)]
-    print_status("3/3 writing the report")
+    print_status("2/3 evaluating the reconstruction on held-out files")
+    results = evaluate_saes([str(run.path)], list(FIRST_EVALS), DEMO_EVALS)[str(run.path)]
     write_report(run)
-    print(_summarize_demo(recipe, run, results, time.monotonic() - began))
+    spent = format_elapsed(time.monotonic() - began)
+    print(_summarize_reconstruction(recipe, run, results, spent), flush=True)
+    print_status("3/3 evaluating the latents: probes, explanations, ablations")
+    began_more = time.monotonic()
+    results = evaluate_saes([str(run.path)], list(MORE_EVALS), DEMO_EVALS)[str(run.path)]
+    later = _later_seconds(recipe, time.monotonic() - began_more)
+    write_report(run)
+    spent = format_elapsed(time.monotonic() - began)
+    print(_summarize_latents(results, spent))
+    print(_demo_next_steps(run, later))
 
 
-def _summarize_demo(
-    recipe: Recipe, run: RunFolder, results: dict[str, dict[str, Any]], seconds: float
+def _summarize_reconstruction(
+    recipe: Recipe, run: RunFolder, results: dict[str, dict[str, Any]], spent: str
 ) -> str:
+    stats, downstream = (
+        {key: format_estimate(results[name][key]) for key in keys}
+        for name, keys in (
+            ("stats", ("nmse", "l0", "dead_fraction")),
+            ("downstream", ("ce_clean", "ce_spliced", "recovered", "compute_fraction")),
+        )
+    )
+    size = f"{recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens"
+    return f"""
+{recipe.acts.lm} at {recipe.acts.site}: {size}, {spent} so far
+  normalised MSE          {stats["nmse"]}   (1 = predicting the mean)
+  L0, dead latents        {stats["l0"]}, {stats["dead_fraction"]}
+  loss of the LM          {downstream["ce_clean"]} -> {downstream["ce_spliced"]} nats per token \
+with the reconstruction spliced in
+  zero-ablation recovered {downstream["recovered"]}
+  compute fraction        {downstream["compute_fraction"]}   (the share of the pre-training compute
+                          with which a model reaches this loss)
+report   {run.report_file.resolve().as_uri()}
+         (the training curve and these numbers; it is written again at the end)
+"""
+
+
+def _summarize_latents(results: dict[str, dict[str, Any]], spent: str) -> str:
     def estimate(evaluation: str, key: str) -> str:
         return format_estimate(results[evaluation][key])
 
-    size = f"{recipe.sae.n_latents:,} latents, k = {recipe.sae.k}, {recipe.tokens:,} tokens"
-    spliced = f"{estimate('downstream', 'ce_clean')} -> {estimate('downstream', 'ce_spliced')}"
     return f"""
-{recipe.acts.lm} at {recipe.acts.site}: {size}, {seconds:.0f} s
-  normalised MSE          {estimate("stats", "nmse")}   (1 = predicting the mean)
-  L0, dead latents        {estimate("stats", "l0")}, {estimate("stats", "dead_fraction")}
-  loss of the LM          {spliced} nats per token with the reconstruction spliced in
-  zero-ablation recovered {estimate("downstream", "recovered")}
-  compute fraction        {estimate("downstream", "compute_fraction")}   (the share of the \
-pre-training compute
-                          with which a model reaches this loss)
+its latents, {spent} in all
   probe loss              {estimate("probes", "probe_loss")}   (best channel \
 {estimate("probes", "channel_loss")}, random SAE
                           {estimate("probes", "random_sae_loss")})
   explanations (N2G)      recall {estimate("n2g", "recall")}, precision \
 {estimate("n2g", "precision")}
-  loss of explanations    {estimate("explained_loss", "ce_n2g")}   (bigrams \
-{estimate("explained_loss", "ce_bigram")}, unigrams {estimate("explained_loss", "ce_unigram")})
   ablation sparsity       {estimate("ablation", "ablation_sparsity")}   (channels \
 {estimate("ablation", "channel_sparsity")})
+"""
 
-report   {run.report_file.resolve().as_uri()}
+
+def _later_seconds(recipe: Recipe, spent: float) -> float:
+    """Return about how long `LATER_EVAL` takes, from the time that `MORE_EVALS` took."""
+    from ksparse.planning import evaluation, plan
+
+    rate = 2e10  # FLOP/s of the LM on two cores; a slower machine shows in `spent`
+    case = plan.eval_case(plan.plan_input(recipe, plan.read_lm_spec(recipe), "cpu"))
+    small = dataclasses.replace(case, options=DEMO_EVALS)
+    planned = sum(evaluation.seconds(name, small, rate) for name in MORE_EVALS)
+    return spent / planned * evaluation.seconds(LATER_EVAL, case, rate)
+
+
+def _demo_next_steps(run: RunFolder, later: float) -> str:
+    """Return what to do after the demo, in the order in which a newcomer wants it."""
+    return f"""{_activate_line()}report   {run.report_file.resolve().as_uri()}
 look     ksparse view {run.path}
-next     ksparse train recipes/gpt2-small-32k.toml
-         (the same on GPT-2 small; `ksparse plan` first)"""
+         (its latents in the browser; needs pip install 'ksparse[serve]')
+more     ksparse eval {run.path} {LATER_EVAL}
+         (how well explanations predict; about {format_duration(later)} on this machine)
+next     ksparse train --acts.lm gpt2 --acts.site resid_post.6 --acts.text my-texts/ \\
+             --tokens 200000 --out runs/mine
+         (a model and a text of your own: minutes on a laptop; then `ksparse eval runs/mine \
+downstream stats`)
+bigger   recipes/ in the repository, such as recipes/gpt2-small-32k.toml for a GPU;
+         `ksparse plan RECIPE` says what each costs"""
+
+
+def _activate_line() -> str:
+    """Return the line that puts `ksparse` on the PATH; '' where it is there, or of no use."""
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("ksparse") or not activate.is_file():
+        return ""
+    with suppress(ValueError):
+        activate = activate.relative_to(Path.cwd())
+    return f"first    source {shlex.quote(str(activate))}\n         (once in each new shell)\n"
 
 
 def train_run(recipe: Recipe, run: RunFolder) -> None:
