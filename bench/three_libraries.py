@@ -151,10 +151,11 @@ def beside_sae_lens(folder: Path, args: argparse.Namespace) -> list[str]:
     only where activations are kept.
     """
     sae = ksparse.load(folder)
+    own_acts = from_dict({"acts": ksparse.load(args.ours).metadata["acts"]}).acts
     acts = dataclasses.replace(
-        from_dict({"acts": ksparse.load(args.ours).metadata["acts"]}).acts,
+        own_acts,
         lm=args.lm,
-        text=args.text,
+        text=args.text or own_acts.text,
         shards="",
         lm_batch=4,
     )
@@ -205,7 +206,7 @@ def beside_sae_lens(folder: Path, args: argparse.Namespace) -> list[str]:
     return [f"{len(x)} activations, {len(own.values['ce_loss_with_sae'])} batches"] + [
         f"{key:<28}"
         + "".join(
-            f"{value if value is None else format(value, '.6g'):>14}" for value in row.values()
+            f"{'' if value is None else format(value, '.6g'):>14}" for value in row.values()
         )
         for key, row in rows.items()
     ]
