@@ -205,9 +205,7 @@ def beside_sae_lens(folder: Path, args: argparse.Namespace) -> list[str]:
     (args.out / "beside.json").write_text(json.dumps(rows, indent=1))
     return [f"{len(x)} activations, {len(own.values['ce_loss_with_sae'])} batches"] + [
         f"{key:<28}"
-        + "".join(
-            f"{'' if value is None else format(value, '.6g'):>14}" for value in row.values()
-        )
+        + "".join(f"{'' if value is None else format(value, '.6g'):>14}" for value in row.values())
         for key, row in rows.items()
     ]
 
