@@ -3,7 +3,7 @@
     python bench/three_libraries.py --shards ACTS/HASH --lm LM --text TEXT --ours RUN --out DIR \\
         --sae-lens ENV/bin/python --sparsify ENV/bin/python
 
-ACTS/HASH: a folder of `ksparse shard`. RUN: a TopK run on these shards; its n, k, tokens, batch and order of rows are those of all. Without --ours one is trained.
+ACTS/HASH: a folder of `ksparse shard`. RUN: a TopK run on these shards; its n, k, tokens, batch and order of rows are those of all.
 SAELens trains with its SAETrainer, sparsify with its Trainer (peers/sae_lens_topk.py, peers/sparsify_topk.py), each with its defaults; each saves in its own
 format with its own code. Activations are multiplied by one number, so that their norm is sqrt(d) on average: neither normalises by default, and with
 raw activations their learning rates would be those of another problem. SAELens' own fold_activation_norm_scaling_factor, and the same product for sparsify,
@@ -11,8 +11,8 @@ puts the number into the weights before saving, so that both files take raw acti
 
     ksparse compare OURS SAE_LENS SPARSIFY --evals downstream,stats --against OURS
 
-and `sae_lens.evals.run_evals` on the SAELens SAE, on the contexts that ksparse reads (peers/evals_sae_lens.py). SAELens' means are computed again from ksparse's
-definitions and LM, one change at a time, until they are the same number. Environments: sae-lens==6.54.12; eai-sparsify==1.3.3 without torchvision.
+and `sae_lens.evals.run_evals` on the SAELens SAE, on the contexts that ksparse reads (peers/evals_sae_lens.py). SAELens' means are computed again by ksparse's
+code and LM by SAELens' definitions: they must be the same numbers. Environments: sae-lens==6.54.12; eai-sparsify==1.3.3 without torchvision.
 """
 
 from __future__ import annotations
