@@ -4,8 +4,8 @@
     python bench/interop.py --python … --golden tests/golden/interop      small ones, for the tests
     python bench/interop.py --clients ENV/bin/python --attach ENV/bin/python --attach … --neuronpedia CHECKOUT --postgres URL --node DIR
 
-Each library is in an environment of its own (`pip install torch==2.13.0`, then sae-lens==6.54.12, dictionary-learning==0.1.0 or eai-sparsify==1.3.3 without the
-torchvision that comes along, llamascopium==2.0.0b34); those not named are left out. openai/sparse_autoencoder is not on the package index: its files are
+Each library is in an environment of its own (`pip install torch==2.13.0`, then sae-lens==6.54.12, dictionary-learning==0.1.0 with nnsight, or eai-sparsify==1.3.3 without the
+torchvision that comes along, llamascopium==2.0.0b34 with transformer-lens<4); those not named are left out. openai/sparse_autoencoder is not on the package index: its files are
 written and read by peers/formats_openai.py, by hand. Gemma Scope's are written by hand and read by SAELens. Activations are those of pylm/0.3m at resid_post.2,
 on held-out text. Differences are the largest over all of them, in units of the root mean square of the activations (latents: of the SAE's inputs). Latents of
 ours are those of the copy: some formats need other units.

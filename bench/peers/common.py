@@ -33,6 +33,15 @@ def arguments() -> argparse.Namespace:
         default={},
         help="changes of the library's defaults, for explanations",
     )
+    parser.add_argument(
+        "--save", type=Path, help="save the SAE there, in the library's format, and measure nothing"
+    )
+    parser.add_argument(
+        "--belongs",
+        type=json.loads,
+        default={},
+        help="with --save: LM, site, context, and the factor that inputs are multiplied by",
+    )
     args = parser.parse_args()
     args.steps = args.tokens // args.batch
     torch.set_num_threads(args.threads)
@@ -49,6 +58,21 @@ def training_rows(args: argparse.Namespace) -> torch.Tensor:
 
 def batches(args: argparse.Namespace) -> Iterator[torch.Tensor]:
     yield from training_rows(args).split(args.batch)
+
+
+def write_facts(folder: Path, seconds: float, defaults: dict[str, Any], package: str) -> None:
+    """Write what was run: facts.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "seconds": seconds,
+        "defaults": defaults,
+        "versions": {
+            package: version(package),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -82,13 +106,4 @@ def finish(
         fired=fired.numpy(),
         **arrays,
     )
-    facts = {
-        "seconds": seconds,
-        "defaults": defaults,
-        "versions": {
-            package: version(package),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    (args.out / "facts.json").write_text(json.dumps(facts, indent=1, default=str), encoding="utf-8")
+    write_facts(args.out, seconds, defaults, package)

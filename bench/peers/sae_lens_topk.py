@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from common import arguments, batches, finish
+from common import arguments, batches, finish, write_facts
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -32,6 +32,8 @@ def main() -> None:
     )  # as LanguageModelSAERunnerConfig sets it; the constant schedule does not read it
     sae = TopKTrainingSAE(shape)
     trainer = SAETrainer(config, sae, source)
+    if args.save:  # as normalize_activations="expected_average_only_in": fit folds it at the end
+        trainer.activation_scaler.scaling_factor = args.belongs["factor"]
     began = time.monotonic()
     trainer.fit()
     seconds = time.monotonic() - began
@@ -55,12 +57,23 @@ def main() -> None:
     defaults = {key: getattr(config, key) for key in said} | {
         key: dataclasses.asdict(shape)[key] for key in of_sae
     }
+    defaults |= {"optimizer": "Adam", "clip": 1.0}
+    if args.save:
+        metadata = sae.cfg.metadata
+        metadata.model_name = args.belongs["model_name"]
+        metadata.hook_name = args.belongs["module"]
+        metadata.model_class_name = "AutoModelForCausalLM"
+        metadata.context_size = args.belongs["context"]
+        metadata.exclude_special_tokens = True
+        sae.save_inference_model(args.save)
+        write_facts(args.out, seconds, defaults, "sae-lens")
+        return
     finish(
         args,
         sae.encode,
         sae.decode,
         seconds=seconds,
-        defaults=defaults | {"optimizer": "Adam", "clip": 1.0},
+        defaults=defaults,
         package="sae-lens",
     )
 

@@ -14,7 +14,7 @@ import time
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read on import; the kernels need an accelerator
 
 import torch  # noqa: E402
-from common import arguments, finish, training_rows  # noqa: E402
+from common import arguments, finish, training_rows, write_facts  # noqa: E402
 from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer  # noqa: E402
 
 
@@ -38,7 +38,7 @@ class Lookup(torch.nn.Module):
 
 def main() -> None:
     args = arguments()
-    rows = training_rows(args)
+    rows = training_rows(args).mul_(args.belongs.get("factor", 1.0))
     tokens = [{"input_ids": numbers} for numbers in torch.arange(len(rows)).split(args.batch)]
     shape = SparseCoderConfig(num_latents=args.n, k=args.k)
     config = TrainConfig(
@@ -69,6 +69,13 @@ def main() -> None:
         "schedule_free": config.optimizer == "signum",
         **{key: getattr(shape, key) for key in ("activation", "normalize_decoder", "multi_topk")},
     }
+    if args.save:
+        with torch.no_grad():  # TopK of f x is f times TopK of x with the biases over f
+            sae.encoder.bias.div_(args.belongs["factor"])
+            sae.b_dec.div_(args.belongs["factor"])
+        sae.save_to_disk(args.save)
+        write_facts(args.out, seconds, defaults, "eai-sparsify")
+        return
     finish(
         args,
         encode,
