@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,10 +77,7 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     """Return texts as a list; raise InputError for anything else."""
     if isinstance(texts, str):
         return [texts]
-    try:
-        listed = list(texts)
-    except TypeError:
-        listed = [texts]
+    listed: list[str] = [*texts] if isinstance(texts, Iterable) else [texts]
     for text in listed:
         if not isinstance(text, str):
             raise InputError(

@@ -126,7 +126,8 @@ class Latent:
 
     def _examples_in_text(self, code: TextCode, n: int) -> list[LatentExample]:
         """Return windows around the largest values, none within the window of a larger one."""
-        documents, found, shown = code.documents.tolist(), [], np.zeros(len(self._acts), bool)
+        documents, shown = code.documents.tolist(), np.zeros(len(self._acts), bool)
+        found: list[LatentExample] = []
         for row in np.argsort(-self._acts, kind="stable").tolist():
             if len(found) >= n or self._acts[row] <= 0:
                 break
