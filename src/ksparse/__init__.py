@@ -1,7 +1,7 @@
 """Train, scale and evaluate k-sparse autoencoders on language-model activations.
 
     sae  = ksparse.load("runs/demo")
-    lm   = sae.lm()                                             # or ksparse.LM("gpt2", site="resid_post.8")
+    lm   = sae.lm()              # or ksparse.LM("gpt2", site="resid_post.8")
     code = lm.encode(["The Eiffel Tower is in Paris."], sae)   # Code(values[t, k], indices[t, k])
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
     run  = ksparse.train(lm="gpt2", site="resid_post.8", text="my.txt", out="runs/mine")
