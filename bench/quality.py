@@ -194,7 +194,7 @@ def open_lm(source: Source) -> tuple[Any, Any]:
     from ksparse.lm.model import LM
 
     acts = ActsConfig(lm=source.lm, site=source.site, text=source.text)
-    return LM(acts=acts), acts
+    return LM(acts=acts, device="cpu"), acts
 
 
 def scaled(raw: Any) -> np.ndarray:

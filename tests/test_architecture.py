@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "ksparse"
 LINES = [
-    {"errors", "limits", "progress"},
+    {"errors", "limits", "progress", "html", "lookup"},
     {"storage", "trust"},
     {"config"},
     {"storage.run_folder", "distributed", "device", "kernels", "pylm"},

@@ -85,7 +85,7 @@ def test_clamping_changes_logits_as_the_decoder_row_predicts(kind):
     inactive = next(i for i in range(N) if not (code.indices == i).any())
     active = int(code.indices[0, 0, 0])
     for latent, value in ((active, -5.0), (active, 0.0), (inactive, 2.5)):
-        with steer(model, sae, {latent: value}, site="block"):
+        with steer(model, sae, {latent: value}, unit="value", site="block"):
             after = model(ids).logits
         acts = (code.values * (code.indices == latent)).sum(-1, keepdim=True)
         expected = (value - acts) * inputs.scale * (sae.W_dec[latent] @ model.head.weight.T)
@@ -98,7 +98,7 @@ def test_scaling_multiplies_the_latents_own_activation():
     latent = int(sae.encode(model.embed(ids)).indices[0, 1, 0])
     with steer(model, sae, scale={latent: 0.0}, site="block"):
         none = model(ids).logits
-    with steer(model, sae, {latent: 0.0}, site="block"):
+    with steer(model, sae, {latent: 0.0}, unit="value", site="block"):
         assert torch.equal(model(ids).logits, none)
     with steer(model, sae, scale={latent: 2.0}, site="block"):
         assert torch.allclose(
@@ -129,7 +129,7 @@ def test_attribution_on_a_linear_model_is_what_ablation_takes_away():
         lost = []
         for prompt in ("31415", "926"):
             ids = lm.tokenize(prompt)
-            with steer(model, sae, {latent: 0.0}, site="block"):
+            with steer(model, sae, {latent: 0.0}, unit="value", site="block"):
                 gone = model(ids).logits[0, -1]
             lost.append((model(ids).logits[0, -1] - gone)[[2, 7]])
         assert scores[latent].item() == pytest.approx(
@@ -196,7 +196,7 @@ def test_the_first_position_and_bos_are_left_alone_as_in_training(tiny):
 def test_generation_with_a_cache_is_steered_like_the_whole_context(tiny):
     lm, sae = tiny
     ids = lm.tokenize("the cat sat on")
-    with steer(lm.model, sae, {5: 3.0}), torch.no_grad():
+    with steer(lm.model, sae, {5: 3.0}, unit="value"), torch.no_grad():
         new = lm.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -234,7 +234,7 @@ def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):
     with attach(lm.model, sae) as tap:
         assert torch.equal(lm.model(ids).logits, before)
     assert torch.equal(tap.x[0, 1:], lm("the cat sat on")) and torch.allclose(tap.recon, sae(tap.x))
-    with pytest.raises(ZeroDivisionError), steer(lm.model, sae, {1: 50.0}):
+    with pytest.raises(ZeroDivisionError), steer(lm.model, sae, {1: 50.0}, unit="value"):
         1 / 0
     assert torch.equal(lm.model(ids).logits, before)
 
@@ -242,9 +242,9 @@ def test_reading_changes_no_bit_and_hooks_are_gone_afterwards(tiny):
 def test_two_saes_at_two_sites_are_attached_at_once(tiny):
     lm, sae = tiny
     ids = lm.tokenize("the cat sat on")
-    with steer(lm.model, sae, {1: 4.0}, site="resid_post.0"):
+    with steer(lm.model, sae, {1: 4.0}, unit="value", site="resid_post.0"):
         one = lm.model(ids).logits
-        with steer(lm.model, sae, {2: 4.0}, site="resid_post.1") as tap:
+        with steer(lm.model, sae, {2: 4.0}, unit="value", site="resid_post.1") as tap:
             two = lm.model(ids).logits
             seen = tap.x
     assert not torch.allclose(one, two) and not torch.allclose(seen[0, 1:], lm("the cat sat on"))
@@ -256,13 +256,13 @@ def test_a_bfloat16_lm_is_steered_in_its_own_precision(small_acts):
     sae = make_sae(
         lm.d_model, 32, 4, dtype=torch.float32, metadata={"acts": dataclasses.asdict(acts)}
     )
-    with steer(lm.model, sae, {3: 2.0}):
+    with steer(lm.model, sae, {3: 2.0}, unit="value"):
         assert lm.model(lm.tokenize("the cat")).logits.dtype == torch.bfloat16
 
 
 def test_continuations_are_the_same_for_the_same_seed_and_the_shown_tokens_moved_most(tiny):
     lm, sae = tiny
-    found = compare(lm, sae, "the cat", {4: 6.0}, tokens=5, temperature=1.0, seed=3)
+    found = compare(lm, sae, "the cat", {4: 6.0}, unit="value", tokens=5, temperature=1.0, seed=3)
     again = continue_text(lm, "the cat", tokens=5, temperature=1.0, seed=3)
     assert found.before.tokens == again.tokens and 1 <= len(again.tokens) <= 5
     assert found.kl > 0
@@ -270,7 +270,7 @@ def test_continuations_are_the_same_for_the_same_seed_and_the_shown_tokens_moved
     changes = (found.after.log_probs.exp() - found.before.log_probs.exp()).abs()
     assert [token for token, _, _ in moved] == changes.topk(4).indices.tolist()
     assert (
-        compare(lm, sae, "the cat", {4: 6.0}, tokens=5).before.tokens
+        compare(lm, sae, "the cat", {4: 6.0}, unit="value", tokens=5).before.tokens
         == continue_text(lm, "the cat", tokens=5).tokens
     )
 
@@ -297,12 +297,15 @@ def masked(lm, sae):
     [
         (lambda lm, sae: steer(lm.model, sae).__enter__(), "steering needs a latent"),
         (
-            lambda lm, sae: steer(lm.model, sae, {32: 1.0}).__enter__(),
+            lambda lm, sae: steer(lm.model, sae, {32: 1.0}, unit="value").__enter__(),
             "latent 32 does not exist: this SAE has latents 0 to 31",
         ),
-        (lambda lm, sae: steer(lm.model, sae, {-1: 1.0}).__enter__(), "latent -1 does not exist"),
         (
-            lambda lm, sae: steer(lm.model, sae, {3: float("nan")}).__enter__(),
+            lambda lm, sae: steer(lm.model, sae, {-1: 1.0}, unit="value").__enter__(),
+            "latent -1 does not exist",
+        ),
+        (
+            lambda lm, sae: steer(lm.model, sae, {3: float("nan")}, unit="value").__enter__(),
             "latent 3 cannot be clamped to or scaled by nan; give a finite number",
         ),
         (
@@ -310,15 +313,15 @@ def masked(lm, sae):
             "latent 3 cannot be clamped to or scaled by inf; give a finite number",
         ),
         (
-            lambda lm, sae: steer(lm.model, sae, {3: torch.ones(2)}).__enter__(),
+            lambda lm, sae: steer(lm.model, sae, {3: torch.ones(2)}, unit="value").__enter__(),
             "latent 3 cannot be clamped to or scaled by tensor.*; give a finite number",
         ),
         (
-            lambda lm, sae: steer(lm.model, sae, {3.0: 1.0}).__enter__(),
+            lambda lm, sae: steer(lm.model, sae, {3.0: 1.0}, unit="value").__enter__(),
             "latent 3.0 is not a latent",
         ),
         (
-            lambda lm, sae: steer(lm.model, sae, {True: 1.0}).__enter__(),
+            lambda lm, sae: steer(lm.model, sae, {True: 1.0}, unit="value").__enter__(),
             "latent True is not a latent",
         ),
         (
@@ -330,7 +333,9 @@ def masked(lm, sae):
             "other values than True and False",
         ),
         (
-            lambda lm, sae: steer(lm.model, sae, {3: 1.0}, scale={3: 0.5}).__enter__(),
+            lambda lm, sae: steer(
+                lm.model, sae, {3: 1.0}, unit="value", scale={3: 0.5}
+            ).__enter__(),
             "latent 3 is both clamped and scaled",
         ),
         (
@@ -390,17 +395,17 @@ def test_a_site_that_no_call_reaches_is_not_steered_in_silence(tiny):
         InputError,
         match="site 'aside' was not reached in 2 calls of the model, so nothing was read or changed",
     ):
-        with steer(lm.model, sae, {1: 4.0}, site="aside"):
+        with steer(lm.model, sae, {1: 4.0}, unit="value", site="aside"):
             lm.model(lm.tokenize("the"))
             lm.model(lm.tokenize("the"))
-    with steer(lm.model, sae, {1: 4.0}, site="aside"):
+    with steer(lm.model, sae, {1: 4.0}, unit="value", site="aside"):
         pass  # nothing was asked of the model
 
 
 def test_a_site_that_runs_twice_in_a_call_is_refused_and_one_in_two_calls_is_not(tiny):
     lm, sae = tiny
     mlp, block = lm.model.transformer.h[1].mlp, lm.model.transformer.h[1]
-    with steer(lm.model, sae, {1: 4.0}, site="transformer.h.1.mlp"):
+    with steer(lm.model, sae, {1: 4.0}, unit="value", site="transformer.h.1.mlp"):
         lm.model(lm.tokenize("the"))
         lm.model(lm.tokenize("the"))
         mlp(torch.zeros(1, 2, 16))  # by somebody else, outside a call
@@ -408,7 +413,7 @@ def test_a_site_that_runs_twice_in_a_call_is_refused_and_one_in_two_calls_is_not
     with pytest.raises(
         InputError, match="site 'transformer.h.1.mlp' runs several times in one call"
     ):
-        with steer(lm.model, sae, {1: 4.0}, site="transformer.h.1.mlp"):
+        with steer(lm.model, sae, {1: 4.0}, unit="value", site="transformer.h.1.mlp"):
             lm.model(lm.tokenize("the"))
     handle.remove()
 
@@ -497,7 +502,7 @@ def test_generation_is_steered_alike_with_every_kind_of_memory(kind):
     }
     logits = []
     for cache in (True, False):
-        with steer(model, sae, {3: 4.0}, site=name):
+        with steer(model, sae, {3: 4.0}, unit="value", site=name):
             logits.append(
                 torch.stack(
                     model.generate(
@@ -528,10 +533,10 @@ def test_a_model_within_a_model_is_steered_alike_whichever_is_called(tiny):
     wrapped, ids = Wrapped(lm.model), torch.tensor([[0, 5, 6, 7], [0, 8, 9, 5]])
     name = "inner." + next(name for name, module in lm.model.named_modules() if module is lm.module)
     how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with steer(lm.model, sae, {3: 9.0}):
+    with steer(lm.model, sae, {3: 9.0}, unit="value"):
         expected = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **how)
         logits = lm.model(ids).logits
-    with steer(wrapped, sae, {3: 9.0}, site=name):
+    with steer(wrapped, sae, {3: 9.0}, unit="value", site=name):
         made = wrapped.inner.generate(ids, attention_mask=torch.ones_like(ids), **how)
         assert torch.equal(made, expected)
         assert torch.equal(wrapped(ids)[0], logits)
@@ -542,9 +547,9 @@ def test_a_model_within_a_model_is_steered_alike_whichever_is_called(tiny):
 def test_a_call_that_fails_leaves_nothing_behind(tiny):
     lm, sae = tiny
     ids = torch.tensor([[0, 5, 6, 7]])
-    with steer(lm.model, sae, {3: 9.0}):
+    with steer(lm.model, sae, {3: 9.0}, unit="value"):
         expected = lm.model(ids).logits
-    with steer(lm.model, sae, {3: 9.0}):
+    with steer(lm.model, sae, {3: 9.0}, unit="value"):
         bad = lm.model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lm.model(ids)
@@ -588,12 +593,12 @@ def test_a_memory_says_whether_it_holds_earlier_tokens(state, continues):
 def test_a_value_far_beyond_what_a_latent_can_reach_is_warned_of(tiny, caplog):
     lm, sae = tiny
     with caplog.at_level("WARNING", logger="ksparse"):
-        with steer(lm.model, sae, {1: 0.5}, largest={1: 0.4}):
+        with steer(lm.model, sae, {1: 0.5}, unit="value", largest={1: 0.4}):
             pass
         assert not caplog.records
-        with steer(lm.model, sae, {1: 4.0}, largest={1: 0.4}):
+        with steer(lm.model, sae, {1: 4.0}, unit="value", largest={1: 0.4}):
             pass
-        with steer(lm.model, sae, {1: 4e6}):
+        with steer(lm.model, sae, {1: 4e6}, unit="value"):
             pass
     assert [record.getMessage()[:20] for record in caplog.records] == [
         "latent 1 at 4 is 10 ",
@@ -613,7 +618,9 @@ def test_an_sae_at_another_site_than_its_own_is_not_used_in_silence(tiny, caplog
         assert "is attached at resid_post.0, but was trained at resid_post.1" in caplog.text
     elsewhere = lm.at_site("resid_post.0")
     for call in (
-        lambda force: compare(elsewhere, sae, "the cat", {1: 0.1}, tokens=2, force=force),
+        lambda force: compare(
+            elsewhere, sae, "the cat", {1: 0.1}, unit="value", tokens=2, force=force
+        ),
         lambda force: attribute(elsewhere, sae, ["the cat"], lambda logits: logits[3], force=force),
     ):
         with pytest.raises(

@@ -1,10 +1,10 @@
 """Train, scale and evaluate k-sparse autoencoders on language-model activations.
 
     sae  = ksparse.load("runs/demo")
-    lm   = ksparse.LM("gpt2", site="resid_post.8")
-    code = sae.encode(lm("The Eiffel Tower is in Paris."))     # Code(values[t, k], indices[t, k])
+    lm   = sae.lm()              # or ksparse.LM("gpt2", site="resid_post.8")
+    code = lm.encode(["The Eiffel Tower is in Paris."], sae)   # Code(values[t, k], indices[t, k])
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
-    run  = ksparse.train(ksparse.Recipe(), "runs/mine")
+    run  = ksparse.train(lm="gpt2", site="resid_post.8", text="my.txt", out="runs/mine")
 
 Names are imported when they are first used, so `import ksparse` does not import torch.
 """

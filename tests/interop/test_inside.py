@@ -64,7 +64,7 @@ def test_ablating_takes_out_a_latents_own_contribution_and_keeps_the_error(model
     handle = model.transformer.h[2].register_forward_pre_hook(
         lambda module, args: seen.append(args[0])
     )
-    with steer(model, sae, {latent: 0.0}, site=SITE, positions="all"):
+    with steer(model, sae, {latent: 0.0}, unit="value", site=SITE, positions="all"):
         logits(model, tokens)
     handle.remove()
     torch.testing.assert_close(seen[0], wanted)
@@ -95,7 +95,7 @@ def test_gradients_reach_the_activation_through_the_sae(model, sae, tokens):
     with attach(model, sae, SITE, positions="all") as at:
         logits(model, tokens)
     latent = int(at.code.indices[0, 3, 0])
-    with steer(model, sae, {latent: 0.0}, site=SITE, positions="all"):
+    with steer(model, sae, {latent: 0.0}, unit="value", site=SITE, positions="all"):
         logits(model, tokens)[..., 0].sum().backward()
     assert sae.W_dec.grad[latent].abs().sum() > 0 and sae.W_enc.grad[latent].abs().sum() > 0
 
@@ -158,6 +158,6 @@ def test_what_is_wrong_is_named(model, sae, use, message):
 def test_a_latent_that_there_is_not_is_named(model, sae, tokens):
     with (
         pytest.raises(InputError, match="latent 40 does not exist: this SAE has latents 0 to 39"),
-        steer(model, sae, {40: 0.0}, site=SITE, positions="all"),
+        steer(model, sae, {40: 0.0}, unit="value", site=SITE, positions="all"),
     ):
         logits(model, tokens)

@@ -640,13 +640,13 @@ def check_generation(lm: LM) -> str:
     prompt, steps = "the old cat sat on a green mat and ran over two black hills", 6
     try:
         plain = continue_text(lm, prompt, tokens=1).log_probs
-        with steer(lm.model, sae, {5: 3.0}, site=lm.options.site):
+        with steer(lm.model, sae, {5: 3.0}, unit="value", site=lm.options.site):
             got = continue_text(lm, prompt, tokens=steps)
     except InputError as error:
         return f"refused: {_first_line(error)}"
     ids = lm.tokenize(prompt)
     for step in range(steps):
-        with steer(lm.model, sae, {5: 3.0}, site=lm.options.site), torch.no_grad():
+        with steer(lm.model, sae, {5: 3.0}, unit="value", site=lm.options.site), torch.no_grad():
             logits = lm.forward(ids, torch.ones_like(ids, dtype=torch.bool)).logits[0, -1]
         if step == 0:
             same(got.log_probs, logits.log_softmax(-1), "steered generation is not a whole pass")

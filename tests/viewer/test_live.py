@@ -56,7 +56,7 @@ def test_what_the_lm_predicts_is_shown_as_it_is_and_held(asked, parts):
     latent = asked.activations(TEXT)["latents"][-1][0][0]
     found, expected = (
         asked.change(TEXT, latent, 3.0),
-        steering.compare(lm, sae, TEXT, {latent: 3.0}, tokens=CONTINUED),
+        steering.compare(lm, sae, TEXT, {latent: 3.0}, unit="value", tokens=CONTINUED),
     )
     assert found["kl"] == pytest.approx(expected.kl, rel=1e-4) and found["kl"] > 0
     for name, each in zip(("plain", "changed"), expected):

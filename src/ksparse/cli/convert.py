@@ -84,11 +84,13 @@ def convert(arguments: list[str]) -> None:
         print(_fold(source, Path(folder), args))
         return
     foreign.check_new_folder(folder)
-    sae = interop.load(source, revision=args.revision or None, subfolder=args.subfolder)
+    sae = interop.load(
+        source, revision=args.revision or None, subfolder=args.subfolder, device="cpu"
+    )
     place = {"lm": args.lm, "site": hook_names.from_hook(args.site)}
     name_place(source, sae, {key: value for key, value in place.items() if value})
     interop.write(sae, folder, args.to, normalization=args.normalization)
-    sae = interop.load(folder)
+    sae = interop.load(folder, device="cpu")
     print(
         f"{args.to} {folder}: {sae.shape.n_latents:,} latents, {sae.shape.activation}, "
         f"normalisation {sae.shape.normalize}"
@@ -119,7 +121,9 @@ def _fold(source: str, folder: Path, args: ConvertArgs) -> str:
     foreign.check_new_folder(folder)
     if args.to not in interop.FORMATS:
         raise unknown("there is no format", args.to, ["ksparse", *interop.FORMATS])
-    sae = interop.load(source, revision=args.revision or None, subfolder=args.subfolder)
+    sae = interop.load(
+        source, revision=args.revision or None, subfolder=args.subfolder, device="cpu"
+    )
     known = sae.metadata.get("acts") or sae.metadata.get("origin") or {}
     given = {key: getattr(args, key) for key in ("lm", "site", "text") if getattr(args, key)}
     if missing := [key for key in ("lm", "site") if not (known | given).get(key)]:

@@ -171,7 +171,7 @@ def evaluate_saes(
         task = _Evaluations(list(dict.fromkeys(names or registry.DEFAULT)), options, again)
         folders = {source: RunFolder(Path(source)) for source in sources}
         return task.run(
-            {source: load(source) for source in sources},
+            {source: load(source, device="cpu") for source in sources},
             {source: run for source, run in folders.items() if run.exists()},
         )
 
@@ -328,7 +328,7 @@ def compare(arguments: list[str]) -> None:
 
     _check_sources(sources, args)
     names = args.names
-    saes = {source: interop.load(source) for source in sources}
+    saes = {source: interop.load(source, device="cpu") for source in sources}
     results_by_source = (
         _read_results(sources, names)
         if args.results == "saved"

@@ -100,6 +100,7 @@ def steer(arguments: list[str]) -> None:
         sae,
         options.prompt,
         None if options.value is None else dict.fromkeys(options.latent, options.value),
+        unit="value",
         scale=None if options.scale is None else dict.fromkeys(options.latent, options.scale),
         error=options.error,
         tokens=options.tokens,

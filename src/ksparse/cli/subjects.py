@@ -92,7 +92,7 @@ def open_subject(
 
     revision, subfolder = flags.revision or None, flags.subfolder
     folder, given = RunFolder(Path(source)), flags.given | ({"text": text} if text else {})
-    sae = interop.load(source, revision=revision, subfolder=subfolder)
+    sae = interop.load(source, revision=revision, subfolder=subfolder, device="cpu")
     if folder.is_judged():
         subject = folder.subject()
         acts = dataclasses.replace(subject.acts, **given)

@@ -4,6 +4,7 @@ options       the base of every option class: types, choices, ranges
 activations   one option class for each kind of activation
 schema        Recipe and its sections
 serialize     recipes as TOML and as dictionaries
+keywords      recipes from a file, a dictionary or flat keywords
 evaluation    EvalConfig and StudyConfig
 """
 
@@ -18,6 +19,7 @@ from ksparse.config.activations import (
     TopKConfig,
     activation_kind,
 )
+from ksparse.config.keywords import recipe_of
 from ksparse.config.options import LARGEST, Config, check_fields, flat, preview
 from ksparse.config.schema import (
     ActsConfig,
@@ -73,6 +75,7 @@ __all__ = [
     "load_recipe",
     "preview",
     "read_toml",
+    "recipe_of",
     "to_dict",
     "to_toml",
 ]

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ksparse import html
 from ksparse.config.activations import ActivationConfig, TopKConfig
 from ksparse.config.options import Config, UnknownKeyError, flat, plain, preview
 from ksparse.errors import InputError, nearest_name
@@ -478,6 +479,17 @@ class Recipe(Config):
                     f"{key} is {preview(value)}, which is not UTF-8; give another name"
                 )
 
+    def differences(self) -> dict[str, Any]:
+        """Return the keys that differ from the defaults, in their sections, as plain values."""
+        return _changed(plain(dataclasses.asdict(self)), plain(dataclasses.asdict(Recipe())))
+
+    def __repr__(self) -> str:
+        changed = ", ".join(f"{key}={value!r}" for key, value in self.differences().items())
+        return f"Recipe({changed})"
+
+    def _repr_html_(self) -> str:
+        return html.table("Recipe: what differs from the defaults", flat(self.differences()))
+
     @property
     def steps(self) -> int:
         """Number of steps: tokens / batch, rounded up."""
@@ -539,6 +551,21 @@ class Recipe(Config):
         if self.acts.lm_dtype == "auto":  # what it was before there was a choice by device
             table["acts"]["lm_dtype"] = "float32"
         return table | {"order": self.data_seed}
+
+
+def _changed(table: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of nested dictionaries that differs; an activation of another kind whole."""
+    changed = {}
+    for key, value in table.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            of_one_kind = value.get("kind") == default.get("kind")
+            value = _changed(value, default) if of_one_kind else value
+            if value:
+                changed[key] = value
+        elif value != default:
+            changed[key] = value
+    return changed
 
 
 def k_aux(recipe: SAEConfig, d_model: int) -> int:

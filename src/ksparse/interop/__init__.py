@@ -7,6 +7,7 @@
 * `recognition`: names what is not read. `catalog`: published SAEs by name.
 * `foreign`: tensors and settings of untrusted files. `compatibility`: fits an SAE to what a format
   can hold. `hook_names`: names of a site in other libraries.
+* `latents`: one latent of a run or on a text, for Python and notebooks.
 * `hub`: a repository on the Hub, with a model card. `latent_examples`, `neuronpedia` and
   `openai_viewer`: the latents of a run, for other libraries' viewers.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ksparse.device import resolve_device
 from ksparse.errors import CorruptError, InputError, unknown
 from ksparse.interop import (
     catalog,
@@ -87,8 +89,16 @@ READERS: dict[str, Reader] = {
 }
 
 
-def load(source: Path | str, *, revision: str | None = None, subfolder: str = "") -> SAE:
+def load(
+    source: Path | str | RunFolder,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    device: str = "auto",
+) -> SAE:
     """Load an autoencoder of any format.
+
+    Its parameters take no gradient until `sae.requires_grad_(True)`.
 
     Args:
         source: a run (its newest intact checkpoint is loaded), a local folder or file, the name of
@@ -96,9 +106,10 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
             folder of results (`ksparse eval --out`), the SAE that was judged.
         revision: revision of the Hub repository.
         subfolder: folder of the SAE inside `source`.
+        device: "auto" for an accelerator if there is one, "cpu", "cuda", "mps", …
 
     Returns:
-        The autoencoder, in float32 on the CPU.
+        The autoencoder, in float32.
 
     Raises:
         InputError: `source` holds no SAE, or one that ksparse cannot represent.
@@ -113,6 +124,19 @@ def load(source: Path | str, *, revision: str | None = None, subfolder: str = ""
         >>> ksparse.load(f"{folder}/sae").shape.k
         4
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"an SAE is loaded from a folder, a file or a name, got {type(source).__name__}"
+        )
+    device = resolve_device(str(device))
+    source = source if isinstance(source, str) else Path(source)
+    sae = _load_from(source, revision, subfolder).to(device).requires_grad_(False).eval()
+    if atomic.exists(Path(source)):
+        sae.source = Path(source) / subfolder
+    return sae
+
+
+def _load_from(source: Path | str, revision: str | None, subfolder: str) -> SAE:
     entry = catalog.find(source)
     if entry is not None:
         return _load_published(entry, revision)
@@ -163,7 +187,7 @@ def load_judged(run: RunFolder) -> SAE:
         )
     if judged.local and RunFolder(Path(source)).is_judged():
         raise CorruptError(f"{run.subject_file} names {source}, which holds no SAE itself")
-    sae = load(source, revision=judged.revision or None, subfolder=judged.subfolder)
+    sae = _load_from(source, judged.revision or None, judged.subfolder)
     found = serialization.weights_sha256(sae)
     if found != judged.weights_sha256:
         raise InputError(
@@ -275,12 +299,12 @@ def convert(
     """
     foreign.check_new_folder(folder)
     write(
-        load(source, revision=revision, subfolder=subfolder),
+        load(source, revision=revision, subfolder=subfolder, device="cpu"),
         folder,
         to,
         normalization=normalization,
     )
-    return load(folder)
+    return load(folder, device="cpu")
 
 
 def _is_ksparse(path: Path) -> bool:

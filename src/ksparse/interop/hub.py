@@ -118,7 +118,7 @@ def prepare(
     target, run, sae = (
         foreign.check_new_folder(folder),
         RunFolder(Path(source)),
-        interop.load(source),
+        interop.load(source, device="cpu"),
     )
     with atomic.atomic_dir(target, new=True) as folder:
         serialization.write(sae, folder)

@@ -147,7 +147,7 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
 def _open(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
     foreign.check_new_folder(folder)
     source = LatentExamples(run)
-    return source, interop.load(run.path), LM(acts=source.acts)
+    return source, interop.load(run.path, device="cpu"), LM(acts=source.acts, device="cpu")
 
 
 def _layer(source: LatentExamples) -> int:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ksparse import html
 from ksparse.config import ActsConfig
+from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.lm import agreement
 from ksparse.lm.continuations import Branch, choose_branch
@@ -29,6 +31,7 @@ from ksparse.lm.loading import (
 )
 from ksparse.lm.sites import blocks_before, describe_sites, resolve
 from ksparse.lm.tokens import TokenBatch, token_strings, tokenize_text, without_bos
+from ksparse.lookup import function_of
 from ksparse.storage import atomic
 from ksparse.trust import code_is_trusted
 
@@ -75,7 +78,7 @@ class LM:
         site: An alias such as `resid_post.8` (see `ksparse.lm.sites`), or a module's name (its
             output), or NAME:in (its input).
         acts: All options at once; replaces `name` and `site`.
-        device: Where the LM runs.
+        device: Where the LM runs: "auto" for an accelerator if there is one, "cpu", "cuda", "mps".
         trust_remote_code: Run code that comes with the model. Nothing but this argument (or a
             `--trust-remote-code` flag) allows it.
 
@@ -97,9 +100,10 @@ class LM:
         site: str = "resid_post.3",
         *,
         acts: ActsConfig | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         trust_remote_code: bool = False,
     ):
+        device = resolve_device(str(device))
         self.options = acts or ActsConfig(lm=str(name), site=site)
         self.device = torch.device(device)
         source = find_model(self.options.lm)
@@ -179,7 +183,54 @@ class LM:
         )
         return min(longest, *tables, longest)
 
+    def __repr__(self) -> str:
+        options = self.options
+        return (
+            f"LM({options.lm!r}, site={options.site!r}, d_model={self.d_model}, "
+            f"dtype={options.lm_dtype!r}, device={str(self.device)!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        options = self.options
+        words = {
+            "site": options.site,
+            "d_model": self.d_model,
+            "vocabulary": self.vocab,
+            "context": f"{options.context} of at most {self.context or 'unknown'} tokens",
+            "precision": options.lm_dtype,
+            "device": self.device,
+        }
+        return html.table(f"Language model {options.lm}", words)
+
     # ---- texts
+
+    def encode(self, texts: str | Sequence[str], sae: Any, *, force: bool = False) -> Any:
+        """Return the code of texts by an SAE, a row for each token.
+
+        Texts are read in batches. One that is longer than the context that the SAE was trained with
+        is cut into contexts of that length, as in training.
+
+        Args:
+            texts: A text, or several.
+            sae: The autoencoder.
+            force: Allow an LM, site or contexts that contradict what the SAE was trained on.
+
+        Returns:
+            A code values[rows, k], indices[rows, k] with `tokens` (the token of each row) and
+            `documents` (the number of its text); see `ksparse.sae.code.TextCode`.
+
+        Raises:
+            InputError: A text has no token, or the LM, its site or its BOS contradicts what the SAE
+                was trained on.
+
+        Example:
+            >>> import ksparse
+            >>> sae = ksparse.load("runs/demo")
+            >>> code = sae.lm().encode(["import os", "x = 1"], sae)
+            >>> len(code.tokens) == len(code.values), code.documents.max().item()
+            (True, 1)
+        """
+        return function_of("LM.encode")(self, texts, sae, force=force)
 
     def __call__(self, text: str) -> Tensor:
         """Return the raw activations x[t, d] of a text's tokens, in float32.
@@ -211,7 +262,8 @@ class LM:
         """
         if not isinstance(text, str):
             raise InputError(
-                f"a text is a str, got {type(text).__name__}; of several, take one at a time"
+                f"a text is a str, got {type(text).__name__}; for the codes of several texts: "
+                "lm.encode(texts, sae)"
             )
         ids = without_bos(tokenize_text(self.tokenizer, text), self.bos)
         if not ids:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ksparse import kernels
+from ksparse import html, kernels
 from ksparse.errors import InputError
+from ksparse.lookup import function_of
 from ksparse.sae.activations import ACTIVATIONS, build_activation
 from ksparse.sae.code import Code as Code
 from ksparse.sae.code import RawCode as RawCode
+from ksparse.sae.code import TextCode as TextCode
 from ksparse.sae.normalization import KINDS, PER_ACTIVATION, Normalized, input_rms, normalize
 
 _LEAST_FACTOR = 1e-30  # beyond it or its inverse, float32 activations become 0 or infinity
@@ -83,6 +86,10 @@ class SAE(nn.Module):
     `decode_normalized`, `pre_acts_normalized`, `activate`, `code`, `products` and `decoder`, which
     training calls.
 
+    Parameters of an SAE that `ksparse.load` returns take no gradient until
+    `sae.requires_grad_(True)`; a gradient with respect to the activations is taken where these ask
+    for one.
+
     Args:
         shape: sizes, normalisation and activation; all weights start at 0.
         metadata: what the SAE was trained on. It is saved with the weights and may be empty.
@@ -103,6 +110,8 @@ class SAE(nn.Module):
     def __init__(self, shape: Shape, metadata: dict[str, Any] | None = None):
         super().__init__()
         self.shape, self.metadata = shape, dict(metadata or {})
+        self.source: Path | None = None
+        """The folder it was loaded from, with results beside it if that is a run's."""
         n, d = shape.n_latents, shape.d_model
         self.W_enc = nn.Parameter(torch.zeros(n, d))
         self.b_enc = nn.Parameter(torch.zeros(n))
@@ -144,9 +153,38 @@ class SAE(nn.Module):
         return len(latents)
 
     @property
+    def n_latents(self) -> int:
+        """Number of latents."""
+        return self.shape.n_latents
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.shape.d_model
+
+    @property
     def k(self) -> int:
         """Latents that may be active at once, as in `shape`."""
         return self.shape.k
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_enc.device
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the SAE is: the fields of its `shape`, and `trained_on`, which names the LM, site,
+        text and contexts of its training as far as they are known."""
+        return {**asdict(self.shape), "trained_on": self._trained_on()}
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """The same as `config`, by the name that other libraries have for it."""
+        return self.config
+
+    def _trained_on(self) -> dict[str, Any]:
+        return dict(self.metadata.get("origin") or self.metadata.get("acts") or {})
 
     @property
     def input_norm(self) -> float:
@@ -154,6 +192,46 @@ class SAE(nn.Module):
         d_model = self.shape.d_model
         norm: float = input_rms(self.shape.normalize, d_model) * d_model**0.5
         return norm
+
+    # ---- for users: the LM and the latents
+
+    def lm(self, device: str | None = None) -> Any:
+        """Load the LM that the SAE was trained on, at its site and with its contexts.
+
+        Args:
+            device: where the LM runs; by default the SAE's device.
+
+        Returns:
+            The `ksparse.LM`.
+
+        Raises:
+            InputError: the SAE does not say which LM or site it was trained on.
+        """
+        return function_of("SAE.lm")(self, str(self.device) if device is None else device)
+
+    def latent(self, number: int, *, text: Any = None, lm: Any = None) -> Any:
+        """Return one latent: how often it fires, how strongly, and on what.
+
+        Args:
+            number: the latent.
+            text: a text, or several, to measure it on; by default what `ksparse eval RUN stats`
+                found on the held-out text of the run that the SAE was loaded from.
+            lm: the LM for `text`; by default the one that the SAE was trained on.
+
+        Returns:
+            A `ksparse.interop.latents.Latent` with `density`, `max`, `examples` and `tokens`.
+
+        Raises:
+            InputError: there is no such latent, or without `text`, no result of `stats`.
+
+        Example:
+            >>> import ksparse
+            >>> sae = ksparse.load("runs/demo")
+            >>> strongest = sae.latent(0, text="import os").code.top(1)[0].latent
+            >>> sae.latent(strongest, text="import os").max > 0
+            True
+        """
+        return function_of("SAE.latent")(self, number, text=text, lm=lm)
 
     # ---- for users: raw activations
 
@@ -186,7 +264,7 @@ class SAE(nn.Module):
     def encode(self, raw: Tensor) -> RawCode:
         """Return the code of raw activations [..., d], the largest values first."""
         inputs = self.normalize(raw)
-        return RawCode.of(self.encode_normalized(inputs.x), inputs)
+        return RawCode.of(self.encode_normalized(inputs.x), inputs, self.shape.n_latents)
 
     def decode(self, code: Code) -> Tensor:
         """Return the reconstruction [..., d] of raw activations: decode(encode(x)) is self(x).
@@ -295,8 +373,32 @@ class SAE(nn.Module):
         norms = self.W_dec.norm(dim=1, keepdim=True)
         self.W_dec.div_(torch.where(norms > 0, norms, 1.0))
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value!r}" for key, value in asdict(self.shape).items())
+    def __repr__(self) -> str:
+        fields = asdict(self.shape)
+        if self.shape.normalize != "dataset":
+            del fields["factor"]
+        words = [f"{key}={value!r}" for key, value in fields.items()]
+        trained = self._trained_on()
+        if trained.get("lm"):
+            words.append(f"trained_on='{trained['lm']} at {trained.get('site') or 'unknown site'}'")
+        return f"{type(self).__name__}({', '.join([*words, f'device={str(self.device)!r}'])})"
+
+    def _repr_html_(self) -> str:
+        trained = self._trained_on()
+        words = {
+            "latents": self.n_latents,
+            "k": self.k,
+            "d_model": self.d_model,
+            "activation": self.shape.activation,
+            "normalisation": self.shape.normalize,
+            "trained on": trained.get("lm"),
+            "site": trained.get("site"),
+            "tokens": self.metadata.get("tokens"),
+            "loaded from": self.source,
+            "device": self.device,
+        }
+        known = {key: value for key, value in words.items() if value is not None}
+        return html.table("Sparse autoencoder", known)
 
 
 def _drop_activation_prefix(

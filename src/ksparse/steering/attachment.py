@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ksparse.config import ActsConfig
 from ksparse.device import resolve_device
 from ksparse.errors import InputError
 from ksparse.lm import provenance
@@ -19,22 +20,27 @@ from ksparse.lm.hooks import hooked, not_activations
 from ksparse.lm.model import LM
 from ksparse.sae import serialization
 from ksparse.sae.model import SAE, Code
-from ksparse.sae.ranges import warn_beyond
+from ksparse.sae.ranges import in_values, largest_acts, warn_beyond
 from ksparse.steering.calls import CallTracker, Positions
 from ksparse.steering.hosts import find_site, same_site, torch_module
 
 _log = logging.getLogger("ksparse")
+Unit = Literal["max", "value"]
+"""What clamped values are in: multiples of a latent's largest activation, or its own values."""
 Change = Callable[[Code], Code]
 """Maps the code [..., k] of an activation to what is added to it: values [..., m] of either sign at
 latents [..., m]."""
 
 
 def load_lm(sae: SAE, device: str = "auto") -> LM:
-    """Load the LM that an SAE was trained on, at the SAE's site.
+    """Load the LM that an SAE was trained on, at the SAE's site and with its contexts.
 
     Raises:
-        InputError: The SAE's metadata does not name its LM.
+        InputError: The SAE's metadata does not name its LM, or not its site.
     """
+    trained = provenance.trained_on(sae.metadata)
+    if sae.metadata.get("origin") and trained.get("lm") and trained.get("site"):
+        return LM(acts=ActsConfig(**trained), device=resolve_device(device))
     return LM(acts=serialization.acts_of(sae.metadata), device=resolve_device(device))
 
 
@@ -192,38 +198,45 @@ def steer(
     sae: SAE,
     clamp: Mapping[int, float] | None = None,
     *,
+    unit: Unit = "max",
     scale: Mapping[int, float] | None = None,
     site: str = "",
     error: Literal["keep", "drop"] = "keep",
     positions: Positions = "trained",
     largest: Mapping[int, float] | None = None,
 ) -> Iterator[Tap]:
-    """Clamp latents to values, or scale their activations, inside a `with` block.
+    """Clamp latents, or scale their activations, inside a `with` block.
+
+    A clamped value further than 3 times a latent's largest one from 0 is warned about.
 
     Args:
         model: A Hugging Face causal LM; for a `ksparse.LM`, its `model`.
         sae: The autoencoder, on the model's device.
         clamp: {latent: value}, of either sign; 0 removes the latent.
+        unit: What values are in. "max": multiples of the latent's largest activation, as
+            `ksparse eval RUN stats` found it for the run that the SAE was loaded from, or as
+            `largest` says. "value": the latent's own values.
         scale: {latent: factor} by which the latent's own activation is multiplied.
         site: As in `attach`.
         error: As in `attach`.
         positions: As in `attach`.
-        largest: {latent: its largest value on a text}. A clamped value far beyond it is warned
-            about; without it, a value far beyond what the latent can reach.
+        largest: {latent: its largest value on a text}, in place of what `stats` found. Where
+            neither is known, `unit` must be "value", and values far beyond what the latent can
+            reach are warned about.
 
     Returns:
         A context manager that gives the `Tap` of `attach`.
 
     Raises:
-        InputError: No latent is given, one does not exist or is given twice, or a value is not
-            finite; and whatever `attach` raises.
+        InputError: No latent is given, one does not exist or is given twice, a value is not
+            finite, or the unit is "max" and not known; and whatever `attach` raises.
 
     Example:
         >>> import ksparse
         >>> from ksparse.sae.model import Shape
         >>> lm = ksparse.LM("pylm/0.3m", site="resid_post.1")
         >>> sae = ksparse.SAE(Shape(d_model=lm.d_model, n_latents=128, k=4))
-        >>> with ksparse.steer(lm.model, sae, scale={123: 0.0}, site="resid_post.1"):
+        >>> with ksparse.steer(lm.model, sae, {12: 3.0}, site="resid_post.1", largest={12: 0.1}):
         ...     ids = lm.model.generate(lm.tokenize("import os"), max_new_tokens=2)
         >>> ids.shape[0]
         1
@@ -240,7 +253,11 @@ def steer(
             raise InputError(
                 f"latent {latent} cannot be clamped to or scaled by {value!r}; give a finite number"
             )
-    warn_beyond(sae, clamp, largest)
+    if unit not in ("max", "value"):
+        raise InputError(f"unit is {unit!r}; it must be 'max' or 'value'")
+    known = largest_acts(sae, clamp, largest)
+    clamp = in_values(sae, clamp, known) if unit == "max" else clamp
+    warn_beyond(sae, clamp, known)
     change = sum_changes(clamped(clamp), scaled(scale))
     with attach(model, sae, site, change=change, error=error, positions=positions) as tap:
         yield tap

@@ -14,7 +14,7 @@ from ksparse.errors import InputError
 from ksparse.lm import provenance
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
-from ksparse.steering.attachment import steer
+from ksparse.steering.attachment import Unit, steer
 
 _COLDEST = 1e-3
 """The lowest temperature of sampling: logits are divided by it in float32."""
@@ -55,6 +55,7 @@ def compare(
     prompt: str,
     clamp: Mapping[int, float] | None = None,
     *,
+    unit: Unit = "max",
     scale: Mapping[int, float] | None = None,
     error: Literal["keep", "drop"] = "keep",
     tokens: int = 40,
@@ -70,6 +71,7 @@ def compare(
         sae: The autoencoder, on the LM's device.
         prompt: The text to continue.
         clamp: As in `steer`.
+        unit: As in `steer`.
         scale: As in `steer`.
         error: As in `steer`.
         tokens: As in `continue_text`.
@@ -85,7 +87,14 @@ def compare(
     provenance.check(sae.metadata, lm, force=force)
     before = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
     with steer(
-        lm.model, sae, clamp, scale=scale, site=lm.options.site, error=error, largest=largest
+        lm.model,
+        sae,
+        clamp,
+        unit=unit,
+        scale=scale,
+        site=lm.options.site,
+        error=error,
+        largest=largest,
     ):
         after = continue_text(lm, prompt, tokens=tokens, temperature=temperature, seed=seed)
     return Comparison(before, after)

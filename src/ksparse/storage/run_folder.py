@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksparse import config
+from ksparse import config, html
 from ksparse.config import ActsConfig, Recipe
 from ksparse.errors import CorruptError, InputError
 from ksparse.storage import atomic, checksums, jsonio
@@ -170,6 +170,37 @@ class RunFolder:
     """
 
     path: Path
+
+    def __fspath__(self) -> str:
+        """Return the folder, so that a run can be given wherever a path is."""
+        return os.fspath(self.path)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is in the folder, in words, for `repr` and notebooks; never raises."""
+        try:
+            subject = self.subject()
+            evals = sorted(
+                file.stem for file in self.file("evals").glob("*.json") if file.stem != "vocabulary"
+            )
+            rows = self.metrics()
+            words = {
+                "LM": f"{subject.acts.lm} at {subject.acts.site}",
+                "latents": subject.n_latents,
+                "k": subject.k,
+                "tokens": rows[-1].get("tokens") if rows else None,
+                "checkpoints": len(self.checkpoints()) or None,
+                "results": ", ".join(evals) or None,
+            }
+        except (InputError, OSError) as error:
+            words = {"problem": str(error)}
+        return {key: value for key, value in words.items() if value is not None}
+
+    def __repr__(self) -> str:
+        words = "".join(f", {key}={value!r}" for key, value in self.describe().items())
+        return f"RunFolder({str(self.path)!r}{words})"
+
+    def _repr_html_(self) -> str:
+        return html.table(f"Run {self.path}", self.describe())
 
     def file(self, *names: str) -> Path:
         """Return a path in the run's folder; raise InputError if a link leads out of it."""

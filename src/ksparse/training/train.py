@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ksparse import distributed, progress
-from ksparse.config import Recipe, check_schedule, differences, to_toml
+from ksparse.config import Recipe, check_schedule, differences, recipe_of, to_toml
 from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
 from ksparse.distributed import Mesh
@@ -46,19 +46,22 @@ MetricsCallback = Callable[[dict[str, Any]], None]
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Path | str | dict[str, Any] | None = None,
     out: Path | str | None = None,
     *,
     observe: MetricsCallback = lambda row: None,
     trust_remote_code: bool = False,
+    **keywords: Any,
 ) -> RunFolder:
     """Train one SAE, or continue its run if the folder holds one with the same recipe.
 
     Args:
-        recipe: what to train.
+        recipe: what to train: a recipe, a TOML file or nested dictionaries; by default the demo's.
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
+        keywords: keys of the recipe by the last part of their names, which replace those of
+            `recipe` (`ksparse.config.recipe_of`).
 
     Returns:
         The run's folder.
@@ -70,12 +73,14 @@ def train(
 
     Example:
         >>> import ksparse
-        >>> from ksparse.config import ActsConfig
-        >>> acts = ActsConfig(lm="pylm/0.3m", site="resid_post.1", mix=2048)
-        >>> run = ksparse.train(ksparse.Recipe(acts, tokens=2048), "runs/short")
-        >>> ksparse.load(run.path).metadata["step"]
+        >>> run = ksparse.train(
+        ...     lm="pylm/0.3m", site="resid_post.1", n_latents=512, k=8, tokens=2048, mix=2048,
+        ...     out="runs/short",
+        ... )
+        >>> ksparse.load(run).metadata["step"]
         2
     """
+    recipe = recipe_of(recipe, **keywords)
     with trusted(trust_remote_code):
         return train_many(
             [recipe],
