@@ -229,11 +229,10 @@ def _without_boolean_values(options: type, arguments: list[str]) -> list[str]:
     """Return arguments with `--flag True` and `--flag=True` as `--flag`, and with False as
     `--no-flag`: the spelling of earlier versions."""
     words = {flag.words[0]: flag.words for flag in flags_of(options) if flag.hint is bool}
-    current, rest = [], iter(arguments)
-    following = [*arguments[1:], ""]
-    for argument, value in zip(rest, following):
+    current, rest = [], iter(enumerate(arguments, 1))
+    for at, argument in rest:
         name, equals, given = argument.partition("=")
-        value = given if equals else value
+        value = given if equals else next(iter(arguments[at:]), "")
         spellings = words.get(name.replace("_", "-"))
         if spellings is None or value not in ("True", "False"):
             current.append(argument)
