@@ -259,7 +259,7 @@ def _boxed(options: type) -> type:
             name, [_copy(field, hints[field.name]) for field in fields], frozen=True
         )
         inner.__doc__ = f"Only for the evaluation {name}, unless an option names more."
-        section = Annotated[inner, tyro.conf.OmitArgPrefixes]
+        section = Annotated[inner, tyro.conf.OmitArgPrefixes]  # type: ignore[valid-type]
         outer.append((name, section, dataclasses.field(default_factory=inner)))
     return dataclasses.make_dataclass(options.__name__, outer, frozen=True)
 
