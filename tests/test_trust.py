@@ -147,8 +147,9 @@ def test_workers_of_a_sweep_are_told_on_their_command_line(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--trust-remote-code"], "is ''; it must be True or False"),
-        (["--trust_remote_code=yes"], "is 'yes'; it must be True or False"),
+        (["--trust-remote-code="], "is ''; give it alone, or with True or False"),
+        (["--trust-remote-code", "no"], "is 'no'; give it alone, or with True or False"),
+        (["--trust_remote_code=yes"], "is 'yes'; give it alone, or with True or False"),
         (
             ["--run.trust-remote-code", "True"],
             "is not a key of a recipe, since a stored one could set it",
@@ -167,6 +168,8 @@ def test_the_flag_is_taken_off_and_the_rest_stays():
         ["a", "--b", "c"],
     )
     assert split_trust_flag(["--trust_remote_code", "False", "d"]) == (False, ["d"])
+    assert split_trust_flag(["a", "--trust-remote-code", "--b"]) == (True, ["a", "--b"])
+    assert split_trust_flag(["a", "--trust-remote-code"]) == (True, ["a"])
 
 
 def test_a_config_does_not_name_code_of_the_hub_for_its_attention(tiny_lm, tmp_path):

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from ksparse.errors import InputError
 
 FLAG = "--trust-remote-code"
+_VALUES = ("True", "False", "true", "false", "yes", "no", "on", "off", "1", "0")
+"""What can only be meant as the flag's value; all but the first two are refused."""
 _trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 
@@ -46,7 +48,7 @@ def trusted(allow: bool) -> Iterator[None]:
 
 
 def split_trust_flag(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Split --trust-remote-code off the words of a command line.
+    """Split --trust-remote-code off the words of a command line; without a value it means True.
 
     Returns:
         Whether code is trusted, and the other words.
@@ -54,8 +56,8 @@ def split_trust_flag(arguments: list[str]) -> tuple[bool, list[str]]:
     Raises:
         InputError: for a value other than True and False, and for the flag as a key of a recipe.
     """
-    others, allow, words = [], False, iter(arguments)
-    for word in words:
+    others, allow, words = [], False, iter(enumerate(arguments, 1))
+    for at, word in words:
         name, equals, value = word.replace("_", "-").partition("=")
         if name == "--run.trust-remote-code":
             raise InputError(
@@ -65,8 +67,11 @@ def split_trust_flag(arguments: list[str]) -> tuple[bool, list[str]]:
         if name != FLAG:
             others.append(word)
             continue
-        value = value if equals else next(words, "")
+        bare = not equals and (at == len(arguments) or arguments[at] not in _VALUES)
+        value = "True" if bare else value if equals else arguments[at]
+        if not (bare or equals):
+            next(words)
         if value not in ("True", "False"):
-            raise InputError(f"{FLAG} is {value!r}; it must be True or False")
+            raise InputError(f"{FLAG} is {value!r}; give it alone, or with True or False")
         allow = value == "True"
     return allow, others

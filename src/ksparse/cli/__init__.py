@@ -8,9 +8,11 @@
     convert        convert, push
     published      list
     prepare        shard, plan, bench, doctor
+    shell          help, completion
 
     subjects       which LM, site and text an SAE of any kind is used on
     arguments      the table of verbs, and how their arguments are parsed
+    examples       command lines to start from, for each verb's help
     output         messages, estimates, progress
 
 Modules import torch inside their verbs, so that help appears at once.
@@ -20,7 +22,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from contextlib import suppress
 
 from ksparse.cli import (
@@ -30,6 +34,7 @@ from ksparse.cli import (
     prepare,
     published,
     report,
+    shell,
     sweeps,
     train,
 )
@@ -44,8 +49,19 @@ EXIT_CODES = (
     "6 another process failed · 129 SIGHUP · 130 Ctrl-C · 143 SIGTERM (all after saving) · "
     "141 broken pipe"
 )
-COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, published, prepare)
-"""In the order in which help lists their verbs."""
+GROUPS = {
+    "train": (train,),
+    "scale": (sweeps,),
+    "judge": (evaluate,),
+    "look": (report,),
+    "change": (interventions,),
+    "exchange": (convert, published),
+    "check, before a run": (prepare,),
+    "this command": (shell,),
+}
+"""The groups in which help lists the verbs, with the modules that hold them."""
+COMMAND_MODULES = tuple(module for modules in GROUPS.values() for module in modules)
+_WIDEST = 100
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,7 +109,7 @@ def _open_streams() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["help"]:
         print(usage())
         sys.exit(0)
     if arguments[0] in ("-V", "--version"):
@@ -132,21 +148,20 @@ def _check_working_folder() -> None:
 
 
 def usage() -> str:
-    """Return the help of the command without a verb."""
-    verbs = [
-        describe_verb(name)
-        for module in COMMAND_MODULES
-        for name, verb in VERBS.items()
-        if verb.__module__ == module.__name__
-    ]
-    lines = [f"  {usage:<50} {description}" for usage, description in verbs]
-    return "\n".join(
-        [
-            "ksparse: train, scale and judge k-sparse autoencoders on language-model activations",
-            "",
-            *lines,
-            "",
-            "`ksparse VERB --help` shows the options of a verb.",
-            f"Exit codes: {EXIT_CODES}",
-        ]
-    )
+    """Return the help of the command without a verb: the verbs by group, each with a sentence."""
+    width = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
+    lines = ["ksparse: train, scale and judge k-sparse autoencoders on language-model activations"]
+    for group, modules in GROUPS.items():
+        names = {module.__name__ for module in modules}
+        lines += ["", group]
+        for name, verb in VERBS.items():
+            if verb.__module__ in names:
+                sentence = describe_verb(name)[1].partition(". ")[0].removesuffix(".")
+                lines += textwrap.wrap(
+                    f"{name:<11}{sentence}",
+                    width,
+                    initial_indent="  ",
+                    subsequent_indent=" " * 13,
+                )
+    lines += ["", "`ksparse help VERB` shows the options of a verb, and examples."]
+    return "\n".join([*lines, *textwrap.wrap(f"Exit codes: {EXIT_CODES}", width)])

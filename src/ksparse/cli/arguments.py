@@ -9,12 +9,15 @@ import inspect
 import itertools
 import logging
 import sys
+import typing
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 from ksparse import config as recipes
+from ksparse.cli.examples import EXAMPLES
 from ksparse.config import Recipe
 from ksparse.config.options import RENAMED_KEYS, classes, field_types
 from ksparse.errors import InputError
@@ -38,7 +41,7 @@ LOAD_LM = (
     "sweep",
     "view",
 )
-"""Verbs that take --trust-remote-code True, which lets code that comes with a language model run in
+"""Verbs that take --trust-remote-code, which lets code that comes with a language model run in
 this call only."""
 
 
@@ -129,27 +132,164 @@ def parse(options: type, verb: str, arguments: list[str], default: Any = None) -
     Raises:
         InputError: for a value out of range. An unknown flag exits with code 2.
     """
+    if (collect := _collected.get()) is not None:
+        collect.append(options)
+        raise _FlagsCollected
     import tyro
 
-    name = verb.split()[0]
-    description = describe_verb(name)[1]
-    if name in LOAD_LM:
-        description += (
-            f"\n\nGive {FLAG} True to let code that comes with the language model run, in this "
-            "call only. No file can allow it."
-        )
     if {"-h", "--help"} & set(arguments):
         _reflow_help(options)
+    boxed = options if default is not None else _boxed(options)
     parsed = tyro.cli(
-        options,
+        boxed,
         prog=f"ksparse {verb}",
-        args=arguments,
-        description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        args=_without_boolean_values(options, arguments),
+        description=_help_text(verb.split()[0]),
+        config=(tyro.conf.AvoidSubcommands,),
         **({} if default is None else {"default": default}),
     )
+    if boxed is not options:
+        parsed = options(**_unboxed(parsed))
     recipes.check_fields(parsed)
     return parsed
+
+
+def _help_text(name: str) -> str:
+    """Return what a verb's help says before its options."""
+    parts = [describe_verb(name)[1]]
+    if name in LOAD_LM:
+        parts.append(
+            f"Give {FLAG} to let code that comes with the language model run, in this call only. "
+            "No file can allow it."
+        )
+    return "\n\n".join([*parts, _example_text(name)])
+
+
+def _example_text(name: str) -> str:
+    return "\n".join(["Examples:", *(f"  {line}" for line in EXAMPLES[name])])
+
+
+# ---- flags of a verb
+
+
+class Flag(NamedTuple):
+    """A flag of a verb."""
+
+    name: str
+    hint: Any
+
+    @property
+    def words(self) -> list[str]:
+        """How it is written; a boolean one also with "no-"."""
+        prefix, dot, last = self.name.rpartition(".")
+        names = [self.name] + ([f"{prefix}{dot}no-{last}"] if self.hint is bool else [])
+        return [f"--{name}" for name in names]
+
+    @property
+    def choices(self) -> list[str]:
+        """The values that it may have, if these are few."""
+        literal = typing.get_origin(self.hint) is typing.Literal
+        return [str(value) for value in typing.get_args(self.hint) if value] if literal else []
+
+
+_collected: ContextVar[list[type] | None] = ContextVar("collected", default=None)
+
+
+class _FlagsCollected(Exception):
+    """The options of a verb are known, and nothing more is wanted of it."""
+
+
+def flags_of(options: type, prefix: str = "") -> list[Flag]:
+    """Return the flags that an options class has, those of its sections included."""
+    flags: list[Flag] = []
+    for name, hint in field_types(options).items():
+        key = f"{prefix}{name}".replace("_", "-")
+        if sections := classes(hint):
+            flags += (flag for section in sections for flag in flags_of(section, f"{key}."))
+        else:
+            flags.append(Flag(key, hint))
+    return list({flag.name: flag for flag in flags}.values())
+
+
+def flags_of_verb(name: str) -> list[Flag]:
+    """Return the flags of a verb, from the options that it would parse."""
+    options: list[type] = []
+    token = _collected.set(options)
+    try:
+        VERBS[name](["--help"])
+    except _FlagsCollected:
+        pass
+    finally:
+        _collected.reset(token)
+    trust = [Flag(FLAG.removeprefix("--"), str)] if name in LOAD_LM else []
+    return [flag for each in options for flag in flags_of(each)] + trust
+
+
+def _without_boolean_values(options: type, arguments: list[str]) -> list[str]:
+    """Return arguments with `--flag True` and `--flag=True` as `--flag`, and with False as
+    `--no-flag`: the spelling of earlier versions."""
+    words = {flag.words[0]: flag.words for flag in flags_of(options) if flag.hint is bool}
+    current, rest = [], iter(enumerate(arguments, 1))
+    for at, argument in rest:
+        name, equals, given = argument.partition("=")
+        value = given if equals else next(iter(arguments[at:]), "")
+        spellings = words.get(name.replace("_", "-"))
+        if spellings is None or value not in ("True", "False"):
+            current.append(argument)
+            continue
+        current.append(spellings[value == "False"])
+        if not equals:
+            next(rest)
+    return current
+
+
+def _boxed(options: type) -> type:
+    """Return a class with the same flags, those of one evaluation together in a section, which
+    help shows in a box; the class itself where no flag is for one evaluation."""
+    import tyro
+
+    hints, boxes = field_types(options), dict[str, list[Any]]({"": []})
+    for field in dataclasses.fields(options):
+        boxes.setdefault(box_of(field), []).append(field)
+    if len(boxes) == 1:
+        return options
+    outer = [_copy(field, hints[field.name]) for field in boxes.pop("")]
+    for name, fields in boxes.items():
+        inner = dataclasses.make_dataclass(
+            name, [_copy(field, hints[field.name]) for field in fields], frozen=True
+        )
+        inner.__doc__ = f"Only for the evaluation {name}, unless an option names more."
+        section = Annotated[inner, tyro.conf.OmitArgPrefixes]  # type: ignore[valid-type]
+        outer.append((name, section, dataclasses.field(default_factory=inner)))
+    return dataclasses.make_dataclass(options.__name__, outer, frozen=True)
+
+
+def box_of(field: dataclasses.Field[Any]) -> str:
+    """Return the evaluation that an option is for, the first of several; '' for every one."""
+    return next((n for n in field.metadata.get("evaluations", ()) if " " not in n), "")
+
+
+def _copy(field: dataclasses.Field[Any], hint: Any) -> tuple[str, Any, Any]:
+    """Return a field for `make_dataclass`, with a help text that leaves out the box's name."""
+    metadata = dict(field.metadata)
+    if "help" in metadata:
+        metadata["help"] = metadata["help"].removeprefix(f"{box_of(field)}: ")
+    default = {
+        key: getattr(field, key)
+        for key in ("default", "default_factory")
+        if getattr(field, key) is not dataclasses.MISSING
+    }
+    return field.name, hint, dataclasses.field(**default, metadata=metadata)
+
+
+def _unboxed(boxed: Any) -> dict[str, Any]:
+    """Return the values of an instance of `_boxed` as those of the original class."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(boxed):
+        value = getattr(boxed, field.name)
+        is_box = dataclasses.is_dataclass(value) and type(value).__name__ == field.name
+        values |= _unboxed(value) if is_box else {field.name: value}
+    return values
 
 
 def _reflow_help(options: type) -> None:
@@ -212,20 +352,13 @@ def split_folder(
     return arguments[0], list(arguments[1:])
 
 
-def spell_out(flags: list[str], flag: str) -> list[str]:
-    """Return the flags with the value True for one that is given without a value."""
-    spelled = list(flags)
-    for number, word in enumerate(flags):
-        if word == flag and flags[number + 1 : number + 2] not in (["True"], ["False"]):
-            spelled[number] = f"{flag}=True"
-    return spelled
-
-
 def refuse_arguments(verb: str, arguments: list[str]) -> None:
     """Show help and exit, or refuse arguments, for a verb that takes none."""
+    if _collected.get() is not None:
+        raise _FlagsCollected
     if arguments and arguments[0] in ("-h", "--help"):
         usage, description = describe_verb(verb)
-        print(f"usage: ksparse {usage}\n\n{description}")
+        print(f"usage: ksparse {usage}\n\n{description}\n\n{_example_text(verb)}")
         sys.exit(0)
     if arguments:
         raise InputError(f"`ksparse {verb}` has no such argument: {' '.join(arguments)}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ksparse.cli.arguments import parse, spell_out, split_folder, verb
-from ksparse.cli.subjects import name_place
+from ksparse.cli.arguments import parse, split_folder, verb
+from ksparse.cli.subjects import check_source, name_place
 from ksparse.config import ActsConfig, from_dict
 from ksparse.errors import InputError, unknown
 from ksparse.storage.run_folder import open_run
@@ -72,8 +72,9 @@ def convert(arguments: list[str]) -> None:
     folder, flags = (
         split_folder("convert", flags, "a new folder, after the SAE") if source else ("", flags)
     )
-    args = parse(ConvertArgs, "convert SRC DST", spell_out(flags, "--fold"))
+    args = parse(ConvertArgs, "convert SRC DST", flags)
     _check_fold(args)
+    check_source(source)
     if args.to in VIEWER_FORMATS:
         print(f"{args.to} {folder}: {_export(source, Path(folder), args):,} latents")
         return

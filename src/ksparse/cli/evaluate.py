@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse.cli.arguments import parse, spell_out, split_folder, verb
+from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import ProgressBar, format_estimate, print_status, write_report
-from ksparse.cli.subjects import SubjectArgs, open_subject, place_subject, refuse_for_a_run
+from ksparse.cli.subjects import (
+    SubjectArgs,
+    check_source,
+    open_subject,
+    place_subject,
+    refuse_for_a_run,
+)
 from ksparse.config import ActsConfig
-from ksparse.config.evaluation import EvalConfig, StudyConfig
-from ksparse.errors import InputError, Interrupted
+from ksparse.config.evaluation import (
+    EVALUATIONS,
+    STUDIES,
+    EvalConfig,
+    StudyConfig,
+    check_evaluations,
+)
+from ksparse.errors import InputError, Interrupted, unknown
 from ksparse.progress import report
 from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder, Subject, open_run
@@ -49,11 +61,14 @@ def evaluate(arguments: list[str]) -> None:
     words = []
     while flags and not flags[0].startswith("-"):
         words.append(flags.pop(0))
-    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", spell_out(flags, "--force"))
+    args = parse(EvalArgs, "eval SAE [SAE …] [NAME …]", flags)
     sources: list[str] = [folder]
     names: list[str] = []
     for word in words:
         (sources if "/" in word or Path(word).exists() else names).append(word)
+    check_evaluations(names)
+    for source in sources:
+        check_source(source)
     if _is_judged_alone(sources, args):
         run, results = evaluate_subject(folder, names, args)
         _show_results(run, results)
@@ -269,7 +284,7 @@ class _Evaluations:
         if kept:
             print_status(
                 f"kept     {', '.join(kept)}: computed before, with the same options, checkpoint, "
-                "LM and text; --again True computes them again"
+                "LM and text; --again computes them again"
             )
         return kept
 
@@ -300,11 +315,9 @@ class CompareArgs(EvalConfig):
     @property
     def names(self) -> list[str]:
         """The evaluations, as they are named."""
-        from ksparse.evals import comparison, registry
-
         words = self.evals.replace(",", " ").split()
-        registry.check_names(words)
-        return list(dict.fromkeys(words)) or list(comparison.NAMES)
+        check_evaluations(words)
+        return list(dict.fromkeys(words)) or ["downstream", "stats"]
 
 
 @verb
@@ -322,12 +335,12 @@ def compare(arguments: list[str]) -> None:
     sources = [folder]
     while flags and not flags[0].startswith("-"):
         sources.append(flags.pop(0))
-    args = parse(CompareArgs, "compare A B …", spell_out(flags, "--force"))
+    args = parse(CompareArgs, "compare A B …", flags)
+    _check_sources(sources, args)
+    names = args.names
     from ksparse import interop
     from ksparse.evals import comparison
 
-    _check_sources(sources, args)
-    names = args.names
     saes = {source: interop.load(source, device="cpu") for source in sources}
     results_by_source = (
         _read_results(sources, names)
@@ -352,6 +365,8 @@ def compare(arguments: list[str]) -> None:
 
 
 def _check_sources(sources: list[str], args: CompareArgs) -> None:
+    for source in sources:
+        check_source(source)
     repeated = [source for source in sources if sources.count(source) > 1]
     if repeated:
         raise InputError(f"{repeated[0]} is named twice")
@@ -469,11 +484,11 @@ def study(arguments: list[str]) -> None:
     if flags and not flags[0].startswith("-"):
         flags = ["--recipe", *flags]
     options = parse(StudyConfig, "study NAME [RECIPE.toml]", flags)
+    if name and name not in (known := (*STUDIES, *EVALUATIONS)):
+        raise unknown("there is no study", name, known)
     from ksparse import studies
-    from ksparse.evals.registry import EVALS
 
-    studies.check_name(name, tuple(EVALS))
-    if name in studies.STUDIES:
+    if name in STUDIES:
         with ProgressBar(f"study {name}"):
             folder = studies.run(name, options)
         print_study(folder)

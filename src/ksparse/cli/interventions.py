@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ksparse.cli.arguments import parse, spell_out, split_folder, verb
+from ksparse.cli.arguments import parse, split_folder, verb
 from ksparse.cli.output import escape_unprintable
-from ksparse.cli.subjects import SubjectArgs, open_subject
+from ksparse.cli.subjects import SubjectArgs, check_source, open_subject
 from ksparse.config import Config
 from ksparse.errors import CorruptError, InputError, NonFiniteError
 from ksparse.storage.run_folder import RunFolder
@@ -85,8 +85,9 @@ def steer(arguments: list[str]) -> None:
     Show what the LM writes with latents held at a value, beside what it writes without.
     """
     folder, flags = split_folder("steer", arguments, "an SAE, such as the run runs/demo")
-    options = parse(SteerArgs, "steer SAE", spell_out(flags, "--force"))
+    options = parse(SteerArgs, "steer SAE", flags)
     options.check()
+    check_source(folder)
     from ksparse import steering
 
     opened = open_subject(folder, options, force=options.force, needs_text=False)
@@ -217,7 +218,8 @@ def attribute(arguments: list[str]) -> None:
     Find the latents that make the LM prefer a token, by activation x gradient.
     """
     folder, flags = split_folder("attribute", arguments, "an SAE, such as the run runs/demo")
-    options = parse(AttributeArgs, "attribute SAE", spell_out(flags, "--force"))
+    options = parse(AttributeArgs, "attribute SAE", flags)
+    check_source(folder)
     from ksparse import steering
 
     opened = open_subject(folder, options, force=options.force, needs_text=False)

@@ -15,7 +15,7 @@ _HEADER = ("release", "LM", "site", "layers", "widths", "number", "kind", "licen
 
 @verb
 def list_published(arguments: list[str]) -> None:
-    """list [WORD] [--names True]
+    """list [WORD] [--names]
 
     List published SAEs. Their names are accepted wherever a path of an SAE is.
     """

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
+from ksparse.storage import hub
+from ksparse.storage.hub import NEEDED
 from ksparse.storage.run_folder import Judged, RunFolder, Subject
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
@@ -69,6 +71,14 @@ class OpenSubject(NamedTuple):
             like=self.subject.acts,
         )
         return lm
+
+
+def check_source(source: str) -> None:
+    """Raise InputError for an SAE that is plainly a path here and is missing, before torch loads.
+
+    Names of published SAEs have more parts than those of the Hub, and pass.
+    """
+    hub.check_not_missing(source, "the SAE", NEEDED, more_parts=True)
 
 
 def open_subject(

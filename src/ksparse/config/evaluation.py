@@ -9,12 +9,34 @@ records are read from the fields.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ksparse.config import Config
+from ksparse.errors import unknown
 
+DEFAULT_EVALUATIONS = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
+"""The evaluations that run when none is named."""
+EVALUATIONS = (
+    *DEFAULT_EVALUATIONS,
+    *("positions", "refinement", "progressive", "latents", "subspaces"),
+)
+"""All evaluations. `ksparse.evals.registry` has their classes."""
+STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe")
+"""All studies. `ksparse.studies` has their functions."""
 _EVERY = "every evaluation"
+
+
+def check_evaluations(names: Sequence[str]) -> None:
+    """Check that evaluations of these names exist.
+
+    Raises:
+        InputError: naming the first that does not exist, with a suggestion.
+    """
+    for name in names:
+        if name not in EVALUATIONS:
+            raise unknown("there is no evaluation", name, EVALUATIONS)
 
 
 def _option(default: Any, *evaluations: str) -> Any:

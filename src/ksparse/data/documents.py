@@ -23,7 +23,7 @@ from ksparse import pylm
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
 from ksparse.pylm.text import SPLITS
-from ksparse.storage import rows
+from ksparse.storage import hub, rows
 
 PIECE_CHARACTERS = 20_000
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -137,7 +137,7 @@ def _is_local(source: str) -> bool:
             f"text {source[:60]!r} cannot be looked up: {error.strerror or error}"
         ) from None
     has_suffix = path.suffix in (*SUFFIXES, *rows.COMPRESSIONS)
-    return exists or path.is_absolute() or source.startswith(".") or has_suffix
+    return exists or has_suffix or hub.is_plainly_local(source)
 
 
 def _read_local(acts: ActsConfig, nulls: _Report) -> Iterator[tuple[str, str | Iterable[str]]]:

@@ -7,8 +7,9 @@ To add an evaluation, write one file with a `Metric` and add one line to `EVALS`
    `finalize`. `ksparse.evals.positions` is the shortest complete example; its test,
    tests/evals/test_positions.py, is the one to copy: it compares the numbers with their definition
    on a tiny LM.
-2. Add the class to `EVALS` below. It can then be named in `ksparse.evaluate(sae, names=[…])` and
-   in `ksparse eval RUN NAME`, and its result is saved as `evals/NAME.json`.
+2. Add the class to `EVALS` below, and its name to `EVALUATIONS` in ksparse.config.evaluation. It
+   can then be named in `ksparse.evaluate(sae, names=[…])` and in `ksparse eval RUN NAME`, and its
+   result is saved as `evals/NAME.json`.
 
 Only where it needs more: an option is a field of `EvalConfig` in ksparse.config.evaluation; sums
 that two metrics share are a metric of their own that both fetch with `context.part`, as
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ksparse.errors import unknown
+from ksparse.config.evaluation import check_evaluations
 from ksparse.evals.ablation import Ablation
 from ksparse.evals.base import Metric
 from ksparse.evals.downstream import Downstream
@@ -62,6 +63,4 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         InputError: naming the first that does not exist, with a suggestion.
     """
-    for name in names:
-        if name not in EVALS:
-            raise unknown("there is no evaluation", name, EVALS)
+    check_evaluations(names)

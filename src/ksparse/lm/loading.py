@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ksparse import pylm
 from ksparse.config import ActsConfig
 from ksparse.errors import InputError
-from ksparse.storage import atomic
+from ksparse.storage import atomic, hub
 
 if TYPE_CHECKING:
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         def generate(self, tokens: Tensor, **options: Any) -> Any: ...
 
 
+_NEEDED = "a folder with config.json, a GGUF file, a Hub name such as gpt2, or pylm"
 MAX_LAYERS = 10_000
 MAX_PARAMETERS_PER_BYTE = 16  # more than any quantization packs
 _REAL = ("F64", "F32", "F16", "BF16")
@@ -63,13 +64,7 @@ def find_model(name: str) -> str:
     path = Path(name)
     if is_gguf(name):
         return name
-    if not atomic.exists(path) and (
-        path.is_absolute() or name.startswith(".") or name.count("/") > 1
-    ):
-        raise InputError(
-            f"model folder {name} does not exist; give a folder with config.json, a GGUF file, a "
-            "Hub name such as gpt2, or pylm"
-        )
+    hub.check_not_missing(name, "model folder", _NEEDED)
     if (path / "adapter_config.json").is_file():
         raise InputError(
             f"model folder {name} holds an adapter (adapter_config.json), which would be left out; "
@@ -299,8 +294,11 @@ def read_config(source: str, options: dict[str, Any]) -> Any:
     """
     from transformers import AutoConfig
 
+    if not atomic.exists(Path(source)):
+        hub.check_reachable(source, "model", _NEEDED)
     try:
-        config = AutoConfig.from_pretrained(**_named(source), **options)
+        with hub.quiet():
+            config = AutoConfig.from_pretrained(**_named(source), **options)
     except InputError:
         raise
     except Exception as error:  # from transformers, or from the model's own code

@@ -22,7 +22,7 @@ from ksparse.config import ActsConfig
 from ksparse.errors import CorruptError, InputError
 from ksparse.sae.model import SAE, Shape
 from ksparse.sae.tensor_files import CheckedTensors, StoredTensor, safetensors_file, views
-from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage import atomic, checksums, hub, jsonio
 from ksparse.storage.run_folder import RunFolder, shard_files
 
 WEIGHTS, CONFIG, FORMAT = "sae.safetensors", "sae.json", 1
@@ -143,7 +143,9 @@ def locate(source: Path | str, *, revision: str | None = None, subfolder: str = 
     if atomic.exists(path):
         root = path
     else:
+        hub.check_not_missing(str(source), "the SAE", hub.NEEDED)
         if not subfolder:
+            hub.check_reachable(str(source), "the SAE", hub.NEEDED)
             _check_is_one_sae(str(source), revision)
         patterns = [subfolder, f"{subfolder}/*"] if subfolder else ["*"]  # which may be a file
         root = download(str(source), revision, patterns)
@@ -337,7 +339,8 @@ def _check_is_one_sae(repository: str, revision: str | None) -> None:
     from huggingface_hub import HfApi
 
     try:
-        files = HfApi().list_repo_files(repository, revision=revision)
+        with hub.quiet():
+            files = HfApi().list_repo_files(repository, revision=revision)
     except Exception:  # no such repository, or no network: the download says which
         return
     if parts := _several_saes(files):
@@ -373,14 +376,14 @@ def download(repository: str, revision: str | None, patterns: Sequence[str]) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
+        with hub.quiet():
+            folder = snapshot_download(
                 repository,
                 revision=revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=_NOT_READ,
             )
-        )
+        return Path(folder)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), "")[:200]
         raise InputError(
