@@ -209,14 +209,10 @@ def read_head(lm: LM) -> DirectHead:
     factor, capped = _compare_head(linear, logits, bias)
     blocks = len(blocks_of(model))
     after = blocks - 1 - int(number) % blocks
-    return DirectHead(
-        unembedding, weight, centred, factor, capped, after + (alias == "resid_pre")
-    )
+    return DirectHead(unembedding, weight, centred, factor, capped, after + (alias == "resid_pre"))
 
 
-def latent_logits(
-    lm: LM, row: Tensor, count: int = COUNT
-) -> dict[str, list[tuple[str, float]]]:
+def latent_logits(lm: LM, row: Tensor, count: int = COUNT) -> dict[str, list[tuple[str, float]]]:
     """Return the tokens that a decoder row raises and lowers most.
 
     Args:
