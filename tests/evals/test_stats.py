@@ -35,7 +35,7 @@ def test_bands_hold_equally_many_and_are_ordered_by_size(fired):
 
 
 @pytest.mark.parametrize(
-    "examples, expected", [(0, (0, 0)), (1, (1, 1)), (3, (3, 1)), (8, (4, 2)), (9, (4, 2))]
+    "examples, expected", [(0, (0, 0)), (1, (1, 1)), (3, (3, 3)), (8, (4, 5)), (9, (4, 5))]
 )
 def test_examples_are_dealt_evenly_to_bands(examples, expected):
     assert tuple(stats.bands(examples).values()) == expected
@@ -48,7 +48,7 @@ def test_examples_of_a_band_are_of_that_band_one_a_context(fired):
         latent, context, value, np.random.default_rng(0).random(len(value)), N, 8
     )
     band = stats.band_of(latent, value, N, 4)
-    assert (band[chosen] == place // 2).all() and len(chosen) > 50
+    assert (band[chosen] == place // 5).all() and len(chosen) > 50
     keys = list(zip(latent[chosen], place))
     assert (
         len(set(keys)) == len(keys) == len(set(zip(latent[chosen], band[chosen], context[chosen])))
@@ -69,17 +69,23 @@ def test_a_histogram_counts_every_activation_of_its_latent_once(fired):
         )  # a value on an edge
 
 
-def test_the_tokens_a_latent_fires_on_are_counted(fired):
-    at, latent, _ = fired
+def test_the_tokens_a_latent_fires_on_are_weighed_by_its_values(fired):
+    at, latent, value = fired
     token = (at**2) % VOCABULARY
-    found = stats.fired_on(latent, token, N, VOCABULARY)
+    found = stats.fired_on(latent, token, value, N, VOCABULARY)
     for i in range(N):
-        counts = np.bincount(token[latent == i], minlength=VOCABULARY)
+        mass = np.bincount(token[latent == i], value[latent == i], minlength=VOCABULARY)
         there = found["on_token"][i] >= 0
-        assert there.sum() == min(stats.TOKENS, (counts > 0).sum())
-        shares = counts[found["on_token"][i][there]] / max(1, counts.sum())
+        assert there.sum() == min(stats.TOKENS, (mass > 0).sum())
+        shares = mass[found["on_token"][i][there]] / max(1e-9, mass.sum())
         assert np.allclose(found["on_share"][i][there], shares) and (np.diff(shares) <= 0).all()
-        assert not len(shares) or shares[0] == pytest.approx(counts.max() / counts.sum())
+        assert not len(shares) or shares[0] == pytest.approx(mass.max() / mass.sum())
+
+
+def test_one_large_activation_outweighs_many_small_ones():
+    token, value = np.array([7, 7, 7, 3]), np.array([0.1, 0.1, 0.1, 5], np.float32)
+    found = stats.fired_on(np.zeros(4, np.int32), token, value, 1, 10)
+    assert found["on_token"][0, 0] == 3 and found["on_share"][0, 0] == pytest.approx(5 / 5.3)
 
 
 def test_companions_are_the_latents_of_highest_correlation(fired):

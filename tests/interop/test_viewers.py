@@ -18,6 +18,7 @@ from ksparse.errors import InputError
 from ksparse.evals import runner
 from ksparse.interop import neuronpedia, openai_viewer
 from ksparse.interop.latent_examples import LatentExamples
+from ksparse.lm.direct_logits import read_head
 from ksparse.lm.model import LM
 from ksparse.storage.run_folder import RunFolder
 
@@ -239,7 +240,8 @@ def test_logits_of_a_direction_are_those_of_adding_it_before_a_linear_end(tiny_l
     small = 1e-4 * direction
     deviation = x.var(unbiased=False).add(norm.eps).sqrt()
     changed = (head(norm((x + small).double().float())) - head(norm(x))) / 1e-4 * deviation
-    matrix = neuronpedia.unembedding(lm.model)
+    lines = read_head(lm).project(torch.eye(16)) @ read_head(lm).unembedding.float().T
+    matrix = lines.T
     normalised = (x - x.mean()) / deviation
     along = (direction @ normalised / 16) * (
         matrix @ normalised

@@ -109,6 +109,46 @@ def loudest(trained) -> int:
 # ---- the viewer --------------------------------------------------------------------------------------------------
 
 
+def test_a_click_widens_an_example_to_its_context_and_more_shows_more(
+    browser: Browser, served: int, trained: RunFolder, loudest: int
+):
+    browser.open(at(served, f"#/latent/{loudest}"))
+    button = browser.find(".widen")
+    short = browser.text(".texts-list .text")
+    browser.find(".texts-list .text").click()
+    browser.find(".texts-list .text.whole")
+    whole = browser.text(".texts-list .text.whole")
+    stats = load_file(trained.arrays_file("stats"))
+    tokens = stats["contexts"][stats["top_context"][loudest, 0]]
+    vocabulary = json.loads(trained.eval_file("vocabulary").read_text())
+    assert len(whole) > len(short) and short.strip("¶ ") in whole
+    peak = vocabulary[tokens[stats["top_position"][loudest, 0]]]
+    assert browser.js("return document.querySelector('.whole mark').textContent") == safe_token(
+        peak
+    )
+    button.click()
+    assert browser.text(".texts-list .text") == short
+    shown = "return document.querySelector('.texts-list').children.length"
+    assert browser.js(shown) == 5
+    browser.find(".more").click()
+    assert browser.js(shown) == int((stats["top_context"][loudest] >= 0).sum()) == 8
+
+
+def test_direct_logits_are_on_the_page_and_in_the_table(
+    browser: Browser, served: int, trained: RunFolder, loudest: int
+):
+    stats = load_file(trained.arrays_file("stats"))
+    vocabulary = json.loads(trained.eval_file("vocabulary").read_text())
+    browser.open(at(served, f"#/latent/{loudest}"))
+    browser.find(".logit-histogram")
+    shown = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+    for end, word in (("up", "raises"), ("down", "lowers")):
+        tokens = [safe_token(vocabulary[i]) for i in stats[f"logits_{end}_token"][loudest]]
+        assert browser.js(shown, f".logits.{word} bdi") == [f'"{token}"' for token in tokens]
+    browser.open(at(served, "#/latents"))
+    browser.until("return document.querySelector('td.raises .pair')")
+
+
 def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Browser, run: RunFolder):
     with serving(run) as port:
         browser.open(at(port))
@@ -437,6 +477,13 @@ def add_counts(run: RunFolder) -> None:
         "histogram": random.integers(0, 50, (MADE, 20)).astype(np.int32),
         "on_token": np.arange(MADE * 8, dtype=np.int32).reshape(shape) % len(WORDS),
         "on_share": np.full(shape, 0.125, np.float32),
+        **{
+            f"logits_{end}_token": np.arange(MADE * 8, dtype=np.int32).reshape(shape) % len(WORDS)
+            for end in ("up", "down")
+        },
+        "logits_up_value": np.full(shape, 2, np.float32),
+        "logits_down_value": np.full(shape, -2, np.float32),
+        "logits_histogram": random.integers(0, 50, (MADE, 32)).astype(np.int32),
         "together_latent": random.integers(0, MADE, shape).astype(np.int32),
         "together_phi": np.full(shape, 0.5, np.float32),
         "together_count": np.full(shape, 9, np.int32),

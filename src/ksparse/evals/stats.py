@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ksparse.errors import InputError
 from ksparse.evals.base import EvalContext, Metric
 from ksparse.evals.batches import SAEBatch
 from ksparse.evals.latents import coactivation
 from ksparse.evals.latents.moments import Moments
 from ksparse.evals.statistics import DocumentSums, Estimate, Result, Value, ratio, share
+from ksparse.lm.direct_logits import read_head
 from ksparse.lm.tokens import token_strings
 from ksparse.sae.losses import prefix_reconstructions, recorded_prefixes
 from ksparse.sae.model import Code
@@ -20,10 +22,12 @@ BEFORE, AFTER = 24, 8
 """Tokens shown before and after an example's own token."""
 BANDS = 4
 """Bands of activation size, each with equally many of a latent's activations."""
+BAND_EXAMPLES = 5
+"""Examples of each band at most."""
 BINS = 20
 """Bins of a latent's histogram, from 0 to its largest value."""
 TOKENS = 8
-"""Tokens listed for each latent: those it fires on most often."""
+"""Tokens listed for each latent: those with the largest sums of its values."""
 BIN, BARS = 0.2, 128
 """Width and number of the bins of absolute values, in units of the root mean square of the inputs'
 components: the bins of the published viewer for inputs of norm sqrt(d_model)."""
@@ -45,6 +49,7 @@ class Stats(Metric):
         self.contexts = 0
         self.tokens: list[Tensor] = []
         self.codes: list[Code] = []
+        self._logit_notes: list[str] = []
 
     def update(self, batch: SAEBatch) -> None:
         held_out, code = batch.held_out, batch.code
@@ -114,6 +119,7 @@ class Stats(Metric):
         cosine = (
             ((sae.W_enc * sae.W_dec).sum(1) / (norms[0] * norms[1]).clamp_min(1e-30)).detach().cpu()
         )
+        logits, of_logits = self._direct_logits()
         values = {
             **self._reconstruction(),
             "dead_fraction": share(int((density == 0).sum()), len(density)),
@@ -121,10 +127,12 @@ class Stats(Metric):
             "cosine": cosine.mean().item(),
             "window": {"before": BEFORE, "after": AFTER},
             "bands": bands(self.context.options.examples),
+            "on_share_of": "mass",
             "act_bin": self.bin,
             **self._dead_in_training(),
             **self._prefixes(),
-            "notes": self._notes(),
+            **of_logits,
+            "notes": self._notes() + self._logit_notes,
         }
         arrays = {
             "density": density.float(),
@@ -135,6 +143,7 @@ class Stats(Metric):
             "power_means": self.moments.means[1:].float(),
             **self._bars(),
             **self._examples(),
+            **logits,
         }
         vocabulary = token_strings(self.context.lm.tokenizer, range(self.context.lm.vocab))
         return Result(values, arrays, {"vocabulary": vocabulary})
@@ -161,6 +170,20 @@ class Stats(Metric):
             f"examples, and what is counted beside them, are of the first {held:,} of "
             f"{self.contexts:,} contexts"
         ]
+
+    def _direct_logits(self) -> tuple[dict[str, Tensor], dict[str, Value]]:
+        """Return the ends of each latent's direct logits, and what they are of.
+
+        Both are empty, with a note, where a decoder row has no logits of its own.
+        """
+        try:
+            head = read_head(self.context.lm)
+        except InputError as error:
+            self._logit_notes = [f"no direct logits: {error}"]
+            return {}, {}
+        ends = head.ends(self.context.sae.W_dec)._asdict()
+        arrays = {f"logits_{name}": part.cpu() for name, part in ends.items()}
+        return arrays, {"direct_logits": head.describe()}
 
     def _bars(self) -> dict[str, Tensor]:
         """Return the non-zero bars of the histograms of absolute values, sorted by latent."""
@@ -200,7 +223,8 @@ class Stats(Metric):
         }
         for sample, (entry, rank) in samples.items():
             for name, (column, empty, dtype) in columns.items():
-                table = np.full((n, m), empty, dtype)
+                width = int(np.prod(list(bands(m).values()))) if sample == "band" else m
+                table = np.full((n, width), empty, dtype)
                 table[latent[entry], rank] = column[entry]
                 arrays[f"{sample}_{name}"] = torch.from_numpy(table)
             arrays[f"{sample}_acts"] = windows(
@@ -209,7 +233,7 @@ class Stats(Metric):
         arrays["contexts"] = tokens.int()
         counts = {
             "histogram": histograms(latent, value, self.moments.largest.numpy()),
-            **fired_on(latent, token, n, self.context.lm.vocab),
+            **fired_on(latent, token, value, n, self.context.lm.vocab),
             **coactivation.find_coactivating(context * tokens.shape[1] + position, latent, n),
         }
         return arrays | {name: torch.from_numpy(array) for name, array in counts.items()}
@@ -232,10 +256,10 @@ def bands(examples: int) -> dict[str, int]:
 
     Example:
         >>> bands(9)
-        {'count': 4, 'each': 2}
+        {'count': 4, 'each': 5}
     """
     count = min(BANDS, examples)
-    return {"count": count, "each": examples // max(1, count)}
+    return {"count": count, "each": min(BAND_EXAMPLES, examples)}
 
 
 def best_per_group(
@@ -342,28 +366,31 @@ def histograms(latent: np.ndarray, value: np.ndarray, largest: np.ndarray) -> np
 
 
 def fired_on(
-    latent: np.ndarray, token: np.ndarray, n: int, vocabulary: int
+    latent: np.ndarray, token: np.ndarray, value: np.ndarray, n: int, vocabulary: int
 ) -> dict[str, np.ndarray]:
-    """Return the tokens that each latent fires on most often.
+    """Return the tokens that each latent fires on most, by the sum of its values.
 
     Args:
         latent: the latent of each activation, [a].
         token: the token it fired on, [a].
+        value: its value there, [a].
         n: the number of latents.
         vocabulary: the number of token ids.
 
     Returns:
-        on_token: token ids, most frequent first, [n, TOKENS]; -1 where there are fewer.
-        on_share: the share of the latent's activations on that token, [n, TOKENS].
+        on_token: token ids, the largest sum first, [n, TOKENS]; -1 where there are fewer.
+        on_share: the token's share of the sum of the latent's values, [n, TOKENS].
     """
-    pairs, counts = np.unique(latent.astype(np.int64) * vocabulary + token, return_counts=True)
+    pairs, of = np.unique(latent.astype(np.int64) * vocabulary + token, return_inverse=True)
+    mass = np.bincount(of, value.astype(np.float64), minlength=len(pairs))
+    total = np.bincount(latent, value.astype(np.float64), minlength=n)
     owner = pairs // vocabulary
-    order = np.lexsort((-counts, owner))
+    order = np.lexsort((-mass, owner))
     place = np.arange(len(order)) - np.searchsorted(owner, owner[order])
     order, place = order[place < TOKENS], place[place < TOKENS]
     tokens, shares = np.full((n, TOKENS), -1, np.int32), np.zeros((n, TOKENS), np.float32)
     tokens[owner[order], place] = pairs[order] % vocabulary
-    shares[owner[order], place] = counts[order] / np.bincount(latent, minlength=n)[owner[order]]
+    shares[owner[order], place] = mass[order] / total[owner[order]]
     return {"on_token": tokens, "on_share": shares}
 
 

@@ -30,17 +30,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
 from ksparse.interop.text_activations import read_activations
+from ksparse.lm.direct_logits import read_head
 from ksparse.lm.model import LM
 from ksparse.lm.sites import blocks_of
 from ksparse.sae.model import SAE
@@ -48,16 +49,12 @@ from ksparse.sae.normalization import PER_ACTIVATION
 from ksparse.storage import atomic, jsonio
 from ksparse.storage.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from ksparse.lm.loading import CausalLM
-
 BATCH = 128
 DEFAULT_CREATOR_ID = "clkht01d40000jv08hvalcvly"
 """Id of the user to whom Neuronpedia's own exports belong; every Neuronpedia database has it."""
 _N_LOGITS, _N_BINS, _N_INTERVALS = 10, 50, 4
 _SCALE_TOKENS = 4096
 """Held-out activations whose mean scale is that of `vector`."""
-_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 @dataclass(frozen=True)
@@ -166,13 +163,12 @@ def _layer(source: LatentExamples) -> int:
 @torch.no_grad()
 def _batches(source: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
     """Yield the live latents as SAEDashboard's features, in batches."""
-    unembed, live = unembedding(lm.model), source.live_latents()
-    unembed = unembed - unembed.mean(0)
+    head, live = read_head(lm), source.live_latents()
     scale = _raw_scale(sae, lm)
     for first in range(0, len(live), BATCH):
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
-        logits = rows @ unembed.T
+        logits = head.logits(rows).cpu()
         yield [
             _feature(source, latent, row, logit) | {"vector": _rounded(scale * row)}
             for latent, row, logit in zip(latents, rows, logits)
@@ -185,25 +181,6 @@ def _raw_scale(sae: SAE, lm: LM) -> float:
         return 1 / sae.shape.factor if sae.shape.normalize == "dataset" else 1.0
     raw = read_activations(lm, "held-out", _SCALE_TOKENS)
     return float(sae.normalize(raw).scale.double().mean())
-
-
-def unembedding(model: CausalLM) -> Tensor:
-    """Return the matrix [vocabulary, d_model] from directions of the residual stream to logits.
-
-    It includes the final norm's weight, and is centred if that norm subtracts the mean.
-    """
-    weight = model.get_output_embeddings().weight.detach().float()
-    norms = (
-        (module, scale.detach().float())
-        for name, module in model.base_model.named_children()
-        if name in _NORMS and isinstance(scale := getattr(module, "weight", None), Tensor)
-    )
-    if (first := next(norms, None)) is None:
-        return weight
-    norm, scale = first
-    # Gemma's norms store scale - 1.
-    weight = weight * (1 + scale if type(norm).__name__.startswith("Gemma") else scale)
-    return weight - weight.mean(1, keepdim=True) if isinstance(norm, nn.LayerNorm) else weight
 
 
 def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -> dict[str, Any]:

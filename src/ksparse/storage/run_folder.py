@@ -53,6 +53,8 @@ _RESULT_KEYS: dict[str, jsonio.Types] = {
     "arrays_sha256": str,
     "window": dict,
     "bands": dict,
+    "on_share_of": str,
+    "direct_logits": dict,
     "act_bin": (int, float),
     "density_histogram": dict,
     "suite": str,
@@ -61,6 +63,7 @@ _RESULT_KEYS: dict[str, jsonio.Types] = {
 _RESULT_TABLES: dict[str, dict[str, jsonio.Types]] = {
     "window": {"before": int, "after": int},
     "bands": {"count": int, "each": int},
+    "direct_logits": {"blocks_left_out": int, "capped": bool},
     "density_histogram": {"edges": list, "counts": list},
 }
 """Types of what reports and pages read from a result, besides its numbers."""

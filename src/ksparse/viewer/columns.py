@@ -175,6 +175,7 @@ class Columns:
             "sort": key,
             "latents": order.tolist(),
             "glosses": [self.data.gloss(latent) for latent in order.tolist()],
+            "raises": [self.data.raised(latent) for latent in order.tolist()],
             "values": {
                 column.key: [number(value) for value in self.values(column.key)[order].tolist()]
                 for column in self.measured

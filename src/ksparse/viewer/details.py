@@ -49,6 +49,7 @@ class Details:
         if self.data.stats is not None:
             self._add_examples(entries, self.data.stats, first, last, strings)
             self._add_counts(entries, self.data.stats, first, last, strings)
+            self._add_logits(entries, self.data.stats, first, last, strings)
         for i, entry in entries.items():
             entry |= {
                 "patterns": self._describe_patterns(i),
@@ -113,15 +114,97 @@ class Details:
         before, after = self._window
         tokens = self._contexts[context].tolist()
         window = range(max(0, position - before), min(len(tokens), position + after + 1))
-        places = [p for p in window if tokens[p] >= 0]
+        places = self._cut_at_words([p for p in window if tokens[p] >= 0], tokens, position)
         return {
+            "c": context,
+            "from": places[0] if places else 0,
             "at": places.index(position) if position in places else -1,
+            "borders": [i for i, p in enumerate(places) if tokens[p] in self._separators],
             "t": [strings.number(tokens[p]) for p in places],
             "a": [
                 number(act, 4) or 0 if act else 0
                 for act in acts[[p - position + before for p in places]].tolist()
             ],
         }
+
+    @cached_property
+    def _separators(self) -> set[int]:
+        """The tokens that stand between documents."""
+        policy = (self.data.source.result("stats") or {}).get("policy") or {}
+        ids = (policy.get("bos_token"), policy.get("separator_token"))
+        return {token for token in ids if isinstance(token, int)}
+
+    def _cut_at_words(self, places: list[int], tokens: list[int], position: int) -> list[int]:
+        """Leave out what of a word is cut by the ends of a window; its own token stays."""
+        vocabulary = self.data.source.vocabulary
+
+        def continues(place: int) -> bool:
+            """Return whether a token goes on with the word of the token before it."""
+            if not 0 < place < len(tokens):
+                return False
+            last, text = (
+                vocabulary[token] if 0 <= token < len(vocabulary) else ""
+                for token in tokens[place - 1 : place + 1]
+            )
+            return last[-1:].isalnum() and text[:1].isalnum()
+
+        first, last = 0, len(places)
+        while first < last and places[first] < position and continues(places[first]):
+            first += 1
+        while last > first and places[last - 1] > position and continues(places[last - 1] + 1):
+            last -= 1
+        # A text without spaces is one word: then the window stays as it is.
+        kept = places[first:last]
+        return kept if 2 * len(kept) >= len(places) else places
+
+    @property
+    def n_contexts(self) -> int:
+        """Number of contexts that examples are taken from."""
+        stats = self.data.stats
+        return len(self._contexts) if stats is not None and "contexts" in stats.names else 0
+
+    def contexts(self, first: int, last: int) -> dict[str, Any]:
+        """Return the whole texts of contexts `first` to `last - 1`, as numbers of strings."""
+        strings, texts = Strings(self.data.token), []
+        for row in self._contexts[first:last].tolist():
+            tokens = [token for token in row if token >= 0]
+            borders = [i for i, token in enumerate(tokens) if token in self._separators]
+            texts.append({"t": [strings.number(token) for token in tokens], "borders": borders})
+        return {"strings": strings.listed, "contexts": texts}
+
+    def _add_logits(
+        self,
+        entries: dict[int, dict[str, Any]],
+        stats: Arrays,
+        first: int,
+        last: int,
+        strings: Strings,
+    ) -> None:
+        """Add the tokens that each decoder row raises and lowers, which old results lack."""
+        if self.data.raises is None:
+            return
+        described = (self.data.source.result("stats") or {}).get("direct_logits") or {}
+        columns = {
+            name: stats.rows(f"logits_{name}", first, last).tolist()
+            for name in ("up_token", "up_value", "down_token", "down_value", "histogram")
+        }
+        for row, entry in enumerate(entries.values()):
+            up, down = (
+                [
+                    [strings.number(token), number(value)]
+                    for token, value in zip(
+                        columns[f"{end}_token"][row], columns[f"{end}_value"][row]
+                    )
+                    if token >= 0
+                ]
+                for end in ("up", "down")
+            )
+            entry["logits"] = {
+                "raises": up,
+                "lowers": down,
+                "histogram": columns["histogram"][row],
+                "blocks_left_out": described.get("blocks_left_out"),
+            }
 
     def _add_counts(
         self,
@@ -134,7 +217,8 @@ class Details:
         """Add histogram, tokens and coactive latents, which old results lack."""
         if self.data.fires_on is None:
             return
-        bands = (self.data.source.result("stats") or {}).get("bands") or {}
+        result = self.data.source.result("stats") or {}
+        bands = result.get("bands") or {}
         histogram, *together = (
             stats.rows(name, first, last).tolist()
             for name in ("histogram", "together_latent", "together_phi", "together_count")
@@ -144,6 +228,7 @@ class Details:
             entry |= {
                 "histogram": histogram[row],
                 "bands": bands,
+                "on_mass": result.get("on_share_of") == "mass",
                 "on": [
                     [strings.number(token), number(share)] for token, share in tokens if token >= 0
                 ],

@@ -4,6 +4,7 @@ overview      what the run is, what it lacks, the first rows of the table
 columns/KEY   a number of every latent, for sorting, filtering and the map
 glosses/I     a few words on each latent of a block
 latents/I     everything on the latents of a block
+contexts/I    the whole texts of a block of contexts
 near/I        their nearest latents by decoder direction
 tasks         the probe tasks and their best latents
 tokens        the tokens that some latent fires on most
@@ -28,8 +29,8 @@ from ksparse.viewer.index import Index
 from ksparse.viewer.run_data import RunData, number
 from ksparse.viewer.weights import Decoder
 
-GLOSS_BLOCK, TOKEN_BLOCK = 256, 512
-"""Latents in a block of glosses; tokens in a block of the index."""
+GLOSS_BLOCK, TOKEN_BLOCK, CONTEXT_BLOCK = 256, 512, 16
+"""Latents in a block of glosses; tokens in a block of the index; contexts in a block of texts."""
 ADDED_BY = {
     "stats": "density, values, histograms, text that each latent fires on, latents that fire "
     "together",
@@ -66,6 +67,7 @@ class Resources:
             "glosses": (GLOSS_BLOCK, self.n, self.glosses),
             "latents": (block, self.n, self.details.resource),
             "near": (block, self.n, self.near),
+            "contexts": (CONTEXT_BLOCK, self.details.n_contexts, self.details.contexts),
             "tokens": (TOKEN_BLOCK, len(self.data.source.vocabulary), self.index.latents_of),
         }
         self._nearest_block: tuple[int, list[list[tuple[int, float]]]] = (-1, [])
@@ -104,6 +106,7 @@ class Resources:
             "block": self.block,
             "gloss_block": GLOSS_BLOCK,
             "token_block": TOKEN_BLOCK,
+            "context_block": CONTEXT_BLOCK,
             "columns": self.columns.describe(),
             "lacks": self.list_missing(),
             "serve": safe_text(source.command("view")),
@@ -111,6 +114,7 @@ class Resources:
             "has": {
                 "tasks": source.result("probes") is not None,
                 "tokens": self.data.fires_on is not None,
+                "raises": self.data.raises is not None,
                 "weights": self.run.has_weights(),
                 "report": self.run.report_file.is_file(),
             },
@@ -134,7 +138,10 @@ class Resources:
 
     def glosses(self, first: int, last: int) -> dict[str, Any]:
         """Return the glosses of latents `first` to `last - 1`."""
-        return {"glosses": [self.data.gloss(i) for i in range(first, last)]}
+        return {
+            "glosses": [self.data.gloss(i) for i in range(first, last)],
+            "raises": [self.data.raised(i) for i in range(first, last)],
+        }
 
     def near(self, first: int, last: int) -> dict[str, Any]:
         """Return the nearest latents of `first` to `last - 1` by decoder direction."""

@@ -17,7 +17,7 @@ from ksparse.storage.run_folder import RunFolder
 GLOSS_TOKENS = 3
 """Tokens in a gloss at most."""
 GLOSS_SHARE = 0.02
-"""Smallest share of a latent's activations at which a token is in its gloss."""
+"""Smallest share of a latent's activation mass at which a token is in its gloss."""
 
 
 class RunData:
@@ -62,13 +62,28 @@ class RunData:
 
     @cached_property
     def fires_on(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens that each latent fires on most, and its share of activations on each, [n, tokens].
+        """Tokens that each latent fires on most, and the share of its mass on each, [n, tokens].
+
+        In older results the share is that of its activations.
 
         None in results that were written before they were recorded.
         """
         if self.stats is None or "on_token" not in self.stats.names:
             return None
         return self.stats.tensor("on_token"), self.stats.tensor("on_share")
+
+    @cached_property
+    def raises(self) -> np.ndarray | None:
+        """Tokens that each latent's decoder row raises most, [n, tokens]; None in old results."""
+        if self.stats is None or "logits_up_token" not in self.stats.names:
+            return None
+        return self.stats.tensor("logits_up_token")
+
+    def raised(self, latent: int) -> list[str]:
+        """Return the tokens that a latent's decoder row raises most, as many as a gloss has."""
+        if self.raises is None:
+            return []
+        return [self.token(token) for token in self.raises[latent, :GLOSS_TOKENS].tolist()]
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""

@@ -117,6 +117,8 @@ class LatentCard:
     effect: Effect | None = None
     tasks: tuple[str, ...] = ()
     """Probe tasks of which it is the best latent."""
+    raises: tuple[str, ...] = ()
+    lowers: tuple[str, ...] = ()
 
     def format_value(self, value: float) -> str:
         """Return one of its values; all on the card have the same number of decimal places."""
@@ -357,7 +359,17 @@ class _CardReader:
             self.explanations.find(latent) if self.explanations else None,
             self.effects.find(latent) if self.effects else None,
             tuple(task.name for task in self.tasks if task.latent == latent),
+            self._read_ends("up", latent),
+            self._read_ends("down", latent),
         )
+
+    def _read_ends(self, end: str, latent: int) -> tuple[str, ...]:
+        """Return the tokens at an end of the direct logits, which old results lack."""
+        name = f"logits_{end}_token"
+        if name not in self.arrays.names:
+            return ()
+        tokens = self.arrays.row(name, latent).tolist()
+        return tuple(token_of(self.vocabulary, token) for token in tokens if token >= 0)
 
     def _read_examples(self, prefix: str, latent: int, largest: float) -> list[ExampleView]:
         if not self.has_examples:

@@ -122,6 +122,20 @@ ksparse.latent = async function latent(number) {
   return { number, strings: resource.strings, ...resource.latents[number] };
 };
 
+// The tokens that a latent's decoder row raises most.
+ksparse.raises = async function raises(number) {
+  const size = ksparse.run.gloss_block;
+  return (await ksparse.load(`glosses/${Math.floor(number / size)}`)).raises[number % size];
+};
+
+// The whole text of a context: its tokens, and which of them stand between documents.
+ksparse.context = async function context(number) {
+  const size = ksparse.run.context_block;
+  const { strings, contexts } = await ksparse.load(`contexts/${Math.floor(number / size)}`);
+  const { t, borders } = contexts[number % size];
+  return { tokens: t.map((i) => strings[i]), borders };
+};
+
 ksparse.gloss = async function gloss(number) {
   const size = ksparse.run.gloss_block;
   return (await ksparse.load(`glosses/${Math.floor(number / size)}`)).glosses[number % size];
@@ -159,8 +173,11 @@ ksparse.visible = (text) => String(text).replace(UNSEEN,
   (char) => `⟨U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
 
 // A stretch of text as a heat map: tokens, a latent's value on each (0: not active), and its
-// largest value. Neighbours on which it is not active are one text node.
-ksparse.text = function text(tokens, values, largest, peak = -1, format = ksparse.number) {
+// largest value. Neighbours on which it is not active are one text node. A token at one of the
+// `borders` is drawn as the end of a document.
+ksparse.text = function text(
+  tokens, values, largest, peak = -1, format = ksparse.number, borders = [],
+) {
   const parts = [];
   let quiet = "";
   const flush = () => {
@@ -169,6 +186,11 @@ ksparse.text = function text(tokens, values, largest, peak = -1, format = kspars
   };
   tokens.forEach((token, i) => {
     const value = values[i] ?? 0;
+    if (borders.includes(i) && i !== peak) {
+      flush();
+      parts.push(ksparse.el("span", { class: "border", title: `document border: ${token}` }, "¶"));
+      return;
+    }
     if (value > 0 || i === peak) {
       flush();
       const heat = largest > 0 ? Math.min(1, Math.max(0, value / largest)).toFixed(2) : 0;

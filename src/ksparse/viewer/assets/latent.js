@@ -1,6 +1,8 @@
 "use strict";
 // One latent: its numbers, the text that it fires on, and what evaluations found of it.
 
+const SHOWN = 5; // examples of a group that are shown at first, and added by "more"
+
 ksparse.views.latent = async function latentView(path, query, current) {
   const { el, run } = ksparse;
   const number = Number(path[0]);
@@ -77,13 +79,53 @@ ksparse.views.latent = async function latentView(path, query, current) {
 
   function texts({ top, band, bands, random, strings, values }) {
     if (!top) return lacking("stats", "text that it fires on", "There is no text.");
-    const item = (example) => el("li", {},
-      el("data", { value: example.v }, ksparse.number(example.v)),
-      ksparse.text(example.t.map((i) => strings[i]), example.a, values.max_act, example.at));
+    const text = (tokens, acts, at, borders) =>
+      ksparse.text(tokens, acts, values.max_act, at, ksparse.number, borders);
+    const item = (example) => {
+      const short = text(
+        example.t.map((i) => strings[i]), example.a, example.at, example.borders);
+      const place = el("div", {}, short);
+      const button = el("button", {
+        type: "button", class: "button small widen", "aria-expanded": "false",
+        title: "Show the whole context", on: { click: () => widen() },
+      }, "↔");
+      short.addEventListener("click", () => widen());
+      let wide = null;
+      async function widen() {
+        if (getSelection().toString()) return; // the reader selects text
+        if (!wide) {
+          const { tokens, borders } = await ksparse.context(example.c);
+          const acts = tokens.map((_, i) => example.a[i - example.from] ?? 0);
+          wide = text(tokens, acts, example.from + example.at, borders);
+          wide.classList.add("whole");
+          wide.addEventListener("click", () => widen());
+        }
+        const open = button.getAttribute("aria-expanded") !== "true";
+        button.setAttribute("aria-expanded", String(open));
+        place.replaceChildren(open ? wide : short);
+      }
+      return el("li", {},
+        el("data", { value: example.v }, ksparse.number(example.v)), place, button);
+    };
+    const list = (examples) => {
+      const rest = examples.slice(SHOWN);
+      const items = el("ol", { class: "texts-list" }, examples.slice(0, SHOWN).map(item));
+      if (!rest.length) return items;
+      const more = el("button", {
+        type: "button", class: "button small more",
+        on: {
+          click: () => {
+            items.append(...rest.splice(0, SHOWN).map(item));
+            if (!rest.length) more.remove();
+          },
+        },
+      }, "more");
+      return [items, more];
+    };
     const group = (title, aside, examples) => el("section", { class: "group" },
       el("h2", {}, title, el("span", { class: "aside" }, aside)),
       examples.length
-        ? el("ol", { class: "texts-list" }, examples.map(item))
+        ? list(examples)
         : el("p", { class: "none" }, "None."));
     const lines = el("button", {
       type: "button", class: "button small", id: "lines", "aria-pressed": String(ksparse.lines()),
@@ -122,8 +164,13 @@ ksparse.views.latent = async function latentView(path, query, current) {
           histogram(details.histogram, values.max_act))
         : null,
       details.on
-        ? panel("Fires on", "share of its activations",
+        ? panel(
+          "Fires on",
+          details.on_mass ? "share of its activation mass" : "share of its activations",
           bars(details.on.map(([i, share]) => [strings[i], share])))
+        : null,
+      details.logits
+        ? panel("Direct logits", "of its decoder row", logits(details.logits, strings))
         : null,
       panel("Effect", details.effect ? "ablated where it is strongest" : "",
         details.effect
@@ -214,13 +261,46 @@ ksparse.views.latent = async function latentView(path, query, current) {
     return [el("p", { class: "text effect" }, before, buttons), moved];
   }
 
-  function bars(entries) {
-    const largest = Math.max(...entries.map(([, share]) => share));
+  // What the decoder row alone does to the logits: the tokens at both ends, and how all lie.
+  function logits({ raises, lowers, histogram: counts, blocks_left_out: left }, strings) {
+    const part = (word, entries) => [
+      el("p", { class: "scores" }, word),
+      el("div", { class: `logits ${word}` },
+        bars(entries.map(([i, value]) => [strings[i], value]), signed))];
+    const width = 320, height = 48, step = width / counts.length, most = Math.max(1, ...counts);
+    const heightOf = (count) => height * Math.sqrt(count / most); // so that the tails are seen
+    const edge = (i) => (i - counts.length / 2) / 2;
+    return [
+      part("raises", raises), part("lowers", lowers),
+      el("svg", {
+        class: "histogram logit-histogram", viewBox: `0 0 ${width} ${height}`, role: "img",
+        preserveAspectRatio: "none",
+        "aria-label": "Histogram of the direct logits of all tokens, from -8 to 8 deviations",
+      }, counts.map((count, i) => el("g", { class: "bin" },
+        el("title", {}, `${edge(i)} to ${edge(i + 1)} deviations: ${ksparse.count(count)} tokens`),
+        el("rect", {
+          class: "bar-of", x: i * step + 0.5, y: height - heightOf(count),
+          width: step - 1, height: heightOf(count),
+        }))), el("line", { x1: 0, y1: height, x2: width, y2: height })),
+      el("div", { class: "axis" },
+        el("span", {}, "−8"), el("span", {}, "standard deviations"), el("span", {}, "8")),
+      left ? el("p", { class: "none" },
+        `through the final norm and the unembedding, past ${left} block${left === 1 ? "" : "s"}`)
+        : null,
+    ];
+  }
+
+  function signed(value) {
+    return `${value > 0 ? "+" : ""}${value.toFixed(2)}`;
+  }
+
+  function bars(entries, format = ksparse.percent) {
+    const largest = Math.max(1e-9, ...entries.map(([, share]) => Math.abs(share)));
     return el("ul", { class: "bars" }, entries.map(([token, share]) => el("li", {},
       el("bdi", { class: "text" }, `"${token}"`),
       el("span", { class: "track" },
-        el("span", { class: "fill", style: { width: `${(100 * share) / largest}%` } })),
-      el("span", { class: "said" }, ksparse.percent(share)))));
+        el("span", { class: "fill", style: { width: `${(100 * Math.abs(share)) / largest}%` } })),
+      el("span", { class: "said" }, format(share)))));
   }
 
   function histogram(counts, largest) {

@@ -24,11 +24,16 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     el("th", { scope: "row" }, ksparse.link(number).slice(0, 2)),
     columns.map(({ key, kind }) =>
       el("td", { class: "num" }, ksparse.format(rows.value(key, i), kind))),
+    run.has.raises ? el("td", { class: "words raises" }) : null,
     el("td", { class: "words" }))));
   ksparse.show(intro(), controls(), rows.numbers.length ? table(body) : nothing(), pages());
   performance.mark("table");
   await Promise.all(rows.numbers.map(async (number, i) => {
-    const gloss = await rows.gloss(i);
+    const [gloss, raises] = await Promise.all([rows.gloss(i), rows.raises(i)]);
+    if (current() && run.has.raises) {
+      body.rows[i].querySelector(".raises").append(
+        el("span", { class: "gloss" }, raises.map((token) => ksparse.quoted(token))));
+    }
     if (current()) body.rows[i].lastChild.append(...ksparse.link(number, gloss).slice(2));
   }));
 
@@ -39,6 +44,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     return {
       numbers: latents, total: run.n,
       value: (key, i) => values[key]?.[i], gloss: async (i) => glosses[i],
+      raises: async (i) => run.first.raises[i],
     };
   }
 
@@ -70,6 +76,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     return {
       numbers: page, total,
       value: (key, i) => all[key][page[i]], gloss: (i) => ksparse.gloss(page[i]),
+      raises: (i) => ksparse.raises(page[i]),
     };
   }
 
@@ -89,6 +96,9 @@ ksparse.views.latents = async function latentsView(path, query, current) {
       class: "scroll", tabindex: 0, role: "region", "aria-label": "Table of latents",
     }, el("table", { class: "latents" }, el("thead", {}, el("tr", {},
       heading("number", "Latent", "Number of the latent"), headings,
+      run.has.raises
+        ? el("th", { scope: "col", title: "Tokens that its decoder row raises most" }, "Raises")
+        : null,
       el("th", { scope: "col" }, "Fires on"))), rowsOfBody));
   }
 
