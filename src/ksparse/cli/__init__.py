@@ -3,6 +3,7 @@
     train          demo, train, resume
     sweeps         sweep, fit
     evaluate       eval, compare, study, probes
+    explain        explain
     report         report, view
     interventions  steer, attribute
     convert        convert, push
@@ -26,6 +27,7 @@ from contextlib import suppress
 from ksparse.cli import (
     convert,
     evaluate,
+    explain,
     interventions,
     prepare,
     published,
@@ -44,7 +46,17 @@ EXIT_CODES = (
     "6 another process failed · 129 SIGHUP · 130 Ctrl-C · 143 SIGTERM (all after saving) · "
     "141 broken pipe"
 )
-COMMAND_MODULES = (train, sweeps, evaluate, report, interventions, convert, published, prepare)
+COMMAND_MODULES = (
+    train,
+    sweeps,
+    evaluate,
+    explain,
+    report,
+    interventions,
+    convert,
+    published,
+    prepare,
+)
 """In the order in which help lists their verbs."""
 
 

@@ -28,6 +28,7 @@ LOAD_LM = (
     "resume",
     "eval",
     "compare",
+    "explain",
     "study",
     "steer",
     "attribute",
