@@ -110,7 +110,7 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     """Write the folder that Neuronpedia's bulk import takes, with a run's live latents.
 
     Args:
-        run: a run with results of `stats`, and of `n2g` for explanations.
+        run: a run with results of `stats`; explanations are those of `explain`, or else of `n2g`.
         folder: a new or empty folder.
         publication: the names to publish under.
 
@@ -128,7 +128,7 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     created = datetime.datetime.now(datetime.UTC).isoformat()
     names = {"modelId": model, "layer": source_id}
     common = {"creatorId": publication.creator_id, "createdAt": created}
-    explanations = _explanations(run, source)
+    explanations = _explanations(run, source) | _in_words(run)
     count = 0
     with atomic.atomic_dir(folder, new=True) as root:
         target = root / model / source_id
@@ -463,6 +463,19 @@ def _explanations(run: RunFolder, source: LatentExamples) -> dict[int, str]:
     return {
         latent: " | ".join(words for _, words in sorted(supported)[:3])
         for latent, supported in patterns.items()
+    }
+
+
+def _in_words(run: RunFolder) -> dict[int, str]:
+    """Return the explanations of `ksparse explain`."""
+    rows = (run.eval("explain") or {}).get("latents")
+    return {
+        row["latent"]: row["explanation"]
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict)
+        and type(row.get("latent")) is int
+        and isinstance(row.get("explanation"), str)
+        and row["explanation"]
     }
 
 
