@@ -18,7 +18,7 @@ LINES = [
     {"data", "steering"},
     {"planning"},
     {"evals", "training", "interop"},
-    {"scaling"},
+    {"scaling", "explain"},
     {"studies"},
     {"report", "doctor", "bench"},
     {"viewer"},

@@ -3,6 +3,7 @@
     train          demo, train, resume
     sweeps         sweep, fit
     evaluate       eval, compare, study, probes
+    explain        explain
     report         report, view
     interventions  steer, attribute
     convert        convert, push
@@ -30,6 +31,7 @@ from contextlib import suppress
 from ksparse.cli import (
     convert,
     evaluate,
+    explain,
     interventions,
     prepare,
     published,
@@ -52,7 +54,7 @@ EXIT_CODES = (
 GROUPS = {
     "train": (train,),
     "scale": (sweeps,),
-    "judge": (evaluate,),
+    "judge": (evaluate, explain),
     "look": (report,),
     "change": (interventions,),
     "exchange": (convert, published),

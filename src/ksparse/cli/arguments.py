@@ -31,6 +31,7 @@ LOAD_LM = (
     "resume",
     "eval",
     "compare",
+    "explain",
     "study",
     "steer",
     "attribute",

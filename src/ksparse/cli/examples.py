@@ -26,6 +26,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ksparse compare runs/k16 runs/k32",
         "ksparse compare runs/k16 runs/k32 --evals downstream,probes --json table.json",
     ),
+    "explain": (
+        "ksparse explain runs/mine",
+        "ksparse explain runs/mine --url http://127.0.0.1:8000/v1 --model NAME --latents 50",
+    ),
     "study": (
         "ksparse study paper --run runs/mine",
         "ksparse study baselines --tokens 200000 --seeds 2",

@@ -107,7 +107,7 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     """Write the folder that Neuronpedia's bulk import takes, with a run's live latents.
 
     Args:
-        run: a run with results of `stats`, and of `n2g` for explanations.
+        run: a run with results of `stats`, and of `explain` and `n2g` for explanations.
         folder: a new or empty folder.
         publication: the names to publish under.
 
@@ -125,7 +125,10 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     created = datetime.datetime.now(datetime.UTC).isoformat()
     names = {"modelId": model, "layer": source_id}
     common = {"creatorId": publication.creator_id, "createdAt": created}
-    explanations = _explanations(run, source)
+    explanations = [
+        (_explanations(run, source), "n2g", "n2g: patterns of tokens, found by ksparse"),
+        (_in_words(run), "explain", "explain: by a language model, asked by ksparse"),
+    ]
     count = 0
     with atomic.atomic_dir(folder, new=True) as root:
         target = root / model / source_id
@@ -327,7 +330,7 @@ def _latent_rows(
     publication: Publication,
     names: dict[str, str],
     common: dict[str, str],
-    explanations: dict[int, str],
+    explanations: list[tuple[dict[int, str], str, str]],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of a batch of latents, by table."""
     return {
@@ -340,9 +343,10 @@ def _latent_rows(
             for index, example in enumerate(feature["activations"])
         ],
         "explanations": [
-            _explanation_row(latent, explanations[latent], names, common)
+            _explanation_row(latent, found[latent], names, common, kind, notes)
             for latent in (feature["feature_index"] for feature in features)
-            if latent in explanations
+            for found, kind, notes in explanations
+            if latent in found
         ],
     }
 
@@ -407,11 +411,16 @@ def _activation_row(
 
 
 def _explanation_row(
-    latent: int, description: str, names: dict[str, str], common: dict[str, str]
+    latent: int,
+    description: str,
+    names: dict[str, str],
+    common: dict[str, str],
+    kind: str,
+    notes: str,
 ) -> dict[str, Any]:
     return {
         **names,
-        "id": _row_id(*names.values(), str(latent), "n2g"),
+        "id": _row_id(*names.values(), str(latent), kind),
         "index": str(latent),
         "description": description,
         "authorId": common["creatorId"],
@@ -420,7 +429,7 @@ def _explanation_row(
         # A type must be one that the database has, and it has none for patterns.
         "typeName": None,
         "explanationModelName": None,
-        "notes": "n2g: patterns of tokens, found by ksparse",
+        "notes": notes,
     }
 
 
@@ -440,6 +449,19 @@ def _explanations(run: RunFolder, source: LatentExamples) -> dict[int, str]:
     return {
         latent: " | ".join(words for _, words in sorted(supported)[:3])
         for latent, supported in patterns.items()
+    }
+
+
+def _in_words(run: RunFolder) -> dict[int, str]:
+    """Return the explanations of `ksparse explain`."""
+    rows = (run.eval("explain") or {}).get("latents")
+    return {
+        row["latent"]: row["explanation"]
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict)
+        and type(row.get("latent")) is int
+        and isinstance(row.get("explanation"), str)
+        and row["explanation"]
     }
 
 

@@ -77,6 +77,14 @@ COLUMNS = (
         "recall",
     ),
     Column(
+        "detection",
+        "Detection",
+        "percent",
+        "Balanced accuracy with which a model finds its texts from its explanation; 50 % is chance",
+        "explain",
+        "detection",
+    ),
+    Column(
         "effect",
         "Effect",
         "number",
@@ -115,7 +123,7 @@ PLANE = (
     ),
 )
 """Columns from the decoder."""
-LATENT_LISTS = {"n2g": "scored", "ablation": "latent"}
+LATENT_LISTS = {"explain": "latent", "n2g": "scored", "ablation": "latent"}
 """Evaluations of only some latents, and the array that lists these."""
 
 

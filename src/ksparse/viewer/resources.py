@@ -7,6 +7,7 @@ latents/I     everything on the latents of a block
 contexts/I    the whole texts of a block of contexts
 near/I        their nearest latents by decoder direction
 tasks         the probe tasks and their best latents
+explained     explanations in words, by a model (`ksparse explain`), with their scores
 tokens        the tokens that some latent fires on most
 tokens/I      for the tokens of a block, the latents that fire on them most
 
@@ -62,6 +63,7 @@ class Resources:
             "overview": self.overview,
             "tasks": lambda: {"tasks": self.index.tasks},
             "tokens": self.index.tokens,
+            "explained": lambda: {"latents": self.data.explained},
         }
         self._blocks: dict[str, tuple[int, int, Callable[[int, int], dict[str, Any]]]] = {
             "glosses": (GLOSS_BLOCK, self.n, self.glosses),

@@ -10,7 +10,7 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.report.source import Arrays, RunSource
-from ksparse.report.tokens import token_of
+from ksparse.report.tokens import safe_text, token_of
 from ksparse.storage import atomic
 from ksparse.storage.run_folder import RunFolder
 
@@ -85,6 +85,23 @@ class RunData:
             return []
         return [self.token(token) for token in self.raises[latent, :GLOSS_TOKENS].tolist()]
 
+    @cached_property
+    def explained(self) -> dict[str, dict[str, Any]]:
+        """Explanations in words by latent, each with its scores; made safe to look at."""
+        rows = (self.source.result("explain") or {}).get("latents")
+        return {
+            str(row["latent"]): {
+                "text": safe_text(row["explanation"]),
+                **{key: number(_score(row, key)) for key in ("detection", "fuzzing")},
+            }
+            for row in (rows if isinstance(rows, list) else ())
+            if isinstance(row, dict)
+            and type(row.get("latent")) is int
+            and 0 <= row["latent"] < self.n
+            and isinstance(row.get("explanation"), str)
+            and row["explanation"].strip()
+        }
+
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
         if self.fires_on is None:
@@ -101,6 +118,11 @@ class RunData:
         if token_id not in self._tokens:
             self._tokens[token_id] = token_of(self.source.vocabulary, token_id)
         return self._tokens[token_id]
+
+
+def _score(row: dict[str, Any], key: str) -> float | None:
+    value = row.get(key)
+    return value if isinstance(value, (int, float)) else None
 
 
 def number(value: Any, digits: int = 5) -> float | None:

@@ -219,9 +219,13 @@ ksparse.quoted = (token, remark) =>
 // A link to a latent: its number, its star, and its label or the tokens that it fires on.
 ksparse.link = function link(number, gloss) {
   const { label, star } = ksparse.labels.of(number);
+  const explained = ksparse.labels.explained[number]?.text;
   const words = label
     ? [ksparse.el("bdi", { class: "own" }, ksparse.visible(label))]
-    : (gloss ?? []).map(([token, share]) => ksparse.quoted(token, `${Math.round(100 * share)} %`));
+    : explained
+      ? [ksparse.el("bdi", { class: "explained", title: "by a model" },
+        ksparse.visible(explained))]
+      : (gloss ?? []).map(([token, share]) => ksparse.quoted(token, `${Math.round(100 * share)} %`));
   return [
     ksparse.el("a", { class: "to", href: `#/latent/${number}` }, String(number)),
     star ? ksparse.el("span", { class: "starred", title: "starred" }, "★") : null,
@@ -233,7 +237,9 @@ ksparse.link = function link(number, gloss) {
 
 ksparse.labels = {
   all: {},
+  explained: {}, // by a model, apart from one's own
   async open() {
+    this.explained = (await ksparse.load("explained")).latents;
     const stored = ksparse.live ? {} : this.stored();
     this.all = { ...(await ksparse.load("labels")).latents, ...stored };
   },

@@ -39,6 +39,15 @@ ksparse.views.latent = async function latentView(path, query, current) {
 
   // ---- the top
 
+  function explanation() {
+    const found = ksparse.labels.explained[number];
+    if (!found) return null;
+    const score = (key) => `${key} ${ksparse.format(found[key], "percent")}`;
+    return el("p", { class: "note", id: "explanation" }, "Explained by a model: ",
+      el("bdi", {}, ksparse.visible(found.text)),
+      el("span", { class: "aside" }, `${score("detection")} · ${score("fuzzing")}`));
+  }
+
   function head({ values }) {
     const { label, star } = ksparse.labels.of(number);
     const starButton = el("button", {
@@ -67,6 +76,7 @@ ksparse.views.latent = async function latentView(path, query, current) {
           ? el("a", { class: "button", href: ksparse.to("try", { latent: number }) },
             "Try it on a text")
           : null),
+      explanation(),
       el("dl", { class: "values" }, measured.map(({ key, label: name, kind, reading }) =>
         el("div", { title: reading }, el("dt", {}, name),
           el("dd", {}, ksparse.format(values[key], kind))))),

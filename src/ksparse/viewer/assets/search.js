@@ -25,6 +25,13 @@ ksparse.views.search = async function searchView(path, query, current) {
     places.labels.append(section("Labels", "",
       list(labelled.slice(0, MOST_LATENTS).map((number) => [number, ""]))));
   }
+  const explained = Object.entries(ksparse.labels.explained).filter(([, { text }]) =>
+    text.toLowerCase().includes(plain.toLowerCase()));
+  if (explained.length) {
+    places.labels.append(section("Explanations", "by a model",
+      list(explained.slice(0, MOST_LATENTS).map(([number, { text }]) =>
+        [Number(number), ksparse.labels.of(number).label ? text : ""]))));
+  }
   await Promise.all([searchTokens(), searchTasks(), searchText()]
     .map((search) => search.catch((error) => ksparse.say(error.message))));
   if (current() && Object.values(places).every((place) => !place.hasChildNodes())) {
