@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from ksparse import progress
-from ksparse.cli.output import ProgressBar
+from ksparse.display import ProgressBar
 from ksparse.progress import Expected, Forecast, Stage
 
 
@@ -217,7 +217,7 @@ def test_a_phase_that_reports_nothing_is_shown_nevertheless(clock, log, monkeypa
     monkeypatch.setattr(ProgressBar, "_TICK", 0.001)
     said = threading.Event()
     monkeypatch.setattr(
-        "ksparse.cli.output.print_status", lambda text: (lines.append(text), said.set())
+        "ksparse.display.print_status", lambda text: (lines.append(text), said.set())
     )
     lines = []
     with ProgressBar("training", clock):

@@ -14,6 +14,7 @@ NAMES = [
     "Recipe",
     "SAE",
     "attach",
+    "compare",
     "convert",
     "evaluate",
     "load",

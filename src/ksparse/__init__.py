@@ -4,6 +4,7 @@
     lm   = sae.lm()              # or ksparse.LM("gpt2", site="resid_post.8")
     code = lm.encode(["The Eiffel Tower is in Paris."], sae)   # Code(values[t, k], indices[t, k])
     ksparse.evaluate(sae, lm, ["downstream", "probes", "n2g"])
+    ksparse.compare(["runs/k16", "runs/k32"])                  # paired differences
     run  = ksparse.train(lm="gpt2", site="resid_post.8", text="my.txt", out="runs/mine")
 
 Names are imported when they are first used, so `import ksparse` does not import torch.
@@ -18,8 +19,9 @@ _MODULE_OF = {
     "Recipe": "ksparse.config",
     "SAE": "ksparse.sae.model",
     "attach": "ksparse.steering",
+    "compare": "ksparse.judging",
     "convert": "ksparse.interop",
-    "evaluate": "ksparse.evals.runner",
+    "evaluate": "ksparse.judging",
     "load": "ksparse.interop",
     "open_run": "ksparse.storage.run_folder",
     "save": "ksparse.sae.serialization",

@@ -1,14 +1,15 @@
 """How long-running functions report their progress, and how long the rest of a task will take.
 
     observed(observer)                what happens inside the block is reported to the observer
+    is_observed()                     whether somebody is told
     report(what, done, total)         a piece of the work under way, from anywhere below
     stage(name, number, of)           what is reported inside belongs to "3 of 6: n2g"
     expect({part: Expected(…)})       what a task will have to do, so that its time can be estimated
     Forecast                          the estimate: of reports and expectations, seconds left
 
-The library never prints. The command line observes with a progress bar; `observe` arguments of
-public functions observe with a callback. Every phase reports once with `done` 0 when it starts, so
-that an observer knows what is going on, and then after each unit of its work.
+`ksparse.display` observes with a progress bar, for the command line and for `progress=True` of
+public functions; `observe` arguments observe with a callback. Every phase reports once with `done`
+0 when it starts, so that an observer knows what is going on, and then after each unit of its work.
 """
 
 from __future__ import annotations
@@ -125,6 +126,16 @@ def observed(observer: Observer | Progress) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+def is_observed() -> bool:
+    """Return whether somebody observes.
+
+    Example:
+        >>> is_observed()
+        False
+    """
+    return _observer.get() is not _NOBODY
 
 
 @contextmanager

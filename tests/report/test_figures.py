@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from ksparse.errors import InputError
 from ksparse.report import figures
 from ksparse.report.sections import ablation, explanations, latents, probes, training
 from ksparse.report.source import Number
@@ -80,7 +81,9 @@ def test_colours_on_a_page_are_the_pages() -> None:
 
 
 def test_a_label_is_escaped() -> None:
-    picture = figures.Picture("x", '<svg width="1"></svg>', '"><script>', "", "a & b")
+    picture = figures.Picture(
+        "x", figures.Drawing('<svg width="1"></svg>', None), '"><script>', "", "a & b"
+    )
     assert (
         picture.inline
         == '<svg role="img" aria-label="&#34;&gt;&lt;script&gt;. a &amp; b" focusable="false"></svg>'
@@ -257,3 +260,25 @@ def test_hostile_names_are_text_in_tooltips() -> None:
         tooltips(picture)[0][0] == '"><script>alert(1)</script>⟨U+202E⟩&: best latent 0.50 ± 0.10'
     )
     assert "<script" not in picture.inline and "\u202e" not in picture.inline
+
+
+def test_every_figure_of_the_page_is_a_matplotlib_figure_that_a_notebook_shows(make_run):
+    from matplotlib.figure import Figure
+
+    from ksparse import report
+
+    run = make_run()
+    drawn = run.figures()
+    report.write(run)
+    assert {f"{name}.svg" for name in drawn} == {
+        file.name for file in (run.path / "figures").iterdir()
+    }
+    for figure in drawn.values():
+        assert isinstance(figure, Figure) and figure.axes
+    assert "<svg" in drawn["training-nmse"]._repr_svg_()
+    assert run.figure("nmse").axes[0].get_ylabel() == "normalised MSE"
+
+
+def test_a_figure_that_there_is_not_names_those_that_there_are(make_run):
+    with pytest.raises(InputError, match="no figure 'training-nmsi'; did you mean 'training-nmse'"):
+        make_run().figure("training-nmsi")

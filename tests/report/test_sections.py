@@ -9,7 +9,7 @@ import pkgutil
 from ksparse import report
 from ksparse.report import sections
 from ksparse.report.claims import Claim
-from ksparse.report.figures import Picture
+from ksparse.report.figures import Drawing, Picture
 from ksparse.report.sections import codes, quality
 from ksparse.report.sections.base import EvaluationPart, Section
 from ksparse.report.tables import NumberGroup, NumberRow
@@ -32,7 +32,10 @@ NEW = EvaluationPart(
             "They are sad.",
         ),
     ),
-    draw=lambda source: [None, Picture("mood", "<svg></svg>", "Moods", "Over time.", "Good.")],
+    draw=lambda source: [
+        None,
+        Picture("mood", Drawing("<svg></svg>", None), "Moods", "Over time.", "Good."),
+    ],
     facts=lambda source: {"words": ["<b>joy</b>"]},
     template="<ul>{% for word in part.words %}<li>{{ word }}</li>{% endfor %}</ul>\n",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +32,6 @@ from ksparse.storage import jsonio
 from ksparse.storage.run_folder import RunFolder, Subject, open_run
 
 if TYPE_CHECKING:  # `ksparse --help` needs no torch
-    from ksparse.evals.comparison import ComparisonRow, Differences
     from ksparse.sae.model import SAE
 
 
@@ -348,19 +346,14 @@ def compare(arguments: list[str]) -> None:
         else _evaluate_together(saes, names, args)
     )
     normalizations = {source: sae.shape.normalize for source, sae in saes.items()}
-    rows = comparison.table(results_by_source, normalizations, args.by)
     against = args.against or sources[0]
-    differences = comparison.differences(results_by_source, normalizations, against)
-    _print_table(rows)
-    _print_differences(rows, differences, against)
-    for source, results in results_by_source.items():
-        for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
-            print(f"note: {source}: {note}")
+    found = comparison.Comparison.of(results_by_source, normalizations, against, args.by)
+    print(found)
     if args.json:
-        lines = [{"name": row.name, **row.values} for row in rows]
+        lines = [{"name": row.name, **row.values} for row in found.rows]
         for line in lines:
-            if line["name"] in differences:
-                line |= {"against": against, "differences": differences[str(line["name"])]}
+            if line["name"] in found.differences:
+                line |= {"against": against, "differences": found.differences[str(line["name"])]}
         jsonio.write_json(Path(args.json), lines)
 
 
@@ -375,45 +368,6 @@ def _check_sources(sources: list[str], args: CompareArgs) -> None:
             raise InputError(
                 f"--{flag} names {named!r}, which is not compared; there are {', '.join(sources)}"
             )
-
-
-def _print_table(rows: list[ComparisonRow]) -> None:
-    width = max(len(row.name) for row in rows) + 2
-    print(" " * width + "".join(f"{key:>22}" for key in rows[0].values))
-    for row in rows:
-        cells = (f"{format_estimate(value):>22}" for value in row.values.values())
-        print(f"{row.name:<{width}}" + "".join(cells))
-    print("± one standard error over documents (of n2g, over latents).")
-
-
-def _print_differences(
-    rows: list[ComparisonRow], differences: dict[str, Differences], against: str
-) -> None:
-    """Print how much each SAE has more than the one that it is compared with."""
-    if not differences:
-        return
-    width = max(len(row.name) for row in rows) + 2
-    keys = list(rows[0].values)
-    print(f"\nmore than {against}")
-    print(" " * width + "".join(f"{key:>22}" for key in keys))
-    for row in rows:
-        if row.name in differences:
-            cells = (f"{_signed(differences[row.name][key]):>22}" for key in keys)
-            print(f"{row.name:<{width}}" + "".join(cells))
-    paired = all(entry["paired"] for by_key in differences.values() for entry in by_key.values())
-    print(
-        "± one standard error of the difference on the same documents."
-        + ("" if paired else " *: of independent numbers, which is more.")
-    )
-
-
-def _signed(difference: Mapping[str, float | bool | None]) -> str:
-    value = difference["value"]
-    if value is None:
-        return "-"
-    number = format_estimate({"value": value, "se": difference["se"]})
-    text = number if number.startswith("-") else f"+{number}"
-    return text if difference["paired"] else f"{text} *"
 
 
 def _read_results(sources: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

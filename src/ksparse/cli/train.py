@@ -212,11 +212,7 @@ def train_run(recipe: Recipe, run: RunFolder) -> None:
         report("loading torch")
         from ksparse.training.train import train as train_observed
 
-        def observe(row: dict[str, Any]) -> None:
-            nmse = "-" if row["nmse"] is None else f"{row['nmse']:.4f}"
-            bar.note(f"nmse {nmse} · dead {row['dead']:.1%} · {row['tokens_per_s']:,.0f} tokens/s")
-
-        train_observed(recipe, run.path, observe=observe)
+        train_observed(recipe, run.path, observe=bar.note_metrics)
 
 
 def print_next_steps(run: RunFolder) -> None:

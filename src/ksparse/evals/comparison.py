@@ -3,6 +3,7 @@
 check(results)          raise InputError, naming what differs
 table(results)          one row for each SAE, the best first
 differences(results)    what each SAE has more than one of them, paired by document
+Comparison              both, as a person reads them and as a DataFrame
 
 In one pass all SAEs read the same documents, and a new number knows what each document adds to its
 error (`evals.statistics.Estimate`). A difference is therefore far more certain than the two numbers
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ksparse import display
 from ksparse.errors import InputError
 from ksparse.evals import statistics
 from ksparse.evals.statistics import Value
@@ -191,6 +194,99 @@ def _task_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Diffe
         for name, task in tasks.items()
         if name in others
     }
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """SAEs side by side on the same text, and their differences to one of them.
+
+    Attributes:
+        rows: the numbers of each SAE, the best first.
+        differences: {SAE: {number: {"value", "se", "paired"}}}, without the reference.
+        against: the SAE that the others are compared with.
+        results: {SAE: {evaluation: result}}.
+
+    Example:
+        >>> def numbers(kl):
+        ...     return {"downstream": {"kl": {"value": kl, "se": 0.1}}}
+        >>> found = Comparison.of({"a": numbers(2.0), "b": numbers(1.0)}, {"a": "", "b": ""}, "a")
+        >>> found.differences["b"]["kl"]["value"]
+        -1.0
+        >>> [row.name for row in found.rows]
+        ['b', 'a']
+    """
+
+    rows: list[ComparisonRow]
+    differences: dict[str, Differences]
+    against: str
+    results: Results
+
+    @staticmethod
+    def of(
+        results: Results, normalizations: Mapping[str, str], against: str, by: str = ""
+    ) -> Comparison:
+        """Compare results; the arguments are those of `table` and `differences`."""
+        rows = table(results, normalizations, by)
+        return Comparison(rows, differences(results, normalizations, against), against, results)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame: sae, number, value, se; difference, difference_se, paired.
+
+        Raises:
+            InputError: if pandas is not installed.
+        """
+        empty = {"value": None, "se": None, "paired": None}
+        lines = []
+        for row in self.rows:
+            for key, value in row.values.items():
+                more = self.differences.get(row.name, {}).get(key, empty)
+                line = {"sae": row.name, "number": key, **value, "difference": more["value"]}
+                lines.append(line | {"difference_se": more["se"], "paired": more["paired"]})
+        return display.to_frame(lines)
+
+    def tables(self) -> list[display.Table]:
+        """Return the table of values and, if there are several SAEs, that of differences."""
+        keys = list(self.rows[0].values)
+        values = [
+            [row.name, *map(display.format_estimate, row.values.values())] for row in self.rows
+        ]
+        notes = ["± one standard error over documents (of n2g, over latents)."]
+        found = [display.Table("", ["", *keys], values, notes)]
+        if self.differences:
+            more = [row.name for row in self.rows if row.name in self.differences]
+            entries = {name: [self.differences[name][key] for key in keys] for name in more}
+            unpaired = any(not one["paired"] for cells in entries.values() for one in cells)
+            note = "± one standard error of the difference on the same documents." + (
+                " *: of independent numbers, which is more." if unpaired else ""
+            )
+            cells = [[name, *map(_signed, entries[name])] for name in more]
+            title = f"more than {self.against}"
+            found.append(display.Table(title, ["", *keys], cells, [note]))
+        return found
+
+    def notes(self) -> list[str]:
+        """Return the notes of the results, each with its SAE's name."""
+        return [
+            f"note: {name}: {note}"
+            for name, by_name in self.results.items()
+            for note in dict.fromkeys(n for one in by_name.values() for n in one.get("notes", ()))
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(["\n\n".join(map(str, self.tables())), *self.notes()])
+
+    def _repr_html_(self) -> str:
+        notes = display.Table("", (), (), self.notes()).html()
+        return "".join(one.html() for one in self.tables()) + notes
+
+
+def _signed(difference: Mapping[str, float | bool | None]) -> str:
+    value = difference["value"]
+    if value is None:
+        return "-"
+    number = display.format_estimate({"value": value, "se": difference["se"]})
+    text = number if number.startswith("-") else f"+{number}"
+    return text if difference["paired"] else f"{text} *"
 
 
 def _all_numbers(result: Mapping[str, Any]) -> dict[str, int]:

@@ -17,6 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ksparse import display
+
+BASELINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "downstream": {"ce_spliced": ("ce_clean", "ce_zero", "ce_mean")},
+    "probes": {"probe_loss": ("channel_loss", "random_sae_loss", "prior_loss")},
+    "n2g": {"recall": ("shuffled_recall",), "precision": ("shuffled_precision",)},
+    "explained_loss": {"ce_n2g": ("ce_clean", "ce_bigram", "ce_unigram", "ce_bias")},
+    "ablation": {"ablation_sparsity": ("channel_sparsity",), "kl": ("channel_kl",)},
+    "refinement": {"nmse_refined": ("nmse_raw",), "ce_delta_refined": ("ce_delta_raw",)},
+}
+"""{evaluation: {number: the numbers that it is shown beside}}, those that a result has."""
 Value = dict[str, float | None]
 """{"value": …, "se": …}: a number and its standard error, each None where it is not defined."""
 
@@ -264,3 +275,81 @@ class Result(dict[str, Any]):
         check_plain(values)
         self.arrays = arrays or {}
         self.files = files or {}
+
+    def numbers(self) -> dict[str, Value]:
+        """Return the numbers that have a standard error, by key."""
+        return {
+            key: value
+            for key, value in self.items()
+            if isinstance(value, dict) and set(value) == {"value", "se"}
+        }
+
+    def to_frame(self) -> Any:
+        """Return the numbers as a pandas DataFrame: evaluation, number, value, se.
+
+        Raises:
+            InputError: if pandas is not installed.
+        """
+        return display.to_frame(self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of `to_frame`."""
+        name = self.get("name")
+        return [{"evaluation": name, "number": key, **v} for key, v in self.numbers().items()]
+
+    def table(self) -> display.Table:
+        """Return the numbers, value ± standard error, each beside its baselines."""
+        numbers = self.numbers()
+        baselines = BASELINES.get(str(self.get("name")).partition("-")[0], {})
+        beside = {key: [k for k in keys if k in numbers] for key, keys in baselines.items()}
+        shown = {key for keys in beside.values() for key in keys}
+        words = (f"{self[key]:,} {key[2:]}" for key in ("n_tokens", "n_documents") if self.get(key))
+        place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
+        rows = [
+            (
+                key,
+                display.format_estimate(value),
+                ", ".join(
+                    f"{k} {display.format_estimate(numbers[k])}" for k in beside.get(key, ())
+                ),
+            )
+            for key, value in numbers.items()
+            if key not in shown
+        ]
+        return display.Table(
+            " · ".join(part for part in (str(self.get("name")), place, *words) if part),
+            ("number", "value ± se", "beside it"),
+            rows,
+            [f"note: {note}" for note in self.get("notes", ())],
+        )
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+class Results(dict[str, Result]):
+    """Results of several evaluations of one SAE, by name.
+
+    Example:
+        >>> Results(stats=Result({"name": "stats", "l0": {"value": 32.0, "se": 0.5}}))
+        stats
+          number  value ± se        beside it
+          l0      32.0000 ± 0.5000
+    """
+
+    def to_frame(self) -> Any:
+        """Return the numbers of all as a pandas DataFrame: evaluation, number, value, se.
+
+        Raises:
+            InputError: if pandas is not installed.
+        """
+        return display.to_frame([row for result in self.values() for row in result.rows()])
+
+    def __repr__(self) -> str:
+        return "\n\n".join(map(repr, self.values()))
+
+    def _repr_html_(self) -> str:
+        return "".join(result.table().html() for result in self.values())

@@ -1,6 +1,8 @@
 """A run folder's files -> one page that needs no network, no script and no torch.
 
-write(run)   run/report.html and run/figures/*.svg
+write(run)          run/report.html and run/figures/*.svg
+draw_figures(run)   the figures of that page as matplotlib figures, by name
+draw_figure(run, name)   one of them
 
 source       a run's files, each read once, and the numbers in them
 tokens       the one place where text from data is made safe to show
@@ -10,6 +12,7 @@ figures      shared drawing tools: a canvas, SVG, a Picture
 findings     what evaluations found of single latents; the viewer reads it too
 sections/    one file per section: its table, figures and template; how to add one
 page         the sections in their order
+inline_figure        the class of figures
 
 sweep, laws  a sweep's folder -> its page; its figures
 studies      a study's folder -> its page
@@ -18,8 +21,12 @@ studies      a study's folder -> its page
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ksparse.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write(run: RunFolder) -> Path:
@@ -52,4 +59,59 @@ def write(run: RunFolder) -> Path:
     return run.report_file
 
 
-__all__ = ["write"]
+def draw_figures(run: RunFolder) -> dict[str, Figure]:
+    """Draw the figures of a run's report; those of evaluations that were not run are missing.
+
+    Args:
+        run: the run folder. Nothing is written.
+
+    Returns:
+        {name: matplotlib figure}, in the order of the page; each is the caller's to change and
+        save.
+
+    Raises:
+        InputError: the folder is not a run.
+
+    Example:
+        >>> import ksparse
+        >>> list(ksparse.open_run("runs/demo").figures())[-1]
+        'latents-scatter'
+    """
+    from ksparse.report import page
+
+    return {picture.name: picture.drawing.figure for picture in page.render(run)[1]}
+
+
+def draw_figure(run: RunFolder, name: str) -> Figure:
+    """Draw one figure of a run's report.
+
+    Args:
+        run: the run folder.
+        name: its name, or the end of its name after a hyphen: "nmse" for "training-nmse".
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        InputError: there is no such figure, or none of the run; the others are named.
+
+    Example:
+        >>> import ksparse
+        >>> type(ksparse.open_run("runs/demo").figure("nmse")).__mro__[1].__name__
+        'Figure'
+    """
+    from ksparse.errors import InputError, nearest_name
+
+    drawn = draw_figures(run)
+    matching = [one for one in drawn if name in (one, one.partition("-")[2])]
+    if len(matching) == 1:
+        return drawn[matching[0]]
+    nearest = nearest_name(name, drawn)
+    hint = f"; did you mean {nearest!r}?" if nearest else ""
+    raise InputError(
+        f"{run.path} has {'several figures' if matching else 'no figure'} {name!r}{hint}; it has "
+        f"{', '.join(drawn) or 'none'}. Other figures need evaluations: `ksparse eval {run.path}`"
+    )
+
+
+__all__ = ["draw_figure", "draw_figures", "write"]

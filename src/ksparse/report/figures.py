@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -62,16 +62,28 @@ _TOOLTIP = "tooltip:"
 """Prefix of the SVG ids that carry the text of a tooltip until `to_svg` writes it as a title."""
 
 
+class Drawing(NamedTuple):
+    """A drawn figure: its SVG file, and the matplotlib figure that it was made of."""
+
+    svg: str
+    figure: Any
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A figure: the SVG file as it stands alone, and the text that goes with it."""
+    """A figure: what is drawn, and the text that goes with it."""
 
     name: str
-    svg: str
+    drawing: Drawing
     title: str
     caption: str
     label: str
     """The main numbers, for readers who cannot see the figure."""
+
+    @property
+    def svg(self) -> str:
+        """The SVG file as it stands alone."""
+        return self.drawing.svg
 
     @property
     def inline(self) -> Markup:
@@ -101,13 +113,21 @@ def canvas(rows: int = 1, size: tuple[float, float] = (5.2, 2.9)) -> Iterator[tu
         size: width and height in inches.
     """
     import matplotlib
-    from matplotlib.figure import Figure
+
+    from ksparse.report.inline_figure import InlineFigure
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)  # type: ignore[arg-type]  # wants literal names
-        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        figure = InlineFigure(figsize=size, layout="constrained", facecolor="none")
         yield figure, figure.subplots(rows, 1, subplot_kw={"facecolor": "none"})
+
+
+def render(figure: Any) -> Drawing:
+    """Return a figure with its SVG; where the figure itself is shown, its background is white."""
+    svg = to_svg(figure)
+    figure.set_facecolor("white")
+    return Drawing(svg, figure)
 
 
 def to_svg(figure: Any) -> str:

@@ -21,7 +21,7 @@ from ksparse.report.figures import (
     format_thousands,
     format_tick,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.tables import format_percent, format_significant
 from ksparse.scaling.laws.forms import Columns
@@ -72,10 +72,10 @@ def draw_compute_law(
         axes.set_ylim(low * 0.9, min(1.2, 4 * low))
         _use_log_axes(axes, "training FLOPs", "normalised MSE")
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-compute",
-        svg,
+        drawing,
         "Loss and compute, L(C)",
         f"Held-out loss of every run at k = {k:g}. Dots: points that no run beats with as "
         "little compute; the law is fitted to them, without those of the smallest n. Both axes are "
@@ -92,10 +92,10 @@ def draw_size_law(law: Law | None) -> Picture | None:
         _points_and_lines(axes, law, "k", _k_of)
         _use_log_axes(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-size",
-        svg,
+        drawing,
         "Loss and size, L(N)",
         "Held-out loss at the best learning rate of each n, and the law of each k. Lines flatten "
         "where the law has an irreducible term.",
@@ -117,10 +117,10 @@ def draw_subject_law(law: Law | None, k: str, lms: list[str]) -> Picture | None:
         _points_and_lines(axes, law, "lm", str, lms)
         _use_log_axes(axes, "latents n", "normalised MSE", ticks=_values(law, "n"))
         add_legend(figure, 3)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-subject",
-        svg,
+        drawing,
         "Loss and the LM’s size, L_s(N)",
         f"The same at k = {k} for each language model. In the paper larger models need more "
         "latents for the same loss.",
@@ -165,10 +165,10 @@ def draw_learning_rates(rows: Columns, k: float) -> Picture | None:
         above.tick_params(labelbottom=False)
         above.sharex(below)
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-rates",
-        svg,
+        drawing,
         "Learning rate, tokens and loss",
         f"Runs at k = {k:g} that differ in learning rate. In the paper a higher rate takes fewer "
         "tokens, until it costs loss. Means over seeds; all axes are logarithmic.",
@@ -220,10 +220,10 @@ def draw_trends(laws: dict[str, Law]) -> Picture | None:
                 parse_math=False,
             )
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-trends",
-        svg,
+        drawing,
         "Tokens, loss and learning rate against n",
         "Each panel’s exponent is that of a plain power of n fitted to its points, with one slope "
         "for all k, as in the paper’s titles; the table has that of the fitted law.",
@@ -256,10 +256,10 @@ def draw_joint_law(law: Law | None) -> Picture | None:
         _use_log_axes(below, "latents n", "above the law, %", ticks=_values(law, "n"), y=False)
         above.tick_params(labelbottom=False)
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "law-joint",
-        svg,
+        drawing,
         "The joint law L(N, k)",
         f"{law['equation']}. Below: how far the points are above the law, in per cent. Where "
         "neighbouring points err alike, the form is not exact.",

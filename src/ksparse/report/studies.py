@@ -18,7 +18,7 @@ from ksparse.report.figures import (
     format_thousands,
     format_tick,
     plain_log_ticks,
-    to_svg,
+    render,
 )
 from ksparse.report.page import environment
 from ksparse.report.source import Number, is_number
@@ -165,12 +165,12 @@ def draw(figure: dict[str, Any]) -> Picture | None:
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
         add_legend(picture, 3, handlelength=1.6, handletextpad=None)
-        svg = to_svg(picture)
+        drawing = render(picture)
     label = "; ".join(
         f"{curve['label']}: {format_significant(float(y[0]))} to {format_significant(float(y[-1]))}"
         for curve, _, y, _ in curves
     )
-    return Picture(figure["name"], svg, figure["title"], figure["caption"], label)
+    return Picture(figure["name"], drawing, figure["title"], figure["caption"], label)
 
 
 def read_points(

@@ -35,6 +35,7 @@ from typing import Any
 from ksparse import config, html
 from ksparse.config import ActsConfig, Recipe
 from ksparse.errors import CorruptError, InputError
+from ksparse.lookup import function_of
 from ksparse.storage import atomic, checksums, jsonio
 
 _RESULT_KEYS: dict[str, jsonio.Types] = {
@@ -471,6 +472,17 @@ class RunFolder:
                     f"{path} was trained with another recipe than {self.recipe_file} has now: "
                     f"{'; '.join(changed)}. Put back what was there"
                 )
+
+    # ---- figures
+
+    def figures(self) -> dict[str, Any]:
+        """Draw the figures of the report as matplotlib figures, by name (`ksparse.report`)."""
+        found: dict[str, Any] = function_of("RunFolder.figures")(self)
+        return found
+
+    def figure(self, name: str) -> Any:
+        """Draw one figure of the report, such as "nmse", as a matplotlib figure."""
+        return function_of("RunFolder.figure")(self, name)
 
     # ---- evals
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ksparse import distributed, progress
+from ksparse import display, distributed
+from ksparse import progress as reports
 from ksparse.config import Recipe, check_schedule, differences, recipe_of, to_toml
 from ksparse.data.shards import Shards
 from ksparse.device import resolve_device
@@ -51,6 +52,7 @@ def train(
     *,
     observe: MetricsCallback = lambda row: None,
     trust_remote_code: bool = False,
+    progress: bool = True,
     **keywords: Any,
 ) -> RunFolder:
     """Train one SAE, or continue its run if the folder holds one with the same recipe.
@@ -60,6 +62,8 @@ def train(
         out: the run's folder; runs/HASH by default, with a hash of the recipe.
         observe: called with each row of metrics.
         trust_remote_code: allow code that comes with the LM to run, during this call.
+        progress: show how far it is on standard error: a bar on a terminal, one line in a notebook,
+            a line every few seconds in a log.
         keywords: keys of the recipe by the last part of their names, which replace those of
             `recipe` (`ksparse.config.recipe_of`).
 
@@ -81,12 +85,15 @@ def train(
         2
     """
     recipe = recipe_of(recipe, **keywords)
-    with trusted(trust_remote_code):
-        return train_many(
-            [recipe],
-            [out or f"runs/{jsonio.digest(recipe.fingerprint())}"],
-            observe=lambda run, row: observe(row),
-        )[0]
+    with trusted(trust_remote_code), display.shown("training", progress) as bar:
+
+        def tell(run: RunFolder, row: dict[str, Any]) -> None:
+            if bar:
+                bar.note_metrics(row)
+            observe(row)
+
+        out = out or f"runs/{jsonio.digest(recipe.fingerprint())}"
+        return train_many([recipe], [out], observe=tell)[0]
 
 
 def train_many(
@@ -136,7 +143,7 @@ def train_many(
         if not unfinished:
             return runs
         source = open_source(shared, torch.device(device), *([mesh] if mesh.size > 1 else []))
-        progress.expect(_expected_parts(source, unfinished))
+        reports.expect(_expected_parts(source, unfinished))
         trainers = [
             SAETrainer(run, recipe, source, *(saved or start(recipe, source, mesh)), saver, observe)
             for run, recipe, saved in unfinished
@@ -152,8 +159,8 @@ def train_many(
 
 def _expected_parts(
     source: ActivationSource, unfinished: list[tuple[RunFolder, Recipe, Saved | None]]
-) -> dict[str, progress.Expected]:
-    """Return the work that runs have left, for `progress.expect`."""
+) -> dict[str, reports.Expected]:
+    """Return the work that runs have left, for `reports.expect`."""
     states = [saved[0] if saved else None for _, _, saved in unfinished]
     steps = [state.step if state else 0 for state in states]
     behind = steps.index(min(steps))
@@ -172,7 +179,7 @@ def _take_all_steps(
     furthest_behind = min((trainer.state for trainer in trainers), key=lambda state: state.step)
     step = furthest_behind.step
     everyone, total = list(trainers), sum(t.recipe.steps * t.recipe.batch for t in trainers)
-    progress.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
+    reports.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
     with closing(source.stream.batches(furthest_behind.cursor)) as batches:
         while trainers:
             batch = source.next_batch(batches)
@@ -183,7 +190,7 @@ def _take_all_steps(
             for trainer, (losses, grad_norm) in zip(joined, results):
                 trainer.log(x, losses, grad_norm)
             signum = _save_due(joined, signals, mesh)
-            progress.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
+            reports.report(TRAINING, sum(trainer.state.tokens for trainer in everyone), total)
             trainers = [t for t in trainers if not t.ended and not t.failed]
             if signum and trainers:
                 saver.wait()

@@ -19,7 +19,7 @@ from ksparse.report.figures import (
     filled_range,
     read_histogram,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.sections.base import EvaluationPart
 from ksparse.report.source import RunSource
@@ -62,10 +62,10 @@ def draw_sparsities(latents: Any, channels: Any) -> Picture | None:
         axes.grid(axis="x", visible=False)
         reference_line(axes, NOISE, "noise", vertical=True)
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "ablation-sparsity",
-        svg,
+        drawing,
         "How far effects spread",
         "Ablations of one active latent, and of one channel at the same positions, by the share of "
         "the LM’s logits that change. Further left is sparser.",

@@ -17,7 +17,7 @@ from ksparse.report.figures import (
     add_point_tooltips,
     canvas,
     name_rows,
-    to_svg,
+    render,
 )
 from ksparse.report.sections.base import EvaluationPart
 from ksparse.report.source import Number, RunSource
@@ -91,10 +91,10 @@ def draw_losses(losses: dict[str, Number | None], main: str) -> Picture | None:
         width = high - low or 1
         axes.set_xlim(low - 0.04 * width, high + 0.14 * width)  # room for the last number
         axes.set_xlabel("loss of the LM, nats per token")
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "explained-loss",
-        svg,
+        drawing,
         "What explanations carry",
         "Loss with each of these in place of the activation; n-grams use no activation at all. "
         "The nearer the explanations are to the reconstruction, the more of the latents they "
@@ -145,7 +145,7 @@ def draw_precision_and_recall(
                 add_point_tooltips(axes, [x], [y], [text])
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall, %", ylabel="precision, %")
         add_legend(figure)
-        svg = to_svg(figure)
+        drawing = render(figure)
     caption = (
         "Each scored latent, by how many of its activations its patterns catch and how often they "
         "are right; darker where points overlap. Recall takes discrete values, since it is counted "
@@ -156,7 +156,7 @@ def draw_precision_and_recall(
     medians = [format_percent(float(np.median(values[known]))) for values in (recall, precision)]
     label = f"{known.sum():,} latents; median recall {medians[0]}, median precision {medians[1]}."
     title = "Precision and recall of explanations"
-    return Picture("n2g-latents", svg, title, caption, label)
+    return Picture("n2g-latents", drawing, title, caption, label)
 
 
 def _describe_scores(recall: float, precision: float) -> str:

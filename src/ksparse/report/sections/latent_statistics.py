@@ -20,7 +20,7 @@ from ksparse.report.figures import (
     format_tick,
     read_histogram,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.sections import latents
 from ksparse.report.sections.base import EvaluationPart
@@ -109,12 +109,12 @@ def draw_distributions(result: dict[str, Any], uniform: float) -> Picture | None
         if low < math.log10(uniform) < high:
             reference_line(panels[0], math.log10(uniform), "k / n", vertical=True)
         add_legend(figure, 2)
-        svg = to_svg(figure)
+        drawing = render(figure)
     verdicts = [f"{key}: {compare_fits(fit)}" for key, _, _, fit in panels_of]
     sentences = " ".join(f"{verdict[0].upper()}{verdict[1:]}." for verdict in verdicts)
     return Picture(
         "latents-laws",
-        svg,
+        drawing,
         "How often, and how strongly",
         "Logarithms of how often latents fire and of their mean squared activation, with the "
         f"best-fitting Gaussian and Laplace distributions. {sentences}",
@@ -173,11 +173,11 @@ def draw_effective_tokens(result: dict[str, Any]) -> Picture | None:
         axes.xaxis.set_major_formatter(lambda power, _: f"{10**power:,.0f}")
         axes.set(xlabel="effective number of tokens", ylabel="latents")
         axes.grid(axis="x", visible=False)
-        svg = to_svg(figure)
+        drawing = render(figure)
     median = (result.get("effective_tokens") or [None] * 5)[2]
     return Picture(
         "latents-tokens",
-        svg,
+        drawing,
         "How many tokens a latent responds to",
         "exp of the entropy of a latent’s mean squared activation over the vocabulary: 1 for a "
         "latent of a single token.",

@@ -18,7 +18,7 @@ from ksparse.report.figures import (
     format_one_in,
     read_histogram,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.findings import Effect, Explanation
 from ksparse.report.sections.base import Section
@@ -195,10 +195,10 @@ def draw_densities(histogram: Any, uniform: float) -> Picture | None:
         axes.grid(axis="x", visible=False)
         if low <= math.log10(uniform) <= high:
             reference_line(axes, math.log10(uniform), "all alike", vertical=True)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "latents-density",
-        svg,
+        drawing,
         "How often latents fire",
         "Live latents by density, on a logarithmic axis. The line is k / n, where all would be if "
         "they fired equally often. A hump at the far left is latents that are almost dead; one "
@@ -226,10 +226,10 @@ def draw_cosines(values: np.ndarray) -> Picture | None:
         axes.set_xlabel("cosine of encoder and decoder direction")
         axes.set_ylabel("latents")
         axes.grid(axis="x", visible=False)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "latents-cosine",
-        svg,
+        drawing,
         "What they read and what they write",
         "Cosine between each live latent’s encoder and decoder direction. They start equal; "
         "those of correlated latents diverge, so that each reads what the others do not.",

@@ -15,7 +15,7 @@ from ksparse.report.figures import (
     add_point_tooltips,
     canvas,
     name_rows,
-    to_svg,
+    render,
 )
 from ksparse.report.findings import ProbeTask
 from ksparse.report.sections import latents
@@ -156,10 +156,10 @@ def draw_tasks(rows: list[TaskLosses]) -> Picture | None:
         axes.tick_params(axis="x", labeltop=len(rows) > 20)
         axes.set_xlabel("loss on the test half, nats per label")
         add_legend(figure, 3)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "probes-tasks",
-        svg,
+        drawing,
         "The best latent of each task",
         "Sorted by how far the best latent is below the lowest of best channel, best random latent "
         "and base rate; at the top the SAE has something that they lack. Bars are two standard "

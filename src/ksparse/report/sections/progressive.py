@@ -11,7 +11,7 @@ from ksparse.report.figures import (
     Picture,
     canvas,
     plain_log_ticks,
-    to_svg,
+    render,
 )
 from ksparse.report.sections.base import EvaluationPart
 from ksparse.report.source import RunSource, number
@@ -54,11 +54,11 @@ def draw_other_k(name: str, result: dict[str, Any]) -> Picture | None:
             fontsize=8.5,
             handlelength=2,
         )
-        svg = to_svg(figure)
+        drawing = render(figure)
     l0, error = min(read_points(result.get("topk"), "nmse"), key=lambda point: point[1])
     return Picture(
         "progressive",
-        svg,
+        drawing,
         "The code at another k",
         "The activation is replaced after training: by TopK with another k, or by one threshold "
         "for all latents (dashed). A ring marks the SAE as it was trained. "

@@ -16,7 +16,7 @@ from ksparse.report.figures import (
     filled_range,
     read_histogram,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.sections.base import EvaluationPart
 from ksparse.report.source import RunSource, number
@@ -59,10 +59,10 @@ def draw_shifts(name: str, result: dict[str, Any]) -> Picture | None:
         axes.set(xlabel="refined less encoded value, in mean active values", ylabel="density")
         axes.grid(axis="x", visible=False)
         add_legend(figure, 2)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "refinement-shift",
-        svg,
+        drawing,
         "Where the values move",
         "How far each active value moves when the values are optimised and the active latents stay "
         "the same. Centred on 0: the encoder is right on average. To the right of 0: the encoded "

@@ -14,7 +14,7 @@ from ksparse.report.figures import (
     add_legend,
     canvas,
     reference_line,
-    to_svg,
+    render,
     use_percent_ticks,
 )
 from ksparse.report.sections.base import EvaluationPart
@@ -93,11 +93,11 @@ def draw_reading(result: dict[str, Any]) -> Picture | None:
         use_percent_ticks(above.xaxis)
         use_percent_ticks(above.yaxis)
         add_legend(figure, 2)
-        svg = to_svg(figure)
+        drawing = render(figure)
     separation, noise = (number(result.get(key)) for key in ("separation", "separation_of_noise"))
     return Picture(
         "subspaces",
-        svg,
+        drawing,
         "What groups of latents read",
         "Above: latents ordered by what they read, and how much of it is on the directions of "
         "those before the cut. A step means two groups; a slope, none. Below: what both sides read "

@@ -17,7 +17,7 @@ from ksparse.report.figures import (
     format_tick,
     plain_log_ticks,
     reference_line,
-    to_svg,
+    render,
 )
 from ksparse.report.sections.base import Section
 from ksparse.report.source import RunSource, is_number
@@ -90,10 +90,10 @@ def draw_error(
             reference_line(axes, evaluated, f"{text}: {format_significant(evaluated)}")
         axes.set_ylabel("normalised MSE")
         _use_token_axis(axes, tokens, log=True)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "training-nmse",
-        svg,
+        drawing,
         "Normalised MSE",
         "Of each step’s batch, before the step, with the raw weights; 1 is predicting the mean. "
         "Both axes are logarithmic.",
@@ -112,10 +112,10 @@ def draw_dead_latents(metrics: Metrics) -> Picture | None:
         axes.set_ylabel("dead latents, %")
         axes.yaxis.set_major_formatter(lambda value, _: format_tick(value))
         _use_token_axis(axes, tokens)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "training-dead",
-        svg,
+        drawing,
         "Dead latents",
         "Share of latents that have not fired for the recipe’s number of tokens; before that many "
         "tokens, none can be dead.",
@@ -139,10 +139,10 @@ def draw_rate_and_gradient(metrics: Metrics) -> Picture | None:
         below.set_ylabel("gradient norm")
         _use_token_axis(below, tokens)
         above.sharex(below)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "training-steps",
-        svg,
+        drawing,
         "Learning rate and gradient",
         "The norm is taken before clipping, without the part along decoder rows; its axis is "
         "logarithmic.",
@@ -164,10 +164,10 @@ def draw_l0(metrics: Metrics, k: int) -> Picture | None:
         axes.set_ylabel("values above zero")
         axes.yaxis.set_major_formatter(lambda value, _: format_tick(value))
         _use_token_axis(axes, tokens)
-        svg = to_svg(figure)
+        drawing = render(figure)
     return Picture(
         "training-l0",
-        svg,
+        drawing,
         "L0",
         "Mean number of latents above zero per token. With TopK, below k where a chosen latent’s "
         "value is not positive.",
