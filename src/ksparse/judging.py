@@ -14,7 +14,7 @@ from ksparse import display, interop
 from ksparse.config.evaluation import EvalConfig
 from ksparse.errors import InputError, unknown
 from ksparse.evals import comparison, registry, runner
-from ksparse.evals.comparison import Comparison
+from ksparse.evals.comparison import SAEComparison
 from ksparse.evals.statistics import Results
 from ksparse.lm.model import LM
 from ksparse.sae.model import SAE
@@ -90,7 +90,7 @@ def compare(
     force: bool = False,
     progress: bool = True,
     **changes: Any,
-) -> Comparison:
+) -> SAEComparison:
     """Compare SAEs on the same text and positions, with differences paired by document.
 
     Args:
@@ -131,7 +131,7 @@ def compare(
     with display.shown("evaluating", progress):
         results = runner.evaluate_many(opened, lm, chosen, options)
     normalizations = {name: sae.shape.normalize for name, sae in opened.items()}
-    found = Comparison.of(results, normalizations, against or next(iter(opened)), by)
+    found = SAEComparison.of(results, normalizations, against or next(iter(opened)), by)
     if progress:
         display.show(found)
     return found

@@ -76,7 +76,7 @@ def test_an_export_keeps_what_it_did_not_write(bare, tmp_path):
         ".git/HEAD",
         "CNAME",
         "data/notes.js",
-        f"{next(folder.glob('ksparse-*')).name}/mine.txt",
+        f"{next(folder.glob('ksparse-*/')).name}/mine.txt",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f"mine {name}")
@@ -112,7 +112,7 @@ def test_a_foreign_file_in_the_way_is_named(bare, tmp_path, name):
 def test_a_link_in_the_place_of_a_file_or_a_folder_of_ours_is_named(bare, tmp_path):
     folder, outside = tmp_path / "site", tmp_path / "outside"
     viewer.export(bare, folder)
-    home = next(folder.glob("ksparse-*"))
+    home = next(folder.glob("ksparse-*/"))
     home.rename(outside)
     home.symlink_to(outside)
     before = tree(outside)

@@ -347,7 +347,7 @@ def compare(arguments: list[str]) -> None:
     )
     normalizations = {source: sae.shape.normalize for source, sae in saes.items()}
     against = args.against or sources[0]
-    found = comparison.Comparison.of(results_by_source, normalizations, against, args.by)
+    found = comparison.SAEComparison.of(results_by_source, normalizations, against, args.by)
     print(found)
     if args.json:
         lines = [{"name": row.name, **row.values} for row in found.rows]

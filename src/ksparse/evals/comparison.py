@@ -3,7 +3,7 @@
 check(results)          raise InputError, naming what differs
 table(results)          one row for each SAE, the best first
 differences(results)    what each SAE has more than one of them, paired by document
-Comparison              both, as a person reads them and as a DataFrame
+SAEComparison           both, as a person reads them and as a DataFrame
 
 In one pass all SAEs read the same documents, and a new number knows what each document adds to its
 error (`evals.statistics.Estimate`). A difference is therefore far more certain than the two numbers
@@ -197,7 +197,7 @@ def _task_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Diffe
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class SAEComparison:
     """SAEs side by side on the same text, and their differences to one of them.
 
     Attributes:
@@ -209,7 +209,8 @@ class Comparison:
     Example:
         >>> def numbers(kl):
         ...     return {"downstream": {"kl": {"value": kl, "se": 0.1}}}
-        >>> found = Comparison.of({"a": numbers(2.0), "b": numbers(1.0)}, {"a": "", "b": ""}, "a")
+        >>> results = {"a": numbers(2.0), "b": numbers(1.0)}
+        >>> found = SAEComparison.of(results, {"a": "", "b": ""}, "a")
         >>> found.differences["b"]["kl"]["value"]
         -1.0
         >>> [row.name for row in found.rows]
@@ -224,10 +225,10 @@ class Comparison:
     @staticmethod
     def of(
         results: Results, normalizations: Mapping[str, str], against: str, by: str = ""
-    ) -> Comparison:
+    ) -> SAEComparison:
         """Compare results; the arguments are those of `table` and `differences`."""
         rows = table(results, normalizations, by)
-        return Comparison(rows, differences(results, normalizations, against), against, results)
+        return SAEComparison(rows, differences(results, normalizations, against), against, results)
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame: sae, number, value, se; difference, difference_se, paired.

@@ -63,4 +63,4 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         InputError: naming the first that does not exist, with a suggestion.
     """
-    check_evaluations(names)
+    check_evaluations([name for name in names if name not in EVALS])

@@ -43,7 +43,7 @@ _CHARACTERS_PER_TOKEN = 3.5  # of English text; servers' tokenizers differ
 _SUPPOSED = "x" * 80  # an explanation, before there is one
 
 
-class Estimate(NamedTuple):
+class Workload(NamedTuple):
     """What explaining will take."""
 
     requests: int
@@ -71,7 +71,7 @@ class Explainer:
         self.asked = 0
         self._stop = threading.Event()
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Workload:
         """Return the requests that have no answer yet, with their tokens."""
         explaining = [self._explaining(specimen) for specimen in self.specimens.of]
         missing = [body for body in explaining if self.answers.find(body) is None]
@@ -80,7 +80,7 @@ class Explainer:
         scoring = [body for bodies in self._scoring(texts) for body in bodies]
         missing += [body for body in scoring if not answered or self.answers.find(body) is None]
         characters = sum(len(m["content"]) for body in missing for m in body["messages"])
-        return Estimate(
+        return Workload(
             len(missing),
             round(characters / _CHARACTERS_PER_TOKEN),
             sum(body["max_tokens"] for body in missing),
