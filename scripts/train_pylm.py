@@ -143,7 +143,10 @@ def train(
             module.load_state_dict(values)
         draw.set_state(saved["draw"])
         done = saved["step"]
-    log = (folder / "training.jsonl").open("a" if done else "w")
+    rows = folder / "training.jsonl"
+    kept = rows.read_text().splitlines() if done else []
+    log = rows.open("w")
+    log.writelines(f"{row}\n" for row in kept if json.loads(row)["step"] <= done)
     start = saved_at = time.monotonic()
     for step in range(done + 1, steps + 1):
         at = torch.randint(len(ids) - WINDOW, (batch,), generator=draw)

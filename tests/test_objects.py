@@ -128,6 +128,26 @@ def test_a_latent_reads_the_results_or_a_text(run):
         SAE(sae.shape).latent(3).density  # noqa: B018
 
 
+def test_a_latents_tokens_are_by_the_sum_of_its_activations(run):
+    sae = ksparse.load(run)
+    text = "import os\nimport sys\n"
+    latent = sae.latent(sae.lm().encode(text, sae).top(1)[0].latent, text=text)
+    acts, tokens = latent.code.of_latent(latent.number), latent.code.tokens
+    mass = {t: sum(float(a) for a, u in zip(acts, tokens) if u == t) for t in {*tokens}}
+    for token, share in latent.tokens():
+        assert share == pytest.approx(mass[token] / float(acts.sum()), rel=1e-5)
+
+
+def test_a_latents_logits_are_those_of_stats_or_computed_again(run):
+    sae = ksparse.load(run)
+    kept, again = sae.latent(3).logits(4), sae.latent(3).logits(4, lm=sae.lm())
+    for name in ("raises", "lowers"):
+        assert [token for token, _ in kept[name]] == [token for token, _ in again[name]]
+        values = [[value for _, value in rows[name]] for rows in (kept, again)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert len(sae.latent(3).logits(30)["raises"]) == 30
+
+
 def test_steering_is_in_multiples_of_the_largest_value(run, caplog):
     sae = ksparse.load(run)
     lm = sae.lm()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from ksparse import html
 from ksparse.errors import InputError
 from ksparse.interop.latent_examples import LatentExamples
+from ksparse.lm.direct_logits import latent_logits
 from ksparse.lm.model import LM
 from ksparse.sae import ranges
 from ksparse.sae.code import TextCode
@@ -142,17 +143,54 @@ class Latent:
         return found
 
     def tokens(self, n: int = 8) -> list[tuple[str, float]]:
-        """Return the tokens on which the latent fires most often, each with its share of the
-        latent's activations."""
+        """Return the tokens on which the latent is active most, each with its share of the sum of
+        the latent's activations (in results of older versions, of their number)."""
         if self.code is not None:
-            counts = Counter(self.code.tokens[row] for row in np.flatnonzero(self._acts > 0))
-            return [(token, count / counts.total()) for token, count in counts.most_common(n)]
+            mass: dict[str, float] = defaultdict(float)
+            for row in np.flatnonzero(self._acts > 0).tolist():
+                mass[self.code.tokens[row]] += float(self._acts[row])
+            total = sum(mass.values())
+            strongest = sorted(mass, key=lambda token: -mass[token])[:n]
+            return [(token, mass[token] / total) for token in strongest]
         arrays = self._results.arrays
         if "on_token" not in arrays:
             return []
         ids, shares = arrays["on_token"][self.number], arrays["on_share"][self.number]
         strings = self._results.token_strings([token for token in ids.tolist() if token >= 0])
         return list(zip(strings, shares.tolist()))[:n]
+
+    def logits(self, n: int = 10, *, lm: LM | None = None) -> dict[str, list[tuple[str, float]]]:
+        """Return the tokens that the latent's decoder row raises and lowers most.
+
+        The direct path through the final norm and the unembedding (`ksparse.lm.direct_logits`).
+
+        Args:
+            n: tokens of each list.
+            lm: the LM; by default what `stats` found in the run, or else the LM that the SAE was
+                trained on.
+
+        Returns:
+            "raises" and "lowers": (token, logit centred over the vocabulary), the strongest first.
+
+        Raises:
+            InputError: the site or the LM has no direct logits.
+        """
+        run = ranges.results_of(self.sae)
+        if lm is None and self.code is None and run is not None:
+            arrays = self._results.arrays
+            if "logits_up_token" in arrays and n <= arrays["logits_up_token"].shape[1]:
+                return {
+                    name: list(
+                        zip(
+                            self._results.token_strings(
+                                arrays[f"logits_{end}_token"][self.number, :n].tolist()
+                            ),
+                            arrays[f"logits_{end}_value"][self.number, :n].tolist(),
+                        )
+                    )
+                    for name, end in (("raises", "up"), ("lowers", "down"))
+                }
+        return latent_logits(lm or self.sae.lm(), self.sae.W_dec[self.number], n)
 
     def __repr__(self) -> str:
         try:
