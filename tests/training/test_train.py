@@ -458,6 +458,8 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     small_recipe, tmp_path, whole, signum
 ):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        pytest.skip(f"{signum.name} is ignored here, as under nohup, and stays so")
     before = signal.getsignal(signum)
     with pytest.raises(
         Interrupted,
