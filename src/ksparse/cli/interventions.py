@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ksparse.cli.arguments import parse, split_folder, verb
-from ksparse.cli.output import escape_unprintable
+from ksparse.cli.output import ProgressBar, escape_unprintable
 from ksparse.cli.subjects import SubjectArgs, check_source, open_subject
 from ksparse.config import Config
 from ksparse.errors import CorruptError, InputError, NonFiniteError
@@ -90,25 +90,26 @@ def steer(arguments: list[str]) -> None:
     check_source(folder)
     from ksparse import steering
 
-    opened = open_subject(folder, options, force=options.force, needs_text=False)
-    sae = opened.sae
-    steering.check_latents(sae, options.latent)
-    lm = opened.load_lm(options.device)
-    stats = _read_latent_stats(folder)
-    largest = _largest_acts(lm, sae.to(lm.device), options.prompt, options.latent, stats)
-    comparison = steering.compare(
-        lm,
-        sae,
-        options.prompt,
-        None if options.value is None else dict.fromkeys(options.latent, options.value),
-        unit="value",
-        scale=None if options.scale is None else dict.fromkeys(options.latent, options.scale),
-        error=options.error,
-        tokens=options.tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        largest=largest,
-    )
+    with ProgressBar("steering"):
+        opened = open_subject(folder, options, force=options.force, needs_text=False)
+        sae = opened.sae
+        steering.check_latents(sae, options.latent)
+        lm = opened.load_lm(options.device)
+        stats = _read_latent_stats(folder)
+        largest = _largest_acts(lm, sae.to(lm.device), options.prompt, options.latent, stats)
+        comparison = steering.compare(
+            lm,
+            sae,
+            options.prompt,
+            None if options.value is None else dict.fromkeys(options.latent, options.value),
+            unit="value",
+            scale=None if options.scale is None else dict.fromkeys(options.latent, options.scale),
+            error=options.error,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            largest=largest,
+        )
     if not math.isfinite(comparison.kl):
         raise NonFiniteError(
             "with these latents held there the LM's predictions are not finite; give a value from "
@@ -222,14 +223,15 @@ def attribute(arguments: list[str]) -> None:
     check_source(folder)
     from ksparse import steering
 
-    opened = open_subject(folder, options, force=options.force, needs_text=False)
-    sae, lm = opened.sae, opened.load_lm(options.device)
-    scores = steering.attribute(
-        lm,
-        sae.to(lm.device),
-        options.prompt,
-        steering.logit_difference(lm, options.toward, options.away),
-    )
+    with ProgressBar("attributing"):
+        opened = open_subject(folder, options, force=options.force, needs_text=False)
+        sae, lm = opened.sae, opened.load_lm(options.device)
+        scores = steering.attribute(
+            lm,
+            sae.to(lm.device),
+            options.prompt,
+            steering.logit_difference(lm, options.toward, options.away),
+        )
     stats = _read_latent_stats(folder)
     order = [i for i in scores.abs().argsort(descending=True).tolist() if scores[i]]
     print(
