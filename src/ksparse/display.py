@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ksparse import html
 from ksparse.errors import InputError
 from ksparse.progress import (
     Expected,
@@ -328,13 +329,7 @@ class Table:
 
     def html(self) -> str:
         """Return the table as HTML."""
-        style = ' style="text-align:left"'
-
-        def row(cells: Sequence[str], tag: str) -> str:
-            return f"<tr>{''.join(f'<{tag}{style}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
-
-        rows = "".join(row(cells, "td") for cells in self.rows)
-        table = f"<table>{row(self.header, 'th')}{rows}</table>" if self.rows else ""
+        table = html.grid(self.header, self.rows) if self.rows else ""
         notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in self.notes)
         return f"<div><strong>{escape(self.title)}</strong>{table}{notes}</div>"
 

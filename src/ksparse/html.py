@@ -18,12 +18,24 @@ def table(title: str, values: Mapping[str, Any]) -> str:
         >>> "&lt;b&gt;" in table("SAE", {"trained on": "<b>"})
         True
     """
-    rows = "".join(
-        f'<tr><th style="{_CELL}">{escape(name)}</th><td style="{_CELL}">{escape(_text(value))}'
-        "</td></tr>"
-        for name, value in values.items()
-    )
-    return f"<div><strong>{escape(title)}</strong><table>{rows}</table></div>"
+    rows = [f"<tr>{_cell('th', key)}{_cell('td', value)}</tr>" for key, value in values.items()]
+    return f"<div><strong>{escape(title)}</strong><table>{''.join(rows)}</table></div>"
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of rows under a header.
+
+    Example:
+        >>> "&lt;b&gt;" in grid(["number"], [["<b>"]])
+        True
+    """
+    lines = [("th", header), *(("td", row) for row in rows)]
+    cells = ("".join(_cell(tag, text) for text in line) for tag, line in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+
+
+def _cell(tag: str, value: Any) -> str:
+    return f'<{tag} style="{_CELL}">{escape(_text(value))}</{tag}>'
 
 
 def _text(value: Any) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ksparse import display, interop
-from ksparse.config.evaluation import EvalConfig
+from ksparse.config.evaluation import COMPARED, EvalConfig
 from ksparse.errors import InputError, unknown
-from ksparse.evals import comparison, registry, runner
+from ksparse.evals import registry, runner
 from ksparse.evals.comparison import SAEComparison
 from ksparse.evals.statistics import Results
 from ksparse.lm.model import LM
@@ -82,7 +82,7 @@ def evaluate(
 def compare(
     saes: Sequence[SAESource] | Mapping[str, SAESource],
     lm: LM | None = None,
-    names: Names = comparison.NAMES,
+    names: Names = COMPARED,
     options: EvalConfig | None = None,
     *,
     against: str = "",

@@ -20,6 +20,7 @@ from ksparse.cli.subjects import (
 )
 from ksparse.config import ActsConfig
 from ksparse.config.evaluation import (
+    COMPARED,
     EVALUATIONS,
     STUDIES,
     EvalConfig,
@@ -315,7 +316,7 @@ class CompareArgs(EvalConfig):
         """The evaluations, as they are named."""
         words = self.evals.replace(",", " ").split()
         check_evaluations(words)
-        return list(dict.fromkeys(words)) or ["downstream", "stats"]
+        return list(dict.fromkeys(words)) or list(COMPARED)
 
 
 @verb

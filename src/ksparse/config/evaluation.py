@@ -18,6 +18,8 @@ from ksparse.errors import unknown
 
 DEFAULT_EVALUATIONS = ("downstream", "stats", "probes", "n2g", "explained_loss", "ablation")
 """The evaluations that run when none is named."""
+COMPARED = ("downstream", "stats")
+"""The evaluations that a comparison is made of where none is named."""
 EVALUATIONS = (
     *DEFAULT_EVALUATIONS,
     *("positions", "refinement", "progressive", "latents", "subspaces"),

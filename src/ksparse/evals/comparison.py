@@ -22,8 +22,6 @@ from ksparse.errors import InputError
 from ksparse.evals import statistics
 from ksparse.evals.statistics import Value
 
-NAMES = ("downstream", "stats")
-"""The evaluations that a comparison is made of where none is named."""
 COLUMNS: dict[str, dict[str, int]] = {
     "downstream": {"ce_delta": 1, "kl": 1, "recovered": -1},
     "stats": {"explained_variance": -1, "nmse": 1, "l0": 0, "dead_fraction": 0},

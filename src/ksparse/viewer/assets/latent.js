@@ -101,6 +101,8 @@ ksparse.views.latent = async function latentView(path, query, current) {
       }, "↔");
       short.addEventListener("click", () => widen());
       let wide = null;
+      const limits = el("p", { class: "note" },
+        "Values are stored around the marked token; elsewhere the latent may fire unseen.");
       async function widen() {
         if (getSelection().toString()) return; // the reader selects text
         if (!wide) {
@@ -112,7 +114,7 @@ ksparse.views.latent = async function latentView(path, query, current) {
         }
         const open = button.getAttribute("aria-expanded") !== "true";
         button.setAttribute("aria-expanded", String(open));
-        place.replaceChildren(open ? wide : short);
+        place.replaceChildren(...(open ? [wide, limits] : [short]));
       }
       return el("li", {},
         el("data", { value: example.v }, ksparse.number(example.v)), place, button);
