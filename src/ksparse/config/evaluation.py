@@ -119,8 +119,12 @@ class EvalConfig(Config):
     latents: int = _sample_size("n2g", small=400, paper=400)
     """n2g: number of live latents, drawn at random, whose explanations are scored; 0: 400."""
     n2g_examples: int = _sample_size("n2g", "explained_loss", small=16, paper=16)
-    """n2g, explained_loss: activations per latent from which its explanation is built, and as many
-    to score it; 0: 16."""
+    """n2g: activations per latent from which its explanation is built, and as many to score it; 0:
+    16."""
+    explained_examples: int = _sample_size("explained_loss", small=4, paper=16)
+    """explained_loss: activations per latent from which its explanation is built, at most
+    `n2g_examples`; 0: those of the budget (small: 4; paper: 16). All latents are explained, so this
+    decides how long it takes."""
     n2g_variant: Literal["ksparse", "official"] = _option("ksparse", "n2g", "explained_loss")
     """n2g, explained_loss: our implementation, or the published code with its faults, for
     comparison."""

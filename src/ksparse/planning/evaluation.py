@@ -164,12 +164,15 @@ def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expect
     if name == "ablation":
         return _ablation_phases(case, options)
     if name == "n2g":
-        return _explanations(min(options.latents, case.n_latents), case, options)
+        latents = min(options.latents, case.n_latents)
+        return _explanations(latents, options.n2g_examples, case, options)
     if name == "explained_loss":
-        others = options.latents if "n2g" in names else 0
+        per_latent = min(options.explained_examples, options.n2g_examples)
+        others = options.latents if "n2g" in names and per_latent == options.n2g_examples else 0
+        latents = max(0, case.n_latents - others)
         counted = options.ngram_tokens
         return {
-            **_explanations(max(0, case.n_latents - others), case, options),
+            **_explanations(latents, per_latent, case, options),
             "counting n-grams": Expected(0, counted, _SECONDS["ngrams"] * counted),
         }
     return {}
@@ -208,8 +211,13 @@ def _probe_phases(case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
     }
 
 
-def _explanations(latents: int, case: EvalCase, options: EvalConfig) -> dict[str, Expected]:
-    examples, length = latents * options.n2g_examples, case.acts.context
+def _explanations(
+    latents: int, per_latent: int, case: EvalCase, options: EvalConfig
+) -> dict[str, Expected]:
+    built_on = options.tokens // 2  # activations are of two of four parts of the documents
+    share = latents / case.n_latents
+    examples = round(min(latents * per_latent, built_on * case.k * share))
+    length = case.acts.context
     calls = {"suffixes": length, "which tokens matter": length * (length + 1) // 3}
     tokens = {"suffixes": SUFFIX_TOKENS, "which tokens matter": WILDCARD_TOKENS}
     return {
