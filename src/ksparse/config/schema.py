@@ -139,6 +139,15 @@ class SAEConfig(Config):
     the k used by analyses that need one."""
     activation: ActivationConfig = field(default_factory=TopKConfig)
     """Activation function, with options of its own."""
+    start: str = ""
+    """SAE to begin from: a run, a folder or file of any format that `ksparse.load` reads, or a name
+    on the Hub. Its weights are the start values; `n_latents` may be larger, k another one; moments,
+    averages and dead counters begin anew."""
+    k_start: int = 0
+    """Active latents per token at the first step, from which the number goes to `k` in equal ratios
+    over `k_anneal`; 0: `k` from the start."""
+    k_anneal: float = 0.5
+    """Share of the steps, from the first, over which `k_start` becomes `k`."""
     auxk_coef: float = 1 / 32
     """Weight of the AuxK loss, which revives dead latents of topk, batch_topk and jump_relu; 0
     turns it off. The other kinds resample dead latents instead."""
@@ -189,13 +198,39 @@ class SAEConfig(Config):
                 f"sae.k is {self.k}, more than the {self.n_latents} latents of sae.n_latents; "
                 "give a smaller k"
             )
-        if self.multi_topk and 4 * self.k > self.n_latents:
+        widest = max(self.k, self.k_start)
+        if self.multi_topk and 4 * widest > self.n_latents:
+            key = "k" if widest == self.k else "k_start"
             raise InputError(
-                f"Multi-TopK needs 4 x sae.k = {4 * self.k} latents, sae.n_latents is "
+                f"Multi-TopK needs 4 x sae.{key} = {4 * widest} latents, sae.n_latents is "
                 f"{self.n_latents}"
             )
+        if self.k_start and not 0 < self.k_start <= self.n_latents:
+            raise InputError(
+                f"sae.k_start is {self.k_start}; it must be from 1 to the {self.n_latents} latents "
+                "of sae.n_latents, or 0 for sae.k from the start"
+            )
+        self.check_range("k_anneal", above=0, at_most=1)
         self.activation.check(self)
         _check_prefixes(self)
+
+    def k_at(self, step: int, steps: int) -> int:
+        """Return the active latents per token of step `step` (from 1) of `steps`.
+
+        Between `k_start` and `k` it stays for a twentieth of the way at a time.
+
+        Example:
+            >>> options = SAEConfig(n_latents=512, k=8, k_start=128, k_anneal=0.5)
+            >>> [options.k_at(step, 100) for step in (1, 25, 50, 51, 100)]
+            [128, 32, 8, 8, 8]
+        """
+        if not self.k_start:
+            return self.k
+        stages = 20
+        done = step / max(1.0, self.k_anneal * steps)
+        share = min(1.0, math.floor(done * stages) / stages)
+        k: float = self.k_start * (self.k / self.k_start) ** share
+        return round(k)
 
     @property
     def bound(self) -> str:
@@ -542,7 +577,9 @@ class Recipe(Config):
         # The old name of the key: checkpoints and the names of sweep folders were made with it.
         table["optim"]["screen"] = table["optim"].pop("approx_topk")
         # Later keys are left out at their defaults, so that older runs keep their names.
-        for key in ("prefixes", "prefix_draws", "prefix_loss"):
+        for key in (
+            "prefixes", "prefix_draws", "prefix_loss", "start", "k_start", "k_anneal"
+        ):  # fmt: skip
             if getattr(self.sae, key) == getattr(SAEConfig, key):
                 del table["sae"][key]
         for key in ("lm_device_map", "lm_quantize"):

@@ -7,6 +7,7 @@ computes with a decoder that is off norm.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -110,6 +111,10 @@ class AutogradStep:
         )
         self.total = total
         return Losses(total, dict(zip(names, values)), code)
+
+    def set_k(self, k: int) -> None:
+        """Choose `k` latents per token from now on (`sae.k_start`)."""
+        self.sae.shape = dataclasses.replace(self.sae.shape, k=k)
 
     @property
     def penalty_share(self) -> float:
