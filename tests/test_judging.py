@@ -39,6 +39,43 @@ def test_an_sae_a_run_and_its_path_have_the_same_results_as_plain_json(run):
     assert json.dumps(found[0]) == json.dumps(found[1]) == json.dumps(found[2])
 
 
+def test_an_lm_may_be_named_and_is_read_at_the_saes_site(run, tiny_lm):
+    own = ksparse.evaluate(run, names="stats", progress=False, **SMALL)["stats"]
+    for lm in (str(tiny_lm("gpt2")), tiny_lm("gpt2")):
+        named = ksparse.evaluate(run, lm, "stats", progress=False, **SMALL)["stats"]
+        assert (named["lm"], named["site"]) == (str(tiny_lm("gpt2")), "resid_post.1")
+        assert named["nmse"] == own["nmse"]
+    found = ksparse.compare([run, run], str(tiny_lm("gpt2")), "stats", progress=False, **SMALL)
+    assert [row.values["nmse"]["value"] for row in found.rows] == [own["nmse"]["value"]] * 2
+
+
+def test_another_lm_by_name_is_refused_as_its_object_is(run):
+    with pytest.raises(InputError, match="model_type is 'llama', but 'gpt2' where the SAE was tr"):
+        ksparse.evaluate(run, "pylm/0.3m", "stats", progress=False, **SMALL)
+
+
+def test_saved_results_are_those_that_latents_and_steering_read(run):
+    with pytest.raises(InputError, match="there is no result of `stats`"):
+        ksparse.load(run).latent(3).max  # noqa: B018
+    found = ksparse.evaluate(run, names="stats", save=True, progress=False, **SMALL)["stats"]
+    assert run.eval("stats")["nmse"] == found["nmse"]
+    sae = ksparse.load(run)
+    assert sae.latent(3).max == pytest.approx(float(found.arrays["max_act"][3]))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"force": True}, "keeps only results on its own LM and site, not those with force"),
+        ({"lm": "pylm/0.3m"}, "not those on lm 'pylm/0.3m'"),
+    ],
+)
+def test_a_run_keeps_no_results_on_another_lm(run, arguments, words):
+    with pytest.raises(InputError, match=words):
+        ksparse.evaluate(run, names="stats", save=True, progress=False, **SMALL, **arguments)
+    assert run.eval("stats") is None
+
+
 def test_the_table_is_printed_on_a_terminal_and_neither_in_a_log_nor_when_silenced(
     run, monkeypatch, capsys
 ):
@@ -73,7 +110,9 @@ def test_train_says_that_it_is_done_unless_silenced(small_recipe, tmp_path, caps
         ((SAE(Shape(4, 8, 2)), None, []), {}, "no evaluation is named; there are downstream"),
         ((SAE(Shape(4, 8, 2)), "stats"), {}, "third argument: names='stats'"),
         ((SAE(Shape(4, 8, 2)), ["stats"]), {}, r"third argument: names=\['stats'\]"),
-        ((SAE(Shape(4, 8, 2)), "gpt2"), {}, "lm is 'gpt2'; it must be an LM with its site"),
+        ((SAE(Shape(4, 8, 2)), 3), {}, "lm is 3; it must be an LM with its site"),
+        ((SAE(Shape(4, 8, 2)), "gpt2"), {}, "give gpt2 with one: ksparse.LM.'gpt2', site=…"),
+        ((SAE(Shape(4, 8, 2)),), {"save": True}, "and this one was not loaded from a run"),
         ((3,), {}, "evaluate needs an SAE, not 3; give a run, a path"),
         (("runs/x", None, "stats"), {"token": 3}, "there is no option 'token'; did you mean"),
         (("runs/x", None, "stats", 3), {}, "options is 3; it must be an EvalConfig or a dict"),

@@ -4,7 +4,7 @@
     ProgressBar            a bar on a terminal, one line in a notebook, lines in a log
     show(table)            print a table where a person looks: on a terminal or in a notebook
     Table                  rows of text, as plain text and as HTML in which all text is escaped
-    to_frame(rows)         rows as a pandas DataFrame
+    to_frame(table)        rows or columns as a pandas DataFrame
 
 Beside the command line, this is the only module that prints, and `progress=False` silences it.
 """
@@ -348,8 +348,8 @@ def show(table: Any) -> None:
         print_status(repr(table))
 
 
-def to_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return rows as a pandas DataFrame.
+def to_frame(table: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:
+    """Return rows, or columns by name, as a pandas DataFrame.
 
     Raises:
         InputError: if pandas is not installed.
@@ -359,6 +359,6 @@ def to_frame(rows: Sequence[Mapping[str, Any]]) -> Any:
     except ImportError:
         raise InputError(
             "to_frame() makes a pandas DataFrame, and pandas is not installed: pip install pandas. "
-            "The numbers themselves are in the dictionary"
+            "The object itself holds the same numbers"
         ) from None
-    return pd.DataFrame(list(rows))
+    return pd.DataFrame(dict(table) if isinstance(table, Mapping) else list(table))

@@ -318,7 +318,10 @@ class HeldOutPass:
         self.documents: set[int] = set()
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
-        """Yield batches until `options.tokens` activations are read, or the text ends."""
+        """Yield batches until `options.tokens` activations are read, or the text ends.
+
+        Contexts are whole: the last batch has as many of them as are needed, at least one.
+        """
         data = self.data
         group: list[Context] = []
         for context in data.corpus.contexts():
@@ -335,6 +338,11 @@ class HeldOutPass:
 
     def _batch(self, group: list[Context]) -> HeldOutBatch:
         contexts = self.data.corpus.batch(group)
+        read = self.tokens + contexts.keep.sum(1).cumsum(0)
+        needed = int((read < self.data.options.tokens).sum()) + 1
+        if needed < len(group):
+            group = group[:needed]
+            contexts = self.data.corpus.batch(group)
         self.tokens += int(contexts.keep.sum())
         self.contexts += len(group)
         self.documents |= set(contexts.documents[contexts.keep].tolist())

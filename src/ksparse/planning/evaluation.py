@@ -20,7 +20,7 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
-from ksparse.progress import Expected
+from ksparse.progress import DIRECT_LOGITS, Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
@@ -51,6 +51,7 @@ _SECONDS = {
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
     "call": 4e-3,  # for a pass of the LM over few tokens
+    "logit": 2e-8,  # for a direct logit: is it among the largest, which bin is it in
     "change": 2e-8,  # for a logit that an ablation changes: its median, norms and divergence
 }
 
@@ -159,6 +160,17 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
     """Return what an evaluation does between the passes."""
     options = case.options.resolved()
+    if name == "stats":
+        logits = case.n_latents * case.subject.vocabulary
+        square = case.subject.d_model * case.head
+        return {
+            DIRECT_LOGITS: Expected(
+                case.saes * (case.n_latents * case.head + square),
+                0,
+                case.saes * logits * _SECONDS["logit"],
+                case.saes,
+            )
+        }
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":
