@@ -73,7 +73,6 @@ def test_the_last_whole_line_is_read_from_the_end_of_a_file(tmp_path, text, last
 
 
 def test_what_a_run_says_of_itself_does_not_read_its_metrics(run, monkeypatch):
-    run.path.mkdir()
     run.recipe_file.write_text(to_toml(Recipe()))
     for step in range(2000):
         run.append_metrics({"step": step, "tokens": 10 * step, "loss": 0.5})
