@@ -2,7 +2,7 @@
 
     shown("training")      progress until the block ends, unless somebody observes already
     ProgressBar            a bar on a terminal, one line in a notebook, lines in a log
-    show(table)            print a table where a person looks: on a terminal or in a notebook
+    show(table)            print a table on a terminal, for a script; elsewhere its value is shown
     Table                  rows of text, as plain text and as HTML in which all text is escaped
     to_frame(table)        rows or columns as a pandas DataFrame
 
@@ -11,6 +11,7 @@ Beside the command line, this is the only module that prints, and `progress=Fals
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
 import threading
@@ -273,9 +274,9 @@ class _NotebookLine:
 
         line = _InCell(text, f"<code>{escape(text)}</code>")
         if self._handle is None:
-            self._handle = display(line, display_id=True)
+            self._handle = display(line, display_id=True, metadata={"ksparse": "progress"})
         else:
-            self._handle.update(line)
+            self._handle.update(line, metadata={"ksparse": "progress"})
 
 
 @dataclass(frozen=True)
@@ -335,17 +336,18 @@ class Table:
 
 
 def show(table: Any) -> None:
-    """Print an object where a person looks: on a terminal, or as HTML in a notebook.
+    """Print an object on a terminal, where a script runs.
 
-    In a log, where another program may read what is printed, nothing is.
+    At a prompt and in a notebook nothing is printed: both show the value of the last expression
+    themselves. In a log, where another program may read what is printed, nothing is either.
     """
-    where = place()
-    if where == "notebook":
-        from IPython.display import display
-
-        display(table)
-    elif where == "terminal" and is_first_process():
+    if place() == "terminal" and not _is_interactive() and is_first_process():
         print_status(repr(table))
+
+
+def _is_interactive() -> bool:
+    """Return whether Python shows the value of an expression by itself."""
+    return hasattr(sys, "ps1") or getattr(builtins, "__IPYTHON__", False)
 
 
 def to_frame(table: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Any:

@@ -56,8 +56,8 @@ def evaluate(
             was trained with; the notes of each result then say so.
         save: write each result into the SAE's run as soon as it is complete, as `ksparse eval`
             does. Reports, `sae.latent` and `ksparse.steer` read them there.
-        progress: show progress on standard error, and at the end, on a terminal or in a notebook,
-            the table of results.
+        progress: show progress on standard error, and at the end, where a script runs on a
+            terminal, the table of results. A prompt and a notebook show what is returned.
         changes: single options by name, such as `tokens=10_000` or `text="essays/"`, a file, a
             folder or a data set on the Hub.
 

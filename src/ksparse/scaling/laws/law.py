@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse import display
 from ksparse.errors import InputError
 from ksparse.scaling.laws import solver
 from ksparse.scaling.laws.candidates import (
@@ -69,7 +70,7 @@ class Prediction:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Law:
     """A fitted law.
 
@@ -254,6 +255,21 @@ class Law:
         ]
 
     # ---- in words
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def table(self) -> display.Table:
+        """Return the coefficients with their 95 % intervals, and `summary` below them."""
+        rows = [
+            (name, f"{found.value:.4g}", f"{_end(found.low)} to {_end(found.high)}")
+            for name, found in self.coefficients.items()
+        ]
+        header = ("coefficient", "value", "95 % interval")
+        return display.Table(self.kind.title, header, rows, self.summary())
 
     def summary(self) -> list[str]:
         """Describe in sentences how well the law fits, what fits better, and what to distrust."""
@@ -466,6 +482,11 @@ def _format(value: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
+
+
+def _end(value: float | None) -> str:
+    """Return the end of an interval; None is one that the points do not bound."""
+    return "unbounded" if value is None else f"{value:.4g}"
 
 
 def _short(value: float | None) -> str:
