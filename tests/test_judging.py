@@ -4,13 +4,15 @@ import builtins
 import dataclasses
 import io
 import json
+import subprocess
 import sys
 
 import pytest
 
 import ksparse
-from ksparse import display, progress
+from ksparse import display, html, progress
 from ksparse.errors import InputError
+from ksparse.evals.comparison import SAEComparison
 from ksparse.evals.statistics import Result, Results
 from ksparse.sae.model import SAE, Shape
 from ksparse.training.train import train
@@ -87,6 +89,30 @@ def test_the_table_is_printed_on_a_terminal_and_neither_in_a_log_nor_when_silenc
         ksparse.evaluate(run, names="stats", progress=shown, **SMALL)
         assert ("explained_variance" in stream.getvalue()) is shown
         assert bool(stream.getvalue()) is shown
+
+
+def test_a_prompt_and_a_notebook_show_the_table_once_as_the_value_that_is_returned(
+    monkeypatch, capsys
+):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    display.show("a table")
+    assert stream.getvalue() == "'a table'\n"
+    for where, name in ((sys, "ps1"), (builtins, "__IPYTHON__")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, True, raising=False)
+            display.show("a second table")
+    monkeypatch.setattr(display, "place", lambda: "notebook")
+    display.show("a second table")
+    assert "second" not in stream.getvalue() + capsys.readouterr().out
+
+
+def test_a_notebook_without_widgets_has_no_warning_of_a_bar_that_we_do_not_draw():
+    script = "import ksparse, warnings; warnings.warn('IProgress not found. Please update')"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_progress_is_shown_by_the_outermost_alone():
@@ -172,6 +198,26 @@ def test_a_result_is_a_table_of_values_beside_their_baselines():
     assert lines[0] == "downstream-train · <b>x</b> at resid_post.1 · 1,200 tokens"
     assert lines[2].split("  ", 2)[1:] == ["ce_spliced", "3.5000 ± 0.2500  ce_clean 3.0000"]
     assert lines[3].split() == ["kl", "-"] and lines[4] == "note: <i>" and len(lines) == 5
+
+
+def test_a_result_without_baselines_has_no_column_for_them():
+    table = Result({"name": "stats", "l0": {"value": 4.0, "se": None}}).table()
+    assert (table.header, table.rows) == (("number", "value ± se"), [("l0", "4.0000")])
+
+
+def test_notes_that_all_compared_saes_share_are_said_once():
+    def results(*notes):
+        value = {"value": 1.0, "se": 0.1}
+        return {name: {"name": name, "kl": value, "notes": notes} for name in ("a", "b")}
+
+    found = SAEComparison.of({"x": results("of both", "of x"), "y": results("of both")}, {}, "x")
+    assert found.notes() == ["note: of both", "note: x: of x"]
+
+
+def test_lines_of_tokens_are_lines_and_spaces_in_cells_stay():
+    shown = html.tokens(["a\n  b", "<"], [(-1, 0.0, ""), (3, 1.0, "")])
+    assert "a↵\n  b" in shown and "&lt;" in shown and "pre-wrap" in shown
+    assert 'white-space:pre-wrap">   </td>' in html.grid(["token"], [["   "]])
 
 
 def test_html_escapes_all_text():

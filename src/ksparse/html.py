@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_CELL = "text-align:left;padding:1px 12px 1px 0"
+_CELL = "text-align:left;padding:1px 12px 1px 0;white-space:pre-wrap"
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -75,4 +75,6 @@ def tokens(texts: Sequence[str], marks: Iterable[tuple[int, float, str]]) -> str
         spans.append(
             f'<span style="{colour}border-radius:2px" title="{escape(note)}">{lines}</span>'
         )
-    return f'<div style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</div>'
+    return (
+        f'<div style="white-space:pre-wrap;line-height:1.7;margin:0 0 6px">{"".join(spans)}</div>'
+    )

@@ -316,9 +316,12 @@ class Result(dict[str, Any]):
             for key, value in numbers.items()
             if key not in shown
         ]
+        header: tuple[str, ...] = ("number", "value ± se", "beside it")
+        if not any(beside for _, _, beside in rows):
+            header, rows = header[:2], [row[:2] for row in rows]
         return display.Table(
             " · ".join(part for part in (str(self.get("name")), place, *words) if part),
-            ("number", "value ± se", "beside it"),
+            header,
             rows,
             [f"note: {note}" for note in self.get("notes", ())],
         )
@@ -336,7 +339,7 @@ class Results(dict[str, Result]):
     Example:
         >>> Results(stats=Result({"name": "stats", "l0": {"value": 32.0, "se": 0.5}}))
         stats
-          number  value ± se        beside it
+          number  value ± se
           l0      32.0000 ± 0.5000
     """
 

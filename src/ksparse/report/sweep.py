@@ -241,7 +241,8 @@ def draw_figure(folder: Path, name: str) -> Any:
         InputError: there is no such figure; the others are named.
     """
     drawn = draw_figures(folder)
-    return choose_figure(drawn, name, folder, "Other figures need other runs: `ksparse report`")
+    more = f"`ksparse report {folder}` says which runs would add others"
+    return choose_figure(drawn, name, folder, more)
 
 
 def draw_pictures(sweep: Sweep) -> list[Picture]:

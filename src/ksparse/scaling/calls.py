@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ksparse import progress as reports
 from ksparse.config import keywords as words
 from ksparse.config import recipe_of, to_toml
 from ksparse.config.serialize import to_toml_value
-from ksparse.errors import InputError
+from ksparse.errors import InputError, KsparseError
 from ksparse.scaling.laws import survey
 from ksparse.scaling.laws.survey import Survey
 from ksparse.scaling.sweeps import grid as grids
@@ -69,13 +70,13 @@ def sweep(
         )
     if grid is not None:
         folder = SweepFolder(Path(out or "sweeps/grid"))
-        atomic.write_text(folder.file, _format(grid, keywords))
-        file = folder.file
+        text = _format(grid, keywords)
+        read = grids.grid_of(tomllib.loads(text), folder.file)
+        atomic.write_text(folder.file, text)
     else:
         path = Path(str(source))
-        file = atomic.inside(path, "sweep.toml") if path.is_dir() else path
+        read = grids.read(atomic.inside(path, "sweep.toml") if path.is_dir() else path)
         folder = SweepFolder(Path(out or (path if path.is_dir() else f"sweeps/{path.stem}")))
-    read = grids.read(file)
     from ksparse.scaling.sweeps import run as sweeping  # needs torch, which `fit` does not
     from ksparse.scaling.sweeps.launch import Launch
 
@@ -88,7 +89,7 @@ def sweep(
         failed = sweeping.sweep(read, folder, Launch(), observe=observe)
     if failed:
         name, why = next(iter(failed.items()))
-        raise InputError(
+        raise KsparseError(
             f"{len(failed)} of {len(read)} runs failed, the first {folder.run(name).path}: {why}. "
             "The same call goes on with them"
         )

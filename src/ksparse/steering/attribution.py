@@ -196,7 +196,7 @@ def attribute_choice(
     code = Code(*(part.cpu() for part in code))
     ids = lm.tokenize(prompt)[0].tolist()
     instead = " or ".join(map(repr, minus)) or "the mean of all tokens"
-    value = float(values[0])
+    value = float(values[0].detach())
     question = f"{' or '.join(map(repr, plus))} over {instead}: logits differ by {value:+.3f}"
     return Attribution(question, value, token_strings(lm.tokenizer, ids), code)
 

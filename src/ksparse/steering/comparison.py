@@ -79,12 +79,9 @@ class Comparison(NamedTuple):
 
     def _repr_html_(self) -> str:
         shown = []
-        for name, side, other in (
-            ("Before", self.before, self.after),
-            ("Steered", self.after, self.before),
-        ):
-            same = zip_longest(side.tokens, other.tokens[: len(side.tokens)])
-            marks = [(_CHANGED, float(a != b), "" if a == b else "changed") for a, b in same]
+        for name, side in (("Before", self.before), ("Steered", self.after)):
+            pairs = zip_longest(side.tokens, self.before.tokens[: len(side.tokens)])
+            marks = [(_CHANGED, float(a != b), "" if a == b else "changed") for a, b in pairs]
             text = html.tokens([side.prompt, *side.strings], [(-1, 0.0, "the prompt"), *marks])
             shown.append(f"<div><strong>{name}</strong></div>{text}")
         return "".join(shown) + self.table().html()
@@ -122,8 +119,8 @@ def compare(
         force: Allow an LM or site that the SAE was not trained on.
 
     Returns:
-        Both continuations. A notebook shows them with the tokens marked that differ, place by
-        place, and the next tokens whose probability changes most.
+        Both continuations. A notebook shows them, those tokens marked that differ from the
+        unchanged ones place by place, and the next tokens whose probability changes most.
 
     Raises:
         InputError: The LM or its site is not the one the SAE was trained on; and whatever `steer`

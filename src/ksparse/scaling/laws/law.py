@@ -47,15 +47,26 @@ _CORRELATED = 0.5  # correlation of neighbouring residuals above which the form 
 _CLOSE = 2.0  # a smaller difference of AICc means nothing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction:
-    """A law's value with its 95 % interval, and the interval that holds a single further run."""
+    """A law's value with its 95 % interval, and the interval that holds a single further run.
+
+    Example:
+        >>> Prediction(value=0.25, low=0.2, high=0.3, run_low=0.1, run_high=0.4)
+        Prediction(0.25, 95 % interval [0.2, 0.3], of a single run [0.1, 0.4])
+    """
 
     value: float
     low: float
     high: float
     run_low: float
     run_high: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Prediction({self.value:.4g}, 95 % interval [{self.low:.4g}, {self.high:.4g}], "
+            f"of a single run [{self.run_low:.4g}, {self.run_high:.4g}])"
+        )
 
     def summary(self, target: str, at: dict[str, Any]) -> str:
         """Describe the prediction in one line."""

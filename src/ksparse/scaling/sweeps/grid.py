@@ -83,14 +83,15 @@ class SweepFolder:
 
     def table(self) -> display.Table:
         """Return the finished runs as a table."""
+        formats = {"n": ",", "k": "", "tokens": ",", "loss": ".4f", "dead": ".1%"}
+        runs = sorted(self.points(), key=lambda row: (row["n"], row["k"]))
         rows = [
-            [f"{row['n']:,}", str(row["k"]), f"{row['tokens']:,}", f"{row['loss']:.4f}"]
-            + [f"{row['dead']:.1%}"]
-            for row in self.points()
+            ["-" if row.get(key) is None else format(row[key], how) for key, how in formats.items()]
+            for row in runs
         ]
         title = f"Sweep {self.path}: {len(rows)} finished runs"
         header = ("latents", "k", "tokens", "held-out nmse", "dead")
-        return display.Table(title, header, sorted(rows, key=_by_number))
+        return display.Table(title, header, rows)
 
     def figures(self) -> dict[str, Any]:
         """Draw the figures of the sweep's report as matplotlib figures, by name
@@ -140,10 +141,6 @@ class SweepFolder:
         return RunFolder(self.path).locked()
 
 
-def _by_number(row: list[str]) -> list[float]:
-    return [float(cell.replace(",", "")) for cell in row[:3]]
-
-
 def _read_cell(text: str) -> Any:
     """Return a cell of points.csv as a number where it is one; None where it is empty."""
     for kind in (int, float):
@@ -162,6 +159,12 @@ def read(file: Path | str) -> Grid:
     table = recipes.read_toml(
         file, "sweep", "; give a sweep.toml, such as recipes/sweeps/pylm.toml"
     )
+    return grid_of(table, file)
+
+
+def grid_of(table: dict[str, Any], file: Path) -> Grid:
+    """Return the grid that the content of a sweep.toml describes; raise InputError as `read`."""
+    table = dict(table)
     grids = table.pop("grid", None)
     grids = grids if isinstance(grids, list) else [grids]
     if not all(isinstance(grid, dict) and grid for grid in grids):
