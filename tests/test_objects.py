@@ -146,6 +146,8 @@ def test_a_latents_logits_are_those_of_stats_or_computed_again(run):
         values = [[value for _, value in rows[name]] for rows in (kept, again)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert len(sae.latent(3).logits(30)["raises"]) == 30
+    shown = sae.latent(3)._repr_html_()
+    assert all(f"{value:+.2f}" in shown for rows in kept.values() for _, value in rows)
 
 
 def test_steering_is_in_multiples_of_the_largest_value(run, caplog):

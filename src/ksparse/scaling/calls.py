@@ -16,7 +16,7 @@ from ksparse.errors import InputError, KsparseError
 from ksparse.scaling.laws import survey
 from ksparse.scaling.laws.survey import Survey
 from ksparse.scaling.sweeps import grid as grids
-from ksparse.scaling.sweeps.grid import SweepFolder
+from ksparse.scaling.sweeps.grid import Grid, SweepFolder
 from ksparse.storage import atomic, jsonio
 
 HELD_OUT = 8_192
@@ -59,24 +59,7 @@ def sweep(
         >>> len(sweep.points())
         2
     """
-    if (source is None) == (grid is None):
-        raise InputError(
-            "a sweep needs a sweep.toml, its folder, or grid={…}, and one of them alone; such as "
-            'grid={"n_latents": [512, 1024], "k": [8, 16]}'
-        )
-    if source is not None and keywords:
-        raise InputError(
-            f"{source} says what to train; {next(iter(keywords))!r} can be given with grid={{…}}"
-        )
-    if grid is not None:
-        folder = SweepFolder(Path(out or "sweeps/grid"))
-        text = _format(grid, keywords)
-        read = grids.grid_of(tomllib.loads(text), folder.file)
-        atomic.write_text(folder.file, text)
-    else:
-        path = Path(str(source))
-        read = grids.read(atomic.inside(path, "sweep.toml") if path.is_dir() else path)
-        folder = SweepFolder(Path(out or (path if path.is_dir() else f"sweeps/{path.stem}")))
+    read, folder = _open(source, out, grid, keywords)
     from ksparse.scaling.sweeps import run as sweeping  # needs torch, which `fit` does not
     from ksparse.scaling.sweeps.launch import Launch
 
@@ -94,6 +77,34 @@ def sweep(
             "The same call goes on with them"
         )
     return folder
+
+
+def _open(
+    source: Path | str | None,
+    out: Path | str | None,
+    grid: Mapping[str, Sequence[Any]] | None,
+    keywords: dict[str, Any],
+) -> tuple[Grid, SweepFolder]:
+    """Return the grid that the arguments of `sweep` describe, and its folder."""
+    if grid is not None and source is None:
+        folder = SweepFolder(Path(out or "sweeps/grid"))
+        text = _format(grid, keywords)
+        read = grids.grid_of(tomllib.loads(text), folder.file)
+        atomic.write_text(folder.file, text)
+        return read, folder
+    if source is None or grid is not None:
+        raise InputError(
+            "a sweep needs a sweep.toml, its folder, or grid={…}, and one of them alone; such as "
+            'grid={"n_latents": [512, 1024], "k": [8, 16]}'
+        )
+    if keywords:
+        raise InputError(
+            f"{source} says what to train; {next(iter(keywords))!r} can be given with grid={{…}}"
+        )
+    path = Path(source)
+    if path.is_dir():
+        return grids.read(atomic.inside(path, "sweep.toml")), SweepFolder(Path(out or path))
+    return grids.read(path), SweepFolder(Path(out or f"sweeps/{path.stem}"))
 
 
 def _format(grid: Mapping[str, Sequence[Any]], keywords: dict[str, Any]) -> str:
