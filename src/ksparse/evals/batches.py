@@ -353,7 +353,8 @@ class HeldOutPass:
         corpus, documents = self.data.corpus, len(self.documents)
         notes = []
         if documents < 10:
-            notes.append(f"only {documents} documents: the standard errors are rough")
+            several = "s" * (documents != 1)
+            notes.append(f"only {documents} document{several}: the standard errors are rough")
         if corpus.cut_documents:
             notes.append(
                 f"{corpus.cut_documents:,} of {max(documents, corpus.cut_documents):,} "

@@ -303,7 +303,8 @@ class Result(dict[str, Any]):
         baselines = BASELINES.get(str(self.get("name")).partition("-")[0], {})
         beside = {key: [k for k in keys if k in numbers] for key, keys in baselines.items()}
         shown = {key for keys in beside.values() for key in keys}
-        words = (f"{self[key]:,} {key[2:]}" for key in ("n_tokens", "n_documents") if self.get(key))
+        counts = [(self.get(key), key[2:]) for key in ("n_tokens", "n_documents")]
+        words = (f"{n:,} {what.removesuffix('s') if n == 1 else what}" for n, what in counts if n)
         place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
         rows = [
             (
