@@ -174,11 +174,6 @@ def test_a_result_is_a_table_of_values_beside_their_baselines():
     assert lines[3].split() == ["kl", "-"] and lines[4] == "note: <i>" and len(lines) == 5
 
 
-def test_one_document_is_not_documents():
-    heads = [repr(Result(RESULT | {"n_documents": n})).splitlines()[0] for n in (1, 2)]
-    assert heads[0].endswith(" · 1 document") and heads[1].endswith(" · 2 documents")
-
-
 def test_html_escapes_all_text():
     html = Results(a=Result(RESULT))._repr_html_()
     assert "&lt;b&gt;x&lt;/b&gt;" in html and "<b>" not in html and "<i>" not in html
@@ -195,6 +190,11 @@ def test_without_pandas_to_frame_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(InputError, match="pandas is not installed: pip install pandas"):
         Result(RESULT).to_frame()
+
+
+def test_one_document_is_not_documents():
+    heads = [repr(Result(RESULT | {"n_documents": n})).splitlines()[0] for n in (1, 2)]
+    assert heads[0].endswith(" · 1 document") and heads[1].endswith(" · 2 documents")
 
 
 def test_a_frame_has_a_row_for_each_number():
