@@ -238,6 +238,11 @@ def test_without_pandas_to_frame_says_what_to_install(monkeypatch):
         Result(RESULT).to_frame()
 
 
+def test_one_document_is_not_documents():
+    heads = [repr(Result(RESULT | {"n_documents": n})).splitlines()[0] for n in (1, 2)]
+    assert heads[0].endswith(" · 1 document") and heads[1].endswith(" · 2 documents")
+
+
 def test_a_frame_has_a_row_for_each_number():
     pytest.importorskip("pandas")
     frame = Results(a=Result(RESULT)).to_frame()

@@ -77,6 +77,16 @@ def test_a_sae_of_unknown_origin_has_no_lm():
         SAE(Shape(8, 16, 2)).lm()
 
 
+def test_the_site_of_an_sae_that_does_not_say_it_is_not_guessed():
+    sae = SAE(Shape(64, 16, 2), {"origin": {"format": "sparsify", "lm": "pylm/0.3m"}})
+    with pytest.raises(InputError, match="does not say which LM it was trained on"):
+        sae.lm()
+    with pytest.raises(InputError, match="does not say at which site .* ksparse.LM.'pylm/0.3m', s"):
+        ksparse.evaluate(sae, "pylm/0.3m", "stats")
+    sae.metadata["origin"]["site"] = "resid_post.2"
+    assert sae.lm().options.site == "resid_post.2"
+
+
 def test_texts_are_cut_into_contexts_as_in_training_and_do_not_mix(run):
     sae = ksparse.load(run)
     lm = sae.lm()

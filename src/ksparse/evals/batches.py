@@ -24,6 +24,7 @@ from ksparse.config.evaluation import EvalConfig
 from ksparse.data.contexts import Context, Corpus
 from ksparse.errors import InputError, NonFiniteError
 from ksparse.evals.losses import Compared, compare, cross_entropy
+from ksparse.evals.statistics import count_of
 from ksparse.limits import LOGITS_BYTES
 from ksparse.lm.head import LogitRows, Logits
 from ksparse.lm.model import LM, CachedRun
@@ -353,7 +354,8 @@ class HeldOutPass:
         corpus, documents = self.data.corpus, len(self.documents)
         notes = []
         if documents < 10:
-            notes.append(f"only {documents} documents: the standard errors are rough")
+            few = count_of(documents, "documents")
+            notes.append(f"only {few}: the standard errors are rough")
         if corpus.cut_documents:
             notes.append(
                 f"{corpus.cut_documents:,} of {max(documents, corpus.cut_documents):,} "

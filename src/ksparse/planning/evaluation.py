@@ -43,6 +43,9 @@ SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
 """Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
 SEQUENCES = 6
 """Sequences of which these are, for each example and either purpose."""
+LOGIT = 600
+"""FLOPs of the LM that take as long as to see whether a direct logit is among the largest and in
+which bin it lies; measured on a CPU."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
@@ -51,7 +54,6 @@ _SECONDS = {
     "ngrams": 4e-6,  # for a token that is counted
     "probe": 1e-7,  # for a row of a task and a latent
     "call": 4e-3,  # for a pass of the LM over few tokens
-    "logit": 2e-8,  # for a direct logit: is it among the largest, which bin is it in
     "change": 2e-8,  # for a logit that an ablation changes: its median, norms and divergence
 }
 
@@ -161,16 +163,9 @@ def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expect
     """Return what an evaluation does between the passes."""
     options = case.options.resolved()
     if name == "stats":
-        logits = case.n_latents * case.subject.vocabulary
-        square = case.subject.d_model * case.head
-        return {
-            DIRECT_LOGITS: Expected(
-                case.saes * (case.n_latents * case.head + square),
-                0,
-                case.saes * logits * _SECONDS["logit"],
-                case.saes,
-            )
-        }
+        ends = case.n_latents * case.subject.vocabulary * LOGIT
+        rows = case.n_latents + case.subject.d_model  # those of the covariance
+        return {DIRECT_LOGITS: Expected(case.saes * (rows * case.head + ends), rounds=case.saes)}
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":

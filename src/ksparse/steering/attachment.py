@@ -57,7 +57,8 @@ def load_lm(sae: SAE, device: str = "auto", *, name: str = "") -> LM:
             )
     if sae.metadata.get("origin") and trained.get("lm") and trained.get("site"):
         return LM(acts=ActsConfig(**trained), device=device)
-    return LM(acts=serialization.acts_of({"acts": trained}), device=device)
+    own = {"acts": trained} if name else sae.metadata
+    return LM(acts=serialization.acts_of(own), device=device)
 
 
 class Tap:
