@@ -17,10 +17,12 @@ NAMES = [
     "compare",
     "convert",
     "evaluate",
+    "fit",
     "load",
     "open_run",
     "save",
     "steer",
+    "sweep",
     "train",
 ]
 KEYS = {

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ksparse import progress
 from ksparse.errors import InputError
 from ksparse.lm import direct_logits
 
@@ -83,6 +84,19 @@ def test_direct_logits_are_the_product_by_hand(kind, tied, monkeypatch):
 def test_the_blocks_behind_the_site_are_counted():
     for site, after in (("resid_pre.0", 2), ("mlp_out.0", 1), ("resid_mid.1", 0)):
         assert direct_logits.read_head(build("llama", True, site)[0]).blocks_after == after
+
+
+def test_progress_is_told_before_the_work_and_after_each_block(monkeypatch):
+    monkeypatch.setattr(direct_logits, "_ROWS", 2)
+    monkeypatch.setattr(direct_logits, "_TOKENS", 16)
+    head = direct_logits.read_head(build("llama", True)[0])
+    d, blocks = head.unembedding.shape[1], -(-len(head.unembedding) // 16)
+    told = []
+    with progress.observed(lambda what, done, total: told.append((what, done, total))):
+        head.ends(head.unembedding[:5])
+    assert {(what, total) for what, _, total in told} == {("direct logits", (5 + d) * blocks)}
+    steps = [b[1] - a[1] for a, b in zip(told, told[1:])]
+    assert told[0][1] == 0 and steps == [d] * blocks + [2, 2, 1] * blocks
 
 
 def test_a_row_of_zeros_has_logits_of_zero():

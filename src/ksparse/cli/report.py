@@ -15,7 +15,6 @@ from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
-from ksparse.cli.sweeps import fit_sweep
 from ksparse.errors import Interrupted
 from ksparse.storage.run_folder import open_run
 from ksparse.trust import code_is_trusted
@@ -34,9 +33,10 @@ def report(arguments: list[str]) -> None:
         return
     if (Path(folder) / "points.csv").is_file():
         from ksparse.report import sweep
+        from ksparse.scaling import calls
 
         if not (Path(folder) / "law.json").is_file():
-            fit_sweep(folder)
+            calls.fit(folder)
         print(f"report   {sweep.write(Path(folder)).resolve().as_uri()}")
         return
     run = open_run(folder)

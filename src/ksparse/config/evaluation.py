@@ -72,8 +72,9 @@ class EvalConfig(Config):
     budget: Literal["small", "paper"] = _option("small", _EVERY)
     """Sample sizes. small: minutes on two cores. paper: tight standard errors, for a GPU."""
     tokens: int = _sample_size(_EVERY, small=100_000, paper=10_000_000)
-    """Activations of held-out text to evaluate on, fewer if the text is shorter; 0: those of the
-    budget (small: 100,000; paper: 10 million)."""
+    """Activations of held-out text to evaluate on, rounded up to whole contexts, fewer if the text
+    is shorter; 0: those of the budget (small: 100,000; paper: 10 million). How many were read is
+    `n_tokens` of each result."""
     per_document: int = _option(512, _EVERY)
     """Tokens to use per document, so that a small sample still comes from many documents."""
     split: Literal["held-out", "validation", "train"] = _option("held-out", _EVERY)

@@ -264,11 +264,18 @@ class SAEComparison:
         return found
 
     def notes(self) -> list[str]:
-        """Return the notes of the results, each with its SAE's name."""
-        return [
+        """Return the notes of the results, each with its SAE's name unless it is of all."""
+        by_name = {
+            name: list(dict.fromkeys(n for one in results.values() for n in one.get("notes", ())))
+            for name, results in self.results.items()
+        }
+        shared = set.intersection(*map(set, by_name.values()))
+        first = next(iter(by_name.values()))
+        return [f"note: {note}" for note in first if note in shared] + [
             f"note: {name}: {note}"
-            for name, by_name in self.results.items()
-            for note in dict.fromkeys(n for one in by_name.values() for n in one.get("notes", ()))
+            for name, notes in by_name.items()
+            for note in notes
+            if note not in shared
         ]
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ksparse import progress
 from ksparse.errors import InputError
 from ksparse.lm.sites import ALIASES, blocks_of
 from ksparse.lm.tokens import token_strings
@@ -110,10 +111,11 @@ class DirectHead:
         Rows and tokens are taken a block at a time, so the memory does not depend on their product.
         """
         inner = self.project(rows)
-        mean, covariance = self._moments()
+        r, v = len(inner), len(self.unembedding)
+        work = _Work((r + inner.shape[1]) * len(range(0, v, _TOKENS)))
+        mean, covariance = self._moments(work)
         centre = inner @ mean
         spread = ((inner @ covariance) * inner).sum(1).clamp_min(0).sqrt()
-        r, v = len(inner), len(self.unembedding)
         up, down = _Ends(r, min(count, v), inner), _Ends(r, min(count, v), inner)
         histogram = torch.zeros(r, BINS, dtype=torch.int32, device=inner.device)
         for first in range(0, v, _TOKENS):
@@ -124,11 +126,12 @@ class DirectHead:
                 up.add(part, logits, first)
                 down.add(part, -logits, first)
                 histogram[part] += _count(logits, spread[part])
+                work.add(len(logits))
         return DirectLogits(
             up.tokens.int(), up.values, down.tokens.int(), -down.values, spread, histogram
         )
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def _moments(self, work: _Work) -> tuple[Tensor, Tensor]:
         """Return mean [d] and covariance [d, d] of the unembedding's rows, summed in float64."""
         v, d = self.unembedding.shape
         device = self.weight.device
@@ -140,7 +143,20 @@ class DirectHead:
         for block in self.unembedding.split(_TOKENS):
             offset = (block.double() - mean).float()
             square += (offset.T @ offset).double()
+            work.add(d)
         return mean.float(), (square / v).float()
+
+
+class _Work:
+    """Reports how many rows have met blocks of the unembedding; for its covariance, d of them."""
+
+    def __init__(self, total: int):
+        self.done, self.total = 0, total
+        self.add(0)
+
+    def add(self, rows: int) -> None:
+        self.done += rows
+        progress.report(progress.DIRECT_LOGITS, self.done, self.total)
 
 
 class _Ends:

@@ -443,4 +443,5 @@ def check_length(tokens: int, longest: int | None, lm: str, what: str = "a conte
         raise InputError(
             f"{what} is {tokens:,} tokens long, but {lm} takes at most {longest:,}; give a shorter "
             + ("--acts.context" if what == "acts.context" else "one")
+            + (", or lm.encode(text, sae), which cuts it" if what == "the text" else "")
         )

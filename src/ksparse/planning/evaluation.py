@@ -20,7 +20,7 @@ from ksparse.config import ActsConfig
 from ksparse.config.evaluation import EvalConfig
 from ksparse.limits import PRE_ACTS, logit_rows
 from ksparse.planning.costs import CONTEXT, CONTEXTS, LIBRARIES, LMSpec, bytes_of
-from ksparse.progress import Expected
+from ksparse.progress import DIRECT_LOGITS, Expected
 
 HELD = 10
 """Hidden states, activations and reconstructions [tokens, d_model] of a batch that are held at
@@ -43,6 +43,9 @@ SUFFIX_TOKENS, WILDCARD_TOKENS = 50, 85
 """Tokens that N2G reads for each example: to find its suffix, and which of its tokens matter."""
 SEQUENCES = 6
 """Sequences of which these are, for each example and either purpose."""
+LOGIT = 600
+"""FLOPs of the LM that take as long as to see whether a direct logit is among the largest and in
+which bin it lies; measured on a CPU."""
 TASKS = 40
 """Tasks of a suite of probes, about."""
 _SECONDS = {
@@ -159,6 +162,10 @@ def parts(names: Sequence[str], case: EvalCase) -> dict[str, Expected]:
 def _phases(name: str, case: EvalCase, names: Sequence[str]) -> dict[str, Expected]:
     """Return what an evaluation does between the passes."""
     options = case.options.resolved()
+    if name == "stats":
+        ends = case.n_latents * case.subject.vocabulary * LOGIT
+        rows = case.n_latents + case.subject.d_model  # those of the covariance
+        return {DIRECT_LOGITS: Expected(case.saes * (rows * case.head + ends), rounds=case.saes)}
     if name == "probes":
         return _probe_phases(case, options)
     if name == "ablation":

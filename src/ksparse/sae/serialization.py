@@ -389,5 +389,5 @@ def download(repository: str, revision: str | None, patterns: Sequence[str]) -> 
         raise InputError(
             f"{repository if len(repository) <= 200 else repository[:80] + '…'} is neither a "
             f"folder here nor a Hub repository "
-            f"that can be reached ({type(error).__name__}: {reason})"
+            f"that can be reached ({type(error).__name__}: {reason}){hub.absence(repository)}"
         ) from None

@@ -160,7 +160,8 @@ class SAETrainer:
         state = self.state
         for alarm in self.monitor.see(state.step, state.tokens, grad_norm, dead):
             log.warning(
-                "step %s: %s%s",
+                "%s, step %s: %s%s",
+                self.run.path,
                 f"{state.step:,}",
                 alarm["says"],
                 f" ({alarm['kept_back']:,} more such steps since the last warning)"

@@ -212,6 +212,11 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
             "tokens: leave it at 'last', "
             "or name a folder of texts with --suite"
         )
+    if options.probe_rows < 4 * LEAST:
+        raise InputError(
+            f"probe_rows is {options.probe_rows}; a built-in task needs {LEAST} rows of each label "
+            f"in each half: give at least {4 * LEAST}, or texts with --suite"
+        )
     pool = _TokenPool(lm, acts)
     target = _TOKENS_PER_ROW * options.probe_rows
     observe("labelling Python source", 0, target)
@@ -232,6 +237,11 @@ def python_tasks(lm: LM, acts: ActsConfig, options: EvalConfig, observe: Progres
             )
         else:
             chosen[task.name] = drawn
+    if not chosen:
+        raise InputError(
+            f"no built-in task can be judged on {len(document):,} tokens: "
+            f"{next(iter(left_out.values()))}; give more probe_rows than {options.probe_rows}"
+        )
     needed = np.unique(np.concatenate(list(chosen.values())))
     x = pool.activations(needed, observe)
 
