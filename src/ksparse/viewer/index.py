@@ -89,6 +89,13 @@ class Index:
         token_ids = np.unique(self._by_token[0]).tolist()
         return {"numbers": token_ids, "strings": [self.data.token(i) for i in token_ids]}
 
+    def commonest_tokens(self, most: int = 200) -> list[int]:
+        """Return the tokens that hold the largest share of latents' activations, summed."""
+        token, _, share = self._by_token
+        ids, places = np.unique(token, return_inverse=True)
+        total = np.bincount(places, weights=share, minlength=len(ids))
+        return ids[np.argsort(-total, kind="stable")][:most].tolist()
+
     def latents_of(self, first: int, last: int) -> dict[str, Any]:
         """Return the latents that fire most on each of the tokens `first` to `last - 1`."""
         latents: dict[str, list[Any]] = {}
