@@ -530,7 +530,7 @@ def assert_inert(browser: Browser, *shown: str) -> None:
     ]
     assert all(
         re.match(
-            r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$",
+            r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|index\.html#/latent/\d+$|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$",
             link,
         )
         for _, _, link in found

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ksparse.report import findings
 from ksparse.report.tables import format_percent, format_significant
 from ksparse.report.tokens import safe_text
 from ksparse.viewer.columns import Columns
@@ -111,9 +112,9 @@ class Start:
     def queries(self) -> list[str]:
         """Searches that find something in this run: a probe task, then tokens of many latents."""
         tasks = [
-            task["name"]
-            for task in self.index.tasks
-            if _is_clear(task) and len(task["name"]) <= LONGEST_QUERY
+            safe_text(task.name)
+            for task in findings.tasks(self.data.source)
+            if task.is_clear and len(safe_text(task.name)) <= LONGEST_QUERY
         ]
         queries = tasks[:1]
         for token in self.index.commonest_tokens():
@@ -170,11 +171,11 @@ class Start:
 
     def _best_at_tasks(self) -> Chosen:
         chosen: dict[int, str] = {}
-        for task in self.index.tasks:  # the largest gain first
-            if task["best"] and _is_clear(task) and len(chosen) < LATENTS:
-                name = safe_text(task["name"], LONGEST_QUERY)
-                latent = task["best"][0][0]
-                chosen.setdefault(latent, f"{name} · {task['gain']:+.3f} nats")
+        for task in findings.tasks(self.data.source):  # the largest gain first
+            is_known = task.latent is not None and 0 <= task.latent < self.data.n
+            if task.latent is not None and is_known and task.is_clear and len(chosen) < LATENTS:
+                said = f"{safe_text(task.name, LONGEST_QUERY)} · {task.gain:+.3f} nats"
+                chosen.setdefault(task.latent, said)
         return list(chosen.items())
 
     def _most_surprising(self) -> Chosen:
@@ -192,9 +193,3 @@ class Start:
         return [
             (i, f"{format_percent(float(elsewhere[i]))} on other tokens") for i in order.tolist()
         ]
-
-
-def _is_clear(task: dict[str, Any]) -> bool:
-    """Return whether a task's gain is more than two standard errors of its latent's loss."""
-    _, se = task["losses"].get("loss") or (None, None)
-    return task["gain"] is not None and task["gain"] > 2 * (se or 0)
