@@ -119,7 +119,7 @@ def summarize(source: RunSource) -> str:
         results.append(f"it explains {format_percent(explained.value)} of their variance")
     if added and clean and spliced:
         results.append(
-            "with its reconstructions in their place the LM's loss rises by "
+            "with its reconstructions in their place the LM’s loss rises by "
             f"{format_significant(added.value, 2)} nats per token, from {clean.value:.2f} to "
             f"{spliced.value:.2f}"
         )

@@ -7,8 +7,9 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   const { el, run } = ksparse;
   const columns = run.columns.filter(({ key }) => !ksparse.columns.onlyOnMaps(key));
   const ranges = columns.map(({ key }) => [key, query.get(key) ?? ""]).filter(([, range]) => range);
+  const usual = run.first.sort ?? "number";
   const state = {
-    sort: query.get("sort") ?? run.first.sort ?? "number",
+    sort: query.get("sort") ?? usual,
     up: query.get("up") === "1",
     page: Math.max(1, Number(query.get("page")) || 1),
     own: query.get("own") === "1",
@@ -17,7 +18,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   document.title = `${run.name} · latents`;
 
   const filtered = Object.keys(state.ranges).length > 0 || state.own;
-  const isFirst = !filtered && !state.up && state.page === 1 && state.sort === run.first.sort;
+  const isFirst = !filtered && !state.up && state.page === 1 && state.sort === usual;
   const rows = isFirst ? firstRows() : await selectRows();
   if (!current()) return;
   const isStart = path.length === 0 && isFirst && !ksparse.address().path.length;
@@ -145,14 +146,14 @@ ksparse.views.latents = async function latentsView(path, query, current) {
 
   // What can be seen of a run that was not evaluated: a table would be bare numbers.
   function untouched() {
-    return el("p", { class: "note" }, "Until then, ",
-      el("a", { href: "#/latent/0" }, "a latent’s page"), " shows its nearest latents",
-      run.has.weights
-        ? [", the ", el("a", { href: "#/map" }, "map"), " where all of them lie"]
-        : null,
-      ksparse.live
-        ? [", and ", el("a", { href: "#/try" }, "Try it"), " the latents of a text"]
-        : null, ".");
+    const ways = [
+      run.has.weights ? ["#/latent/0", "each latent’s nearest ones"] : null,
+      run.has.weights ? ["#/map", "the map"] : null,
+      ksparse.live ? ["#/try", "the latents of a text"] : null,
+    ].filter(Boolean);
+    if (!ways.length) return null;
+    return el("p", { class: "note" }, "Already here: ", ways.map(([href, text], i) =>
+      [i ? " · " : null, el("a", { href }, text)]));
   }
 
   function footnote() {
@@ -233,7 +234,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   function address(changes) {
     const { sort, up, page, own, ranges: selected } = { ...state, ...changes };
     return ksparse.to("latents", {
-      sort: sort === run.first.sort && !up ? "" : sort, up: up ? 1 : "",
+      sort: sort === usual && !up ? "" : sort, up: up ? 1 : "",
       page: page > 1 ? page : "", own: own ? 1 : "", ...selected,
     });
   }
