@@ -202,7 +202,7 @@ def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Brows
         assert browser.js("return document.querySelector('#label').value") == "things of area"
         browser.open(at(port, "#/latents?own=1"))
         browser.until("return document.querySelectorAll('tbody tr').length == 1")
-        browser.until("return document.querySelector('tbody .own').innerText == 'things of area'")
+        browser.until("return document.querySelector('tbody .own')?.innerText == 'things of area'")
         assert "★" in browser.text("tbody")
         browser.open(at(port, "#/search?q=things"))
         assert browser.find("#hits-labels a.to").text == str(number)

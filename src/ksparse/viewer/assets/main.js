@@ -71,7 +71,9 @@
     actions[event.key]();
   });
   search.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") search.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // which would empty the field
+    search.blur();
   });
   document.getElementById("search-form").addEventListener("submit", (event) => {
     event.preventDefault();

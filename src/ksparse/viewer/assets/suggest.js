@@ -32,10 +32,6 @@ ksparse.suggest = function suggest(input) {
   input.addEventListener("keydown", (event) => {
     const steps = { ArrowDown: 1, ArrowUp: -1 };
     if (list.hidden) return;
-    if (event.key === "Escape") {
-      event.preventDefault(); // which would empty the field
-      close();
-    }
     if (steps[event.key]) {
       event.preventDefault();
       const count = hrefs.length + 1; // one place is "none", the field itself
