@@ -91,10 +91,12 @@ class Index:
 
     def commonest_tokens(self, most: int = 200) -> list[int]:
         """Return the tokens that hold the largest share of latents' activations, summed."""
-        token, _, share = self._by_token
-        ids, places = np.unique(token, return_inverse=True)
-        total = np.bincount(places, weights=share, minlength=len(ids))
-        return ids[np.argsort(-total, kind="stable")][:most].tolist()
+        if self.data.fires_on is None:
+            return []
+        token, share = (column.ravel() for column in self.data.fires_on)
+        total = np.bincount(token[token >= 0], weights=share[token >= 0])
+        order = np.argsort(-total, kind="stable")[:most]
+        return order[total[order] > 0].tolist()
 
     def latents_of(self, first: int, last: int) -> dict[str, Any]:
         """Return the latents that fire most on each of the tokens `first` to `last - 1`."""

@@ -6,9 +6,9 @@ from typing import Any
 
 from ksparse.report.claims import count_verdicts, judge_claims
 from ksparse.report.sections import ablation, explanations, probes, reconstruction
-from ksparse.report.sections.base import Section, draw_all, read_details
+from ksparse.report.sections.base import EvaluationPart, Section, draw_all, read_details
 from ksparse.report.source import RunSource
-from ksparse.report.tables import build_table, describe_settings
+from ksparse.report.tables import NumberGroup, build_table, describe_settings
 
 PARTS = (
     reconstruction.STATS,
@@ -62,22 +62,37 @@ This command does it: <code>{{ facts.command }}</code></p>
 def read_facts(source: RunSource) -> dict[str, Any]:
     """Return the claims, the numbers behind them, and the figures."""
     measured = [part for part in PARTS if source.result(part.name) is not None]
-    missing = [part for part in PARTS if part not in measured and part.name not in source.left_out]
     groups = [part.group for part in measured]
-    table = build_table(source, groups)
-    cells = [cell for entry in table for cell in entry["cells"]]
     verdicts = judge_claims(source, [claim for part in PARTS for claim in part.claims])
     return {
         "claims": verdicts,
         "tally": count_verdicts(verdicts),
-        "groups": table,
-        "key_cells": [cell for cell in cells if cell.row.key_number and cell.number is not None],
-        "count": sum(cell.number is not None for cell in cells),
-        "missing": [part.group.title for part in missing],
-        "command": source.command("eval", *(part.name for part in missing if measured)),
+        **read_numbers(source, groups),
+        **describe_missing(source, measured),
         "pictures": draw_all(source, PARTS),
         "details": read_details(source, PARTS),
         "settings": describe_settings(source, groups),
+    }
+
+
+def read_numbers(source: RunSource, groups: list[NumberGroup]) -> dict[str, Any]:
+    """Return the groups with their cells, the cells shown first, and how many were measured."""
+    table = build_table(source, groups)
+    cells = [cell for entry in table for cell in entry["cells"] if cell.number is not None]
+    return {
+        "groups": table,
+        "key_cells": [cell for cell in cells if cell.row.key_number],
+        "count": len(cells),
+    }
+
+
+def describe_missing(source: RunSource, measured: list[EvaluationPart]) -> dict[str, Any]:
+    """Return the titles of the evaluations that were not run, and one command that runs them."""
+    missing = [part for part in PARTS if part not in measured and part.name not in source.left_out]
+    names = [part.name for part in missing] if measured else []
+    return {
+        "missing": [part.group.title for part in missing],
+        "command": source.command("eval", *names),
     }
 
 
