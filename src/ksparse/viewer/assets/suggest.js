@@ -106,10 +106,10 @@ ksparse.suggest = function suggest(input) {
   }
 
   function open(i) {
-    const href = hrefs[i];
+    const { hash } = el("a", { href: hrefs[i] }); // an address as any link has it
     close();
     input.blur();
-    location.hash = href;
+    location.hash = hash;
   }
 
   function close() {
