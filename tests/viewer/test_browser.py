@@ -146,7 +146,11 @@ def test_direct_logits_are_on_the_page_and_in_the_table(
         tokens = [safe_token(vocabulary[i]) for i in stats[f"logits_{end}_token"][loudest]]
         assert browser.js(shown, f".logits.{word} bdi") == [f'"{token}"' for token in tokens]
     browser.open(at(served, "#/latents"))
-    browser.until("return document.querySelector('td.raises .pair')")
+    browser.until("return document.querySelector('td.words .pair')")
+    shown = "return document.querySelector('tbody th a.to').innerText"
+    first, cell = int(browser.js(shown)), "return document.querySelector('td.words').innerText"
+    token = safe_token(vocabulary[stats["logits_up_token"][first, 0]])
+    assert browser.js(cell).startswith(f'"{token.rstrip()}')
 
 
 def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Browser, run: RunFolder):
@@ -198,7 +202,7 @@ def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Brows
         assert browser.js("return document.querySelector('#label').value") == "things of area"
         browser.open(at(port, "#/latents?own=1"))
         browser.until("return document.querySelectorAll('tbody tr').length == 1")
-        browser.until("return document.querySelector('tbody').innerText.includes('things of area')")
+        browser.until("return document.querySelector('tbody .own')?.innerText == 'things of area'")
         assert "★" in browser.text("tbody")
         browser.open(at(port, "#/search?q=things"))
         assert browser.find("#hits-labels a.to").text == str(number)
@@ -248,7 +252,7 @@ def test_the_table_is_sorted_filtered_and_linked(browser: Browser, served: int, 
         )
     ]
     assert shown == np.argsort(-density, kind="stable")[:50].tolist()
-    browser.find("thead th:nth-child(2) button").click()
+    browser.find("thead [aria-sort] button").click()
     browser.until("return document.querySelector('[aria-sort=ascending]')")
     assert "up=1" in browser.driver.current_url
     browser.open(at(served, "#/latents?density=1..5"))
@@ -359,6 +363,7 @@ def test_the_export_works_from_the_disk(
     browser.open(page)
     browser.find("tbody tr a.to")
     browser.until("return document.querySelector('td.words .pair')")
+    browser.until("return document.querySelector('td.example mark')")
     browser.open(f"{page}#/latent/{loudest}")
     browser.title(f"Latent {loudest} ·")
     assert browser.find(".texts-list mark") and browser.find(".panel .list a.to")
@@ -525,7 +530,7 @@ def assert_inert(browser: Browser, *shown: str) -> None:
     ]
     assert all(
         re.match(
-            r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$",
+            r"#|data:,|(http://127\.0\.0\.1:\d+|file://)/|report\.html|index\.html#/latent/\d+$|(ksparse-[0-9a-f]{16}/)?[a-z]+\.(css|js)$|$",
             link,
         )
         for _, _, link in found

@@ -15,7 +15,7 @@ from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
-from ksparse.errors import Interrupted
+from ksparse.errors import InputError, Interrupted
 from ksparse.storage.run_folder import open_run
 from ksparse.trust import code_is_trusted
 
@@ -46,7 +46,7 @@ def report(arguments: list[str]) -> None:
 
 @verb
 def view(arguments: list[str]) -> None:
-    """view RUN [--export DIR] [--port N]
+    """view RUN [--export DIR] [--port N] [--latent N]
 
     Browse the latents of a run, or of the SAE judged by `eval SAE --out`, on this machine, or write
     pages for any web host.
@@ -61,25 +61,34 @@ def view(arguments: list[str]) -> None:
         LM."""
         port: int = 8765
         """Port on 127.0.0.1; 0: any that is free."""
+        latent: int = -1
+        """Latent whose page the printed address opens; -1: the start page."""
         trust_remote_code: bool = False
         """Let code that comes with the LM run, if you trust its author. No file can allow it."""
 
     folder, flags = split_folder("view", arguments)
     options = parse(ViewArgs, "view RUN", flags)
     run = open_run(folder)
+    last = run.subject().n_latents - 1
+    if not -1 <= options.latent <= last:
+        raise InputError(
+            f"--latent {options.latent}: there is no such latent; {folder} has latents 0 to "
+            f"{last:,}. Give one of these, or leave --latent out"
+        )
     from ksparse import viewer
 
     if run.is_judged():
         from ksparse.interop import load_judged
 
         load_judged(run)  # the pages need its weights: say now if it has moved or changed
+    place = f"#/latent/{options.latent}" if options.latent >= 0 else ""
     if options.export:
         with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
             page = viewer.export(run, Path(options.export), observe=progress.report)
-        print(f"pages    {page.resolve().as_uri()}")
+        print(f"pages    {page.resolve().as_uri()}{place}")
         return
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}/?token={token}"
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/?token={token}{place}"
     print(f"latents  {address}   (Ctrl-C stops it)", flush=True)
     try:
         viewer.serve(run, listener, token, trust_remote_code=code_is_trusted())

@@ -7,6 +7,7 @@ resources    a run's files -> resources: JSON objects, small however many latent
 run_data     what all resources need of the files
 columns      a number of every latent, for tables and maps
 details      everything on a block of latents
+start        the start page: latents worth a look, example searches, what to run next
 index        from tokens and tasks to latents
 weights      the decoder -> nearest latents, and a plane to draw all latents on
 labels       names and stars that a reader gives, stored beside the run

@@ -175,8 +175,9 @@ class Columns:
 
     @cached_property
     def first_rows(self) -> dict[str, Any]:
-        """The top of the table in its first order: by effect, or else by density."""
-        key = next((key for key in ("effect", "density") if key in self.all), None)
+        """The top of the table in its first order: by largest value, or else by what there is."""
+        keys = ("max_act", "effect", "f1", "gain")
+        key = next((key for key in keys if key in self.all), None)
         values = self.values(key) if key else np.zeros(self.data.n)
         order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:ROWS]
         return {

@@ -206,7 +206,7 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
         name = request.path_params.get("name", "index.html")
         if name == "report.html" and atomic.inside(run.path, name).is_file():
             return Response(
-                run.report_file.read_bytes(),
+                static_site.report_page(run),
                 media_type="text/html; charset=utf-8",
                 headers={"Content-Security-Policy": REPORT_POLICY},
             )

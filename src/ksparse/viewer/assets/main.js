@@ -21,6 +21,7 @@
       if ((link.hash.slice(2) || "latents") === name) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
+    ksparse.placeSearch(null); // the start page takes it
     if (name === "search") search.value = query.get("q") ?? "";
     try {
       if (view) await view(path.slice(1), query, current);
@@ -57,7 +58,7 @@
     s: () => ksparse.star(),
     e: () => document.getElementById("label")?.select(),
     n: () => ksparse.lines(!ksparse.lines()),
-    l: () => { location.hash = "#/"; },
+    l: () => { location.hash = "#/latents"; },
     m: () => { location.hash = "#/map"; },
     t: () => document.querySelector(".latent-head .button, header nav a[href='#/try']").click(),
     "?": () => keys.showModal(),
@@ -70,7 +71,9 @@
     actions[event.key]();
   });
   search.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") search.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // which would empty the field
+    search.blur();
   });
   document.getElementById("search-form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -93,6 +96,7 @@
     ksparse.show(el("p", { class: "missing", role: "alert" }, error.message));
     return;
   }
+  ksparse.suggest(search);
   document.getElementById("brand").textContent = ksparse.run.name;
   const report = document.getElementById("report");
   report.hidden = !ksparse.run.has.report;
