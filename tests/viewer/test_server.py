@@ -412,34 +412,38 @@ def test_types_have_no_case(served):
 @pytest.mark.parametrize(
     "body, why",
     [
-        ('{"text": "x", "latent": 1, "value": 1%s}' % ("0" * 400), "held at a number"),
-        ('{"text": "x", "latent": 1, "value": -1e308}', "held at a number"),
-        ('{"text": "x", "latent": 1, "value": 1e38}', "predicts NaN"),
-        ('{"text": "x", "latent": 1, "value": -1e38}', "predicts NaN"),
-        ('{"text": "x", "latent": 1%s, "value": 1}' % ("0" * 400), "does not exist"),
-        ('{"text": "x", "latent": 1, "value": 1, "at": 1%s}' % ("0" * 400), "is not one of 0 to"),
+        ('{"text": "x", "latents": [[1, 1%s]]}' % ("0" * 400), "multiple of its largest"),
+        ('{"text": "x", "latents": [[1, -1e308]]}', "multiple of its largest"),
+        ('{"text": "x", "latents": [[1%s, 1]]}' % ("0" * 400), "does not exist"),
+        ('{"text": "x", "latents": [[1, 1]], "at": 1%s}' % ("0" * 400), "whole number from 0"),
+        ('{"text": "x", "latents": [[1, 1]], "at": 99}', "token 99 is not one of 0 to"),
         (
-            '{"text": "x", "latent": %s1%s, "value": 1}' % ("[" * 900, "]" * 900),
+            '{"text": "x", "latents": [[%s1%s, 1]]}' % ("[" * 900, "]" * 900),
             "named by its number, not by a list",
         ),
-        ('{"text": "x", "latent": 1, "value": {"a": 1}}', "not at a dict"),
+        ('{"text": "x", "latents": [[1, {"a": 1}]]}', "not at a dict"),
+        ('{"text": "x", "latents": [[1, 1]], "tokens": 1000}', "whole number from 1 to 256"),
+        ('{"text": "x", "latents": [[1, 1]], "run": "tin"}', "there is no run 'tin' here"),
+        ('{"text": "x", "latents": [[1, 1]], "run": ["tiny"]}', "there is no run a list here"),
         (
-            '{"text": "%s", "latent": 1, "value": 1}' % ("x" * 20_001),
+            '{"text": "%s", "latents": [[1, 1]]}' % ("x" * 20_001),
             "20,001 characters; at most 20,000",
         ),
-        ('{"text": 1, "latent": 1, "value": 1}', "the text to read is missing"),
+        ('{"text": 1, "latents": [[1, 1]]}', "the text to read is missing"),
     ],
 )
-def test_what_cannot_be_held_is_answered_with_its_reason(served, body, why):
-    status, _, said = ask(served, "/api/change", method="POST", body=body.encode())
+def test_what_cannot_be_steered_is_answered_with_its_reason(served, body, why):
+    status, _, said = ask(served, "/api/steer", method="POST", body=body.encode())
     assert status == 400 and why in json.loads(said)["error"]
 
 
-def test_half_a_character_is_read_as_a_question_mark(served):
-    status, _, body = ask(
-        served, "/api/change", method="POST", body={"text": "x \ud800", "latent": 1, "value": 1.0}
-    )
-    assert status == 200 and json.loads(body)["tokens"][-1].endswith("?")
+def test_steering_answers_with_both_texts(served):
+    body = {"text": "x \ud800", "latents": [[1, 1.0], [2, -1]], "tokens": 3}
+    status, _, answer = ask(served, "/api/steer", method="POST", body=body)
+    found = json.loads(answer)
+    assert status == 200 and found["tokens"][-1].endswith("?")
+    assert [row["latent"] for row in found["latents"]] == [1, 2]
+    assert found["plain"] and found["changed"] and found["predictions"]
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -533,7 +537,7 @@ def test_a_connection_is_given_up_after_its_last_answer_too(trained, monkeypatch
 def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(self, text):
+    def slow(self, text, stop):
         begun.set()
         go_on.wait(60)
         return {"text": text}
@@ -553,7 +557,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
         while len(answers) < 60 - waiting:
             assert ask(port, "/data/overview.json")[0] == 200
         assert {*answers} == {429}
-        status, _, body = ask(port, "/api/change", method="POST", body={"text": "x"})
+        status, _, body = ask(port, "/api/steer", method="POST", body={"text": "x"})
         assert (
             status == 429
             and body == b"the LM is busy, and 4 requests wait for it already; try again in a moment"
@@ -567,7 +571,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
 def test_a_client_that_disconnects_frees_its_place(trained, monkeypatch):
     begun, go_on, read = threading.Event(), threading.Event(), []
 
-    def slow(self, text):
+    def slow(self, text, stop):
         read.append(text)
         begun.set()
         go_on.wait(60)
