@@ -22,6 +22,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
 from ksparse.viewer import server  # noqa: E402
+from ksparse.viewer.live import Live  # noqa: E402
 
 from .conftest import TOKEN, N, serving  # noqa: E402
 
@@ -542,7 +543,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
         go_on.wait(60)
         return {"text": text}
 
-    monkeypatch.setattr(server.Live, "activations", slow)
+    monkeypatch.setattr(Live, "activations", slow)
     waiting = server.MOST_WAITING + 1
     with serving(trained) as port:
         answers: list[int] = []
@@ -577,7 +578,7 @@ def test_a_client_that_disconnects_frees_its_place(trained, monkeypatch):
         go_on.wait(60)
         return {"text": text}
 
-    monkeypatch.setattr(server.Live, "activations", slow)
+    monkeypatch.setattr(Live, "activations", slow)
     head = f"POST /api/activations HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n"
     with serving(trained) as port:
         gone = threading.Event()

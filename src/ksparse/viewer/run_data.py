@@ -108,17 +108,16 @@ class RunData:
     @cached_property
     def example(self) -> str:
         """A text to try: the beginning of a document that `stats` read, or else one for the LM."""
+        if self.source.subject.acts.lm.startswith("pylm"):
+            return "def area(self, width):\n    return"
         vocabulary, result = self.source.vocabulary, self.source.result("stats") or {}
+        found = ""
         if vocabulary and self.stats is not None and "contexts" in self.stats.names:
             policy = result.get("policy") or {}
             ends = {policy.get("bos_token"), policy.get("separator_token")}
-            found = find_beginning(
-                self.stats.tensor("contexts")[:EXAMPLE_CONTEXTS], ends, vocabulary
-            )
-            if found:
-                return found
-        is_code = self.source.subject.acts.lm.startswith("pylm")
-        return "def area(self, width):\n    return" if is_code else "Once upon a time, there was a"
+            contexts = self.stats.tensor("contexts")[:EXAMPLE_CONTEXTS]
+            found = find_beginning(contexts, ends, vocabulary)
+        return found or "Once upon a time, there was a"
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
