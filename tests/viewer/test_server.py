@@ -182,6 +182,10 @@ def test_other_sites_may_link_here_but_not_load(served, site):
         "/data/evals/stats.json",
         "/..\\recipe.toml",
         "/data/latents/%00.json",
+        "/data/run/tiny/recipe.toml.json",
+        "/data/run/../recipe.json",
+        "/data/run/tiny/../../recipe.json",
+        "/data/run/%2e%2e/overview.json",
         "/viewer.css/..",
         "/server.py",
         "/static/../index.html",
@@ -336,9 +340,14 @@ def test_without_the_extra_the_command_says_what_to_install(trained):
         "/data/overview.json",
         "/data/labels.json",
         "/data/latents/0.json",
+        "/data/runs.json",
+        "/data/run/tiny/overview.json",
+        "/data/run/tiny/nearest/1/tiny.json",
         "/report.html",
+        "/report.html?run=tiny",
         "/nothing",
         "/api/label",
+        "/api/steer",
     ],
 )
 @pytest.mark.parametrize(
@@ -611,7 +620,7 @@ def viewing(folder: Path, *words: str, ignoring: int = 0):
     """Run `ksparse view`; yield the process and the port."""
     code = f"import signal, sys; {ignoring} and signal.signal({ignoring}, signal.SIG_IGN); from ksparse.cli import main; main(sys.argv[1:])"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "view", str(folder), "--port", "0", *words],
+        [sys.executable, "-c", code, "view", str(folder), *words, "--port", "0"],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

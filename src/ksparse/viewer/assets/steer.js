@@ -227,8 +227,12 @@ ksparse.steering = function steering({ query, largest, result, current, text }) 
       el("p", { class: "note", id: "difference" },
         same ? "Both texts are the same. " : "Where they differ is marked. ",
         `KL of the next prediction ${ksparse.format(kl)} nats.`),
-      ...[...unknown, ...warnings].map((sentence) => el("p", { class: "beyond" }, sentence)),
+      ...[...unknown, ...warnings].map((words) => el("p", { class: "beyond" }, sentence(words))),
     ];
+  }
+
+  function sentence(words) {
+    return words[0].toUpperCase() + words.slice(1) + (words.endsWith(".") ? "" : ".");
   }
 
   function predictions({ predictions: listed }) {
