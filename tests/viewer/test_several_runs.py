@@ -260,6 +260,7 @@ def test_the_switch_shows_another_run_and_the_way_back_leads_to_the_first(
             browser.driver.back()
         browser.title("Latent 7 · tiny")
         browser.find("#star[aria-pressed=true]")
+        browser.open("about:blank")  # which ends what the page still asks for
     assert list(read_table(pair[0].path / "labels.json")["latents"]) == ["7"]
     assert not (pair[1].path / "labels.json").exists()
 
@@ -288,6 +289,7 @@ def test_a_latent_leads_to_its_nearest_in_the_other_run_and_both_side_by_side(
         assert all(examples) and "cosine of decoder directions 1.000" in browser.text("h1")
         browser.find(".half:nth-child(2) h2 a").click()
         browser.title(f"Latent {twin} · {ODD}")
+        browser.open("about:blank")
 
 
 def test_a_run_or_a_latent_that_is_not_there_is_said(

@@ -128,9 +128,12 @@ ksparse.steering = function steering({ query, largest, result, current, text }) 
       ...ksparse.link(latent, gloss).filter(Boolean))).catch(() => {});
     const set = (number) => {
       const most = largest?.[latent];
-      said.textContent = most > 0 ? `× ${ksparse.number(most)} = ${ksparse.number(number * most)}` : "×";
+      const known = most > 0 && Number.isFinite(number); // not so while "-" is typed
+      said.textContent = known
+        ? `× ${ksparse.number(most)} = ${ksparse.number(number * most)}`
+        : "×";
       // The track is filled from 0 to the value.
-      const place = (end) => `${50 + (50 * end) / REACH}%`;
+      const place = (end) => `${50 + (50 * (end || 0)) / REACH}%`;
       slider.style.setProperty("--low", place(Math.max(-REACH, Math.min(0, number))));
       slider.style.setProperty("--high", place(Math.min(REACH, Math.max(0, number))));
       beyond.hidden = !(Math.abs(number) > REACH);
