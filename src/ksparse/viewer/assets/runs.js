@@ -149,7 +149,9 @@ ksparse.views.beside = async function besideView(path, query, current) {
   function part(heading, make) {
     return el("section", { class: "beside-part" },
       heading ? el("h3", {}, heading) : null,
-      el("div", { class: "sides" }, sides.map((side) => el("div", { class: "half" }, make(side)))));
+      el("div", { class: "sides" }, sides.map((side) => el("div", { class: "half" },
+        heading ? el("p", { class: "whose" }, `${side.name} · ${side.number}`) : null,
+        make(side)))));
   }
 
   function title(side) {
@@ -159,8 +161,11 @@ ksparse.views.beside = async function besideView(path, query, current) {
       el("span", { class: "gloss aside" }, words(side, side.number, side.gloss))];
   }
 
-  function numbers({ run, values }) {
-    const measured = run.columns.filter(({ key }) => ksparse.known(values[key]));
+  // Those that are known of either, at the same places.
+  function numbers({ values }) {
+    const columns = new Map(sides.flatMap(({ run }) => run.columns.map((each) => [each.key, each])));
+    const measured = [...columns.values()]
+      .filter(({ key }) => sides.some((side) => ksparse.known(side.values[key])));
     return el("dl", { class: "values" }, measured.map(({ key, label, kind, reading }) =>
       el("div", { title: reading }, el("dt", {}, label),
         el("dd", {}, ksparse.format(values[key], kind)))));
@@ -168,9 +173,10 @@ ksparse.views.beside = async function besideView(path, query, current) {
 
   function logits({ logits: found, strings }) {
     if (!found) return el("p", { class: "none" }, "Not measured; `ksparse eval RUN stats` adds it.");
-    const list = (word, entries) => el("p", {}, el("span", { class: "aside" }, word), " ",
-      el("span", { class: "text" }, entries.map(([i, value]) =>
-        [ksparse.quoted(strings[i], value.toFixed(2)), " "])));
+    const list = (word, entries) => [
+      el("p", { class: "scores" }, word),
+      el("p", { class: "text" }, entries.map(([i, value]) =>
+        [ksparse.quoted(strings[i], value.toFixed(2)), " "]))];
     return [list("raises", found.raises), list("lowers", found.lowers)];
   }
 
