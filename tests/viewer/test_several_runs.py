@@ -314,7 +314,7 @@ def test_a_run_or_a_latent_that_is_not_there_is_said(
 def test_one_run_has_no_switch_and_its_plain_links(browser: Browser, served: int):
     browser.open(at(served, "#/run/tiny/latent/7"))
     browser.title("Latent 7 · tiny")
-    assert not browser.find("#run").is_displayed()
+    assert not browser.driver.find_elements("css selector", "#run")
     browser.press("j")
     browser.title("Latent 8 · tiny")
     assert hash_of(browser) == "#/latent/8"

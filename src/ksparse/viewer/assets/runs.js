@@ -9,17 +9,20 @@ const BESIDE = 5; // examples of each latent
 ksparse.openRuns = async function openRuns() {
   if (!ksparse.live) return;
   ksparse.runs = (await ksparse.load("runs", null)).runs;
-  const choose = document.getElementById("run");
-  choose.append(...ksparse.runs.map(({ name }) => ksparse.el("option", { value: name }, name)));
-  choose.hidden = ksparse.runs.length < 2;
-  choose.addEventListener("change", () => {
-    // What an address says of latents is not true of another run's.
-    const { path, query } = ksparse.address();
-    const page = ["latents", "map", "search", "try"].includes(path[0]) ? path[0] : "";
-    const kept = { search: { q: query.get("q") }, try: { text: query.get("text") } }[page];
-    location.hash = ksparse.inRun(ksparse.to(page, kept), choose.value);
-  });
+  if (ksparse.runs.length < 2) return;
+  const options = ksparse.runs.map(({ name }) => ksparse.el("option", { value: name }, name));
+  const change = (event) => switchTo(event.target.value);
+  const choose = ksparse.el("select", { id: "run", "aria-label": "Run", on: { change } }, options);
+  document.getElementById("brand").after(choose);
 };
+
+// Show the same page of another run. What an address says of latents is not true of another run's.
+function switchTo(name) {
+  const { path, query } = ksparse.address();
+  const page = ["latents", "map", "search", "try"].includes(path[0]) ? path[0] : "";
+  const kept = { search: { q: query.get("q") }, try: { text: query.get("text") } }[page];
+  location.hash = ksparse.inRun(ksparse.to(page, kept), name);
+}
 
 // What is shown of a run: its overview and its labels.
 ksparse.open = function open(name) {
@@ -65,7 +68,7 @@ function showHeader() {
   const several = ksparse.runs.length > 1;
   brand.textContent = several ? "ksparse" : ksparse.run.name;
   brand.setAttribute("href", ksparse.inRun("#/"));
-  document.getElementById("run").value = ksparse.name;
+  if (several) document.getElementById("run").value = ksparse.name;
   report.hidden = !ksparse.run.has.report;
   if (ksparse.live) {
     report.search = new URLSearchParams({ token: ksparse.token, run: ksparse.name });
@@ -127,10 +130,11 @@ ksparse.views.beside = async function besideView(path, query, current) {
     throw new Error(`There is no latent ${ksparse.visible(missing.said)}; ${missing.name} has 0 ` +
       `to ${ksparse.count(missing.run.n - 1)}.`);
   }
-  const { near } = await ksparse.load(`nearest/${sides[0].number}/${encodeURIComponent(name)}`, own);
+  const [from, to] = sides;
+  const { near } = await ksparse.load(`nearest/${from.number}/${encodeURIComponent(name)}`, own);
   if (!current()) return;
-  const cosine = near?.find(([latent]) => latent === sides[1].number)?.[1];
-  document.title = `${sides[0].number} · ${sides[1].number} · side by side`;
+  const cosine = near?.find(([latent]) => latent === to.number)?.[1];
+  document.title = `${from.number} · ${to.number} · side by side`;
   ksparse.show(
     el("h1", {}, "Side by side", cosine == null
       ? null : el("span", { class: "aside" }, `cosine of decoder directions ${cosine.toFixed(3)}`)),
@@ -163,7 +167,8 @@ ksparse.views.beside = async function besideView(path, query, current) {
 
   // Those that are known of either, at the same places.
   function numbers({ values }) {
-    const columns = new Map(sides.flatMap(({ run }) => run.columns.map((each) => [each.key, each])));
+    const columns = new Map(
+      sides.flatMap(({ run }) => run.columns.map((column) => [column.key, column])));
     const measured = [...columns.values()]
       .filter(({ key }) => sides.some((side) => ksparse.known(side.values[key])));
     return el("dl", { class: "values" }, measured.map(({ key, label, kind, reading }) =>
@@ -172,7 +177,7 @@ ksparse.views.beside = async function besideView(path, query, current) {
   }
 
   function logits({ logits: found, strings }) {
-    if (!found) return el("p", { class: "none" }, "Not measured; `ksparse eval RUN stats` adds it.");
+    if (!found) return el("p", { class: "none" }, "`ksparse eval RUN stats` adds them.");
     const list = (word, entries) => [
       el("p", { class: "scores" }, word),
       el("p", { class: "text" }, entries.map(([i, value]) =>

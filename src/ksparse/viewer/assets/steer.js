@@ -192,7 +192,8 @@ ksparse.steering = function steering({ query, largest, result, current, text }) 
         .filter(([name, value]) => value !== SAMPLING[name])),
     })));
     halt.hidden = false;
-    result.replaceChildren(el("p", { class: "note" }, "Running the LM, without and with steering …"));
+    result.replaceChildren(
+      el("p", { class: "note" }, "Running the LM, without and with steering …"));
     try {
       const change = await ksparse.request("steer", body, { signal: running.signal });
       if (current() && made.running === running) show(change, body.text);
