@@ -1763,9 +1763,12 @@ _PATHS = (
     "/data/near/0.json",
     "/data/glosses/0.json",
     "/data/tasks.json",
+    "/data/example.json",
+    "/data/runs.json",
+    "/data/run/x/overview.json",
     "/data/tokens/0.json",
     "/data/columns/pca_1.json",
-    *("/api/label", "/api/change") * 5,
+    *("/api/label", "/api/steer") * 5,
     *("/api/activations",) * 3,
 )
 _PARTS = (
@@ -1851,14 +1854,18 @@ def _body(draw: random.Random) -> bytes:
     table: dict[str, Any] = {
         "text": "def f(x):",
         "latent": 3,
-        "value": 1.5,
+        "latents": [[3, 1.5], [5, -1]],
+        "tokens": 4,
         "star": True,
         "label": f"a label {draw.random()}",
     }
     if draw.random() < 0.3:
         table["at"] = 1
     for _ in range(draw.choice((0, 0, 1, 1, 2))):
-        key = draw.choice(("text", "latent", "value", "label", "star", "at", ""))
+        key = draw.choice(
+            ("text", "latent", "latents", "tokens", "temperature", "seed", "run", "label")
+            + ("star", "at", "")
+        )
         table[key] = draw.choice(STRANGE)
     text = json.dumps(table)
     return draw.choice(
@@ -1871,8 +1878,8 @@ def _body(draw: random.Random) -> bytes:
             draw.randbytes(50),
             b"[" * 100_000,
             b" " * 1_000_001,
-            b'{"latent": %s1%s, "text": "x"}' % (b"[" * 900, b"]" * 900),
-            b'{"value": 1e400, "text": "x"}',
+            b'{"latents": %s1%s, "text": "x"}' % (b"[" * 900, b"]" * 900),
+            b'{"latents": [[3, 1e400]], "text": "x"}',
             b'{"latent": 1' + b"0" * 5_000 + b"}",
             text.replace("}", ', "latent": 5}').encode(),
         )

@@ -97,12 +97,12 @@ def run(trained: RunFolder, tmp_path: Path) -> RunFolder:
 
 
 @contextmanager
-def serving(run: RunFolder) -> Iterator[int]:
-    """Serve a run from another thread, with TOKEN; yield the port. The server must have had no error of its own."""
+def serving(*runs: RunFolder) -> Iterator[int]:
+    """Serve runs from another thread, with TOKEN; yield the port. The server must have had no error of its own."""
     from ksparse.viewer import server
 
     listener = server.listen(0)
-    made, noted, errors = server.make_server(run, TOKEN), logging.Handler(logging.ERROR), []
+    made, noted, errors = server.make_server(runs, TOKEN), logging.Handler(logging.ERROR), []
     noted.emit = lambda record: errors.append(logging.Formatter().format(record))
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addHandler(noted)

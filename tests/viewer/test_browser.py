@@ -153,7 +153,9 @@ def test_direct_logits_are_on_the_page_and_in_the_table(
     assert browser.js(cell).startswith(f'"{token.rstrip()}')
 
 
-def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Browser, run: RunFolder):
+def test_search_open_follow_steer_star_and_reload_keep_their_state(
+    browser: Browser, run: RunFolder
+):
     with serving(run) as port:
         browser.open(at(port))
         assert len(browser.driver.find_elements("css selector", "tbody tr")) == 50 or browser.find(
@@ -180,20 +182,17 @@ def test_search_open_follow_hold_star_and_reload_keep_their_state(browser: Brows
         browser.until(
             "return fetch('data/labels.json', { headers: { Authorization: `Bearer ${ksparse.token}` } }).then((r) => r.json()).then((t) => JSON.stringify(t).includes('things of area'))"
         )
-        browser.find(".latent-head .button").click()  # hold it
-        browser.find("#text").send_keys("def area(self, width):")
-        browser.find("#read").click()
-        value = browser.find("#value")
+        browser.find(".latent-head .button").click()  # steer with it
+        text = browser.find("#text")
+        text.clear()
+        text.send_keys("def area(self, width):")
+        value = browser.find(".times")
         value.clear()
         value.send_keys("2.5")
-        browser.find("#hold").click()
+        browser.find("#steer").click()
         browser.find("#predictions tbody tr")
-        assert [
-            side.text.split("\n")[0]
-            for side in browser.driver.find_elements("css selector", ".side")
-        ] == ["As it is", "Held"]
         before = browser.text("#predictions"), browser.text("#continuations")
-        assert "KL of the next prediction" in browser.text(".effect-of")
+        assert "KL of the next prediction" in browser.text("#effect")
         browser.driver.refresh()
         browser.find("#predictions tbody tr")
         assert (browser.text("#predictions"), browser.text("#continuations")) == before

@@ -22,6 +22,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
 from ksparse.viewer import server  # noqa: E402
+from ksparse.viewer.live import Live  # noqa: E402
 
 from .conftest import TOKEN, N, serving  # noqa: E402
 
@@ -181,6 +182,10 @@ def test_other_sites_may_link_here_but_not_load(served, site):
         "/data/evals/stats.json",
         "/..\\recipe.toml",
         "/data/latents/%00.json",
+        "/data/run/tiny/recipe.toml.json",
+        "/data/run/../recipe.json",
+        "/data/run/tiny/../../recipe.json",
+        "/data/run/%2e%2e/overview.json",
         "/viewer.css/..",
         "/server.py",
         "/static/../index.html",
@@ -335,9 +340,14 @@ def test_without_the_extra_the_command_says_what_to_install(trained):
         "/data/overview.json",
         "/data/labels.json",
         "/data/latents/0.json",
+        "/data/runs.json",
+        "/data/run/tiny/overview.json",
+        "/data/run/tiny/nearest/1/tiny.json",
         "/report.html",
+        "/report.html?run=tiny",
         "/nothing",
         "/api/label",
+        "/api/steer",
     ],
 )
 @pytest.mark.parametrize(
@@ -412,34 +422,38 @@ def test_types_have_no_case(served):
 @pytest.mark.parametrize(
     "body, why",
     [
-        ('{"text": "x", "latent": 1, "value": 1%s}' % ("0" * 400), "held at a number"),
-        ('{"text": "x", "latent": 1, "value": -1e308}', "held at a number"),
-        ('{"text": "x", "latent": 1, "value": 1e38}', "predicts NaN"),
-        ('{"text": "x", "latent": 1, "value": -1e38}', "predicts NaN"),
-        ('{"text": "x", "latent": 1%s, "value": 1}' % ("0" * 400), "does not exist"),
-        ('{"text": "x", "latent": 1, "value": 1, "at": 1%s}' % ("0" * 400), "is not one of 0 to"),
+        ('{"text": "x", "latents": [[1, 1%s]]}' % ("0" * 400), "multiple of its largest"),
+        ('{"text": "x", "latents": [[1, -1e308]]}', "multiple of its largest"),
+        ('{"text": "x", "latents": [[1%s, 1]]}' % ("0" * 400), "does not exist"),
+        ('{"text": "x", "latents": [[1, 1]], "at": 1%s}' % ("0" * 400), "whole number from 0"),
+        ('{"text": "x", "latents": [[1, 1]], "at": 99}', "token 99 is not one of 0 to"),
         (
-            '{"text": "x", "latent": %s1%s, "value": 1}' % ("[" * 900, "]" * 900),
+            '{"text": "x", "latents": [[%s1%s, 1]]}' % ("[" * 900, "]" * 900),
             "named by its number, not by a list",
         ),
-        ('{"text": "x", "latent": 1, "value": {"a": 1}}', "not at a dict"),
+        ('{"text": "x", "latents": [[1, {"a": 1}]]}', "not at a dict"),
+        ('{"text": "x", "latents": [[1, 1]], "tokens": 1000}', "whole number from 1 to 256"),
+        ('{"text": "x", "latents": [[1, 1]], "run": "tin"}', "there is no run 'tin' here"),
+        ('{"text": "x", "latents": [[1, 1]], "run": ["tiny"]}', "there is no run a list here"),
         (
-            '{"text": "%s", "latent": 1, "value": 1}' % ("x" * 20_001),
+            '{"text": "%s", "latents": [[1, 1]]}' % ("x" * 20_001),
             "20,001 characters; at most 20,000",
         ),
-        ('{"text": 1, "latent": 1, "value": 1}', "the text to read is missing"),
+        ('{"text": 1, "latents": [[1, 1]]}', "the text to read is missing"),
     ],
 )
-def test_what_cannot_be_held_is_answered_with_its_reason(served, body, why):
-    status, _, said = ask(served, "/api/change", method="POST", body=body.encode())
+def test_what_cannot_be_steered_is_answered_with_its_reason(served, body, why):
+    status, _, said = ask(served, "/api/steer", method="POST", body=body.encode())
     assert status == 400 and why in json.loads(said)["error"]
 
 
-def test_half_a_character_is_read_as_a_question_mark(served):
-    status, _, body = ask(
-        served, "/api/change", method="POST", body={"text": "x \ud800", "latent": 1, "value": 1.0}
-    )
-    assert status == 200 and json.loads(body)["tokens"][-1].endswith("?")
+def test_steering_answers_with_both_texts(served):
+    body = {"text": "x \ud800", "latents": [[1, 1.0], [2, -1]], "tokens": 3}
+    status, _, answer = ask(served, "/api/steer", method="POST", body=body)
+    found = json.loads(answer)
+    assert status == 200 and found["tokens"][-1].endswith("?")
+    assert [row["latent"] for row in found["latents"]] == [1, 2]
+    assert found["plain"] and found["changed"] and found["predictions"]
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -533,12 +547,12 @@ def test_a_connection_is_given_up_after_its_last_answer_too(trained, monkeypatch
 def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(self, text):
+    def slow(self, text, stop):
         begun.set()
         go_on.wait(60)
         return {"text": text}
 
-    monkeypatch.setattr(server.Live, "activations", slow)
+    monkeypatch.setattr(Live, "activations", slow)
     waiting = server.MOST_WAITING + 1
     with serving(trained) as port:
         answers: list[int] = []
@@ -553,7 +567,7 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
         while len(answers) < 60 - waiting:
             assert ask(port, "/data/overview.json")[0] == 200
         assert {*answers} == {429}
-        status, _, body = ask(port, "/api/change", method="POST", body={"text": "x"})
+        status, _, body = ask(port, "/api/steer", method="POST", body={"text": "x"})
         assert (
             status == 429
             and body == b"the LM is busy, and 4 requests wait for it already; try again in a moment"
@@ -567,13 +581,13 @@ def test_pages_are_answered_and_few_requests_wait_while_the_lm_works(trained, mo
 def test_a_client_that_disconnects_frees_its_place(trained, monkeypatch):
     begun, go_on, read = threading.Event(), threading.Event(), []
 
-    def slow(self, text):
+    def slow(self, text, stop):
         read.append(text)
         begun.set()
         go_on.wait(60)
         return {"text": text}
 
-    monkeypatch.setattr(server.Live, "activations", slow)
+    monkeypatch.setattr(Live, "activations", slow)
     head = f"POST /api/activations HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\nContent-Length: 16\r\n\r\n"
     with serving(trained) as port:
         gone = threading.Event()
@@ -606,7 +620,7 @@ def viewing(folder: Path, *words: str, ignoring: int = 0):
     """Run `ksparse view`; yield the process and the port."""
     code = f"import signal, sys; {ignoring} and signal.signal({ignoring}, signal.SIG_IGN); from ksparse.cli import main; main(sys.argv[1:])"
     with subprocess.Popen(
-        [sys.executable, "-c", code, "view", str(folder), "--port", "0", *words],
+        [sys.executable, "-c", code, "view", str(folder), *words, "--port", "0"],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

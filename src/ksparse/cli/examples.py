@@ -36,7 +36,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "probes": ("ksparse probes build suites/paper --only cola",),
     "report": ("ksparse report runs/mine",),
-    "view": ("ksparse view runs/mine", "ksparse view runs/mine --export pages"),
+    "view": (
+        "ksparse view runs/mine",
+        "ksparse view runs/mine runs/other",
+        "ksparse view runs/mine --export pages",
+    ),
     "steer": (
         "ksparse steer runs/mine --latent 12 --scale 0 --prompt 'def area(self'",
         "ksparse steer runs/mine --latent 12 --value 0.5 --prompt 'def area(self' --tokens 60",

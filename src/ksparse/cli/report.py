@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import signal
@@ -16,7 +17,7 @@ from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
 from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
 from ksparse.errors import InputError, Interrupted
-from ksparse.storage.run_folder import open_run
+from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.trust import code_is_trusted
 
 
@@ -46,10 +47,10 @@ def report(arguments: list[str]) -> None:
 
 @verb
 def view(arguments: list[str]) -> None:
-    """view RUN [--export DIR] [--port N] [--latent N]
+    """view RUN … [--export DIR] [--port N] [--latent N]
 
     Browse the latents of a run, or of the SAE judged by `eval SAE --out`, on this machine, or write
-    pages for any web host.
+    pages for any web host. Of several runs, a latent is shown beside its nearest in another.
     """
 
     @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def view(arguments: list[str]) -> None:
         """Options of `ksparse view`."""
 
         export: str = ""
-        """Folder to write static pages to, instead of serving them. They leave out what needs the
-        LM."""
+        """Folder to write static pages to, instead of serving them; of several runs, each into a
+        folder in it. They leave out what needs the LM, and the comparison of runs."""
         port: int = 8765
         """Port on 127.0.0.1; 0: any that is free."""
         latent: int = -1
@@ -67,34 +68,49 @@ def view(arguments: list[str]) -> None:
         """Let code that comes with the LM run, if you trust its author. No file can allow it."""
 
     folder, flags = split_folder("view", arguments)
-    options = parse(ViewArgs, "view RUN", flags)
-    run = open_run(folder)
-    last = run.subject().n_latents - 1
+    others = list(itertools.takewhile(lambda word: not word.startswith("-"), flags))
+    options = parse(ViewArgs, "view RUN …", flags[len(others) :])
+    runs = [open_run(each) for each in (folder, *others)]
+    last = runs[0].subject().n_latents - 1
     if not -1 <= options.latent <= last:
         raise InputError(
             f"--latent {options.latent}: there is no such latent; {folder} has latents 0 to "
             f"{last:,}. Give one of these, or leave --latent out"
         )
     from ksparse import viewer
+    from ksparse.viewer.runs import name_runs
 
-    if run.is_judged():
-        from ksparse.interop import load_judged
+    for run in runs:
+        if run.is_judged():
+            from ksparse.interop import load_judged
 
-        load_judged(run)  # the pages need its weights: say now if it has moved or changed
+            load_judged(run)  # the pages need its weights: say now if it has moved or changed
     place = f"#/latent/{options.latent}" if options.latent >= 0 else ""
     if options.export:
-        with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
-            page = viewer.export(run, Path(options.export), observe=progress.report)
-        print(f"pages    {page.resolve().as_uri()}{place}")
+        export(runs, Path(options.export), place)
         return
+    name_runs(runs)  # none is given twice
     listener, token = viewer.listen(options.port), secrets.token_urlsafe(24)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/?token={token}{place}"
     print(f"latents  {address}   (Ctrl-C stops it)", flush=True)
     try:
-        viewer.serve(run, listener, token, trust_remote_code=code_is_trusted())
+        viewer.serve(runs, listener, token, trust_remote_code=code_is_trusted())
     except Interrupted as interrupted:
         print_status(str(interrupted))
         os._exit(interrupted.exit_code)  # without waiting for a thread in which the LM may run
+
+
+def export(runs: list[RunFolder], folder: Path, place: str = "") -> None:
+    """Write the static pages of a run into a folder; those of several each into a folder in it."""
+    from ksparse import viewer
+    from ksparse.viewer.runs import name_runs
+
+    names = name_runs(runs)
+    folders = [folder] if len(runs) == 1 else [folder / name for name in names]
+    for run, place in zip(runs, folders):
+        with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
+            page = viewer.export(run, place, observe=progress.report)
+        print(f"pages    {page.resolve().as_uri()}{place}")
 
 
 @contextmanager

@@ -240,7 +240,7 @@ def _length_notes(trained: dict[str, Any], requested: dict[str, Any]) -> list[st
 
 def _is_another(trained: dict[str, Any], lm: LM) -> bool:
     """Return whether the LM has another name than the one that the SAE was trained on."""
-    return _short_name(trained.get("lm", "")) not in ("", _short_name(lm.options.lm))
+    return short_name(trained.get("lm", "")) not in ("", short_name(lm.options.lm))
 
 
 def same_site(model: nn.Module, site: str, other: str) -> bool:
@@ -251,7 +251,7 @@ def same_site(model: nn.Module, site: str, other: str) -> bool:
         return False
 
 
-def _short_name(lm: str) -> str:
+def short_name(lm: str) -> str:
     """Return the last part of an LM's name or folder, in lower case."""
     name = find_model(lm) if lm == "pylm" else lm
     return name.rstrip("/").rpartition("/")[2].lower()

@@ -1,7 +1,7 @@
 """A run's latents in the browser, one by one. The static part reads files and needs no torch.
 
 export(run, folder)            pages for any web host, or to open from the disk
-serve(run, listener, token)    the same pages from 127.0.0.1 for whoever has the token, and the LM
+serve(runs, listener, token)   the same pages from 127.0.0.1 for whoever has the token, and the LM
 
 resources    a run's files -> resources: JSON objects, small however many latents there are
 run_data     what all resources need of the files
@@ -13,13 +13,16 @@ weights      the decoder -> nearest latents, and a plane to draw all latents on
 labels       names and stars that a reader gives, stored beside the run
 static_site  resources -> a folder of files
 server       resources -> HTTP, on this machine only            (needs the extra `serve`)
-live         a text -> its latents; a latent held -> the text's continuation   (loads the LM)
+runs         the runs that a server shows, by name; the nearest latents of one in another
+requests     what a page asks of the LM, checked
+live         a text -> its latents; latents held -> the text's continuation     (loads the LM)
 assets/      the page: HTML, CSS and JavaScript as they are, without a build step
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from ksparse.progress import Progress, no_progress
@@ -72,23 +75,28 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(
-    run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
+    runs: RunFolder | Sequence[RunFolder],
+    listener: socket.socket,
+    token: str,
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Serve a run's pages to browsers on this machine until SIGINT or SIGTERM.
+    """Serve the pages of a run, or of several, to browsers on this machine until SIGINT or SIGTERM.
 
     Args:
-        run: the run.
+        runs: the run, or several; each is opened when a page first asks for it.
         listener: a socket from `listen`.
         token: the secret that requests must carry.
         trust_remote_code: let code that comes with the LM run. Nothing in the run's folder can set
             this.
 
     Raises:
+        InputError: a run is given twice.
         Interrupted: a signal ended the server.
     """
     from ksparse.viewer import server
 
-    server.serve(run, listener, token, trust_remote_code=trust_remote_code)
+    server.serve(runs, listener, token, trust_remote_code=trust_remote_code)
 
 
 __all__ = ["export", "listen", "serve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ksparse.errors import CorruptError
 from ksparse.report.source import Arrays, RunSource
-from ksparse.report.tokens import safe_text, token_of
+from ksparse.report.tokens import is_right_to_left, safe_text, token_of
 from ksparse.storage import atomic
 from ksparse.storage.run_folder import RunFolder
 
@@ -18,6 +19,8 @@ GLOSS_TOKENS = 3
 """Tokens in a gloss at most."""
 GLOSS_SHARE = 0.02
 """Smallest share of a latent's activation mass at which a token is in its gloss."""
+EXAMPLE_TOKENS, EXAMPLE_WORDS, EXAMPLE_CONTEXTS = 20, 4, 500
+"""Tokens of an example text at most, its words at least, and the contexts it is looked for in."""
 
 
 class RunData:
@@ -102,6 +105,20 @@ class RunData:
             and row["explanation"].strip()
         }
 
+    @cached_property
+    def example(self) -> str:
+        """A text to try: the beginning of a document that `stats` read, or else one for the LM."""
+        if self.source.subject.acts.lm.startswith("pylm"):
+            return "def area(self, width):\n    return"
+        vocabulary, result = self.source.vocabulary, self.source.result("stats") or {}
+        found = ""
+        if vocabulary and self.stats is not None and "contexts" in self.stats.names:
+            policy = result.get("policy") or {}
+            ends = {policy.get("bos_token"), policy.get("separator_token")}
+            contexts = self.stats.tensor("contexts")[:EXAMPLE_CONTEXTS]
+            found = find_beginning(contexts, ends, vocabulary)
+        return found or "Once upon a time, there was a"
+
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
         if self.fires_on is None:
@@ -118,6 +135,29 @@ class RunData:
         if token_id not in self._tokens:
             self._tokens[token_id] = token_of(self.source.vocabulary, token_id)
         return self._tokens[token_id]
+
+
+def find_beginning(contexts: np.ndarray, ends: set[Any], vocabulary: list[str]) -> str:
+    """Return the first words of a document in contexts [c, t]; "" if none is plain text.
+
+    Args:
+        contexts: ids; below 0 is padding.
+        ends: the ids that stand between documents.
+        vocabulary: the string of each id.
+    """
+    for tokens in contexts.tolist():
+        begins = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        words = tokens[begins : begins + EXAMPLE_TOKENS]
+        if len(words) < EXAMPLE_TOKENS or any(
+            token in ends or not 0 <= token < len(vocabulary) for token in words
+        ):
+            continue
+        text = "".join(vocabulary[token] for token in words).strip()
+        text = text[: max(text.rfind(" "), text.rfind("\n"))].rstrip()
+        printable = re.sub("[\n\t]", "", text).isprintable() and "\ufffd" not in text
+        if printable and len(text.split()) >= EXAMPLE_WORDS and not is_right_to_left(text):
+            return text
+    return ""
 
 
 def _score(row: dict[str, Any], key: str) -> float | None:

@@ -26,7 +26,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -35,9 +35,9 @@ from ksparse.report.tokens import safe_text
 from ksparse.storage import atomic
 from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer import static_site
-from ksparse.viewer.labels import Labels
-from ksparse.viewer.live import Live
-from ksparse.viewer.resources import Resources
+from ksparse.viewer.live import Stopped
+from ksparse.viewer.requests import SteerRequest, read_text
+from ksparse.viewer.runs import Runs
 
 try:
     import h11
@@ -56,7 +56,10 @@ except ImportError as error:
     ) from None
 
 Table = dict[str, Any]
-Handler = Callable[[Table], Table]
+LMHandler = Callable[[Table, threading.Event], Table]
+"""An event is set when nobody waits for the answer any more."""
+Shown = RunFolder | Sequence[RunFolder]
+"""A run, or several."""
 ADDRESS = "127.0.0.1"
 HOSTS = re.compile(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", re.IGNORECASE | re.ASCII)
 """The values of Host that are answered."""
@@ -104,20 +107,20 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(
-    run: RunFolder, listener: socket.socket, token: str, *, trust_remote_code: bool = False
+    runs: Shown, listener: socket.socket, token: str, *, trust_remote_code: bool = False
 ) -> None:
     """Answer requests until SIGINT or SIGTERM, then raise Interrupted."""
-    http = make_server(run, token, trust_remote_code=trust_remote_code)
+    http = make_server(runs, token, trust_remote_code=trust_remote_code)
     http.run(sockets=[listener])
     if http.ended_by:
         raise Interrupted("stopped", http.ended_by)
 
 
-def make_server(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Server:
-    """Return the server of a run."""
+def make_server(runs: Shown, token: str, *, trust_remote_code: bool = False) -> Server:
+    """Return the server of a run, or of several."""
     return Server(
         uvicorn.Config(
-            app(run, token, trust_remote_code=trust_remote_code),
+            app(runs, token, trust_remote_code=trust_remote_code),
             http=Connection,
             ws="none",
             lifespan="off",
@@ -197,19 +200,14 @@ class Connection(H11Protocol):
             self.transport.abort()
 
 
-def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the ASGI application of a run, behind the guard."""
-    resources, labels = FreshResources(run), Labels(run, run.subject().n_latents)
-    live, queue_for_lm = Live(run, trust_remote_code=trust_remote_code), LMQueue()
+def app(runs: Shown, token: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the ASGI application of a run, or of several, behind the guard."""
+    shown, queue_for_lm = Runs(runs, trust_remote_code=trust_remote_code), LMQueue()
 
     def page(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
-        if name == "report.html" and atomic.inside(run.path, name).is_file():
-            return Response(
-                static_site.report_page(run),
-                media_type="text/html; charset=utf-8",
-                headers={"Content-Security-Policy": REPORT_POLICY},
-            )
+        if name == "report.html":
+            return _report(shown.get(request.query_params.get("run")).run) or _not_found(request)
         media_type = static_site.ASSETS.get(name)
         if media_type is None:
             return _not_found(request)
@@ -218,31 +216,27 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
         return Response(content, media_type=media_type)
 
     def data(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name == "labels":
-            return _json({"latents": labels.all()})
-        resource = resources.current().get(name)
-        if resource is None:
-            return _not_found(request)
-        return _json(resource | {"live": True} if name == "overview" else resource)
+        resource = shown.resource(request.path_params["name"])
+        return _not_found(request) if resource is None else _json(resource)
 
     def label(body: Table) -> Table:
+        labels = shown.get(body.get("run")).labels
         return labels.set(body.get("latent"), body.get("label", ""), body.get("star", False))
 
-    def activations(body: Table) -> Table:
-        return live.activations(_text(body))
+    def activations(body: Table, stop: threading.Event) -> Table:
+        return shown.get(body.get("run")).live.activations(read_text(body), stop)
 
-    def change(body: Table) -> Table:
-        return live.change(_text(body), body.get("latent"), body.get("value"), body.get("at"))
+    def steer(body: Table, stop: threading.Event) -> Table:
+        return shown.get(body.get("run")).live.steer(SteerRequest.read(body), stop)
 
     return Guard(
         Starlette(
             routes=[
                 Route("/", page),
                 Route("/data/{name:path}.json", data),
-                _api_route("label", label, run_in_threadpool),
-                _api_route("activations", activations, queue_for_lm),
-                _api_route("change", change, queue_for_lm),
+                _api_route("label", lambda body: run_in_threadpool(label, body)),
+                _api_route("activations", lambda body: queue_for_lm(activations, body)),
+                _api_route("steer", lambda body: queue_for_lm(steer, body)),
                 Route("/{name}", page),
             ],
             exception_handlers={
@@ -257,25 +251,15 @@ def app(run: RunFolder, token: str, *, trust_remote_code: bool = False) -> Any:
     )
 
 
-class FreshResources:
-    """The resources of a run, read again when a result or a checkpoint changes.
-
-    Args:
-        run: the run folder.
-    """
-
-    def __init__(self, run: RunFolder):
-        self.run, self._lock = run, threading.Lock()
-        self._cached: tuple[list[tuple[str, int]], Resources] | None = None
-
-    def current(self) -> Resources:
-        """Return the resources of the files as they are now."""
-        files = sorted([*(self.run.path / "evals").glob("*.*"), *self.run.checkpoints()])
-        stamp = [(file.name, file.stat().st_mtime_ns) for file in files if file.exists()]
-        with self._lock:
-            if self._cached is None or stamp != self._cached[0]:
-                self._cached = stamp, Resources(self.run, block=1)
-            return self._cached[1]
+def _report(run: RunFolder) -> Response | None:
+    """Return the report of a run; None without one."""
+    if not atomic.inside(run.path, run.report_file.name).is_file():
+        return None
+    return Response(
+        static_site.report_page(run),
+        media_type="text/html; charset=utf-8",
+        headers={"Content-Security-Policy": REPORT_POLICY},
+    )
 
 
 class Busy(Exception):
@@ -289,44 +273,49 @@ class LMQueue:
     """
 
     def __init__(self) -> None:
-        self._requests: queue.SimpleQueue[tuple[concurrent.futures.Future, Handler, Table]]
-        self._requests = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[
+            tuple[concurrent.futures.Future, LMHandler, Table, threading.Event]
+        ] = queue.SimpleQueue()
         self._thread, self._count = threading.Thread(target=self._work, daemon=True), 0
 
-    async def __call__(self, handle: Handler, body: Table) -> Table:
-        """Return handle(body), computed in the thread; raise Busy if too many requests wait."""
+    async def __call__(self, handle: LMHandler, body: Table) -> Table:
+        """Return handle(body, stop), computed in the thread; raise Busy if too many requests wait.
+
+        If nobody waits for it any more, `stop` is set.
+        """
         if self._count > MOST_WAITING:
             raise Busy
         if self._thread.ident is None:
             self._thread.start()
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._requests.put((future, handle, body))
+        stop = threading.Event()
+        self._requests.put((future, handle, body, stop))
         self._count += 1
         try:
             return await asyncio.wrap_future(future)
         finally:
             self._count -= 1
+            stop.set()
 
     def _work(self) -> None:
         while True:
-            future, handle, body = self._requests.get()
+            future, handle, body, stop = self._requests.get()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(handle(body))
+                future.set_result(handle(body, stop))
+            except Stopped:
+                future.set_exception(ClientDisconnect())
             except Exception as error:  # the request's own task raises it
                 future.set_exception(error)
 
 
-def _api_route(
-    name: str, handle: Handler, run: Callable[[Handler, Table], Awaitable[Table]]
-) -> Route:
+def _api_route(name: str, handle: Callable[[Table], Awaitable[Table]]) -> Route:
     """Return a route that takes a JSON table and answers with one.
 
     Args:
         name: the last part of the path.
-        handle: compute the answer.
-        run: call `handle` on a thread and await it.
+        handle: compute the answer on a thread.
     """
 
     async def respond(request: Request) -> Response:
@@ -346,7 +335,7 @@ def _api_route(
             table = None
         if not isinstance(table, dict):
             return PlainTextResponse("a request's body must be a JSON table", 400)
-        answer = asyncio.ensure_future(run(handle, table))
+        answer = asyncio.ensure_future(handle(table))
         disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
             await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
@@ -372,12 +361,6 @@ def _json(value: Any, status: int = 200) -> Response:
         status,
         media_type="application/json",
     )
-
-
-def _text(body: Table) -> str:
-    if not isinstance(text := body.get("text"), str):
-        raise InputError("the text to read is missing")
-    return text
 
 
 def _not_found(request: Request) -> Response:

@@ -46,10 +46,12 @@ SCRIPTS = (
     "columns.js",
     "start.js",
     "suggest.js",
+    "runs.js",
     "latent.js",
     "table.js",
     "map.js",
     "search.js",
+    "steer.js",
     "live.js",
     "main.js",
 )

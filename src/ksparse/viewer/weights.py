@@ -72,15 +72,20 @@ class Decoder:
         rows = self.rows
         cosines = rows[first:last] @ rows.T
         cosines[np.arange(len(cosines)), np.arange(first, first + len(cosines))] = -1
-        count = min(count, len(rows) - 1)
-        if count < 1:
-            return [[] for _ in cosines]
-        candidates = np.argpartition(cosines, -count, axis=1)[:, -count:]
-        near = []
-        for row, chosen in zip(cosines, candidates):
-            order = chosen[np.lexsort((chosen, -row[chosen]))]
-            near.append([(int(i), float(row[i])) for i in order if row[i] > 0])
-        return near
+        return _largest(cosines, min(count, len(rows) - 1))
+
+    def nearest_to(self, row: np.ndarray, count: int = NEIGHBOURS) -> list[tuple[int, float]]:
+        """Return the latents nearest to a direction of another decoder.
+
+        Args:
+            row: the direction, [d], scaled to norm 1.
+            count: nearest latents at most.
+
+        Returns:
+            (latent, cosine) of those with a positive cosine, the nearest first.
+        """
+        cosines = self.rows @ row
+        return _largest(cosines[None], min(count, len(cosines)))[0]
 
     @cached_property
     def plane(self) -> np.ndarray:
@@ -95,6 +100,18 @@ class Decoder:
         axes *= np.sign(axes[np.abs(axes).argmax(0), range(axes.shape[1])])
         placed = (rows - mean) @ axes.astype(np.float32)
         return np.pad(placed, ((0, 0), (0, 2 - placed.shape[1])))
+
+
+def _largest(cosines: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
+    """Return (column, cosine) of the `count` largest positive cosines of each row, by size."""
+    if count < 1:
+        return [[] for _ in cosines]
+    candidates = np.argpartition(cosines, -count, axis=1)[:, -count:]
+    near = []
+    for row, chosen in zip(cosines, candidates):
+        order = chosen[np.lexsort((chosen, -row[chosen]))]
+        near.append([(int(i), float(row[i])) for i in order if row[i] > 0])
+    return near
 
 
 def _scaled(rows: np.ndarray) -> np.ndarray:

@@ -2,7 +2,12 @@
 // What all views use: elements, resources, numbers, tokens as text, labels, addresses.
 // Text from data reaches the page only through text nodes and attributes, never as markup.
 
-const ksparse = { views: {}, live: document.documentElement.hasAttribute("data-live") };
+const ksparse = {
+  views: {},
+  live: document.documentElement.hasAttribute("data-live"),
+  runs: [], // that the server shows
+  name: null, // of the run that is shown; null for pages without a server
+};
 
 // The server's token comes in the address that it printed. It is kept for reloads and other tabs,
 // in storage, which belongs to this port; a cookie would go to every server of the machine.
@@ -33,7 +38,7 @@ ksparse.el = function el(name, attributes = {}, ...children) {
     } else if (value === true) {
       element.setAttribute(key, "");
     } else if (value !== false && value != null) {
-      element.setAttribute(key, value);
+      element.setAttribute(key, key === "href" ? ksparse.inRun(value) : value);
     }
   }
   element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
@@ -50,17 +55,28 @@ const cached = new Map(); // name -> promise, the most recent last
 const awaited = new Map(); // name -> resolve, for resources that come as scripts
 const CACHE_SIZE = 400;
 
-ksparse.load = function load(name) {
-  const promise = cached.get(name) ?? (ksparse.live ? fetchResource(name) : loadScript(name));
-  cached.delete(name);
-  cached.set(name, promise);
+// A resource of a run, or, without a run, of what the server shows.
+ksparse.load = function load(name, run = ksparse.name) {
+  const path = run == null ? name : `run/${encodeURIComponent(run)}/${name}`;
+  const promise = cached.get(path) ?? (ksparse.live ? fetchResource(path) : loadScript(name));
+  cached.delete(path);
+  cached.set(path, promise);
   if (cached.size > CACHE_SIZE) cached.delete(cached.keys().next().value);
-  promise.catch(() => cached.delete(name));
+  promise.catch(() => cached.delete(path));
   return promise;
 };
 
-async function fetchResource(name) {
-  return readResponse(await fetch(`data/${name}.json`, { headers: authorization() }));
+async function fetchResource(path) {
+  return readResponse(await ask(`data/${path}.json`, { headers: authorization() }));
+}
+
+async function ask(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server of these pages does not answer. Is `ksparse view` still running?");
+  }
 }
 
 function loadScript(name) {
@@ -79,12 +95,14 @@ ksparse.take = (name, resource) => {
   awaited.delete(name);
 };
 
-// Send a request that the server computes an answer to.
-ksparse.request = async (name, body) => readResponse(await fetch(`api/${name}`, {
-  method: "POST",
-  headers: { "Content-Type": "application/json", ...authorization() },
-  body: JSON.stringify(body),
-}));
+// Send a request about a run that the server computes an answer to; `signal` may abort it.
+ksparse.request = async (name, body, { run = ksparse.name, signal } = {}) =>
+  readResponse(await ask(`api/${name}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...authorization() },
+    body: JSON.stringify({ run, ...body }),
+    signal,
+  }));
 
 const authorization = () => ({ Authorization: `Bearer ${ksparse.token}` });
 
@@ -95,18 +113,22 @@ async function readResponse(response) {
   try {
     message = JSON.parse(text).error ?? text;
   } catch { /* it was plain text */ }
-  throw new Error(ksparse.visible(message) || `the server answered ${response.status}`);
+  const unforeseen = response.status === 500 || !message;
+  throw new Error(unforeseen
+    ? `The server met an error of its own (${response.status}); its terminal says more.`
+    : ksparse.visible(message));
 }
 
 // A number of every latent, as Float32Array.
 const columns = new Map();
 ksparse.column = async function column(key) {
-  if (!columns.has(key)) {
+  const place = `${ksparse.name}/${key}`;
+  if (!columns.has(place)) {
     const { float32 } = await ksparse.load(`columns/${key}`);
     const bytes = Uint8Array.from(atob(float32), (char) => char.charCodeAt(0));
-    columns.set(key, new Float32Array(bytes.buffer));
+    columns.set(place, new Float32Array(bytes.buffer));
   }
-  return columns.get(key);
+  return columns.get(place);
 };
 
 // The largest value of every latent, or null without `stats`.
@@ -240,29 +262,30 @@ ksparse.link = function link(number, gloss) {
 ksparse.labels = {
   all: {},
   explained: {}, // by a model, apart from one's own
-  async open() {
-    this.explained = (await ksparse.load("explained")).latents;
+  async read(run) {
+    const explained = (await ksparse.load("explained", run)).latents;
     const stored = ksparse.live ? {} : this.stored();
-    this.all = { ...(await ksparse.load("labels")).latents, ...stored };
+    return { explained, all: { ...(await ksparse.load("labels", run)).latents, ...stored } };
   },
-  of(number) {
-    const entry = this.all[number];
+  of(number, all = this.all) {
+    const entry = all[number];
     const label = typeof entry?.label === "string" ? entry.label : "";
     return { label, star: entry?.star === true };
   },
   saved: Promise.resolve(),
   // Changes are saved one after the other: each starts from what the one before has left.
   set(number, changes) {
-    const saving = this.saved.then(() => this.save(number, changes));
+    const { all } = this, run = ksparse.name; // another run may be shown by then
+    const saving = this.saved.then(() => this.save(number, changes, all, run));
     this.saved = saving.catch(() => {});
     return saving;
   },
-  async save(number, changes) {
-    const entry = { ...this.of(number), ...changes };
+  async save(number, changes, all, run) {
+    const entry = { ...this.of(number, all), ...changes };
     if (ksparse.live) {
-      this.all[number] = await ksparse.request("label", { latent: number, ...entry });
+      all[number] = await ksparse.request("label", { latent: number, ...entry }, { run });
     } else {
-      this.all[number] = entry;
+      all[number] = entry;
       localStorage.setItem(this.key(), JSON.stringify({ ...this.stored(), [number]: entry }));
     }
   },
@@ -291,14 +314,31 @@ ksparse.labels = {
 
 // ---- addresses
 
-// "#/latents?sort=f1" -> { path: ["latents"], query: URLSearchParams }
+// "#/run/k32/latents?sort=f1" -> { run: "k32", path: ["latents"], query: URLSearchParams }; the run
+// is null where the address does not name it.
 ksparse.address = function address() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?", 2);
-  return { path: path.split("/").filter(Boolean), query: new URLSearchParams(query) };
+  const parts = path.split("/").filter(Boolean);
+  const run = parts[0] === "run" && parts.length > 1 ? decode(parts[1]) : null;
+  return { run, path: run == null ? parts : parts.slice(2), query: new URLSearchParams(query) };
 };
+
+function decode(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
 
 ksparse.to = function to(path, query = {}) {
   const entries = Object.entries(query).filter(([, value]) => value !== "" && value != null);
   const text = new URLSearchParams(entries).toString();
   return `#/${path}${text ? `?${text}` : ""}`;
 };
+
+// An address of this page as one of a run. It names the run only where there are several.
+ksparse.inRun = (href, run = ksparse.name) =>
+  ksparse.runs.length > 1 && href.startsWith("#/") && !href.startsWith("#/run/")
+    ? `#/run/${encodeURIComponent(run)}/${href.slice(2)}`
+    : href;

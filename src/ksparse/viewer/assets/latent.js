@@ -74,7 +74,7 @@ ksparse.views.latent = async function latentView(path, query, current) {
         step(number + 1, "next", "›"), starButton, labelInput,
         ksparse.live
           ? el("a", { class: "button", href: ksparse.to("try", { latent: number }) },
-            "Try it on a text")
+            "Steer with this latent")
           : null),
       explanation(),
       el("dl", { class: "values" }, measured.map(({ key, label: name, kind, reading }) =>
@@ -204,6 +204,7 @@ ksparse.views.latent = async function latentView(path, query, current) {
           ? el("ul", { class: "plain-list" }, details.tasks.map(task))
           : el("p", { class: "none" }, "None.")),
       run.has.weights ? panel("Nearest", "cosine of decoder directions", nearestList) : null,
+      ksparse.nearestElsewhere(number, current),
       details.together
         ? panel("Fires with", "correlation, tokens in common", el("div", { class: "list" },
           rows(details.together.map(([other, phi, both, gloss]) =>

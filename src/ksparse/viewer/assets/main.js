@@ -15,10 +15,18 @@
 
   async function show() {
     const ownTurn = ++turn, current = () => ownTurn === turn;
-    const { path, query } = ksparse.address();
+    const { run, path, query } = ksparse.address();
     const name = path[0] ?? "latents", view = ksparse.views[name];
-    for (const link of document.querySelectorAll("header nav a[href^='#']")) {
-      if ((link.hash.slice(2) || "latents") === name) link.setAttribute("aria-current", "page");
+    ksparse.leave?.();
+    ksparse.leave = null;
+    try {
+      if (!(await ksparse.enter(run, current))) return;
+    } catch (error) {
+      if (current()) ksparse.show(el("p", { class: "missing", role: "alert" }, error.message));
+      return;
+    }
+    for (const link of document.querySelectorAll("header nav a[data-page]")) {
+      if ((link.dataset.page || "latents") === name) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
     ksparse.placeSearch(null); // the start page takes it
@@ -60,7 +68,7 @@
     n: () => ksparse.lines(!ksparse.lines()),
     l: () => { location.hash = "#/latents"; },
     m: () => { location.hash = "#/map"; },
-    t: () => document.querySelector(".latent-head .button, header nav a[href='#/try']").click(),
+    t: () => document.querySelector(".latent-head .button, header nav a[href$='/try']").click(),
     "?": () => keys.showModal(),
   };
   addEventListener("keydown", (event) => {
@@ -90,17 +98,12 @@
   });
 
   try {
-    ksparse.run = await ksparse.load("overview");
-    await ksparse.labels.open();
+    await ksparse.openRuns();
   } catch (error) {
     ksparse.show(el("p", { class: "missing", role: "alert" }, error.message));
     return;
   }
   ksparse.suggest(search);
-  document.getElementById("brand").textContent = ksparse.run.name;
-  const report = document.getElementById("report");
-  report.hidden = !ksparse.run.has.report;
-  if (ksparse.live) report.search = `?token=${encodeURIComponent(ksparse.token)}`;
   search.placeholder = ksparse.live
     ? "Number, token, task, label, or any text"
     : "Number, token, task or label";
