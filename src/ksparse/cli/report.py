@@ -100,7 +100,7 @@ def view(arguments: list[str]) -> None:
         os._exit(interrupted.exit_code)  # without waiting for a thread in which the LM may run
 
 
-def export(runs: list[RunFolder], folder: Path, place: str = "") -> None:
+def export(runs: list[RunFolder], folder: Path, fragment: str = "") -> None:
     """Write the static pages of a run into a folder; those of several each into a folder in it."""
     from ksparse import viewer
     from ksparse.viewer.runs import name_runs
@@ -110,7 +110,7 @@ def export(runs: list[RunFolder], folder: Path, place: str = "") -> None:
     for run, place in zip(runs, folders):
         with ProgressBar("pages"), raise_on_signal(signal.SIGTERM):
             page = viewer.export(run, place, observe=progress.report)
-        print(f"pages    {page.resolve().as_uri()}{place}")
+        print(f"pages    {page.resolve().as_uri()}{fragment}")
 
 
 @contextmanager
