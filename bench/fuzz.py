@@ -1764,7 +1764,8 @@ _PATHS = (
     "/data/glosses/0.json",
     "/data/tasks.json",
     "/data/tokens/0.json",
-    "/data/columns/pca_1.json",
+    "/data/columns/density.json",
+    "/data/maps/pca.json",
     *("/api/label", "/api/change") * 5,
     *("/api/activations",) * 3,
 )

@@ -40,7 +40,17 @@ BLOCK = 16
 MARKER, PAGE, REPORT = "ksparse-site.json", "index.html", "report.html"
 WORK = ".tmp-ksparse-site"
 """Where new pages are made: in the site's own folder, since a rename needs the same disk."""
-SCRIPTS = ("base.js", "latent.js", "table.js", "map.js", "search.js", "live.js", "main.js")
+SCRIPTS = (
+    "base.js",
+    "latent.js",
+    "table.js",
+    "points.js",
+    "map.js",
+    "scatter.js",
+    "search.js",
+    "live.js",
+    "main.js",
+)
 STYLE = "style.css"
 """The report's style sheet, which the viewer's extends."""
 ASSETS = {

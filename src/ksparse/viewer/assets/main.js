@@ -59,6 +59,7 @@
     n: () => ksparse.lines(!ksparse.lines()),
     l: () => { location.hash = "#/"; },
     m: () => { location.hash = "#/map"; },
+    p: () => { location.hash = "#/scatter"; },
     t: () => document.querySelector(".latent-head .button, header nav a[href='#/try']").click(),
     "?": () => keys.showModal(),
   };
