@@ -218,6 +218,7 @@ def test_every_page_can_be_reached_by_keys(browser: Browser, served: int):
         ("k", "Latent 7 ·"),
         ("k", "Latent 6 ·"),
         ("m", "map"),
+        ("p", "scatter"),
         ("l", "latents"),
         ("r", "Latent "),
         ("t", "try it"),
@@ -264,27 +265,6 @@ def test_the_table_is_sorted_filtered_and_linked(browser: Browser, served: int, 
         "return document.querySelector('.tally').innerText == arguments[0]",
         f"{((density >= 0.02) & (density <= 0.05)).sum()} of {len(density)} latents",
     )
-
-
-def test_the_map_opens_the_latent_that_is_clicked(browser: Browser, served: int):
-    from selenium.webdriver import ActionChains
-
-    browser.open(at(served, "#/map?x=pca_1&y=pca_2"))
-    canvas = browser.find("canvas")
-    browser.until("return performance.getEntriesByName('map').length > 0")
-    found = browser.js("return [...document.querySelectorAll('select')].map((s) => s.value)")
-    assert found[:2] == ["pca_1", "pca_2"]
-    moved = ActionChains(browser.driver)
-    for offset in range(-120, 121, 15):
-        moved.move_to_element_with_offset(canvas, offset, offset // 2)
-    moved.perform()
-    for offset in range(-120, 121, 15):
-        ActionChains(browser.driver).move_to_element_with_offset(
-            canvas, offset, offset // 2
-        ).click().perform()
-        if "latent/" in browser.driver.current_url:
-            break
-    browser.title("Latent ")
 
 
 @pytest.mark.parametrize("name", ["stats", "n2g", "ablation", "probes"])

@@ -20,7 +20,6 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer import static_site
 from ksparse.viewer.columns import COLUMNS
 from ksparse.viewer.resources import Resources
-from ksparse.viewer.weights import Decoder
 
 from .conftest import N
 

@@ -2,7 +2,7 @@
 // The map: latents by the directions of their decoder rows. Zoom, pan, point, select.
 
 const LONGEST_NAME = 26, MOST_NAMED = 60, MOST_ZOOM = 400;
-const views = new Map(); // layout -> the part of it that was looked at last
+const views = new Map(); // run and layout -> the part of it that was looked at last
 
 ksparse.views.map = async function mapView(path, query, current) {
   const { el, run, points } = ksparse;
@@ -78,8 +78,9 @@ ksparse.views.map = async function mapView(path, query, current) {
 
   const { places } = layout, n = run.n, screen = new Float32Array(2 * n);
   const levels = points.levels(colours), box = bounds();
-  const view = views.get(state.layout) ?? { x: box.x, y: box.y, zoom: 1 };
-  views.set(state.layout, view);
+  const looked = `${run.name}/${state.layout}`;
+  const view = views.get(looked) ?? { x: box.x, y: box.y, zoom: 1 };
+  views.set(looked, view);
   let sheet, colour, names = [], lasso = null, asked = false;
   const perUnit = () => view.zoom * Math.min(
     (canvas.clientWidth - 48) / box.width, (canvas.clientHeight - 48) / box.height);

@@ -193,13 +193,14 @@ function inPolygon(corners, x, y) {
 // A layout: places [2 n], and what the server says of it.
 const layouts = new Map();
 ksparse.map = function map(name) {
-  if (!layouts.has(name)) {
+  const key = `${ksparse.run.name}/${name}`;
+  if (!layouts.has(key)) {
     const loading = ksparse.load(`maps/${name}`).then((resource) => {
       const bytes = Uint8Array.from(atob(resource.float32), (char) => char.charCodeAt(0));
       return { ...resource, places: new Float32Array(bytes.buffer) };
     });
-    loading.catch(() => layouts.delete(name));
-    layouts.set(name, loading);
+    loading.catch(() => layouts.delete(key));
+    layouts.set(key, loading);
   }
-  return layouts.get(name);
+  return layouts.get(key);
 };
