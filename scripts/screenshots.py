@@ -43,7 +43,8 @@ QUIET, PATIENCE = 1.2, 120.0
 STATE = """
 const waits = [...document.querySelectorAll("main [role=status], main .note")]
   .some((note) => note.textContent.trim().endsWith("…"));
-return [waits ? "waiting" : document.readyState, document.documentElement.innerHTML.length,
+const begun = !document.querySelector("main > noscript");
+return [waits || !begun ? "waiting" : document.readyState, document.documentElement.innerHTML.length,
   performance.getEntriesByType("resource").length, performance.getEntriesByType("mark").length];
 """
 

@@ -8,7 +8,8 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   const { columns } = run;
   const ranges = columns.map(({ key }) => [key, query.get(key) ?? ""]).filter(([, range]) => range);
   const state = {
-    sort: query.get("sort") ?? run.first.sort ?? "number",
+    sort: [query.get("sort"), run.first.sort]
+      .find((name) => name === "number" || columns.some(({ key }) => key === name)) ?? "number",
     up: query.get("up") === "1",
     page: Math.max(1, Number(query.get("page")) || 1),
     own: query.get("own") === "1",
