@@ -261,12 +261,20 @@ def times(latents: list[int], width: int, rounds: int, export: bool, folder: Pat
     browser.driver.quit()
 
 
+def busy_seconds(browser: Any) -> float:
+    """Return the processor time of the page's thread so far, which other work does not change."""
+    browser.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    metrics = browser.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return next(entry["value"] for entry in metrics if entry["name"] == "TaskDuration")
+
+
 def measure(
     browser: Any, page: str, n: int, rounds: int, random: np.random.Generator
 ) -> dict[str, Any]:
     """Return medians in milliseconds: of the first paint, the table, a latent's own text and
     counts, its neighbours too, the map (the first time, and again), and of the map's frames while
-    it is zoomed, with the longest; and the load averages before and after."""
+    it is zoomed, with the longest, and the processor time of one; and the load averages before and
+    after."""
     paints, switches, maps = [], [], []
     before = os.getloadavg()[0]
     run_js = browser.driver.execute_async_script
@@ -281,7 +289,9 @@ def measure(
         maps.append(run_js(MAP))
         run_js("location.hash = '#/latent/0'; setTimeout(arguments[0], 300)")
     run_js(MAP)
+    spent = busy_seconds(browser)
     frames = run_js(MOVE, 3 * rounds)
+    spent = busy_seconds(browser) - spent
     names = ("first_paint_ms", "table_ms", "latent_ms", "latent_and_neighbours_ms")
     medians = {
         name: round(statistics.median(values), 1)
@@ -292,6 +302,7 @@ def measure(
         "map_again_ms": round(statistics.median(maps[1:]), 1),
         "map_frame_ms": round(statistics.median(frames), 1),
         "map_longest_frame_ms": round(max(frames), 1),
+        "map_frame_cpu_ms": round(1000 * spent / len(frames), 1),
         "load": [round(before, 1), round(os.getloadavg()[0], 1)],
     }
 

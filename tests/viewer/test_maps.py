@@ -217,7 +217,7 @@ def test_a_name_is_the_token_whose_mean_share_most_exceeds_that_of_all():
     tokens[50:52, 0], weights[50:52, 0] = 21, 1.0  # too few latents of region 1
     vocabulary = [f"t{i}" for i in range(30)]
     places = random.random((100, 2))
-    terms = {"fires": regions.Terms(tokens, weights)}
+    terms = {"fires": regions.TokenShares(tokens, weights)}
     found = regions.describe(places, terms, vocabulary.__getitem__, region)
     assert [each["count"] for each in found] == [50, 30, 20]
 
@@ -251,7 +251,7 @@ def test_tokens_that_differ_in_case_or_outer_spaces_are_one_name():
     try:
         regions.LEAST_LATENTS = 1
         found = regions.describe(
-            places, {"raises": regions.Terms(tokens, weights)}, spelled.__getitem__, region
+            places, {"raises": regions.TokenShares(tokens, weights)}, spelled.__getitem__, region
         )
     finally:
         regions.LEAST_LATENTS = old

@@ -66,15 +66,15 @@ class Maps:
             "made": {key: _plain(layout.made[key]) for key in sorted(layout.made)[:10]},
         }
 
-    def _terms(self) -> dict[str, regions.Terms]:
+    def _terms(self) -> dict[str, regions.TokenShares]:
         """The tokens of every latent: those it fires on by mass, and the first that it raises."""
         terms = {}
         if self.data.fires_on is not None:
-            terms["fires"] = regions.Terms(*self.data.fires_on)
+            terms["fires"] = regions.TokenShares(*self.data.fires_on)
         if self.data.raises is not None:
             tokens = self.data.raises[:, :GLOSS_TOKENS]
             weights = np.broadcast_to(np.float32(1 / max(1, tokens.shape[1])), tokens.shape)
-            terms["raises"] = regions.Terms(tokens, weights)
+            terms["raises"] = regions.TokenShares(tokens, weights)
         return terms
 
 
@@ -83,7 +83,8 @@ def drawn_latents(data: RunData, decoder: Decoder) -> np.ndarray:
 
     Without `stats` it is not known which latents fire, and all are drawn.
     """
-    drawn: np.ndarray = np.abs(decoder.rows).max(1) > 0
+    rows = decoder.rows
+    drawn: np.ndarray = np.einsum("nd,nd->n", rows, rows) > 0
     if data.stats is not None:
         density = data.stats.tensor("density")
         if density.shape == drawn.shape:

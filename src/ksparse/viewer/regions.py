@@ -27,7 +27,7 @@ TOKENS = 3
 
 
 @dataclass(frozen=True)
-class Terms:
+class TokenShares:
     """Tokens of every latent with their weights; the weights of a latent sum to 1 at most.
 
     Args:
@@ -83,7 +83,7 @@ def _climb(density: np.ndarray) -> np.ndarray:
             steeper = other > best
             best = np.where(steeper, other, best)
             target = np.where(steeper, (rows + down) * GRID + columns + right, target)
-    leads = target.ravel()
+    leads: np.ndarray = target.ravel()
     while not np.array_equal(further := leads[leads], leads):
         leads = further
     found, numbers = np.unique(leads, return_inverse=True)
@@ -94,7 +94,7 @@ def _climb(density: np.ndarray) -> np.ndarray:
 
 
 def describe(
-    places: np.ndarray, terms: dict[str, Terms], spell: Any, region: np.ndarray | None = None
+    places: np.ndarray, terms: dict[str, TokenShares], spell: Any, region: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
     """Return the largest regions: where they are, how many latents they have, and their tokens.
 
@@ -133,7 +133,7 @@ def describe(
     return found
 
 
-def _name(region: np.ndarray, terms: Terms, spell: Any) -> dict[int, list[list[Any]]]:
+def _name(region: np.ndarray, terms: TokenShares, spell: Any) -> dict[int, list[list[Any]]]:
     """Return [[string, share in the region, share among all], …] of each region that has any."""
     latent, place = np.nonzero((terms.tokens >= 0) & (region[:, None] >= 0))
     token, weight = terms.tokens[latent, place], terms.weights[latent, place].astype(np.float64)

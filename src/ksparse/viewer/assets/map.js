@@ -2,6 +2,7 @@
 // The map: latents by the directions of their decoder rows. Zoom, pan, point, select.
 
 const LONGEST_NAME = 26, MOST_NAMED = 60, MOST_ZOOM = 400;
+const LONGEST_FRAME = 50; // milliseconds, while the map moves
 const views = new Map(); // run and layout -> the part of it that was looked at last
 
 ksparse.views.map = async function mapView(path, query, current) {
@@ -81,7 +82,8 @@ ksparse.views.map = async function mapView(path, query, current) {
   const looked = `${run.name}/${state.layout}`;
   const view = views.get(looked) ?? { x: box.x, y: box.y, zoom: 1 };
   views.set(looked, view);
-  let sheet, colour, names = [], lasso = null, asked = false;
+  let sheet, colour, names = [], lasso = null, asked = false, moving = false, resting = 0;
+  let wholeTakes = 0; // milliseconds to draw all points
   const perUnit = () => view.zoom * Math.min(
     (canvas.clientWidth - 48) / box.width, (canvas.clientHeight - 48) / box.height);
   const toScreen = (x, y) => [
@@ -119,8 +121,9 @@ ksparse.views.map = async function mapView(path, query, current) {
 
   function draw() {
     if (!canvas.clientWidth) return;
-    sheet = points.open(canvas);
+    const began = performance.now();
     colour = points.palette();
+    sheet = points.open(canvas, colour);
     const scale = perUnit(), middle = [sheet.width / 2, sheet.height / 2];
     let visible = 0;
     for (let i = 0; i < n; i++) {
@@ -131,10 +134,13 @@ ksparse.views.map = async function mapView(path, query, current) {
       visible += x > 0 && y > 0 && x < sheet.width && y < sheet.height;
     }
     const radius = Math.min(4.5, points.radius(n) * Math.max(1, view.zoom) ** 0.3);
-    points.draw(sheet, screen, levels, colour.levels, radius, visible > 30_000 ? 0.5 : 0.8);
+    const every = moving ? Math.max(1, Math.ceil(wholeTakes / LONGEST_FRAME)) : 1;
+    points.draw(sheet, screen, levels, colour.levels,
+      { radius, opacity: visible > 30_000 ? 0.5 : 0.8, every });
     ringOwn();
     drawOutline(lasso ?? shownSelection());
     drawNames(visible);
+    if (every === 1) wholeTakes = performance.now() - began;
   }
 
   // Draw in the next frame, however often it is asked for until then.
@@ -145,6 +151,17 @@ ksparse.views.map = async function mapView(path, query, current) {
       asked = false;
       if (current()) draw();
     });
+  }
+
+  // Draw while the map moves: where all points take too long, only some, and all at the end.
+  function redrawMoving() {
+    moving = true;
+    clearTimeout(resting);
+    resting = setTimeout(() => {
+      moving = false;
+      redraw();
+    }, 120);
+    redraw();
   }
 
   function ringOwn() {
@@ -295,14 +312,14 @@ ksparse.views.map = async function mapView(path, query, current) {
     view.x += before[0] - after[0];
     view.y += before[1] - after[1];
     tip.hidden = true;
-    redraw();
+    redrawMoving();
   }
 
   function pan(x, y) {
     view.x -= x / perUnit();
     view.y += y / perUnit();
     tip.hidden = true;
-    redraw();
+    redrawMoving();
   }
 
   function showAll() {

@@ -20,14 +20,17 @@ ksparse.points = {
     };
   },
 
-  // Make a canvas as sharp as the screen; return its pen, in CSS pixels, and its size.
-  open(canvas) {
+  // Make a canvas as sharp as the screen, and empty; return its pen, in CSS pixels, and its size.
+  open(canvas, colours) {
     const scale = devicePixelRatio || 1;
     const width = canvas.clientWidth, height = canvas.clientHeight;
-    canvas.width = Math.max(1, Math.round(width * scale));
-    canvas.height = Math.max(1, Math.round(height * scale));
-    const pen = canvas.getContext("2d");
-    pen.scale(scale, scale);
+    const w = Math.max(1, Math.round(width * scale)), h = Math.max(1, Math.round(height * scale));
+    if (canvas.width !== w) canvas.width = w;
+    if (canvas.height !== h) canvas.height = h;
+    const pen = canvas.getContext("2d", { alpha: false, willReadFrequently: true });
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.fillStyle = colours.card;
+    pen.fillRect(0, 0, width, height);
     return { pen, width, height, scale };
   },
 
@@ -50,40 +53,19 @@ ksparse.points = {
     return { level, order };
   },
 
-  // Round dots at `places`, [2 n] in CSS pixels; NaN is not drawn.
-  draw({ pen, width, height, scale }, places, { level, order }, colours, radius, opacity) {
-    const w = Math.round(width * scale), h = Math.round(height * scale);
-    if (!w || !h) return;
-    if (layer?.image.width !== w || layer.image.height !== h) {
-      const canvas = document.createElement("canvas");
-      canvas.width = w;
-      canvas.height = h;
-      layer = { canvas, image: new ImageData(w, h) };
-    }
-    const pixels = layer.image.data, stamp = dot(radius * scale, opacity);
-    const { size, half, cover } = stamp;
-    pixels.fill(0);
-    for (const i of order) {
-      const x = Math.round(places[2 * i] * scale) - half;
-      const y = Math.round(places[2 * i + 1] * scale) - half;
-      // Written so that NaN is left out too.
-      if (!(x > -size && y > -size && x < w && y < h)) continue;
-      const [red, green, blue] = colours[level[i]];
-      for (let row = Math.max(0, -y); row < size && y + row < h; row++) {
-        for (let column = Math.max(0, -x); column < size && x + column < w; column++) {
-          const alpha = cover[row * size + column];
-          if (!alpha) continue;
-          const at = 4 * ((y + row) * w + x + column), below = pixels[at + 3] / 255;
-          const whole = alpha + below * (1 - alpha), share = alpha / whole;
-          pixels[at] += (red - pixels[at]) * share;
-          pixels[at + 1] += (green - pixels[at + 1]) * share;
-          pixels[at + 2] += (blue - pixels[at + 2]) * share;
-          pixels[at + 3] = 255 * whole;
-        }
-      }
-    }
-    layer.canvas.getContext("2d").putImageData(layer.image, 0, 0);
-    pen.drawImage(layer.canvas, 0, 0, width, height);
+  // Round dots at `places`, [2 n] in CSS pixels, on what is drawn already; NaN is not drawn. With
+  // `every` above 1 only some of them, while the rest would take too long.
+  draw({ pen, scale }, places, { level, order }, colours, { radius, opacity, every = 1 }) {
+    const { width, height } = pen.canvas, image = pen.getImageData(0, 0, width, height);
+    const pixels = new Int32Array(image.data.buffer);
+    // A pixel is 0xAABBGGRR.
+    const inks = {
+      redBlue: Int32Array.from(colours, ([red, , blue]) => (blue << 16) | red),
+      green: Int32Array.from(colours, ([, green]) => green << 8),
+    };
+    const shape = dot(radius * scale, opacity);
+    stamp(pixels, width, height, places, scale, level, order, every, inks, shape);
+    pen.putImageData(image, 0, 0);
   },
 
   // A radius at which so many points still look like points.
@@ -122,8 +104,6 @@ ksparse.points = {
   },
 };
 
-let layer = null; // the pixels of the last drawing
-
 function countUpTo(borders, value) {
   let low = 0, high = borders.length;
   while (low < high) {
@@ -134,17 +114,49 @@ function countUpTo(borders, value) {
   return low;
 }
 
-// How much of each pixel of a square a dot in its middle covers.
-function dot(radius, opacity) {
-  const half = Math.max(1, Math.ceil(radius)), size = 2 * half + 1;
-  const cover = new Float32Array(size * size);
-  for (let y = -half; y <= half; y++) {
-    for (let x = -half; x <= half; x++) {
-      const inside = radius + 0.5 - Math.hypot(x, y);
-      cover[(y + half) * size + x + half] = opacity * Math.min(1, Math.max(0, inside));
+// Mix dots into pixels. A function of its own, with little else in it, is compiled well. Red and
+// blue are mixed at once, as two numbers in one.
+function stamp(pixels, w, h, places, scale, level, order, every, inks, shape) {
+  const { half, across, down, cover } = shape, { redBlue, green } = inks;
+  const count = cover.length, offsets = across.map((x, i) => down[i] * w + x);
+  const right = w - half, bottom = h - half;
+  for (let place = 0; place < order.length; place += every) {
+    const i = order[place];
+    const x = Math.round(places[2 * i] * scale), y = Math.round(places[2 * i + 1] * scale);
+    // Written so that NaN is left out too.
+    if (!(x >= -half && y >= -half && x < w + half && y < h + half)) continue;
+    const whole = x >= half && y >= half && x < right && y < bottom;
+    const at = y * w + x, rb = redBlue[level[i]], g = green[level[i]];
+    for (let k = 0; k < count; k++) {
+      if (!whole) {
+        const px = x + across[k], py = y + down[k];
+        if (px < 0 || py < 0 || px >= w || py >= h) continue;
+      }
+      const to = at + offsets[k], share = cover[k], under = pixels[to];
+      const underRb = under & 0xff00ff, underG = under & 0xff00;
+      pixels[to] = -0x1000000 |
+        ((underRb + (Math.imul(rb - underRb, share) >> 7)) & 0xff00ff) |
+        ((underG + (Math.imul(g - underG, share) >> 7)) & 0xff00);
     }
   }
-  return { size, half, cover };
+}
+
+// The pixels that a dot covers, from its middle, and how much of each, in 128ths.
+function dot(radius, opacity) {
+  const half = Math.max(1, Math.ceil(radius)), across = [], down = [], cover = [];
+  for (let y = -half; y <= half; y++) {
+    for (let x = -half; x <= half; x++) {
+      const inside = Math.min(1, radius + 0.5 - Math.hypot(x, y));
+      if (inside < 0.05) continue;
+      across.push(x);
+      down.push(y);
+      cover.push(Math.round(128 * opacity * inside));
+    }
+  }
+  return {
+    half, across: Int32Array.from(across), down: Int32Array.from(down),
+    cover: Int32Array.from(cover),
+  };
 }
 
 // ---- selections: a polygon on a layout, as text in the address: "pca:0.1,0.2,0.3,…"

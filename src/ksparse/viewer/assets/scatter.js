@@ -102,7 +102,7 @@ ksparse.views.scatter = async function scatterView(path, query, current) {
   }
 
   function draw() {
-    const sheet = points.open(canvas), colour = points.palette(), n = xs.length;
+    const colour = points.palette(), sheet = points.open(canvas, colour), n = xs.length;
     const { pen, width, height } = sheet;
     const frame = { left: 62, right: width - 14, top: 12, bottom: height - 46 };
     const x = (share) => frame.left + 8 + share * (frame.right - frame.left - 16);
@@ -113,7 +113,8 @@ ksparse.views.scatter = async function scatterView(path, query, current) {
       places[2 * i] = x(axes.x.place(xs[i]));
       places[2 * i + 1] = y(axes.y.place(ys[i]));
     }
-    points.draw(sheet, places, levels, colour.levels, points.radius(n), n > 30_000 ? 0.5 : 0.8);
+    points.draw(sheet, places, levels, colour.levels,
+      { radius: points.radius(n), opacity: n > 30_000 ? 0.5 : 0.8 });
     pen.strokeStyle = colour.hot;
     pen.lineWidth = 1.5;
     for (const i of ksparse.labels.numbers()) {
