@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
@@ -47,7 +47,7 @@ def report(arguments: list[str]) -> None:
 
 @verb
 def view(arguments: list[str]) -> None:
-    """view RUN … [--export DIR] [--port N] [--latent N]
+    """view RUN … [--export DIR] [--map umap] [--port N] [--latent N]
 
     Browse the latents of a run, or of the SAE judged by `eval SAE --out`, on this machine, or write
     pages for any web host. Of several runs, a latent is shown beside its nearest in another.
@@ -60,6 +60,9 @@ def view(arguments: list[str]) -> None:
         export: str = ""
         """Folder to write static pages to, instead of serving them; of several runs, each into a
         folder in it. They leave out what needs the LM, and the comparison of runs."""
+        map: Literal["pca", "umap"] = "pca"
+        """Layouts that the map offers: by PCA alone, or also by UMAP (pip install 'ksparse[umap]'),
+        which is computed once, in minutes where latents are many, and kept in RUN."""
         port: int = 8765
         """Port on 127.0.0.1; 0: any that is free."""
         latent: int = -1
@@ -85,6 +88,9 @@ def view(arguments: list[str]) -> None:
             from ksparse.interop import load_judged
 
             load_judged(run)  # the pages need its weights: say now if it has moved or changed
+        if options.map == "umap":
+            with ProgressBar("UMAP"), raise_on_signal(signal.SIGTERM):
+                viewer.lay_out(run, observe=progress.report)
     place = f"#/latent/{options.latent}" if options.latent >= 0 else ""
     if options.export:
         export(runs, Path(options.export), place)

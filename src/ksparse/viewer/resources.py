@@ -1,7 +1,8 @@
 """Resources: a run's files as small JSON objects, of which a page loads those that it shows.
 
 overview      what the run is, what it lacks, latents worth a look, the first rows of the table
-columns/KEY   a number of every latent, for sorting, filtering and the map
+columns/KEY   a number of every latent, for sorting, filtering and plots
+maps/LAYOUT   a place of every latent, and the dense regions
 glosses/I     a few words on each latent of a block
 examples/I    one short example of each latent of a block
 latents/I     everything on the latents of a block
@@ -28,6 +29,7 @@ from ksparse.storage.run_folder import RunFolder
 from ksparse.viewer.columns import Columns
 from ksparse.viewer.details import Details
 from ksparse.viewer.index import Index
+from ksparse.viewer.maps import Maps
 from ksparse.viewer.run_data import RunData, number
 from ksparse.viewer.start import Start
 from ksparse.viewer.weights import Decoder
@@ -60,8 +62,9 @@ class Resources:
     def __init__(self, run: RunFolder, block: int):
         self.run, self.block, self.data, self.decoder = run, block, RunData(run), Decoder(run)
         self.n = self.data.n
-        self.columns, self.index = Columns(self.data, self.decoder), Index(self.data)
+        self.columns, self.index = Columns(self.data), Index(self.data)
         self.details = Details(self.data, self.columns, self.index)
+        self.maps = Maps(self.data, self.decoder)
         self.start = Start(self.data, self.columns, self.index, self.details)
         self._single: dict[str, Callable[[], dict[str, Any]]] = {
             "overview": self.overview,
@@ -86,6 +89,8 @@ class Resources:
         group, _, key = name.partition("/")
         if group == "columns":
             return self.columns.resource(key) if key in self.columns.all else None
+        if group == "maps":
+            return self.maps.resource(key)
         if group not in self._blocks or not re.fullmatch("0|[1-9][0-9]{0,11}", key):
             return None
         size, total, make = self._blocks[group]
@@ -96,6 +101,7 @@ class Resources:
         """Yield the name of every resource."""
         yield from self._single
         yield from (f"columns/{key}" for key in self.columns.all)
+        yield from (f"maps/{name}" for name in self.maps.names())
         for group, (size, total, _) in self._blocks.items():
             yield from (f"{group}/{i}" for i in range(-(-total // size)))
 
@@ -128,6 +134,7 @@ class Resources:
             "worth": self.start.worth_a_look,
             "first": first
             | {"examples": [self.details.shortest(i, i + 1)[0] for i in first["latents"]]},
+            "maps": self.maps.names(),
             "has": {
                 "tasks": source.result("probes") is not None,
                 "tokens": self.data.fires_on is not None,

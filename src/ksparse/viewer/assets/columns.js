@@ -27,7 +27,7 @@ ksparse.columns = {
   // All columns in the order in which they are shown. Those without `kind` hold words.
   all() {
     const { run } = ksparse;
-    const numbers = run.columns.filter(({ key }) => !ksparse.columns.onlyOnMaps(key));
+    const numbers = run.columns;
     const place = ({ key }) => {
       const i = ksparse.columns.DEFAULT.indexOf(key);
       return i < 0 ? Infinity : i;
@@ -57,7 +57,6 @@ ksparse.columns = {
   },
 
   // Columns for axes and colours of maps, which say nothing as numbers.
-  onlyOnMaps: (key) => /^(pca|umap)_/.test(key),
 
   chosen() {
     try {

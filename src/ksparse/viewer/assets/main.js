@@ -68,6 +68,7 @@
     n: () => ksparse.lines(!ksparse.lines()),
     l: () => { location.hash = "#/latents"; },
     m: () => { location.hash = "#/map"; },
+    p: () => { location.hash = "#/scatter"; },
     t: () => document.querySelector(".latent-head .button, header nav a[href$='/try']").click(),
     "?": () => keys.showModal(),
   };

@@ -5,19 +5,21 @@ const ROWS = 50;
 
 ksparse.views.latents = async function latentsView(path, query, current) {
   const { el, run } = ksparse;
-  const columns = run.columns.filter(({ key }) => !ksparse.columns.onlyOnMaps(key));
+  const { columns } = run;
   const ranges = columns.map(({ key }) => [key, query.get(key) ?? ""]).filter(([, range]) => range);
   const usual = run.first.sort ?? "number";
   const state = {
-    sort: query.get("sort") ?? usual,
+    sort: [query.get("sort"), usual]
+      .find((name) => name === "number" || columns.some(({ key }) => key === name)) ?? "number",
     up: query.get("up") === "1",
     page: Math.max(1, Number(query.get("page")) || 1),
     own: query.get("own") === "1",
+    selection: query.get("selection") ?? "", // on the map
     ranges: Object.fromEntries(ranges),
   };
   document.title = `${run.name} · latents`;
 
-  const filtered = Object.keys(state.ranges).length > 0 || state.own;
+  const filtered = Object.keys(state.ranges).length > 0 || state.own || state.selection !== "";
   const isFirst = !filtered && !state.up && state.page === 1 && state.sort === usual;
   const rows = isFirst ? firstRows() : await selectRows();
   if (!current()) return;
@@ -59,10 +61,11 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     const values = Object.fromEntries(await Promise.all([...keys].map(read)));
     const tests = Object.entries(state.ranges)
       .map(([key, range]) => [values[key], ...parseRange(key, range)]);
-    const candidates = state.own
-      ? ksparse.labels.numbers()
+    const selected = state.selection
+      ? await ksparse.selection.latents(state.selection)
       : Array.from({ length: run.n }, (_, i) => i);
-    const numbers = candidates.filter((i) =>
+    const own = state.own ? new Set(ksparse.labels.numbers()) : null;
+    const numbers = selected.filter((i) => (own?.has(i) ?? true) &&
       tests.every(([column, least, most]) => column[i] >= least && column[i] <= most));
     const by = values[state.sort];
     if (by) {
@@ -177,6 +180,7 @@ ksparse.views.latents = async function latentsView(path, query, current) {
     const all = `${ksparse.count(run.n)} latents`;
     return el("div", { class: "controls" },
       el("p", { class: "tally" }, filtered ? `${ksparse.count(rows.total)} of ${all}` : all),
+      state.selection ? selectionOnMap() : null,
       el("label", {}, el("input", {
         type: "checkbox", id: "own", checked: state.own,
         on: { change: (event) => go({ own: event.target.checked, page: 1 }) },
@@ -188,6 +192,16 @@ ksparse.views.latents = async function latentsView(path, query, current) {
         }, "Export labels")
         : null,
       columns.length ? filterForm() : null, ksparse.columns.menu(draw));
+  }
+
+  function selectionOnMap() {
+    const to = ksparse.to("map", { selection: state.selection });
+    return el("span", { class: "chip", id: "selection" },
+      el("a", { href: to }, "selection on the map"),
+      el("button", {
+        type: "button", class: "button small", "aria-label": "Clear the selection",
+        on: { click: () => go({ selection: "", page: 1 }) },
+      }, "×"));
   }
 
   function filterForm() {
@@ -232,10 +246,10 @@ ksparse.views.latents = async function latentsView(path, query, current) {
   }
 
   function address(changes) {
-    const { sort, up, page, own, ranges: selected } = { ...state, ...changes };
+    const { sort, up, page, own, selection, ranges: selected } = { ...state, ...changes };
     return ksparse.to("latents", {
       sort: sort === usual && !up ? "" : sort, up: up ? 1 : "",
-      page: page > 1 ? page : "", own: own ? 1 : "", ...selected,
+      page: page > 1 ? page : "", own: own ? 1 : "", selection, ...selected,
     });
   }
 
