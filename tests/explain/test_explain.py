@@ -151,7 +151,7 @@ def test_what_was_asked_is_not_asked_again(url, fake, tmp_path):
     first = explainer(url, tmp_path).run()
     assert len(fake.requests) == estimate.requests == 6 * (1 + 2 * 2 * 10)
     again = explainer(url, tmp_path)
-    assert again.estimate() == (0, 0, 0)
+    assert again.estimate() == (0, 0, 0, 0)
     second = again.run()
     assert len(fake.requests) == estimate.requests
     assert {**first, "seconds": 0} == {**second, "seconds": 0}

@@ -40,8 +40,9 @@ def explain(arguments: list[str]) -> None:
     from ksparse.evals.runner import write_results
     from ksparse.explain.answers import Answers
     from ksparse.explain.examples import collect
-    from ksparse.explain.explain import NAME, SCORES, Explainer
+    from ksparse.explain.explain import NAME, Explainer
     from ksparse.explain.server import ChatServer, ServerError
+    from ksparse.explain.verdict import SCORES
     from ksparse.lm.model import LM
 
     key = os.environ.get(options.key_variable, "").strip()
@@ -61,9 +62,10 @@ def explain(arguments: list[str]) -> None:
     explainer = Explainer(specimens, options, server, Answers(run))
     needed = explainer.estimate()
     print(
-        f"{len(specimens.of)} latents: {needed.requests:,} requests, about "
-        f"{needed.prompt_tokens:,} tokens sent and at most {needed.answer_tokens:,} tokens back; "
-        f"{len(explainer.answers):,} answers are there already",
+        f"{len(specimens.of)} latents: at most {needed.requests:,} requests, about "
+        f"{needed.prompt_tokens:,} tokens sent and at most {needed.answer_tokens:,} tokens back, "
+        f"about {needed.longest:,} in the longest; {len(explainer.answers):,} answers are there "
+        "already",
         flush=True,
     )
     if not options.url:
@@ -87,6 +89,13 @@ def explain(arguments: list[str]) -> None:
             f"{format_estimate(result['shuffled_' + score])}   N2G "
             f"{format_estimate(result['n2g_' + score])}"
         )
+    answers = result["answers"]
+    print(
+        f"{'answers':<10} {answers['requests']:,} requests, {explainer.asked:,} of them now; the "
+        f"server counted {answers['prompt_tokens']:,} tokens sent and "
+        f"{answers['answer_tokens']:,} back"
+        + f", and none for {answers['uncounted']:,}" * bool(answers["uncounted"])
+    )
     for note in result["notes"]:
         print(f"note       {note}")
     write_report(run)

@@ -84,7 +84,7 @@ def read_explanation(answer: str) -> str:
         >>> read_explanation('\\n"names of cities."\\nThese are …')
         'names of cities.'
     """
-    lines = (line.strip() for line in answer.splitlines())
+    lines = (line.strip() for line in _spoken(answer).splitlines())
     line = next((line for line in lines if re.search(r"\w", line)), "")
     line = re.sub("[\ud800-\udfff]", "\ufffd", line)
     return line.strip("\"'`*“” ")[:LONGEST]
@@ -97,7 +97,7 @@ def read_labels(answer: str, count: int) -> list[bool] | None:
         >>> read_labels("Here it is: [1, 0, true]", 3)
         [True, False, True]
     """
-    for found in re.findall(r"\[[^\[\]]*\]", answer[:10_000]):
+    for found in re.findall(r"\[[^\[\]]*\]", _spoken(answer[:10_000])):
         try:
             labels = json.loads(found.lower())
         except ValueError:
@@ -107,6 +107,11 @@ def read_labels(answer: str, count: int) -> list[bool] | None:
         ):
             return [bool(label) for label in labels]
     return None
+
+
+def _spoken(answer: str) -> str:
+    """Return an answer without what a model thought before it."""
+    return re.sub(r"<think>.*", "", answer.rpartition("</think>")[2], flags=re.DOTALL)
 
 
 def _number(texts: Sequence[str]) -> str:

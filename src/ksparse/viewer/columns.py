@@ -137,7 +137,11 @@ class Columns:
 
     def __init__(self, data: RunData, decoder: Decoder):
         self.data, self.decoder = data, decoder
-        self.all = {column.key: column for column in COLUMNS if data.has(column.eval)}
+        self.all = {
+            column.key: column
+            for column in COLUMNS
+            if data.has(column.eval) and (column.eval != "explain" or data.judged(column.key))
+        }
         if data.source.run.has_weights():
             self.all |= {column.key: column for column in PLANE}
         self._read: dict[str, np.ndarray] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import CorruptError
+from ksparse.explain.verdict import SCORES, tells_apart
 from ksparse.report.source import Arrays, RunSource
 from ksparse.report.tokens import safe_text, token_of
 from ksparse.storage import atomic
@@ -87,12 +88,16 @@ class RunData:
 
     @cached_property
     def explained(self) -> dict[str, dict[str, Any]]:
-        """Explanations in words by latent, each with its scores; made safe to look at."""
+        """Explanations in words by latent, each with its scores; made safe to look at.
+
+        A score by which the judge cannot tell latents apart is left out.
+        """
         rows = (self.source.result("explain") or {}).get("latents")
+        scores = [score for score in SCORES if self.judged(score)]
         return {
             str(row["latent"]): {
                 "text": safe_text(row["explanation"]),
-                **{key: number(_score(row, key)) for key in ("detection", "fuzzing")},
+                **{score: number(_score(row, score)) for score in scores},
             }
             for row in (rows if isinstance(rows, list) else ())
             if isinstance(row, dict)
@@ -101,6 +106,10 @@ class RunData:
             and isinstance(row.get("explanation"), str)
             and row["explanation"].strip()
         }
+
+    def judged(self, score: str) -> bool:
+        """Return whether a score of explanations may rank latents."""
+        return tells_apart(self.source.result("explain") or {}, score) is not False
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
