@@ -40,9 +40,8 @@ def explain(arguments: list[str]) -> None:
     from ksparse.evals.runner import write_results
     from ksparse.explain.answers import Answers
     from ksparse.explain.examples import collect
-    from ksparse.explain.explain import NAME, Explainer
+    from ksparse.explain.explain import NAME, SCORES, Explainer
     from ksparse.explain.server import ChatServer, ServerError
-    from ksparse.explain.verdict import SCORES
     from ksparse.lm.model import LM
 
     key = os.environ.get(options.key_variable, "").strip()

@@ -32,10 +32,12 @@ from ksparse.explain.answers import Answers
 from ksparse.explain.examples import Specimen, Specimens, Window
 from ksparse.explain.options import ExplainConfig
 from ksparse.explain.server import Answer, ChatServer
-from ksparse.explain.verdict import SCORES, tells_apart
 
 NAME = "explain"
 """The name of the result: evals/explain.json."""
+SCORES = ("detection", "fuzzing")
+ERRORS = 2
+"""Standard errors that own explanations must be ahead of dealt ones to rank latents."""
 RATES = tuple(
     prefix + score for prefix in ("", "shuffled_", "n2g_", "n2g_shuffled_") for score in SCORES
 )
@@ -248,6 +250,9 @@ class Explainer:
             "answers": _count(answers),
             "seconds": round(seconds, 2),
         }
+        values["tells_apart"] = {
+            score: tells_apart(values[f"{score}_over_shuffled"]) for score in SCORES
+        }
         values["notes"] = _notes(values)
         arrays = {"latent": torch.tensor([specimen.latent for specimen in self.specimens.of])}
         arrays |= {name: torch.from_numpy(columns[name]).float() for name in RATES}
@@ -279,7 +284,7 @@ def _notes(values: dict[str, Any]) -> list[str]:
         f"({_show(values['shuffled_' + score])}) as a latent's own ({_show(values[score])}), so "
         "the scores of single latents rank nothing"
         for score in SCORES
-        if tells_apart(values, score) is False
+        if values["tells_apart"][score] is False
     ]
     said = {
         f"{values['unread']:.1%} of the labels could not be read and count as half right": (
@@ -325,6 +330,26 @@ def balanced_accuracy(active: Sequence[bool], labels: Sequence[bool | None]) -> 
     )
     truth = np.array(active, bool)
     return float((right[truth].mean() + right[~truth].mean()) / 2)
+
+
+def tells_apart(difference: dict[str, float | None]) -> bool | None:
+    """Return whether own explanations score better than those of other latents.
+
+    The mean paired difference must exceed `ERRORS` standard errors over latents. Where it does not,
+    the judge cannot tell latents apart by their explanations, and the scores rank nothing.
+
+    Args:
+        difference: `value` and `se` of own less dealt explanations.
+
+    Returns:
+        None without a standard error, as with one latent.
+
+    Example:
+        >>> tells_apart({"value": 0.1, "se": 0.02})
+        True
+    """
+    value, se = difference["value"], difference["se"]
+    return None if value is None or se is None else value > ERRORS * se
 
 
 def _score_patterns(windows: list[Window], *, dealt: bool) -> dict[str, float]:

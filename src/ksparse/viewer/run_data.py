@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ksparse.errors import CorruptError
-from ksparse.explain.verdict import SCORES, tells_apart
 from ksparse.report.source import Arrays, RunSource
 from ksparse.report.tokens import safe_text, token_of
 from ksparse.storage import atomic
@@ -93,7 +92,7 @@ class RunData:
         A score by which the judge cannot tell latents apart is left out.
         """
         rows = (self.source.result("explain") or {}).get("latents")
-        scores = [score for score in SCORES if self.judged(score)]
+        scores = [score for score in ("detection", "fuzzing") if self.judged(score)]
         return {
             str(row["latent"]): {
                 "text": safe_text(row["explanation"]),
@@ -108,8 +107,9 @@ class RunData:
         }
 
     def judged(self, score: str) -> bool:
-        """Return whether a score of explanations may rank latents."""
-        return tells_apart(self.source.result("explain") or {}, score) is not False
+        """Return whether a score of explanations may rank latents: "detection" or "fuzzing"."""
+        judged = (self.source.result("explain") or {}).get("tells_apart")
+        return not isinstance(judged, dict) or judged.get(score) is not False
 
     def gloss(self, latent: int) -> list[list[Any]]:
         """Return [token, share] of the tokens that a latent fires on most."""
