@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import threading
@@ -10,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
 from ksparse.errors import InputError
-from ksparse.explain import prompts
+from ksparse.explain import prompts, texts
 from ksparse.explain.answers import Answers
 from ksparse.explain.examples import Specimen, Specimens, Window, collect
 from ksparse.explain.explain import Explainer, balanced_accuracy
@@ -283,8 +285,46 @@ def test_windows_are_of_both_kinds_and_apart_from_those_that_explain(small_recip
         assert all(window.marked.any() for window in specimen.test)
         silent = [window for window in specimen.test if not window.active]
         assert all((window.acts == 0).all() for window in silent)
+    again = RunFolder(tmp_path / "kept")
+    again.path.mkdir()
+    texts.write(again, "key", found)
+    kept = texts.read(again, "key")
+    assert (kept.strings, kept.too_few, kept.origin) == (found.strings, found.too_few, found.origin)
+    for was, now in zip(found.of, kept.of, strict=True):
+        assert was.latent == now.latent
+        for side in ("train", "test"):
+            for window, other in zip(getattr(was, side), getattr(now, side), strict=True):
+                assert all(np.array_equal(a, b) for a, b in zip(window, other, strict=True))
     with pytest.raises(InputError, match="there is no latent 64; this SAE has latents 0 to 63"):
         collect(load(run.path), LM(acts=run.subject().acts), ExplainConfig(latent=(64,)))
+
+
+def test_kept_texts_belong_to_weights_text_and_options(small_recipe):
+    from ksparse.sae.model import SAE, Shape
+
+    sae, acts = SAE(Shape(d_model=16, n_latents=64, k=4)), small_recipe().acts
+    key = texts.key_of(sae, acts, ExplainConfig())
+    assert texts.key_of(sae, acts, ExplainConfig(url="http://h/v1", model="m", shown=2)) == key
+    assert texts.key_of(sae, acts, ExplainConfig(test=4)) != key
+    assert texts.key_of(sae, dataclasses.replace(acts, context=9), ExplainConfig()) != key
+    with torch.no_grad():
+        sae.b_enc[3] += 1e-3
+    assert texts.key_of(sae, acts, ExplainConfig()) != key
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": "key", "checksum": "0", "texts": 3}'])
+def test_kept_texts_that_are_damaged_or_of_other_options_are_chosen_again(tmp_path, damage):
+    run = RunFolder(tmp_path)
+    assert texts.read(run, "key") is None
+    texts.write(run, "key", specimens(2))
+    assert texts.read(run, "key") is not None
+    assert texts.read(run, "other") is None
+    file = run.file("explain", "texts.json")
+    whole = file.read_text()
+    file.write_text(whole.replace('"latent": 1', '"latent": 2'))
+    assert texts.read(run, "key") is None
+    file.write_bytes(damage)
+    assert texts.read(run, "key") is None
 
 
 def test_the_verb_counts_first_asks_with_a_url_and_names_how_to_go_on(
@@ -311,7 +351,7 @@ def test_the_verb_counts_first_asks_with_a_url_and_names_how_to_go_on(
     assert code == 0 and "2 latents: 18 requests, about" not in err and "nothing was sent" in out, (
         err
     )
-    assert not (run.path / "explain").exists()
+    assert not (run.path / "explain" / "answers.jsonl").exists()
     fake = FakeServer()
     fake.answer = lambda body: (
         "<script>x</script>"
