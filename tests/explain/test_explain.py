@@ -312,7 +312,9 @@ def test_kept_texts_belong_to_weights_text_and_options(small_recipe):
     assert texts.key_of(sae, acts, ExplainConfig()) != key
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": "key", "checksum": "0", "texts": 3}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"key": "key", "checksum": "0", "texts": 3}']
+)
 def test_kept_texts_that_are_damaged_or_of_other_options_are_chosen_again(tmp_path, damage):
     run = RunFolder(tmp_path)
     assert texts.read(run, "key") is None

@@ -98,7 +98,8 @@ def explain(arguments: list[str]) -> None:
         f"{'answers':<10} {answers['requests']:,} requests, {explainer.asked:,} of them now; the "
         f"server counted {answers['prompt_tokens']:,} tokens sent and "
         f"{answers['answer_tokens']:,} back"
-        + f", and none for {answers['uncounted']:,}" * bool(answers["uncounted"])
+        + f", and none for {answers['uncounted']:,}"
+        * bool(answers["uncounted"])
     )
     for note in result["notes"]:
         print(f"note       {note}")

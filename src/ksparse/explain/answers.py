@@ -61,9 +61,9 @@ class Answers:
         try:
             row = json.loads(line)
             key, text = row["key"], row["text"]
-            counts = [int(row[name]) for name in ("prompt_tokens", "answer_tokens")]
+            sent, received = int(row["prompt_tokens"]), int(row["answer_tokens"])
         except (ValueError, RecursionError, LookupError, TypeError):
             return
         model, cut = row.get("model", ""), row.get("cut") is True
         if isinstance(key, str) and isinstance(text, str) and isinstance(model, str):
-            self._known[key] = Answer(text, *counts, model, cut)
+            self._known[key] = Answer(text, sent, received, model, cut)

@@ -233,7 +233,7 @@ class Explainer:
             name: getattr(self.options, name)
             for name in ("model", "examples", "test", "shown", "tokens", "seed")
         }
-        values = {
+        values: dict[str, Any] = {
             "name": NAME,
             "options": options,
             **self.specimens.origin,
