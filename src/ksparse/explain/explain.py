@@ -42,6 +42,9 @@ RATES = tuple(
     prefix + score for prefix in ("", "shuffled_", "n2g_", "n2g_shuffled_") for score in SCORES
 )
 _CHARACTERS_PER_TOKEN = 3.5  # of English text; servers' tokenizers differ
+_SCHEMA_HELPS = (
+    "models that do not keep the form of labels may keep it with --schema, if the server can"
+)
 _SUPPOSED = "x" * 80  # an explanation, before there is one
 
 
@@ -131,7 +134,8 @@ class Explainer:
                         windows = [self._text(window, marked=fuzzing) for window in batch]
                         messages = prompts.ask_labels(explanation, windows, fuzzing=fuzzing)
                         limit = prompts.label_tokens(len(batch))
-                        bodies.append(self.server.body(messages, limit))
+                        form = prompts.label_schema(len(batch)) if self.options.schema else None
+                        bodies.append(self.server.body(messages, limit, form))
             latents.append(bodies)
         return latents
 
@@ -231,7 +235,7 @@ class Explainer:
         ]
         options = {
             name: getattr(self.options, name)
-            for name in ("model", "examples", "test", "shown", "tokens", "seed")
+            for name in ("model", "examples", "test", "shown", "schema", "tokens", "seed")
         }
         values: dict[str, Any] = {
             "name": NAME,
@@ -290,6 +294,7 @@ def _notes(values: dict[str, Any]) -> list[str]:
         f"{values['unread']:.1%} of the labels could not be read and count as half right": (
             values["unread"] > 0
         ),
+        _SCHEMA_HELPS: values["unread"] > 0.1 and not values["options"]["schema"],
         f"{empty} of {len(rows)} latents got an answer without words for an explanation": empty > 0,
         f"{same} of {len(rows)} latents have the explanation of another one": same > 0,
         f"{answers['cut']} of {answers['requests']} answers end at the limit of tokens": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 OPEN, CLOSE = "<<", ">>"
 """What marks tokens in a text."""
@@ -69,6 +70,26 @@ def ask_labels(explanation: str, texts: Sequence[str], *, fuzzing: bool) -> Mess
         system,
         f"Description: {json.dumps(explanation, ensure_ascii=False)}\n\n{_number(texts)}\n\nList:",
     )
+
+
+def label_schema(count: int) -> dict[str, Any]:
+    """Return the `response_format` that only an answer with so many labels has.
+
+    An object around the list, since some servers take nothing else.
+    """
+    labels = {
+        "type": "array",
+        "items": {"type": "integer", "enum": [0, 1]},
+        "minItems": count,
+        "maxItems": count,
+    }
+    table = {
+        "type": "object",
+        "properties": {"labels": labels},
+        "required": ["labels"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "labels", "schema": table}}
 
 
 def label_tokens(count: int) -> int:

@@ -140,14 +140,20 @@ class ChatServer:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
 
-    def body(self, messages: list[dict[str, str]], max_tokens: int) -> dict[str, Any]:
+    def body(
+        self,
+        messages: list[dict[str, str]],
+        max_tokens: int,
+        response_format: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return the JSON of a request."""
-        return {
+        body = {
             "model": self.model,
             "messages": messages,
             "max_tokens": max_tokens,
             "temperature": 0,
         }
+        return body | ({"response_format": response_format} if response_format else {})
 
     def ask(self, body: dict[str, Any], stop: threading.Event | None = None) -> Answer:
         """Return the server's answer to a request.
@@ -230,6 +236,8 @@ def _seconds(header: str | None) -> float:
 
 def _read_answer(content: bytes) -> Answer:
     """Return the answer in a response; raise _Retry if there is none."""
+    if content.startswith(b"data:"):
+        raise _Retry("a stream of parts, which was not asked for")
     try:
         table = json.loads(content)
         choice = table["choices"][0]
