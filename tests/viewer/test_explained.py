@@ -56,17 +56,25 @@ def test_a_score_by_which_the_judge_cannot_tell_is_neither_shown_nor_a_column(
 def test_static_pages_show_explanations_as_labels_and_find_them(
     browser: Browser, run: RunFolder, tmp_path
 ):
+    explain(run, {"detection": True, "fuzzing": True})
+    page = viewer.export(run, tmp_path / "told").as_uri()
+    browser.open(f"{page}#/latents?sort=detection")
+    browser.find("td.words .explained")
+    labels = "return [...document.querySelectorAll('td.words .explained')].map((e) => e.innerText)"
+    assert {*browser.js(labels)} == {"names of rivers", "<b>tags</b>"}
     explain(run, {"detection": False, "fuzzing": True})
     page = viewer.export(run, tmp_path / "site").as_uri()
     browser.open(f"{page}#/search?q=RIVERS")
-    assert browser.find("#hits-labels a.to").text == "7"
-    assert browser.find("#hits-labels .explained").text == "names of rivers"
+    browser.until("return document.querySelector('#hits-labels a.to')?.innerText === '7'")
+    hit = "return document.querySelector('#hits-labels .explained').innerText"
+    assert browser.js(hit) == "names of rivers"
+    says = "return document.querySelector('#explanation')?.innerText.includes(arguments[0])"
     browser.open(f"{page}#/latent/7")
-    shown = browser.find("#explanation").text
-    assert "names of rivers" in shown and "fuzzing 60" in shown
-    assert "detection – the judge cannot tell" in shown
+    browser.until(says, "names of rivers")
+    assert browser.js(says, "detection – the judge cannot tell")
+    assert browser.js(says, "fuzzing 60")
     browser.open(f"{page}#/latent/40")
-    assert "<b>tags</b>" in browser.find("#explanation").text
+    browser.until(says, "<b>tags</b>")
     browser.open(f"{page}#/latent/90")
-    browser.find(".latent-head")
+    browser.until("return document.querySelector('h1').innerText === 'Latent 90'")
     assert browser.js("return document.querySelector('#explanation')") is None

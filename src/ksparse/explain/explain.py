@@ -41,7 +41,7 @@ ERRORS = 2
 RATES = tuple(
     prefix + score for prefix in ("", "shuffled_", "n2g_", "n2g_shuffled_") for score in SCORES
 )
-_CHARACTERS_PER_TOKEN = 3.5  # of English text; servers' tokenizers differ
+_CHARACTERS_PER_TOKEN = 3.0  # of short texts as JSON, with marks; servers' tokenizers differ
 _SCHEMA_HELPS = (
     "models that do not keep the form of labels may keep it with --schema, if the server can"
 )
