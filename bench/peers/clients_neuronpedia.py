@@ -32,6 +32,7 @@ CREATED = {
     "source": "Source",
 }
 IMPORTED = {"features": "Neuron", "activations": "Activation", "explanations": "Explanation"}
+SCORED = ("ExplanationScoreModel", "ExplanationScore")
 SEEDED_USER = "clkht01d40000jv08hvalcvly"
 IMPORTER = """
 const fs = require('fs'), zlib = require('zlib'), ts = require('typescript');
@@ -151,7 +152,7 @@ def facts(connection: Any) -> dict[str, Any]:
     """Return {table: {columns: {name: [type, required]}, references: {columns: [table, columns]}}}."""
     found: dict[str, Any] = {}
     with connection.cursor() as cursor:
-        for table in [*CREATED.values(), *IMPORTED.values()]:
+        for table in [*CREATED.values(), *IMPORTED.values(), *SCORED]:
             cursor.execute(
                 "SELECT column_name, CASE data_type WHEN 'ARRAY' THEN ltrim(udt_name, '_') || '[]' WHEN 'USER-DEFINED' THEN udt_name ELSE data_type END, "
                 "is_nullable = 'NO' AND column_default IS NULL, is_nullable = 'NO' FROM information_schema.columns WHERE table_name = %s AND table_schema = 'public' ORDER BY 1",

@@ -8,6 +8,8 @@
 
 * FOLDER/MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl
 * FOLDER/MODEL/LAYER-SET/{features,activations,explanations}/batch-K.jsonl.gz
+* FOLDER/MODEL/LAYER-SET/explanation_scores/batch-K.jsonl.gz, explanation_score_model.jsonl.gz, with
+  scores of `explain` (`neuronpedia_explanations`)
 
 Examples are those of `stats`: the strongest (with bin_min = bin_contains = -1), and random ones
 of every size in four equal intervals from 0 to the latent's largest value; bin_contains is the
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 import datetime
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ from ksparse import interop
 from ksparse.errors import InputError
 from ksparse.interop import foreign, hook_names
 from ksparse.interop.latent_examples import Example, LatentExamples
+from ksparse.interop.neuronpedia_explanations import (
+    Explanations,
+    judge_row,
+    read_explanations,
+    row_id,
+)
 from ksparse.interop.text_activations import read_activations
 from ksparse.lm.direct_logits import read_head
 from ksparse.lm.model import LM
@@ -125,19 +132,21 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
     created = datetime.datetime.now(datetime.UTC).isoformat()
     names = {"modelId": model, "layer": source_id}
     common = {"creatorId": publication.creator_id, "createdAt": created}
-    explanations = [
-        (_explanations(run, source), "n2g", "n2g: patterns of tokens, found by ksparse"),
-        (_in_words(run), "explain", "explain: by a language model, asked by ksparse"),
-    ]
+    explanations = read_explanations(run, source)
+    judge = judge_row(run, publication.creator, created)
     count = 0
     with atomic.atomic_dir(folder, new=True) as root:
         target = root / model / source_id
         target.mkdir(parents=True)
         for table, row in _release_rows(source, lm, publication, names, common).items():
             _write_rows(target / f"{table}.jsonl", [row])
+        if judge is not None:
+            _write_rows(target / "explanation_score_model.jsonl.gz", [judge])
         for number, features in enumerate(_batches(source, sae, lm)):
             tables = _latent_rows(features, source, publication, names, common, explanations)
             for table, rows in tables.items():
+                if not rows and table == "explanation_scores":
+                    continue
                 (target / table).mkdir(exist_ok=True)
                 _write_rows(target / table / f"batch-{number}.jsonl.gz", rows)
             count += len(features)
@@ -330,7 +339,7 @@ def _latent_rows(
     publication: Publication,
     names: dict[str, str],
     common: dict[str, str],
-    explanations: list[tuple[dict[int, str], str, str]],
+    explanations: list[Explanations],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of a batch of latents, by table."""
     return {
@@ -343,10 +352,16 @@ def _latent_rows(
             for index, example in enumerate(feature["activations"])
         ],
         "explanations": [
-            _explanation_row(latent, found[latent], names, common, kind, notes)
-            for latent in (feature["feature_index"] for feature in features)
-            for found, kind, notes in explanations
-            if latent in found
+            found.row(feature["feature_index"], names, common)
+            for feature in features
+            for found in explanations
+            if feature["feature_index"] in found.texts
+        ],
+        "explanation_scores": [
+            row
+            for feature in features
+            for found in explanations
+            for row in found.score_rows(feature["feature_index"], names, common)
         ],
     }
 
@@ -389,7 +404,7 @@ def _activation_row(
     return {
         **names,
         **common,
-        "id": _row_id(*names.values(), index, str(number)),
+        "id": row_id(*names.values(), index, str(number)),
         "index": index,
         "tokens": example["tokens"],
         "values": values,
@@ -408,65 +423,6 @@ def _activation_row(
         "binContains": example["bin_contains"],
         "qualifyingTokenIndex": example["qualifying_token_index"],
     }
-
-
-def _explanation_row(
-    latent: int,
-    description: str,
-    names: dict[str, str],
-    common: dict[str, str],
-    kind: str,
-    notes: str,
-) -> dict[str, Any]:
-    return {
-        **names,
-        "id": _row_id(*names.values(), str(latent), kind),
-        "index": str(latent),
-        "description": description,
-        "authorId": common["creatorId"],
-        "createdAt": common["createdAt"],
-        "updatedAt": common["createdAt"],
-        # A type must be one that the database has, and it has none for patterns.
-        "typeName": None,
-        "explanationModelName": None,
-        "notes": notes,
-    }
-
-
-def _explanations(run: RunFolder, source: LatentExamples) -> dict[int, str]:
-    """Return the three N2G patterns of each latent with the most support, as text; '*' is any
-    token."""
-    if run.eval("n2g") is None:
-        return {}
-    arrays = source.read("n2g")[1]
-    patterns: dict[int, list[tuple[int, str]]] = {}
-    for number, latent in enumerate(arrays["pattern_latent"].tolist()):
-        tokens = arrays["pattern_tokens"][
-            slice(*arrays["pattern_start"][number : number + 2].tolist())
-        ].tolist()
-        words = "".join("*" if token < 0 else source.token_strings([token])[0] for token in tokens)
-        patterns.setdefault(latent, []).append((-int(arrays["pattern_support"][number]), words))
-    return {
-        latent: " | ".join(words for _, words in sorted(supported)[:3])
-        for latent, supported in patterns.items()
-    }
-
-
-def _in_words(run: RunFolder) -> dict[int, str]:
-    """Return the explanations of `ksparse explain`."""
-    rows = (run.eval("explain") or {}).get("latents")
-    return {
-        row["latent"]: row["explanation"]
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict)
-        and type(row.get("latent")) is int
-        and isinstance(row.get("explanation"), str)
-        and row["explanation"]
-    }
-
-
-def _row_id(*parts: str) -> str:
-    return "c" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _write_rows(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -131,7 +131,11 @@ class Columns:
 
     def __init__(self, data: RunData):
         self.data = data
-        self.all = {column.key: column for column in COLUMNS if data.has(column.eval)}
+        self.all = {
+            column.key: column
+            for column in COLUMNS
+            if data.has(column.eval) and (column.eval != "explain" or data.judged(column.key))
+        }
         self._read: dict[str, np.ndarray] = {}
 
     @property

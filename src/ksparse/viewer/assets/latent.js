@@ -42,7 +42,8 @@ ksparse.views.latent = async function latentView(path, query, current) {
   function explanation() {
     const found = ksparse.labels.explained[number];
     if (!found) return null;
-    const score = (key) => `${key} ${ksparse.format(found[key], "percent")}`;
+    const score = (key) => `${key} ${
+      key in found ? ksparse.format(found[key], "percent") : "– the judge cannot tell"}`;
     return el("p", { class: "note", id: "explanation" }, "Explained by a model: ",
       el("bdi", {}, ksparse.visible(found.text)),
       el("span", { class: "aside" }, `${score("detection")} · ${score("fuzzing")}`));
