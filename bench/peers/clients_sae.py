@@ -120,7 +120,9 @@ def dashboard(path: Path, lm: Path, text: Path) -> dict[str, Any]:
 
     def from_pretrained(**options: Any) -> Any:
         hf = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
-        return llama_hooked.build(hf, AutoTokenizer.from_pretrained(lm), HookedSAETransformer)
+        model = llama_hooked.build(hf, AutoTokenizer.from_pretrained(lm), HookedSAETransformer)
+        model.process_weights_()  # as TransformerLens' from_pretrained does
+        return model
 
     HookedSAETransformer.from_pretrained = from_pretrained
     if not hasattr(SAE, "load_from_pretrained"):
@@ -167,7 +169,13 @@ def dashboard(path: Path, lm: Path, text: Path) -> dict[str, Any]:
             ]
         finally:
             os.chdir(home)
-    return {"features": len(features), "keys": sorted(features[0]) if features else []}
+    ends = ("pos_str", "pos_values", "neg_str", "neg_values")
+    logits = {str(each["feature_index"]): {end: each[end] for end in ends} for each in features}
+    return {
+        "features": len(features),
+        "keys": sorted(features[0]) if features else [],
+        "logits": logits,
+    }
 
 
 def saebench(path: Path, lm: Path, text: Path) -> dict[str, Any]:
