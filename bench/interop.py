@@ -342,41 +342,36 @@ def neuronpedia_clients(args: argparse.Namespace, work: Path) -> list[dict[str, 
     """Let Neuronpedia import the folder made for it, and what its own converter makes of batch-K.json."""
     run = evaluated("unit_norm", work)
     explained(run)
-    folders = {
-        "the folder for its import": work / "import" / "tiny" / "2-test",
-        "its converter of batch-K.json": work / "dashboards",
-    }
     names = neuronpedia.Publication(model="tiny", set="test", creator="me")
-    count = neuronpedia.export_bulk(run, work / "import", names)
+    neuronpedia.export_bulk(run, work / "import", names)
     neuronpedia.export_dashboard(run, work / "dashboards", names)
-    tables = {"Neuron": "features", "Activation": "activations", "Explanation": "explanations"}
-    source = folders["the folder for its import"]
+    source = work / "import" / "tiny" / "2-test"
     rows = {
         table: [
             json.loads(line)
             for file in (source / name).glob("*.gz")
             for line in gzip.decompress(file.read_bytes()).splitlines()
         ]
-        for table, name in tables.items()
+        for table, name in (
+            ("Neuron", "features"),
+            ("Activation", "activations"),
+            ("Explanation", "explanations"),
+        )
     }
     kinds = Counter(row["notes"].partition(":")[0] for row in rows["Explanation"])
-    assert set(kinds) == {"n2g", "explain"} and all(row["pos_str"] for row in rows["Neuron"])
+    complete = set(kinds) == {"n2g", "explain"} and all(row["pos_str"] for row in rows["Neuron"])
     written = {"SourceRelease": 1, "Model": 1, "SourceSet": 1, "Source": 1}
     written |= {table: len(each) for table, each in rows.items()}
     found = []
-    for kind, folder in folders.items():
-        if kind != "the folder for its import":
-            written["Explanation"] = 0  # SAEDashboard's files have none
+    for kind, folder, expected in (
+        ("its import", source, written),
+        ("its converter of batch-K.json", work / "dashboards", written | {"Explanation": 0}),
+    ):
         python = args.clients or sys.executable
         imported = client(python, "neuronpedia", args.neuronpedia, args.postgres, folder, args.node)
-        found.append(
-            {
-                "client": "Neuronpedia",
-                "kind": kind,
-                "ok": imported == written,
-                "found": imported | {"latents": count, "explanations": dict(kinds)},
-            }
-        )
+        ok = complete and imported == expected
+        facts = imported | (dict(kinds) if folder is source else {})
+        found.append({"client": "Neuronpedia", "kind": kind, "ok": ok, "found": facts})
     return found
 
 

@@ -85,7 +85,12 @@ def converted(checkout: Path, export: Path, work: Path) -> Path:
     }
     script = utils / "neuronpedia_utils" / "convert-saedashboard-to-neuronpedia-export.py"
     done = subprocess.run(
-        [sys.executable, script, *(f"--{key}={value}" for key, value in options.items())],
+        [
+            sys.executable,
+            script,
+            *(f"--{key}={value}" for key, value in options.items()),
+            "--zero-out-bos-token",
+        ],
         cwd=work,
         env={**os.environ, "PYTHONPATH": str(utils), "DEFAULT_CREATOR_ID": SEEDED_USER},
         capture_output=True,
@@ -103,7 +108,10 @@ def imported(
     schema = (webapp / "prisma" / "schema.prisma").read_text()
     for name, table in CREATED.items():
         for line in (export / f"{name}.jsonl").read_text().splitlines():
-            create(connection, schema, table, json.loads(line))
+            row = json.loads(line)
+            if not row.get("inferenceHosts"):  # their route leaves an empty list out
+                row.pop("inferenceHosts", None)
+            create(connection, schema, table, row)
     (node / "importer.js").write_text(IMPORTER)
     for name, table in IMPORTED.items():
         paths = sorted((export / name).glob("*.jsonl.gz"))
