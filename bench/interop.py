@@ -87,7 +87,7 @@ def main() -> None:
         os.environ["OPENAI_SPARSE_AUTOENCODER"] = str(args.openai.resolve())
         adapters["openai"] = sys.executable
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = emptied(args.work) if args.work else Path(folder)
         raw = activations()
         np.save(work / "raw.npy", raw.numpy())
         np.save(
@@ -156,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--neuronpedia", type=Path, help="a clone of hijohnnylin/neuronpedia")
     parser.add_argument("--postgres", metavar="URL", help="of a Postgres server")
     parser.add_argument("--node", type=Path, help="a folder with node_modules/pg, typescript@5")
+    parser.add_argument("--work", type=Path, help="keep what is trained there for the next run")
     parser.add_argument("--out", type=Path, default=Path("interop.json"))
     parser.add_argument(
         "--golden",
@@ -163,6 +164,15 @@ def arguments() -> argparse.Namespace:
         help="write small files with their expected outputs there, and nothing else",
     )
     return parser.parse_args()
+
+
+def emptied(folder: Path) -> Path:
+    """Remove what an earlier run left there, but what it trained."""
+    for path in folder.glob("*"):
+        if path.is_dir() and path.name != "runs":
+            shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def activations() -> torch.Tensor:
