@@ -4,7 +4,7 @@
 
 FOLDER/sae_lens/KIND, FOLDER/dictionary_learning/KIND: the files. LM: a Hugging Face LLaMA in a folder. TEXT: a file with a document per line. Prints a JSON
 list of {client, kind, …}; a client that stops has `error`. In the environment: sae-lens==6.54.12, dictionary-learning==0.1.0, and by --no-deps sae-dashboard==0.8.0,
-sae-bench==0.6.0 (their pins exclude one another), matplotlib; no torchvision.
+sae-bench==0.6.0 (their pins exclude one another), dataclasses-json, eindex-callum, matplotlib; no torchvision.
 
 Replaced, since nothing is downloaded: the LM that SAELens' load_model("HookedTransformer", …) would fetch by name, and hf_hub_download. The class of the LM is the
 one that cfg.json names.
