@@ -320,7 +320,7 @@ def sae_clients(python: str, work: Path) -> list[dict[str, Any]]:
         ok = "error" not in row
         if row["client"] == "dashboard" and row["kind"] == "topk-none" and ok:
             facts |= (compared := compared_logits(row["logits"], work))
-            ok = compared["latents"] > 0 and compared["logits"] < 0.01  # it rounds to 3 digits
+            ok = compared["latents"] > 0 and compared["logits"] < 1e-3  # it rounds to 3 digits
         if row["client"] == "saebench" and ok:
             target = folder / "dictionary_learning" / row["kind"]
             expected = dict(np.load(target / "found.npz")) | {"x": raw}
