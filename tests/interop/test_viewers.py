@@ -413,6 +413,32 @@ def test_rows_belong_to_the_user_whose_id_is_given(run, tmp_path):
     assert (release["creatorId"], release["creatorName"]) == ("c1", "me")
 
 
+@pytest.mark.parametrize(
+    ("site", "hook", "has_logits"),
+    [
+        ("transformer.h.1", "blocks.1.hook_resid_post", True),
+        ("transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_fc", False),
+    ],
+)
+def test_an_sae_at_a_module_is_exported_with_logits_where_it_has_any(
+    small_recipe, tmp_path, site, hook, has_logits
+):
+    trained = ksparse.train(small_recipe({"acts.site": site}), tmp_path / "run")
+    found = ksparse.evaluate(trained, None, ["stats"], tokens=200, examples=2, device="cpu")
+    runner.write_results(trained, found)
+    names = neuronpedia.Publication(model="tiny", set="test", creator="me")
+    neuronpedia.export_bulk(trained, tmp_path / "bulk", names)
+    neuronpedia.export_dashboard(trained, tmp_path / "dashboard", names)
+    file = next((tmp_path / "bulk").rglob("features/*.gz"))
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    features = json.loads((tmp_path / "dashboard" / "batch-0.json").read_text())["features"]
+    assert {row["hookName"] for row in rows} == {hook}
+    for row in [*rows, *features]:
+        for end in ("pos_str", "pos_values", "neg_str", "neg_values"):
+            assert len(row[end]) == 10 * has_logits, end
+        assert bool(row["logits_hist_data_bar_heights"]) is has_logits
+
+
 def test_what_is_missing_is_named(run, small_recipe, tmp_path):
     from ksparse.config import to_toml
 

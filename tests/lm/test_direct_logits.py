@@ -109,9 +109,29 @@ def test_a_vocabulary_smaller_than_the_list_is_listed_once():
     assert sorted(ends.up_token[0].tolist()) == list(range(V))
 
 
+@pytest.mark.parametrize(
+    ("module", "alias"),
+    [
+        ("model.layers.0", "resid_post.0"),
+        ("layers.1:in", "resid_pre.1"),
+        ("model.layers.0.mlp", "mlp_out.0"),
+        ("model.layers.1.self_attn", "attn_out.1"),
+    ],
+)
+def test_a_module_in_the_residual_stream_has_the_head_of_its_alias(module, alias):
+    named, expected = (direct_logits.read_head(build("llama", True, s)[0]) for s in (module, alias))
+    assert named.site == expected.site == alias
+    assert named.describe() == expected.describe()
+
+
+def test_a_module_whose_output_is_normalised_before_it_is_added_is_another_place():
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp' is another place"):
+        direct_logits.read_head(build("gemma2", True, "model.layers.0.mlp")[0])
+
+
 def test_a_site_outside_the_residual_stream_is_refused():
     lm, _ = build("llama", True, "model.layers.0.self_attn.q_proj")
-    with pytest.raises(InputError, match="need a site in the residual stream.*is a module's"):
+    with pytest.raises(InputError, match="need a site in the residual stream.*is another place"):
         direct_logits.read_head(lm)
 
 

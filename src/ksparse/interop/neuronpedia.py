@@ -17,7 +17,8 @@ share of all tokens whose value lies in the interval. Values are in the SAE's un
 what a value of 1 adds to the raw activations on average, so that steering by a strength in those
 units has the size that the latent has in the LM. Logits are those of the decoder row alone: row x
 weight of the final norm x unembedding, minus their mean over the vocabulary, which changes no
-probability. Fields that need several latents or channels at once (correlated_*) are empty.
+probability. They are empty where the site is not in the residual stream. Fields that need several
+latents or channels at once (correlated_*) are empty.
 
 The importer writes a line into the table of its file (release: SourceRelease, features: Neuron).
 Users are named by ids of its database there: `creatorId`, `authorId`.
@@ -48,7 +49,7 @@ from ksparse.interop.neuronpedia_explanations import (
     row_id,
 )
 from ksparse.interop.text_activations import read_activations
-from ksparse.lm.direct_logits import read_head
+from ksparse.lm.direct_logits import DirectHead, read_head
 from ksparse.lm.model import LM
 from ksparse.lm.sites import blocks_of
 from ksparse.sae.model import SAE
@@ -104,7 +105,7 @@ def export_dashboard(run: RunFolder, folder: Path, publication: Publication = Pu
     }
     count = 0
     with atomic.atomic_dir(folder, new=True) as folder:
-        for number, features in enumerate(_batches(source, sae, lm)):
+        for number, features in enumerate(_batches(source, sae, lm, _find_head(lm))):
             jsonio.write_json(folder / f"batch-{number}.json", head | {"features": features})
             count += len(features)
     return count
@@ -122,6 +123,8 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
         The number of latents written.
     """
     source, sae, lm = _open(run, folder)
+    head = _find_head(lm)
+    hook = hook_names.to_hook(head.site if head else source.acts.site)
     model = publication.model or source.acts.lm.replace("/", "-")
     source_id = f"{_layer(source)}-{publication.set}"
     for name in (model, source_id):
@@ -142,8 +145,8 @@ def export_bulk(run: RunFolder, folder: Path, publication: Publication = Publica
             _write_rows(target / f"{table}.jsonl", [row])
         if judge is not None:
             _write_rows(target / "explanation_score_model.jsonl.gz", [judge])
-        for number, features in enumerate(_batches(source, sae, lm)):
-            tables = _latent_rows(features, source, publication, names, common, explanations)
+        for number, features in enumerate(_batches(source, sae, lm, head)):
+            tables = _latent_rows(features, hook, names, common, explanations)
             for table, rows in tables.items():
                 if not rows and table == "explanation_scores":
                     continue
@@ -157,6 +160,14 @@ def _open(run: RunFolder, folder: Path) -> tuple[LatentExamples, SAE, LM]:
     foreign.check_new_folder(folder)
     source = LatentExamples(run)
     return source, interop.load(run.path, device="cpu"), LM(acts=source.acts, device="cpu")
+
+
+def _find_head(lm: LM) -> DirectHead | None:
+    """Return what makes direct logits; None where a decoder row has none."""
+    try:
+        return read_head(lm)
+    except InputError:  # a note of `stats` has the reason
+        return None
 
 
 def _layer(source: LatentExamples) -> int:
@@ -173,14 +184,16 @@ def _layer(source: LatentExamples) -> int:
 
 
 @torch.no_grad()
-def _batches(source: LatentExamples, sae: SAE, lm: LM) -> Iterator[list[dict[str, Any]]]:
+def _batches(
+    source: LatentExamples, sae: SAE, lm: LM, head: DirectHead | None
+) -> Iterator[list[dict[str, Any]]]:
     """Yield the live latents as SAEDashboard's features, in batches."""
-    head, live = read_head(lm), source.live_latents()
+    live = source.live_latents()
     scale = _raw_scale(sae, lm)
     for first in range(0, len(live), BATCH):
         latents = live[first : first + BATCH]
         rows = sae.W_dec[latents]
-        logits = head.logits(rows).cpu()
+        logits = head.logits(rows).cpu() if head else rows.new_empty(len(rows), 0)
         yield [
             _feature(source, latent, row, logit) | {"vector": _rounded(scale * row)}
             for latent, row, logit in zip(latents, rows, logits)
@@ -201,7 +214,7 @@ def _feature(source: LatentExamples, latent: int, row: Tensor, logits: Tensor) -
         (-logits).topk(min(_N_LOGITS, len(logits))),
     )
     strongest = row.topk(min(3, len(row))).indices
-    heights, edges = np.histogram(logits.numpy(), bins=_N_BINS)
+    heights, edges = np.histogram(logits.numpy(), bins=_N_BINS if len(logits) else [0.0])
     bars, width = source.histogram(latent), source.stats["act_bin"]
     values = row[strongest]
     return {
@@ -335,17 +348,14 @@ def _release_rows(
 
 def _latent_rows(
     features: list[dict[str, Any]],
-    source: LatentExamples,
-    publication: Publication,
+    hook: str,
     names: dict[str, str],
     common: dict[str, str],
     explanations: list[Explanations],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of a batch of latents, by table."""
     return {
-        "features": [
-            _feature_row(feature, source.acts.site, names | common) for feature in features
-        ],
+        "features": [_feature_row(feature, hook, names | common) for feature in features],
         "activations": [
             _activation_row(feature, index, names, common, example)
             for feature in features
@@ -366,7 +376,7 @@ def _latent_rows(
     }
 
 
-def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> dict[str, Any]:
+def _feature_row(feature: dict[str, Any], hook: str, common: dict[str, Any]) -> dict[str, Any]:
     largest = max((max(example["values"]) for example in feature["activations"]), default=0.0)
     other_tables = (
         "feature_index",
@@ -385,7 +395,7 @@ def _feature_row(feature: dict[str, Any], site: str, common: dict[str, Any]) -> 
         "vector": feature["vector"],
         "vectorLabel": None,
         "vectorDefaultSteerStrength": largest,
-        "hookName": hook_names.to_hook(site),
+        "hookName": hook,
         "topkCosSimIndices": [],
         "topkCosSimValues": [],
         **{key: value for key, value in feature.items() if key not in other_tables},

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ksparse import progress
 from ksparse.errors import InputError
-from ksparse.lm.sites import ALIASES, blocks_of
+from ksparse.lm.sites import ALIASES, blocks_of, resolve
 from ksparse.lm.tokens import token_strings
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class DirectHead:
         factor: what the head multiplies logits by.
         capped: whether something behind that is not linear, such as a soft cap.
         blocks_after: blocks between the site and the final norm; they are left out.
+        site: the site as an alias, such as resid_post.8, also where the LM's is a module's name.
     """
 
     unembedding: Tensor
@@ -79,6 +80,7 @@ class DirectHead:
     factor: float
     capped: bool
     blocks_after: int
+    site: str
 
     def describe(self) -> dict[str, Any]:
         """Return what the logits are of, for a result."""
@@ -193,8 +195,8 @@ def read_head(lm: LM) -> DirectHead:
         The head; `ends` and `logits` apply it to rows.
 
     Raises:
-        InputError: the site is no place of the residual stream, or the final norm or the head has
-            a form in which a direction has no logits of its own.
+        InputError: what is at the site is not part of the residual stream or added to it, or the
+            final norm or the head has a form in which a direction has no logits of its own.
 
     Example:
         >>> import ksparse
@@ -202,13 +204,9 @@ def read_head(lm: LM) -> DirectHead:
         >>> head.ends(head.unembedding[:1]).up_token.shape
         torch.Size([1, 10])
     """
-    site, model = lm.options.site, lm.model
+    model = lm.model
+    site = _find_alias(model, lm.options.site)
     alias, _, number = site.partition(".")
-    if alias not in ALIASES:
-        raise InputError(
-            f"direct logits need a site in the residual stream ({', '.join(ALIASES)}); "
-            f"{site!r} is a module's"
-        )
     unembedding = getattr(model.get_output_embeddings(), "weight", None)
     if not isinstance(unembedding, Tensor) or not unembedding.is_floating_point():
         raise InputError(f"{lm.options.lm} has no unembedding in floating point to read")
@@ -225,7 +223,28 @@ def read_head(lm: LM) -> DirectHead:
     factor, capped = _compare_head(linear, logits, bias)
     blocks = len(blocks_of(model))
     after = blocks - 1 - int(number) % blocks
-    return DirectHead(unembedding, weight, centred, factor, capped, after + (alias == "resid_pre"))
+    after += alias == "resid_pre"
+    return DirectHead(unembedding, weight, centred, factor, capped, after, site)
+
+
+def _find_alias(model: nn.Module, site: str) -> str:
+    """Return the alias of a site that is an alias or the name of a module at the same place."""
+    if site.partition(".")[0] in ALIASES:
+        return site
+    place = resolve(model, site)
+    for number, block in enumerate(blocks_of(model)):
+        if place.module not in block.modules():
+            continue
+        for alias in ALIASES:
+            try:
+                if resolve(model, f"{alias}.{number}") == place:
+                    return f"{alias}.{number}"
+            except InputError:  # the model does not confirm this alias
+                continue
+    raise InputError(
+        f"direct logits need a site in the residual stream ({', '.join(ALIASES)}); "
+        f"{site!r} is another place"
+    )
 
 
 def latent_logits(lm: LM, row: Tensor, count: int = COUNT) -> dict[str, list[tuple[str, float]]]:
