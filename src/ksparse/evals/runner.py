@@ -314,6 +314,7 @@ def _origin(
         "options": options.for_eval(name),
         "lm": acts.lm,
         "site": acts.site,
+        **({} if acts.lm_weights == ActsConfig.lm_weights else {"lm_weights": acts.lm_weights}),
         "checkpoint": metadata.get("step"),
         **({"text": acts.text} if EVALS[name].passes else {}),
     }

@@ -29,7 +29,7 @@ from ksparse.lm.sites import resolve
 if TYPE_CHECKING:
     from ksparse.lm.loading import CausalLM
 
-POLICY = ("context", "bos", "borders", "keep")
+POLICY = ("context", "bos", "borders", "keep", "shuffle_tokens")
 """Keys of `acts` that decide which contexts and positions are read."""
 _log = logging.getLogger("ksparse")
 
@@ -198,6 +198,9 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
+    weights = trained.get("lm_weights", ActsConfig.lm_weights)
+    if weights != lm.options.lm_weights:
+        result.append(("lm_weights", lm.options.lm_weights, weights))
     recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
