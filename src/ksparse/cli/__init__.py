@@ -2,7 +2,7 @@
 
     train          demo, train, resume
     sweeps         sweep, fit
-    evaluate       eval, compare, study, probes
+    evaluate       eval, compare, study, sanity, probes
     explain        explain
     report         report, view
     interventions  steer, attribute

@@ -461,6 +461,25 @@ def study(arguments: list[str]) -> None:
     print(f"report   {run.report_file.resolve().as_uri()}")
 
 
+@verb
+def sanity(arguments: list[str]) -> None:
+    """sanity RUN [--controls NAME …] [--key value …]
+
+    Ask whether a run is better than an artefact, beside controls trained on its own stream.
+    """
+    folder, flags = split_folder("sanity", arguments)
+    options = parse(StudyConfig, "sanity RUN", flags)
+    if not folder:
+        return
+    if options.run:
+        raise InputError(f"`ksparse sanity` asks about {folder}; leave out --run")
+    from ksparse import studies
+
+    with ProgressBar("sanity"):
+        path = studies.run("sanity", dataclasses.replace(options, run=folder))
+    print_study(path)
+
+
 def print_study(folder: Path) -> None:
     """Write the report of a study, and print its findings."""
     from ksparse.report import studies as pages

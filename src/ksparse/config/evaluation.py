@@ -25,8 +25,21 @@ EVALUATIONS = (
     *("positions", "refinement", "progressive", "latents", "subspaces"),
 )
 """All evaluations. `ksparse.evals.registry` has their classes."""
-STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe")
+STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe", "sanity")
 """All studies. `ksparse.studies` has their functions."""
+SANITY_CONTROLS = {
+    "seeds": True,
+    "frozen_decoder": True,
+    "held_decoder": True,
+    "frozen_encoder": True,
+    "redrawn": True,
+    "redrawn_keep_embedding": False,
+    "shuffled": False,
+    "sweep_k": True,
+    "sweep_n": False,
+}
+"""The controls of the study sanity, and whether they are trained where none is named.
+`ksparse.studies.sanity.controls` says what they are."""
 _EVERY = "every evaluation"
 
 
@@ -243,6 +256,10 @@ class StudyConfig(Config):
     """paper: folder of probe tasks; by default the built-in tasks on Python tokens."""
     probe_rows: int = 200
     """paper: largest number of rows of a probe task."""
+    controls: tuple[str, ...] = ()
+    """sanity: controls to train, by name: seeds, frozen_decoder, held_decoder, frozen_encoder,
+    redrawn, redrawn_keep_embedding, shuffled, sweep_k, sweep_n, or all. None named: those that take
+    minutes with the built-in LM."""
     threads: int = 0
     """CPU threads; 0: all cores."""
     device: str = "auto"
