@@ -23,6 +23,7 @@ COMPARED = ("downstream", "stats")
 EVALUATIONS = (
     *DEFAULT_EVALUATIONS,
     *("positions", "refinement", "progressive", "latents", "subspaces"),
+    *("token_driven", "norms", "decoder_projection"),
 )
 """All evaluations. `ksparse.evals.registry` has their classes."""
 STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe", "sanity")
@@ -129,8 +130,9 @@ class EvalConfig(Config):
     """probes: largest number of tokens per text; the end of a longer text is used. The LM's own
     limit applies too."""
 
-    latents: int = _sample_size("n2g", small=400, paper=400)
-    """n2g: number of live latents, drawn at random, whose explanations are scored; 0: 400."""
+    latents: int = _sample_size("n2g", "token_driven", small=400, paper=400)
+    """n2g, token_driven: number of live latents, drawn at random, whose explanations are scored, or
+    whose tokens are put into other contexts; 0: 400."""
     n2g_examples: int = _sample_size("n2g", "explained_loss", small=16, paper=16)
     """n2g, explained_loss: activations per latent from which its explanation is built, and as many
     to score it; 0: 16."""

@@ -12,6 +12,9 @@
     progressive     is the code still good at another k, or with a threshold in place of k?
     latents         how often do latents fire, how strongly, and on what kinds of position?
     subspaces       do groups of latents use separate subspaces?
+    token_driven    do latents follow single tokens, whatever the context?
+    norms           do activations of large norm take the slots?
+    decoder_projection   a proxy for whether k is too low or too high
 
 The first six are the default (`registry.DEFAULT`); the others run when they are named.
 """
