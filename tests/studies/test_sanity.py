@@ -13,6 +13,7 @@ from ksparse.config.evaluation import SANITY_CONTROLS, StudyConfig
 from ksparse.errors import InputError
 from ksparse.report import studies as pages
 from ksparse.storage import jsonio
+from ksparse.studies import sanity
 from ksparse.studies.sanity import controls, measure, questions
 from ksparse.studies.sanity.measure import Comparison, Evidence, Measure
 from ksparse.studies.study import Study
@@ -37,7 +38,7 @@ def asked(run):
 
 @pytest.fixture
 def only_quality(monkeypatch):
-    monkeypatch.setattr(measure, "STAGES", (measure.measure_quality,))
+    monkeypatch.setattr(sanity, "STAGES", (measure.measure_quality,))
 
 
 def differing(one, other):
@@ -124,7 +125,7 @@ def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkey
     elsewhere = {row[0] for row in answers["redrawn"]["table"]["rows"]}
     assert set(table) - elsewhere == {"delta CE"}
     assert (
-        "of 6 measures this SAE cannot be told from a frozen decoder"
+        "of 7 measures this SAE cannot be told from a frozen decoder"
         in (answers["frozen-decoder"]["answer"])
     )
     frozen = ksparse.load(path / "runs" / "frozen_decoder")

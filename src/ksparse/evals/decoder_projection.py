@@ -71,6 +71,29 @@ def mean_cosine(rows: Tensor) -> float:
     return (total - n) / (n * (n - 1)) if n > 1 else 0.0
 
 
+def best_k(ks: list[int], values: list[float]) -> tuple[float, bool]:
+    """Return the k at which a proxy is smallest, and whether that is inside the ks.
+
+    Inside, it is the vertex of the parabola in log k through the smallest value and its
+    neighbours.
+
+    Args:
+        ks: Rising values of k, at least 3.
+        values: The proxy at each.
+
+    Example:
+        >>> best_k([4, 8, 16], [1.0, 0.5, 1.0])
+        (8.0, True)
+    """
+    at = int(np.argmin(values))
+    if at in (0, len(ks) - 1):
+        return float(ks[at]), False
+    x, y = np.log(ks[at - 1 : at + 2]), np.array(values[at - 1 : at + 2])
+    a, b, _ = np.polyfit(x - x[1], y, 2)
+    vertex = x[1] - b / (2 * a) if a > 0 else x[1]
+    return round(float(np.exp(np.clip(vertex, x[0], x[2]))), 6), True
+
+
 class DecoderProjection(Metric):
     """The decoder-projection proxy at several ranks, and the mean cosine of decoder rows."""
 

@@ -3,7 +3,9 @@ one run by training controls on the run's own stream.
 
     controls.py    the controls and how they are trained, cohort by cohort
     measure.py     the evaluations, differences with their errors, and what can be told apart
-    questions.py   one sentence per question, with its figures and tables
+    latents.py     what is measured of the run's own latents, and the questions about them
+    question.py    what a question is
+    questions.py   all of them, the controls' first
 
 The page is written after every stage with the questions that have their numbers by then. The same
 command resumes: trained SAEs and results are kept, and more controls can be added.
@@ -11,11 +13,25 @@ command resumes: trained SAEs and results are kept, and more controls can be add
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ksparse.studies.sanity import controls, measure, questions
+from ksparse.studies.sanity import controls, latents, measure, questions
+from ksparse.studies.sanity.controls import Cohort
 from ksparse.studies.sanity.measure import Evidence
 from ksparse.studies.study import Study
+
+STAGES: tuple[Callable[[Evidence, Cohort], None], ...] = (
+    measure.measure_quality,
+    latents.measure_projection,
+    latents.measure_norms,
+    measure.measure_tokens,
+    measure.measure_n2g,
+    measure.measure_ablation,
+    latents.measure_stability,
+    measure.measure_probes,
+)
+"""The stages after a cohort's training; the page is written after each."""
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -28,7 +44,7 @@ def run(study: Study) -> dict[str, Any]:
     evidence = Evidence(study, controls.subject_of(study))
     for cohort in controls.cohorts(evidence.subject):
         controls.train(study, evidence.subject, cohort)
-        for stage in measure.STAGES:
+        for stage in STAGES:
             stage(evidence, cohort)
             study.finish(questions.summarize(evidence))
     return questions.summarize(evidence)

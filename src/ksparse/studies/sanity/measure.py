@@ -65,6 +65,7 @@ MEASURES = (
     Measure("n2g_f1", "n2g", "f1", -1, "N2G F1"),
     Measure("ablation_sparsity", "ablation", "ablation_sparsity", 1, "ablation sparsity"),
     Measure("density", "stats", "", 0, "density"),
+    Measure("token_driven", "token_driven", "token_driven", 0, "token-driven share"),
 )
 """The measures; of ablation sparsity less is sparser. Density is the mean of log10 of the densities
 of live latents."""
@@ -206,6 +207,11 @@ class Evidence:
         file = self.study.run_folder(member).arrays_file(evaluation)
         return {} if file is None else load_file(file)
 
+    def arrays_of_run(self, evaluation: str) -> dict[str, Tensor]:
+        """Return the arrays of a result that is kept among the run's own."""
+        file = self.subject.run.arrays_file(evaluation)
+        return {} if file is None else load_file(file)
+
     def compare(self, control: str) -> list[Comparison]:
         """Return the run beside a control in all measures that mean something for both and are
         there by now."""
@@ -312,10 +318,11 @@ def measure_n2g(evidence: Evidence, cohort: Cohort) -> None:
     evidence.evaluate(cohort.compared, ("n2g",))
 
 
+def measure_tokens(evidence: Evidence, cohort: Cohort) -> None:
+    """Latents that follow single tokens."""
+    evidence.evaluate(cohort.compared, ("token_driven",))
+
+
 def measure_ablation(evidence: Evidence, cohort: Cohort) -> None:
     """Ablation sparsity."""
     evidence.evaluate(cohort.compared, ("ablation",))
-
-
-STAGES = (measure_quality, measure_probes, measure_n2g, measure_ablation)
-"""The stages after a cohort's training; the page is written after each."""

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from ksparse.config.evaluation import SANITY_CONTROLS
-from ksparse.evals.statistics import Value
+from ksparse.studies.sanity import latents
 from ksparse.studies.sanity.controls import WORDS
 from ksparse.studies.sanity.measure import MEASURES, Comparison, Evidence
-from ksparse.studies.study import Figure, format_estimate
-
-
-@dataclass(frozen=True)
-class QuestionTable:
-    """A table below an answer: its columns, and rows of cells."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about the run, and its answer.
-
-    Attributes:
-        name: A short name.
-        question: The question.
-        answer: One sentence with numbers.
-        reading: What the answer can and cannot mean.
-        table: The numbers behind it.
-        figures: Drawn beside it.
-    """
-
-    name: str
-    question: str
-    answer: str
-    reading: str
-    table: QuestionTable | None = None
-    figures: list[Figure] = field(default_factory=list)
-
+from ksparse.studies.sanity.question import Question, QuestionTable, estimate
+from ksparse.studies.study import format_estimate
 
 READINGS = {
     "frozen_decoder": "Where the run cannot be told from it, the measure does not show that the "
@@ -113,30 +82,28 @@ def _row(comparison: Comparison) -> list[str]:
     detectable = comparison.detectable
     return [
         comparison.measure.words,
-        format_estimate(_estimate(comparison.run)),
-        format_estimate(_estimate(comparison.control)),
-        format_estimate(_estimate(comparison.difference)),
+        format_estimate(estimate(comparison.run)),
+        format_estimate(estimate(comparison.control)),
+        format_estimate(estimate(comparison.difference)),
         "unknown" if detectable is None else f"{detectable:.4f}",
         comparison.verdict,
     ]
 
 
-def _estimate(value: Value) -> Any:
-    return {"value": value["value"], "se": value["se"]}
-
-
-QUESTIONS: tuple[Callable[[Evidence], Question | None], ...] = ()
+QUESTIONS: tuple[Callable[[Evidence], Question | None], ...] = (
+    latents.ask_stability,
+    latents.ask_tokens,
+    latents.ask_k,
+    latents.ask_norms,
+    latents.ask_alignment,
+)
 """The questions beside those of the controls, in the order of the page."""
 
 
 def summarize(evidence: Evidence) -> dict[str, Any]:
     """Return the fields of study.json, with the questions whose numbers are there."""
     subject, study = evidence.subject, evidence.study
-    controls = [
-        against_control(evidence, name)
-        for name in SANITY_CONTROLS
-        if name in WORDS and name != "seeds"
-    ]
+    controls = [against_control(evidence, name) for name in READINGS]
     asked = [*controls, *(ask(evidence) for ask in QUESTIONS)]
     found = [question for question in asked if question is not None]
     recipe = subject.recipe
