@@ -23,7 +23,7 @@ COMPARED = ("downstream", "stats")
 EVALUATIONS = (
     *DEFAULT_EVALUATIONS,
     *("positions", "refinement", "progressive", "latents", "subspaces"),
-    *("token_driven", "norms", "decoder_projection"),
+    *("token_driven", "norms", "decoder_projection", "absorption"),
 )
 """All evaluations. `ksparse.evals.registry` has their classes."""
 STUDIES = ("baselines", "sites", "gaussian", "paper", "recipe", "sanity")

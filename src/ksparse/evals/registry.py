@@ -30,6 +30,7 @@ from ksparse.evals.decoder_projection import DecoderProjection
 from ksparse.evals.downstream import Downstream
 from ksparse.evals.explanations.explained_loss import ExplainedLoss
 from ksparse.evals.explanations.n2g import N2G
+from ksparse.evals.latents.absorption import Absorption
 from ksparse.evals.latents.properties import Latents
 from ksparse.evals.latents.subspaces import Subspaces
 from ksparse.evals.latents.token_driven import TokenDriven
@@ -59,6 +60,7 @@ EVALS: dict[str, type[Metric]] = {
     "token_driven": TokenDriven,
     "norms": Norms,
     "decoder_projection": DecoderProjection,
+    "absorption": Absorption,
 }
 """All evaluations."""
 

@@ -14,6 +14,7 @@
     subspaces       do groups of latents use separate subspaces?
     token_driven    do latents follow single tokens, whatever the context?
     norms           do activations of large norm take the slots?
+    absorption      do special cases escape general latents?
     decoder_projection   a proxy for whether k is too low or too high
 
 The first six are the default (`registry.DEFAULT`); the others run when they are named.

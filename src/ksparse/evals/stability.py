@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,24 +78,38 @@ def match(
             f"decoders of width {one.shape[1]} and {other.shape[1]} cannot be compared; give SAEs "
             "of one site"
         )
-    first, second, cosines, nearest = _candidates(_unit(one), _unit(other), least, what)
+    first, second, cosines, nearest = near_pairs(one, other, least, what)
     partner, cosine = np.full(len(one), -1), np.zeros(len(one))
     chosen = _assign(first, second, cosines, len(one), len(other))
     partner[first[chosen]], cosine[first[chosen]] = second[chosen], cosines[chosen]
     return Matching(partner, cosine, nearest, len(first))
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows.float() / rows.float().norm(dim=1, keepdim=True).clamp_min(1e-30)
+class NearPairs(NamedTuple):
+    """Pairs of rows of two decoders, in the order of the first: their numbers and cosines, each
+    [pairs]; and the largest cosine of each first row with any second one, [n]."""
+
+    first: np.ndarray
+    second: np.ndarray
+    cosine: np.ndarray
+    nearest: np.ndarray
 
 
-def _candidates(
-    one: Tensor, other: Tensor, least: float, what: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pairs (first, second, cosine) of at least `least`, in order, and the largest
-    cosine of each first row."""
+@torch.no_grad()
+def near_pairs(one: Tensor, other: Tensor, least: float, what: str) -> NearPairs:
+    """Return the pairs of rows of one[n, d] and other[m, d] with a cosine of at least `least`.
+
+    Cosines are computed a few rows at a time.
+
+    Args:
+        one: The first rows.
+        other: The second rows.
+        least: The smallest cosine.
+        what: What to call it in progress reports.
+    """
+    one, other = _unit(one), _unit(other)
     rows, columns, cosines, nearest = [], [], [], []
-    size, done = max(1, COSINES // len(other)), 0
+    size, done = max(1, COSINES // max(1, len(other))), 0
     report(what, 0, len(one))
     for part in one.split(size):
         found = part @ other.T
@@ -105,7 +119,11 @@ def _candidates(
         cosines.append(found[row, column].double().cpu().numpy())
         nearest.append(found.amax(1).double().cpu().numpy())
         report(what, done := done + len(part), len(one))
-    return tuple(np.concatenate(parts) for parts in (rows, columns, cosines, nearest))  # type: ignore[return-value]
+    return NearPairs(*(np.concatenate(parts) for parts in (rows, columns, cosines, nearest)))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows.float() / rows.float().norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def _assign(
@@ -171,14 +189,15 @@ def stability(
         name: match(run, rows, least, f"matching with {name}") for name, rows in others.items()
     }
     found = np.stack([one.partner >= 0 for one in matchings.values()])
-    stable, live = found.all(0), density > 0
+    stable = np.asarray(found.all(0))
+    live, anywhere = density > 0, np.asarray(found.any(0))
     result: dict[str, Any] = {
         "name": "stability",
         "least": least,
         "seeds": list(others),
         "stable": _share(stable, live),
         "stable_of_all": _share(stable, np.ones_like(live)),
-        "found_in_one": _share(found.any(0), live),
+        "found_in_one": _share(anywhere, live),
         "pairs": {name: _share(one, live) for name, one in zip(others, found)},
         "candidates": {name: one.candidates for name, one in matchings.items()},
         "by_density": _by_group(stable, np.flatnonzero(live), density[live]),

@@ -5,6 +5,7 @@ quality               claims, numbers and figures of the main evaluations; its p
                       reconstruction (stats, downstream), probes, explanations (n2g,
                       explained_loss), ablation
 probes                what single latents know, task by task
+sanity                whether the SAE is better than controls of it
 training              the run's curves
 codes                 codes and latents in detail; its parts: refinement, progressive,
                       latent_statistics, subspaces
@@ -35,6 +36,7 @@ from ksparse.report.sections import (
     probes,
     quality,
     reproduction,
+    sanity,
     subject,
     training,
 )
@@ -43,6 +45,7 @@ SECTIONS = (
     subject.SECTION,
     quality.SECTION,
     probes.SECTION,
+    sanity.SECTION,
     training.SECTION,
     codes.SECTION,
     latents.SECTION,

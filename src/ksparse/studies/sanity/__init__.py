@@ -29,6 +29,8 @@ STAGES: tuple[Callable[[Evidence, Cohort], None], ...] = (
     measure.measure_n2g,
     measure.measure_ablation,
     latents.measure_stability,
+    latents.measure_absorption,
+    latents.measure_splitting,
     measure.measure_probes,
 )
 """The stages after a cohort's training; the page is written after each."""
@@ -47,4 +49,6 @@ def run(study: Study) -> dict[str, Any]:
         for stage in STAGES:
             stage(evidence, cohort)
             study.finish(questions.summarize(evidence))
-    return questions.summarize(evidence)
+    results = questions.summarize(evidence)
+    questions.keep_with_run(evidence, results)
+    return results

@@ -34,6 +34,7 @@ SEEDS = 2
 COSINE = 0.8
 """Least cosine of a held decoder row with its start (arXiv 2602.14111)."""
 K_FACTORS = (1 / 4, 1 / 2, 2, 4)
+_PENALISED = ("relu", "gated", "prolu")  # a penalty decides their L0, not k
 N_DIVISORS = (4, 2)
 _SAE: dict[str, dict[str, Any]] = {
     "frozen_decoder": {"freeze": "decoder"},
@@ -84,7 +85,7 @@ class Subject:
     def by_k(self) -> dict[int, str]:
         """The members of the sweep of k, the run among them, by rising k; {} if there is none."""
         sae = self.recipe.sae
-        if not self.has("sweep_k"):
+        if not self.has("sweep_k") or sae.activation.kind in _PENALISED:
             return {}
         widest = sae.n_latents // (8 if sae.multi_topk else 2)
         sizes = {max(1, round(factor * sae.k)) for factor in K_FACTORS} - {sae.k}
@@ -205,8 +206,8 @@ def cohorts(subject: Subject) -> list[Cohort]:
     for name, changes in _ACTS.items():
         if subject.has(name):
             acts = dataclasses.replace(recipe.acts, shards="", **changes)
-            member = dataclasses.replace(recipe, acts=acts)
-            found.append(Cohort(WORDS[name].removeprefix("an SAE of "), {name: member}, [name]))
+            changed = dataclasses.replace(recipe, acts=acts)
+            found.append(Cohort(WORDS[name].removeprefix("an SAE of "), {name: changed}, [name]))
     return found
 
 

@@ -3,19 +3,21 @@ alignment of encoder and decoder, tokens, norms, k."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
-from ksparse.errors import CorruptError
+from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
 from ksparse.evals.decoder_projection import best_k
+from ksparse.evals.splitting import splitting
 from ksparse.evals.stability import mean, stability
 from ksparse.evals.statistics import Value
 from ksparse.sae import serialization
-from ksparse.storage import atomic, checksums
+from ksparse.storage import atomic, checksums, jsonio
 from ksparse.studies.sanity.controls import RUN, Cohort, folder
 from ksparse.studies.sanity.measure import TOLD, Evidence
 from ksparse.studies.sanity.question import Question, QuestionTable, estimate
@@ -40,6 +42,39 @@ def measure_norms(evidence: Evidence, cohort: Cohort) -> None:
     """Slots and strongest examples by norm."""
     if cohort.own:
         evidence.evaluate([RUN], ("norms",))
+
+
+def measure_absorption(evidence: Evidence, cohort: Cohort) -> None:
+    """Special cases that escape general latents."""
+    if cohort.own:
+        evidence.evaluate([RUN], ("absorption",))
+
+
+def measure_splitting(evidence: Evidence, cohort: Cohort) -> None:
+    """Decoder neighbours from each n of the sweep to the next; kept in the study's folder."""
+    members = evidence.subject.by_n
+    if not cohort.own or len(members) < 2:
+        return
+    evidence.evaluate(list(members.values()), ("stats",))
+    file = evidence.study.path / "splitting.json"
+    of = {member: _checksum(evidence, member) for member in members.values()}
+    try:
+        table = jsonio.read_table(file, of=dict, steps=list)
+    except (OSError, InputError, CorruptError):
+        table = {}
+    if table.get("of") != of:
+        sizes = []
+        for n, member in members.items():
+            sae = serialization.load(folder(evidence.study, evidence.subject, member).path)
+            live = evidence.arrays(member, "stats")["density"].numpy() > 0
+            sizes.append((n, sae.W_dec, live))
+        steps = [
+            {"from": a, "to": b, **splitting((one, live), (other, other_live), what=f"{a} to {b}")}
+            for (a, one, live), (b, other, other_live) in itertools.pairwise(sizes)
+        ]
+        jsonio.write_json(file, {"of": of, "steps": steps}, sealed=True)
+        table = jsonio.read_table(file, of=dict, steps=list)
+    evidence.results[RUN]["splitting"] = table
 
 
 def measure_stability(evidence: Evidence, cohort: Cohort) -> None:
@@ -309,6 +344,64 @@ def ask_k(evidence: Evidence) -> Question | None:
         "sparse probes on two LMs, and says nothing of what k costs in error.",
         QuestionTable(["k", "decoder projection", "mean |cosine| of decoder rows", "L0"], rows),
         [figure],
+    )
+
+
+def ask_absorption(evidence: Evidence) -> Question | None:
+    """Answer whether special cases escape general latents."""
+    if not evidence.has("absorption", RUN):
+        return None
+    found = evidence.results[RUN]["absorption"]
+    rows = [
+        [
+            case["label"],
+            repr(case["token"]),
+            f"{case['count']:,}",
+            f"{found['labels'][case['label']]['latent']} ({100 * case['recall']:.0f} %)",
+            f"{case['other']} ({100 * case['other_recall']:.0f} %)",
+        ]
+        for case in found["cases"]
+    ]
+    return Question(
+        "absorption",
+        "Do special cases escape its general latents?",
+        f"{_percent(found['absorbed'])} of the occurrences of {found['n_cases']:,} special cases "
+        f"are absorbed: the latent of their label is silent and another takes them; silent it is on "
+        f"{_percent(found['silent'])}. Of {found['n_labels']} labels {found['n_known']} have a "
+        "latent with a recall of half or more.",
+        "A label is a first letter or, on the built-in text, a fact of Python's syntax; its "
+        "special cases are single tokens. An absorbed case (arXiv 2409.14507) makes a latent that reads as "
+        "general miss what it should find. Labels that no latent knows are not counted, so a poor "
+        "SAE can look good here.",
+        QuestionTable(["label", "token", "occurrences", "its latent", "taken by"], rows)
+        if rows
+        else None,
+    )
+
+
+def ask_splitting(evidence: Evidence) -> Question | None:
+    """Answer whether latents split as n grows."""
+    if not evidence.has("splitting", RUN):
+        return None
+    steps = evidence.results[RUN]["splitting"]["steps"]
+    last = steps[-1]
+    return Question(
+        "splitting",
+        "Do its latents split with n?",
+        f"From n = {last['from']:,} to {last['to']:,} {_percent(last['kept'])} of the live latents "
+        f"have one neighbour, {_percent(last['split'])} several and {_percent(last['lost'])} none; "
+        f"{_percent(last['new'])} of the larger SAE's latents are new.",
+        "Neighbours are decoder rows of cosine 0.7 or more. Latents that split or are new show "
+        "that n decides what a latent is: there is no canonical set (arXiv 2502.04878). Compare "
+        "with the share that another seed of the same n has.",
+        QuestionTable(
+            ["from n", "to n", "one neighbour", "several", "none", "new"],
+            [
+                [f"{step['from']:,}", f"{step['to']:,}"]
+                + [_percent(step[key]) for key in ("kept", "split", "lost", "new")]
+                for step in steps
+            ],
+        ),
     )
 
 

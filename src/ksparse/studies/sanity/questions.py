@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ksparse.studies.sanity import latents
-from ksparse.studies.sanity.controls import WORDS
+from ksparse.evals import runner
+from ksparse.evals.statistics import Result
+from ksparse.studies.sanity import controls, latents
+from ksparse.studies.sanity.controls import RUN, WORDS
 from ksparse.studies.sanity.measure import MEASURES, Comparison, Evidence
 from ksparse.studies.sanity.question import Question, QuestionTable, estimate
 from ksparse.studies.study import format_estimate
@@ -96,6 +98,8 @@ QUESTIONS: tuple[Callable[[Evidence], Question | None], ...] = (
     latents.ask_k,
     latents.ask_norms,
     latents.ask_alignment,
+    latents.ask_absorption,
+    latents.ask_splitting,
 )
 """The questions beside those of the controls, in the order of the page."""
 
@@ -130,6 +134,26 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
         "figures": [figure for question in found for figure in question.figures],
         "findings": [f"{question.question} {question.answer}" for question in found],
     }
+
+
+def keep_with_run(evidence: Evidence, results: dict[str, Any]) -> None:
+    """Write the questions and answers among the run's own results, where its report finds them."""
+    run = evidence.subject.run
+    acts = controls.acts_of(evidence.study, evidence.subject, RUN)
+    result = Result(
+        {
+            "name": "sanity",
+            "lm": acts.lm,
+            "site": acts.site,
+            "controls": list(evidence.subject.controls),
+            "page": run.relative_source(evidence.study.path / "report.html"),
+            "questions": [
+                {key: one[key] for key in ("name", "question", "answer")}
+                for one in results["questions"]
+            ],
+        }
+    )
+    runner.write_results(run, {"sanity": result})
 
 
 def _numbers(evidence: Evidence, member: str) -> dict[str, Any]:
