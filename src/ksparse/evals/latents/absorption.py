@@ -263,15 +263,18 @@ def _first_letter(string: str) -> str:
     return word[0].lower() if word and word[0].isascii() and word.isalpha() else ""
 
 
-def _concatenate(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _concatenate(
+    parts: list[tuple[Tensor, ...]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the columns of all parts; codes may have different widths."""
     columns = list(zip(*parts))
     widest = max(values.shape[1] for values in columns[3])
-    codes = [
+    tokens, documents, x = (torch.cat(column) for column in columns[:3])
+    values, indices = (
         torch.cat([torch.nn.functional.pad(part, (0, widest - part.shape[1])) for part in column])
         for column in columns[3:]
-    ]
-    return (*(torch.cat(column) for column in columns[:3]), *codes)
+    )
+    return tokens, documents, x, values, indices
 
 
 def _labelled(
