@@ -15,7 +15,7 @@ from ksparse.report import studies as pages
 from ksparse.storage import jsonio
 from ksparse.studies import sanity
 from ksparse.studies.sanity import controls, measure, questions
-from ksparse.studies.sanity.measure import Comparison, Evidence, Measure
+from ksparse.studies.sanity.measure import Measure, MeasureComparison, SanityEvidence
 from ksparse.studies.study import Study
 from ksparse.training.train import train
 
@@ -58,7 +58,7 @@ def differing(one, other):
 
 
 def test_each_control_differs_from_the_run_in_one_thing(run, asked):
-    subject = controls.subject_of(Study("sanity", asked("all")))
+    subject = controls.asked_run(Study("sanity", asked("all")))
     found = {
         member: differing(run.recipe(), recipe)
         for cohort in controls.cohorts(subject)
@@ -84,7 +84,7 @@ def test_each_control_differs_from_the_run_in_one_thing(run, asked):
 
 
 def test_where_no_control_is_named_the_quick_ones_are_trained(asked):
-    subject = controls.subject_of(Study("sanity", asked()))
+    subject = controls.asked_run(Study("sanity", asked()))
     assert subject.controls == tuple(name for name, quick in SANITY_CONTROLS.items() if quick)
 
 
@@ -101,7 +101,7 @@ def test_where_no_control_is_named_the_quick_ones_are_trained(asked):
 )
 def test_what_cannot_be_asked_is_named(asked, changes, says):
     with pytest.raises(InputError, match=says):
-        controls.subject_of(Study("sanity", dataclasses.replace(asked(), **changes)))
+        controls.asked_run(Study("sanity", dataclasses.replace(asked(), **changes)))
 
 
 def test_an_unfinished_run_has_no_controls(small_recipe, tmp_path, asked):
@@ -112,7 +112,7 @@ def test_an_unfinished_run_has_no_controls(small_recipe, tmp_path, asked):
     with pytest.raises(KeyboardInterrupt):
         train(small_recipe(), tmp_path / "half", observe=stop)
     with pytest.raises(InputError, match=r"is at step 4 of 12; .* ksparse resume"):
-        controls.subject_of(Study("sanity", asked(run=str(tmp_path / "half"))))
+        controls.asked_run(Study("sanity", asked(run=str(tmp_path / "half"))))
 
 
 def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkey
 
 def test_differences_of_members_of_a_stream_are_paired_by_document(asked, only_quality):
     study = Study("sanity", asked("frozen_decoder"))
-    evidence = Evidence(study, controls.subject_of(study))
+    evidence = SanityEvidence(study, controls.asked_run(study))
     cohort = controls.cohorts(evidence.subject)[0]
     controls.train(study, evidence.subject, cohort)
     measure.measure_quality(evidence, cohort)
@@ -163,9 +163,9 @@ def test_differences_of_members_of_a_stream_are_paired_by_document(asked, only_q
 
 def evidence_of(values, pairs, se=0.0):
     """Return evidence of a run, two seeds and a control with these values of one measure."""
-    evidence = object.__new__(Evidence)
+    evidence = object.__new__(SanityEvidence)
     names = ["run", "seed1", "seed2", "control"]
-    evidence.subject = controls.Subject(None, None, ("seeds",))
+    evidence.subject = controls.AskedRun(None, None, ("seeds",))
     evidence.results = {
         name: {"stats": {"nmse": {"value": value, "se": se}}} for name, value in zip(names, values)
     }
@@ -197,13 +197,13 @@ def test_seeds_that_differ_by_less_than_the_noise_add_nothing():
 def test_seeds_can_make_a_difference_untold_that_documents_alone_would_tell():
     evidence = evidence_of([1.0, 1.5, 0.5, 1.3], pairs=0.01)
     assert evidence._compare("control", NMSE).verdict == "cannot be told"
-    evidence.subject = controls.Subject(None, None, ())
+    evidence.subject = controls.AskedRun(None, None, ())
     assert evidence._compare("control", NMSE).verdict == "better"
 
 
 def compared(verdict, words):
     value = {"value": 0.0, "se": 1.0}
-    return Comparison(Measure(words, "", "", 1, words), value, value, value, verdict)
+    return MeasureComparison(Measure(words, "", "", 1, words), value, value, value, verdict)
 
 
 @pytest.mark.parametrize(

@@ -198,15 +198,20 @@ def _contradictions(
         result.append(("tokenizer", lm.options.tokenizer, trained["tokenizer"]))
     if lm.folder is None and trained.get("revision", lm.options.revision) != lm.options.revision:
         result.append(("revision", lm.options.revision, trained["revision"]))
-    weights = trained.get("lm_weights", ActsConfig.lm_weights)
-    if weights != lm.options.lm_weights:
-        result.append(("lm_weights", lm.options.lm_weights, weights))
+    result += _other_weights(trained, lm)
     recorded, actual = metadata.get("subject") or {}, describe_lm(lm.model)
     return result + [
         (f"the LM's {key}", actual[key], recorded[key])
         for key in actual
         if key in recorded and recorded[key] != actual[key]
     ]
+
+
+def _other_weights(trained: dict[str, Any], lm: LM) -> list[tuple[str, Any, Any]]:
+    """Return the contradiction if one of the LMs has its weights drawn anew and the other not."""
+    weights = trained.get("lm_weights", ActsConfig.lm_weights)
+    here = lm.options.lm_weights
+    return [("lm_weights", here, weights)] if weights != here else []
 
 
 def _overrides(trained: dict[str, Any], lm: LM) -> dict[str, Any]:

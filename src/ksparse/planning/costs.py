@@ -176,6 +176,7 @@ class RankShape:
         n: latents.
         weights: parameters of its shard of the SAE.
         trained: those of them that are not frozen.
+        held: those of them whose start values are kept.
         ks: k of each code that is computed: the SAE's, and Multi-TopK's.
         offers: values of a token that the rank contributes to the global top k, for each of `ks`.
         dead: dead latents.
@@ -191,6 +192,7 @@ class RankShape:
         self.weights = 2 * self.n * self.d + self.n + self.d
         frozen = {"none": 0, "decoder": self.n * self.d, "encoder": self.n * (self.d + 1)}
         self.trained = self.weights - frozen[sae.freeze]
+        self.held = self.n * self.d if sae.decoder_cosine_min else 0
         # Several processes take the step in plain torch, as `choose_step` has it.
         self.step = "torch" if self.ranks > 1 and case.step != "autograd" else case.step
         self.ks = [sae.k, 4 * sae.k] if sae.multi_topk else [sae.k]
@@ -265,7 +267,7 @@ def memory(case: PlanInput, mesh: MeshConfig) -> dict[str, float]:
         "weights": 4 * weights,
         "moments": 8 * rank.trained,
         "average": 4 * rank.trained if recipe.ema else 0,
-        "start values": 4 * rank.n * d if recipe.sae.decoder_cosine_min else 0,
+        "start values": 4 * rank.held,
         "low-precision copies": _low_precision_copies(case, rank),
         "gradients": 4 * weights if rank.step != "native" else 0,
         "copy for a checkpoint": _checkpoint_copies(case, rank) if host else 0,

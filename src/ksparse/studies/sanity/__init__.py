@@ -7,7 +7,7 @@ one run by training controls on the run's own stream.
     question.py    what a question is
     questions.py   all of them, the controls' first
 
-The page is written after every stage with the questions that have their numbers by then. The same
+Answers are stored after every stage, with the questions that have their numbers by then. The same
 command resumes: trained SAEs and results are kept, and more controls can be added.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 from ksparse.studies.sanity import controls, latents, measure, questions
 from ksparse.studies.sanity.controls import Cohort
-from ksparse.studies.sanity.measure import Evidence
+from ksparse.studies.sanity.measure import SanityEvidence
 from ksparse.studies.study import Study
 
-STAGES: tuple[Callable[[Evidence, Cohort], None], ...] = (
+STAGES: tuple[Callable[[SanityEvidence, Cohort], None], ...] = (
     measure.measure_quality,
     latents.measure_projection,
     latents.measure_norms,
@@ -43,7 +43,7 @@ def run(study: Study) -> dict[str, Any]:
         InputError: The study names no finished run, an unknown control, or an option that would
             make the controls unlike the run.
     """
-    evidence = Evidence(study, controls.subject_of(study))
+    evidence = SanityEvidence(study, controls.asked_run(study))
     for cohort in controls.cohorts(evidence.subject):
         controls.train(study, evidence.subject, cohort)
         for stage in STAGES:

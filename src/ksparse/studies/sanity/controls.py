@@ -59,7 +59,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class AskedRun:
     """The run whose SAE is asked about, and the controls that are asked for.
 
     Attributes:
@@ -125,7 +125,7 @@ class Cohort:
         return RUN in self.compared
 
 
-def subject_of(study: Study) -> Subject:
+def asked_run(study: Study) -> AskedRun:
     """Return the run that a study asks about.
 
     Raises:
@@ -161,7 +161,7 @@ def subject_of(study: Study) -> Subject:
         run=dataclasses.replace(recipe.run, device=options.device, keep=1, loggers=()),
     )
     study.use_acts(acts)
-    return Subject(run, recipe, _chosen(options.controls))
+    return AskedRun(run, recipe, _chosen(options.controls))
 
 
 def _steps_taken(run: RunFolder, recipe: Recipe) -> int:
@@ -187,7 +187,7 @@ def _chosen(controls: tuple[str, ...]) -> tuple[str, ...]:
     return controls or tuple(name for name, default in SANITY_CONTROLS.items() if default)
 
 
-def cohorts(subject: Subject) -> list[Cohort]:
+def cohorts(subject: AskedRun) -> list[Cohort]:
     """Return the cohorts of a run, its own stream first."""
     recipe, own = subject.recipe, dict[str, Recipe]()
     for number, member in enumerate(subject.seeds, 1):
@@ -225,18 +225,18 @@ def _changed(recipe: Recipe, **changes: Any) -> Recipe:
     )
 
 
-def train(study: Study, subject: Subject, cohort: Cohort) -> None:
+def train(study: Study, subject: AskedRun, cohort: Cohort) -> None:
     """Train a cohort; finished members stay as they are."""
     if cohort.members:
         study.train(cohort.members, what=f"training on {cohort.name}")
 
 
-def folder(study: Study, subject: Subject, member: str) -> RunFolder:
+def folder(study: Study, subject: AskedRun, member: str) -> RunFolder:
     """Return the folder in which a member's SAE is."""
     return subject.run if member == RUN else study.run_folder(member)
 
 
-def acts_of(study: Study, subject: Subject, member: str) -> ActsConfig:
+def acts_of(study: Study, subject: AskedRun, member: str) -> ActsConfig:
     """Return the activations that a member reads."""
     checkpoint = folder(study, subject, member).newest_intact()[0]
     assert checkpoint is not None

@@ -19,7 +19,7 @@ from ksparse.evals.statistics import Value
 from ksparse.sae import serialization
 from ksparse.storage import atomic, checksums, jsonio
 from ksparse.studies.sanity.controls import RUN, Cohort, folder
-from ksparse.studies.sanity.measure import TOLD, Evidence
+from ksparse.studies.sanity.measure import TOLD, SanityEvidence
 from ksparse.studies.sanity.question import Question, QuestionTable, estimate
 from ksparse.studies.study import Figure, StudyCurve, format_estimate
 
@@ -32,25 +32,25 @@ BINS = 20
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def measure_projection(evidence: Evidence, cohort: Cohort) -> None:
+def measure_projection(evidence: SanityEvidence, cohort: Cohort) -> None:
     """The decoder-projection proxy of every k of the sweep."""
     if cohort.own and evidence.subject.by_k:
         evidence.evaluate(list(evidence.subject.by_k.values()), ("decoder_projection",))
 
 
-def measure_norms(evidence: Evidence, cohort: Cohort) -> None:
+def measure_norms(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Slots and strongest examples by norm."""
     if cohort.own:
         evidence.evaluate([RUN], ("norms",))
 
 
-def measure_absorption(evidence: Evidence, cohort: Cohort) -> None:
+def measure_absorption(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Special cases that escape general latents."""
     if cohort.own:
         evidence.evaluate([RUN], ("absorption",))
 
 
-def measure_splitting(evidence: Evidence, cohort: Cohort) -> None:
+def measure_splitting(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Decoder neighbours from each n of the sweep to the next; kept in the study's folder."""
     members = evidence.subject.by_n
     if not cohort.own or len(members) < 2:
@@ -77,7 +77,7 @@ def measure_splitting(evidence: Evidence, cohort: Cohort) -> None:
     evidence.results[RUN]["splitting"] = table
 
 
-def measure_stability(evidence: Evidence, cohort: Cohort) -> None:
+def measure_stability(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Match the run's latents with those of its other seeds.
 
     The result is kept among the run's own, where the viewer finds it.
@@ -114,14 +114,14 @@ def measure_stability(evidence: Evidence, cohort: Cohort) -> None:
     evidence.results.setdefault(RUN, {})[STABILITY] = kept
 
 
-def _checksum(evidence: Evidence, member: str) -> str:
+def _checksum(evidence: SanityEvidence, member: str) -> str:
     """Return the checksum of the checkpoint that a member's SAE is."""
     checkpoint = folder(evidence.study, evidence.subject, member).newest_intact()[0]
     assert checkpoint is not None
     return atomic.sha256(checkpoint / checksums.MANIFEST)
 
 
-def _effects(evidence: Evidence) -> tuple[np.ndarray, np.ndarray] | None:
+def _effects(evidence: SanityEvidence) -> tuple[np.ndarray, np.ndarray] | None:
     """Return latents and the KL of their ablation where they are strongest: of the run's own
     evaluation, or of the study's, whichever has more of them."""
     found = []
@@ -140,7 +140,7 @@ def _effects(evidence: Evidence) -> tuple[np.ndarray, np.ndarray] | None:
 # ---- questions -----------------------------------------------------------------------------------
 
 
-def ask_stability(evidence: Evidence) -> Question | None:
+def ask_stability(evidence: SanityEvidence) -> Question | None:
     """Answer whether other seeds find the same latents."""
     if not evidence.has(STABILITY, RUN):
         return None
@@ -195,7 +195,7 @@ def _stability_figure(found: dict[str, Any]) -> Figure:
     )
 
 
-def ask_alignment(evidence: Evidence) -> Question | None:
+def ask_alignment(evidence: SanityEvidence) -> Question | None:
     """Answer whether latents write what they read, and how that goes with stability and death."""
     if not evidence.has("stats", RUN):
         return None
@@ -244,7 +244,7 @@ def _alignment_figure(groups: dict[str, np.ndarray]) -> Figure:
     )
 
 
-def ask_tokens(evidence: Evidence) -> Question | None:
+def ask_tokens(evidence: SanityEvidence) -> Question | None:
     """Answer how many latents are token detectors."""
     if not evidence.has("token_driven", RUN):
         return None
@@ -263,7 +263,7 @@ def ask_tokens(evidence: Evidence) -> Question | None:
     )
 
 
-def ask_norms(evidence: Evidence) -> Question | None:
+def ask_norms(evidence: SanityEvidence) -> Question | None:
     """Answer whether large activations take the slots."""
     if not evidence.has("norms", RUN):
         return None
@@ -300,7 +300,7 @@ def ask_norms(evidence: Evidence) -> Question | None:
     )
 
 
-def ask_k(evidence: Evidence) -> Question | None:
+def ask_k(evidence: SanityEvidence) -> Question | None:
     """Answer whether k is too low or too high."""
     members = evidence.subject.by_k
     if len(members) < 3 or not evidence.has("decoder_projection", *members.values()):
@@ -347,7 +347,7 @@ def ask_k(evidence: Evidence) -> Question | None:
     )
 
 
-def ask_absorption(evidence: Evidence) -> Question | None:
+def ask_absorption(evidence: SanityEvidence) -> Question | None:
     """Answer whether special cases escape general latents."""
     if not evidence.has("absorption", RUN):
         return None
@@ -379,7 +379,7 @@ def ask_absorption(evidence: Evidence) -> Question | None:
     )
 
 
-def ask_splitting(evidence: Evidence) -> Question | None:
+def ask_splitting(evidence: SanityEvidence) -> Question | None:
     """Answer whether latents split as n grows."""
     if not evidence.has("splitting", RUN):
         return None

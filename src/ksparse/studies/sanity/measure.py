@@ -27,7 +27,7 @@ from ksparse.evals import runner
 from ksparse.evals.statistics import Value, difference, no_value
 from ksparse.sae import serialization
 from ksparse.storage import jsonio
-from ksparse.studies.sanity.controls import RUN, Cohort, Subject, folder
+from ksparse.studies.sanity.controls import RUN, AskedRun, Cohort, folder
 from ksparse.studies.study import BATCH, Study
 
 TOLD = 2.0
@@ -72,7 +72,7 @@ of live latents."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MeasureComparison:
     """One measure of the run beside that of a control.
 
     Attributes:
@@ -97,7 +97,7 @@ class Comparison:
 
 
 @dataclass
-class Evidence:
+class SanityEvidence:
     """What the study knows: the run, and the results of it and its controls.
 
     Attributes:
@@ -108,7 +108,7 @@ class Evidence:
     """
 
     study: Study
-    subject: Subject
+    subject: AskedRun
     results: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     paired: dict[str, dict[str, Value]] = dataclasses.field(default_factory=dict)
 
@@ -212,7 +212,7 @@ class Evidence:
         file = self.subject.run.arrays_file(evaluation)
         return {} if file is None else load_file(file)
 
-    def compare(self, control: str) -> list[Comparison]:
+    def compare(self, control: str) -> list[MeasureComparison]:
         """Return the run beside a control in all measures that mean something for both and are
         there by now."""
         elsewhere = control not in self.own
@@ -227,7 +227,7 @@ class Evidence:
         """The members that read the run's own activations."""
         return [RUN, *(member for member, values in self.paired.items() if values)]
 
-    def _compare(self, control: str, measure: Measure) -> Comparison:
+    def _compare(self, control: str, measure: Measure) -> MeasureComparison:
         run, other = self.number(RUN, measure), self.number(control, measure)
         plain = self.paired.get(control, {}).get(measure.name) or difference(run, other)
         value, se = plain["value"], plain["se"]
@@ -235,7 +235,7 @@ class Evidence:
         if se is not None and spread is not None:
             se = math.sqrt(se**2 + 2 * spread)
         total: Value = {"value": value, "se": se}
-        return Comparison(measure, run, other, total, _verdict(total, measure.better))
+        return MeasureComparison(measure, run, other, total, _verdict(total, measure.better))
 
     def seed_variance(self, measure: Measure) -> float | None:
         """Return the variance of a measure over SAE seeds; None without other seeds.
@@ -303,26 +303,26 @@ def eval_options(study: Study) -> EvalConfig:
 # ---- stages --------------------------------------------------------------------------------------
 
 
-def measure_quality(evidence: Evidence, cohort: Cohort) -> None:
+def measure_quality(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Error, density and downstream loss."""
     evidence.evaluate(cohort.compared, ("stats", "downstream"))
 
 
-def measure_probes(evidence: Evidence, cohort: Cohort) -> None:
+def measure_probes(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Probe loss."""
     evidence.evaluate(cohort.compared, ("probes",))
 
 
-def measure_n2g(evidence: Evidence, cohort: Cohort) -> None:
+def measure_n2g(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Explanations by patterns."""
     evidence.evaluate(cohort.compared, ("n2g",))
 
 
-def measure_tokens(evidence: Evidence, cohort: Cohort) -> None:
+def measure_tokens(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Latents that follow single tokens."""
     evidence.evaluate(cohort.compared, ("token_driven",))
 
 
-def measure_ablation(evidence: Evidence, cohort: Cohort) -> None:
+def measure_ablation(evidence: SanityEvidence, cohort: Cohort) -> None:
     """Ablation sparsity."""
     evidence.evaluate(cohort.compared, ("ablation",))

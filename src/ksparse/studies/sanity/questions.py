@@ -9,7 +9,7 @@ from ksparse.evals import runner
 from ksparse.evals.statistics import Result
 from ksparse.studies.sanity import controls, latents
 from ksparse.studies.sanity.controls import RUN, WORDS
-from ksparse.studies.sanity.measure import MEASURES, Comparison, Evidence
+from ksparse.studies.sanity.measure import MEASURES, MeasureComparison, SanityEvidence
 from ksparse.studies.sanity.question import Question, QuestionTable, estimate
 from ksparse.studies.study import format_estimate
 
@@ -29,7 +29,7 @@ READINGS = {
 }
 
 
-def against_control(evidence: Evidence, control: str) -> Question | None:
+def against_control(evidence: SanityEvidence, control: str) -> Question | None:
     """Answer whether the run is better than a control."""
     found = evidence.compare(control)
     if not found:
@@ -54,7 +54,7 @@ def against_control(evidence: Evidence, control: str) -> Question | None:
     )
 
 
-def summarize_comparisons(found: list[Comparison], words: str) -> str:
+def summarize_comparisons(found: list[MeasureComparison], words: str) -> str:
     """Return a sentence on the measures by which an SAE can be told from a control.
 
     Args:
@@ -80,7 +80,7 @@ def summarize_comparisons(found: list[Comparison], words: str) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _row(comparison: Comparison) -> list[str]:
+def _row(comparison: MeasureComparison) -> list[str]:
     detectable = comparison.detectable
     return [
         comparison.measure.words,
@@ -92,7 +92,7 @@ def _row(comparison: Comparison) -> list[str]:
     ]
 
 
-QUESTIONS: tuple[Callable[[Evidence], Question | None], ...] = (
+QUESTIONS: tuple[Callable[[SanityEvidence], Question | None], ...] = (
     latents.ask_stability,
     latents.ask_tokens,
     latents.ask_k,
@@ -104,7 +104,7 @@ QUESTIONS: tuple[Callable[[Evidence], Question | None], ...] = (
 """The questions beside those of the controls, in the order of the page."""
 
 
-def summarize(evidence: Evidence) -> dict[str, Any]:
+def summarize(evidence: SanityEvidence) -> dict[str, Any]:
     """Return the fields of study.json, with the questions whose numbers are there."""
     subject, study = evidence.subject, evidence.study
     controls = [against_control(evidence, name) for name in READINGS]
@@ -136,7 +136,7 @@ def summarize(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def keep_with_run(evidence: Evidence, results: dict[str, Any]) -> None:
+def keep_with_run(evidence: SanityEvidence, results: dict[str, Any]) -> None:
     """Write the questions and answers among the run's own results, where its report finds them."""
     run = evidence.subject.run
     acts = controls.acts_of(evidence.study, evidence.subject, RUN)
@@ -156,7 +156,7 @@ def keep_with_run(evidence: Evidence, results: dict[str, Any]) -> None:
     runner.write_results(run, {"sanity": result})
 
 
-def _numbers(evidence: Evidence, member: str) -> dict[str, Any]:
+def _numbers(evidence: SanityEvidence, member: str) -> dict[str, Any]:
     """Return a member's numbers for the table of all SAEs."""
     stats = evidence.results[member].get("stats", {})
     shown = {key: stats[key] for key in ("l0", "dead_fraction") if key in stats}
