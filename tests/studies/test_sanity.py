@@ -7,17 +7,18 @@ import pytest
 import torch
 
 import ksparse
-from ksparse import cli, studies
+from ksparse import cli, report, studies
 from ksparse.config import to_dict
 from ksparse.config.evaluation import SANITY_CONTROLS, StudyConfig
 from ksparse.errors import InputError
 from ksparse.report import studies as pages
 from ksparse.storage import jsonio
 from ksparse.studies import sanity
-from ksparse.studies.sanity import controls, measure, questions
+from ksparse.studies.sanity import controls, latents, measure, questions
 from ksparse.studies.sanity.measure import Measure, MeasureComparison, SanityEvidence
 from ksparse.studies.study import Study
 from ksparse.training.train import train
+from ksparse.viewer.resources import Resources
 
 
 @pytest.fixture
@@ -133,6 +134,15 @@ def test_the_page_answers_and_what_is_there_is_not_done_again(run, asked, monkey
     torch.testing.assert_close(frozen.W_dec, torch.nn.functional.normalize(start, dim=1))
     page = pages.write(path).read_text()
     assert "Is it better than a frozen decoder?" in page
+    assert study["command"].startswith(f"ksparse sanity {run.path} --controls seeds")
+    assert {"stability", "tokens", "norms", "alignment", "absorption"} <= set(answers)
+    stability = run.eval("stability")
+    assert set(stability["of"]) == {"run", "seed1", "seed2"} and stability["seeds"][0] == "seed1"
+    assert Resources(run, 16).columns.values("found_in").shape == (64,)
+    assert "Better than an artefact?" in report.write(run).read_text()
+    assert [one["answer"] for one in run.eval("sanity")["questions"]] == [
+        one["answer"] for one in study["questions"]
+    ]
 
     def never(*args, **keywords):
         raise AssertionError("something was done again")
@@ -174,6 +184,48 @@ def evidence_of(values, pairs, se=0.0):
         for name, value in zip(names[1:], values[1:])
     }
     return evidence
+
+
+def test_the_sweeps_say_which_k_is_best_and_what_splits(run, asked, monkeypatch):
+    stages = (measure.measure_quality, latents.measure_projection, latents.measure_splitting)
+    monkeypatch.setattr(sanity, "STAGES", stages)
+    study = jsonio.read_json(studies.run("sanity", asked("sweep_k", "sweep_n")) / "study.json")
+    answers = {one["name"]: one for one in study["questions"]}
+    assert [row[0] for row in answers["wrong-k"]["table"]["rows"]] == ["1", "2", "4", "8", "16"]
+    assert "k is 4: " in answers["wrong-k"]["answer"]
+    assert [row[:2] for row in answers["splitting"]["table"]["rows"]] == [
+        ["16", "32"],
+        ["32", "64"],
+    ]
+    assert answers["splitting"]["answer"].startswith("From n = 32 to 64 ")
+
+
+@pytest.mark.parametrize(
+    "best, inside, alike, says",
+    [
+        (
+            12.0,
+            True,
+            [8, 16],
+            "at k = 12; within its error also at 8, 16; k is 8: it does not tell",
+        ),
+        (20.0, True, [16], "at k = 20; k is 8: by it this SAE's k is too low."),
+        (
+            4.0,
+            False,
+            [4],
+            "at the smallest k tried, 4: the best may be lower; k is 8: by it this SAE's",
+        ),
+    ],
+)
+def test_k_is_judged_by_where_the_proxy_is_smallest(best, inside, alike, says):
+    assert says in latents._judge_k(8, [4, 8, 16, 32], best, inside, alike)
+
+
+def test_an_activation_without_k_has_no_sweep_of_it(small_recipe, tmp_path, asked):
+    run = train(small_recipe({"tokens": 64, "sae.activation": {"kind": "relu"}}), tmp_path / "relu")
+    options = asked("sweep_k", run=str(run.path))
+    assert controls.asked_run(Study("sanity", options)).by_k == {}
 
 
 NMSE = Measure("nmse", "stats", "nmse", 1, "normalised MSE")

@@ -279,11 +279,15 @@ def command(name: str, options: StudyConfig) -> str:
         >>> from ksparse.config.evaluation import StudyConfig
         >>> command("paper", StudyConfig(recipe="r.toml", seeds=3))
         'ksparse study paper r.toml --seeds 3'
+        >>> command("sanity", StudyConfig(run="runs/demo", controls=("seeds", "sweep_n")))
+        'ksparse sanity runs/demo --controls seeds sweep_n'
     """
-    words = ["ksparse", "study", name, *([options.recipe] if options.recipe else [])]
+    verb = ["sanity", options.run] if name == "sanity" else ["study", name]
+    words = ["ksparse", *verb, *([options.recipe] if options.recipe else [])]
+    left_out = {"recipe", "run"} if name == "sanity" else {"recipe"}
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)
-        if option.name != "recipe" and value != option.default:
+        if option.name not in left_out and value != option.default:
             values = value if isinstance(value, tuple) else [value]
             words += [f"--{option.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
