@@ -171,6 +171,39 @@ def test_differences_of_members_of_a_stream_are_paired_by_document(asked, only_q
     assert nmse.difference["se"] == pytest.approx(paired["se"], rel=1e-12)
 
 
+def test_a_control_that_is_added_is_measured_beside_the_run_alone(asked, only_quality, monkeypatch):
+    first = jsonio.read_json(studies.run("sanity", asked("frozen_decoder")) / "study.json")
+    read = []
+    evaluate = measure.runner.evaluate_many
+
+    def noted(saes, *rest):
+        read.append(list(saes))
+        return evaluate(saes, *rest)
+
+    monkeypatch.setattr(measure.runner, "evaluate_many", noted)
+    both = asked("frozen_decoder", "frozen_encoder")
+    second = jsonio.read_json(studies.run("sanity", both) / "study.json")
+    assert read == [["run", "frozen_encoder"]]
+    answers = [
+        {one["name"]: one["table"] for one in study["questions"]} for study in (first, second)
+    ]
+    assert answers[0]["frozen-decoder"] == answers[1]["frozen-decoder"]
+    assert "frozen-encoder" in answers[1]
+
+
+def test_differences_to_another_sae_of_the_run_are_not_kept(asked, only_quality, monkeypatch):
+    studies.run("sanity", asked("frozen_decoder"))
+    study = Study("sanity", asked("frozen_decoder"))
+    evidence = SanityEvidence(study, controls.asked_run(study))
+    read = evidence._read_kept, ("frozen_decoder", ("stats",), measure.eval_options(study))
+    assert read[0](*read[1]) is not None
+    checksum = SanityEvidence.checksum
+    monkeypatch.setattr(
+        SanityEvidence, "checksum", lambda self, m: "other" if m == "run" else checksum(self, m)
+    )
+    assert read[0](*read[1]) is None
+
+
 def evidence_of(values, pairs, se=0.0):
     """Return evidence of a run, two seeds and a control with these values of one measure."""
     evidence = object.__new__(SanityEvidence)

@@ -15,6 +15,8 @@ TEMPLATE = """\
 {% endfor %}
 </ul>
 <p>The numbers behind each, and what it cannot show: <code>{{ facts.page }}</code>.</p>
+{% elif not facts.command %}
+<p class="missing">Controls are trained only of a run with its recipe.</p>
 {% else %}
 <p class="missing">Not asked yet. <code>{{ facts.command }}</code> trains controls on the run’s own
 stream and compares.</p>
@@ -31,7 +33,7 @@ def read_facts(source: RunSource) -> dict[str, Any]:
             for one in result.get("questions", [])
         ],
         "page": str(result.get("page", "")),
-        "command": source.command("sanity"),
+        "command": source.command("sanity") if source.recipe else "",
     }
 
 

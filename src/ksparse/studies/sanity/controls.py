@@ -16,6 +16,7 @@ Those that read the same activations form a cohort, which is trained on one stre
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ksparse.sae import serialization
 from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.studies.study import Study
 
+log = logging.getLogger("ksparse")
 RUN = "run"
 """The name of the run among its controls."""
 SEEDS = 2
@@ -149,6 +151,11 @@ def asked_run(study: Study) -> AskedRun:
     steps = _steps_taken(run, recipe)
     acts = recipe.acts
     if acts.shards and not Path(acts.shards).is_dir():
+        log.warning(
+            "the shards %s of the run are gone: its controls read the activations from the LM, in "
+            "another order",
+            acts.shards,
+        )
         acts = dataclasses.replace(acts, shards="")
     recipe = dataclasses.replace(
         recipe,

@@ -17,7 +17,7 @@ from ksparse.evals.splitting import splitting
 from ksparse.evals.stability import mean, stability
 from ksparse.evals.statistics import Value
 from ksparse.sae import serialization
-from ksparse.storage import atomic, checksums, jsonio
+from ksparse.storage import jsonio
 from ksparse.studies.sanity.controls import RUN, Cohort, folder
 from ksparse.studies.sanity.measure import TOLD, SanityEvidence
 from ksparse.studies.sanity.question import Question, QuestionTable, estimate
@@ -57,7 +57,7 @@ def measure_splitting(evidence: SanityEvidence, cohort: Cohort) -> None:
         return
     evidence.evaluate(list(members.values()), ("stats",))
     file = evidence.study.path / "splitting.json"
-    of = {member: _checksum(evidence, member) for member in members.values()}
+    of = {member: evidence.checksum(member) for member in members.values()}
     try:
         table = jsonio.read_table(file, of=dict, steps=list)
     except (OSError, InputError, CorruptError):
@@ -86,7 +86,7 @@ def measure_stability(evidence: SanityEvidence, cohort: Cohort) -> None:
     if not (cohort.own and seeds):
         return
     run = evidence.subject.run
-    of = {member: _checksum(evidence, member) for member in (RUN, *seeds)}
+    of = {member: evidence.checksum(member) for member in (RUN, *seeds)}
     try:
         kept = run.eval(STABILITY)
         run.arrays_file(STABILITY, kept)
@@ -112,13 +112,6 @@ def measure_stability(evidence: SanityEvidence, cohort: Cohort) -> None:
         runner.write_results(run, {STABILITY: result})
         kept = run.eval(STABILITY)
     evidence.results.setdefault(RUN, {})[STABILITY] = kept
-
-
-def _checksum(evidence: SanityEvidence, member: str) -> str:
-    """Return the checksum of the checkpoint that a member's SAE is."""
-    checkpoint = folder(evidence.study, evidence.subject, member).newest_intact()[0]
-    assert checkpoint is not None
-    return atomic.sha256(checkpoint / checksums.MANIFEST)
 
 
 def _effects(evidence: SanityEvidence) -> tuple[np.ndarray, np.ndarray] | None:

@@ -26,7 +26,7 @@ from ksparse.errors import CorruptError, InputError
 from ksparse.evals import runner
 from ksparse.evals.statistics import Value, difference, no_value
 from ksparse.sae import serialization
-from ksparse.storage import jsonio
+from ksparse.storage import atomic, checksums, jsonio
 from ksparse.studies.sanity.controls import RUN, AskedRun, Cohort, folder
 from ksparse.studies.study import BATCH, Study
 
@@ -129,40 +129,50 @@ class SanityEvidence:
         self, members: Sequence[str], names: Sequence[str], options: EvalConfig
     ) -> None:
         kept = {member: self._read_kept(member, names, options) for member in members}
-        if not all(kept.values()):
+        missing = [member for member in members if kept[member] is None and member != RUN]
+        if missing or None in kept.values():
+            # The run is in every pass, for the differences to be paired.
+            read = [RUN, *missing] if RUN in members else missing
             saes = {
                 member: serialization.load(folder(self.study, self.subject, member).path)
-                for member in members
+                for member in read
             }
             with progress.stage(f"evaluating {', '.join(names)}"):
                 evaluated = runner.evaluate_many(saes, None, names, options)
             for member, results in evaluated.items():
                 runner.write_results(self.study.run_folder(member), results)
                 self._write_paired(member, names, evaluated)
-            kept = {member: self._read_kept(member, names, options) for member in members}
+            kept |= {member: self._read_kept(member, names, options) for member in read}
         for member in members:
             results, paired = kept[member] or ({}, {})
             self.results.setdefault(member, {}).update(results)
             self.paired.setdefault(member, {}).update(paired)
 
+    def checksum(self, member: str) -> str:
+        """Return the checksum of the checkpoint that a member's SAE is."""
+        checkpoint = folder(self.study, self.subject, member).newest_intact()[0]
+        assert checkpoint is not None
+        return atomic.sha256(checkpoint / checksums.MANIFEST)
+
     def _read_kept(
         self, member: str, names: Sequence[str], options: EvalConfig
     ) -> tuple[dict[str, Any], dict[str, Value]] | None:
-        """Return a member's stored results and differences; None if one is missing or of another
-        SAE."""
+        """Return a member's stored results and differences; None if one is missing or of other
+        SAEs."""
         checkpoint = folder(self.study, self.subject, member).newest_intact()[0]
         if checkpoint is None:
             return None
         metadata = serialization.read_shape(checkpoint)[1]
         place = self.study.run_folder(member)
         results = {name: runner.read_kept(place, name, options, metadata) for name in names}
-        if not all(results.values()):
-            return None
         paired = dict[str, Value]()
         for name in names:
             try:
-                table = jsonio.read_table(place.file("paired", f"{name}.json"), differences=dict)
+                file = place.file("paired", f"{name}.json")
+                table = jsonio.read_table(file, of=list, differences=dict)
             except (OSError, InputError, CorruptError):
+                return None
+            if results[name] is None or table["of"] != [self.checksum(RUN), self.checksum(member)]:
                 return None
             paired |= table["differences"]
         return results, paired
@@ -184,8 +194,12 @@ class SanityEvidence:
                 for measure in MEASURES
                 if measure.evaluation == name and measure.key and RUN in evaluated
             }
+            table = {
+                "of": [self.checksum(RUN), self.checksum(member)],
+                "differences": differences,
+            }
             file = self.study.run_folder(member).file("paired", f"{name}.json")
-            jsonio.write_json(file, {"differences": differences}, sealed=True)
+            jsonio.write_json(file, table, sealed=True)
 
     # ---- numbers
 
