@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ SILENT, TAKES, ITS_OWN, CARRIES = 0.2, 0.8, 0.5, 0.5
 LEAST = 5
 """Occurrences of a special case in either half."""
 KNOWN = 0.5
-"""Least recall of a label's latent for the label to count as known to the SAE."""
+"""Least F1 of a label's latent for the label to count as known to the SAE."""
 TOKENS = 100_000
 """Tokens of the text that are labelled, at most."""
 _LISTED = 30
@@ -67,10 +68,45 @@ class Labelled:
 
     def along(self, latent: int, rows: np.ndarray, direction: Tensor) -> float:
         """Return what a latent writes along a direction, as a mean over the rows where it fires."""
-        here = (self.latent == latent) & rows[self.row]
-        if not here.any():
+        return Case(self, np.flatnonzero(rows[self.row])).along(latent, direction)
+
+    @cached_property
+    def _by_token(self) -> tuple[np.ndarray, np.ndarray]:
+        """The activations in the order of their tokens, and where each token begins."""
+        token = self.tokens[self.row]
+        order = np.argsort(token, kind="stable")
+        return order, np.searchsorted(token[order], np.arange(self.tokens.max() + 2))
+
+    def of_token(self, token: int, rows: np.ndarray) -> Case:
+        """Return the activations on the rows of one token that are among `rows`, bool [m]."""
+        order, starts = self._by_token
+        here = order[starts[token] : starts[token + 1]]
+        return Case(self, here[rows[self.row[here]]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """The activations on some rows of a special case.
+
+    Attributes:
+        data: All tokens.
+        activations: The numbers of the activations.
+    """
+
+    data: Labelled
+    activations: np.ndarray
+
+    def fired(self) -> np.ndarray:
+        """Return on how many of the rows each latent fires, [n]."""
+        latent = self.data.latent[self.activations]
+        return np.bincount(latent, minlength=len(self.data.decoder))
+
+    def along(self, latent: int, direction: Tensor) -> float:
+        """Return what a latent writes along a direction, as a mean over the rows where it fires."""
+        here = self.activations[self.data.latent[self.activations] == latent]
+        if not len(here):
             return 0.0
-        return float(self.value[here].mean()) * float(self.decoder[latent] @ direction)
+        return float(self.data.value[here].mean()) * float(self.data.decoder[latent] @ direction)
 
 
 def absorbed_cases(
@@ -92,52 +128,67 @@ def absorbed_cases(
     halves = {"train": data.train, "test": ~data.train}
     if min((yes & half).sum() for half in halves.values()) < 2 * LEAST or not no.any():
         return None
-    main = int(_f1(data, yes, no, data.train).argmax())
-    counts = {name: data.fired(yes & half) for name, half in halves.items()}
-    recall = counts["test"][main] / (yes & ~data.train).sum()
-    others = data.fired(no & ~data.train)[main]
+    fired = {name: data.fired((yes | no) & half) for name, half in halves.items()}
+    right = {name: data.fired(yes & half) for name, half in halves.items()}
+    main = int(_f1(right["train"], fired["train"], int((yes & data.train).sum())).argmax())
+    positives = int((yes & ~data.train).sum())
     direction = data.x[torch.from_numpy(yes)].mean(0) - data.x[torch.from_numpy(no)].mean(0)
     direction = direction / direction.norm().clamp_min(1e-30)
     own = data.along(main, yes & ~data.train, direction)
+    counts = {
+        name: np.bincount(data.tokens[yes & half], minlength=data.tokens.max() + 1)
+        for name, half in halves.items()
+    }
     cases = []
-    for token in np.unique(data.tokens[yes]).tolist():
-        case = yes & (data.tokens == token)
-        if min((case & half).sum() for half in halves.values()) >= LEAST:
-            cases.append(_judge_case(data, case, yes | no, main, own, direction))
-            cases[-1] |= {"token": spell(token)}
+    for token in np.flatnonzero(np.minimum(counts["train"], counts["test"]) >= LEAST).tolist():
+        size = {name: int(count[token]) for name, count in counts.items()}
+        here = {name: data.of_token(token, yes & half) for name, half in halves.items()}
+        cases.append({"token": spell(token)} | _judge_case(here, size, fired, main, own, direction))
     return {
         "latent": main,
-        "recall": float(recall),
-        "precision": float(counts["test"][main] / max(1, counts["test"][main] + others)),
-        "known": bool(recall >= KNOWN),
+        "recall": float(right["test"][main] / positives),
+        "precision": float(right["test"][main] / max(1, fired["test"][main])),
+        "known": bool(_f1(right["test"], fired["test"], positives)[main] >= KNOWN),
         "cases": cases,
     }
 
 
-def _f1(data: Labelled, yes: np.ndarray, no: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Return how well each latent's firing predicts `yes` among `yes` and `no`, [n]."""
-    right, wrong = data.fired(yes & half), data.fired(no & half)
-    f1: np.ndarray = 2 * right / np.maximum(1, right + wrong + (yes & half).sum())
+def _f1(right: np.ndarray, fired: np.ndarray, positives: int) -> np.ndarray:
+    """Return how well each latent's firing predicts the positives, [n].
+
+    Args:
+        right: On how many positives each latent fires, [n].
+        fired: On how many labelled rows it fires, [n].
+        positives: The number of positives.
+    """
+    f1: np.ndarray = 2 * right / np.maximum(1, fired + positives)
     return f1
 
 
 def _judge_case(
-    data: Labelled,
-    case: np.ndarray,
-    labelled: np.ndarray,
+    case: dict[str, Case],
+    size: dict[str, int],
+    fired: dict[str, np.ndarray],
     main: int,
     own: float,
     direction: Tensor,
 ) -> dict[str, Any]:
-    """Return whether a special case is absorbed, with the numbers that decide it."""
-    score = _f1(data, case, labelled & ~case, data.train)
+    """Return whether a special case is absorbed, with the numbers that decide it.
+
+    Args:
+        case: Its activations in either half, "train" and "test".
+        size: Its occurrences there.
+        fired: On how many labelled rows of either half each latent fires.
+        main: The label's latent.
+        own: What that latent writes along the label's direction.
+        direction: The label's direction [d].
+    """
+    score = _f1(case["train"].fired(), fired["train"], size["train"])
     score[main] = -1
-    other, test = int(score.argmax()), ~data.train
-    count = int((case & test).sum())
-    on_case = data.fired(case & test)
-    of_main, of_other = on_case[main] / count, on_case[other] / count
-    share = on_case[other] / max(1, data.fired(labelled & test)[other])
-    carried = data.along(other, case & test, direction)
+    other, on_case = int(score.argmax()), case["test"].fired()
+    of_main, of_other = on_case[main] / size["test"], on_case[other] / size["test"]
+    share = on_case[other] / max(1, fired["test"][other])
+    carried = case["test"].along(other, direction)
     absorbed = (
         of_main <= SILENT
         and of_other >= TAKES
@@ -146,7 +197,7 @@ def _judge_case(
         and carried >= CARRIES * own
     )
     return {
-        "count": count,
+        "count": size["test"],
         "recall": float(of_main),
         "other": other,
         "other_recall": float(of_other),

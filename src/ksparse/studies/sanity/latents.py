@@ -361,7 +361,7 @@ def ask_absorption(evidence: SanityEvidence) -> Question | None:
         f"{_percent(found['absorbed'])} of the occurrences of {found['n_cases']:,} special cases "
         "are absorbed: the latent of their label is silent and another takes them; silent it is "
         f"on {_percent(found['silent'])}. Of {found['n_labels']} labels {found['n_known']} have a "
-        "latent with a recall of half or more.",
+        "latent with an F1 of half or more.",
         "A label is a first letter or, on the built-in text, a fact of Python's syntax; its "
         "special cases are single tokens. An absorbed case (arXiv 2409.14507) makes a latent that "
         "reads as general miss what it should find. Labels that no latent knows are not counted, "
