@@ -461,6 +461,28 @@ def study(arguments: list[str]) -> None:
     print(f"report   {run.report_file.resolve().as_uri()}")
 
 
+@dataclass(frozen=True)
+class SanityArgs:
+    """Options of `ksparse sanity`."""
+
+    controls: tuple[str, ...] = ()
+    """Controls to train: seeds, frozen_decoder, held_decoder, frozen_encoder, redrawn,
+    redrawn_keep_embedding, shuffled, sweep_k, sweep_n, or all; by default all but
+    redrawn_keep_embedding, shuffled and sweep_n."""
+    out: str = ""
+    """Folder of the controls and the page; by default RUN/sanity."""
+    eval_tokens: int = 30_000
+    """Held-out activations to evaluate on."""
+    suite: str = ""
+    """Folder of probe tasks; by default the built-in tasks on Python tokens."""
+    probe_rows: int = 200
+    """Largest number of rows of a probe task."""
+    threads: int = 0
+    """CPU threads; 0: those of the run."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, cuda:1, mps."""
+
+
 @verb
 def sanity(arguments: list[str]) -> None:
     """sanity RUN [--controls NAME …] [--key value …]
@@ -468,15 +490,13 @@ def sanity(arguments: list[str]) -> None:
     Ask whether a run is better than an artefact, beside controls trained on its own stream.
     """
     folder, flags = split_folder("sanity", arguments)
-    options = parse(StudyConfig, "sanity RUN", flags)
+    options = parse(SanityArgs, "sanity RUN", flags)
     if not folder:
         return
-    if options.run:
-        raise InputError(f"`ksparse sanity` asks about {folder}; leave out --run")
     from ksparse import studies
 
     with ProgressBar("sanity"):
-        path = studies.run("sanity", dataclasses.replace(options, run=folder))
+        path = studies.run("sanity", StudyConfig(run=folder, **dataclasses.asdict(options)))
     print_study(path)
 
 
