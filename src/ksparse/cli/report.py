@@ -13,8 +13,8 @@ from typing import Any
 
 from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
-from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
+from ksparse.cli.studies import print_study
 from ksparse.cli.sweeps import fit_sweep
 from ksparse.errors import Interrupted
 from ksparse.storage.run_folder import open_run
