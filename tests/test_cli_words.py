@@ -38,7 +38,7 @@ def test_help_lists_every_verb_in_its_group_within_the_width(verb):
     groups = re.split(r"\n\n(?=\S)", out)
     found = [set(re.findall(r"^  (\w+)", group, re.MULTILINE)) for group in groups[1:-1]]
     assert set().union(*found) == set(cli.VERBS) and len(found) == len(cli.GROUPS) == 8
-    assert found[2] == {"eval", "compare", "study", "probes", "explain"}
+    assert found[2] == {"eval", "compare", "study", "sanity", "probes", "explain"}
     assert max(map(len, out.splitlines())) <= 100
 
 

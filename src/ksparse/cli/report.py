@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from ksparse import progress
 from ksparse.cli.arguments import parse, refuse_arguments, split_folder, verb
-from ksparse.cli.evaluate import print_study
 from ksparse.cli.output import ProgressBar, print_status, write_report
+from ksparse.cli.studies import print_study
 from ksparse.errors import InputError, Interrupted
 from ksparse.storage.run_folder import RunFolder, open_run
 from ksparse.trust import code_is_trusted

@@ -32,7 +32,7 @@ COLUMNS: dict[str, dict[str, int]] = {
 }
 """{evaluation: {column: order}}: 1 if less is better, -1 if more is, 0 for what is not ranked but
 says what the others cost. Of other evaluations all numbers are columns, none of them ranked."""
-_COMMON_FIELDS = ("lm", "site", "text", "policy", "n_tokens", "n_documents")
+_COMMON_FIELDS = ("lm", "lm_weights", "site", "text", "policy", "n_tokens", "n_documents")
 _IGNORED_OPTIONS = ("device", "budget")  # the sizes that a budget stands for are compared
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]

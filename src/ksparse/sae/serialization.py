@@ -70,6 +70,7 @@ POLICY: dict[str, jsonio.Types] = {
     "keep": str,
     "split": str,
     "tokens_per_document": (int, type(None)),
+    "shuffle_tokens": bool,
 }
 """The keys of `metadata.policy`, as `Corpus.policy` writes them."""
 

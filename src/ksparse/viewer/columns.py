@@ -91,6 +91,30 @@ COLUMNS = (
         "detection",
     ),
     Column(
+        "found_in",
+        "In seeds",
+        "percent",
+        "Share of the other seeds with a partner of it, of decoder cosine 0.7 or more",
+        "stability",
+        "found_in",
+    ),
+    Column(
+        "nearest",
+        "Seed cosine",
+        "number",
+        "Largest decoder cosine with any latent of another seed, mean over the seeds",
+        "stability",
+        "nearest",
+    ),
+    Column(
+        "token_rate",
+        "By token",
+        "percent",
+        "Share of random contexts in which it fires if one of its favourite tokens is put there",
+        "token_driven",
+        "rate",
+    ),
+    Column(
         "effect",
         "Effect",
         "number",
@@ -118,7 +142,12 @@ COLUMNS = (
         "nats",
     ),
 )
-LATENT_LISTS = {"explain": "latent", "n2g": "scored", "ablation": "latent"}
+LATENT_LISTS = {
+    "token_driven": "latent",
+    "explain": "latent",
+    "n2g": "scored",
+    "ablation": "latent",
+}
 """Evaluations of only some latents, and the array that lists these."""
 
 

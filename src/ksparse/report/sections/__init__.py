@@ -6,6 +6,7 @@ quality               claims, numbers and figures of the main evaluations; its p
                       explained_loss), ablation
 latents               example latents with the text that they fire on, the best explained first
 probes                what single latents know, task by task
+sanity                whether the SAE is better than controls of it
 training              the run's curves
 codes                 codes and latents in detail; its parts: refinement, progressive,
                       latent_statistics, subspaces
@@ -36,6 +37,7 @@ from ksparse.report.sections import (
     probes,
     quality,
     reproduction,
+    sanity,
     subject,
     training,
 )
@@ -44,6 +46,7 @@ SECTIONS = (
     quality.SECTION,
     latents.SECTION,
     probes.SECTION,
+    sanity.SECTION,
     training.SECTION,
     codes.SECTION,
     subject.SECTION,
