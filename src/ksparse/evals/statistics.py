@@ -326,13 +326,11 @@ class Result(dict[str, Any]):
             for key, value in numbers.items()
             if key not in shown
         ]
-        header: tuple[str, ...] = ("number", "value ± se", "beside it")
-        if not any(beside for _, _, beside in rows):
-            header, rows = header[:2], [row[:2] for row in rows]
+        width = 3 if any(row[2] for row in rows) else 2
         return display.Table(
             " · ".join(part for part in (str(self.get("name")), place, *words) if part),
-            header,
-            rows,
+            ("number", "value ± se", "beside it")[:width],
+            [row[:width] for row in rows],
             [f"note: {note}" for note in self.get("notes", ())],
         )
 
