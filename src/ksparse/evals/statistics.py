@@ -309,13 +309,24 @@ class Result(dict[str, Any]):
 
     def table(self) -> display.Table:
         """Return the numbers, value ± standard error, each beside its baselines."""
+        words = (count_of(self.get(f"n_{what}"), what) for what in ("tokens", "documents"))
+        place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
+        rows = self._rows_beside_baselines()
+        width = 3 if any(row[2] for row in rows) else 2
+        return display.Table(
+            " · ".join(part for part in (str(self.get("name")), place, *words) if part),
+            ("number", "value ± se", "beside it")[:width],
+            [row[:width] for row in rows],
+            [f"note: {note}" for note in self.get("notes", ())],
+        )
+
+    def _rows_beside_baselines(self) -> list[tuple[str, str, str]]:
+        """Return each number's name, the number, and its baselines."""
         numbers = self.numbers()
         baselines = BASELINES.get(str(self.get("name")).partition("-")[0], {})
         beside = {key: [k for k in keys if k in numbers] for key, keys in baselines.items()}
         shown = {key for keys in beside.values() for key in keys}
-        words = (count_of(self.get(f"n_{what}"), what) for what in ("tokens", "documents"))
-        place = f"{self['lm']} at {self['site']}" if self.get("lm") else ""
-        rows: list[tuple[str, ...]] = [
+        return [
             (
                 key,
                 display.format_estimate(value),
@@ -326,15 +337,6 @@ class Result(dict[str, Any]):
             for key, value in numbers.items()
             if key not in shown
         ]
-        header: tuple[str, ...] = ("number", "value ± se", "beside it")
-        if not any(row[2] for row in rows):
-            header, rows = header[:2], [row[:2] for row in rows]
-        return display.Table(
-            " · ".join(part for part in (str(self.get("name")), place, *words) if part),
-            header,
-            rows,
-            [f"note: {note}" for note in self.get("notes", ())],
-        )
 
     def __repr__(self) -> str:
         return str(self.table())
