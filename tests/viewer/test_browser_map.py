@@ -185,7 +185,7 @@ def test_a_selection_leads_to_the_table_of_its_latents_and_can_be_cleared(
     assert browser.text("#selected").startswith(f"{within.sum()} latents selected")
     browser.find("#to-table").click()
     browser.find("#selection")
-    tally = "return document.querySelector('.tally').innerText == arguments[0]"
+    tally = "return document.querySelector('.tally')?.innerText == arguments[0]"
     browser.until(tally, f"{within.sum()} of {N} latents")
     shown = browser.js(
         "return [...document.querySelectorAll('tbody a.to')].map((a) => +a.innerText)"

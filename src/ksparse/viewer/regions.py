@@ -75,14 +75,14 @@ def find(places: np.ndarray) -> np.ndarray:
 def _climb(density: np.ndarray) -> np.ndarray:
     """Return the rank of the peak that each cell leads up to, [cells]; 0 is the highest."""
     padded = np.pad(density, 1, constant_values=-1.0)
-    rows, columns = np.arange(GRID)[:, None], np.arange(GRID)
-    best, target = density.copy(), rows * GRID + columns
+    cells: np.ndarray = np.arange(density.size).reshape(density.shape)
+    best, target = density, cells
     for down in (-1, 0, 1):
         for right in (-1, 0, 1):
             other = padded[1 + down : 1 + down + GRID, 1 + right : 1 + right + GRID]
             steeper = other > best
             best = np.where(steeper, other, best)
-            target = np.where(steeper, (rows + down) * GRID + columns + right, target)
+            target = np.where(steeper, cells + down * GRID + right, target)
     leads: np.ndarray = target.ravel()
     further: np.ndarray = leads[leads]
     while not np.array_equal(further, leads):

@@ -253,13 +253,13 @@ ksparse.views.map = async function mapView(path, query, current) {
   function explain() {
     const made = layout.made, parts = [];
     if (state.layout === "umap") {
-      parts.push(`Every point is a latent, placed by UMAP of the decoder's directions (cosine, ` +
+      parts.push(`Every point is a latent, placed by UMAP of the decoder’s directions (cosine, ` +
         `${made.n_neighbors} neighbours, min_dist ${made.min_dist}): near latents write similar ` +
         "directions; the distance between groups, and how wide they are, mean little.");
     } else {
       const shares = made.shares ?? [0, 0], both = shares.reduce((sum, each) => sum + each, 0);
       parts.push("Every point is a latent, placed by the first two principal components of the " +
-        `decoder's directions, scaled to norm 1. They hold ${ksparse.percent(both)} of the ` +
+        `decoder’s directions, scaled to norm 1. They hold ${ksparse.percent(both)} of the ` +
         "variance, so latents that are near each other here may be far apart in other directions.");
     }
     if (layout.left_out) {
@@ -268,8 +268,8 @@ ksparse.views.map = async function mapView(path, query, current) {
     }
     if (state.names !== "none") {
       const share = state.names === "fires"
-        ? "with the largest share of its latents' activation mass, compared with all latents"
-        : "that most of its latents' decoder rows raise, compared with all latents";
+        ? "with the largest share of its latents’ activation mass, compared with all latents"
+        : "that most of its latents’ decoder rows raise, compared with all latents";
       parts.push(` A name stands at a dense region. It is the token ${share}: at least twice the ` +
         "share among all, and in three latents or more. Other latents there may be about " +
         "something else.");
