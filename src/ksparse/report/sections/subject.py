@@ -139,7 +139,7 @@ def describe_hardware(environment: dict[str, Any]) -> str:
     parts = [
         format_plain(environment.get("gpus") or ""),
         format_plain(environment.get("processor") or ""),
-        f"{threads} CPU threads" if threads else "",
+        f"{threads} CPU thread{'' if threads == 1 else 's'}" if threads else "",
     ]
     return ", ".join(part for part in parts if part)
 
